@@ -1,0 +1,1 @@
+"""CUDA C++ source of the CuPy RawKernels, shipped as medusa_exp.kernels."""

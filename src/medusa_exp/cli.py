@@ -1,0 +1,88 @@
+"""The command line: compose the config, run its stages in order, record what happened.
+
+    python -m medusa_exp +experiment=NAME [key=value ...]      a new run
+    python -m medusa_exp stages=[NAME] run_dir=DIR [...]       stages of an existing run
+
+The second form starts from the run's saved config; see `continuation.py`.
+"""
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+
+from medusa_exp import continuation
+from medusa_exp.config import Config, from_hydra, register
+from medusa_exp.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STAGES = {
+    "pretrain": "medusa_exp.model.tiny",
+    "train": "medusa_exp.train.stage",
+    "calibrate": "medusa_exp.tree.calibrate",
+    "evaluate": "medusa_exp.evaluate.stage",
+    "report": "medusa_exp.tracking.stage",
+}
+"""Stage -> module whose `run(config, out) -> metrics` does it. Imported only when it runs: the
+command line itself must answer without torch."""
+
+
+class _Problem(CompactHydraException):
+    """A UserError on its way through Hydra, which prints such an error without a traceback."""
+
+
+def main() -> None:
+    """Run the command line; exits with 1 after a problem."""
+    register()
+    try:
+        sys.argv[1:] = continuation.arguments(sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))
+    _hydra_main()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://medusa_exp.conf", config_name="config")
+def _hydra_main(composed: DictConfig) -> float | None:
+    try:
+        out = Path(HydraConfig.get().runtime.output_dir)
+        command = ["python", "-m", "medusa_exp", *continuation.new_overrides(out, HydraConfig.get())]
+        return run_stages(_resolve(composed, out), out, command)
+    except UserError as error:
+        raise _Problem(str(error)) from error
+
+
+def _resolve(composed: DictConfig, out: Path) -> Config:
+    """Return the checked config of this job."""
+    config = from_hydra(continuation.effective_config(composed, out, HydraConfig.get()))
+    config.run_dir = str(out)
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise UserError(f"stages={stage} is not known: use some of {', '.join(STAGES)}.")
+    if not config.stages:
+        raise UserError(f"stages is empty: name some of {', '.join(STAGES)}.")
+    return config
+
+
+def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
+    """Run the stages of one job, and return the metric that a sweep optimises.
+
+    Writes `run.json` and `metrics.json` after every stage, so that a failure keeps what was done.
+    """
+    from medusa_exp.provenance import RunRecord
+    from medusa_exp.tracking.tracker import Tracker
+
+    record = RunRecord(out, config, command)
+    with Tracker(config, out) as tracker:
+        for name in config.stages:
+            log.info("stage %s", name)
+            with record.stage(name):
+                metrics = importlib.import_module(STAGES[name]).run(config, out)
+            tracker.summary(record.merge_metrics(metrics))
+    record.print_summary(config.stages)
+    return record.metrics.get(config.objective)

@@ -1,0 +1,119 @@
+"""The schema of an experiment: every key, its type, its meaning, checked on construction.
+
+Values come from the YAML groups under `conf/`, which hold what differs between choices; a default
+that stands here is right for all of them. `from_hydra` is the only way from OmegaConf to these
+plain dataclasses, and nothing but this package and `cli.py` sees anything else.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from medusa_exp.config.checks import one_of
+from medusa_exp.config.inputs import (
+    DatasetConfig,
+    DtypeConfig,
+    ModelConfig,
+    PretrainConfig,
+    TokenizerConfig,
+)
+from medusa_exp.config.stages import (
+    DecodeConfig,
+    EvaluateConfig,
+    HeadConfig,
+    LoggerConfig,
+    TrainConfig,
+    TreeConfig,
+)
+from medusa_exp.errors import UserError
+
+__all__ = [
+    "Config",
+    "DatasetConfig",
+    "DecodeConfig",
+    "DtypeConfig",
+    "EvaluateConfig",
+    "HeadConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "PretrainConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "TreeConfig",
+    "from_hydra",
+    "load_saved",
+    "register",
+    "to_dict",
+]
+
+
+@dataclass
+class Config:
+    """An experiment: which stages run, on what, into which directory."""
+
+    name: str = "default"
+    """Names the run directory's parent: outputs/<name>/<timestamp>."""
+    stages: list[str] = field(default_factory=list)
+    """What to do, in this order."""
+    run_dir: str = ""
+    """Where everything is written. An existing run there is continued with its saved config."""
+    cache_dir: str = "outputs/cache"
+    """What runs share: generated data and pretrained tiny models, by a hash of what made them."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu or cuda."""
+    seed: int = 0
+    objective: str = "eval/speedup"
+    """The metric that a run returns to a Hydra sweeper."""
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dtype: DtypeConfig = field(default_factory=DtypeConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that `conf/config.yaml` starts from."""
+    ConfigStore.instance().store(name="base_config", node=Config)
+
+
+def from_hydra(config: DictConfig) -> Config:
+    """Turn a composed config into plain, checked dataclasses.
+
+    Raises:
+        UserError: naming the key and what it may be.
+    """
+    try:
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except UserError:
+        raise
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'config'}: {error.msg or error}") from error
+
+
+def load_saved(path: Path) -> DictConfig:
+    """Read a run's saved config against today's schema.
+
+    Raises:
+        UserError: the file is unreadable, or holds a key that the schema does not know.
+    """
+    try:
+        return OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))  # type: ignore
+    except Exception as error:
+        raise UserError(f"{path} does not fit this version of medusa_exp: {error}") from error
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as nested plain values, for W&B and for cache keys."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]

@@ -1,0 +1,18 @@
+"""Checks of config values: each names the key, the value and what is allowed."""
+
+from medusa_exp.errors import UserError
+
+
+def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}={value} is not known: use one of {', '.join(allowed)}.")
+
+
+def at_least(key: str, value: float, bound: float) -> None:
+    if not value >= bound:
+        raise UserError(f"{key}={value} is too small: it must be at least {bound}.")
+
+
+def within(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{key}={value} is out of range: it must lie between {low} and {high}.")

@@ -1,0 +1,139 @@
+"""What a run does: groups head, train, tree, decode, evaluate and logger."""
+
+from dataclasses import dataclass, field
+
+from medusa_exp.config.checks import at_least, one_of, within
+
+
+@dataclass
+class HeadConfig:
+    """The Medusa heads."""
+
+    kind: str = "medusa"
+    num_heads: int = 4
+    """K: head k predicts the token k places after the backbone's next one."""
+    num_layers: int = 1
+    """L: residual blocks before each head's vocabulary projection."""
+
+    def __post_init__(self) -> None:
+        one_of("head.kind", self.kind, ("medusa",))
+        within("head.num_heads", self.num_heads, 1, 16)
+        within("head.num_layers", self.num_layers, 0, 16)
+
+
+@dataclass
+class TrainConfig:
+    """Training of the heads on the frozen backbone."""
+
+    max_steps: int | None = None
+    """Optimiser steps; overrides `epochs`."""
+    epochs: float = 2.0
+    """Passes over the training split, where `max_steps` is not set."""
+    batch_tokens: int = 4096
+    """Tokens of a micro-batch, padding included."""
+    accumulate: int = 1
+    """Micro-batches to an optimiser step."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_fraction: float = 0.05
+    """Share of the steps with a rising learning rate; a cosine to zero follows."""
+    gradient_clip: float = 1.0
+    decay: float = 0.8
+    """Head k's loss counts decay**k (Medusa, section 2.2.1)."""
+    loss_chunk_rows: int = 256
+    """Rows whose logits exist at one time."""
+    val_every: int = 200
+    """Optimiser steps between validations; one more comes at the end."""
+    val_batches: int = 16
+    """Micro-batches of a validation."""
+    checkpoint_every: int = 200
+    """Optimiser steps between checkpoints."""
+    resume: str = "auto"
+    """auto (go on from the run directory's newest checkpoint) or never (start again)."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None:
+            at_least("train.max_steps", self.max_steps, 1)
+        for key in ("batch_tokens", "accumulate", "loss_chunk_rows", "val_every", "val_batches"):
+            at_least(f"train.{key}", getattr(self, key), 1)
+        at_least("train.checkpoint_every", self.checkpoint_every, 1)
+        at_least("train.learning_rate", self.learning_rate, 0.0)
+        within("train.decay", self.decay, 0.0, 1.0)
+        within("train.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
+        one_of("train.resume", self.resume, ("auto", "never"))
+
+
+@dataclass
+class TreeConfig:
+    """The tree of guesses that one step checks, and how stage calibrate chooses it."""
+
+    kind: str = "calibrated"
+    """calibrated (measured on held-out text), chain (the first guess of every head) or medusa_63
+    (the tree of the Medusa authors)."""
+    num_prompts: int = 32
+    """Held-out prompts that the backbone answers to count which guesses come true."""
+    max_nodes: int = 64
+    """The largest tree that calibration considers, the root included."""
+    max_rank: int = 10
+    """Guesses of a head that calibration considers."""
+
+    def __post_init__(self) -> None:
+        one_of("tree.kind", self.kind, ("calibrated", "chain", "medusa_63"))
+        within("tree.max_nodes", self.max_nodes, 1, 256)
+        at_least("tree.num_prompts", self.num_prompts, 1)
+        at_least("tree.max_rank", self.max_rank, 1)
+
+
+@dataclass
+class DecodeConfig:
+    """How tokens are generated."""
+
+    rule: str = "greedy"
+    """greedy: token for token what plain greedy decoding gives."""
+    max_new_tokens: int = 128
+    stop_ids: list[int] = field(default_factory=list)
+    """Token ids that end an answer, besides the model's own."""
+
+    def __post_init__(self) -> None:
+        one_of("decode.rule", self.rule, ("greedy",))
+        at_least("decode.max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass
+class EvaluateConfig:
+    """The measurement: every method answers the same prompts, in turn, in one process."""
+
+    num_prompts: int = 48
+    """Held-out prompts; each assistant turn of a test conversation gives one."""
+    warmup_prompts: int = 2
+    """Prompts that every method answers before the clock counts."""
+    repeats: int = 1
+    """Times each prompt is answered by each method; the fastest counts."""
+    baselines: list[str] = field(default_factory=lambda: ["hf_generate", "prompt_lookup"])
+    """Further methods beside plain decoding: hf_generate, prompt_lookup."""
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.num_prompts", self.num_prompts, 1)
+        at_least("evaluate.warmup_prompts", self.warmup_prompts, 0)
+        at_least("evaluate.repeats", self.repeats, 1)
+        for name in self.baselines:
+            one_of("evaluate.baselines", name, ("hf_generate", "prompt_lookup"))
+
+
+@dataclass
+class LoggerConfig:
+    """Tracking beside the run directory's own files, which are always written."""
+
+    kind: str = "wandb"
+    """wandb, csv (history.csv and metrics.csv in the run directory) or none."""
+    mode: str = "offline"
+    """Of W&B: offline, or online for those logged in."""
+    project: str = "medusa_exp"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("logger.kind", self.kind, ("wandb", "csv", "none"))
+        one_of("logger.mode", self.mode, ("offline", "online"))

@@ -1,0 +1,95 @@
+"""Running stages of an existing run: its saved config is the base, new overrides come on top.
+
+Hydra composes every call from the YAML files alone. For a run directory that exists we let it
+compose the saved overrides and the new ones together, which checks the new ones and expands their
+groups, and then take from that composition only what the new overrides name. Everything else
+comes from `.hydra/config.yaml`, so a default that changed since cannot slip into an old run.
+Hydra's own record of the later call goes to `.hydra-<n>/`; `.hydra/` is never rewritten.
+"""
+
+from pathlib import Path
+
+from hydra.conf import HydraConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from medusa_exp.config import load_saved
+from medusa_exp.errors import UserError
+
+SAVED = Path(".hydra/config.yaml")
+_OVERRIDES = Path(".hydra/overrides.yaml")
+
+
+def arguments(argv: list[str]) -> list[str]:
+    """Return the arguments for Hydra: `argv`, after the saved overrides of the run it names.
+
+    Raises:
+        UserError: `argv` asks for what an existing run cannot do (a sweep, another experiment).
+    """
+    run_dir = _run_dir(argv)
+    if run_dir is None or not (run_dir / SAVED).is_file():
+        return argv
+    if {"-m", "--multirun"} & set(argv):
+        raise UserError(
+            f"run_dir={run_dir} is an existing run, and a sweep makes new ones: "
+            "leave out run_dir, or leave out -m."
+        )
+    flags = [a for a in argv if a.startswith("-")]
+    new = [a for a in argv if not a.startswith("-")]
+    saved = _saved_overrides(run_dir)
+    for override in new:
+        if _key(override) == "experiment" and override not in saved:
+            raise UserError(
+                f"{override} does not go with run_dir={run_dir}, a run that exists: "
+                "an experiment belongs to a new run; override single keys or groups instead."
+            )
+    named = {_key(override) for override in new}
+    kept = [override for override in saved if _key(override) not in named]
+    return [*flags, *kept, *new, f"hydra.output_subdir={_next_subdir(run_dir)}"]
+
+
+def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -> DictConfig:
+    """Return the config of this job: `composed`, or the run's saved one with what is new on top."""
+    if not _continues(out, hydra_config):
+        return composed
+    config = load_saved(out / SAVED)
+    with open_dict(config):
+        for override in new_overrides(out, hydra_config):
+            key = _key(override)
+            OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False)
+    OmegaConf.save(config, out / hydra_config.output_subdir / SAVED.name)
+    return config
+
+
+def new_overrides(out: Path, hydra_config: HydraConf) -> list[str]:
+    """Return the overrides that this call brought, without those saved with the run."""
+    saved = _saved_overrides(out) if _continues(out, hydra_config) else []
+    return [override for override in hydra_config.overrides.task if override not in saved]
+
+
+def _continues(out: Path, hydra_config: HydraConf) -> bool:
+    subdir = hydra_config.output_subdir
+    return bool(subdir) and subdir != SAVED.parent.name and (out / SAVED).is_file()
+
+
+def _run_dir(argv: list[str]) -> Path | None:
+    named = [a.split("=", 1)[1] for a in argv if a.lstrip("+").startswith("run_dir=")]
+    return Path(named[-1].strip("'\"")) if named else None
+
+
+def _saved_overrides(run_dir: Path) -> list[str]:
+    path = run_dir / _OVERRIDES
+    return list(OmegaConf.load(path)) if path.is_file() else []
+
+
+def _key(override: str) -> str:
+    """Return the key or group that an override names, without signs and package."""
+    parsed = OverridesParser.create().parse_override(override)
+    return parsed.key_or_group.lstrip("/")
+
+
+def _next_subdir(run_dir: Path) -> str:
+    number = 2
+    while (run_dir / f".hydra-{number}").exists():
+        number += 1
+    return f".hydra-{number}"

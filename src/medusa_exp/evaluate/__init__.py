@@ -1,0 +1,1 @@
+"""The honest measurement: what the heads gain, and whether any output changed."""

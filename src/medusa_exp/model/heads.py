@@ -1,0 +1,129 @@
+"""Medusa heads: K small networks that each guess one later token from one hidden state.
+
+B batch, D hidden, V vocabulary, K heads. Head k (from 1) at position t guesses token t+1+k; the
+backbone's own lm_head gives token t+1. After Cai et al., "Medusa" (2024), section 2.1.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from medusa_exp.model.backbone import Backbone
+
+
+class MedusaHeadsConfig(PreTrainedConfig):
+    """Shape of the heads, and which backbone they belong to."""
+
+    model_type = "medusa"
+
+    def __init__(
+        self,
+        num_heads: int = 4,
+        num_layers: int = 1,
+        hidden_size: int = 256,
+        vocab_size: int = 2048,
+        lm_head_bias: bool = False,
+        backbone: str = "",
+        backbone_identity: str = "",
+        **kwargs: object,
+    ) -> None:
+        self.num_heads = num_heads
+        self.num_layers = num_layers
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.lm_head_bias = lm_head_bias
+        self.backbone = backbone
+        self.backbone_identity = backbone_identity
+        super().__init__(**kwargs)
+
+
+class ResBlock(nn.Module):
+    """x + SiLU(Wx + b), with W = 0 and b = 0 at the start: then it is the identity."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., D] to [..., D]."""
+        return x + silu(self.linear(x))
+
+
+class MedusaHeads(PreTrainedModel):
+    """K heads of L residual blocks and a vocabulary projection each; none shares a parameter."""
+
+    config_class = MedusaHeadsConfig
+    base_model_prefix = "medusa"
+
+    def __init__(self, config: MedusaHeadsConfig) -> None:
+        super().__init__(config)
+        size = config.hidden_size
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(ResBlock(size) for _ in range(config.num_layers)))
+            for _ in range(config.num_heads)
+        )
+        self.lm_heads = nn.ModuleList(
+            nn.Linear(size, config.vocab_size, bias=config.lm_head_bias)
+            for _ in range(config.num_heads)
+        )
+        self.post_init()
+
+    @property
+    def num_heads(self) -> int:
+        """K."""
+        return len(self.lm_heads)
+
+    def forward(self, hidden_BD: Tensor, num_heads: int | None = None) -> Tensor:
+        """Return logits_BKV of the first `num_heads` heads (all of them by default)."""
+        used = range(self.num_heads if num_heads is None else num_heads)
+        return torch.stack([self.lm_heads[k](self.blocks[k](hidden_BD)) for k in used], dim=-2)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start residual blocks as the identity; `build_heads` fills the projections."""
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(module.linear.weight)
+            nn.init.zeros_(module.linear.bias)
+
+
+AutoConfig.register("medusa", MedusaHeadsConfig)
+AutoModel.register(MedusaHeadsConfig, MedusaHeads)
+
+
+def build_heads(
+    model: PreTrainedModel | Backbone,
+    *,
+    num_heads: int,
+    num_layers: int = 1,
+    kind: str = "medusa",
+) -> MedusaHeads:
+    """Build fresh float32 heads that fit a backbone, on its device.
+
+    Every projection starts as the backbone's lm_head, so that at step 0 each head predicts what
+    the backbone predicts one place earlier: far better than random, and soon better than that.
+
+    Raises:
+        ValueError: `kind` is not known.
+    """
+    if kind != "medusa":
+        raise ValueError(f"kind={kind} is not known: use medusa.")
+    backbone = model if isinstance(model, Backbone) else Backbone(model)
+    lm_head = backbone.lm_head
+    bias = getattr(lm_head, "bias", None)
+    heads = MedusaHeads(
+        MedusaHeadsConfig(
+            num_heads=num_heads,
+            num_layers=num_layers,
+            hidden_size=backbone.hidden_size,
+            vocab_size=backbone.vocab_size,
+            lm_head_bias=bias is not None,
+            backbone=str(backbone.model.config.name_or_path),
+            backbone_identity=backbone.identity(),
+        )
+    ).float()
+    with torch.no_grad():
+        for projection in heads.lm_heads:
+            projection.weight.copy_(lm_head.weight)
+            if bias is not None:
+                projection.bias.copy_(bias)
+    return heads.to(backbone.device)

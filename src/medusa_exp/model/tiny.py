@@ -1,0 +1,202 @@
+"""Stage pretrain: a data set in; a tokenizer and a small Llama, as a Hugging Face directory, out.
+
+The directory lies in the cache, under a hash of all that made it: runs that ask for the same model
+share it. From here on it is treated like any user's model.
+"""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from medusa_exp.config import Config
+from medusa_exp.data.batches import Batch
+from medusa_exp.data.conversations import Conversation
+from medusa_exp.data.sources import dataset_key, dataset_files, load_split, tokenise
+from medusa_exp.errors import UserError
+from medusa_exp.files import content_key, publish, sha256_file
+
+log = logging.getLogger(__name__)
+
+_END = "<|end|>"
+_ROLE_MARKS = ["<|system|>", "<|user|>", "<|assistant|>"]
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|{{ message.role }}|>
+{{ message.content }}<|end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|assistant|>
+{% endif -%}
+"""
+
+
+def run(config: Config, out: Path) -> dict[str, float]:
+    """Pretrain the model that the config names, unless the cache has it."""
+    if config.model.kind != "tiny" or config.tokenizer.kind != "trained":
+        raise UserError("stage pretrain makes model=tiny with tokenizer=trained: set both.")
+    path = tiny_dir(config)
+    if (path / "config.json").is_file():
+        log.info("the pretrained model is in the cache: %s", path)
+        return {}
+    L.seed_everything(config.seed, verbose=False)
+    conversations = load_split(config, "train")
+    tokenizer = train_tokenizer(conversations, config.tokenizer.vocab_size)
+    model, loss = _pretrain(config, out, conversations, tokenizer)
+    with publish(path) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    log.info("pretrained model written to %s", path)
+    return {"pretrain/loss": loss}
+
+
+def cache_keys(config: Config) -> dict[str, str]:
+    """Return the names of the cache entries that this config uses."""
+    keys = {}
+    if config.dataset.kind == "synthetic":
+        keys["dataset"] = dataset_key(config.dataset)
+    if config.model.kind == "tiny":
+        keys["model"] = tiny_dir(config).name
+    return keys
+
+
+def tiny_dir(config: Config) -> Path:
+    """Return where the pretrained model of this config lies, or will lie."""
+    dataset = config.dataset
+    made_of = [
+        [sha256_file(path) for path in dataset_files(config)],
+        [dataset.val_fraction, dataset.test_fraction, dataset.max_length],
+        asdict(config.tokenizer),
+        asdict(config.model.pretrain),
+        config.seed,
+    ]
+    return Path(config.cache_dir) / "pretrained" / content_key(made_of)
+
+
+def train_tokenizer(
+    conversations: list[Conversation], vocab_size: int
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the text of conversations, with role marks as special tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_END, *_ROLE_MARKS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (message.content for c in conversations for message in c.messages)
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=_END,
+        pad_token=_END,
+        extra_special_tokens=_ROLE_MARKS,
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _pretrain(
+    config: Config,
+    out: Path,
+    conversations: list[Conversation],
+    tokenizer: PreTrainedTokenizerFast,
+) -> tuple[LlamaForCausalLM, float]:
+    from medusa_exp.train.trainer import Batches, build_trainer, pick_device, pick_precision
+
+    settings = config.model.pretrain
+    limit = min(config.dataset.max_length, settings.max_position_embeddings)
+    sequences = tokenise(conversations, tokenizer, limit)
+    model = _build_llama(config, len(tokenizer), tokenizer.eos_token_id)
+    module = _LanguageModelModule(
+        model,
+        learning_rate=settings.learning_rate,
+        warmup_fraction=settings.warmup_fraction,
+        max_steps=settings.max_steps,
+    )
+    batches = Batches(
+        sequences,
+        [],
+        batch_tokens=settings.batch_tokens,
+        seed=config.seed,
+        num_batches=settings.max_steps,
+        val_batches=0,
+    )
+    precision = pick_precision(config, pick_device(config.device))
+    trainer = build_trainer(
+        config, out, "pretrain", max_steps=settings.max_steps, precision=precision
+    )
+    trainer.fit(module, train_dataloaders=batches)
+    return model.cpu(), float(trainer.logged_metrics["pretrain/loss"])
+
+
+def _build_llama(config: Config, vocab_size: int, eos_token_id: int) -> LlamaForCausalLM:
+    settings = config.model.pretrain
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_hidden_layers=settings.num_hidden_layers,
+            num_attention_heads=settings.num_attention_heads,
+            num_key_value_heads=settings.num_key_value_heads,
+            max_position_embeddings=settings.max_position_embeddings,
+            bos_token_id=None,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id,
+        )
+    )
+
+
+class _LanguageModelModule(L.LightningModule):
+    """Plain next-token training on all tokens, prompts too."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        *,
+        learning_rate: float,
+        warmup_fraction: float,
+        max_steps: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.learning_rate = learning_rate
+        self.warmup_fraction = warmup_fraction
+        self.max_steps = max_steps
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the mean cross entropy over real tokens."""
+        ids_BT = batch.input_ids_BT
+        logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+        # Padding is token 0 = the end mark, which is only real once a sequence goes on after it:
+        # the last trained position is the last real one.
+        position_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        last_B1 = (batch.is_trained_BT * position_T).max(dim=1, keepdim=True).values
+        is_real_BT = position_T <= last_B1
+        targets_BT = ids_BT.masked_fill(~is_real_BT, -100)[:, 1:]
+        loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
+        self.log("pretrain/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with warm-up and cosine."""
+        from medusa_exp.train.schedule import warmup_cosine
+
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        schedule = warmup_cosine(optimizer, self.warmup_fraction, self.max_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }

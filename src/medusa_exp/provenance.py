@@ -1,0 +1,145 @@
+"""What a run was made of and what came out: `run.json` and `metrics.json`, merged by stage."""
+
+import logging
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from medusa_exp.config import Config
+from medusa_exp.files import publish, read_json, sha256_file, write_json
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
+
+
+class RunRecord:
+    """The two record files of a run directory; an existing record is continued."""
+
+    def __init__(self, out: Path, config: Config, command: list[str]) -> None:
+        self.out = out
+        self.config = config
+        self.command = command
+        self.metrics: dict[str, float] = read_json(out / "metrics.json", {})
+        self.run: dict[str, Any] = read_json(out / "run.json", {})
+        self.run.setdefault("name", config.name)
+        self.run.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
+        self.run.setdefault("stages", {})
+        self.run.setdefault("data", {})
+        self.run.setdefault("command", command)
+        self.run["seed"] = config.seed
+        self.run["versions"] = {"python": platform.python_version(), **_versions()}
+        self.run["git"] = _git_state(out)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and record how it ended, also when it fails or is interrupted."""
+        entry: dict[str, Any] = {"status": "running", "command": self.command}
+        self.run["stages"][name] = entry
+        self._save()
+        start = time.perf_counter()
+        try:
+            yield
+            entry["status"] = "done"
+        except BaseException as error:
+            entry["status"] = "failed"
+            entry["error"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            entry["seconds"] = round(time.perf_counter() - start, 2)
+            entry["peak_memory_bytes"] = _peak_memory_bytes()
+            self._save()
+
+    def merge_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Add a stage's metrics to `metrics.json` and return them as plain floats."""
+        plain = {name: float(value) for name, value in metrics.items()}
+        self.metrics.update(plain)
+        write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
+        return plain
+
+    def print_summary(self, stages: list[str]) -> None:
+        """Print what the stages took and found, and where it all lies."""
+        from medusa_exp.tracking.terminal import print_summary
+
+        print_summary(self.out, stages, self.run["stages"], self.metrics)
+
+    def _save(self) -> None:
+        from medusa_exp.model.tiny import cache_keys
+
+        self.run["device"] = _device_name(self.config.device)
+        self.run["peak_memory_bytes"] = _peak_memory_bytes()
+        self.run["cache_keys"] = cache_keys(self.config)
+        for path in _data_files(self.config):
+            self.run["data"].setdefault(str(path), sha256_file(path))
+        write_json(self.out / "run.json", self.run)
+
+
+def _data_files(config: Config) -> list[Path]:
+    from medusa_exp.data.sources import dataset_files
+
+    try:
+        return dataset_files(config)
+    except ValueError:  # the stage that needs them says what is wrong
+        return []
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_state(out: Path) -> dict[str, Any]:
+    """Describe the checkout that this package runs from; its uncommitted changes are kept too."""
+    source = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            call = ["git", "-C", str(source), *arguments]
+            return subprocess.run(call, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    # An installed package may lie inside somebody else's checkout: only a tracked file is ours.
+    commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", __file__) else None
+    if commit is None:
+        return {"commit": None, "dirty": False}
+    diff = git("diff", "HEAD") or ""
+    if diff:
+        with publish(out / "uncommitted.diff") as partial:
+            partial.write_text(diff, encoding="utf-8")
+    return {"commit": commit.strip(), "dirty": bool(diff)}
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return f"cuda: {torch.cuda.get_device_name()}"
+    return f"cpu: {_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -1,0 +1,239 @@
+"""The charts of the report: plain rows in, Vega-Lite specifications (JSON dicts) out.
+
+No colour stands here. A mark names its role (`style="reference"`) or one of the page's ranges
+(`category`, `ramp`), and the page gives them colours, light or dark: see `report.html.jinja`.
+Altair is imported where it is used, so that importing this module costs nothing.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+Spec = dict[str, Any]
+
+MEASURES = {"speedup": "speed-up", "tokens_per_step": "tokens per step"}
+
+
+def category_chart(rows: Sequence[Row]) -> Spec:
+    """Draw `speedup` and `tokens_per_step` of every `category`, joined by a line."""
+    import altair as alt
+
+    points = [
+        {"category": row["category"], "measure": label, "value": row[key]}
+        for row in rows
+        for key, label in MEASURES.items()
+        if row.get(key) is not None
+    ]
+    y = alt.Y("category:N", title=None, sort=[row["category"] for row in rows])
+    x = alt.X("value:Q", title="times plain decoding", scale=alt.Scale(zero=False, nice=True))
+    measure = {"title": None, "sort": list(MEASURES.values())}
+    base = alt.Chart(_data(points))
+    dots = base.mark_point(filled=True, size=110, opacity=1).encode(
+        x=x,
+        y=y,
+        color=alt.Color("measure:N", **measure),
+        shape=alt.Shape("measure:N", **measure),
+        tooltip=["category:N", "measure:N", alt.Tooltip("value:Q", format=".2f")],
+    )
+    gaps = base.mark_rule(style="gap").encode(x="min(value):Q", x2="max(value):Q", y=y)
+    return _spec(gaps + dots + _reference(x=1), height=30 * max(len(rows), 2))
+
+
+def accuracy_chart(rows: Sequence[Row]) -> Spec:
+    """Draw a bar for every row of `head`, `kind` ("top-1", "top-5") and `share` (0..1)."""
+    import altair as alt
+
+    base = alt.Chart(_data(rows)).encode(
+        x=alt.X("head:N", title=None, sort=None, axis=alt.Axis(labelAngle=0)),
+        xOffset=alt.XOffset("kind:N"),
+        y=alt.Y("share:Q", title=None, axis=_percent(), scale=alt.Scale(domain=[0, 1])),
+    )
+    bars = base.mark_bar(cornerRadiusEnd=2).encode(
+        color=alt.Color("kind:N", title=None),
+        tooltip=["head:N", "kind:N", alt.Tooltip("share:Q", format=".1%")],
+    )
+    labels = base.mark_text(dy=-7).encode(text=alt.Text("share:Q", format=".0%"))
+    return _spec(bars + labels)
+
+
+def rank_chart(rank_share: Sequence[Sequence[float]]) -> Spec:
+    """Draw how often each guess of each head is right, heads down and ranks across."""
+    import altair as alt
+
+    cells = [
+        {"head": f"head {head}", "rank": rank, "share": share, "percent": f"{100 * share:.0f}"}
+        for head, shares in enumerate(rank_share, 1)
+        for rank, share in enumerate(shares)
+    ]
+    base = alt.Chart(_data(cells)).encode(
+        x=alt.X("rank:O", title="rank of the guess (0 = likeliest)", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("head:N", title=None, sort=None),
+        tooltip=["head:N", "rank:O", alt.Tooltip("share:Q", format=".2%", title="right")],
+    )
+    tiles = base.mark_rect(cornerRadius=3).encode(color=_ramp("share"))
+    return _spec(tiles + _on_ramp(base, "percent", "share"), height=46 * len(rank_share))
+
+
+def tree_chart(
+    parents: Sequence[int], ranks: Sequence[int], probability: Sequence[float] | None
+) -> Spec:
+    """Draw a tree from left to right: a column for each depth, a row for each leaf.
+
+    `probability` of a node is that of a decoding step committing it; without it all nodes have
+    one colour. Raises nothing for a tree of one node.
+    """
+    import altair as alt
+
+    nodes = tree_layout(parents, ranks, probability)
+    num_leaves = 1 + max(node["row"] for node in nodes)
+    row_height = min(30.0, max(15.0, 560 / num_leaves))
+    x = alt.X(
+        "depth:Q",
+        title=None,
+        scale=alt.Scale(domain=[-0.3, max(node["depth"] for node in nodes) + 0.3], nice=False),
+        axis=alt.Axis(
+            orient="top",
+            values=list(range(1 + max(node["depth"] for node in nodes))),
+            labelExpr="datum.value == 0 ? 'root' : 'head ' + datum.value",
+            grid=False,
+            domain=False,
+        ),
+    )
+    scale = alt.Scale(domain=[-0.7, num_leaves - 0.3], reverse=True, nice=False)
+    y = alt.Y("row:Q", title=None, axis=None, scale=scale)
+    edges = [
+        {"edge": child, "depth": nodes[node]["depth"], "row": nodes[node]["row"]}
+        for child, parent in enumerate(parents)
+        if child
+        for node in (parent, child)
+    ]
+    lines = alt.Chart(_data(edges)).mark_line(style="edge").encode(x=x, y=y, detail="edge:N")
+    tooltip = ["path:N", "depth:Q", *([] if probability is None else ["probability:Q"])]
+    base = alt.Chart(_data(nodes)).encode(x=x, y=y, tooltip=tooltip)
+    circles = base.mark_circle(style="node", size=(row_height - 2) ** 2 * 0.78, opacity=1)
+    if probability is not None:
+        circles = circles.encode(color=_ramp("probability"))
+    labels = _on_ramp(base, "rank", "probability", size=min(11, row_height - 5))
+    return _spec(lines + circles + labels, height=int(row_height * num_leaves + 12))
+
+
+def tree_layout(
+    parents: Sequence[int], ranks: Sequence[int], probability: Sequence[float] | None
+) -> list[Row]:
+    """Return a row of chart data for each node: its depth, and a row of its own for each leaf.
+
+    Leaves are numbered in depth-first order, likelier guesses first; a parent stands midway
+    between its first and last child.
+    """
+    children: list[list[int]] = [[] for _ in parents]
+    nodes: list[Row] = [{"path": "root", "depth": 0, "rank": ""}]
+    for node in range(1, len(parents)):
+        above = nodes[parents[node]]
+        path = str(ranks[node]) if parents[node] == 0 else f"{above['path']} > {ranks[node]}"
+        nodes.append({"path": path, "depth": above["depth"] + 1, "rank": str(ranks[node])})
+        children[parents[node]].append(node)
+    next_leaf, waiting = 0, [0]
+    while waiting:
+        node = waiting.pop()
+        if not children[node]:
+            nodes[node]["row"], next_leaf = float(next_leaf), next_leaf + 1
+        waiting.extend(sorted(children[node], key=lambda child: -ranks[child]))
+    for node in range(len(parents) - 1, -1, -1):
+        rows = [nodes[child]["row"] for child in children[node]]
+        if rows:
+            nodes[node]["row"] = (min(rows) + max(rows)) / 2
+        nodes[node]["probability"] = 1.0 if probability is None else round(probability[node], 4)
+    return nodes
+
+
+def calibration_chart(curve: Sequence[Row], field: str, title: str, chosen: int) -> Spec:
+    """Draw `field` of the calibration curve against the number of nodes, and mark the choice."""
+    import altair as alt
+
+    x = alt.X("num_nodes:Q", title="nodes in the tree", axis=alt.Axis(tickMinStep=1))
+    y = alt.Y(f"{field}:Q", title=None, scale=alt.Scale(zero=False))
+    tooltip = [alt.Tooltip("num_nodes:Q", title="nodes"), alt.Tooltip(f"{field}:Q", format=",.2f")]
+    base = alt.Chart(_data(curve), title=title).encode(x=x, y=y, tooltip=tooltip)
+    mark = alt.Chart(_data([row for row in curve if row["num_nodes"] == chosen]))
+    ring = mark.mark_point(style="chosen", size=190).encode(x=x, y=y, tooltip=tooltip)
+    dots = base.mark_point(filled=True, size=34, opacity=1)
+    return _spec(_reference(chosen) + base.mark_line() + dots + ring, height=190)
+
+
+def length_chart(lengths: Sequence[int]) -> Spec:
+    """Draw the share of decoding steps that committed 1, 2, 3, ... tokens."""
+    import altair as alt
+
+    counts = Counter(lengths)
+    rows = [
+        {"tokens": tokens, "steps": counts[tokens], "share": counts[tokens] / len(lengths)}
+        for tokens in range(1, max(counts) + 1)
+    ]
+    base = alt.Chart(_data(rows)).encode(
+        x=alt.X("tokens:O", title="tokens committed in a step", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("share:Q", title="share of steps", axis=_percent()),
+    )
+    bars = base.mark_bar(cornerRadiusEnd=2).encode(
+        tooltip=["tokens:O", "steps:Q", alt.Tooltip("share:Q", format=".1%")]
+    )
+    labels = base.mark_text(dy=-7).encode(text=alt.Text("share:Q", format=".0%"))
+    return _spec(bars + labels)
+
+
+def curve_chart(rows: Sequence[Row], title: str, is_share: bool = False) -> Spec:
+    """Draw lines of `value` against `step`, one for each `series`."""
+    import altair as alt
+
+    axis = _percent() if is_share else alt.Axis(tickCount=5)
+    y = alt.Y("value:Q", title=None, axis=axis, scale=alt.Scale(zero=False))
+    series = alt.Color("series:N", title=None, sort=sorted({row["series"] for row in rows}))
+    shown = ".1%" if is_share else ".4~g"
+    base = alt.Chart(_data(rows), title=title).encode(
+        x=alt.X("step:Q", axis=alt.Axis(tickCount=5, format="~s")),
+        y=y,
+        color=series,
+        tooltip=["series:N", "step:Q", alt.Tooltip("value:Q", format=shown)],
+    )
+    return _spec(base.mark_line() + base.mark_point(filled=True, size=20, opacity=1), height=200)
+
+
+def _data(rows: Sequence[Row]) -> Any:
+    import altair as alt
+
+    return alt.Data(values=list(rows))
+
+
+def _percent() -> Any:
+    import altair as alt
+
+    return alt.Axis(format=".0%", tickCount=5)
+
+
+def _reference(x: float) -> Any:
+    import altair as alt
+
+    return alt.Chart(_data([{"x": x}])).mark_rule(style="reference").encode(x="x:Q")
+
+
+def _ramp(field: str) -> Any:
+    """Colour by a share; the square root keeps small shares apart."""
+    import altair as alt
+
+    return alt.Color(f"{field}:Q", scale=alt.Scale(type="sqrt", domain=[0, 1]), legend=None)
+
+
+def _on_ramp(base: Any, text: str, share: str, size: float = 11) -> Any:
+    """Write on marks coloured by `_ramp`, in the ink that is legible there."""
+    written = base.encode(text=f"{text}:N")
+    pale = written.transform_filter(f"datum.{share} < 0.3")
+    strong = written.transform_filter(f"datum.{share} >= 0.3")
+    return pale.mark_text(style="on-pale", fontSize=size) + strong.mark_text(
+        style="on-strong", fontSize=size
+    )
+
+
+def _spec(chart: Any, height: int = 230) -> Spec:
+    """Finish a chart: as wide as its place, its colours left to the page, no URL in it."""
+    spec = chart.properties(width="container", height=height).to_dict()
+    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}

@@ -1,0 +1,46 @@
+"""`history.jsonl`: every logged step of training, whatever the logger.
+
+A line is {"stage": ..., "step": ..., metric: number, ...}. It is only ever added to; where a run
+was resumed, a step may stand twice, and the later line counts.
+"""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import Logger
+
+
+class HistoryLogger(Logger):
+    """Lightning's logger interface onto history.jsonl, mirrored to W&B where a run is open."""
+
+    def __init__(self, out: Path, stage: str) -> None:
+        super().__init__()
+        self.path = out / "history.jsonl"
+        self.stage = stage
+
+    @property
+    def name(self) -> str:
+        """The stage."""
+        return self.stage
+
+    @property
+    def version(self) -> str:
+        """Of no use here; Lightning wants one."""
+        return ""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one line; numbers that JSON cannot say are left out."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        finite.pop("epoch", None)
+        line = {"stage": self.stage, "step": step, **finite}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if wandb.run is not None:
+            wandb.log({f"{self.stage}/step": step, **finite})
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any) -> None:
+        """Nothing to do: the composed config is kept by Hydra and by W&B."""

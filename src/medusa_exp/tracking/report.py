@@ -1,0 +1,244 @@
+"""The report of a run: files of the run directory in, one self-contained `report.html` out.
+
+A function below turns what was read into what the template shows in the section of its name, or
+into None where the file is not there yet; the template then names the stage that writes it. The
+page loads nothing: scripts and styles are inline, and its content security policy forbids more.
+"""
+
+import json
+import math
+import re
+import shlex
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from medusa_exp.errors import UserError
+from medusa_exp.files import publish, read_json
+from medusa_exp.tracking import charts
+
+MAX_CURVE_POINTS = 300
+"""More points of a line are thinned evenly; the last one always stays."""
+
+_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:pad|bos|eos|unk|start_of_turn|end_of_turn)>")
+_PANELS = {
+    "train/loss": "Training loss",
+    "val/loss": "Held-out loss",
+    "val/top1": "Held-out top-1",
+    "val/top5": "Held-out top-5",
+}
+
+Row = dict[str, Any]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` from the files of the run directory, and return its path.
+
+    A file that is absent costs its section, not the report.
+
+    Raises:
+        UserError: a file is not valid JSON.
+    """
+    path = run_dir / "report.html"
+    with publish(path) as partial:
+        partial.write_text(_render(_content(run_dir)), encoding="utf-8")
+    return path
+
+
+def _content(run_dir: Path) -> Row:
+    metrics = {
+        name: value
+        for name, value in read_json(run_dir / "metrics.json", {}).items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+    run = read_json(run_dir / "run.json", {})
+    calibration = read_json(run_dir / "calibration.json")
+    records = _first_batch_size(_read_jsonl(run_dir / "records.jsonl"))
+    return {
+        "run": run,
+        "m": metrics,
+        "headline": _headline(metrics, records),
+        "samples": _read_jsonl(run_dir / "samples.jsonl"),
+        "categories": _categories(metrics, records),
+        "heads": _heads(metrics),
+        "rank_chart": charts.rank_chart(calibration["rank_share"]) if calibration else None,
+        "tree": _tree(read_json(run_dir / "tree.json"), calibration),
+        "calibration": _calibration(calibration),
+        "lengths": _lengths(records),
+        "curves": _curves(_read_jsonl(run_dir / "history.jsonl")),
+        "command": shlex.join(run.get("command", [])),
+        "run_dir": shlex.quote(f"run_dir={run_dir}"),
+    }
+
+
+def _render(content: Row) -> str:
+    import jinja2
+    import vl_convert
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["parts"] = _parts
+    scripts = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    return environment.get_template("report.html.jinja").render(content, scripts=scripts)
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    """Read one JSON object a line; a torn last line, left by a killed writer, is passed over."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from error
+    return rows
+
+
+def _first_batch_size(records: Iterable[Row]) -> list[Row]:
+    """Keep Medusa's records of the smallest batch size: there is one for each prompt."""
+    ours = [record for record in records if record["method"] == "tree"]
+    smallest = min((record.get("batch_size", 1) for record in ours), default=1)
+    return [record for record in ours if record.get("batch_size", 1) == smallest]
+
+
+def _headline(metrics: Row, records: list[Row]) -> Row | None:
+    if "eval/speedup" not in metrics and not records:
+        return None
+    checked = [record["identical"] for record in records if record.get("identical") is not None]
+    fraction = metrics.get("eval/identical_fraction")
+    ratios = [
+        record["baseline_seconds"] / record["seconds"]
+        for record in records
+        if record.get("baseline_seconds") and record.get("seconds")
+    ]
+    return {
+        "speedup": metrics.get("eval/speedup"),
+        "num_prompts": len(records),
+        "num_checked": len(checked),
+        "num_identical": sum(checked),
+        "fraction": fraction,
+        "is_checked": bool(checked) or fraction is not None,
+        "is_identical": all(checked) and (fraction is None or fraction >= 1),
+        "quartiles": statistics.quantiles(ratios, n=4) if len(ratios) >= 4 else None,
+    }
+
+
+def _parts(piece: str) -> list[tuple[str, str]]:
+    """Split a token's text into (kind, text): special tokens and line ends are to be seen."""
+    if _SPECIAL.fullmatch(piece.strip()):
+        return [("special", piece.strip())]
+    parts = [("newline" if part == "\n" else "text", part) for part in re.split("(\n)", piece)]
+    return [part for part in parts if part[1]]
+
+
+def _categories(metrics: Row, records: list[Row]) -> Row | None:
+    rows: dict[str, Row] = {}
+    for name, value in metrics.items():
+        match = re.fullmatch(r"eval/category/(.+)/(speedup|tokens_per_step)", name)
+        if match:
+            rows.setdefault(match[1], {"category": match[1]})[match[2]] = value
+    for category, row in rows.items():
+        row["num_prompts"] = sum(record.get("category") == category for record in records)
+    ordered = sorted(rows.values(), key=lambda row: -row.get("speedup", 0.0))
+    return {"rows": ordered, "chart": charts.category_chart(ordered)} if rows else None
+
+
+def _heads(metrics: Row) -> Row | None:
+    numbers = sorted(
+        int(match[1]) for name in metrics if (match := re.fullmatch(r"val/top1_head(\d+)", name))
+    )
+    fields = ("loss", "top1", "top5")
+    rows = [{f: metrics.get(f"val/{f}_head{k}") for f in fields} | {"head": k} for k in numbers]
+    bars = [
+        {"head": f"head {row['head']}", "kind": kind, "share": row[field]}
+        for row in rows
+        for field, kind in (("top1", "top-1"), ("top5", "top-5"))
+        if row[field] is not None
+    ]
+    return {"rows": rows, "chart": charts.accuracy_chart(bars)} if rows else None
+
+
+def _tree(tree: Row | None, calibration: Row | None) -> Row | None:
+    if tree is None:
+        return None
+    parents, probability = tree["parents"], (calibration or {}).get("node_probability")
+    if probability is not None and len(probability) != len(parents):
+        probability = None  # another tree than the calibrated one
+    nodes = charts.tree_layout(parents, tree["ranks"], probability)
+    return {
+        "num_nodes": len(parents),
+        "depth": max(node["depth"] for node in nodes),
+        "has_probability": probability is not None,
+        "expected": sum(probability or []),
+        "chart": charts.tree_chart(parents, tree["ranks"], probability),
+    }
+
+
+def _calibration(calibration: Row | None) -> Row | None:
+    if calibration is None:
+        return None
+    plain, chosen = calibration["plain_step_seconds"], calibration["num_nodes"]
+    curve = [{**row, "relative": row["step_seconds"] / plain} for row in calibration["curve"]]
+    titles = {
+        "tokens_per_step": "Tokens per step",
+        "relative": "Step time (plain step = 1)",
+        "tokens_per_second": "Tokens per second",
+    }
+    return {
+        "num_positions": calibration["num_positions"],
+        "curve": curve,
+        "chosen": chosen,
+        "charts": {t: charts.calibration_chart(curve, f, t, chosen) for f, t in titles.items()},
+    }
+
+
+def _lengths(records: list[Row]) -> Row | None:
+    lengths = [length for record in records for length in record["accept_lengths"]]
+    if not lengths:
+        return None
+    longer = sum(length > 1 for length in lengths) / len(lengths)
+    mean = statistics.fmean(lengths)
+    chart = charts.length_chart(lengths)
+    return {"total": len(lengths), "mean": mean, "longer": longer, "chart": chart}
+
+
+def _curves(history: list[Row]) -> Row | None:
+    """Group the history as stage -> panels; the last line of a (stage, step, metric) counts."""
+    values = {
+        (row["stage"], name, row["step"]): value
+        for row in history
+        for name, value in row.items()
+        if name not in ("stage", "step") and isinstance(value, int | float)
+    }
+    panels: dict[str, dict[str, dict[str, list[Row]]]] = {}
+    num_broken = 0
+    for (stage, name, step), value in sorted(values.items()):
+        num_broken += not math.isfinite(value)
+        if math.isfinite(value):
+            panel, head = re.fullmatch(r"(.+?)(?:_head(\d+))?", name).groups()
+            series = f"head {head}" if head else "all"
+            lines = panels.setdefault(stage, {}).setdefault(panel, {})
+            lines.setdefault(series, []).append({"step": step, "value": value, "series": series})
+    stages = {
+        stage: {_PANELS.get(name, name): _curve(name, lines) for name, lines in found.items()}
+        for stage, found in panels.items()
+    }
+    return {"stages": stages, "num_broken": num_broken} if values else None
+
+
+def _curve(name: str, lines: dict[str, list[Row]]) -> Row:
+    rows = [
+        row
+        for line in lines.values()
+        for row in [*line[:: -(-len(line) // MAX_CURVE_POINTS)][:-1], line[-1]]
+    ]
+    return charts.curve_chart(rows, _PANELS.get(name, name), is_share="top" in name)

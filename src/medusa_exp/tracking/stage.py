@@ -1,0 +1,15 @@
+"""Stage report: the run directory's files in, report.html out."""
+
+import logging
+from pathlib import Path
+
+from medusa_exp.config import Config
+from medusa_exp.tracking.report import write_report
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, out: Path) -> dict[str, float]:
+    """Write the report; it adds no number."""
+    write_report(out)
+    return {}

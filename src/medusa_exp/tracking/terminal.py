@@ -1,0 +1,39 @@
+"""What the terminal shows at the end of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_HEADLINES = (
+    ("eval/speedup", "speed-up over plain decoding", "{:.2f}x"),
+    ("eval/tokens_per_step", "tokens per backbone step", "{:.2f}"),
+    ("eval/identical_fraction", "answers identical to plain decoding", "{:.1%}"),
+    ("eval/prompt_lookup_tokens_per_step", "prompt lookup, tokens per step", "{:.2f}"),
+    ("eval/prompt_lookup_speedup", "prompt lookup, speed-up", "{:.2f}x"),
+    ("eval/baseline_vs_hf", "our plain decoding over model.generate", "{:.2f}x"),
+    ("calibrate/predicted_speedup", "speed-up that calibration predicted", "{:.2f}x"),
+    ("calibrate/num_nodes", "nodes of the tree", "{:.0f}"),
+    ("eval/backbone_nats_per_token", "backbone's held-out loss, nats per token", "{:.3f}"),
+    ("train/loss", "loss of the heads", "{:.3f}"),
+)
+
+
+def print_summary(
+    out: Path, stages: list[str], record: dict[str, Any], metrics: dict[str, float]
+) -> None:
+    """Print two tables, and where the files lie."""
+    console = Console()
+    times = Table("stage", "seconds", title=None)
+    for stage in stages:
+        times.add_row(stage, f"{record[stage]['seconds']:.1f}")
+    figures = Table("figure", "value")
+    for name, label, form in _HEADLINES:
+        if name in metrics:
+            figures.add_row(label, form.format(metrics[name]))
+    console.print(times)
+    if figures.row_count:
+        console.print(figures)
+    report = out / "report.html"
+    console.print(f"report: {report}" if report.is_file() else f"run directory: {out}", soft_wrap=True)

@@ -1,0 +1,94 @@
+"""W&B and CSV beside the run directory's own files, which never depend on them."""
+
+import csv
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from medusa_exp.config import Config, to_dict
+from medusa_exp.files import publish, read_json
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """A context around a run's stages that opens and closes what `logger` names.
+
+    While it is open with W&B, `wandb.run` is the run, by W&B's own convention; stages log there.
+    """
+
+    def __init__(self, config: Config, out: Path) -> None:
+        self.config = config
+        self.out = out
+        self.run: Any = None
+
+    def __enter__(self) -> "Tracker":
+        if self.config.logger.kind == "wandb":
+            self.run = _open_wandb(self.config, self.out)
+        return self
+
+    def summary(self, metrics: dict[str, float]) -> None:
+        """Add a stage's metrics to W&B's summary."""
+        if self.run is not None:
+            self.run.summary.update(metrics)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.run is not None:
+            self.run.finish(exit_code=0 if kind is None else 1)
+        if self.config.logger.kind == "csv":
+            _write_csv(self.out)
+
+
+def _open_wandb(config: Config, out: Path) -> Any:
+    # W&B says on standard error where it syncs to; the summary table says what a user needs.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    logger = config.logger
+    run = wandb.init(
+        project=logger.project,
+        entity=logger.entity,
+        group=logger.group,
+        name=f"{config.name}/{out.name}",
+        tags=logger.tags or None,
+        notes=logger.notes,
+        mode=logger.mode,  # type: ignore[arg-type]
+        dir=out,
+        config=to_dict(config),
+        settings=wandb.Settings(console="off"),
+    )
+    for stage in ("pretrain", "train"):
+        run.define_metric(f"{stage}/step", hidden=True)
+        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    run.define_metric("val/*", step_metric="train/step")
+    return run
+
+
+def _write_csv(out: Path) -> None:
+    """Write metrics.csv (name, value) and history.csv (a row a step) from the files of record."""
+    metrics = read_json(out / "metrics.json", {})
+    with publish(out / "metrics.csv") as partial, partial.open("w", newline="") as file:
+        csv.writer(file).writerows([("name", "value"), *metrics.items()])
+    rows = read_history(out)
+    names = sorted({name for row in rows for name in row} - {"stage", "step"})
+    with publish(out / "history.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["stage", "step", *names])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_history(out: Path) -> list[dict[str, Any]]:
+    """Read history.jsonl."""
+    import json
+
+    path = out / "history.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,19 @@
+"""The learning-rate schedule."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_cosine(optimizer: Optimizer, warmup_fraction: float, max_steps: int) -> LambdaLR:
+    """Rise linearly over a share of the steps, then fall to zero along a cosine."""
+    warmup_steps = max(1, round(warmup_fraction * max_steps))
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return LambdaLR(optimizer, factor)

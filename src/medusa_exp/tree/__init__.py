@@ -1,0 +1,5 @@
+"""The tree of guesses that one decoding step checks."""
+
+from medusa_exp.tree.tree import Tree, chain
+
+__all__ = ["Tree", "chain"]

@@ -1,0 +1,42 @@
+"""Which tree a run decodes with."""
+
+from importlib import resources
+from pathlib import Path
+
+from medusa_exp.config import Config
+from medusa_exp.errors import UserError
+from medusa_exp.files import read_json
+from medusa_exp.tree.tree import Tree, chain
+
+CALIBRATION = "calibration.json"
+
+
+def choose_tree(config: Config, out: Path, num_heads: int) -> Tree:
+    """Return the tree that `tree` names.
+
+    A calibrated one is read from calibration.json, not from tree.json, which holds whatever tree
+    was used last.
+
+    Raises:
+        UserError: there is no calibration yet, or the tree is deeper than there are heads.
+    """
+    kind = config.tree.kind
+    if kind == "chain":
+        return chain(num_heads)
+    if kind == "calibrated":
+        calibration = read_json(out / CALIBRATION)
+        if calibration is None:
+            raise UserError(
+                f"{out / CALIBRATION} does not exist: run stage calibrate, or set tree=chain."
+            )
+        tree = Tree(**calibration["tree"])
+    else:
+        file = resources.files("medusa_exp.tree") / f"{kind}.json"
+        with resources.as_file(file) as path:
+            tree = Tree.from_paths(read_json(path)["paths"])
+    if tree.depth > num_heads:
+        raise UserError(
+            f"tree={kind} is {tree.depth} guesses deep, and there are {num_heads} heads: raise "
+            "head.num_heads and train again, or choose another tree."
+        )
+    return tree

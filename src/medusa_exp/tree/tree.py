@@ -1,0 +1,121 @@
+"""A tree of guesses: which head's which guess follows which.
+
+N nodes. Node 0 is the root, the token already certain; a node at depth d holds a guess of head d,
+and its rank says which one (0 = the likeliest). Parents stand before their children.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from medusa_exp.errors import UserError
+from medusa_exp.files import read_json, write_json
+
+Path_ = tuple[int, ...]
+"""Ranks from the first head on: (0, 2) is the third guess of head 2 after the first of head 1."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Parent and rank of every node; the root has -1 for both.
+
+    Raises:
+        ValueError: parents do not stand before children, or two siblings share a rank.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parents", tuple(int(p) for p in self.parents))
+        object.__setattr__(self, "ranks", tuple(int(r) for r in self.ranks))
+        if len(self.parents) != len(self.ranks) or not self.parents:
+            raise ValueError("a tree needs as many parents as ranks, and a root at least.")
+        if (self.parents[0], self.ranks[0]) != (-1, -1):
+            raise ValueError("node 0 is the root: its parent and rank are -1.")
+        for node, (parent, rank) in enumerate(zip(self.parents[1:], self.ranks[1:], strict=True), 1):
+            if not 0 <= parent < node:
+                raise ValueError(f"node {node}: parent {parent} must stand before it.")
+            if rank < 0:
+                raise ValueError(f"node {node}: rank {rank} is negative.")
+        if len(set(self.paths)) != len(self.paths):
+            raise ValueError("two siblings share a rank.")
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[Sequence[int]]) -> "Tree":
+        """Build from paths of ranks, in the form of the reference's `medusa_choices`.
+
+        The order of the paths does not matter; nodes come out depth first, likelier guesses
+        before others, so that the likeliest path is nodes 0, 1, 2, ...
+
+        Raises:
+            ValueError: a path's prefix is not among the paths.
+        """
+        wanted = sorted({tuple(int(rank) for rank in path) for path in paths} - {()})
+        nodes: dict[Path_, int] = {(): 0}
+        for path in wanted:
+            if path[:-1] not in nodes:
+                raise ValueError(f"path {list(path)} has no parent {list(path[:-1])} in the tree.")
+            nodes[path] = len(nodes)
+        return cls(
+            (-1, *(nodes[path[:-1]] for path in wanted)), (-1, *(path[-1] for path in wanted))
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Tree":
+        """Read `{"parents": [...], "ranks": [...]}`.
+
+        Raises:
+            UserError: the file is missing or holds no tree.
+        """
+        value = read_json(path)
+        if value is None:
+            raise UserError(f"{path} does not exist: run stage calibrate, or choose tree=chain.")
+        try:
+            return cls(value["parents"], value["ranks"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} holds no tree: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write what `load` reads."""
+        write_json(path, {"parents": list(self.parents), "ranks": list(self.ranks)})
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @cached_property
+    def depths(self) -> np.ndarray:
+        """Return depth_N: 0 for the root, k for a guess of head k."""
+        depths = np.zeros(len(self), dtype=np.int64)
+        for node, parent in enumerate(self.parents[1:], 1):
+            depths[node] = depths[parent] + 1
+        return depths
+
+    @property
+    def depth(self) -> int:
+        """The deepest node's depth: how many heads the tree uses."""
+        return int(self.depths.max())
+
+    @cached_property
+    def paths(self) -> list[Path_]:
+        """Return each node's path of ranks; the root's is ()."""
+        paths: list[Path_] = [()]
+        for parent, rank in zip(self.parents[1:], self.ranks[1:], strict=True):
+            paths.append((*paths[parent], rank))
+        return paths
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """Return mask_NN, True where the row's node descends from (or is) the column's."""
+        mask = np.eye(len(self), dtype=bool)
+        for node, parent in enumerate(self.parents[1:], 1):
+            mask[node] |= mask[parent]
+        return mask
+
+
+def chain(num_heads: int) -> Tree:
+    """The first guess of every head: one branch of `num_heads` nodes below the root."""
+    return Tree(range(-1, num_heads), (-1,) + (0,) * num_heads)  # type: ignore[arg-type]
