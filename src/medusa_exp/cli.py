@@ -75,8 +75,11 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     Writes `run.json` and `metrics.json` after every stage, so that a failure keeps what was done.
     """
     from medusa_exp.provenance import RunRecord
+    from medusa_exp.tracking.terminal import quiet_libraries
     from medusa_exp.tracking.tracker import Tracker
 
+    if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
+        quiet_libraries()
     record = RunRecord(out, config, command)
     with Tracker(config, out) as tracker:
         for name in config.stages:

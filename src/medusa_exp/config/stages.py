@@ -29,11 +29,13 @@ class TrainConfig:
     """Optimiser steps; overrides `epochs`."""
     epochs: float = 2.0
     """Passes over the training split, where `max_steps` is not set."""
+    min_steps: int = 1000
+    """A small data set is walked more often than `epochs`, until so many steps are made."""
     batch_tokens: int = 4096
     """Tokens of a micro-batch, padding included."""
     accumulate: int = 1
     """Micro-batches to an optimiser step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.0
     warmup_fraction: float = 0.05
     """Share of the steps with a rising learning rate; a cosine to zero follows."""
@@ -54,7 +56,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.max_steps is not None:
             at_least("train.max_steps", self.max_steps, 1)
-        for key in ("batch_tokens", "accumulate", "loss_chunk_rows", "val_every", "val_batches"):
+        for key in ("batch_tokens", "accumulate", "min_steps", "loss_chunk_rows", "val_every", "val_batches"):
             at_least(f"train.{key}", getattr(self, key), 1)
         at_least("train.checkpoint_every", self.checkpoint_every, 1)
         at_least("train.learning_rate", self.learning_rate, 0.0)

@@ -89,7 +89,10 @@ def _tokenise(
     text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
 ) -> Rendered:
     # The template has written every special token; adding them again would double the BOS.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # verbose=False: the caller cuts to its own length limit, and counts what it cut.
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
     is_trained = [False] * len(encoded.input_ids)
     position = 0
     ends = [end for _, end in encoded.offset_mapping]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,6 +27,9 @@ from medusa_exp.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
+"""What transformers raises for directories that are not what they should be."""
+
 
 class Backbone:
     """A frozen model with the two things Medusa needs: last hidden states, and logits on a tree.
@@ -39,8 +43,6 @@ class Backbone:
         if self.lm_head is None or model.config.is_encoder_decoder:
             raise UserError(f"{_name(model)} is no decoder-only language model with an lm_head.")
         self.body: nn.Module = model.get_decoder()
-        self._lm_head_input: Tensor | None = None
-        self.lm_head.register_forward_pre_hook(self._keep_input)
         self._check_body()
 
     @property
@@ -93,7 +95,7 @@ class Backbone:
             position_ids_BN: None counts on from the cache.
             last_only: logits and hidden state of the last token alone (N = 1 in the result).
         """
-        output = self.model(
+        return self._with_lm_head_input(
             input_ids=input_ids_BN,
             past_key_values=cache,
             attention_mask=mask,
@@ -101,9 +103,6 @@ class Backbone:
             use_cache=True,
             logits_to_keep=1 if last_only else 0,
         )
-        hidden_BND = self._lm_head_input
-        self._lm_head_input = None
-        return output.logits, hidden_BND
 
     def identity(self) -> str:
         """Return a sha256 over dimensions, final norm and lm_head: what heads are trained for.
@@ -122,22 +121,26 @@ class Backbone:
                 digest.update(values.cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _keep_input(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._lm_head_input = arguments[0]
+    def _with_lm_head_input(self, **arguments: Any) -> tuple[Tensor, Tensor]:
+        """Call the model; return its logits and what its lm_head read to make them."""
+        kept: list[Tensor] = []
+        handle = self.lm_head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        try:
+            logits = self.model(**arguments).logits
+        finally:
+            handle.remove()
+        return logits, kept[0]
 
     @torch.inference_mode()
     def _check_body(self) -> None:
         """Refuse models that change the last hidden state once more before their lm_head."""
         ids_BT = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        self.model(input_ids=ids_BT, use_cache=False)
-        if self._lm_head_input is None or not torch.allclose(
-            self._lm_head_input, self.hidden_states(ids_BT), rtol=1e-2, atol=1e-3
-        ):
+        _, read_BTD = self._with_lm_head_input(input_ids=ids_BT, use_cache=False)
+        if not torch.allclose(read_BTD, self.hidden_states(ids_BT), rtol=1e-2, atol=1e-3):
             raise UserError(
                 f"{_name(self.model)}: what its lm_head reads is not its last hidden state; "
                 "heads cannot be trained on this architecture."
             )
-        self._lm_head_input = None
 
 
 def _is_final(module: nn.Module) -> bool:
@@ -185,16 +188,20 @@ def load_backbone(config: Config) -> Backbone:
     path = model_path(config)
     options = {"revision": config.model.revision} if config.model.revision else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path,
+            output_loading_info=True,
             dtype=config.dtype.backbone,
             attn_implementation=config.model.attn_implementation,
             trust_remote_code=config.model.trust_remote_code,
             use_safetensors=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (*_LOADING_ERRORS, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={path} cannot be loaded: {_first_lines(error)}") from error
+    if report["missing_keys"]:  # transformers would go on with random values for them
+        names = ", ".join(sorted(report["missing_keys"])[:4])
+        raise UserError(f"model.path={path}: its files lack {names}, which its config asks for.")
     return Backbone(model.to(pick_device(config.device)))
 
 
@@ -212,7 +219,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         vocab_size = AutoConfig.from_pretrained(
             model, trust_remote_code=trust
         ).get_text_config().vocab_size
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _LOADING_ERRORS as error:
         raise UserError(f"the tokenizer in {path} cannot be loaded: {_first_lines(error)}") from error
     check_chat_template(tokenizer, path)
     if len(tokenizer) > vocab_size:

@@ -44,6 +44,8 @@ class ResBlock(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
@@ -80,10 +82,7 @@ class MedusaHeads(PreTrainedModel):
         return torch.stack([self.lm_heads[k](self.blocks[k](hidden_BD)) for k in used], dim=-2)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Start residual blocks as the identity; `build_heads` fills the projections."""
-        if isinstance(module, ResBlock):
-            nn.init.zeros_(module.linear.weight)
-            nn.init.zeros_(module.linear.bias)
+        """Leave what the constructors made: transformers would draw every Linear anew."""
 
 
 AutoConfig.register("medusa", MedusaHeadsConfig)

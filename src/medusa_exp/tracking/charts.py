@@ -26,14 +26,18 @@ def category_chart(rows: Sequence[Row]) -> Spec:
         if row.get(key) is not None
     ]
     y = alt.Y("category:N", title=None, sort=[row["category"] for row in rows])
-    x = alt.X("value:Q", title="times plain decoding", scale=alt.Scale(zero=False, nice=True))
-    measure = {"title": None, "sort": list(MEASURES.values())}
+    x = alt.X(
+        "value:Q",
+        title="times plain decoding",
+        scale=alt.Scale(zero=False),
+        axis=alt.Axis(tickCount=6),
+    )
     base = alt.Chart(_data(points))
     dots = base.mark_point(filled=True, size=110, opacity=1).encode(
         x=x,
         y=y,
-        color=alt.Color("measure:N", **measure),
-        shape=alt.Shape("measure:N", **measure),
+        color=alt.Color("measure:N", title=None),
+        shape=alt.Shape("measure:N", title=None),
         tooltip=["category:N", "measure:N", alt.Tooltip("value:Q", format=".2f")],
     )
     gaps = base.mark_rule(style="gap").encode(x="min(value):Q", x2="max(value):Q", y=y)
@@ -155,10 +159,12 @@ def calibration_chart(curve: Sequence[Row], field: str, title: str, chosen: int)
     y = alt.Y(f"{field}:Q", title=None, scale=alt.Scale(zero=False))
     tooltip = [alt.Tooltip("num_nodes:Q", title="nodes"), alt.Tooltip(f"{field}:Q", format=",.2f")]
     base = alt.Chart(_data(curve), title=title).encode(x=x, y=y, tooltip=tooltip)
-    mark = alt.Chart(_data([row for row in curve if row["num_nodes"] == chosen]))
-    ring = mark.mark_point(style="chosen", size=190).encode(x=x, y=y, tooltip=tooltip)
-    dots = base.mark_point(filled=True, size=34, opacity=1)
-    return _spec(_reference(chosen) + base.mark_line() + dots + ring, height=190)
+    lines = base.mark_line() + base.mark_point(filled=True, size=34, opacity=1)
+    marked = [row for row in curve if row["num_nodes"] == chosen]
+    if marked:  # Vega warns about a layer without data
+        ring = alt.Chart(_data(marked)).encode(x=x, y=y, tooltip=tooltip)
+        lines += ring.mark_point(style="chosen", size=190)
+    return _spec(_reference(chosen) + lines, height=190)
 
 
 def length_chart(lengths: Sequence[int]) -> Spec:
@@ -182,17 +188,18 @@ def length_chart(lengths: Sequence[int]) -> Spec:
 
 
 def curve_chart(rows: Sequence[Row], title: str, is_share: bool = False) -> Spec:
-    """Draw lines of `value` against `step`, one for each `series`."""
+    """Draw lines of `value` against `step`, one for each `series`, colours in order of `rows`."""
     import altair as alt
 
     axis = _percent() if is_share else alt.Axis(tickCount=5)
     y = alt.Y("value:Q", title=None, axis=axis, scale=alt.Scale(zero=False))
-    series = alt.Color("series:N", title=None, sort=sorted({row["series"] for row in rows}))
+    names = list(dict.fromkeys(row["series"] for row in rows))
+    legend = alt.Legend() if len(names) > 1 else None
     shown = ".1%" if is_share else ".4~g"
     base = alt.Chart(_data(rows), title=title).encode(
         x=alt.X("step:Q", axis=alt.Axis(tickCount=5, format="~s")),
         y=y,
-        color=series,
+        color=alt.Color("series:N", title=None, sort=names, legend=legend),
         tooltip=["series:N", "step:Q", alt.Tooltip("value:Q", format=shown)],
     )
     return _spec(base.mark_line() + base.mark_point(filled=True, size=20, opacity=1), height=200)
@@ -226,8 +233,8 @@ def _ramp(field: str) -> Any:
 def _on_ramp(base: Any, text: str, share: str, size: float = 11) -> Any:
     """Write on marks coloured by `_ramp`, in the ink that is legible there."""
     written = base.encode(text=f"{text}:N")
-    pale = written.transform_filter(f"datum.{share} < 0.3")
-    strong = written.transform_filter(f"datum.{share} >= 0.3")
+    pale = written.transform_filter(f"datum.{share} < 0.5")
+    strong = written.transform_filter(f"datum.{share} >= 0.5")
     return pale.mark_text(style="on-pale", fontSize=size) + strong.mark_text(
         style="on-strong", fontSize=size
     )

@@ -11,6 +11,7 @@ import re
 import shlex
 import statistics
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: a file is not valid JSON.
     """
-    path = run_dir / "report.html"
-    with publish(path) as partial:
-        partial.write_text(_render(_content(run_dir)), encoding="utf-8")
-    return path
+    page = _render(_content(run_dir))
+    with publish(run_dir / "report.html") as partial:
+        partial.write_text(page, encoding="utf-8")
+    return run_dir / "report.html"
 
 
 def _content(run_dir: Path) -> Row:
@@ -74,18 +75,23 @@ def _content(run_dir: Path) -> Row:
 
 def _render(content: Row) -> str:
     import jinja2
-    import vl_convert
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
     )
     environment.filters["parts"] = _parts
-    scripts = vl_convert.javascript_bundle().replace("</script", "<\\/script")
-    return environment.get_template("report.html.jinja").render(content, scripts=scripts)
+    return environment.get_template("report.html.jinja").render(content, scripts=_scripts())
+
+
+@cache
+def _scripts() -> str:
+    """Return Vega, Vega-Lite and vegaEmbed as one script that can stand inside a page."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle().replace("</script", "<\\/script")
 
 
 def _read_jsonl(path: Path) -> list[Row]:
@@ -106,8 +112,8 @@ def _read_jsonl(path: Path) -> list[Row]:
 def _first_batch_size(records: Iterable[Row]) -> list[Row]:
     """Keep Medusa's records of the smallest batch size: there is one for each prompt."""
     ours = [record for record in records if record["method"] == "tree"]
-    smallest = min((record.get("batch_size", 1) for record in ours), default=1)
-    return [record for record in ours if record.get("batch_size", 1) == smallest]
+    smallest = min((record["batch_size"] for record in ours), default=1)
+    return [record for record in ours if record["batch_size"] == smallest]
 
 
 def _headline(metrics: Row, records: list[Row]) -> Row | None:
@@ -170,8 +176,8 @@ def _heads(metrics: Row) -> Row | None:
 def _tree(tree: Row | None, calibration: Row | None) -> Row | None:
     if tree is None:
         return None
-    parents, probability = tree["parents"], (calibration or {}).get("node_probability")
-    if probability is not None and len(probability) != len(parents):
+    parents, probability = tree["parents"], (calibration or {}).get("node_probability", [])
+    if len(probability) != len(parents):
         probability = None  # another tree than the calibrated one
     nodes = charts.tree_layout(parents, tree["ranks"], probability)
     return {
@@ -206,9 +212,8 @@ def _lengths(records: list[Row]) -> Row | None:
     if not lengths:
         return None
     longer = sum(length > 1 for length in lengths) / len(lengths)
-    mean = statistics.fmean(lengths)
-    chart = charts.length_chart(lengths)
-    return {"total": len(lengths), "mean": mean, "longer": longer, "chart": chart}
+    averages = {"mean": statistics.fmean(lengths), "longer": longer}
+    return {"total": len(lengths), "chart": charts.length_chart(lengths), **averages}
 
 
 def _curves(history: list[Row]) -> Row | None:
@@ -220,12 +225,11 @@ def _curves(history: list[Row]) -> Row | None:
         if name not in ("stage", "step") and isinstance(value, int | float)
     }
     panels: dict[str, dict[str, dict[str, list[Row]]]] = {}
-    num_broken = 0
+    num_broken = sum(not math.isfinite(value) for value in values.values())
     for (stage, name, step), value in sorted(values.items()):
-        num_broken += not math.isfinite(value)
         if math.isfinite(value):
             panel, head = re.fullmatch(r"(.+?)(?:_head(\d+))?", name).groups()
-            series = f"head {head}" if head else "all"
+            series = f"head {head}" if head else "all heads"
             lines = panels.setdefault(stage, {}).setdefault(panel, {})
             lines.setdefault(series, []).append({"step": step, "value": value, "series": series})
     stages = {
@@ -236,9 +240,11 @@ def _curves(history: list[Row]) -> Row | None:
 
 
 def _curve(name: str, lines: dict[str, list[Row]]) -> Row:
-    rows = [
-        row
-        for line in lines.values()
-        for row in [*line[:: -(-len(line) // MAX_CURVE_POINTS)][:-1], line[-1]]
-    ]
+    in_order = sorted(lines, key=lambda series: (series == "all heads", len(series), series))
+    rows = [row for series in in_order for row in _thinned(lines[series])]
     return charts.curve_chart(rows, _PANELS.get(name, name), is_share="top" in name)
+
+
+def _thinned(line: list[Row]) -> list[Row]:
+    stride = -(-len(line) // MAX_CURVE_POINTS)
+    return [*line[:-1:stride], line[-1]]

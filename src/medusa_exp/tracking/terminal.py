@@ -1,5 +1,6 @@
-"""What the terminal shows at the end of a run."""
+"""What the terminal shows of a run, and what it is spared."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,14 @@ def print_summary(
         console.print(figures)
     report = out / "report.html"
     console.print(f"report: {report}" if report.is_file() else f"run directory: {out}", soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say about themselves; their warnings still come through."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    lightning = logging.getLogger("lightning.pytorch")
+    lightning.handlers.clear()  # Hydra's handlers print what is passed on

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.data.batches import Batch
+from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.loss import HeadLoss, medusa_hits, medusa_losses, weighted_mean
@@ -43,6 +44,7 @@ class MedusaModule(L.LightningModule):
         self.max_steps = max_steps
         self.decay = decay
         self.loss_chunk_rows = loss_chunk_rows
+        self.last_train_metrics: dict[str, float] = {}
         self._val_sums: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -52,13 +54,18 @@ class MedusaModule(L.LightningModule):
         )
         loss = weighted_mean(losses, self.decay)
         if not torch.isfinite(loss):
-            raise FloatingPointError(
+            raise UserError(
                 f"the loss is {loss.item()} at step {self.global_step}: lower train.learning_rate, "
                 "or try dtype=fp32. The newest checkpoint is from before."
             )
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/loss_head{k}": _mean(head) for k, head in enumerate(losses, 1)})
         return loss
+
+    def on_train_end(self) -> None:
+        """Keep the last step's numbers: a validation that follows clears Lightning's."""
+        logged = self.trainer.logged_metrics
+        self.last_train_metrics = {k: float(v) for k, v in logged.items() if "train/" in k}
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""

@@ -84,10 +84,10 @@ def _fit(
         checkpoint_every=settings.checkpoint_every,
     )
     trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+    if max_steps % settings.val_every:  # else the last step has just been validated
+        trainer.validate(module, batches, verbose=False)
     metrics = {name: float(value) for name, value in trainer.logged_metrics.items()}
-    for results in trainer.validate(module, batches, verbose=False):
-        metrics.update(results)
-    return {"train/steps": float(max_steps), **metrics}
+    return {"train/steps": float(max_steps), **module.last_train_metrics, **metrics}
 
 
 def _num_steps(config: Config, train: list[Sequence]) -> int:
@@ -96,7 +96,8 @@ def _num_steps(config: Config, train: list[Sequence]) -> int:
         return settings.max_steps
     lengths = [len(sequence.input_ids) for sequence in train]
     sampler = LengthGroupedSampler(lengths, settings.batch_tokens, config.seed, 1)
-    return math.ceil(settings.epochs * sampler.batches_per_epoch() / settings.accumulate)
+    steps = math.ceil(settings.epochs * sampler.batches_per_epoch() / settings.accumulate)
+    return max(steps, settings.min_steps)
 
 
 def _checkpoint(config: Config, out: Path) -> Path | None:

@@ -18,6 +18,8 @@ from medusa_exp.model.backbone import pick_device
 from medusa_exp.tracking.history import HistoryLogger
 
 CHECKPOINT = "last.ckpt"
+LOG_EVERY = 10
+"""Optimiser steps between lines of the history."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -89,6 +91,7 @@ def build_trainer(
     """
     # Batches are made here, in memory: worker processes would only add start-up time and copies.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
     callbacks: list[L.Callback] = [RichProgressBar(refresh_rate=5)]
     if checkpoint_every:
         callbacks.append(
@@ -105,12 +108,13 @@ def build_trainer(
         devices=1,
         precision=precision,  # type: ignore[arg-type]
         max_steps=max_steps,
+        max_epochs=1,  # Lightning's epoch is the sampler's whole walk
         gradient_clip_val=gradient_clip,
         accumulate_grad_batches=accumulate,
         val_check_interval=val_every * accumulate if val_every else None,
         limit_val_batches=None if val_every else 0,
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
+        log_every_n_steps=min(LOG_EVERY, max_steps),
         logger=HistoryLogger(out, stage),
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],

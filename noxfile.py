@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+
+# /// script
+# dependencies = ["nox>=2025.2.9"]
+# ///
+
+"""What a developer runs: `nox -l` lists it, `nox` alone runs lint and tests.
+
+Everything is installed with `-c constraints.txt`. Arguments after `--` go to the program that a
+session is about: `nox -s tests -- -k tree`. For daily work, an own environment and `pytest`.
+"""
+
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "tests"]
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
+PROJECT = nox.project.load_toml("pyproject.toml")
+SHIPPED = {
+    "medusa_exp": "src/medusa_exp",
+    "medusa_exp/conf": "conf",
+    "medusa_exp/kernels": "kernels",
+}
+"""Folder in the wheel -> folder here."""
+
+
+def group(name: str) -> tuple[str, ...]:
+    """Return a dependency group. (`pip install --group` needs a pip newer than Python 3.11's.)"""
+    return nox.project.dependency_groups(PROJECT, name)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format, spelling and types."""
+    session.install(*CONSTRAINTS, *group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("codespell")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests, and their coverage where all of them run."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    coverage = [] if session.posargs else ["--cov", "--cov-fail-under=85"]
+    session.run("pytest", *coverage, *session.posargs)
+
+
+@nox.session(default=False)
+def quickstart(session: nox.Session) -> None:
+    """Train and judge heads of a tiny model from nothing, as the README does."""
+    session.install(*CONSTRAINTS, "-e", ".")
+    session.run("python", "-m", "medusa_exp", "+experiment=quickstart", *session.posargs)
+
+
+@nox.session(default=False)
+def wheel(session: nox.Session) -> None:
+    """Build the wheel from the sdist, and use it where the repository is out of sight."""
+    away = Path(session.create_tmp()).resolve()
+    shutil.rmtree(away)
+    away.mkdir()
+    session.install(*CONSTRAINTS, "build")
+    session.run("python", "-m", "build", "--outdir", str(away / "dist"))
+    [built] = (away / "dist").glob("*.whl")
+    check_contents(session, built)
+    session.run("pip", "uninstall", "-q", "-y", "medusa-exp")  # an earlier one, under `nox -r`
+    session.install(*CONSTRAINTS, str(built))
+    session.chdir(away)
+    session.run("medusa-exp", "--help", silent=True)
+    session.run("python", "-m", "medusa_exp", "+experiment=smoke")
+    check_runs(session, away, 1)
+    session.run("python", "-m", "medusa_exp", "-m", "+experiment=smoke", "head.num_heads=1,2")
+    check_runs(session, away, 3)
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device."""
+    session.install(*CONSTRAINTS, "-e", ".[cuda]", *group("test"))
+    session.run("pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session(default=False)
+def minimums(session: nox.Session) -> None:
+    """Run the tests with the oldest versions that pyproject.toml allows, torch excepted."""
+    # torch stays as constrained: each of its versions is gigabytes, and comes in several builds.
+    bounded = (re.match(r"([\w-]+)>=([\d.]+)", text) for text in PROJECT["project"]["dependencies"])
+    oldest = {found[1]: found[2] for found in bounded if found and found[1] != "torch"}
+    # Left free, since what transformers and lightning pin of these changes with their versions.
+    free = {*oldest, "huggingface-hub", "pytorch-lightning", "safetensors", "tokenizers"}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = Path(session.create_tmp()) / "minimums.txt"
+    constraints.write_text(
+        "\n".join(
+            [line for line in lines if line.partition("==")[0] not in free]
+            + [f"{name}=={version}" for name, version in oldest.items()]
+        ),
+        encoding="utf-8",
+    )
+    session.install("-c", str(constraints), "-e", ".", *group("test"))
+    session.run("pytest", *session.posargs)
+
+
+def check_contents(session: nox.Session, built: Path) -> None:
+    """Fail unless the wheel holds exactly the files that are on disk."""
+    on_disk = {
+        f"{package}/{file.relative_to(ROOT / folder).as_posix()}"
+        for package, folder in SHIPPED.items()
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    with zipfile.ZipFile(built) as archive:
+        shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
+    if on_disk != shipped:
+        session.error(
+            f"missing in the wheel: {sorted(on_disk - shipped)}; "
+            f"not on disk: {sorted(shipped - on_disk)}"
+        )
+    session.log(f"the wheel holds all {len(shipped)} files")
+
+
+def check_runs(session: nox.Session, folder: Path, expected: int) -> None:
+    """Fail unless so many runs under a folder have left their metrics."""
+    found = [str(file) for file in folder.glob("outputs/**/metrics.json")]
+    if len(found) != expected:
+        session.error(f"expected {expected} metrics.json, found {len(found)}: {found}")
+
+
+if __name__ == "__main__":
+    nox.main()

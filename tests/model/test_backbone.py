@@ -1,0 +1,94 @@
+import json
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, build_model
+
+from medusa_exp.config import Config, ModelConfig, TokenizerConfig
+from medusa_exp.errors import UserError
+from medusa_exp.model import Backbone, load_backbone, load_tokenizer
+from medusa_exp.model.backbone import pick_device
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_hidden_states_are_what_the_lm_head_reads(architecture):
+    backbone = Backbone(build_model(architecture))
+    ids_BT = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        logits_BTV = backbone.lm_head(backbone.hidden_states(ids_BT))
+        expected_BTV = backbone.model(ids_BT).logits
+    same = logits_BTV.argmax(-1) == expected_BTV.argmax(-1)  # Gemma 2 caps logits afterwards
+    assert same.all()
+
+
+def test_identity_is_the_same_in_every_dtype():
+    identities = {
+        Backbone(build_model("llama", dtype=dtype)).identity()
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert len(identities) == 1
+    assert Backbone(build_model("llama", seed=1)).identity() not in identities
+
+
+def test_no_parameter_is_trainable(backbone):
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+
+
+def config_for(path, **tokenizer):
+    return Config(model=ModelConfig(path=str(path)), tokenizer=TokenizerConfig(**tokenizer))
+
+
+@pytest.fixture
+def model_dir(tmp_path, tokenizer):
+    model = build_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_loads_a_directory(model_dir):
+    assert load_backbone(config_for(model_dir)).vocab_size == len(load_tokenizer(config_for(model_dir)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "has no config.json"),
+        (lambda d: (d / "config.json").write_text("{}"), "cannot be loaded"),
+        (lambda d: (d / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"{}"), "cannot be loaded"),
+    ],
+    ids=["no config", "empty config", "no weights", "broken weights"],
+)
+def test_directories_that_hold_no_model(model_dir, spoil, message):
+    spoil(model_dir)
+    with pytest.raises(UserError, match=message) as caught:
+        load_backbone(config_for(model_dir))
+    assert str(model_dir) in str(caught.value)
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    with pytest.raises(UserError, match="there is no such directory"):
+        load_backbone(config_for(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"model\.path is not set"):
+        load_backbone(Config())
+
+
+def test_a_tokenizer_without_chat_template(model_dir):
+    (model_dir / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        load_tokenizer(config_for(model_dir))
+
+
+def test_a_tokenizer_larger_than_the_model(model_dir):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(UserError, match="has 260 entries, the model in .* only 100"):
+        load_tokenizer(config_for(model_dir))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_no_cuda_here():
+    with pytest.raises(UserError, match="device=cuda"):
+        pick_device("cuda")

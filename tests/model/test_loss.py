@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from medusa_exp.model import build_heads
+from medusa_exp.model.loss import head_labels, medusa_hits, medusa_losses, weighted_mean
+
+#         u1  u2  a1  a2  end pad     two tokens of the user's, three of the assistant's
+IDS_BT = torch.tensor([[11, 12, 21, 22, 2, 0]])
+IS_TRAINED_BT = torch.tensor([[False, False, True, True, True, False]])
+
+
+@pytest.mark.parametrize(
+    ("head", "positions", "labels"),
+    [
+        # Head k at t predicts token t+1+k; the lm_head's own t+1 is no head's business.
+        (1, [0, 1, 2], [21, 22, 2]),
+        (2, [0, 1], [22, 2]),
+        (3, [0], [2]),
+        (4, [], []),
+    ],
+)
+def test_labels_of_a_hand_written_example(head, positions, labels):
+    is_labelled_BT, labels_R = head_labels(IDS_BT, IS_TRAINED_BT, head)
+    assert is_labelled_BT[0].nonzero()[:, 0].tolist() == positions
+    assert labels_R.tolist() == labels
+
+
+def test_a_sequence_shorter_than_the_heads_reach():
+    is_labelled_BT, labels_R = head_labels(IDS_BT[:, :2], IS_TRAINED_BT[:, :2], 3)
+    assert not is_labelled_BT.any() and labels_R.numel() == 0
+
+
+@pytest.fixture
+def example(backbone):
+    torch.manual_seed(0)
+    heads = build_heads(backbone, num_heads=3)
+    hidden_BTD = torch.randn(4, 20, backbone.hidden_size)
+    ids_BT = torch.randint(0, backbone.vocab_size, (4, 20))
+    return heads, hidden_BTD, ids_BT, torch.rand(4, 20) < 0.6
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
+    heads, hidden_BTD, ids_BT, is_trained_BT = example
+    labels_BT = ids_BT.masked_fill(~is_trained_BT, -100)
+    logits_BTKV = heads(hidden_BTD)
+    plain = sum(
+        0.8**k
+        * cross_entropy(logits_BTKV[:, : -(1 + k), k - 1].flatten(0, 1), labels_BT[:, 1 + k :].flatten())
+        for k in (1, 2, 3)
+    )
+    parameters = list(heads.parameters())
+    expected = torch.autograd.grad(plain, parameters)
+    losses = medusa_losses(heads, hidden_BTD, ids_BT, is_trained_BT, chunk_rows=chunk_rows)
+    ours = weighted_mean(losses, 0.8)
+    torch.testing.assert_close(ours, plain)
+    for mine, theirs in zip(torch.autograd.grad(ours, parameters), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_hits(example):
+    heads, hidden_BTD, ids_BT, is_trained_BT = example
+    results = medusa_hits(heads, hidden_BTD, ids_BT, is_trained_BT, chunk_rows=5)
+    for k, result in enumerate(results, 1):
+        is_labelled_BT, labels_R = head_labels(ids_BT, is_trained_BT, k)
+        top5 = heads(hidden_BTD[is_labelled_BT])[:, k - 1].topk(5).indices
+        assert result.top1_sum == (top5[:, 0] == labels_R).sum()
+        assert result.top5_sum == (top5 == labels_R[:, None]).sum()
+
+
+def test_no_label_gives_zero_not_nan(example):
+    heads, hidden_BTD, ids_BT, _ = example
+    none = torch.zeros_like(ids_BT, dtype=torch.bool)
+    loss = weighted_mean(medusa_losses(heads, hidden_BTD, ids_BT, none, chunk_rows=8), 0.8)
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.isnan().any() for p in heads.parameters())

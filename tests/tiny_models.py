@@ -1,0 +1,45 @@
+"""Tiny random backbones of several architectures."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB_SIZE = 64
+
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+ARCHITECTURES = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 12},
+    "gpt_neox": {},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "phi": {},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 12},
+}
+
+
+def build_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """Build a random causal LM whose outputs vary: weights far larger than at initialisation."""
+    torch.manual_seed(seed)
+    shape = dict(_SHAPE)
+    if architecture == "gpt2":
+        shape = {key: shape[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
+    config = AutoConfig.for_model(architecture, **shape, **ARCHITECTURES[architecture])
+    attention = "eager" if architecture == "gemma2" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return model.to(dtype)

@@ -1,0 +1,139 @@
+"""Training by its own stage function, on a tiny random Llama."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import build_model
+
+from medusa_exp.config import Config, DatasetConfig, ModelConfig, TrainConfig
+from medusa_exp.config import HeadConfig as Head
+from medusa_exp.data.sources import load_split, tokenise
+from medusa_exp.errors import UserError
+from medusa_exp.model import build_heads, load_backbone, load_heads, load_tokenizer
+from medusa_exp.model.loss import medusa_losses, weighted_mean
+from medusa_exp.train import stage
+from medusa_exp.train.schedule import warmup_cosine
+
+
+@pytest.fixture
+def config(tmp_path, tokenizer, sharegpt_file) -> Config:
+    model = build_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return Config(
+        device="cpu",
+        model=ModelConfig(path=str(tmp_path / "model")),
+        dataset=DatasetConfig(path=str(sharegpt_file), val_fraction=0.2, test_fraction=0.2),
+        head=Head(num_heads=2),
+        train=TrainConfig(
+            max_steps=12, batch_tokens=200, val_every=6, val_batches=2, checkpoint_every=4
+        ),
+    )
+
+
+def history(out: Path) -> dict[int, float]:
+    """Return step -> training loss; a line written again after a resume counts last."""
+    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def run(config: Config, out: Path) -> dict[str, float]:
+    out.mkdir(exist_ok=True)
+    return stage.run(config, out)
+
+
+def test_writes_heads_and_the_promised_metrics(config, tmp_path):
+    metrics = run(config, tmp_path / "run")
+    for k in (1, 2):
+        for name in ("train/loss_head", "val/loss_head", "val/top1_head", "val/top5_head"):
+            assert f"{name}{k}" in metrics
+    assert metrics["val/top1_head1"] <= metrics["val/top5_head1"]
+    assert load_heads(tmp_path / "run" / "heads").num_heads == 2
+
+
+def test_the_backbone_is_bit_unchanged_and_in_no_checkpoint(config, tmp_path, monkeypatch):
+    seen = []
+    load = stage.load_backbone
+    monkeypatch.setattr(stage, "load_backbone", lambda c: seen.append(load(c)) or seen[0])
+    run(config, tmp_path / "run")
+    after = seen[0].model.state_dict()
+    fresh = load(config).model.state_dict()
+    assert all(torch.equal(after[name], fresh[name]) for name in after)
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert all(name.startswith("heads.") for name in saved["state_dict"])
+
+
+def test_the_loss_falls_on_eight_samples(config):
+    tokenizer = load_tokenizer(config)
+    backbone = load_backbone(config)
+    samples = tokenise(load_split(config, "train")[:8], tokenizer, 128)
+    heads = build_heads(backbone, num_heads=2)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
+    values = []
+    for _ in range(60):
+        total = torch.zeros(())
+        for sample in samples:
+            ids_BT = torch.from_numpy(sample.input_ids).long()[None]
+            hidden_BTD = backbone.hidden_states(ids_BT)
+            mask_BT = torch.from_numpy(sample.is_trained)[None]
+            total = total + weighted_mean(
+                medusa_losses(heads, hidden_BTD, ids_BT, mask_BT, chunk_rows=64), 0.8
+            )
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        values.append(total.item())
+    assert values[-1] < 0.25 * values[0]
+
+
+def test_resume_gives_the_same_loss_curve_and_the_same_heads(config, tmp_path, monkeypatch):
+    """The interrupted run dies at step 9; its newest checkpoint is of step 8."""
+    monkeypatch.setattr("medusa_exp.train.trainer.LOG_EVERY", 1)
+    run(config, tmp_path / "whole")
+    step = stage.MedusaModule.training_step
+
+    def dies(module, batch, batch_idx):
+        if module.global_step == 9:
+            raise RuntimeError("power cut")
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(stage.MedusaModule, "training_step", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "heads").exists()
+    monkeypatch.setattr(stage.MedusaModule, "training_step", step)
+    run(config, tmp_path / "cut")
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    whole, cut = (load_heads(tmp_path / n / "heads").state_dict() for n in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_never_resuming_starts_again(config, tmp_path):
+    run(config, tmp_path / "run")
+    config.train.resume = "never"
+    config.train.max_steps = 3
+    run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_infinite_loss_stops_the_run(config, tmp_path):
+    config.train.learning_rate = 1e20
+    config.train.warmup_fraction = 0.0
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step"):
+        run(config, tmp_path / "run")
+
+
+def test_schedule():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = warmup_cosine(optimizer, 0.2, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert schedule.get_last_lr()[0] == pytest.approx(0.0)
