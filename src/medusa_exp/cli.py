@@ -51,7 +51,12 @@ def main() -> None:
 def _hydra_main(composed: DictConfig) -> float | None:
     try:
         out = Path(HydraConfig.get().runtime.output_dir)
-        command = ["python", "-m", "medusa_exp", *continuation.new_overrides(out, HydraConfig.get())]
+        command = [
+            "python",
+            "-m",
+            "medusa_exp",
+            *continuation.new_overrides(out, HydraConfig.get()),
+        ]
         return run_stages(_resolve(composed, out), out, command)
     except UserError as error:
         raise _Problem(str(error)) from error

@@ -57,7 +57,7 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
         for override in new_overrides(out, hydra_config):
             key = _key(override)
             OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False)
-    OmegaConf.save(config, out / hydra_config.output_subdir / SAVED.name)
+    OmegaConf.save(config, out / str(hydra_config.output_subdir) / SAVED.name)
     return config
 
 

@@ -5,7 +5,6 @@ A killed process may leave a hidden temporary sibling (`.name.partial-...`), nev
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -29,7 +28,7 @@ def publish(path: Path) -> Iterator[Path]:
         yield partial
         if partial.is_dir() and path.exists():
             shutil.rmtree(path)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)

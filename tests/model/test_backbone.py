@@ -48,7 +48,9 @@ def model_dir(tmp_path, tokenizer):
 
 
 def test_loads_a_directory(model_dir):
-    assert load_backbone(config_for(model_dir)).vocab_size == len(load_tokenizer(config_for(model_dir)))
+    assert load_backbone(config_for(model_dir)).vocab_size == len(
+        load_tokenizer(config_for(model_dir))
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_a_tokenizer_without_chat_template(model_dir):
 def test_a_tokenizer_larger_than_the_model(model_dir):
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-    with pytest.raises(UserError, match="has 260 entries, the model in .* only 100"):
+    with pytest.raises(UserError, match=r"has 260 entries, the model in .* only 100"):
         load_tokenizer(config_for(model_dir))
 
 

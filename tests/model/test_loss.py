@@ -47,7 +47,9 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
     logits_BTKV = heads(hidden_BTD)
     plain = sum(
         0.8**k
-        * cross_entropy(logits_BTKV[:, : -(1 + k), k - 1].flatten(0, 1), labels_BT[:, 1 + k :].flatten())
+        * cross_entropy(
+            logits_BTKV[:, : -(1 + k), k - 1].flatten(0, 1), labels_BT[:, 1 + k :].flatten()
+        )
         for k in (1, 2, 3)
     )
     parameters = list(heads.parameters())

@@ -95,9 +95,10 @@ def from_hydra(config: DictConfig) -> Config:
         UserError: naming the key and what it may be.
     """
     try:
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
-    except UserError:
-        raise
+        # Hydra lets `+key=value` add what no schema knows; merging into a fresh one does not.
+        plain = OmegaConf.to_container(config, resolve=False)
+        checked = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        return OmegaConf.to_object(checked)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'config'}: {error.msg or error}") from error
 

@@ -56,7 +56,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.max_steps is not None:
             at_least("train.max_steps", self.max_steps, 1)
-        for key in ("batch_tokens", "accumulate", "min_steps", "loss_chunk_rows", "val_every", "val_batches"):
+        for key in (
+            "batch_tokens",
+            "accumulate",
+            "min_steps",
+            "loss_chunk_rows",
+            "val_every",
+            "val_batches",
+        ):
             at_least(f"train.{key}", getattr(self, key), 1)
         at_least("train.checkpoint_every", self.checkpoint_every, 1)
         at_least("train.learning_rate", self.learning_rate, 0.0)

@@ -3,7 +3,8 @@
 Shapes: B sequences, T positions.
 """
 
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,8 @@ class LengthGroupedSampler(Sampler[list[int]]):
         self.start = start
 
     def __len__(self) -> int:
-        return self.num_batches - self.start
+        """Count the skipped batches too: a resumed Lightning loop goes on counting."""
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         position = 0
@@ -103,4 +105,4 @@ class LengthGroupedSampler(Sampler[list[int]]):
 
 def build_loader(sequences: Seq[Sequence], sampler: LengthGroupedSampler) -> DataLoader[Batch]:
     """Build a loader in this process; padding is far cheaper than the step it feeds."""
-    return DataLoader(sequences, batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+    return DataLoader(sequences, batch_sampler=sampler, collate_fn=collate)

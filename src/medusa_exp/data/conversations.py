@@ -82,7 +82,9 @@ class Reading:
         except msgspec.ValidationError:
             self.dropped["not a ShareGPT record"] += 1
             return None
-        messages = [Message(_ROLES.get(turn.source, ""), turn.value) for turn in record.conversations]
+        messages = [
+            Message(_ROLES.get(turn.source, ""), turn.value) for turn in record.conversations
+        ]
         reason = _unusable(messages)
         if reason:
             self.dropped[reason] += 1
@@ -100,8 +102,8 @@ def read_conversations(paths: str | Path | Sequence[str | Path]) -> Reading:
     Raises:
         DataError: there is no such file. Faults inside a file are raised when it is iterated.
     """
-    single = isinstance(paths, str | Path)
-    return Reading([file for path in ([paths] if single else paths) for file in _expand(path)])
+    several = [paths] if isinstance(paths, str | Path) else paths
+    return Reading([file for path in several for file in _expand(path)])
 
 
 def _expand(path: str | Path) -> list[Path]:
@@ -113,7 +115,8 @@ def _expand(path: str | Path) -> list[Path]:
         if not found:
             raise DataError(f"{place} holds no *.json or *.jsonl file.")
         return found
-    found = sorted(Path(p) for p in glob(str(place), recursive=True) if Path(p).is_file())
+    matches = glob(str(place), recursive=True)  # noqa: PTH207: a pattern may start at the root
+    found = sorted(Path(match) for match in matches if Path(match).is_file())
     if not found:
         raise DataError(f"{place}: there is no such file, folder or match. Check dataset.path.")
     return found

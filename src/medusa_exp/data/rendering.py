@@ -40,7 +40,9 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> li
         through = {i: _template(messages[: i + 1], tokenizer) for i in turns}
         whole = _template(messages, tokenizer)
     except jinja2.TemplateError as error:
-        raise DataError(f"conversation {conversation.id}: the chat template says: {error}") from error
+        raise DataError(
+            f"conversation {conversation.id}: the chat template says: {error}"
+        ) from error
     for i in turns:
         if not through[i].startswith(prompts[i]):
             raise DataError(
@@ -90,9 +92,7 @@ def _tokenise(
 ) -> Rendered:
     # The template has written every special token; adding them again would double the BOS.
     # verbose=False: the caller cuts to its own length limit, and counts what it cut.
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     is_trained = [False] * len(encoded.input_ids)
     position = 0
     ends = [end for _, end in encoded.offset_mapping]

@@ -147,9 +147,7 @@ def _prepare(
     return TreeCache(config.num_hidden_layers, capacity), mask
 
 
-def _prefill(
-    backbone: Backbone, prompt_ids: list[int], cache: TreeCache
-) -> tuple[Tensor, Tensor]:
+def _prefill(backbone: Backbone, prompt_ids: list[int], cache: TreeCache) -> tuple[Tensor, Tensor]:
     """Run the prompt; return its next token [1] and its last hidden state [1, D]."""
     ids_1T = torch.tensor([prompt_ids], device=backbone.device)
     logits_11V, hidden_1TD = backbone.forward(ids_1T, cache, last_only=True)

@@ -49,7 +49,8 @@ def run(config: Config, out: Path) -> dict[str, float]:
     for prompt in prompts[: config.evaluate.warmup_prompts]:
         for method in methods.values():
             method(prompt.input_ids)
-    records, samples = [], []
+    records: list[Record] = []
+    samples: list[dict[str, Any]] = []
     for number, prompt in enumerate(track(prompts, "answering test prompts")):
         answers = _answer(methods, prompt, number, config.evaluate.repeats, backbone.device)
         records += _records(prompt, answers)
@@ -99,9 +100,7 @@ def _records(prompt: Prompt, answers: dict[str, tuple[Decoded, float]]) -> list[
     ]
 
 
-def _sample(
-    prompt: Prompt, decoded: Decoded, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def _sample(prompt: Prompt, decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the answer's text cut into steps and these into tokens."""
     pieces = []
     text = ""

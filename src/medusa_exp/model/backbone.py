@@ -63,7 +63,9 @@ class Backbone:
     @property
     def max_length(self) -> int:
         """Positions the model was made for."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+        return (
+            getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+        )
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -216,11 +218,13 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     trust = config.model.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        vocab_size = AutoConfig.from_pretrained(
-            model, trust_remote_code=trust
-        ).get_text_config().vocab_size
+        vocab_size = (
+            AutoConfig.from_pretrained(model, trust_remote_code=trust).get_text_config().vocab_size
+        )
     except _LOADING_ERRORS as error:
-        raise UserError(f"the tokenizer in {path} cannot be loaded: {_first_lines(error)}") from error
+        raise UserError(
+            f"the tokenizer in {path} cannot be loaded: {_first_lines(error)}"
+        ) from error
     check_chat_template(tokenizer, path)
     if len(tokenizer) > vocab_size:
         raise UserError(

@@ -23,9 +23,7 @@ class HeadLoss:
     top5_sum: Tensor | None = None
 
 
-def head_labels(
-    input_ids_BT: Tensor, is_trained_BT: Tensor, head: int
-) -> tuple[Tensor, Tensor]:
+def head_labels(input_ids_BT: Tensor, is_trained_BT: Tensor, head: int) -> tuple[Tensor, Tensor]:
     """Return (is_labelled_BT, labels_R) of head k.
 
     Position t is labelled when token t+1+k exists and is the assistant's; its label is that token.
@@ -78,13 +76,13 @@ def medusa_hits(
     chunk_rows: int,
 ) -> list[HeadLoss]:
     """Like `medusa_losses`, for validation: counts also how often the label ranks 1st or in 5."""
-    results = medusa_losses(
-        heads, hidden_BTD, input_ids_BT, is_trained_BT, chunk_rows=chunk_rows
-    )
+    results = medusa_losses(heads, hidden_BTD, input_ids_BT, is_trained_BT, chunk_rows=chunk_rows)
     for k, result in enumerate(results):
         is_labelled_BT, labels_R = head_labels(input_ids_BT, is_trained_BT, k + 1)
         hits_5 = torch.zeros(5, dtype=torch.long, device=labels_R.device)
-        chunks = zip(hidden_BTD[is_labelled_BT].split(chunk_rows), labels_R.split(chunk_rows), strict=True)
+        chunks = zip(
+            hidden_BTD[is_labelled_BT].split(chunk_rows), labels_R.split(chunk_rows), strict=True
+        )
         for rows_CD, labels_C in chunks:
             guesses_C5 = _project(heads, k, rows_CD).topk(5).indices
             hits_5 += (guesses_C5 == labels_C[:, None]).sum(0)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from medusa_exp.config import Config
 from medusa_exp.data.batches import Batch
 from medusa_exp.data.conversations import Conversation
-from medusa_exp.data.sources import dataset_key, dataset_files, load_split, tokenise
+from medusa_exp.data.sources import dataset_files, dataset_key, load_split, tokenise
 from medusa_exp.errors import UserError
 from medusa_exp.files import content_key, publish, sha256_file
 
@@ -80,9 +80,7 @@ def tiny_dir(config: Config) -> Path:
     return Path(config.cache_dir) / "pretrained" / content_key(made_of)
 
 
-def train_tokenizer(
-    conversations: list[Conversation], vocab_size: int
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(conversations: list[Conversation], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the text of conversations, with role marks as special tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -111,7 +109,8 @@ def _pretrain(
     conversations: list[Conversation],
     tokenizer: PreTrainedTokenizerFast,
 ) -> tuple[LlamaForCausalLM, float]:
-    from medusa_exp.train.trainer import Batches, build_trainer, pick_device, pick_precision
+    from medusa_exp.model.backbone import pick_device
+    from medusa_exp.train.trainer import Batches, build_trainer, pick_precision
 
     settings = config.model.pretrain
     limit = min(config.dataset.max_length, settings.max_position_embeddings)

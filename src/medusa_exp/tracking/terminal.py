@@ -37,7 +37,9 @@ def print_summary(
     if figures.row_count:
         console.print(figures)
     report = out / "report.html"
-    console.print(f"report: {report}" if report.is_file() else f"run directory: {out}", soft_wrap=True)
+    console.print(
+        f"report: {report}" if report.is_file() else f"run directory: {out}", soft_wrap=True
+    )
 
 
 def quiet_libraries() -> None:

@@ -49,9 +49,7 @@ class MedusaModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted loss of all heads on one batch."""
-        losses = medusa_losses(
-            self.heads, *self._inputs(batch), chunk_rows=self.loss_chunk_rows
-        )
+        losses = medusa_losses(self.heads, *self._inputs(batch), chunk_rows=self.loss_chunk_rows)
         loss = weighted_mean(losses, self.decay)
         if not torch.isfinite(loss):
             raise UserError(

@@ -20,6 +20,16 @@ from medusa_exp.tracking.history import HistoryLogger
 CHECKPOINT = "last.ckpt"
 LOG_EVERY = 10
 """Optimiser steps between lines of the history."""
+_EXPECTED_WARNINGS = (
+    # Batches are made in memory: worker processes would only add start-up time and copies.
+    ".*does not have many workers.*",
+    # A resumed run writes where it wrote before.
+    "Checkpoint directory .* exists and is not empty",
+    # It is: `Batches.train_dataloader` starts where the trainer's steps have come to.
+    ".*your dataloader is not resumable.*",
+    # Lightning 2.6 with torch 2.13.
+    ".*LeafSpec.*is deprecated",
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -89,9 +99,8 @@ def build_trainer(
 
     Without `val_every` nothing is validated, without `checkpoint_every` nothing is saved.
     """
-    # Batches are made here, in memory: worker processes would only add start-up time and copies.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
+    for expected in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=expected)
     callbacks: list[L.Callback] = [RichProgressBar(refresh_rate=5)]
     if checkpoint_every:
         callbacks.append(
@@ -106,7 +115,7 @@ def build_trainer(
     return L.Trainer(
         accelerator=pick_device(config.device).type,
         devices=1,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         max_steps=max_steps,
         max_epochs=1,  # Lightning's epoch is the sampler's whole walk
         gradient_clip_val=gradient_clip,

@@ -36,7 +36,9 @@ class Tree:
             raise ValueError("a tree needs as many parents as ranks, and a root at least.")
         if (self.parents[0], self.ranks[0]) != (-1, -1):
             raise ValueError("node 0 is the root: its parent and rank are -1.")
-        for node, (parent, rank) in enumerate(zip(self.parents[1:], self.ranks[1:], strict=True), 1):
+        for node, (parent, rank) in enumerate(
+            zip(self.parents[1:], self.ranks[1:], strict=True), 1
+        ):
             if not 0 <= parent < node:
                 raise ValueError(f"node {node}: parent {parent} must stand before it.")
             if rank < 0:
