@@ -1,0 +1,185 @@
+"""The command line as a user meets it, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMOKE = ["+experiment=smoke", "evaluate.baselines=[]", "device=cpu"]
+
+
+def medusa_exp(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "medusa_exp", *arguments],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "120", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def run_dir(workplace) -> Path:
+    """One run of every stage."""
+    result = medusa_exp(*SMOKE, "run_dir=run", cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert "report: run/report.html" in result.stdout.replace(str(workplace) + "/", "")
+    return workplace / "run"
+
+
+def test_help_is_quick_and_light(tmp_path):
+    code = "import sys; sys.argv[1:] = ['--help']; from medusa_exp.cli import main\n"
+    code += "try: main()\nfinally: print('torch' in sys.modules, 'wandb' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert "experiment: medusa1, quickstart, smoke" in result.stdout
+    assert result.stdout.endswith("False False\n")
+
+
+def test_a_run_keeps_the_contract(run_dir):
+    for name in (
+        ".hydra/config.yaml",
+        "run.json",
+        "metrics.json",
+        "heads/config.json",
+        "heads/model.safetensors",
+        "checkpoints/last.ckpt",
+        "tree.json",
+        "records.jsonl",
+        "report.html",
+        "history.csv",
+    ):
+        assert (run_dir / name).is_file(), name
+    run = read(run_dir / "run.json")
+    stages = ["pretrain", "train", "calibrate", "evaluate", "report"]
+    assert list(run["stages"]) == stages
+    assert all(run["stages"][s]["status"] == "done" for s in stages)
+    assert run["seed"] == 0 and run["peak_memory_bytes"] > 1e8 and run["device"].startswith("cpu")
+    assert all(len(digest) == 64 for digest in run["data"].values()) and run["data"]
+    assert set(run["cache_keys"]) == {"dataset", "model"}
+    assert run["command"][:4] == ["python", "-m", "medusa_exp", "+experiment=smoke"]
+    metrics = read(run_dir / "metrics.json")
+    assert all(isinstance(value, float) for value in metrics.values())
+    assert metrics["eval/identical_fraction"] == 1.0
+    for name in ("train/loss", "val/top5_head2", "eval/speedup", "eval/backbone_nats_per_token"):
+        assert name in metrics
+    records = [json.loads(line) for line in (run_dir / "records.jsonl").read_text().splitlines()]
+    for record in records:
+        assert sum(record["accept_lengths"]) == record["new_tokens"]
+        assert len(record["accept_lengths"]) == record["steps"]
+    partial = [p for p in run_dir.parent.rglob("*") if ".partial-" in p.name]
+    assert not partial
+
+
+def test_a_stage_alone_starts_from_the_saved_config(run_dir, workplace):
+    hydra = snapshot(run_dir / ".hydra")
+    before, heads = read(run_dir / "metrics.json"), snapshot(run_dir / "heads")
+    result = medusa_exp(
+        "stages=[evaluate]", "run_dir=run", "tree=chain", "evaluate.num_prompts=2", cwd=workplace
+    )
+    assert result.returncode == 0, result.stderr
+    assert snapshot(run_dir / ".hydra") == hydra
+    assert (run_dir / ".hydra-2" / "config.yaml").is_file()
+    assert snapshot(run_dir / "heads") == heads
+    assert read(run_dir / "tree.json") == {"parents": [-1, 0, 1], "ranks": [-1, 0, 0]}
+    after = read(run_dir / "metrics.json")
+    assert after["eval/num_prompts"] == 2 and after["eval/identical_fraction"] == 1.0
+    assert {k: v for k, v in after.items() if "train/" in k} == {
+        k: v for k, v in before.items() if "train/" in k
+    }
+    run = read(run_dir / "run.json")
+    assert list(run["stages"]) == ["pretrain", "train", "calibrate", "evaluate", "report"]
+    assert run["stages"]["evaluate"]["command"][3:] == [
+        "stages=[evaluate]",
+        "run_dir=run",
+        "tree=chain",
+        "evaluate.num_prompts=2",
+    ]
+
+
+def test_a_default_that_changed_since_does_not_slip_into_an_old_run(run_dir, workplace):
+    saved = run_dir / ".hydra" / "config.yaml"
+    text = saved.read_text()
+    assert "max_new_tokens: 12\n" in text
+    saved.write_text(text.replace("max_new_tokens: 12\n", "max_new_tokens: 7\n"))
+    result = medusa_exp("stages=[evaluate]", "run_dir=run", "evaluate.num_prompts=1", cwd=workplace)
+    saved.write_text(text)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (run_dir / "records.jsonl").read_text().splitlines()]
+    assert {record["new_tokens"] for record in records} == {7}
+
+
+def test_a_multirun_shares_the_pretrained_model(run_dir, workplace):
+    result = medusa_exp(
+        "-m",
+        *SMOKE,
+        "stages=[pretrain,train]",
+        "head.num_heads=1,3",
+        "hydra.sweep.dir=sweep",
+        cwd=workplace,
+    )
+    assert result.returncode == 0, result.stderr
+    shapes = [read(workplace / f"sweep/{i}/heads/config.json")["num_heads"] for i in (0, 1)]
+    assert shapes == [1, 3]
+    keys = {read(workplace / f"sweep/{i}/run.json")["cache_keys"]["model"] for i in (0, 1)}
+    assert keys == {read(run_dir / "run.json")["cache_keys"]["model"]}
+    assert "the pretrained model is in the cache" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["+experiment=medusa1", "head.num_hedas=2"], "num_hedas"),
+        (["+experiment=nothing"], "nothing"),
+        (["+experiment=smoke", "stages=[trian]"], "stages=trian is not known: use some of"),
+        (["+experiment=medusa1", "device=cpu"], "model.path is not set"),
+        (["+experiment=medusa1", "model.path=/no/such/dir"], "model.path=/no/such/dir"),
+        (["+experiment=smoke", "stages=[calibrate]"], "run stage train first"),
+        (["run_dir=run", "-m", "head.num_heads=1,2"], "leave out run_dir, or leave out -m"),
+        (["run_dir=run", "+experiment=quickstart"], "an experiment belongs to a new run"),
+        (["run_dir=run", "stages=[evaluate]", "decode.stop_ids=[9999]"], "stop_ids=9999"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_problem_is_one_message_and_exit_code_1(run_dir, workplace, arguments, message):
+    result = medusa_exp(*arguments, "logger=none", cwd=workplace)
+    assert result.returncode == 1
+    assert message in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_the_traceback_is_there_for_those_who_ask(workplace):
+    result = medusa_exp("+experiment=medusa1", "logger=none", cwd=workplace, HYDRA_FULL_ERROR="1")
+    assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_wandb_offline(run_dir, workplace):
+    result = medusa_exp(
+        "stages=[evaluate]",
+        "run_dir=run",
+        "logger=wandb",
+        "evaluate.num_prompts=1",
+        cwd=workplace,
+        WANDB_API_KEY="",
+    )
+    assert result.returncode == 0, result.stderr
+    (record,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    assert record.stat().st_size > 1000

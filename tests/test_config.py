@@ -1,0 +1,81 @@
+from importlib import resources
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+
+from medusa_exp.cli import STAGES
+from medusa_exp.config import Config, from_hydra, register
+from medusa_exp.errors import UserError
+
+CONF = resources.files("medusa_exp.conf")
+EXPERIMENTS = sorted(p.name.removesuffix(".yaml") for p in (CONF / "experiment").iterdir())
+CHOICES = sorted(
+    f"{group.name}={choice.name.removesuffix('.yaml')}"
+    for group in CONF.iterdir()
+    if group.is_dir() and group.name not in ("experiment", "__pycache__")
+    for choice in group.iterdir()
+)
+
+
+def composed(*overrides: str) -> Config:
+    register()
+    with initialize_config_module("medusa_exp.conf", version_base="1.3"):
+        return from_hydra(compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes(experiment):
+    config = composed(f"+experiment={experiment}")
+    assert config.name == experiment
+    assert config.stages and set(config.stages) <= set(STAGES)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_says_its_command(experiment):
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    assert f"# command:  python -m medusa_exp +experiment={experiment}" in text
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_of_every_group_composes(choice):
+    composed(choice)
+
+
+def test_no_config_names_code_to_run():
+    for path in (CONF).rglob("*.yaml"):
+        assert "_target_" not in path.read_text()
+
+
+@pytest.mark.parametrize("override", ["head.num_hedas=2", "trian.max_steps=1", "head=medsua"])
+def test_a_typo_is_refused(override):
+    with pytest.raises(HydraException, match=r"num_hedas|trian|medsua"):
+        composed(override)
+
+
+def test_a_key_that_is_forced_in_is_refused():
+    with pytest.raises(UserError, match=r"head\.x: Key 'x' not in 'HeadConfig'"):
+        composed("+head.x=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("device=gpu", r"device=gpu is not known: use one of auto, cpu, cuda"),
+        ("dataset.kind=alpaca", r"dataset\.kind=alpaca is not known"),
+        ("dataset.test_fraction=0.9", r"dataset\.test_fraction=0\.9 is out of range"),
+        ("head.num_heads=0", r"head\.num_heads=0 is out of range"),
+        ("train.max_steps=0", r"train\.max_steps=0 is too small"),
+        ("train.batch_tokens=0", r"train\.batch_tokens=0 is too small"),
+        ("evaluate.baselines=[magic]", r"evaluate\.baselines=magic is not known"),
+        ("dtype.precision=bf16", r"dtype\.precision=bf16 is not known"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_it_may_be(override, message):
+    with pytest.raises(UserError, match=message):
+        composed(override)
+
+
+def test_a_wrong_type_is_refused():
+    with pytest.raises(HydraException):
+        composed("head.num_heads=many")
