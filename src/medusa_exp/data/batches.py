@@ -17,6 +17,9 @@ from medusa_exp.data.sources import Sequence
 _GROUP_BATCHES = 32
 """Batches' worth of sequences that are sorted by length together: enough that padding is small,
 few enough that a batch's content stays random."""
+_LENGTH_STEP = 64
+"""Batches are padded to multiples of this. Few shapes mean few kernels to prepare: oneDNN and CUDA
+libraries set up each new shape at a cost, and keep what they set up in memory."""
 
 
 @dataclass
@@ -32,8 +35,8 @@ class Batch:
 
 
 def collate(sequences: Seq[Sequence]) -> Batch:
-    """Pad sequences to the longest with token 0."""
-    length = max(len(sequence.input_ids) for sequence in sequences)
+    """Pad sequences with token 0 to the next multiple of 64 after the longest."""
+    length = padded_length(max(len(sequence.input_ids) for sequence in sequences))
     input_ids_BT = torch.zeros(len(sequences), length, dtype=torch.long)
     is_trained_BT = torch.zeros(len(sequences), length, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
@@ -41,6 +44,11 @@ def collate(sequences: Seq[Sequence]) -> Batch:
         input_ids_BT[row, :count] = torch.from_numpy(sequence.input_ids)
         is_trained_BT[row, :count] = torch.from_numpy(sequence.is_trained)
     return Batch(input_ids_BT, is_trained_BT)
+
+
+def padded_length(length: int) -> int:
+    """Return the length that a batch with this longest sequence is padded to."""
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
 class LengthGroupedSampler(Sampler[list[int]]):
@@ -95,7 +103,8 @@ class LengthGroupedSampler(Sampler[list[int]]):
         batch: list[int] = []
         for index in by_length:
             # Sorted upwards: the newest sequence is the longest, and sets the padded length.
-            if batch and (len(batch) + 1) * self.lengths[index] > self.batch_tokens:
+            padded = (len(batch) + 1) * padded_length(int(self.lengths[index]))
+            if batch and padded > self.batch_tokens:
                 yield batch
                 batch = []
             batch.append(int(index))

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from medusa_exp.model.heads import MedusaHeads
+
+_NO_LABEL = -100
 
 
 @dataclass
@@ -94,9 +96,14 @@ def _chunked(
     heads: MedusaHeads, k: int, hidden_RD: Tensor, labels_R: Tensor, chunk_rows: int
 ) -> HeadLoss:
     def chunk_loss(rows_CD: Tensor, labels_C: Tensor) -> Tensor:
-        return cross_entropy(_project(heads, k, rows_CD), labels_C, reduction="sum")
+        logits_CV = _project(heads, k, rows_CD)
+        return cross_entropy(logits_CV, labels_C, ignore_index=_NO_LABEL, reduction="sum")
 
-    chunks = zip(hidden_RD.split(chunk_rows), labels_R.split(chunk_rows), strict=True)
+    # Every chunk has the same shape: each new one would cost the libraries a set-up of its own.
+    missing = -len(labels_R) % chunk_rows or (chunk_rows if not len(labels_R) else 0)
+    padded_RD = pad(hidden_RD, (0, 0, 0, missing))
+    padded_R = pad(labels_R, (0, missing), value=_NO_LABEL)
+    chunks = zip(padded_RD.split(chunk_rows), padded_R.split(chunk_rows), strict=True)
     sums = [
         checkpoint(chunk_loss, rows_CD, labels_C, use_reentrant=False)
         for rows_CD, labels_C in chunks
