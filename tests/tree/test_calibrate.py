@@ -1,22 +1,22 @@
+import random
+from collections import Counter
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 
+from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model import build_heads
-from medusa_exp.tree.calibrate import grow, head_ranks, prefix_counts
+from medusa_exp.tree import Tree, chain
+from medusa_exp.tree.calibrate import Timing, choose, head_ranks
+from medusa_exp.tree.growth import best_tree, grow, node_shares, num_steps, prefix_counts, replay
 
 
 def test_prefix_counts_are_joint():
     ranks_PK = np.array([[0, 0], [0, 1], [1, 0], [5, 0]])
-    assert prefix_counts(ranks_PK, max_rank=2) == {
-        (0,): 0.5,
-        (0, 0): 0.25,
-        (0, 1): 0.25,
-        (1,): 0.25,
-        (1, 0): 0.25,
-    }
+    expected = {(0,): 2, (0, 0): 1, (0, 1): 1, (1,): 1, (1, 0): 1}
+    assert prefix_counts(ranks_PK, max_rank=2) == Counter(expected)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -32,7 +32,38 @@ def test_grown_trees_are_the_best_of_every_size(seed):
             for chosen in combinations(value, size)
             if all(path[:-1] in {(), *chosen} for path in chosen)
         )
-        assert sum(share for _, share in grown[:size]) == pytest.approx(best)
+        assert sum(value[path] for path in grown[:size]) == best
+
+
+def test_replay_by_hand():
+    """Token 0 is certain; (0, 0) comes true there, then nothing at 3, then (0,) at 4."""
+    ranks_PK = np.array([[0, 0], [9, 9], [9, 9], [9, 9], [0, 9], [9, 9], [9, 9]])
+    assert replay(ranks_PK, chain(2)) == [0, 3, 4]
+    assert replay(ranks_PK, chain(1)) == [0, 2, 3, 4]
+    assert num_steps([ranks_PK], chain(0)) == 7
+    assert node_shares([ranks_PK], chain(2)) == pytest.approx([1, 2 / 3, 1 / 3])
+
+
+def test_replay_counts_the_steps_that_decoding_takes(backbone):
+    """The prediction of tokens per step is exact on the answers that it was made from."""
+    heads = build_heads(backbone, num_heads=3)
+    rng = random.Random(0)
+    tree = Tree.from_paths([[0], [0, 0], [1], [2], [1, 0], [0, 0, 0], [3], [0, 1]])
+    for _ in range(6):
+        prompt = [rng.randrange(64) for _ in range(rng.randint(1, 20))]
+        limits = {"max_new_tokens": rng.randint(1, 60), "stop_ids": {7}}
+        answer = decode_plain(backbone, prompt, **limits).tokens
+        ranks_PK = head_ranks(backbone, heads, prompt, answer)
+        steps = decode_tree(backbone, heads, tree, prompt, **limits).accept_lengths
+        assert num_steps([ranks_PK], tree) == len(steps)
+
+
+def test_counting_where_decoding_stands_finds_a_better_tree():
+    """At positions that are jumped over, guesses of rank 1 come true; where it stands, rank 2."""
+    block = [[0, 0], [1, 99], [1, 99], [2, 99], [99, 99]]
+    answer = np.array(block * 30)
+    naive = Tree.from_paths(grow(prefix_counts(answer, 10), 4))
+    assert num_steps([answer], best_tree([answer], 4, 10)) < num_steps([answer], naive)
 
 
 @torch.no_grad()
@@ -40,13 +71,20 @@ def test_head_ranks_by_hand(backbone):
     """Heads start as the lm_head, so head k ranks by the backbone's logits at the same place."""
     heads = build_heads(backbone, num_heads=2)
     prompt, answer = [1, 2, 3], [10, 11, 12, 13]
-    ids = torch.tensor([prompt + answer])
-    logits_TV = backbone.model(ids).logits[0]
-    whole = head_ranks(backbone, heads, prompt, answer, frozenset({13}))
-    cut_off = head_ranks(backbone, heads, prompt, answer, frozenset())
-    assert whole.shape == (4, 2)
+    logits_TV = backbone.model(torch.tensor([prompt + answer])).logits[0]
+    ranks_PK = head_ranks(backbone, heads, prompt, answer)
+    assert ranks_PK.shape == (4, 2)
     for position, truth in enumerate([[11, 12], [12, 13], [13, None], [None, None]]):
         row = logits_TV[len(prompt) - 1 + position]
         expected = [64 if t is None else int((row > row[t]).sum()) for t in truth]
-        assert whole[position].tolist() == expected
-    assert cut_off.tolist() == whole[:2].tolist()
+        assert ranks_PK[position].tolist() == expected
+
+
+def test_the_fastest_tree_is_chosen_not_the_one_with_most_tokens():
+    answers = [np.zeros((21, 2), dtype=int)]
+    times = {chain(0): 1.0, chain(1): 1.2, chain(2): 2.5}
+    chosen = choose(answers, Timing(times, plain=1.0, prefill=3.0))
+    assert chosen["num_nodes"] == 2
+    assert chosen["predicted_tokens_per_step"] == pytest.approx(21 / 11)
+    assert chosen["predicted_speedup"] == pytest.approx((3 + 20) / (3 + 10 * 1.2))
+    assert [point["num_nodes"] for point in chosen["curve"]] == [1, 2, 3]

@@ -115,7 +115,8 @@ def _expand(path: str | Path) -> list[Path]:
         if not found:
             raise DataError(f"{place} holds no *.json or *.jsonl file.")
         return found
-    matches = glob(str(place), recursive=True)  # noqa: PTH207: a pattern may start at the root
+    # Path.glob would need the pattern cut from its root.
+    matches = glob(str(place), recursive=True)  # noqa: PTH207
     found = sorted(Path(match) for match in matches if Path(match).is_file())
     if not found:
         raise DataError(f"{place}: there is no such file, folder or match. Check dataset.path.")

@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,10 @@ class Sequence:
 
 
 def dataset_key(dataset: DatasetConfig) -> str:
-    """Name the generated data set's content."""
-    return content_key("synthetic", dataset.num_conversations, dataset.seed)
+    """Name the generated data set's content: its options, and the generator's own source."""
+    package = resources.files("medusa_exp.data.synthetic")
+    source = sorted(file.read_text() for file in package.iterdir() if file.name.endswith(".py"))
+    return content_key(source, dataset.num_conversations, dataset.seed)
 
 
 def dataset_files(config: Config) -> list[Path]:

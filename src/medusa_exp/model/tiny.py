@@ -134,7 +134,7 @@ def _pretrain(
     trainer = build_trainer(
         config, out, "pretrain", max_steps=settings.max_steps, precision=precision
     )
-    trainer.fit(module, train_dataloaders=batches)
+    trainer.fit(module, datamodule=batches)
     return model.cpu(), float(trainer.logged_metrics["pretrain/loss"])
 
 

@@ -42,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Batches(L.LightningDataModule):
-    """Training batches in the seed's order, and a fixed set of validation batches."""
+    """Training batches in the seed's order, and a fixed set of validation batches, if any."""
 
     def __init__(
         self,
@@ -70,8 +70,10 @@ class Batches(L.LightningDataModule):
         start = self.trainer.global_step * self.accumulate
         return build_loader(self.train, self._sampler(self.train, self.num_batches, start))
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """The same batches at every validation: one pass at most."""
+        if not self.val:
+            return []
         sampler = self._sampler(self.val, self.val_batches, 0)
         sampler.num_batches = min(self.val_batches, sampler.batches_per_epoch())
         return build_loader(self.val, sampler)

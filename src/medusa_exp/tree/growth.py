@@ -1,0 +1,101 @@
+"""Ranks of what came true in; the best tree of every size out.
+
+An answer's ranks_PK say, at each of its P positions, which guess of head k was the token that
+came. With them a decoding run can be replayed exactly, for any tree, without the model.
+
+The reference counts at all positions alike. Decoding does not visit them alike: it jumps over what
+is easy, and stands where a run of guesses has just ended, so that such a mean promises more than
+comes (seen here: 4.5 tokens a step promised, 3.6 found). So we count where a replay stands.
+"""
+
+import heapq
+from collections import Counter
+
+import numpy as np
+
+from medusa_exp.tree.tree import Path_, Tree
+
+_ROUNDS = 3
+
+
+def prefix_counts(ranks_PK: np.ndarray, max_rank: int) -> Counter[Path_]:
+    """Count at how many positions each path of ranks below `max_rank` came true.
+
+    A path is counted as a whole: the product of its heads' shares would miss that they err
+    together.
+    """
+    counts: Counter[Path_] = Counter()
+    for row in ranks_PK.tolist():
+        for depth, rank in enumerate(row, 1):
+            if rank >= max_rank:
+                break
+            counts[tuple(row[:depth])] += 1
+    return counts
+
+
+def grow(value: Counter[Path_], max_nodes: int) -> list[Path_]:
+    """Return the best tree's paths in the order in which they are added.
+
+    The first n of them, with the root, are the tree of n + 1 nodes that accepts most guesses at
+    the counted positions: a child never counts more than its parent, so taking the most valuable
+    node next is optimal. Ties go to the shallower and then to the likelier guess.
+    """
+    children: dict[Path_, list[Path_]] = {}
+    for path in value:
+        children.setdefault(path[:-1], []).append(path)
+    frontier = [(-value[path], len(path), path) for path in children.get((), [])]
+    heapq.heapify(frontier)
+    paths: list[Path_] = []
+    while frontier and len(paths) < max_nodes - 1:
+        _, _, path = heapq.heappop(frontier)
+        paths.append(path)
+        for child in children.get(path, []):
+            heapq.heappush(frontier, (-value[child], len(child), child))
+    return paths
+
+
+def replay(ranks_PK: np.ndarray, tree: Tree) -> list[int]:
+    """Return the positions at which decoding this answer with this tree would stand.
+
+    At position t token t is certain. The step there accepts the deepest path of the tree that
+    came true, adds the backbone's own next token, and the next step stands after them. The first
+    token comes with the prompt's step, which is not listed.
+    """
+    paths = set(tree.paths)
+    rows = ranks_PK.tolist()
+    positions, t = [], 0
+    while t < len(rows) - 1:
+        positions.append(t)
+        depth = 0
+        while depth < len(rows[t]) and tuple(rows[t][: depth + 1]) in paths:
+            depth += 1
+        t += depth + 1
+    return positions
+
+
+def num_steps(answers: list[np.ndarray], tree: Tree) -> int:
+    """Count the steps that decoding these answers would take, the prompts' steps included."""
+    return sum(1 + len(replay(ranks_PK, tree)) for ranks_PK in answers)
+
+
+def best_tree(answers: list[np.ndarray], size: int, max_rank: int) -> Tree:
+    """Return the best tree of at most `size` nodes that a few rounds find.
+
+    Each round counts where the tree of the round before would stand, and grows a new one.
+    """
+    chosen = np.concatenate(answers)
+    best, fewest = Tree((-1,), (-1,)), num_steps(answers, Tree((-1,), (-1,)))
+    for _ in range(_ROUNDS):
+        tree = Tree.from_paths(grow(prefix_counts(chosen, max_rank), size))
+        steps = num_steps(answers, tree)
+        if steps < fewest:
+            best, fewest = tree, steps
+        chosen = np.concatenate([ranks_PK[replay(ranks_PK, tree)] for ranks_PK in answers])
+    return best
+
+
+def node_shares(answers: list[np.ndarray], tree: Tree) -> list[float]:
+    """Return, for each node, the share of steps that accept it: 1 for the root."""
+    visited = np.concatenate([ranks_PK[replay(ranks_PK, tree)] for ranks_PK in answers])
+    counts = prefix_counts(visited, max(tree.ranks) + 1)
+    return [1.0, *(counts[path] / max(1, len(visited)) for path in tree.paths[1:])]
