@@ -84,7 +84,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     from medusa_exp.tracking.tracker import Tracker
 
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
-        quiet_libraries()
+        quiet_libraries(config.stages)
     record = RunRecord(out, config, command)
     with Tracker(config, out) as tracker:
         for name in config.stages:

@@ -42,9 +42,12 @@ def print_summary(
     )
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(stages: list[str]) -> None:
     """Silence what libraries say about themselves; their warnings still come through."""
     from transformers.utils import logging as transformers_logging
+
+    if {"pretrain", "train"} & set(stages):
+        import lightning.pytorch  # it sets up its logging when it is imported
 
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "httpx"):

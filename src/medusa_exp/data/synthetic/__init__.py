@@ -10,11 +10,13 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from medusa_exp.data.synthetic import calculation, language, layout, programs
 from medusa_exp.data.synthetic.wording import pick
 from medusa_exp.files import publish
 
+Record = dict[str, Any]
 Turn = tuple[str, str]
 """What the user asks, and the right answer."""
 
@@ -42,7 +44,7 @@ _SYSTEM_TURNS = (
 )
 
 
-def generate_conversations(num_conversations: int, seed: int) -> Iterator[dict]:
+def generate_conversations(num_conversations: int, seed: int) -> Iterator[Record]:
     """Yield ShareGPT records of one to four exchanges, with a system turn in one of six.
 
     The id starts with the family of the first exchange: `arithmetic-000123`.
@@ -59,7 +61,7 @@ def write_dataset(path: Path, num_conversations: int, seed: int) -> None:
         partial.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
-def _conversation(number: int, rng: random.Random) -> dict:
+def _conversation(number: int, rng: random.Random) -> Record:
     first = rng.choice(CATEGORIES)
     turns = []
     if rng.random() < 1 / 6:

@@ -1,6 +1,7 @@
 """Tasks with numbers: stories, sequences, units and dates."""
 
 import random
+from itertools import pairwise
 
 from medusa_exp.data.synthetic.wording import ITEMS, NAMES, closing, numbered, opening, pick, plural
 
@@ -65,11 +66,11 @@ def sequence(rng: random.Random) -> tuple[str, str]:
         step = rng.randint(2, 9)
         terms = [first + step * i for i in range(8)]
         rule = f"each number is {step} more than the one before it"
-        checks = [f"{a} + {step} = {b}" for a, b in zip(terms[4:7], terms[5:8], strict=True)]
+        checks = [f"{a} + {step} = {b}" for a, b in pairwise(terms[4:])]
     else:
         terms = [first * 2**i for i in range(8)]
         rule = "each number is twice the one before it"
-        checks = [f"{a} x 2 = {b}" for a, b in zip(terms[4:7], terms[5:8], strict=True)]
+        checks = [f"{a} x 2 = {b}" for a, b in pairwise(terms[4:])]
     known, next_terms = terms[:5], terms[5:]
     question = pick(
         rng,

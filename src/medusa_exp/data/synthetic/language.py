@@ -2,7 +2,7 @@
 
 import random
 
-from medusa_exp.data.synthetic.wording import ITEMS, NAMES, closing, numbered, pick
+from medusa_exp.data.synthetic.wording import ITEMS, NAMES, closing, numbered, pick, with_article
 
 # base form, past form: "They open the door" -> "The door was opened by them"
 _VERBS = (
@@ -97,24 +97,22 @@ def facts(rng: random.Random) -> tuple[str, str]:
     first, second = rng.sample(sorted(_ANIMALS), 2)
     question = pick(
         rng,
-        f"What is the difference between a {first} and a {second}?".replace(
-            " a ant", " an ant"
-        ).replace(" a owl", " an owl"),
+        f"What is the difference between {with_article(first)} and {with_article(second)}?",
         f"Compare these two animals: {first} and {second}.",
     )
     lines = []
     for animal in (first, second):
         legs, kind, home = _ANIMALS[animal]
-        article = "an" if kind[0] in "aeiou" else "a"
         lines.append(
-            f"**{animal.capitalize()}**: it is {article} {kind}, has {legs} legs and lives {home}."
+            f"**{animal.capitalize()}**: it is {with_article(kind)}, "
+            f"has {legs} legs and lives {home}."
         )
-    legs = [_ANIMALS[animal][0] for animal in (first, second)]
-    if legs[0] == legs[1]:
-        verdict = f"Both of them have {legs[0]} legs."
+    surplus = _ANIMALS[first][0] - _ANIMALS[second][0]
+    if surplus == 0:
+        verdict = f"Both of them have {legs} legs."
     else:
-        most = (first, second)[legs[1] > legs[0]]
-        verdict = f"The {most} has more legs than the other one, by {abs(legs[0] - legs[1])}."
+        most = first if surplus > 0 else second
+        verdict = f"The {most} has more legs than the other one, by {abs(surplus)}."
     return question, "Here is a short comparison:\n\n- " + "\n- ".join(lines) + (
         f"\n\n{verdict}{closing(rng)}"
     )

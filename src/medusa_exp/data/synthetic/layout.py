@@ -3,7 +3,7 @@
 import json
 import random
 
-from medusa_exp.data.synthetic.wording import ITEMS, NAMES, closing, numbered, pick
+from medusa_exp.data.synthetic.wording import ITEMS, NAMES, closing, numbered, pick, with_article
 
 _CITIES = "Berlin Cairo Lima Madrid Nairobi Oslo Paris Quito Rome Sofia Tokyo Vienna".split()
 _JOBS = "teacher nurse baker pilot farmer writer engineer painter doctor chef".split()
@@ -81,7 +81,7 @@ def record(rng: random.Random) -> tuple[str, str]:
     name, city, job = rng.choice(NAMES), rng.choice(_CITIES), rng.choice(_JOBS)
     age, likes = rng.randint(18, 79), rng.sample(ITEMS, 2)
     value = {"name": name, "age": age, "city": city, "job": job, "likes": [f"{x}s" for x in likes]}
-    facts = f"{name} is {age} years old, lives in {city}, works as a {job} and likes "
+    facts = f"{name} is {age} years old, lives in {city}, works as {with_article(job)} and likes "
     question = pick(
         rng,
         "Turn this into JSON: ",

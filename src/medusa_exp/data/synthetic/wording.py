@@ -47,6 +47,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def with_article(noun: str) -> str:
+    """Return "a dog" or "an owl"."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
 def numbered(lines: list[str]) -> str:
     """Return a numbered list."""
     return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
