@@ -64,7 +64,8 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
 def new_overrides(out: Path, hydra_config: HydraConf) -> list[str]:
     """Return the overrides that this call brought, without those saved with the run."""
     saved = _saved_overrides(out) if _continues(out, hydra_config) else []
-    return [override for override in hydra_config.overrides.task if override not in saved]
+    # What stands in both changes nothing; but a later call always names the run anew.
+    return [o for o in hydra_config.overrides.task if o not in saved or _key(o) == "run_dir"]
 
 
 def _continues(out: Path, hydra_config: HydraConf) -> bool:

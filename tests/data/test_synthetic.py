@@ -1,6 +1,6 @@
 import json
 import re
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 
@@ -63,9 +63,7 @@ def test_every_sum_is_right():
 def test_stories_add_up():
     for question, answer, _ in found(r"starts with"):
         start = int(re.search(r" has (\d+) ", question)[1])
-        for sign, number in re.findall(
-            r"(gives|loses|sells|buys|finds|gets) (\d+)", question
-        ):
+        for sign, number in re.findall(r"(gives|loses|sells|buys|finds|gets) (\d+)", question):
             start += -int(number) if sign in ("gives", "loses", "sells") else int(number)
         assert int(re.findall(r"\d+", answer.split("\n\n")[2])[0]) == start
 
@@ -81,8 +79,8 @@ def test_sequences_go_on_by_their_rule():
     for question, _, match in found(r"continues with (\d+), (\d+) and (\d+)"):
         terms = [int(n) for n in re.findall(r"\d+", question.split("...")[0])]
         terms += [int(n) for n in match.groups()]
-        differences = {b - a for a, b in zip(terms, terms[1:], strict=False)}
-        ratios = {b / a for a, b in zip(terms, terms[1:], strict=False)}
+        differences = {b - a for a, b in pairwise(terms)}
+        ratios = {b / a for a, b in pairwise(terms)}
         assert len(differences) == 1 or ratios == {2.0}
 
 

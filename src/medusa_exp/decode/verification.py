@@ -29,7 +29,7 @@ def verify(
     rule: str = "greedy",
     max_depth: int | None = None,
 ) -> Verdict:
-    """Walk down from the root as long as a child holds the token that the backbone says.
+    """Find the path from the root whose every node holds the token that the backbone says.
 
     Args:
         logits_BNV: the backbone's logits after each node.
@@ -38,32 +38,39 @@ def verify(
         rule: greedy. Its outcome equals step-by-step greedy decoding on the same logits: the
             token after a node is its argmax, the lowest id where several tie; of siblings that
             hold the same token, the first counts.
-        max_depth: levels to walk; N - 1 unless the caller knows better.
+        max_depth: depth of the deepest tree; N - 1 unless the caller knows better.
 
     Raises:
         ValueError: the rule is not known.
     """
     if rule != "greedy":
         raise ValueError(f"rule={rule} is not known: use greedy.")
+    num_nodes = tokens_BN.shape[1]
+    depth = num_nodes - 1 if max_depth is None else max_depth
     target_BN = logits_BNV.argmax(-1)
     parent_BN = parents_BN.clamp(min=0)
     is_right_BN = (tokens_BN == target_BN.gather(1, parent_BN)) & (parents_BN >= 0)
-    node_B1 = torch.zeros_like(tokens_BN[:, :1])
-    path = [node_B1]
-    for _ in range(tokens_BN.shape[1] - 1 if max_depth is None else max_depth):
-        is_next_BN = is_right_BN & (parents_BN == node_B1)
-        # max of equal values gives the first on the CPU but any on a GPU: rank them to be sure.
-        found_B1, child_B1 = _first_true(is_next_BN)
-        path.append(torch.where(found_B1, child_B1, -1))
-        node_B1 = torch.where(found_B1, child_B1, node_B1)
-        # Once nothing is found, node stays, and so nothing is found again.
-    path_BL = torch.cat(path, dim=1)
-    num_accepted_B = (path_BL >= 0).sum(1) - 1
-    return Verdict(path_BL, num_accepted_B, target_BN.gather(1, node_B1)[:, 0])
+    is_accepted_BN = is_right_BN & ~_has_right_elder_sibling(is_right_BN, parents_BN)
+    is_accepted_BN[:, 0] = True
+    # Ask the parent, then the grandparent's answer, then the one four above: after r rounds a node
+    # knows about its 2^r - 1 nearest ancestors.
+    ancestor_BN = parent_BN
+    for _ in range(depth.bit_length()):
+        is_accepted_BN = is_accepted_BN & is_accepted_BN.gather(1, ancestor_BN)
+        ancestor_BN = ancestor_BN.gather(1, ancestor_BN)
+    # What is left is one path, and parents stand before children: in order of node numbers.
+    node_N = torch.arange(num_nodes, device=tokens_BN.device)
+    path_BN = torch.where(is_accepted_BN, node_N, num_nodes).sort(dim=1).values
+    path_BL = path_BN[:, : depth + 1]
+    last_B1 = (is_accepted_BN * node_N).max(dim=1, keepdim=True).values
+    return Verdict(
+        path_BL.masked_fill(path_BL == num_nodes, -1),
+        is_accepted_BN.sum(1) - 1,
+        target_BN.gather(1, last_B1)[:, 0],
+    )
 
 
-def _first_true(mask_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (is there one_B1, index of the first_B1)."""
-    countdown_N = torch.arange(mask_BN.shape[1], 0, -1, device=mask_BN.device)
-    best_B1, index_B1 = (mask_BN * countdown_N).max(dim=1, keepdim=True)
-    return best_B1 > 0, index_B1
+def _has_right_elder_sibling(is_right_BN: Tensor, parents_BN: Tensor) -> Tensor:
+    """Return, for each node, whether a sibling before it holds the right token too."""
+    is_sibling_BNN = parents_BN[:, :, None] == parents_BN[:, None, :]
+    return (is_sibling_BNN.tril(-1) & is_right_BN[:, None, :]).any(-1)

@@ -3,14 +3,12 @@
 import random
 
 NAMES = (
-    "Ada Ben Clara Dmitri Elena Farid Grace Hugo Ines Jonas Kira Liam Maya Nora Omar Petra "
-    "Quinn Rosa Samir Tessa Umar Vera Wen Yusuf Zoe"
-).split()
+    "Ada Ben Clara Elena Farid Grace Hugo Jonas Maya Nora Omar Petra Rosa Samir Vera Zoe".split()
+)
 
 ITEMS = (
-    "apple book candle button pencil marble stamp shell cookie ticket bottle basket ribbon "
-    "lemon coin card flower stone ball cup"
-).split()
+    "apple book candle pencil marble stamp cookie ticket bottle ribbon lemon coin ball cup".split()
+)
 
 
 def pick(rng: random.Random, *choices: str) -> str:
