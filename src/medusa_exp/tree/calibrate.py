@@ -71,6 +71,11 @@ def run(config: Config, out: Path) -> dict[str, float]:
     tree = choose_tree(config, out, heads.num_heads)
     tree.save(out / "tree.json")
     log.info("tree of %d nodes, depth %d", len(tree), tree.depth)
+    if calibration["predicted_speedup"] < 1:
+        log.warning(
+            "no tree pays here: the heads guess too little of what the model says (see "
+            "val/top1_head1), or a step on this device costs too much for what they guess"
+        )
     return {
         f"calibrate/{name}": float(calibration[name])
         for name in ("num_nodes", "predicted_tokens_per_step", "predicted_speedup")
