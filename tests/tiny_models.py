@@ -42,4 +42,4 @@ def build_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.flo
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)
-    return model.to(dtype)
+    return model.to(dtype).eval()

@@ -5,6 +5,12 @@ Importing this package is cheap: its public names are looked up when they are fi
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from medusa_exp.decode import generate
+    from medusa_exp.model import MedusaHeads, build_heads, load_heads
+    from medusa_exp.tree import Tree
 
 __version__ = "0.1.0"
 
@@ -16,7 +22,7 @@ _PUBLIC = {
     "load_heads": "medusa_exp.model",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["MedusaHeads", "Tree", "__version__", "build_heads", "generate", "load_heads"]
 
 
 def __getattr__(name: str) -> object:

@@ -80,7 +80,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     Writes `run.json` and `metrics.json` after every stage, so that a failure keeps what was done.
     """
     from medusa_exp.provenance import RunRecord
-    from medusa_exp.tracking.terminal import quiet_libraries
+    from medusa_exp.tracking.terminal import print_summary, quiet_libraries
     from medusa_exp.tracking.tracker import Tracker
 
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
@@ -92,5 +92,5 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
             with record.stage(name):
                 metrics = importlib.import_module(STAGES[name]).run(config, out)
             tracker.summary(record.merge_metrics(metrics))
-    record.print_summary(config.stages)
+    print_summary(out, config.stages, record.run["stages"], record.metrics)
     return record.metrics.get(config.objective)

@@ -9,8 +9,10 @@ Hydra's own record of the later call goes to `.hydra-<n>/`; `.hydra/` is never r
 
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from medusa_exp.config import load_saved
@@ -34,8 +36,8 @@ def arguments(argv: list[str]) -> list[str]:
             f"run_dir={run_dir} is an existing run, and a sweep makes new ones: "
             "leave out run_dir, or leave out -m."
         )
-    flags = [a for a in argv if a.startswith("-")]
-    new = [a for a in argv if not a.startswith("-")]
+    new = _overrides(argv)
+    flags = [argument for argument in argv if argument not in new]
     saved = _saved_overrides(run_dir)
     for override in new:
         if _key(override) == "experiment" and override not in saved:
@@ -74,7 +76,7 @@ def _continues(out: Path, hydra_config: HydraConf) -> bool:
 
 
 def _run_dir(argv: list[str]) -> Path | None:
-    named = [a.split("=", 1)[1] for a in argv if a.lstrip("+").startswith("run_dir=")]
+    named = [a.split("=", 1)[1] for a in _overrides(argv) if a.lstrip("+").startswith("run_dir=")]
     return Path(named[-1].strip("'\"")) if named else None
 
 
@@ -85,8 +87,16 @@ def _saved_overrides(run_dir: Path) -> list[str]:
 
 def _key(override: str) -> str:
     """Return the key or group that an override names, without signs and package."""
-    parsed = OverridesParser.create().parse_override(override)
-    return parsed.key_or_group.lstrip("/")
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(str(error)) from error
+    return str(parsed.key_or_group).lstrip("/")
+
+
+def _overrides(argv: list[str]) -> list[str]:
+    """Return the overrides among arguments: what is neither a flag of Hydra's nor its value."""
+    return list(get_args_parser().parse_known_args(argv)[0].overrides)
 
 
 def _next_subdir(run_dir: Path) -> str:

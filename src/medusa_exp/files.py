@@ -9,6 +9,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,42 @@ def read_json(path: Path, default: Any = None) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}. Delete it or restore it.") from error
 
 
+def read_jsonl(path: Path) -> list[Any]:
+    """Read one JSON value a line; none where there is no such file.
+
+    A torn last line, left by a killed writer, is passed over.
+
+    Raises:
+        UserError: another line is no JSON; names file and line.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from error
+    return rows
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off an unfinished last line, so that what is appended starts on a line of its own."""
+    if path.is_file() and not (data := path.read_bytes()).endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
 def sha256_file(path: Path) -> str:
-    """Return the file's sha256 as 64 hexadecimal digits."""
+    """Return the file's sha256 as 64 hexadecimal digits; a large file is read once a process."""
+    status = path.stat()
+    return _sha256(path.resolve(), status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

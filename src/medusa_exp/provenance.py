@@ -42,7 +42,12 @@ class RunRecord:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage and record how it ended, also when it fails or is interrupted."""
-        entry: dict[str, Any] = {"status": "running", "command": self.command}
+        # The top of run.json describes the newest call; each stage keeps what it was made by.
+        entry: dict[str, Any] = {
+            "status": "running",
+            "command": self.command,
+            **{key: self.run[key] for key in ("seed", "git", "versions")},
+        }
         self.run["stages"][name] = entry
         self._save()
         start = time.perf_counter()
@@ -65,12 +70,6 @@ class RunRecord:
         write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
         return plain
 
-    def print_summary(self, stages: list[str]) -> None:
-        """Print what the stages took and found, and where it all lies."""
-        from medusa_exp.tracking.terminal import print_summary
-
-        print_summary(self.out, stages, self.run["stages"], self.metrics)
-
     def _save(self) -> None:
         from medusa_exp.model.tiny import cache_keys
 
@@ -78,7 +77,7 @@ class RunRecord:
         self.run["peak_memory_bytes"] = _peak_memory_bytes()
         self.run["cache_keys"] = cache_keys(self.config)
         for path in _data_files(self.config):
-            self.run["data"].setdefault(str(path), sha256_file(path))
+            self.run["data"][str(path)] = sha256_file(path)
         write_json(self.out / "run.json", self.run)
 
 

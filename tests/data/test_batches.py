@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from medusa_exp.data.batches import LengthGroupedSampler, collate, padded_length
-from medusa_exp.data.sources import Sequence
+from medusa_exp.data.sources import Example
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=500)
 
@@ -39,8 +39,8 @@ def test_a_sequence_longer_than_the_budget_stands_alone():
 def test_padding_is_not_trained():
     batch = collate(
         [
-            Sequence(np.array([5, 6], dtype=np.int32), np.array([False, True])),
-            Sequence(np.array([7, 8, 9], dtype=np.int32), np.array([True, True, False])),
+            Example(np.array([5, 6], dtype=np.int32), np.array([False, True])),
+            Example(np.array([7, 8, 9], dtype=np.int32), np.array([True, True, False])),
         ]
     )
     assert batch.input_ids_BT.shape == batch.is_trained_BT.shape == (2, 64)

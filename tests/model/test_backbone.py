@@ -7,7 +7,7 @@ from tiny_models import ARCHITECTURES, build_model
 from medusa_exp.config import Config, ModelConfig, TokenizerConfig
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, load_backbone, load_tokenizer
-from medusa_exp.model.backbone import pick_device
+from medusa_exp.model.loading import pick_device
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -30,8 +30,22 @@ def test_identity_is_the_same_in_every_dtype():
     assert Backbone(build_model("llama", seed=1)).identity() not in identities
 
 
-def test_no_parameter_is_trainable(backbone):
-    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+def test_wrapping_a_model_changes_nothing_about_it():
+    model = build_model("llama").train()
+    Backbone(model)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_hidden_states_pass_their_check(architecture):
+    Backbone(build_model(architecture)).check_hidden_states()
+
+
+def test_a_model_that_scales_before_its_lm_head_is_refused():
+    backbone = Backbone(build_model("llama"))
+    backbone.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 2,), prepend=True)
+    with pytest.raises(UserError, match="is not its last hidden state"):
+        backbone.check_hidden_states()
 
 
 def config_for(path, **tokenizer):
@@ -47,7 +61,12 @@ def model_dir(tmp_path, tokenizer):
     return tmp_path / "model"
 
 
-def test_loads_a_directory(model_dir):
+def test_loads_a_directory_frozen(model_dir):
+    parameters = load_backbone(config_for(model_dir)).model.parameters()
+    assert not any(parameter.requires_grad for parameter in parameters)
+
+
+def test_tokenizer_and_model_fit(model_dir):
     assert load_backbone(config_for(model_dir)).vocab_size == len(
         load_tokenizer(config_for(model_dir))
     )

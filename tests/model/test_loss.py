@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from medusa_exp.model import build_heads
-from medusa_exp.model.loss import head_labels, medusa_hits, medusa_losses, weighted_mean
+from medusa_exp.model.loss import head_labels, medusa_counts, medusa_loss, medusa_losses
 
 #         u1  u2  a1  a2  end pad     two tokens of the user's, three of the assistant's
 IDS_BT = torch.tensor([[11, 12, 21, 22, 2, 0]])
@@ -55,26 +55,29 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
     parameters = list(heads.parameters())
     expected = torch.autograd.grad(plain, parameters)
     losses = medusa_losses(heads, hidden_BTD, ids_BT, is_trained_BT, chunk_rows=chunk_rows)
-    ours = weighted_mean(losses, 0.8)
+    ours = medusa_loss(losses, 0.8)
     torch.testing.assert_close(ours, plain)
     for mine, theirs in zip(torch.autograd.grad(ours, parameters), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_hits(example):
+def test_counts(example):
     heads, hidden_BTD, ids_BT, is_trained_BT = example
-    results = medusa_hits(heads, hidden_BTD, ids_BT, is_trained_BT, chunk_rows=5)
-    for k, result in enumerate(results, 1):
+    counts_K4 = medusa_counts(heads, hidden_BTD, ids_BT, is_trained_BT, chunk_rows=5)
+    losses = medusa_losses(heads, hidden_BTD, ids_BT, is_trained_BT, chunk_rows=5)
+    for k, (loss, top1, top5, labels) in enumerate(counts_K4, 1):
         is_labelled_BT, labels_R = head_labels(ids_BT, is_trained_BT, k)
-        top5 = heads(hidden_BTD[is_labelled_BT])[:, k - 1].topk(5).indices
-        assert result.top1_sum == (top5[:, 0] == labels_R).sum()
-        assert result.top5_sum == (top5 == labels_R[:, None]).sum()
+        guesses = heads(hidden_BTD[is_labelled_BT])[:, k - 1].topk(5).indices
+        assert loss.item() == pytest.approx(losses[k - 1].loss_sum.item(), rel=1e-5)
+        assert top1 == (guesses[:, 0] == labels_R).sum()
+        assert top5 == (guesses == labels_R[:, None]).sum()
+        assert labels == len(labels_R)
 
 
 def test_no_label_gives_zero_not_nan(example):
     heads, hidden_BTD, ids_BT, _ = example
     none = torch.zeros_like(ids_BT, dtype=torch.bool)
-    loss = weighted_mean(medusa_losses(heads, hidden_BTD, ids_BT, none, chunk_rows=8), 0.8)
+    loss = medusa_loss(medusa_losses(heads, hidden_BTD, ids_BT, none, chunk_rows=8), 0.8)
     loss.backward()
     assert loss == 0
     assert all(p.grad is None or not p.grad.isnan().any() for p in heads.parameters())

@@ -12,7 +12,7 @@ from medusa_exp.config import HeadConfig as Head
 from medusa_exp.data.sources import load_split, tokenise
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_backbone, load_heads, load_tokenizer
-from medusa_exp.model.loss import medusa_losses, weighted_mean
+from medusa_exp.model.loss import medusa_loss, medusa_losses
 from medusa_exp.train import stage
 from medusa_exp.train.schedule import warmup_cosine
 
@@ -79,7 +79,7 @@ def test_the_loss_falls_on_eight_samples(config):
             ids_BT = torch.from_numpy(sample.input_ids).long()[None]
             hidden_BTD = backbone.hidden_states(ids_BT)
             mask_BT = torch.from_numpy(sample.is_trained)[None]
-            total = total + weighted_mean(
+            total = total + medusa_loss(
                 medusa_losses(heads, hidden_BTD, ids_BT, mask_BT, chunk_rows=64), 0.8
             )
         optimizer.zero_grad()
@@ -117,6 +117,21 @@ def test_never_resuming_starts_again(config, tmp_path):
     config.train.max_steps = 3
     run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("group", ["head", "train", "dataset"])
+def test_a_checkpoint_of_other_settings_is_not_resumed(config, tmp_path, group):
+    run(config, tmp_path / "run")
+    if group == "head":
+        config.head.num_heads = 3
+    elif group == "train":
+        config.train.learning_rate = 1e-4
+    else:
+        Path(config.dataset.path).write_text(Path(config.dataset.path).read_text() + " ")
+    with pytest.raises(UserError, match=r"last\.ckpt was made with another .* train.resume=never"):
+        run(config, tmp_path / "run")
+    config.train.resume = "never"
+    run(config, tmp_path / "run")
 
 
 def test_an_infinite_loss_stops_the_run(config, tmp_path):

@@ -97,7 +97,7 @@ class DtypeConfig:
     """Weights of the backbone: auto (as its own config says), bfloat16, float16 or float32."""
     precision: str = "auto"
     """Arithmetic of training, in Lightning's words: auto (bf16-mixed where the hardware has it,
-    else 16-mixed), bf16-mixed, 16-mixed or 32-true."""
+    else 16-mixed on a GPU and 32-true on a CPU), bf16-mixed, 16-mixed or 32-true."""
 
     def __post_init__(self) -> None:
         one_of("dtype.backbone", self.backbone, ("auto", "bfloat16", "float16", "float32"))

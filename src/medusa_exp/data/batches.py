@@ -3,8 +3,7 @@
 Shapes: B sequences, T positions.
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from medusa_exp.data.sources import Sequence
+from medusa_exp.data.sources import Example
 
 _GROUP_BATCHES = 32
 """Batches' worth of sequences that are sorted by length together: enough that padding is small,
@@ -28,13 +27,16 @@ class Batch:
 
     input_ids_BT: Tensor
     is_trained_BT: Tensor
+    lengths_B: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """Move to a device; Lightning calls this."""
-        return Batch(self.input_ids_BT.to(device), self.is_trained_BT.to(device))
+        return Batch(
+            self.input_ids_BT.to(device), self.is_trained_BT.to(device), self.lengths_B.to(device)
+        )
 
 
-def collate(sequences: Seq[Sequence]) -> Batch:
+def collate(sequences: Sequence[Example]) -> Batch:
     """Pad sequences with token 0 to the next multiple of 64 after the longest."""
     length = padded_length(max(len(sequence.input_ids) for sequence in sequences))
     input_ids_BT = torch.zeros(len(sequences), length, dtype=torch.long)
@@ -43,7 +45,8 @@ def collate(sequences: Seq[Sequence]) -> Batch:
         count = len(sequence.input_ids)
         input_ids_BT[row, :count] = torch.from_numpy(sequence.input_ids)
         is_trained_BT[row, :count] = torch.from_numpy(sequence.is_trained)
-    return Batch(input_ids_BT, is_trained_BT)
+    lengths_B = torch.tensor([len(example.input_ids) for example in sequences])
+    return Batch(input_ids_BT, is_trained_BT, lengths_B)
 
 
 def padded_length(length: int) -> int:
@@ -59,7 +62,7 @@ class LengthGroupedSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, lengths: Seq[int], batch_tokens: int, seed: int, num_batches: int, start: int = 0
+        self, lengths: Sequence[int], batch_tokens: int, seed: int, num_batches: int, start: int = 0
     ) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_tokens = batch_tokens
@@ -112,6 +115,6 @@ class LengthGroupedSampler(Sampler[list[int]]):
             yield batch
 
 
-def build_loader(sequences: Seq[Sequence], sampler: LengthGroupedSampler) -> DataLoader[Batch]:
+def build_loader(sequences: Sequence[Example], sampler: LengthGroupedSampler) -> DataLoader[Batch]:
     """Build a loader in this process; padding is far cheaper than the step it feeds."""
     return DataLoader(sequences, batch_sampler=sampler, collate_fn=collate)

@@ -79,7 +79,7 @@ class Reading:
     def _parse(self, raw: msgspec.Raw) -> Conversation | None:
         try:
             record = _record_decoder.decode(raw)
-        except msgspec.ValidationError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             self.dropped["not a ShareGPT record"] += 1
             return None
         messages = [

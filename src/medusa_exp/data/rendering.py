@@ -39,10 +39,8 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> li
         prompts = {i: render_prompt(messages[:i], tokenizer) for i in turns}
         through = {i: _template(messages[: i + 1], tokenizer) for i in turns}
         whole = _template(messages, tokenizer)
-    except jinja2.TemplateError as error:
-        raise DataError(
-            f"conversation {conversation.id}: the chat template says: {error}"
-        ) from error
+    except DataError as error:
+        raise DataError(f"conversation {conversation.id}: {error}") from error
     for i in turns:
         if not through[i].startswith(prompts[i]):
             raise DataError(
@@ -56,7 +54,11 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def render_prompt(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text after which the assistant is to speak."""
+    """Return the text after which the assistant is to speak.
+
+    Raises:
+        DataError: the template refuses these messages.
+    """
     return _template(messages, tokenizer, add_generation_prompt=True)
 
 
@@ -74,7 +76,10 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
 
 def _template(messages: list[Message], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
     chat = [{"role": message.role, "content": message.content} for message in messages]
-    return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    except jinja2.TemplateError as error:  # no ValueError, and raised by templates on purpose
+        raise DataError(f"the chat template says: {error}") from error
 
 
 def _turn_end(through: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,13 +15,13 @@ from medusa_exp.config import Config, DatasetConfig
 from medusa_exp.data.conversations import Conversation, DataError, read_conversations
 from medusa_exp.data.rendering import render
 from medusa_exp.data.synthetic import write_dataset
-from medusa_exp.files import content_key, publish
+from medusa_exp.files import content_key
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Example:
     """Token ids of a conversation, cut to the length limit, and which of them are trained."""
 
     input_ids: np.ndarray
@@ -45,8 +45,7 @@ def dataset_files(config: Config) -> list[Path]:
     if dataset.kind == "synthetic":
         path = Path(config.cache_dir) / "synthetic" / f"{dataset_key(dataset)}.json"
         if not path.is_file():
-            with publish(path) as partial:
-                write_dataset(partial, dataset.num_conversations, dataset.seed)
+            write_dataset(path, dataset.num_conversations, dataset.seed)
         return [path]
     if dataset.path is None:
         raise DataError("dataset.path is not set: name a ShareGPT file, a folder or a glob.")
@@ -63,7 +62,7 @@ def load_split(config: Config, split: str) -> list[Conversation]:
     """
     reading = read_conversations(dataset_files(config))
     chosen = [c for c in reading if split_of(c.id, config.dataset) == split]
-    _report_dropped(reading.dropped, reading.num_records)
+    _report(reading.dropped, "records in all", reading.num_records)
     if not chosen:
         places = ", ".join(str(path) for path in reading.paths)
         why = "; ".join(f"{reason}: {n}" for reason, n in reading.dropped.items()) or "none dropped"
@@ -85,17 +84,17 @@ def split_of(conversation_id: str, dataset: DatasetConfig) -> str:
 
 def tokenise(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Sequence]:
+) -> list[Example]:
     """Render and tokenise; what cannot be used is counted and logged.
 
     Raises:
         DataError: nothing is left to train on; says why.
     """
-    dropped: Counter[str] = Counter()
-    sequences = list(_sequences(conversations, tokenizer, max_length, dropped))
-    _report_dropped(dropped, len(sequences))
+    counts: Counter[str] = Counter()
+    sequences = list(_sequences(conversations, tokenizer, max_length, counts))
+    _report(counts, "rows that are kept", len(sequences))
     if not sequences:
-        why = "; ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        why = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
         raise DataError(f"no token of the data set is an assistant's ({why}): nothing to train on.")
     return sequences
 
@@ -104,26 +103,26 @@ def _sequences(
     conversations: Iterable[Conversation],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    dropped: Counter[str],
-) -> Iterator[Sequence]:
+    counts: Counter[str],
+) -> Iterator[Example]:
     for conversation in conversations:
         try:
             rows = render(conversation, tokenizer)
         except DataError as error:
-            if not dropped["refused by the chat template"]:
+            if not counts["refused by the chat template"]:
                 log.warning("%s", error)
-            dropped["refused by the chat template"] += 1
+            counts["refused by the chat template"] += 1
             continue
         for row in rows:
             if len(row.input_ids) > max_length:
-                dropped[f"cut to {max_length} tokens"] += 1
+                counts[f"cut to {max_length} tokens"] += 1
             is_trained = np.array(row.is_trained[:max_length], dtype=bool)
             if not is_trained.any():
-                dropped["no assistant token left"] += 1
+                counts["no assistant token left"] += 1
                 continue
-            yield Sequence(np.array(row.input_ids[:max_length], dtype=np.int32), is_trained)
+            yield Example(np.array(row.input_ids[:max_length], dtype=np.int32), is_trained)
 
 
-def _report_dropped(counts: Counter[str], total: int) -> None:
+def _report(counts: Counter[str], what: str, total: int) -> None:
     for reason, count in sorted(counts.items()):
-        log.warning("data: %s: %d (of %d)", reason, count, total)
+        log.warning("data: %s: %d (beside %d %s)", reason, count, total, what)

@@ -1,8 +1,7 @@
 """Attention masks of a decoding step, in the form that the backbone's architecture wants.
 
-N tree nodes, P cached positions. What each form of mask does to which architecture was tried one
-by one; the traps are that eager attention takes a boolean mask silently wrong, and that models
-with several kinds of layers want a dict.
+N tree nodes, P cached positions. Two traps: eager attention takes a boolean mask silently wrong (it
+wants a float one), and models with several kinds of layers want a dict of masks.
 """
 
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from medusa_exp.errors import UserError
 
 
 class StepMask:
@@ -28,6 +29,11 @@ class StepMask:
         window = getattr(config, "sliding_window", None)
         if getattr(config, "use_sliding_window", True) is False:
             window = None
+        if unknown := kinds - {"full_attention", "sliding_attention"}:
+            raise UserError(
+                f"{type(model).__name__} has layers of {', '.join(sorted(unknown))}: a tree of "
+                "guesses needs attention with a mask of its own in every layer."
+            )
         self.kinds = kinds if len(kinds) > 1 else set()
         self.window = window if (not kinds or "sliding_attention" in kinds) else None
         self.is_eager = config._attn_implementation == "eager"

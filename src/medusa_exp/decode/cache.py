@@ -70,9 +70,10 @@ class TreeCache(Cache):
             path: increasing node numbers L; the first is 0, the root.
         """
         moves = path != list(range(len(path)))
+        rows_L = torch.tensor(path, device=self.layers[0].keys.device) + start if moves else None
         for layer in self.layers:
-            if moves:
-                rows = torch.tensor(path, device=layer.keys.device) + start
+            if rows_L is not None:
                 for states in (layer.keys, layer.values):
-                    states[:, :, start : start + len(path)] = states.index_select(2, rows)
+                    kept = states.index_select(2, rows_L)
+                    states[:, :, start : start + len(path)] = kept
             layer.length = start + len(path)

@@ -43,7 +43,13 @@ def generate(
         attention_mask: [B, T], False or 0 at padding, left or right.
         max_new_tokens: at most so many a row.
         eos_token_id: ids that end a row; the model's own by default.
+
+    Raises:
+        ValueError: the model is in training mode, where its dropout would speak along.
+        UserError: a row is empty, or longer than the model's positions.
     """
+    if model.training if isinstance(model, PreTrainedModel) else model.model.training:
+        raise ValueError("the model is in training mode: call model.eval() first.")
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     ids = eos_token_id if eos_token_id is not None else list(backbone.eos_token_ids)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -17,7 +17,7 @@ from medusa_exp.decode.propose import Proposer
 from medusa_exp.decode.verification import verify
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.tree import Tree
+from medusa_exp.tree import Tree, chain
 
 
 @dataclass
@@ -62,6 +62,7 @@ def decode_tree(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
+    rule: str = "greedy",
     on_step: Callable[[list[int]], None] | None = None,
 ) -> Decoded:
     """Decode one accepted path a step: the same tokens as `decode_plain`, in fewer steps.
@@ -86,7 +87,7 @@ def decode_tree(
             mask=mask.at(start),
             position_ids_BN=(start + depths_N).clamp(max=last_position)[None],
         )
-        verdict = verify(logits_1NV, tokens_1N, parents_1N, max_depth=tree.depth)
+        verdict = verify(logits_1NV, tokens_1N, parents_1N, rule=rule, max_depth=tree.depth)
         path = [node for node in verdict.path_BL[0].tolist() if node >= 0]
         cache.commit(start, path)
         token_1, hidden_1D = verdict.next_token_B, hidden_1ND[:, path[-1]]
@@ -94,7 +95,7 @@ def decode_tree(
     return answer.decoded
 
 
-_SINGLE = Tree((-1,), (-1,))
+_SINGLE = chain(0)
 
 
 class _Answer:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.tree import Tree
 
 
@@ -31,6 +32,9 @@ class Proposer:
         """
         if not self.depth:
             return root_token[None]
-        logits_KV = self.heads(hidden_1D)[0, : self.depth]
+        if isinstance(self.heads, MedusaHeads):  # deeper heads need not be read from memory
+            logits_KV = self.heads(hidden_1D, self.depth)[0]
+        else:
+            logits_KV = self.heads(hidden_1D)[0, : self.depth]
         guesses_KR = logits_KV.topk(self.num_ranks, dim=-1).indices
         return torch.cat([root_token, guesses_KR.flatten()])[self.place_N][None]

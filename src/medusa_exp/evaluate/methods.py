@@ -5,6 +5,7 @@ All of them are greedy, stop at the same tokens and count tokens from ids.
 
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,19 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.tree import Tree
 
-Method = Callable[[list[int]], Decoded]
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method says to a prompt."""
+
+    tokens: list[int]
+    num_steps: int
+    """Forward calls of the model, the prompt's included."""
+    accept_lengths: list[int] | None
+    """Tokens committed at each step, where that can be seen."""
+
+
+Method = Callable[[list[int]], Answer]
 
 _LOOKUP_TOKENS = 10
 """Tokens that prompt lookup copies at a time: what the documentation of transformers suggests."""
@@ -29,12 +42,13 @@ def build_methods(
     max_new_tokens: int,
     stop_ids: Collection[int],
     baselines: list[str],
+    rule: str = "greedy",
 ) -> dict[str, Method]:
     """Return name -> method: plain and tree, and the baselines asked for."""
     limits: Any = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
     methods: dict[str, Method] = {
-        "plain": lambda ids: decode_plain(backbone, ids, **limits),
-        "tree": lambda ids: decode_tree(backbone, heads, tree, ids, **limits),
+        "plain": lambda ids: _answer(decode_plain(backbone, ids, **limits)),
+        "tree": lambda ids: _answer(decode_tree(backbone, heads, tree, ids, rule=rule, **limits)),
         "hf_generate": lambda ids: hf_generate(backbone, ids, **limits),
         "prompt_lookup": lambda ids: hf_generate(
             backbone, ids, **limits, prompt_lookup_num_tokens=_LOOKUP_TOKENS
@@ -51,12 +65,8 @@ def hf_generate(
     max_new_tokens: int,
     stop_ids: Collection[int],
     **options: Any,
-) -> Decoded:
-    """Answer with `model.generate`; a step is one forward call of the model.
-
-    The accepted lengths within it cannot be seen from outside: only their number is right.
-    """
-    # A fresh config: a model's own may ask for sampling or for penalties.
+) -> Answer:
+    """Answer with `model.generate`; a step is one forward call of the model."""
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -71,25 +81,33 @@ def hf_generate(
         steps += 1
 
     ids_1T = torch.tensor([prompt_ids], device=backbone.device)
-    handle = backbone.model.register_forward_pre_hook(count)
+    model = backbone.model
+    # What `settings` leaves open, generate takes from the model's own config, which may ask for
+    # penalties: for this call there is none.
+    own_settings, model.generation_config = model.generation_config, GenerationConfig()
+    handle = model.register_forward_pre_hook(count)
     try:
-        output_1T = backbone.model.generate(
+        output_1T = model.generate(
             ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings
         )
     finally:
         handle.remove()
+        model.generation_config = own_settings
     tokens = output_1T[0, len(prompt_ids) :].tolist()
-    even, more = divmod(len(tokens), steps)
-    return Decoded(tokens, [even + 1] * more + [even] * (steps - more))
+    return Answer(tokens, steps, None)
 
 
-def timed(method: Method, prompt_ids: list[int], device: torch.device) -> tuple[Decoded, float]:
+def timed(method: Method, prompt_ids: list[int], device: torch.device) -> tuple[Answer, float]:
     """Return the answer and its wall time in seconds, the prompt's step included."""
     _synchronise(device)
     start = time.perf_counter()
-    decoded = method(prompt_ids)
+    answer = method(prompt_ids)
     _synchronise(device)
-    return decoded, time.perf_counter() - start
+    return answer, time.perf_counter() - start
+
+
+def _answer(decoded: Decoded) -> Answer:
+    return Answer(decoded.tokens, len(decoded.accept_lengths), decoded.accept_lengths)
 
 
 def _synchronise(device: torch.device) -> None:

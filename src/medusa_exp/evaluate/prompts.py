@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
-from medusa_exp.data.conversations import Conversation
+from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.rendering import render_prompt
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
@@ -41,24 +41,31 @@ def prompts_of(
     """
     limit = min(config.dataset.max_length, max_positions) - config.decode.max_new_tokens
     prompts = []
-    too_long = 0
+    too_long = refused = 0
     for conversation in conversations:
         category = category_of(conversation.id)
         for turn, message in enumerate(conversation.messages):
             if message.role != "assistant" or turn == 0:
                 continue
-            text = render_prompt(conversation.messages[:turn], tokenizer)
+            try:
+                text = render_prompt(conversation.messages[:turn], tokenizer)
+            except DataError:
+                refused += 1
+                continue
             input_ids = tokenizer(text, add_special_tokens=False).input_ids
             if len(input_ids) > limit:
                 too_long += 1
                 continue
             prompts.append(Prompt(f"{conversation.id}#{turn}", category, text, input_ids))
+    if refused:
+        log.warning("%d prompts are left out: the chat template refuses them", refused)
     if too_long:
         log.warning("%d prompts of more than %d tokens are left out", too_long, limit)
     if not prompts:
         raise UserError(
-            f"no held-out prompt fits: {too_long} are longer than {limit} tokens, which is what "
-            "decode.max_new_tokens leaves. Lower it, or raise dataset.max_length."
+            f"no held-out prompt is left: {refused} are refused by the chat template, {too_long} "
+            f"are longer than {limit} tokens, which is what decode.max_new_tokens leaves. Lower "
+            "it, or raise dataset.max_length."
         )
     return _merge_many_categories(prompts)
 

@@ -6,21 +6,19 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
-from medusa_exp.data.batches import collate
-from medusa_exp.data.conversations import Conversation
-from medusa_exp.data.sources import load_split, tokenise
-from medusa_exp.decode.loop import Decoded
-from medusa_exp.evaluate.methods import Method, build_methods, timed
+from medusa_exp.data.sources import Example, load_split, tokenise
+from medusa_exp.evaluate.methods import Answer, Method, build_methods, timed
 from medusa_exp.evaluate.metrics import Record, summarise
 from medusa_exp.evaluate.prompts import Prompt, prompts_of, stop_ids
 from medusa_exp.files import write_jsonl
-from medusa_exp.model.backbone import Backbone, load_backbone, load_tokenizer
+from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
+from medusa_exp.model.loading import load_backbone, load_tokenizer
+from medusa_exp.model.loss import head_labels
 from medusa_exp.tree.choice import choose_tree
 
 log = logging.getLogger(__name__)
@@ -45,6 +43,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
         max_new_tokens=config.decode.max_new_tokens,
         stop_ids=stop_ids(config, backbone, tokenizer),
         baselines=config.evaluate.baselines,
+        rule=config.decode.rule,
     )
     for prompt in prompts[: config.evaluate.warmup_prompts]:
         for method in methods.values():
@@ -60,28 +59,27 @@ def run(config: Config, out: Path) -> dict[str, float]:
     write_jsonl(out / "samples.jsonl", samples)
     metrics = summarise(records)
     limit = min(config.dataset.max_length, backbone.max_length)
-    metrics["eval/backbone_nats_per_token"] = heldout_loss(
-        backbone, conversations, tokenizer, limit, config.train.batch_tokens
-    )
+    heldout = tokenise(conversations[: config.evaluate.num_prompts], tokenizer, limit)
+    metrics["eval/backbone_nats_per_token"] = heldout_loss(backbone, heldout)
     return metrics
 
 
 def _answer(
     methods: dict[str, Method], prompt: Prompt, number: int, repeats: int, device: torch.device
-) -> dict[str, tuple[Decoded, float]]:
+) -> dict[str, tuple[Answer, float]]:
     """Let every method answer; who begins changes from prompt to prompt."""
     names = list(methods)
     first = number % len(names)
-    answers: dict[str, tuple[Decoded, float]] = {}
+    answers: dict[str, tuple[Answer, float]] = {}
     for _ in range(repeats):
         for name in names[first:] + names[:first]:
-            decoded, seconds = timed(methods[name], prompt.input_ids, device)
+            answer, seconds = timed(methods[name], prompt.input_ids, device)
             if name not in answers or seconds < answers[name][1]:
-                answers[name] = (decoded, seconds)
+                answers[name] = (answer, seconds)
     return answers
 
 
-def _records(prompt: Prompt, answers: dict[str, tuple[Decoded, float]]) -> list[Record]:
+def _records(prompt: Prompt, answers: dict[str, tuple[Answer, float]]) -> list[Record]:
     plain, plain_seconds = answers["plain"]
     return [
         {
@@ -89,31 +87,31 @@ def _records(prompt: Prompt, answers: dict[str, tuple[Decoded, float]]) -> list[
             "category": prompt.category,
             "method": name,
             "batch_size": 1,
-            "new_tokens": len(decoded.tokens),
-            "steps": len(decoded.accept_lengths),
-            "accept_lengths": decoded.accept_lengths,
+            "new_tokens": len(answer.tokens),
+            "steps": answer.num_steps,
+            "accept_lengths": answer.accept_lengths,
             "seconds": seconds,
             "baseline_seconds": plain_seconds,
-            "identical": decoded.tokens == plain.tokens,
+            "identical": answer.tokens == plain.tokens,
         }
-        for name, (decoded, seconds) in answers.items()
+        for name, (answer, seconds) in answers.items()
     ]
 
 
-def _sample(prompt: Prompt, decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _sample(prompt: Prompt, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the answer's text cut into steps and these into tokens."""
     pieces = []
     text = ""
-    for end in range(1, len(decoded.tokens) + 1):
+    for end in range(1, len(answer.tokens) + 1):
         # A token's text depends on its neighbours: it is what the whole gains by it.
-        longer = tokenizer.decode(decoded.tokens[:end], skip_special_tokens=False)
+        longer = tokenizer.decode(answer.tokens[:end], skip_special_tokens=False)
         if longer.endswith("\ufffd"):  # half of a character: it comes with the next token
             pieces.append("")
             continue
         pieces.append(longer[len(text) :])
         text = longer
     steps, start = [], 0
-    for length in decoded.accept_lengths:
+    for length in answer.accept_lengths or ():
         steps.append(pieces[start : start + length])
         start += length
     return {
@@ -125,26 +123,15 @@ def _sample(prompt: Prompt, decoded: Decoded, tokenizer: PreTrainedTokenizerBase
 
 
 @torch.inference_mode()
-def heldout_loss(
-    backbone: Backbone,
-    conversations: list[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    batch_tokens: int,
-) -> float:
-    """Return the backbone's mean loss on the assistant's held-out tokens, in nats per token."""
+def heldout_loss(backbone: Backbone, examples: list[Example]) -> float:
+    """Return the model's mean loss on the assistant's held-out tokens, in nats per token."""
     loss_sum, num_tokens = 0.0, 0
-    for sequence in tokenise(conversations, tokenizer, max_length):
-        batch = collate([sequence])
-        is_label_BT = batch.is_trained_BT[:, 1:].to(backbone.device)
-        ids_BT = batch.input_ids_BT.to(backbone.device)
-        hidden_RD = backbone.hidden_states(ids_BT)[:, :-1][is_label_BT]
-        labels_R = ids_BT[:, 1:][is_label_BT]
-        loss_sum += _loss_sum(backbone, hidden_RD, labels_R)
+    for example in track(examples, "held-out loss"):
+        ids_1T = torch.from_numpy(example.input_ids).long()[None].to(backbone.device)
+        is_trained_1T = torch.from_numpy(example.is_trained)[None].to(backbone.device)
+        # The lm_head is head 0: at t it predicts t+1.
+        is_labelled_1T, labels_R = head_labels(ids_1T, is_trained_1T, 0)
+        logits_RV = backbone.model(input_ids=ids_1T, use_cache=False).logits[is_labelled_1T]
+        loss_sum += float(cross_entropy(logits_RV.float(), labels_R, reduction="sum"))
         num_tokens += len(labels_R)
     return loss_sum / max(1, num_tokens)
-
-
-def _loss_sum(backbone: Backbone, hidden_RD: Tensor, labels_R: Tensor) -> float:
-    logits_RV = backbone.lm_head(hidden_RD).float()
-    return float(cross_entropy(logits_RV, labels_R, reduction="sum"))

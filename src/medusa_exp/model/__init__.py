@@ -3,9 +3,10 @@
 Importing this registers the heads with transformers' AutoConfig and AutoModel.
 """
 
-from medusa_exp.model.backbone import Backbone, load_backbone, load_tokenizer
+from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads, save_heads
 from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig, build_heads
+from medusa_exp.model.loading import load_backbone, load_tokenizer
 
 __all__ = [
     "Backbone",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from medusa_exp.errors import UserError
 from medusa_exp.files import publish
@@ -17,8 +17,8 @@ def save_heads(heads: MedusaHeads, path: Path) -> None:
         heads.save_pretrained(partial)
 
 
-def load_heads(path: str | Path, backbone: Backbone | None = None) -> MedusaHeads:
-    """Load heads, in the dtype and on the device of `backbone` where one is given.
+def load_heads(path: str | Path, model: PreTrainedModel | Backbone | None = None) -> MedusaHeads:
+    """Load heads, in the dtype and on the device of the backbone where one is given.
 
     Raises:
         UserError: there are none, or they were trained for another backbone; says what differs.
@@ -35,8 +35,9 @@ def load_heads(path: str | Path, backbone: Backbone | None = None) -> MedusaHead
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise UserError(f"{place}/model.safetensors does not fit its config.json: {wrong[:4]}.")
-    if backbone is None:
+    if model is None:
         return heads
+    backbone = model if isinstance(model, Backbone) else Backbone(model)
     check_fit(heads, backbone, place)
     return heads.to(backbone.device, backbone.lm_head.weight.dtype).eval()
 

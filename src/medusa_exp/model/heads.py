@@ -79,7 +79,11 @@ class MedusaHeads(PreTrainedModel):
     def forward(self, hidden_BD: Tensor, num_heads: int | None = None) -> Tensor:
         """Return logits_BKV of the first `num_heads` heads (all of them by default)."""
         used = range(self.num_heads if num_heads is None else num_heads)
-        return torch.stack([self.lm_heads[k](self.blocks[k](hidden_BD)) for k in used], dim=-2)
+        return torch.stack([self.head_logits(k, hidden_BD) for k in used], dim=-2)
+
+    def head_logits(self, k: int, hidden_RD: Tensor) -> Tensor:
+        """Return logits_RV of the head at index k (0 is head 1)."""
+        return self.lm_heads[k](self.blocks[k](hidden_RD))
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave what the constructors made: transformers would draw every Linear anew."""

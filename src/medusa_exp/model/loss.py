@@ -17,12 +17,10 @@ _NO_LABEL = -100
 
 @dataclass
 class HeadLoss:
-    """What one head did on one batch, as sums over its R labelled positions."""
+    """One head's cross entropy on one batch, summed over its R labelled positions."""
 
     loss_sum: Tensor
     num_labels: int
-    top1_sum: Tensor | None = None
-    top5_sum: Tensor | None = None
 
 
 def head_labels(input_ids_BT: Tensor, is_trained_BT: Tensor, head: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +55,7 @@ def medusa_losses(
     return results
 
 
-def weighted_mean(losses: list[HeadLoss], decay: float) -> Tensor:
+def medusa_loss(losses: list[HeadLoss], decay: float) -> Tensor:
     """Return sum over heads k of decay**k times the head's mean loss (Medusa, equation 1).
 
     A head without a label in this batch contributes zero, not NaN.
@@ -69,34 +67,33 @@ def weighted_mean(losses: list[HeadLoss], decay: float) -> Tensor:
 
 
 @torch.no_grad()
-def medusa_hits(
+def medusa_counts(
     heads: MedusaHeads,
     hidden_BTD: Tensor,
     input_ids_BT: Tensor,
     is_trained_BT: Tensor,
     *,
     chunk_rows: int,
-) -> list[HeadLoss]:
-    """Like `medusa_losses`, for validation: counts also how often the label ranks 1st or in 5."""
-    results = medusa_losses(heads, hidden_BTD, input_ids_BT, is_trained_BT, chunk_rows=chunk_rows)
-    for k, result in enumerate(results):
+) -> Tensor:
+    """Return, for validation, a float64 [K, 4]: summed loss, labels ranked 1st, in 5, and all."""
+    counts_K4 = torch.zeros(heads.num_heads, 4, dtype=torch.float64, device=hidden_BTD.device)
+    for k in range(heads.num_heads):
         is_labelled_BT, labels_R = head_labels(input_ids_BT, is_trained_BT, k + 1)
-        hits_5 = torch.zeros(5, dtype=torch.long, device=labels_R.device)
-        chunks = zip(
-            hidden_BTD[is_labelled_BT].split(chunk_rows), labels_R.split(chunk_rows), strict=True
-        )
-        for rows_CD, labels_C in chunks:
-            guesses_C5 = _project(heads, k, rows_CD).topk(5).indices
-            hits_5 += (guesses_C5 == labels_C[:, None]).sum(0)
-        result.top1_sum, result.top5_sum = hits_5[0], hits_5.sum()
-    return results
+        rows = hidden_BTD[is_labelled_BT].split(chunk_rows)
+        for rows_CD, labels_C in zip(rows, labels_R.split(chunk_rows), strict=True):
+            logits_CV = heads.head_logits(k, rows_CD).float()
+            hits_C5 = logits_CV.topk(5).indices == labels_C[:, None]
+            loss = cross_entropy(logits_CV, labels_C, reduction="sum")
+            labels = torch.tensor(len(labels_C), device=loss.device)
+            counts_K4[k] += torch.stack([loss, hits_C5[:, 0].sum(), hits_C5.sum(), labels])
+    return counts_K4
 
 
 def _chunked(
     heads: MedusaHeads, k: int, hidden_RD: Tensor, labels_R: Tensor, chunk_rows: int
 ) -> HeadLoss:
     def chunk_loss(rows_CD: Tensor, labels_C: Tensor) -> Tensor:
-        logits_CV = _project(heads, k, rows_CD)
+        logits_CV = heads.head_logits(k, rows_CD).float()  # autocast leaves them in bf16
         return cross_entropy(logits_CV, labels_C, ignore_index=_NO_LABEL, reduction="sum")
 
     # Every chunk has the same shape: each new one would cost the libraries a set-up of its own.
@@ -109,8 +106,3 @@ def _chunked(
         for rows_CD, labels_C in chunks
     ]
     return HeadLoss(torch.stack(sums).sum(), len(labels_R))
-
-
-def _project(heads: MedusaHeads, k: int, rows_CD: Tensor) -> Tensor:
-    """Return one head's logits_CV in float32: autocast leaves them in bf16."""
-    return heads.lm_heads[k](heads.blocks[k](rows_CD)).float()

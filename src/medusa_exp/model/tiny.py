@@ -109,7 +109,7 @@ def _pretrain(
     conversations: list[Conversation],
     tokenizer: PreTrainedTokenizerFast,
 ) -> tuple[LlamaForCausalLM, float]:
-    from medusa_exp.model.backbone import pick_device
+    from medusa_exp.model.loading import pick_device
     from medusa_exp.train.trainer import Batches, build_trainer, pick_precision
 
     settings = config.model.pretrain
@@ -177,11 +177,8 @@ class _LanguageModelModule(L.LightningModule):
         """Return the mean cross entropy over real tokens."""
         ids_BT = batch.input_ids_BT
         logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-        # Padding is token 0 = the end mark, which is only real once a sequence goes on after it:
-        # the last trained position is the last real one.
         position_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        last_B1 = (batch.is_trained_BT * position_T).max(dim=1, keepdim=True).values
-        is_real_BT = position_T <= last_B1
+        is_real_BT = position_T < batch.lengths_B[:, None]
         targets_BT = ids_BT.masked_fill(~is_real_BT, -100)[:, 1:]
         loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
         self.log("pretrain/loss", loss, prog_bar=True)
@@ -189,13 +186,9 @@ class _LanguageModelModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with warm-up and cosine."""
-        from medusa_exp.train.schedule import warmup_cosine
+        from medusa_exp.train.schedule import scheduled
 
         optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
         )
-        schedule = warmup_cosine(optimizer, self.warmup_fraction, self.max_steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return scheduled(optimizer, self.warmup_fraction, self.max_steps)

@@ -6,12 +6,14 @@ was resumed, a step may stand twice, and the later line counts.
 
 import json
 import math
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.loggers import Logger
+
+from medusa_exp.files import drop_torn_line
 
 
 class HistoryLogger(Logger):
@@ -20,6 +22,7 @@ class HistoryLogger(Logger):
     def __init__(self, out: Path, stage: str) -> None:
         super().__init__()
         self.path = out / "history.jsonl"
+        drop_torn_line(self.path)
         self.stage = stage
 
     @property
@@ -39,7 +42,8 @@ class HistoryLogger(Logger):
         line = {"stage": self.stage, "step": step, **finite}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if wandb.run is not None:
+        wandb = sys.modules.get("wandb")  # loaded only where logger=wandb has opened a run
+        if wandb is not None and wandb.run is not None:
             wandb.log({f"{self.stage}/step": step, **finite})
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any) -> None:

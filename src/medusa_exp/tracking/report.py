@@ -5,7 +5,6 @@ into None where the file is not there yet; the template then names the stage tha
 page loads nothing: scripts and styles are inline, and its content security policy forbids more.
 """
 
-import json
 import math
 import re
 import shlex
@@ -15,8 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from medusa_exp.errors import UserError
-from medusa_exp.files import publish, read_json
+from medusa_exp.files import publish, read_json, read_jsonl
 from medusa_exp.tracking import charts
 
 MAX_CURVE_POINTS = 300
@@ -55,19 +53,19 @@ def _content(run_dir: Path) -> Row:
     }
     run = read_json(run_dir / "run.json", {})
     calibration = read_json(run_dir / "calibration.json")
-    records = _first_batch_size(_read_jsonl(run_dir / "records.jsonl"))
+    records = _first_batch_size(read_jsonl(run_dir / "records.jsonl"))
     return {
         "run": run,
         "m": metrics,
         "headline": _headline(metrics, records),
-        "samples": _read_jsonl(run_dir / "samples.jsonl"),
+        "samples": read_jsonl(run_dir / "samples.jsonl"),
         "categories": _categories(metrics, records),
         "heads": _heads(metrics),
         "rank_chart": charts.rank_chart(calibration["rank_share"]) if calibration else None,
         "tree": _tree(read_json(run_dir / "tree.json"), calibration),
         "calibration": _calibration(calibration),
         "lengths": _lengths(records),
-        "curves": _curves(_read_jsonl(run_dir / "history.jsonl")),
+        "curves": _curves(read_jsonl(run_dir / "history.jsonl")),
         "command": shlex.join(run.get("command", [])),
         "run_dir": shlex.quote(f"run_dir={run_dir}"),
     }
@@ -93,21 +91,6 @@ def _scripts() -> str:
 
     bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks too much
     return bundle.replace("</script", "<\\/script")
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    """Read one JSON object a line; a torn last line, left by a killed writer, is passed over."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from error
-    return rows
 
 
 def _first_batch_size(records: Iterable[Row]) -> list[Row]:

@@ -2,13 +2,12 @@
 
 import csv
 import logging
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from medusa_exp.config import Config, to_dict
-from medusa_exp.files import publish, read_json
+from medusa_exp.files import publish, read_json, read_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +46,6 @@ class Tracker:
 
 
 def _open_wandb(config: Config, out: Path) -> Any:
-    # W&B says on standard error where it syncs to; the summary table says what a user needs.
-    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     logger = config.logger
@@ -62,7 +59,7 @@ def _open_wandb(config: Config, out: Path) -> Any:
         mode=logger.mode,  # type: ignore[arg-type]
         dir=out,
         config=to_dict(config),
-        settings=wandb.Settings(console="off"),
+        settings=wandb.Settings(console="off", silent=True),
     )
     for stage in ("pretrain", "train"):
         run.define_metric(f"{stage}/step", hidden=True)
@@ -76,19 +73,9 @@ def _write_csv(out: Path) -> None:
     metrics = read_json(out / "metrics.json", {})
     with publish(out / "metrics.csv") as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows([("name", "value"), *metrics.items()])
-    rows = read_history(out)
+    rows = read_jsonl(out / "history.jsonl")
     names = sorted({name for row in rows for name in row} - {"stage", "step"})
     with publish(out / "history.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["stage", "step", *names])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def read_history(out: Path) -> list[dict[str, Any]]:
-    """Read history.jsonl."""
-    import json
-
-    path = out / "history.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -13,8 +13,8 @@ from medusa_exp.data.batches import Batch
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
-from medusa_exp.model.loss import HeadLoss, medusa_hits, medusa_losses, weighted_mean
-from medusa_exp.train.schedule import warmup_cosine
+from medusa_exp.model.loss import HeadLoss, medusa_counts, medusa_loss, medusa_losses
+from medusa_exp.train.schedule import scheduled
 
 
 class MedusaModule(L.LightningModule):
@@ -34,6 +34,7 @@ class MedusaModule(L.LightningModule):
         max_steps: int,
         decay: float,
         loss_chunk_rows: int,
+        made_with: str,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -44,13 +45,14 @@ class MedusaModule(L.LightningModule):
         self.max_steps = max_steps
         self.decay = decay
         self.loss_chunk_rows = loss_chunk_rows
+        self.made_with = made_with
         self.last_train_metrics: dict[str, float] = {}
-        self._val_sums: Tensor | None = None
+        self._val_counts: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted loss of all heads on one batch."""
         losses = medusa_losses(self.heads, *self._inputs(batch), chunk_rows=self.loss_chunk_rows)
-        loss = weighted_mean(losses, self.decay)
+        loss = medusa_loss(losses, self.decay)
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss is {loss.item()} at step {self.global_step}: lower train.learning_rate, "
@@ -67,19 +69,18 @@ class MedusaModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
-        self._val_sums = None
+        self._val_counts = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count losses, hits and labels: means come of sums over all batches, not of means."""
-        losses = medusa_hits(self.heads, *self._inputs(batch), chunk_rows=self.loss_chunk_rows)
-        sums = torch.stack([_counts(head) for head in losses])
-        self._val_sums = sums if self._val_sums is None else self._val_sums + sums
+        counts_K4 = medusa_counts(self.heads, *self._inputs(batch), chunk_rows=self.loss_chunk_rows)
+        self._val_counts = counts_K4 if self._val_counts is None else self._val_counts + counts_K4
 
     def on_validation_epoch_end(self) -> None:
         """Log what the heads do on held-out text."""
-        if self._val_sums is None:
+        if self._val_counts is None:
             return
-        loss_K, top1_K, top5_K, labels_K = self._val_sums.unbind(1)
+        loss_K, top1_K, top5_K, labels_K = self._val_counts.unbind(1)
         for name, sum_K in (("loss", loss_K), ("top1", top1_K), ("top5", top5_K)):
             mean_K = sum_K / labels_K.clamp(min=1)
             self.log_dict({f"val/{name}_head{k}": float(x) for k, x in enumerate(mean_K, 1)})
@@ -89,11 +90,11 @@ class MedusaModule(L.LightningModule):
         optimizer = torch.optim.AdamW(
             self.heads.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
         )
-        schedule = warmup_cosine(optimizer, self.warmup_fraction, self.max_steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return scheduled(optimizer, self.warmup_fraction, self.max_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the checkpoint was made with: see `stage.checkpoint_to_resume`."""
+        checkpoint["made_with"] = self.made_with
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
@@ -103,10 +104,3 @@ class MedusaModule(L.LightningModule):
 
 def _mean(head: HeadLoss) -> Tensor:
     return head.loss_sum.detach() / max(head.num_labels, 1)
-
-
-def _counts(head: HeadLoss) -> Tensor:
-    assert head.top1_sum is not None and head.top5_sum is not None
-    labels = torch.tensor(head.num_labels, device=head.loss_sum.device)
-    values = (head.loss_sum, head.top1_sum, head.top5_sum, labels)
-    return torch.stack([value.double() for value in values])

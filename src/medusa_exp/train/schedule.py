@@ -1,6 +1,7 @@
 """The learning-rate schedule."""
 
 import math
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,3 +18,9 @@ def warmup_cosine(optimizer: Optimizer, warmup_fraction: float, max_steps: int) 
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return LambdaLR(optimizer, factor)
+
+
+def scheduled(optimizer: Optimizer, warmup_fraction: float, max_steps: int) -> dict[str, Any]:
+    """Return the optimiser with its schedule, stepped once an optimiser step, for Lightning."""
+    schedule = warmup_cosine(optimizer, warmup_fraction, max_steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

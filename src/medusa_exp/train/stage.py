@@ -3,16 +3,21 @@
 import logging
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
+import torch
 
 from medusa_exp.config import Config
 from medusa_exp.data.batches import LengthGroupedSampler
-from medusa_exp.data.sources import Sequence, load_split, tokenise
-from medusa_exp.model.backbone import Backbone, load_backbone, load_tokenizer
+from medusa_exp.data.sources import Example, dataset_files, load_split, tokenise
+from medusa_exp.errors import UserError
+from medusa_exp.files import content_key, sha256_file
+from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads
+from medusa_exp.model.loading import load_backbone, load_tokenizer
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.train.trainer import CHECKPOINT, Batches, build_trainer, pick_precision
 
@@ -35,8 +40,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     )
     max_steps = _num_steps(config, train)
     _log_plan(heads, train, max_steps)
-    checkpoint = _checkpoint(config, out)
-    metrics = _fit(config, out, backbone, heads, train, val, max_steps, checkpoint)
+    metrics = _fit(config, out, backbone, heads, train, val, max_steps)
     save_heads(heads, out / "heads")
     log.info("heads written to %s", out / "heads")
     return metrics
@@ -47,12 +51,13 @@ def _fit(
     out: Path,
     backbone: Backbone,
     heads: MedusaHeads,
-    train: list[Sequence],
-    val: list[Sequence],
+    train: list[Example],
+    val: list[Example],
     max_steps: int,
-    checkpoint: Path | None,
 ) -> dict[str, float]:
     settings = config.train
+    key = made_with(config, backbone)
+    checkpoint = checkpoint_to_resume(config, out, key)
     module = MedusaModule(
         backbone,
         heads,
@@ -62,6 +67,7 @@ def _fit(
         max_steps=max_steps,
         decay=settings.decay,
         loss_chunk_rows=settings.loss_chunk_rows,
+        made_with=key,
     )
     batches = Batches(
         train,
@@ -90,7 +96,7 @@ def _fit(
     return {"train/steps": float(max_steps), **module.last_train_metrics, **metrics}
 
 
-def _num_steps(config: Config, train: list[Sequence]) -> int:
+def _num_steps(config: Config, train: list[Example]) -> int:
     settings = config.train
     if settings.max_steps is not None:
         return settings.max_steps
@@ -100,19 +106,39 @@ def _num_steps(config: Config, train: list[Sequence]) -> int:
     return max(steps, settings.min_steps)
 
 
-def _checkpoint(config: Config, out: Path) -> Path | None:
-    """Return the checkpoint to go on from; with train.resume=never, older ones are removed."""
+def made_with(config: Config, backbone: Backbone) -> str:
+    """Name all that decides what training gives, but for how often it is looked at and saved."""
+    train = asdict(config.train)
+    for key in ("resume", "val_every", "val_batches", "checkpoint_every"):
+        del train[key]
+    dataset = [asdict(config.dataset), [sha256_file(path) for path in dataset_files(config)]]
+    tokenizer = asdict(config.tokenizer)
+    head = asdict(config.head)
+    return content_key(head, train, dataset, tokenizer, config.seed, backbone.identity())
+
+
+def checkpoint_to_resume(config: Config, out: Path, key: str) -> Path | None:
+    """Return the checkpoint to go on from; with train.resume=never, older ones are removed.
+
+    Raises:
+        UserError: the checkpoint there was made with other settings.
+    """
     path = out / "checkpoints" / CHECKPOINT
     if config.train.resume == "never":
         shutil.rmtree(path.parent, ignore_errors=True)
         return None
     if not path.is_file():
         return None
+    if torch.load(path, map_location="cpu", weights_only=True).get("made_with") != key:
+        raise UserError(
+            f"{path} was made with another head, train, dataset, tokenizer, seed or model: set "
+            "train.resume=never to train anew here, or choose another run_dir."
+        )
     log.info("going on from %s", path)
     return path
 
 
-def _log_plan(heads: MedusaHeads, train: list[Sequence], max_steps: int) -> None:
+def _log_plan(heads: MedusaHeads, train: list[Example], max_steps: int) -> None:
     parameters = sum(parameter.numel() for parameter in heads.parameters())
     tokens = sum(len(sequence.input_ids) for sequence in train)
     trained = sum(int(sequence.is_trained.sum()) for sequence in train)

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from medusa_exp.config import Config
 from medusa_exp.data.batches import Batch, LengthGroupedSampler, build_loader
-from medusa_exp.data.sources import Sequence
+from medusa_exp.data.sources import Example
 from medusa_exp.files import publish
-from medusa_exp.model.backbone import pick_device
+from medusa_exp.model.loading import pick_device
 from medusa_exp.tracking.history import HistoryLogger
 
 CHECKPOINT = "last.ckpt"
@@ -46,8 +46,8 @@ class Batches(L.LightningDataModule):
 
     def __init__(
         self,
-        train: list[Sequence],
-        val: list[Sequence],
+        train: list[Example],
+        val: list[Example],
         *,
         batch_tokens: int,
         seed: int,
@@ -79,7 +79,7 @@ class Batches(L.LightningDataModule):
         return build_loader(self.val, sampler)
 
     def _sampler(
-        self, sequences: list[Sequence], num_batches: int, start: int
+        self, sequences: list[Example], num_batches: int, start: int
     ) -> LengthGroupedSampler:
         lengths = [len(sequence.input_ids) for sequence in sequences]
         return LengthGroupedSampler(lengths, self.batch_tokens, self.seed, num_batches, start)

@@ -23,9 +23,10 @@ from medusa_exp.data.sources import load_split
 from medusa_exp.decode.loop import Decoded, decode_plain, decode_tree
 from medusa_exp.evaluate.prompts import Prompt, prompts_of, stop_ids
 from medusa_exp.files import write_json
-from medusa_exp.model.backbone import Backbone, load_backbone, load_tokenizer
+from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.loading import load_backbone, load_tokenizer
 from medusa_exp.tree.choice import CALIBRATION, choose_tree
 from medusa_exp.tree.growth import best_tree, node_shares, num_steps
 from medusa_exp.tree.tree import Tree
@@ -63,10 +64,11 @@ def run(config: Config, out: Path) -> dict[str, float]:
         head_ranks(backbone, heads, prompt.input_ids, answer.tokens)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    sizes = [size for size in _SIZES if size <= config.tree.max_nodes]
+    max_nodes = config.tree.max_nodes
+    sizes = [*(size for size in _SIZES if size < max_nodes), max_nodes]
     trees = dict.fromkeys(best_tree(ranks, size, config.tree.max_rank) for size in sizes)
     timing = time_steps(backbone, heads, list(trees), prompts, answers)
-    calibration = choose(ranks, timing)
+    calibration = choose(ranks, timing, config.tree.max_rank)
     write_json(out / CALIBRATION, calibration)
     tree = choose_tree(config, out, heads.num_heads)
     tree.save(out / "tree.json")
@@ -129,12 +131,13 @@ def time_steps(
     return Timing(by_tree, median(plain), fmean(answer.step_seconds[0] for answer in answers))
 
 
-def choose(answers: list[np.ndarray], timing: Timing) -> dict[str, Any]:
+def choose(answers: list[np.ndarray], timing: Timing, max_rank: int = 10) -> dict[str, Any]:
     """Return the calibration's record: the curve, the fastest tree, and what it promises.
 
     Args:
         answers: ranks_PK of each answer.
         timing: of the trees to choose from.
+        max_rank: how many ranks of each head to report.
     """
     num_tokens = sum(len(ranks_PK) for ranks_PK in answers)
     prefill = len(answers) * timing.prefill
@@ -156,7 +159,7 @@ def choose(answers: list[np.ndarray], timing: Timing) -> dict[str, Any]:
     return {
         "num_positions": num_tokens,
         "rank_share": [
-            [float((ranks_P == rank).mean()) for rank in range(10)] for ranks_P in ranks_PK.T
+            [float((ranks_P == rank).mean()) for rank in range(max_rank)] for ranks_P in ranks_PK.T
         ],
         "curve": curve,
         "plain_step_seconds": timing.plain,

@@ -13,18 +13,18 @@ from collections import Counter
 
 import numpy as np
 
-from medusa_exp.tree.tree import Path_, Tree
+from medusa_exp.tree.tree import RankPath, Tree, chain
 
 _ROUNDS = 3
 
 
-def prefix_counts(ranks_PK: np.ndarray, max_rank: int) -> Counter[Path_]:
+def prefix_counts(ranks_PK: np.ndarray, max_rank: int) -> Counter[RankPath]:
     """Count at how many positions each path of ranks below `max_rank` came true.
 
     A path is counted as a whole: the product of its heads' shares would miss that they err
     together.
     """
-    counts: Counter[Path_] = Counter()
+    counts: Counter[RankPath] = Counter()
     for row in ranks_PK.tolist():
         for depth, rank in enumerate(row, 1):
             if rank >= max_rank:
@@ -33,19 +33,19 @@ def prefix_counts(ranks_PK: np.ndarray, max_rank: int) -> Counter[Path_]:
     return counts
 
 
-def grow(value: Counter[Path_], max_nodes: int) -> list[Path_]:
+def grow(value: Counter[RankPath], max_nodes: int) -> list[RankPath]:
     """Return the best tree's paths in the order in which they are added.
 
     The first n of them, with the root, are the tree of n + 1 nodes that accepts most guesses at
     the counted positions: a child never counts more than its parent, so taking the most valuable
     node next is optimal. Ties go to the shallower and then to the likelier guess.
     """
-    children: dict[Path_, list[Path_]] = {}
+    children: dict[RankPath, list[RankPath]] = {}
     for path in value:
         children.setdefault(path[:-1], []).append(path)
     frontier = [(-value[path], len(path), path) for path in children.get((), [])]
     heapq.heapify(frontier)
-    paths: list[Path_] = []
+    paths: list[RankPath] = []
     while frontier and len(paths) < max_nodes - 1:
         _, _, path = heapq.heappop(frontier)
         paths.append(path)
@@ -84,7 +84,7 @@ def best_tree(answers: list[np.ndarray], size: int, max_rank: int) -> Tree:
     Each round counts where the tree of the round before would stand, and grows a new one.
     """
     chosen = np.concatenate(answers)
-    best, fewest = Tree((-1,), (-1,)), num_steps(answers, Tree((-1,), (-1,)))
+    best, fewest = chain(0), num_steps(answers, chain(0))
     for _ in range(_ROUNDS):
         tree = Tree.from_paths(grow(prefix_counts(chosen, max_rank), size))
         steps = num_steps(answers, tree)

@@ -14,7 +14,7 @@ import numpy as np
 from medusa_exp.errors import UserError
 from medusa_exp.files import read_json, write_json
 
-Path_ = tuple[int, ...]
+RankPath = tuple[int, ...]
 """Ranks from the first head on: (0, 2) is the third guess of head 2 after the first of head 1."""
 
 
@@ -57,7 +57,7 @@ class Tree:
             ValueError: a path's prefix is not among the paths.
         """
         wanted = sorted({tuple(int(rank) for rank in path) for path in paths} - {()})
-        nodes: dict[Path_, int] = {(): 0}
+        nodes: dict[RankPath, int] = {(): 0}
         for path in wanted:
             if path[:-1] not in nodes:
                 raise ValueError(f"path {list(path)} has no parent {list(path[:-1])} in the tree.")
@@ -102,9 +102,9 @@ class Tree:
         return int(self.depths.max())
 
     @cached_property
-    def paths(self) -> list[Path_]:
+    def paths(self) -> list[RankPath]:
         """Return each node's path of ranks; the root's is ()."""
-        paths: list[Path_] = [()]
+        paths: list[RankPath] = [()]
         for parent, rank in zip(self.parents[1:], self.ranks[1:], strict=True):
             paths.append((*paths[parent], rank))
         return paths

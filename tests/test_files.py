@@ -1,0 +1,52 @@
+import pytest
+
+from medusa_exp.errors import UserError
+from medusa_exp.files import drop_torn_line, publish, read_json, read_jsonl, write_json
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, 1)
+
+    def fails() -> None:
+        with publish(path) as partial:
+            partial.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert read_json(path) == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_is_replaced_whole(tmp_path):
+    for number in (1, 2):
+        with publish(tmp_path / "dir") as partial:
+            partial.mkdir()
+            (partial / str(number)).touch()
+    assert [p.name for p in (tmp_path / "dir").iterdir()] == ["2"]
+    assert [p.name for p in tmp_path.iterdir()] == ["dir"]
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "value.json", float("nan"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_json_names_its_file(tmp_path):
+    (tmp_path / "value.json").write_text("{")
+    with pytest.raises(UserError, match=r"value\.json is not valid JSON"):
+        read_json(tmp_path / "value.json")
+
+
+def test_a_torn_line_is_cut_off_before_more_is_added(tmp_path):
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"a": 1}\n{"a":')
+    assert read_jsonl(path) == [{"a": 1}]
+    drop_torn_line(path)
+    with path.open("a") as file:
+        file.write('{"a": 2}\n')
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+    path.write_text('{"a":\n{"a": 2}\n')
+    with pytest.raises(UserError, match=r"history\.jsonl, line 1, is not valid JSON"):
+        read_jsonl(path)
