@@ -1,0 +1,23 @@
+"""What only a CUDA device can show; `nox -s gpu` runs it."""
+
+import pytest
+import torch
+from tiny_models import build_model
+
+from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.tree import chain
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_neox"])
+def test_equal_to_plain_decoding_on_the_device(architecture):
+    backbone = Backbone(build_model(architecture).cuda())
+    heads = build_heads(backbone, num_heads=3)
+    limits = {"max_new_tokens": 40, "stop_ids": ()}
+    plain = decode_plain(backbone, [3, 1, 4], **limits)
+    assert decode_tree(backbone, heads, chain(3), [3, 1, 4], **limits).tokens == plain.tokens
