@@ -1,7 +1,7 @@
 """Where the ahead-of-time CUDA build belongs; all else about the build is in pyproject.toml.
 
-The kernels are compiled when they are first used. MEDUSA_EXP_CUDA_ARCHS="80;90" is the name kept
-for compiling them into the wheel instead.
+MEDUSA_EXP_CUDA_ARCHS="80;90" is the name kept for compiling kernels into the wheel. There are no
+kernels yet.
 """
 
 import os
@@ -10,9 +10,6 @@ from setuptools import setup
 
 if os.environ.get("MEDUSA_EXP_CUDA_ARCHS"):
     # Refused, since a wheel that lacks what was asked for would only show it at run time.
-    raise SystemExit(
-        "MEDUSA_EXP_CUDA_ARCHS is set, but kernels cannot be compiled into the wheel yet: "
-        "unset it, and they are compiled when they are first used."
-    )
+    raise SystemExit("MEDUSA_EXP_CUDA_ARCHS is set, but there are no kernels to compile: unset it.")
 
 setup()
