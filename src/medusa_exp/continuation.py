@@ -90,7 +90,7 @@ def _key(override: str) -> str:
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{override} is no override that Hydra can read: {error}") from error
     return str(parsed.key_or_group).lstrip("/")
 
 
