@@ -1,7 +1,8 @@
 import pytest
 
 from medusa_exp.data import Conversation, DataError, Message, render
-from medusa_exp.data.rendering import check_chat_template
+from medusa_exp.data.rendering import Renderer, check_chat_template
+from medusa_exp.data.template import ChatTemplate
 
 
 def chat(*turns):
@@ -35,7 +36,7 @@ def test_markers_inside_a_turn(tokenizer):
     assert trained(row, tokenizer) == text + "<|end|>"
 
 
-def test_a_template_that_renders_a_turn_differently_later(tokenizer):
+def test_a_template_that_renders_a_turn_differently_later(tokenizer, caplog):
     """Qwen3 drops earlier reasoning: then every turn is a row, as it is served."""
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>"
@@ -43,19 +44,116 @@ def test_a_template_that_renders_a_turn_differently_later(tokenizer):
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     rows = render(chat(("u", "q"), ("a", "x"), ("u", "r"), ("a", "y")), tokenizer)
-    assert [trained(row, tokenizer) for row in rows] == ["(think) x<|end|>", "(think) y<|end|>"]
+    assert [trained(row, tokenizer) for row in rows] == ["x<|end|>", "y<|end|>"]
+    assert [row.text.count("(think)") for row in rows] == [1, 1]
+    assert "row of its own" in caplog.text
 
 
-def test_a_template_that_refuses(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"conversation c: .* roles must alternate"):
-        render(chat(("u", "q"), ("a", "x")), tokenizer)
+def test_a_template_that_takes_replies_apart(tokenizer):
+    """Qwen3 writes reasoning, if there is any, in its own form: then all of it is the reply."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if '</think>' in m.content %}"
+        "[{{ m.content.split('</think>')[0] }}]{{ m.content.split('</think>')[1] }}"
+        "{% else %}[]{{ m.content }}{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (row,) = render(chat(("u", "q"), ("a", "so</think>x"), ("u", "q"), ("a", "y")), tokenizer)
+    assert trained(row, tokenizer) == "[so]x<|end|>y<|end|>"
 
 
-def test_a_template_whose_answer_does_not_follow_its_prompt(tokenizer):
+def test_a_template_that_hides_replies(tokenizer):
     tokenizer.chat_template = "{% if add_generation_prompt %}Z{% endif %}{{ messages | length }}"
-    with pytest.raises(DataError, match="where the answer starts"):
+    with pytest.raises(DataError, match=r"conversation c: .* shows no assistant turn"):
         render(chat(("u", "q"), ("a", "x")), tokenizer)
+
+
+def test_a_template_that_hides_where_a_reply_begins(tokenizer):
+    tokenizer.chat_template = (
+        "{{ messages | map(attribute='content') | join | length }}:"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="where the reply starts cannot be told"):
+        render(chat(("u", "x"), ("a", "x")), tokenizer)
+
+
+def test_a_template_that_leaves_out_a_first_greeting(tokenizer, caplog):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if not loop.first or m.role == 'user' %}"
+        "<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    (row,) = render(chat(("a", "welcome"), ("u", "q"), ("a", "x")), tokenizer)
+    assert trained(row, tokenizer) == "x<|end|>"
+    assert "leaves out assistant turns" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[7].content }}", "has no element 7"),
+        ("{{ 'a' + 1 }}", "concatenate"),
+        ("{{ messages | nothing }}", "No filter named"),
+    ],
+)
+def test_a_template_that_raises(tokenizer, template, words):
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"conversation c: the chat template says: .*{words}"):
+        render(chat(("u", "q"), ("a", "x")), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% generation %}{% for m in messages %}{{ m.role[0] + m.content }}<|end|>{% endfor %}"
+        "{% endgeneration %}",
+        "{% for m in messages %}{% if m.role == 'user' %}{% generation %}u{{ m.content }}<|end|>"
+        "{% endgeneration %}{% else %}a{{ m.content }}<|end|>{% endif %}{% endfor %}",
+    ],
+    ids=["everything", "the user"],
+)
+def test_wrong_generation_tags_are_ignored_and_said(tokenizer, caplog, template):
+    tokenizer.chat_template = template
+    (row,) = render(chat(("u", "q"), ("a", "x"), ("u", "r"), ("a", "y")), tokenizer)
+    assert trained(row, tokenizer) == "x<|end|>y<|end|>"
+    assert "tags do not mark each reply" in caplog.text
+
+
+def test_generation_tags_widen_what_is_trained(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}(hm)"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (row,) = render(chat(("u", "q"), ("a", "x"), ("u", "r"), ("a", "y")), tokenizer)
+    assert trained(row, tokenizer) == "(hm)x<|end|>(hm)y<|end|>"
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}", ""], ids=["template", "tokenizer"])
+def test_bos_stands_once_whoever_writes_it(tokenizer, template):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = template + tokenizer.chat_template
+    (row,) = render(chat(("u", "q"), ("a", "x")), tokenizer)
+    assert row.input_ids.count(tokenizer.bos_token_id) == 1 and row.text.startswith("<s><|user|>")
+    assert trained(row, tokenizer) == "x<|end|>"
+    assert ChatTemplate(tokenizer).prompt([Message("user", "q")]).count("<s>") == 1
+
+
+def test_half_a_surrogate_pair_is_rendered_as_a_replacement_character(tokenizer):
+    (row,) = render(chat(("u", "q"), ("a", "a\ud800b")), tokenizer)
+    assert trained(row, tokenizer) == "a\ufffdb<|end|>"
+
+
+def test_many_at_once_are_as_one_by_one(tokenizer):
+    good, other = chat(("u", "q"), ("a", "x")), chat(("u", "long" * 50), ("a", " y "))
+    bad = Conversation("bad", [Message("user", "alone")])
+    first, error, second = Renderer(tokenizer).render_many([good, bad, other])
+    assert first == render(good, tokenizer) and second == render(other, tokenizer)
+    assert isinstance(error, DataError) and "conversation bad" in str(error)
 
 
 def test_a_token_across_the_edge_belongs_where_it_ends(tokenizer):

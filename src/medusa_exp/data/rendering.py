@@ -1,17 +1,25 @@
 """A conversation and a tokenizer in; token ids and what to train on out.
 
-The text is rendered once and tokenised once. Which characters are the assistant's is found by
-rendering prefixes of the conversation, and a token is trained when its last character lies in
-such a span, the mark that ends the turn included. Token lengths are never added up: tokenising
-pieces apart gives other tokens than tokenising the whole.
+The text is rendered once and tokenised once, and characters decide: `layout.py` says which of them
+are the assistant's. Token lengths are never added up: tokenising pieces apart gives other
+tokens than tokenising the whole.
+
+A token is trained when its last character is. So a token that reaches across the edge of a reply
+belongs to where it ends: the blank before a reply goes with the reply's first word, as it does when
+the model says it. The pieces of one character (byte fallback) all have that character's place and
+share its fate, and a token without any width is trained if it stands behind a reply's first
+character.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import jinja2
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.data.conversations import Conversation, DataError, Message
+from medusa_exp.data.conversations import Conversation, DataError
+from medusa_exp.data.layout import Layout, lay_out
+from medusa_exp.data.template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -27,39 +35,67 @@ class Rendered:
 def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
     """Render with the tokenizer's chat template: one sequence, or one an assistant turn.
 
-    The second form serves templates that render a turn differently once others follow it (Qwen3
-    drops earlier reasoning): there, each turn is trained as it is served.
+    `layout.lay_out` says when, and which characters are trained; this module's text says which
+    tokens. A lone surrogate is rendered as U+FFFD.
 
     Raises:
-        DataError: the template refuses the conversation, or hides where an answer begins.
+        DataError: the template refuses the conversation, or hides where a reply begins.
     """
-    messages = conversation.messages
-    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    try:
-        prompts = {i: render_prompt(messages[:i], tokenizer) for i in turns}
-        through = {i: _template(messages[: i + 1], tokenizer) for i in turns}
-        whole = _template(messages, tokenizer)
-    except DataError as error:
-        raise DataError(f"conversation {conversation.id}: {error}") from error
-    for i in turns:
-        if not through[i].startswith(prompts[i]):
-            raise DataError(
-                f"conversation {conversation.id}: the chat template renders turn {i} so that it "
-                "does not begin with its prompt; where the answer starts cannot be told."
+    [result] = Renderer(tokenizer).render_many([conversation])
+    if isinstance(result, DataError):
+        raise result
+    return result
+
+
+class Renderer:
+    """`render` for many conversations: the template is prepared once, texts are tokenised
+    together."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
+
+    def render_many(
+        self, conversations: Iterable[Conversation]
+    ) -> list[list[Rendered] | DataError]:
+        """Return each conversation's rows, or why it has none."""
+        results: list[list[Layout] | DataError] = []
+        for conversation in conversations:
+            try:
+                results.append(lay_out(conversation.messages, self.template))
+            except DataError as error:
+                results.append(DataError(f"conversation {conversation.id}: {error}"))
+        rows = iter(self._tokenise([row for r in results if isinstance(r, list) for row in r]))
+        return [r if isinstance(r, DataError) else [next(rows) for _ in r] for r in results]
+
+    def _tokenise(self, layouts: list[Layout]) -> list[Rendered]:
+        if not layouts:
+            return []
+        encoded = self.tokenizer(
+            [layout.text for layout in layouts],
+            # The template has written every special token; adding them would double the BOS.
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # the caller cuts to its own length limit, and counts what it cut
+        )
+        return [
+            Rendered(layout.text, ids, _is_trained(layout, offsets))
+            for layout, ids, offsets in zip(
+                layouts, encoded.input_ids, encoded.offset_mapping, strict=True
             )
-    spans = [(len(prompts[i]), _turn_end(through[i], tokenizer)) for i in turns]
-    if all(whole.startswith(through[i]) for i in turns):
-        return [_tokenise(whole, spans, tokenizer)]
-    return [_tokenise(through[i], [span], tokenizer) for i, span in zip(turns, spans, strict=True)]
+        ]
 
 
-def render_prompt(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text after which the assistant is to speak.
-
-    Raises:
-        DataError: the template refuses these messages.
-    """
-    return _template(messages, tokenizer, add_generation_prompt=True)
+def _is_trained(layout: Layout, offsets: list[tuple[int, int]]) -> list[bool]:
+    """Return per token whether its last character lies in a span."""
+    ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(offsets))
+    if not layout.spans:
+        return [False] * len(offsets)
+    starts, stops = np.array(layout.spans).T
+    last_begun = np.searchsorted(starts, ends, side="left") - 1
+    return ((last_begun >= 0) & (ends <= stops[last_begun])).tolist()
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
@@ -72,39 +108,3 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
             "(the form that the model was trained with), or set tokenizer.path to a tokenizer "
             "that has one."
         )
-
-
-def _template(messages: list[Message], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
-    chat = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
-    except jinja2.TemplateError as error:  # no ValueError, and raised by templates on purpose
-        raise DataError(f"the chat template says: {error}") from error
-
-
-def _turn_end(through: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return where the assistant's last turn ends: after its end mark, before a line break.
-
-    Templates write a line break after the mark; the model stops at the mark and never says it.
-    """
-    stripped = through.rstrip()
-    marks = tuple(tokenizer.all_special_tokens)
-    return len(stripped) if stripped.endswith(marks) else len(through)
-
-
-def _tokenise(
-    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
-) -> Rendered:
-    # The template has written every special token; adding them again would double the BOS.
-    # verbose=False: the caller cuts to its own length limit, and counts what it cut.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    is_trained = [False] * len(encoded.input_ids)
-    position = 0
-    ends = [end for _, end in encoded.offset_mapping]
-    for start, stop in spans:
-        while position < len(ends) and ends[position] <= start:
-            position += 1
-        while position < len(ends) and ends[position] <= stop:
-            is_trained[position] = True
-            position += 1
-    return Rendered(text, encoded.input_ids, is_trained)

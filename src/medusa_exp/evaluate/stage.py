@@ -10,10 +10,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
+from medusa_exp.data.prompts import Prompt, prompts_of
 from medusa_exp.data.sources import Example, load_split, tokenise
+from medusa_exp.decode.stop import stop_ids
 from medusa_exp.evaluate.methods import Answer, Method, build_methods, timed
 from medusa_exp.evaluate.metrics import Record, summarise
-from medusa_exp.evaluate.prompts import Prompt, prompts_of, stop_ids
 from medusa_exp.files import write_jsonl
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
@@ -34,8 +35,13 @@ def run(config: Config, out: Path) -> dict[str, float]:
     tree = choose_tree(config, out, heads.num_heads)
     tree.save(out / "tree.json")
     conversations = load_split(config, "test")
-    prompts = prompts_of(conversations, tokenizer, config, backbone.max_length)
-    prompts = prompts[: config.evaluate.num_prompts]
+    prompts = prompts_of(
+        conversations,
+        tokenizer,
+        config,
+        max_positions=backbone.max_length,
+        num_prompts=config.evaluate.num_prompts,
+    )
     methods = build_methods(
         backbone,
         heads,

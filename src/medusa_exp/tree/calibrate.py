@@ -19,9 +19,10 @@ import torch
 from rich.progress import track
 
 from medusa_exp.config import Config
+from medusa_exp.data.prompts import Prompt, prompts_of
 from medusa_exp.data.sources import load_split
 from medusa_exp.decode.loop import Decoded, decode_plain, decode_tree
-from medusa_exp.evaluate.prompts import Prompt, prompts_of, stop_ids
+from medusa_exp.decode.stop import stop_ids
 from medusa_exp.files import write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
@@ -52,8 +53,13 @@ def run(config: Config, out: Path) -> dict[str, float]:
     backbone = load_backbone(config)
     tokenizer = load_tokenizer(config)
     heads = load_heads(out / "heads", backbone)
-    prompts = prompts_of(load_split(config, "val"), tokenizer, config, backbone.max_length)
-    prompts = prompts[: config.tree.num_prompts]
+    prompts = prompts_of(
+        load_split(config, "val"),
+        tokenizer,
+        config,
+        max_positions=backbone.max_length,
+        num_prompts=config.tree.num_prompts,
+    )
     limit = config.decode.max_new_tokens
     stops = stop_ids(config, backbone, tokenizer)
     answers = [

@@ -1,0 +1,177 @@
+"""Messages in; rendered text, and which of its characters are the assistant's own, out.
+
+Where a reply stands is found by rendering, never by searching for its words: the conversation up to
+an assistant turn is rendered once more with a word of ours in the reply's place. What stands before
+that word and after it is the template's; the rest of the real text is the reply, however often the
+same words occur elsewhere and whatever they look like.
+
+Trained are the reply, as the template renders it, and the mark that ends its turn: what the
+template writes after the reply up to its first special token, or, without one, up to trailing
+blanks. Nothing else: no role header, no empty reasoning that the template adds, no line break after
+the mark.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from medusa_exp.data.conversations import DataError, Message
+from medusa_exp.data.template import Chat, ChatTemplate, Span, to_chat
+
+_PROBE = "Zq7replyprobe7qZ"
+"""Stands in for a reply: no blanks to strip, no mark-up to take apart."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A text of one training row, and the characters in it to train on, in order."""
+
+    text: str
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An assistant turn, and what the template writes around its reply."""
+
+    index: int
+    reply: str
+    before: str
+    """All text up to the reply."""
+    after: str
+    """What ends the turn."""
+
+
+def lay_out(messages: Sequence[Message], template: ChatTemplate) -> list[Layout]:
+    """Render a conversation: as one text, or as one an assistant turn.
+
+    One text, if every turn stands in it just as it does while it is the newest. Else (Qwen3 drops
+    earlier reasoning, Phi-3 ends the whole with a mark of its own) each assistant turn gets the
+    text that it is served with, and only that turn is trained in it.
+
+    Where the template has {% generation %} tags, what they mark is trained too.
+
+    Raises:
+        DataError: the template refuses the conversation, or hides where a reply begins.
+    """
+    chat = to_chat(messages)
+    turns = _turns(chat, template)
+    [(whole, tags)] = template.render_tagged([chat])
+    if all(_stands_in(whole, turn) for turn in turns):
+        spans = [_span(turn, len(turn.before) + len(turn.reply), template) for turn in turns]
+        return [Layout(whole, _widened(spans, whole, tags, chat, turns, template))]
+    return _turn_by_turn(chat, turns, whole, tags, template)
+
+
+def _turns(chat: Chat, template: ChatTemplate) -> list[_Turn]:
+    """Return every assistant turn that the template shows."""
+    indices = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+    probe = {"role": "assistant", "content": _PROBE}
+    probed = template.render([[*chat[:i], probe] for i in indices])
+    turns = []
+    for i, text in zip(indices, probed, strict=True):
+        before, found, after = text.rpartition(_PROBE)
+        if found:
+            turns.append(_Turn(i, chat[i]["content"], before, after))
+        else:
+            template.warn_once(f"the chat template leaves out assistant turns, as number {i}")
+    if not turns:
+        raise DataError("the chat template shows no assistant turn.")
+    return turns
+
+
+def _stands_in(whole: str, turn: _Turn) -> bool:
+    """Does the reply stand word for word in its frame in the whole text?
+
+    Not asked of replies with blanks around them, where kept and stripped ones may look the same.
+    """
+    reply_start = len(turn.before)
+    return (
+        turn.reply == turn.reply.strip()
+        and whole.startswith(turn.before)
+        and whole.startswith(turn.reply, reply_start)
+        and whole.startswith(turn.after, reply_start + len(turn.reply))
+    )
+
+
+def _turn_by_turn(
+    chat: Chat, turns: list[_Turn], whole: str, tags: list[Span], template: ChatTemplate
+) -> list[Layout]:
+    """Locate each reply in the text that ends with it.
+
+    Exact also where the template strips or edits replies, or where later turns change earlier ones.
+    """
+    served = template.render_tagged([chat[: turn.index + 1] for turn in turns])
+    spans = [
+        _reply_at_the_end(text, turn, chat, template)
+        for turn, (text, _) in zip(turns, served, strict=True)
+    ]
+    if all(whole.startswith(text) for text, _ in served):
+        return [Layout(whole, _widened(spans, whole, tags, chat, turns, template))]
+    template.warn_once(
+        "the chat template renders a turn differently once others follow it: every assistant turn "
+        "becomes a row of its own, as it is served"
+    )
+    return [
+        Layout(text, _widened([span], text, own_tags, chat, [turn], template))
+        for turn, span, (text, own_tags) in zip(turns, spans, served, strict=True)
+    ]
+
+
+def _reply_at_the_end(text: str, turn: _Turn, chat: Chat, template: ChatTemplate) -> Span:
+    """Locate the newest reply in a text that nothing follows."""
+    if text.endswith(turn.after):
+        start, end = _span(turn, len(text) - len(turn.after), template)
+    else:  # whatever ends it now is the mark: the first of its last special tokens
+        marks = [
+            m for m in template.mark.finditer(text) if not template.has_words(text[m.start() :])
+        ]
+        start, end = len(turn.before), marks[0].end() if marks else len(text.rstrip())
+    if text.startswith(turn.before) and start <= end:
+        return start, end
+    # The template took the reply apart (reasoning): all that follows the prompt is the reply.
+    [prompt] = template.render([chat[: turn.index]], add_generation_prompt=True)
+    if text.startswith(prompt) and len(prompt) <= end:
+        return len(prompt), end
+    raise DataError(
+        f"the chat template renders turn {turn.index} so that it does not begin with its prompt; "
+        "where the reply starts cannot be told."
+    )
+
+
+def _span(turn: _Turn, reply_end: int, template: ChatTemplate) -> Span:
+    """Return from the reply's start to the end of the mark, for a reply that ends there."""
+    mark = template.mark.search(turn.after)
+    return len(turn.before), reply_end + (mark.end() if mark else len(turn.after.rstrip()))
+
+
+def _widened(
+    spans: list[Span],
+    text: str,
+    tags: list[Span],
+    chat: Chat,
+    turns: list[_Turn],
+    template: ChatTemplate,
+) -> list[Span]:
+    """Widen spans to what generation tags mark, if there is a tag for each reply.
+
+    A reply's tag begins between the turn's prompt and the reply, and ends among its end marks.
+    """
+    if not template.is_tagged:
+        return spans
+    wider = []
+    for turn, (start, end) in zip(turns, spans, strict=True):
+        [prompt] = template.render([chat[: turn.index]], add_generation_prompt=True)
+        own = [
+            (first, max(end, last))
+            for first, last in tags
+            if min(len(prompt), start) <= first <= start
+            and not template.has_words(text[min(end, last) : max(end, last)])
+        ]
+        wider += own if len(own) == 1 else []
+    if len(wider) == len(spans):
+        return wider
+    template.warn_once(
+        "the chat template's generation tags do not mark each reply: they are ignored, and replies "
+        "are trained where they were found"
+    )
+    return spans

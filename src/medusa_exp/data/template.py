@@ -1,0 +1,108 @@
+"""A tokenizer's chat template: messages in, text out, just as the model is served with it."""
+
+import logging
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from medusa_exp.data.conversations import DataError, Message
+
+log = logging.getLogger(__name__)
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+Span = tuple[int, int]
+"""First character, and the one after the last."""
+Chat = list[dict[str, str]]
+"""Messages as templates take them."""
+
+
+def to_chat(messages: Sequence[Message]) -> Chat:
+    """Return messages for a template; half of a surrogate pair, which is no text, as U+FFFD."""
+    return [{"role": m.role, "content": _LONE_SURROGATE.sub("\ufffd", m.content)} for m in messages]
+
+
+class ChatTemplate:
+    """Renders chats, and knows the special tokens that may end a turn.
+
+    A text starts with BOS exactly once wherever the tokenizer puts BOS before texts: mostly the
+    template writes it; where it does not, it is put in front here.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.source = tokenizer.get_chat_template()
+        self.is_tagged = bool(_GENERATION_TAG.search(self.source))
+        """Does it mark what the assistant says with {% generation %}?"""
+        self.bos = _bos_before_texts(tokenizer)
+        self._variables = tokenizer.special_tokens_map
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        marks = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self.mark = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
+        """Matches any special token."""
+        self._said: set[str] = set()
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text after which the assistant is to speak.
+
+        Raises:
+            DataError: the template refuses these messages.
+        """
+        [text] = self.render([to_chat(messages)], add_generation_prompt=True)
+        return text
+
+    def render(self, chats: Sequence[Chat], add_generation_prompt: bool = False) -> list[str]:
+        """Return the text of each chat.
+
+        Raises:
+            DataError: the template refuses one of them; its own words.
+        """
+        return [text for text, _ in self._render(chats, add_generation_prompt)]
+
+    def render_tagged(self, chats: Sequence[Chat]) -> list[tuple[str, list[Span]]]:
+        """Return the text of each chat and what generation tags mark in it: nothing without tags.
+
+        Raises:
+            DataError: as `render`.
+        """
+        return self._render(chats, False)
+
+    def has_words(self, text: str) -> bool:
+        """Is there more in a text than blanks and special tokens?"""
+        return bool(self.mark.sub("", text).strip())
+
+    def warn_once(self, what: str) -> None:
+        """Log something about this template the first time it is met."""
+        if what not in self._said:
+            self._said.add(what)
+            log.warning("data: %s", what)
+
+    def _render(
+        self, chats: Sequence[Chat], add_generation_prompt: bool
+    ) -> list[tuple[str, list[Span]]]:
+        try:
+            texts, tags = render_jinja_template(
+                list(chats),
+                chat_template=self.source,
+                return_assistant_tokens_mask=self.is_tagged,
+                add_generation_prompt=add_generation_prompt,
+                **self._variables,
+            )
+        except Exception as error:  # a template is somebody's program: it raises what it likes
+            reason = str(error) or type(error).__name__
+            raise DataError(f"the chat template says: {reason}") from error
+        marked = tags if self.is_tagged else [[] for _ in texts]
+        return [self._with_bos(*pair) for pair in zip(texts, marked, strict=True)]
+
+    def _with_bos(self, text: str, tags: list[Span]) -> tuple[str, list[Span]]:
+        if text.startswith(self.bos):
+            return text, tags
+        shift = len(self.bos)
+        return self.bos + text, [(start + shift, stop + shift) for start, stop in tags]
+
+
+def _bos_before_texts(tokenizer: PreTrainedTokenizerBase) -> str:
+    ids = tokenizer("").input_ids
+    return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
