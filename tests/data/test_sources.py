@@ -3,9 +3,9 @@ from collections import Counter
 
 import pytest
 
-from medusa_exp.config import Config, DatasetConfig
+from medusa_exp.config import Config, DatasetConfig, SourceConfig
 from medusa_exp.data import DataError, read_conversations
-from medusa_exp.data.sources import dataset_files, load_split, split_of, tokenise
+from medusa_exp.data.sources import dataset_files, load_split, open_sources, split_of, walk
 
 
 def test_splits_are_disjoint_complete_and_of_the_asked_size():
@@ -26,14 +26,16 @@ def test_load_split(sharegpt_file):
 
 def test_an_empty_split_says_what_to_raise(sharegpt_file):
     config = Config(dataset=DatasetConfig(path=str(sharegpt_file), val_fraction=0.0))
-    with pytest.raises(DataError, match=r"no conversation for split val .* dataset.val_fraction"):
+    with pytest.raises(DataError, match=r"no conversation for split val: .* dataset.val_fraction"):
         load_split(config, "val")
 
 
 def test_no_assistant_turn_at_all(tmp_path):
     path = tmp_path / "questions.json"
     path.write_text(json.dumps([{"conversations": [{"from": "human", "value": "?"}]}] * 3))
-    with pytest.raises(DataError, match=r"questions.json.*no assistant turn: 3"):
+    with pytest.raises(
+        DataError, match=r"split train: sharegpt: 3 records \(no assistant turn: 3\)"
+    ):
         load_split(Config(dataset=DatasetConfig(path=str(path))), "train")
 
 
@@ -54,27 +56,25 @@ def test_a_generated_data_set_is_written_once_and_read_by_the_same_reader(tmp_pa
     assert dataset_files(config) != [path]
 
 
-def test_tokenise_counts_what_it_cuts_and_drops(sharegpt_file, tokenizer, caplog):
-    conversations = list(read_conversations(sharegpt_file))
-    whole = tokenise(conversations, tokenizer, 100)
-    assert len(whole) == 40 and all(s.is_trained.any() for s in whole)
-    caplog.clear()
-    cut = tokenise(conversations, tokenizer, 22)
-    assert {len(s.input_ids) for s in cut} == {22}
-    assert "cut to 22 tokens: 40" in caplog.text
-    for sequence, original in zip(cut, whole, strict=True):
-        assert sequence.is_trained.tolist() == original.is_trained[:22].tolist()
-    with pytest.raises(DataError, match="no assistant token left: 40"):
-        tokenise(conversations, tokenizer, 5)
+def test_several_sources(sharegpt_file, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(sharegpt_file.read_text().replace("sums-", "more-").replace("1?", "one?"))
+    sources = {"a": SourceConfig(str(sharegpt_file)), "b": SourceConfig(str(other), weight=0.5)}
+    config = Config(dataset=DatasetConfig(sources=sources))
+    assert dataset_files(config) == [sharegpt_file, other]
+    found = [(name, c.id) for name, c in walk(open_sources(config))]
+    assert found == [("a", f"sums-{i}") for i in range(40)] + [
+        ("b", f"more-{i}") for i in range(40)
+    ]
+    config.dataset.path = str(other)
+    with pytest.raises(DataError, match="both set"):
+        open_sources(config)
 
 
-def test_tokenise_counts_what_the_template_refuses(sharegpt_file, tokenizer, caplog):
-    tokenizer.chat_template = (
-        "{% if '7' in messages[0].content %}{{ raise_exception('no sevens') }}{% endif %}"
-        + tokenizer.chat_template
-    )
-    conversations = list(read_conversations(sharegpt_file))
-    sequences = tokenise(conversations, tokenizer, 100)
-    assert len(sequences) == 36  # not 7, 17, 27, 37
-    assert "refused by the chat template: 4" in caplog.text
-    assert "no sevens" in caplog.text
+def test_a_conversation_in_two_sources_is_taken_once(sharegpt_file, tmp_path):
+    copy = tmp_path / "copy.json"
+    copy.write_text(sharegpt_file.read_text().replace("sums-", "copied-"))
+    sources = {"a": SourceConfig(str(sharegpt_file)), "b": SourceConfig(str(copy))}
+    opened = open_sources(Config(dataset=DatasetConfig(sources=sources)))
+    assert {name for name, _ in walk(opened)} == {"a"}
+    assert opened[1].reading.dropped == {"duplicate": 40}

@@ -1,12 +1,10 @@
-import json
-
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_model
 
-from medusa_exp.config import Config, ModelConfig, TokenizerConfig
+from medusa_exp.config import Config, ModelConfig
 from medusa_exp.errors import UserError
-from medusa_exp.model import Backbone, load_backbone, load_tokenizer
+from medusa_exp.model import Backbone, load_backbone
 from medusa_exp.model.loading import pick_device
 
 
@@ -48,8 +46,8 @@ def test_a_model_that_scales_before_its_lm_head_is_refused():
         backbone.check_hidden_states()
 
 
-def config_for(path, **tokenizer):
-    return Config(model=ModelConfig(path=str(path)), tokenizer=TokenizerConfig(**tokenizer))
+def config_for(path):
+    return Config(model=ModelConfig(path=str(path)))
 
 
 @pytest.fixture
@@ -64,12 +62,6 @@ def model_dir(tmp_path, tokenizer):
 def test_loads_a_directory_frozen(model_dir):
     parameters = load_backbone(config_for(model_dir)).model.parameters()
     assert not any(parameter.requires_grad for parameter in parameters)
-
-
-def test_tokenizer_and_model_fit(model_dir):
-    assert load_backbone(config_for(model_dir)).vocab_size == len(
-        load_tokenizer(config_for(model_dir))
-    )
 
 
 @pytest.mark.parametrize(
@@ -94,19 +86,6 @@ def test_paths_that_lead_nowhere(tmp_path):
         load_backbone(config_for(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"model\.path is not set"):
         load_backbone(Config())
-
-
-def test_a_tokenizer_without_chat_template(model_dir):
-    (model_dir / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="has no chat template"):
-        load_tokenizer(config_for(model_dir))
-
-
-def test_a_tokenizer_larger_than_the_model(model_dir):
-    config = json.loads((model_dir / "config.json").read_text())
-    (model_dir / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-    with pytest.raises(UserError, match=r"has 260 entries, the model in .* only 100"):
-        load_tokenizer(config_for(model_dir))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -21,13 +21,15 @@ IS_TRAINED_BT = torch.tensor([[False, False, True, True, True, False]])
     ],
 )
 def test_labels_of_a_hand_written_example(head, positions, labels):
-    is_labelled_BT, labels_R = head_labels(IDS_BT, IS_TRAINED_BT, head)
+    is_labelled_BT, labels_R = head_labels(IDS_BT, IS_TRAINED_BT, torch.ones_like(IDS_BT), head)
     assert is_labelled_BT[0].nonzero()[:, 0].tolist() == positions
     assert labels_R.tolist() == labels
 
 
 def test_a_sequence_shorter_than_the_heads_reach():
-    is_labelled_BT, labels_R = head_labels(IDS_BT[:, :2], IS_TRAINED_BT[:, :2], 3)
+    is_labelled_BT, labels_R = head_labels(
+        IDS_BT[:, :2], IS_TRAINED_BT[:, :2], torch.ones_like(IDS_BT[:, :2]), 3
+    )
     assert not is_labelled_BT.any() and labels_R.numel() == 0
 
 
@@ -54,7 +56,8 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
     )
     parameters = list(heads.parameters())
     expected = torch.autograd.grad(plain, parameters)
-    losses = medusa_losses(heads, hidden_BTD, ids_BT, is_trained_BT, chunk_rows=chunk_rows)
+    inputs = (hidden_BTD, ids_BT, is_trained_BT, torch.ones_like(ids_BT))
+    losses = medusa_losses(heads, *inputs, chunk_rows=chunk_rows)
     ours = medusa_loss(losses, 0.8)
     torch.testing.assert_close(ours, plain)
     for mine, theirs in zip(torch.autograd.grad(ours, parameters), expected, strict=True):
@@ -63,10 +66,11 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
 
 def test_counts(example):
     heads, hidden_BTD, ids_BT, is_trained_BT = example
-    counts_K4 = medusa_counts(heads, hidden_BTD, ids_BT, is_trained_BT, chunk_rows=5)
-    losses = medusa_losses(heads, hidden_BTD, ids_BT, is_trained_BT, chunk_rows=5)
+    inputs = (hidden_BTD, ids_BT, is_trained_BT, torch.ones_like(ids_BT))
+    counts_K4 = medusa_counts(heads, *inputs, chunk_rows=5)
+    losses = medusa_losses(heads, *inputs, chunk_rows=5)
     for k, (loss, top1, top5, labels) in enumerate(counts_K4, 1):
-        is_labelled_BT, labels_R = head_labels(ids_BT, is_trained_BT, k)
+        is_labelled_BT, labels_R = head_labels(ids_BT, is_trained_BT, torch.ones_like(ids_BT), k)
         guesses = heads(hidden_BTD[is_labelled_BT])[:, k - 1].topk(5).indices
         assert loss.item() == pytest.approx(losses[k - 1].loss_sum.item(), rel=1e-5)
         assert top1 == (guesses[:, 0] == labels_R).sum()
@@ -77,7 +81,8 @@ def test_counts(example):
 def test_no_label_gives_zero_not_nan(example):
     heads, hidden_BTD, ids_BT, _ = example
     none = torch.zeros_like(ids_BT, dtype=torch.bool)
-    loss = medusa_loss(medusa_losses(heads, hidden_BTD, ids_BT, none, chunk_rows=8), 0.8)
+    inputs = (hidden_BTD, ids_BT, none, torch.ones_like(ids_BT))
+    loss = medusa_loss(medusa_losses(heads, *inputs, chunk_rows=8), 0.8)
     loss.backward()
     assert loss == 0
     assert all(p.grad is None or not p.grad.isnan().any() for p in heads.parameters())

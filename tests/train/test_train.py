@@ -9,7 +9,7 @@ from tiny_models import build_model
 
 from medusa_exp.config import Config, DatasetConfig, ModelConfig, TrainConfig
 from medusa_exp.config import HeadConfig as Head
-from medusa_exp.data.sources import load_split, tokenise
+from medusa_exp.data.tokenised import load_tokenised
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_backbone, load_heads, load_tokenizer
 from medusa_exp.model.loss import medusa_loss, medusa_losses
@@ -25,6 +25,7 @@ def config(tmp_path, tokenizer, sharegpt_file) -> Config:
     tokenizer.save_pretrained(tmp_path / "model")
     return Config(
         device="cpu",
+        cache_dir=str(tmp_path / "cache"),
         model=ModelConfig(path=str(tmp_path / "model")),
         dataset=DatasetConfig(path=str(sharegpt_file), val_fraction=0.2, test_fraction=0.2),
         head=Head(num_heads=2),
@@ -69,19 +70,19 @@ def test_the_backbone_is_bit_unchanged_and_in_no_checkpoint(config, tmp_path, mo
 def test_the_loss_falls_on_eight_samples(config):
     tokenizer = load_tokenizer(config)
     backbone = load_backbone(config)
-    samples = tokenise(load_split(config, "train")[:8], tokenizer, 128)
+    samples = load_tokenised(config, tokenizer, 128).split("train")[:8]
     heads = build_heads(backbone, num_heads=2)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
     values = []
     for _ in range(60):
         total = torch.zeros(())
         for sample in samples:
-            ids_BT = torch.from_numpy(sample.input_ids).long()[None]
+            ids_BT = torch.tensor(sample.input_ids).long()[None]
             hidden_BTD = backbone.hidden_states(ids_BT)
-            mask_BT = torch.from_numpy(sample.is_trained)[None]
-            total = total + medusa_loss(
-                medusa_losses(heads, hidden_BTD, ids_BT, mask_BT, chunk_rows=64), 0.8
-            )
+            mask_BT = torch.tensor(sample.is_trained)[None]
+            one_BT = torch.ones_like(ids_BT)
+            losses = medusa_losses(heads, hidden_BTD, ids_BT, mask_BT, one_BT, chunk_rows=64)
+            total = total + medusa_loss(losses, 0.8)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()

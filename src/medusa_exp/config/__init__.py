@@ -19,12 +19,14 @@ from medusa_exp.config.inputs import (
     DtypeConfig,
     ModelConfig,
     PretrainConfig,
+    SourceConfig,
     TokenizerConfig,
 )
 from medusa_exp.config.stages import (
     DecodeConfig,
     EvaluateConfig,
     HeadConfig,
+    InspectConfig,
     LoggerConfig,
     TrainConfig,
     TreeConfig,
@@ -38,9 +40,11 @@ __all__ = [
     "DtypeConfig",
     "EvaluateConfig",
     "HeadConfig",
+    "InspectConfig",
     "LoggerConfig",
     "ModelConfig",
     "PretrainConfig",
+    "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",
     "TreeConfig",
@@ -72,6 +76,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tree: TreeConfig = field(default_factory=TreeConfig)

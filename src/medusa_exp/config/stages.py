@@ -1,4 +1,4 @@
-"""What a run does: groups head, train, tree, decode, evaluate and logger."""
+"""What a run does: keys inspect, and groups head, train, tree, decode, evaluate and logger."""
 
 from dataclasses import dataclass, field
 
@@ -22,6 +22,23 @@ class HeadConfig:
 
 
 @dataclass
+class InspectConfig:
+    """How much stage inspect looks at and shows."""
+
+    num_samples: int = 3
+    """Rows that are printed and written with their trained text marked."""
+    num_conversations: int = 500
+    """Conversations, evenly spread over the data set, whose tokens are counted by role."""
+    num_documents: int = 32
+    """Training documents that the model, if one is given, reads to say how near they are to it."""
+
+    def __post_init__(self) -> None:
+        at_least("inspect.num_samples", self.num_samples, 0)
+        at_least("inspect.num_conversations", self.num_conversations, 1)
+        at_least("inspect.num_documents", self.num_documents, 1)
+
+
+@dataclass
 class TrainConfig:
     """Training of the heads on the frozen backbone."""
 
@@ -31,6 +48,9 @@ class TrainConfig:
     """Passes over the training split, where `max_steps` is not set."""
     min_steps: int = 1000
     """A small data set is walked more often than `epochs`, until so many steps are made."""
+    batching: str = "padded"
+    """padded (a document a row, rows of similar length) or packed (several documents a row, which
+    do not see each other: almost no padding, but attention over longer rows)."""
     batch_tokens: int = 4096
     """Tokens of a micro-batch, padding included."""
     accumulate: int = 1
@@ -66,6 +86,7 @@ class TrainConfig:
         ):
             at_least(f"train.{key}", getattr(self, key), 1)
         at_least("train.checkpoint_every", self.checkpoint_every, 1)
+        one_of("train.batching", self.batching, ("padded", "packed"))
         at_least("train.learning_rate", self.learning_rate, 0.0)
         within("train.decay", self.decay, 0.0, 1.0)
         within("train.warmup_fraction", self.warmup_fraction, 0.0, 1.0)

@@ -1,120 +1,179 @@
-"""Token sequences in, batches of similar lengths out, in an order that only the seed decides.
+"""Lengths of documents in; which of them make a batch, in an order that only the seed decides, out.
 
-Shapes: B sequences, T positions.
+A batch is a list of rows, a row a list of documents. `padded`: documents of similar length, one a
+row, filled up with padding. `packed`: several documents a row, which neither see each other nor
+label each other.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, count, islice
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-
-from medusa_exp.data.sources import Example
+from torch.utils.data import Sampler
 
 _GROUP_BATCHES = 32
-"""Batches' worth of sequences that are sorted by length together: enough that padding is small,
-few enough that a batch's content stays random."""
+"""Batches' worth of documents that are sorted by length together: enough that padding is small, few
+enough that a batch's content stays random."""
+_GROUP_ROWS = 256
+"""Rows' worth of documents that are packed together, at least: the last row of each group stays
+half empty."""
 _LENGTH_STEP = 64
-"""Batches are padded to multiples of this. Few shapes mean few kernels to prepare: oneDNN and CUDA
+"""Rows are padded to multiples of this. Few shapes mean few kernels to prepare: oneDNN and CUDA
 libraries set up each new shape at a cost, and keep what they set up in memory."""
 
-
-@dataclass
-class Batch:
-    """Sequences padded on the right; padding is never trained, and a causal model never sees it."""
-
-    input_ids_BT: Tensor
-    is_trained_BT: Tensor
-    lengths_B: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """Move to a device; Lightning calls this."""
-        return Batch(
-            self.input_ids_BT.to(device), self.is_trained_BT.to(device), self.lengths_B.to(device)
-        )
-
-
-def collate(sequences: Sequence[Example]) -> Batch:
-    """Pad sequences with token 0 to the next multiple of 64 after the longest."""
-    length = padded_length(max(len(sequence.input_ids) for sequence in sequences))
-    input_ids_BT = torch.zeros(len(sequences), length, dtype=torch.long)
-    is_trained_BT = torch.zeros(len(sequences), length, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        count = len(sequence.input_ids)
-        input_ids_BT[row, :count] = torch.from_numpy(sequence.input_ids)
-        is_trained_BT[row, :count] = torch.from_numpy(sequence.is_trained)
-    lengths_B = torch.tensor([len(example.input_ids) for example in sequences])
-    return Batch(input_ids_BT, is_trained_BT, lengths_B)
+Row = list[int]
+"""Numbers of the documents in it."""
+Epoch = list[list[Row]]
+"""The batches of one pass."""
 
 
 def padded_length(length: int) -> int:
-    """Return the length that a batch with this longest sequence is padded to."""
+    """Return the length that a row of so many tokens is padded to."""
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
-class LengthGroupedSampler(Sampler[list[int]]):
-    """Yields lists of indices whose padded size is at most `batch_tokens`, pass after pass.
+def padded_epoch(
+    lengths: np.ndarray, *, batch_tokens: int, seed: int, epoch: int, weights: np.ndarray
+) -> Epoch:
+    """Batch documents of similar length, at most `batch_tokens` with padding; one a row.
 
-    `num_batches` bounds the whole walk, over as many passes as it takes; `start` skips batches
-    already used, so that a resumed run sees exactly what the interrupted one would have seen.
+    Args:
+        lengths: tokens of each document.
+        batch_tokens: a longer document makes a batch alone.
+        seed: decides the order, together with the epoch.
+        epoch: number of the pass.
+        weights: how often each document stands in a pass; 1.5 is once or twice, by chance.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    batches: Epoch = []
+    for group in _groups(lengths, weights, _GROUP_BATCHES * batch_tokens, rng):
+        by_length = group[np.argsort(lengths[group], kind="stable")]
+        batches.extend(_cut(by_length, lengths, batch_tokens))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def packed_epoch(
+    lengths: np.ndarray,
+    *,
+    batch_tokens: int,
+    row_tokens: int,
+    seed: int,
+    epoch: int,
+    weights: np.ndarray,
+) -> Epoch:
+    """Batch rows of several documents: the longest first, each into the fullest row that takes it.
+
+    Args:
+        lengths: tokens of each document, none longer than `row_tokens`.
+        batch_tokens: tokens of a batch, which has one row at least.
+        row_tokens: tokens of a row.
+        seed: decides the order, together with the epoch.
+        epoch: number of the pass.
+        weights: as in `padded_epoch`.
+    """
+    assert not len(lengths) or int(lengths.max()) <= row_tokens
+    rng = np.random.default_rng([seed, epoch])
+    group_tokens = max(_GROUP_BATCHES * batch_tokens, _GROUP_ROWS * row_tokens)
+    rows: list[Row] = []
+    for group in _groups(lengths, weights, group_tokens, rng):
+        longest_first = group[np.argsort(-lengths[group], kind="stable")]
+        packed = _best_fit(longest_first.tolist(), lengths[longest_first].tolist(), row_tokens)
+        rows += [packed[i] for i in rng.permutation(len(packed))]
+    size = max(1, batch_tokens // padded_length(row_tokens))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+class BatchSampler(Sampler[list[Row]]):
+    """Walks through epochs until this process has had `num_batches`.
+
+    Of several processes, each takes every `world`th batch, from its rank on; so the end of an epoch
+    needs no filling up. `start` skips what this process has already used: a resumed run sees just
+    what the interrupted one would have seen.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_tokens: int, seed: int, num_batches: int, start: int = 0
+        self,
+        epoch_of: Callable[[int], Epoch],
+        num_batches: int,
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.lengths = np.asarray(lengths)
-        self.batch_tokens = batch_tokens
-        self.seed = seed
+        self.epoch_of = epoch_of
         self.num_batches = num_batches
         self.start = start
+        self.rank = rank
+        self.world = world
 
     def __len__(self) -> int:
         """Count the skipped batches too: a resumed Lightning loop goes on counting."""
         return self.num_batches
 
-    def __iter__(self) -> Iterator[list[int]]:
-        position = 0
-        epoch = 0
-        while position < self.num_batches:
-            for batch in self._epoch(epoch):
-                if position >= self.num_batches:
-                    return
-                if position >= self.start:
-                    yield batch
-                position += 1
-            epoch += 1
-
-    def batches_per_epoch(self) -> int:
-        """Count the batches of the first pass; later passes differ by a few at most."""
-        return len(self._epoch(0))
-
-    def _epoch(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.lengths))
-        group_tokens = self.batch_tokens * _GROUP_BATCHES
-        groups = np.cumsum(self.lengths[order]) // group_tokens
-        batches: list[list[int]] = []
-        for group in np.unique(groups):
-            members = order[groups == group]
-            by_length = members[np.argsort(self.lengths[members], kind="stable")]
-            batches.extend(self._cut(by_length))
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def _cut(self, by_length: np.ndarray) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for index in by_length:
-            # Sorted upwards: the newest sequence is the longest, and sets the padded length.
-            padded = (len(batch) + 1) * padded_length(int(self.lengths[index]))
-            if batch and padded > self.batch_tokens:
+    def __iter__(self) -> Iterator[list[Row]]:
+        batches = chain.from_iterable(map(self.epoch_of, count()))
+        for place, batch in enumerate(islice(batches, self.num_batches * self.world)):
+            if place >= self.start * self.world and place % self.world == self.rank:
                 yield batch
-                batch = []
-            batch.append(int(index))
-        if batch:
+
+
+def epoch_planner(
+    batching: str,
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    batch_tokens: int,
+    row_tokens: int,
+    seed: int,
+    weights: np.ndarray | None = None,
+) -> Callable[[int], Epoch]:
+    """Return the function from the number of a pass to its batches, for padded or packed."""
+    sizes = np.asarray(lengths)
+    ones = np.ones(len(sizes)) if weights is None else weights
+    plan = padded_epoch if batching == "padded" else partial(packed_epoch, row_tokens=row_tokens)
+
+    def epoch_of(epoch: int) -> Epoch:
+        return plan(sizes, batch_tokens=batch_tokens, seed=seed, epoch=epoch, weights=ones)
+
+    return epoch_of
+
+
+def _groups(
+    lengths: np.ndarray, weights: np.ndarray, group_tokens: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Yield the documents of a pass in random order, so many tokens at a time."""
+    times = np.floor(weights + rng.random(len(lengths))).astype(np.int64)
+    order = rng.permutation(np.repeat(np.arange(len(lengths)), times))
+    if len(order):
+        group = np.cumsum(lengths[order]) // group_tokens
+        yield from np.split(order, np.flatnonzero(np.diff(group)) + 1)
+
+
+def _cut(by_length: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    for index in by_length.tolist():
+        # Sorted upwards: the newest document is the longest, and sets the padded length.
+        padded = (len(batch) + 1) * padded_length(int(lengths[index]))
+        if batch and padded > batch_tokens:
             yield batch
+            batch = []
+        batch.append([index])
+    if batch:
+        yield batch
 
 
-def build_loader(sequences: Sequence[Example], sampler: LengthGroupedSampler) -> DataLoader[Batch]:
-    """Build a loader in this process; padding is far cheaper than the step it feeds."""
-    return DataLoader(sequences, batch_sampler=sampler, collate_fn=collate)
+def _best_fit(documents: list[int], lengths: list[int], row_tokens: int) -> list[Row]:
+    rows: list[Row] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for document, length in zip(documents, lengths, strict=True):
+        place = bisect_left(room, (length, 0))
+        if place < len(room):
+            free, row = room.pop(place)
+            rows[row].append(document)
+        else:
+            free, row = row_tokens, len(rows)
+            rows.append([document])
+        if free > length:
+            insort(room, (free - length, row))
+    return rows

@@ -43,6 +43,14 @@ class Conversation(msgspec.Struct, frozen=True):
     messages: list[Message]
 
 
+def content_digest(conversation: Conversation) -> bytes:
+    """Return 16 bytes that name the roles and words of a conversation, whatever its id."""
+    digest = hashlib.blake2b(digest_size=16)
+    for message in conversation.messages:
+        digest.update(f"{message.role}\0{message.content}\0".encode("utf-8", "surrogatepass"))
+    return digest.digest()
+
+
 class _Turn(msgspec.Struct):
     source: str = msgspec.field(name="from")
     value: str
@@ -93,7 +101,7 @@ class Reading:
         return Conversation(content_id if record.id is None else str(record.id), messages)
 
 
-def read_conversations(paths: str | Path | Sequence[str | Path]) -> Reading:
+def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any) -> Reading:
     """Open chat files for reading.
 
     Args:

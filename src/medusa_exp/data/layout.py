@@ -73,7 +73,7 @@ def _turns(chat: Chat, template: ChatTemplate) -> list[_Turn]:
         if found:
             turns.append(_Turn(i, chat[i]["content"], before, after))
         else:
-            template.warn_once(f"the chat template leaves out assistant turns, as number {i}")
+            template.note(f"the chat template leaves out assistant turns, as number {i}")
     if not turns:
         raise DataError("the chat template shows no assistant turn.")
     return turns
@@ -107,7 +107,7 @@ def _turn_by_turn(
     ]
     if all(whole.startswith(text) for text, _ in served):
         return [Layout(whole, _widened(spans, whole, tags, chat, turns, template))]
-    template.warn_once(
+    template.note(
         "the chat template renders a turn differently once others follow it: every assistant turn "
         "becomes a row of its own, as it is served"
     )
@@ -170,7 +170,7 @@ def _widened(
         wider += own if len(own) == 1 else []
     if len(wider) == len(spans):
         return wider
-    template.warn_once(
+    template.note(
         "the chat template's generation tags do not mark each reply: they are ignored, and replies "
         "are trained where they were found"
     )

@@ -1,31 +1,74 @@
-"""Config in; the files of the data set, its split and its tokenised sequences out."""
+"""Config in; the conversations of its data set, and the split of each, out."""
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-
-import numpy as np
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from medusa_exp.config import Config, DatasetConfig
-from medusa_exp.data.conversations import Conversation, DataError, read_conversations
-from medusa_exp.data.rendering import render
+from medusa_exp.data.conversations import (
+    Conversation,
+    DataError,
+    Reading,
+    content_digest,
+    read_conversations,
+)
 from medusa_exp.data.synthetic import write_dataset
-from medusa_exp.files import content_key
+from medusa_exp.files import content_key, sha256_file
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Example:
-    """Token ids of a conversation, cut to the length limit, and which of them are trained."""
+class Source:
+    """A named part of the data set."""
 
-    input_ids: np.ndarray
-    is_trained: np.ndarray
+    name: str
+    path: str
+    options: dict[str, Any]
+    """Of `read_conversations`."""
+    reading: Reading
+
+    def identity(self) -> list[Any]:
+        """Return what names its content, for the key of a cache."""
+        files = [sha256_file(path) for path in self.reading.paths]
+        return [self.name, files or self.path, self.options]
+
+
+def open_sources(config: Config) -> list[Source]:
+    """Open the data set's sources; a generated one is written first if it is absent.
+
+    Raises:
+        DataError: dataset.path or a source's path is not set or leads nowhere.
+    """
+    dataset = config.dataset
+    if dataset.kind == "synthetic":
+        return [_open("synthetic", str(_generated(config)), {})]
+    if dataset.sources and dataset.path:
+        raise DataError("dataset.path and dataset.sources are both set: use one of them.")
+    paths = {name: source.path for name, source in dataset.sources.items()}
+    if not paths:
+        if dataset.path is None:
+            raise DataError(
+                "dataset.path is not set: name a file, a folder or a glob of chats, or set "
+                "dataset.sources."
+            )
+        paths = {dataset.kind: dataset.path}
+    if dataset.kind == "hub":
+        paths = {name: f"hub:{path}" for name, path in paths.items()}
+    return [_open(name, path, _options(dataset)) for name, path in paths.items()]
+
+
+def dataset_files(config: Config) -> list[Path]:
+    """Return the files of the data set; none of them for one of the hub's.
+
+    Raises:
+        DataError: as `open_sources`.
+    """
+    return [path for source in open_sources(config) for path in source.reading.paths]
 
 
 def dataset_key(dataset: DatasetConfig) -> str:
@@ -35,46 +78,61 @@ def dataset_key(dataset: DatasetConfig) -> str:
     return content_key(source, dataset.num_conversations, dataset.seed)
 
 
-def dataset_files(config: Config) -> list[Path]:
-    """Return the ShareGPT files of the data set; a generated one is written first if absent.
-
-    Raises:
-        DataError: dataset.path is not set or leads nowhere.
-    """
-    dataset = config.dataset
-    if dataset.kind == "synthetic":
-        path = Path(config.cache_dir) / "synthetic" / f"{dataset_key(dataset)}.json"
-        if not path.is_file():
-            write_dataset(path, dataset.num_conversations, dataset.seed)
-        return [path]
-    if dataset.path is None:
-        raise DataError("dataset.path is not set: name a ShareGPT file, a folder or a glob.")
-    return read_conversations(dataset.path).paths
-
-
 def load_split(config: Config, split: str) -> list[Conversation]:
     """Read the conversations of one split: train, val or test.
-
-    The split hangs on the conversation's id alone, so that it is the same in every run.
 
     Raises:
         DataError: naming the file and why nothing of it can be used.
     """
-    reading = read_conversations(dataset_files(config))
-    chosen = [c for c in reading if split_of(c.id, config.dataset) == split]
-    _report(reading.dropped, "records in all", reading.num_records)
+    sources = open_sources(config)
+    chosen = [
+        conversation
+        for _, conversation in walk(sources)
+        if split_of(conversation.id, config.dataset) == split
+    ]
     if not chosen:
-        places = ", ".join(str(path) for path in reading.paths)
-        why = "; ".join(f"{reason}: {n}" for reason, n in reading.dropped.items()) or "none dropped"
-        raise DataError(
-            f"{places}: no conversation for split {split} among {reading.num_records} records "
-            f"({why}). Check the file, or raise dataset.{split}_fraction."
-        )
+        raise empty_split(split, {source.name: counts(source) for source in sources})
     return chosen
 
 
+def walk(sources: list[Source]) -> Iterator[tuple[str, Conversation]]:
+    """Yield every conversation with the name of its source.
+
+    A reading drops its own duplicates; what several sources have in common is dropped here.
+    """
+    seen: set[bytes] = set()
+    for source in sources:
+        is_checked = len(sources) > 1 and source.options.get("deduplicate", False)
+        for conversation in source.reading:
+            if is_checked:
+                digest = content_digest(conversation)
+                if digest in seen:
+                    source.reading.dropped["duplicate"] += 1
+                    continue
+                seen.add(digest)
+            yield source.name, conversation
+
+
+def counts(source: Source) -> dict[str, Any]:
+    """Return what the newest walk found in a source: records, and dropped by reason."""
+    reading = source.reading
+    return {"records": reading.num_records, "dropped": dict(reading.dropped)}
+
+
+def empty_split(split: str, found: dict[str, dict[str, Any]]) -> DataError:
+    """Return the error that says why a split has no conversation, with `counts` of each source."""
+    whys = []
+    for name, outcome in found.items():
+        reasons = "; ".join(f"{reason}: {n}" for reason, n in outcome["dropped"].items())
+        whys.append(f"{name}: {outcome['records']} records ({reasons or 'none dropped'})")
+    return DataError(
+        f"the data set has no conversation for split {split}: {', '.join(whys)}. Check the file, "
+        f"or raise dataset.{split}_fraction."
+    )
+
+
 def split_of(conversation_id: str, dataset: DatasetConfig) -> str:
-    """Return train, val or test, by a hash of the id."""
+    """Return train, val or test, by a hash of the id alone: the same in every run."""
     digest = hashlib.sha256(conversation_id.encode("utf-8", "surrogatepass")).digest()
     place = int.from_bytes(digest[:8]) / 2**64
     if place < dataset.test_fraction:
@@ -82,47 +140,29 @@ def split_of(conversation_id: str, dataset: DatasetConfig) -> str:
     return "val" if place < dataset.test_fraction + dataset.val_fraction else "train"
 
 
-def tokenise(
-    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Example]:
-    """Render and tokenise; what cannot be used is counted and logged.
-
-    Raises:
-        DataError: nothing is left to train on; says why.
-    """
-    counts: Counter[str] = Counter()
-    sequences = list(_sequences(conversations, tokenizer, max_length, counts))
-    _report(counts, "rows that are kept", len(sequences))
-    if not sequences:
-        why = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
-        raise DataError(f"no token of the data set is an assistant's ({why}): nothing to train on.")
-    return sequences
+def _generated(config: Config) -> Path:
+    dataset = config.dataset
+    path = Path(config.cache_dir) / "synthetic" / f"{dataset_key(dataset)}.json"
+    if not path.is_file():
+        write_dataset(path, dataset.num_conversations, dataset.seed)
+    return path
 
 
-def _sequences(
-    conversations: Iterable[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    counts: Counter[str],
-) -> Iterator[Example]:
-    for conversation in conversations:
-        try:
-            rows = render(conversation, tokenizer)
-        except DataError as error:
-            if not counts["refused by the chat template"]:
-                log.warning("%s", error)
-            counts["refused by the chat template"] += 1
-            continue
-        for row in rows:
-            if len(row.input_ids) > max_length:
-                counts[f"cut to {max_length} tokens"] += 1
-            is_trained = np.array(row.is_trained[:max_length], dtype=bool)
-            if not is_trained.any():
-                counts["no assistant token left"] += 1
-                continue
-            yield Example(np.array(row.input_ids[:max_length], dtype=np.int32), is_trained)
+def _open(name: str, path: str, options: dict[str, Any]) -> Source:
+    return Source(name, path, options, read_conversations(path, **options))
 
 
-def _report(counts: Counter[str], what: str, total: int) -> None:
-    for reason, count in sorted(counts.items()):
-        log.warning("data: %s: %d (beside %d %s)", reason, count, total, what)
+def _options(dataset: DatasetConfig) -> dict[str, Any]:
+    names = (
+        "hub_split",
+        "role_map",
+        "strict",
+        "deduplicate",
+        "min_turns",
+        "max_turns",
+        "min_chars",
+        "max_chars",
+        "sample_fraction",
+        "seed",
+    )
+    return {name: getattr(dataset, name) for name in names}

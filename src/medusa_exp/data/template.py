@@ -1,8 +1,10 @@
 """A tokenizer's chat template: messages in, text out, just as the model is served with it."""
 
+import hashlib
 import logging
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -42,7 +44,8 @@ class ChatTemplate:
         marks = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
         self.mark = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
         """Matches any special token."""
-        self._said: set[str] = set()
+        self.notes: set[str] = set()
+        """What was met that users should know about this template."""
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text after which the assistant is to speak.
@@ -73,10 +76,10 @@ class ChatTemplate:
         """Is there more in a text than blanks and special tokens?"""
         return bool(self.mark.sub("", text).strip())
 
-    def warn_once(self, what: str) -> None:
-        """Log something about this template the first time it is met."""
-        if what not in self._said:
-            self._said.add(what)
+    def note(self, what: str) -> None:
+        """Log what users should know about this template, the first time it is met."""
+        if what not in self.notes:
+            self.notes.add(what)
             log.warning("data: %s", what)
 
     def _render(
@@ -106,3 +109,16 @@ class ChatTemplate:
 def _bos_before_texts(tokenizer: PreTrainedTokenizerBase) -> str:
     ids = tokenizer("").input_ids
     return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
+
+
+def describe(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Return all of a tokenizer that decides how a chat becomes tokens: for the key of a cache."""
+    bos = _bos_before_texts(tokenizer)  # and no padding or truncation of an earlier call is left
+    return [
+        bos,
+        tokenizer.get_chat_template(),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        sorted((i, t.content, t.special) for i, t in tokenizer.added_tokens_decoder.items()),
+        hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        tokenizer.truncation_side,
+    ]

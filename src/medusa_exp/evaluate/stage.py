@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
 from medusa_exp.data.prompts import Prompt, prompts_of
-from medusa_exp.data.sources import Example, load_split, tokenise
+from medusa_exp.data.sources import load_split
+from medusa_exp.data.tokenised import load_tokenised
 from medusa_exp.decode.stop import stop_ids
 from medusa_exp.evaluate.methods import Answer, Method, build_methods, timed
 from medusa_exp.evaluate.metrics import Record, summarise
 from medusa_exp.files import write_jsonl
-from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.agreement import measure_agreement
 from medusa_exp.model.checkpoint import load_heads
-from medusa_exp.model.loading import load_backbone, load_tokenizer
-from medusa_exp.model.loss import head_labels
+from medusa_exp.model.loading import load_backbone
+from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.tree.choice import choose_tree
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,11 @@ def run(config: Config, out: Path) -> dict[str, float]:
     write_jsonl(out / "samples.jsonl", samples)
     metrics = summarise(records)
     limit = min(config.dataset.max_length, backbone.max_length)
-    heldout = tokenise(conversations[: config.evaluate.num_prompts], tokenizer, limit)
-    metrics["eval/backbone_nats_per_token"] = heldout_loss(backbone, heldout)
+    heldout = load_tokenised(config, tokenizer, limit).split("test")
+    examples = heldout[: config.evaluate.num_prompts]
+    agreement = measure_agreement(backbone, examples, "held-out loss")
+    metrics["eval/backbone_nats_per_token"] = agreement.nats_per_token
+    metrics["eval/backbone_top1"] = agreement.top1
     return metrics
 
 
@@ -126,18 +129,3 @@ def _sample(prompt: Prompt, answer: Answer, tokenizer: PreTrainedTokenizerBase) 
         "prompt": prompt.text,
         "steps": steps,
     }
-
-
-@torch.inference_mode()
-def heldout_loss(backbone: Backbone, examples: list[Example]) -> float:
-    """Return the model's mean loss on the assistant's held-out tokens, in nats per token."""
-    loss_sum, num_tokens = 0.0, 0
-    for example in track(examples, "held-out loss"):
-        ids_1T = torch.from_numpy(example.input_ids).long()[None].to(backbone.device)
-        is_trained_1T = torch.from_numpy(example.is_trained)[None].to(backbone.device)
-        # The lm_head is head 0: at t it predicts t+1.
-        is_labelled_1T, labels_R = head_labels(ids_1T, is_trained_1T, 0)
-        logits_RV = backbone.model(input_ids=ids_1T, use_cache=False).logits[is_labelled_1T]
-        loss_sum += float(cross_entropy(logits_RV.float(), labels_R, reduction="sum"))
-        num_tokens += len(labels_R)
-    return loss_sum / max(1, num_tokens)

@@ -61,9 +61,15 @@ class Backbone:
         ids = config.eos_token_id if config.eos_token_id is not None else []
         return set(ids if isinstance(ids, list) else [ids])
 
-    def hidden_states(self, input_ids_BT: Tensor) -> Tensor:
-        """Return hidden_BTD of sequences padded on the right, if at all."""
-        return self.body(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    def hidden_states(self, input_ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """Return hidden_BTD of rows padded on the right, if at all.
+
+        Where `positions_BT` starts again from 0, a document of its own begins, which sees nothing
+        of what stands before it in the row: transformers makes the mask from the positions.
+        """
+        return self.body(
+            input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False
+        ).last_hidden_state
 
     def forward(
         self,
@@ -133,6 +139,23 @@ class Backbone:
             raise UserError(
                 f"{_name(self.model)}: what its lm_head reads is not its last hidden state; "
                 "heads cannot be trained on this architecture."
+            )
+
+    @torch.inference_mode()
+    def check_packing(self) -> None:
+        """Compare a document's hidden states alone and behind another one.
+
+        Raises:
+            UserError: this architecture lets packed documents see each other.
+        """
+        ids_BT = torch.arange(1, 5, device=self.device)[None]
+        packed_BT, positions_BT = ids_BT.repeat(1, 2), torch.arange(4, device=self.device).repeat(2)
+        packed_BTD = self.hidden_states(packed_BT, positions_BT[None])
+        alone_BTD = self.hidden_states(ids_BT)
+        if not torch.allclose(packed_BTD[:, 4:], alone_BTD, rtol=1e-2, atol=1e-3):
+            raise UserError(
+                f"{_name(self.model)} lets documents of a packed row see each other: set "
+                "train.batching=padded."
             )
 
 

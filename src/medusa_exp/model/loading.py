@@ -1,56 +1,25 @@
-"""Config in; backbone, tokenizer and device out, each checked before anything long begins."""
+"""Config in; backbone and device out, each checked before anything long begins."""
 
-from pathlib import Path
-from typing import Any
+import logging
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from medusa_exp.config import Config
-from medusa_exp.data.rendering import check_chat_template
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.source import LOADING_ERRORS, first_lines, hub_options, model_path
+from medusa_exp.model.tokenizer import load_tokenizer, num_ids
 
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
-"""What transformers raises for directories that are not what they should be."""
-
-
-def model_path(config: Config) -> str:
-    """Return the directory or hub name of the backbone, checked as far as a look can.
-
-    Raises:
-        UserError: it is not set, or is a directory that holds no model.
-    """
-    from medusa_exp.model.tiny import tiny_dir
-
-    if config.model.kind == "tiny":
-        path = tiny_dir(config)
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"{path} does not exist yet: model=tiny is made by stage pretrain. "
-                "Put pretrain first in stages."
-            )
-        return str(path)
-    if config.model.path is None:
-        raise UserError("model.path is not set: name a Hugging Face model directory or hub name.")
-    path = Path(config.model.path).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"model.path={path} is no model directory: it has no config.json.")
-    if path.is_file():
-        raise UserError(f"model.path={path} is a file; name the model's directory.")
-    if not path.exists() and (path.is_absolute() or config.model.path.count("/") != 1):
-        raise UserError(f"model.path={path}: there is no such directory.")
-    return str(path) if path.exists() else config.model.path
+log = logging.getLogger(__name__)
 
 
 def load_backbone(config: Config) -> Backbone:
     """Load the backbone that the config names onto its device, frozen.
+
+    With tokenizer.resize_embedding it gets a row for each token that is new to it.
 
     Raises:
         UserError: the model cannot be loaded; says which, and what transformers said.
@@ -63,49 +32,44 @@ def load_backbone(config: Config) -> Backbone:
             dtype=config.dtype.backbone,
             attn_implementation=config.model.attn_implementation,
             use_safetensors=True,
-            **_hub_options(config),
+            **hub_options(config),
         )
-    except (*_LOADING_ERRORS, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model.path={path} cannot be loaded: {_first_lines(error)}") from error
+    except (*LOADING_ERRORS, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
     if report["missing_keys"]:  # transformers would go on with random values for them
         names = ", ".join(sorted(report["missing_keys"])[:4])
         raise UserError(f"model.path={path}: its files lack {names}, which its config asks for.")
+    if config.tokenizer.resize_embedding:
+        grow_embedding(model, num_ids(load_tokenizer(config)))
     model = model.to(pick_device(config.device)).eval().requires_grad_(False)
     backbone = Backbone(model)
     backbone.check_hidden_states()
     return backbone
 
 
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """Load the tokenizer and check that it can render chats and fits the backbone.
+def grow_embedding(model: PreTrainedModel, size: int) -> None:
+    """Give a model rows for the token ids below `size`, each the mean of its old rows.
 
-    Raises:
-        UserError: it cannot be loaded, has no chat template, or has more entries than the model.
+    The mean and not a draw, as transformers has it: heads know their backbone by its lm_head.
     """
-    model = model_path(config)
-    path = config.tokenizer.path or model
-    options = _hub_options(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **(options if path == model else {}))
-        vocab_size = AutoConfig.from_pretrained(model, **options).get_text_config().vocab_size
-    except _LOADING_ERRORS as error:
-        raise UserError(
-            f"the tokenizer in {path} cannot be loaded: {_first_lines(error)}"
-        ) from error
-    check_chat_template(tokenizer, path)
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"the tokenizer in {path} has {len(tokenizer)} entries, the model in {model} only "
-            f"{vocab_size}: they do not belong together. Set tokenizer.path to the model's own."
-        )
-    return tokenizer
+    old = model.get_input_embeddings().weight.shape[0]
+    if size <= old:
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for rows in module.parameters():  # the weight, and the bias of some lm_heads
+                rows[old:] = _mean_row(rows[:old])
+    log.info(
+        "tokenizer.resize_embedding: the model's vocabulary grows from %d to %d rows", old, size
+    )
 
 
-def _hub_options(config: Config) -> dict[str, Any]:
-    options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
-    if config.model.revision:
-        options["revision"] = config.model.revision
-    return options
+def _mean_row(rows: Tensor) -> Tensor:
+    # Of values rounded to bfloat16, and rounded to it, since Backbone.identity() reads them so: it
+    # must not depend on the dtype that the model is loaded in. In pieces, since float64 is large.
+    total = sum(piece.bfloat16().double().sum(0) for piece in rows.split(4096))
+    return (total / len(rows)).bfloat16()
 
 
 def pick_device(device: str) -> torch.device:
@@ -119,7 +83,3 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:600]

@@ -23,15 +23,19 @@ class HeadLoss:
     num_labels: int
 
 
-def head_labels(input_ids_BT: Tensor, is_trained_BT: Tensor, head: int) -> tuple[Tensor, Tensor]:
+def head_labels(
+    input_ids_BT: Tensor, is_trained_BT: Tensor, documents_BT: Tensor, head: int
+) -> tuple[Tensor, Tensor]:
     """Return (is_labelled_BT, labels_R) of head k.
 
-    Position t is labelled when token t+1+k exists and is the assistant's; its label is that token.
+    Position t is labelled when token t+1+k is the assistant's and of the same document; its label
+    is that token.
     """
     shift = 1 + head
+    is_label_BS = is_trained_BT[:, shift:] & (documents_BT[:, shift:] == documents_BT[:, :-shift])
     is_labelled_BT = torch.zeros_like(is_trained_BT)
-    is_labelled_BT[:, :-shift] = is_trained_BT[:, shift:]
-    return is_labelled_BT, input_ids_BT[:, shift:][is_trained_BT[:, shift:]]
+    is_labelled_BT[:, :-shift] = is_label_BS
+    return is_labelled_BT, input_ids_BT[:, shift:][is_label_BS]
 
 
 def medusa_losses(
@@ -39,6 +43,7 @@ def medusa_losses(
     hidden_BTD: Tensor,
     input_ids_BT: Tensor,
     is_trained_BT: Tensor,
+    documents_BT: Tensor,
     *,
     chunk_rows: int,
 ) -> list[HeadLoss]:
@@ -49,7 +54,7 @@ def medusa_losses(
     """
     results = []
     for k in range(heads.num_heads):
-        is_labelled_BT, labels_R = head_labels(input_ids_BT, is_trained_BT, k + 1)
+        is_labelled_BT, labels_R = head_labels(input_ids_BT, is_trained_BT, documents_BT, k + 1)
         hidden_RD = hidden_BTD[is_labelled_BT]
         results.append(_chunked(heads, k, hidden_RD, labels_R, chunk_rows))
     return results
@@ -72,13 +77,14 @@ def medusa_counts(
     hidden_BTD: Tensor,
     input_ids_BT: Tensor,
     is_trained_BT: Tensor,
+    documents_BT: Tensor,
     *,
     chunk_rows: int,
 ) -> Tensor:
     """Return, for validation, a float64 [K, 4]: summed loss, labels ranked 1st, in 5, and all."""
     counts_K4 = torch.zeros(heads.num_heads, 4, dtype=torch.float64, device=hidden_BTD.device)
     for k in range(heads.num_heads):
-        is_labelled_BT, labels_R = head_labels(input_ids_BT, is_trained_BT, k + 1)
+        is_labelled_BT, labels_R = head_labels(input_ids_BT, is_trained_BT, documents_BT, k + 1)
         rows = hidden_BTD[is_labelled_BT].split(chunk_rows)
         for rows_CD, labels_C in zip(rows, labels_R.split(chunk_rows), strict=True):
             logits_CV = heads.head_logits(k, rows_CD).float()

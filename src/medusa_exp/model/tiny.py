@@ -17,9 +17,10 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from medusa_exp.config import Config
-from medusa_exp.data.batches import Batch
 from medusa_exp.data.conversations import Conversation
-from medusa_exp.data.sources import dataset_files, dataset_key, load_split, tokenise
+from medusa_exp.data.loader import Batch, Batches
+from medusa_exp.data.sources import dataset_files, dataset_key, load_split
+from medusa_exp.data.tokenised import load_tokenised
 from medusa_exp.errors import UserError
 from medusa_exp.files import content_key, publish, sha256_file
 
@@ -47,9 +48,8 @@ def run(config: Config, out: Path) -> dict[str, float]:
         log.info("the pretrained model is in the cache: %s", path)
         return {}
     L.seed_everything(config.seed, verbose=False)
-    conversations = load_split(config, "train")
-    tokenizer = train_tokenizer(conversations, config.tokenizer.vocab_size)
-    model, loss = _pretrain(config, out, conversations, tokenizer)
+    tokenizer = train_tokenizer(load_split(config, "train"), config.tokenizer.vocab_size)
+    model, loss = _pretrain(config, out, tokenizer)
     with publish(path) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -73,7 +73,7 @@ def tiny_dir(config: Config) -> Path:
     made_of = [
         [sha256_file(path) for path in dataset_files(config)],
         [dataset.val_fraction, dataset.test_fraction, dataset.max_length],
-        asdict(config.tokenizer),
+        config.tokenizer.vocab_size,
         asdict(config.model.pretrain),
         config.seed,
     ]
@@ -106,15 +106,15 @@ def train_tokenizer(conversations: list[Conversation], vocab_size: int) -> PreTr
 def _pretrain(
     config: Config,
     out: Path,
-    conversations: list[Conversation],
     tokenizer: PreTrainedTokenizerFast,
 ) -> tuple[LlamaForCausalLM, float]:
     from medusa_exp.model.loading import pick_device
-    from medusa_exp.train.trainer import Batches, build_trainer, pick_precision
+    from medusa_exp.train.trainer import build_trainer, pick_precision
 
     settings = config.model.pretrain
     limit = min(config.dataset.max_length, settings.max_position_embeddings)
-    sequences = tokenise(conversations, tokenizer, limit)
+    documents = load_tokenised(config, tokenizer, limit)
+    documents.log()
     model = _build_llama(config, len(tokenizer), tokenizer.eos_token_id)
     module = _LanguageModelModule(
         model,
@@ -123,12 +123,12 @@ def _pretrain(
         max_steps=settings.max_steps,
     )
     batches = Batches(
-        sequences,
-        [],
+        documents.split("train"),
+        None,
+        batching="padded",
         batch_tokens=settings.batch_tokens,
+        row_tokens=limit,
         seed=config.seed,
-        num_batches=settings.max_steps,
-        val_batches=0,
     )
     precision = pick_precision(config, pick_device(config.device))
     trainer = build_trainer(
@@ -177,9 +177,7 @@ class _LanguageModelModule(L.LightningModule):
         """Return the mean cross entropy over real tokens."""
         ids_BT = batch.input_ids_BT
         logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-        position_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        is_real_BT = position_T < batch.lengths_B[:, None]
-        targets_BT = ids_BT.masked_fill(~is_real_BT, -100)[:, 1:]
+        targets_BT = ids_BT.masked_fill(batch.documents_BT == 0, -100)[:, 1:]
         loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
         self.log("pretrain/loss", loss, prog_bar=True)
         return loss

@@ -1,7 +1,9 @@
 """W&B and CSV beside the run directory's own files, which never depend on them."""
 
 import csv
+import json
 import logging
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,6 +45,18 @@ class Tracker:
             self.run.finish(exit_code=0 if kind is None else 1)
         if self.config.logger.kind == "csv":
             _write_csv(self.out)
+
+
+def log_table(name: str, rows: list[dict[str, Any]]) -> None:
+    """Log a table to W&B where a run is open; lists become JSON text."""
+    wandb = sys.modules.get("wandb")  # loaded only where logger=wandb has opened a run
+    if wandb is None or wandb.run is None or not rows:
+        return
+    cells = [
+        [json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for v in row.values()]
+        for row in rows
+    ]
+    wandb.log({name: wandb.Table(columns=list(rows[0]), data=cells)})
 
 
 def _open_wandb(config: Config, out: Path) -> Any:

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from medusa_exp.data.batches import Batch
+from medusa_exp.data.loader import Batch
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
@@ -96,10 +96,10 @@ class MedusaModule(L.LightningModule):
         """Say what the checkpoint was made with: see `stage.checkpoint_to_resume`."""
         checkpoint["made_with"] = self.made_with
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            hidden_BTD = self.backbone.hidden_states(batch.input_ids_BT).float()
-        return hidden_BTD, batch.input_ids_BT, batch.is_trained_BT
+            hidden_BTD = self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT).float()
+        return hidden_BTD, batch.input_ids_BT, batch.is_trained_BT, batch.documents_BT
 
 
 def _mean(head: HeadLoss) -> Tensor:

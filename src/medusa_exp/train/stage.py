@@ -10,16 +10,17 @@ import lightning as L
 import torch
 
 from medusa_exp.config import Config
-from medusa_exp.data.batches import LengthGroupedSampler
-from medusa_exp.data.sources import Example, dataset_files, load_split, tokenise
+from medusa_exp.data.loader import Batches
+from medusa_exp.data.tokenised import load_tokenised
 from medusa_exp.errors import UserError
-from medusa_exp.files import content_key, sha256_file
+from medusa_exp.files import content_key, write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads
-from medusa_exp.model.loading import load_backbone, load_tokenizer
+from medusa_exp.model.loading import load_backbone
+from medusa_exp.model.tokenizer import load_tokenizer, save_tokenizer
 from medusa_exp.train.module import MedusaModule
-from medusa_exp.train.trainer import CHECKPOINT, Batches, build_trainer, pick_precision
+from medusa_exp.train.trainer import CHECKPOINT, build_trainer, pick_precision
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +31,35 @@ def run(config: Config, out: Path) -> dict[str, float]:
     backbone = load_backbone(config)
     tokenizer = load_tokenizer(config)
     limit = min(config.dataset.max_length, backbone.max_length)
-    train = tokenise(load_split(config, "train"), tokenizer, limit)
-    val = tokenise(load_split(config, "val"), tokenizer, limit)
+    documents = load_tokenised(config, tokenizer, limit)
+    documents.log()
+    write_json(out / "data.json", documents.summary)
+    if config.train.batching == "packed":
+        backbone.check_packing()
     heads = build_heads(
         backbone,
         num_heads=config.head.num_heads,
         num_layers=config.head.num_layers,
         kind=config.head.kind,
     )
-    max_steps = _num_steps(config, train)
-    _log_plan(heads, train, max_steps)
-    metrics = _fit(config, out, backbone, heads, train, val, max_steps)
+    settings = config.train
+    batches = Batches(
+        documents.split("train"),
+        documents.split("val"),
+        batching=settings.batching,
+        batch_tokens=settings.batch_tokens,
+        row_tokens=limit,
+        seed=config.seed,
+        val_batches=settings.val_batches,
+        accumulate=settings.accumulate,
+    )
+    max_steps = _num_steps(config, batches)
+    parameters = sum(parameter.numel() for parameter in heads.parameters())
+    log.info("%d heads, %.1f M parameters; %d steps", heads.num_heads, parameters / 1e6, max_steps)
+    key = made_with(config, documents.summary["key"], backbone)
+    metrics = _fit(config, out, backbone, heads, batches, max_steps, key)
     save_heads(heads, out / "heads")
+    save_tokenizer(tokenizer, config, out / "heads")
     log.info("heads written to %s", out / "heads")
     return metrics
 
@@ -51,12 +69,11 @@ def _fit(
     out: Path,
     backbone: Backbone,
     heads: MedusaHeads,
-    train: list[Example],
-    val: list[Example],
+    batches: Batches,
     max_steps: int,
+    key: str,
 ) -> dict[str, float]:
     settings = config.train
-    key = made_with(config, backbone)
     checkpoint = checkpoint_to_resume(config, out, key)
     module = MedusaModule(
         backbone,
@@ -68,15 +85,6 @@ def _fit(
         decay=settings.decay,
         loss_chunk_rows=settings.loss_chunk_rows,
         made_with=key,
-    )
-    batches = Batches(
-        train,
-        val,
-        batch_tokens=settings.batch_tokens,
-        seed=config.seed,
-        num_batches=max_steps * settings.accumulate,
-        val_batches=settings.val_batches,
-        accumulate=settings.accumulate,
     )
     trainer = build_trainer(
         config,
@@ -96,25 +104,23 @@ def _fit(
     return {"train/steps": float(max_steps), **module.last_train_metrics, **metrics}
 
 
-def _num_steps(config: Config, train: list[Example]) -> int:
+def _num_steps(config: Config, batches: Batches) -> int:
     settings = config.train
     if settings.max_steps is not None:
         return settings.max_steps
-    lengths = [len(sequence.input_ids) for sequence in train]
-    sampler = LengthGroupedSampler(lengths, settings.batch_tokens, config.seed, 1)
-    steps = math.ceil(settings.epochs * sampler.batches_per_epoch() / settings.accumulate)
+    steps = math.ceil(settings.epochs * batches.batches_per_epoch() / settings.accumulate)
     return max(steps, settings.min_steps)
 
 
-def made_with(config: Config, backbone: Backbone) -> str:
+def made_with(config: Config, data_key: str, backbone: Backbone) -> str:
     """Name all that decides what training gives, but for how often it is looked at and saved."""
     train = asdict(config.train)
     for key in ("resume", "val_every", "val_batches", "checkpoint_every"):
         del train[key]
-    dataset = [asdict(config.dataset), [sha256_file(path) for path in dataset_files(config)]]
-    tokenizer = asdict(config.tokenizer)
-    head = asdict(config.head)
-    return content_key(head, train, dataset, tokenizer, config.seed, backbone.identity())
+    dataset = config.dataset
+    weights = {name: source.weight for name, source in dataset.sources.items()}
+    data = [data_key, dataset.val_fraction, dataset.test_fraction, weights]
+    return content_key(asdict(config.head), train, data, config.seed, backbone.identity())
 
 
 def checkpoint_to_resume(config: Config, out: Path, key: str) -> Path | None:
@@ -136,19 +142,3 @@ def checkpoint_to_resume(config: Config, out: Path, key: str) -> Path | None:
         )
     log.info("going on from %s", path)
     return path
-
-
-def _log_plan(heads: MedusaHeads, train: list[Example], max_steps: int) -> None:
-    parameters = sum(parameter.numel() for parameter in heads.parameters())
-    tokens = sum(len(sequence.input_ids) for sequence in train)
-    trained = sum(int(sequence.is_trained.sum()) for sequence in train)
-    log.info(
-        "%d heads, %.1f M parameters; %d sequences, %d tokens, %.0f %% of them the assistant's; "
-        "%d steps",
-        heads.num_heads,
-        parameters / 1e6,
-        len(train),
-        tokens,
-        100 * trained / tokens,
-        max_steps,
-    )

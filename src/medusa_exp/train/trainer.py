@@ -8,11 +8,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch.utils.data import DataLoader
 
 from medusa_exp.config import Config
-from medusa_exp.data.batches import Batch, LengthGroupedSampler, build_loader
-from medusa_exp.data.sources import Example
 from medusa_exp.files import publish
 from medusa_exp.model.loading import pick_device
 from medusa_exp.tracking.history import HistoryLogger
@@ -27,6 +24,8 @@ _EXPECTED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",
     # It is: `Batches.train_dataloader` starts where the trainer's steps have come to.
     ".*your dataloader is not resumable.*",
+    # Pretraining validates nothing.
+    "You passed in a `val_dataloader` but have no `validation_step`",
     # Lightning 2.6 with torch 2.13.
     ".*LeafSpec.*is deprecated",
 )
@@ -39,50 +38,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write under a temporary name and rename."""
         with publish(Path(path)) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
-
-
-class Batches(L.LightningDataModule):
-    """Training batches in the seed's order, and a fixed set of validation batches, if any."""
-
-    def __init__(
-        self,
-        train: list[Example],
-        val: list[Example],
-        *,
-        batch_tokens: int,
-        seed: int,
-        num_batches: int,
-        val_batches: int,
-        accumulate: int = 1,
-    ) -> None:
-        super().__init__()
-        self.train = train
-        self.val = val
-        self.batch_tokens = batch_tokens
-        self.seed = seed
-        self.num_batches = num_batches
-        self.val_batches = val_batches
-        self.accumulate = accumulate
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Go on after the batches that the steps so far have used."""
-        assert self.trainer is not None
-        start = self.trainer.global_step * self.accumulate
-        return build_loader(self.train, self._sampler(self.train, self.num_batches, start))
-
-    def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
-        """The same batches at every validation: one pass at most."""
-        if not self.val:
-            return []
-        sampler = self._sampler(self.val, self.val_batches, 0)
-        sampler.num_batches = min(self.val_batches, sampler.batches_per_epoch())
-        return build_loader(self.val, sampler)
-
-    def _sampler(
-        self, sequences: list[Example], num_batches: int, start: int
-    ) -> LengthGroupedSampler:
-        lengths = [len(sequence.input_ids) for sequence in sequences]
-        return LengthGroupedSampler(lengths, self.batch_tokens, self.seed, num_batches, start)
 
 
 def build_trainer(
@@ -117,6 +72,7 @@ def build_trainer(
     return L.Trainer(
         accelerator=pick_device(config.device).type,
         devices=1,
+        use_distributed_sampler=False,  # `Batches` shares them out
         precision=precision,
         max_steps=max_steps,
         max_epochs=1,  # Lightning's epoch is the sampler's whole walk

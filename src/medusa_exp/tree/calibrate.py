@@ -27,7 +27,8 @@ from medusa_exp.files import write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import MedusaHeads
-from medusa_exp.model.loading import load_backbone, load_tokenizer
+from medusa_exp.model.loading import load_backbone
+from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.tree.choice import CALIBRATION, choose_tree
 from medusa_exp.tree.growth import best_tree, node_shares, num_steps
 from medusa_exp.tree.tree import Tree

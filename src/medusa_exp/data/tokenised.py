@@ -1,0 +1,172 @@
+"""Config and tokenizer in; the tokenised data set out, from the cache where it is there.
+
+A cache entry is a directory of `documents.arrow` and `summary.json`, which counts what became of
+every record. It appears under its name only when it is whole; of several processes that want the
+same entry, one builds it and the others wait. Its name is a hash of all that decides its content.
+"""
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from medusa_exp.config import Config
+from medusa_exp.data.build import CUT, KEPT, REFUSED, UNTRAINED, Tally, write_documents
+from medusa_exp.data.conversations import DataError
+from medusa_exp.data.examples import Examples, open_documents
+from medusa_exp.data.sources import Source, counts, empty_split, open_sources, split_of, walk
+from medusa_exp.data.template import describe
+from medusa_exp.files import content_key, publish, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+_DOCUMENTS, _SUMMARY = "documents.arrow", "summary.json"
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec")
+"""Whose versions may change what is read, rendered or tokenised."""
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Documents of all splits, and what became of every record."""
+
+    config: Config
+    table: pa.Table
+    summary: dict[str, Any]
+    """`key`, `sources` {name: {outcome: number}}, `examples` {outcome: the first such error} and
+    `notes` on the template."""
+    max_length: int
+    is_new: bool
+    """Was it built by this call?"""
+
+    def all(self) -> Examples:
+        """Return the documents of all splits."""
+        return Examples(self.table)
+
+    def split(self, name: str) -> Examples:
+        """Return the documents of train, val or test; those of train with their sources' weights.
+
+        Raises:
+            DataError: there is none.
+        """
+        dataset = self.config.dataset
+        ids = self.table["conversation_id"].to_pylist()
+        rows = np.flatnonzero([split_of(i, dataset) == name for i in ids])
+        if not len(rows):
+            raise empty_split(name, self.summary["sources"])
+        if name != "train" or not dataset.sources:
+            return Examples(self.table, rows)
+        weights = {key: source.weight for key, source in dataset.sources.items()}
+        names = self.table["source"].take(pa.array(rows)).to_pylist()
+        return Examples(self.table, rows, np.array([weights[name] for name in names]))
+
+    def log(self) -> None:
+        """Say what was kept, what was not, and why."""
+        for name, outcomes in self.summary["sources"].items():
+            log.info(
+                "data: %s: %d of %d records kept: %d documents, %d tokens, %.1f %% of them trained",
+                name,
+                outcomes[KEPT],
+                outcomes["records"],
+                outcomes["documents"],
+                outcomes["tokens"],
+                100 * outcomes["trained tokens"] / max(1, outcomes["tokens"]),
+            )
+            for reason, count in sorted(outcomes["dropped"].items()):
+                log.warning("data: %s: dropped: %s: %d", name, reason, count)
+            if outcomes[CUT]:
+                log.warning("data: %s: cut to %d tokens: %d", name, self.max_length, outcomes[CUT])
+        for outcome, example in self.summary["examples"].items():
+            log.warning("data: for example, %s: %s", outcome, example)
+        for note in [] if self.is_new else self.summary["notes"]:  # building has logged them
+            log.warning("data: %s", note)
+
+
+def load_tokenised(
+    config: Config, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Tokenised:
+    """Open the data set's cache entry, which is built first if it is not there.
+
+    Raises:
+        DataError: naming the file, or why not one token of the data set can be trained on.
+    """
+    sources = open_sources(config)
+    key = _key(sources, tokenizer, max_length)
+    path = Path(config.cache_dir) / "tokenised" / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{key}.lock")):
+        is_new = not path.is_dir()
+        if is_new:
+            for unfinished in path.parent.glob(f".{key}.partial-*"):  # left by a killed process
+                shutil.rmtree(unfinished)
+            with publish(path) as partial:
+                partial.mkdir()
+                summary = _build(partial, sources, config, tokenizer, max_length)
+                write_json(partial / _SUMMARY, {"key": key, **summary})
+    summary = read_json(path / _SUMMARY)
+    return Tokenised(config, open_documents(path / _DOCUMENTS), summary, max_length, is_new)
+
+
+def _key(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """Name all that decides what the documents are: text, template, tokenizer, limits, code."""
+    package = resources.files("medusa_exp.data")
+    code = sorted(file.read_text() for file in package.iterdir() if file.name.endswith(".py"))
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    data = [source.identity() for source in sources]
+    return content_key(data, describe(tokenizer), max_length, versions, code)
+
+
+def _build(
+    directory: Path,
+    sources: list[Source],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> dict[str, Any]:
+    """Write the documents and return the summary."""
+    total = sum(1 for _ in walk(sources))  # reading is far faster than what follows
+    workers = config.dataset.num_workers or os.cpu_count() or 1
+    tally = write_documents(
+        directory / _DOCUMENTS,
+        walk(sources),
+        total,
+        tokenizer,
+        max_length=max_length,
+        num_workers=workers,
+    )
+    found = {source.name: _outcomes(source, tally) for source in sources}
+    if not any(outcomes["documents"] for outcomes in found.values()):
+        raise nothing_to_train_on(found, tally.examples)
+    return {"sources": found, "examples": tally.examples, "notes": sorted(tally.notes)}
+
+
+def _outcomes(source: Source, tally: Tally) -> dict[str, Any]:
+    """Return what became of a source's records: kept and dropped add up to all of them."""
+    outcomes = counts(source)
+    number = {what: n for (name, what), n in tally.counts.items() if name == source.name}
+    dropped = {reason: number[reason] for reason in (REFUSED, UNTRAINED) if number.get(reason)}
+    outcomes["dropped"].update(dropped)
+    for what in (KEPT, "documents", "tokens", "trained tokens", CUT):
+        outcomes[what] = number.get(what, 0)
+    return outcomes
+
+
+def nothing_to_train_on(found: dict[str, dict[str, Any]], examples: dict[str, str]) -> DataError:
+    """Return the error of a data set without a trained token."""
+    whys = [
+        f"{name}: {outcomes['records']} records; "
+        + "; ".join(f"{reason}: {n}" for reason, n in outcomes["dropped"].items())
+        for name, outcomes in found.items()
+    ]
+    example = "".join(f" For example, {what}: {error}." for what, error in examples.items())
+    return DataError(
+        f"no token of the data set is an assistant's ({', '.join(whys)}): nothing to train on."
+        + example
+    )

@@ -1,0 +1,1 @@
+"""What a data set trains on, and whether it suits its model."""

@@ -1,0 +1,73 @@
+"""Config in; where the backbone and its tokenizer come from out, checked as far as a look can."""
+
+from pathlib import Path
+from typing import Any
+
+from medusa_exp.config import Config
+from medusa_exp.errors import UserError
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
+"""What transformers raises for directories that are not what they should be."""
+
+
+def model_path(config: Config) -> str:
+    """Return the directory or hub name of the backbone.
+
+    Raises:
+        UserError: it is not set, or is a directory that holds no model.
+    """
+    if config.model.kind == "tiny":
+        from medusa_exp.model.tiny import tiny_dir
+
+        path = tiny_dir(config)
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"{path} does not exist yet: model=tiny is made by stage pretrain. "
+                "Put pretrain first in stages."
+            )
+        return str(path)
+    if config.model.path is None:
+        raise UserError("model.path is not set: name a Hugging Face model directory or hub name.")
+    place = _place("model.path", config.model.path)
+    path = Path(place)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"model.path={path} is no model directory: it has no config.json.")
+    return place
+
+
+def has_model(config: Config) -> bool:
+    """Does the config name a model? Looking at data takes no more than a tokenizer."""
+    return config.model.kind == "tiny" or config.model.path is not None
+
+
+def tokenizer_path(config: Config) -> str:
+    """Return the directory or hub name of the tokenizer.
+
+    Raises:
+        UserError: tokenizer.path leads nowhere; or as `model_path`, whose it else is.
+    """
+    if config.tokenizer.path is None:
+        return model_path(config)
+    return _place("tokenizer.path", config.tokenizer.path)
+
+
+def hub_options(config: Config) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that concern where the model comes from."""
+    options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
+    if config.model.revision:
+        options["revision"] = config.model.revision
+    return options
+
+
+def first_lines(error: Exception) -> str:
+    """Return what a library says, short enough for a message of ours."""
+    return " ".join(str(error).split())[:600]
+
+
+def _place(key: str, value: str) -> str:
+    path = Path(value).expanduser()
+    if path.is_file():
+        raise UserError(f"{key}={path} is a file; name its directory.")
+    if not path.exists() and (path.is_absolute() or value.count("/") != 1):
+        raise UserError(f"{key}={path}: there is no such directory.")
+    return str(path) if path.exists() else value

@@ -1,0 +1,196 @@
+"""Config in; a tokenizer that renders chats and fits the backbone out; and its files.
+
+What the config says goes on top of what the tokenizer's own files say, and is then looked for in
+what the tokenizer does: transformers 5 takes several options without a word and without effect.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from medusa_exp.config import Config, TokenizerConfig
+from medusa_exp.data.rendering import check_chat_template
+from medusa_exp.errors import UserError
+from medusa_exp.files import write_json
+from medusa_exp.model.source import (
+    LOADING_ERRORS,
+    first_lines,
+    has_model,
+    hub_options,
+    model_path,
+    tokenizer_path,
+)
+from medusa_exp.model.tokenizer_options import choose_chat_template, set_special_tokens
+
+log = logging.getLogger(__name__)
+
+SOURCE_FILE = "tokenizer_source.json"
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with the options of the config, and check that it is of use.
+
+    Raises:
+        UserError: it cannot be loaded, cannot do what an option asks for, has no chat template or
+            one that is no Jinja, or has tokens that the model has no row for.
+    """
+    path = tokenizer_path(config)
+    tokenizer = _read(config, path)
+    choose_chat_template(tokenizer, config.tokenizer.chat_template, path)
+    check_chat_template(tokenizer, path)
+    _check_vocabulary(tokenizer, path)
+    set_special_tokens(tokenizer, config.tokenizer)
+    if has_model(config):
+        _check_fit(tokenizer, config, path)
+    return tokenizer
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the highest id plus one: the rows that a model needs (`len` overlooks gaps)."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    """Return the sha256 of what decides a text's ids and of the chat template.
+
+    With the version of transformers and the text this names the tokens, whatever the config said.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for last_call in ("padding", "truncation"):  # what the last call was asked for
+        backend.pop(last_call, None)
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    return {
+        "backend_sha256": _sha256(json.dumps(backend, sort_keys=True)),
+        "chat_template_sha256": None if template is None else _sha256(template),
+    }
+
+
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: Config, directory: str | Path
+) -> None:
+    """Write the tokenizer beside the heads, for `AutoTokenizer.from_pretrained(directory)`.
+
+    `tokenizer_source.json` beside it says what it was made of.
+    """
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.partial-") as name:
+        partial = Path(name)
+        tokenizer.save_pretrained(partial)
+        _pin_class(tokenizer, partial / "tokenizer_config.json")
+        write_json(partial / SOURCE_FILE, _source(tokenizer, config))
+        for file in sorted(partial.iterdir()):  # chat_templates/ is a directory
+            if (target / file.name).is_dir():
+                shutil.rmtree(target / file.name)
+            file.replace(target / file.name)
+
+
+def _read(config: Config, path: str) -> PreTrainedTokenizerBase:
+    settings = config.tokenizer
+    chosen = _tokenizer_class(settings.tokenizer_class)
+    is_own = has_model(config) and path == model_path(config)
+    options: dict[str, Any] = hub_options(config) if is_own else {}
+    if chosen is not AutoTokenizer:  # means "no rebuilding" to a class of transformers
+        options.pop("trust_remote_code", None)
+    # As arguments, and not set on the tokenizer: only these does save_pretrained write down.
+    for key in ("model_max_length", "padding_side", "truncation_side"):
+        if (value := getattr(settings, key)) is not None:
+            options[key] = value
+    try:
+        return chosen.from_pretrained(path, **options)
+    except Exception as error:  # the reader in Rust raises bare Exceptions
+        raise UserError(
+            f"the tokenizer in {path} cannot be loaded: {first_lines(error)}"
+        ) from error
+
+
+def _tokenizer_class(name: str) -> Any:
+    if name == "auto":
+        return AutoTokenizer
+    try:
+        found = getattr(transformers, name, None)
+    except ImportError:  # transformers knows it, but not how to import it here
+        found = None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
+        raise UserError(
+            f"tokenizer.tokenizer_class={name} is no tokenizer class of transformers: use auto, "
+            "PreTrainedTokenizerFast, or a class such as LlamaTokenizer or Qwen2Tokenizer."
+        )
+    if not issubclass(found, PreTrainedTokenizerFast):
+        raise UserError(
+            f"tokenizer.tokenizer_class={name} is not a fast one, which character offsets need: "
+            "use auto or PreTrainedTokenizerFast."
+        )
+    return found
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """transformers makes an empty vocabulary of files that it cannot use, and says nothing."""
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"the tokenizer in {path} has no tokens but {' '.join(tokenizer.all_special_tokens)}: "
+            f"{type(tokenizer).__name__} found no vocabulary in its files. A tokenizer.json there, "
+            "or another tokenizer.tokenizer_class, would help."
+        )
+
+
+def _check_fit(tokenizer: PreTrainedTokenizerBase, config: Config, path: str) -> None:
+    model = model_path(config)
+    try:
+        model_config = AutoConfig.from_pretrained(model, **hub_options(config))
+    except LOADING_ERRORS as error:
+        raise UserError(f"model.path={model} cannot be loaded: {first_lines(error)}") from error
+    rows = model_config.get_text_config().vocab_size
+    outside = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if outside and not config.tokenizer.resize_embedding:
+        names = ", ".join(repr(token) for _, token in outside[:8]) + ", ..." * (len(outside) > 8)
+        raise UserError(
+            f"the tokenizer in {path} has {len(tokenizer)} entries, the model in {model} only "
+            f"{rows}: no row for {names}. Set tokenizer.path to the model's own tokenizer, or "
+            "tokenizer.resize_embedding=true to add rows (heads then fit the enlarged model alone)."
+        )
+    if 2 * len(tokenizer) < rows:
+        log.warning(
+            "the tokenizer in %s has %d entries, the model in %s has %d: do they belong together?",
+            *(path, len(tokenizer), model, rows),
+        )
+
+
+def _pin_class(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Have the saved tokenizer read as tokenizer.json stands.
+
+    Its own class may build it anew from the vocabulary, in each version of transformers in another
+    way; what it has set as a class, and not as options, must then be said.
+    """
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("padding_side", "truncation_side", "model_input_names"):
+        saved[key] = getattr(tokenizer, key)
+    write_json(file, saved)
+
+
+def _source(tokenizer: PreTrainedTokenizerBase, config: Config) -> dict[str, Any]:
+    path = tokenizer_path(config)
+    default, settings = asdict(TokenizerConfig()), asdict(config.tokenizer)
+    return {
+        "path": str(Path(path).resolve()) if Path(path).exists() else path,
+        "revision": config.model.revision if path == model_path(config) else None,
+        "class": type(tokenizer).__name__,
+        "versions": {name: metadata.version(name) for name in ("transformers", "tokenizers")},
+        **fingerprint(tokenizer),
+        "vocab_size": len(tokenizer),
+        "overrides": {k: v for k, v in settings.items() if k != "path" and v != default[k]},
+    }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,204 @@
+import json
+import multiprocessing
+import time
+
+import numpy as np
+import pytest
+from conftest import conversation_record
+
+from medusa_exp.config import Config, DatasetConfig, SourceConfig
+from medusa_exp.data import DataError, build, read_conversations, render, tokenised
+from medusa_exp.data.tokenised import load_tokenised
+
+
+@pytest.fixture
+def config(sharegpt_file, tmp_path) -> Config:
+    dataset = DatasetConfig(path=str(sharegpt_file), val_fraction=0.2, test_fraction=0.2)
+    return Config(dataset=dataset, cache_dir=str(tmp_path / "cache"))
+
+
+def documents(data):
+    found = {}
+    for split in ("train", "val", "test"):
+        examples = data.split(split)
+        for name, example in zip(examples.strings("conversation_id"), examples, strict=True):
+            found[name] = (example.input_ids.tolist(), example.is_trained.tolist())
+    return found
+
+
+def test_documents_are_what_rendering_gives(config, tokenizer, sharegpt_file):
+    data = load_tokenised(config, tokenizer, 100)
+    expected = {}
+    for conversation in read_conversations(sharegpt_file):
+        (row,) = render(conversation, tokenizer)
+        expected[conversation.id] = (row.input_ids, row.is_trained)
+    assert documents(data) == expected
+    outcomes = data.summary["sources"]["sharegpt"]
+    assert outcomes["records"] == outcomes["kept records"] == outcomes["documents"] == 40
+    assert outcomes["tokens"] == sum(len(ids) for ids, _ in expected.values())
+    assert outcomes["trained tokens"] == sum(sum(mask) for _, mask in expected.values())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_cutting_keeps_whole_tokens_and_counts(config, tokenizer, side, caplog):
+    whole = documents(load_tokenised(config, tokenizer, 100))
+    tokenizer.truncation_side = side
+    data = load_tokenised(config, tokenizer, 22)
+    window = slice(-22, None) if side == "left" else slice(22)
+    cut = {name: (ids[window], mask[window]) for name, (ids, mask) in whole.items()}
+    assert documents(data) == cut
+    data.log()
+    assert "cut to 22 tokens: 40" in caplog.text
+
+
+def test_what_is_left_without_a_trained_token_is_counted(config, tokenizer, tmp_path):
+    long = {"id": "long", "conversations": conversation_record(0)["conversations"]}
+    long["conversations"][0]["value"] = "x" * 90
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps([long, *(conversation_record(i) for i in range(3, 30))]))
+    config.dataset.path = str(path)
+    outcomes = load_tokenised(config, tokenizer, 50).summary["sources"]["sharegpt"]
+    assert outcomes["dropped"] == {"no assistant token left": 1}
+    assert outcomes["records"] == outcomes["kept records"] + 1 == 28
+    with pytest.raises(DataError, match=r"28 records; no assistant token left: 28.*conversation"):
+        load_tokenised(config, tokenizer, 8)
+
+
+def test_what_the_template_refuses_is_counted(config, tokenizer, caplog):
+    tokenizer.chat_template = (
+        "{% if '7' in messages[0].content %}{{ raise_exception('no sevens') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    data = load_tokenised(config, tokenizer, 100)
+    assert data.summary["sources"]["sharegpt"]["dropped"] == {"refused by the chat template": 4}
+    data.log()
+    assert "refused by the chat template: 4" in caplog.text and "no sevens" in caplog.text
+
+
+def test_a_second_start_reads_the_cache(config, tokenizer, monkeypatch, caplog):
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content }}", "{{ m.content }}{{ '!' if loop.last }}"
+    )
+    first = load_tokenised(config, tokenizer, 100)
+    expected = documents(first)
+    monkeypatch.setattr(tokenised, "_build", None)
+    again = load_tokenised(config, tokenizer, 100)
+    assert documents(again) == expected and (first.is_new, again.is_new) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["text", "template", "length", "side", "options"],
+)
+def test_what_decides_the_documents_decides_the_entry(config, tokenizer, change, sharegpt_file):
+    length = 100
+    first = load_tokenised(config, tokenizer, length).summary["key"]
+    if change == "text":
+        sharegpt_file.write_text(sharegpt_file.read_text().replace("What", "Who"))
+    elif change == "template":
+        tokenizer.chat_template += " "
+    elif change == "length":
+        length = 99
+    elif change == "side":
+        tokenizer.truncation_side = "left"
+    else:
+        config.dataset.min_turns = 2
+    assert load_tokenised(config, tokenizer, length).summary["key"] != first
+
+
+def test_weights_are_of_the_source_and_of_training_alone(config, tokenizer, tmp_path):
+    paths = {}
+    for name in ("a", "b"):
+        paths[name] = tmp_path / f"{name}.json"
+        records = [conversation_record(i) for i in range(30)]
+        for record in records:
+            record["id"] += name
+            record["conversations"][0]["value"] += name
+        paths[name].write_text(json.dumps(records))
+    config.dataset.path = None
+    config.dataset.sources = {
+        "a": SourceConfig(str(paths["a"]), 2.0),
+        "b": SourceConfig(str(paths["b"]), 0.5),
+    }
+    data = load_tokenised(config, tokenizer, 100)
+    train = data.split("train")
+    assert {*zip(train.strings("source"), train.weights.tolist(), strict=True)} == {
+        ("a", 2.0),
+        ("b", 0.5),
+    }
+    assert (data.split("val").weights == 1).all()
+    key = data.summary["key"]
+    config.dataset.sources["b"].weight = 3.0
+    assert load_tokenised(config, tokenizer, 100).summary["key"] == key
+
+
+def test_an_interrupted_build_leaves_nothing_that_looks_finished(config, tokenizer, monkeypatch):
+    monkeypatch.setattr(build, "_record_batch", lambda documents: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_tokenised(config, tokenizer, 100)
+    monkeypatch.undo()
+    assert load_tokenised(config, tokenizer, 100).is_new
+
+
+def test_several_processes_give_the_same_file_in_the_same_order(config, tokenizer, monkeypatch):
+    monkeypatch.setattr(build, "_CHUNK", 4)
+    config.dataset.num_workers = 1
+    serial = load_tokenised(config, tokenizer, 100)
+    monkeypatch.setattr(build, "_SERIAL_CHUNKS", 3)
+    config.dataset.num_workers = 2
+    config.cache_dir += "-2"
+    parallel = load_tokenised(config, tokenizer, 100)
+    assert parallel.is_new and parallel.summary == serial.summary
+    assert parallel.table.to_pydict() == serial.table.to_pydict()
+
+
+def test_notes_of_workers_are_logged(config, tokenizer, monkeypatch, caplog, sharegpt_file):
+    monkeypatch.setattr(build, "_CHUNK", 4)
+    monkeypatch.setattr(build, "_SERIAL_CHUNKS", 3)
+    config.dataset.num_workers = 2
+    tokenizer.chat_template += "{% if not add_generation_prompt %}<|end|>{% endif %}"
+    records = json.loads(sharegpt_file.read_text())
+    for record in records:
+        record["conversations"] *= 2
+    sharegpt_file.write_text(json.dumps(records))
+    data = load_tokenised(config, tokenizer, 200)
+    assert caplog.text.count("row of its own") == 1
+    assert data.summary["sources"]["sharegpt"]["documents"] == 80
+    caplog.clear()
+    load_tokenised(config, tokenizer, 200).log()
+    assert caplog.text.count("row of its own") == 1
+
+
+def _build_slowly(config, tokenizer, results):
+    real = tokenised._build
+
+    def slow(*arguments):
+        time.sleep(1)
+        return real(*arguments)
+
+    tokenised._build = slow
+    data = load_tokenised(config, tokenizer, 100)
+    results.put((data.is_new, len(data.table)))
+
+
+def test_two_processes_that_want_the_same_entry_build_it_once(config, tokenizer):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    both = [
+        context.Process(target=_build_slowly, args=(config, tokenizer, results)) for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    found = sorted(results.get(timeout=60) for _ in both)
+    for process in both:
+        process.join()
+    assert found == [(False, 40), (True, 40)]
+
+
+def test_an_empty_split_says_what_to_raise(config, tokenizer):
+    config.dataset.val_fraction = 0.0
+    data = load_tokenised(config, tokenizer, 100)
+    with pytest.raises(DataError, match=r"split val: .*raise dataset\.val_fraction"):
+        data.split("val")
+    assert len(data.split("train")) + len(data.split("test")) == 40
+    assert np.all(data.split("train").weights == 1)

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+from tiny_models import build_model
+
+from medusa_exp.config import Config, DatasetConfig, InspectConfig, ModelConfig, TokenizerConfig
+from medusa_exp.data import Conversation, Message
+from medusa_exp.inspection import rows, stage
+
+
+@pytest.fixture
+def config(sharegpt_file, tokenizer, tmp_path) -> Config:
+    records = json.loads(sharegpt_file.read_text())
+    records[3]["conversations"] *= 2
+    records.append({"id": "lost", "conversations": []})
+    sharegpt_file.write_text(json.dumps(records))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return Config(
+        device="cpu",
+        cache_dir=str(tmp_path / "cache"),
+        dataset=DatasetConfig(path=str(sharegpt_file), val_fraction=0.2, test_fraction=0.2),
+        tokenizer=TokenizerConfig(path=str(tmp_path / "tokenizer")),
+        inspect=InspectConfig(num_samples=2, num_documents=4),
+    )
+
+
+def test_counts_and_samples_without_a_model(config, tmp_path, capsys):
+    metrics = stage.run(config, tmp_path)
+    assert metrics["data/records"] == 41 and metrics["data/kept_records"] == 40
+    found = json.loads((tmp_path / "data.json").read_text())
+    assert found["sources"]["sharegpt"]["dropped"] == {"no turns": 1}
+    roles = found["roles"]["sharegpt"]
+    assert roles["assistant"]["trained tokens"] == roles["assistant"]["tokens"] > 0
+    assert roles["user"]["trained tokens"] == 0 < roles["user"]["tokens"]
+    assert roles["template"]["trained tokens"] == 41  # an end mark a reply
+    assert found["checks"] == {"runs": 41, "runs from edge to edge of a reply": 41}
+    assert found["lengths"]["tokens"]["max"] == 2 * found["lengths"]["tokens"]["min"]
+    lines = (tmp_path / "data_samples.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert len(lines) == 2 and first["runs"] == [
+        ["<|user|>What is 0 + 1?<|end|>\n<|assistant|>", False],
+        ["0 + 1 = 1.<|end|>", True],
+        ["\n", False],
+    ]
+    shown = capsys.readouterr().out
+    assert "\u27e60 + 1 = 1.<|end|>\u27e7" in shown and "dropped: no turns" in shown
+    assert "doctor" not in found
+
+
+@pytest.fixture
+def model_path(config, tokenizer, tmp_path) -> str:
+    model = build_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def findings(config, out):
+    stage.run(config, out)
+    found = json.loads((out / "data.json").read_text())
+    return {f["name"]: (f["is_fine"], f["sentence"]) for f in found["doctor"]}
+
+
+def test_the_doctor_finds_a_fitting_pair_well(config, model_path, tmp_path):
+    config.model = ModelConfig(path=model_path)
+    found = findings(config, tmp_path)
+    for name in ("vocabulary", "generation prompt", "BOS", "EOS"):
+        assert found[name][0], found[name]
+    assert not found["replies"][0] and "far from what it says itself" in found["replies"][1]
+
+
+def test_the_doctor_finds_what_does_not_fit(config, model_path, tokenizer, tmp_path):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|user|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>think: {% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config.model = ModelConfig(path=model_path)
+    found = findings(config, tmp_path)
+    assert found["generation prompt"] == (False, found["generation prompt"][1])
+    assert found["generation prompt"][1].startswith("0 of 40 first replies begin where")
+    assert not found["EOS"][0] and "set decode.stop_ids=[" in found["EOS"][1]
+
+
+def test_a_mask_shifted_by_one_is_found(tokenizer):
+    chat = Conversation("c", [Message("user", "q"), Message("assistant", "word")])
+    (row,) = rows.sample_rows([("s", chat)], tokenizer)
+    assert rows.count_runs([row]) == {"runs": 1, "runs from edge to edge of a reply": 1}
+    mask = row.rendered.is_trained
+    original = list(mask)
+    for shifted in ([False, *original[:-1]], [*original[1:], False], [True] * len(mask)):
+        mask[:] = shifted
+        assert rows.count_runs([row])["runs from edge to edge of a reply"] == 0
