@@ -1,12 +1,20 @@
 """Which guesses of a tree come true: the specification in torch.
 
-B batch, N tree nodes, V vocabulary, L path length. No operation waits for the device.
+Three rules, one signature. `greedy` and `sampling` are lossless: what is committed is distributed
+as if the backbone had said it token by token. `typical` is Medusa's acceptance, which is not.
+
+A logit that is NaN counts as minus infinity. B batch, N tree nodes, V vocabulary, L path length. No
+operation waits for the device.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from medusa_exp.decode.distribution import probabilities
+
+RULES = ("greedy", "sampling", "typical")
 
 
 @dataclass
@@ -27,50 +35,174 @@ def verify(
     parents_BN: Tensor,
     *,
     rule: str = "greedy",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    uniforms_BN: Tensor | None = None,
+    epsilon: float = 0.09,
+    alpha: float = 0.3,
     max_depth: int | None = None,
 ) -> Verdict:
-    """Find the path from the root whose every node holds the token that the backbone says.
+    """Find the path of guesses that come true, and the token that follows it.
+
+    greedy: the token after a node is its argmax, the lowest id where several tie. The outcome is
+    that of step-by-step greedy decoding on the same logits.
+
+    sampling: the token after a node is drawn from the backbone's distribution there by one uniform
+    number, with the children's tokens first in the order of the draw. It is child c with
+    probability p(c) and any other token x with p(x): the law of what comes out is p, whatever is
+    guessed, and no lossless rule accepts more of guesses that are not random.
+
+    typical: a guess is accepted if p(guess) > min(epsilon, alpha * exp(-entropy)) after its parent;
+    of the accepted paths the longest counts, of these the likeliest, of these the first. The token
+    after it is the argmax. (Medusa, section 2.3.1, with the defaults of the reference.) Lossy.
+
+    Of siblings that hold the same token, the first counts.
 
     Args:
         logits_BNV: the backbone's logits after each node.
         tokens_BN: each node's token; the root's is never compared.
-        parents_BN: each node's parent, standing before it; -1 for the root.
-        rule: greedy. Its outcome equals step-by-step greedy decoding on the same logits: the
-            token after a node is its argmax, the lowest id where several tie; of siblings that
-            hold the same token, the first counts.
+        parents_BN: each node's parent, standing before it; -1 for the root, and for padding.
+        rule: one of `RULES`.
+        temperature: divides the logits for sampling and typical; above 0.
+        top_k: sampling draws from the k likeliest tokens, and those that tie with the last.
+        top_p: sampling draws from the likeliest tokens that together have this probability.
+        uniforms_BN: for sampling, a number in [0, 1) for each node.
+        epsilon: of typical, the highest threshold.
+        alpha: of typical, the factor on exp(-entropy).
         max_depth: depth of the deepest tree; N - 1 unless the caller knows better.
 
     Raises:
-        ValueError: the rule is not known.
+        ValueError: the rule is not known, or lacks what it needs.
     """
-    if rule != "greedy":
-        raise ValueError(f"rule={rule} is not known: use greedy.")
-    num_nodes = tokens_BN.shape[1]
-    depth = num_nodes - 1 if max_depth is None else max_depth
+    if rule not in RULES:
+        raise ValueError(f"rule={rule} is not known: use one of {', '.join(RULES)}.")
+    if rule != "greedy" and not temperature > 0:
+        raise ValueError(f"rule={rule} needs a temperature above 0; at 0, use rule=greedy.")
+    if rule == "sampling" and uniforms_BN is None:
+        raise ValueError("rule=sampling needs uniforms_BN, a number in [0, 1) for each node.")
+    nodes = _Nodes(tokens_BN, parents_BN, max_depth)
+    if rule == "greedy":
+        return _greedy(nodes, _without_nan(logits_BNV))
+    if rule == "typical":
+        p_BNV = probabilities(logits_BNV, temperature)
+        return _typical(nodes, _without_nan(logits_BNV), p_BNV, epsilon, alpha)
+    assert uniforms_BN is not None
+    return _sampling(nodes, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
+
+
+class _Nodes:
+    """The trees of a batch, and what every rule asks of them."""
+
+    def __init__(self, tokens_BN: Tensor, parents_BN: Tensor, max_depth: int | None) -> None:
+        self.tokens_BN = tokens_BN
+        self.is_child_BN = parents_BN >= 0
+        self.parent_BN = parents_BN.clamp(min=0)
+        self.size = tokens_BN.shape[1]
+        self.depth = self.size - 1 if max_depth is None else max_depth
+        self.number_N = torch.arange(self.size, device=tokens_BN.device)
+        is_sibling_BNN = parents_BN[:, :, None] == parents_BN[:, None, :]
+        self.is_elder_BNN = is_sibling_BNN.tril(-1)
+        """[b, n, m]: is m an elder sibling of n?"""
+
+    def at_parent(self, values_BN: Tensor) -> Tensor:
+        """Return for each node its parent's value."""
+        return values_BN.gather(1, self.parent_BN)
+
+    def without_elder(self, is_right_BN: Tensor) -> Tensor:
+        """Keep of right siblings the first."""
+        return is_right_BN & ~(self.is_elder_BNN & is_right_BN[:, None, :]).any(-1)
+
+    def reached(self, is_right_BN: Tensor) -> Tensor:
+        """Return which nodes are right together with all their ancestors; the root is."""
+        is_reached_BN = is_right_BN & self.is_child_BN
+        is_reached_BN[:, 0] = True
+        # Ask the parent, then the grandparent's answer, then the one four above: after r rounds a
+        # node knows about its 2^r - 1 nearest ancestors.
+        ancestor_BN = self.parent_BN
+        for _ in range(self.depth.bit_length()):
+            is_reached_BN = is_reached_BN & is_reached_BN.gather(1, ancestor_BN)
+            ancestor_BN = ancestor_BN.gather(1, ancestor_BN)
+        return is_reached_BN
+
+    def verdict(self, is_on_path_BN: Tensor, next_token_B: Tensor) -> Verdict:
+        # Parents stand before children: a path is its nodes in order of their numbers.
+        path_BN = torch.where(is_on_path_BN, self.number_N, self.size).sort(dim=1).values
+        path_BL = path_BN[:, : self.depth + 1]
+        path_BL = path_BL.masked_fill(path_BL == self.size, -1)
+        return Verdict(path_BL, is_on_path_BN.sum(1) - 1, next_token_B)
+
+    def last(self, is_on_path_BN: Tensor) -> Tensor:
+        """Return the path's deepest node [B, 1]."""
+        return (is_on_path_BN * self.number_N).amax(1, keepdim=True)
+
+
+def _greedy(nodes: _Nodes, logits_BNV: Tensor) -> Verdict:
     target_BN = logits_BNV.argmax(-1)
-    parent_BN = parents_BN.clamp(min=0)
-    is_right_BN = (tokens_BN == target_BN.gather(1, parent_BN)) & (parents_BN >= 0)
-    is_accepted_BN = is_right_BN & ~_has_right_elder_sibling(is_right_BN, parents_BN)
-    is_accepted_BN[:, 0] = True
-    # Ask the parent, then the grandparent's answer, then the one four above: after r rounds a node
-    # knows about its 2^r - 1 nearest ancestors.
-    ancestor_BN = parent_BN
-    for _ in range(depth.bit_length()):
-        is_accepted_BN = is_accepted_BN & is_accepted_BN.gather(1, ancestor_BN)
-        ancestor_BN = ancestor_BN.gather(1, ancestor_BN)
-    # What is left is one path, and parents stand before children: in order of node numbers.
-    node_N = torch.arange(num_nodes, device=tokens_BN.device)
-    path_BN = torch.where(is_accepted_BN, node_N, num_nodes).sort(dim=1).values
-    path_BL = path_BN[:, : depth + 1]
-    last_B1 = (is_accepted_BN * node_N).max(dim=1, keepdim=True).values
-    return Verdict(
-        path_BL.masked_fill(path_BL == num_nodes, -1),
-        is_accepted_BN.sum(1) - 1,
-        target_BN.gather(1, last_B1)[:, 0],
+    is_right_BN = (nodes.tokens_BN == nodes.at_parent(target_BN)) & nodes.is_child_BN
+    is_on_path_BN = nodes.reached(nodes.without_elder(is_right_BN))
+    next_token_B1 = target_BN.gather(1, nodes.last(is_on_path_BN))
+    return nodes.verdict(is_on_path_BN, next_token_B1[:, 0])
+
+
+def _sampling(nodes: _Nodes, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
+    p_BN = _child_probability(nodes, p_BNV)
+    # A parent's interval [0, 1) holds its children first: n ends where the sum up to it does.
+    end_BN = torch.einsum("bnm,bm->bn", nodes.is_elder_BNN.to(p_BN.dtype), p_BN) + p_BN
+    is_drawn_BN = (nodes.at_parent(uniforms_BN) < end_BN) & (p_BN > 0)
+    is_on_path_BN = nodes.reached(nodes.without_elder(is_drawn_BN))
+    last_B1 = nodes.last(is_on_path_BN)
+    is_child_BN = (nodes.parent_BN == last_B1) & nodes.is_child_BN
+    rest_BV = p_BNV.gather(1, last_B1[..., None].expand(-1, 1, p_BNV.shape[2]))[:, 0]
+    likeliest_B = rest_BV.argmax(-1)
+    # Padding rewrites a token that is nobody's: it adds nothing to `taken`.
+    taken_BV = torch.zeros_like(rest_BV).scatter_add_(
+        1, nodes.tokens_BN, is_child_BN.to(rest_BV.dtype)
     )
+    rest_BV = rest_BV.masked_fill(taken_BV > 0, 0.0)
+    place_B1 = uniforms_BN.gather(1, last_B1) - (end_BN * is_child_BN).amax(1, keepdim=True)
+    drawn_B = (rest_BV.cumsum(-1) <= place_B1).sum(-1)
+    token_V = torch.arange(rest_BV.shape[1], device=rest_BV.device)
+    # Rounding may leave a place behind the last token, or no token at all.
+    final_B = torch.where(rest_BV > 0, token_V, -1).amax(-1)
+    next_token_B = torch.where(final_B < 0, likeliest_B, drawn_B.minimum(final_B))
+    return nodes.verdict(is_on_path_BN, next_token_B)
 
 
-def _has_right_elder_sibling(is_right_BN: Tensor, parents_BN: Tensor) -> Tensor:
-    """Return, for each node, whether a sibling before it holds the right token too."""
-    is_sibling_BNN = parents_BN[:, :, None] == parents_BN[:, None, :]
-    return (is_sibling_BNN.tril(-1) & is_right_BN[:, None, :]).any(-1)
+def _typical(
+    nodes: _Nodes, logits_BNV: Tensor, p_BNV: Tensor, epsilon: float, alpha: float
+) -> Verdict:
+    entropy_BN = torch.special.entr(p_BNV).sum(-1)
+    threshold_BN = (alpha * (-entropy_BN).exp()).clamp(max=epsilon)
+    p_BN = _child_probability(nodes, p_BNV)
+    is_reached_BN = nodes.reached(p_BN > nodes.at_parent(threshold_BN))
+    # Each node's own line of ancestors, itself included: [b, n, m] = is m on the way to n?
+    way_BNN = torch.eye(nodes.size, dtype=torch.bool, device=p_BN.device) | (
+        (nodes.parent_BN[:, :, None] == nodes.number_N) & nodes.is_child_BN[:, :, None]
+    )
+    for _ in range(nodes.depth.bit_length()):
+        way_BNN = (way_BNN.to(p_BN.dtype) @ way_BNN.to(p_BN.dtype)) > 0
+    length_BN = way_BNN.sum(-1).masked_fill(~is_reached_BN, 0)
+    is_longest_BN = length_BN == length_BN.amax(1, keepdim=True)
+    step_BN = torch.where(is_reached_BN & nodes.is_child_BN, p_BN, 1.0).log()
+    score_BN = torch.einsum("bnm,bm->bn", way_BNN.to(step_BN.dtype), step_BN)
+    end_B1 = score_BN.masked_fill(~is_longest_BN, -torch.inf).argmax(1, keepdim=True)
+    is_on_path_BN = way_BNN.gather(1, end_B1[..., None].expand(-1, 1, nodes.size))[:, 0]
+    target_BN = logits_BNV.argmax(-1)
+    return nodes.verdict(is_on_path_BN, target_BN.gather(1, end_B1)[:, 0])
+
+
+def _child_probability(nodes: _Nodes, p_BNV: Tensor) -> Tensor:
+    """Return [B, N], each node's probability after its parent: 0 for the root, padding and copies.
+
+    A copy is a node whose token an elder sibling holds.
+    """
+    is_same_BNN = nodes.tokens_BN[:, :, None] == nodes.tokens_BN[:, None, :]
+    is_copy_BN = (nodes.is_elder_BNN & is_same_BNN).any(-1)
+    place_BN = nodes.parent_BN * p_BNV.shape[2] + nodes.tokens_BN
+    p_BN = p_BNV.flatten(1).gather(1, place_BN)
+    return p_BN.masked_fill(~nodes.is_child_BN | is_copy_BN, 0.0)
+
+
+def _without_nan(logits_BNV: Tensor) -> Tensor:
+    return logits_BNV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
