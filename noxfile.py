@@ -56,6 +56,17 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def masks(session: nox.Session) -> None:
+    """Try the training masks on far more made-up chats, and on your own tokenizers and chats.
+
+    MEDUSA_EXP_TEST_DATA names a folder of tokenizers/* and chat/*; without it these are skipped.
+    """
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    files = ("tests/data/test_masks.py", "tests/data/test_real_data.py")
+    session.run("pytest", "--hypothesis-profile=thorough", *files, *session.posargs)
+
+
+@nox.session(default=False)
 def quickstart(session: nox.Session) -> None:
     """Train and judge heads of a tiny model from nothing, as the README does."""
     session.install(*CONSTRAINTS, "-e", ".")

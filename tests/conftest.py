@@ -4,11 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tiny_models import build_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from medusa_exp.model import Backbone
+
+
+# A shared machine says nothing about how long an example takes. `nox -s masks` asks for thorough.
+settings.register_profile("quick", max_examples=40, deadline=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile("quick")
 
 
 @pytest.fixture

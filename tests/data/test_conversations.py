@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 
@@ -10,102 +11,171 @@ RECORD = {
 }
 
 
-def write(path, text):
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+def chat(record_id, *contents, system=None):
+    turns = [{"from": ("human", "gpt")[i % 2], "value": c} for i, c in enumerate(contents)]
+    return {"id": record_id, "conversations": turns, "system": system}
+
+
+def write_list(path, records):
+    path.write_text(json.dumps(records))
     return path
 
 
-def test_roles_and_contents(tmp_path):
-    record = {
-        "id": 7,
-        "conversations": [
-            {"from": "system", "value": "Be brief."},
-            {"from": "user", "value": "  Hi\r\n"},
-            {"from": "assistant", "value": "\u00fc\u0000"},
-        ],
-        "extra": [1, None],
-    }
-    (conversation,) = read_conversations(write(tmp_path / "a.json", json.dumps([record])))
-    assert conversation.id == "7"
-    assert conversation.messages == [
-        Message("system", "Be brief."),
-        Message("user", "  Hi\r\n"),
-        Message("assistant", "\u00fc\u0000"),
-    ]
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n\n" for record in records))
+    return path
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        json.dumps([RECORD, RECORD]),
-        f"{json.dumps(RECORD)}\n\n{json.dumps(RECORD)}\n",
-        b"\xef\xbb\xbf" + json.dumps([RECORD, RECORD]).encode(),
-    ],
-    ids=["list", "lines", "byte-order mark"],
-)
-def test_forms_are_told_apart_by_content(tmp_path, text):
-    reading = read_conversations(write(tmp_path / "a.json", text))
-    assert len(list(reading)) == 2 and reading.num_records == 2 and not reading.dropped
+def ids(path, **options):
+    return [conversation.id for conversation in read_conversations(path, **options)]
 
 
-def test_files_folders_and_globs(tmp_path):
-    for name in ("a.json", "sub/b.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write(tmp_path / name, json.dumps(RECORD) + "\n")
-    write(tmp_path / "c.txt", "not chat")
-    assert len(list(read_conversations(tmp_path))) == 2
-    assert len(list(read_conversations(f"{tmp_path}/*.json"))) == 1
-    assert len(list(read_conversations([tmp_path / "a.json", tmp_path / "sub"]))) == 2
+def test_every_iteration_reads_and_counts_anew(tmp_path):
+    bad = [{"id": "x"}, {"conversations": []}, {"id": "y"}, "text"]
+    path = write_list(tmp_path / "a.json", [RECORD, *bad])
+    reading = read_conversations(path)
+    assert reading.paths == [path] and reading.num_records == 0
+    for _ in range(2):
+        (found,) = reading
+        assert found.messages == [Message("user", "Hi"), Message("assistant", "Hello!")]
+        assert reading.num_records == 5
+        assert reading.dropped == {
+            "no list of conversations or messages": 2,
+            "no turns": 1,
+            "not a JSON object": 1,
+        }
 
 
-def test_what_cannot_be_used_is_counted_by_reason(tmp_path):
-    bad = [
-        {"id": "x"},
-        {"conversations": "text"},
-        {"conversations": []},
-        {"conversations": [{"from": "human", "value": None}]},
-        {"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "y"}]},
-        {"conversations": [{"from": "human", "value": "alone"}]},
-        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "  "}]},
-    ]
-    reading = read_conversations(write(tmp_path / "a.json", json.dumps([RECORD, *bad])))
-    assert [c.id for c in reading] == ["a-1"]
-    assert reading.num_records == 8
-    assert reading.dropped == {
-        "not a ShareGPT record": 3,
-        "no turns": 1,
-        "unknown role": 1,
-        "no assistant turn": 2,
-    }
-    assert len(list(reading)) == 1 and reading.num_records == 8  # counts are of one walk
-
-
-def test_a_record_without_id_is_named_by_its_content(tmp_path):
-    nameless = {"conversations": RECORD["conversations"]}
-    path = write(tmp_path / "a.json", json.dumps([nameless]))
-    (first,), (again,) = read_conversations(path), read_conversations(path)
-    assert first.id == again.id and first.id.startswith("sha256-")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is empty"),
-        ('[{"id": "a",}]', r"is not valid JSON: .* line 1, column 13"),
-        ('[{"id":\n "a"', "is not valid JSON"),
-        ('{"a": 1}', "holds one JSON value"),
-        ("hello", "is not valid JSON"),
-    ],
-)
-def test_files_that_are_not_what_they_say(tmp_path, text, message):
-    path = write(tmp_path / "bad.json", text)
-    with pytest.raises(DataError, match=message) as caught:
-        list(read_conversations(path))
-    assert str(path) in str(caught.value)
-
-
-def test_paths_that_lead_nowhere(tmp_path):
+def test_several_places(tmp_path):
+    (tmp_path / "sub").mkdir()
+    first = write_list(tmp_path / "a.json", [chat("a", "x", "y")])
+    second = write_lines(tmp_path / "sub" / "b.jsonl", [chat("b", "x", "y")])
+    assert ids([str(first), tmp_path / "sub", f"{tmp_path}/*.json"]) == ["a", "b"]
+    assert read_conversations([second, tmp_path]).paths == [second, first]
     with pytest.raises(DataError, match="there is no such file"):
-        read_conversations(tmp_path / "no.json")
-    with pytest.raises(DataError, match=r"holds no \*.json"):
-        read_conversations(tmp_path)
+        read_conversations([first, tmp_path / "no.json"])
+
+
+def test_role_map(tmp_path):
+    path = write_list(tmp_path / "a.json", [chat("a", "x", "y")])
+    (found,) = read_conversations(path, role_map={"human": "tool"})
+    assert [message.role for message in found.messages] == ["tool", "assistant"]
+
+
+SIZES = [
+    chat("two", "12", "34"),
+    chat("three", "123", "4", "5", system="12345"),
+    chat("four", "1", "2", "3", "4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "dropped"),
+    [
+        ({}, "two three four", {}),
+        ({"min_turns": 3}, "three four", {"too few turns": 1}),
+        ({"max_turns": 3}, "two three", {"too many turns": 1}),
+        ({"min_chars": 5}, "three", {"too short": 2}),
+        ({"max_chars": 9}, "two four", {"too long": 1}),
+        ({"min_turns": 4, "max_chars": 3}, "", {"too few turns": 2, "too long": 1}),
+        ({"sample_fraction": 0}, "", {"not sampled": 3}),
+    ],
+)
+def test_size_limits(tmp_path, options, kept, dropped):
+    reading = read_conversations(write_list(tmp_path / "a.json", SIZES), **options)
+    assert [c.id for c in reading] == kept.split()
+    assert reading.dropped == dropped and reading.num_records == 3
+
+
+def test_duplicates_are_of_all_files_and_of_what_is_kept(tmp_path):
+    records = [chat("a", "x", "y"), chat("b", "x", "y", system="s"), chat("c", "x", "y")]
+    paths = [write_list(tmp_path / "a.json", records), write_lines(tmp_path / "b.json", records)]
+    assert len(ids(paths)) == 6
+    reading = read_conversations(paths, deduplicate=True)
+    for _ in range(2):  # nothing is remembered from one walk to the next
+        assert [c.id for c in reading] == ["a", "b"] and reading.dropped == {"duplicate": 4}
+    reading = read_conversations(paths, deduplicate=True, min_chars=3)
+    assert [c.id for c in reading] == ["b"]
+    assert reading.dropped == {"too short": 4, "duplicate": 1}
+
+
+def test_a_sample_depends_on_ids_and_seed_alone(tmp_path):
+    records = [chat(f"r-{i}", "x", "y") for i in range(2000)]
+    path = write_lines(tmp_path / "a.json", records)
+    sample = ids(path, sample_fraction=0.25)
+    assert 400 < len(sample) < 600
+    turned = write_list(tmp_path / "b.json", records[::-1])
+    assert ids(turned, sample_fraction=0.25) == sample[::-1]
+    assert set(sample) < set(ids(path, sample_fraction=0.5))
+    assert ids(path, sample_fraction=0.25, seed=1) != sample
+    assert ids(path, sample_fraction=1.0) == [record["id"] for record in records]
+
+
+@pytest.mark.parametrize(
+    ("write", "place"), [(write_list, r"record 3: "), (write_lines, r"record 3 \(line 5\): ")]
+)
+def test_strict(tmp_path, write, place):
+    good, short = chat("a", "x", "y"), chat("b", "", "y")
+    path = write(tmp_path / "a.json", [good, short, chat("c", "x"), good, chat("d")])
+    with pytest.raises(DataError, match=rf"a\.json, {place}no assistant turn"):
+        ids(path, strict=True, min_chars=2)
+    path = write(tmp_path / "a.json", [good, short, good])
+    assert ids(path, strict=True, min_chars=2, deduplicate=True) == ["a"]  # no faults, but choices
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"role_map": {"x": "robot"}}, r"role_map: x=robot: .*system, user, assistant, tool"),
+        ({"min_turns": -1}, "min_turns=-1"),
+        ({"max_turns": 0}, "max_turns=0 must be .* from min_turns=1"),
+        ({"min_chars": -5}, "min_chars=-5"),
+        ({"min_chars": "5"}, "min_chars=5"),
+        ({"max_chars": 10.5}, r"max_chars=10\.5"),
+        ({"min_chars": 9, "max_chars": 8}, "max_chars=8 must be .* from min_chars=9"),
+        ({"sample_fraction": 1.5}, r"sample_fraction=1\.5"),
+        ({"sample_fraction": None}, "sample_fraction=None"),
+        ({"sample_fraction": float("nan")}, "sample_fraction=nan"),
+    ],
+)
+def test_bad_options(sharegpt_file, options, key):
+    with pytest.raises(DataError, match=rf"dataset\.{key}"):
+        read_conversations(sharegpt_file, **options)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_a_folder_as_from_the_hub(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    records = [chat(f"r-{i}", "x", "y", system="s") for i in range(300)]
+    write_lines(folder / "train.jsonl", [*records, chat("bad", "x")])
+    reading = read_conversations(f"hub:{folder}")
+    assert [c.id for c in reading] == [f"r-{i}" for i in range(300)]
+    assert next(iter(reading)).messages[0] == Message("system", "s")
+    assert reading.paths == [] and len(list(reading)) == 300
+    assert reading.dropped == {"no assistant turn": 1} and reading.num_records == 301
+    with pytest.raises(DataError, match=r"hub:.*, split test, .* dataset\.hub_split"):
+        ids(f"hub:{folder}", hub_split="test")
+    with pytest.raises(DataError, match=r"hub:.*data, record 301: no assistant turn"):
+        ids(f"hub:{folder}", strict=True)
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_a_hub_data_set_without_chats(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "train.jsonl", [{"text": "x"}])
+    with pytest.raises(DataError, match=r"no column conversations or messages; .* text"):
+        ids(f"hub:{tmp_path}/data")
+
+
+def test_the_hub_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'medusa-exp\[hub\]'"):
+        ids("hub:owner/name")

@@ -8,7 +8,7 @@ import unicodedata
 
 import pytest
 from chat_templates import TEMPLATES, TOKENIZERS, build_tokenizer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_exp.data import Conversation, Message, render
@@ -42,7 +42,6 @@ def conversations(draw: st.DrawFn) -> list[Message]:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=40, deadline=None)
 @given(messages=conversations())
 def test_a_token_is_trained_exactly_if_its_last_character_is_the_assistants(name, kind, messages):
     template = TEMPLATES[name]

@@ -1,184 +1,228 @@
-"""ShareGPT files in, `Conversation`s out.
+"""Chat files in, `Conversation`s out.
 
-A file is a JSON list of records or JSON Lines, told apart by content. A record that cannot be used
-is dropped and counted under a named reason; a file that cannot be read is a `DataError`.
+A record that cannot be used, or that the options leave out, is counted under a named reason; a file
+that cannot be read is a `DataError`.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from glob import glob
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from medusa_exp.data import faults
+from medusa_exp.data.faults import DataError
+from medusa_exp.data.formats import ChatFile, HubData, find_files
+from medusa_exp.data.records import (
+    NO_LIST,
+    NOT_JSON,
+    NOT_OBJECT,
+    NOT_UTF8,
+    ROLES,
+    Conversation,
+    Message,
+    RawRecord,
+    RecordParser,
+    content_digest,
+    decode_leniently,
+    raw_bytes,
+)
 
-from medusa_exp.errors import UserError
+__all__ = [
+    "Conversation",
+    "DataError",
+    "Message",
+    "ReadOptions",
+    "Reading",
+    "content_digest",
+    "read_conversations",
+]
 
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-
-
-class DataError(UserError):
-    """Chat data that cannot be used; names the file or the record."""
-
-
-class Message(msgspec.Struct, frozen=True):
-    """One turn; role is system, user or assistant."""
-
-    role: str
-    content: str
-
-
-class Conversation(msgspec.Struct, frozen=True):
-    """A chat with an id that stays the same from run to run."""
-
-    id: str
-    messages: list[Message]
-
-
-def content_digest(conversation: Conversation) -> bytes:
-    """Return 16 bytes that name the roles and words of a conversation, whatever its id."""
-    digest = hashlib.blake2b(digest_size=16)
-    for message in conversation.messages:
-        digest.update(f"{message.role}\0{message.content}\0".encode("utf-8", "surrogatepass"))
-    return digest.digest()
+_HUB = "hub:"
 
 
-class _Turn(msgspec.Struct):
-    source: str = msgspec.field(name="from")
-    value: str
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """Which conversations are taken, and how roles are named: keys of the config's dataset."""
+
+    hub_split: str = "train"
+    """Split of a hub's data set; of no meaning for files."""
+    role_map: Mapping[str, str] = field(default_factory=dict)
+    """Further names of roles: what stands in the file -> system, user, assistant or tool."""
+    strict: bool = False
+    """Make the first record that cannot be used a DataError."""
+    deduplicate: bool = False
+    """Take conversations of the same roles and contents once."""
+    min_turns: int = 1
+    """Fewest messages besides system ones."""
+    max_turns: int | None = None
+    min_chars: int = 0
+    """Fewest characters of all contents together."""
+    max_chars: int | None = None
+    sample_fraction: float = 1.0
+    """Share of the conversations to take, by a hash of `seed` and the id: in any order the same."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, role in self.role_map.items():
+            if role not in ROLES:
+                raise DataError(f"dataset.role_map: {name}={role}: use one of {', '.join(ROLES)}.")
+        for what in ("turns", "chars"):
+            least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if not (isinstance(least, int) and least >= 0):
+                raise DataError(f"dataset.min_{what}={least} must be a whole number from 0.")
+            if most is not None and not (isinstance(most, int) and most >= least):
+                raise DataError(
+                    f"dataset.max_{what}={most} must be null or a whole number from min_{what}="
+                    f"{least}."
+                )
+        share = self.sample_fraction
+        if not (isinstance(share, int | float) and 0 <= share <= 1):
+            raise DataError(f"dataset.sample_fraction={share} must be a number from 0 to 1.")
+
+    def reason_against(self, conversation: Conversation) -> str | None:
+        """Return why a conversation is left out, or None. Copies are not looked for here."""
+        if self.sample_fraction < 1 and not self._is_sampled(conversation.id):
+            return "not sampled"
+        messages = conversation.messages
+        if self.min_turns > 1 or self.max_turns is not None:  # none has fewer than one
+            turns = sum(message.role != "system" for message in messages)
+            if turns < self.min_turns:
+                return "too few turns"
+            if self.max_turns is not None and turns > self.max_turns:
+                return "too many turns"
+        if self.min_chars or self.max_chars is not None:
+            chars = sum(len(message.content) for message in messages)
+            if chars < self.min_chars:
+                return "too short"
+            if self.max_chars is not None and chars > self.max_chars:
+                return "too long"
+        return None
+
+    def _is_sampled(self, conversation_id: str) -> bool:
+        # Not the hash of the id alone: that one splits the data set, see data/sources.py.
+        digest = hashlib.sha256(f"sample {self.seed} {conversation_id}".encode()).digest()
+        return int.from_bytes(digest[:8]) < self.sample_fraction * 2**64
 
 
-class _Record(msgspec.Struct):
-    conversations: list[_Turn]
-    id: str | int | None = None
-
-
-@dataclass
 class Reading:
-    """An iterable over the conversations of some files; iterating again reads again.
+    """An iterable over the conversations of some sources; iterating again reads again.
 
     `dropped` (reason -> records) and `num_records` describe the newest iteration.
     """
 
-    paths: list[Path]
-
-    def __post_init__(self) -> None:
+    def __init__(self, sources: Sequence[ChatFile | HubData], options: ReadOptions) -> None:
+        self.options = options
+        self.paths = [source.path for source in sources if isinstance(source, ChatFile)]
         self.dropped: Counter[str] = Counter()
         self.num_records = 0
+        self._sources = sources
 
     def __iter__(self) -> Iterator[Conversation]:
         self.dropped.clear()
         self.num_records = 0
-        for path in self.paths:
-            for raw in _raw_records(path):
-                self.num_records += 1
-                conversation = self._parse(raw)
-                if conversation is not None:
+        seen: set[bytes] = set()
+        for source in self._sources:
+            for conversation in self._usable(source):
+                reason = self.options.reason_against(conversation)
+                if reason is None and self.options.deduplicate:
+                    reason = _remember(content_digest(conversation), seen)
+                if reason is None:
                     yield conversation
+                else:
+                    self.dropped[reason] += 1
 
-    def _parse(self, raw: msgspec.Raw) -> Conversation | None:
-        try:
-            record = _record_decoder.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            self.dropped["not a ShareGPT record"] += 1
-            return None
-        messages = [
-            Message(_ROLES.get(turn.source, ""), turn.value) for turn in record.conversations
-        ]
-        reason = _unusable(messages)
-        if reason:
-            self.dropped[reason] += 1
-            return None
-        content_id = "sha256-" + hashlib.sha256(raw).hexdigest()[:16]
-        return Conversation(content_id if record.id is None else str(record.id), messages)
+    def _usable(self, source: ChatFile | HubData) -> Iterator[Conversation]:
+        """Yield what can be made of a source's records, and count the rest."""
+        parse = RecordParser(self.options.role_map).parse
+        faulty = _FaultyRecords(source)
+        number = 0
+        for number, raw in enumerate(source, 1):
+            self.num_records += 1
+            found = parse(raw)
+            if not isinstance(found, str):
+                yield found
+                continue
+            faulty.add(raw, found)
+            if self.options.strict:
+                line = f" (line {source.line})" if source.line else ""
+                raise DataError(f"{source.name}, record {number}{line}: {found}.")
+            self.dropped[found] += 1
+        faulty.check(number)
+
+
+@dataclass
+class _FaultyRecords:
+    """Decides from a source's unusable records whether the source as a whole is to blame."""
+
+    source: ChatFile | HubData
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: RawRecord = b""
+    first_line: int = 0
+
+    def add(self, raw: RawRecord, reason: str) -> None:
+        """Take note of an unusable record.
+
+        Raises:
+            DataError: it is a merge-conflict marker, or shows that the file is not in UTF-8.
+        """
+        if not self.reasons:
+            self.first, self.first_line = raw, self.source.line
+        self.reasons[reason] += 1
+        error = None
+        if reason == NOT_JSON:
+            error = faults.conflict(self.source.name, raw_bytes(raw), self.source.line)
+        elif reason == NOT_UTF8 and self.reasons[reason] == 1 and isinstance(self.source, ChatFile):
+            again = ChatFile(self.source.path)
+            error = faults.wrong_encoding(again.name, map(raw_bytes, again))
+        if error:
+            raise error
+
+    def check(self, num_records: int) -> None:
+        """Look at the whole, once it has been read.
+
+        Raises:
+            DataError: no line is JSON, or the file is a single value that is no record.
+        """
+        if not (self.first_line and sum(self.reasons.values()) == num_records):
+            return
+        text = raw_bytes(self.first)
+        if self.reasons[NOT_JSON] == num_records:
+            raise faults.no_json_line(self.source.name, self.first_line, text)
+        if num_records == 1 and self.reasons.keys() & {NO_LIST, NOT_OBJECT}:
+            raise faults.single_value(self.source.name, decode_leniently(text))
 
 
 def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any) -> Reading:
     """Open chat files for reading.
 
     Args:
-        paths: a file, a folder (its *.json and *.jsonl, at any depth) or a glob; or several.
+        paths: a file, a folder (all of its *.json, *.jsonl, *.ndjson and *.parquet, at any depth,
+            also as *.gz and *.zst), a glob, or hub:<owner>/<name>; or several of these.
+        options: as the fields of `ReadOptions`.
 
     Raises:
-        DataError: there is no such file. Faults inside a file are raised when it is iterated.
+        DataError: there is no such file, or an option has no such value. Faults inside a file are
+            raised when it is iterated.
     """
     several = [paths] if isinstance(paths, str | Path) else paths
-    return Reading([file for path in several for file in _expand(path)])
+    chosen = ReadOptions(**options)
+    sources: dict[str, ChatFile | HubData] = {}
+    for place in several:
+        if str(place).startswith(_HUB):
+            found: list[ChatFile] | list[HubData] = [
+                HubData(str(place).removeprefix(_HUB), chosen.hub_split)
+            ]
+        else:
+            found = [ChatFile(path) for path in find_files(place)]
+        sources |= {source.name: source for source in found}  # a file named twice is read once
+    return Reading(list(sources.values()), chosen)
 
 
-def _expand(path: str | Path) -> list[Path]:
-    place = Path(path).expanduser()
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        found = sorted(p for p in place.rglob("*") if p.suffix in {".json", ".jsonl"})
-        if not found:
-            raise DataError(f"{place} holds no *.json or *.jsonl file.")
-        return found
-    # Path.glob would need the pattern cut from its root.
-    matches = glob(str(place), recursive=True)  # noqa: PTH207
-    found = sorted(Path(match) for match in matches if Path(match).is_file())
-    if not found:
-        raise DataError(f"{place}: there is no such file, folder or match. Check dataset.path.")
-    return found
-
-
-_record_decoder = msgspec.json.Decoder(_Record)
-_list_decoder = msgspec.json.Decoder(list[msgspec.Raw])
-_lines_decoder = msgspec.json.Decoder(msgspec.Raw)
-
-
-def _raw_records(path: Path) -> list[msgspec.Raw]:
-    """Return the undecoded records of a file."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    text = data.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not text:
-        raise DataError(f"{path} is empty: a ShareGPT file is a JSON list of conversations.")
-    try:
-        if text.startswith(b"["):
-            return _list_decoder.decode(text)
-        records = _lines_decoder.decode_lines(text)
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path} is not valid JSON: {_located(error, text)}.") from error
-    if len(records) == 1 and not _is_record(records[0]):
-        raise DataError(f"{path} holds one JSON value; a ShareGPT file is a list of conversations.")
-    return records
-
-
-def _is_record(raw: msgspec.Raw) -> bool:
-    value: Any = msgspec.json.decode(raw)
-    return isinstance(value, dict) and "conversations" in value
-
-
-def _located(error: msgspec.DecodeError, text: bytes) -> str:
-    """Add line and column to msgspec's message, which names the byte."""
-    message = str(error)
-    position = message.rpartition("byte ")[2].rstrip(")")
-    if not position.isdigit():
-        return message
-    before = text[: int(position)]
-    line = before.count(b"\n") + 1
-    column = len(before) - before.rfind(b"\n")
-    return f"{message} = line {line}, column {column}"
-
-
-def _unusable(messages: list[Message]) -> str | None:
-    """Return why a conversation cannot be trained on, or None."""
-    if not messages:
-        return "no turns"
-    if any(not message.role for message in messages):
-        return "unknown role"
-    if not any(message.role == "assistant" and message.content.strip() for message in messages):
-        return "no assistant turn"
+def _remember(digest: bytes, seen: set[bytes]) -> str | None:
+    """Return the reason against a conversation that was seen before."""
+    if digest in seen:
+        return "duplicate"
+    seen.add(digest)
     return None

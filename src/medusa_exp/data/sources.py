@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from medusa_exp.data.conversations import (
     Conversation,
     DataError,
     Reading,
+    ReadOptions,
     content_digest,
     read_conversations,
 )
@@ -153,16 +154,4 @@ def _open(name: str, path: str, options: dict[str, Any]) -> Source:
 
 
 def _options(dataset: DatasetConfig) -> dict[str, Any]:
-    names = (
-        "hub_split",
-        "role_map",
-        "strict",
-        "deduplicate",
-        "min_turns",
-        "max_turns",
-        "min_chars",
-        "max_chars",
-        "sample_fraction",
-        "seed",
-    )
-    return {name: getattr(dataset, name) for name in names}
+    return {option.name: getattr(dataset, option.name) for option in fields(ReadOptions)}

@@ -1,0 +1,184 @@
+"""What a chat file is, where it is not chats, in; the `DataError` that says what to do, out."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from medusa_exp.errors import UserError
+
+_CHATS = (
+    "Chats are a JSON list or JSON Lines of records like "
+    '{"id": ..., "conversations": [{"from": "human", "value": ...}, ...]}.'
+)
+
+# The first bytes of what is often found under the name of a chat file.
+_FOREIGN = [
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the data: run `git lfs pull`."),
+    (rb"PK\x03\x04", "is a zip archive: unpack it and name the file inside."),
+    (rb"BZh\d", "is compressed with bzip2: unpack it (bunzip2), or use gzip or zstd."),
+    (rb"\xfd7zXZ", "is compressed with xz: unpack it (unxz), or use gzip or zstd."),
+    (rb"ARROW1\0\0", "is an Arrow file: save it as Parquet, or name its data set as hub:<folder>."),
+    (
+        rb"(?i)<(!doctype|html|head|\?xml)",
+        "is a web page, not chats: the download got a page instead of the file.",
+    ),
+]
+# JSON begins with ASCII: where the zero bytes are tells the encoding. The longer ones come first.
+_WIDE = [
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16"),
+    (rb"[^\0]\0\0\0", "UTF-32LE"),
+    (rb"\0\0\0[^\0]", "UTF-32BE"),
+    (rb"[^\0]\0", "UTF-16LE"),
+    (rb"\0[^\0]", "UTF-16BE"),
+]
+_CONFLICT = re.compile(rb"^(<<<<<<<|\|\|\|\|\|\|\||=======|>>>>>>>)(?=[ \r\n]|\Z)", re.MULTILINE)
+
+
+class DataError(UserError):
+    """Chat data that cannot be used; names the file or the record."""
+
+
+def empty(name: str) -> DataError:
+    """Return the error of a file without a byte, or with nothing but white space."""
+    return DataError(f"{name} is empty. {_CHATS}")
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """Return the error of a file that the system does not give, or whose compression is broken."""
+    if isinstance(error, OSError) and error.strerror:
+        return DataError(f"{path} cannot be read: {error.strerror}. Check the path and its rights.")
+    if "runcated" in str(error):
+        return DataError(f"{path} is cut off in its compressed data: copy or download it again.")
+    return DataError(f"{path} is damaged ({error}): copy or download it again.")
+
+
+def foreign(name: str, head: bytes) -> DataError | None:
+    """Return the error if a file's first bytes are not the beginning of any JSON in UTF-8."""
+    for pattern, words in _FOREIGN:
+        if re.match(pattern, head):
+            return DataError(f"{name} {words}")
+    for pattern, encoding in _WIDE:
+        if re.match(pattern, head):
+            return _wrong_encoding(name, encoding)
+    return None
+
+
+def conflict(name: str, text: bytes | memoryview, line: int | None = None) -> DataError | None:
+    """Return the error if there is a merge-conflict marker at the start of a line of `text`.
+
+    `line` is the number of the line, where `text` is but one.
+    """
+    found = _CONFLICT.search(text)
+    if not found:
+        return None
+    line = line or _place(text, found.start())[0]
+    return DataError(f"{name}, line {line}, is a merge-conflict marker: resolve the conflict.")
+
+
+def not_json(name: str, text: bytes | memoryview, error: Exception) -> DataError:
+    """Return the error of a JSON list or object that `msgspec` refused."""
+    if marker := conflict(name, text):
+        return marker
+    if isinstance(error, RecursionError):
+        return DataError(f"{name} is nested too deeply. {_CHATS}")
+    message, _, place = str(error).removeprefix("JSON is malformed: ").partition(" (byte ")
+    position = int(place.rstrip(")")) if place else len(text)
+    if position >= len(text):
+        line, column = _place(text, len(text))
+        return DataError(
+            f"{name} is cut off: the JSON value that it begins with has no end before the file's, "
+            f"at line {line}, column {column}. Copy or download it again."
+        )
+    if message.startswith("trailing comma"):
+        position = _comma_before(text, position)
+    if message == "trailing characters":
+        position -= 1  # msgspec names the byte after the first of them
+        message += " after the end of the first value (for one value a line, use `jq -c .`)"
+    line, column = _place(text, position)
+    return DataError(f"{name} is not valid JSON: {message}: line {line}, column {column}.")
+
+
+def no_json_line(name: str, line: int, text: bytes) -> DataError:
+    """Return the error of a file in which no line is JSON; `line` and `text` are its first."""
+    try:
+        json.loads(text.decode("utf-8", "replace"))
+        why, column = "?", 1
+    except (ValueError, RecursionError) as error:
+        why, column = getattr(error, "msg", str(error)), getattr(error, "colno", 1)
+    return DataError(
+        f"{name} is not valid JSON: no line of it is. Line {line}, column {column}: {why}. {_CHATS}"
+    )
+
+
+def single_value(name: str, value: Any) -> DataError:
+    """Return the error of a file that is one JSON value, but no record and no list."""
+    if not isinstance(value, dict):
+        kind = {str: "text", bool: "boolean", type(None): "null"}.get(type(value), "number")
+        return DataError(f"{name} holds one JSON value ({kind}) and no chats. {_CHATS}")
+    lists = [key for key, inner in value.items() if isinstance(inner, list)]
+    if not lists:
+        return DataError(f"{name} holds one JSON value: an object without a list. {_CHATS}")
+    return DataError(
+        f"{name} holds one JSON value: an object, not a list. Its lists are under "
+        f"{', '.join(lists)}: take out the one with the chats, "
+        f"as with `jq .{lists[0]} {shlex.quote(name)} > chats.json`."
+    )
+
+
+def wrong_encoding(name: str, records: Iterable[bytes]) -> DataError | None:
+    """Return the error if none of the records that are more than ASCII is UTF-8."""
+    sample = b""
+    for record in records:
+        if record.isascii():
+            continue
+        try:
+            record.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            sample = sample[:100_000] + record
+        else:
+            return None
+    if b"\0" in sample:
+        return DataError(f"{name} is neither text nor a known binary format. {_CHATS}")
+    return _wrong_encoding(name, _single_byte_encoding(sample))
+
+
+def no_chat_column(name: str, columns: list[str]) -> DataError:
+    """Return the error of a table without chats."""
+    return DataError(
+        f"{name} has no column conversations or messages; its columns are {', '.join(columns)}. "
+        f"Rename the one with the chats."
+    )
+
+
+def _single_byte_encoding(sample: bytes) -> str:
+    """Return the likelier of two: only cp1252 has letters and quotes from 0x80 to 0x9f."""
+    try:
+        sample.decode("cp1252")
+    except UnicodeDecodeError:
+        return "ISO-8859-1"
+    return "CP1252" if re.search(rb"[\x80-\x9f]", sample) else "ISO-8859-1"
+
+
+def _wrong_encoding(name: str, encoding: str) -> DataError:
+    return DataError(
+        f"{name} is not UTF-8 but probably {encoding}: "
+        f"convert it with `iconv -f {encoding} -t UTF-8 {shlex.quote(name)} > utf8.json`."
+    )
+
+
+def _comma_before(text: bytes | memoryview, position: int) -> int:
+    while bytes(text[position : position + 1]) != b",":
+        position -= 1
+    return position
+
+
+def _place(text: bytes | memoryview, position: int) -> tuple[int, int]:
+    """Return line and column, from 1, without a copy of the text."""
+    line, start = 1, 0
+    for newline in re.finditer(rb"\n", text[:position]):
+        line, start = line + 1, newline.end()
+    return line, position - start + 1

@@ -1,0 +1,73 @@
+"""The text of a JSON list in; its records, undecoded, out."""
+
+import re
+from collections.abc import Iterator
+
+import msgspec
+
+from medusa_exp.data import faults
+from medusa_exp.data.records import RawRecord
+
+_decode = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|NaN|Infinity', re.DOTALL)
+_ODDITY = re.compile(
+    rb"\\u[dD][89abAB]..\\u[dD][c-fC-F].."  # a pair is all right
+    rb"|(?P<half>\\u[dD][89a-fA-F]..)"
+    rb"|\\."  # so is any other escape, and what looks like one after an escaped backslash
+    rb"|(?P<control>[\0-\x09\x0b\x0c\x0e-\x1f])",
+    re.DOTALL,
+)
+_MAYBE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_CONTROLS = bytes({*range(32)} - {*b"\r\n"})  # a line break means a missing quote
+
+
+def list_records(name: str, text: memoryview) -> Iterator[RawRecord]:
+    """Yield the records of a JSON list, each as a view of its text.
+
+    Raises:
+        DataError: it is no JSON list; says where.
+    """
+    try:
+        yield from _decode(text)
+        return
+    except (msgspec.DecodeError, RecursionError) as error:
+        mended = _without_oddities(text)
+        if mended is None:
+            raise faults.not_json(name, text, error) from error
+    yield from _records_as_in(name, mended, text)
+
+
+def _records_as_in(name: str, mended: bytearray, text: memoryview) -> Iterator[memoryview]:
+    """Yield the parts of `text` where `mended`, of the same length, has its records."""
+    try:
+        records = _decode(mended)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise faults.not_json(name, memoryview(mended), error) from error
+    end = 0
+    gap = re.compile(rb"\s*\[\s*")
+    for record in records:
+        start = gap.match(mended, end).end()  # type: ignore[union-attr]  # it has been parsed
+        end = start + len(memoryview(record))
+        yield text[start:end]
+        gap = re.compile(rb"\s*,\s*")
+
+
+def _without_oddities(text: memoryview) -> bytearray | None:
+    """Return a copy in which other characters stand where JSON allows none, None without any.
+
+    These are bare NaN and infinities (of Python's json), halves of surrogate pairs, and control
+    characters. For one of them msgspec refuses the whole list, even where it need not decode it.
+    """
+    mended = None
+    for token in _TOKEN.finditer(text):
+        found = token[0]
+        if not found.startswith(b'"'):
+            mended = mended or bytearray(text)
+            mended[slice(*token.span())] = b"0e".ljust(len(found), b"0")
+        elif _MAYBE_HALF.search(found) or len(found.translate(None, _CONTROLS)) < len(found):
+            mended = mended or bytearray(text)
+            for oddity in _ODDITY.finditer(text, *token.span()):
+                if oddity.lastgroup:
+                    mended[slice(*oddity.span())] = b" " if oddity["control"] else b"\\ufffd"
+    return mended

@@ -1,0 +1,230 @@
+"""A raw record in; a `Conversation`, or the reason why there is none, out.
+
+A record has ShareGPT's form {id, conversations: [{from, value}]}, OpenAI's {messages: [{role,
+content}]}, or a mix of the two. msgspec decodes and checks a record in one step; what it refuses
+is looked at again in Python, which takes what JSON has no room for (NaN, halves of surrogate
+pairs, control characters) and names what is wrong with the rest.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+ROLES = ("system", "user", "assistant", "tool")
+_NAMES = {
+    "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bing bard model bot function_call",
+    "system": "system developer",
+    "tool": "tool function observation function_response tool_response ipython",
+}
+_ROLE_OF = {name: role for role, names in _NAMES.items() for name in names.split()}
+
+NOT_UTF8 = "not valid UTF-8"
+NOT_JSON = "not valid JSON"
+TOO_DEEP = "nested too deeply"
+NOT_OBJECT = "not a JSON object"
+NO_LIST = "no list of conversations or messages"
+NO_TURNS = "no turns"
+NOT_A_TURN = "a turn is not an object with a role and a content"
+UNKNOWN_ROLE = "unknown role"
+TOOL_CALLS = "tool calls without content"
+NULL = "content is null"
+NOT_TEXT = "content is not text"
+NOT_TEXT_PART = "content has a part that is not text"
+NO_REPLY = "no assistant turn"
+
+RawRecord = msgspec.Raw | bytes | memoryview | dict[str, Any]
+"""JSON text, or the row of a table."""
+COLUMNS = ("conversations", "messages", "id", "system")
+"""What is read of a table."""
+
+
+class Message(msgspec.Struct, frozen=True, gc=False):
+    """One turn; role is one of `ROLES`. The content may hold lone surrogates."""
+
+    role: str
+    content: str
+
+
+class Conversation(msgspec.Struct, frozen=True):
+    """A chat with an id that stays the same from run to run."""
+
+    id: str
+    messages: list[Message]
+
+
+# The defaults are no values of their type: an explicit null is refused, a missing field is not.
+class _Turn(msgspec.Struct, gc=False):
+    source: str = msgspec.field(name="from", default="")
+    role: str = ""
+    value: str = None  # type: ignore[assignment]
+    content: str = None  # type: ignore[assignment]
+
+
+class _Record(msgspec.Struct, gc=False):
+    conversations: list[_Turn] | None = None
+    messages: list[_Turn] | None = None
+    id: str | int | None = None
+    system: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Record).decode
+
+
+class _Unusable(Exception):
+    """Its text is the reason."""
+
+
+class RecordParser:
+    """Makes conversations of records; `role_map` adds to the names of roles that are known."""
+
+    def __init__(self, role_map: Mapping[str, str] | None = None) -> None:
+        self._role_of = {**_ROLE_OF, **(role_map or {})}
+
+    def parse(self, raw: RawRecord) -> Conversation | str:
+        """Return a conversation, or why the record cannot be used."""
+        try:
+            conversation = None if isinstance(raw, dict) else self._parse_strictly(raw)
+            return conversation or self._parse_leniently(raw)
+        except _Unusable as reason:
+            return str(reason)
+
+    def _parse_strictly(self, raw: msgspec.Raw | bytes | memoryview) -> Conversation | None:
+        """Return None where the record needs a closer look."""
+        try:
+            record = _decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        role_of = self._role_of.get
+        messages = []
+        for turn in record.conversations or record.messages or ():
+            role = role_of(turn.source or turn.role)
+            content = turn.content if turn.value is None else turn.value
+            if role is None or content is None:
+                return None
+            messages.append(Message(role, content))
+        if not messages:
+            return None
+        record_id = _content_id(raw) if record.id in (None, "") else str(record.id)
+        return _checked(record_id, messages, record.system)
+
+    def _parse_leniently(self, raw: RawRecord) -> Conversation:
+        record = _decoded(raw)
+        messages = [self._message(turn) for turn in _turns(record)]
+        if not messages:
+            raise _Unusable(NO_TURNS)
+        system = record.get("system")
+        record_id = _usable_id(record.get("id")) or _content_id(raw)
+        return _checked(record_id, messages, None if system is None else _text(system))
+
+    def _message(self, turn: Any) -> Message:
+        if not isinstance(turn, dict):
+            raise _Unusable(NOT_A_TURN)
+        # A table has a null where a form has no such field.
+        name, content = (
+            turn.get(one) if turn.get(one) is not None else turn.get(other)
+            for one, other in (("from", "role"), ("value", "content"))
+        )
+        if not (turn.keys() & {"from", "role"} and turn.keys() & {"value", "content"}):
+            raise _Unusable(TOOL_CALLS if _has_tool_calls(turn) else NOT_A_TURN)
+        role = self._role_of.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise _Unusable(UNKNOWN_ROLE)
+        if content is None:
+            raise _Unusable(TOOL_CALLS if _has_tool_calls(turn) else NULL)
+        return Message(role, _text(content))
+
+
+def content_digest(conversation: Conversation) -> bytes:
+    """Return 16 bytes that are the same for the same roles and contents, whatever the id."""
+    digest = hashlib.sha256()
+    for message in conversation.messages:
+        digest.update(f"{message.role} {len(message.content)} ".encode())
+        digest.update(message.content.encode("utf-8", "surrogatepass"))
+    return digest.digest()[:16]
+
+
+def raw_bytes(raw: RawRecord) -> bytes:
+    """Return the text of a record; of a row, its text as JSON."""
+    return msgspec.json.encode(raw) if isinstance(raw, dict) else bytes(raw)
+
+
+def decode_leniently(text: bytes) -> Any:
+    """Decode what Python's json takes, which is more than JSON.
+
+    Raises:
+        ValueError: it is not JSON by any measure, or (UnicodeDecodeError) not UTF-8.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text.decode("utf-8", "surrogatepass").removeprefix("\ufeff"), strict=False)
+
+
+def _decoded(raw: RawRecord) -> Any:
+    try:
+        return raw if isinstance(raw, dict) else decode_leniently(raw_bytes(raw))
+    except UnicodeDecodeError as error:
+        raise _Unusable(NOT_UTF8) from error
+    except ValueError as error:
+        raise _Unusable(NOT_JSON) from error
+    except RecursionError as error:
+        raise _Unusable(TOO_DEEP) from error
+
+
+def _turns(record: Any) -> list[Any]:
+    if not isinstance(record, dict):
+        raise _Unusable(NOT_OBJECT)
+    values = (record.get("conversations"), record.get("messages"))
+    lists = [turns for turns in values if isinstance(turns, list)]
+    if not lists:
+        raise _Unusable(NO_LIST)
+    return lists[0] or lists[-1]
+
+
+def _text(content: Any) -> str:
+    """Return the text of a content: it is one, or a list of parts that are."""
+    if isinstance(content, str):
+        return content
+    if content is None:
+        raise _Unusable(NULL)
+    if not isinstance(content, list):
+        raise _Unusable(NOT_TEXT)
+    return "".join(_part_text(part) for part in content)
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") == "text":
+        part = part.get("text")
+    if not isinstance(part, str):
+        raise _Unusable(NOT_TEXT_PART)
+    return part
+
+
+def _has_tool_calls(turn: dict[str, Any]) -> bool:
+    return bool(turn.get("tool_calls") or turn.get("function_call"))
+
+
+def _usable_id(value: Any) -> str:
+    """Return an id as text that any file can hold, empty where there is none."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return ""
+    return re.sub("[\ud800-\udfff]", "\ufffd", str(value))
+
+
+def _content_id(raw: RawRecord) -> str:
+    return "sha256-" + hashlib.sha256(raw_bytes(raw).strip()).hexdigest()[:16]
+
+
+def _checked(record_id: str, messages: list[Message], system: str | None) -> Conversation:
+    """Return the conversation if there is something to train on."""
+    if system and not system.isspace():
+        first = Message("system", system)
+        if messages[0] != first:
+            messages = [first, *messages]
+    for message in messages:
+        if message.role == "assistant" and message.content and not message.content.isspace():
+            return Conversation(record_id, messages)
+    raise _Unusable(NO_REPLY)

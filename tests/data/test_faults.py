@@ -1,0 +1,135 @@
+import gzip
+import io
+import json
+import re
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medusa_exp.data import DataError, read_conversations
+
+BOM = b"\xef\xbb\xbf"
+
+
+def record(number):
+    turns = [("human", f"What is {number}? caf\u00e9"), ("gpt", f"It is {number}.")]
+    return {"id": f"r-{number}", "conversations": [{"from": f, "value": v} for f, v in turns]}
+
+
+RECORDS = [record(number) for number in range(5)]
+LIST = json.dumps(RECORDS, ensure_ascii=False).encode()
+LINES = b"".join(json.dumps(one, ensure_ascii=False).encode() + b"\n" for one in RECORDS)
+PRETTY = json.dumps(RECORDS, indent=2).encode()
+
+
+def zstd(data):
+    return pa.compress(data, "zstd", asbytes=True)
+
+
+def parquet(rows):
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=2)
+    return sink.getvalue()
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def fault_of(path):
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path))
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+CONFLICT = b"<<<<<<< HEAD\n%b=======\n%b>>>>>>> other\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "is empty"),
+        (BOM + b" \n\n", "is empty"),
+        (gzip.compress(b""), "is empty"),
+        (LIST[:-20], r"is cut off: .* line 1, column 581\."),
+        (PRETTY[:-1], r"is cut off: .* line 67, column 1\."),
+        (PRETTY[:-40], "is cut off: "),
+        (b'[{"id": 1', "is cut off"),
+        (gzip.compress(LIST)[:-30], "is cut off in its compressed data"),
+        (gzip.compress(LINES)[:-2], "is cut off in its compressed data"),
+        (zstd(LINES)[:-8], "is cut off in its compressed data"),
+        (gzip.compress(LINES)[:-8] + b"checksum", "is damaged"),
+        (b'[{"id": "a",}]', r"trailing comma in object: line 1, column 12\."),
+        (PRETTY.rstrip(b"\n]") + b",\n \n]\n", r"trailing comma in array: line 66, column 4\."),
+        (b'[{"id": NaN},\n {"id": "a",\n }]', r"trailing comma in object: line 2, column 12\."),
+        (b'[{"id":\n 1} {}]', r"is not valid JSON: expected ',' or ']': line 2, column 5\."),
+        (b'[{"id":\n "a\nb"}]', r"is not valid JSON: invalid character: line 2, column 4\."),
+        (b"[{'id': 1}]", r"expected '\"': line 1, column 3\."),
+        (b"[1]\n[2]\n", r"trailing characters .* `jq -c \.`\): line 2, column 1"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{\n "data": [\n  1,,\n', r"is not valid JSON: .* line 3, column 5\."),
+        (b'{\n "a": 1\n}\n{\n "a": 2\n}\n', r"`jq -c \.`\): line 4, column 1"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "`git lfs pull`"),
+        (CONFLICT % (LINES, LINES), "line 1, is a merge-conflict marker"),
+        (LINES + CONFLICT % (LINES, LINES), "line 6, is a merge-conflict marker"),
+        (LINES[:-1] + b",\n" + LINES + b"=======\n", "line 11, is a merge-conflict marker"),
+        (b"[\n" + CONFLICT % (b"{},\n", b"{}\n") + b"]", "line 2, is a merge-conflict marker"),
+        (LIST.decode().encode("utf-16"), "probably UTF-16: .*iconv -f UTF-16 -t UTF-8"),
+        (LIST.decode().encode("utf-16-le"), "iconv -f UTF-16LE"),
+        (LINES.decode().encode("utf-16-be"), "iconv -f UTF-16BE"),
+        (LIST.decode().encode("utf-32"), "iconv -f UTF-32 "),
+        (LIST.decode().encode("utf-32-be"), "iconv -f UTF-32BE"),
+        (LIST.decode().encode("latin-1"), "iconv -f ISO-8859-1 -t UTF-8"),
+        (LINES.replace(b"?", "\u2019".encode()).decode().encode("cp1252"), "iconv -f CP1252"),
+        (b'{"version": 1, "data": [], "test": [{}], "n": {}}', "under data, test: .*`jq .data"),
+        (b'{\n"rows": [\n{}\n]\n}', "under rows: "),
+        (b'{"a": 1}', "one JSON value: an object without a list"),
+        (b'"chats"', r"one JSON value \(text\)"),
+        (b"NaN\n", r"one JSON value \(number\)"),
+        (b"null", r"one JSON value \(null\)"),
+        (b"hello\nworld", r"is not valid JSON: no line of it is\. Line 1, column 1: "),
+        (b'\n{"id": 1,}\n{"id": }', r"no line of it is\. Line 2, column 10: "),
+        (b"<!DOCTYPE html>\n<html>", "is a web page"),
+        (b"\n<html><head>", "is a web page"),
+        (parquet(RECORDS)[:-30], "is damaged"),
+        (b"PAR1 but not really", "is damaged"),
+        (parquet([{"text": "x", "n": 1}]), "no column conversations or messages; .* text, n"),
+        (b"\x80\x04\x95\n\0\xff\xfe\n\0", "neither text nor a known binary format"),
+        (b"BZh91AY&SY", "bunzip2"),
+        (b"\xfd7zXZ\0", "unxz"),
+    ],
+)
+def test_what_is_wrong_with_a_file(tmp_path, data, words):
+    path = write(tmp_path / "some chats.json", data)
+    message = fault_of(path)
+    assert re.search(words, message), message
+
+
+def test_a_zip_archive(tmp_path):
+    path = tmp_path / "a.json"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.json", LIST)
+    assert "zip archive" in fault_of(path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.json", LIST)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", refuse)  # root may read all
+    assert "cannot be read: Permission denied" in fault_of(path)
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_one_record_in_another_encoding_among_many(tmp_path, as_list):
+    bad = LINES.split(b"\n")[2].decode().encode("latin-1")
+    lines = [*LINES.split(b"\n")[:2], bad, LINES.split(b"\n")[3]]
+    data = b"[" + b",".join(lines) + b"]" if as_list else b"\n".join(lines)
+    reading = read_conversations(write(tmp_path / "a.json", data))
+    assert len(list(reading)) == 3 and reading.dropped == {"not valid UTF-8": 1}

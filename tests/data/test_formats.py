@@ -1,0 +1,155 @@
+import gzip
+import io
+import json
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medusa_exp.data import DataError, Message, read_conversations
+from medusa_exp.data.formats import ChatFile, find_files
+
+BOM = b"\xef\xbb\xbf"
+
+
+def record(number):
+    turns = [("human", f"What is {number}? caf\u00e9"), ("gpt", f"It is {number}.")]
+    return {"id": f"r-{number}", "conversations": [{"from": f, "value": v} for f, v in turns]}
+
+
+RECORDS = [record(number) for number in range(5)]
+LIST = json.dumps(RECORDS, ensure_ascii=False).encode()
+LINES = b"".join(json.dumps(one, ensure_ascii=False).encode() + b"\n" for one in RECORDS)
+PRETTY = json.dumps(RECORDS, indent=2).encode()
+
+
+def zstd(data):
+    return pa.compress(data, "zstd", asbytes=True)
+
+
+def parquet(rows):
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=2)
+    return sink.getvalue()
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        LIST,
+        LINES,
+        PRETTY,
+        BOM + LIST,
+        BOM + LINES,
+        b"\r\n \n" + LIST + b"\n\n",
+        b"\n\n" + LINES.replace(b"\n", b"\r\n\r\n"),
+        LINES.rstrip(),
+        gzip.compress(LIST),
+        gzip.compress(LINES[:100]) + gzip.compress(LINES[100:]),
+        gzip.compress(BOM + LINES),
+        zstd(LIST),
+        zstd(LINES[:100]) + zstd(LINES[100:]),
+        b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstd(LINES),
+        parquet(RECORDS),
+        gzip.compress(parquet(RECORDS)),
+    ],
+)
+@pytest.mark.parametrize("name", ["chats.json", "chats.parquet"])
+def test_containers_are_told_apart_by_content(tmp_path, data, name):
+    reading = read_conversations(write(tmp_path / name, data))
+    assert [c.id for c in reading] == [f"r-{number}" for number in range(5)]
+    assert next(iter(reading)).messages[0] == Message("user", "What is 0? caf\u00e9")
+    assert not list(reading)[5:] and reading.num_records == 5 and not reading.dropped
+
+
+def test_one_record_over_several_lines(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps(RECORDS[0], indent=1))
+    assert [c.id for c in read_conversations(path)] == ["r-0"]
+
+
+def test_rows_of_a_table_with_the_columns_of_two_forms(tmp_path):
+    part = {"type": "text", "text": "Hi", "image": None}
+    rows = [
+        {"messages": [{"role": "user", "content": [part]}, {"role": "gpt", "content": [part]}]},
+        {"messages": [{"role": "user", "content": [part | {"type": "image"}]}], "id": 3},
+        {"messages": None},
+    ]
+    reading = read_conversations(write(tmp_path / "a", parquet([r | {"n": b"\xff"} for r in rows])))
+    (found,) = reading
+    assert found.messages == [Message("user", "Hi"), Message("assistant", "Hi")]
+    assert found.id.startswith("sha256-")
+    assert reading.dropped == {
+        "content has a part that is not text": 1,
+        "no list of conversations or messages": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        '"x": NaN',
+        '"x": [-Infinity, {"y": Infinity}]',
+        r'"x": "\ud800"',
+        r'"x": "\udc00 \\ud800 \"NaN\" \ud83d\ude00 \uDBFF\n"',
+        '"x": "a\tb\0c"',
+        r'"x": "\\", "y": NaN',
+    ],
+)
+def test_what_msgspec_refuses_costs_no_other_record_of_a_list(tmp_path, odd):
+    text = PRETTY.decode().replace('"id": "r-2",', f'"id": "r-2", {odd},')
+    text = text.replace("It is 2.", r"NaN [1, Infinity] \\ud800 \udfff It is, \"2\"." + "\t")
+    reading = read_conversations(write(tmp_path / "a.json", text))
+    found = list(reading)
+    assert [c.id for c in found] == [f"r-{number}" for number in range(5)]
+    assert found[2].messages[1].content == 'NaN [1, Infinity] \\ud800 \udfff It is, "2".\t'
+    assert found[3].messages[1].content == "It is 3."
+
+
+def test_a_list_with_odd_characters_has_the_records_that_python_finds(tmp_path):
+    dice = random.Random(0)
+    pieces = ['"', "\\", "\ud800", "\udc00", "NaN", "[", "]", "{", ",", "\u00e9", "\0", "\n", "a"]
+    values = ["".join(dice.choices(pieces, k=6)) for _ in range(600)] + [float("inf"), [], {}]
+    records = [{"id": dice.choice(values), "x": [dice.choice(values)]} for _ in range(600)]
+    for indent in (None, 1):
+        text = json.dumps(records, indent=indent)
+        found = [json.loads(bytes(raw)) for raw in ChatFile(write(tmp_path / "a.json", text))]
+        assert found == json.loads(text)
+
+
+def test_lines_that_are_no_json_cost_themselves(tmp_path):
+    lines = LINES.split(b"\n")
+    data = b"\n".join([b"# comment", lines[0], lines[1][:40], lines[2], lines[3][:-30]])
+    reading = read_conversations(write(tmp_path / "a.jsonl", data))
+    assert [c.id for c in reading] == ["r-0", "r-2"]
+    assert reading.dropped == {"not valid JSON": 3}
+
+
+def test_a_broken_first_line_that_looks_like_the_start_of_a_value(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"id": "a",\n' + LINES)
+    reading = read_conversations(path)
+    assert len(list(reading)) == 5 and reading.dropped == {"not valid JSON": 1}
+
+
+def test_files_of_folders_and_globs(tmp_path):
+    names = "a.json b/c.jsonl b/d.ndjson e.parquet f.json.gz g.jsonl.zst h.parquet.gz".split()
+    for name in [*names, "x.txt", "x.gz", ".cache/y.json", "b/.z.json"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, LINES)
+    assert find_files(tmp_path) == sorted(tmp_path / name for name in names)
+    assert find_files(f"{tmp_path}/**/*.?d*json") == [tmp_path / "b/d.ndjson"]
+    odd = write(tmp_path / "[odd]*.json", LINES)
+    assert find_files(odd) == [odd]
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    for path in (tmp_path / "no.json", f"{tmp_path}/*.json"):
+        with pytest.raises(DataError, match=r"there is no such file.*dataset\.path"):
+            find_files(path)
+    with pytest.raises(DataError, match=r"holds no \*\.json"):
+        find_files(tmp_path)

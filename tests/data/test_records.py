@@ -1,0 +1,194 @@
+import json
+
+import pytest
+
+from medusa_exp.data.records import Message, RecordParser, content_digest
+
+HI = {"from": "human", "value": "Hi"}
+HELLO = {"from": "gpt", "value": "Hello!"}
+
+
+def parse(record, role_map=None):
+    text = record if isinstance(record, bytes) else json.dumps(record).encode()
+    return RecordParser(role_map).parse(text)
+
+
+def turns(found):
+    return [(message.role, message.content) for message in found.messages]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [HI, HELLO]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "model", "content": "Hello!"}]},
+        {
+            "conversations": [
+                {"role": "human", "content": "Hi"},
+                {"from": "bot", "content": "Hello!"},
+            ]
+        },
+        {"conversations": None, "messages": [HI, HELLO]},
+        {"conversations": [], "messages": [HI, HELLO]},
+        {"conversations": [HI, HELLO], "messages": "", "extra": [1, {"a": None}]},
+        {"conversations": [HI | {"weight": 0, "role": None}, HELLO | {"content": None}]},
+        {"messages": [{"role": "user", "content": ["H", {"type": "text", "text": "i"}]}, HELLO]},
+        {"messages": [HI, {"role": "assistant", "content": "Hello!", "tool_calls": [{"id": 1}]}]},
+        {"conversations": [HI, HELLO], "system": None},
+        {"conversations": [HI, HELLO], "system": " \n"},
+    ],
+)
+def test_forms(record):
+    assert turns(parse(record)) == [("user", "Hi"), ("assistant", "Hello!")]
+    assert turns(RecordParser().parse(record)) == turns(parse(record))  # the row of a table
+
+
+@pytest.mark.parametrize(
+    ("role", "names"),
+    {
+        "user": "user human prompter",
+        "assistant": "assistant gpt chatgpt bing bard model bot function_call",
+        "system": "system developer",
+        "tool": "tool function observation function_response tool_response ipython",
+    }.items(),
+)
+def test_names_of_roles(role, names):
+    for name in names.split():
+        assert parse({"conversations": [{"from": name, "value": "x"}, HELLO]}).messages[0] == (
+            Message(role, "x")
+        )
+
+
+def test_role_map_adds_and_overrides():
+    record = {"conversations": [{"from": "narrator", "value": "x"}, HI, HELLO]}
+    assert parse(record) == "unknown role"
+    found = parse(record, {"narrator": "system", "human": "tool"})
+    assert turns(found) == [("system", "x"), ("tool", "Hi"), ("assistant", "Hello!")]
+
+
+@pytest.mark.parametrize("system", ["Be brief.", ["Be ", {"type": "text", "text": "brief."}]])
+def test_a_system_text_beside_the_turns_comes_first(system):
+    found = parse({"conversations": [HI, HELLO], "system": system})
+    assert found.messages[0] == Message("system", "Be brief.") and len(found.messages) == 3
+    inside = {"from": "system", "value": "Be brief."}
+    assert parse({"conversations": [inside, HI, HELLO], "system": system}).messages == (
+        found.messages  # said twice, taken once
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (b"{'id': 1}", "not valid JSON"),
+        (b'{"conversations": [', "not valid JSON"),
+        (b'{"conversations": [{"from": "gpt", "value": "caf\xe9"}]}', "not valid UTF-8"),
+        (b'{"a":' + b"[" * 100_000, "nested too deeply"),
+        ([HI, HELLO], "not a JSON object"),
+        ("text", "not a JSON object"),
+        ({"id": "x"}, "no list of conversations or messages"),
+        ({"conversations": "text"}, "no list of conversations or messages"),
+        ({"conversations": {"from": "gpt"}}, "no list of conversations or messages"),
+        ({"conversations": []}, "no turns"),
+        ({"conversations": [None]}, "a turn is not an object with a role and a content"),
+        ({"conversations": ["Hi"]}, "a turn is not an object with a role and a content"),
+        ({"messages": [{"role": "user"}]}, "a turn is not an object with a role and a content"),
+        ({"messages": [{"content": "x"}]}, "a turn is not an object with a role and a content"),
+        ({"conversations": [{"from": None, "value": "x"}]}, "unknown role"),
+        ({"conversations": [{"from": 3, "value": "x"}]}, "unknown role"),
+        ({"conversations": [{"from": "human", "value": None}]}, "content is null"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "content is not text"),
+        ({"conversations": [{"from": "human", "value": {"a": 1}}]}, "content is not text"),
+        ({"conversations": [{"from": "human", "value": float("nan")}]}, "content is not text"),
+        ({"conversations": [HI, HELLO], "system": 3}, "content is not text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "content has a part that is not text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            "content has a part that is not text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            "tool calls without content",
+        ),
+        (
+            {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
+            "tool calls without content",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
+            "content is null",
+        ),
+        ({"conversations": [HI]}, "no assistant turn"),
+        ({"conversations": [HI, {"from": "gpt", "value": " \r\n"}]}, "no assistant turn"),
+    ],
+)
+def test_reasons(record, reason):
+    assert parse(record) == reason
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a\0b",
+        "  x\r\n",
+        "\ud800",
+        "a\udc00\ud83d",
+        "\U0001f600 \u4f60\u597d",
+        "</s> [/INST] {{name}} {% x %}",
+        "y" * 270_000,
+    ],
+)
+def test_contents_stay_as_they_are(content):
+    record = {"conversations": [HI, {"from": "gpt", "value": content}]}
+    assert parse(record).messages[1].content == content
+    raw = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    assert parse(raw).messages[1].content == content
+
+
+def test_control_characters_that_json_has_no_room_for():
+    raw = b'\xef\xbb\xbf{"conversations": [{"from": "gpt", "value": "a\x00b\tc"}]}\n'
+    assert parse(raw).messages[0].content == "a\0b\tc"
+
+
+def test_many_turns():
+    assert len(parse({"conversations": [HI, HELLO] * 285}).messages) == 570
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a-1", "a-1"),
+        (7, "7"),
+        (0, "0"),
+        (2**70, str(2**70)),
+        ("caf\u00e9", "caf\u00e9"),
+        ("x\ud800y", "x\ufffdy"),
+    ],
+)
+def test_ids(given, expected):
+    assert parse({"id": given, "conversations": [HI, HELLO]}).id == expected
+
+
+@pytest.mark.parametrize("given", [None, "", True, 1.5, float("nan"), ["a"]])
+def test_what_is_no_id_is_replaced_by_the_record_s_hash(given):
+    record = json.dumps({"id": given, "conversations": [HI, HELLO]}).encode()
+    first, again = parse(record), parse(record + b"\r\n")
+    assert first.id == again.id and len(first.id) == len("sha256-") + 16
+    other = json.dumps({"id": given, "conversations": [HELLO, HI]}).encode()
+    assert parse(other).id != first.id
+    row = {"id": given, "conversations": [HI, HELLO]}
+    assert RecordParser().parse(row).id.startswith("sha256-")
+
+
+def test_content_digest_is_of_roles_and_contents_alone():
+    def digest(*pairs, record_id="a"):
+        record = {"id": record_id, "messages": [{"role": r, "content": c} for r, c in pairs]}
+        return content_digest(parse(record))
+
+    one = digest(("user", "ab"), ("assistant", "c"))
+    assert len(one) == 16 and one == digest(("human", "ab"), ("gpt", "c"), record_id="b")
+    assert one != digest(("user", "a"), ("assistant", "bc"))
+    assert one != digest(("tool", "ab"), ("assistant", "c"))
+    assert one != digest(("user", "ab\ud800"), ("assistant", "c"))
