@@ -47,6 +47,7 @@ def write(path, data):
         PRETTY,
         BOM + LIST,
         BOM + LINES,
+        BOM + b"\n" + LINES,
         b"\r\n \n" + LIST + b"\n\n",
         b"\n\n" + LINES.replace(b"\n", b"\r\n\r\n"),
         LINES.rstrip(),
@@ -66,6 +67,11 @@ def test_containers_are_told_apart_by_content(tmp_path, data, name):
     assert [c.id for c in reading] == [f"r-{number}" for number in range(5)]
     assert next(iter(reading)).messages[0] == Message("user", "What is 0? caf\u00e9")
     assert not list(reading)[5:] and reading.num_records == 5 and not reading.dropped
+
+
+def test_much_white_space_before_a_list(tmp_path):
+    path = write(tmp_path / "a.json", b"\n" * (1 << 20) + LIST)
+    assert len(list(read_conversations(path))) == 5
 
 
 def test_one_record_over_several_lines(tmp_path):
@@ -99,6 +105,8 @@ def test_rows_of_a_table_with_the_columns_of_two_forms(tmp_path):
         r'"x": "\udc00 \\ud800 \"NaN\" \ud83d\ude00 \uDBFF\n"',
         '"x": "a\tb\0c"',
         r'"x": "\\", "y": NaN',
+        r'"x": "\\ud800", "\\ud8": "\\\ud8ff\ud800"',
+        r'"x": "\\udab", "y": NaN',
     ],
 )
 def test_what_msgspec_refuses_costs_no_other_record_of_a_list(tmp_path, odd):

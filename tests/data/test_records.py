@@ -191,4 +191,7 @@ def test_content_digest_is_of_roles_and_contents_alone():
     assert len(one) == 16 and one == digest(("human", "ab"), ("gpt", "c"), record_id="b")
     assert one != digest(("user", "a"), ("assistant", "bc"))
     assert one != digest(("tool", "ab"), ("assistant", "c"))
+    two = digest(("user", "a"), ("assistant", "b"), ("assistant", "c"))
+    assert two != digest(("user", "a"), ("assistant", "bassistant 1 c"))
+    assert two != digest(("user", "a"), ("assistant", "bassistant c"))
     assert one != digest(("user", "ab\ud800"), ("assistant", "c"))

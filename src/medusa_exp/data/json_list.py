@@ -11,15 +11,9 @@ from medusa_exp.data.records import RawRecord
 _decode = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|NaN|Infinity', re.DOTALL)
-_ODDITY = re.compile(
-    rb"\\u[dD][89abAB]..\\u[dD][c-fC-F].."  # a pair is all right
-    rb"|(?P<half>\\u[dD][89a-fA-F]..)"
-    rb"|\\."  # so is any other escape, and what looks like one after an escaped backslash
-    rb"|(?P<control>[\0-\x09\x0b\x0c\x0e-\x1f])",
-    re.DOTALL,
-)
-_MAYBE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _CONTROLS = bytes({*range(32)} - {*b"\r\n"})  # a line break means a missing quote
+_BLANKED = bytes.maketrans(_CONTROLS, b" " * len(_CONTROLS))
 
 
 def list_records(name: str, text: memoryview) -> Iterator[RawRecord]:
@@ -65,9 +59,8 @@ def _without_oddities(text: memoryview) -> bytearray | None:
         if not found.startswith(b'"'):
             mended = mended or bytearray(text)
             mended[slice(*token.span())] = b"0e".ljust(len(found), b"0")
-        elif _MAYBE_HALF.search(found) or len(found.translate(None, _CONTROLS)) < len(found):
+        elif _SURROGATE.search(found) or len(found.translate(None, _CONTROLS)) < len(found):
             mended = mended or bytearray(text)
-            for oddity in _ODDITY.finditer(text, *token.span()):
-                if oddity.lastgroup:
-                    mended[slice(*oddity.span())] = b" " if oddity["control"] else b"\\ufffd"
+            harmless = _SURROGATE.sub(rb"\\ufffd", found).translate(_BLANKED)
+            mended[slice(*token.span())] = harmless
     return mended
