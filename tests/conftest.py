@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 from medusa_exp.model import Backbone
 
-
 # A shared machine says nothing about how long an example takes. `nox -s masks` asks for thorough.
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)

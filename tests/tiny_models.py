@@ -29,10 +29,16 @@ ARCHITECTURES = {
 }
 
 
-def build_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32):
+def build_model(
+    architecture: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    vocab_size: int = VOCAB_SIZE,
+    spread: float = 8,
+):
     """Build a random causal LM whose outputs vary: weights far larger than at initialisation."""
     torch.manual_seed(seed)
-    shape = dict(_SHAPE)
+    shape = {**_SHAPE, "vocab_size": vocab_size}
     if architecture == "gpt2":
         shape = {key: shape[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
     config = AutoConfig.for_model(architecture, **shape, **ARCHITECTURES[architecture])
@@ -41,5 +47,5 @@ def build_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.flo
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(8)
+                parameter.mul_(spread)
     return model.to(dtype).eval()

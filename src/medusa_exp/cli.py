@@ -92,6 +92,6 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
             log.info("stage %s", name)
             with record.stage(name):
                 metrics = importlib.import_module(STAGES[name]).run(config, out)
-            tracker.summary(record.merge_metrics(metrics))
+            tracker.summary(record.merge_metrics(name, metrics))
     print_summary(out, config.stages, record.run["stages"], record.metrics)
     return record.metrics.get(config.objective)

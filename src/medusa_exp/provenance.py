@@ -35,6 +35,9 @@ class RunRecord:
         self.run.setdefault("stages", {})
         self.run.setdefault("data", {})
         self.run.setdefault("command", command)
+        self._metric_names: dict[str, list[str]] = {
+            name: entry.get("metrics", []) for name, entry in self.run["stages"].items()
+        }
         self.run["seed"] = config.seed
         self.run["versions"] = {"python": platform.python_version(), **_versions()}
         self.run["git"] = _git_state(out)
@@ -63,9 +66,14 @@ class RunRecord:
             entry["peak_memory_bytes"] = _peak_memory_bytes()
             self._save()
 
-    def merge_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Add a stage's metrics to `metrics.json` and return them as plain floats."""
+    def merge_metrics(self, stage: str, metrics: dict[str, float]) -> dict[str, float]:
+        """Put a stage's metrics into `metrics.json`, for those of its last time; return floats."""
         plain = {name: float(value) for name, value in metrics.items()}
+        entry = self.run["stages"].setdefault(stage, {})
+        for name in self._metric_names.get(stage, []):
+            self.metrics.pop(name, None)
+        entry["metrics"] = self._metric_names[stage] = sorted(plain)
+        self._save()
         self.metrics.update(plain)
         write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
         return plain

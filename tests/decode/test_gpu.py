@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import build_model
 
+from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import chain
@@ -18,6 +19,7 @@ pytestmark = [
 def test_equal_to_plain_decoding_on_the_device(architecture):
     backbone = Backbone(build_model(architecture).cuda())
     heads = build_heads(backbone, num_heads=3)
-    limits = {"max_new_tokens": 40, "stop_ids": ()}
-    plain = decode_plain(backbone, [3, 1, 4], **limits)
-    assert decode_tree(backbone, heads, chain(3), [3, 1, 4], **limits).tokens == plain.tokens
+    prompts = [[3, 1, 4], [1], [5, 9, 2, 6]]
+    plain = decode_plain(backbone, prompts, Limits(40))
+    ours = decode_tree(backbone, heads, chain(3), prompts, Limits(40))
+    assert [answer.tokens for answer in ours] == [answer.tokens for answer in plain]

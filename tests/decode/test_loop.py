@@ -7,7 +7,10 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
 from medusa_exp.decode import generate
-from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.answers import Answers, Limits
+from medusa_exp.decode.loop import decode_plain, decode_tree, tree_steps
+from medusa_exp.decode.propose import DynamicTree, StaticTree
+from medusa_exp.decode.rule import Rule
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
@@ -52,33 +55,95 @@ class OracleHeads(torch.nn.Module):
         self.committed += len(tokens) if self.calls else 0
 
 
+def answer_plainly(backbone, prompts, limits):
+    return [answer.tokens for answer in decode_plain(backbone, prompts, limits)]
+
+
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_equal_to_plain_decoding(architecture):
-    model = build_model(architecture)
-    backbone = Backbone(model)
+    backbone = Backbone(build_model(architecture))
     heads = build_heads(backbone, num_heads=3)
     rng = random.Random(architecture)
-    accepted = 0
+    saved = 0
     for number in range(8):
-        prompt = random_prompt(rng, rng.randint(1, 30))
+        num_rows = 1 + number % 4
+        prompts = [random_prompt(rng, rng.randint(1, 30)) for _ in range(num_rows)]
         tree = random_tree(rng, depth=3, num_ranks=6, size=rng.randint(1, 20))
-        limits = {"max_new_tokens": rng.randint(1, 40), "stop_ids": {number}}
-        plain = decode_plain(backbone, prompt, **limits)
-        ours = decode_tree(backbone, heads, tree, prompt, **limits)
-        assert ours.tokens == plain.tokens
-        assert sum(ours.accept_lengths) == len(ours.tokens)
-        assert set(plain.accept_lengths) == {1}
-        accepted += len(plain.accept_lengths) - len(ours.accept_lengths)
-    assert accepted > 0, "no guess ever came true: the test has shown nothing"
+        limits = Limits(rng.randint(1, 40), {number})
+        one_by_one = [decode_plain(backbone, [prompt], limits)[0] for prompt in prompts]
+        together = decode_plain(backbone, prompts, limits)
+        ours = decode_tree(backbone, heads, tree, prompts, limits)
+        for single, plain, answer in zip(one_by_one, together, ours, strict=True):
+            assert answer.tokens == plain.tokens == single.tokens
+            assert sum(answer.accept_lengths) == len(answer.tokens)
+            assert set(plain.accept_lengths) == {1}
+            saved += len(plain.accept_lengths) - len(answer.accept_lengths)
+    assert saved > 0, "no guess ever came true: the test has shown nothing"
+
+
+@pytest.mark.parametrize("num_nodes", [1, 4, 20])
+def test_a_tree_picked_anew_at_each_step(backbone, num_nodes):
+    heads = build_heads(backbone, num_heads=3)
+    rng = random.Random(num_nodes)
+    choices = random_tree(rng, depth=3, num_ranks=6, size=20)
+    prompts = [random_prompt(rng, rng.randint(1, 30)) for _ in range(3)]
+    limits = Limits(30)
+    answers = Answers(len(prompts), limits)
+    proposer = DynamicTree(heads, choices, num_nodes, backbone.device)
+    for _ in tree_steps(backbone, proposer, prompts, answers):
+        pass
+    assert [a.tokens for a in answers.decoded] == answer_plainly(backbone, prompts, limits)
+
+
+def test_a_picked_tree_has_the_likeliest_nodes(backbone):
+    heads = build_heads(backbone, num_heads=2)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in heads.parameters():  # fresh heads are copies of each other
+            parameter.add_(torch.randn_like(parameter))
+    choices = Tree.from_paths(
+        [(i,) for i in range(4)] + [(i, j) for i in range(4) for j in range(4)]
+    )
+    hidden_BD = torch.randn(3, backbone.hidden_size)
+    with torch.inference_mode():
+        draft = DynamicTree(heads, choices, 7, backbone.device)(torch.tensor([1, 2, 3]), hidden_BD)
+        p_BKV = heads(hidden_BD).softmax(-1)
+    for b in range(3):
+        top = [p_BKV[b, k].topk(4) for k in range(2)]
+        chances = {(): 1.0}
+        chances |= {(i,): float(top[0].values[i]) for i in range(4)}
+        chances |= {
+            (i, j): chances[(i,)] * float(top[1].values[j]) for i in range(4) for j in range(4)
+        }
+        best = sorted(chances, key=lambda path: -chances[path])[:7]
+        expected = sorted([int(top[k].indices[r]) for k, r in enumerate(path)] for path in best)
+        paths = []
+        for node in range(7):
+            path, at = [], node
+            while at:
+                path.append(int(draft.tokens_BN[b, at]))
+                at = int(draft.parents_BN[b, at])
+            paths.append(path[::-1])
+            assert int(draft.depths_BN[b, node]) == len(path)
+            assert int(draft.ancestors_BNN[b, node].sum()) == len(path) + 1
+        assert sorted(paths) == expected
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_plain_decoding_equals_model_generate(architecture):
     backbone = Backbone(build_model(architecture))
     prompt = random_prompt(random.Random(1), 9)
-    plain = decode_plain(backbone, prompt, max_new_tokens=24, stop_ids=())
+    [tokens] = answer_plainly(backbone, [prompt], Limits(24))
     theirs = backbone.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
-    assert plain.tokens == theirs[0, len(prompt) :].tolist()
+    assert tokens == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 30])
+def test_a_prompt_in_pieces(backbone, length, monkeypatch):
+    prompts = [random_prompt(random.Random(length), n) for n in (length, 3, 8)]
+    whole = answer_plainly(backbone, prompts, Limits(9))
+    monkeypatch.setattr("medusa_exp.decode.loop._PREFILL_TOKENS", 12)  # 4 of each row
+    assert answer_plainly(backbone, prompts, Limits(9)) == whole
 
 
 @pytest.mark.parametrize(
@@ -90,33 +155,52 @@ def test_plain_decoding_equals_model_generate(architecture):
     ],
 )
 def test_stub_heads(backbone, mood, expected):
-    prompt = [5, 6, 7]
-    limits = {"max_new_tokens": 20, "stop_ids": ()}
-    plain = decode_plain(backbone, prompt, **limits)
-    heads = OracleHeads(plain.tokens, 3, mood)
-    ours = decode_tree(backbone, heads, chain(3), prompt, on_step=heads.saw, **limits)
-    assert ours.tokens == plain.tokens
+    prompt, limits = [5, 6, 7], Limits(20)
+    [answer] = answer_plainly(backbone, [prompt], limits)
+    ours = decode_with_oracle(backbone, OracleHeads(answer, 3, mood), prompt, limits)
+    assert ours.tokens == answer
     assert ours.accept_lengths == expected
+
+
+def decode_with_oracle(backbone, heads, prompt, limits):
+    answers = Answers(1, limits)
+    proposer = StaticTree(heads, chain(3), backbone.device)
+    for [tokens] in tree_steps(backbone, proposer, [prompt], answers):
+        heads.saw(tokens)
+    return answers.decoded[0]
 
 
 def test_a_stop_token_inside_an_accepted_run_ends_the_answer(backbone):
     prompt = [5, 6, 7]
-    answer = decode_plain(backbone, prompt, max_new_tokens=20, stop_ids=()).tokens
+    [answer] = answer_plainly(backbone, [prompt], Limits(20))
     stop = answer[6]
     expected = answer[: answer.index(stop) + 1]
     heads = OracleHeads(answer, 3, "always")
-    ours = decode_tree(
-        backbone, heads, chain(3), prompt, max_new_tokens=20, stop_ids={stop}, on_step=heads.saw
-    )
-    assert ours.tokens == expected
+    assert decode_with_oracle(backbone, heads, prompt, Limits(20, {stop})).tokens == expected
+
+
+def test_a_stop_string_ends_with_the_token_that_completes_it(backbone):
+    prompt = [5, 6, 7]
+    [answer] = answer_plainly(backbone, [prompt], Limits(20))
+
+    def text(tokens):
+        return "".join(f"<{token}>" for token in tokens)
+
+    stop = text(answer[5:8])[1:-2]
+    limits = Limits(20, stop_strings=[stop], decode_text=text)
+    heads = OracleHeads(answer, 3, "always")
+    found = decode_with_oracle(backbone, heads, prompt, limits).tokens
+    assert stop in text(found) and stop not in text(found[:-1]) and found == answer[: len(found)]
+    with pytest.raises(ValueError, match="stop_strings need decode_text"):
+        Limits(20, stop_strings=[stop])
 
 
 @pytest.mark.parametrize("max_new_tokens", [0, 1, 2, 5])
 def test_max_new_tokens_is_exact(backbone, max_new_tokens):
     heads = build_heads(backbone, num_heads=3)
-    limits = {"max_new_tokens": max_new_tokens, "stop_ids": ()}
-    ours = decode_tree(backbone, heads, chain(3), [1, 2], **limits)
-    assert len(ours.tokens) == max_new_tokens
+    for prompts in ([[1, 2]], [[1, 2], [3]]):
+        ours = decode_tree(backbone, heads, chain(3), prompts, Limits(max_new_tokens))
+        assert [len(answer.tokens) for answer in ours] == [max_new_tokens] * len(prompts)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -125,22 +209,32 @@ def test_an_answer_up_to_the_last_position(architecture):
     backbone = Backbone(build_model(architecture))
     heads = build_heads(backbone, num_heads=4)
     prompt = random_prompt(random.Random(2), backbone.max_length - 12)
-    limits = {"max_new_tokens": 12, "stop_ids": ()}
-    plain = decode_plain(backbone, prompt, **limits)
-    assert decode_tree(backbone, heads, chain(4), prompt, **limits).tokens == plain.tokens
+    [ours] = decode_tree(backbone, heads, chain(4), [prompt], Limits(12))
+    assert [ours.tokens] == answer_plainly(backbone, [prompt], Limits(12))
+
+
+def test_rows_end_at_different_times_from_the_first_step_on(backbone):
+    heads = build_heads(backbone, num_heads=3)
+    prompts = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6], [8, 8]]
+    alone = answer_plainly(backbone, prompts, Limits(30))
+    stops = {alone[0][0], alone[2][9], alone[3][20]}  # the first row has but one token
+    expected = [answer_plainly(backbone, [p], Limits(30, stops))[0] for p in prompts]
+    tree = random_tree(random.Random(0), depth=3, num_ranks=5, size=12)
+    ours = decode_tree(backbone, heads, tree, prompts, Limits(30, stops))
+    assert [answer.tokens for answer in ours] == expected
+    assert len(ours[0].tokens) == 1 and len({len(answer.tokens) for answer in ours}) > 2
 
 
 def test_too_long_and_empty_prompts(backbone):
     with pytest.raises(UserError, match=r"127 tokens and 2 new ones make 129; the model has 128"):
-        decode_plain(backbone, [1] * 127, max_new_tokens=2, stop_ids=())
+        decode_plain(backbone, [[1], [1] * 127], Limits(2))
     with pytest.raises(UserError, match="no token"):
-        decode_plain(backbone, [], max_new_tokens=2, stop_ids=())
+        decode_plain(backbone, [[1], []], Limits(2))
 
 
 def test_generate_takes_padding_on_either_side(backbone):
     heads = build_heads(backbone, num_heads=2)
-    rows = [[4, 5, 6], [7]]
-    expected = [decode_plain(backbone, r, max_new_tokens=6, stop_ids=()).tokens for r in rows]
+    expected = answer_plainly(backbone, [[4, 5, 6], [7]], Limits(6))
     for ids, mask in (
         ([[4, 5, 6], [7, 0, 0]], [[1, 1, 1], [1, 0, 0]]),
         ([[4, 5, 6], [0, 0, 7]], [[1, 1, 1], [0, 0, 1]]),
@@ -156,4 +250,44 @@ def test_generate_takes_padding_on_either_side(backbone):
         )
         assert result.sequences == expected
         assert [sum(lengths) for lengths in result.accept_lengths] == [6, 6]
-        assert result.num_steps == sum(len(lengths) for lengths in result.accept_lengths)
+        assert result.num_steps == max(len(lengths) for lengths in result.accept_lengths)
+
+
+def test_sampling_hangs_on_the_seed(backbone):
+    heads = build_heads(backbone, num_heads=2)
+    options = {"tree": chain(2), "max_new_tokens": 20, "temperature": 1.0, "eos_token_id": []}
+
+    def sample(seed):
+        ids = torch.tensor([[4, 5], [6, 7]])
+        return generate(backbone, heads, ids, seed=seed, **options).sequences
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 4, "temperature": 0.8}, {"top_p": 0.8}])
+def test_sampled_continuations_have_the_law_of_plain_sampling(filters):
+    """Chi-square over the first three tokens of 20,000 continuations."""
+    backbone = Backbone(build_model("llama", vocab_size=5, spread=1.5))
+    heads = build_heads(backbone, num_heads=2)
+    tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0)])
+    num, rule = 20_000, Rule("sampling", seed=3, **filters)
+    counts = []
+    for decode in (
+        lambda prompts: decode_tree(backbone, heads, tree, prompts, Limits(3), rule),
+        lambda prompts: decode_plain(backbone, prompts, Limits(3), rule),
+    ):
+        codes = []
+        for _ in range(1):
+            codes += [
+                a * 25 + b * 5 + c for a, b, c in (d.tokens for d in decode([[1, 2, 3]] * num))
+            ]
+        counts.append(torch.bincount(torch.tensor(codes), minlength=125).double())
+    ours, plain = counts
+    both = ours + plain
+    seen = both > 20
+    rest = torch.stack([c[~seen].sum() for c in counts])
+    ours, plain = torch.cat([ours[seen], rest[:1]]), torch.cat([plain[seen], rest[1:]])
+    statistic = ((ours - plain) ** 2 / (ours + plain).clamp(min=1)).sum()
+    freedom = int(seen.sum()) - (0 if rest.sum() else 1)
+    p_value = 1 - torch.special.gammainc(torch.tensor(freedom / 2), (statistic / 2).float())
+    assert p_value > 0.01 and len(ours) > 8

@@ -11,6 +11,7 @@ def record(method, category, tokens, steps, seconds, identical=True):
         "steps": steps,
         "seconds": seconds,
         "baseline_seconds": tokens * 0.1,
+        "baseline_new_tokens": tokens,
         "identical": identical,
     }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model import build_heads
 from medusa_exp.tree import Tree, chain
@@ -51,11 +52,11 @@ def test_replay_counts_the_steps_that_decoding_takes(backbone):
     tree = Tree.from_paths([[0], [0, 0], [1], [2], [1, 0], [0, 0, 0], [3], [0, 1]])
     for _ in range(6):
         prompt = [rng.randrange(64) for _ in range(rng.randint(1, 20))]
-        limits = {"max_new_tokens": rng.randint(1, 60), "stop_ids": {7}}
-        answer = decode_plain(backbone, prompt, **limits).tokens
-        ranks_PK = head_ranks(backbone, heads, prompt, answer)
-        steps = decode_tree(backbone, heads, tree, prompt, **limits).accept_lengths
-        assert num_steps([ranks_PK], tree) == len(steps)
+        limits = Limits(rng.randint(1, 60), {7})
+        [answer] = decode_plain(backbone, [prompt], limits)
+        ranks_PK = head_ranks(backbone, heads, prompt, answer.tokens, max_rank=5)
+        [ours] = decode_tree(backbone, heads, tree, [prompt], limits)
+        assert num_steps([ranks_PK], tree) == len(ours.accept_lengths)
 
 
 def test_counting_where_decoding_stands_finds_a_better_tree():
@@ -72,7 +73,7 @@ def test_head_ranks_by_hand(backbone):
     heads = build_heads(backbone, num_heads=2)
     prompt, answer = [1, 2, 3], [10, 11, 12, 13]
     logits_TV = backbone.model(torch.tensor([prompt + answer])).logits[0]
-    ranks_PK = head_ranks(backbone, heads, prompt, answer)
+    ranks_PK = head_ranks(backbone, heads, prompt, answer, max_rank=64)
     assert ranks_PK.shape == (4, 2)
     for position, truth in enumerate([[11, 12], [12, 13], [13, None], [None, None]]):
         row = logits_TV[len(prompt) - 1 + position]

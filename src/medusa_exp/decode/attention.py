@@ -1,12 +1,14 @@
 """Attention masks of a decoding step, in the form that the backbone's architecture wants.
 
-N tree nodes, P cached positions. Two traps: eager attention takes a boolean mask silently wrong (it
-wants a float one), and models with several kinds of layers want a dict of masks.
+Two traps: eager attention takes a boolean mask silently wrong (it wants a float one), and models
+with several kinds of layers want a dict of masks.
+
+B rows, N tree nodes, P columns of the cache before the tree. A row with fewer than P tokens leaves
+columns unused between its own and the tree's.
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,15 +17,16 @@ from medusa_exp.errors import UserError
 
 
 class StepMask:
-    """Builds the masks of one tree (or of single tokens) at growing cache lengths.
+    """Builds masks over a cache of at most `capacity` columns.
 
-    A node sees every cached position, its ancestors and itself; with a sliding window of w, only
+    A node sees its row's cached tokens, its ancestors and itself; with a sliding window of w, only
     the w newest positions of these, itself included.
+
+    Raises:
+        UserError: the model has layers that are no attention over all or the newest positions.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tree_mask_NN: np.ndarray, depths_N: np.ndarray, capacity: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         window = getattr(config, "sliding_window", None)
@@ -38,38 +41,46 @@ class StepMask:
         self.window = window if (not kinds or "sliding_attention" in kinds) else None
         self.is_eager = config._attn_implementation == "eager"
         self.dtype = model.dtype
-        self.depths_N = torch.from_numpy(depths_N).to(model.device)
-        tree_NN = torch.from_numpy(tree_mask_NN).to(model.device)
-        past_NP = tree_NN.new_ones(len(depths_N), capacity)
-        # The last P + N columns are the mask at cache length P: a view, not a copy, at each step.
-        self.full = torch.cat([past_NP, tree_NN], dim=1)[None, None]
-        self.capacity = capacity
+        self.column_P = torch.arange(capacity, device=model.device)
 
-    def at(self, length: int) -> Any:
-        """Return the mask [1, 1, N, length + N] for `length` cached positions, or a dict of them.
+    def at(self, lengths: list[int], ancestors_BNN: Tensor, depths_BN: Tensor) -> Any:
+        """Return the mask [B, 1, N, P + N], or a dict of them by kind of layer.
 
-        None stands for a single token that sees everything, which needs no mask.
+        None stands for single tokens that see everything, which need no mask.
+
+        Args:
+            lengths: cached tokens of each row; P is the largest.
+            ancestors_BNN: [b, n, m], is m an ancestor of n, or n itself?
+            depths_BN: of each node, 0 for the root.
         """
-        num_nodes = len(self.depths_N)
-        is_clipped = self.window is not None and length + num_nodes > self.window
-        if num_nodes == 1 and not is_clipped and not self.kinds:
+        num_nodes, columns = depths_BN.shape[1], max(lengths)
+        is_even = min(lengths) == columns
+        is_clipped = self.window is not None and columns + num_nodes > self.window
+        if num_nodes == 1 and is_even and not is_clipped and not self.kinds:
             return None
-        full = self.full[..., self.capacity - length :]
-        clipped = full & self._in_window(length) if is_clipped else full
-        if self.kinds:
-            masks = {"full_attention": full, "sliding_attention": clipped}
-            return {kind: self._finish(masks[kind]) for kind in sorted(self.kinds)}
-        return self._finish(clipped)
+        column_P = self.column_P[:columns]
+        lengths_B11 = torch.tensor(lengths, device=column_P.device)[:, None, None]
+        past_BNP = (column_P < lengths_B11).expand(-1, num_nodes, -1)
+        full_BNK = torch.cat([past_BNP, ancestors_BNN.expand(len(lengths), -1, -1)], dim=2)
+        clipped_BNK = full_BNK
+        if is_clipped:
+            clipped_BNK = full_BNK & self._in_window(lengths_B11, depths_BN, column_P)
+        if not self.kinds:
+            return self._finish(clipped_BNK)
+        masks = {"full_attention": full_BNK, "sliding_attention": clipped_BNK}
+        return {kind: self._finish(masks[kind]) for kind in sorted(self.kinds)}
 
-    def _in_window(self, length: int) -> Tensor:
-        """Return [N, length + N], True where the key is fewer than `window` positions back."""
-        device = self.depths_N.device
-        keys = torch.cat([torch.arange(length, device=device), length + self.depths_N])
-        return (length + self.depths_N)[:, None] - keys < self.window
+    def _in_window(self, lengths_B11: Tensor, depths_BN: Tensor, column_P: Tensor) -> Tensor:
+        """Return [B, N, P + N], True where the key is fewer than `window` positions back."""
+        node_B1N = lengths_B11 + depths_BN[:, None, :]
+        past_B1P = column_P.expand(len(node_B1N), 1, -1)
+        key_B1K = torch.cat([past_B1P, node_B1N], dim=2)
+        return node_B1N.transpose(1, 2) - key_B1K < self.window
 
-    def _finish(self, mask: Tensor) -> Tensor:
+    def _finish(self, mask_BNK: Tensor) -> Tensor:
+        mask_B1NK = mask_BNK[:, None]
         if not self.is_eager:
-            return mask
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(
-            ~mask, torch.finfo(self.dtype).min
+            return mask_B1NK
+        return torch.zeros_like(mask_B1NK, dtype=self.dtype).masked_fill_(
+            ~mask_B1NK, torch.finfo(self.dtype).min
         )

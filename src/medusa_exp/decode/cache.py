@@ -1,6 +1,8 @@
-"""A key-value cache of fixed size that keeps the accepted rows of a tree in place.
+"""A key-value cache of fixed size that keeps the accepted nodes of each row's tree in place.
 
-B batch, H key-value heads, T positions, N tree nodes, L accepted nodes.
+B rows, H key-value heads, T columns, N tree nodes. Every row has its tokens in the first columns, a
+column a position. A tree is written behind the longest row, for all rows in the same columns; what
+is accepted then moves to where its row ends.
 """
 
 from typing import Any
@@ -11,18 +13,19 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class _PreallocatedLayer(CacheLayerMixin):
-    """One layer's keys and values [B, H, max_length, head size], of which `length` are in use."""
+    """One layer's keys and values [B, H, capacity, head size], of which `length` are in use."""
 
     is_sliding = False
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, capacity: int) -> None:
         super().__init__()
-        self.max_length = max_length
+        self.capacity = capacity
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def buffer(states: Tensor) -> Tensor:
-            return states.new_empty(*states.shape[:2], self.max_length, states.shape[3])
+            # Zeros: a column of no row is masked, but 0 x NaN would not be.
+            return states.new_zeros(*states.shape[:2], self.capacity, states.shape[3])
 
         self.keys, self.values = buffer(key_states), buffer(value_states)
         self.is_initialized = True
@@ -33,7 +36,7 @@ class _PreallocatedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
-        assert self.length <= self.max_length, "the cache is smaller than the decoding loop thinks"
+        assert self.length <= self.capacity, "the cache is smaller than the decoding loop thinks"
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
@@ -45,35 +48,49 @@ class _PreallocatedLayer(CacheLayerMixin):
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
-        return self.max_length
+        return self.capacity
 
 
 class TreeCache(Cache):
-    """Keys and values of all layers.
+    """Keys and values of all layers, and how many tokens each row has in them.
 
-    Sliding-window layers keep every row too: a window is the attention mask's business here.
+    Sliding-window layers keep every column too: a window is the attention mask's business here.
     """
 
-    def __init__(self, num_layers: int, max_length: int) -> None:
-        super().__init__(layers=[_PreallocatedLayer(max_length) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, capacity: int, num_rows: int) -> None:
+        super().__init__(layers=[_PreallocatedLayer(capacity) for _ in range(num_layers)])
+        self.lengths = [0] * num_rows
 
-    @property
-    def length(self) -> int:
-        """Rows in use."""
-        return self.layers[0].length
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Say how many tokens each row has; columns behind the longest row are free again."""
+        self.lengths = lengths
+        for layer in self.layers:
+            layer.length = max(lengths)
 
-    def commit(self, start: int, path: list[int]) -> None:
-        """Keep, of the rows from `start` on, those of the nodes in `path`, and drop the others.
+    def commit(self, paths: list[list[int]]) -> None:
+        """Keep the accepted nodes of the tree that was last written, and drop the others.
 
         Args:
-            start: the row of the tree's root.
-            path: increasing node numbers L; the first is 0, the root.
+            paths: increasing node numbers of each row; the first is 0, the root.
         """
-        moves = path != list(range(len(path)))
-        rows_L = torch.tensor(path, device=self.layers[0].keys.device) + start if moves else None
-        for layer in self.layers:
-            if rows_L is not None:
+        root = max(self.lengths)
+        moves = [
+            (row, root + node, length + place)
+            for row, (path, length) in enumerate(zip(paths, self.lengths, strict=True))
+            for place, node in enumerate(path)
+            if root + node != length + place
+        ]
+        if moves:
+            device = self.layers[0].keys.device
+            rows_M, from_M, to_M = torch.tensor(moves, device=device).unbind(1)
+            for layer in self.layers:
                 for states in (layer.keys, layer.values):
-                    kept = states.index_select(2, rows_L)
-                    states[:, :, start : start + len(path)] = kept
-            layer.length = start + len(path)
+                    states[rows_M, :, to_M] = states[rows_M, :, from_M]
+        self.set_lengths([n + len(path) for n, path in zip(self.lengths, paths, strict=True)])
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all rows but these."""
+        index = torch.tensor(rows, device=self.layers[0].keys.device)
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
+        self.set_lengths([self.lengths[row] for row in rows])

@@ -1,40 +1,138 @@
-"""Hidden state in, the tree's tokens out.
+"""Certain tokens and hidden states in, trees of guesses out.
 
-D hidden, V vocabulary, K heads, N tree nodes, R ranks.
+B rows, D hidden, V vocabulary, K heads, N tree nodes, R ranks, M nodes to choose from.
 """
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.tree import Tree
 
 
-class Proposer:
-    """Fills a tree with the heads' guesses."""
+@dataclass(frozen=True)
+class Draft:
+    """A tree for each row; what is the same in all rows has B = 1."""
 
-    def __init__(self, heads: nn.Module, tree: Tree, device: torch.device) -> None:
-        self.heads = heads
-        self.num_ranks = max(tree.ranks) + 1
-        self.depth = tree.depth
-        # Where each node's token stands in [root token, head 1's guesses, head 2's, ...].
-        place_N = np.maximum(0, 1 + (tree.depths - 1) * self.num_ranks + np.array(tree.ranks))
-        place_N[0] = 0
-        self.place_N = torch.from_numpy(place_N).to(device)
+    tokens_BN: Tensor
+    parents_BN: Tensor
+    ancestors_BNN: Tensor
+    """[b, n, m]: is m an ancestor of n, or n itself?"""
+    depths_BN: Tensor
 
-    def __call__(self, root_token: Tensor, hidden_1D: Tensor) -> Tensor:
-        """Return tokens_1N: the root's certain token, and a guess at every other node.
+
+class Proposer(Protocol):
+    """Makes a draft of `num_nodes` nodes a row, none deeper than `depth`."""
+
+    num_nodes: int
+    depth: int
+
+    def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
+        """Return trees below the roots.
 
         Args:
-            root_token: [1], the token that follows the hidden state for sure.
-            hidden_1D: the backbone's last hidden state one position before the root.
+            root_B: the token that follows for sure.
+            hidden_BD: the backbone's last hidden state one position before it.
         """
-        if not self.depth:
-            return root_token[None]
-        if isinstance(self.heads, MedusaHeads):  # deeper heads need not be read from memory
-            logits_KV = self.heads(hidden_1D, self.depth)[0]
-        else:
-            logits_KV = self.heads(hidden_1D)[0, : self.depth]
-        guesses_KR = logits_KV.topk(self.num_ranks, dim=-1).indices
-        return torch.cat([root_token, guesses_KR.flatten()])[self.place_N][None]
+        ...
+
+
+class StaticTree:
+    """Fills the same tree with the heads' guesses at every step."""
+
+    def __init__(self, heads: nn.Module, tree: Tree, device: torch.device) -> None:
+        self.num_nodes, self.depth = len(tree), tree.depth
+        self._heads = heads
+        self._num_ranks = max(tree.ranks) + 1
+        self._place_N = torch.from_numpy(_places(tree, self._num_ranks)).to(device)
+        self._parents_1N = torch.tensor([tree.parents], device=device)
+        self._ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
+        self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
+
+    def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
+        """Return trees below the roots; see `Proposer`."""
+        tokens_BN = root_B[:, None]
+        if self.depth:
+            logits_BKV = _head_logits(self._heads, hidden_BD, self.depth)
+            guesses_BKR = logits_BKV.topk(self._num_ranks, dim=-1).indices
+            tokens_BN = torch.cat([tokens_BN, guesses_BKR.flatten(1)], dim=1)[:, self._place_N]
+        return Draft(
+            tokens_BN,
+            self._parents_1N.expand(len(root_B), -1),
+            self._ancestors_1NN,
+            self._depths_1N,
+        )
+
+
+class DynamicTree:
+    """Picks, at every step and for every row, the likeliest nodes of a larger tree.
+
+    A node is as likely as the product of its guesses' probabilities; parents are likelier than
+    their children, so that the N likeliest nodes are a tree, and the best one of N nodes if the
+    heads' probabilities are right and their errors independent.
+    """
+
+    def __init__(
+        self, heads: nn.Module, choices: Tree, num_nodes: int, device: torch.device
+    ) -> None:
+        """Pick from a tree.
+
+        Args:
+            heads: any module with `heads(hidden_BD) -> logits_BKV`.
+            choices: the tree to pick from.
+            num_nodes: how many nodes to pick, the root included.
+            device: where to.
+        """
+        self.num_nodes, self.depth = min(num_nodes, len(choices)), choices.depth
+        self._heads = heads
+        self._num_ranks = max(choices.ranks) + 1
+        self._place_M = torch.from_numpy(_places(choices, self._num_ranks)).to(device)
+        self._parent_M = torch.tensor(choices.parents, device=device).clamp(min=0)
+        self._ancestors_MM = torch.from_numpy(choices.mask).to(device)
+        self._depth_M = torch.from_numpy(choices.depths).to(device)
+
+    def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
+        """Return trees below the roots; see `Proposer`."""
+        logits_BKV = _head_logits(self._heads, hidden_BD, self.depth)
+        top = logits_BKV.double().log_softmax(-1).topk(self._num_ranks, dim=-1)
+        tokens_BM = torch.cat([root_B[:, None], top.indices.flatten(1)], 1)[:, self._place_M]
+        # A root is certain. Equal numbers (a guess of probability 1) must leave parents first.
+        zero_B1 = top.values.new_zeros(len(root_B), 1)
+        step_BM = torch.cat([zero_B1, top.values.flatten(1)], 1)[:, self._place_M] - 1e-9
+        score_BM = step_BM @ self._ancestors_MM.T.to(step_BM.dtype)
+        node_BN = score_BM.topk(self.num_nodes, dim=1).indices.sort(dim=1).values
+        place_BM = torch.zeros_like(score_BM, dtype=torch.long).scatter_(
+            1, node_BN, torch.arange(self.num_nodes, device=node_BN.device).expand_as(node_BN)
+        )
+        parents_BN = place_BM.gather(1, self._parent_M[node_BN])
+        parents_BN[:, 0] = -1
+        return Draft(
+            tokens_BM.gather(1, node_BN),
+            parents_BN,
+            self._ancestors_MM[node_BN[:, :, None], node_BN[:, None, :]],
+            self._depth_M[node_BN],
+        )
+
+
+def _places(tree: Tree, num_ranks: int) -> np.ndarray:
+    """Return where each node's token stands in [root, head 1's guesses, head 2's, ...]."""
+    place_N = 1 + (tree.depths - 1) * num_ranks + np.array(tree.ranks)
+    place_N[0] = 0
+    return place_N
+
+
+def _head_logits(heads: nn.Module, hidden_BD: Tensor, depth: int) -> Tensor:
+    if isinstance(heads, MedusaHeads):  # deeper heads need not be read from memory
+        logits_BKV = heads(hidden_BD.to(heads.dtype), depth)
+    else:
+        logits_BKV = heads(hidden_BD)[:, :depth]
+    if logits_BKV.shape[1] < depth:
+        raise UserError(
+            f"the tree is {depth} guesses deep, and there are {logits_BKV.shape[1]} heads."
+        )
+    return logits_BKV

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from medusa_exp.decode.loop import Decoded, decode_plain, decode_tree
+from medusa_exp.decode.answers import Decoded, Limits
+from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.rule import Rule
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.tree import Tree
@@ -30,8 +32,9 @@ class Answer:
 
 Method = Callable[[list[int]], Answer]
 
-_LOOKUP_TOKENS = 10
-"""Tokens that prompt lookup copies at a time: what the documentation of transformers suggests."""
+LOOKUP_TOKENS = 10
+"""Tokens that prompt lookup copies at a time: what the documentation of transformers suggests. It
+runs so many positions beyond an answer's end."""
 
 
 def build_methods(
@@ -45,13 +48,15 @@ def build_methods(
     rule: str = "greedy",
 ) -> dict[str, Method]:
     """Return name -> method: plain and tree, and the baselines asked for."""
-    limits: Any = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
+    limits = Limits(max_new_tokens, stop_ids)
+    options: Any = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
+    chosen = Rule(rule)
     methods: dict[str, Method] = {
-        "plain": lambda ids: _answer(decode_plain(backbone, ids, **limits)),
-        "tree": lambda ids: _answer(decode_tree(backbone, heads, tree, ids, rule=rule, **limits)),
-        "hf_generate": lambda ids: hf_generate(backbone, ids, **limits),
+        "plain": lambda ids: _answer(decode_plain(backbone, [ids], limits)),
+        "tree": lambda ids: _answer(decode_tree(backbone, heads, tree, [ids], limits, chosen)),
+        "hf_generate": lambda ids: hf_generate(backbone, ids, **options),
         "prompt_lookup": lambda ids: hf_generate(
-            backbone, ids, **limits, prompt_lookup_num_tokens=_LOOKUP_TOKENS
+            backbone, ids, **options, prompt_lookup_num_tokens=LOOKUP_TOKENS
         ),
     }
     return {name: methods[name] for name in ("plain", "tree", *baselines)}
@@ -106,7 +111,8 @@ def timed(method: Method, prompt_ids: list[int], device: torch.device) -> tuple[
     return answer, time.perf_counter() - start
 
 
-def _answer(decoded: Decoded) -> Answer:
+def _answer(row: list[Decoded]) -> Answer:
+    [decoded] = row
     return Answer(decoded.tokens, len(decoded.accept_lengths), decoded.accept_lengths)
 
 

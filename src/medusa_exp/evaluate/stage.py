@@ -13,7 +13,7 @@ from medusa_exp.data.prompts import Prompt, prompts_of
 from medusa_exp.data.sources import load_split
 from medusa_exp.data.tokenised import load_tokenised
 from medusa_exp.decode.stop import stop_ids
-from medusa_exp.evaluate.methods import Answer, Method, build_methods, timed
+from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Answer, Method, build_methods, timed
 from medusa_exp.evaluate.metrics import Record, summarise
 from medusa_exp.files import write_jsonl
 from medusa_exp.model.agreement import measure_agreement
@@ -39,7 +39,8 @@ def run(config: Config, out: Path) -> dict[str, float]:
         conversations,
         tokenizer,
         config,
-        max_positions=backbone.max_length,
+        # Prompt lookup guesses beyond the end of an answer, without regard to the last position.
+        max_positions=backbone.max_length - LOOKUP_TOKENS,
         num_prompts=config.evaluate.num_prompts,
     )
     methods = build_methods(
@@ -101,6 +102,7 @@ def _records(prompt: Prompt, answers: dict[str, tuple[Answer, float]]) -> list[R
             "accept_lengths": answer.accept_lengths,
             "seconds": seconds,
             "baseline_seconds": plain_seconds,
+            "baseline_new_tokens": len(plain.tokens),
             "identical": answer.tokens == plain.tokens,
         }
         for name, (answer, seconds) in answers.items()

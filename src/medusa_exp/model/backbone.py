@@ -31,6 +31,13 @@ class Backbone:
         if self.lm_head is None or model.config.is_encoder_decoder:
             raise UserError(f"{_name(model)} is no decoder-only language model with an lm_head.")
         self.body: nn.Module = model.get_decoder()
+        self.is_checked_for_trees = False
+        """Set by `decode.check.check_trees`."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return _name(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -53,6 +60,22 @@ class Backbone:
         return (
             getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
         )
+
+    def max_length_from(self, prompt_length: int) -> int:
+        """Positions that a prompt of so many tokens may be continued to, in one cache.
+
+        LongRoPE turns all keys differently once a sequence passes the length of pre-training: what
+        is in the cache does not suit what follows. A prompt beyond that length is not concerned.
+        """
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        is_long = isinstance(rope, dict) and rope.get("rope_type") == "longrope"
+        trained = getattr(config, "original_max_position_embeddings", None) or rope.get(
+            "original_max_position_embeddings"
+        )
+        if is_long and trained and prompt_length <= trained:
+            return min(self.max_length, int(trained))
+        return self.max_length
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -78,7 +101,7 @@ class Backbone:
         *,
         mask: Any = None,
         position_ids_BN: Tensor | None = None,
-        last_only: bool = False,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run N more tokens on a cache; return (logits_BNV, hidden_BND).
 
@@ -88,7 +111,7 @@ class Backbone:
             mask: [B, 1, N, past + N], True where to look (or a dict of them by kind of layer);
                 None is plain causal.
             position_ids_BN: None counts on from the cache.
-            last_only: logits and hidden state of the last token alone (N = 1 in the result).
+            keep: numbers of the tokens whose logits and hidden states are wanted; None is all.
         """
         return self._with_lm_head_input(
             input_ids=input_ids_BN,
@@ -96,7 +119,7 @@ class Backbone:
             attention_mask=mask,
             position_ids=position_ids_BN,
             use_cache=True,
-            logits_to_keep=1 if last_only else 0,
+            logits_to_keep=0 if keep is None else keep,
         )
 
     def identity(self) -> str:

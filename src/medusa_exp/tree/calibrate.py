@@ -11,7 +11,7 @@ K heads, P positions, V vocabulary.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from rich.progress import track
 from medusa_exp.config import Config
 from medusa_exp.data.prompts import Prompt, prompts_of
 from medusa_exp.data.sources import load_split
-from medusa_exp.decode.loop import Decoded, decode_plain, decode_tree
+from medusa_exp.decode.answers import Decoded, Limits
+from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.decode.stop import stop_ids
 from medusa_exp.files import write_json
 from medusa_exp.model.backbone import Backbone
@@ -29,7 +30,7 @@ from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.tokenizer import load_tokenizer
-from medusa_exp.tree.choice import CALIBRATION, choose_tree
+from medusa_exp.tree.choice import CALIBRATION, choose_tree, heads_sha256
 from medusa_exp.tree.growth import best_tree, node_shares, num_steps
 from medusa_exp.tree.tree import Tree
 
@@ -61,21 +62,22 @@ def run(config: Config, out: Path) -> dict[str, float]:
         max_positions=backbone.max_length,
         num_prompts=config.tree.num_prompts,
     )
-    limit = config.decode.max_new_tokens
-    stops = stop_ids(config, backbone, tokenizer)
+    limits = Limits(config.decode.max_new_tokens, stop_ids(config, backbone, tokenizer))
     answers = [
-        decode_plain(backbone, prompt.input_ids, max_new_tokens=limit, stop_ids=stops)
+        decode_plain(backbone, [prompt.input_ids], limits)[0]
         for prompt in track(prompts, "answering held-out prompts")
     ]
+    max_rank = min(config.tree.max_rank, backbone.vocab_size)
     ranks = [
-        head_ranks(backbone, heads, prompt.input_ids, answer.tokens)
+        head_ranks(backbone, heads, prompt.input_ids, answer.tokens, max_rank)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     max_nodes = config.tree.max_nodes
     sizes = [*(size for size in _SIZES if size < max_nodes), max_nodes]
-    trees = dict.fromkeys(best_tree(ranks, size, config.tree.max_rank) for size in sizes)
+    trees = dict.fromkeys(best_tree(ranks, size, max_rank) for size in sizes)
     timing = time_steps(backbone, heads, list(trees), prompts, answers)
-    calibration = choose(ranks, timing, config.tree.max_rank)
+    calibration = choose(ranks, timing, max_rank)
+    calibration["heads_sha256"] = heads_sha256(out)
     write_json(out / CALIBRATION, calibration)
     tree = choose_tree(config, out, heads.num_heads)
     tree.save(out / "tree.json")
@@ -93,21 +95,27 @@ def run(config: Config, out: Path) -> dict[str, float]:
 
 @torch.inference_mode()
 def head_ranks(
-    backbone: Backbone, heads: MedusaHeads, prompt_ids: list[int], answer_ids: list[int]
+    backbone: Backbone,
+    heads: MedusaHeads,
+    prompt_ids: list[int],
+    answer_ids: list[int],
+    max_rank: int,
 ) -> np.ndarray:
     """Return ranks_PK: where token t of the answer is certain, the rank of token t+k to head k.
 
-    Beyond the answer's end no guess comes true: there the rank is V.
+    What is not among the first `max_rank` guesses, or stands beyond the answer's end, has rank
+    `max_rank`. Guesses are picked as `decode.propose` picks them, ties included.
     """
     num_heads = heads.num_heads
     ids = torch.tensor([*prompt_ids, *answer_ids], device=backbone.device)
     hidden_PD = backbone.hidden_states(ids[None])[0, len(prompt_ids) - 1 : -1]
-    logits_PKV = heads(hidden_PD)
+    logits_PKV = heads(hidden_PD.to(heads.dtype))
     answer = torch.cat([ids[len(prompt_ids) :], ids.new_full((num_heads,), -1)])
     truth_PK = answer.unfold(0, num_heads + 1, 1)[:, 1:]
-    true_logits_PK1 = logits_PKV.gather(2, truth_PK.clamp(min=0)[..., None])
-    ranks_PK = (logits_PKV > true_logits_PK1).sum(-1)
-    return ranks_PK.masked_fill(truth_PK < 0, logits_PKV.shape[-1]).cpu().numpy()
+    guesses_PKR = logits_PKV.topk(max_rank, dim=-1).indices
+    is_true_PKR = guesses_PKR == truth_PK[..., None]
+    rank_R = torch.arange(max_rank, device=ids.device)
+    return torch.where(is_true_PKR, rank_R, max_rank).amin(-1).cpu().numpy()
 
 
 def time_steps(
@@ -122,20 +130,19 @@ def time_steps(
     plain: list[float] = []
     longest = max(range(len(answers)), key=lambda i: len(answers[i].tokens))
     prompt = prompts[longest].input_ids
-    options: Any = {
-        "max_new_tokens": min(_TIMING_TOKENS, backbone.max_length - len(prompt)),
-        "stop_ids": (),  # every round takes the same number of tokens
-    }
+    # Without stop ids: every round takes the same number of tokens.
+    room = backbone.max_length_from(len(prompt)) - len(prompt)
+    limits = Limits(max(2, min(_TIMING_TOKENS, room)))  # a step after the prompt's, at least
     for round_number in track(range(_TIMING_ROUNDS + 1), "timing steps"):
-        plain_steps = decode_plain(backbone, prompt, **options).step_seconds
+        [answer] = decode_plain(backbone, [prompt], limits)
         for tree in trees:
-            steps = decode_tree(backbone, heads, tree, prompt, **options).step_seconds
+            [over_tree] = decode_tree(backbone, heads, tree, [prompt], limits)
             if round_number:  # the first round warms up
-                seconds[tree] += steps[1:]
+                seconds[tree] += over_tree.step_seconds[1:]
         if round_number:
-            plain += plain_steps[1:]
+            plain += answer.step_seconds[1:]
     by_tree = {tree: median(taken) for tree, taken in seconds.items()}
-    return Timing(by_tree, median(plain), fmean(answer.step_seconds[0] for answer in answers))
+    return Timing(by_tree, median(plain), median(answer.step_seconds[0] for answer in answers))
 
 
 def choose(answers: list[np.ndarray], timing: Timing, max_rank: int = 10) -> dict[str, Any]:

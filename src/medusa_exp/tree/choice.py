@@ -5,10 +5,15 @@ from pathlib import Path
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.files import read_json
+from medusa_exp.files import read_json, sha256_file
 from medusa_exp.tree.tree import Tree, chain
 
 CALIBRATION = "calibration.json"
+
+
+def heads_sha256(out: Path) -> str:
+    """Name the heads of a run, to know what a calibration was made with."""
+    return sha256_file(out / "heads" / "model.safetensors")
 
 
 def choose_tree(config: Config, out: Path, num_heads: int) -> Tree:
@@ -28,6 +33,11 @@ def choose_tree(config: Config, out: Path, num_heads: int) -> Tree:
         if calibration is None:
             raise UserError(
                 f"{out / CALIBRATION} does not exist: run stage calibrate, or set tree=chain."
+            )
+        if calibration.get("heads_sha256") != heads_sha256(out):
+            raise UserError(
+                f"{out / CALIBRATION} was measured with other heads than those in {out / 'heads'}: "
+                "run stage calibrate again, or set tree=chain."
             )
         tree = Tree(**calibration["tree"])
     else:

@@ -1,7 +1,8 @@
 """Ranks of what came true in; the best tree of every size out.
 
 An answer's ranks_PK say, at each of its P positions, which guess of head k was the token that
-came. With them a decoding run can be replayed exactly, for any tree, without the model.
+came. With them a decoding run can be replayed for any tree, without the model: exactly in float32;
+in lower precision the shape of a step's batch moves logits a little, and now and then a rank.
 
 The reference counts at all positions alike. Decoding does not visit them alike: it jumps over what
 is easy, and stands where a run of guesses has just ended, so that such a mean promises more than

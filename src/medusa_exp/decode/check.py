@@ -1,0 +1,97 @@
+"""A backbone in; nothing out, or the reason why it cannot be decoded with trees of guesses."""
+
+import torch
+from torch import Tensor
+
+from medusa_exp.decode.attention import StepMask
+from medusa_exp.decode.cache import TreeCache
+from medusa_exp.errors import UserError
+from medusa_exp.model.backbone import Backbone
+
+_PROMPT = [1, 2, 3]
+_TOKENS = [4, 5, 6, 7, 5]
+_PARENTS = [-1, 0, 0, 1, 2]
+_PATH = [0, 2, 4]
+_NEXT = 6
+_TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}
+"""Of the spread of logits. A wrong mask or position moves them by about their whole spread."""
+_HALF_TOLERANCE = 0.25
+
+
+@torch.inference_mode()
+def check_trees(backbone: Backbone) -> None:
+    """Check a small tree with a branch, and the step after it, against plain forward calls.
+
+    Whether an architecture heeds a mask and positions of our own cannot be seen from its config:
+    some ignore them without a word. Done once for each backbone.
+
+    Raises:
+        UserError: this model ignores or refuses them.
+    """
+    if backbone.is_checked_for_trees:
+        return
+    config = backbone.model.config.get_text_config()
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise UserError(f"{backbone.name} has windows that count rows of the cache, not positions.")
+    try:
+        found_2V = _by_tree(backbone)
+        expected_2V = _plainly(backbone)
+    except UserError:
+        raise
+    except Exception as error:  # of whatever the model's own code does with what it does not know
+        raise UserError(
+            f"{backbone.name} cannot be decoded with trees: it refuses an attention mask or a "
+            f"cache of our own ({type(error).__name__}: {str(error)[:200]})."
+        ) from error
+    tolerance = _TOLERANCE.get(backbone.model.dtype, _HALF_TOLERANCE)
+    difference = (found_2V - expected_2V).abs().max()
+    if not difference <= tolerance * expected_2V.std() + 1e-6:
+        raise UserError(
+            f"{backbone.name} cannot be decoded with trees: it does not heed an attention mask or "
+            f"positions of our own (its logits are off by {difference:.3g})."
+        )
+    backbone.is_checked_for_trees = True
+
+
+def _by_tree(backbone: Backbone) -> Tensor:
+    """Return logits after the tree's last node on the path, and after the token behind it."""
+    device, rows = backbone.device, backbone.vocab_size
+    num_layers = backbone.model.config.get_text_config().num_hidden_layers
+    capacity = len(_PROMPT) + len(_TOKENS) + 1
+    cache, mask = TreeCache(num_layers, capacity, 1), StepMask(backbone.model, capacity)
+    backbone.forward(torch.tensor([_PROMPT], device=device) % rows, cache)
+    cache.set_lengths([len(_PROMPT)])
+    ancestors_NN = torch.eye(len(_TOKENS), dtype=torch.bool)
+    depths = [0] * len(_TOKENS)
+    for node, parent in enumerate(_PARENTS[1:], 1):
+        ancestors_NN[node] |= ancestors_NN[parent]
+        depths[node] = depths[parent] + 1
+    first_V = _step(backbone, cache, mask, _TOKENS, ancestors_NN, depths)[_PATH[-1]]
+    cache.commit([_PATH])
+    one_11 = torch.ones(1, 1, dtype=torch.bool)
+    return torch.stack([first_V, _step(backbone, cache, mask, [_NEXT], one_11, [0])[0]])
+
+
+def _step(
+    backbone: Backbone,
+    cache: TreeCache,
+    mask: StepMask,
+    tokens: list[int],
+    ancestors_NN: Tensor,
+    depths: list[int],
+) -> Tensor:
+    device = backbone.device
+    depths_1N = torch.tensor([depths], device=device)
+    logits_1NV, _ = backbone.forward(
+        torch.tensor([tokens], device=device) % backbone.vocab_size,
+        cache,
+        mask=mask.at(cache.lengths, ancestors_NN[None].to(device), depths_1N),
+        position_ids_BN=depths_1N + cache.lengths[0],
+    )
+    return logits_1NV[0].float()
+
+
+def _plainly(backbone: Backbone) -> Tensor:
+    tokens = [*_PROMPT, *(_TOKENS[node] for node in _PATH), _NEXT]
+    ids_1T = torch.tensor([tokens], device=backbone.device) % backbone.vocab_size
+    return backbone.model(input_ids=ids_1T, use_cache=False).logits[0, -2:].float()

@@ -1,0 +1,71 @@
+"""How the next token is chosen: the settings of `verify`, and the random numbers that it needs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medusa_exp.decode.verification import RULES, Verdict, verify
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The arguments of `verification.verify` that stay the same from step to step."""
+
+    name: str = "greedy"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    epsilon: float = 0.09
+    alpha: float = 0.3
+    seed: int | None = None
+    """Of sampling; None draws anew each time."""
+
+    def __post_init__(self) -> None:
+        if self.name not in RULES:
+            raise ValueError(f"rule={self.name} is not known: use one of {', '.join(RULES)}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie between 0 and 1.")
+        if self.name != "greedy" and not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0, or use greedy.")
+
+
+class Judge:
+    """Applies a rule, step after step."""
+
+    def __init__(self, rule: Rule, device: torch.device) -> None:
+        self.rule = rule
+        self._generator = torch.Generator(device)
+        if rule.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(rule.seed)
+        self._options: dict[str, Any] = {
+            "rule": rule.name,
+            "temperature": rule.temperature,
+            "top_k": rule.top_k,
+            "top_p": rule.top_p,
+            "epsilon": rule.epsilon,
+            "alpha": rule.alpha,
+        }
+
+    def __call__(
+        self, logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, max_depth: int
+    ) -> Verdict:
+        """Return the verdict on a step's trees."""
+        uniforms_BN = None
+        if self.rule.name == "sampling":
+            uniforms_BN = torch.rand(
+                tokens_BN.shape, generator=self._generator, device=tokens_BN.device
+            )
+        return verify(
+            logits_BNV,
+            tokens_BN,
+            parents_BN,
+            uniforms_BN=uniforms_BN,
+            max_depth=max_depth,
+            **self._options,
+        )
