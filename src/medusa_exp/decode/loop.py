@@ -67,7 +67,7 @@ def plain_steps(
     depth_11 = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
     logits_B1V, _ = _prefill(backbone, prompts, cache)
     while answers.active:
-        token_B = _next_token(judge, logits_B1V)
+        token_B = judge.next_token(logits_B1V)
         yield answers.commit([[token] for token in token_B.tolist()])
         [token_B] = _drop_ended(answers, cache, token_B)
         if answers.active:
@@ -101,7 +101,7 @@ def tree_steps(
     logits_B1V, hidden_BD = _prefill(backbone, prompts, cache)
     if not answers.active:
         return
-    root_B = _next_token(judge, logits_B1V)
+    root_B = judge.next_token(logits_B1V)
     yield answers.commit([[token] for token in root_B.tolist()])
     root_B, hidden_BD = _drop_ended(answers, cache, root_B, hidden_BD)
     while answers.active:
@@ -181,12 +181,6 @@ def _prefill(
                 logits[row], hidden[row] = logits_BEV[row, place], hidden_BED[row, place]
     cache.set_lengths(lengths)
     return torch.stack(logits)[:, None], torch.stack(hidden)
-
-
-def _next_token(judge: Judge, logits_B1V: Tensor) -> Tensor:
-    """Choose the token after a single one: a tree that is only a root."""
-    nothing_B1 = torch.zeros(len(logits_B1V), 1, dtype=torch.long, device=logits_B1V.device)
-    return judge(logits_B1V, nothing_B1, nothing_B1 - 1, max_depth=0).next_token_B
 
 
 def _positions(cache: TreeCache, depths_BN: Tensor, last: int) -> Tensor:

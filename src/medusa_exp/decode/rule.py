@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.verification import RULES, Verdict, verify
+from medusa_exp.decode.verification import RULES, Verdict, verify, without_nan
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,13 @@ class Judge:
             "epsilon": rule.epsilon,
             "alpha": rule.alpha,
         }
+
+    def next_token(self, logits_B1V: Tensor) -> Tensor:
+        """Choose the token after a single one: what `verify` says of a tree that is only a root."""
+        if self.rule.name != "sampling":  # by a shorter way: this is the step of the baseline
+            return without_nan(logits_B1V)[:, 0].argmax(-1)
+        nothing_B1 = torch.zeros(len(logits_B1V), 1, dtype=torch.long, device=logits_B1V.device)
+        return self(logits_B1V, nothing_B1, nothing_B1 - 1, max_depth=0).next_token_B
 
     def __call__(
         self, logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, max_depth: int

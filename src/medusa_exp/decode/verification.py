@@ -83,10 +83,10 @@ def verify(
         raise ValueError("rule=sampling needs uniforms_BN, a number in [0, 1) for each node.")
     nodes = _Nodes(tokens_BN, parents_BN, max_depth)
     if rule == "greedy":
-        return _greedy(nodes, _without_nan(logits_BNV))
+        return _greedy(nodes, without_nan(logits_BNV))
     if rule == "typical":
         p_BNV = probabilities(logits_BNV, temperature)
-        return _typical(nodes, _without_nan(logits_BNV), p_BNV, epsilon, alpha)
+        return _typical(nodes, without_nan(logits_BNV), p_BNV, epsilon, alpha)
     assert uniforms_BN is not None
     return _sampling(nodes, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
 
@@ -204,5 +204,6 @@ def _child_probability(nodes: _Nodes, p_BNV: Tensor) -> Tensor:
     return p_BN.masked_fill(~nodes.is_child_BN | is_copy_BN, 0.0)
 
 
-def _without_nan(logits_BNV: Tensor) -> Tensor:
+def without_nan(logits_BNV: Tensor) -> Tensor:
+    """Return logits with minus infinity for NaN."""
     return logits_BNV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
