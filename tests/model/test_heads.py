@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModel
 import medusa_exp
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, MedusaHeads, build_heads, load_heads, save_heads
+from medusa_exp.model.heads import StackedHeads
 
 
 def test_blocks_share_no_storage(backbone):
@@ -82,3 +83,19 @@ def test_heads_that_are_not_there_or_broken(backbone, tmp_path):
 def test_an_unknown_kind(backbone):
     with pytest.raises(ValueError, match="kind=hydra"):
         build_heads(backbone, num_heads=1, kind="hydra")
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2])
+@pytest.mark.parametrize("architecture", ["llama", "phi"])  # phi's lm_head has a bias
+def test_stacked_heads_are_the_same_heads(architecture, num_layers):
+    heads = build_heads(Backbone(build_model(architecture)), num_heads=3, num_layers=num_layers)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    hidden_BD = torch.randn(5, 32)
+    stacked = StackedHeads(heads, torch.float32)
+    for count in (None, 2):
+        torch.testing.assert_close(stacked(hidden_BD, count), heads(hidden_BD, count))
+    half = StackedHeads(heads, torch.bfloat16)(hidden_BD)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), heads(hidden_BD), rtol=0.1, atol=0.2)

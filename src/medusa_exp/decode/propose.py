@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa_exp.errors import UserError
-from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.heads import MedusaHeads, StackedHeads
 from medusa_exp.tree import Tree
 
 
@@ -127,7 +127,7 @@ def _places(tree: Tree, num_ranks: int) -> np.ndarray:
 
 
 def _head_logits(heads: nn.Module, hidden_BD: Tensor, depth: int) -> Tensor:
-    if isinstance(heads, MedusaHeads):  # deeper heads need not be read from memory
+    if isinstance(heads, MedusaHeads | StackedHeads):  # deeper heads need not be read
         logits_BKV = heads(hidden_BD.to(heads.dtype), depth)
     else:
         logits_BKV = heads(hidden_BD)[:, :depth]

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 
 from medusa_exp.decode.answers import Decoded, Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.decode.rule import Rule
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.tree import Tree
 
 
@@ -39,7 +39,7 @@ runs so many positions beyond an answer's end."""
 
 def build_methods(
     backbone: Backbone,
-    heads: MedusaHeads,
+    heads: nn.Module,
     tree: Tree,
     *,
     max_new_tokens: int,

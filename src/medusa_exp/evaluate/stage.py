@@ -18,6 +18,7 @@ from medusa_exp.evaluate.metrics import Record, summarise
 from medusa_exp.files import write_jsonl
 from medusa_exp.model.agreement import measure_agreement
 from medusa_exp.model.checkpoint import load_heads
+from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.tree.choice import choose_tree
@@ -31,7 +32,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     """Answer the prompts with every method, in turn, and compare."""
     backbone = load_backbone(config)
     tokenizer = load_tokenizer(config)
-    heads = load_heads(out / "heads", backbone)
+    heads = stack_heads(load_heads(out / "heads", backbone), backbone)
     tree = choose_tree(config, out, heads.num_heads)
     tree.save(out / "tree.json")
     conversations = load_split(config, "test")

@@ -89,6 +89,51 @@ class MedusaHeads(PreTrainedModel):
         """Leave what the constructors made: transformers would draw every Linear anew."""
 
 
+class StackedHeads(nn.Module):
+    """The same heads for decoding: one tensor a layer instead of one a head and layer.
+
+    A step runs all heads on one hidden state; together they take a half to a quarter of the time
+    that they take one by one. In another dtype guesses may differ in a near-tie; what is decoded
+    does not, for guesses are only guesses.
+    """
+
+    def __init__(self, heads: MedusaHeads, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads, self.dtype = heads.num_heads, dtype
+
+        def stacked(layers: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+            weight_KIO = torch.stack([layer.weight.detach().T for layer in layers])
+            biases = [layer.bias for layer in layers if layer.bias is not None]
+            bias_K1O = torch.stack(biases).detach()[:, None].to(dtype) if biases else None
+            return weight_KIO.to(dtype).contiguous(), bias_K1O
+
+        depth = heads.config.num_layers
+        self.layers = [stacked([b[i].linear for b in heads.blocks]) for i in range(depth)]
+        self.projection = stacked(list(heads.lm_heads))
+
+    @torch.no_grad()
+    def forward(self, hidden_BD: Tensor, num_heads: int | None = None) -> Tensor:
+        """Return logits_BKV of the first `num_heads` heads (all of them by default)."""
+        count = self.num_heads if num_heads is None else num_heads
+        x_KBD = hidden_BD.to(self.dtype).expand(count, -1, -1)
+        for layer in self.layers:
+            x_KBD = x_KBD + silu(_stacked_linear(x_KBD, layer, count))
+        return _stacked_linear(x_KBD, self.projection, count).transpose(0, 1)
+
+
+def stack_heads(heads: MedusaHeads, backbone: Backbone) -> StackedHeads:
+    """Stack heads for decoding with a backbone: on a GPU in its dtype, for half the reading."""
+    dtype = backbone.model.dtype if backbone.device.type == "cuda" else heads.dtype
+    return StackedHeads(heads, dtype)
+
+
+def _stacked_linear(x_KBI: Tensor, layer: tuple[Tensor, Tensor | None], count: int) -> Tensor:
+    weight_KIO, bias_K1O = layer
+    if bias_K1O is None:
+        return torch.bmm(x_KBI, weight_KIO[:count])
+    return torch.baddbmm(bias_K1O[:count], x_KBI, weight_KIO[:count])
+
+
 AutoConfig.register("medusa", MedusaHeadsConfig)
 AutoModel.register(MedusaHeadsConfig, MedusaHeads)
 

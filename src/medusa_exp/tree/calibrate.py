@@ -27,7 +27,7 @@ from medusa_exp.decode.stop import stop_ids
 from medusa_exp.files import write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
-from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.heads import MedusaHeads, StackedHeads, stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.tree.choice import CALIBRATION, choose_tree, heads_sha256
@@ -54,7 +54,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     """Measure, choose, and write `calibration.json` and `tree.json`."""
     backbone = load_backbone(config)
     tokenizer = load_tokenizer(config)
-    heads = load_heads(out / "heads", backbone)
+    heads = stack_heads(load_heads(out / "heads", backbone), backbone)
     prompts = prompts_of(
         load_split(config, "val"),
         tokenizer,
@@ -96,7 +96,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
 @torch.inference_mode()
 def head_ranks(
     backbone: Backbone,
-    heads: MedusaHeads,
+    heads: MedusaHeads | StackedHeads,
     prompt_ids: list[int],
     answer_ids: list[int],
     max_rank: int,
@@ -120,7 +120,7 @@ def head_ranks(
 
 def time_steps(
     backbone: Backbone,
-    heads: MedusaHeads,
+    heads: MedusaHeads | StackedHeads,
     trees: list[Tree],
     prompts: list[Prompt],
     answers: list[Decoded],
