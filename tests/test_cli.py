@@ -155,6 +155,8 @@ def test_a_multirun_shares_the_pretrained_model(run_dir, workplace):
         (["+experiment=smoke", "stages=[calibrate]"], "run stage train first"),
         (["run_dir=run", "-m", "head.num_heads=1,2"], "leave out run_dir, or leave out -m"),
         (["run_dir=run", "+experiment=quickstart"], "an experiment belongs to a new run"),
+        (["hydra.run.dir=run", "stages=[report]"], "there are runs in that directory"),
+        (["run_dir=${oc.env:PWD}/run"], "give run_dir as a plain path"),
         (["run_dir=run", "stages=[evaluate]", "decode.stop_ids=[9999]"], "stop_ids=9999"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -170,6 +172,13 @@ def test_a_problem_is_one_message_and_exit_code_1(run_dir, workplace, arguments,
 def test_the_traceback_is_there_for_those_who_ask(workplace):
     result = medusa_exp("+experiment=medusa1", "logger=none", cwd=workplace, HYDRA_FULL_ERROR="1")
     assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_a_run_whose_config_was_refused_is_no_run_yet(workplace):
+    refused = medusa_exp("+experiment=smoke", "run_dir=new", "head.num_heads=99", cwd=workplace)
+    assert refused.returncode == 1 and "head.num_heads=99" in refused.stderr
+    result = medusa_exp("+experiment=smoke", "run_dir=new", "stages=[pretrain]", cwd=workplace)
+    assert result.returncode == 0, result.stderr
 
 
 def test_wandb_offline(run_dir, workplace):

@@ -19,6 +19,8 @@ from medusa_exp.config import load_saved
 from medusa_exp.errors import UserError
 
 SAVED = Path(".hydra/config.yaml")
+_BEGUN = "run.json"
+"""Without it no stage ever began in a directory: its config was refused, and is none to keep."""
 _OVERRIDES = Path(".hydra/overrides.yaml")
 
 
@@ -28,8 +30,9 @@ def arguments(argv: list[str]) -> list[str]:
     Raises:
         UserError: `argv` asks for what an existing run cannot do (a sweep, another experiment).
     """
+    _refuse_hidden_run_dirs(argv)
     run_dir = _run_dir(argv)
-    if run_dir is None or not (run_dir / SAVED).is_file():
+    if run_dir is None or not _has_begun(run_dir):
         return argv
     if {"-m", "--multirun"} & set(argv):
         raise UserError(
@@ -72,7 +75,25 @@ def new_overrides(out: Path, hydra_config: HydraConf) -> list[str]:
 
 def _continues(out: Path, hydra_config: HydraConf) -> bool:
     subdir = hydra_config.output_subdir
-    return bool(subdir) and subdir != SAVED.parent.name and (out / SAVED).is_file()
+    return bool(subdir) and subdir != SAVED.parent.name and _has_begun(out)
+
+
+def _has_begun(run_dir: Path) -> bool:
+    return (run_dir / SAVED).is_file() and (run_dir / _BEGUN).is_file()
+
+
+def _refuse_hidden_run_dirs(argv: list[str]) -> None:
+    """Refuse ways to name an existing run in which Hydra would write over its record."""
+    for override in _overrides(argv):
+        key, _, value = override.lstrip("+").partition("=")
+        place = Path(value.strip("'\""))
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and any(place.glob(f"**/{SAVED}")):
+            raise UserError(
+                f"{override}: there are runs in that directory. Name one of them by run_dir to go "
+                "on with it, or choose another directory."
+            )
+        if key == "run_dir" and "${" in value:
+            raise UserError(f"{override}: give run_dir as a plain path, without ${{...}}.")
 
 
 def _run_dir(argv: list[str]) -> Path | None:
