@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from tokenizers import (
+    AddedToken,
     Tokenizer,
     decoders,
     models,
@@ -157,7 +158,7 @@ _CORPUS = [
     "[INST] 1 + 1 = 2 [/INST]",
     "(hm)a",
 ] * 4
-TOKENIZERS = ("bytes", "bytes, trimmed offsets", "metaspace", "normalised")
+TOKENIZERS = ("bytes", "bytes, trimmed offsets", "metaspace", "normalised", "swallowing")
 
 
 @cache
@@ -187,7 +188,7 @@ def _backend(kind: str) -> Tokenizer:
         _CORPUS,
         trainers.BpeTrainer(
             vocab_size=700,
-            special_tokens=[*_SPECIAL, *fallback],
+            special_tokens=[*(_SPECIAL[:3] if kind == "swallowing" else _SPECIAL), *fallback],
             initial_alphabet=alphabet,
             show_progress=False,
         ),
@@ -197,12 +198,15 @@ def _backend(kind: str) -> Tokenizer:
 
 @cache
 def build_tokenizer(kind: str, template: str) -> PreTrainedTokenizerFast:
+    marks: list = _SPECIAL[3:]
+    if kind == "swallowing":  # as Phi-3: its marks take the blanks behind them along
+        marks = [AddedToken(mark, rstrip=True, special=True) for mark in marks]
     return PreTrainedTokenizerFast(
         tokenizer_object=_backend(kind),
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens=_SPECIAL[3:],
+        extra_special_tokens=marks,
         chat_template=template,
         clean_up_tokenization_spaces=False,
     )

@@ -181,6 +181,24 @@ def test_a_run_whose_config_was_refused_is_no_run_yet(workplace):
     assert result.returncode == 0, result.stderr
 
 
+def test_several_sources_on_the_command_line(workplace, run_dir):
+    """As the README has it, and without a model: a look at the data."""
+    (data,) = (workplace / "outputs/cache/synthetic").glob("*.json")
+    (model,) = {p.parent for p in (workplace / "outputs/cache/pretrained").glob("*/config.json")}
+    result = medusa_exp(
+        "stages=[inspect]",
+        f"+dataset.sources={{a: {{path: {data}}}, b: {{path: {data}, weight: 0.5}}}}",
+        f"tokenizer.path={model}",
+        "+tokenizer.special_tokens.unk_token='<unk>'",
+        "logger=none",
+        "run_dir=look",
+        cwd=workplace,
+    )
+    assert result.returncode == 0, result.stderr
+    found = read(workplace / "look/data.json")["sources"]
+    assert found["a"]["kept records"] == 120 and found["b"]["dropped"] == {"duplicate": 120}
+
+
 def test_wandb_offline(run_dir, workplace):
     result = medusa_exp(
         "stages=[evaluate]",

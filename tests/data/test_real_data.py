@@ -25,10 +25,13 @@ def test_trained_tokens_spell_the_replies(directory, chat):
     conversations = list(read_conversations(chat))
     rows = sample_rows((("chat", conversation) for conversation in conversations), tokenizer)
     said: dict[str, str] = {}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
     for row in rows:
         rendered = row.rendered
         assert rendered.input_ids.count(tokenizer.bos_token_id) <= 1
         ids = [i for i, t in zip(rendered.input_ids, rendered.is_trained, strict=True) if t]
+        assert ids[-1] in special, "the mark that ends a turn is not trained"
         said.setdefault(row.conversation_id, "")
         said[row.conversation_id] += tokenizer.decode(ids, skip_special_tokens=True)
     for conversation in conversations:

@@ -33,7 +33,7 @@ def turns(found):
         {"conversations": [HI, HELLO], "messages": "", "extra": [1, {"a": None}]},
         {"conversations": [HI | {"weight": 0, "role": None}, HELLO | {"content": None}]},
         {"messages": [{"role": "user", "content": ["H", {"type": "text", "text": "i"}]}, HELLO]},
-        {"messages": [HI, {"role": "assistant", "content": "Hello!", "tool_calls": [{"id": 1}]}]},
+        {"messages": [HI, {"role": "Assistant", "content": "Hello!", "tool_calls": []}]},
         {"conversations": [HI, HELLO], "system": None},
         {"conversations": [HI, HELLO], "system": " \n"},
     ],
@@ -110,11 +110,15 @@ def test_a_system_text_beside_the_turns_comes_first(system):
         ),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-            "tool calls without content",
+            "tool calls are not supported",
         ),
         (
             {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
-            "tool calls without content",
+            "tool calls are not supported",
+        ),
+        (
+            {"messages": [HI, {"role": "assistant", "content": "So:", "tool_calls": [{"id": 1}]}]},
+            "tool calls are not supported",
         ),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},

@@ -118,6 +118,69 @@ def test_wrong_generation_tags_are_ignored_and_said(tokenizer, caplog, template)
     assert "tags do not mark each reply" in caplog.text
 
 
+def test_generation_tags_where_the_assistant_begins(tokenizer):
+    tokenizer.chat_template = (
+        "{{ messages[0].role }}{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    (row,) = render(chat(("a", "welcome"), ("u", "q"), ("a", "x")), tokenizer)
+    assert trained(row, tokenizer) == "welcome<|end|>x<|end|>"
+
+
+def test_a_template_that_leaves_out_empty_turns(tokenizer, caplog):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}"
+        "{% endfor %}"
+    )
+    (row,) = render(chat(("u", "q"), ("a", ""), ("u", "r"), ("a", "x")), tokenizer)
+    assert trained(row, tokenizer) == "x<|end|>"
+    assert "leaves out empty assistant turns" in caplog.text
+
+
+def test_what_a_template_leaves_out_is_said(tokenizer, caplog):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|{{ m.role }}|>"
+        "{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    messages = [Message("user", "q"), Message("assistant", "call")]
+    messages += [Message("tool", "42"), Message("assistant", "It is 42")]
+    render(Conversation("c", messages), tokenizer)
+    assert "leaves out what the tool says" in caplog.text
+
+
+def test_replies_that_do_not_follow_the_generation_prompt_are_said(tokenizer, caplog):
+    """DeepSeek-R1's prompt begins the reasoning, which no reply in a conversation shows."""
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}"
+    )
+    (row,) = render(chat(("u", "q"), ("a", "x")), tokenizer)
+    assert trained(row, tokenizer) == "x<|end|>"
+    assert "replies do not follow the generation prompt" in caplog.text
+
+
+def test_marks_that_take_blanks_along(tokenizer):
+    """Phi-3's do: their offsets reach into what follows."""
+    from tokenizers import AddedToken
+
+    marks = [AddedToken(m, rstrip=True, special=True) for m in ("<|assistant|>", "<|end|>")]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    (row,) = render(chat(("u", "q"), ("a", " x "), ("u", "r")), tokenizer)
+    ids = [i for i, t in zip(row.input_ids, row.is_trained, strict=True) if t]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["x", "\u0120", "<|end|>"]
+
+
+def test_a_long_conversation_of_single_rows_stops_at_the_limit(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '!' if loop.last }}<|end|>"
+        "{% endfor %}"
+    )
+    long = chat(*[("u", "question"), ("a", "answer")] * 50)
+    [rows] = Renderer(tokenizer, max_length=100).render_many([long])
+    assert [any(row.is_trained) for row in rows] == [True] * 5 + [False]
+    assert max(len(row.input_ids) for row in rows) == 100
+
+
 def test_generation_tags_widen_what_is_trained(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}(hm)"

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import conversation_record
 from medusa_exp.config import Config, DatasetConfig, SourceConfig
 from medusa_exp.data import DataError, build, read_conversations, render, tokenised
 from medusa_exp.data.tokenised import load_tokenised
+from medusa_exp.errors import UserError
 
 
 @pytest.fixture
@@ -130,6 +132,58 @@ def test_weights_are_of_the_source_and_of_training_alone(config, tokenizer, tmp_
     key = data.summary["key"]
     config.dataset.sources["b"].weight = 3.0
     assert load_tokenised(config, tokenizer, 100).summary["key"] == key
+
+
+def test_cutting_on_the_left_keeps_bos(config, tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.truncation_side = "left"
+    ids = load_tokenised(config, tokenizer, 22).split("train")[0].input_ids.tolist()
+    whole = load_tokenised(config, tokenizer, 100).split("train")[0].input_ids.tolist()
+    assert ids == [tokenizer.bos_token_id, *whole[-21:]]
+
+
+def test_strict_holds_for_the_template_too(config, tokenizer):
+    tokenizer.chat_template = (
+        "{% if '7' in messages[0].content %}{{ raise_exception('no sevens') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    config.dataset.strict = True
+    with pytest.raises(DataError, match=r"conversation sums-7: .*no sevens"):
+        load_tokenised(config, tokenizer, 100)
+
+
+def test_turns_beyond_the_limit_are_counted_where_each_is_a_row(config, tokenizer, sharegpt_file):
+    records = json.loads(sharegpt_file.read_text())
+    for record in records:
+        record["conversations"] *= 4
+    sharegpt_file.write_text(json.dumps(records))
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "{{ loop.last }}<|end|>")
+    outcomes = load_tokenised(config, tokenizer, 110).summary["sources"]["sharegpt"]
+    assert outcomes["kept records"] == 40
+    lost = outcomes["assistant turns beyond the length limit"]
+    assert lost > 40 and outcomes["documents"] + lost == 160
+
+
+@pytest.mark.parametrize("damage", ["documents.arrow", "summary.json"])
+def test_a_damaged_entry_is_built_again(config, tokenizer, damage):
+    data = load_tokenised(config, tokenizer, 100)
+    (file,) = Path(config.cache_dir).glob(f"tokenised/*/{damage}")
+    expected = documents(data)
+    del data
+    if damage == "summary.json":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:1000])
+    again = load_tokenised(config, tokenizer, 100)
+    assert again.is_new and documents(again) == expected
+
+
+def test_a_cache_that_cannot_be_written(config, tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    config.cache_dir = str(tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match=r"cache_dir=.* cannot be written"):
+        load_tokenised(config, tokenizer, 100)
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_finished(config, tokenizer, monkeypatch):

@@ -67,6 +67,12 @@ def test_the_backbone_is_bit_unchanged_and_in_no_checkpoint(config, tmp_path, mo
     assert all(name.startswith("heads.") for name in saved["state_dict"])
 
 
+def test_training_without_validation(config, tmp_path):
+    config.dataset.val_fraction = 0.0
+    metrics = run(config, tmp_path / "run")
+    assert not any(name.startswith("val/") for name in metrics) and "train/loss" in metrics
+
+
 def test_the_loss_falls_on_eight_samples(config):
     tokenizer = load_tokenizer(config)
     backbone = load_backbone(config)

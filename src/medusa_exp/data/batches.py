@@ -7,7 +7,7 @@ label each other.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, count, islice
 
 import numpy as np
@@ -133,6 +133,7 @@ def epoch_planner(
     ones = np.ones(len(sizes)) if weights is None else weights
     plan = padded_epoch if batching == "padded" else partial(packed_epoch, row_tokens=row_tokens)
 
+    @lru_cache(maxsize=2)  # planned once to count its batches, and once more to walk through them
     def epoch_of(epoch: int) -> Epoch:
         return plan(sizes, batch_tokens=batch_tokens, seed=seed, epoch=epoch, weights=ones)
 

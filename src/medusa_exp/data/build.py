@@ -6,9 +6,12 @@ is the order of the conversations, whatever their number.
 
 import logging
 import os
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -21,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.examples import SCHEMA
-from medusa_exp.data.rendering import Rendered, Renderer
+from medusa_exp.data.rendering import Renderer
 from medusa_exp.progress import progress_bar
 
 _CHUNK = 256
@@ -33,6 +36,8 @@ KEPT = "kept records"
 REFUSED = "refused by the chat template"
 UNTRAINED = "no assistant token left"
 CUT = "cut to the length limit"
+LOST_ROWS = "assistant turns beyond the length limit"
+"""Of kept records in which every assistant turn is a row."""
 
 Sourced = tuple[str, Conversation]
 """A conversation and the name of its source."""
@@ -71,15 +76,19 @@ def write_documents(
     *,
     max_length: int,
     num_workers: int,
+    strict: bool = False,
 ) -> Tally:
     """Render, tokenise, cut and write; what cannot be used is counted.
 
     Documents are cut to `max_length` whole tokens, on the tokenizer's truncation side.
+
+    Raises:
+        DataError: with `strict`, the first conversation that the template refuses.
     """
     tally = Tally()
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, max_length)
     chunks = iter(lambda: list(islice(conversations, _CHUNK)), [])
-    work = partial(_documents, renderer, max_length)
+    work = partial(_documents, renderer, strict)
     with pa.ipc.new_file(str(path), SCHEMA) as file, progress_bar() as bar:
         task = bar.add_task("tokenising conversations", total=total)
         for num_conversations, documents, part in _in_order(work, chunks, num_workers):
@@ -91,33 +100,35 @@ def write_documents(
     return tally
 
 
-def _documents(renderer: Renderer, max_length: int, chunk: list[Sourced]) -> Result:
+def _documents(renderer: Renderer, strict: bool, chunk: list[Sourced]) -> Result:
     """Tokenise a chunk: the work of one process."""
     tally = Tally()
     kept: list[Document] = []
     results = renderer.render_many(conversation for _, conversation in chunk)
     for (source, conversation), rows in zip(chunk, results, strict=True):
         if isinstance(rows, DataError):
+            if strict:
+                raise rows
             tally.counts[source, REFUSED] += 1
             tally.examples.setdefault(REFUSED, str(rows))
             continue
-        documents = [_cut(row, max_length, renderer.tokenizer.truncation_side) for row in rows]
-        usable = [(ids, mask) for ids, mask in documents if mask.any()]
-        tally.counts[source, CUT] += sum(len(row.input_ids) > max_length for row in rows)
+        usable = [row for row in rows if any(row.is_trained)]
         tally.counts[source, KEPT if usable else UNTRAINED] += 1
-        if not usable:
+        if usable:
+            replies = sum(message.role == "assistant" for message in conversation.messages)
+            lost = replies - len(usable) if len(rows) > 1 else 0
+            tally.counts[source, LOST_ROWS] += lost
+        else:
             tally.examples.setdefault(UNTRAINED, f"conversation {conversation.id}")
+        tally.counts[source, CUT] += sum(row.is_cut for row in usable)
         tally.counts[source, "documents"] += len(usable)
-        tally.counts[source, "tokens"] += sum(len(mask) for _, mask in usable)
-        tally.counts[source, "trained tokens"] += sum(int(mask.sum()) for _, mask in usable)
-        kept += [(ids, mask, conversation.id, source) for ids, mask in usable]
+        for row in usable:
+            ids, mask = np.array(row.input_ids, np.int32), np.array(row.is_trained, np.uint8)
+            tally.counts[source, "tokens"] += len(ids)
+            tally.counts[source, "trained tokens"] += int(mask.sum())
+            kept.append((ids, mask, conversation.id, source))
     tally.notes |= renderer.template.notes
     return len(chunk), _record_batch(kept), tally
-
-
-def _cut(row: Rendered, max_length: int, side: str) -> tuple[np.ndarray, np.ndarray]:
-    window = slice(-max_length, None) if side == "left" else slice(max_length)
-    return np.array(row.input_ids[window], np.int32), np.array(row.is_trained[window], np.uint8)
 
 
 def _record_batch(documents: list[Document]) -> pa.RecordBatch:
@@ -146,26 +157,41 @@ def _in_order(work: Work, chunks: Iterator[list[Sourced]], num_workers: int) -> 
         return
     # spawn: a forked copy of a process with torch's and the tokenizer's threads may hang.
     context = get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (work,)) as pool:
-        running = deque(
-            pool.submit(_run_worker, chunk) for chunk in islice(chunks, 2 * num_workers)
-        )
-        for chunk in chunks:
-            yield running.popleft().result()
-            running.append(pool.submit(_run_worker, chunk))
-        while running:
-            yield running.popleft().result()
+    start = (work, os.getpid())
+    try:
+        with ProcessPoolExecutor(num_workers, context, _start_worker, start) as pool:
+            running = deque(
+                pool.submit(_run_worker, chunk) for chunk in islice(chunks, 2 * num_workers)
+            )
+            for chunk in chunks:
+                yield running.popleft().result()
+                running.append(pool.submit(_run_worker, chunk))
+            while running:
+                yield running.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that tokenised conversations was killed, perhaps for want of memory: lower "
+            "dataset.num_workers."
+        ) from error
 
 
 _work: Work | None = None
 """In a worker process: what it does. Sent once, for a tokenizer is large."""
 
 
-def _start_worker(work: Work) -> None:
+def _start_worker(work: Work, parent: int) -> None:
     global _work
     _work = work
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     logging.disable()  # notes go back with the results; the parent logs them once
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+
+
+def _end_with(parent: int) -> None:
+    """A killed parent cannot say that there is no more to do."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run_worker(chunk: list[Sourced]) -> Result:

@@ -119,6 +119,10 @@ class Reading:
         self.num_records = 0
         self._sources = sources
 
+    def fingerprints(self) -> list[str]:
+        """Name the content of what is not in files: see `paths` for those."""
+        return [source.fingerprint() for source in self._sources if isinstance(source, HubData)]
+
     def __iter__(self) -> Iterator[Conversation]:
         self.dropped.clear()
         self.num_records = 0

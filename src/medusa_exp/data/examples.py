@@ -73,8 +73,8 @@ class _Ragged:
     """A chunked column of lists as numpy views: no copy, no Python object per value."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        self._values = [chunk.values.to_numpy() for chunk in column.chunks]
-        self._offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
+        self._values = [_view(chunk.values) for chunk in column.chunks]
+        self._offsets = [_view(chunk.offsets) for chunk in column.chunks]
         self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
         parts = [np.diff(offsets) for offsets in self._offsets]
         self.lengths = np.concatenate(parts) if parts else np.zeros(0, np.int64)
@@ -84,6 +84,15 @@ class _Ragged:
         place = row - self._starts[chunk]
         start, stop = self._offsets[chunk][place : place + 2]
         return self._values[chunk][start:stop]
+
+
+def _view(numbers: pa.Array) -> np.ndarray:
+    """Return a view of an array without nulls. (Arrow's own `to_numpy` imports pandas.)"""
+    dtype = np.dtype(numbers.type.to_pandas_dtype())
+    buffer = numbers.buffers()[1]
+    if buffer is None or not len(numbers):
+        return np.zeros(0, dtype)
+    return np.frombuffer(buffer, dtype, len(numbers), numbers.offset * dtype.itemsize)
 
 
 def open_documents(path: Path) -> pa.Table:

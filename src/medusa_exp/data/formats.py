@@ -127,6 +127,10 @@ class HubData:
         """Return what errors call it."""
         return f"hub:{self.path}"
 
+    def fingerprint(self) -> str:
+        """Name the content, as the library does: it changes with the revision or the files."""
+        return str(self._load()._fingerprint)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         table = self._load()
         table = table.select_columns(chat_columns(self.name, table.column_names))

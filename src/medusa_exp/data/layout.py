@@ -12,13 +12,14 @@ the mark.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from medusa_exp.data.conversations import DataError, Message
 from medusa_exp.data.template import Chat, ChatTemplate, Span, to_chat
 
 _PROBE = "Zq7replyprobe7qZ"
-"""Stands in for a reply: no blanks to strip, no mark-up to take apart."""
+"""Stands in for a message: no blanks to strip, no mark-up to take apart."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,16 @@ class _Turn:
 
     index: int
     reply: str
-    before: str
-    """All text up to the reply."""
+    before: str | None
+    """All text up to the reply; None where it is the beginning of the whole text."""
+    start: int
+    """Characters before the reply."""
     after: str
     """What ends the turn."""
+
+    def follows_in(self, text: str) -> bool:
+        """Does a text of the conversation up to this turn begin with what stands before it?"""
+        return self.before is None or text.startswith(self.before)
 
 
 def lay_out(messages: Sequence[Message], template: ChatTemplate) -> list[Layout]:
@@ -54,24 +61,28 @@ def lay_out(messages: Sequence[Message], template: ChatTemplate) -> list[Layout]
         DataError: the template refuses the conversation, or hides where a reply begins.
     """
     chat = to_chat(messages)
-    turns = _turns(chat, template)
     [(whole, tags)] = template.render_tagged([chat])
+    turns = _turns(chat, whole, template)
+    with suppress(DataError):  # of a rendering that the conversation itself does not need
+        _look_for_differences(chat, whole, turns, template)
     if all(_stands_in(whole, turn) for turn in turns):
-        spans = [_span(turn, len(turn.before) + len(turn.reply), template) for turn in turns]
+        spans = [_span(turn, turn.start + len(turn.reply), template) for turn in turns]
         return [Layout(whole, _widened(spans, whole, tags, chat, turns, template))]
     return _turn_by_turn(chat, turns, whole, tags, template)
 
 
-def _turns(chat: Chat, template: ChatTemplate) -> list[_Turn]:
+def _turns(chat: Chat, whole: str, template: ChatTemplate) -> list[_Turn]:
     """Return every assistant turn that the template shows."""
-    indices = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-    probe = {"role": "assistant", "content": _PROBE}
-    probed = template.render([[*chat[:i], probe] for i in indices])
     turns = []
-    for i, text in zip(indices, probed, strict=True):
+    for i, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        # One at a time: of a long conversation, all together would be the square of its length.
+        [text] = template.render([[*chat[:i], {"role": "assistant", "content": _PROBE}]])
         before, found, after = text.rpartition(_PROBE)
         if found:
-            turns.append(_Turn(i, chat[i]["content"], before, after))
+            kept = None if whole.startswith(before) else before
+            turns.append(_Turn(i, message["content"], kept, len(before), after))
         else:
             template.note(f"the chat template leaves out assistant turns, as number {i}")
     if not turns:
@@ -84,12 +95,11 @@ def _stands_in(whole: str, turn: _Turn) -> bool:
 
     Not asked of replies with blanks around them, where kept and stripped ones may look the same.
     """
-    reply_start = len(turn.before)
     return (
-        turn.reply == turn.reply.strip()
-        and whole.startswith(turn.before)
-        and whole.startswith(turn.reply, reply_start)
-        and whole.startswith(turn.after, reply_start + len(turn.reply))
+        turn.before is None
+        and turn.reply == turn.reply.strip()
+        and whole.startswith(turn.reply, turn.start)
+        and whole.startswith(turn.after, turn.start + len(turn.reply))
     )
 
 
@@ -100,21 +110,34 @@ def _turn_by_turn(
 
     Exact also where the template strips or edits replies, or where later turns change earlier ones.
     """
-    served = template.render_tagged([chat[: turn.index + 1] for turn in turns])
-    spans = [
-        _reply_at_the_end(text, turn, chat, template)
-        for turn, (text, _) in zip(turns, served, strict=True)
-    ]
+    shown, served, spans = [], [], []
+    for turn in turns:
+        [(text, own_tags)] = template.render_tagged([chat[: turn.index + 1]])
+        if turn.index and not turn.reply.strip() and text == _upto(chat, turn, template):
+            template.note("the chat template leaves out empty assistant turns")
+            continue
+        shown.append(turn)
+        served.append((text, own_tags))
+        spans.append(_reply_at_the_end(text, turn, chat, template))
+    if not shown:
+        raise DataError("the chat template shows no assistant turn.")
     if all(whole.startswith(text) for text, _ in served):
-        return [Layout(whole, _widened(spans, whole, tags, chat, turns, template))]
+        return [Layout(whole, _widened(spans, whole, tags, chat, shown, template))]
     template.note(
         "the chat template renders a turn differently once others follow it: every assistant turn "
         "becomes a row of its own, as it is served"
     )
     return [
         Layout(text, _widened([span], text, own_tags, chat, [turn], template))
-        for turn, span, (text, own_tags) in zip(turns, spans, served, strict=True)
+        for turn, span, (text, own_tags) in zip(shown, spans, served, strict=True)
     ]
+
+
+def _upto(chat: Chat, turn: _Turn, template: ChatTemplate) -> str | None:
+    try:
+        return template.render([chat[: turn.index]])[0]
+    except DataError:  # such a conversation cannot end there: then the turn is not left out
+        return None
 
 
 def _reply_at_the_end(text: str, turn: _Turn, chat: Chat, template: ChatTemplate) -> Span:
@@ -125,11 +148,11 @@ def _reply_at_the_end(text: str, turn: _Turn, chat: Chat, template: ChatTemplate
         marks = [
             m for m in template.mark.finditer(text) if not template.has_words(text[m.start() :])
         ]
-        start, end = len(turn.before), marks[0].end() if marks else len(text.rstrip())
-    if text.startswith(turn.before) and start <= end:
+        start, end = turn.start, marks[0].end() if marks else len(text.rstrip())
+    if turn.follows_in(text) and start <= end:
         return start, end
     # The template took the reply apart (reasoning): all that follows the prompt is the reply.
-    [prompt] = template.render([chat[: turn.index]], add_generation_prompt=True)
+    prompt = _prompt(chat, turn, template)
     if text.startswith(prompt) and len(prompt) <= end:
         return len(prompt), end
     raise DataError(
@@ -138,10 +161,17 @@ def _reply_at_the_end(text: str, turn: _Turn, chat: Chat, template: ChatTemplate
     )
 
 
+def _prompt(chat: Chat, turn: _Turn, template: ChatTemplate) -> str:
+    """Return what the turn is served after; nothing for a turn that comes first."""
+    if not turn.index:
+        return ""
+    return template.render([chat[: turn.index]], add_generation_prompt=True)[0]
+
+
 def _span(turn: _Turn, reply_end: int, template: ChatTemplate) -> Span:
     """Return from the reply's start to the end of the mark, for a reply that ends there."""
     mark = template.mark.search(turn.after)
-    return len(turn.before), reply_end + (mark.end() if mark else len(turn.after.rstrip()))
+    return turn.start, reply_end + (mark.end() if mark else len(turn.after.rstrip()))
 
 
 def _widened(
@@ -160,7 +190,7 @@ def _widened(
         return spans
     wider = []
     for turn, (start, end) in zip(turns, spans, strict=True):
-        [prompt] = template.render([chat[: turn.index]], add_generation_prompt=True)
+        prompt = _prompt(chat, turn, template)
         own = [
             (first, max(end, last))
             for first, last in tags
@@ -175,3 +205,23 @@ def _widened(
         "are trained where they were found"
     )
     return spans
+
+
+def _look_for_differences(
+    chat: Chat, whole: str, turns: list[_Turn], template: ChatTemplate
+) -> None:
+    """Note where training differs from serving: in what stands before a reply, in what is said."""
+    turn = turns[0]
+    if turn.index and template.is_new_prompt():
+        prompt = _prompt(chat, turn, template)
+        if not (whole if turn.before is None else turn.before).startswith(prompt):
+            template.note(
+                "replies do not follow the generation prompt that the chat template is served with "
+                f"(it ends in {prompt[-20:]!r})"
+            )
+    for role in ("system", "tool"):
+        place = next((i for i, message in enumerate(chat) if message["role"] == role), None)
+        if place is not None and template.is_new_role(role):
+            probed = [*chat[:place], {"role": role, "content": _PROBE}, *chat[place + 1 :]]
+            if _PROBE not in template.render([probed])[0]:
+                template.note(f"the chat template leaves out what the {role} says")

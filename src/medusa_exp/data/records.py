@@ -31,7 +31,7 @@ NO_LIST = "no list of conversations or messages"
 NO_TURNS = "no turns"
 NOT_A_TURN = "a turn is not an object with a role and a content"
 UNKNOWN_ROLE = "unknown role"
-TOOL_CALLS = "tool calls without content"
+TOOL_CALLS = "tool calls are not supported"
 NULL = "content is null"
 NOT_TEXT = "content is not text"
 NOT_TEXT_PART = "content has a part that is not text"
@@ -63,6 +63,8 @@ class _Turn(msgspec.Struct, gc=False):
     role: str = ""
     value: str = None  # type: ignore[assignment]
     content: str = None  # type: ignore[assignment]
+    tool_calls: msgspec.Raw = msgspec.Raw()
+    function_call: msgspec.Raw = msgspec.Raw()
 
 
 class _Record(msgspec.Struct, gc=False):
@@ -104,7 +106,7 @@ class RecordParser:
         for turn in record.conversations or record.messages or ():
             role = role_of(turn.source or turn.role)
             content = turn.content if turn.value is None else turn.value
-            if role is None or content is None:
+            if role is None or content is None or turn.tool_calls or turn.function_call:
                 return None
             messages.append(Message(role, content))
         if not messages:
@@ -129,13 +131,18 @@ class RecordParser:
             turn.get(one) if turn.get(one) is not None else turn.get(other)
             for one, other in (("from", "role"), ("value", "content"))
         )
+        if turn.get("tool_calls") or turn.get("function_call"):
+            # Without them, a turn would end where the model calls a tool.
+            raise _Unusable(TOOL_CALLS)
         if not (turn.keys() & {"from", "role"} and turn.keys() & {"value", "content"}):
-            raise _Unusable(TOOL_CALLS if _has_tool_calls(turn) else NOT_A_TURN)
-        role = self._role_of.get(name) if isinstance(name, str) else None
+            raise _Unusable(NOT_A_TURN)
+        role = None
+        if isinstance(name, str):
+            role = self._role_of.get(name) or self._role_of.get(name.lower())
         if role is None:
             raise _Unusable(UNKNOWN_ROLE)
         if content is None:
-            raise _Unusable(TOOL_CALLS if _has_tool_calls(turn) else NULL)
+            raise _Unusable(NULL)
         return Message(role, _text(content))
 
 
@@ -201,10 +208,6 @@ def _part_text(part: Any) -> str:
     if not isinstance(part, str):
         raise _Unusable(NOT_TEXT_PART)
     return part
-
-
-def _has_tool_calls(turn: dict[str, Any]) -> bool:
-    return bool(turn.get("tool_calls") or turn.get("function_call"))
 
 
 def _usable_id(value: Any) -> str:

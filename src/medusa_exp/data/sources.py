@@ -28,7 +28,6 @@ class Source:
     """A named part of the data set."""
 
     name: str
-    path: str
     options: dict[str, Any]
     """Of `read_conversations`."""
     reading: Reading
@@ -36,7 +35,7 @@ class Source:
     def identity(self) -> list[Any]:
         """Return what names its content, for the key of a cache."""
         files = [sha256_file(path) for path in self.reading.paths]
-        return [self.name, files or self.path, self.options]
+        return [self.name, files, self.reading.fingerprints(), self.options]
 
 
 def open_sources(config: Config) -> list[Source]:
@@ -52,7 +51,7 @@ def open_sources(config: Config) -> list[Source]:
         raise DataError("dataset.path and dataset.sources are both set: use one of them.")
     paths = {name: source.path for name, source in dataset.sources.items()}
     if not paths:
-        if dataset.path is None:
+        if not dataset.path:
             raise DataError(
                 "dataset.path is not set: name a file, a folder or a glob of chats, or set "
                 "dataset.sources."
@@ -150,7 +149,7 @@ def _generated(config: Config) -> Path:
 
 
 def _open(name: str, path: str, options: dict[str, Any]) -> Source:
-    return Source(name, path, options, read_conversations(path, **options))
+    return Source(name, options, read_conversations(path, **options))
 
 
 def _options(dataset: DatasetConfig) -> dict[str, Any]:

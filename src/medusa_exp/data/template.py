@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,8 @@ from medusa_exp.data.conversations import DataError, Message
 log = logging.getLogger(__name__)
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_LOOKED_AT = 32
+"""Conversations whose replies are compared with the generation prompt."""
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Span = tuple[int, int]
@@ -46,6 +49,10 @@ class ChatTemplate:
         """Matches any special token."""
         self.notes: set[str] = set()
         """What was met that users should know about this template."""
+        self._roles: set[str] = set()
+        self._num_prompts = 0
+        if "strftime_now" in self.source:
+            self.note("the chat template writes the date of the rendering into every text")
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text after which the assistant is to speak.
@@ -76,6 +83,17 @@ class ChatTemplate:
         """Is there more in a text than blanks and special tokens?"""
         return bool(self.mark.sub("", text).strip())
 
+    def is_new_role(self, role: str) -> bool:
+        """Is it the first time that this is asked of a role?"""
+        is_new = role not in self._roles
+        self._roles.add(role)
+        return is_new
+
+    def is_new_prompt(self) -> bool:
+        """Is it one of the first times that this is asked? A template treats most chats alike."""
+        self._num_prompts += 1
+        return self._num_prompts <= _LOOKED_AT
+
     def note(self, what: str) -> None:
         """Log what users should know about this template, the first time it is met."""
         if what not in self.notes:
@@ -100,7 +118,7 @@ class ChatTemplate:
         return [self._with_bos(*pair) for pair in zip(texts, marked, strict=True)]
 
     def _with_bos(self, text: str, tags: list[Span]) -> tuple[str, list[Span]]:
-        if text.startswith(self.bos):
+        if text.lstrip().startswith(self.bos):
             return text, tags
         shift = len(self.bos)
         return self.bos + text, [(start + shift, stop + shift) for start, stop in tags]
@@ -114,9 +132,11 @@ def _bos_before_texts(tokenizer: PreTrainedTokenizerBase) -> str:
 def describe(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """Return all of a tokenizer that decides how a chat becomes tokens: for the key of a cache."""
     bos = _bos_before_texts(tokenizer)  # and no padding or truncation of an earlier call is left
+    source = tokenizer.get_chat_template()
     return [
         bos,
-        tokenizer.get_chat_template(),
+        date.today().isoformat() if "strftime_now" in source else "",
+        source,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         sorted((i, t.content, t.special) for i, t in tokenizer.added_tokens_decoder.items()),
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),

@@ -19,17 +19,26 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
-from medusa_exp.data.build import CUT, KEPT, REFUSED, UNTRAINED, Tally, write_documents
+from medusa_exp.data.build import (
+    CUT,
+    KEPT,
+    LOST_ROWS,
+    REFUSED,
+    UNTRAINED,
+    Tally,
+    write_documents,
+)
 from medusa_exp.data.conversations import DataError
 from medusa_exp.data.examples import Examples, open_documents
 from medusa_exp.data.sources import Source, counts, empty_split, open_sources, split_of, walk
 from medusa_exp.data.template import describe
+from medusa_exp.errors import UserError
 from medusa_exp.files import content_key, publish, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 _DOCUMENTS, _SUMMARY = "documents.arrow", "summary.json"
-_LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec")
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec", "pyarrow")
 """Whose versions may change what is read, rendered or tokenised."""
 
 
@@ -83,6 +92,8 @@ class Tokenised:
                 log.warning("data: %s: dropped: %s: %d", name, reason, count)
             if outcomes[CUT]:
                 log.warning("data: %s: cut to %d tokens: %d", name, self.max_length, outcomes[CUT])
+            if outcomes[LOST_ROWS]:
+                log.warning("data: %s: %s: %d", name, LOST_ROWS, outcomes[LOST_ROWS])
         for outcome, example in self.summary["examples"].items():
             log.warning("data: for example, %s: %s", outcome, example)
         for note in [] if self.is_new else self.summary["notes"]:  # building has logged them
@@ -100,18 +111,46 @@ def load_tokenised(
     sources = open_sources(config)
     key = _key(sources, tokenizer, max_length)
     path = Path(config.cache_dir) / "tokenised" / key
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{key}.lock")):
-        is_new = not path.is_dir()
-        if is_new:
-            for unfinished in path.parent.glob(f".{key}.partial-*"):  # left by a killed process
-                shutil.rmtree(unfinished)
-            with publish(path) as partial:
-                partial.mkdir()
-                summary = _build(partial, sources, config, tokenizer, max_length)
-                write_json(partial / _SUMMARY, {"key": key, **summary})
+    is_new = False
+    try:
+        if not _is_whole(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{key}.lock")):
+                is_new = not _is_whole(path)
+                if is_new:
+                    _publish(path, key, sources, config, tokenizer, max_length)
+    except OSError as error:
+        raise UserError(
+            f"cache_dir={config.cache_dir} cannot be written: {error.strerror or error}."
+        ) from error
     summary = read_json(path / _SUMMARY)
     return Tokenised(config, open_documents(path / _DOCUMENTS), summary, max_length, is_new)
+
+
+def _is_whole(path: Path) -> bool:
+    if not (path / _SUMMARY).is_file():
+        return False
+    try:
+        open_documents(path / _DOCUMENTS)
+    except (OSError, pa.ArrowInvalid):  # damaged since: to be built again
+        return False
+    return True
+
+
+def _publish(
+    path: Path,
+    key: str,
+    sources: list[Source],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> None:
+    for unfinished in path.parent.glob(f".{key}.partial-*"):  # left by a killed process
+        shutil.rmtree(unfinished)
+    with publish(path) as partial:
+        partial.mkdir()
+        summary = _build(partial, sources, config, tokenizer, max_length)
+        write_json(partial / _SUMMARY, {"key": key, **summary})
 
 
 def _key(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
@@ -140,6 +179,7 @@ def _build(
         tokenizer,
         max_length=max_length,
         num_workers=workers,
+        strict=config.dataset.strict,
     )
     found = {source.name: _outcomes(source, tally) for source in sources}
     if not any(outcomes["documents"] for outcomes in found.values()):
@@ -153,7 +193,7 @@ def _outcomes(source: Source, tally: Tally) -> dict[str, Any]:
     number = {what: n for (name, what), n in tally.counts.items() if name == source.name}
     dropped = {reason: number[reason] for reason in (REFUSED, UNTRAINED) if number.get(reason)}
     outcomes["dropped"].update(dropped)
-    for what in (KEPT, "documents", "tokens", "trained tokens", CUT):
+    for what in (KEPT, "documents", "tokens", "trained tokens", CUT, LOST_ROWS):
         outcomes[what] = number.get(what, 0)
     return outcomes
 

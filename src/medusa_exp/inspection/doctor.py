@@ -72,20 +72,20 @@ def _prompt(
 ) -> Finding:
     """Do replies in training begin where the generation prompt ends?"""
     template = ChatTemplate(tokenizer)
-    texts = {row.conversation_id: row.rendered.text for row in reversed(rows)}
+    texts = {row.number: row.rendered.text for row in reversed(rows)}
     looked_at = fine = 0
-    for conversation in conversations:
+    for number, conversation in enumerate(conversations):
         turn = next((i for i, m in enumerate(conversation.messages) if m.role == "assistant"), 0)
-        if conversation.id not in texts or not turn:
+        if number not in texts or not turn:
             continue
         try:
             prompt = template.prompt(conversation.messages[:turn])
         except DataError:
             continue
         looked_at += 1
-        rest = texts[conversation.id].removeprefix(prompt)
+        rest = texts[number].removeprefix(prompt)
         reply = conversation.messages[turn].content.strip()
-        fine += rest != texts[conversation.id] and rest.lstrip().startswith(reply[:20])
+        fine += rest != texts[number] and rest.lstrip().startswith(reply[:20])
     sentence = f"{fine} of {looked_at} first replies begin where the generation prompt ends."
     if fine < looked_at:
         sentence += (

@@ -20,6 +20,8 @@ class Row:
 
     conversation_id: str
     source: str
+    number: int
+    """Of its conversation, among those that were sampled."""
     rendered: Rendered
     roles: list[str]
     """Per token: system, user, assistant, tool or template."""
@@ -34,7 +36,8 @@ def sample_rows(
     sourced = list(conversations)
     results = Renderer(tokenizer).render_many(conversation for _, conversation in sourced)
     rows = []
-    for (source, conversation), result in zip(sourced, results, strict=True):
+    for number, result in enumerate(results):
+        source, conversation = sourced[number]
         for rendered in [] if isinstance(result, DataError) else result:
             offsets = tokenizer(
                 rendered.text,
@@ -45,7 +48,7 @@ def sample_rows(
             written = _writers(rendered.text, conversation)
             roles = [written[end - 1] if end else TEMPLATE for _, end in offsets]
             pieces = _pieces(rendered.text, offsets)
-            rows.append(Row(conversation.id, source, rendered, roles, pieces))
+            rows.append(Row(conversation.id, source, number, rendered, roles, pieces))
     return rows
 
 

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from medusa_exp.data.build import CUT, KEPT
+from medusa_exp.data.build import CUT, KEPT, LOST_ROWS
 
 _SHOWN_CHARS = 1200
 """Of a sample's text; the rest lies in data_samples.jsonl."""
@@ -57,6 +57,8 @@ def _records_table(found: dict[str, Any]) -> Table:
             "", f"documents of at most {found['max_length']} tokens", str(outcomes["documents"])
         )
         table.add_row("", CUT, str(outcomes[CUT]))
+        if outcomes[LOST_ROWS]:
+            table.add_row("", LOST_ROWS, str(outcomes[LOST_ROWS]))
         table.add_row("", "tokens", str(outcomes["tokens"]))
         share = outcomes["trained tokens"] / max(1, outcomes["tokens"])
         table.add_row("", "trained tokens", f"{outcomes['trained tokens']} ({share:.1%})")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from medusa_exp.config import Config
-from medusa_exp.data.build import CUT, KEPT
+from medusa_exp.data.build import CUT, KEPT, REFUSED, UNTRAINED
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.sources import Source, open_sources, walk
 from medusa_exp.data.tokenised import Tokenised, load_tokenised
@@ -65,13 +65,12 @@ def run(config: Config, out: Path) -> dict[str, float]:
 def _sampled(
     sources: list[Source], documents: Tokenised, number: int
 ) -> list[tuple[str, Conversation]]:
-    """Return so many kept conversations, evenly spread over the data set."""
-    ids = documents.table["conversation_id"].unique()
-    places = np.unique(np.linspace(0, len(ids) - 1, min(number, len(ids))).round().astype(int))
-    wanted = set(ids.take(places).to_pylist())
-    return [
-        (name, conversation) for name, conversation in walk(sources) if conversation.id in wanted
-    ]
+    """Return so many conversations, evenly spread over the data set."""
+    outcomes = documents.summary["sources"].values()
+    reasons = (REFUSED, UNTRAINED)
+    read = sum(o[KEPT] + sum(o["dropped"].get(r, 0) for r in reasons) for o in outcomes)
+    places = set(np.linspace(0, read - 1, min(number, read)).round().astype(int).tolist())
+    return [sourced for place, sourced in enumerate(walk(sources)) if place in places]
 
 
 def _lengths(documents: Tokenised) -> dict[str, dict[str, float]]:

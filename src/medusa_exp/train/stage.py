@@ -45,7 +45,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     settings = config.train
     batches = Batches(
         documents.split("train"),
-        documents.split("val"),
+        documents.split("val") if config.dataset.val_fraction else None,
         batching=settings.batching,
         batch_tokens=settings.batch_tokens,
         row_tokens=limit,
@@ -94,11 +94,11 @@ def _fit(
         precision=pick_precision(config, backbone.device),
         gradient_clip=settings.gradient_clip,
         accumulate=settings.accumulate,
-        val_every=min(settings.val_every, max_steps),
+        val_every=min(settings.val_every, max_steps) if batches.val else None,
         checkpoint_every=settings.checkpoint_every,
     )
     trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
-    if max_steps % settings.val_every:  # else the last step has just been validated
+    if batches.val and max_steps % settings.val_every:  # else the last step has just been validated
         trainer.validate(module, batches, verbose=False)
     metrics = {name: float(value) for name, value in trainer.logged_metrics.items()}
     return {"train/steps": float(max_steps), **module.last_train_metrics, **metrics}
