@@ -120,7 +120,8 @@ def test_wrong_generation_tags_are_ignored_and_said(tokenizer, caplog, template)
 
 def test_generation_tags_where_the_assistant_begins(tokenizer):
     tokenizer.chat_template = (
-        "{{ messages[0].role }}{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+        "{{ messages[0].role }}{% for m in messages %}<|{{ m.role }}|>"
+        "{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
         "{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
     )
