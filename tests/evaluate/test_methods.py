@@ -1,26 +1,34 @@
 import torch
 
-from medusa_exp.evaluate.methods import build_methods, hf_generate, timed
+from medusa_exp.decode.answers import Limits
+from medusa_exp.decode.rule import Rule
+from medusa_exp.evaluate.methods import at_batch_size, build_methods, hf_generate, timed
 from medusa_exp.model import build_heads
 from medusa_exp.tree import chain
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4, 1, 5, 9, 2, 6]
+BASELINES = ["chain", "hf_generate", "prompt_lookup"]
+
+
+def methods_of(backbone, limits, rule=None, baselines=BASELINES):
+    heads = build_heads(backbone, num_heads=2)
+    return build_methods(
+        backbone,
+        heads,
+        chain(1),
+        limits,
+        rule or Rule(),
+        baselines=baselines,
+        num_heads=2,
+    )
 
 
 def test_all_methods_say_the_same_and_count_their_steps(backbone):
-    heads = build_heads(backbone, num_heads=2)
-    methods = build_methods(
-        backbone,
-        heads,
-        chain(2),
-        max_new_tokens=30,
-        stop_ids={7},
-        baselines=["hf_generate", "prompt_lookup"],
-    )
+    methods = methods_of(backbone, Limits(30, {7}))
     answers = {
-        name: timed(method, PROMPT, torch.device("cpu"))[0] for name, method in methods.items()
+        name: timed(method, [PROMPT], torch.device("cpu"))[0][0] for name, method in methods.items()
     }
-    assert list(answers) == ["plain", "tree", "hf_generate", "prompt_lookup"]
+    assert list(answers) == ["plain", "tree", "chain", "hf_generate", "prompt_lookup"]
     plain = answers["plain"]
     assert plain.num_steps == len(plain.tokens) == answers["hf_generate"].num_steps
     for answer in answers.values():
@@ -31,9 +39,24 @@ def test_all_methods_say_the_same_and_count_their_steps(backbone):
             assert sum(answer.accept_lengths) == len(answer.tokens)
 
 
+def test_what_runs_in_batches(backbone):
+    methods = at_batch_size(methods_of(backbone, Limits(10)), 2)
+    assert list(methods) == ["plain", "tree", "chain"]
+    prompts = [PROMPT, PROMPT[:3]]
+    plain, tree, over_chain = (
+        [answer.tokens for answer in method(prompts)] for method in methods.values()
+    )
+    assert plain == tree == over_chain
+
+
+def test_a_lossy_rule_is_held_against_plain_greedy_decoding(backbone):
+    greedy = methods_of(backbone, Limits(20))["plain"]([PROMPT])
+    lossy = methods_of(backbone, Limits(20), Rule("typical"))
+    assert list(lossy) == ["plain", "tree", "chain"]
+    assert lossy["plain"]([PROMPT]) == greedy
+
+
 def test_a_models_own_wish_to_sample_is_not_heard(backbone):
     backbone.model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=2.0)
-    greedy = build_methods(backbone, None, chain(0), max_new_tokens=12, stop_ids=(), baselines=[])[
-        "plain"
-    ](PROMPT)
+    [greedy] = methods_of(backbone, Limits(12))["plain"]([PROMPT])
     assert hf_generate(backbone, PROMPT, max_new_tokens=12, stop_ids=()).tokens == greedy.tokens

@@ -1,11 +1,14 @@
+import random
+
 import pytest
 
-from medusa_exp.evaluate.metrics import summarise
+from medusa_exp.evaluate.metrics import speedup, speedup_interval, summarise
 
 
-def record(method, category, tokens, steps, seconds, identical=True):
+def record(method, category, tokens, steps, seconds, identical=True, batch_size=1):
     return {
         "method": method,
+        "batch_size": batch_size,
         "category": category,
         "new_tokens": tokens,
         "steps": steps,
@@ -45,3 +48,32 @@ def test_by_hand():
 def test_without_baselines():
     metrics = summarise(RECORDS[:4])
     assert not any("lookup" in name or "hf" in name for name in metrics)
+
+
+def test_batch_sizes_have_figures_of_their_own():
+    more = [record("plain", "a", 10, 10, 0.5, batch_size=4), record("tree", "a", 10, 2, 0.5)]
+    more[1]["batch_size"] = 4
+    metrics = summarise(RECORDS + more)
+    assert metrics["eval/tree/b1/speedup"] == metrics["eval/speedup"]
+    assert metrics["eval/tree/b4/tokens_per_step"] == 5.0
+    assert metrics["eval/plain/b4/tokens_per_second"] == 20.0
+
+
+def test_a_shorter_answer_is_not_a_faster_one():
+    short = record("tree", "a", 1, 1, 0.1)
+    short["baseline_new_tokens"], short["baseline_seconds"] = 10, 1.0
+    assert speedup([short]) == pytest.approx(1.0)
+
+
+def test_the_interval_holds_the_speedup_and_narrows_with_prompts():
+    rng = random.Random(0)
+    many = [record("tree", "a", 10, 5, 0.4 + 0.2 * rng.random()) for _ in range(400)]
+    low, high = speedup_interval(many)
+    assert low < speedup(many) < high and high - low < 0.1
+    few_low, few_high = speedup_interval(many[:10])
+    assert few_high - few_low > high - low
+
+
+def test_sampled_answers_are_not_compared():
+    random_ones = [record(m, "a", 10, 5, 1.0, identical=None) for m in ("plain", "tree")]
+    assert "eval/identical_fraction" not in summarise(random_ones)

@@ -119,13 +119,32 @@ class DecodeConfig:
     """How tokens are generated."""
 
     rule: str = "greedy"
-    """greedy: token for token what plain greedy decoding gives."""
+    """greedy (token for token what plain greedy decoding gives), sampling (the same distribution as
+    plain sampling) or typical (Medusa's acceptance, which is lossy)."""
+    temperature: float = 1.0
+    """Of sampling and typical."""
+    top_k: int | None = None
+    """Of sampling: draw from so many of the likeliest tokens alone."""
+    top_p: float | None = None
+    """Of sampling: draw from the likeliest tokens that together have this probability."""
+    epsilon: float = 0.09
+    """Of typical: a guess of a probability above this is always accepted."""
+    alpha: float = 0.3
+    """Of typical: and so is one above this times exp(-entropy)."""
     max_new_tokens: int = 128
     stop_ids: list[int] = field(default_factory=list)
     """Token ids that end an answer, besides the model's own."""
+    stop_strings: list[str] = field(default_factory=list)
+    """Texts that end an answer, with the token that completes them."""
 
     def __post_init__(self) -> None:
-        one_of("decode.rule", self.rule, ("greedy",))
+        one_of("decode.rule", self.rule, ("greedy", "sampling", "typical"))
+        if self.rule != "greedy":
+            at_least("decode.temperature", self.temperature, 1e-3)
+        if self.top_k is not None:
+            at_least("decode.top_k", self.top_k, 1)
+        if self.top_p is not None:
+            within("decode.top_p", self.top_p, 1e-3, 1.0)
         at_least("decode.max_new_tokens", self.max_new_tokens, 1)
 
 
@@ -139,15 +158,20 @@ class EvaluateConfig:
     """Prompts that every method answers before the clock counts."""
     repeats: int = 1
     """Times each prompt is answered by each method; the fastest counts."""
-    baselines: list[str] = field(default_factory=lambda: ["hf_generate", "prompt_lookup"])
-    """Further methods beside plain decoding: hf_generate, prompt_lookup."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    """Prompts that are answered together; every size is measured."""
+    baselines: list[str] = field(default_factory=lambda: ["chain", "hf_generate", "prompt_lookup"])
+    """Further methods beside plain decoding: chain (the first guess of every head), and, at batch
+    size 1, hf_generate and prompt_lookup."""
 
     def __post_init__(self) -> None:
         at_least("evaluate.num_prompts", self.num_prompts, 1)
         at_least("evaluate.warmup_prompts", self.warmup_prompts, 0)
         at_least("evaluate.repeats", self.repeats, 1)
         for name in self.baselines:
-            one_of("evaluate.baselines", name, ("hf_generate", "prompt_lookup"))
+            one_of("evaluate.baselines", name, ("chain", "hf_generate", "prompt_lookup"))
+        for size in self.batch_sizes or [0]:
+            at_least("evaluate.batch_sizes", size, 1)
 
 
 @dataclass

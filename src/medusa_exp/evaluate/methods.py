@@ -1,6 +1,6 @@
 """The ways to answer a prompt that are measured side by side.
 
-All of them are greedy, stop at the same tokens and count tokens from ids.
+All of them stop at the same tokens and count tokens from ids.
 """
 
 import time
@@ -13,10 +13,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 from medusa_exp.decode.answers import Decoded, Limits
-from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.loop import GREEDY, decode_plain, decode_tree
 from medusa_exp.decode.rule import Rule
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.tree import Tree
+from medusa_exp.tree import Tree, chain
 
 
 @dataclass(frozen=True)
@@ -30,36 +30,52 @@ class Answer:
     """Tokens committed at each step, where that can be seen."""
 
 
-Method = Callable[[list[int]], Answer]
+Method = Callable[[list[list[int]]], list[Answer]]
+"""From a batch of prompts to their answers."""
 
 LOOKUP_TOKENS = 10
 """Tokens that prompt lookup copies at a time: what the documentation of transformers suggests. It
 runs so many positions beyond an answer's end."""
+_SINGLE = ("hf_generate", "prompt_lookup")
+"""Methods that are measured one prompt at a time."""
 
 
 def build_methods(
     backbone: Backbone,
     heads: nn.Module,
     tree: Tree,
+    limits: Limits,
+    rule: Rule,
     *,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
     baselines: list[str],
-    rule: str = "greedy",
+    num_heads: int,
 ) -> dict[str, Method]:
     """Return name -> method: plain and tree, and the baselines asked for."""
-    limits = Limits(max_new_tokens, stop_ids)
-    options: Any = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
-    chosen = Rule(rule)
+    options: Any = {"max_new_tokens": limits.max_new_tokens, "stop_ids": limits.stop_ids}
+    plain_rule = GREEDY if rule.name == "typical" else rule
+
+    def over(a_tree: Tree) -> Method:
+        return lambda prompts: _answers(decode_tree(backbone, heads, a_tree, prompts, limits, rule))
+
     methods: dict[str, Method] = {
-        "plain": lambda ids: _answer(decode_plain(backbone, [ids], limits)),
-        "tree": lambda ids: _answer(decode_tree(backbone, heads, tree, [ids], limits, chosen)),
-        "hf_generate": lambda ids: hf_generate(backbone, ids, **options),
-        "prompt_lookup": lambda ids: hf_generate(
-            backbone, ids, **options, prompt_lookup_num_tokens=LOOKUP_TOKENS
-        ),
+        "plain": lambda prompts: _answers(decode_plain(backbone, prompts, limits, plain_rule)),
+        "tree": over(tree),
+        "chain": over(chain(num_heads)),
+        "hf_generate": lambda prompts: [hf_generate(backbone, ids, **options) for ids in prompts],
+        "prompt_lookup": lambda prompts: [
+            hf_generate(backbone, ids, **options, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+            for ids in prompts
+        ],
     }
-    return {name: methods[name] for name in ("plain", "tree", *baselines)}
+    # Those of transformers are run greedily, and know no stop strings of ours.
+    is_comparable = rule.name == "greedy" and not limits.stop_strings
+    chosen = [name for name in baselines if is_comparable or name not in _SINGLE]
+    return {name: methods[name] for name in ("plain", "tree", *chosen)}
+
+
+def at_batch_size(methods: dict[str, Method], batch_size: int) -> dict[str, Method]:
+    """Return the methods that take so many prompts at a time."""
+    return {n: m for n, m in methods.items() if batch_size == 1 or n not in _SINGLE}
 
 
 @torch.inference_mode()
@@ -102,18 +118,19 @@ def hf_generate(
     return Answer(tokens, steps, None)
 
 
-def timed(method: Method, prompt_ids: list[int], device: torch.device) -> tuple[Answer, float]:
-    """Return the answer and its wall time in seconds, the prompt's step included."""
+def timed(
+    method: Method, prompts: list[list[int]], device: torch.device
+) -> tuple[list[Answer], float]:
+    """Return the answers and their wall time together in seconds, the prompts' step included."""
     _synchronise(device)
     start = time.perf_counter()
-    answer = method(prompt_ids)
+    answers = method(prompts)
     _synchronise(device)
-    return answer, time.perf_counter() - start
+    return answers, time.perf_counter() - start
 
 
-def _answer(row: list[Decoded]) -> Answer:
-    [decoded] = row
-    return Answer(decoded.tokens, len(decoded.accept_lengths), decoded.accept_lengths)
+def _answers(rows: list[Decoded]) -> list[Answer]:
+    return [Answer(row.tokens, len(row.accept_lengths), row.accept_lengths) for row in rows]
 
 
 def _synchronise(device: torch.device) -> None:

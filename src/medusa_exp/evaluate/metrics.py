@@ -3,28 +3,40 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 Record = dict[str, Any]
 
 
 def summarise(records: list[Record]) -> dict[str, float]:
     """Return the run's `eval/...` metrics from the records of all prompts and methods.
 
-    A ratio is of sums over the same prompts, so that long answers count for what they are.
+    A ratio is of sums over the same prompts, so that long answers count for what they are. The
+    names without a method are of the tree at the smallest batch size.
     """
-    plain = of_method(records, "plain")
-    tree = of_method(records, "tree")
-    metrics = {
-        "eval/tokens_per_step": tokens_per_step(tree),
-        "eval/speedup": speedup(tree),
-        "eval/tokens_per_second": total(tree, "new_tokens") / total(tree, "seconds"),
-        "eval/baseline_tokens_per_second": total(plain, "new_tokens") / total(plain, "seconds"),
-        "eval/identical_fraction": identical_fraction(tree),
-        "eval/num_prompts": float(len(tree)),
-    }
-    if generated := of_method(records, "hf_generate"):
+    sizes = sorted({record["batch_size"] for record in records})
+    metrics: dict[str, float] = {}
+    for size in sizes:
+        of_size = [record for record in records if record["batch_size"] == size]
+        for method in sorted({record["method"] for record in of_size}):
+            for name, value in _figures(of_method(of_size, method)).items():
+                metrics[f"eval/{method}/b{size}/{name}"] = value
+    first = [record for record in records if record["batch_size"] == sizes[0]]
+    tree, plain = of_method(first, "tree"), of_method(first, "plain")
+    metrics |= {f"eval/{name}": value for name, value in _figures(tree).items()}
+    metrics["eval/speedup_low"], metrics["eval/speedup_high"] = speedup_interval(tree)
+    metrics["eval/baseline_tokens_per_second"] = tokens_per_second(plain)
+    metrics["eval/num_prompts"] = float(len(tree))
+    differences = [record["difference"] for record in records if record.get("difference")]
+    if differences:
+        metrics["eval/num_differences"] = float(len(differences))
+        metrics["eval/near_tie_fraction"] = sum(d["is_near_tie"] for d in differences) / len(
+            differences
+        )
+    if generated := of_method(first, "hf_generate"):
         metrics["eval/baseline_vs_hf"] = 1 / speedup(generated)
         metrics["eval/hf_identical_fraction"] = identical_fraction(generated)
-    if lookup := of_method(records, "prompt_lookup"):
+    if lookup := of_method(first, "prompt_lookup"):
         metrics["eval/prompt_lookup_tokens_per_step"] = tokens_per_step(lookup)
         metrics["eval/prompt_lookup_speedup"] = speedup(lookup)
     for category in sorted({record["category"] for record in tree}):
@@ -32,6 +44,34 @@ def summarise(records: list[Record]) -> dict[str, float]:
         metrics[f"eval/category/{category}/speedup"] = speedup(chosen)
         metrics[f"eval/category/{category}/tokens_per_step"] = tokens_per_step(chosen)
     return metrics
+
+
+def _figures(records: list[Record]) -> dict[str, float]:
+    """Return what is said of every method."""
+    figures = {
+        "tokens_per_step": tokens_per_step(records),
+        "speedup": speedup(records),
+        "tokens_per_second": tokens_per_second(records),
+    }
+    if all(record["identical"] is not None for record in records):
+        figures["identical_fraction"] = identical_fraction(records)
+    return figures
+
+
+def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the speed-up: prompts are drawn anew, with repeats."""
+    keys = ("new_tokens", "seconds", "baseline_new_tokens", "baseline_seconds")
+    values = np.array([[float(record[key]) for key in keys] for record in records])
+    rng = np.random.default_rng(0)
+    picked = rng.integers(0, len(values), (draws, len(values)))
+    ours, seconds, plain, plain_seconds = values[picked].sum(1).T
+    low, high = np.quantile((ours / seconds) / (plain / plain_seconds), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def tokens_per_second(records: list[Record]) -> float:
+    """Return tokens over wall time."""
+    return total(records, "new_tokens") / total(records, "seconds")
 
 
 def of_method(records: Iterable[Record], method: str) -> list[Record]:
@@ -55,8 +95,9 @@ def speedup(records: list[Record]) -> float:
     Where answers are identical this is the ratio of wall times; an answer that ends sooner is not
     for that a faster one.
     """
-    ours = total(records, "new_tokens") / total(records, "seconds")
-    return ours / (total(records, "baseline_new_tokens") / total(records, "baseline_seconds"))
+    return tokens_per_second(records) / (
+        total(records, "baseline_new_tokens") / total(records, "baseline_seconds")
+    )
 
 
 def identical_fraction(records: list[Record]) -> float:

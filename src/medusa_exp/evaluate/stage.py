@@ -1,6 +1,7 @@
 """Stage evaluate: heads, tree and held-out prompts in; records.jsonl and samples.jsonl out."""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ from medusa_exp.config import Config
 from medusa_exp.data.prompts import Prompt, prompts_of
 from medusa_exp.data.sources import load_split
 from medusa_exp.data.tokenised import load_tokenised
-from medusa_exp.decode.stop import stop_ids
-from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Answer, Method, build_methods, timed
+from medusa_exp.decode.check import check_trees
+from medusa_exp.decode.settings import limits_of, rule_of
+from medusa_exp.evaluate.methods import (
+    LOOKUP_TOKENS,
+    Answer,
+    Method,
+    at_batch_size,
+    build_methods,
+    timed,
+)
 from medusa_exp.evaluate.metrics import Record, summarise
+from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.files import write_jsonl
 from medusa_exp.model.agreement import measure_agreement
+from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loading import load_backbone
@@ -48,24 +59,30 @@ def run(config: Config, out: Path) -> dict[str, float]:
         backbone,
         heads,
         tree,
-        max_new_tokens=config.decode.max_new_tokens,
-        stop_ids=stop_ids(config, backbone, tokenizer),
+        limits_of(config, backbone, tokenizer),
+        rule_of(config),
         baselines=config.evaluate.baselines,
-        rule=config.decode.rule,
+        num_heads=heads.num_heads,
     )
-    for prompt in prompts[: config.evaluate.warmup_prompts]:
-        for method in methods.values():
-            method(prompt.input_ids)
+    check_trees(backbone)
+    for method in methods.values():
+        for prompt in prompts[: config.evaluate.warmup_prompts]:
+            method([prompt.input_ids])
     records: list[Record] = []
     samples: list[dict[str, Any]] = []
-    for number, prompt in enumerate(track(prompts, "answering test prompts")):
-        answers = _answer(methods, prompt, number, config.evaluate.repeats, backbone.device)
-        records += _records(prompt, answers)
-        if len(samples) < _MAX_SAMPLES:
-            samples.append(_sample(prompt, answers["tree"][0], tokenizer))
+    for batch_size in config.evaluate.batch_sizes:
+        chosen = at_batch_size(methods, batch_size)
+        batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+        what = f"answering test prompts, {batch_size} at a time"
+        for number, batch in enumerate(track(batches, what)):
+            answers = _answer(chosen, batch, number, config.evaluate.repeats, backbone.device)
+            records += _records(batch, answers, batch_size, config, backbone, len(tree))
+            if len(samples) < _MAX_SAMPLES:
+                samples.append(_sample(batch[0], answers["tree"][0][0], tokenizer))
     write_jsonl(out / "records.jsonl", records)
     write_jsonl(out / "samples.jsonl", samples)
     metrics = summarise(records)
+    metrics["eval/is_lossless"] = float(config.decode.rule != "typical")
     limit = min(config.dataset.max_length, backbone.max_length)
     heldout = load_tokenised(config, tokenizer, limit).split("test")
     examples = heldout[: config.evaluate.num_prompts]
@@ -75,39 +92,64 @@ def run(config: Config, out: Path) -> dict[str, float]:
     return metrics
 
 
+Timed = tuple[list[Answer], float]
+"""Answers to a batch, and the seconds they took together."""
+
+
 def _answer(
-    methods: dict[str, Method], prompt: Prompt, number: int, repeats: int, device: torch.device
-) -> dict[str, tuple[Answer, float]]:
-    """Let every method answer; who begins changes from prompt to prompt."""
+    methods: dict[str, Method],
+    batch: list[Prompt],
+    number: int,
+    repeats: int,
+    device: torch.device,
+) -> dict[str, Timed]:
+    """Let every method answer; who begins changes from batch to batch."""
     names = list(methods)
     first = number % len(names)
-    answers: dict[str, tuple[Answer, float]] = {}
+    prompts = [prompt.input_ids for prompt in batch]
+    answers: dict[str, Timed] = {}
     for _ in range(repeats):
         for name in names[first:] + names[:first]:
-            answer, seconds = timed(methods[name], prompt.input_ids, device)
+            found, seconds = timed(methods[name], prompts, device)
             if name not in answers or seconds < answers[name][1]:
-                answers[name] = (answer, seconds)
+                answers[name] = (found, seconds)
     return answers
 
 
-def _records(prompt: Prompt, answers: dict[str, tuple[Answer, float]]) -> list[Record]:
+def _records(
+    batch: list[Prompt],
+    answers: dict[str, Timed],
+    batch_size: int,
+    config: Config,
+    backbone: Backbone,
+    num_nodes: int,
+) -> list[Record]:
+    """Return a record a prompt and method; a batch's seconds are shared out among its prompts."""
     plain, plain_seconds = answers["plain"]
-    return [
-        {
-            "prompt_id": prompt.prompt_id,
-            "category": prompt.category,
-            "method": name,
-            "batch_size": 1,
-            "new_tokens": len(answer.tokens),
-            "steps": answer.num_steps,
-            "accept_lengths": answer.accept_lengths,
-            "seconds": seconds,
-            "baseline_seconds": plain_seconds,
-            "baseline_new_tokens": len(plain.tokens),
-            "identical": answer.tokens == plain.tokens,
-        }
-        for name, (answer, seconds) in answers.items()
-    ]
+    is_random = config.decode.rule == "sampling"
+    records = []
+    for name, (found, seconds) in answers.items():
+        for prompt, answer, expected in zip(batch, found, plain, strict=True):
+            record = {
+                "prompt_id": prompt.prompt_id,
+                "category": prompt.category,
+                "method": name,
+                "batch_size": batch_size,
+                "new_tokens": len(answer.tokens),
+                "steps": answer.num_steps,
+                "accept_lengths": answer.accept_lengths,
+                "seconds": seconds / len(batch),
+                "baseline_seconds": plain_seconds / len(batch),
+                "baseline_new_tokens": len(expected.tokens),
+                "identical": None if is_random else answer.tokens == expected.tokens,
+            }
+            if name == "tree" and record["identical"] is False and config.decode.rule == "greedy":
+                difference = find_difference(
+                    backbone, prompt.input_ids, expected.tokens, answer.tokens, num_nodes
+                )
+                record["difference"] = asdict(difference) if difference else None
+            records.append(record)
+    return records
 
 
 def _sample(prompt: Prompt, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

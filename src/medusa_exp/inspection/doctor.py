@@ -10,7 +10,7 @@ from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.examples import Example
 from medusa_exp.data.template import ChatTemplate
-from medusa_exp.decode.stop import stop_ids
+from medusa_exp.decode.settings import stop_ids
 from medusa_exp.inspection.rows import Row
 from medusa_exp.model.agreement import Agreement, measure_agreement
 from medusa_exp.model.backbone import Backbone

@@ -23,7 +23,7 @@ from medusa_exp.data.prompts import Prompt, prompts_of
 from medusa_exp.data.sources import load_split
 from medusa_exp.decode.answers import Decoded, Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
-from medusa_exp.decode.stop import stop_ids
+from medusa_exp.decode.settings import limits_of
 from medusa_exp.files import write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
@@ -62,7 +62,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
         max_positions=backbone.max_length,
         num_prompts=config.tree.num_prompts,
     )
-    limits = Limits(config.decode.max_new_tokens, stop_ids(config, backbone, tokenizer))
+    limits = limits_of(config, backbone, tokenizer)
     answers = [
         decode_plain(backbone, [prompt.input_ids], limits)[0]
         for prompt in track(prompts, "answering held-out prompts")

@@ -1,5 +1,5 @@
 from medusa_exp.config import Config, DecodeConfig
-from medusa_exp.decode.stop import stop_ids
+from medusa_exp.decode.settings import stop_ids
 
 
 def test_stop_ids(backbone, tokenizer):

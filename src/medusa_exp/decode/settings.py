@@ -1,8 +1,10 @@
-"""Config, model and tokenizer in; what ends an answer out."""
+"""Config, model and tokenizer in; how tokens are chosen and what ends an answer, out."""
 
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
+from medusa_exp.decode.answers import Limits
+from medusa_exp.decode.rule import Rule
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 
@@ -22,3 +24,31 @@ def stop_ids(
             )
     own = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     return frozenset(backbone.eos_token_ids | own | set(config.decode.stop_ids))
+
+
+def limits_of(config: Config, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> Limits:
+    """Return where answers end.
+
+    Raises:
+        UserError: as `stop_ids`.
+    """
+    return Limits(
+        config.decode.max_new_tokens,
+        stop_ids(config, backbone, tokenizer),
+        config.decode.stop_strings,
+        tokenizer.decode,
+    )
+
+
+def rule_of(config: Config) -> Rule:
+    """Return how tokens are chosen."""
+    decode = config.decode
+    return Rule(
+        decode.rule,
+        decode.temperature,
+        decode.top_k,
+        decode.top_p,
+        decode.epsilon,
+        decode.alpha,
+        seed=config.seed,
+    )
