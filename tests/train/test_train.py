@@ -3,17 +3,21 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import build_model
 
 from medusa_exp.config import Config, DatasetConfig, ModelConfig, TrainConfig
 from medusa_exp.config import HeadConfig as Head
+from medusa_exp.data.examples import Example
+from medusa_exp.data.loader import collate
 from medusa_exp.data.tokenised import load_tokenised
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_backbone, load_heads, load_tokenizer
 from medusa_exp.model.loss import medusa_loss, medusa_losses
 from medusa_exp.train import stage
+from medusa_exp.train.module import own_choices
 from medusa_exp.train.schedule import warmup_cosine
 
 
@@ -71,6 +75,26 @@ def test_training_without_validation(config, tmp_path):
     config.dataset.val_fraction = 0.0
     metrics = run(config, tmp_path / "run")
     assert not any(name.startswith("val/") for name in metrics) and "train/loss" in metrics
+
+
+def test_own_labels_are_what_the_backbone_says_after_the_same_text(backbone):
+    documents = [
+        Example(np.arange(1, 9, dtype=np.int32), np.array([False] * 3 + [True] * 5)),
+        Example(np.arange(9, 14, dtype=np.int32), np.array([True] * 5)),
+    ]
+    batch = collate([documents])
+    with torch.inference_mode():
+        hidden_BTD = backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
+        labels_BT = own_choices(backbone, hidden_BTD, batch)
+        expected = []
+        for document in documents:
+            ids_1T = torch.tensor(document.input_ids).long()[None]
+            said = backbone.model(ids_1T).logits[0].argmax(-1).tolist()
+            ids, mask = ids_1T[0].tolist(), document.is_trained
+            expected += [ids[0]]  # nothing of its own stands before it
+            expected += [said[t] if mask[t + 1] else ids[t + 1] for t in range(len(ids) - 1)]
+    assert labels_BT[0, : len(expected)].tolist() == expected
+    assert not labels_BT[0, len(expected) :].any()
 
 
 def test_the_loss_falls_on_eight_samples(config):

@@ -48,6 +48,9 @@ class TrainConfig:
     """Passes over the training split, where `max_steps` is not set."""
     min_steps: int = 1000
     """A small data set is walked more often than `epochs`, until so many steps are made."""
+    labels: str = "own"
+    """own (the token that the backbone itself would say after the same text: what decoding checks
+    guesses against) or data (the token that stands there)."""
     batching: str = "padded"
     """padded (a document a row, rows of similar length) or packed (several documents a row, which
     do not see each other: almost no padding, but attention over longer rows)."""
@@ -86,6 +89,7 @@ class TrainConfig:
         ):
             at_least(f"train.{key}", getattr(self, key), 1)
         at_least("train.checkpoint_every", self.checkpoint_every, 1)
+        one_of("train.labels", self.labels, ("own", "data"))
         one_of("train.batching", self.batching, ("padded", "packed"))
         at_least("train.learning_rate", self.learning_rate, 0.0)
         within("train.decay", self.decay, 0.0, 1.0)

@@ -16,6 +16,9 @@ from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.loss import HeadLoss, medusa_counts, medusa_loss, medusa_losses
 from medusa_exp.train.schedule import scheduled
 
+_CHOICE_ROWS = 1024
+"""Rows whose logits of the backbone exist at one time."""
+
 
 class MedusaModule(L.LightningModule):
     """Heads on a frozen backbone: Medusa-1.
@@ -34,6 +37,7 @@ class MedusaModule(L.LightningModule):
         max_steps: int,
         decay: float,
         loss_chunk_rows: int,
+        labels: str,
         made_with: str,
     ) -> None:
         super().__init__()
@@ -45,6 +49,7 @@ class MedusaModule(L.LightningModule):
         self.max_steps = max_steps
         self.decay = decay
         self.loss_chunk_rows = loss_chunk_rows
+        self.labels = labels
         self.made_with = made_with
         self.last_train_metrics: dict[str, float] = {}
         self._val_counts: Tensor | None = None
@@ -97,9 +102,29 @@ class MedusaModule(L.LightningModule):
         checkpoint["made_with"] = self.made_with
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return hidden_BTD, labels_BT, is_trained_BT and documents_BT of a batch."""
         with torch.no_grad():
-            hidden_BTD = self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT).float()
-        return hidden_BTD, batch.input_ids_BT, batch.is_trained_BT, batch.documents_BT
+            hidden_BTD = self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
+            labels_BT = batch.input_ids_BT
+            if self.labels == "own":
+                labels_BT = own_choices(self.backbone, hidden_BTD, batch)
+        return hidden_BTD.float(), labels_BT, batch.is_trained_BT, batch.documents_BT
+
+
+def own_choices(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    """Return in place of each trained token [B, T] what the backbone says there, the likeliest one.
+
+    Decoding compares guesses with this, not with the data: where a text takes a turn that the
+    backbone would not take, its token is noise to the heads.
+    """
+    follows_BT = batch.documents_BT[:, 1:] == batch.documents_BT[:, :-1]
+    is_chosen_BT = batch.is_trained_BT[:, 1:] & follows_BT
+    rows = hidden_BTD[:, :-1][is_chosen_BT].split(_CHOICE_ROWS)
+    labels_BT = batch.input_ids_BT.clone()
+    if is_chosen_BT.any():
+        choices_R = torch.cat([backbone.lm_head(rows_CD).argmax(-1) for rows_CD in rows])
+        labels_BT[:, 1:][is_chosen_BT] = choices_R
+    return labels_BT
 
 
 def _mean(head: HeadLoss) -> Tensor:

@@ -84,6 +84,7 @@ def _fit(
         max_steps=max_steps,
         decay=settings.decay,
         loss_chunk_rows=settings.loss_chunk_rows,
+        labels=settings.labels,
         made_with=key,
     )
     trainer = build_trainer(
