@@ -199,6 +199,20 @@ def test_several_sources_on_the_command_line(workplace, run_dir):
     assert found["a"]["kept records"] == 120 and found["b"]["dropped"] == {"duplicate": 120}
 
 
+def test_a_piped_prompt_is_answered(run_dir, workplace):
+    result = subprocess.run(
+        [sys.executable, "-m", "medusa_exp", "stages=[chat]", "run_dir=run"],
+        input="What is 2 + 2?",
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "tokens per backbone step" in result.stdout
+    assert read(run_dir / "metrics.json")["chat/tokens_per_step"] >= 1.0
+
+
 def test_wandb_offline(run_dir, workplace):
     result = medusa_exp(
         "stages=[evaluate]",

@@ -28,6 +28,7 @@ STAGES = {
     "train": "medusa_exp.train.stage",
     "calibrate": "medusa_exp.tree.calibrate",
     "evaluate": "medusa_exp.evaluate.stage",
+    "chat": "medusa_exp.decode.chat",
     "report": "medusa_exp.tracking.stage",
 }
 """Stage -> module whose `run(config, out) -> metrics` does it. Imported only when it runs: the

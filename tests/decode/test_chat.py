@@ -1,0 +1,39 @@
+import pytest
+from tiny_models import build_model
+
+from medusa_exp.decode.answers import Limits
+from medusa_exp.decode.chat import Chat
+from medusa_exp.decode.loop import decode_plain
+from medusa_exp.decode.propose import StaticTree
+from medusa_exp.decode.rule import Rule
+from medusa_exp.errors import UserError
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.tree import chain
+
+
+@pytest.fixture
+def chat(tokenizer) -> Chat:
+    backbone = Backbone(build_model("llama", vocab_size=len(tokenizer)))
+    heads = build_heads(backbone, num_heads=2)
+    proposer = StaticTree(heads, chain(2), backbone.device)
+    return Chat(backbone, tokenizer, proposer, Limits(12), Rule())
+
+
+def test_an_answer_comes_in_the_pieces_that_steps_give(chat, tokenizer):
+    pieces = list(chat.answer("hello"))
+    prompt = "<|user|>hello<|end|>\n<|assistant|>"
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    [plain] = decode_plain(chat.backbone, [ids], Limits(12))
+    whole = tokenizer.decode(plain.tokens, skip_special_tokens=True)
+    assert whole.startswith("".join(pieces))
+    assert chat.num_tokens == 12 and 1 <= chat.num_steps <= 12
+    assert [message.role for message in chat.messages] == ["user", "assistant"]
+
+
+def test_what_was_said_belongs_to_the_next_prompt_until_there_is_no_room(chat):
+    list(chat.answer("hello"))
+    list(chat.answer("and?"))
+    assert len(chat.messages) == 4
+    with pytest.raises(UserError, match="positions"):
+        list(chat.answer("x" * 200))
+    assert len(chat.messages) == 4
