@@ -10,7 +10,6 @@ from medusa_exp.decode import generate
 from medusa_exp.decode.answers import Answers, Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree, tree_steps
 from medusa_exp.decode.propose import DynamicTree, StaticTree
-from medusa_exp.decode.rule import Rule
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
@@ -251,43 +250,3 @@ def test_generate_takes_padding_on_either_side(backbone):
         assert result.sequences == expected
         assert [sum(lengths) for lengths in result.accept_lengths] == [6, 6]
         assert result.num_steps == max(len(lengths) for lengths in result.accept_lengths)
-
-
-def test_sampling_hangs_on_the_seed(backbone):
-    heads = build_heads(backbone, num_heads=2)
-    options = {"tree": chain(2), "max_new_tokens": 20, "temperature": 1.0, "eos_token_id": []}
-
-    def sample(seed):
-        ids = torch.tensor([[4, 5], [6, 7]])
-        return generate(backbone, heads, ids, seed=seed, **options).sequences
-
-    assert sample(1) == sample(1) != sample(2)
-
-
-@pytest.mark.parametrize("filters", [{}, {"top_k": 4, "temperature": 0.8}, {"top_p": 0.8}])
-def test_sampled_continuations_have_the_law_of_plain_sampling(filters):
-    """Chi-square over the first three tokens of 20,000 continuations."""
-    backbone = Backbone(build_model("llama", vocab_size=5, spread=1.5))
-    heads = build_heads(backbone, num_heads=2)
-    tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0)])
-    num, rule = 20_000, Rule("sampling", seed=3, **filters)
-    counts = []
-    for decode in (
-        lambda prompts: decode_tree(backbone, heads, tree, prompts, Limits(3), rule),
-        lambda prompts: decode_plain(backbone, prompts, Limits(3), rule),
-    ):
-        codes = []
-        for _ in range(1):
-            codes += [
-                a * 25 + b * 5 + c for a, b, c in (d.tokens for d in decode([[1, 2, 3]] * num))
-            ]
-        counts.append(torch.bincount(torch.tensor(codes), minlength=125).double())
-    ours, plain = counts
-    both = ours + plain
-    seen = both > 20
-    rest = torch.stack([c[~seen].sum() for c in counts])
-    ours, plain = torch.cat([ours[seen], rest[:1]]), torch.cat([plain[seen], rest[1:]])
-    statistic = ((ours - plain) ** 2 / (ours + plain).clamp(min=1)).sum()
-    freedom = int(seen.sum()) - (0 if rest.sum() else 1)
-    p_value = 1 - torch.special.gammainc(torch.tensor(freedom / 2), (statistic / 2).float())
-    assert p_value > 0.01 and len(ours) > 8

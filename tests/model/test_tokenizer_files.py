@@ -1,6 +1,7 @@
 """What save_tokenizer writes beside the heads."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from medusa_exp.model import (
     save_tokenizer,
 )
 
-REAL = Path("/work/shared/realdata/tokenizers")
+REAL = Path(os.environ.get("MEDUSA_EXP_TEST_DATA", "no such folder")) / "tokenizers"
+"""Tokenizers of yours, as in tests/data/test_real_data.py."""
 OTHER = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
 

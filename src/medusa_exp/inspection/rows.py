@@ -30,11 +30,18 @@ class Row:
 
 
 def sample_rows(
-    conversations: Iterable[tuple[str, Conversation]], tokenizer: PreTrainedTokenizerBase
+    conversations: Iterable[tuple[str, Conversation]],
+    tokenizer: PreTrainedTokenizerBase,
+    notes: Iterable[str] = (),
 ) -> list[Row]:
-    """Render conversations of named sources; those that the template refuses are passed over."""
+    """Render conversations of named sources; those that the template refuses are passed over.
+
+    `notes` on the template that are known need not be logged again.
+    """
     sourced = list(conversations)
-    results = Renderer(tokenizer).render_many(conversation for _, conversation in sourced)
+    renderer = Renderer(tokenizer)
+    renderer.template.notes.update(notes)
+    results = renderer.render_many(conversation for _, conversation in sourced)
     rows = []
     for number, result in enumerate(results):
         source, conversation = sourced[number]

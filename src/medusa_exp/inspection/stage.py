@@ -33,7 +33,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     limit = min(config.dataset.max_length, backbone.max_length if backbone else 2**30)
     documents = load_tokenised(config, tokenizer, limit)
     sampled = _sampled(open_sources(config), documents, config.inspect.num_conversations)
-    rows = sample_rows(sampled, tokenizer)
+    rows = sample_rows(sampled, tokenizer, documents.summary["notes"])
     found: dict[str, Any] = {
         **documents.summary,
         "max_length": limit,
