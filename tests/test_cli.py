@@ -76,6 +76,7 @@ def test_a_run_keeps_the_contract(run_dir):
     assert all(len(digest) == 64 for digest in run["data"].values()) and run["data"]
     assert set(run["cache_keys"]) == {"dataset", "model"}
     assert run["command"][:4] == ["python", "-m", "medusa_exp", "+experiment=smoke"]
+    assert run["cache_keys"]["tokenised"] == read(run_dir / "data.json")["key"]
     metrics = read(run_dir / "metrics.json")
     assert all(isinstance(value, float) for value in metrics.values())
     assert metrics["eval/identical_fraction"] == 1.0

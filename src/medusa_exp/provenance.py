@@ -84,6 +84,8 @@ class RunRecord:
         self.run["device"] = _device_name(self.config.device)
         self.run["peak_memory_bytes"] = _peak_memory_bytes()
         self.run["cache_keys"] = cache_keys(self.config)
+        if tokenised := read_json(self.out / "data.json", {}).get("key"):
+            self.run["cache_keys"]["tokenised"] = tokenised
         for path in _data_files(self.config):
             self.run["data"][str(path)] = sha256_file(path)
         write_json(self.out / "run.json", self.run)
