@@ -74,7 +74,7 @@ def test_a_run_keeps_the_contract(run_dir):
     assert all(run["stages"][s]["status"] == "done" for s in stages)
     assert run["seed"] == 0 and run["peak_memory_bytes"] > 1e8 and run["device"].startswith("cpu")
     assert all(len(digest) == 64 for digest in run["data"].values()) and run["data"]
-    assert set(run["cache_keys"]) == {"dataset", "model"}
+    assert set(run["cache_keys"]) == {"dataset", "model", "tokenised"}
     assert run["command"][:4] == ["python", "-m", "medusa_exp", "+experiment=smoke"]
     assert run["cache_keys"]["tokenised"] == read(run_dir / "data.json")["key"]
     metrics = read(run_dir / "metrics.json")
