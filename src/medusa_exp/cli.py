@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 STAGES = {
     "pretrain": "medusa_exp.model.tiny",
     "inspect": "medusa_exp.inspection.stage",
+    "regenerate": "medusa_exp.train.regenerate",
     "train": "medusa_exp.train.stage",
     "calibrate": "medusa_exp.tree.calibrate",
     "evaluate": "medusa_exp.evaluate.stage",

@@ -86,6 +86,8 @@ class RunRecord:
         self.run["cache_keys"] = cache_keys(self.config)
         if tokenised := read_json(self.out / "data.json", {}).get("key"):
             self.run["cache_keys"]["tokenised"] = tokenised
+        if regenerated := read_json(self.out / "regenerated.json", {}).get("key"):
+            self.run["cache_keys"]["regenerated"] = regenerated
         for path in _data_files(self.config):
             self.run["data"][str(path)] = sha256_file(path)
         write_json(self.out / "run.json", self.run)

@@ -28,6 +28,7 @@ from medusa_exp.config.stages import (
     HeadConfig,
     InspectConfig,
     LoggerConfig,
+    RegenerateConfig,
     TrainConfig,
     TreeConfig,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "LoggerConfig",
     "ModelConfig",
     "PretrainConfig",
+    "RegenerateConfig",
     "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",
@@ -78,6 +80,7 @@ class Config:
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tree: TreeConfig = field(default_factory=TreeConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)

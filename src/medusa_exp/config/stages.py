@@ -1,4 +1,4 @@
-"""What a run does: keys inspect, and groups head, train, tree, decode, evaluate and logger."""
+"""What a run does: keys inspect and regenerate, and the groups from head to logger."""
 
 from dataclasses import dataclass, field
 
@@ -39,6 +39,29 @@ class InspectConfig:
 
 
 @dataclass
+class RegenerateConfig:
+    """The backbone's own answers to the prompts of the training documents; see `train.text`.
+
+    Tokens are chosen as `decode` says, and answers end where it says.
+    """
+
+    num_documents: int | None = None
+    """Training documents, drawn by the seed, whose prompts are answered; all by default."""
+    batch_size: int = 64
+    """Documents that are answered together."""
+    max_new_tokens: int = 256
+    """Of an answer. One that is not finished by then is its document's last."""
+    use_heads: bool = False
+    """Decode with the heads and the tree that the run directory has already: the same answers,
+    sooner where batches are small."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_documents", "batch_size", "max_new_tokens"):
+            if (value := getattr(self, key)) is not None:
+                at_least(f"regenerate.{key}", value, 1)
+
+
+@dataclass
 class TrainConfig:
     """Training of the heads on the frozen backbone."""
 
@@ -48,6 +71,9 @@ class TrainConfig:
     """Passes over the training split, where `max_steps` is not set."""
     min_steps: int = 1000
     """A small data set is walked more often than `epochs`, until so many steps are made."""
+    text: str = "data"
+    """data (the conversations as they are) or own (with the backbone's own answers in them, which
+    stage regenerate makes: the text that heads meet in decoding)."""
     labels: str = "own"
     """own (the token that the backbone itself would say after the same text: what decoding checks
     guesses against) or data (the token that stands there)."""
@@ -89,6 +115,7 @@ class TrainConfig:
         ):
             at_least(f"train.{key}", getattr(self, key), 1)
         at_least("train.checkpoint_every", self.checkpoint_every, 1)
+        one_of("train.text", self.text, ("data", "own"))
         one_of("train.labels", self.labels, ("own", "data"))
         one_of("train.batching", self.batching, ("padded", "packed"))
         at_least("train.learning_rate", self.learning_rate, 0.0)

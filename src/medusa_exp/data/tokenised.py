@@ -70,11 +70,16 @@ class Tokenised:
         rows = np.flatnonzero([split_of(i, dataset) == name for i in ids])
         if not len(rows):
             raise empty_split(name, self.summary["sources"])
-        if name != "train" or not dataset.sources:
-            return Examples(self.table, rows)
-        weights = {key: source.weight for key, source in dataset.sources.items()}
-        names = self.table["source"].take(pa.array(rows)).to_pylist()
-        return Examples(self.table, rows, np.array([weights[name] for name in names]))
+        return self.weighted(self.table, rows) if name == "train" else Examples(self.table, rows)
+
+    def weighted(self, table: pa.Table, rows: np.ndarray | None = None) -> Examples:
+        """Return documents of a table with the weights of their sources."""
+        sources = self.config.dataset.sources
+        if not sources:
+            return Examples(table, rows)
+        names = table["source"] if rows is None else table["source"].take(pa.array(rows))
+        weights = [sources[name].weight for name in names.to_pylist()]
+        return Examples(table, rows, np.array(weights))
 
     def log(self) -> None:
         """Say what was kept, what was not, and why."""

@@ -14,6 +14,9 @@ from transformers.cache_utils import Cache
 
 from medusa_exp.errors import UserError
 
+_SAMPLE = 4096
+"""Values of a parameter that `weights_identity` reads, about."""
+
 
 class Backbone:
     """A model with the two things Medusa needs of it: last hidden states, and logits on a tree.
@@ -137,6 +140,20 @@ class Backbone:
                 digest.update(name.encode())
                 values = parameter.detach().to(torch.bfloat16).contiguous().view(torch.uint8)
                 digest.update(values.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def weights_identity(self) -> str:
+        """Return a sha256 over a sample of every parameter: what the model's answers depend on.
+
+        A sample, since reading all of a large model takes minutes, and training or merging leaves
+        no tensor's values as they were. In bfloat16, as `identity`.
+        """
+        digest = hashlib.sha256(self.identity().encode())
+        for name, parameter in sorted(self.model.named_parameters()):
+            flat = parameter.detach().flatten()
+            values = flat[:: max(1, len(flat) // _SAMPLE)].to(torch.bfloat16).contiguous()
+            digest.update(f"{name} {list(parameter.shape)}".encode())
+            digest.update(values.view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _with_lm_head_input(self, **arguments: Any) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def quiet_libraries(stages: list[str]) -> None:
     """Silence what libraries say about themselves; their warnings still come through."""
     from transformers.utils import logging as transformers_logging
 
-    if {"pretrain", "train"} & set(stages):
+    if {"pretrain", "regenerate", "train"} & set(stages):
         import lightning.pytorch  # it sets up its logging when it is imported
 
     transformers_logging.disable_progress_bar()

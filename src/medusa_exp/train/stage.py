@@ -20,6 +20,7 @@ from medusa_exp.model.heads import MedusaHeads, build_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.tokenizer import load_tokenizer, save_tokenizer
 from medusa_exp.train.module import MedusaModule
+from medusa_exp.train.regenerate import open_answers
 from medusa_exp.train.trainer import CHECKPOINT, build_trainer, pick_precision
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,11 @@ def run(config: Config, out: Path) -> dict[str, float]:
         kind=config.head.kind,
     )
     settings = config.train
+    data_key, train_documents = documents.summary["key"], documents.split("train")
+    if settings.text == "own":
+        data_key, train_documents = open_answers(config, documents, backbone, tokenizer)
     batches = Batches(
-        documents.split("train"),
+        train_documents,
         documents.split("val") if config.dataset.val_fraction else None,
         batching=settings.batching,
         batch_tokens=settings.batch_tokens,
@@ -56,7 +60,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     max_steps = _num_steps(config, batches)
     parameters = sum(parameter.numel() for parameter in heads.parameters())
     log.info("%d heads, %.1f M parameters; %d steps", heads.num_heads, parameters / 1e6, max_steps)
-    key = made_with(config, documents.summary["key"], backbone)
+    key = made_with(config, data_key, backbone)
     metrics = _fit(config, out, backbone, heads, batches, max_steps, key)
     save_heads(heads, out / "heads")
     save_tokenizer(tokenizer, config, out / "heads")

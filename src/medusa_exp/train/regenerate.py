@@ -1,0 +1,298 @@
+"""Stage regenerate: training documents and backbone in; the same prompts with its own answers out.
+
+Heads are to guess what the backbone says. Where a text takes turns that the backbone would not
+take, they learn from states that decoding never visits; in its own answers there are none.
+
+What stands between two of the assistant's turns stays as it is, token for token: nothing is
+rendered or tokenised again. Answers lie in the cache, under a hash of all that decides them.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from medusa_exp.config import Config
+from medusa_exp.data.examples import SCHEMA, Example, Examples, open_documents
+from medusa_exp.data.tokenised import Tokenised, load_tokenised
+from medusa_exp.decode.answers import Decoded, Limits
+from medusa_exp.decode.check import check_trees
+from medusa_exp.decode.loop import GREEDY, decode_plain, decode_tree
+from medusa_exp.decode.rule import Rule
+from medusa_exp.decode.settings import limits_of, rule_of
+from medusa_exp.errors import UserError
+from medusa_exp.files import content_key, drop_torn_line, publish, read_json, read_jsonl, write_json
+from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.checkpoint import load_heads
+from medusa_exp.model.heads import stack_heads
+from medusa_exp.model.loading import load_backbone
+from medusa_exp.model.tokenizer import load_tokenizer
+from medusa_exp.progress import progress_bar
+from medusa_exp.train.trainer import pick_precision
+from medusa_exp.tree import Tree
+
+log = logging.getLogger(__name__)
+
+RECORD = "regenerated.json"
+"""Of a run directory: what its stage regenerate has made or found."""
+_DOCUMENTS, _SUMMARY = "documents.arrow", "summary.json"
+_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+Decode = Callable[[list[list[int]], Limits, Rule], list[Decoded]]
+
+
+@dataclass
+class Document:
+    """A conversation on its way: the backbone's answers so far, between the data's other turns."""
+
+    row: int
+    """Number in the table of tokenised documents."""
+    contexts: list[list[int]]
+    """What stands before each assistant turn, from the end of the turn before."""
+    tokens: list[int] = field(default_factory=list)
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    """Where the answers begin and end in `tokens`."""
+    outcome: str = "whole"
+    """Or why later turns are missing: `unfinished` or `no room`."""
+
+
+def run(config: Config, out: Path) -> dict[str, float]:
+    """Answer the prompts of the training documents, unless that has been done before."""
+    backbone = load_backbone(config)
+    tokenizer = load_tokenizer(config)
+    documents = load_tokenised(
+        config, tokenizer, min(config.dataset.max_length, backbone.max_length)
+    )
+    documents.log()
+    key = answers_key(config, documents, backbone, tokenizer)
+    path = _path(config, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{key}.lock")):
+        if not (path / _SUMMARY).is_file():
+            _regenerate(config, out, path, documents, backbone, tokenizer)
+        else:
+            log.info("the backbone's own answers are in the cache: %s", path)
+    summary = read_json(path / _SUMMARY)
+    write_json(out / RECORD, {"key": key, **summary})
+    log.info(
+        "%d documents, %d answers of %d tokens; not finished within %d tokens: %d; no room: %d",
+        *(summary[name] for name in ("documents", "answers", "tokens")),
+        config.regenerate.max_new_tokens,
+        *(len(summary[name]) for name in ("unfinished", "no_room")),
+    )
+    return {f"regenerate/{name}": summary[name] for name in ("documents", "answers", "tokens")}
+
+
+def open_answers(
+    config: Config,
+    documents: Tokenised,
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[str, Examples]:
+    """Return the key of the backbone's own answers, and the documents that hold them.
+
+    Raises:
+        UserError: stage regenerate has not made them.
+    """
+    key = answers_key(config, documents, backbone, tokenizer)
+    path = _path(config, key)
+    if not (path / _SUMMARY).is_file():
+        raise UserError(
+            "train.text=own: there are no answers of this backbone to this data set yet: put stage "
+            "regenerate before train, with the same regenerate.* and decode.*, or set "
+            "train.text=data."
+        )
+    return key, documents.weighted(open_documents(path / _DOCUMENTS))
+
+
+def answers_key(
+    config: Config,
+    documents: Tokenised,
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """Name all that decides the answers. Batches are left out: they only move near-ties."""
+    settings = asdict(config.regenerate)
+    del settings["batch_size"], settings["use_heads"]
+    dataset = config.dataset
+    limits = limits_of(config, backbone, tokenizer)
+    return content_key(
+        documents.summary["key"],
+        [dataset.val_fraction, dataset.test_fraction],
+        backbone.weights_identity(),
+        settings,
+        asdict(_rule(config)),
+        [sorted(limits.stop_ids), list(limits.stop_strings)],
+        _precision(config, backbone),
+        [metadata.version(name) for name in ("torch", "transformers")],
+    )
+
+
+def _path(config: Config, key: str) -> Path:
+    return Path(config.cache_dir) / "regenerated" / key
+
+
+def _rule(config: Config) -> Rule:
+    """Answers are the backbone's own: never those of a rule that is lossy."""
+    rule = rule_of(config)
+    return GREEDY if rule.name == "typical" else rule
+
+
+def _precision(config: Config, backbone: Backbone) -> str:
+    return str(_HALF.get(pick_precision(config, backbone.device), backbone.model.dtype))
+
+
+def _regenerate(
+    config: Config,
+    out: Path,
+    path: Path,
+    documents: Tokenised,
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write the documents with the backbone's own answers at `path`; go on where it was stopped."""
+    examples, rows = _chosen(config, documents)
+    log_path = path.with_name(f".{path.name}.answers.jsonl")
+    drop_torn_line(log_path)
+    done = {line["row"] for line in read_jsonl(log_path)}
+    todo = [_document(row, examples[row]) for row in rows if row not in done]
+    todo.sort(key=lambda document: (-len(document.contexts[0]), document.row))
+    if done:
+        log.info("%d of %d documents have their answers already", len(done), len(rows))
+    size = config.regenerate.batch_size
+    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+    limits = replace(
+        limits_of(config, backbone, tokenizer), max_new_tokens=config.regenerate.max_new_tokens
+    )
+    decode = _decoder(config, out, backbone)
+    with log_path.open("a", encoding="utf-8") as file, progress_bar() as bar:
+        task = bar.add_task("regenerating answers", total=len(rows), completed=len(done))
+        for batch in batches:
+            # A draw of its own for each batch, whatever was answered before.
+            rule = replace(_rule(config), seed=config.seed + batch[0].row)
+            answer(batch, decode, limits, rule, documents.max_length, backbone)
+            file.write("".join(json.dumps(asdict(document)) + "\n" for document in batch))
+            file.flush()
+            os.fsync(file.fileno())
+            bar.advance(task, len(batch))
+    lines = sorted(read_jsonl(log_path), key=lambda line: line["row"])
+    with publish(path) as partial:
+        partial.mkdir()
+        ids, sources = examples.strings("conversation_id"), examples.strings("source")
+        _write(partial / _DOCUMENTS, lines, ids, sources)
+        write_json(partial / _SUMMARY, _summary(lines, ids))
+    log_path.unlink()
+
+
+def _chosen(config: Config, documents: Tokenised) -> tuple[Examples, list[int]]:
+    """Return the training documents, and the numbers of those to answer."""
+    examples = documents.split("train")
+    order = np.random.default_rng(config.seed).permutation(len(examples))
+    return examples, sorted(order[: config.regenerate.num_documents].tolist())
+
+
+def _document(row: int, example: Example) -> Document:
+    edges = np.flatnonzero(np.diff(example.is_trained.astype(np.int8), prepend=0, append=0))
+    starts, stops = edges[::2].tolist(), edges[1::2].tolist()
+    ids = example.input_ids.tolist()
+    return Document(row, [ids[a:b] for a, b in zip([0, *stops], starts, strict=False)])
+
+
+def answer(
+    batch: list[Document],
+    decode: Decode,
+    limits: Limits,
+    rule: Rule,
+    max_length: int,
+    backbone: Backbone,
+) -> None:
+    """Let the backbone answer each turn of some documents, one turn of all of them after another.
+
+    A document ends early with an answer that finds no end within the limit, or before one that
+    would not fit into `max_length` tokens.
+    """
+    for turn in range(max(len(document.contexts) for document in batch)):
+        asked = list(_next_turn(batch, turn, limits.max_new_tokens, max_length, backbone))
+        if not asked:
+            break
+        for document, decoded in zip(
+            asked, decode([document.tokens for document in asked], limits, rule), strict=True
+        ):
+            start = len(document.tokens)
+            document.tokens += decoded.tokens
+            document.answers.append((start, len(document.tokens)))
+            if len(decoded.tokens) == limits.max_new_tokens and (
+                decoded.tokens[-1] not in limits.stop_ids
+            ):
+                document.outcome = "unfinished"
+
+
+def _next_turn(
+    batch: list[Document], turn: int, new_tokens: int, max_length: int, backbone: Backbone
+) -> Iterator[Document]:
+    """Yield the documents that have such a turn and room for it, their next context appended."""
+    for document in batch:
+        if document.outcome != "whole" or turn >= len(document.contexts):
+            continue
+        length = len(document.tokens) + len(document.contexts[turn])
+        if length + new_tokens > min(max_length, backbone.max_length_from(length)):
+            document.outcome = "no room"
+            continue
+        document.tokens += document.contexts[turn]
+        yield document
+
+
+def _decoder(config: Config, out: Path, backbone: Backbone) -> Decode:
+    """Return plain decoding, or decoding with the heads and the tree that the run already has."""
+    if dtype := _HALF.get(pick_precision(config, backbone.device)):
+        backbone.model.to(dtype)
+    if not config.regenerate.use_heads:
+        return lambda prompts, limits, rule: decode_plain(backbone, prompts, limits, rule)
+    heads = stack_heads(load_heads(out / "heads", backbone), backbone)
+    tree = Tree.load(out / "tree.json")
+    check_trees(backbone)
+    return lambda prompts, limits, rule: decode_tree(backbone, heads, tree, prompts, limits, rule)
+
+
+def _write(path: Path, lines: list[dict[str, Any]], ids: list[str], sources: list[str]) -> None:
+    """Write the documents that have an answer as an Arrow file."""
+    lines = [line for line in lines if line["answers"]]
+    if not lines:
+        raise UserError(
+            "stage regenerate: no training document leaves room for an answer: lower "
+            "regenerate.max_new_tokens or raise dataset.max_length."
+        )
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for line in lines:
+        is_trained_T = np.zeros(len(line["tokens"]), np.uint8)
+        for start, stop in line["answers"]:
+            is_trained_T[start:stop] = 1
+        columns["input_ids"].append(line["tokens"])
+        columns["is_trained"].append(is_trained_T)
+        columns["conversation_id"].append(ids[line["row"]])
+        columns["source"].append(sources[line["row"]])
+    with pa.ipc.new_file(str(path), SCHEMA) as file:
+        file.write_table(pa.table(columns, schema=SCHEMA))
+
+
+def _summary(lines: list[dict[str, Any]], ids: list[str]) -> dict[str, Any]:
+    def ended(outcome: str) -> list[str]:
+        return [ids[line["row"]] for line in lines if line["outcome"] == outcome]
+
+    return {
+        "documents": sum(bool(line["answers"]) for line in lines),
+        "answers": sum(len(line["answers"]) for line in lines),
+        "tokens": sum(stop - start for line in lines for start, stop in line["answers"]),
+        "unfinished": ended("unfinished"),
+        "no_room": ended("no room"),
+    }

@@ -1,0 +1,155 @@
+"""The backbone's own answers, on a tiny random Llama."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, build_model
+
+from medusa_exp.config import Config, RegenerateConfig
+from medusa_exp.data.examples import open_documents
+from medusa_exp.decode.answers import Limits
+from medusa_exp.decode.loop import GREEDY, decode_plain
+from medusa_exp.errors import UserError
+from medusa_exp.model import Backbone, build_heads, load_backbone
+from medusa_exp.model.checkpoint import save_heads
+from medusa_exp.train import regenerate, stage
+from medusa_exp.train.regenerate import Document, answer
+from medusa_exp.tree import chain
+
+PROMPTS = [[3, 4, 5], [7], [9, 8, 7, 6]]
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone(build_model("llama"))
+
+
+def answered(backbone: Backbone, documents: list[Document], *, stop_ids=(), max_length=100):
+    def decode(prompts, limits, rule):
+        return decode_plain(backbone, prompts, limits, rule)
+
+    limits = Limits(6, stop_ids)
+    answer(documents, decode, limits, GREEDY, max_length, backbone)
+    return documents
+
+
+def plainly(backbone: Backbone, prompt: list[int], stop_ids=()) -> list[int]:
+    return decode_plain(backbone, [prompt], Limits(6, stop_ids))[0].tokens
+
+
+def test_each_turn_is_what_the_backbone_says_after_its_own_answers(backbone):
+    stops = range(0, VOCAB_SIZE, 4)  # so that answers come to an end
+    contexts = [[prompt, [2, 1], [5]] for prompt in PROMPTS]
+    documents = [Document(row, list(turns)) for row, turns in enumerate(contexts)]
+    for document in answered(backbone, documents, stop_ids=stops):
+        tokens: list[int] = []
+        for context, (start, stop) in zip(
+            document.contexts, document.answers, strict=document.outcome == "whole"
+        ):
+            tokens += context
+            assert start == len(tokens)
+            tokens += plainly(backbone, tokens, stops)
+            assert stop == len(tokens)
+        assert document.tokens == tokens
+    assert {document.outcome for document in documents} >= {"whole"}
+
+
+def test_an_answer_without_an_end_is_the_last(backbone):
+    [document] = answered(backbone, [Document(0, [[3, 4, 5], [2]])])
+    assert document.outcome == "unfinished"
+    assert document.answers == [(3, 9)] and len(document.tokens) == 9
+
+
+def test_a_turn_without_room_is_not_asked(backbone):
+    documents = [Document(0, [[1] * 15]), Document(1, [[1] * 14])]
+    answered(backbone, documents, max_length=20)
+    assert [document.outcome for document in documents] == ["no room", "unfinished"]
+    assert documents[0].tokens == [] and documents[0].answers == []
+
+
+@pytest.fixture
+def exact(config, tmp_path):
+    config.dtype.precision = "32-true"
+    config.regenerate = RegenerateConfig(num_documents=20, batch_size=4, max_new_tokens=16)
+    (tmp_path / "run").mkdir()
+    return config
+
+
+def documents_of(config: Config, out: Path) -> list[dict]:
+    key = json.loads((out / regenerate.RECORD).read_text())["key"]
+    path = Path(config.cache_dir) / "regenerated" / key / "documents.arrow"
+    return open_documents(path).to_pylist()
+
+
+def test_the_stage_counts_what_it_wrote(exact, tmp_path):
+    metrics = regenerate.run(exact, tmp_path / "run")
+    documents = documents_of(exact, tmp_path / "run")
+    trained = sum(sum(document["is_trained"]) for document in documents)
+    assert metrics["regenerate/tokens"] == trained > 0
+    assert metrics["regenerate/documents"] == len(documents) == 20
+    assert not any(document["is_trained"][0] for document in documents)
+    assert len({document["conversation_id"] for document in documents}) == 20
+
+
+def test_a_killed_stage_goes_on_without_a_gap_or_a_copy(exact, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    regenerate.run(exact, out)
+    whole = documents_of(exact, out)
+    shutil.rmtree(tmp_path / "cache" / "regenerated")
+    calls = 0
+
+    def stops(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return decode_plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(regenerate, "decode_plain", stops)
+        with pytest.raises(KeyboardInterrupt):
+            regenerate.run(exact, out)
+    [log] = (tmp_path / "cache/regenerated").glob(".*.answers.jsonl")
+    assert len(log.read_text().splitlines()) == 8
+    log.write_text(log.read_text()[:-40])  # and the last line was torn
+    regenerate.run(exact, out)
+    assert documents_of(exact, out) == whole
+    assert not log.exists()
+
+
+def test_heads_of_the_run_give_the_same_answers(exact, tmp_path):
+    out = tmp_path / "run"
+    regenerate.run(exact, out)
+    plain = documents_of(exact, out)
+    shutil.rmtree(tmp_path / "cache" / "regenerated")
+    save_heads(build_heads(load_backbone(exact), num_heads=2), out / "heads")
+    chain(2).save(out / "tree.json")
+    exact.regenerate.use_heads = True
+    regenerate.run(exact, out)
+    assert documents_of(exact, out) == plain
+
+
+def test_training_takes_own_answers_and_asks_for_them(exact, tmp_path):
+    exact.train.text = "own"
+    with pytest.raises(UserError, match=r"train\.text=own.*put stage regenerate before train"):
+        stage.run(exact, tmp_path / "run")
+    regenerate.run(exact, tmp_path / "run")
+    assert stage.run(exact, tmp_path / "run")["train/steps"] == 12
+
+
+def test_no_room_for_any_answer_is_an_error(exact, tmp_path):
+    exact.regenerate.max_new_tokens = 1024
+    with pytest.raises(UserError, match=r"lower regenerate\.max_new_tokens"):
+        regenerate.run(exact, tmp_path / "run")
+
+
+def test_other_weights_have_another_identity():
+    model = build_model("llama")
+    before = Backbone(model).weights_identity()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(1.1)
+    assert Backbone(model).weights_identity() != before
+    assert Backbone(model).identity() == Backbone(build_model("llama")).identity()
