@@ -10,8 +10,10 @@ from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model import build_heads
 from medusa_exp.tree import Tree, chain
-from medusa_exp.tree.calibrate import Timing, choose, head_ranks
+from medusa_exp.tree.calibrate import head_ranks
+from medusa_exp.tree.curve import choose, correct, summarise
 from medusa_exp.tree.growth import best_tree, grow, node_shares, num_steps, prefix_counts, replay
+from medusa_exp.tree.timing import Timing
 
 
 def test_prefix_counts_are_joint():
@@ -84,8 +86,35 @@ def test_head_ranks_by_hand(backbone):
 def test_the_fastest_tree_is_chosen_not_the_one_with_most_tokens():
     answers = [np.zeros((21, 2), dtype=int)]
     times = {chain(0): 1.0, chain(1): 1.2, chain(2): 2.5}
-    chosen = choose(answers, Timing(times, plain=1.0, prefill=3.0))
+    chosen = choose(answers, Timing(1, times, plain=1.0, prefill=3.0))
     assert chosen["num_nodes"] == 2
     assert chosen["predicted_tokens_per_step"] == pytest.approx(21 / 11)
     assert chosen["predicted_speedup"] == pytest.approx((3 + 20) / (3 + 10 * 1.2))
     assert [point["num_nodes"] for point in chosen["curve"]] == [1, 2, 3]
+
+
+def test_a_rehearsal_outweighs_what_was_expected():
+    """Two guesses looked faster; answers over one guess took less."""
+    answers = [np.zeros((21, 2), dtype=int)] * 2
+    times = {chain(0): 1.0, chain(1): 1.2, chain(2): 1.3}
+    entry = choose(answers, Timing(1, times, plain=1.0, prefill=3.0))
+    assert entry["num_nodes"] == 3
+    rehearsed = {None: 46.0, chain(1): 24.0, chain(2): 30.0}  # of the first answer alone
+    correct(entry, rehearsed, answers[:1])
+    assert entry["num_nodes"] == 2
+    assert entry["predicted_speedup"] == pytest.approx(46 / 24)
+
+
+def test_the_batch_size_at_which_no_tree_pays():
+    answers = [np.zeros((21, 2), dtype=int)]
+
+    def entry(batch_size: int, seconds: float):
+        times = {chain(0): 1.1, chain(1): seconds}
+        return choose(answers, Timing(batch_size, times, plain=1.0, prefill=3.0))
+
+    entries = [entry(1, 1.2), entry(4, 1.6), entry(16, 4.0), entry(32, 5.0)]
+    found = summarise(entries, answers, max_rank=3)
+    assert found["break_even_batch_size"] == 16
+    assert [e["num_nodes"] for e in found["batch_sizes"]] == [2, 2, 1, 1]
+    assert found["num_nodes"] == 2 and found["rank_share"] == [[1.0, 0.0, 0.0]] * 2
+    assert summarise(entries[:2], answers, max_rank=3)["break_even_batch_size"] is None

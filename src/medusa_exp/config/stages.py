@@ -129,8 +129,18 @@ class TreeConfig:
     """The tree of guesses that one step checks, and how stage calibrate chooses it."""
 
     kind: str = "calibrated"
-    """calibrated (measured on held-out text), chain (the first guess of every head) or medusa_63
-    (the tree of the Medusa authors)."""
+    """calibrated (measured on held-out text), dynamic (at each step, the nodes that the heads hold
+    for the likeliest), chain (the first guess of every head), medusa_63 (the tree of the Medusa
+    authors) or custom (`path` or `paths`)."""
+    path: str | None = None
+    """Of kind=custom: a JSON file, as tree.json or a list like `paths`."""
+    paths: list[list[int]] = field(default_factory=list)
+    """Of kind=custom: nodes as ranks from the first head on, the form of the reference's
+    medusa_choices: [[0],[0,0],[1]]."""
+    num_nodes: int | None = None
+    """Of kind=dynamic: nodes of a step; by default, as many as the calibrated tree has."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16])
+    """Calibration finds the fastest tree for each; decoding uses that of the size next below."""
     num_prompts: int = 32
     """Held-out prompts that the backbone answers to count which guesses come true."""
     max_nodes: int = 64
@@ -139,7 +149,11 @@ class TreeConfig:
     """Guesses of a head that calibration considers."""
 
     def __post_init__(self) -> None:
-        one_of("tree.kind", self.kind, ("calibrated", "chain", "medusa_63"))
+        one_of("tree.kind", self.kind, ("calibrated", "dynamic", "chain", "medusa_63", "custom"))
+        if self.num_nodes is not None:
+            within("tree.num_nodes", self.num_nodes, 1, 256)
+        for size in self.batch_sizes or [0]:
+            at_least("tree.batch_sizes", size, 1)
         within("tree.max_nodes", self.max_nodes, 1, 256)
         at_least("tree.num_prompts", self.num_prompts, 1)
         at_least("tree.max_rank", self.max_rank, 1)

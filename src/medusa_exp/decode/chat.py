@@ -20,7 +20,7 @@ from medusa_exp.data.template import ChatTemplate
 from medusa_exp.decode.answers import Answers, Limits
 from medusa_exp.decode.check import check_trees
 from medusa_exp.decode.loop import tree_steps
-from medusa_exp.decode.propose import StaticTree
+from medusa_exp.decode.propose import Proposer, build_proposer
 from medusa_exp.decode.rule import Rule
 from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.errors import UserError
@@ -51,7 +51,7 @@ class Chat:
 
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
-    proposer: StaticTree
+    proposer: Proposer
     limits: Limits
     rule: Rule
     messages: list[Message] = field(default_factory=list)
@@ -97,7 +97,7 @@ def load_chat(config: Config, out: Path) -> Chat:
     tokenizer = load_tokenizer(config)
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
     tree = choose_tree(config, out, heads.num_heads)
-    proposer = StaticTree(heads, tree, backbone.device)
+    proposer = build_proposer(heads, tree, backbone.device)
     limits = limits_of(config, backbone, tokenizer)
     return Chat(backbone, tokenizer, proposer, limits, rule_of(config))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from medusa_exp.decode.answers import Answers, Decoded, Limits
 from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
-from medusa_exp.decode.propose import Proposer, StaticTree
+from medusa_exp.decode.propose import Proposer, build_proposer
 from medusa_exp.decode.rule import Judge, Rule
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
@@ -46,7 +46,7 @@ def decode_tree(
 ) -> list[Decoded]:
     """Decode one accepted path a step and row; see `tree_steps`."""
     answers = Answers(len(prompts), limits)
-    proposer = StaticTree(heads, tree, backbone.device)
+    proposer = build_proposer(heads, tree, backbone.device)
     for _ in tree_steps(backbone, proposer, prompts, answers, rule):
         pass
     return answers.decoded

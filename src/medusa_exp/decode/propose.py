@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads, StackedHeads
-from medusa_exp.tree import Tree
+from medusa_exp.tree import Tree, chain
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,13 @@ class DynamicTree:
             self._ancestors_MM[node_BN[:, :, None], node_BN[:, None, :]],
             self._depth_M[node_BN],
         )
+
+
+def build_proposer(heads: nn.Module, tree: Tree, device: torch.device) -> Proposer:
+    """Return what makes drafts of a tree: the same at every step, or some picked nodes of it."""
+    if tree.num_picked is None or tree.num_picked == 1:
+        return StaticTree(heads, tree if tree.num_picked is None else chain(0), device)
+    return DynamicTree(heads, tree, tree.num_picked, device)
 
 
 def _places(tree: Tree, num_ranks: int) -> np.ndarray:

@@ -165,8 +165,10 @@ def _regenerate(
     log_path = path.with_name(f".{path.name}.answers.jsonl")
     drop_torn_line(log_path)
     done = {line["row"] for line in read_jsonl(log_path)}
-    todo = [_document(row, examples[row]) for row in rows if row not in done]
-    todo.sort(key=lambda document: (-len(document.contexts[0]), document.row))
+    # Of about the same length, that is, with answers of about the same length, so that few rows of
+    # a batch wait for the others; the longest first, which need most memory.
+    ordered = sorted(set(rows) - done, key=lambda row: (-examples.lengths[row], row))
+    todo = [_document(row, examples[row]) for row in ordered]
     if done:
         log.info("%d of %d documents have their answers already", len(done), len(rows))
     size = config.regenerate.batch_size

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,9 @@ class Tree:
 
     parents: tuple[int, ...]
     ranks: tuple[int, ...]
+    num_picked: int | None = None
+    """None: a step checks all nodes. Else the heads' probabilities pick so many of them, root
+    included, anew at each step and for each row."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parents", tuple(int(p) for p in self.parents))
@@ -45,6 +49,8 @@ class Tree:
                 raise ValueError(f"node {node}: rank {rank} is negative.")
         if len(set(self.paths)) != len(self.paths):
             raise ValueError("two siblings share a rank.")
+        if self.num_picked is not None and not 1 <= self.num_picked <= len(self):
+            raise ValueError(f"num_picked={self.num_picked}: pick from 1 to {len(self)} nodes.")
 
     @classmethod
     def from_paths(cls, paths: Iterable[Sequence[int]]) -> "Tree":
@@ -68,7 +74,8 @@ class Tree:
 
     @classmethod
     def load(cls, path: Path) -> "Tree":
-        """Read `{"parents": [...], "ranks": [...]}`.
+        """Read `{"parents": [...], "ranks": [...]}`, or a list of paths as `from_paths` takes them,
+        or `{"paths": [...]}`.
 
         Raises:
             UserError: the file is missing or holds no tree.
@@ -77,13 +84,27 @@ class Tree:
         if value is None:
             raise UserError(f"{path} does not exist: run stage calibrate, or choose tree=chain.")
         try:
-            return cls(value["parents"], value["ranks"])
+            if isinstance(value, list):
+                return cls.from_paths(value)
+            if "paths" in value:
+                return cls.from_paths(value["paths"])
+            return cls(value["parents"], value["ranks"], value.get("num_picked"))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} holds no tree: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write what `load` reads."""
-        write_json(path, {"parents": list(self.parents), "ranks": list(self.ranks)})
+        write_json(path, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `save` writes."""
+        value: dict[str, Any] = {"parents": list(self.parents), "ranks": list(self.ranks)}
+        return value if self.num_picked is None else {**value, "num_picked": self.num_picked}
+
+    @property
+    def num_checked(self) -> int:
+        """Nodes that a step checks: how many tokens the backbone is run on."""
+        return len(self) if self.num_picked is None else self.num_picked
 
     def __len__(self) -> int:
         return len(self.parents)
