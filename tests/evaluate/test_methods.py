@@ -2,7 +2,7 @@ import torch
 
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.rule import Rule
-from medusa_exp.evaluate.methods import at_batch_size, build_methods, hf_generate, timed
+from medusa_exp.evaluate.methods import build_methods, hf_generate, timed
 from medusa_exp.model import build_heads
 from medusa_exp.tree import chain
 
@@ -10,7 +10,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4, 1, 5, 9, 2, 6]
 BASELINES = ["chain", "hf_generate", "prompt_lookup"]
 
 
-def methods_of(backbone, limits, rule=None, baselines=BASELINES):
+def methods_of(backbone, limits, rule=None, baselines=BASELINES, batch_size=1):
     heads = build_heads(backbone, num_heads=2)
     return build_methods(
         backbone,
@@ -19,7 +19,7 @@ def methods_of(backbone, limits, rule=None, baselines=BASELINES):
         limits,
         rule or Rule(),
         baselines=baselines,
-        num_heads=2,
+        batch_size=batch_size,
     )
 
 
@@ -40,7 +40,7 @@ def test_all_methods_say_the_same_and_count_their_steps(backbone):
 
 
 def test_what_runs_in_batches(backbone):
-    methods = at_batch_size(methods_of(backbone, Limits(10)), 2)
+    methods = methods_of(backbone, Limits(10), batch_size=2)
     assert list(methods) == ["plain", "tree", "chain"]
     prompts = [PROMPT, PROMPT[:3]]
     plain, tree, over_chain = (

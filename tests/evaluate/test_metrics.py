@@ -16,14 +16,15 @@ def record(method, category, tokens, steps, seconds, identical=True, batch_size=
         "baseline_seconds": tokens * 0.1,
         "baseline_new_tokens": tokens,
         "identical": identical,
+        "accept_lengths": [1] * steps if method == "plain" else None,
     }
 
 
 RECORDS = [
     record("plain", "a", 10, 10, 1.0),
     record("plain", "b", 30, 30, 3.0),
-    record("tree", "a", 10, 5, 1.0),
-    record("tree", "b", 30, 5, 1.0, identical=False),
+    record("tree", "a", 10, 5, 1.0) | {"accept_lengths": [1, 3, 1, 1, 4]},
+    record("tree", "b", 30, 5, 1.0, identical=False) | {"accept_lengths": [1, 7, 2, 2, 18]},
     record("hf_generate", "a", 10, 10, 2.0),
     record("hf_generate", "b", 30, 30, 4.0),
     record("prompt_lookup", "a", 10, 8, 1.0),
@@ -45,14 +46,21 @@ def test_by_hand():
     assert metrics["eval/category/b/tokens_per_step"] == 6.0
 
 
+def test_accepted_guesses_by_depth():
+    metrics = summarise(RECORDS)
+    shares = [metrics[f"eval/accepted_depth{depth}"] for depth in range(1, 18)]
+    assert shares[:4] == [6 / 8, 4 / 8, 3 / 8, 2 / 8]
+    assert 1 + sum(shares) == pytest.approx((9 + 29) / 8)  # tokens of a later step
+
+
 def test_without_baselines():
     metrics = summarise(RECORDS[:4])
     assert not any("lookup" in name or "hf" in name for name in metrics)
 
 
 def test_batch_sizes_have_figures_of_their_own():
-    more = [record("plain", "a", 10, 10, 0.5, batch_size=4), record("tree", "a", 10, 2, 0.5)]
-    more[1]["batch_size"] = 4
+    more = [record("plain", "a", 10, 10, 0.5, batch_size=4), RECORDS[2] | {"batch_size": 4}]
+    more[1] |= {"steps": 2, "seconds": 0.5}
     metrics = summarise(RECORDS + more)
     assert metrics["eval/tree/b1/speedup"] == metrics["eval/speedup"]
     assert metrics["eval/tree/b4/tokens_per_step"] == 5.0
@@ -75,5 +83,8 @@ def test_the_interval_holds_the_speedup_and_narrows_with_prompts():
 
 
 def test_sampled_answers_are_not_compared():
-    random_ones = [record(m, "a", 10, 5, 1.0, identical=None) for m in ("plain", "tree")]
+    random_ones = [
+        record(m, "a", 10, 5, 1.0, identical=None) | {"accept_lengths": [2] * 5}
+        for m in ("plain", "tree")
+    ]
     assert "eval/identical_fraction" not in summarise(random_ones)

@@ -197,8 +197,12 @@ class DecodeConfig:
 class EvaluateConfig:
     """The measurement: every method answers the same prompts, in turn, in one process."""
 
+    path: str | None = None
+    """Prompts of a file instead of held-out ones: chats, the question.jsonl of MT-bench or
+    Spec-Bench, or a .txt of a question a line."""
     num_prompts: int = 48
-    """Held-out prompts; each assistant turn of a test conversation gives one."""
+    """Held-out prompts; each assistant turn of a test conversation gives one. Of a file of
+    questions, as many, evenly spread over it."""
     warmup_prompts: int = 2
     """Prompts that every method answers before the clock counts."""
     repeats: int = 1

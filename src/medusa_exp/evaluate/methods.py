@@ -37,7 +37,6 @@ LOOKUP_TOKENS = 10
 """Tokens that prompt lookup copies at a time: what the documentation of transformers suggests. It
 runs so many positions beyond an answer's end."""
 _SINGLE = ("hf_generate", "prompt_lookup")
-"""Methods that are measured one prompt at a time."""
 
 
 def build_methods(
@@ -48,9 +47,13 @@ def build_methods(
     rule: Rule,
     *,
     baselines: list[str],
-    num_heads: int,
+    batch_size: int = 1,
 ) -> dict[str, Method]:
-    """Return name -> method: plain and tree, and the baselines asked for."""
+    """Return name -> method: plain and tree, and those of the baselines that fit.
+
+    Methods of transformers are run greedily, one prompt at a time, and know no stop strings of
+    ours.
+    """
     options: Any = {"max_new_tokens": limits.max_new_tokens, "stop_ids": limits.stop_ids}
     plain_rule = GREEDY if rule.name == "typical" else rule
 
@@ -60,22 +63,16 @@ def build_methods(
     methods: dict[str, Method] = {
         "plain": lambda prompts: _answers(decode_plain(backbone, prompts, limits, plain_rule)),
         "tree": over(tree),
-        "chain": over(chain(num_heads)),
+        "chain": over(chain(heads.num_heads)),
         "hf_generate": lambda prompts: [hf_generate(backbone, ids, **options) for ids in prompts],
         "prompt_lookup": lambda prompts: [
             hf_generate(backbone, ids, **options, prompt_lookup_num_tokens=LOOKUP_TOKENS)
             for ids in prompts
         ],
     }
-    # Those of transformers are run greedily, and know no stop strings of ours.
-    is_comparable = rule.name == "greedy" and not limits.stop_strings
+    is_comparable = rule.name == "greedy" and not limits.stop_strings and batch_size == 1
     chosen = [name for name in baselines if is_comparable or name not in _SINGLE]
     return {name: methods[name] for name in ("plain", "tree", *chosen)}
-
-
-def at_batch_size(methods: dict[str, Method], batch_size: int) -> dict[str, Method]:
-    """Return the methods that take so many prompts at a time."""
-    return {n: m for n, m in methods.items() if batch_size == 1 or n not in _SINGLE}
 
 
 @torch.inference_mode()

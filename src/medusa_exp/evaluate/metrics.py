@@ -27,6 +27,7 @@ def summarise(records: list[Record]) -> dict[str, float]:
     metrics["eval/speedup_low"], metrics["eval/speedup_high"] = speedup_interval(tree)
     metrics["eval/baseline_tokens_per_second"] = tokens_per_second(plain)
     metrics["eval/num_prompts"] = float(len(tree))
+    metrics |= accepted_by_depth(tree)
     differences = [record["difference"] for record in records if record.get("difference")]
     if differences:
         metrics["eval/num_differences"] = float(len(differences))
@@ -67,6 +68,19 @@ def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, f
     ours, seconds, plain, plain_seconds = values[picked].sum(1).T
     low, high = np.quantile((ours / seconds) / (plain / plain_seconds), (0.025, 0.975))
     return float(low), float(high)
+
+
+def accepted_by_depth(records: list[Record]) -> dict[str, float]:
+    """Return, for each depth, the share of steps that accept a guess there.
+
+    The prompt's step has no guesses. One more than the sum of them is the tokens a later step gives
+    (less what the last step of an answer has to spare).
+    """
+    lengths = [length for record in records for length in record["accept_lengths"][1:]]
+    return {
+        f"eval/accepted_depth{depth}": sum(length > depth for length in lengths) / len(lengths)
+        for depth in range(1, max(lengths, default=1))
+    }
 
 
 def tokens_per_second(records: list[Record]) -> float:

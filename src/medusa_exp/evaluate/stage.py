@@ -1,30 +1,26 @@
 """Stage evaluate: heads, tree and held-out prompts in; records.jsonl and samples.jsonl out."""
 
 import logging
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import track
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
-from medusa_exp.data.prompts import Prompt, prompts_of
-from medusa_exp.data.sources import load_split
+from medusa_exp.data.prompts import Prompt
 from medusa_exp.data.tokenised import load_tokenised
+from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.check import check_trees
+from medusa_exp.decode.loop import decode_plain
 from medusa_exp.decode.settings import limits_of, rule_of
-from medusa_exp.evaluate.methods import (
-    LOOKUP_TOKENS,
-    Answer,
-    Method,
-    at_batch_size,
-    build_methods,
-    timed,
-)
+from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Method, build_methods
 from medusa_exp.evaluate.metrics import Record, summarise
-from medusa_exp.evaluate.near_ties import find_difference
+from medusa_exp.evaluate.overhead import share_outside_backbone
+from medusa_exp.evaluate.prompts import load_prompts
+from medusa_exp.evaluate.records import Timed, answer_in_turn, records_of, sample_of
 from medusa_exp.files import write_jsonl
 from medusa_exp.model.agreement import measure_agreement
 from medusa_exp.model.backbone import Backbone
@@ -32,11 +28,14 @@ from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.tokenizer import load_tokenizer
+from medusa_exp.tree import Tree
 from medusa_exp.tree.choice import choose_tree
 
 log = logging.getLogger(__name__)
 
 _MAX_SAMPLES = 12
+_TIMED_PROMPTS = 8
+"""Prompts on which it is measured where time goes."""
 
 
 def run(config: Config, out: Path) -> dict[str, float]:
@@ -44,133 +43,87 @@ def run(config: Config, out: Path) -> dict[str, float]:
     backbone = load_backbone(config)
     tokenizer = load_tokenizer(config)
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
-    tree = choose_tree(config, out, heads.num_heads)
-    tree.save(out / "tree.json")
-    conversations = load_split(config, "test")
-    prompts = prompts_of(
-        conversations,
-        tokenizer,
+    check_trees(backbone)
+    limits = limits_of(config, backbone, tokenizer)
+    prompts = load_prompts(
         config,
+        tokenizer,
         # Prompt lookup guesses beyond the end of an answer, without regard to the last position.
-        max_positions=backbone.max_length - LOOKUP_TOKENS,
-        num_prompts=config.evaluate.num_prompts,
+        backbone.max_length - LOOKUP_TOKENS,
+        lambda ids: decode_plain(backbone, [ids], limits)[0].tokens,
     )
-    methods = build_methods(
+    records: list[Record] = []
+    samples: list[dict[str, Any]] = []
+    outside = None
+    for batch_size in sorted(config.evaluate.batch_sizes):
+        tree = choose_tree(config, out, heads.num_heads, batch_size)
+        methods = _methods(config, backbone, heads, tree, limits, batch_size)
+        _warm_up(methods, prompts[: config.evaluate.warmup_prompts])
+        if outside is None:
+            tree.save(out / "tree.json")
+            timed_prompts = [prompt.input_ids for prompt in prompts[:_TIMED_PROMPTS]]
+            outside = share_outside_backbone(backbone, methods["tree"], timed_prompts)
+        for batch, answers in _answers(config, methods, prompts, batch_size, backbone):
+            records += records_of(batch, answers, batch_size, config, backbone, tree.num_checked)
+            if len(samples) < _MAX_SAMPLES:
+                samples.append(sample_of(batch[0], answers["tree"][0][0], tokenizer))
+    write_jsonl(out / "records.jsonl", records)
+    write_jsonl(out / "samples.jsonl", samples)
+    assert outside is not None
+    return {
+        **summarise(records),
+        "eval/outside_backbone_fraction": outside,
+        "eval/is_lossless": float(config.decode.rule != "typical"),
+        **_agreement(config, backbone, tokenizer),
+    }
+
+
+def _methods(
+    config: Config, backbone: Backbone, heads: nn.Module, tree: Tree, limits: Limits, size: int
+) -> dict[str, Method]:
+    return build_methods(
         backbone,
         heads,
         tree,
-        limits_of(config, backbone, tokenizer),
+        limits,
         rule_of(config),
         baselines=config.evaluate.baselines,
-        num_heads=heads.num_heads,
+        batch_size=size,
     )
-    check_trees(backbone)
+
+
+def _warm_up(methods: dict[str, Method], prompts: list[Prompt]) -> None:
     for method in methods.values():
-        for prompt in prompts[: config.evaluate.warmup_prompts]:
+        for prompt in prompts:
             method([prompt.input_ids])
-    records: list[Record] = []
-    samples: list[dict[str, Any]] = []
-    for batch_size in config.evaluate.batch_sizes:
-        chosen = at_batch_size(methods, batch_size)
-        batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-        what = f"answering test prompts, {batch_size} at a time"
-        for number, batch in enumerate(track(batches, what)):
-            answers = _answer(chosen, batch, number, config.evaluate.repeats, backbone.device)
-            records += _records(batch, answers, batch_size, config, backbone, len(tree))
-            if len(samples) < _MAX_SAMPLES:
-                samples.append(_sample(batch[0], answers["tree"][0][0], tokenizer))
-    write_jsonl(out / "records.jsonl", records)
-    write_jsonl(out / "samples.jsonl", samples)
-    metrics = summarise(records)
-    metrics["eval/is_lossless"] = float(config.decode.rule != "typical")
+
+
+def _answers(
+    config: Config,
+    methods: dict[str, Method],
+    prompts: list[Prompt],
+    batch_size: int,
+    backbone: Backbone,
+) -> Iterator[tuple[list[Prompt], dict[str, Timed]]]:
+    """Yield each batch of prompts with every method's answers."""
+    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    what = f"answering test prompts, {batch_size} at a time"
+    for number, batch in enumerate(track(batches, what)):
+        yield (
+            batch,
+            answer_in_turn(methods, batch, number, config.evaluate.repeats, backbone.device),
+        )
+
+
+def _agreement(
+    config: Config, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """Return how near the backbone is to the held-out text of the data set."""
     limit = min(config.dataset.max_length, backbone.max_length)
     heldout = load_tokenised(config, tokenizer, limit).split("test")
     examples = heldout[: config.evaluate.num_prompts]
     agreement = measure_agreement(backbone, examples, "held-out loss")
-    metrics["eval/backbone_nats_per_token"] = agreement.nats_per_token
-    metrics["eval/backbone_top1"] = agreement.top1
-    return metrics
-
-
-Timed = tuple[list[Answer], float]
-"""Answers to a batch, and the seconds they took together."""
-
-
-def _answer(
-    methods: dict[str, Method],
-    batch: list[Prompt],
-    number: int,
-    repeats: int,
-    device: torch.device,
-) -> dict[str, Timed]:
-    """Let every method answer; who begins changes from batch to batch."""
-    names = list(methods)
-    first = number % len(names)
-    prompts = [prompt.input_ids for prompt in batch]
-    answers: dict[str, Timed] = {}
-    for _ in range(repeats):
-        for name in names[first:] + names[:first]:
-            found, seconds = timed(methods[name], prompts, device)
-            if name not in answers or seconds < answers[name][1]:
-                answers[name] = (found, seconds)
-    return answers
-
-
-def _records(
-    batch: list[Prompt],
-    answers: dict[str, Timed],
-    batch_size: int,
-    config: Config,
-    backbone: Backbone,
-    num_nodes: int,
-) -> list[Record]:
-    """Return a record a prompt and method; a batch's seconds are shared out among its prompts."""
-    plain, plain_seconds = answers["plain"]
-    is_random = config.decode.rule == "sampling"
-    records = []
-    for name, (found, seconds) in answers.items():
-        for prompt, answer, expected in zip(batch, found, plain, strict=True):
-            record = {
-                "prompt_id": prompt.prompt_id,
-                "category": prompt.category,
-                "method": name,
-                "batch_size": batch_size,
-                "new_tokens": len(answer.tokens),
-                "steps": answer.num_steps,
-                "accept_lengths": answer.accept_lengths,
-                "seconds": seconds / len(batch),
-                "baseline_seconds": plain_seconds / len(batch),
-                "baseline_new_tokens": len(expected.tokens),
-                "identical": None if is_random else answer.tokens == expected.tokens,
-            }
-            if name == "tree" and record["identical"] is False and config.decode.rule == "greedy":
-                difference = find_difference(
-                    backbone, prompt.input_ids, expected.tokens, answer.tokens, num_nodes
-                )
-                record["difference"] = asdict(difference) if difference else None
-            records.append(record)
-    return records
-
-
-def _sample(prompt: Prompt, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the answer's text cut into steps and these into tokens."""
-    pieces = []
-    text = ""
-    for end in range(1, len(answer.tokens) + 1):
-        # A token's text depends on its neighbours: it is what the whole gains by it.
-        longer = tokenizer.decode(answer.tokens[:end], skip_special_tokens=False)
-        if longer.endswith("\ufffd"):  # half of a character: it comes with the next token
-            pieces.append("")
-            continue
-        pieces.append(longer[len(text) :])
-        text = longer
-    steps, start = [], 0
-    for length in answer.accept_lengths or ():
-        steps.append(pieces[start : start + length])
-        start += length
     return {
-        "prompt_id": prompt.prompt_id,
-        "category": prompt.category,
-        "prompt": prompt.text,
-        "steps": steps,
+        "eval/backbone_nats_per_token": agreement.nats_per_token,
+        "eval/backbone_top1": agreement.top1,
     }

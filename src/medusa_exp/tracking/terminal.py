@@ -1,6 +1,8 @@
 """What the terminal shows of a run, and what it is spared."""
 
 import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ _HEADLINES = (
     ("eval/prompt_lookup_speedup", "prompt lookup, speed-up", "{:.2f}x"),
     ("eval/baseline_vs_hf", "our plain decoding over model.generate", "{:.2f}x"),
     ("calibrate/predicted_speedup", "speed-up that calibration predicted", "{:.2f}x"),
+    ("eval/outside_backbone_fraction", "share of a step outside the backbone", "{:.1%}"),
     ("calibrate/num_nodes", "nodes of the tree", "{:.0f}"),
+    ("calibrate/break_even_batch_size", "batch size at which no tree pays", "{:.0f}"),
     ("eval/backbone_nats_per_token", "backbone's held-out loss, nats per token", "{:.3f}"),
     ("train/loss", "loss of the heads", "{:.3f}"),
 )
@@ -30,9 +34,8 @@ def print_summary(
     for stage in stages:
         times.add_row(stage, f"{record[stage]['seconds']:.1f}")
     figures = Table("figure", "value")
-    for name, label, form in _HEADLINES:
-        if name in metrics:
-            figures.add_row(label, form.format(metrics[name]))
+    for label, value in headlines(metrics):
+        figures.add_row(label, value)
     console.print(times)
     if figures.row_count:
         console.print(figures)
@@ -40,6 +43,23 @@ def print_summary(
     console.print(
         f"report: {report}" if report.is_file() else f"run directory: {out}", soft_wrap=True
     )
+
+
+def headlines(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
+    """Yield what is said of a run first, and how."""
+    if metrics.get("eval/is_lossless") == 0:
+        yield "LOSSY", "typical acceptance changes answers"
+    for name, label, form in _HEADLINES:
+        if name in metrics:
+            value = form.format(metrics[name])
+            if f"{name}_low" in metrics:
+                low, high = (form.format(metrics[f"{name}_{end}"]) for end in ("low", "high"))
+                value += f" (95 %: {low} to {high})"
+            yield label, value
+    for name, value in metrics.items():
+        size = re.fullmatch(r"eval/tree/b(\d+)/speedup", name)
+        if size and size[1] != "1":
+            yield f"speed-up, {size[1]} prompts at a time", f"{value:.2f}x"
 
 
 def quiet_libraries(stages: list[str]) -> None:

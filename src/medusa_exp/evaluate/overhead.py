@@ -1,0 +1,38 @@
+"""Where a step's time goes: how much of it is not the backbone's."""
+
+import time
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from medusa_exp.evaluate.methods import Method, timed
+from medusa_exp.model.backbone import Backbone
+
+
+def share_outside_backbone(backbone: Backbone, method: Method, prompts: list[list[int]]) -> float:
+    """Return the share of a method's time that passes outside the backbone's forward calls.
+
+    That is proposing, verifying, keeping the cache, and all of Python between. On a GPU each call
+    is waited for, so that nothing overlaps: the share is then an upper bound.
+    """
+    inside = 0.0
+    forward = backbone.forward
+
+    def timed_forward(*arguments: Any, **options: Any) -> Any:
+        nonlocal inside
+        _wait(backbone)
+        start = time.perf_counter()
+        result = forward(*arguments, **options)
+        _wait(backbone)
+        inside += time.perf_counter() - start
+        return result
+
+    with patch.object(backbone, "forward", timed_forward):
+        seconds = sum(timed(method, [prompt], backbone.device)[1] for prompt in prompts)
+    return 1 - inside / seconds
+
+
+def _wait(backbone: Backbone) -> None:
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize(backbone.device)

@@ -1,0 +1,90 @@
+import json
+
+import pytest
+
+from medusa_exp.config import Config
+from medusa_exp.data import DataError
+from medusa_exp.errors import UserError
+from medusa_exp.evaluate.prompts import load_prompts
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["Hi", "And then?"], "reference": []},
+    {"question_id": 82, "category": "math", "turns": ["1+1?"]},
+    {"question_id": 83, "category": "math", "turns": ["2+2?", "Why?"]},
+]
+
+
+def config_of(path, num_prompts=10) -> Config:
+    config = Config()
+    config.evaluate.path, config.evaluate.num_prompts = str(path), num_prompts
+    config.decode.max_new_tokens = 16
+    return config
+
+
+def load(config, tokenizer, said="ok", max_positions=400):
+    ids = tokenizer(said + "<|end|>", add_special_tokens=False).input_ids
+    return load_prompts(config, tokenizer, max_positions, lambda prompt: ids)
+
+
+@pytest.fixture
+def question_file(tmp_path):
+    path = tmp_path / "question.jsonl"
+    path.write_text("\n".join(map(json.dumps, QUESTIONS)) + "\n")
+    return path
+
+
+def test_later_turns_follow_the_models_own_answers(question_file, tokenizer):
+    prompts = load(config_of(question_file), tokenizer)
+    assert [p.prompt_id for p in prompts] == ["81#0", "81#1", "82#0", "83#0", "83#1"]
+    assert [p.category for p in prompts] == ["writing"] * 2 + ["math"] * 3
+    assert prompts[1].text == (
+        "<|user|>Hi<|end|>\n<|assistant|>ok<|end|>\n<|user|>And then?<|end|>\n<|assistant|>"
+    )
+    assert tokenizer.decode(prompts[1].input_ids) == prompts[1].text
+
+
+def test_few_prompts_are_spread_over_the_file(question_file, tokenizer):
+    prompts = load(config_of(question_file, 3), tokenizer)
+    assert [p.prompt_id for p in prompts] == ["81#0", "81#1", "83#0", "83#1"]
+
+
+def test_plain_text_is_a_question_a_line(tmp_path, tokenizer):
+    path = tmp_path / "ask.txt"
+    path.write_text("\ufeffWho?\n\n  What?  \n", encoding="utf-8")
+    assert [(p.prompt_id, p.text) for p in load(config_of(path), tokenizer)] == [
+        ("1#0", "<|user|>Who?<|end|>\n<|assistant|>"),
+        ("3#0", "<|user|>What?<|end|>\n<|assistant|>"),
+    ]
+
+
+def test_chats_are_asked_at_every_assistant_turn(sharegpt_file, tokenizer):
+    prompts = load(config_of(sharegpt_file), tokenizer)
+    assert len(prompts) == 10
+    assert prompts[0].text == "<|user|>What is 0 + 1?<|end|>\n<|assistant|>"
+
+
+def test_questions_without_room_are_counted(question_file, tokenizer, caplog):
+    prompts = load(config_of(question_file), tokenizer, said="long " * 8, max_positions=60)
+    assert [p.prompt_id for p in prompts] == ["81#0", "82#0", "83#0"]
+    assert "prompts left out: more than 44 tokens: 2" in caplog.text
+    with pytest.raises(UserError, match="no question leaves room"):
+        load(config_of(question_file), tokenizer, max_positions=17)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("q.jsonl", '{"question_id": 1, "turns": ["a"]}\n{"question_id": 2}\n', "line 2 is no que"),
+        ("q.jsonl", '{"question_id": 1, "turns": []}\n', "line 1 .* turns is empty"),
+        ("q.txt", "\n \n", "holds no question"),
+    ],
+)
+def test_what_is_no_question(tmp_path, tokenizer, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load(config_of(tmp_path / name), tokenizer)
+
+
+def test_a_file_that_is_not_there(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"evaluate\.path=.*none.jsonl does not exist"):
+        load(config_of(tmp_path / "none.jsonl"), tokenizer)

@@ -1,0 +1,24 @@
+from medusa_exp.tracking.terminal import headlines
+
+
+def test_what_is_said_first():
+    metrics = {
+        "eval/speedup": 2.5,
+        "eval/speedup_low": 2.31,
+        "eval/speedup_high": 2.68,
+        "eval/identical_fraction": 0.975,
+        "eval/is_lossless": 1.0,
+        "eval/tree/b1/speedup": 2.5,
+        "eval/tree/b4/speedup": 1.9,
+        "train/loss": 0.5,
+    }
+    assert list(headlines(metrics)) == [
+        ("speed-up over plain decoding", "2.50x (95 %: 2.31x to 2.68x)"),
+        ("answers identical to plain decoding", "97.5%"),
+        ("loss of the heads", "0.500"),
+        ("speed-up, 4 prompts at a time", "1.90x"),
+    ]
+
+
+def test_what_is_lossy_says_so_before_all_else():
+    assert next(headlines({"eval/speedup": 3.0, "eval/is_lossless": 0.0}))[0] == "LOSSY"
