@@ -1,7 +1,8 @@
 """Attention masks of a decoding step, in the form that the backbone's architecture wants.
 
 Two traps: eager attention takes a boolean mask silently wrong (it wants a float one), and models
-with several kinds of layers want a dict of masks.
+with several kinds of layers want a dict of masks. Float masks suit all: sdpa on a CPU makes one of
+a boolean mask anyway, in every layer.
 
 B rows, N tree nodes, P columns of the cache before the tree. A row with fewer than P tokens leaves
 columns unused between its own and the tree's.
@@ -39,7 +40,6 @@ class StepMask:
             )
         self.kinds = kinds if len(kinds) > 1 else set()
         self.window = window if (not kinds or "sliding_attention" in kinds) else None
-        self.is_eager = config._attn_implementation == "eager"
         self.dtype = model.dtype
         self.column_P = torch.arange(capacity, device=model.device)
 
@@ -79,8 +79,6 @@ class StepMask:
 
     def _finish(self, mask_BNK: Tensor) -> Tensor:
         mask_B1NK = mask_BNK[:, None]
-        if not self.is_eager:
-            return mask_B1NK
         return torch.zeros_like(mask_B1NK, dtype=self.dtype).masked_fill_(
             ~mask_B1NK, torch.finfo(self.dtype).min
         )

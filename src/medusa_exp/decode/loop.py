@@ -112,7 +112,7 @@ def tree_steps(
             mask=mask.at(cache.lengths, draft.ancestors_BNN, draft.depths_BN),
             position_ids_BN=_positions(cache, draft.depths_BN, last),
         )
-        verdict = judge(logits_BNV, draft.tokens_BN, draft.parents_BN, propose.depth)
+        verdict = judge(logits_BNV, draft.tokens_BN, draft.parents_BN, propose.depth, draft.nodes)
         path_BL, root_B = verdict.path_BL, verdict.next_token_B
         last_B1 = path_BL.gather(1, verdict.num_accepted_B[:, None])
         hidden_BD = hidden_BND.gather(1, last_B1[..., None].expand(-1, 1, hidden_BND.shape[2]))[

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medusa_exp.decode.verification import Nodes
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads, StackedHeads
 from medusa_exp.tree import Tree, chain
@@ -21,9 +22,14 @@ class Draft:
 
     tokens_BN: Tensor
     parents_BN: Tensor
-    ancestors_BNN: Tensor
-    """[b, n, m]: is m an ancestor of n, or n itself?"""
+    nodes: Nodes
+    """What verification wants to know of the parents."""
     depths_BN: Tensor
+
+    @property
+    def ancestors_BNN(self) -> Tensor:
+        """[b, n, m]: is m an ancestor of n, or n itself?"""
+        return self.nodes.ancestors_BNN
 
 
 class Proposer(Protocol):
@@ -51,7 +57,8 @@ class StaticTree:
         self._num_ranks = max(tree.ranks) + 1
         self._place_N = torch.from_numpy(_places(tree, self._num_ranks)).to(device)
         self._parents_1N = torch.tensor([tree.parents], device=device)
-        self._ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
+        ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
+        self._nodes = Nodes(self._parents_1N, self.depth, ancestors_1NN)
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
@@ -64,7 +71,7 @@ class StaticTree:
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),
-            self._ancestors_1NN,
+            self._nodes,
             self._depths_1N,
         )
 
@@ -111,10 +118,11 @@ class DynamicTree:
         )
         parents_BN = place_BM.gather(1, self._parent_M[node_BN])
         parents_BN[:, 0] = -1
+        ancestors_BNN = self._ancestors_MM[node_BN[:, :, None], node_BN[:, None, :]]
         return Draft(
             tokens_BM.gather(1, node_BN),
             parents_BN,
-            self._ancestors_MM[node_BN[:, :, None], node_BN[:, None, :]],
+            Nodes(parents_BN, self.depth, ancestors_BNN),
             self._depth_M[node_BN],
         )
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.verification import RULES, Verdict, verify, without_nan
+from medusa_exp.decode.verification import RULES, Nodes, Verdict, verify, without_nan
+from medusa_exp.decode.verification_host import verify_greedy
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,16 @@ class Judge:
         return self(logits_B1V, nothing_B1, nothing_B1 - 1, max_depth=0).next_token_B
 
     def __call__(
-        self, logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, max_depth: int
+        self,
+        logits_BNV: Tensor,
+        tokens_BN: Tensor,
+        parents_BN: Tensor,
+        max_depth: int,
+        nodes: Nodes | None = None,
     ) -> Verdict:
-        """Return the verdict on a step's trees."""
+        """Return the verdict on a step's trees; see `verify`."""
+        if self.rule.name == "greedy" and logits_BNV.device.type == "cpu":
+            return verify_greedy(logits_BNV, tokens_BN, parents_BN, max_depth)
         uniforms_BN = None
         if self.rule.name == "sampling":
             uniforms_BN = torch.rand(
@@ -74,5 +82,6 @@ class Judge:
             parents_BN,
             uniforms_BN=uniforms_BN,
             max_depth=max_depth,
+            nodes=nodes,
             **self._options,
         )
