@@ -225,7 +225,7 @@ def speed(run: Run) -> list[Row]:
             "speed-up, calibrated tree",
             "x",
             speedups["calibrated"],
-            "no slower than chain and medusa_63 (noise: 3 %)",
+            "fastest, within 3 %",
             speedups["calibrated"] >= 0.97 * fixed_best,
             details={
                 **others,

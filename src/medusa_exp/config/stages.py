@@ -47,6 +47,8 @@ class RegenerateConfig:
 
     num_documents: int | None = None
     """Training documents, drawn by the seed, whose prompts are answered; all by default."""
+    num_val_documents: int = 64
+    """Documents of the validation split that are answered too, to validate heads on."""
     batch_size: int = 64
     """Documents that are answered together."""
     max_new_tokens: int = 256
@@ -56,7 +58,7 @@ class RegenerateConfig:
     sooner where batches are small."""
 
     def __post_init__(self) -> None:
-        for key in ("num_documents", "batch_size", "max_new_tokens"):
+        for key in ("num_documents", "num_val_documents", "batch_size", "max_new_tokens"):
             if (value := getattr(self, key)) is not None:
                 at_least(f"regenerate.{key}", value, 1)
 

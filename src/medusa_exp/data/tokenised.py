@@ -18,7 +18,7 @@ import pyarrow as pa
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config
+from medusa_exp.config import Config, DatasetConfig
 from medusa_exp.data.build import (
     CUT,
     KEPT,
@@ -65,21 +65,13 @@ class Tokenised:
         Raises:
             DataError: there is none.
         """
-        dataset = self.config.dataset
-        ids = self.table["conversation_id"].to_pylist()
-        rows = np.flatnonzero([split_of(i, dataset) == name for i in ids])
-        if not len(rows):
+        if not len(rows := self.rows(name)):
             raise empty_split(name, self.summary["sources"])
-        return self.weighted(self.table, rows) if name == "train" else Examples(self.table, rows)
+        return select(self.table, rows, self.config.dataset, name)
 
-    def weighted(self, table: pa.Table, rows: np.ndarray | None = None) -> Examples:
-        """Return documents of a table with the weights of their sources."""
-        sources = self.config.dataset.sources
-        if not sources:
-            return Examples(table, rows)
-        names = table["source"] if rows is None else table["source"].take(pa.array(rows))
-        weights = [sources[name].weight for name in names.to_pylist()]
-        return Examples(table, rows, np.array(weights))
+    def rows(self, name: str) -> np.ndarray:
+        """Return the numbers of the documents of train, val or test."""
+        return rows_of_split(self.table, self.config.dataset, name)
 
     def log(self) -> None:
         """Say what was kept, what was not, and why."""
@@ -103,6 +95,20 @@ class Tokenised:
             log.warning("data: for example, %s: %s", outcome, example)
         for note in [] if self.is_new else self.summary["notes"]:  # building has logged them
             log.warning("data: %s", note)
+
+
+def rows_of_split(table: pa.Table, dataset: DatasetConfig, name: str) -> np.ndarray:
+    """Return the numbers of a table's documents that belong to train, val or test."""
+    ids = table["conversation_id"].to_pylist()
+    return np.flatnonzero([split_of(i, dataset) == name for i in ids])
+
+
+def select(table: pa.Table, rows: np.ndarray, dataset: DatasetConfig, split: str) -> Examples:
+    """Return documents of a table; those of train with the weights of their sources."""
+    if split != "train" or not dataset.sources:
+        return Examples(table, rows)
+    names = table["source"].take(pa.array(rows)).to_pylist()
+    return Examples(table, rows, np.array([dataset.sources[name].weight for name in names]))
 
 
 def load_tokenised(

@@ -44,12 +44,14 @@ def run(config: Config, out: Path) -> dict[str, float]:
         kind=config.head.kind,
     )
     settings = config.train
-    data_key, train_documents = documents.summary["key"], documents.split("train")
     if settings.text == "own":
-        data_key, train_documents = open_answers(config, documents, backbone, tokenizer)
+        data_key, train, val = open_answers(config, documents, backbone, tokenizer)
+    else:
+        data_key, train, val = documents.summary["key"], documents.split("train"), None
+        val = documents.split("val") if config.dataset.val_fraction else None
     batches = Batches(
-        train_documents,
-        documents.split("val") if config.dataset.val_fraction else None,
+        train,
+        val if val else None,
         batching=settings.batching,
         batch_tokens=settings.batch_tokens,
         row_tokens=limit,
