@@ -3,6 +3,7 @@
 B rows, D hidden, V vocabulary, K heads, N tree nodes, R ranks, M nodes to choose from.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +38,8 @@ class Proposer(Protocol):
 
     num_nodes: int
     depth: int
+    key: Hashable
+    """Equal for proposers that do the same."""
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
         """Return trees below the roots.
@@ -54,6 +57,7 @@ class StaticTree:
     def __init__(self, heads: nn.Module, tree: Tree, device: torch.device) -> None:
         self.num_nodes, self.depth = len(tree), tree.depth
         self._heads = heads
+        self.key: Hashable = (id(heads) if self.depth else None, tree)
         self._num_ranks = max(tree.ranks) + 1
         self._place_N = torch.from_numpy(_places(tree, self._num_ranks)).to(device)
         self._parents_1N = torch.tensor([tree.parents], device=device)
@@ -97,6 +101,7 @@ class DynamicTree:
         """
         self.num_nodes, self.depth = min(num_nodes, len(choices)), choices.depth
         self._heads = heads
+        self.key: Hashable = (id(heads), choices, num_nodes)
         self._num_ranks = max(choices.ranks) + 1
         self._place_M = torch.from_numpy(_places(choices, self._num_ranks)).to(device)
         self._parent_M = torch.tensor(choices.parents, device=device).clamp(min=0)

@@ -40,10 +40,7 @@ class Judge:
     def __init__(self, rule: Rule, device: torch.device) -> None:
         self.rule = rule
         self._generator = torch.Generator(device)
-        if rule.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(rule.seed)
+        self.restart()
         self._options: dict[str, Any] = {
             "rule": rule.name,
             "temperature": rule.temperature,
@@ -52,6 +49,18 @@ class Judge:
             "epsilon": rule.epsilon,
             "alpha": rule.alpha,
         }
+
+    def restart(self) -> None:
+        """Begin the draws of the seed anew."""
+        if self.rule.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(self.rule.seed)
+
+    def register(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Let a CUDA graph draw anew from this generator at each replay."""
+        if self.rule.name == "sampling":
+            graph.register_generator_state(self._generator)
 
     def next_token(self, logits_B1V: Tensor) -> Tensor:
         """Choose the token after a single one: what `verify` says of a tree that is only a root."""

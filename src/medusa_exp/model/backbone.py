@@ -34,6 +34,10 @@ class Backbone:
         if self.lm_head is None or model.config.is_encoder_decoder:
             raise UserError(f"{_name(model)} is no decoder-only language model with an lm_head.")
         self.body: nn.Module = model.get_decoder()
+        self.decodes_statically = False
+        """Do decoding steps have tensors of fixed shapes? On a GPU they are captured as CUDA graphs
+        then; see `decode.static_step`."""
+        self.static_steps: Any = None
         self.is_checked_for_trees = False
         """Set by `decode.check.check_trees`."""
 
@@ -56,6 +60,11 @@ class Backbone:
     def vocab_size(self) -> int:
         """V, the rows of `lm_head`: often more than the tokenizer's entries."""
         return self.lm_head.weight.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
     def max_length(self) -> int:

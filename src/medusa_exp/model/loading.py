@@ -44,6 +44,7 @@ def load_backbone(config: Config) -> Backbone:
     model = model.to(pick_device(config.device)).eval().requires_grad_(False)
     backbone = Backbone(model)
     backbone.check_hidden_states()
+    backbone.decodes_statically = backbone.device.type == "cuda" and config.decode.cuda_graph
     return backbone
 
 
