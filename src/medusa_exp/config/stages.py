@@ -180,7 +180,7 @@ class DecodeConfig:
     """Of typical: and so is one above this times exp(-entropy)."""
     cuda_graph: bool = True
     """On a GPU, capture a step (propose, backbone, verify, commit) as one CUDA graph and replay it;
-    plain decoding too. false runs the same step op by op."""
+    plain decoding too. false runs it op by op, in tensors that grow."""
     max_new_tokens: int = 128
     stop_ids: list[int] = field(default_factory=list)
     """Token ids that end an answer, besides the model's own."""

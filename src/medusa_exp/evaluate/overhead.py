@@ -13,8 +13,8 @@ from medusa_exp.model.backbone import Backbone
 def share_outside_backbone(backbone: Backbone, method: Method, prompts: list[list[int]]) -> float:
     """Return the share of a method's time that passes outside the backbone's forward calls.
 
-    That is proposing, verifying, keeping the cache, and all of Python between. On a GPU steps run op
-    by op for this, and each call is waited for: the share is then an upper bound.
+    That is proposing, verifying, keeping the cache, and all of Python between. On a GPU steps run
+    op by op for this, and each call is waited for: the share is then an upper bound.
     """
     inside = 0.0
     forward = backbone.forward
