@@ -5,6 +5,7 @@ Shapes: B rows, T positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -34,10 +35,14 @@ class Batch:
         return Batch(*(None if value is None else value.to(device) for value in values))
 
 
-def collate(rows: Sequence[Sequence[Example]]) -> Batch:
-    """Put documents one after the other into rows, and fill up to the next multiple of 64."""
+def collate(rows: Sequence[Sequence[Example]], row_tokens: int | None = None) -> Batch:
+    """Put documents one after the other into rows, and fill up to the next multiple of 64.
+
+    But not beyond `row_tokens`, unless a document is longer: a model may have no more positions.
+    """
     longest = max(sum(len(example.input_ids) for example in row) for row in rows)
-    shape = (len(rows), padded_length(longest))
+    width = padded_length(longest)
+    shape = (len(rows), width if row_tokens is None else min(width, max(longest, row_tokens)))
     ids_BT, is_trained_BT = np.zeros(shape, np.int64), np.zeros(shape, bool)
     documents_BT, positions_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for b, row in enumerate(rows):
@@ -102,6 +107,7 @@ class Batches(L.LightningDataModule):
         self.accumulate = accumulate
         # A row need not be longer than a batch, unless a document is.
         row = max(min(row_tokens, batch_tokens), int(train.lengths.max(initial=1)))
+        self.row_tokens = row_tokens
         self._train_epoch = epoch_planner(
             batching,
             train.lengths,
@@ -130,16 +136,19 @@ class Batches(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        return _loader(self.train, sampler)
+        return _loader(self.train, sampler, self.row_tokens)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """The same batches at every validation, on every process."""
         if self.val is None or self._val_epoch is None:
             return []
         sampler = BatchSampler(self._val_epoch, min(self.val_batches, len(self._val_epoch(0))))
-        return _loader(self.val, sampler)
+        return _loader(self.val, sampler, self.row_tokens)
 
 
-def _loader(examples: Sequence[Example], sampler: BatchSampler) -> DataLoader[Batch]:
+def _loader(
+    examples: Sequence[Example], sampler: BatchSampler, row_tokens: int
+) -> DataLoader[Batch]:
     """Build a loader in this process: filling tensors is far cheaper than the step they feed."""
-    return DataLoader(_Rows(examples), batch_sampler=sampler, collate_fn=collate)
+    fill = partial(collate, row_tokens=row_tokens)
+    return DataLoader(_Rows(examples), batch_sampler=sampler, collate_fn=fill)

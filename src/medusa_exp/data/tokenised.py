@@ -23,6 +23,7 @@ from medusa_exp.data.build import (
     CUT,
     KEPT,
     LOST_ROWS,
+    LOST_TOKENS,
     REFUSED,
     UNTRAINED,
     Tally,
@@ -89,8 +90,9 @@ class Tokenised:
                 log.warning("data: %s: dropped: %s: %d", name, reason, count)
             if outcomes[CUT]:
                 log.warning("data: %s: cut to %d tokens: %d", name, self.max_length, outcomes[CUT])
-            if outcomes[LOST_ROWS]:
-                log.warning("data: %s: %s: %d", name, LOST_ROWS, outcomes[LOST_ROWS])
+            for what in (LOST_ROWS, LOST_TOKENS):
+                if outcomes[what]:
+                    log.warning("data: %s: %s: %d", name, what, outcomes[what])
         for outcome, example in self.summary["examples"].items():
             log.warning("data: for example, %s: %s", outcome, example)
         for note in [] if self.is_new else self.summary["notes"]:  # building has logged them
@@ -132,7 +134,8 @@ def load_tokenised(
                     _publish(path, key, sources, config, tokenizer, max_length)
     except OSError as error:
         raise UserError(
-            f"cache_dir={config.cache_dir} cannot be written: {error.strerror or error}."
+            f"the tokenised data could not be written under cache_dir={config.cache_dir}: "
+            f"{error.strerror or error}."
         ) from error
     summary = read_json(path / _SUMMARY)
     return Tokenised(config, open_documents(path / _DOCUMENTS), summary, max_length, is_new)
@@ -182,7 +185,7 @@ def _build(
 ) -> dict[str, Any]:
     """Write the documents and return the summary."""
     total = sum(1 for _ in walk(sources))  # reading is far faster than what follows
-    workers = config.dataset.num_workers or os.cpu_count() or 1
+    workers = config.dataset.num_workers or _num_cores()
     tally = write_documents(
         directory / _DOCUMENTS,
         walk(sources),
@@ -198,13 +201,20 @@ def _build(
     return {"sources": found, "examples": tally.examples, "notes": sorted(tally.notes)}
 
 
+def _num_cores() -> int:
+    """Count the cores that this process may use: in a container, fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _outcomes(source: Source, tally: Tally) -> dict[str, Any]:
     """Return what became of a source's records: kept and dropped add up to all of them."""
     outcomes = counts(source)
     number = {what: n for (name, what), n in tally.counts.items() if name == source.name}
     dropped = {reason: number[reason] for reason in (REFUSED, UNTRAINED) if number.get(reason)}
     outcomes["dropped"].update(dropped)
-    for what in (KEPT, "documents", "tokens", "trained tokens", CUT, LOST_ROWS):
+    for what in (KEPT, "documents", "tokens", "trained tokens", CUT, LOST_ROWS, LOST_TOKENS):
         outcomes[what] = number.get(what, 0)
     return outcomes
 
