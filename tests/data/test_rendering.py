@@ -252,7 +252,7 @@ def test_a_mark_that_takes_blanks_and_is_written_otherwise(tokenizer):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]<|FIN|>  {% endfor %}"
     (row,) = render(chat(("u", "q"), ("a", "x")), tokenizer)
-    assert row.text[-11:].startswith("]") and any(row.is_trained)
+    assert row.is_trained == [False] * 5 + [True] * 3  # x, ], and the mark
 
 
 def test_rendering_without_a_template_says_so(tokenizer):
