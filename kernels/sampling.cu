@@ -74,7 +74,10 @@ __device__ int choose_child(const Arguments& a, const Tree& tree, Scratch& scrat
             if (lane >= step) end += elder;
         }
         const unsigned drawn = __ballot_sync(0xffffffffu, p > 0.0f && u < spent + end);
-        if (drawn) return first + __ffs(drawn) - 1;
+        if (drawn) {
+            if (lane == 0) scratch.spent = 0.0f;  // a walk that is cut short here draws afresh
+            return first + __ffs(drawn) - 1;
+        }
         spent += __shfl_sync(0xffffffffu, end, 31);
     }
     if (lane == 0) scratch.spent = spent;
@@ -216,7 +219,7 @@ __device__ void walk(const Arguments& a, Shared& shared, Scratch& scratch, int s
             return choose_child(a, tree, scratch, node, row, scale);
         });
     for (int n = end.node + 1 + threadIdx.x; n < num_nodes; n += blockDim.x)
-        if (tree.parent[n] == end.node && tree.token[n] >= 0)
+        if (tree.parent[n] == end.node && tree.token[n] >= 0 && !tree.is_copy[n])
             scratch.taken[atomicAdd(&scratch.num_taken, 1)] = tree.token[n];
     const bool was_read_here = end.slice_length > 0 && (IS_LAZY || !tree.has_children[end.node]);
     int num_slices = CLUSTER * (int)(blockDim.x >> 5), length = end.slice_length;
