@@ -11,16 +11,16 @@
 
 // Read one split of one row, if the row matters. Return whether it does. All threads call this.
 template <bool SUMS>
-__device__ bool read_split(const Arguments& a, Shared& shared) {
+__device__ __forceinline__ bool read_split(const Arguments& a, Shared& shared) {
     const int split = blockIdx.x, node = blockIdx.y, sequence = blockIdx.z;
     const int num_splits = (int)a.num_splits, vocab_size = (int)a.vocab_size;
     load_parents(a, shared.tree, sequence);
     if (!shared.tree.has_children[node]) return false;
     const int length = slice_length(vocab_size, num_splits);
     const int begin = min(split * length, vocab_size), end = min(begin + length, vocab_size);
-    int turn = 0, unused = 0;
+    int turn = 0;
     const Statistics s = row_statistics<SUMS, 1>(
-        shared.slices, turn, unused, row_of(a, sequence, node), begin, end, scale_of(a));
+        shared.slices, turn, row_of(a, sequence, node), begin, end, (float)a.scale);
     if (threadIdx.x == 0)
         a.partials_BNS[(sequence * a.num_nodes + node) * num_splits + split] = s;
     return true;
@@ -28,7 +28,7 @@ __device__ bool read_split(const Arguments& a, Shared& shared) {
 
 // Is this the last of the sequence's blocks? The counter wraps to zero by itself, so that a graph
 // can be replayed. All threads call this, after thread 0 has written its partial.
-__device__ bool is_last_block(const Arguments& a, Tree& tree, int sequence) {
+__device__ __forceinline__ bool is_last_block(const Arguments& a, Tree& tree, int sequence) {
     if (threadIdx.x == 0) {
         __threadfence();  // the partial before the count
         const unsigned last = (unsigned)(tree.num_rows * a.num_splits - 1);
@@ -40,7 +40,7 @@ __device__ bool is_last_block(const Arguments& a, Tree& tree, int sequence) {
 }
 
 #define LAZY_ENTRY(CLUSTER, ATTRIBUTE)                                                             \
-    extern "C" __global__ void __launch_bounds__(1024) ATTRIBUTE lazy_##CLUSTER(                   \
+    extern "C" __global__ void __launch_bounds__(1024, 1) ATTRIBUTE lazy_##CLUSTER(                   \
         const __grid_constant__ Arguments a) {                                                     \
         __shared__ Shared shared;                                                                  \
         __shared__ Scratch scratch;                                                                \
@@ -49,19 +49,19 @@ __device__ bool is_last_block(const Arguments& a, Tree& tree, int sequence) {
         walk<true, CLUSTER>(a, shared, scratch, blockIdx.z);                                       \
     }
 
-extern "C" __global__ void __launch_bounds__(1024) read_rows(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(1024, 1) read_rows(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
     read_split<NEEDS_SUMS>(a, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(1024) walk_tree(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(1024, 1) walk_tree(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
     __shared__ Scratch scratch;
     load_parents(a, shared.tree, blockIdx.z);
     walk<false, 1>(a, shared, scratch, blockIdx.z);
 }
 
-extern "C" __global__ void __launch_bounds__(1024) fused(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(1024, 1) fused(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
     __shared__ Scratch scratch;
     if (!read_split<NEEDS_SUMS>(a, shared)) return;

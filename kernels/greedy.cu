@@ -14,13 +14,15 @@
 struct Scratch {};
 
 template <bool IS_LAZY, int CLUSTER>
-__device__ void walk(const Arguments& a, Shared& shared, Scratch&, int sequence) {
+__device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch&, int sequence) {
     const Tree& tree = shared.tree;
     const int lane = threadIdx.x & 31, num_nodes = (int)a.num_nodes;
     load_tokens<false>(a, shared.tree, sequence);
     if (!IS_LAZY) merge_splits<false>(a, shared.tree, sequence, 0.0f);
-    const End end = descend<false, IS_LAZY, CLUSTER>(
-        a, shared, sequence, 0.0f, [&](int node, const Statistics& row) {
+    int turn = 0;
+    const int length = descend<false, IS_LAZY, CLUSTER>(
+        a, shared, sequence, turn, 0.0f, [&](int node, const Statistics& row) {
+#pragma unroll 1
             for (int first = node + 1; first < num_nodes; first += 32) {
                 const int n = first + lane;
                 const bool is_right =
@@ -31,7 +33,7 @@ __device__ void walk(const Arguments& a, Shared& shared, Scratch&, int sequence)
             return -1;
         });
     if (cluster_rank<CLUSTER>() == 0)
-        write_verdict(a, tree, sequence, end.length, end.row.argmax);
+        write_verdict(a, tree, sequence, length, tree.row[tree.path[length - 1]].argmax);
 }
 
 #include "forms.cuh"

@@ -64,6 +64,13 @@ __device__ __forceinline__ void unpack(unsigned word, float* x) {
 #endif
 }
 
+__device__ __forceinline__ void unpack(const uint4& words, float* x) {
+    unpack(words.x, x);
+    unpack(words.y, x + PACK / 4);
+    unpack(words.z, x + PACK / 2);
+    unpack(words.w, x + PACK * 3 / 4);
+}
+
 // ---- what is known of a row, or of a part of one ----------------------------------------------
 
 // With y = (x - largest) * scale and scale = log2(e) / temperature, so that 2^y is a token's mass:
@@ -126,6 +133,7 @@ __device__ __forceinline__ Statistics merge(Statistics a, Statistics b, float sc
 
 template <bool SUMS>
 __device__ __forceinline__ Statistics merge_warp(Statistics s, float scale) {
+#pragma unroll 1
     for (int step = 16; step > 0; step >>= 1) {
         Statistics other = nothing();
         other.largest = __shfl_xor_sync(0xffffffffu, s.largest, step);

@@ -27,7 +27,7 @@ struct Ancestors {
     int depth;
 };
 
-__device__ void find_ancestors(const Arguments& a, Ancestors& ancestors, int row, int node) {
+__device__ __forceinline__ void find_ancestors(const Arguments& a, Ancestors& ancestors, int row, int node) {
     for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x) {
         const long long parent = a.parents_BN[row * a.parents_stride_b + n];
         ancestors.parent[n] = parent >= 0 && parent < n ? (int)parent : -1;

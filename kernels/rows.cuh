@@ -7,9 +7,8 @@
 #pragma once
 #include "logits.cuh"
 
-constexpr int LOADS = 4;             // in flight in each thread
-constexpr int GROUP = LOADS * PACK;  // logits that a thread works on at a time
-constexpr int MAX_SLICES = 256;      // parts of a row whose sums are known: 32 warps, 8 blocks
+constexpr int LOADS = 4;         // in flight in each thread
+constexpr int MAX_SLICES = 256;  // parts of a row whose sums are known: 32 warps, 8 blocks
 
 // ---- streaming ------------------------------------------------------------------------------
 
@@ -36,27 +35,31 @@ __device__ __forceinline__ Statistics stream(const Logit* row, int begin, int en
             raw[k] = {FILL, FILL, FILL, FILL};
             if (first + 32 * k < num_loads) raw[k] = __ldg(source + first + 32 * k);
         }
-        float x[GROUP];
         float largest = NEGATIVE_INFINITY;
 #pragma unroll
         for (int k = 0; k < LOADS; ++k) {
-            unpack(raw[k].x, x + k * PACK);
-            unpack(raw[k].y, x + k * PACK + PACK / 4);
-            unpack(raw[k].z, x + k * PACK + PACK / 2);
-            unpack(raw[k].w, x + k * PACK + PACK * 3 / 4);
-        }
+            float x[PACK];
+            unpack(raw[k], x);
 #pragma unroll
-        for (int i = 0; i < GROUP; ++i) largest = fmaxf(largest, x[i]);
+            for (int i = 0; i < PACK; ++i) largest = fmaxf(largest, x[i]);
+        }
         if (largest > s.largest) {  // rare: where it is, is looked up only here
             raise<SUMS>(s, largest, scale);
-            int at = 0;
 #pragma unroll
-            for (int i = GROUP - 1; i >= 0; --i) at = x[i] == largest ? i : at;
-            s.argmax = body + (first + 32 * (at / PACK)) * PACK + at % PACK;
+            for (int k = LOADS - 1; k >= 0; --k) {
+                float x[PACK];
+                unpack(raw[k], x);
+#pragma unroll
+                for (int i = PACK - 1; i >= 0; --i)
+                    if (x[i] == largest) s.argmax = body + (first + 32 * k) * PACK + i;
+            }
         }
-        if (SUMS) {
 #pragma unroll
-            for (int i = 0; i < GROUP; ++i) {
+        for (int k = 0; SUMS && k < LOADS; ++k) {
+            float x[PACK];
+            unpack(raw[k], x);
+#pragma unroll
+            for (int i = 0; i < PACK; ++i) {
                 const float y = exponent(x[i], s.largest, scale);
                 const float mass = exp2_fast(y);
                 s.sum += mass;
@@ -114,7 +117,7 @@ __device__ __forceinline__ void store_remote(Statistics*, int, const Statistics&
 // Give every thread what all warps saw. Each call writes where the one before it did not, so that
 // one barrier is enough: a warp that is still reading is at most one call behind.
 template <bool SUMS, int CLUSTER>
-__device__ Statistics exchange(Slices& slices, Statistics s, int turn, float scale) {
+__device__ __forceinline__ Statistics exchange(Slices& slices, Statistics s, int turn, float scale) {
     const int lane = threadIdx.x & 31, num_warps = blockDim.x >> 5;
     const int slot = cluster_rank<CLUSTER>() * num_warps + (threadIdx.x >> 5);
     s = merge_warp<SUMS>(s, scale);
@@ -125,6 +128,7 @@ __device__ Statistics exchange(Slices& slices, Statistics s, int turn, float sca
     }
     cluster_sync<CLUSTER>();
     s = nothing();
+#pragma unroll 1
     for (int i = lane; i < CLUSTER * num_warps; i += 32)
         s = merge<SUMS>(s, slices.of[turn][i], scale);
     return merge_warp<SUMS>(s, scale);
@@ -133,6 +137,7 @@ __device__ Statistics exchange(Slices& slices, Statistics s, int turn, float sca
 // Infinite logits share all the mass: count them.
 __device__ __forceinline__ Statistics count_infinite(const Logit* row, int begin, int end) {
     Statistics s = nothing();
+#pragma unroll 1
     for (int i = begin + (int)(threadIdx.x & 31); i < end; i += 32)
         if (to_float(row[i]) == POSITIVE_INFINITY)
             s = {POSITIVE_INFINITY, s.sum + 1.0f, 0.0f, min(s.argmax, i)};
@@ -140,13 +145,13 @@ __device__ __forceinline__ Statistics count_infinite(const Logit* row, int begin
 }
 
 // All threads of the block (or cluster) call this; all get the statistics of row[begin, end).
-// Afterwards slices.of[turn] has those of the warps' slices, each `length` long.
+// Afterwards slices.of[turn] has those of the warps' slices.
 template <bool SUMS, int CLUSTER>
-__device__ Statistics row_statistics(Slices& slices, int& turn, int& length, const Logit* row,
-                                     int begin, int end, float scale) {
+__device__ __forceinline__ Statistics row_statistics(Slices& slices, int& turn, const Logit* row, int begin,
+                                                     int end, float scale) {
     const int num_warps = blockDim.x >> 5;
     const int slot = cluster_rank<CLUSTER>() * num_warps + (threadIdx.x >> 5);
-    length = slice_length(end - begin, CLUSTER * num_warps);
+    const int length = slice_length(end - begin, CLUSTER * num_warps);
     const int from = min(begin + slot * length, end), to = min(from + length, end);
     turn ^= 1;
     Statistics s = exchange<SUMS, CLUSTER>(slices, stream<SUMS>(row, from, to, scale), turn, scale);

@@ -33,7 +33,8 @@ struct Arguments {
     long long* num_accepted_B;  // out: nodes of the path without the root
     long long* next_token_B;    // out
     long long num_nodes, vocab_size, path_length, num_splits;
-    double temperature, epsilon, alpha;
+    double scale;           // log2(e) / temperature
+    double epsilon, alpha;  // of typical.cu
 };
 
 struct Tree {
@@ -43,10 +44,9 @@ struct Tree {
     unsigned char is_copy[MAX_NODES];       // an elder sibling has this token
     float logit[MAX_NODES];                 // of the node's token, after its parent
     Statistics row[MAX_NODES];              // of the nodes whose row is known
-    int path[MAX_NODES];
-    int next[2];      // where the walk goes; levels take turns
-    int num_rows;     // nodes with children
-    int is_last;      // of `fused`: did the sequence's other blocks finish before this one?
+    int path[MAX_NODES + 1];  // with -1 behind its end
+    int num_rows;             // nodes with children
+    int is_last;  // of `fused`: did the sequence's other blocks finish before this one?
 };
 
 // What every block has of its own, in shared memory.
@@ -55,25 +55,12 @@ struct Shared {
     Slices slices;
 };
 
-// How a walk ended: in every thread.
-struct End {
-    int node;
-    int length;        // nodes of the path
-    Statistics row;    // of the node
-    int turn;          // shared.slices.of[turn] has the row's slices, if the walk itself read it,
-    int slice_length;  // each of this length; else 0
-};
-
-__device__ __forceinline__ float scale_of(const Arguments& a) {
-    return (float)(1.4426950408889634 / a.temperature);
-}
-
 __device__ __forceinline__ const Logit* row_of(const Arguments& a, int sequence, int node) {
     return a.logits_BNV + sequence * a.logits_stride_b + node * a.logits_stride_n;
 }
 
 // Read parents; find which nodes have children, and how many do. All threads call this.
-__device__ void load_parents(const Arguments& a, Tree& tree, int sequence) {
+__device__ __forceinline__ void load_parents(const Arguments& a, Tree& tree, int sequence) {
     const int num_nodes = (int)a.num_nodes;
     const long long* parents_N = a.parents_BN + sequence * a.parents_stride_b;
     for (int n = threadIdx.x; n < num_nodes; n += blockDim.x) {
@@ -92,7 +79,7 @@ __device__ void load_parents(const Arguments& a, Tree& tree, int sequence) {
 
 // Read tokens and, for the rules that need them, their logits; find copies. After load_parents.
 template <bool SUMS>
-__device__ void load_tokens(const Arguments& a, Tree& tree, int sequence) {
+__device__ __forceinline__ void load_tokens(const Arguments& a, Tree& tree, int sequence) {
     const int num_nodes = (int)a.num_nodes;
     const long long* tokens_N = a.tokens_BN + sequence * a.tokens_stride_b;
     for (int n = threadIdx.x; n < num_nodes; n += blockDim.x) {
@@ -103,6 +90,7 @@ __device__ void load_tokens(const Arguments& a, Tree& tree, int sequence) {
             tree.logit[n] = to_float(row_of(a, sequence, tree.parent[n])[tree.token[n]]);
     }
     __syncthreads();
+#pragma unroll 1
     for (int pair = threadIdx.x; SUMS && pair < num_nodes * num_nodes; pair += blockDim.x) {
         const int n = pair / num_nodes, elder = pair % num_nodes;
         if (elder < n && tree.parent[elder] == tree.parent[n] && tree.token[elder] == tree.token[n])
@@ -119,12 +107,13 @@ __device__ __forceinline__ Statistics load_fresh(const Statistics* at) {
 
 // Merge the splits of every row that was read, a thread a row. After load_parents.
 template <bool SUMS>
-__device__ void merge_splits(const Arguments& a, Tree& tree, int sequence, float scale) {
+__device__ __forceinline__ void merge_splits(const Arguments& a, Tree& tree, int sequence, float scale) {
     for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x) {
         if (!tree.has_children[n]) continue;
         const Statistics* partials_S =
             a.partials_BNS + (sequence * a.num_nodes + n) * a.num_splits;
         Statistics row = nothing();
+#pragma unroll 2
         for (int split = 0; split < (int)a.num_splits; ++split)
             row = merge<SUMS>(row, load_fresh(partials_S + split), scale);
         tree.row[n] = finished(row);
@@ -144,40 +133,42 @@ __device__ __forceinline__ bool is_child(const Tree& tree, int n, int num_nodes,
     return n < num_nodes && tree.parent[n] == node;
 }
 
+// Read a node's row, for all threads and for tree.row. All threads call this.
+template <bool SUMS, int CLUSTER>
+__device__ __forceinline__ Statistics read_row(const Arguments& a, Shared& shared, int sequence,
+                                               int node, int& turn, float scale) {
+    const Statistics row = finished(row_statistics<SUMS, CLUSTER>(
+        shared.slices, turn, row_of(a, sequence, node), 0, (int)a.vocab_size, scale));
+    if (threadIdx.x == 0) shared.tree.row[node] = row;
+    return row;
+}
+
 // Go down from the root; all threads call this. choose(node, row) is called by the first warp and
-// returns, in all of its lanes, a child, or -1 to end.
+// returns, in all of its lanes, a child, or -1 to end. Returns how many nodes of tree.path are the
+// path; the last one's row is in tree.row, and if it was not known before, its slices' statistics are
+// in shared.slices.of[turn].
 template <bool SUMS, bool IS_LAZY, int CLUSTER, class Choose>
-__device__ End descend(const Arguments& a, Shared& shared, int sequence, float scale,
-                       Choose choose) {
+__device__ __forceinline__ int descend(const Arguments& a, Shared& shared, int sequence, int& turn,
+                                       float scale, Choose choose) {
     Tree& tree = shared.tree;
-    End end = {0, 1, nothing(), 0, 0};
     if (threadIdx.x == 0) tree.path[0] = 0;
-    for (;;) {
-        const bool is_known = !IS_LAZY && tree.has_children[end.node];
-        if (is_known)
-            end.row = tree.row[end.node];
-        else
-            end.row = finished(row_statistics<SUMS, CLUSTER>(
-                shared.slices, end.turn, end.slice_length, row_of(a, sequence, end.node), 0,
-                (int)a.vocab_size, scale));
-        // Levels take turns, so that nobody reads what the first warp writes already.
-        int& next = tree.next[end.length & 1];
+    __syncthreads();
+    for (int length = 1;; ++length) {
+        const int node = tree.path[length - 1];
+        Statistics row = tree.row[node];
+        if (IS_LAZY || !tree.has_children[node])
+            row = read_row<SUMS, CLUSTER>(a, shared, sequence, node, turn, scale);
         if (threadIdx.x < 32) {
-            const int child = choose(end.node, end.row);
-            if (threadIdx.x == 0) {
-                next = end.length < (int)a.path_length ? child : -1;
-                if (end.length < MAX_NODES) tree.path[end.length] = child;
-            }
+            const int child = choose(node, row);
+            if (threadIdx.x == 0) tree.path[length] = length < (int)a.path_length ? child : -1;
         }
         __syncthreads();
-        if (next < 0) return end;
-        end.node = next;
-        ++end.length;
+        if (tree.path[length] < 0) return length;
     }
 }
 
 // Write the path that stands in tree.path, and the token after it.
-__device__ void write_verdict(const Arguments& a, const Tree& tree, int sequence, int length,
+__device__ __forceinline__ void write_verdict(const Arguments& a, const Tree& tree, int sequence, int length,
                               int next_token) {
     const int width = (int)a.path_length;
     for (int i = threadIdx.x; i < width; i += blockDim.x)

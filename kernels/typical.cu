@@ -1,6 +1,6 @@
 // Typical acceptance (Medusa, section 2.3.1): LOSSY by design.
 //
-// In:  logits_BNV after each node, tokens_BN, parents_BN, temperature, epsilon, alpha (tree.cuh).
+// In:  logits_BNV after each node, tokens_BN, parents_BN, the temperature, epsilon, alpha (tree.cuh).
 // Out: path_BL, num_accepted_B, next_token_B. A guess is accepted if its probability after its parent
 //      is above min(epsilon, alpha * exp(-entropy)). Of the paths of accepted nodes the longest
 //      counts, of these the likeliest, of these the one whose end comes first. The token after it
@@ -43,7 +43,7 @@ __device__ __forceinline__ void judge(const Arguments& a, const Tree& tree, Scra
 
 // Judge the guesses after every node that matters. All threads call this.
 template <bool IS_LAZY, int CLUSTER>
-__device__ void judge_all(const Arguments& a, Shared& shared, Scratch& scratch, int sequence,
+__device__ __forceinline__ void judge_all(const Arguments& a, Shared& shared, Scratch& scratch, int sequence,
                           float scale, int& turn) {
     Tree& tree = shared.tree;
     const int num_nodes = (int)a.num_nodes;
@@ -55,10 +55,8 @@ __device__ void judge_all(const Arguments& a, Shared& shared, Scratch& scratch, 
     __syncthreads();
     for (int node = 0; IS_LAZY && node < num_nodes; ++node) {
         if (!scratch.is_accepted[node] || !tree.has_children[node]) continue;
-        int unused;
-        const Statistics row = finished(row_statistics<true, CLUSTER>(
-            shared.slices, turn, unused, row_of(a, sequence, node), 0, (int)a.vocab_size, scale));
-        if (threadIdx.x == 0) tree.row[node] = row;
+        const Statistics row =
+            read_row<true, CLUSTER>(a, shared, sequence, node, turn, scale);
         for (int n = node + 1 + threadIdx.x; n < num_nodes; n += blockDim.x)
             if (tree.parent[n] == node) judge(a, tree, scratch, n, row, scale);
         __syncthreads();
@@ -77,7 +75,7 @@ __device__ __forceinline__ Candidate path_to(const Tree& tree, const Scratch& sc
 }
 
 // Find the best path; the first warp calls this.
-__device__ void choose_path(const Arguments& a, Tree& tree, Scratch& scratch) {
+__device__ __forceinline__ void choose_path(const Arguments& a, Tree& tree, Scratch& scratch) {
     Candidate best = {1, 0.0, 0};
     for (int n = threadIdx.x; n < (int)a.num_nodes; n += 32) {
         const Candidate path = path_to(tree, scratch, n);
@@ -100,22 +98,20 @@ __device__ void choose_path(const Arguments& a, Tree& tree, Scratch& scratch) {
 }
 
 template <bool IS_LAZY, int CLUSTER>
-__device__ void walk(const Arguments& a, Shared& shared, Scratch& scratch, int sequence) {
+__device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch& scratch, int sequence) {
     Tree& tree = shared.tree;
-    const float scale = scale_of(a);
-    int turn = 0, unused;
+    const float scale = (float)a.scale;
+    int turn = 0;
     load_tokens<true>(a, tree, sequence);
     if (!IS_LAZY) merge_splits<true>(a, tree, sequence, scale);
     judge_all<IS_LAZY, CLUSTER>(a, shared, scratch, sequence, scale, turn);
     if (threadIdx.x < 32) choose_path(a, tree, scratch);
     __syncthreads();
-    Statistics row = tree.row[scratch.end];
+    int next_token = tree.row[scratch.end].argmax;
     if (!tree.has_children[scratch.end])
-        row = finished(row_statistics<false, CLUSTER>(shared.slices, turn, unused,
-                                                      row_of(a, sequence, scratch.end), 0,
-                                                      (int)a.vocab_size, scale));
+        next_token = read_row<false, CLUSTER>(a, shared, sequence, scratch.end, turn, scale).argmax;
     if (cluster_rank<CLUSTER>() == 0)
-        write_verdict(a, tree, sequence, scratch.length, row.argmax);
+        write_verdict(a, tree, sequence, scratch.length, next_token);
 }
 
 #include "forms.cuh"

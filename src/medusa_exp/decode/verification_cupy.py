@@ -35,6 +35,7 @@ MAX_BATCH = 65535
 MAX_VOCAB = 1 << 24
 """Infinite logits are counted in float32."""
 
+_LOG2_E = 1.4426950408889634
 _FIELDS = (
     "logits logits_stride_b logits_stride_n tokens tokens_stride_b parents parents_stride_b "
     "uniforms uniforms_stride_b philox partials counters path num_accepted next_token "
@@ -42,7 +43,7 @@ _FIELDS = (
 ).split()
 ARGUMENTS = np.dtype(
     [(name, np.int64) for name in _FIELDS]
-    + [(name, np.float64) for name in ("temperature", "epsilon", "alpha")]
+    + [(name, np.float64) for name in ("scale", "epsilon", "alpha")]
 )
 """struct Arguments of kernels/tree.cuh."""
 
@@ -143,7 +144,7 @@ class Verifier:
             logits_BNV.shape[2],
             depth + 1,
             space.plan.splits,
-            temperature,
+            0.0 if rule == "greedy" else _LOG2_E / temperature,
             epsilon,
             alpha,
         )
