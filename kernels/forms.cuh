@@ -3,7 +3,7 @@
 // entry      grid               block        needs
 // read_rows  (splits, N, B)     32..1024
 // walk_tree  (1, 1, B)          32..1024     read_rows before it; splits <= threads of the block
-// fused      (splits, N, B)     32..1024     counters that are zero; splits <= threads
+// fused      (splits, N, B)     32..512      counters that are zero; splits <= threads
 // lazy_C     (C, 1, B)          32..1024     C > 1: sm_90 (a cluster of C blocks a sequence)
 
 #pragma once
@@ -39,6 +39,8 @@ __device__ __forceinline__ bool is_last_block(const Arguments& a, Tree& tree, in
     return tree.is_last;
 }
 
+// __launch_bounds__(..., 1): one block a multiprocessor is enough. Without the 1, ptxas spills to make
+// room for two.
 #define LAZY_ENTRY(CLUSTER, ATTRIBUTE)                                                             \
     extern "C" __global__ void __launch_bounds__(1024, 1) ATTRIBUTE lazy_##CLUSTER(                   \
         const __grid_constant__ Arguments a) {                                                     \
@@ -61,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) walk_tree(const __grid_con
     walk<false, 1>(a, shared, scratch, blockIdx.z);
 }
 
-extern "C" __global__ void __launch_bounds__(1024, 1) fused(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(512, 1) fused(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
     __shared__ Scratch scratch;
     if (!read_split<NEEDS_SUMS>(a, shared)) return;

@@ -51,6 +51,8 @@ def check_plan(plan: Plan, kernels: Kernels) -> None:
     for threads in (plan.threads, plan.walk_threads):
         if threads % 32 or not 32 <= threads <= 1024:
             raise ValueError(f"{plan}: threads must be a multiple of 32, from 32 to 1024.")
+    if plan.form == "fused" and plan.threads > 512:
+        raise ValueError(f"{plan}: a block of the fused form has at most 512 threads.")
     if plan.form not in ("two", "fused", "lazy"):
         raise ValueError(f"{plan}: the form is two, fused or lazy.")
     walkers = plan.walk_threads if plan.form == "two" else plan.threads
