@@ -27,7 +27,7 @@ LOGITS = (
     "nan",
     "inf",
 )
-VOCABS = (1, 2, 7, 111, 111, 257, 1000)
+VOCABS = (1, 2, 7, 8, 64, 111, 111, 257, 1000)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NEAR = 1e-5
 """Relative distance at which float32 and float64 may decide differently."""
@@ -81,6 +81,26 @@ def make_case(seed: int, rule: str, vocab: int | None = None, nodes: int | None 
     if rng.random() < 0.5:
         options["max_depth"] = max(_depth(row) for row in parents)
     return Case(rule, logits_BNV, torch.from_numpy(tokens), torch.from_numpy(parents), options)
+
+
+def exact_cases(rule: str) -> list[Case]:
+    """Return cases that stand exactly on an edge, where `<` and `<=` differ."""
+    logits_BNV = torch.zeros(1, 4, 8)
+    parents_BN = torch.tensor([[-1, 0, 0, 2]])
+    tokens_BN = torch.tensor([[0, 5, 3, 0]])
+    if rule == "greedy":
+        return [Case(rule, logits_BNV, tokens_BN, parents_BN)]
+    if rule == "typical":
+        halves_BNV = torch.full((1, 4, 300), -torch.inf)
+        halves_BNV[..., [3, 5]] = 0.0
+        return [  # p = 1/2 of both tokens; then of three tokens, epsilon the larger
+            Case(rule, halves_BNV, tokens_BN, parents_BN, {"epsilon": epsilon, "alpha": 2.0})
+            for epsilon in (0.5, 0.4)
+        ]
+    return [
+        Case(rule, logits_BNV, tokens_BN, parents_BN, {"uniforms_BN": torch.full((1, 4), u / 8)})
+        for u in range(8)
+    ]
 
 
 def _parents(rng: np.random.Generator, shape: str, nodes: int) -> np.ndarray:
@@ -160,7 +180,9 @@ def _uniforms(
         order = np.concatenate([first, np.setdiff1d(np.arange(len(p_V)), first)]).astype(int)
         ends = np.cumsum(p_V[order])
         wide = np.where(p_V[order] > 20 * NEAR, p_V[order], 0.0)
-        if rng.random() < 0.1 and not ((p_V > 0) & (p_V < 1e-30)).any():
+        if len({*p_V}) == 1 and len(p_V).bit_count() == 1:  # edges that floats hit exactly
+            uniforms[node] = rng.integers(len(p_V)) / len(p_V)
+        elif rng.random() < 0.1 and not ((p_V > 0) & (p_V < 1e-30)).any():
             uniforms[node] = 0.0
         elif wide.sum() == 0:
             uniforms[node] = 0.5

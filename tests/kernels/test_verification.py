@@ -1,63 +1,31 @@
 """The verification kernels, run on the CPU, against the specification in float64."""
 
-import dataclasses
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from kernel_cases import RULES, Case, is_borderline, make_case
-from kernel_shim import ORDERS, ShimError, ShimKernels
+from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
+from kernel_checks import PLANS, assert_equal, cases_of, check_verification, judged
+from kernel_shim import ShimError, ShimKernels
 
 from medusa_exp.decode.launch_plan import Plan
-from medusa_exp.decode.verification import Verdict
 from medusa_exp.decode.verification_cupy import Verifier
 
-PLANS = (
-    Plan("two", splits=3, threads=64, walk_threads=64),
-    Plan("fused", splits=2, threads=64),
-    Plan("lazy", threads=96),
-    Plan("lazy", threads=64, cluster=2),
-    Plan("two", splits=1, threads=32, walk_threads=96),
-    Plan("fused", splits=5, threads=96),
-    Plan("lazy", threads=32, cluster=8),
-    Plan("two", splits=32, threads=32, walk_threads=32),
-    Plan("lazy", threads=32, cluster=4),
-)
 CASES, CHUNKS = 350, 7
 """Of each rule."""
-
-
-def judged(shim: ShimKernels, plan: Plan, case: Case, order: str = "random", seed: int = 0):
-    """Return the kernels' verdict, its tensors copied."""
-    shim.order, shim.seed = order, seed
-    found = Verifier(shim, plan)(
-        case.logits_BNV, case.tokens_BN, case.parents_BN, rule=case.rule, **case.options
-    )
-    return Verdict(*(getattr(found, field.name).clone() for field in dataclasses.fields(found)))
-
-
-def assert_equal(found: Verdict, expected: Verdict) -> None:
-    assert found.path_BL.tolist() == expected.path_BL.tolist()
-    assert found.num_accepted_B.tolist() == expected.num_accepted_B.tolist()
-    assert found.next_token_B.tolist() == expected.next_token_B.tolist()
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.parametrize("rule", RULES)
 def test_equals_the_specification_in_every_order(shim, rule, chunk):
-    seeds = range(chunk, CASES, CHUNKS)
-    num_borderline = 0
-    for seed in seeds:
-        case = make_case(seed, rule)
-        if is_borderline(case):
-            num_borderline += 1
-            continue
-        expected = case.expected()
-        for order in ORDERS:
-            assert_equal(judged(shim, PLANS[seed % len(PLANS)], case, order, seed), expected)
-    assert num_borderline <= 0.04 * len(seeds), f"{num_borderline} of {len(seeds)} left out"
+    check_verification(shim, cases_of(rule, range(chunk, CASES, CHUNKS)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_edges_are_the_specifications(shim, rule):
+    check_verification(shim, [(case, case.expected()) for case in exact_cases(rule)])
 
 
 @pytest.mark.parametrize("vocab", [4099, 32000, 262144])
