@@ -1,5 +1,6 @@
 """A kernel with a fault put in, and whether the checks notice."""
 
+import faulthandler
 import multiprocessing
 import os
 import shutil
@@ -32,6 +33,7 @@ def is_caught(sources: Path, folder: Path, check: Callable[[ShimKernels], None])
     """
 
     def run() -> None:
+        faulthandler.disable()
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         try:

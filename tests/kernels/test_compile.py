@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_exp.decode.cuda import source_of
+from medusa_exp.decode.kernel_source import MODULES, source_of
 from medusa_exp.decode.verification_cupy import DEFINES
 
 pytestmark = pytest.mark.skipif(
@@ -23,12 +23,8 @@ ARCHS = ("80", "90", "100")
 BUDGET = {"fused": 96}
 """Registers of a thread: 96 where a block has 512 threads at most, 64 where it may have 1024."""
 LAZY = {"80": {"lazy_1"}}
-VERIFICATION = [
-    (f"{rule}.cu", defines)
-    for rule in ("greedy", "sampling", "typical")
-    for defines in DEFINES.values()
-]
-STEP = [("mask.cu", ()), *(("commit.cu", (f"UNIT_BYTES={size}",)) for size in (16, 4, 2))]
+STEP = [module for module in MODULES if module[0] in ("mask.cu", "commit.cu")]
+VERIFICATION = [module for module in MODULES if module not in STEP]
 
 
 @functools.cache

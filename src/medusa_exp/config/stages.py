@@ -135,6 +135,8 @@ class DecodeConfig:
     """Of typical: a guess of a probability above this is always accepted."""
     alpha: float = 0.3
     """Of typical: and so is one above this times exp(-entropy)."""
+    verifier: str = "auto"
+    """torch, cupy (the CUDA kernels), or auto (the kernels wherever they can be used)."""
     max_new_tokens: int = 128
     stop_ids: list[int] = field(default_factory=list)
     """Token ids that end an answer, besides the model's own."""
@@ -143,6 +145,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         one_of("decode.rule", self.rule, ("greedy", "sampling", "typical"))
+        one_of("decode.verifier", self.verifier, ("auto", "torch", "cupy"))
         if self.rule != "greedy":
             at_least("decode.temperature", self.temperature, 1e-3)
         if self.top_k is not None:

@@ -1,27 +1,20 @@
 """CUDA C++ source in; kernels that can be launched on torch's current stream, out.
 
-The sources lie in the package medusa_exp.kernels. A wheel that was built with MEDUSA_EXP_CUDA_ARCHS
-has them compiled beside the source (`prebuilt.json` says from which); else, or where that does not
-fit, CuPy compiles them at first use and keeps the outcome in its own cache on disk.
+What was compiled ahead of time is taken where it fits (kernel_source.py); else CuPy compiles at
+first use, and keeps the outcome in its own cache on disk.
 """
 
-import hashlib
-import json
-import re
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from medusa_exp.decode.kernel_source import find_prebuilt, source_of
 from medusa_exp.errors import UserError
 
 Grid = tuple[int, int, int]
-
-_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
 class Kernels(Protocol):
@@ -52,59 +45,6 @@ class Kernels(Protocol):
             arguments: the struct, as a structured array of one element.
         """
         ...
-
-
-def folder() -> Traversable:
-    """Return where the sources are."""
-    return files("medusa_exp.kernels")
-
-
-def source_of(file: str, where: Traversable | Path | None = None) -> str:
-    """Return a kernel file with what it includes put in its place, each file once.
-
-    The compiler then needs no include path, and CuPy's cache, which looks at this text alone,
-    notices every change.
-    """
-    where = folder() if where is None else where
-    seen: set[str] = set()
-
-    def text_of(name: str) -> str:
-        if name in seen:
-            return ""
-        seen.add(name)
-        text = (where / name).read_text("utf-8").replace("#pragma once\n", "")
-        return _INCLUDE.sub(lambda found: text_of(found[1]), text)
-
-    return text_of(file)
-
-
-def hash_of(source: str) -> str:
-    """Return what a prebuilt module is known by."""
-    return hashlib.sha256(source.encode()).hexdigest()
-
-
-def prebuilt_name(file: str, defines: tuple[str, ...]) -> str:
-    """Return the file name of a kernel file compiled ahead of time."""
-    return "-".join([Path(file).stem, *(word.lower() for word in defines)]) + ".fatbin"
-
-
-def find_prebuilt(
-    file: str, defines: tuple[str, ...], capability: int, where: Traversable | Path | None = None
-) -> Traversable | Path | None:
-    """Return the module compiled ahead of time, if it fits this source and a device.
-
-    Machine code runs on devices of the same generation and of the same or a later number in it:
-    what is made for 80 runs on 86 and 89, not on 90.
-    """
-    where = folder() if where is None else where
-    record = where / "prebuilt.json"
-    if not record.is_file():
-        return None
-    entry = json.loads(record.read_text("utf-8")).get(prebuilt_name(file, defines))
-    if entry is None or entry["sha256"] != hash_of(source_of(file, where)):
-        return None
-    fits = any(arch // 10 == capability // 10 and arch <= capability for arch in entry["archs"])
-    return where / prebuilt_name(file, defines) if fits else None
 
 
 class CupyKernels:
@@ -178,3 +118,9 @@ class CupyKernels:
         return self._cupy.RawModule(
             code=source_of(file), options=tuple(f"-D{word}" for word in defines)
         )
+
+
+@cache
+def kernels_on(device: torch.device) -> CupyKernels:
+    """Return the kernels of a device, compiled once for all that use them."""
+    return CupyKernels(device)

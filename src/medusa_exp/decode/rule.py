@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.verification import RULES, Verdict, verify, without_nan
+from medusa_exp.decode.verification import RULES, Verdict, without_nan
+from medusa_exp.decode.verifier import VERIFIERS, choose_verifier
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,14 @@ class Rule:
     alpha: float = 0.3
     seed: int | None = None
     """Of sampling; None draws anew each time."""
+    verifier: str = "auto"
+    """Who applies the rule: one of `verifier.VERIFIERS`."""
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
             raise ValueError(f"rule={self.name} is not known: use one of {', '.join(RULES)}.")
+        if self.verifier not in VERIFIERS:
+            raise ValueError(f"verifier={self.verifier} is not one of {', '.join(VERIFIERS)}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -38,6 +43,8 @@ class Judge:
 
     def __init__(self, rule: Rule, device: torch.device) -> None:
         self.rule = rule
+        is_filtered = rule.top_k is not None or rule.top_p is not None
+        self._verify = choose_verifier(rule.verifier, device, is_filtered=is_filtered)
         self._generator = torch.Generator(device)
         if rule.seed is None:
             self._generator.seed()
@@ -68,7 +75,7 @@ class Judge:
             uniforms_BN = torch.rand(
                 tokens_BN.shape, generator=self._generator, device=tokens_BN.device
             )
-        return verify(
+        return self._verify(
             logits_BNV,
             tokens_BN,
             parents_BN,

@@ -12,16 +12,14 @@ parents and uniforms are read anew from their places.
 B batch, N tree nodes, V vocabulary, L path length.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda import CupyKernels, Kernels
+from medusa_exp.decode.cuda import Kernels
 from medusa_exp.decode.launch_plan import Plan, check_plan, plan_for
 from medusa_exp.decode.verification import RULES, Verdict
 
@@ -46,6 +44,17 @@ ARGUMENTS = np.dtype(
     + [(name, np.float64) for name in ("scale", "epsilon", "alpha")]
 )
 """struct Arguments of kernels/tree.cuh."""
+
+
+def can_verify(logits_BNV: Tensor) -> bool:
+    """Say whether the kernels take logits of this type, shape and layout."""
+    _, num_nodes, vocab_size = logits_BNV.shape
+    return (
+        logits_BNV.dtype in DEFINES
+        and num_nodes <= MAX_NODES
+        and vocab_size <= MAX_VOCAB
+        and logits_BNV.stride(2) == 1
+    )
 
 
 @dataclass
@@ -247,9 +256,3 @@ class Verifier:
     def _check_device(self, name: str, value: Tensor) -> None:
         if value.device != self.kernels.device:
             raise ValueError(f"{name} is on {value.device}, the kernels on {self.kernels.device}.")
-
-
-@cache
-def verifier_on(device: torch.device) -> Callable[..., Verdict]:
-    """Return the verifier of a device; its modules are compiled once."""
-    return Verifier(CupyKernels(device))
