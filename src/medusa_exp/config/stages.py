@@ -181,6 +181,8 @@ class DecodeConfig:
     cuda_graph: bool = True
     """On a GPU, capture a step (propose, backbone, verify, commit) as one CUDA graph and replay it;
     plain decoding too. false runs it op by op, in tensors that grow."""
+    verifier: str = "auto"
+    """torch, cupy (the CUDA kernels), or auto (the kernels wherever they can be used)."""
     max_new_tokens: int = 128
     stop_ids: list[int] = field(default_factory=list)
     """Token ids that end an answer, besides the model's own."""
@@ -189,6 +191,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         one_of("decode.rule", self.rule, ("greedy", "sampling", "typical"))
+        one_of("decode.verifier", self.verifier, ("auto", "torch", "cupy"))
         if self.rule != "greedy":
             at_least("decode.temperature", self.temperature, 1e-3)
         if self.top_k is not None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.verification import RULES, Nodes, Verdict, verify, without_nan
-from medusa_exp.decode.verification_host import verify_greedy
+from medusa_exp.decode.verification import RULES, Nodes, Verdict, without_nan
+from medusa_exp.decode.verifier import VERIFIERS, choose_verifier
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,14 @@ class Rule:
     alpha: float = 0.3
     seed: int | None = None
     """Of sampling; None draws anew each time."""
+    verifier: str = "auto"
+    """Who applies the rule: one of `verifier.VERIFIERS`."""
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
             raise ValueError(f"rule={self.name} is not known: use one of {', '.join(RULES)}.")
+        if self.verifier not in VERIFIERS:
+            raise ValueError(f"verifier={self.verifier} is not one of {', '.join(VERIFIERS)}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -39,6 +43,8 @@ class Judge:
 
     def __init__(self, rule: Rule, device: torch.device) -> None:
         self.rule = rule
+        is_filtered = rule.top_k is not None or rule.top_p is not None
+        self._verify = choose_verifier(rule.verifier, device, is_filtered=is_filtered)
         self._generator = torch.Generator(device)
         self.restart()
         self._options: dict[str, Any] = {
@@ -78,14 +84,12 @@ class Judge:
         nodes: Nodes | None = None,
     ) -> Verdict:
         """Return the verdict on a step's trees; see `verify`."""
-        if self.rule.name == "greedy" and logits_BNV.device.type == "cpu":
-            return verify_greedy(logits_BNV, tokens_BN, parents_BN, max_depth)
         uniforms_BN = None
         if self.rule.name == "sampling":
             uniforms_BN = torch.rand(
                 tokens_BN.shape, generator=self._generator, device=tokens_BN.device
             )
-        return verify(
+        return self._verify(
             logits_BNV,
             tokens_BN,
             parents_BN,

@@ -1,13 +1,30 @@
-"""Greedy verification by a walk over Python lists: the specification's twin for a CPU.
+"""Verification on a CPU: greedy by a walk over Python lists, the specification's twin.
 
 Where tensors lie in the host's memory anyway, one pass over a tree of a few dozen nodes takes a
 fraction of what two dozen small tensor operations take to be called.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.verification import Verdict, without_nan
+from medusa_exp.decode.verification import Verdict, verify, without_nan
+
+
+def verify_on_host(
+    logits_BNV: Tensor,
+    tokens_BN: Tensor,
+    parents_BN: Tensor,
+    *,
+    rule: str = "greedy",
+    max_depth: int | None = None,
+    **options: Any,
+) -> Verdict:
+    """Find the path of guesses that come true; see `verification.verify`, which does the rest."""
+    if rule == "greedy":
+        return verify_greedy(logits_BNV, tokens_BN, parents_BN, max_depth)
+    return verify(logits_BNV, tokens_BN, parents_BN, rule=rule, max_depth=max_depth, **options)
 
 
 def verify_greedy(
