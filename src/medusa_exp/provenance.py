@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,9 @@ from medusa_exp.files import publish, read_json, sha256_file, write_json
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
+
+
+_ACTIVE: ContextVar["RunRecord | None"] = ContextVar("_ACTIVE", default=None)
 
 
 class RunRecord:
@@ -54,6 +58,8 @@ class RunRecord:
         self.run["stages"][name] = entry
         self._save()
         start = time.perf_counter()
+        token = _ACTIVE.set(self)
+        self._stage = name
         try:
             yield
             entry["status"] = "done"
@@ -62,6 +68,7 @@ class RunRecord:
             entry["error"] = f"{type(error).__name__}: {error}"
             raise
         finally:
+            _ACTIVE.reset(token)
             entry["seconds"] = round(time.perf_counter() - start, 2)
             entry["peak_memory_bytes"] = _peak_memory_bytes()
             self._save()
@@ -78,6 +85,11 @@ class RunRecord:
         write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
         return plain
 
+    def annotate(self, values: dict[str, Any]) -> None:
+        """Add to the entry of the stage that is running."""
+        self.run["stages"][self._stage].update(values)
+        self._save()
+
     def _save(self) -> None:
         from medusa_exp.model.tiny import cache_keys
 
@@ -91,6 +103,12 @@ class RunRecord:
         for path in _data_files(self.config):
             self.run["data"][str(path)] = sha256_file(path)
         write_json(self.out / "run.json", self.run)
+
+
+def annotate(**values: Any) -> None:
+    """Add to the running stage's entry in run.json; nothing where no run is recorded."""
+    if (record := _ACTIVE.get()) is not None:
+        record.annotate(values)
 
 
 def _data_files(config: Config) -> list[Path]:

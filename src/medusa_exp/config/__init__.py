@@ -25,13 +25,12 @@ from medusa_exp.config.inputs import (
 from medusa_exp.config.stages import (
     DecodeConfig,
     EvaluateConfig,
-    HeadConfig,
     InspectConfig,
     LoggerConfig,
     RegenerateConfig,
-    TrainConfig,
     TreeConfig,
 )
+from medusa_exp.config.training import HeadConfig, TrainConfig
 from medusa_exp.errors import UserError
 
 __all__ = [

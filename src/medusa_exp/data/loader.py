@@ -3,8 +3,9 @@
 Shapes: B rows, T positions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import islice
 
 import lightning as L
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from medusa_exp.data.batches import BatchSampler, Row, epoch_planner, padded_length
 from medusa_exp.data.examples import Example, Examples
+from medusa_exp.data.labels import label_counts
 
 
 @dataclass
@@ -27,14 +29,18 @@ class Batch:
     """Number of the row's document that a token belongs to, from 1; 0 at padding."""
     positions_BT: Tensor | None
     """Places within the document. None where each row has but one, for which they just count on."""
+    numbers: list[int] = field(default_factory=list)
+    """Of its documents, row by row, in the order of the data set that it was taken from."""
+    group_labels: list[int] = field(default_factory=list)
+    """Labels of each head in all micro-batches of the same optimiser step, on this process."""
 
     def to(self, device: torch.device) -> "Batch":
         """Move to a device; Lightning calls this."""
         values = [getattr(self, field.name) for field in fields(self)]
-        return Batch(*(None if value is None else value.to(device) for value in values))
+        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
 
 
-def collate(rows: Sequence[Sequence[Example]]) -> Batch:
+def collate(rows: Sequence[Sequence[Example]], numbers: Sequence[Row] = ()) -> Batch:
     """Put documents one after the other into rows, and fill up to the next multiple of 64."""
     longest = max(sum(len(example.input_ids) for example in row) for row in rows)
     shape = (len(rows), padded_length(longest))
@@ -55,17 +61,18 @@ def collate(rows: Sequence[Sequence[Example]]) -> Batch:
         torch.from_numpy(is_trained_BT),
         torch.from_numpy(documents_BT),
         torch.from_numpy(positions_BT) if is_packed else None,
+        [number for row in numbers for number in row],
     )
 
 
-class _Rows(Dataset[list[Example]]):
-    """Rows of documents by their numbers, as a `BatchSampler` names them."""
+class _BatchesByNumbers(Dataset[Batch]):
+    """Batches by the numbers of their documents, as a `BatchSampler` names them."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
 
-    def __getitem__(self, row: Row) -> list[Example]:
-        return [self.examples[number] for number in row]
+    def __getitem__(self, batch: list[Row]) -> Batch:
+        return collate([[self.examples[number] for number in row] for row in batch], batch)
 
 
 class Batches(L.LightningDataModule):
@@ -82,6 +89,7 @@ class Batches(L.LightningDataModule):
         seed: int,
         val_batches: int = 0,
         accumulate: int = 1,
+        num_heads: int = 0,
     ) -> None:
         """Plan batches.
 
@@ -94,12 +102,14 @@ class Batches(L.LightningDataModule):
             seed: decides the order.
             val_batches: validation batches, at most.
             accumulate: batches to an optimiser step, to know where a resumed run stands.
+            num_heads: whose labels are counted for each optimiser step.
         """
         super().__init__()
         self.train = train
         self.val = val
         self.val_batches = val_batches
         self.accumulate = accumulate
+        self.num_heads = num_heads
         # A row need not be longer than a batch, unless a document is.
         row = max(min(row_tokens, batch_tokens), int(train.lengths.max(initial=1)))
         self._train_epoch = epoch_planner(
@@ -120,7 +130,7 @@ class Batches(L.LightningDataModule):
         """Count the batches of the first pass over the training documents; later ones are alike."""
         return len(self._train_epoch(0))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> "Grouped":
         """As many batches as the trainer's steps take, after those already used."""
         assert self.trainer is not None
         sampler = BatchSampler(
@@ -130,7 +140,7 @@ class Batches(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        return _loader(self.train, sampler)
+        return Grouped(_loader(self.train, sampler), self.accumulate, self.num_heads)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """The same batches at every validation, on every process."""
@@ -140,6 +150,32 @@ class Batches(L.LightningDataModule):
         return _loader(self.val, sampler)
 
 
+class Grouped:
+    """Micro-batches that know how many labels their optimiser step has: its loss is a mean over
+    all of them, and the step's last micro-batch is not there yet when the first one is run."""
+
+    def __init__(self, loader: DataLoader[Batch], accumulate: int, num_heads: int) -> None:
+        self.loader = loader
+        self.accumulate = accumulate
+        self.num_heads = num_heads
+
+    def __len__(self) -> int:
+        """Count micro-batches."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while group := list(islice(batches, self.accumulate)):
+            counts = [
+                label_counts(batch.is_trained_BT, batch.documents_BT, self.num_heads)
+                for batch in group
+            ]
+            totals = torch.stack(counts).sum(0).tolist()
+            for batch in group:
+                batch.group_labels = totals
+                yield batch
+
+
 def _loader(examples: Sequence[Example], sampler: BatchSampler) -> DataLoader[Batch]:
     """Build a loader in this process: filling tensors is far cheaper than the step they feed."""
-    return DataLoader(_Rows(examples), batch_sampler=sampler, collate_fn=collate)
+    return DataLoader(_BatchesByNumbers(examples), sampler=sampler, batch_size=None)

@@ -97,6 +97,10 @@ class Backbone:
             input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False
         ).last_hidden_state
 
+    def next_logits(self, hidden_RD: Tensor) -> Tensor:
+        """Return what `lm_head` makes of hidden states: logits_RV, in its dtype."""
+        return self.lm_head(hidden_RD.to(self.lm_head.weight.dtype))
+
     def forward(
         self,
         input_ids_BN: Tensor,
@@ -179,6 +183,22 @@ class Backbone:
             raise UserError(
                 f"{_name(self.model)}: what its lm_head reads is not its last hidden state; "
                 "heads cannot be trained on this architecture."
+            )
+
+    @torch.inference_mode()
+    def check_next_logits(self) -> None:
+        """Compare the model's distribution with what its `lm_head` alone makes of hidden states.
+
+        Raises:
+            UserError: this architecture scales or caps logits afterwards.
+        """
+        ids_BT = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        logits_BTV, read_BTD = self._with_lm_head_input(input_ids=ids_BT, use_cache=False)
+        bare_BTV = self.next_logits(read_BTD).float().softmax(-1)
+        if not torch.allclose(logits_BTV.float().softmax(-1), bare_BTV, rtol=1e-2, atol=1e-3):
+            raise UserError(
+                f"{_name(self.model)} changes the logits of its lm_head once more: heads cannot be "
+                "trained on its distribution. Set train.loss=ce."
             )
 
     @torch.inference_mode()

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from medusa_exp.data.loader import Batch
-from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
-from medusa_exp.model.loss import HeadLoss, medusa_counts, medusa_loss, medusa_losses
+from medusa_exp.model.loss import medusa_counts, medusa_loss, medusa_losses
+from medusa_exp.train.failures import BadLoss
+from medusa_exp.train.objective import Objective
 from medusa_exp.train.schedule import scheduled
-
-_CHOICE_ROWS = 1024
-"""Rows whose logits of the backbone exist at one time."""
 
 
 class MedusaModule(L.LightningModule):
@@ -30,42 +28,52 @@ class MedusaModule(L.LightningModule):
         self,
         backbone: Backbone,
         heads: MedusaHeads,
+        objective: Objective,
         *,
         learning_rate: float,
         weight_decay: float,
         warmup_fraction: float,
         max_steps: int,
-        decay: float,
-        loss_chunk_rows: int,
-        labels: str,
         made_with: str,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = heads
+        self.objective = objective
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
         self.max_steps = max_steps
-        self.decay = decay
-        self.loss_chunk_rows = loss_chunk_rows
-        self.labels = labels
         self.made_with = made_with
         self.last_train_metrics: dict[str, float] = {}
+        self._sums_K = torch.zeros(heads.num_heads)
+        self._totals: list[int] = []
         self._val_counts: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the weighted loss of all heads on one batch."""
-        losses = medusa_losses(self.heads, *self._inputs(batch), chunk_rows=self.loss_chunk_rows)
-        loss = medusa_loss(losses, self.decay)
+        """Return a micro-batch's part of its optimiser step's loss, a mean over all its labels."""
+        place = batch_idx % self.trainer.accumulate_grad_batches
+        if place == 0:
+            self._totals = self._over_processes(torch.tensor(batch.group_labels)).tolist()
+            self._sums_K = torch.zeros(self.heads.num_heads, device=self.device)
+        hidden_BTD = self._hidden(batch)
+        losses = medusa_losses(
+            self.heads,
+            hidden_BTD.float(),
+            self.objective.targets(self.backbone, hidden_BTD, batch),
+            batch.is_trained_BT,
+            batch.documents_BT,
+            chunk_rows=self.objective.chunk_rows,
+        )
+        loss = medusa_loss(losses, self.objective.decay, self._totals)
         if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.global_step}: lower train.learning_rate, "
-                "or try dtype=fp32. The newest checkpoint is from before."
-            )
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/loss_head{k}": _mean(head) for k, head in enumerate(losses, 1)})
-        return loss
+            raise BadLoss(loss.item(), self.global_step, batch.numbers)
+        self._sums_K += torch.stack([head.loss_sum.detach() for head in losses])
+        if place == self.trainer.accumulate_grad_batches - 1:
+            self._log_step()
+        # Lightning takes means over the micro-batches of a step, and over processes.
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return parts * self.objective.factor(self.global_step, self.max_steps) * loss
 
     def on_train_end(self) -> None:
         """Keep the last step's numbers: a validation that follows clears Lightning's."""
@@ -78,7 +86,15 @@ class MedusaModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count losses, hits and labels: means come of sums over all batches, not of means."""
-        counts_K4 = medusa_counts(self.heads, *self._inputs(batch), chunk_rows=self.loss_chunk_rows)
+        hidden_BTD = self._hidden(batch)
+        counts_K4 = medusa_counts(
+            self.heads,
+            hidden_BTD.float(),
+            self.objective.labels_of(self.backbone, hidden_BTD, batch),
+            batch.is_trained_BT,
+            batch.documents_BT,
+            chunk_rows=self.objective.chunk_rows,
+        )
         self._val_counts = counts_K4 if self._val_counts is None else self._val_counts + counts_K4
 
     def on_validation_epoch_end(self) -> None:
@@ -101,31 +117,19 @@ class MedusaModule(L.LightningModule):
         """Say what the checkpoint was made with: see `stage.checkpoint_to_resume`."""
         checkpoint["made_with"] = self.made_with
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return hidden_BTD, labels_BT, is_trained_BT and documents_BT of a batch."""
-        with torch.no_grad():
-            hidden_BTD = self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
-            labels_BT = batch.input_ids_BT
-            if self.labels == "own":
-                labels_BT = own_choices(self.backbone, hidden_BTD, batch)
-        return hidden_BTD.float(), labels_BT, batch.is_trained_BT, batch.documents_BT
+    @torch.no_grad()
+    def _hidden(self, batch: Batch) -> Tensor:
+        return self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
 
+    def _over_processes(self, counts_K: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return counts_K
+        return self.trainer.strategy.reduce(counts_K.to(self.device), reduce_op="sum")
 
-def own_choices(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
-    """Return in place of each trained token [B, T] what the backbone says there, the likeliest one.
-
-    Decoding compares guesses with this, not with the data: where a text takes a turn that the
-    backbone would not take, its token is noise to the heads.
-    """
-    follows_BT = batch.documents_BT[:, 1:] == batch.documents_BT[:, :-1]
-    is_chosen_BT = batch.is_trained_BT[:, 1:] & follows_BT
-    rows = hidden_BTD[:, :-1][is_chosen_BT].split(_CHOICE_ROWS)
-    labels_BT = batch.input_ids_BT.clone()
-    if is_chosen_BT.any():
-        choices_R = torch.cat([backbone.lm_head(rows_CD).argmax(-1) for rows_CD in rows])
-        labels_BT[:, 1:][is_chosen_BT] = choices_R
-    return labels_BT
-
-
-def _mean(head: HeadLoss) -> Tensor:
-    return head.loss_sum.detach() / max(head.num_labels, 1)
+    def _log_step(self) -> None:
+        """Log the step's loss: the mean over the labels of all its micro-batches and processes."""
+        sums_K = self._over_processes(self._sums_K)
+        mean_K = sums_K / torch.tensor(self._totals, device=sums_K.device).clamp(min=1)
+        weight_K = self.objective.decay ** torch.arange(1, len(mean_K) + 1, device=mean_K.device)
+        self.log("train/loss", (weight_K * mean_K).sum(), prog_bar=True)
+        self.log_dict({f"train/loss_head{k}": mean for k, mean in enumerate(mean_K, 1)})

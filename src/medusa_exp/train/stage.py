@@ -2,26 +2,30 @@
 
 import logging
 import math
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
 import torch
 
 from medusa_exp.config import Config
+from medusa_exp.data.examples import Examples
 from medusa_exp.data.loader import Batches
-from medusa_exp.data.tokenised import load_tokenised
+from medusa_exp.data.tokenised import Tokenised, load_tokenised
 from medusa_exp.errors import UserError
-from medusa_exp.files import content_key, write_json
+from medusa_exp.files import write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.tokenizer import load_tokenizer, save_tokenizer
+from medusa_exp.provenance import annotate
+from medusa_exp.train.checkpoints import CHECKPOINT, Checkpoints
+from medusa_exp.train.failures import BadLoss, explain_memory
 from medusa_exp.train.module import MedusaModule
+from medusa_exp.train.objective import Objective
 from medusa_exp.train.regenerate import open_answers
-from medusa_exp.train.trainer import CHECKPOINT, build_trainer, pick_precision
+from medusa_exp.train.resume import checkpoint_to_resume, made_with
+from medusa_exp.train.trainer import build_trainer, pick_precision
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +41,36 @@ def run(config: Config, out: Path) -> dict[str, float]:
     write_json(out / "data.json", documents.summary)
     if config.train.batching == "packed":
         backbone.check_packing()
+    if config.train.loss != "ce":
+        backbone.check_next_logits()
     heads = build_heads(
         backbone,
         num_heads=config.head.num_heads,
         num_layers=config.head.num_layers,
         kind=config.head.kind,
     )
-    settings = config.train
     data_key, train_documents = documents.summary["key"], documents.split("train")
-    if settings.text == "own":
+    if config.train.text == "own":
         data_key, train_documents = open_answers(config, documents, backbone, tokenizer)
-    batches = Batches(
+    batches = plan_batches(config, documents, train_documents, limit)
+    max_steps = _num_steps(config, batches)
+    parameters = sum(parameter.numel() for parameter in heads.parameters())
+    log.info("%d heads, %.1f M parameters; %d steps", heads.num_heads, parameters / 1e6, max_steps)
+    key = made_with(config, data_key, backbone)
+    module = build_module(config, backbone, heads, max_steps, key)
+    metrics = _fit(config, out, module, batches)
+    save_heads(heads, out / "heads")
+    save_tokenizer(tokenizer, config, out / "heads")
+    log.info("heads written to %s", out / "heads")
+    return metrics
+
+
+def plan_batches(
+    config: Config, documents: Tokenised, train_documents: Examples, limit: int
+) -> Batches:
+    """Return the batches of training and validation."""
+    settings = config.train
+    return Batches(
         train_documents,
         documents.split("val") if config.dataset.val_fraction else None,
         batching=settings.batching,
@@ -56,55 +79,63 @@ def run(config: Config, out: Path) -> dict[str, float]:
         seed=config.seed,
         val_batches=settings.val_batches,
         accumulate=settings.accumulate,
+        num_heads=config.head.num_heads,
     )
-    max_steps = _num_steps(config, batches)
-    parameters = sum(parameter.numel() for parameter in heads.parameters())
-    log.info("%d heads, %.1f M parameters; %d steps", heads.num_heads, parameters / 1e6, max_steps)
-    key = made_with(config, data_key, backbone)
-    metrics = _fit(config, out, backbone, heads, batches, max_steps, key)
-    save_heads(heads, out / "heads")
-    save_tokenizer(tokenizer, config, out / "heads")
-    log.info("heads written to %s", out / "heads")
-    return metrics
 
 
-def _fit(
-    config: Config,
-    out: Path,
-    backbone: Backbone,
-    heads: MedusaHeads,
-    batches: Batches,
-    max_steps: int,
-    key: str,
-) -> dict[str, float]:
+def build_module(
+    config: Config, backbone: Backbone, heads: MedusaHeads, max_steps: int, key: str
+) -> MedusaModule:
+    """Return what Lightning trains."""
     settings = config.train
-    checkpoint = checkpoint_to_resume(config, out, key)
-    module = MedusaModule(
+    objective = Objective(
+        loss=settings.loss,
+        labels=settings.labels,
+        top_k=settings.top_k,
+        decay=settings.decay,
+        coefficient=settings.coefficient,
+        coefficient_schedule=settings.coefficient_schedule,
+        chunk_rows=settings.loss_chunk_rows,
+    )
+    return MedusaModule(
         backbone,
         heads,
+        objective,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_fraction=settings.warmup_fraction,
         max_steps=max_steps,
-        decay=settings.decay,
-        loss_chunk_rows=settings.loss_chunk_rows,
-        labels=settings.labels,
         made_with=key,
     )
+
+
+def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> dict[str, float]:
+    settings, max_steps = config.train, module.max_steps
+    checkpoint, step = checkpoint_to_resume(config, out, module.made_with)
+    annotate(resumed_from_step=step)
+    checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     trainer = build_trainer(
         config,
         out,
         "train",
         max_steps=max_steps,
-        precision=pick_precision(config, backbone.device),
+        precision=pick_precision(config, module.backbone.device),
         gradient_clip=settings.gradient_clip,
         accumulate=settings.accumulate,
         val_every=min(settings.val_every, max_steps) if batches.val else None,
-        checkpoint_every=settings.checkpoint_every,
+        deterministic=settings.deterministic,
+        callbacks=[checkpoints],
     )
-    trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
-    if batches.val and max_steps % settings.val_every:  # else the last step has just been validated
-        trainer.validate(module, batches, verbose=False)
+    try:
+        with explain_memory(settings.batch_tokens, settings.loss_chunk_rows, settings.accumulate):
+            trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+            if batches.val and max_steps % settings.val_every:  # else it has just been validated
+                trainer.validate(module, batches, verbose=False)
+    except BadLoss as error:
+        raise _explained(error, batches, checkpoints.path) from error
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
     metrics = {name: float(value) for name, value in trainer.logged_metrics.items()}
     return {"train/steps": float(max_steps), **module.last_train_metrics, **metrics}
 
@@ -117,33 +148,12 @@ def _num_steps(config: Config, batches: Batches) -> int:
     return max(steps, settings.min_steps)
 
 
-def made_with(config: Config, data_key: str, backbone: Backbone) -> str:
-    """Name all that decides what training gives, but for how often it is looked at and saved."""
-    train = asdict(config.train)
-    for key in ("resume", "val_every", "val_batches", "checkpoint_every"):
-        del train[key]
-    dataset = config.dataset
-    weights = {name: source.weight for name, source in dataset.sources.items()}
-    data = [data_key, dataset.val_fraction, dataset.test_fraction, weights]
-    return content_key(asdict(config.head), train, data, config.seed, backbone.identity())
-
-
-def checkpoint_to_resume(config: Config, out: Path, key: str) -> Path | None:
-    """Return the checkpoint to go on from; with train.resume=never, older ones are removed.
-
-    Raises:
-        UserError: the checkpoint there was made with other settings.
-    """
-    path = out / "checkpoints" / CHECKPOINT
-    if config.train.resume == "never":
-        shutil.rmtree(path.parent, ignore_errors=True)
-        return None
-    if not path.is_file():
-        return None
-    if torch.load(path, map_location="cpu", weights_only=True).get("made_with") != key:
-        raise UserError(
-            f"{path} was made with another head, train, dataset, tokenizer, seed or model: set "
-            "train.resume=never to train anew here, or choose another run_dir."
-        )
-    log.info("going on from %s", path)
-    return path
+def _explained(error: BadLoss, batches: Batches, checkpoint: Path) -> UserError:
+    ids = batches.train.strings("conversation_id")
+    named = ", ".join(ids[number] for number in error.documents[:8])
+    more = f" and {len(error.documents) - 8} more" if len(error.documents) > 8 else ""
+    is_saved = checkpoint.is_file()
+    return UserError(
+        f"{error}, on conversations {named}{more}: lower train.learning_rate, or try dtype=fp32. "
+        + (f"{checkpoint} is from before." if is_saved else "The heads were broken before that.")
+    )
