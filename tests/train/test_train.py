@@ -16,7 +16,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_backbone, load_heads, load_tokenizer
 from medusa_exp.model.loss import medusa_loss, medusa_losses
 from medusa_exp.model.targets import TokenTargets
-from medusa_exp.train import stage
+from medusa_exp.train import inputs, stage
 from medusa_exp.train.objective import Objective, own_choices
 from medusa_exp.train.schedule import warmup_cosine
 
@@ -37,8 +37,8 @@ def test_writes_heads_and_the_promised_metrics(config, tmp_path):
 
 def test_the_backbone_is_bit_unchanged_and_in_no_checkpoint(config, tmp_path, monkeypatch):
     seen = []
-    load = stage.load_backbone
-    monkeypatch.setattr(stage, "load_backbone", lambda c: seen.append(load(c)) or seen[0])
+    load = inputs.load_backbone
+    monkeypatch.setattr(inputs, "load_backbone", lambda c: seen.append(load(c)) or seen[0])
     run(config, tmp_path / "run")
     after = seen[0].model.state_dict()
     fresh = load(config).model.state_dict()

@@ -62,10 +62,22 @@ class TrainConfig:
     """constant, or linear or sine: the coefficient rises from nearly 0 over the whole training."""
     loss_chunk_rows: int = 256
     """Rows whose logits exist at one time."""
+    features: str = "online"
+    """online (the backbone runs at every step) or cache (its hidden states of all documents are
+    made once and read from `cache_dir`: for several trainings on the same documents)."""
     val_every: int = 200
     """Optimiser steps between validations; one more comes at the end."""
     val_batches: int = 16
     """Micro-batches of a validation."""
+    val_prompts: int = 16
+    """Held-out prompts that the backbone answers once; each validation counts the steps that
+    decoding these answers would take (val/accept_length). 0 counts none."""
+    val_tree_nodes: int = 16
+    """Nodes of the tree that val/accept_length is of; val/accept_length_chain is of the chain."""
+    keep: str = "best"
+    """best (the heads of the validation with the greatest val/accept_length) or last."""
+    patience: int | None = None
+    """Stop after so many validations without a greater val/accept_length."""
     checkpoint_every: int = 200
     """Optimiser steps between checkpoints. One more comes at the end, and on SIGTERM and SIGINT."""
     resume: str = "auto"
@@ -85,6 +97,12 @@ class TrainConfig:
             "val_batches",
         ):
             at_least(f"train.{key}", getattr(self, key), 1)
+        one_of("train.features", self.features, ("online", "cache"))
+        at_least("train.val_prompts", self.val_prompts, 0)
+        within("train.val_tree_nodes", self.val_tree_nodes, 1, 256)
+        one_of("train.keep", self.keep, ("best", "last"))
+        if self.patience is not None:
+            at_least("train.patience", self.patience, 1)
         at_least("train.checkpoint_every", self.checkpoint_every, 1)
         one_of("train.text", self.text, ("data", "own"))
         one_of("train.labels", self.labels, ("own", "data"))

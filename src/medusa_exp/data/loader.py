@@ -3,9 +3,10 @@
 Shapes: B rows, T positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
+from types import MappingProxyType
 
 import lightning as L
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from medusa_exp.data.batches import BatchSampler, Row, epoch_planner, padded_length
 from medusa_exp.data.examples import Example, Examples
+from medusa_exp.data.features import Features
 from medusa_exp.data.labels import label_counts
 
 
@@ -33,6 +35,10 @@ class Batch:
     """Of its documents, row by row, in the order of the data set that it was taken from."""
     group_labels: list[int] = field(default_factory=list)
     """Labels of each head in all micro-batches of the same optimiser step, on this process."""
+    hidden_BTD: Tensor | None = None
+    """The backbone's hidden states, where they are at hand."""
+    own_BT: Tensor | None = None
+    """With them: in place of each trained token, what the backbone says there."""
 
     def to(self, device: torch.device) -> "Batch":
         """Move to a device; Lightning calls this."""
@@ -68,11 +74,17 @@ def collate(rows: Sequence[Sequence[Example]], numbers: Sequence[Row] = ()) -> B
 class _BatchesByNumbers(Dataset[Batch]):
     """Batches by the numbers of their documents, as a `BatchSampler` names them."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Sequence[Example], features: Features | None) -> None:
         self.examples = examples
+        self.features = features
 
-    def __getitem__(self, batch: list[Row]) -> Batch:
-        return collate([[self.examples[number] for number in row] for row in batch], batch)
+    def __getitem__(self, rows: list[Row]) -> Batch:
+        batch = collate([[self.examples[number] for number in row] for row in rows], rows)
+        if self.features is not None:
+            batch.hidden_BTD, batch.own_BT = self.features.rows(
+                rows, batch.documents_BT, batch.is_trained_BT, batch.input_ids_BT
+            )
+        return batch
 
 
 class Batches(L.LightningDataModule):
@@ -90,6 +102,7 @@ class Batches(L.LightningDataModule):
         val_batches: int = 0,
         accumulate: int = 1,
         num_heads: int = 0,
+        features: Mapping[str, Features] = MappingProxyType({}),
     ) -> None:
         """Plan batches.
 
@@ -103,6 +116,7 @@ class Batches(L.LightningDataModule):
             val_batches: validation batches, at most.
             accumulate: batches to an optimiser step, to know where a resumed run stands.
             num_heads: whose labels are counted for each optimiser step.
+            features: hidden states of `train` and `val`, where they are at hand.
         """
         super().__init__()
         self.train = train
@@ -110,6 +124,7 @@ class Batches(L.LightningDataModule):
         self.val_batches = val_batches
         self.accumulate = accumulate
         self.num_heads = num_heads
+        self.features = features
         # A row need not be longer than a batch, unless a document is.
         row = max(min(row_tokens, batch_tokens), int(train.lengths.max(initial=1)))
         self._train_epoch = epoch_planner(
@@ -140,14 +155,18 @@ class Batches(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        return Grouped(_loader(self.train, sampler), self.accumulate, self.num_heads)
+        return Grouped(
+            _loader(self.train, self.features.get("train"), sampler),
+            self.accumulate,
+            self.num_heads,
+        )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """The same batches at every validation, on every process."""
         if self.val is None or self._val_epoch is None:
             return []
         sampler = BatchSampler(self._val_epoch, min(self.val_batches, len(self._val_epoch(0))))
-        return _loader(self.val, sampler)
+        return _loader(self.val, self.features.get("val"), sampler)
 
 
 class Grouped:
@@ -176,6 +195,13 @@ class Grouped:
                 yield batch
 
 
-def _loader(examples: Sequence[Example], sampler: BatchSampler) -> DataLoader[Batch]:
+def _loader(
+    examples: Sequence[Example], features: Features | None, sampler: BatchSampler
+) -> DataLoader[Batch]:
     """Build a loader in this process: filling tensors is far cheaper than the step they feed."""
-    return DataLoader(_BatchesByNumbers(examples), sampler=sampler, batch_size=None)
+    return DataLoader(
+        _BatchesByNumbers(examples, features),
+        sampler=sampler,
+        batch_size=None,
+        generator=torch.Generator(),  # else each walk draws one of everybody's random numbers
+    )

@@ -36,6 +36,8 @@ class Backbone:
         self.body: nn.Module = model.get_decoder()
         self.is_checked_for_trees = False
         """Set by `decode.check.check_trees`."""
+        self.has_body = True
+        self._identities: tuple[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -93,6 +95,7 @@ class Backbone:
         Where `positions_BT` starts again from 0, a document of its own begins, which sees nothing
         of what stands before it in the row: transformers makes the mask from the positions.
         """
+        assert self.has_body, "only the ends of this model were loaded"
         return self.body(
             input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False
         ).last_hidden_state
@@ -134,6 +137,8 @@ class Backbone:
 
         Weights count as bfloat16, so that a model has one identity in whatever dtype it is loaded.
         """
+        if self._identities is not None:
+            return self._identities[0]
         config = self.model.config.get_text_config()
         shape = [config.model_type, self.hidden_size, self.vocab_size, config.num_hidden_layers]
         digest = hashlib.sha256(json.dumps(shape).encode())
@@ -152,6 +157,8 @@ class Backbone:
         A sample, since reading all of a large model takes minutes, and training or merging leaves
         no tensor's values as they were. In bfloat16, as `identity`.
         """
+        if self._identities is not None:
+            return self._identities[1]
         digest = hashlib.sha256(self.identity().encode())
         for name, parameter in sorted(self.model.named_parameters()):
             flat = parameter.detach().flatten()
@@ -159,6 +166,11 @@ class Backbone:
             digest.update(f"{name} {list(parameter.shape)}".encode())
             digest.update(values.view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def leave_out_body(self, identity: str, weights_identity: str) -> None:
+        """Say that this model has no layers, and which whole model its ends are of."""
+        self.has_body = False
+        self._identities = (identity, weights_identity)
 
     def _with_lm_head_input(self, **arguments: Any) -> tuple[Tensor, Tensor]:
         """Call the model; return its logits and what its lm_head read to make them."""

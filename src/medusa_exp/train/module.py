@@ -3,6 +3,7 @@
 B batch, T time, D hidden, K heads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from medusa_exp.data.loader import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.loss import medusa_counts, medusa_loss, medusa_losses
+from medusa_exp.train.acceptance import Continuation, accept_lengths
 from medusa_exp.train.failures import BadLoss
 from medusa_exp.train.objective import Objective
 from medusa_exp.train.schedule import scheduled
@@ -30,6 +32,9 @@ class MedusaModule(L.LightningModule):
         heads: MedusaHeads,
         objective: Objective,
         *,
+        answers: Sequence[Continuation],
+        val_tree_nodes: int,
+        max_rank: int,
         learning_rate: float,
         weight_decay: float,
         warmup_fraction: float,
@@ -40,12 +45,17 @@ class MedusaModule(L.LightningModule):
         self.backbone = backbone
         self.heads = heads
         self.objective = objective
+        self.answers = answers
+        self.val_tree_nodes = val_tree_nodes
+        self.max_rank = min(max_rank, backbone.vocab_size)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
         self.max_steps = max_steps
         self.made_with = made_with
-        self.last_train_metrics: dict[str, float] = {}
+        self.last_metrics: dict[str, Any] = {}
+        """Of the last step and of the last validation."""
+        self.last_val_step = 0
         self._sums_K = torch.zeros(heads.num_heads)
         self._totals: list[int] = []
         self._val_counts: Tensor | None = None
@@ -75,11 +85,6 @@ class MedusaModule(L.LightningModule):
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return parts * self.objective.factor(self.global_step, self.max_steps) * loss
 
-    def on_train_end(self) -> None:
-        """Keep the last step's numbers: a validation that follows clears Lightning's."""
-        logged = self.trainer.logged_metrics
-        self.last_train_metrics = {k: float(v) for k, v in logged.items() if "train/" in k}
-
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
         self._val_counts = None
@@ -98,13 +103,21 @@ class MedusaModule(L.LightningModule):
         self._val_counts = counts_K4 if self._val_counts is None else self._val_counts + counts_K4
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the heads do on held-out text."""
+        """Log what the heads do on held-out text, and what they would be worth in decoding."""
         if self._val_counts is None:
             return
+        found: dict[str, float] = {}
         loss_K, top1_K, top5_K, labels_K = self._val_counts.unbind(1)
         for name, sum_K in (("loss", loss_K), ("top1", top1_K), ("top5", top5_K)):
             mean_K = sum_K / labels_K.clamp(min=1)
-            self.log_dict({f"val/{name}_head{k}": float(x) for k, x in enumerate(mean_K, 1)})
+            found |= {f"val/{name}_head{k}": float(x) for k, x in enumerate(mean_K, 1)}
+        if self.answers:
+            found["val/accept_length"], found["val/accept_length_chain"] = accept_lengths(
+                self.heads, self.answers, self.val_tree_nodes, self.max_rank
+            )
+        self.log_dict(found)
+        self.last_metrics |= found
+        self.last_val_step = self.global_step
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on all head parameters, with warm-up and cosine by the step."""
@@ -114,11 +127,20 @@ class MedusaModule(L.LightningModule):
         return scheduled(optimizer, self.warmup_fraction, self.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint was made with: see `stage.checkpoint_to_resume`."""
+        """Say what the checkpoint was made with (see `resume.py`), and what was measured."""
         checkpoint["made_with"] = self.made_with
+        metrics = {name: float(value) for name, value in self.last_metrics.items()}
+        checkpoint["measured"] = {"metrics": metrics, "val_step": self.last_val_step}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what was measured: there may be no step left to measure."""
+        measured = checkpoint["measured"]
+        self.last_metrics, self.last_val_step = measured["metrics"], measured["val_step"]
 
     @torch.no_grad()
     def _hidden(self, batch: Batch) -> Tensor:
+        if batch.hidden_BTD is not None:
+            return batch.hidden_BTD
         return self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
 
     def _over_processes(self, counts_K: Tensor) -> Tensor:
@@ -131,5 +153,8 @@ class MedusaModule(L.LightningModule):
         sums_K = self._over_processes(self._sums_K)
         mean_K = sums_K / torch.tensor(self._totals, device=sums_K.device).clamp(min=1)
         weight_K = self.objective.decay ** torch.arange(1, len(mean_K) + 1, device=mean_K.device)
-        self.log("train/loss", (weight_K * mean_K).sum(), prog_bar=True)
-        self.log_dict({f"train/loss_head{k}": mean for k, mean in enumerate(mean_K, 1)})
+        found = {"train/loss": (weight_K * mean_K).sum()}
+        found |= {f"train/loss_head{k}": mean for k, mean in enumerate(mean_K, 1)}
+        self.log("train/loss", found["train/loss"], prog_bar=True)
+        self.log_dict({name: value for name, value in found.items() if name != "train/loss"})
+        self.last_metrics |= found  # as tensors: reading them would wait for the device

@@ -33,6 +33,8 @@ class Objective:
     def labels_of(self, backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
         """Return [B, T], at each trained place, the token that heads are to say there."""
         if self.labels == "own":
+            if batch.own_BT is not None:
+                return batch.own_BT
             return own_choices(backbone, hidden_BTD, batch)
         return batch.input_ids_BT
 

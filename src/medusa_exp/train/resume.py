@@ -13,13 +13,18 @@ from medusa_exp.files import content_key
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.train.checkpoints import CHECKPOINT
 
+_LOOKING = (
+    *("resume", "checkpoint_every", "val_every", "val_batches", "val_prompts", "val_tree_nodes"),
+    *("keep", "patience"),
+)
+
 log = logging.getLogger(__name__)
 
 
 def made_with(config: Config, data_key: str, backbone: Backbone) -> str:
-    """Name all that decides what training gives, but for how often it is looked at and saved."""
+    """Name all that decides the steps of a training, but for when it is looked at and saved."""
     train = asdict(config.train)
-    for key in ("resume", "val_every", "val_batches", "checkpoint_every"):
+    for key in _LOOKING:
         del train[key]
     dataset = config.dataset
     weights = {name: source.weight for name, source in dataset.sources.items()}

@@ -8,22 +8,18 @@ import lightning as L
 import torch
 
 from medusa_exp.config import Config
-from medusa_exp.data.examples import Examples
 from medusa_exp.data.loader import Batches
-from medusa_exp.data.tokenised import Tokenised, load_tokenised
 from medusa_exp.errors import UserError
-from medusa_exp.files import write_json
-from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads
-from medusa_exp.model.loading import load_backbone
-from medusa_exp.model.tokenizer import load_tokenizer, save_tokenizer
+from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.provenance import annotate
+from medusa_exp.train.best import BestHeads
 from medusa_exp.train.checkpoints import CHECKPOINT, Checkpoints
 from medusa_exp.train.failures import BadLoss, explain_memory
+from medusa_exp.train.inputs import Inputs, open_inputs
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.train.objective import Objective
-from medusa_exp.train.regenerate import open_answers
 from medusa_exp.train.resume import checkpoint_to_resume, made_with
 from medusa_exp.train.trainer import build_trainer, pick_precision
 
@@ -33,58 +29,26 @@ log = logging.getLogger(__name__)
 def run(config: Config, out: Path) -> dict[str, float]:
     """Train heads, from the newest checkpoint of this run directory where there is one."""
     L.seed_everything(config.seed, verbose=False)
-    backbone = load_backbone(config)
-    tokenizer = load_tokenizer(config)
-    limit = min(config.dataset.max_length, backbone.max_length)
-    documents = load_tokenised(config, tokenizer, limit)
-    documents.log()
-    write_json(out / "data.json", documents.summary)
-    if config.train.batching == "packed":
-        backbone.check_packing()
-    if config.train.loss != "ce":
-        backbone.check_next_logits()
+    inputs = open_inputs(config, out)
     heads = build_heads(
-        backbone,
+        inputs.backbone,
         num_heads=config.head.num_heads,
         num_layers=config.head.num_layers,
         kind=config.head.kind,
     )
-    data_key, train_documents = documents.summary["key"], documents.split("train")
-    if config.train.text == "own":
-        data_key, train_documents = open_answers(config, documents, backbone, tokenizer)
-    batches = plan_batches(config, documents, train_documents, limit)
+    batches = inputs.batches(config)
     max_steps = _num_steps(config, batches)
     parameters = sum(parameter.numel() for parameter in heads.parameters())
     log.info("%d heads, %.1f M parameters; %d steps", heads.num_heads, parameters / 1e6, max_steps)
-    key = made_with(config, data_key, backbone)
-    module = build_module(config, backbone, heads, max_steps, key)
-    metrics = _fit(config, out, module, batches)
+    metrics = _fit(config, out, build_module(config, inputs, heads, max_steps), batches)
     save_heads(heads, out / "heads")
-    save_tokenizer(tokenizer, config, out / "heads")
+    save_tokenizer(inputs.tokenizer, config, out / "heads")
     log.info("heads written to %s", out / "heads")
     return metrics
 
 
-def plan_batches(
-    config: Config, documents: Tokenised, train_documents: Examples, limit: int
-) -> Batches:
-    """Return the batches of training and validation."""
-    settings = config.train
-    return Batches(
-        train_documents,
-        documents.split("val") if config.dataset.val_fraction else None,
-        batching=settings.batching,
-        batch_tokens=settings.batch_tokens,
-        row_tokens=limit,
-        seed=config.seed,
-        val_batches=settings.val_batches,
-        accumulate=settings.accumulate,
-        num_heads=config.head.num_heads,
-    )
-
-
 def build_module(
-    config: Config, backbone: Backbone, heads: MedusaHeads, max_steps: int, key: str
+    config: Config, inputs: Inputs, heads: MedusaHeads, max_steps: int
 ) -> MedusaModule:
     """Return what Lightning trains."""
     settings = config.train
@@ -98,14 +62,17 @@ def build_module(
         chunk_rows=settings.loss_chunk_rows,
     )
     return MedusaModule(
-        backbone,
+        inputs.backbone,
         heads,
         objective,
+        answers=inputs.answers,
+        val_tree_nodes=settings.val_tree_nodes,
+        max_rank=config.tree.max_rank,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_fraction=settings.warmup_fraction,
         max_steps=max_steps,
-        made_with=key,
+        made_with=made_with(config, inputs.data_key, inputs.backbone),
     )
 
 
@@ -114,6 +81,7 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
     checkpoint, step = checkpoint_to_resume(config, out, module.made_with)
     annotate(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
+    best = BestHeads(out / "checkpoints", settings.patience)
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     trainer = build_trainer(
         config,
@@ -125,19 +93,23 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
         accumulate=settings.accumulate,
         val_every=min(settings.val_every, max_steps) if batches.val else None,
         deterministic=settings.deterministic,
-        callbacks=[checkpoints],
+        callbacks=[best, checkpoints],
     )
     try:
         with explain_memory(settings.batch_tokens, settings.loss_chunk_rows, settings.accumulate):
             trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
-            if batches.val and max_steps % settings.val_every:  # else it has just been validated
+            steps = trainer.global_step
+            if batches.val and module.last_val_step != steps:
                 trainer.validate(module, batches, verbose=False)
     except BadLoss as error:
         raise _explained(error, batches, checkpoints.path) from error
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
-    metrics = {name: float(value) for name, value in trainer.logged_metrics.items()}
-    return {"train/steps": float(max_steps), **module.last_train_metrics, **metrics}
+    metrics = {"train/steps": float(steps), **module.last_metrics}
+    if settings.keep == "best" and best.value is not None:
+        best.restore(module.heads)
+        metrics |= {**best.metrics, "train/best_step": best.step}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _num_steps(config: Config, batches: Batches) -> int:

@@ -1,0 +1,64 @@
+"""Keeps the heads of the best validation, and stops where none has been better for long."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import load_file, save_file
+
+from medusa_exp.files import publish
+
+log = logging.getLogger(__name__)
+
+METRIC = "val/accept_length"
+
+
+class BestHeads(L.Callback):
+    """Writes the heads of the greatest `val/accept_length` beside the checkpoints.
+
+    What is best is part of a checkpoint: a training that goes on from one forgets what was found
+    later, and finds it again.
+    """
+
+    def __init__(self, directory: Path, patience: int | None = None) -> None:
+        self.path = directory / "best.safetensors"
+        self.patience = patience
+        self.value: float | None = None
+        self.step = 0
+        self.num_worse = 0
+        self.metrics: dict[str, float] = {}
+        """Of the best validation."""
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Compare."""
+        value = trainer.callback_metrics.get(METRIC)
+        if value is None:
+            return
+        if self.value is None or float(value) > self.value:
+            self.value, self.step, self.num_worse = float(value), trainer.global_step, 0
+            found = trainer.callback_metrics.items()
+            self.metrics = {name: float(x) for name, x in found if name.startswith("val/")}
+            with publish(self.path) as partial:
+                save_file(module.heads.state_dict(), partial)
+            return
+        self.num_worse += 1
+        if self.patience is not None and self.num_worse >= self.patience:
+            log.info("%s was best at step %d: training stops", METRIC, self.step)
+            trainer.should_stop = True
+
+    def restore(self, heads: torch.nn.Module) -> None:
+        """Put the best heads in place of the last ones."""
+        if self.value is not None:
+            heads.load_state_dict(load_file(self.path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        names = ("value", "step", "num_worse", "metrics")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
