@@ -58,7 +58,7 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
     parameters = list(heads.parameters())
     expected = torch.autograd.grad(plain, parameters)
     inputs = (hidden_BTD, TokenTargets(ids_BT), is_trained_BT, torch.ones_like(ids_BT))
-    losses = medusa_losses(heads, *inputs, chunk_rows=chunk_rows)
+    losses = medusa_losses(heads, *inputs, ids_BT, chunk_rows=chunk_rows)
     ours = medusa_loss(losses, 0.8)
     torch.testing.assert_close(ours, plain)
     for mine, theirs in zip(torch.autograd.grad(ours, parameters), expected, strict=True):
@@ -68,8 +68,10 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
 def test_counts(example):
     heads, hidden_BTD, ids_BT, is_trained_BT = example
     inputs = (hidden_BTD, ids_BT, is_trained_BT, torch.ones_like(ids_BT))
-    counts_K4 = medusa_counts(heads, *inputs, chunk_rows=5)
-    losses = medusa_losses(heads, hidden_BTD, TokenTargets(ids_BT), *inputs[2:], chunk_rows=5)
+    counts_K4 = medusa_counts(heads, *inputs, ids_BT, chunk_rows=5)
+    losses = medusa_losses(
+        heads, hidden_BTD, TokenTargets(ids_BT), *inputs[2:], ids_BT, chunk_rows=5
+    )
     for k, (loss, top1, top5, labels) in enumerate(counts_K4, 1):
         is_labelled_BT, labels_R = head_labels(ids_BT, is_trained_BT, torch.ones_like(ids_BT), k)
         guesses = heads(hidden_BTD[is_labelled_BT])[:, k - 1].topk(5).indices
@@ -83,7 +85,7 @@ def test_no_label_gives_zero_not_nan(example):
     heads, hidden_BTD, ids_BT, _ = example
     none = torch.zeros_like(ids_BT, dtype=torch.bool)
     inputs = (hidden_BTD, TokenTargets(ids_BT), none, torch.ones_like(ids_BT))
-    loss = medusa_loss(medusa_losses(heads, *inputs, chunk_rows=8), 0.8)
+    loss = medusa_loss(medusa_losses(heads, *inputs, ids_BT, chunk_rows=8), 0.8)
     loss.backward()
     assert loss == 0
     assert all(p.grad is None or not p.grad.isnan().any() for p in heads.parameters())
@@ -92,7 +94,7 @@ def test_no_label_gives_zero_not_nan(example):
 @pytest.mark.parametrize("chunk_rows", [3, 1000])
 def test_divergence_from_the_backbone(example, backbone, chunk_rows):
     """Head k at t is to say what the lm_head says at t+k."""
-    heads, hidden_BTD, _, is_trained_BT = example
+    heads, hidden_BTD, ids_BT, is_trained_BT = example
     expected, labels = [], []
     for k in (1, 2, 3):
         where_BS = is_trained_BT[:, 1 + k :]
@@ -100,7 +102,7 @@ def test_divergence_from_the_backbone(example, backbone, chunk_rows):
         head_RV = heads.head_logits(k - 1, hidden_BTD[:, : -1 - k][where_BS]).log_softmax(-1)
         expected.append((teacher_RV.exp() * (teacher_RV - head_RV)).sum())
         labels.append(len(head_RV))
-    rest = (is_trained_BT, torch.ones_like(is_trained_BT, dtype=torch.long))
+    rest = (is_trained_BT, torch.ones_like(ids_BT), ids_BT)
     parameters = list(heads.parameters())
     gradients = torch.autograd.grad(torch.stack(expected).sum(), parameters)
     is_wanted_BT = torch.ones_like(is_trained_BT)
@@ -120,7 +122,7 @@ def test_one_likeliest_token_is_a_label(example, backbone):
     heads, hidden_BTD, ids_BT, is_trained_BT = example
     own_BT = torch.zeros_like(ids_BT)
     own_BT[:, 1:] = backbone.lm_head(hidden_BTD[:, :-1]).argmax(-1)
-    rest = (is_trained_BT, torch.ones_like(ids_BT))
+    rest = (is_trained_BT, torch.ones_like(ids_BT), ids_BT)
     is_wanted_BT = is_trained_BT.roll(-1, 1)
     top = TopTargets(hidden_BTD, is_wanted_BT, backbone.next_logits, 1)
     one = medusa_losses(heads, hidden_BTD, top, *rest, chunk_rows=8)
@@ -137,7 +139,7 @@ def test_totals_of_a_larger_batch(example):
 
     def losses(rows):
         targets = TokenTargets(ids_BT[rows])
-        rest = (is_trained_BT[rows], documents_BT[rows])
+        rest = (is_trained_BT[rows], documents_BT[rows], ids_BT[rows])
         return medusa_losses(heads, hidden_BTD[rows], targets, *rest, chunk_rows=8)
 
     whole = losses(slice(0, 4))

@@ -9,8 +9,9 @@ from medusa_exp.data.sources import load_split
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_tree
 from medusa_exp.model import build_heads, load_heads
+from medusa_exp.model.ranks import answer_ranks
 from medusa_exp.train import stage
-from medusa_exp.train.acceptance import accept_lengths, head_ranks
+from medusa_exp.train.acceptance import accept_lengths
 from medusa_exp.train.inputs import open_inputs
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.tree import chain
@@ -61,7 +62,8 @@ def test_ranks_are_those_of_calibration(config, tmp_path):
         expected = calibrated_ranks(
             made.backbone, heads, prompt.input_ids, answer.tokens_P.tolist(), 6
         )
-        assert (head_ranks(heads, answer, 6) == expected).all()
+        found = answer_ranks(heads, answer.tokens_P, answer.hidden_PD, 6)
+        assert (found == expected).all()
 
 
 def test_answers_are_made_once(config, tmp_path, monkeypatch):

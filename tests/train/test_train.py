@@ -88,7 +88,9 @@ def test_the_loss_falls_on_eight_samples(config):
             mask_BT = torch.tensor(sample.is_trained)[None]
             one_BT = torch.ones_like(ids_BT)
             targets = TokenTargets(ids_BT)
-            losses = medusa_losses(heads, hidden_BTD, targets, mask_BT, one_BT, chunk_rows=64)
+            losses = medusa_losses(
+                heads, hidden_BTD, targets, mask_BT, one_BT, ids_BT, chunk_rows=64
+            )
             total = total + medusa_loss(losses, 0.8)
         optimizer.zero_grad()
         total.backward()
@@ -144,7 +146,7 @@ def test_a_step_takes_the_mean_over_the_labels_of_all_its_micro_batches(
     for batch in batches:
         hidden_BTD = backbone.hidden_states(batch.input_ids_BT)
         targets = TokenTargets(own_choices(backbone, hidden_BTD, batch))
-        masks = (batch.is_trained_BT, batch.documents_BT)
+        masks = (batch.is_trained_BT, batch.documents_BT, batch.input_ids_BT)
         losses = medusa_losses(heads, hidden_BTD, targets, *masks, chunk_rows=64)
         assert batch.group_labels == [sum(b) for b in zip(*map(counts, batches), strict=True)]
         for k, loss in enumerate(losses):

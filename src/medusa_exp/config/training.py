@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from medusa_exp.config.checks import at_least, one_of, within
+from medusa_exp.errors import UserError
 
 
 @dataclass
@@ -10,13 +11,31 @@ class HeadConfig:
     """The Medusa heads."""
 
     kind: str = "medusa"
+    """medusa (a vocabulary projection for each head), medusa_tied (the backbone's lm_head for all),
+    medusa_lowrank (projections of low `rank`, or of `num_tokens` frequent tokens) or hydra (each
+    head sees the tokens that are drafted before its own)."""
     num_heads: int = 4
     """K: head k predicts the token k places after the backbone's next one."""
     num_layers: int = 1
     """L: residual blocks before each head's vocabulary projection."""
+    bias: bool = True
+    """Of the residual blocks."""
+    rank: int | None = None
+    """Of the projections of medusa_lowrank; null is full."""
+    num_tokens: int | None = None
+    """Tokens that the heads of medusa_lowrank know, the most frequent ones in the training data;
+    others are never guessed. null is all."""
 
     def __post_init__(self) -> None:
-        one_of("head.kind", self.kind, ("medusa",))
+        one_of("head.kind", self.kind, ("medusa", "medusa_tied", "medusa_lowrank", "hydra"))
+        for key in ("rank", "num_tokens"):
+            if (value := getattr(self, key)) is not None:
+                at_least(f"head.{key}", value, 16)
+                one_of(f"head.kind (with head.{key})", self.kind, ("medusa_lowrank",))
+        if self.kind == "medusa_lowrank" and self.rank is None and self.num_tokens is None:
+            raise UserError("head.kind=medusa_lowrank needs head.rank or head.num_tokens.")
+        if self.kind in ("medusa_tied", "hydra"):
+            at_least(f"head.num_layers (with head.kind={self.kind})", self.num_layers, 1)
         within("head.num_heads", self.num_heads, 1, 16)
         within("head.num_layers", self.num_layers, 0, 16)
 

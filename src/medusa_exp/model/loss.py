@@ -39,6 +39,7 @@ def medusa_losses(
     targets: Targets,
     is_trained_BT: Tensor,
     documents_BT: Tensor,
+    input_ids_BT: Tensor,
     *,
     chunk_rows: int,
 ) -> list[HeadLoss]:
@@ -51,10 +52,26 @@ def medusa_losses(
     for k in range(heads.num_heads):
         is_labelled_BT = is_labelled(is_trained_BT, documents_BT, k + 1)
         index_R = is_labelled_BT.flatten().nonzero()[:, 0]
+        inputs = head_inputs(heads, k, index_R, hidden_BTD, input_ids_BT)
         # Head k is to say at t what is to be said after token t+k.
-        rows = (hidden_BTD.flatten(0, 1)[index_R], *targets.at(index_R + k + 1))
-        results.append(HeadLoss(_chunked(heads, k, targets, rows, chunk_rows), len(index_R)))
+        wanted = targets.at(index_R + k + 1)
+        loss_sum = _chunked(heads, k, targets, inputs, wanted, chunk_rows)
+        results.append(HeadLoss(loss_sum, len(index_R)))
     return results
+
+
+def head_inputs(
+    heads: MedusaHeads, k: int, index_R: Tensor, hidden_BTD: Tensor, input_ids_BT: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the arguments of `head_logits` behind k, at these flat positions.
+
+    Sequential heads see the text's own tokens as if they had been drafted.
+    """
+    hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
+    if not heads.is_sequential:
+        return (hidden_RD,)
+    next_J = torch.arange(1, k + 2, device=index_R.device)
+    return hidden_RD, input_ids_BT.flatten()[index_R[:, None] + next_J]
 
 
 def medusa_loss(
@@ -84,16 +101,23 @@ def medusa_counts(
     labels_BT: Tensor,
     is_trained_BT: Tensor,
     documents_BT: Tensor,
+    input_ids_BT: Tensor,
     *,
     chunk_rows: int,
 ) -> Tensor:
-    """Return, for validation, a float64 [K, 4]: summed loss, labels ranked 1st, in 5, and all."""
+    """Return, for validation, a float64 [K, 4]: summed loss, labels ranked 1st, in 5, and all.
+
+    A label that the heads do not know adds no loss, and is never hit.
+    """
     counts_K4 = torch.zeros(heads.num_heads, 4, dtype=torch.float64, device=hidden_BTD.device)
+    words_BT = heads.words_of(labels_BT)
     for k in range(heads.num_heads):
-        is_labelled_BT, labels_R = head_labels(labels_BT, is_trained_BT, documents_BT, k + 1)
-        rows = hidden_BTD[is_labelled_BT].split(chunk_rows)
-        for rows_CD, labels_C in zip(rows, labels_R.split(chunk_rows), strict=True):
-            logits_CV = heads.head_logits(k, rows_CD).float()
+        is_labelled_BT, labels_R = head_labels(words_BT, is_trained_BT, documents_BT, k + 1)
+        index_R = is_labelled_BT.flatten().nonzero()[:, 0]
+        inputs = head_inputs(heads, k, index_R, hidden_BTD, input_ids_BT)
+        chunks = [part.split(chunk_rows) for part in (labels_R, *inputs)]
+        for labels_C, *inputs_C in zip(*chunks, strict=True):
+            logits_CV = heads.head_logits(k, *inputs_C).float()
             hits_C5 = logits_CV.topk(5).indices == labels_C[:, None]
             loss = cross_entropy(logits_CV, labels_C, reduction="sum")
             labels = torch.tensor(len(labels_C), device=loss.device)
@@ -102,19 +126,24 @@ def medusa_counts(
 
 
 def _chunked(
-    heads: MedusaHeads, k: int, targets: Targets, rows: tuple[Tensor, ...], chunk_rows: int
+    heads: MedusaHeads,
+    k: int,
+    targets: Targets,
+    inputs: tuple[Tensor, ...],
+    wanted: tuple[Tensor, ...],
+    chunk_rows: int,
 ) -> Tensor:
-    def chunk_loss(is_real_C: Tensor, hidden_CD: Tensor, *target: Tensor) -> Tensor:
-        logits_CV = heads.head_logits(k, hidden_CD).float()  # autocast leaves them in bf16
-        return (targets.losses(logits_CV, *target) * is_real_C).sum()
+    def chunk_loss(is_real_C: Tensor, *rows: Tensor) -> Tensor:
+        logits_CV = heads.head_logits(k, *rows[: len(inputs)]).float()  # bf16 under autocast
+        return (targets.losses(logits_CV, *rows[len(inputs) :]) * is_real_C).sum()
 
     # Every chunk has the same shape: each new one would cost the libraries a set-up of its own.
-    number = len(rows[0])
+    number = len(inputs[0])
     missing = -number % chunk_rows or (chunk_rows if not number else 0)
-    is_real_R = torch.ones(number, device=rows[0].device)
+    is_real_R = torch.ones(number, device=inputs[0].device)
     padded = [
-        pad(row, (0, 0) * (row.ndim - 1) + (0, missing)).split(chunk_rows)
-        for row in (is_real_R, *rows)
+        pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)).split(chunk_rows)
+        for rows in (is_real_R, *inputs, *wanted)
     ]
     sums = [
         checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in zip(*padded, strict=True)

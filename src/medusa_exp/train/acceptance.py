@@ -4,7 +4,7 @@ The backbone answers held-out prompts once, before the training. A validation th
 guess of each head came true at each place of these answers, and replays decoding from that
 (`tree/growth.py`). Loss says how surprised heads are everywhere; this, what they are worth.
 
-P positions, D hidden, K heads, V vocabulary, C positions of a chunk, R ranks.
+P positions, D hidden, K heads.
 """
 
 import logging
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,13 +27,11 @@ from medusa_exp.errors import UserError
 from medusa_exp.files import content_key, publish
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.ranks import answer_ranks
 from medusa_exp.tree.growth import best_tree, num_steps
 from medusa_exp.tree.tree import chain
 
 log = logging.getLogger(__name__)
-
-_CHUNK = 256
-"""Positions whose logits exist at one time."""
 
 
 @dataclass(frozen=True)
@@ -90,35 +87,12 @@ def accept_lengths(
 
     Prompts' steps are counted, as in eval/tokens_per_step.
     """
-    ranks = [head_ranks(heads, answer, max_rank) for answer in answers]
+    ranks = [answer_ranks(heads, answer.tokens_P, answer.hidden_PD, max_rank) for answer in answers]
     num_tokens = sum(len(ranks_PK) for ranks_PK in ranks)
     tree = best_tree(ranks, num_nodes, max_rank)
     return num_tokens / num_steps(ranks, tree), num_tokens / num_steps(
         ranks, chain(heads.num_heads)
     )
-
-
-@torch.no_grad()
-def head_ranks(heads: MedusaHeads, answer: Continuation, max_rank: int) -> np.ndarray:
-    """Return ranks_PK: where token t of the answer is certain, the rank of token t+k to head k.
-
-    What is not among the first `max_rank` guesses, or stands beyond the answer's end, has rank
-    `max_rank`.
-    """
-    number = len(answer.tokens_P)
-    ranks_PK = torch.full((number, heads.num_heads), max_rank)
-    for k in range(heads.num_heads):
-        truth_P = answer.tokens_P[k + 1 :]
-        chunks = zip(answer.hidden_PD.split(_CHUNK), truth_P.split(_CHUNK), strict=False)
-        for start, (hidden_CD, truth_C) in enumerate(chunks):
-            logits_CV = heads.head_logits(k, hidden_CD[: len(truth_C)].to(heads.dtype))
-            is_true_CR = logits_CV.topk(max_rank).indices == truth_C[:, None]
-            found_CR = torch.where(
-                is_true_CR, torch.arange(max_rank, device=truth_C.device), max_rank
-            )
-            place = slice(start * _CHUNK, start * _CHUNK + len(truth_C))
-            ranks_PK[place, k] = found_CR.amin(-1).cpu()
-    return ranks_PK.numpy()
 
 
 def _path(

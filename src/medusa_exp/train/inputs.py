@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
@@ -38,6 +41,14 @@ class Inputs:
     row_tokens: int
     features: dict[str, Features]
     answers: list[Continuation]
+
+    def token_counts(self) -> Tensor:
+        """Count the trained tokens [V] of the training documents."""
+        counts_V = np.zeros(self.backbone.vocab_size, np.int64)
+        for example in self.documents["train"]:
+            ids = example.input_ids[example.is_trained]
+            counts_V += np.bincount(ids, minlength=len(counts_V))
+        return torch.from_numpy(counts_V)
 
     def batches(self, config: Config) -> Batches:
         """Return the batches of training and validation."""

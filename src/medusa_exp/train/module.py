@@ -70,9 +70,10 @@ class MedusaModule(L.LightningModule):
         losses = medusa_losses(
             self.heads,
             hidden_BTD.float(),
-            self.objective.targets(self.backbone, hidden_BTD, batch),
+            self.objective.targets(self.backbone, self.heads, hidden_BTD, batch),
             batch.is_trained_BT,
             batch.documents_BT,
+            batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
         )
         loss = medusa_loss(losses, self.objective.decay, self._totals)
@@ -98,6 +99,7 @@ class MedusaModule(L.LightningModule):
             self.objective.labels_of(self.backbone, hidden_BTD, batch),
             batch.is_trained_BT,
             batch.documents_BT,
+            batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
         )
         self._val_counts = counts_K4 if self._val_counts is None else self._val_counts + counts_K4

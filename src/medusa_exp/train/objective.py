@@ -12,6 +12,7 @@ from torch import Tensor
 from medusa_exp.data.labels import is_labelled
 from medusa_exp.data.loader import Batch
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.targets import DistributionTargets, Targets, TokenTargets, TopTargets
 
 _CHOICE_ROWS = 1024
@@ -38,14 +39,20 @@ class Objective:
             return own_choices(backbone, hidden_BTD, batch)
         return batch.input_ids_BT
 
-    def targets(self, backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Targets:
+    def targets(
+        self, backbone: Backbone, heads: MedusaHeads, hidden_BTD: Tensor, batch: Batch
+    ) -> Targets:
         """Return what the heads are to say on a batch."""
         if self.loss == "ce":
-            return TokenTargets(self.labels_of(backbone, hidden_BTD, batch))
+            return TokenTargets(heads.words_of(self.labels_of(backbone, hidden_BTD, batch)))
+
+        def next_logits(hidden_RD: Tensor) -> Tensor:
+            return heads.of_words(backbone.next_logits(hidden_RD))
+
         if self.loss == "kl":
-            return DistributionTargets(hidden_BTD, backbone.next_logits)
+            return DistributionTargets(hidden_BTD, next_logits)
         is_wanted_BT = is_labelled(batch.is_trained_BT, batch.documents_BT, 0)
-        return TopTargets(hidden_BTD, is_wanted_BT, backbone.next_logits, self.top_k)
+        return TopTargets(hidden_BTD, is_wanted_BT, next_logits, self.top_k)
 
     def factor(self, step: int, max_steps: int) -> float:
         """Return what the heads' loss is multiplied by at an optimiser step (from 0)."""

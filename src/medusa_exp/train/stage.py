@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
@@ -32,9 +33,8 @@ def run(config: Config, out: Path) -> dict[str, float]:
     inputs = open_inputs(config, out)
     heads = build_heads(
         inputs.backbone,
-        num_heads=config.head.num_heads,
-        num_layers=config.head.num_layers,
-        kind=config.head.kind,
+        **asdict(config.head),
+        token_counts=inputs.token_counts() if config.head.num_tokens else None,
     )
     batches = inputs.batches(config)
     max_steps = _num_steps(config, batches)
