@@ -68,11 +68,17 @@ class TrainConfig:
     """Tokens of a micro-batch, padding included."""
     accumulate: int = 1
     """Micro-batches to an optimiser step."""
+    optimizer: str = "adamw"
+    """adamw, adamw_8bit (needs bitsandbytes) or muon (Muon for the matrices of residual blocks,
+    AdamW for the rest)."""
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
     warmup_fraction: float = 0.05
     """Share of the steps with a rising learning rate; a cosine to zero follows."""
     gradient_clip: float = 1.0
+    average: float = 0.0
+    """Decay of a moving average of the heads, such as 0.99, which is kept in their place; 0: none.
+    """
     decay: float = 0.8
     """Head k's loss counts decay**k (Medusa, section 2.2.1)."""
     coefficient: float = 1.0
@@ -132,6 +138,8 @@ class TrainConfig:
         one_of("train.coefficient_schedule", self.coefficient_schedule, schedules)
         one_of("train.batching", self.batching, ("padded", "packed"))
         at_least("train.learning_rate", self.learning_rate, 0.0)
+        one_of("train.optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
+        within("train.average", self.average, 0.0, 0.99999)
         within("train.decay", self.decay, 0.0, 1.0)
         within("train.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
         one_of("train.resume", self.resume, ("auto", "never"))

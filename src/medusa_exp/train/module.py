@@ -17,6 +17,7 @@ from medusa_exp.model.loss import medusa_counts, medusa_loss, medusa_losses
 from medusa_exp.train.acceptance import Continuation, accept_lengths
 from medusa_exp.train.failures import BadLoss
 from medusa_exp.train.objective import Objective
+from medusa_exp.train.optimiser import build_optimizer
 from medusa_exp.train.schedule import scheduled
 
 
@@ -35,6 +36,7 @@ class MedusaModule(L.LightningModule):
         answers: Sequence[Continuation],
         val_tree_nodes: int,
         max_rank: int,
+        optimizer: str,
         learning_rate: float,
         weight_decay: float,
         warmup_fraction: float,
@@ -48,6 +50,7 @@ class MedusaModule(L.LightningModule):
         self.answers = answers
         self.val_tree_nodes = val_tree_nodes
         self.max_rank = min(max_rank, backbone.vocab_size)
+        self.optimizer_name = optimizer
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
@@ -66,6 +69,23 @@ class MedusaModule(L.LightningModule):
         if place == 0:
             self._totals = self._over_processes(torch.tensor(batch.group_labels)).tolist()
             self._sums_K = torch.zeros(self.heads.num_heads, device=self.device)
+        loss, sums_K = self.batch_loss(batch, self._totals)
+        if not torch.isfinite(loss):
+            raise BadLoss(loss.item(), self.global_step, batch.numbers)
+        self._sums_K += sums_K
+        if place == self.trainer.accumulate_grad_batches - 1:
+            self._log_step()
+        # Lightning takes means over the micro-batches of a step, and over processes.
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return parts * self.objective.factor(self.global_step, self.max_steps) * loss
+
+    def batch_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the heads' loss on a micro-batch, and each head's sum [K], detached.
+
+        Args:
+            batch: the micro-batch.
+            totals: labels of each head that the loss is a mean over.
+        """
         hidden_BTD = self._hidden(batch)
         losses = medusa_losses(
             self.heads,
@@ -76,15 +96,8 @@ class MedusaModule(L.LightningModule):
             batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
         )
-        loss = medusa_loss(losses, self.objective.decay, self._totals)
-        if not torch.isfinite(loss):
-            raise BadLoss(loss.item(), self.global_step, batch.numbers)
-        self._sums_K += torch.stack([head.loss_sum.detach() for head in losses])
-        if place == self.trainer.accumulate_grad_batches - 1:
-            self._log_step()
-        # Lightning takes means over the micro-batches of a step, and over processes.
-        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return parts * self.objective.factor(self.global_step, self.max_steps) * loss
+        loss = medusa_loss(losses, self.objective.decay, totals)
+        return loss, torch.stack([head.loss_sum.detach() for head in losses])
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
@@ -122,9 +135,12 @@ class MedusaModule(L.LightningModule):
         self.last_val_step = self.global_step
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW on all head parameters, with warm-up and cosine by the step."""
-        optimizer = torch.optim.AdamW(
-            self.heads.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+        """The optimiser of all head parameters, with warm-up and cosine by the step."""
+        optimizer = build_optimizer(
+            self.optimizer_name,
+            self.heads,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
         )
         return scheduled(optimizer, self.warmup_fraction, self.max_steps)
 

@@ -15,12 +15,14 @@ from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads
 from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.provenance import annotate
+from medusa_exp.train.average import AverageHeads
 from medusa_exp.train.best import BestHeads
 from medusa_exp.train.checkpoints import CHECKPOINT, Checkpoints
 from medusa_exp.train.failures import BadLoss, explain_memory
 from medusa_exp.train.inputs import Inputs, open_inputs
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.train.objective import Objective
+from medusa_exp.train.plan import ShowPlan
 from medusa_exp.train.resume import checkpoint_to_resume, made_with
 from medusa_exp.train.trainer import build_trainer, pick_precision
 
@@ -68,6 +70,7 @@ def build_module(
         answers=inputs.answers,
         val_tree_nodes=settings.val_tree_nodes,
         max_rank=config.tree.max_rank,
+        optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_fraction=settings.warmup_fraction,
@@ -82,6 +85,7 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
     annotate(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
     best = BestHeads(out / "checkpoints", settings.patience)
+    average = AverageHeads(settings.average, module.heads) if settings.average else None
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     trainer = build_trainer(
         config,
@@ -93,7 +97,13 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
         accumulate=settings.accumulate,
         val_every=min(settings.val_every, max_steps) if batches.val else None,
         deterministic=settings.deterministic,
-        callbacks=[best, checkpoints],
+        # In this order: the average leaves the heads' place after the best have been kept.
+        callbacks=[
+            best,
+            *([average] if average else []),
+            checkpoints,
+            ShowPlan(settings.optimizer, average is not None),
+        ],
     )
     try:
         with explain_memory(settings.batch_tokens, settings.loss_chunk_rows, settings.accumulate):
@@ -101,6 +111,8 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
             steps = trainer.global_step
             if batches.val and module.last_val_step != steps:
                 trainer.validate(module, batches, verbose=False)
+            if average:
+                average.swap(True)
     except BadLoss as error:
         raise _explained(error, batches, checkpoints.path) from error
     finally:
