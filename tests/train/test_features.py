@@ -23,7 +23,7 @@ def run(config: Config, out):
     return stage.run(config, out)
 
 
-def no_body(config):
+def no_body(config, **options):
     raise AssertionError("the backbone's layers are not needed")
 
 

@@ -38,7 +38,9 @@ def test_writes_heads_and_the_promised_metrics(config, tmp_path):
 def test_the_backbone_is_bit_unchanged_and_in_no_checkpoint(config, tmp_path, monkeypatch):
     seen = []
     load = inputs.load_backbone
-    monkeypatch.setattr(inputs, "load_backbone", lambda c: seen.append(load(c)) or seen[0])
+    monkeypatch.setattr(
+        inputs, "load_backbone", lambda c, **o: seen.append(load(c, **o)) or seen[0]
+    )
     run(config, tmp_path / "run")
     after = seen[0].model.state_dict()
     fresh = load(config).model.state_dict()
@@ -150,7 +152,7 @@ def test_a_step_takes_the_mean_over_the_labels_of_all_its_micro_batches(
         losses = medusa_losses(heads, hidden_BTD, targets, *masks, chunk_rows=64)
         assert batch.group_labels == [sum(b) for b in zip(*map(counts, batches), strict=True)]
         for k, loss in enumerate(losses):
-            total[k] = total[k] + loss.loss_sum / batch.group_labels[k]
+            total[k] = total[k] + loss.loss_sum / batch.group_labels[k + 1]
     loss = 0.8 * total[0] + 0.64 * total[1]
     assert logged["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
     expected = torch.autograd.grad(0.5 * loss, list(heads.parameters()))

@@ -30,7 +30,7 @@ from medusa_exp.config.stages import (
     RegenerateConfig,
     TreeConfig,
 )
-from medusa_exp.config.training import HeadConfig, TrainConfig
+from medusa_exp.config.training import HeadConfig, LoraSettings, TrainConfig
 from medusa_exp.errors import UserError
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "HeadConfig",
     "InspectConfig",
     "LoggerConfig",
+    "LoraSettings",
     "ModelConfig",
     "PretrainConfig",
     "RegenerateConfig",

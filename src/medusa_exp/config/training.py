@@ -1,6 +1,6 @@
 """How heads are made: groups head and train."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from medusa_exp.config.checks import at_least, one_of, within
 from medusa_exp.errors import UserError
@@ -41,9 +41,43 @@ class HeadConfig:
 
 
 @dataclass
-class TrainConfig:
-    """Training of the heads on the frozen backbone."""
+class LoraSettings:
+    """Adapters on the backbone's linear layers, for kind=medusa2."""
 
+    rank: int = 32
+    alpha: int = 16
+    dropout: float = 0.05
+    layers: list[str] = field(default_factory=list)
+    """Names of the linear layers to adapt, such as q_proj; none means all of them, but not the
+    lm_head."""
+    learning_rate: float = 5e-4
+    heads_only_fraction: float = 0.1
+    """Share of the steps, at the beginning, in which the heads learn alone."""
+    self_distillation: bool = False
+    """Keep the backbone near to what it says without its adapters, instead of to the data."""
+    gradient_checkpointing: bool = False
+    """Compute the backbone's activations twice instead of keeping them."""
+    output: str = "merged"
+    """merged (a whole model in `backbone/`) or adapter (the adapters alone)."""
+
+    def __post_init__(self) -> None:
+        at_least("train.lora.rank", self.rank, 1)
+        at_least("train.lora.alpha", self.alpha, 1)
+        within("train.lora.dropout", self.dropout, 0.0, 0.9)
+        at_least("train.lora.learning_rate", self.learning_rate, 0.0)
+        within("train.lora.heads_only_fraction", self.heads_only_fraction, 0.0, 1.0)
+        one_of("train.lora.output", self.output, ("merged", "adapter"))
+
+
+@dataclass
+class TrainConfig:
+    """Training of the heads, on a frozen backbone or together with it."""
+
+    kind: str = "medusa1"
+    """medusa1 (the backbone is frozen) or medusa2 (adapters on it learn too: answers change)."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    heads_from: str | None = None
+    """A run directory, or its heads/, whose heads this training starts from."""
     max_steps: int | None = None
     """Optimiser steps; overrides `epochs`."""
     epochs: float = 2.0
@@ -129,6 +163,9 @@ class TrainConfig:
         if self.patience is not None:
             at_least("train.patience", self.patience, 1)
         at_least("train.checkpoint_every", self.checkpoint_every, 1)
+        one_of("train.kind", self.kind, ("medusa1", "medusa2"))
+        if self.kind == "medusa2":  # its hidden states change from step to step
+            one_of("train.features (with train.kind=medusa2)", self.features, ("online",))
         one_of("train.text", self.text, ("data", "own"))
         one_of("train.labels", self.labels, ("own", "data"))
         one_of("train.loss", self.loss, ("ce", "kl", "topk_kl"))

@@ -21,6 +21,6 @@ def is_labelled(is_trained_BT: Tensor, documents_BT: Tensor, head: int) -> Tenso
 
 
 def label_counts(is_trained_BT: Tensor, documents_BT: Tensor, num_heads: int) -> Tensor:
-    """Return how many labels each head has in a batch [K]."""
-    counts = [is_labelled(is_trained_BT, documents_BT, k + 1).sum() for k in range(num_heads)]
-    return torch.stack(counts) if counts else torch.zeros(0, dtype=torch.long)
+    """Return how many labels the lm_head and each head have in a batch [1 + K]."""
+    heads = range(num_heads + 1)
+    return torch.stack([is_labelled(is_trained_BT, documents_BT, k).sum() for k in heads])

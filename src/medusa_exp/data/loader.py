@@ -34,7 +34,8 @@ class Batch:
     numbers: list[int] = field(default_factory=list)
     """Of its documents, row by row, in the order of the data set that it was taken from."""
     group_labels: list[int] = field(default_factory=list)
-    """Labels of each head in all micro-batches of the same optimiser step, on this process."""
+    """Labels of the lm_head and of each head in all micro-batches of the same optimiser step, on
+    this process."""
     hidden_BTD: Tensor | None = None
     """The backbone's hidden states, where they are at hand."""
     own_BT: Tensor | None = None

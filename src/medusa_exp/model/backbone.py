@@ -50,6 +50,11 @@ class Backbone:
         return self.model.device
 
     @property
+    def is_adapted(self) -> bool:
+        """Has it learnt together with heads, in Medusa-2? Then only those go with it."""
+        return hasattr(self.model.config, "medusa_adapter")
+
+    @property
     def hidden_size(self) -> int:
         """D, the width of what `lm_head` reads."""
         return self.lm_head.weight.shape[1]
@@ -141,6 +146,7 @@ class Backbone:
             return self._identities[0]
         config = self.model.config.get_text_config()
         shape = [config.model_type, self.hidden_size, self.vocab_size, config.num_hidden_layers]
+        shape += [getattr(self.model.config, "medusa_adapter", None)] * self.is_adapted
         digest = hashlib.sha256(json.dumps(shape).encode())
         # What is neither a list of layers nor an embedding: the final norm, and projections.
         final = [module for module in self.body.children() if _is_final(module)]

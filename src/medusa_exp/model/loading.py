@@ -13,22 +13,37 @@ from transformers.utils import logging as transformers_logging
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
+from medusa_exp.model.adapters import is_adapters, load_adapters
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.source import LOADING_ERRORS, first_lines, hub_options, model_path
+from medusa_exp.model.source import (
+    LOADING_ERRORS,
+    adapted_path,
+    first_lines,
+    hub_options,
+    model_path,
+)
 from medusa_exp.model.tokenizer import load_tokenizer, num_ids
 
 log = logging.getLogger(__name__)
 
 
-def load_backbone(config: Config) -> Backbone:
+def load_backbone(config: Config, *, is_adapted: bool = True) -> Backbone:
     """Load the backbone that the config names onto its device, frozen.
 
+    Where this run has adapted it (train=medusa2), that is its own, unless `is_adapted` is false.
     With tokenizer.resize_embedding it gets a row for each token that is new to it.
 
     Raises:
         UserError: the model cannot be loaded; says which, and what transformers said.
     """
-    backbone = Backbone(_read(config))
+    adapted = adapted_path(config) if is_adapted else None
+    if adapted is None:
+        model = _read(config)
+    elif is_adapters(adapted):
+        model = load_adapters(_read(config), adapted).requires_grad_(False)
+    else:
+        model = _read(config, path=str(adapted))
+    backbone = Backbone(model)
     backbone.check_hidden_states()
     return backbone
 
@@ -66,8 +81,10 @@ def load_ends(config: Config, identity: str, weights_identity: str) -> Backbone:
     return backbone
 
 
-def _read(config: Config, more: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedModel:
-    path = model_path(config)
+def _read(
+    config: Config, more: Mapping[str, Any] = MappingProxyType({}), path: str | None = None
+) -> PreTrainedModel:
+    path = path or model_path(config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,

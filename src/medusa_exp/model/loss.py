@@ -3,8 +3,9 @@
 B batch, T time, D hidden, V vocabulary, K heads, R labelled rows of one head, C rows of a chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def medusa_losses(
         inputs = head_inputs(heads, k, index_R, hidden_BTD, input_ids_BT)
         # Head k is to say at t what is to be said after token t+k.
         wanted = targets.at(index_R + k + 1)
-        loss_sum = _chunked(heads, k, targets, inputs, wanted, chunk_rows)
+        loss_sum = chunked_loss(partial(heads.head_logits, k), targets, inputs, wanted, chunk_rows)
         results.append(HeadLoss(loss_sum, len(index_R)))
     return results
 
@@ -125,16 +126,25 @@ def medusa_counts(
     return counts_K4
 
 
-def _chunked(
-    heads: MedusaHeads,
-    k: int,
+def chunked_loss(
+    logits_of: Callable[..., Tensor],
     targets: Targets,
     inputs: tuple[Tensor, ...],
     wanted: tuple[Tensor, ...],
     chunk_rows: int,
 ) -> Tensor:
+    """Return the loss of all rows, summed, whose logits exist for `chunk_rows` of them at a time.
+
+    Args:
+        logits_of: from rows of `inputs` to logits_CW.
+        targets: what the rows are to say.
+        inputs: tensors with a row each.
+        wanted: the rows of `targets`.
+        chunk_rows: C.
+    """
+
     def chunk_loss(is_real_C: Tensor, *rows: Tensor) -> Tensor:
-        logits_CV = heads.head_logits(k, *rows[: len(inputs)]).float()  # bf16 under autocast
+        logits_CV = logits_of(*rows[: len(inputs)]).float()  # they are bf16 under autocast
         return (targets.losses(logits_CV, *rows[len(inputs) :]) * is_real_C).sum()
 
     # Every chunk has the same shape: each new one would cost the libraries a set-up of its own.

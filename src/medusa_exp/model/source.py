@@ -12,6 +12,8 @@ from medusa_exp.errors import UserError
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
 """What transformers raises for directories that are not what they should be."""
 
+ADAPTED = "backbone"
+"""Directory of a run of train=medusa2 that holds its own backbone."""
 _BLOCK, _NUM_BLOCKS = 4096, 256
 """What is read of a file of weights to know it again, besides its header."""
 
@@ -39,6 +41,13 @@ def model_path(config: Config) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"model.path={path} is no model directory: it has no config.json.")
     return place
+
+
+def adapted_path(config: Config) -> Path | None:
+    """Return where the backbone lies that this run has adapted, if it has."""
+    path = Path(config.run_dir) / ADAPTED
+    is_there = config.train.kind == "medusa2" and bool(config.run_dir) and path.is_dir()
+    return path if is_there else None
 
 
 def has_model(config: Config) -> bool:

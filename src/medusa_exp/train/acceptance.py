@@ -43,38 +43,46 @@ class Continuation:
     """The states from which it said each token."""
 
 
-def continuations(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    ends: Backbone,
-    body: Callable[[], Backbone],
-) -> list[Continuation]:
-    """Return the backbone's answers to held-out prompts, from the cache where it has them.
-
-    None where there is no held-out prompt to answer.
-
-    Args:
-        config: `train.val_prompts` says how many.
-        tokenizer: of the prompts.
-        ends: the backbone, perhaps without its layers.
-        body: loads it with them.
-    """
+def held_out_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
+) -> list[Prompt]:
+    """Return `train.val_prompts` prompts; none, and a warning, where there is none to answer."""
     if not config.train.val_prompts or not config.dataset.val_fraction:
         return []
     try:
-        prompts = prompts_of(
+        return prompts_of(
             load_split(config, "val"),
             tokenizer,
             config,
-            max_positions=ends.max_length,
+            max_positions=backbone.max_length,
             num_prompts=config.train.val_prompts,
         )
     except UserError as error:
         log.warning("no val/accept_length: %s", error)
         return []
+
+
+def continuations(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    ends: Backbone,
+    body: Callable[[], Backbone],
+) -> list[Continuation]:
+    """Return the backbone's answers to held-out prompts, from the cache where it has them.
+
+    Args:
+        config: what ends an answer.
+        tokenizer: of the prompts.
+        prompts: what is to be answered.
+        ends: the backbone, perhaps without its layers.
+        body: loads it with them.
+    """
+    if not prompts:
+        return []
     path = _path(config, tokenizer, prompts, ends)
     if not path.is_file():
-        answered = _answer(config, tokenizer, prompts, body())
+        answered = answer_prompts(config, tokenizer, prompts, body())
         with publish(path) as partial:
             save_file(_as_tensors(answered), partial)
     return _from_tensors(load_file(path, device=str(ends.device)))
@@ -110,12 +118,13 @@ def _path(
 
 
 @torch.inference_mode()
-def _answer(
+def answer_prompts(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     backbone: Backbone,
 ) -> list[Continuation]:
+    """Let the backbone answer, greedily."""
     limits = limits_of(config, backbone, tokenizer)
     asked = [prompt.input_ids for prompt in prompts]
     answers = []

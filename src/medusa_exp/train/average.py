@@ -10,10 +10,10 @@ from torch import Tensor, nn
 class AverageHeads(L.Callback):
     """After each step: average = decay * average + (1 - decay) * heads."""
 
-    def __init__(self, decay: float, heads: nn.Module) -> None:
+    def __init__(self, decay: float, module: nn.Module) -> None:
         self.decay = decay
-        self.heads = heads
-        self.average = [p.detach().clone() for p in heads.parameters()]
+        self.module = module
+        self.average = [p.clone() for p in self._parameters()]
         self._is_swapped = False
 
     def on_train_batch_end(
@@ -57,4 +57,4 @@ class AverageHeads(L.Callback):
             average.copy_(saved)
 
     def _parameters(self) -> list[Tensor]:
-        return [p.detach() for p in self.heads.parameters()]
+        return [p.detach() for p in self.module.parameters() if p.requires_grad]

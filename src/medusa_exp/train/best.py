@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from medusa_exp.files import publish
 
@@ -41,17 +42,19 @@ class BestHeads(L.Callback):
             found = trainer.callback_metrics.items()
             self.metrics = {name: float(x) for name, x in found if name.startswith("val/")}
             with publish(self.path) as partial:
-                save_file(module.heads.state_dict(), partial)
+                save_file(_trained(module), partial)
             return
         self.num_worse += 1
         if self.patience is not None and self.num_worse >= self.patience:
             log.info("%s was best at step %d: training stops", METRIC, self.step)
             trainer.should_stop = True
 
-    def restore(self, heads: torch.nn.Module) -> None:
-        """Put the best heads in place of the last ones."""
-        if self.value is not None:
-            heads.load_state_dict(load_file(self.path))
+    @torch.no_grad()
+    def restore(self, module: L.LightningModule) -> None:
+        """Put the best in place of the last."""
+        best = load_file(self.path)
+        for name, value in _trained(module).items():
+            value.copy_(best[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
@@ -62,3 +65,7 @@ class BestHeads(L.Callback):
         """Take it back."""
         for name, value in state_dict.items():
             setattr(self, name, value)
+
+
+def _trained(module: L.LightningModule) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}

@@ -117,7 +117,7 @@ class Checkpoints(L.Callback):
 
 
 def _is_finite(module: L.LightningModule) -> bool:
-    return all(bool(p.isfinite().all()) for p in module.parameters())
+    return all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad)
 
 
 def random_state() -> dict[str, Any]:

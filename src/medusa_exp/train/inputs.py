@@ -14,6 +14,7 @@ from medusa_exp.config import Config
 from medusa_exp.data.examples import Examples
 from medusa_exp.data.features import Features
 from medusa_exp.data.loader import Batches
+from medusa_exp.data.prompts import Prompt
 from medusa_exp.data.tokenised import load_tokenised
 from medusa_exp.files import write_json
 from medusa_exp.model.backbone import Backbone
@@ -21,7 +22,7 @@ from medusa_exp.model.loading import load_backbone, load_ends
 from medusa_exp.model.source import files_identity
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.provenance import annotate
-from medusa_exp.train.acceptance import Continuation, continuations
+from medusa_exp.train.acceptance import Continuation, continuations, held_out_prompts
 from medusa_exp.train.features import known_identities, note_identities, open_features
 from medusa_exp.train.regenerate import open_answers
 
@@ -40,7 +41,10 @@ class Inputs:
     data_key: str
     row_tokens: int
     features: dict[str, Features]
+    prompts: list[Prompt]
+    """Held-out ones, for `acceptance`."""
     answers: list[Continuation]
+    """The backbone's to them."""
 
     def token_counts(self) -> Tensor:
         """Count the trained tokens [V] of the training documents."""
@@ -84,7 +88,7 @@ class _Backbones:
 
     @cached_property
     def _whole(self) -> Backbone:
-        backbone = load_backbone(self.config)
+        backbone = load_backbone(self.config, is_adapted=False)
         note_identities(self.config, self._files, backbone)
         return backbone
 
@@ -115,5 +119,6 @@ def open_inputs(config: Config, out: Path) -> Inputs:
         backbone.check_packing()
     if config.train.loss != "ce":
         backbone.check_next_logits()
-    answers = continuations(config, tokenizer, backbone, backbones.body)
-    return Inputs(backbone, tokenizer, documents, data_key, row_tokens, features, answers)
+    prompts = held_out_prompts(config, tokenizer, backbone)
+    answers = continuations(config, tokenizer, prompts, backbone, backbones.body)
+    return Inputs(backbone, tokenizer, documents, data_key, row_tokens, features, prompts, answers)

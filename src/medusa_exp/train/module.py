@@ -1,9 +1,9 @@
 """One training step of the heads, for Lightning.
 
-B batch, T time, D hidden, K heads.
+B batch, T time, D hidden, K heads, H the lm_head and the heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -33,7 +33,7 @@ class MedusaModule(L.LightningModule):
         heads: MedusaHeads,
         objective: Objective,
         *,
-        answers: Sequence[Continuation],
+        answers: Callable[[], Sequence[Continuation]],
         val_tree_nodes: int,
         max_rank: int,
         optimizer: str,
@@ -59,7 +59,7 @@ class MedusaModule(L.LightningModule):
         self.last_metrics: dict[str, Any] = {}
         """Of the last step and of the last validation."""
         self.last_val_step = 0
-        self._sums_K = torch.zeros(heads.num_heads)
+        self._sums_H = torch.zeros(1 + heads.num_heads)
         self._totals: list[int] = []
         self._val_counts: Tensor | None = None
 
@@ -68,36 +68,46 @@ class MedusaModule(L.LightningModule):
         place = batch_idx % self.trainer.accumulate_grad_batches
         if place == 0:
             self._totals = self._over_processes(torch.tensor(batch.group_labels)).tolist()
-            self._sums_K = torch.zeros(self.heads.num_heads, device=self.device)
-        loss, sums_K = self.batch_loss(batch, self._totals)
+            self._sums_H = torch.zeros(1 + self.heads.num_heads, device=self.device)
+        loss, sums_H = self.batch_loss(batch, self._totals)
         if not torch.isfinite(loss):
             raise BadLoss(loss.item(), self.global_step, batch.numbers)
-        self._sums_K += sums_K
+        self._sums_H += sums_H
         if place == self.trainer.accumulate_grad_batches - 1:
             self._log_step()
         # Lightning takes means over the micro-batches of a step, and over processes.
-        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return parts * self.objective.factor(self.global_step, self.max_steps) * loss
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size * loss
 
     def batch_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the heads' loss on a micro-batch, and each head's sum [K], detached.
+        """Return what is minimised on a micro-batch, and sums of losses [1 + K], detached.
+
+        The first of the sums is the lm_head's, which is not trained here: zero.
 
         Args:
             batch: the micro-batch.
-            totals: labels of each head that the loss is a mean over.
+            totals: labels of the lm_head and of each head that the loss is a mean over.
         """
-        hidden_BTD = self._hidden(batch)
+        with torch.no_grad():
+            hidden_BTD = self.hidden_states(batch)
+        return self.heads_loss(batch, hidden_BTD, totals)
+
+    def heads_loss(
+        self, batch: Batch, hidden_BTD: Tensor, totals: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the heads' part of `batch_loss`."""
         losses = medusa_losses(
             self.heads,
             hidden_BTD.float(),
-            self.objective.targets(self.backbone, self.heads, hidden_BTD, batch),
+            self.objective.targets(self.backbone, self.heads, hidden_BTD.detach(), batch),
             batch.is_trained_BT,
             batch.documents_BT,
             batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
         )
-        loss = medusa_loss(losses, self.objective.decay, totals)
-        return loss, torch.stack([head.loss_sum.detach() for head in losses])
+        loss = medusa_loss(losses, self.objective.decay, totals[1:])
+        loss = self.objective.factor(self.global_step, self.max_steps) * loss
+        sums = [loss.new_zeros(()), *(head.loss_sum.detach() for head in losses)]
+        return loss, torch.stack(sums)
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
@@ -105,7 +115,7 @@ class MedusaModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count losses, hits and labels: means come of sums over all batches, not of means."""
-        hidden_BTD = self._hidden(batch)
+        hidden_BTD = self.hidden_states(batch)
         counts_K4 = medusa_counts(
             self.heads,
             hidden_BTD.float(),
@@ -126,9 +136,9 @@ class MedusaModule(L.LightningModule):
         for name, sum_K in (("loss", loss_K), ("top1", top1_K), ("top5", top5_K)):
             mean_K = sum_K / labels_K.clamp(min=1)
             found |= {f"val/{name}_head{k}": float(x) for k, x in enumerate(mean_K, 1)}
-        if self.answers:
+        if answers := self.answers():
             found["val/accept_length"], found["val/accept_length_chain"] = accept_lengths(
-                self.heads, self.answers, self.val_tree_nodes, self.max_rank
+                self.heads, answers, self.val_tree_nodes, self.max_rank
             )
         self.log_dict(found)
         self.last_metrics |= found
@@ -141,6 +151,7 @@ class MedusaModule(L.LightningModule):
             self.heads,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
+            adapters=self.adapter_group(),
         )
         return scheduled(optimizer, self.warmup_fraction, self.max_steps)
 
@@ -155,8 +166,12 @@ class MedusaModule(L.LightningModule):
         measured = checkpoint["measured"]
         self.last_metrics, self.last_val_step = measured["metrics"], measured["val_step"]
 
-    @torch.no_grad()
-    def _hidden(self, batch: Batch) -> Tensor:
+    def adapter_group(self) -> dict[str, Any] | None:
+        """Return the optimiser's group of what is trained besides the heads: nothing."""
+        return None
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return hidden_BTD of a batch, read or computed."""
         if batch.hidden_BTD is not None:
             return batch.hidden_BTD
         return self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
@@ -168,8 +183,12 @@ class MedusaModule(L.LightningModule):
 
     def _log_step(self) -> None:
         """Log the step's loss: the mean over the labels of all its micro-batches and processes."""
-        sums_K = self._over_processes(self._sums_K)
-        mean_K = sums_K / torch.tensor(self._totals, device=sums_K.device).clamp(min=1)
+        sums_H = self._over_processes(self._sums_H)
+        mean_H = sums_H / torch.tensor(self._totals, device=sums_H.device).clamp(min=1)
+        self.log_means(mean_H[0], mean_H[1:])
+
+    def log_means(self, backbone: Tensor, mean_K: Tensor) -> None:
+        """Log the step's mean losses, of the lm_head and of each head."""
         weight_K = self.objective.decay ** torch.arange(1, len(mean_K) + 1, device=mean_K.device)
         found = {"train/loss": (weight_K * mean_K).sum()}
         found |= {f"train/loss_head{k}": mean for k, mean in enumerate(mean_K, 1)}

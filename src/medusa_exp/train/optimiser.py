@@ -14,17 +14,29 @@ STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}
 
 
 def build_optimizer(
-    name: str, heads: nn.Module, *, learning_rate: float, weight_decay: float
+    name: str,
+    heads: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    adapters: dict[str, Any] | None = None,
 ) -> Optimizer:
     """Build adamw, adamw_8bit or muon; biases do not decay.
+
+    Args:
+        name: which.
+        heads: whose parameters are trained.
+        learning_rate: of the heads.
+        weight_decay: of their matrices.
+        adapters: a group of parameters besides them, with its own `lr`.
 
     Raises:
         UserError: it needs what is not installed.
     """
     named = dict(heads.named_parameters())
     if name == "muon":
-        return _muon(named, learning_rate, weight_decay)
-    groups = _groups(named.values(), weight_decay)
+        return _muon(named, learning_rate, weight_decay, adapters)
+    groups = _groups(named.values(), weight_decay) + ([adapters] if adapters else [])
     return _adam_class(name)(groups, lr=learning_rate)
 
 
@@ -69,12 +81,18 @@ class MuonAndAdamW(Optimizer):
         self.param_groups = [g for part in self.parts.values() for g in part.param_groups]
 
 
-def _muon(named: dict[str, Tensor], learning_rate: float, weight_decay: float) -> Optimizer:
+def _muon(
+    named: dict[str, Tensor],
+    learning_rate: float,
+    weight_decay: float,
+    adapters: dict[str, Any] | None,
+) -> Optimizer:
     """Use Muon for the matrices between hidden states, AdamW for projections onto tokens."""
     hidden = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith("blocks.")}
     if not hidden:
         raise UserError("train.optimizer=muon: heads with head.num_layers=0 have no matrix for it.")
-    others = [p for n, p in named.items() if n not in hidden]
+    others = _groups([p for n, p in named.items() if n not in hidden], weight_decay)
+    others += [adapters] if adapters else []
     muon = torch.optim.Muon(
         hidden.values(),
         lr=learning_rate,
@@ -83,7 +101,7 @@ def _muon(named: dict[str, Tensor], learning_rate: float, weight_decay: float) -
     )
     if not others:
         return muon
-    return MuonAndAdamW(muon, AdamW(_groups(others, weight_decay), lr=learning_rate))
+    return MuonAndAdamW(muon, AdamW(others, lr=learning_rate))
 
 
 def _groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class ShowPlan(L.Callback):
             ("memory of them, gradients and optimiser", _bytes(self._memory(module))),
             ("peak memory so far", _bytes(_peak_memory(module.device))),
             ("tokens of a step, with padding", f"{accumulate * batch.input_ids_BT.numel():,}"),
-            ("labels of a step, of head 1", f"{batch.group_labels[0]:,}"),
+            ("labels of a step, of head 1", f"{batch.group_labels[1]:,}"),
             ("steps", f"{steps:,}"),
             ("time, about", _duration(steps * accumulate * seconds)),
         ):

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
@@ -12,18 +11,18 @@ from medusa_exp.config import Config
 from medusa_exp.data.loader import Batches
 from medusa_exp.errors import UserError
 from medusa_exp.model.checkpoint import save_heads
-from medusa_exp.model.heads import MedusaHeads, build_heads
 from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.provenance import annotate
 from medusa_exp.train.average import AverageHeads
 from medusa_exp.train.best import BestHeads
 from medusa_exp.train.checkpoints import CHECKPOINT, Checkpoints
 from medusa_exp.train.failures import BadLoss, explain_memory
-from medusa_exp.train.inputs import Inputs, open_inputs
+from medusa_exp.train.inputs import open_inputs
+from medusa_exp.train.joint import JointModule
 from medusa_exp.train.module import MedusaModule
-from medusa_exp.train.objective import Objective
 from medusa_exp.train.plan import ShowPlan
-from medusa_exp.train.resume import checkpoint_to_resume, made_with
+from medusa_exp.train.resume import checkpoint_to_resume
+from medusa_exp.train.setup import build_module, finish_joint, start_heads
 from medusa_exp.train.trainer import build_trainer, pick_precision
 
 log = logging.getLogger(__name__)
@@ -33,50 +32,18 @@ def run(config: Config, out: Path) -> dict[str, float]:
     """Train heads, from the newest checkpoint of this run directory where there is one."""
     L.seed_everything(config.seed, verbose=False)
     inputs = open_inputs(config, out)
-    heads = build_heads(
-        inputs.backbone,
-        **asdict(config.head),
-        token_counts=inputs.token_counts() if config.head.num_tokens else None,
-    )
+    heads = start_heads(config, inputs)
     batches = inputs.batches(config)
     max_steps = _num_steps(config, batches)
-    parameters = sum(parameter.numel() for parameter in heads.parameters())
-    log.info("%d heads, %.1f M parameters; %d steps", heads.num_heads, parameters / 1e6, max_steps)
-    metrics = _fit(config, out, build_module(config, inputs, heads, max_steps), batches)
+    log.info("%s; %d steps", heads.describe(), max_steps)
+    module = build_module(config, inputs, heads, max_steps)
+    metrics = _fit(config, out, module, batches)
+    if isinstance(module, JointModule):
+        metrics |= finish_joint(config, out, module, inputs)
     save_heads(heads, out / "heads")
     save_tokenizer(inputs.tokenizer, config, out / "heads")
     log.info("heads written to %s", out / "heads")
     return metrics
-
-
-def build_module(
-    config: Config, inputs: Inputs, heads: MedusaHeads, max_steps: int
-) -> MedusaModule:
-    """Return what Lightning trains."""
-    settings = config.train
-    objective = Objective(
-        loss=settings.loss,
-        labels=settings.labels,
-        top_k=settings.top_k,
-        decay=settings.decay,
-        coefficient=settings.coefficient,
-        coefficient_schedule=settings.coefficient_schedule,
-        chunk_rows=settings.loss_chunk_rows,
-    )
-    return MedusaModule(
-        inputs.backbone,
-        heads,
-        objective,
-        answers=inputs.answers,
-        val_tree_nodes=settings.val_tree_nodes,
-        max_rank=config.tree.max_rank,
-        optimizer=settings.optimizer,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_fraction=settings.warmup_fraction,
-        max_steps=max_steps,
-        made_with=made_with(config, inputs.data_key, inputs.backbone),
-    )
 
 
 def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> dict[str, float]:
@@ -85,7 +52,7 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
     annotate(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
     best = BestHeads(out / "checkpoints", settings.patience)
-    average = AverageHeads(settings.average, module.heads) if settings.average else None
+    average = AverageHeads(settings.average, module) if settings.average else None
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     trainer = build_trainer(
         config,
@@ -119,7 +86,7 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
         torch.use_deterministic_algorithms(was_deterministic)
     metrics = {"train/steps": float(steps), **module.last_metrics}
     if settings.keep == "best" and best.value is not None:
-        best.restore(module.heads)
+        best.restore(module)
         metrics |= {**best.metrics, "train/best_step": best.step}
     return {name: float(value) for name, value in metrics.items()}
 

@@ -56,6 +56,11 @@ class MedusaHeads(PreTrainedModel):
         """K."""
         return self.config.num_heads
 
+    def describe(self) -> str:
+        """Return a few words about them."""
+        number = sum(parameter.numel() for parameter in self.parameters())
+        return f"{self.num_heads} heads of kind {self.config.kind}, {number / 1e6:.1f} M parameters"
+
     @property
     def token_map(self) -> Tensor | None:
         """Ids [W] of the tokens that the heads know; None if these are all."""
