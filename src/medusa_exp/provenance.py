@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
 
 
-_ACTIVE: ContextVar["RunRecord | None"] = ContextVar("_ACTIVE", default=None)
+_ACTIVE: ContextVar[Callable[[dict[str, Any]], None] | None] = ContextVar("_ACTIVE", default=None)
+"""What takes the notes of the stage that is running."""
 
 
 class RunRecord:
@@ -58,7 +59,7 @@ class RunRecord:
         self.run["stages"][name] = entry
         self._save()
         start = time.perf_counter()
-        token = _ACTIVE.set(self)
+        token = _ACTIVE.set(self._annotate)
         self._stage = name
         try:
             yield
@@ -85,7 +86,7 @@ class RunRecord:
         write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
         return plain
 
-    def annotate(self, values: dict[str, Any]) -> None:
+    def _annotate(self, values: dict[str, Any]) -> None:
         """Add to the entry of the stage that is running."""
         self.run["stages"][self._stage].update(values)
         self._save()
@@ -107,8 +108,19 @@ class RunRecord:
 
 def annotate(**values: Any) -> None:
     """Add to the running stage's entry in run.json; nothing where no run is recorded."""
-    if (record := _ACTIVE.get()) is not None:
-        record.annotate(values)
+    if (take := _ACTIVE.get()) is not None:
+        take(values)
+
+
+@contextmanager
+def collect() -> Iterator[dict[str, Any]]:
+    """Yield a dict that is given what `annotate` is told, for a process without a record."""
+    notes: dict[str, Any] = {}
+    token = _ACTIVE.set(notes.update)
+    try:
+        yield notes
+    finally:
+        _ACTIVE.reset(token)
 
 
 def _data_files(config: Config) -> list[Path]:

@@ -127,7 +127,7 @@ def test_a_run_of_medusa_1_is_a_start(config, tmp_path):
     config.train.kind, config.train.heads_from = "medusa2", str(tmp_path / "first")
     config.train.max_steps, config.train.val_every = 1, 1
     second = run(config, tmp_path / "second")
-    assert second["val/loss_head1"] == pytest.approx(first["val/loss_head1"], abs=0.5)
+    assert second["val/loss_head1"] < first["val/loss_head1"] + 0.5
     config.head = Head(num_heads=3)
     with pytest.raises(UserError, match=r"has num_heads=2, and this run head\.num_heads=3"):
         run(config, tmp_path / "third")

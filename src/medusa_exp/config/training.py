@@ -139,6 +139,11 @@ class TrainConfig:
     """Stop after so many validations without a greater val/accept_length."""
     checkpoint_every: int = 200
     """Optimiser steps between checkpoints. One more comes at the end, and on SIGTERM and SIGINT."""
+    strategy: str = "auto"
+    """auto (one device) or ddp (`devices` of them, each with a copy of the backbone)."""
+    devices: int = 1
+    """Of strategy=ddp: processes on this machine, on a GPU each or on the cores of the CPU. A step
+    takes so many times `accumulate` micro-batches."""
     resume: str = "auto"
     """auto (go on from the run directory's newest checkpoint) or never (start again)."""
     deterministic: bool = False
@@ -179,4 +184,8 @@ class TrainConfig:
         within("train.average", self.average, 0.0, 0.99999)
         within("train.decay", self.decay, 0.0, 1.0)
         within("train.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
+        one_of("train.strategy", self.strategy, ("auto", "ddp"))
+        at_least("train.devices", self.devices, 1)
+        if self.strategy == "auto":
+            within("train.devices (with train.strategy=auto)", self.devices, 1, 1)
         one_of("train.resume", self.resume, ("auto", "never"))

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,8 +42,9 @@ class BestHeads(L.Callback):
             self.value, self.step, self.num_worse = float(value), trainer.global_step, 0
             found = trainer.callback_metrics.items()
             self.metrics = {name: float(x) for name, x in found if name.startswith("val/")}
-            with publish(self.path) as partial:
-                save_file(_trained(module), partial)
+            if trainer.is_global_zero:
+                with publish(self.path) as partial:
+                    save_file(_trained(module), partial)
             return
         self.num_worse += 1
         if self.patience is not None and self.num_worse >= self.patience:
@@ -52,6 +54,8 @@ class BestHeads(L.Callback):
     @torch.no_grad()
     def restore(self, module: L.LightningModule) -> None:
         """Put the best in place of the last."""
+        if rank_zero_only.rank:  # of several processes the first one alone writes, and goes on
+            return
         best = load_file(self.path)
         for name, value in _trained(module).items():
             value.copy_(best[name])

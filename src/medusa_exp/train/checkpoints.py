@@ -59,15 +59,20 @@ class Checkpoints(L.Callback):
             trainer.fit_loop.epoch_loop._batches_that_stepped = step
         if batch_idx % trainer.accumulate_grad_batches or step == (self.resumed_from or 0):
             return
-        if self._signal is not None or step % self.every == 0:
+        is_asked = self._signal is not None
+        if trainer.world_size > 1:  # a signal need not reach all processes in the same step
+            is_asked = trainer.strategy.reduce_boolean_decision(is_asked, all=False)
+        if is_asked or step % self.every == 0:
             self.save(trainer)
-        self._stop_if_asked(step)
+        if is_asked:
+            self._stop(step)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Write the last state: what follows may fail too."""
         self.save(trainer)
         self._restore_handlers()
-        self._stop_if_asked(trainer.global_step)
+        if self._signal is not None:
+            self._stop(trainer.global_step)
 
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
@@ -108,12 +113,12 @@ class Checkpoints(L.Callback):
             signal.signal(number, handler)
         self._handlers = {}
 
-    def _stop_if_asked(self, step: int) -> None:
-        if self._signal is not None:
-            raise UserError(
-                f"training was stopped by {signal.Signals(self._signal).name} after step {step}; "
-                f"{self.path} has its state. The same command with the same run_dir goes on."
-            )
+    def _stop(self, step: int) -> None:
+        number = self._signal if self._signal is not None else signal.SIGTERM
+        raise UserError(
+            f"training was stopped by {signal.Signals(number).name} after step {step}; "
+            f"{self.path} has its state. The same command with the same run_dir goes on."
+        )
 
 
 def _is_finite(module: L.LightningModule) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -105,7 +106,8 @@ def open_inputs(config: Config, out: Path) -> Inputs:
     row_tokens = min(config.dataset.max_length, backbone.max_length)
     tokenised = load_tokenised(config, tokenizer, row_tokens)
     tokenised.log()
-    write_json(out / "data.json", tokenised.summary)
+    if rank_zero_only.rank == 0:
+        write_json(out / "data.json", tokenised.summary)
     data_key, documents = tokenised.summary["key"], {"train": tokenised.split("train")}
     if config.train.text == "own":
         data_key, documents["train"] = open_answers(config, tokenised, backbone, tokenizer)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from medusa_exp.config import Config
 from medusa_exp.data.loader import Batches
@@ -21,6 +22,7 @@ from medusa_exp.train.inputs import open_inputs
 from medusa_exp.train.joint import JointModule
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.train.plan import ShowPlan
+from medusa_exp.train.processes import train_in_processes
 from medusa_exp.train.resume import checkpoint_to_resume
 from medusa_exp.train.setup import build_module, finish_joint, start_heads
 from medusa_exp.train.trainer import build_trainer, pick_precision
@@ -30,6 +32,13 @@ log = logging.getLogger(__name__)
 
 def run(config: Config, out: Path) -> dict[str, float]:
     """Train heads, from the newest checkpoint of this run directory where there is one."""
+    if config.train.strategy == "ddp":
+        return train_in_processes(config, out)
+    return train(config, out)
+
+
+def train(config: Config, out: Path) -> dict[str, float]:
+    """Train in this process, alone or as one of several."""
     L.seed_everything(config.seed, verbose=False)
     inputs = open_inputs(config, out)
     heads = start_heads(config, inputs)
@@ -38,11 +47,12 @@ def run(config: Config, out: Path) -> dict[str, float]:
     log.info("%s; %d steps", heads.describe(), max_steps)
     module = build_module(config, inputs, heads, max_steps)
     metrics = _fit(config, out, module, batches)
-    if isinstance(module, JointModule):
-        metrics |= finish_joint(config, out, module, inputs)
-    save_heads(heads, out / "heads")
-    save_tokenizer(inputs.tokenizer, config, out / "heads")
-    log.info("heads written to %s", out / "heads")
+    if rank_zero_only.rank == 0:
+        if isinstance(module, JointModule):
+            metrics |= finish_joint(config, out, module, inputs)
+        save_heads(heads, out / "heads")
+        save_tokenizer(inputs.tokenizer, config, out / "heads")
+        log.info("heads written to %s", out / "heads")
     return metrics
 
 
@@ -60,6 +70,8 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
         "train",
         max_steps=max_steps,
         precision=pick_precision(config, module.backbone.device),
+        strategy=_strategy(config),
+        devices=settings.devices,
         gradient_clip=settings.gradient_clip,
         accumulate=settings.accumulate,
         val_every=min(settings.val_every, max_steps) if batches.val else None,
@@ -91,11 +103,19 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
     return {name: float(value) for name, value in metrics.items()}
 
 
+def _strategy(config: Config) -> str:
+    if config.train.strategy == "auto":
+        return "auto"
+    # While the heads learn alone, adapters get no gradient.
+    return "ddp_find_unused_parameters_true" if config.train.kind == "medusa2" else "ddp"
+
+
 def _num_steps(config: Config, batches: Batches) -> int:
     settings = config.train
     if settings.max_steps is not None:
         return settings.max_steps
-    steps = math.ceil(settings.epochs * batches.batches_per_epoch() / settings.accumulate)
+    of_a_step = settings.accumulate * settings.devices
+    steps = math.ceil(settings.epochs * batches.batches_per_epoch() / of_a_step)
     return max(steps, settings.min_steps)
 
 

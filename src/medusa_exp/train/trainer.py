@@ -52,9 +52,11 @@ def build_trainer(
     accumulate: int = 1,
     val_every: int | None = None,
     deterministic: bool = False,
+    strategy: str = "auto",
+    devices: int = 1,
     callbacks: Sequence[L.Callback] = (),
 ) -> L.Trainer:
-    """Build a Trainer for one device that counts in optimiser steps.
+    """Build a Trainer that counts in optimiser steps.
 
     Without `val_every` nothing is validated; nothing is saved but by a callback.
     """
@@ -62,7 +64,8 @@ def build_trainer(
         warnings.filterwarnings("ignore", message=expected)
     return L.Trainer(
         accelerator=pick_device(config.device).type,
-        devices=1,
+        devices=devices,
+        strategy=strategy,
         use_distributed_sampler=False,  # `Batches` shares them out
         precision=precision,
         max_steps=max_steps,
