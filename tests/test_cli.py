@@ -226,3 +226,12 @@ def test_wandb_offline(run_dir, workplace):
     assert result.returncode == 0, result.stderr
     (record,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
     assert record.stat().st_size > 1000
+
+
+def test_several_processes_in_a_sweep_are_refused(tmp_path):
+    result = medusa_exp(
+        "-m", *SMOKE, "head.num_heads=1,2", "train.strategy=ddp", "train.devices=2", cwd=tmp_path
+    )
+    assert result.returncode == 1
+    assert "train.strategy=ddp in a sweep (-m)" in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr

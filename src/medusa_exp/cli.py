@@ -14,6 +14,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from medusa_exp import continuation
@@ -72,6 +73,13 @@ def _resolve(composed: DictConfig, out: Path) -> Config:
     for stage in config.stages:
         if stage not in STAGES:
             raise UserError(f"stages={stage} is not known: use some of {', '.join(STAGES)}.")
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if is_sweep and "train" in config.stages and config.train.strategy != "auto":
+        raise UserError(
+            f"train.strategy={config.train.strategy} in a sweep (-m): its jobs run one after the "
+            "other in one process, and each would take all devices. Leave out -m, or set "
+            "train.strategy=auto."
+        )
     if not config.stages:
         raise UserError(f"stages is empty: name some of {', '.join(STAGES)}.")
     return config

@@ -6,8 +6,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,10 @@ from medusa_exp.files import publish, read_json, sha256_file, write_json
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
+
+
+_ACTIVE: ContextVar[Callable[[dict[str, Any]], None] | None] = ContextVar("_ACTIVE", default=None)
+"""What takes the notes of the stage that is running."""
 
 
 class RunRecord:
@@ -54,6 +59,8 @@ class RunRecord:
         self.run["stages"][name] = entry
         self._save()
         start = time.perf_counter()
+        token = _ACTIVE.set(self._annotate)
+        self._stage = name
         try:
             yield
             entry["status"] = "done"
@@ -62,6 +69,7 @@ class RunRecord:
             entry["error"] = f"{type(error).__name__}: {error}"
             raise
         finally:
+            _ACTIVE.reset(token)
             entry["seconds"] = round(time.perf_counter() - start, 2)
             entry["peak_memory_bytes"] = _peak_memory_bytes()
             self._save()
@@ -78,6 +86,11 @@ class RunRecord:
         write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
         return plain
 
+    def _annotate(self, values: dict[str, Any]) -> None:
+        """Add to the entry of the stage that is running."""
+        self.run["stages"][self._stage].update(values)
+        self._save()
+
     def _save(self) -> None:
         from medusa_exp.model.tiny import cache_keys
 
@@ -91,6 +104,23 @@ class RunRecord:
         for path in _data_files(self.config):
             self.run["data"][str(path)] = sha256_file(path)
         write_json(self.out / "run.json", self.run)
+
+
+def annotate(**values: Any) -> None:
+    """Add to the running stage's entry in run.json; nothing where no run is recorded."""
+    if (take := _ACTIVE.get()) is not None:
+        take(values)
+
+
+@contextmanager
+def collect() -> Iterator[dict[str, Any]]:
+    """Yield a dict that is given what `annotate` is told, for a process without a record."""
+    notes: dict[str, Any] = {}
+    token = _ACTIVE.set(notes.update)
+    try:
+        yield notes
+    finally:
+        _ACTIVE.reset(token)
 
 
 def _data_files(config: Config) -> list[Path]:

@@ -81,8 +81,8 @@ def test_heads_that_are_not_there_or_broken(backbone, tmp_path):
 
 
 def test_an_unknown_kind(backbone):
-    with pytest.raises(ValueError, match="kind=hydra"):
-        build_heads(backbone, num_heads=1, kind="hydra")
+    with pytest.raises(ValueError, match="kind=eagle"):
+        build_heads(backbone, num_heads=1, kind="eagle")
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 2])

@@ -4,6 +4,7 @@ from torch.nn.functional import cross_entropy
 
 from medusa_exp.model import build_heads
 from medusa_exp.model.loss import head_labels, medusa_counts, medusa_loss, medusa_losses
+from medusa_exp.model.targets import DistributionTargets, TokenTargets, TopTargets
 
 #         u1  u2  a1  a2  end pad     two tokens of the user's, three of the assistant's
 IDS_BT = torch.tensor([[11, 12, 21, 22, 2, 0]])
@@ -56,8 +57,8 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
     )
     parameters = list(heads.parameters())
     expected = torch.autograd.grad(plain, parameters)
-    inputs = (hidden_BTD, ids_BT, is_trained_BT, torch.ones_like(ids_BT))
-    losses = medusa_losses(heads, *inputs, chunk_rows=chunk_rows)
+    inputs = (hidden_BTD, TokenTargets(ids_BT), is_trained_BT, torch.ones_like(ids_BT))
+    losses = medusa_losses(heads, *inputs, ids_BT, chunk_rows=chunk_rows)
     ours = medusa_loss(losses, 0.8)
     torch.testing.assert_close(ours, plain)
     for mine, theirs in zip(torch.autograd.grad(ours, parameters), expected, strict=True):
@@ -67,8 +68,10 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
 def test_counts(example):
     heads, hidden_BTD, ids_BT, is_trained_BT = example
     inputs = (hidden_BTD, ids_BT, is_trained_BT, torch.ones_like(ids_BT))
-    counts_K4 = medusa_counts(heads, *inputs, chunk_rows=5)
-    losses = medusa_losses(heads, *inputs, chunk_rows=5)
+    counts_K4 = medusa_counts(heads, *inputs, ids_BT, chunk_rows=5)
+    losses = medusa_losses(
+        heads, hidden_BTD, TokenTargets(ids_BT), *inputs[2:], ids_BT, chunk_rows=5
+    )
     for k, (loss, top1, top5, labels) in enumerate(counts_K4, 1):
         is_labelled_BT, labels_R = head_labels(ids_BT, is_trained_BT, torch.ones_like(ids_BT), k)
         guesses = heads(hidden_BTD[is_labelled_BT])[:, k - 1].topk(5).indices
@@ -81,8 +84,66 @@ def test_counts(example):
 def test_no_label_gives_zero_not_nan(example):
     heads, hidden_BTD, ids_BT, _ = example
     none = torch.zeros_like(ids_BT, dtype=torch.bool)
-    inputs = (hidden_BTD, ids_BT, none, torch.ones_like(ids_BT))
-    loss = medusa_loss(medusa_losses(heads, *inputs, chunk_rows=8), 0.8)
+    inputs = (hidden_BTD, TokenTargets(ids_BT), none, torch.ones_like(ids_BT))
+    loss = medusa_loss(medusa_losses(heads, *inputs, ids_BT, chunk_rows=8), 0.8)
     loss.backward()
     assert loss == 0
     assert all(p.grad is None or not p.grad.isnan().any() for p in heads.parameters())
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 1000])
+def test_divergence_from_the_backbone(example, backbone, chunk_rows):
+    """Head k at t is to say what the lm_head says at t+k."""
+    heads, hidden_BTD, ids_BT, is_trained_BT = example
+    expected, labels = [], []
+    for k in (1, 2, 3):
+        where_BS = is_trained_BT[:, 1 + k :]
+        teacher_RV = backbone.lm_head(hidden_BTD[:, k:-1][where_BS]).detach().log_softmax(-1)
+        head_RV = heads.head_logits(k - 1, hidden_BTD[:, : -1 - k][where_BS]).log_softmax(-1)
+        expected.append((teacher_RV.exp() * (teacher_RV - head_RV)).sum())
+        labels.append(len(head_RV))
+    rest = (is_trained_BT, torch.ones_like(ids_BT), ids_BT)
+    parameters = list(heads.parameters())
+    gradients = torch.autograd.grad(torch.stack(expected).sum(), parameters)
+    is_wanted_BT = torch.ones_like(is_trained_BT)
+    full = DistributionTargets(hidden_BTD, backbone.next_logits)
+    top = TopTargets(hidden_BTD, is_wanted_BT, backbone.next_logits, backbone.vocab_size)
+    for targets in (full, top):  # all tokens are the likeliest ones
+        losses = medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=chunk_rows)
+        assert [loss.num_labels for loss in losses] == labels
+        for loss, value in zip(losses, expected, strict=True):
+            torch.testing.assert_close(loss.loss_sum, value.detach())
+        ours = torch.autograd.grad(sum(loss.loss_sum for loss in losses), parameters)
+        for mine, theirs in zip(ours, gradients, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_one_likeliest_token_is_a_label(example, backbone):
+    heads, hidden_BTD, ids_BT, is_trained_BT = example
+    own_BT = torch.zeros_like(ids_BT)
+    own_BT[:, 1:] = backbone.lm_head(hidden_BTD[:, :-1]).argmax(-1)
+    rest = (is_trained_BT, torch.ones_like(ids_BT), ids_BT)
+    is_wanted_BT = is_trained_BT.roll(-1, 1)
+    top = TopTargets(hidden_BTD, is_wanted_BT, backbone.next_logits, 1)
+    one = medusa_losses(heads, hidden_BTD, top, *rest, chunk_rows=8)
+    label = medusa_losses(heads, hidden_BTD, TokenTargets(own_BT), *rest, chunk_rows=8)
+    for mine, theirs in zip(one, label, strict=True):
+        torch.testing.assert_close(mine.loss_sum, theirs.loss_sum)
+
+
+def test_totals_of_a_larger_batch(example):
+    """Parts of a batch, each divided by the labels of all, sum up to the whole's loss."""
+    heads, hidden_BTD, ids_BT, is_trained_BT = example
+    is_trained_BT[0] = False  # a part without a label
+    documents_BT = torch.ones_like(ids_BT)
+
+    def losses(rows):
+        targets = TokenTargets(ids_BT[rows])
+        rest = (is_trained_BT[rows], documents_BT[rows], ids_BT[rows])
+        return medusa_losses(heads, hidden_BTD[rows], targets, *rest, chunk_rows=8)
+
+    whole = losses(slice(0, 4))
+    totals = [loss.num_labels for loss in whole]
+    parts = [medusa_loss(losses(slice(b, b + 1)), 0.8, totals) for b in range(4)]
+    assert parts[0] == 0
+    torch.testing.assert_close(sum(parts), medusa_loss(whole, 0.8))

@@ -1,6 +1,6 @@
 """Training by its own stage function, on a tiny random Llama."""
 
-import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +9,16 @@ import torch
 
 from medusa_exp.config import Config
 from medusa_exp.data.examples import Example
+from medusa_exp.data.labels import label_counts
 from medusa_exp.data.loader import collate
 from medusa_exp.data.tokenised import load_tokenised
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_backbone, load_heads, load_tokenizer
 from medusa_exp.model.loss import medusa_loss, medusa_losses
-from medusa_exp.train import stage
-from medusa_exp.train.module import own_choices
+from medusa_exp.model.targets import TokenTargets
+from medusa_exp.train import inputs, stage
+from medusa_exp.train.objective import Objective, own_choices
 from medusa_exp.train.schedule import warmup_cosine
-
-
-def history(out: Path) -> dict[int, float]:
-    """Return step -> training loss; a line written again after a resume counts last."""
-    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 def run(config: Config, out: Path) -> dict[str, float]:
@@ -41,8 +37,10 @@ def test_writes_heads_and_the_promised_metrics(config, tmp_path):
 
 def test_the_backbone_is_bit_unchanged_and_in_no_checkpoint(config, tmp_path, monkeypatch):
     seen = []
-    load = stage.load_backbone
-    monkeypatch.setattr(stage, "load_backbone", lambda c: seen.append(load(c)) or seen[0])
+    load = inputs.load_backbone
+    monkeypatch.setattr(
+        inputs, "load_backbone", lambda c, **o: seen.append(load(c, **o)) or seen[0]
+    )
     run(config, tmp_path / "run")
     after = seen[0].model.state_dict()
     fresh = load(config).model.state_dict()
@@ -91,7 +89,10 @@ def test_the_loss_falls_on_eight_samples(config):
             hidden_BTD = backbone.hidden_states(ids_BT)
             mask_BT = torch.tensor(sample.is_trained)[None]
             one_BT = torch.ones_like(ids_BT)
-            losses = medusa_losses(heads, hidden_BTD, ids_BT, mask_BT, one_BT, chunk_rows=64)
+            targets = TokenTargets(ids_BT)
+            losses = medusa_losses(
+                heads, hidden_BTD, targets, mask_BT, one_BT, ids_BT, chunk_rows=64
+            )
             total = total + medusa_loss(losses, 0.8)
         optimizer.zero_grad()
         total.backward()
@@ -100,56 +101,98 @@ def test_the_loss_falls_on_eight_samples(config):
     assert values[-1] < 0.25 * values[0]
 
 
-def test_resume_gives_the_same_loss_curve_and_the_same_heads(config, tmp_path, monkeypatch):
-    """The interrupted run dies at step 9; its newest checkpoint is of step 8."""
-    monkeypatch.setattr("medusa_exp.train.trainer.LOG_EVERY", 1)
-    run(config, tmp_path / "whole")
-    step = stage.MedusaModule.training_step
-
-    def dies(module, batch, batch_idx):
-        if module.global_step == 9:
-            raise RuntimeError("power cut")
-        return step(module, batch, batch_idx)
-
-    monkeypatch.setattr(stage.MedusaModule, "training_step", dies)
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(config, tmp_path / "cut")
-    assert not (tmp_path / "cut" / "heads").exists()
-    monkeypatch.setattr(stage.MedusaModule, "training_step", step)
-    run(config, tmp_path / "cut")
-    assert history(tmp_path / "cut") == history(tmp_path / "whole")
-    whole, cut = (load_heads(tmp_path / n / "heads").state_dict() for n in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
-def test_never_resuming_starts_again(config, tmp_path):
-    run(config, tmp_path / "run")
-    config.train.resume = "never"
-    config.train.max_steps = 3
-    run(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-@pytest.mark.parametrize("group", ["head", "train", "dataset"])
-def test_a_checkpoint_of_other_settings_is_not_resumed(config, tmp_path, group):
-    run(config, tmp_path / "run")
-    if group == "head":
-        config.head.num_heads = 3
-    elif group == "train":
-        config.train.learning_rate = 1e-4
-    else:
-        Path(config.dataset.path).write_text(Path(config.dataset.path).read_text() + " ")
-    with pytest.raises(UserError, match=r"last\.ckpt was made with another .* train.resume=never"):
-        run(config, tmp_path / "run")
-    config.train.resume = "never"
-    run(config, tmp_path / "run")
-
-
 def test_an_infinite_loss_stops_the_run(config, tmp_path):
     config.train.learning_rate = 1e20
     config.train.warmup_fraction = 0.0
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step"):
+    message = r"the loss is (nan|inf) at step (\d+), on conversations sums-\d+, .* is from before"
+    with pytest.raises(UserError, match=message) as caught:
         run(config, tmp_path / "run")
+    step = int(re.search(message, str(caught.value))[2])
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == step
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def test_where_memory_ends_the_message_says_what_to_lower(config, tmp_path, monkeypatch):
+    def greedy(*arguments, **keywords):
+        torch.empty(2**48)
+
+    monkeypatch.setattr("medusa_exp.train.module.medusa_losses", greedy)
+    with pytest.raises(UserError, match=r"out of memory .* lower train\.batch_tokens \(now 200\)"):
+        run(config, tmp_path / "run")
+
+
+def test_a_step_takes_the_mean_over_the_labels_of_all_its_micro_batches(
+    config, tmp_path, monkeypatch
+):
+    batches, gradients = [], []
+    step = stage.MedusaModule.training_step
+
+    def spy(module, batch, batch_idx):
+        batches.append(batch)
+        return step(module, batch, batch_idx)
+
+    def keep(module, optimizer):
+        gradients.append([p.grad.clone() for p in module.heads.parameters()])
+
+    monkeypatch.setattr(stage.MedusaModule, "training_step", spy)
+    monkeypatch.setattr(stage.MedusaModule, "on_before_optimizer_step", keep, raising=False)
+    config.dtype.precision = "32-true"
+    config.train.accumulate, config.train.max_steps = 3, 1
+    config.train.coefficient, config.train.gradient_clip = 0.5, 1e9
+    logged = run(config, tmp_path / "run")
+    assert len(batches) == 3 and len({batch.is_trained_BT.sum() for batch in batches}) > 1
+    backbone = load_backbone(config)
+    heads = build_heads(backbone, num_heads=2)
+    total = [0.0, 0.0]
+    for batch in batches:
+        hidden_BTD = backbone.hidden_states(batch.input_ids_BT)
+        targets = TokenTargets(own_choices(backbone, hidden_BTD, batch))
+        masks = (batch.is_trained_BT, batch.documents_BT, batch.input_ids_BT)
+        losses = medusa_losses(heads, hidden_BTD, targets, *masks, chunk_rows=64)
+        assert batch.group_labels == [sum(b) for b in zip(*map(counts, batches), strict=True)]
+        for k, loss in enumerate(losses):
+            total[k] = total[k] + loss.loss_sum / batch.group_labels[k + 1]
+    loss = 0.8 * total[0] + 0.64 * total[1]
+    assert logged["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    expected = torch.autograd.grad(0.5 * loss, list(heads.parameters()))
+    for mine, theirs in zip(gradients[0], expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def counts(batch) -> list[int]:
+    return label_counts(batch.is_trained_BT, batch.documents_BT, 2).tolist()
+
+
+@pytest.mark.parametrize("loss", ["kl", "topk_kl"])
+def test_training_on_the_backbones_distribution(config, tmp_path, loss):
+    config.train.loss = loss
+    config.train.coefficient_schedule = "sine"
+    metrics = run(config, tmp_path / "run")
+    assert 0 < metrics["train/loss_head1"] < 20
+
+
+def test_the_coefficient_rises():
+    for schedule, expected in (("constant", [2, 2, 2, 2]), ("linear", [0.5, 1, 1.5, 2])):
+        objective = Objective(coefficient=2.0, coefficient_schedule=schedule)
+        assert [objective.factor(step, 4) for step in range(4)] == expected
+    sine = Objective(coefficient_schedule="sine")
+    assert sine.factor(1, 4) == pytest.approx(0.5**0.5) and sine.factor(3, 4) == 1
+
+
+def test_a_model_that_caps_its_logits_is_no_teacher(config):
+    backbone = load_backbone(config)
+    backbone.check_next_logits()
+    forward = backbone.model.forward
+
+    def capped(**arguments):
+        output = forward(**arguments)
+        output.logits = output.logits / 2
+        return output
+
+    backbone.model.forward = capped
+    with pytest.raises(UserError, match=r"Set train\.loss=ce"):
+        backbone.check_next_logits()
 
 
 def test_schedule():

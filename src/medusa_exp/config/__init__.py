@@ -25,13 +25,12 @@ from medusa_exp.config.inputs import (
 from medusa_exp.config.stages import (
     DecodeConfig,
     EvaluateConfig,
-    HeadConfig,
     InspectConfig,
     LoggerConfig,
     RegenerateConfig,
-    TrainConfig,
     TreeConfig,
 )
+from medusa_exp.config.training import HeadConfig, LoraSettings, TrainConfig
 from medusa_exp.errors import UserError
 
 __all__ = [
@@ -43,6 +42,7 @@ __all__ = [
     "HeadConfig",
     "InspectConfig",
     "LoggerConfig",
+    "LoraSettings",
     "ModelConfig",
     "PretrainConfig",
     "RegenerateConfig",

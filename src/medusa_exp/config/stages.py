@@ -6,22 +6,6 @@ from medusa_exp.config.checks import at_least, one_of, within
 
 
 @dataclass
-class HeadConfig:
-    """The Medusa heads."""
-
-    kind: str = "medusa"
-    num_heads: int = 4
-    """K: head k predicts the token k places after the backbone's next one."""
-    num_layers: int = 1
-    """L: residual blocks before each head's vocabulary projection."""
-
-    def __post_init__(self) -> None:
-        one_of("head.kind", self.kind, ("medusa",))
-        within("head.num_heads", self.num_heads, 1, 16)
-        within("head.num_layers", self.num_layers, 0, 16)
-
-
-@dataclass
 class InspectConfig:
     """How much stage inspect looks at and shows."""
 
@@ -61,69 +45,6 @@ class RegenerateConfig:
         for key in ("num_documents", "num_val_documents", "batch_size", "max_new_tokens"):
             if (value := getattr(self, key)) is not None:
                 at_least(f"regenerate.{key}", value, 1)
-
-
-@dataclass
-class TrainConfig:
-    """Training of the heads on the frozen backbone."""
-
-    max_steps: int | None = None
-    """Optimiser steps; overrides `epochs`."""
-    epochs: float = 2.0
-    """Passes over the training split, where `max_steps` is not set."""
-    min_steps: int = 1000
-    """A small data set is walked more often than `epochs`, until so many steps are made."""
-    text: str = "data"
-    """data (the conversations as they are) or own (with the backbone's own answers in them, which
-    stage regenerate makes: the text that heads meet in decoding)."""
-    labels: str = "own"
-    """own (the token that the backbone itself would say after the same text: what decoding checks
-    guesses against) or data (the token that stands there)."""
-    batching: str = "padded"
-    """padded (a document a row, rows of similar length) or packed (several documents a row, which
-    do not see each other: almost no padding, but attention over longer rows)."""
-    batch_tokens: int = 4096
-    """Tokens of a micro-batch, padding included."""
-    accumulate: int = 1
-    """Micro-batches to an optimiser step."""
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.0
-    warmup_fraction: float = 0.05
-    """Share of the steps with a rising learning rate; a cosine to zero follows."""
-    gradient_clip: float = 1.0
-    decay: float = 0.8
-    """Head k's loss counts decay**k (Medusa, section 2.2.1)."""
-    loss_chunk_rows: int = 256
-    """Rows whose logits exist at one time."""
-    val_every: int = 200
-    """Optimiser steps between validations; one more comes at the end."""
-    val_batches: int = 16
-    """Micro-batches of a validation."""
-    checkpoint_every: int = 200
-    """Optimiser steps between checkpoints."""
-    resume: str = "auto"
-    """auto (go on from the run directory's newest checkpoint) or never (start again)."""
-
-    def __post_init__(self) -> None:
-        if self.max_steps is not None:
-            at_least("train.max_steps", self.max_steps, 1)
-        for key in (
-            "batch_tokens",
-            "accumulate",
-            "min_steps",
-            "loss_chunk_rows",
-            "val_every",
-            "val_batches",
-        ):
-            at_least(f"train.{key}", getattr(self, key), 1)
-        at_least("train.checkpoint_every", self.checkpoint_every, 1)
-        one_of("train.text", self.text, ("data", "own"))
-        one_of("train.labels", self.labels, ("own", "data"))
-        one_of("train.batching", self.batching, ("padded", "packed"))
-        at_least("train.learning_rate", self.learning_rate, 0.0)
-        within("train.decay", self.decay, 0.0, 1.0)
-        within("train.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
-        one_of("train.resume", self.resume, ("auto", "never"))
 
 
 @dataclass

@@ -3,9 +3,10 @@
 Shapes: B rows, T positions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from types import MappingProxyType
 
 import lightning as L
 import numpy as np
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from medusa_exp.data.batches import BatchSampler, Row, epoch_planner, padded_length
 from medusa_exp.data.examples import Example, Examples
+from medusa_exp.data.features import Features
+from medusa_exp.data.labels import label_counts
 
 
 @dataclass
@@ -28,14 +31,27 @@ class Batch:
     """Number of the row's document that a token belongs to, from 1; 0 at padding."""
     positions_BT: Tensor | None
     """Places within the document. None where each row has but one, for which they just count on."""
+    numbers: list[int] = field(default_factory=list)
+    """Of its documents, row by row, in the order of the data set that it was taken from."""
+    group_labels: list[int] = field(default_factory=list)
+    """Labels of the lm_head and of each head in all micro-batches of the same optimiser step, on
+    this process."""
+    hidden_BTD: Tensor | None = None
+    """The backbone's hidden states, where they are at hand."""
+    own_BT: Tensor | None = None
+    """With them: in place of each trained token, what the backbone says there."""
 
     def to(self, device: torch.device) -> "Batch":
         """Move to a device; Lightning calls this."""
         values = [getattr(self, field.name) for field in fields(self)]
-        return Batch(*(None if value is None else value.to(device) for value in values))
+        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
 
 
-def collate(rows: Sequence[Sequence[Example]], row_tokens: int | None = None) -> Batch:
+def collate(
+    rows: Sequence[Sequence[Example]],
+    numbers: Sequence[Row] = (),
+    row_tokens: int | None = None,
+) -> Batch:
     """Put documents one after the other into rows, and fill up to the next multiple of 64.
 
     But not beyond `row_tokens`, unless a document is longer: a model may have no more positions.
@@ -60,17 +76,28 @@ def collate(rows: Sequence[Sequence[Example]], row_tokens: int | None = None) ->
         torch.from_numpy(is_trained_BT),
         torch.from_numpy(documents_BT),
         torch.from_numpy(positions_BT) if is_packed else None,
+        [number for row in numbers for number in row],
     )
 
 
-class _Rows(Dataset[list[Example]]):
-    """Rows of documents by their numbers, as a `BatchSampler` names them."""
+class _BatchesByNumbers(Dataset[Batch]):
+    """Batches by the numbers of their documents, as a `BatchSampler` names them."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(
+        self, examples: Sequence[Example], features: Features | None, row_tokens: int
+    ) -> None:
         self.examples = examples
+        self.features = features
+        self.row_tokens = row_tokens
 
-    def __getitem__(self, row: Row) -> list[Example]:
-        return [self.examples[number] for number in row]
+    def __getitem__(self, rows: list[Row]) -> Batch:
+        examples = [[self.examples[number] for number in row] for row in rows]
+        batch = collate(examples, rows, self.row_tokens)
+        if self.features is not None:
+            batch.hidden_BTD, batch.own_BT = self.features.rows(
+                rows, batch.documents_BT, batch.is_trained_BT, batch.input_ids_BT
+            )
+        return batch
 
 
 class Batches(L.LightningDataModule):
@@ -87,6 +114,8 @@ class Batches(L.LightningDataModule):
         seed: int,
         val_batches: int = 0,
         accumulate: int = 1,
+        num_heads: int = 0,
+        features: Mapping[str, Features] = MappingProxyType({}),
     ) -> None:
         """Plan batches.
 
@@ -99,12 +128,16 @@ class Batches(L.LightningDataModule):
             seed: decides the order.
             val_batches: validation batches, at most.
             accumulate: batches to an optimiser step, to know where a resumed run stands.
+            num_heads: whose labels are counted for each optimiser step.
+            features: hidden states of `train` and `val`, where they are at hand.
         """
         super().__init__()
         self.train = train
         self.val = val
         self.val_batches = val_batches
         self.accumulate = accumulate
+        self.num_heads = num_heads
+        self.features = features
         # A row need not be longer than a batch, unless a document is.
         row = max(min(row_tokens, batch_tokens), int(train.lengths.max(initial=1)))
         self.row_tokens = row_tokens
@@ -126,7 +159,7 @@ class Batches(L.LightningDataModule):
         """Count the batches of the first pass over the training documents; later ones are alike."""
         return len(self._train_epoch(0))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> "Grouped":
         """As many batches as the trainer's steps take, after those already used."""
         assert self.trainer is not None
         sampler = BatchSampler(
@@ -136,19 +169,56 @@ class Batches(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        return _loader(self.train, sampler, self.row_tokens)
+        return Grouped(
+            _loader(self.train, self.features.get("train"), sampler, self.row_tokens),
+            self.accumulate,
+            self.num_heads,
+        )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """The same batches at every validation, on every process."""
         if self.val is None or self._val_epoch is None:
             return []
         sampler = BatchSampler(self._val_epoch, min(self.val_batches, len(self._val_epoch(0))))
-        return _loader(self.val, sampler, self.row_tokens)
+        return _loader(self.val, self.features.get("val"), sampler, self.row_tokens)
+
+
+class Grouped:
+    """Micro-batches that know how many labels their optimiser step has: its loss is a mean over
+    all of them, and the step's last micro-batch is not there yet when the first one is run."""
+
+    def __init__(self, loader: DataLoader[Batch], accumulate: int, num_heads: int) -> None:
+        self.loader = loader
+        self.accumulate = accumulate
+        self.num_heads = num_heads
+
+    def __len__(self) -> int:
+        """Count micro-batches."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while group := list(islice(batches, self.accumulate)):
+            counts = [
+                label_counts(batch.is_trained_BT, batch.documents_BT, self.num_heads)
+                for batch in group
+            ]
+            totals = torch.stack(counts).sum(0).tolist()
+            for batch in group:
+                batch.group_labels = totals
+                yield batch
 
 
 def _loader(
-    examples: Sequence[Example], sampler: BatchSampler, row_tokens: int
+    examples: Sequence[Example],
+    features: Features | None,
+    sampler: BatchSampler,
+    row_tokens: int,
 ) -> DataLoader[Batch]:
     """Build a loader in this process: filling tensors is far cheaper than the step they feed."""
-    fill = partial(collate, row_tokens=row_tokens)
-    return DataLoader(_Rows(examples), batch_sampler=sampler, collate_fn=fill)
+    return DataLoader(
+        _BatchesByNumbers(examples, features, row_tokens),
+        sampler=sampler,
+        batch_size=None,
+        generator=torch.Generator(),  # else each walk draws one of everybody's random numbers
+    )

@@ -1,8 +1,8 @@
 """Where the kernels' source is, and what was compiled of it ahead of time.
 
 A wheel built with MEDUSA_EXP_CUDA_ARCHS has machine code beside the sources; prebuilt.json
-says of which text, and for which devices. setup.py, which writes it, reads this file too: it imports
-nothing but the standard library.
+says of which text, and for which devices. setup.py, which writes it, reads this file too: it
+imports nothing but the standard library.
 """
 
 import hashlib

@@ -133,7 +133,17 @@ class DynamicTree:
 
 
 def build_proposer(heads: nn.Module, tree: Tree, device: torch.device) -> Proposer:
-    """Return what makes drafts of a tree: the same at every step, or some picked nodes of it."""
+    """Return what makes drafts of a tree: the same at every step, or some picked nodes of it.
+
+    Raises:
+        UserError: nodes are to be picked, and each head waits for the guesses of the one before.
+    """
+    if getattr(heads, "is_sequential", False):
+        from medusa_exp.decode.sequential import SequentialTree
+
+        if tree.num_picked is not None:
+            raise UserError("tree=dynamic: heads of kind=hydra cannot guess ahead of a choice.")
+        return SequentialTree(heads, tree, device)
     if tree.num_picked is None or tree.num_picked == 1:
         return StaticTree(heads, tree if tree.num_picked is None else chain(0), device)
     return DynamicTree(heads, tree, tree.num_picked, device)

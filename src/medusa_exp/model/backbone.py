@@ -40,6 +40,8 @@ class Backbone:
         self.static_steps: Any = None
         self.is_checked_for_trees = False
         """Set by `decode.check.check_trees`."""
+        self.has_body = True
+        self._identities: tuple[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -50,6 +52,11 @@ class Backbone:
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.model.device
+
+    @property
+    def is_adapted(self) -> bool:
+        """Has it learnt together with heads, in Medusa-2? Then only those go with it."""
+        return hasattr(self.model.config, "medusa_adapter")
 
     @property
     def hidden_size(self) -> int:
@@ -102,9 +109,14 @@ class Backbone:
         Where `positions_BT` starts again from 0, a document of its own begins, which sees nothing
         of what stands before it in the row: transformers makes the mask from the positions.
         """
+        assert self.has_body, "only the ends of this model were loaded"
         return self.body(
             input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False
         ).last_hidden_state
+
+    def next_logits(self, hidden_RD: Tensor) -> Tensor:
+        """Return what `lm_head` makes of hidden states: logits_RV, in its dtype."""
+        return self.lm_head(hidden_RD.to(self.lm_head.weight.dtype))
 
     def forward(
         self,
@@ -139,8 +151,11 @@ class Backbone:
 
         Weights count as bfloat16, so that a model has one identity in whatever dtype it is loaded.
         """
+        if self._identities is not None:
+            return self._identities[0]
         config = self.model.config.get_text_config()
         shape = [config.model_type, self.hidden_size, self.vocab_size, config.num_hidden_layers]
+        shape += [getattr(self.model.config, "medusa_adapter", None)] * self.is_adapted
         digest = hashlib.sha256(json.dumps(shape).encode())
         # What is neither a list of layers nor an embedding: the final norm, and projections.
         final = [module for module in self.body.children() if _is_final(module)]
@@ -157,6 +172,8 @@ class Backbone:
         A sample, since reading all of a large model takes minutes, and training or merging leaves
         no tensor's values as they were. In bfloat16, as `identity`.
         """
+        if self._identities is not None:
+            return self._identities[1]
         digest = hashlib.sha256(self.identity().encode())
         for name, parameter in sorted(self.model.named_parameters()):
             flat = parameter.detach().flatten()
@@ -164,6 +181,11 @@ class Backbone:
             digest.update(f"{name} {list(parameter.shape)}".encode())
             digest.update(values.view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def leave_out_body(self, identity: str, weights_identity: str) -> None:
+        """Say that this model has no layers, and which whole model its ends are of."""
+        self.has_body = False
+        self._identities = (identity, weights_identity)
 
     def _with_lm_head_input(self, **arguments: Any) -> tuple[Tensor, Tensor]:
         """Call the model; return its logits and what its lm_head read to make them."""
@@ -188,6 +210,22 @@ class Backbone:
             raise UserError(
                 f"{_name(self.model)}: what its lm_head reads is not its last hidden state; "
                 "heads cannot be trained on this architecture."
+            )
+
+    @torch.inference_mode()
+    def check_next_logits(self) -> None:
+        """Compare the model's distribution with what its `lm_head` alone makes of hidden states.
+
+        Raises:
+            UserError: this architecture scales or caps logits afterwards.
+        """
+        ids_BT = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        logits_BTV, read_BTD = self._with_lm_head_input(input_ids=ids_BT, use_cache=False)
+        bare_BTV = self.next_logits(read_BTD).float().softmax(-1)
+        if not torch.allclose(logits_BTV.float().softmax(-1), bare_BTV, rtol=1e-2, atol=1e-3):
+            raise UserError(
+                f"{_name(self.model)} changes the logits of its lm_head once more: heads cannot be "
+                "trained on its distribution. Set train.loss=ce."
             )
 
     @torch.inference_mode()

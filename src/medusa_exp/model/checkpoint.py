@@ -39,6 +39,7 @@ def load_heads(path: str | Path, model: PreTrainedModel | Backbone | None = None
         return heads
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     check_fit(heads, backbone, place)
+    heads.attach(backbone)
     return heads.to(backbone.device, backbone.lm_head.weight.dtype).eval()
 
 

@@ -1,30 +1,91 @@
 """Config in; backbone and device out, each checked before anything long begins."""
 
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
+from medusa_exp.model.adapters import is_adapters, load_adapters
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.source import LOADING_ERRORS, first_lines, hub_options, model_path
+from medusa_exp.model.source import (
+    LOADING_ERRORS,
+    adapted_path,
+    first_lines,
+    hub_options,
+    model_path,
+)
 from medusa_exp.model.tokenizer import load_tokenizer, num_ids
 
 log = logging.getLogger(__name__)
 
 
-def load_backbone(config: Config) -> Backbone:
+def load_backbone(config: Config, *, is_adapted: bool = True) -> Backbone:
     """Load the backbone that the config names onto its device, frozen.
 
+    Where this run has adapted it (train=medusa2), that is its own, unless `is_adapted` is false.
     With tokenizer.resize_embedding it gets a row for each token that is new to it.
 
     Raises:
         UserError: the model cannot be loaded; says which, and what transformers said.
     """
+    adapted = adapted_path(config) if is_adapted else None
+    if adapted is None:
+        model = _read(config)
+    elif is_adapters(adapted):
+        model = load_adapters(_read(config), adapted).requires_grad_(False)
+    else:
+        model = _read(config, path=str(adapted))
+    backbone = Backbone(model)
+    backbone.check_hidden_states()
+    backbone.decodes_statically = backbone.device.type == "cuda" and config.decode.cuda_graph
+    return backbone
+
+
+def load_ends(config: Config, identity: str, weights_identity: str) -> Backbone:
+    """Load what stands at a backbone's two ends (embedding, final norm, lm_head), and no layer.
+
+    Enough to train heads where the backbone's hidden states are at hand.
+
+    Args:
+        config: names the model.
+        identity: `Backbone.identity()` of the whole model.
+        weights_identity: `Backbone.weights_identity()` of the whole model.
+
+    Raises:
+        UserError: as `load_backbone`.
+    """
     path = model_path(config)
+    options = hub_options(config)
+    try:
+        model_config = AutoConfig.from_pretrained(path, **options)
+    except LOADING_ERRORS as error:
+        raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
+    text_config = model_config.get_text_config()
+    text_config.num_hidden_layers = 0
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = []
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would list all that is left out
+    try:
+        backbone = Backbone(_read(config, {"config": model_config}))
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    backbone.leave_out_body(identity, weights_identity)
+    return backbone
+
+
+def _read(
+    config: Config, more: Mapping[str, Any] = MappingProxyType({}), path: str | None = None
+) -> PreTrainedModel:
+    path = path or model_path(config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -33,6 +94,7 @@ def load_backbone(config: Config) -> Backbone:
             attn_implementation=config.model.attn_implementation,
             use_safetensors=True,
             **hub_options(config),
+            **more,
         )
     except (*LOADING_ERRORS, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
@@ -41,11 +103,7 @@ def load_backbone(config: Config) -> Backbone:
         raise UserError(f"model.path={path}: its files lack {names}, which its config asks for.")
     if config.tokenizer.resize_embedding:
         grow_embedding(model, num_ids(load_tokenizer(config)))
-    model = model.to(pick_device(config.device)).eval().requires_grad_(False)
-    backbone = Backbone(model)
-    backbone.check_hidden_states()
-    backbone.decodes_statically = backbone.device.type == "cuda" and config.decode.cuda_graph
-    return backbone
+    return model.to(pick_device(config.device)).eval().requires_grad_(False)
 
 
 def grow_embedding(model: PreTrainedModel, size: int) -> None:

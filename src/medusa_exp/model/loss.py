@@ -1,23 +1,25 @@
 """The Medusa-1 loss, without ever holding the logits of all heads.
 
-B batch, T time, D hidden, V vocabulary, K heads, R labelled rows of one head.
+B batch, T time, D hidden, V vocabulary, K heads, R labelled rows of one head, C rows of a chunk.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
+from medusa_exp.data.labels import is_labelled
 from medusa_exp.model.heads import MedusaHeads
-
-_NO_LABEL = -100
+from medusa_exp.model.targets import Targets
 
 
 @dataclass
 class HeadLoss:
-    """One head's cross entropy on one batch, summed over its R labelled positions."""
+    """One head's loss on one batch, summed over its R labelled positions."""
 
     loss_sum: Tensor
     num_labels: int
@@ -26,47 +28,69 @@ class HeadLoss:
 def head_labels(
     input_ids_BT: Tensor, is_trained_BT: Tensor, documents_BT: Tensor, head: int
 ) -> tuple[Tensor, Tensor]:
-    """Return (is_labelled_BT, labels_R) of head k.
-
-    Position t is labelled when token t+1+k is the assistant's and of the same document; its label
-    is that token.
-    """
-    shift = 1 + head
-    is_label_BS = is_trained_BT[:, shift:] & (documents_BT[:, shift:] == documents_BT[:, :-shift])
-    is_labelled_BT = torch.zeros_like(is_trained_BT)
-    is_labelled_BT[:, :-shift] = is_label_BS
-    return is_labelled_BT, input_ids_BT[:, shift:][is_label_BS]
+    """Return (is_labelled_BT, labels_R) of head k: its label at t is token t+1+k."""
+    is_labelled_BT = is_labelled(is_trained_BT, documents_BT, head)
+    index_R = is_labelled_BT.flatten().nonzero()[:, 0]
+    return is_labelled_BT, input_ids_BT.flatten()[index_R + 1 + head]
 
 
 def medusa_losses(
     heads: MedusaHeads,
     hidden_BTD: Tensor,
-    input_ids_BT: Tensor,
+    targets: Targets,
     is_trained_BT: Tensor,
     documents_BT: Tensor,
+    input_ids_BT: Tensor,
     *,
     chunk_rows: int,
 ) -> list[HeadLoss]:
-    """Compute every head's cross entropy, summed, in nats.
+    """Compute every head's loss, summed, in nats.
 
     Only labelled rows are projected, `chunk_rows` at a time, and their logits are computed again
     in the backward pass: at most `chunk_rows` x V of them exist at once.
     """
     results = []
     for k in range(heads.num_heads):
-        is_labelled_BT, labels_R = head_labels(input_ids_BT, is_trained_BT, documents_BT, k + 1)
-        hidden_RD = hidden_BTD[is_labelled_BT]
-        results.append(_chunked(heads, k, hidden_RD, labels_R, chunk_rows))
+        is_labelled_BT = is_labelled(is_trained_BT, documents_BT, k + 1)
+        index_R = is_labelled_BT.flatten().nonzero()[:, 0]
+        inputs = head_inputs(heads, k, index_R, hidden_BTD, input_ids_BT)
+        # Head k is to say at t what is to be said after token t+k.
+        wanted = targets.at(index_R + k + 1)
+        loss_sum = chunked_loss(partial(heads.head_logits, k), targets, inputs, wanted, chunk_rows)
+        results.append(HeadLoss(loss_sum, len(index_R)))
     return results
 
 
-def medusa_loss(losses: list[HeadLoss], decay: float) -> Tensor:
+def head_inputs(
+    heads: MedusaHeads, k: int, index_R: Tensor, hidden_BTD: Tensor, input_ids_BT: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the arguments of `head_logits` behind k, at these flat positions.
+
+    Sequential heads see the text's own tokens as if they had been drafted.
+    """
+    hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
+    if not heads.is_sequential:
+        return (hidden_RD,)
+    next_J = torch.arange(1, k + 2, device=index_R.device)
+    return hidden_RD, input_ids_BT.flatten()[index_R[:, None] + next_J]
+
+
+def medusa_loss(
+    losses: list[HeadLoss], decay: float, totals: Sequence[int] | None = None
+) -> Tensor:
     """Return sum over heads k of decay**k times the head's mean loss (Medusa, equation 1).
 
-    A head without a label in this batch contributes zero, not NaN.
+    Args:
+        losses: of the heads on a batch.
+        decay: lambda_k is its k-th power.
+        totals: what each head's sum is divided by, where this batch is a part of a larger one; by
+            default its own labels. A head without a label contributes zero, not NaN.
     """
+    if totals is None:
+        totals = [loss.num_labels for loss in losses]
     terms = [
-        decay ** (k + 1) * loss.loss_sum / max(loss.num_labels, 1) for k, loss in enumerate(losses)
+        decay**k * loss.loss_sum / max(total, 1)
+        for k, (loss, total) in enumerate(zip(losses, totals, strict=True), 1)
     ]
     return torch.stack(terms).sum()
 
@@ -75,19 +99,26 @@ def medusa_loss(losses: list[HeadLoss], decay: float) -> Tensor:
 def medusa_counts(
     heads: MedusaHeads,
     hidden_BTD: Tensor,
-    input_ids_BT: Tensor,
+    labels_BT: Tensor,
     is_trained_BT: Tensor,
     documents_BT: Tensor,
+    input_ids_BT: Tensor,
     *,
     chunk_rows: int,
 ) -> Tensor:
-    """Return, for validation, a float64 [K, 4]: summed loss, labels ranked 1st, in 5, and all."""
+    """Return, for validation, a float64 [K, 4]: summed loss, labels ranked 1st, in 5, and all.
+
+    A label that the heads do not know adds no loss, and is never hit.
+    """
     counts_K4 = torch.zeros(heads.num_heads, 4, dtype=torch.float64, device=hidden_BTD.device)
+    words_BT = heads.words_of(labels_BT)
     for k in range(heads.num_heads):
-        is_labelled_BT, labels_R = head_labels(input_ids_BT, is_trained_BT, documents_BT, k + 1)
-        rows = hidden_BTD[is_labelled_BT].split(chunk_rows)
-        for rows_CD, labels_C in zip(rows, labels_R.split(chunk_rows), strict=True):
-            logits_CV = heads.head_logits(k, rows_CD).float()
+        is_labelled_BT, labels_R = head_labels(words_BT, is_trained_BT, documents_BT, k + 1)
+        index_R = is_labelled_BT.flatten().nonzero()[:, 0]
+        inputs = head_inputs(heads, k, index_R, hidden_BTD, input_ids_BT)
+        chunks = [part.split(chunk_rows) for part in (labels_R, *inputs)]
+        for labels_C, *inputs_C in zip(*chunks, strict=True):
+            logits_CV = heads.head_logits(k, *inputs_C).float()
             hits_C5 = logits_CV.topk(5).indices == labels_C[:, None]
             loss = cross_entropy(logits_CV, labels_C, reduction="sum")
             labels = torch.tensor(len(labels_C), device=loss.device)
@@ -95,20 +126,36 @@ def medusa_counts(
     return counts_K4
 
 
-def _chunked(
-    heads: MedusaHeads, k: int, hidden_RD: Tensor, labels_R: Tensor, chunk_rows: int
-) -> HeadLoss:
-    def chunk_loss(rows_CD: Tensor, labels_C: Tensor) -> Tensor:
-        logits_CV = heads.head_logits(k, rows_CD).float()  # autocast leaves them in bf16
-        return cross_entropy(logits_CV, labels_C, ignore_index=_NO_LABEL, reduction="sum")
+def chunked_loss(
+    logits_of: Callable[..., Tensor],
+    targets: Targets,
+    inputs: tuple[Tensor, ...],
+    wanted: tuple[Tensor, ...],
+    chunk_rows: int,
+) -> Tensor:
+    """Return the loss of all rows, summed, whose logits exist for `chunk_rows` of them at a time.
+
+    Args:
+        logits_of: from rows of `inputs` to logits_CW.
+        targets: what the rows are to say.
+        inputs: tensors with a row each.
+        wanted: the rows of `targets`.
+        chunk_rows: C.
+    """
+
+    def chunk_loss(is_real_C: Tensor, *rows: Tensor) -> Tensor:
+        logits_CV = logits_of(*rows[: len(inputs)]).float()  # they are bf16 under autocast
+        return (targets.losses(logits_CV, *rows[len(inputs) :]) * is_real_C).sum()
 
     # Every chunk has the same shape: each new one would cost the libraries a set-up of its own.
-    missing = -len(labels_R) % chunk_rows or (chunk_rows if not len(labels_R) else 0)
-    padded_RD = pad(hidden_RD, (0, 0, 0, missing))
-    padded_R = pad(labels_R, (0, missing), value=_NO_LABEL)
-    chunks = zip(padded_RD.split(chunk_rows), padded_R.split(chunk_rows), strict=True)
-    sums = [
-        checkpoint(chunk_loss, rows_CD, labels_C, use_reentrant=False)
-        for rows_CD, labels_C in chunks
+    number = len(inputs[0])
+    missing = -number % chunk_rows or (chunk_rows if not number else 0)
+    is_real_R = torch.ones(number, device=inputs[0].device)
+    padded = [
+        pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)).split(chunk_rows)
+        for rows in (is_real_R, *inputs, *wanted)
     ]
-    return HeadLoss(torch.stack(sums).sum(), len(labels_R))
+    sums = [
+        checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in zip(*padded, strict=True)
+    ]
+    return torch.stack(sums).sum()

@@ -1,13 +1,21 @@
 """Config in; where the backbone and its tokenizer come from out, checked as far as a look can."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import cached_file
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
 """What transformers raises for directories that are not what they should be."""
+
+ADAPTED = "backbone"
+"""Directory of a run of train=medusa2 that holds its own backbone."""
+_BLOCK, _NUM_BLOCKS = 4096, 256
+"""What is read of a file of weights to know it again, besides its header."""
 
 
 def model_path(config: Config) -> str:
@@ -35,6 +43,13 @@ def model_path(config: Config) -> str:
     return place
 
 
+def adapted_path(config: Config) -> Path | None:
+    """Return where the backbone lies that this run has adapted, if it has."""
+    path = Path(config.run_dir) / ADAPTED
+    is_there = config.train.kind == "medusa2" and bool(config.run_dir) and path.is_dir()
+    return path if is_there else None
+
+
 def has_model(config: Config) -> bool:
     """Does the config name a model? Looking at data takes no more than a tokenizer."""
     return config.model.kind == "tiny" or config.model.path is not None
@@ -57,6 +72,41 @@ def hub_options(config: Config) -> dict[str, Any]:
     if config.model.revision:
         options["revision"] = config.model.revision
     return options
+
+
+def files_identity(config: Config) -> str | None:
+    """Return a sha256 over the model's config.json and a sample of its weights' files.
+
+    A sample, since reading all of a large model takes minutes; no training or merging leaves it as
+    it was. None where there are no such files on this machine.
+    """
+    directory = Path(model_path(config))
+    if not directory.is_dir():
+        try:
+            found = cached_file(
+                str(directory), "config.json", local_files_only=True, **hub_options(config)
+            )
+        except LOADING_ERRORS:
+            return None
+        directory = Path(found).parent
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in files:
+        _add_sample(digest, path)
+    return digest.hexdigest()
+
+
+def _add_sample(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size} ".encode())
+    with path.open("rb") as file:
+        # The header of a safetensors file: its length in 8 bytes, then JSON.
+        digest.update(file.read(min(size, 8 + int.from_bytes(file.read(8), "little"))))
+        for number in range(_NUM_BLOCKS):
+            file.seek(number * max(0, size - _BLOCK) // (_NUM_BLOCKS - 1))
+            digest.update(file.read(_BLOCK))
 
 
 def first_lines(error: Exception) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from medusa_exp.files import drop_torn_line
 
@@ -35,6 +36,7 @@ class HistoryLogger(Logger):
         """Of no use here; Lightning wants one."""
         return ""
 
+    @rank_zero_only  # of several processes, the first
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one line; numbers that JSON cannot say are left out."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -46,5 +48,6 @@ class HistoryLogger(Logger):
         if wandb is not None and wandb.run is not None:
             wandb.log({f"{self.stage}/step": step, **finite})
 
+    @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any) -> None:
         """Nothing to do: the composed config is kept by Hydra and by W&B."""

@@ -1,8 +1,9 @@
 """One training step of the heads, for Lightning.
 
-B batch, T time, D hidden, K heads.
+B batch, T time, D hidden, K heads, H the lm_head and the heads.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor
 
 from medusa_exp.data.loader import Batch
-from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
-from medusa_exp.model.loss import HeadLoss, medusa_counts, medusa_loss, medusa_losses
+from medusa_exp.model.loss import medusa_counts, medusa_loss, medusa_losses
+from medusa_exp.train.acceptance import Continuation, accept_lengths
+from medusa_exp.train.failures import BadLoss
+from medusa_exp.train.objective import Objective
+from medusa_exp.train.optimiser import build_optimizer
 from medusa_exp.train.schedule import scheduled
-
-_CHOICE_ROWS = 1024
-"""Rows whose logits of the backbone exist at one time."""
 
 
 class MedusaModule(L.LightningModule):
@@ -30,47 +31,83 @@ class MedusaModule(L.LightningModule):
         self,
         backbone: Backbone,
         heads: MedusaHeads,
+        objective: Objective,
         *,
+        answers: Callable[[], Sequence[Continuation]],
+        val_tree_nodes: int,
+        max_rank: int,
+        optimizer: str,
         learning_rate: float,
         weight_decay: float,
         warmup_fraction: float,
         max_steps: int,
-        decay: float,
-        loss_chunk_rows: int,
-        labels: str,
         made_with: str,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = heads
+        self.objective = objective
+        self.answers = answers
+        self.val_tree_nodes = val_tree_nodes
+        self.max_rank = min(max_rank, backbone.vocab_size)
+        self.optimizer_name = optimizer
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
         self.max_steps = max_steps
-        self.decay = decay
-        self.loss_chunk_rows = loss_chunk_rows
-        self.labels = labels
         self.made_with = made_with
-        self.last_train_metrics: dict[str, float] = {}
+        self.last_metrics: dict[str, Any] = {}
+        """Of the last step and of the last validation."""
+        self.last_val_step = 0
+        self._sums_H = torch.zeros(1 + heads.num_heads)
+        self._totals: list[int] = []
         self._val_counts: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the weighted loss of all heads on one batch."""
-        losses = medusa_losses(self.heads, *self._inputs(batch), chunk_rows=self.loss_chunk_rows)
-        loss = medusa_loss(losses, self.decay)
+        """Return a micro-batch's part of its optimiser step's loss, a mean over all its labels."""
+        place = batch_idx % self.trainer.accumulate_grad_batches
+        if place == 0:
+            self._totals = self._over_processes(torch.tensor(batch.group_labels)).tolist()
+            self._sums_H = torch.zeros(1 + self.heads.num_heads, device=self.device)
+        loss, sums_H = self.batch_loss(batch, self._totals)
         if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.global_step}: lower train.learning_rate, "
-                "or try dtype=fp32. The newest checkpoint is from before."
-            )
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/loss_head{k}": _mean(head) for k, head in enumerate(losses, 1)})
-        return loss
+            raise BadLoss(loss.item(), self.global_step, batch.numbers)
+        self._sums_H += sums_H
+        if place == self.trainer.accumulate_grad_batches - 1:
+            self._log_step()
+        # Lightning takes means over the micro-batches of a step, and over processes.
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size * loss
 
-    def on_train_end(self) -> None:
-        """Keep the last step's numbers: a validation that follows clears Lightning's."""
-        logged = self.trainer.logged_metrics
-        self.last_train_metrics = {k: float(v) for k, v in logged.items() if "train/" in k}
+    def batch_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
+        """Return what is minimised on a micro-batch, and sums of losses [1 + K], detached.
+
+        The first of the sums is the lm_head's, which is not trained here: zero.
+
+        Args:
+            batch: the micro-batch.
+            totals: labels of the lm_head and of each head that the loss is a mean over.
+        """
+        with torch.no_grad():
+            hidden_BTD = self.hidden_states(batch)
+        return self.heads_loss(batch, hidden_BTD, totals)
+
+    def heads_loss(
+        self, batch: Batch, hidden_BTD: Tensor, totals: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the heads' part of `batch_loss`."""
+        losses = medusa_losses(
+            self.heads,
+            hidden_BTD.float(),
+            self.objective.targets(self.backbone, self.heads, hidden_BTD.detach(), batch),
+            batch.is_trained_BT,
+            batch.documents_BT,
+            batch.input_ids_BT,
+            chunk_rows=self.objective.chunk_rows,
+        )
+        loss = medusa_loss(losses, self.objective.decay, totals[1:])
+        loss = self.objective.factor(self.global_step, self.max_steps) * loss
+        sums = [loss.new_zeros(()), *(head.loss_sum.detach() for head in losses)]
+        return loss, torch.stack(sums)
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
@@ -78,54 +115,83 @@ class MedusaModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count losses, hits and labels: means come of sums over all batches, not of means."""
-        counts_K4 = medusa_counts(self.heads, *self._inputs(batch), chunk_rows=self.loss_chunk_rows)
+        hidden_BTD = self.hidden_states(batch)
+        counts_K4 = medusa_counts(
+            self.heads,
+            hidden_BTD.float(),
+            self.objective.labels_of(self.backbone, hidden_BTD, batch),
+            batch.is_trained_BT,
+            batch.documents_BT,
+            batch.input_ids_BT,
+            chunk_rows=self.objective.chunk_rows,
+        )
         self._val_counts = counts_K4 if self._val_counts is None else self._val_counts + counts_K4
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the heads do on held-out text."""
+        """Log what the heads do on held-out text, and what they would be worth in decoding."""
         if self._val_counts is None:
             return
+        found: dict[str, float] = {}
         loss_K, top1_K, top5_K, labels_K = self._val_counts.unbind(1)
         for name, sum_K in (("loss", loss_K), ("top1", top1_K), ("top5", top5_K)):
             mean_K = sum_K / labels_K.clamp(min=1)
-            self.log_dict({f"val/{name}_head{k}": float(x) for k, x in enumerate(mean_K, 1)})
+            found |= {f"val/{name}_head{k}": float(x) for k, x in enumerate(mean_K, 1)}
+        if answers := self.answers():
+            found["val/accept_length"], found["val/accept_length_chain"] = accept_lengths(
+                self.heads, answers, self.val_tree_nodes, self.max_rank
+            )
+        self.log_dict(found)
+        self.last_metrics |= found
+        self.last_val_step = self.global_step
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW on all head parameters, with warm-up and cosine by the step."""
-        optimizer = torch.optim.AdamW(
-            self.heads.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+        """The optimiser of all head parameters, with warm-up and cosine by the step."""
+        optimizer = build_optimizer(
+            self.optimizer_name,
+            self.heads,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            adapters=self.adapter_group(),
         )
         return scheduled(optimizer, self.warmup_fraction, self.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint was made with: see `stage.checkpoint_to_resume`."""
+        """Say what the checkpoint was made with (see `resume.py`), and what was measured."""
         checkpoint["made_with"] = self.made_with
+        metrics = {name: float(value) for name, value in self.last_metrics.items()}
+        checkpoint["measured"] = {"metrics": metrics, "val_step": self.last_val_step}
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return hidden_BTD, labels_BT, is_trained_BT and documents_BT of a batch."""
-        with torch.no_grad():
-            hidden_BTD = self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
-            labels_BT = batch.input_ids_BT
-            if self.labels == "own":
-                labels_BT = own_choices(self.backbone, hidden_BTD, batch)
-        return hidden_BTD.float(), labels_BT, batch.is_trained_BT, batch.documents_BT
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what was measured: there may be no step left to measure."""
+        measured = checkpoint["measured"]
+        self.last_metrics, self.last_val_step = measured["metrics"], measured["val_step"]
 
+    def adapter_group(self) -> dict[str, Any] | None:
+        """Return the optimiser's group of what is trained besides the heads: nothing."""
+        return None
 
-def own_choices(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
-    """Return in place of each trained token [B, T] what the backbone says there, the likeliest one.
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return hidden_BTD of a batch, read or computed."""
+        if batch.hidden_BTD is not None:
+            return batch.hidden_BTD
+        return self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
 
-    Decoding compares guesses with this, not with the data: where a text takes a turn that the
-    backbone would not take, its token is noise to the heads.
-    """
-    follows_BT = batch.documents_BT[:, 1:] == batch.documents_BT[:, :-1]
-    is_chosen_BT = batch.is_trained_BT[:, 1:] & follows_BT
-    rows = hidden_BTD[:, :-1][is_chosen_BT].split(_CHOICE_ROWS)
-    labels_BT = batch.input_ids_BT.clone()
-    if is_chosen_BT.any():
-        choices_R = torch.cat([backbone.lm_head(rows_CD).argmax(-1) for rows_CD in rows])
-        labels_BT[:, 1:][is_chosen_BT] = choices_R
-    return labels_BT
+    def _over_processes(self, counts_K: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return counts_K
+        return self.trainer.strategy.reduce(counts_K.to(self.device), reduce_op="sum")
 
+    def _log_step(self) -> None:
+        """Log the step's loss: the mean over the labels of all its micro-batches and processes."""
+        sums_H = self._over_processes(self._sums_H)
+        mean_H = sums_H / torch.tensor(self._totals, device=sums_H.device).clamp(min=1)
+        self.log_means(mean_H[0], mean_H[1:])
 
-def _mean(head: HeadLoss) -> Tensor:
-    return head.loss_sum.detach() / max(head.num_labels, 1)
+    def log_means(self, backbone: Tensor, mean_K: Tensor) -> None:
+        """Log the step's mean losses, of the lm_head and of each head."""
+        weight_K = self.objective.decay ** torch.arange(1, len(mean_K) + 1, device=mean_K.device)
+        found = {"train/loss": (weight_K * mean_K).sum()}
+        found |= {f"train/loss_head{k}": mean for k, mean in enumerate(mean_K, 1)}
+        self.log("train/loss", found["train/loss"], prog_bar=True)
+        self.log_dict({name: value for name, value in found.items() if name != "train/loss"})
+        self.last_metrics |= found  # as tensors: reading them would wait for the device

@@ -68,7 +68,7 @@ class Document:
 
 def run(config: Config, out: Path) -> dict[str, float]:
     """Answer the prompts of the training documents, unless that has been done before."""
-    backbone = load_backbone(config)
+    backbone = load_backbone(config, is_adapted=False)
     tokenizer = load_tokenizer(config)
     documents = load_tokenised(
         config, tokenizer, min(config.dataset.max_length, backbone.max_length)

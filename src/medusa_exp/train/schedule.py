@@ -8,7 +8,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_fraction: float, max_steps: int) -> LambdaLR:
-    """Rise linearly over a share of the steps, then fall to zero along a cosine."""
+    """Rise linearly over a share of the steps, then fall to zero along a cosine.
+
+    A group of the optimiser that `waits` so many steps has a rate of zero until then.
+    """
     warmup_steps = max(1, round(warmup_fraction * max_steps))
 
     def factor(step: int) -> float:
@@ -17,7 +20,8 @@ def warmup_cosine(optimizer: Optimizer, warmup_fraction: float, max_steps: int) 
         progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    return LambdaLR(optimizer, factor)
+    waits = [group.get("waits", 0) for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [lambda step, wait=w: factor(step) * (step >= wait) for w in waits])
 
 
 def scheduled(optimizer: Optimizer, warmup_fraction: float, max_steps: int) -> dict[str, Any]:

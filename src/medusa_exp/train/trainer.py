@@ -1,12 +1,14 @@
 """How both training stages set up Lightning: device, precision, bars, history, checkpoints."""
 
+import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from medusa_exp.config import Config
@@ -14,14 +16,11 @@ from medusa_exp.files import publish
 from medusa_exp.model.loading import pick_device
 from medusa_exp.tracking.history import HistoryLogger
 
-CHECKPOINT = "last.ckpt"
 LOG_EVERY = 10
 """Optimiser steps between lines of the history."""
 _EXPECTED_WARNINGS = (
     # Batches are made in memory: worker processes would only add start-up time and copies.
     ".*does not have many workers.*",
-    # A resumed run writes where it wrote before.
-    "Checkpoint directory .* exists and is not empty",
     # It is: `Batches.train_dataloader` starts where the trainer's steps have come to.
     ".*your dataloader is not resumable.*",
     # Pretraining validates nothing.
@@ -35,9 +34,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's own file format, written so that a killed process leaves no half checkpoint."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        """Write under a temporary name and rename."""
+        """Write under a temporary name, make sure of it, and rename."""
         with publish(Path(path)) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def build_trainer(
@@ -50,28 +51,21 @@ def build_trainer(
     gradient_clip: float = 1.0,
     accumulate: int = 1,
     val_every: int | None = None,
-    checkpoint_every: int | None = None,
+    deterministic: bool = False,
+    strategy: str = "auto",
+    devices: int = 1,
+    callbacks: Sequence[L.Callback] = (),
 ) -> L.Trainer:
-    """Build a Trainer for one device that counts in optimiser steps.
+    """Build a Trainer that counts in optimiser steps.
 
-    Without `val_every` nothing is validated, without `checkpoint_every` nothing is saved.
+    Without `val_every` nothing is validated; nothing is saved but by a callback.
     """
     for expected in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
-    callbacks: list[L.Callback] = [RichProgressBar(refresh_rate=5)]
-    if checkpoint_every:
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=out / "checkpoints",
-                filename=CHECKPOINT.removesuffix(".ckpt"),
-                every_n_train_steps=checkpoint_every,
-                save_on_train_epoch_end=False,
-                enable_version_counter=False,
-            )
-        )
     return L.Trainer(
         accelerator=pick_device(config.device).type,
-        devices=1,
+        devices=devices,
+        strategy=strategy,
         use_distributed_sampler=False,  # `Batches` shares them out
         precision=precision,
         max_steps=max_steps,
@@ -83,10 +77,11 @@ def build_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=min(LOG_EVERY, max_steps),
         logger=HistoryLogger(out, stage),
-        callbacks=callbacks,
+        callbacks=[RichProgressBar(refresh_rate=5), *callbacks],
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
-        enable_checkpointing=bool(checkpoint_every),
+        enable_checkpointing=False,
+        deterministic=deterministic,
         default_root_dir=out,
     )
 

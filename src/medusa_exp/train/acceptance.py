@@ -1,0 +1,149 @@
+"""How many tokens a step decoding would give with the heads of this moment.
+
+The backbone answers held-out prompts once, before the training. A validation then looks up which
+guess of each head came true at each place of these answers, and replays decoding from that
+(`tree/growth.py`). Loss says how surprised heads are everywhere; this, what they are worth.
+
+P positions, D hidden, K heads.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from medusa_exp.config import Config
+from medusa_exp.data.prompts import Prompt, prompts_of
+from medusa_exp.data.sources import load_split
+from medusa_exp.decode.loop import decode_plain
+from medusa_exp.decode.settings import limits_of
+from medusa_exp.errors import UserError
+from medusa_exp.files import content_key, publish
+from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.ranks import answer_ranks
+from medusa_exp.tree.growth import best_tree, num_steps
+from medusa_exp.tree.tree import chain
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """An answer of the backbone's."""
+
+    tokens_P: Tensor
+    hidden_PD: Tensor
+    """The states from which it said each token."""
+
+
+def held_out_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
+) -> list[Prompt]:
+    """Return `train.val_prompts` prompts; none, and a warning, where there is none to answer."""
+    if not config.train.val_prompts or not config.dataset.val_fraction:
+        return []
+    try:
+        return prompts_of(
+            load_split(config, "val"),
+            tokenizer,
+            config,
+            max_positions=backbone.max_length,
+            num_prompts=config.train.val_prompts,
+        )
+    except UserError as error:
+        log.warning("no val/accept_length: %s", error)
+        return []
+
+
+def continuations(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    ends: Backbone,
+    body: Callable[[], Backbone],
+) -> list[Continuation]:
+    """Return the backbone's answers to held-out prompts, from the cache where it has them.
+
+    Args:
+        config: what ends an answer.
+        tokenizer: of the prompts.
+        prompts: what is to be answered.
+        ends: the backbone, perhaps without its layers.
+        body: loads it with them.
+    """
+    if not prompts:
+        return []
+    path = _path(config, tokenizer, prompts, ends)
+    if not path.is_file():
+        answered = answer_prompts(config, tokenizer, prompts, body())
+        with publish(path) as partial:
+            save_file(_as_tensors(answered), partial)
+    return _from_tensors(load_file(path, device=str(ends.device)))
+
+
+def accept_lengths(
+    heads: MedusaHeads, answers: Sequence[Continuation], num_nodes: int, max_rank: int
+) -> tuple[float, float]:
+    """Return the tokens per step of the best tree of so many nodes, and of the chain.
+
+    Prompts' steps are counted, as in eval/tokens_per_step.
+    """
+    ranks = [answer_ranks(heads, answer.tokens_P, answer.hidden_PD, max_rank) for answer in answers]
+    num_tokens = sum(len(ranks_PK) for ranks_PK in ranks)
+    tree = best_tree(ranks, num_nodes, max_rank)
+    return num_tokens / num_steps(ranks, tree), num_tokens / num_steps(
+        ranks, chain(heads.num_heads)
+    )
+
+
+def _path(
+    config: Config, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], backbone: Backbone
+) -> Path:
+    limits = limits_of(config, backbone, tokenizer)
+    key = content_key(
+        [prompt.input_ids for prompt in prompts],
+        backbone.weights_identity(),
+        [limits.max_new_tokens, sorted(limits.stop_ids), list(limits.stop_strings)],
+        [str(backbone.model.dtype), config.model.attn_implementation],
+        [metadata.version(name) for name in ("torch", "transformers")],
+    )
+    return Path(config.cache_dir) / "continuations" / f"{key}.safetensors"
+
+
+@torch.inference_mode()
+def answer_prompts(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    backbone: Backbone,
+) -> list[Continuation]:
+    """Let the backbone answer, greedily."""
+    limits = limits_of(config, backbone, tokenizer)
+    asked = [prompt.input_ids for prompt in prompts]
+    answers = []
+    for ids, answer in zip(asked, decode_plain(backbone, asked, limits), strict=True):
+        whole_1T = torch.tensor([ids + answer.tokens], device=backbone.device)
+        hidden_PD = backbone.hidden_states(whole_1T)[0, len(ids) - 1 : -1]
+        answers.append(Continuation(whole_1T[0, len(ids) :], hidden_PD))
+    return answers
+
+
+def _as_tensors(answers: list[Continuation]) -> dict[str, Tensor]:
+    return {
+        "tokens": torch.cat([answer.tokens_P for answer in answers]).cpu(),
+        "hidden": torch.cat([answer.hidden_PD for answer in answers]).cpu(),
+        "lengths": torch.tensor([len(answer.tokens_P) for answer in answers]),
+    }
+
+
+def _from_tensors(tensors: dict[str, Tensor]) -> list[Continuation]:
+    lengths = tensors["lengths"].tolist()
+    pairs = zip(tensors["tokens"].split(lengths), tensors["hidden"].split(lengths), strict=True)
+    return [Continuation(tokens_P, hidden_PD) for tokens_P, hidden_PD in pairs]

@@ -1,0 +1,75 @@
+"""Keeps the heads of the best validation, and stops where none has been better for long."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medusa_exp.files import publish
+
+log = logging.getLogger(__name__)
+
+METRIC = "val/accept_length"
+
+
+class BestHeads(L.Callback):
+    """Writes the heads of the greatest `val/accept_length` beside the checkpoints.
+
+    What is best is part of a checkpoint: a training that goes on from one forgets what was found
+    later, and finds it again.
+    """
+
+    def __init__(self, directory: Path, patience: int | None = None) -> None:
+        self.path = directory / "best.safetensors"
+        self.patience = patience
+        self.value: float | None = None
+        self.step = 0
+        self.num_worse = 0
+        self.metrics: dict[str, float] = {}
+        """Of the best validation."""
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Compare."""
+        value = trainer.callback_metrics.get(METRIC)
+        if value is None:
+            return
+        if self.value is None or float(value) > self.value:
+            self.value, self.step, self.num_worse = float(value), trainer.global_step, 0
+            found = trainer.callback_metrics.items()
+            self.metrics = {name: float(x) for name, x in found if name.startswith("val/")}
+            if trainer.is_global_zero:
+                with publish(self.path) as partial:
+                    save_file(_trained(module), partial)
+            return
+        self.num_worse += 1
+        if self.patience is not None and self.num_worse >= self.patience:
+            log.info("%s was best at step %d: training stops", METRIC, self.step)
+            trainer.should_stop = True
+
+    @torch.no_grad()
+    def restore(self, module: L.LightningModule) -> None:
+        """Put the best in place of the last."""
+        if rank_zero_only.rank:  # of several processes the first one alone writes, and goes on
+            return
+        best = load_file(self.path)
+        for name, value in _trained(module).items():
+            value.copy_(best[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        names = ("value", "step", "num_worse", "metrics")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+
+def _trained(module: L.LightningModule) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}

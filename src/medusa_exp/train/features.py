@@ -1,0 +1,211 @@
+"""Documents and backbone in; its hidden states of them in the cache out, made once.
+
+Whatever the heads, the frozen backbone's hidden states stay the same: a second training on them
+runs no layer of it, nor does it load one.
+
+P positions, B batch, T time, D hidden.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from medusa_exp.config import Config
+from medusa_exp.data.batches import Row, epoch_planner
+from medusa_exp.data.examples import Examples
+from medusa_exp.data.features import FORMAT, Features, check, stored_positions
+from medusa_exp.data.loader import collate
+from medusa_exp.errors import UserError
+from medusa_exp.files import content_key, publish, sha256_file, write_json
+from medusa_exp.model.backbone import Backbone
+from medusa_exp.progress import progress_bar
+from medusa_exp.train.trainer import pick_precision
+
+log = logging.getLogger(__name__)
+
+_ROWS = 1024
+"""Rows whose logits of the backbone exist at one time."""
+_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def open_features(
+    config: Config,
+    documents: dict[str, Examples],
+    data_key: str,
+    ends: Backbone,
+    body: Callable[[], Backbone],
+) -> dict[str, Features]:
+    """Return the hidden states of some lists of documents, which are made where there are none.
+
+    Args:
+        config: what decides them besides the documents.
+        documents: of each split.
+        data_key: names all documents.
+        ends: the backbone, perhaps without its layers.
+        body: loads it with them.
+
+    Raises:
+        UserError: the disk is too small, or what lies there is damaged.
+    """
+    found = {}
+    for split, examples in documents.items():
+        key = features_key(config, split, data_key, ends)
+        path = Path(config.cache_dir) / "features" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{key}.lock")):
+            if not path.is_dir():
+                _publish(config, path, key, examples, body())
+        found[split] = Features(path)
+        log.info("hidden states of %s: %s", split, path)
+    return found
+
+
+def features_key(config: Config, split: str, data_key: str, backbone: Backbone) -> str:
+    """Name all that decides the hidden states."""
+    dataset = config.dataset
+    return content_key(
+        FORMAT,
+        split,
+        data_key,
+        [dataset.val_fraction, dataset.test_fraction],
+        backbone.weights_identity(),
+        [str(backbone.model.dtype), config.model.attn_implementation],
+        pick_precision(config, backbone.device),
+        [metadata.version(name) for name in ("torch", "transformers")],
+    )
+
+
+def _publish(config: Config, path: Path, key: str, examples: Examples, backbone: Backbone) -> None:
+    for unfinished in path.parent.glob(f".{key}.partial-*"):  # left by a killed process
+        shutil.rmtree(unfinished)
+    precision = pick_precision(config, backbone.device)
+    dtype = np.dtype(np.float32 if precision == "32-true" else np.int16)  # numpy has no bfloat16
+    starts = _starts(examples)
+    size = int(starts[-1]) * (backbone.hidden_size * dtype.itemsize + 4)
+    _check_room(path.parent, size)
+    log.info("writing %.2f GB of hidden states", size / 1e9)
+    with publish(path) as partial:
+        partial.mkdir()
+        write_features(
+            partial,
+            examples,
+            starts,
+            dtype,
+            backbone,
+            config.train.batch_tokens,
+            _HALF.get(precision),
+        )
+        names = ("starts.npy", "checks.npy")
+        summary: dict[str, Any] = {
+            "key": key,
+            "backbone": str(backbone.model.config.name_or_path),
+            "sha256": {name: sha256_file(partial / name) for name in names},
+        }
+        write_json(partial / "summary.json", summary)
+
+
+def _starts(examples: Examples) -> np.ndarray:
+    counts = [len(stored_positions(example.is_trained)) for example in examples]
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _check_room(directory: Path, size: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if size > 0.95 * free:
+        raise UserError(
+            f"train.features=cache: hidden states take {size / 1e9:.2f} GB, and {directory} has "
+            f"{free / 1e9:.2f} GB left: set train.features=online, cache_dir to a larger disk, or "
+            "dataset.sample_fraction to less."
+        )
+
+
+@torch.no_grad()
+def write_features(
+    directory: Path,
+    examples: Examples,
+    starts: np.ndarray,
+    dtype: np.dtype[Any],
+    backbone: Backbone,
+    batch_tokens: int,
+    autocast: torch.dtype | None,
+) -> None:
+    """Run the documents through the backbone, those of similar length together."""
+    shape = (int(starts[-1]), backbone.hidden_size)
+    hidden_PD = np.lib.format.open_memmap(directory / "hidden.npy", "w+", dtype, shape)
+    own_P = np.lib.format.open_memmap(directory / "own.npy", "w+", np.int32, shape[:1])
+    checks = np.zeros(len(examples), np.uint32)
+    plan = epoch_planner(
+        "padded", examples.lengths, batch_tokens=batch_tokens, row_tokens=0, seed=0
+    )
+    with progress_bar() as bar:
+        task = bar.add_task("hidden states of documents", total=len(examples))
+        for batch in plan(0):
+            context = torch.autocast(backbone.device.type, autocast) if autocast else nullcontext()
+            with context:
+                rows = _states(examples, batch, backbone)
+            for [number], (states_LD, choices_L) in zip(batch, rows, strict=True):
+                place = slice(starts[number], starts[number + 1])
+                hidden_PD[place] = _as_stored(states_LD, dtype)
+                own_P[place] = choices_L.cpu().numpy()
+                checks[number] = check(hidden_PD[place], own_P[place])
+            bar.advance(task, len(batch))
+    hidden_PD.flush()
+    own_P.flush()
+    np.save(directory / "starts.npy", starts)
+    np.save(directory / "checks.npy", checks)
+
+
+def _states(
+    examples: Examples, batch: list[Row], backbone: Backbone
+) -> list[tuple[Tensor, Tensor]]:
+    """Return hidden states and the backbone's next tokens at each document's stored positions."""
+    documents = [examples[number] for [number] in batch]
+    ids_BT = collate([[document] for document in documents]).input_ids_BT.to(backbone.device)
+    hidden_BTD = backbone.hidden_states(ids_BT)
+    found = []
+    for hidden_TD, document in zip(hidden_BTD, documents, strict=True):
+        stored = torch.from_numpy(stored_positions(document.is_trained))
+        states_LD = hidden_TD[stored.to(backbone.device)]
+        choices = [backbone.next_logits(r).argmax(-1) for r in states_LD.split(_ROWS)]
+        found.append((states_LD, torch.cat(choices) if choices else stored))
+    return found
+
+
+def _as_stored(states_LD: Tensor, dtype: np.dtype[Any]) -> np.ndarray:
+    if dtype == np.int16:
+        return states_LD.bfloat16().view(torch.int16).cpu().numpy()
+    return states_LD.float().cpu().numpy()
+
+
+def known_identities(config: Config, files: str | None) -> tuple[str, str] | None:
+    """Return the identities of the backbone in these files, if they have been noted."""
+    path = _note(config, files)
+    if path is None or not path.is_file():
+        return None
+    identity, weights_identity = json.loads(path.read_text())
+    return identity, weights_identity
+
+
+def note_identities(config: Config, files: str | None, backbone: Backbone) -> None:
+    """Note which backbone these files hold, to know it again without loading its layers."""
+    path = _note(config, files)
+    if path is not None:
+        write_json(path, [backbone.identity(), backbone.weights_identity()])
+
+
+def _note(config: Config, files: str | None) -> Path | None:
+    if files is None:
+        return None
+    key = content_key(files, asdict(config.tokenizer))
+    return Path(config.cache_dir) / "backbones" / f"{key}.json"

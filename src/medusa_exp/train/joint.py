@@ -1,0 +1,106 @@
+"""Medusa-2: the backbone's adapters and the heads learn together.
+
+After Cai et al., "Medusa" (2024), section 2.2.2: L = L_LM + lambda_0 * L_heads, in two stages: the
+heads alone at first, lest the gradients of heads that know nothing spoil the backbone.
+
+B batch, T time, D hidden, K heads, H the lm_head and the heads.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from medusa_exp.data.labels import is_labelled
+from medusa_exp.data.loader import Batch
+from medusa_exp.model.loss import chunked_loss
+from medusa_exp.model.targets import DistributionTargets, Targets, TokenTargets
+from medusa_exp.train.module import MedusaModule
+
+
+class JointModule(MedusaModule):
+    """Heads on a backbone with adapters. Checkpoints hold what is trained, and nothing frozen."""
+
+    strict_loading = False
+
+    def __init__(
+        self,
+        *arguments: Any,
+        adapted: PreTrainedModel,
+        adapter_learning_rate: float,
+        heads_only_steps: int,
+        self_distillation: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.adapted = adapted.train()
+        self.adapter_learning_rate = adapter_learning_rate
+        self.heads_only_steps = heads_only_steps
+        self.self_distillation = self_distillation
+
+    def batch_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the joint loss of a micro-batch, or the heads' alone at first."""
+        is_joint = self.global_step >= self.heads_only_steps
+        with nullcontext() if is_joint else torch.no_grad():
+            hidden_BTD = self.hidden_states(batch)
+        loss, sums_H = self.heads_loss(batch, hidden_BTD, totals)
+        if is_joint:
+            own_sum = self._own_loss(batch, hidden_BTD)
+            loss = loss + own_sum / max(totals[0], 1)
+            sums_H[0] = own_sum.detach()
+        return loss, sums_H
+
+    def log_means(self, backbone: Tensor, mean_K: Tensor) -> None:
+        """Log the backbone's own loss too, once it learns."""
+        super().log_means(backbone, mean_K)
+        if self.global_step >= self.heads_only_steps:
+            self.log("train/loss_backbone", backbone)
+            self.last_metrics["train/loss_backbone"] = backbone
+
+    def adapter_parameters(self) -> list[Tensor]:
+        """Return what of the backbone is trained."""
+        return [p for p in self.adapted.parameters() if p.requires_grad]
+
+    def adapter_group(self) -> dict[str, Any] | None:
+        """Return the optimiser's group of the adapters, which wait for the heads."""
+        return {
+            "params": self.adapter_parameters(),
+            "lr": self.adapter_learning_rate,
+            "weight_decay": 0.0,
+            "waits": self.heads_only_steps,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen."""
+        super().on_save_checkpoint(checkpoint)
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {
+            name: value
+            for name, value in state.items()
+            if name in trained or name.startswith("heads.")
+        }
+
+    def _own_loss(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
+        """Return the backbone's own loss on the trained tokens, summed."""
+        where_BT = is_labelled(batch.is_trained_BT, batch.documents_BT, 0)
+        index_R = where_BT.flatten().nonzero()[:, 0]
+        targets = self._own_targets(batch)
+        return chunked_loss(
+            self.backbone.next_logits,
+            targets,
+            (hidden_BTD.flatten(0, 1)[index_R],),
+            targets.at(index_R),
+            self.objective.chunk_rows,
+        )
+
+    def _own_targets(self, batch: Batch) -> Targets:
+        if not self.self_distillation:
+            return TokenTargets(batch.input_ids_BT)
+        self.adapted.eval()  # a teacher does not drop out
+        with torch.no_grad(), self.adapted.disable_adapter():
+            teacher_BTD = self.hidden_states(batch)
+        self.adapted.train()
+        return DistributionTargets(teacher_BTD, self.backbone.next_logits)

@@ -1,0 +1,126 @@
+"""Parameters of heads in, an optimiser out."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from medusa_exp.errors import UserError
+
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}
+"""Of an optimiser, for each parameter in float32, at most."""
+
+
+def build_optimizer(
+    name: str,
+    heads: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    adapters: dict[str, Any] | None = None,
+) -> Optimizer:
+    """Build adamw, adamw_8bit or muon; biases do not decay.
+
+    Args:
+        name: which.
+        heads: whose parameters are trained.
+        learning_rate: of the heads.
+        weight_decay: of their matrices.
+        adapters: a group of parameters besides them, with its own `lr`.
+
+    Raises:
+        UserError: it needs what is not installed.
+    """
+    named = dict(heads.named_parameters())
+    if name == "muon":
+        return _muon(named, learning_rate, weight_decay, adapters)
+    groups = _groups(named.values(), weight_decay) + ([adapters] if adapters else [])
+    return _adam_class(name)(groups, lr=learning_rate)
+
+
+class MuonAndAdamW(Optimizer):
+    """Two optimisers as one, which is what Lightning steps, schedules and saves."""
+
+    def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
+        self.parts = {"muon": muon, "adamw": adamw}
+        self.defaults: dict[str, Any] = {}
+        self.state: Any = {}
+        self._share_groups()
+        for key in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            setattr(self, key, {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run the closure, then both optimisers."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts.values():
+            part.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of both."""
+        for part in self.parts.values():
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of both, by name."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state_dict[name])
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        # The very dicts of the parts: a schedule that sets a learning rate here sets it there.
+        self.param_groups = [g for part in self.parts.values() for g in part.param_groups]
+
+
+def _muon(
+    named: dict[str, Tensor],
+    learning_rate: float,
+    weight_decay: float,
+    adapters: dict[str, Any] | None,
+) -> Optimizer:
+    """Use Muon for the matrices between hidden states, AdamW for projections onto tokens."""
+    hidden = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith("blocks.")}
+    if not hidden:
+        raise UserError("train.optimizer=muon: heads with head.num_layers=0 have no matrix for it.")
+    others = _groups([p for n, p in named.items() if n not in hidden], weight_decay)
+    others += [adapters] if adapters else []
+    muon = torch.optim.Muon(
+        hidden.values(),
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        adjust_lr_fn="match_rms_adamw",  # so that one learning rate suits both
+    )
+    if not others:
+        return muon
+    return MuonAndAdamW(muon, AdamW(others, lr=learning_rate))
+
+
+def _groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _adam_class(name: str) -> Callable[..., Optimizer]:
+    if name == "adamw":
+        return AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            "train.optimizer=adamw_8bit needs bitsandbytes: pip install bitsandbytes, or set "
+            "train.optimizer=adamw."
+        ) from error
+    return AdamW8bit

@@ -1,0 +1,104 @@
+"""One training in several processes, each on a device of its own: `train.strategy=ddp`.
+
+torchrun starts them, on this machine, and ends all where one fails. Each is this module run as a
+program: it loads what it needs by the config, as a training of one process does; the first alone
+writes. The stage that started them waits for the file that the first one leaves.
+
+    torchrun ... -m medusa_exp.train.processes CONFIG_JSON RUN_DIR RESULT_JSON
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from medusa_exp.config import Config, from_hydra, to_dict
+from medusa_exp.errors import UserError
+from medusa_exp.files import read_json, write_json
+from medusa_exp.provenance import annotate, collect
+
+
+def train_in_processes(config: Config, out: Path) -> dict[str, float]:
+    """Run the training in `train.devices` processes; return the metrics of the first.
+
+    SIGTERM is passed on to them; SIGINT reaches them by itself.
+
+    Raises:
+        UserError: as the training itself, or that a process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="medusa_exp-") as name:
+        saved, result = Path(name) / "config.json", Path(name) / "result.json"
+        write_json(saved, to_dict(config))
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--standalone", "--nproc-per-node", str(config.train.devices)),
+            *("-m", __name__, str(saved), str(out), str(result)),
+        ]
+        code = _wait(subprocess.Popen(command))
+        found = read_json(result, {})
+    if "error" in found:
+        raise UserError(found["error"])
+    if code or "metrics" not in found:
+        raise UserError(
+            f"train.strategy=ddp: a process of the training died (torchrun gave {code}): what it "
+            "said stands above. Where it was killed for memory, lower train.batch_tokens."
+        )
+    annotate(**found["notes"])
+    return dict(found["metrics"])
+
+
+def _wait(process: "subprocess.Popen[bytes]") -> int:
+    def forward(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    previous = signal.signal(signal.SIGTERM, forward)
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # theirs too: they write a checkpoint and end
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        process.kill()
+
+
+def main(config_path: str, out: str, result: str) -> None:
+    """Train as one of several processes, and leave the result if it is the first."""
+    import torch
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from medusa_exp.tracking.terminal import quiet_libraries
+    from medusa_exp.train.stage import train
+
+    logging.basicConfig(
+        format="[%(asctime)s] %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if rank_zero_only.rank == 0 else logging.ERROR,
+    )
+    quiet_libraries(["train"])
+    config = from_hydra(OmegaConf.create(json.loads(Path(config_path).read_text())))
+    if config.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun's word
+    found: dict[str, Any] = {}
+    code = 0
+    with collect() as notes:
+        try:
+            found = {"metrics": train(config, Path(out)), "notes": notes}
+        except UserError as error:
+            found, code = {"error": str(error)}, 1
+    if rank_zero_only.rank == 0 or code:
+        write_json(Path(result), found)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,56 @@
+"""Which checkpoint a training goes on from."""
+
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from medusa_exp.config import Config
+from medusa_exp.errors import UserError
+from medusa_exp.files import content_key
+from medusa_exp.model.backbone import Backbone
+from medusa_exp.train.checkpoints import CHECKPOINT
+
+_LOOKING = (
+    *("resume", "checkpoint_every", "val_every", "val_batches", "val_prompts", "val_tree_nodes"),
+    *("keep", "patience"),
+)
+
+log = logging.getLogger(__name__)
+
+
+def made_with(config: Config, data_key: str, backbone: Backbone) -> str:
+    """Name all that decides the steps of a training, but for when it is looked at and saved."""
+    train = asdict(config.train)
+    for key in _LOOKING:
+        del train[key]
+    dataset = config.dataset
+    weights = {name: source.weight for name, source in dataset.sources.items()}
+    data = [data_key, dataset.val_fraction, dataset.test_fraction, weights]
+    return content_key(asdict(config.head), train, data, config.seed, backbone.identity())
+
+
+def checkpoint_to_resume(config: Config, out: Path, key: str) -> tuple[Path | None, int]:
+    """Return the checkpoint to go on from, and its step; none is step 0.
+
+    With train.resume=never, older ones are removed.
+
+    Raises:
+        UserError: the checkpoint there was made with other settings.
+    """
+    path = out / "checkpoints" / CHECKPOINT
+    if config.train.resume == "never":
+        shutil.rmtree(path.parent, ignore_errors=True)
+        return None, 0
+    if not path.is_file():
+        return None, 0
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if checkpoint.get("made_with") != key:
+        raise UserError(
+            f"{path} was made with another head, train, dataset, tokenizer, seed or model: set "
+            "train.resume=never to train anew here, or choose another run_dir."
+        )
+    log.info("going on from %s, step %d", path, checkpoint["global_step"])
+    return path, int(checkpoint["global_step"])

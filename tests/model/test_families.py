@@ -1,0 +1,204 @@
+"""What all families of heads have in common, and what each is for."""
+
+import pytest
+import torch
+from tiny_models import build_model
+
+from medusa_exp.decode import generate
+from medusa_exp.decode.answers import Limits
+from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
+from medusa_exp.model.heads import PROJECTIONS, StackedHeads, stack_heads
+from medusa_exp.model.loss import medusa_counts, medusa_losses
+from medusa_exp.model.ranks import answer_ranks
+from medusa_exp.model.targets import DistributionTargets, TokenTargets, TopTargets
+from medusa_exp.tree import Tree, chain
+from medusa_exp.tree.growth import num_steps
+
+COUNTS = torch.arange(64).flip(0)
+FAMILIES = {
+    "medusa": {"kind": "medusa"},
+    "no bias": {"kind": "medusa", "bias": False, "num_layers": 2},
+    "tied": {"kind": "medusa_tied", "num_layers": 2},
+    "rank": {"kind": "medusa_lowrank", "rank": 16},
+    "frequent": {"kind": "medusa_lowrank", "num_tokens": 40, "token_counts": COUNTS},
+    "both": {"kind": "medusa_lowrank", "rank": 16, "num_tokens": 40, "token_counts": COUNTS},
+    "hydra": {"kind": "hydra", "num_layers": 2},
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+def moved(backbone, family, num_heads=3):
+    """Heads that have left their start."""
+    torch.manual_seed(0)
+    heads = build_heads(backbone, num_heads=num_heads, **family)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return heads
+
+
+def batch_of(backbone):
+    torch.manual_seed(1)
+    ids_BT = torch.randint(0, 64, (3, 20))
+    hidden_BTD = backbone.hidden_states(ids_BT).detach()
+    return hidden_BTD, torch.rand(3, 20) < 0.6, torch.ones_like(ids_BT), ids_BT
+
+
+def test_every_kind_is_tested():
+    assert {family["kind"] for family in FAMILIES.values()} == set(PROJECTIONS)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi"])  # phi's lm_head has a bias
+def test_fresh_heads_say_what_the_lm_head_says(family, architecture):
+    backbone = Backbone(build_model(architecture))
+    heads = build_heads(backbone, num_heads=2, **family)
+    hidden_RD = torch.randn(50, 32)
+    drafted_R2 = torch.randint(0, 64, (50, 2))
+    expected_RW = heads.of_words(backbone.lm_head(hidden_RD))
+    for k in range(2):
+        logits_RW = heads.head_logits(k, hidden_RD, drafted_R2).detach()
+        if family.get("rank"):  # half the rank keeps more than half of what there is
+            error = (logits_RW - expected_RW).square().sum() / expected_RW.square().sum()
+            assert 0 < error < 0.5
+        else:
+            torch.testing.assert_close(logits_RW, expected_RW)
+
+
+def test_files_give_the_same_heads(backbone, tmp_path, family):
+    heads = moved(backbone, family)
+    save_heads(heads, tmp_path / "heads")
+    loaded = load_heads(tmp_path / "heads", backbone)
+    assert loaded.config.kind == family["kind"] and loaded.num_heads == 3
+    hidden_RD, drafted_R3 = torch.randn(4, 32), torch.randint(0, 64, (4, 3))
+    for k in range(3):
+        theirs = heads.head_logits(k, hidden_RD, drafted_R3)
+        assert torch.equal(loaded.head_logits(k, hidden_RD, drafted_R3), theirs)
+
+
+def test_a_decoded_answer_is_the_backbones(backbone, family):
+    heads = moved(backbone, family)
+    tree = Tree.from_paths([(0,), (1,), (4,), (0, 0), (0, 2), (1, 0), (0, 0, 0), (0, 0, 1)])
+    prompts = [[5, 9, 3], [1], [7, 7, 2, 60, 11]]
+    limits = Limits(24)
+    plain = decode_plain(backbone, prompts, limits)
+    answers = decode_tree(backbone, stack_heads(heads, backbone), tree, prompts, limits)
+    assert [a.tokens for a in answers] == [a.tokens for a in plain]
+    ids_1T = torch.tensor([prompts[0]])
+    generated = generate(backbone, heads, ids_1T, tree=tree, max_new_tokens=24)
+    assert generated.sequences == [plain[0].tokens]
+
+
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_replay_counts_the_steps_that_decoding_takes(backbone, family, shape):
+    heads = moved(backbone, family)
+    paths = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 0), (0, 0, 2)]
+    tree = chain(3) if shape == "chain" else Tree.from_paths(paths)
+    prompt = [5, 9, 3]
+    [plain] = decode_plain(backbone, [prompt], Limits(60))
+    [answer] = decode_tree(backbone, stack_heads(heads, backbone), tree, [prompt], Limits(60))
+    ids = torch.tensor([prompt + plain.tokens])
+    hidden_PD = backbone.hidden_states(ids)[0, len(prompt) - 1 : -1]
+    ranks = answer_ranks(heads, torch.tensor(plain.tokens), hidden_PD, 10)
+    assert num_steps([ranks], tree) == len(answer.accept_lengths)
+
+
+def test_stacked_heads_are_the_same_heads(backbone, family):
+    heads = moved(backbone, family)
+    if heads.is_sequential:
+        assert stack_heads(heads, backbone) is heads
+        return
+    hidden_BD = torch.randn(5, 32)
+    for count in (None, 2):
+        stacked_BKV = StackedHeads(heads, torch.float32)(hidden_BD, count)
+        assert stacked_BKV.shape == (5, count or 3, 64)
+        torch.testing.assert_close(stacked_BKV, heads(hidden_BD, count).detach())
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "topk_kl"])
+def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss):
+    heads = moved(backbone, family)
+    hidden_BTD, is_trained_BT, documents_BT, ids_BT = batch_of(backbone)
+
+    def next_logits(hidden_RD):
+        return heads.of_words(backbone.next_logits(hidden_RD))
+
+    targets = {
+        "ce": lambda: TokenTargets(heads.words_of(ids_BT)),
+        "kl": lambda: DistributionTargets(hidden_BTD, next_logits),
+        "topk_kl": lambda: TopTargets(hidden_BTD, torch.ones_like(is_trained_BT), next_logits, 5),
+    }[loss]()
+    losses = medusa_losses(
+        heads, hidden_BTD, targets, is_trained_BT, documents_BT, ids_BT, chunk_rows=8
+    )
+    sum(part.loss_sum for part in losses).backward()
+    assert all(part.loss_sum > 0 for part in losses)
+    assert all(parameter.grad.any() for parameter in heads.parameters())
+    assert all(parameter.grad is None for parameter in backbone.model.parameters())
+
+
+def test_tied_heads_save_only_their_blocks(backbone, tmp_path):
+    heads = moved(backbone, FAMILIES["tied"])
+    assert sum(p.numel() for p in heads.parameters()) == 3 * 2 * (32 * 32 + 32)
+    save_heads(heads, tmp_path / "heads")
+    alone = load_heads(tmp_path / "heads")
+    with pytest.raises(ValueError, match="share the lm_head of their backbone: load them with it"):
+        alone(torch.randn(1, 32))
+
+
+def test_tied_heads_take_the_backbones_dtype_where_they_share():
+    backbone = Backbone(build_model("llama", dtype=torch.bfloat16))
+    heads = moved(backbone, FAMILIES["tied"])
+    logits_RV = heads.head_logits(0, torch.randn(4, 32))
+    assert logits_RV.dtype == torch.bfloat16 and heads.dtype == torch.float32
+    logits_RV.float().sum().backward()
+    assert heads.blocks[0][0].linear.weight.grad.any()
+
+
+def test_frequent_tokens_are_known_and_others_never_guessed(backbone):
+    heads = moved(backbone, FAMILIES["frequent"])
+    assert heads.token_map.tolist() == list(range(40))
+    logits_BKV = heads(torch.randn(6, 32))
+    assert logits_BKV.shape == (6, 3, 64) and (logits_BKV[..., 40:] == -torch.inf).all()
+    assert heads.words_of(torch.tensor([3, 39, 40, 63])).tolist() == [3, 39, -100, -100]
+    hidden_BTD, is_trained_BT, documents_BT, ids_BT = batch_of(backbone)
+    rare_BT = ids_BT.clamp(min=40)
+    targets = TokenTargets(heads.words_of(rare_BT))
+    rest = (is_trained_BT, documents_BT, ids_BT)
+    assert all(
+        part.loss_sum == 0
+        for part in medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=8)
+    )
+    counts_K4 = medusa_counts(heads, hidden_BTD, rare_BT, *rest, chunk_rows=8)
+    assert not counts_K4[:, :3].any() and (counts_K4[:, 3] > 0).all()
+
+
+def test_hydra_sees_the_tokens_before_its_own(backbone):
+    heads = moved(backbone, FAMILIES["hydra"])
+    hidden_RD, drafted_RJ = torch.randn(1, 32), torch.tensor([[4, 5, 6]])
+    other_RJ = torch.tensor([[4, 9, 6]])
+    first, second = (
+        [heads.head_logits(k, hidden_RD, tokens).detach() for k in range(3)]
+        for tokens in (drafted_RJ, other_RJ)
+    )
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+    with pytest.raises(ValueError, match="decode with a tree"):
+        heads(hidden_RD)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kind": "medusa", "rank": 16}, "go together"),
+        ({"kind": "medusa_lowrank"}, "go together"),
+        ({"kind": "medusa_lowrank", "num_tokens": 20}, "needs token_counts"),
+        ({"kind": "medusa_tied", "num_layers": 0}, "needs num_layers"),
+    ],
+)
+def test_shapes_that_make_no_heads(backbone, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        build_heads(backbone, num_heads=2, **wrong)

@@ -1,0 +1,122 @@
+"""Validation by what heads are worth in decoding."""
+
+import pytest
+import torch
+
+from medusa_exp.config import Config
+from medusa_exp.data.prompts import prompts_of
+from medusa_exp.data.sources import load_split
+from medusa_exp.decode.answers import Limits
+from medusa_exp.decode.loop import decode_tree
+from medusa_exp.model import build_heads, load_heads
+from medusa_exp.model.ranks import answer_ranks
+from medusa_exp.train import stage
+from medusa_exp.train.acceptance import accept_lengths
+from medusa_exp.train.inputs import open_inputs
+from medusa_exp.train.module import MedusaModule
+from medusa_exp.tree import chain
+from medusa_exp.tree.calibrate import head_ranks as calibrated_ranks
+
+
+@pytest.fixture
+def config(config) -> Config:
+    config.dtype.precision = "32-true"
+    config.decode.max_new_tokens = 16
+    config.train.val_prompts = 5
+    return config
+
+
+def noisy_heads(backbone, num_heads=3):
+    torch.manual_seed(0)
+    heads = build_heads(backbone, num_heads=num_heads)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return heads
+
+
+def test_the_chains_steps_are_those_that_decoding_takes(config, tmp_path):
+    made = open_inputs(config, tmp_path)
+    heads = noisy_heads(made.backbone)
+    prompts = prompts_of(
+        load_split(config, "val"), made.tokenizer, config, max_positions=128, num_prompts=5
+    )
+    limits = Limits(16, made.backbone.eos_token_ids | {made.tokenizer.eos_token_id})
+    asked = [prompt.input_ids for prompt in prompts]
+    decoded = decode_tree(made.backbone, heads, chain(3), asked, limits)
+    tokens = [answer.tokens for answer in decoded]
+    assert [answer.tokens_P.tolist() for answer in made.answers] == tokens
+    steps = sum(len(answer.accept_lengths) for answer in decoded)
+    tree, over_chain = accept_lengths(heads, made.answers, 8, 10)
+    assert over_chain == pytest.approx(sum(map(len, tokens)) / steps)
+    assert over_chain <= tree or tree == pytest.approx(over_chain)
+
+
+def test_ranks_are_those_of_calibration(config, tmp_path):
+    made = open_inputs(config, tmp_path)
+    heads = noisy_heads(made.backbone)
+    prompts = prompts_of(
+        load_split(config, "val"), made.tokenizer, config, max_positions=128, num_prompts=5
+    )
+    for prompt, answer in zip(prompts, made.answers, strict=True):
+        expected = calibrated_ranks(
+            made.backbone, heads, prompt.input_ids, answer.tokens_P.tolist(), 6
+        )
+        found = answer_ranks(heads, answer.tokens_P, answer.hidden_PD, 6)
+        assert (found == expected).all()
+
+
+def test_answers_are_made_once(config, tmp_path, monkeypatch):
+    first = open_inputs(config, tmp_path).answers
+    monkeypatch.setattr("medusa_exp.train.acceptance.decode_plain", None)
+    again = open_inputs(config, tmp_path).answers
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.hidden_PD, other.hidden_PD)
+        assert torch.equal(one.tokens_P, other.tokens_P)
+
+
+@pytest.fixture
+def scripted(config, monkeypatch) -> Config:
+    """Validations, at steps 2, 4, ... , that find 1, 3, 2, 2, 2, 5."""
+    values = iter([1.0, 3.0, 2.0, 2.0, 2.0, 5.0])
+    monkeypatch.setattr("medusa_exp.train.module.accept_lengths", lambda *_: (next(values), 1.0))
+    kept = {}
+    end = MedusaModule.on_validation_epoch_end
+
+    def spy(module):
+        end(module)
+        kept[module.global_step] = [p.clone() for p in module.heads.parameters()]
+
+    monkeypatch.setattr(MedusaModule, "on_validation_epoch_end", spy)
+    config.train.val_every, config.train.max_steps = 2, 10
+    config.kept = kept
+    return config
+
+
+def heads_of(path):
+    return list(load_heads(path / "heads").parameters())
+
+
+@pytest.mark.parametrize(("keep", "step"), [("best", 4), ("last", 10)])
+def test_which_heads_are_kept(scripted, tmp_path, keep, step):
+    scripted.train.keep = keep
+    metrics = stage.run(scripted, tmp_path)
+    assert all(map(torch.equal, heads_of(tmp_path), scripted.kept[step]))
+    assert metrics["val/accept_length"] == {"best": 3.0, "last": 2.0}[keep]
+    assert metrics.get("train/best_step", 10) == step and metrics["train/steps"] == 10
+
+
+def test_training_stops_where_it_gets_no_better(scripted, tmp_path):
+    scripted.train.patience = 2
+    metrics = stage.run(scripted, tmp_path)
+    assert metrics["train/steps"] == 8 and max(scripted.kept) == 8
+    assert all(map(torch.equal, heads_of(tmp_path), scripted.kept[4]))
+
+
+def test_no_prompt_to_answer_is_said_and_training_goes_on(config, tmp_path, caplog):
+    config.decode.max_new_tokens = 4000
+    metrics = stage.run(config, tmp_path)
+    assert "no val/accept_length: no held-out prompt is left" in caplog.text
+    assert "val/accept_length" not in metrics and "val/loss_head1" in metrics
+    config.train.val_prompts = 0
+    assert open_inputs(config, tmp_path).answers == []

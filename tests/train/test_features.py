@@ -1,0 +1,165 @@
+"""Hidden states that are made once: what is stored, and that training on them is the same."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import build_model
+
+from medusa_exp.config import Config
+from medusa_exp.data.features import Features, stored_positions
+from medusa_exp.data.labels import is_labelled
+from medusa_exp.errors import UserError
+from medusa_exp.model import Backbone, load_backbone, load_heads
+from medusa_exp.model.loading import load_ends
+from medusa_exp.train import inputs, stage
+from medusa_exp.train.inputs import open_inputs
+from medusa_exp.train.objective import own_choices
+
+
+def run(config: Config, out):
+    out.mkdir(exist_ok=True)
+    return stage.run(config, out)
+
+
+def no_body(config, **options):
+    raise AssertionError("the backbone's layers are not needed")
+
+
+@pytest.fixture
+def cached(config) -> Config:
+    config.train.features = "cache"
+    config.dtype.precision = "32-true"
+    return config
+
+
+def test_stored_are_the_positions_that_any_head_learns_from():
+    rng = np.random.default_rng(0)
+    for size in (1, 5, 60):
+        is_trained = rng.random(size) < 0.1
+        one_BT = torch.ones(1, size, dtype=torch.long)
+        trained_BT = torch.from_numpy(is_trained)[None]
+        anywhere = torch.zeros(size, dtype=torch.bool)
+        for head in range(min(17, size - 1)):
+            anywhere |= is_labelled(trained_BT, one_BT, head)[0]
+        assert stored_positions(is_trained).tolist() == anywhere.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_a_batch_has_the_states_and_choices_of_the_backbone(cached, tmp_path, batching):
+    cached.train.batching = batching
+    made = open_inputs(cached, tmp_path)
+    batches = made.batches(cached)
+    trainer = {"global_step": 0, "max_steps": 3, "global_rank": 0, "world_size": 1}
+    batches.trainer = SimpleNamespace(**trainer)
+    for batch in batches.train_dataloader():
+        with torch.inference_mode():
+            online_BTD = made.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
+            own_BT = own_choices(made.backbone, online_BTD, batch)
+        stored_BT = torch.zeros_like(batch.is_trained_BT)
+        for head in range(17):
+            stored_BT |= is_labelled(batch.is_trained_BT, batch.documents_BT, head)
+        torch.testing.assert_close(batch.hidden_BTD[stored_BT], online_BTD[stored_BT])
+        assert not batch.hidden_BTD[~stored_BT].any() and stored_BT.any()
+        assert torch.equal(batch.own_BT, own_BT)
+
+
+@pytest.mark.parametrize("loss", ["ce", "topk_kl"])
+def test_training_on_cached_states_is_the_same_and_loads_no_layer(
+    cached, tmp_path, loss, monkeypatch
+):
+    cached.train.loss = loss
+    run(cached, tmp_path / "first")
+    monkeypatch.setattr(inputs, "load_backbone", no_body)
+    second = run(cached, tmp_path / "second")
+    heads = {n: load_heads(tmp_path / n / "heads").state_dict() for n in ("first", "second")}
+    assert all(torch.equal(v, heads["second"][name]) for name, v in heads["first"].items())
+    monkeypatch.undo()
+    cached.train.features = "online"
+    online = run(cached, tmp_path / "online")
+    assert online == pytest.approx(second, rel=1e-3)
+    loaded = load_heads(tmp_path / "second" / "heads", load_backbone(cached))  # identities agree
+    assert loaded.num_heads == 2
+
+
+def test_half_precision_takes_half_the_room(cached, tmp_path):
+    exact = open_inputs(cached, tmp_path).features["train"]
+    cached.dtype.precision = "bf16-mixed"
+    half = open_inputs(cached, tmp_path).features["train"]
+    assert exact[0][0].dtype == torch.float32 and half[0][0].dtype == torch.bfloat16
+    torch.testing.assert_close(half[0][0].float(), exact[0][0], rtol=0.1, atol=0.1)
+    sizes = [(found.path / "hidden.npy").stat().st_size - 128 for found in (exact, half)]
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_other_heads_share_the_states_and_other_data_does_not(cached, tmp_path):
+    first = open_inputs(cached, tmp_path).features["train"].path
+    cached.head.num_heads, cached.train.decay = 5, 0.5
+    assert open_inputs(cached, tmp_path).features["train"].path == first
+    cached.dataset.max_length = 20
+    assert open_inputs(cached, tmp_path).features["train"].path != first
+
+
+def test_another_model_of_the_same_name_has_its_own(cached, tmp_path):
+    first = open_inputs(cached, tmp_path).features["train"].path
+    model = build_model("llama", seed=1)
+    model.resize_token_embeddings(260)
+    model.save_pretrained(tmp_path / "model")
+    assert open_inputs(cached, tmp_path).features["train"].path != first
+
+
+def test_changed_bytes_are_found_when_they_are_read(cached, tmp_path):
+    path = open_inputs(cached, tmp_path).features["train"].path
+    with (path / "hidden.npy").open("r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"?")
+    features = Features(path)
+    features[0]
+    with pytest.raises(UserError, match=r"hidden\.npy, document \d+ is not what was written"):
+        features[len(features._checks) - 1]
+    (path / "starts.npy").write_bytes((path / "checks.npy").read_bytes())
+    with pytest.raises(UserError, match=r"starts\.npy is not what was written there: delete"):
+        Features(path)
+
+
+def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):
+    def dies(*arguments):
+        (arguments[0] / "hidden.npy").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medusa_exp.train.features.write_features", dies)
+        with pytest.raises(KeyboardInterrupt):
+            open_inputs(cached, tmp_path)
+    assert not list((tmp_path / "cache" / "features").glob("*/hidden.npy"))
+    open_inputs(cached, tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_said_first(cached, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("medusa_exp.train.features.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(
+        UserError, match=r"hidden states take 0\.00 GB.* set train\.features=online"
+    ):
+        open_inputs(cached, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "gemma2", "phi"])
+def test_ends_are_those_of_the_whole_model(tmp_path, tokenizer, architecture):
+    model = build_model(architecture)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = Config(device="cpu")
+    config.model.path = str(tmp_path / "model")
+    config.model.attn_implementation = "eager"  # Gemma 2 has no other
+    whole = Backbone(model)
+    ends = load_ends(config, whole.identity(), whole.weights_identity())
+    assert torch.equal(ends.lm_head.weight, model.get_output_embeddings().weight)
+    assert ends.model.config.get_text_config().num_hidden_layers == 0
+    assert ends.identity() == whole.identity() and ends.max_length == whole.max_length
+    hidden_RD = torch.randn(3, whole.hidden_size)
+    assert torch.equal(ends.next_logits(hidden_RD), whole.next_logits(hidden_RD))
+    with pytest.raises(AssertionError, match="only the ends"):
+        ends.hidden_states(torch.ones(1, 2, dtype=torch.long))

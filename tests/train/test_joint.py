@@ -1,0 +1,145 @@
+"""Medusa-2: adapters on the backbone learn together with the heads."""
+
+import pytest
+import torch
+
+from medusa_exp.config import Config, LoraSettings
+from medusa_exp.config import HeadConfig as Head
+from medusa_exp.errors import UserError
+from medusa_exp.model import load_backbone, load_heads
+from medusa_exp.train import stage
+from medusa_exp.train.joint import JointModule
+from medusa_exp.train.module import MedusaModule
+
+
+@pytest.fixture
+def config(config, tmp_path) -> Config:
+    config.train.kind = "medusa2"
+    config.train.lora = LoraSettings(rank=4, dropout=0.1, learning_rate=5e-3)
+    config.decode.max_new_tokens = 8
+    config.dtype.precision = "32-true"
+    return config
+
+
+def run(config, out):
+    out.mkdir(exist_ok=True)
+    config.run_dir = str(out)
+    return stage.run(config, out)
+
+
+def adapted_heads(config, out):
+    config.run_dir = str(out)
+    backbone = load_backbone(config)
+    return backbone, load_heads(out / "heads", backbone)
+
+
+@pytest.mark.parametrize("output", ["merged", "adapter"])
+def test_later_stages_get_the_adapted_backbone_and_its_heads(config, tmp_path, output):
+    config.train.lora.output = output
+    metrics = run(config, tmp_path / "run")
+    before, after = (metrics[f"train/backbone_nats_{w}"] for w in ("before", "after"))
+    assert after < before and metrics["train/loss_backbone"] > 0
+    backbone, heads = adapted_heads(config, tmp_path / "run")
+    original = load_backbone(config, is_adapted=False)
+    assert backbone.is_adapted and not original.is_adapted
+    names = [name for name, _ in backbone.model.named_parameters()]
+    assert names == [name for name, _ in original.model.named_parameters()]
+    assert not torch.equal(
+        backbone.body.layers[0].mlp.up_proj.weight, original.body.layers[0].mlp.up_proj.weight
+    )
+    assert torch.equal(backbone.lm_head.weight, original.lm_head.weight)
+    with pytest.raises(UserError, match="whose identity is"):
+        load_heads(tmp_path / "run" / "heads", original)
+    assert heads.config.backbone.endswith("backbone")
+
+
+def test_merged_and_adapter_are_the_same_model(config, tmp_path):
+    found = []
+    for output in ("merged", "adapter"):
+        config.train.lora.output = output
+        run(config, tmp_path / output)
+        found.append(adapted_heads(config, tmp_path / output)[0])
+    ids_1T = torch.tensor([[5, 6, 7, 8]])
+    one, other = (backbone.model(ids_1T).logits for backbone in found)
+    torch.testing.assert_close(one, other)
+    assert found[0].identity() == found[1].identity()
+
+
+def test_the_heads_learn_alone_at_first(config, tmp_path, monkeypatch):
+    config.train.lora.heads_only_fraction, config.train.max_steps = 0.5, 6
+    moved = {}
+    end = JointModule.on_train_batch_end
+
+    def spy(module, *arguments):
+        end(module, *arguments)
+        ups = [p for n, p in module.adapted.named_parameters() if "lora_B" in n]
+        moved[module.global_step] = any(p.any() for p in ups)
+
+    monkeypatch.setattr(JointModule, "on_train_batch_end", spy)
+    run(config, tmp_path / "run")
+    assert moved == {1: False, 2: False, 3: False, 4: True, 5: True, 6: True}
+
+
+def test_self_distillation_stays_nearer_to_what_it_was(config, tmp_path):
+    distances = {}
+    ids_1T = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    for is_on in (False, True):
+        config.train.lora.self_distillation, config.train.max_steps = is_on, 20
+        config.train.coefficient = 0.01
+        run(config, tmp_path / str(is_on))
+        backbone, _ = adapted_heads(config, tmp_path / str(is_on))
+        original = load_backbone(config, is_adapted=False)
+        one, other = (b.model(ids_1T).logits.log_softmax(-1) for b in (backbone, original))
+        distances[is_on] = (one - other).abs().mean().item()
+    assert distances[True] < 0.7 * distances[False]
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_dropout_and_all_it_goes_on_as_if_nothing_had_been(
+    config, tmp_path, monkeypatch, gradient_checkpointing
+):
+    config.train.lora.gradient_checkpointing = gradient_checkpointing
+    run(config, tmp_path / "whole")
+    training_step = MedusaModule.training_step
+
+    def dies(module, batch, batch_idx):
+        if module.global_step == 7:
+            raise RuntimeError("power cut")
+        return training_step(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MedusaModule, "training_step", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(config, tmp_path / "cut")
+    run(config, tmp_path / "cut")
+    whole, cut = (adapted_heads(config, tmp_path / name) for name in ("whole", "cut"))
+    for mine, theirs in zip(whole[0].model.parameters(), cut[0].model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(whole[1].parameters(), cut[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    saved = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(name.startswith("heads.") or "lora_" in name for name in saved)
+
+
+def test_a_run_of_medusa_1_is_a_start(config, tmp_path):
+    config.train.kind = "medusa1"
+    first = run(config, tmp_path / "first")
+    config.train.kind, config.train.heads_from = "medusa2", str(tmp_path / "first")
+    config.train.max_steps, config.train.val_every = 1, 1
+    second = run(config, tmp_path / "second")
+    assert second["val/loss_head1"] < first["val/loss_head1"] + 0.5
+    config.head = Head(num_heads=3)
+    with pytest.raises(UserError, match=r"has num_heads=2, and this run head\.num_heads=3"):
+        run(config, tmp_path / "third")
+    config.train.heads_from = str(tmp_path)
+    with pytest.raises(UserError, match=r"heads_from=.* holds no heads"):
+        run(config, tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [(["lm_head"], "stays as it is"), (["nothing"], "nothing")]
+)
+def test_layers_that_cannot_be_adapted(config, tmp_path, layers, message):
+    config.train.lora.layers = layers
+    with pytest.raises(UserError, match=rf"train\.lora\.layers.*{message}"):
+        run(config, tmp_path / "run")

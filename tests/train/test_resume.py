@@ -1,0 +1,106 @@
+"""A training that is interrupted goes on as if nothing had been."""
+
+import json
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medusa_exp.config import Config
+from medusa_exp.errors import UserError
+from medusa_exp.model import load_heads
+from medusa_exp.train import stage
+from medusa_exp.train.checkpoints import random_state, restore_random_state
+
+KILLED = Path(__file__).with_name("killed.py")
+
+
+def history(out: Path) -> dict[int, float]:
+    """Return step -> training loss; a line written again after a resume counts last."""
+    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def run(config: Config, out: Path) -> dict[str, float]:
+    out.mkdir(exist_ok=True)
+    return stage.run(config, out)
+
+
+def test_resume_gives_the_same_loss_curve_and_the_same_heads(config, tmp_path, monkeypatch):
+    """The interrupted run dies at step 9; its newest checkpoint is of step 8."""
+    monkeypatch.setattr("medusa_exp.train.trainer.LOG_EVERY", 1)
+    run(config, tmp_path / "whole")
+    step = stage.MedusaModule.training_step
+
+    def dies(module, batch, batch_idx):
+        if module.global_step == 9:
+            raise RuntimeError("power cut")
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(stage.MedusaModule, "training_step", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "heads").exists()
+    monkeypatch.setattr(stage.MedusaModule, "training_step", step)
+    run(config, tmp_path / "cut")
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    whole, cut = (load_heads(tmp_path / n / "heads").state_dict() for n in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_never_resuming_starts_again(config, tmp_path):
+    run(config, tmp_path / "run")
+    config.train.resume = "never"
+    config.train.max_steps = 3
+    assert run(config, tmp_path / "run")["train/steps"] == 3
+
+
+@pytest.mark.parametrize("group", ["head", "train", "dataset"])
+def test_a_checkpoint_of_other_settings_is_not_resumed(config, tmp_path, group):
+    run(config, tmp_path / "run")
+    if group == "head":
+        config.head.num_heads = 3
+    elif group == "train":
+        config.train.learning_rate = 1e-4
+    else:
+        Path(config.dataset.path).write_text(Path(config.dataset.path).read_text() + " ")
+    with pytest.raises(UserError, match=r"last\.ckpt was made with another .* train.resume=never"):
+        run(config, tmp_path / "run")
+    config.train.resume = "never"
+    run(config, tmp_path / "run")
+
+
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(config, tmp_path):
+    config.train.max_steps, config.train.accumulate = 40, 2
+    config.train.val_every, config.train.checkpoint_every = 6, 3
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+
+    def train(name: str, *signals: str) -> list[int]:
+        command = [sys.executable, KILLED, tmp_path / "config", tmp_path / name, "0", *signals]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        if "SIGTERM" in signals:
+            assert "training was stopped by SIGTERM after step" in done.stderr
+        return json.loads(done.stdout)
+
+    assert train("whole") == [0]
+    resumed = train("killed", "SIGKILL", "SIGTERM", "SIGKILL", "SIGKILL")
+    assert resumed == sorted(resumed) and resumed[-1] > 6
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+    whole, cut = (load_heads(tmp_path / n / "heads").state_dict() for n in ("whole", "killed"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_random_numbers_of_every_library_are_kept(tmp_path):
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    torch.save(random_state(), tmp_path / "state")
+    expected = draws()
+    restore_random_state(torch.load(tmp_path / "state", weights_only=True))
+    assert draws() == expected
