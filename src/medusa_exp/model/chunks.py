@@ -77,7 +77,8 @@ class _AtOnce(torch.autograd.Function):
             if sums:
                 torch._foreach_add_(sums, gradients)
             else:
-                sums = [gradient.clone() for gradient in gradients]
+                sums = [gradient.contiguous() for gradient in gradients]
+        torch.clear_autocast_cache()  # else the next head finds this one's weights there too
         ctx.gradients = sums
         return torch.stack(losses).sum()
 
