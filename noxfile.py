@@ -30,6 +30,14 @@ SHIPPED = {
     "medusa_exp/kernels": "kernels",
 }
 """Folder in the wheel -> folder here."""
+CHECK_PREBUILT = """
+from medusa_exp.decode.kernel_source import MODULES, find_prebuilt
+for module in MODULES:
+    for capability in (80, 86, 90):
+        assert find_prebuilt(*module, capability).read_bytes(), (module, capability)
+    assert find_prebuilt(*module, 100) is None
+print(len(MODULES), "modules, compiled ahead of time")
+"""
 
 
 def group(name: str) -> tuple[str, ...]:
@@ -50,9 +58,47 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests, and their coverage where all of them run."""
-    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"), *group("kernels"))
     coverage = [] if session.posargs else ["--cov", "--cov-fail-under=85"]
     session.run("pytest", *coverage, *session.posargs)
+
+
+@nox.session(default=False)
+def kernels(session: nox.Session) -> None:
+    """Run the tests of the CUDA kernels alone; they need g++, and no GPU."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"), *group("kernels"))
+    session.run("pytest", "tests/kernels", "tests/decode/test_verifier.py", *session.posargs)
+
+
+@nox.session(default=False)
+def mutations(session: nox.Session) -> None:
+    """Remove every barrier of the kernels in turn: the tests must notice. Some ten minutes."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    session.run("pytest", "tests/kernels/all_barriers.py", *session.posargs)
+
+
+@nox.session(default=False)
+@nox.parametrize("sanitizer", ["address", "undefined"])
+def sanitizers(session: nox.Session, sanitizer: str) -> None:
+    """Run the kernels on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    library = {"address": "libasan.so", "undefined": "libubsan.so"}[sanitizer]
+    found = session.run("g++", f"-print-file-name={library}", external=True, silent=True)
+    flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=all"
+    session.run(
+        "pytest",
+        "tests/kernels/test_verification.py",
+        "tests/kernels/test_step.py",
+        "-p",
+        "no:faulthandler",
+        *session.posargs,
+        env={
+            "KERNEL_TEST_FLAGS": flags,
+            "LD_PRELOAD": str(found).strip(),
+            # Python's own memory is not ours to judge; fibers move between stacks.
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        },
+    )
 
 
 @nox.session(default=False)
@@ -91,6 +137,24 @@ def wheel(session: nox.Session) -> None:
     check_runs(session, away, 1)
     session.run("python", "-m", "medusa_exp", "-m", "+experiment=smoke", "head.num_heads=1,2")
     check_runs(session, away, 3)
+
+
+@nox.session(default=False)
+def wheel_cuda(session: nox.Session) -> None:
+    """Build the wheel with kernels compiled ahead of time, by nvcc, and see that they are found."""
+    if shutil.which("nvcc") is None:
+        session.skip("there is no nvcc")
+    away = Path(session.create_tmp()).resolve()
+    shutil.rmtree(away)
+    away.mkdir()
+    session.install(*CONSTRAINTS, "build")
+    archs = {"MEDUSA_EXP_CUDA_ARCHS": "80;90"}
+    session.run("python", "-m", "build", "--outdir", str(away / "dist"), env=archs)
+    [built] = (away / "dist").glob("*.whl")
+    session.run("pip", "uninstall", "-q", "-y", "medusa-exp")
+    session.install(*CONSTRAINTS, str(built))
+    session.chdir(away)
+    session.run("python", "-c", CHECK_PREBUILT)
 
 
 @nox.session(default=False)

@@ -85,7 +85,7 @@ def show(rows: list[Row], machine: dict[str, Any]) -> None:
             row.bar,
             "[green]yes" if row.is_cleared else "[red]no",
         )
-    console = Console(width=max(Console().width, 110))
+    console = Console(width=max(Console().width, 132))
     console.print(table)
     for row in rows:
         said = ", ".join(f"{name} {_plain(value)}" for name, value in row.details.items())

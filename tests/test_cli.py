@@ -50,7 +50,7 @@ def test_help_is_quick_and_light(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
-    assert "experiment: medusa1, quickstart, smoke" in result.stdout
+    assert "experiment: medusa1, quickstart, self_distill, smoke" in result.stdout
     assert result.stdout.endswith("False False\n")
 
 

@@ -26,6 +26,8 @@ ARCHITECTURES = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "phi": {},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 12},
+    "olmo2": {"num_key_value_heads": 2},
+    "phi3": {"num_key_value_heads": 2, "sliding_window": 12},
 }
 
 

@@ -19,6 +19,13 @@ A = example([5, 6], [False, True])
 B = example([7, 8, 9], [True, True, False])
 
 
+def test_padding_keeps_to_the_positions_there_are():
+    long = example(range(90), [True] * 90)
+    assert collate([[long]]).input_ids_BT.shape == (1, 128)
+    assert collate([[long]], row_tokens=100).input_ids_BT.shape == (1, 100)
+    assert collate([[long]], row_tokens=50).input_ids_BT.shape == (1, 90)
+
+
 def test_a_document_a_row():
     batch = collate([[A], [B]])
     assert batch.input_ids_BT.shape == batch.is_trained_BT.shape == (2, 64)

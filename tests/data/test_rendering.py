@@ -1,8 +1,10 @@
 import pytest
+from tokenizers import AddedToken, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from medusa_exp.data import Conversation, DataError, Message, render
-from medusa_exp.data.rendering import Renderer, check_chat_template
-from medusa_exp.data.template import ChatTemplate
+from medusa_exp.data.rendering import Renderer
+from medusa_exp.data.template import ChatTemplate, check_chat_template
 
 
 def chat(*turns):
@@ -83,7 +85,7 @@ def test_a_template_that_leaves_out_a_first_greeting(tokenizer, caplog):
     )
     (row,) = render(chat(("a", "welcome"), ("u", "q"), ("a", "x")), tokenizer)
     assert trained(row, tokenizer) == "x<|end|>"
-    assert "leaves out assistant turns" in caplog.text
+    assert "leaves out some assistant turns" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -178,8 +180,10 @@ def test_a_long_conversation_of_single_rows_stops_at_the_limit(tokenizer):
     )
     long = chat(*[("u", "question"), ("a", "answer")] * 50)
     [rows] = Renderer(tokenizer, max_length=100).render_many([long])
-    assert [any(row.is_trained) for row in rows] == [True] * 5 + [False]
+    assert [any(row.is_trained) for row in rows] == [True] * 5 + [False] * 45
     assert max(len(row.input_ids) for row in rows) == 100
+    assert not any(row.input_ids for row in rows[6:])
+    assert rows[5].num_cut_off > 0
 
 
 def test_generation_tags_widen_what_is_trained(tokenizer):
@@ -238,3 +242,20 @@ def test_without_a_chat_template(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="tokenizer in DIR has no chat template"):
         check_chat_template(tokenizer, "DIR")
+
+
+def test_a_mark_that_takes_blanks_and_is_written_otherwise(tokenizer):
+    """Found after normalising, its own words do not stand in the text."""
+    core = tokenizer.backend_tokenizer
+    core.normalizer = normalizers.Lowercase()
+    core.add_tokens([AddedToken("<|fin|>", rstrip=True, normalized=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]<|FIN|>  {% endfor %}"
+    (row,) = render(chat(("u", "q"), ("a", "x")), tokenizer)
+    assert row.is_trained == [False] * 5 + [True] * 3  # x, ], and the mark
+
+
+def test_rendering_without_a_template_says_so(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="has no chat template"):
+        render(chat(("u", "q"), ("a", "x")), tokenizer)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from medusa_exp.decode import verify
 from medusa_exp.decode.distribution import probabilities
+from medusa_exp.decode.verification_host import verify_on_host
 
 RULES = ("greedy", "sampling", "typical")
 VOCAB = 4
@@ -80,9 +81,10 @@ def trees(draw):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("verifier", [verify, verify_on_host])
 @settings(max_examples=200)
 @given(rows=st.lists(trees(), min_size=1, max_size=3))
-def test_equals_a_walk_in_plain_python(rule, rows):
+def test_equals_a_walk_in_plain_python(verifier, rule, rows):
     size = max(len(parents) for parents, *_ in rows)
 
     def padded(values, filler):
@@ -90,7 +92,7 @@ def test_equals_a_walk_in_plain_python(rule, rows):
 
     parents, tokens, logits, uniforms = zip(*rows, strict=True)
     logits_BNV = torch.tensor(padded(logits, [0.0] * VOCAB), dtype=torch.float64)
-    verdict = verify(
+    verdict = verifier(
         logits_BNV,
         torch.tensor(padded(tokens, 0)),
         torch.tensor(padded(parents, -1)),
@@ -103,6 +105,7 @@ def test_equals_a_walk_in_plain_python(rule, rows):
         assert [n for n in verdict.path_BL[b].tolist() if n >= 0] == path
         assert verdict.num_accepted_B[b] == len(path) - 1
         assert verdict.next_token_B[b] == next_token
+    assert verdict.path_BL.shape == (len(rows), size)
 
 
 def random_tree(rng, size, vocab):

@@ -4,125 +4,21 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from report_pages import (
+    FILES,
+    METRICS,
+    RECORDS,
+    SAMPLES,
+    Page,
+    page_of,
+    write_run,
+)
 
 from medusa_exp.errors import UserError
 from medusa_exp.tracking.charts import tree_layout
 from medusa_exp.tracking.report import write_report
-
-METRICS = {
-    "train/loss": 1.2,
-    "val/top1_head1": 0.713,
-    "val/top5_head1": 0.902,
-    "val/loss_head1": 1.417,
-    "eval/speedup": 1.62,
-    "eval/tokens_per_step": 2.14,
-    "eval/tokens_per_second": 842.0,
-    "eval/identical_fraction": 1.0,
-    "eval/baseline_vs_hf": 1.31,
-    "eval/prompt_lookup_speedup": 1.19,
-    "eval/category/math/speedup": 1.87,
-    "eval/category/math/tokens_per_step": 2.55,
-}
-RUN = {
-    "name": "quickstart",
-    "command": ["python", "-m", "medusa_exp", "+experiment=quickstart"],
-    "created": "2026-03-02T10:12:44+00:00",
-    "git": {"commit": "8f3c1d0", "dirty": True},
-    "versions": {"torch": "2.13.0"},
-    "data": {"train.jsonl": "a3" * 32},
-    "stages": {
-        "train": {"status": "done", "seconds": 61.2},
-        "evaluate": {"status": "failed", "seconds": 3.0, "error": "ValueError: no"},
-        "report": {"status": "running"},
-    },
-}
-TREE = {"parents": [-1, 0, 0, 1], "ranks": [-1, 0, 1, 0]}
-CALIBRATION = {
-    "num_positions": 1800,
-    "rank_share": [[0.7, 0.1], [0.5, 0.1]],
-    "curve": [
-        {"num_nodes": n, "tokens_per_step": t, "step_seconds": 0.002, "tokens_per_second": 500 * t}
-        for n, t in ((1, 1.0), (4, 2.0))
-    ],
-    "num_nodes": 4,
-    "node_probability": [1.0, 0.7, 0.1, 0.4],
-    "plain_step_seconds": 0.0018,
-}
-HISTORY = [
-    {"stage": "train", "step": 20, "train/loss": 9.125},
-    {"stage": "train", "step": 20, "train/loss": 3.25, "val/top1_head1": 0.5},
-    {"stage": "train", "step": 40, "train/loss": float("nan")},
-]
-SAMPLES = [
-    {
-        "prompt_id": "p0",
-        "category": "math",
-        "prompt": "</script><b>bold",
-        "steps": [["She", " bought"], ["3"], [" <i>", " of", "<|im_end|>"]],
-    }
-]
-RECORD = {"category": "math", "accept_lengths": [3, 1, 2], "seconds": 1.0, "baseline_seconds": 1.6}
-KINDS = (("tree", 1, True), ("tree", 4, True), ("plain", 1, None))
-RECORDS = [
-    {**RECORD, "prompt_id": f"p{i}", "method": method, "batch_size": size, "identical": identical}
-    for i in range(5)
-    for method, size, identical in KINDS
-]
-FILES = {
-    "metrics.json": METRICS,
-    "run.json": RUN,
-    "tree.json": TREE,
-    "calibration.json": CALIBRATION,
-    "history.jsonl": HISTORY,
-    "records.jsonl": RECORDS,
-    "samples.jsonl": SAMPLES,
-}
-
-
-class Page(HTMLParser):
-    """What a browser would load, draw and show."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.specs: list[dict] = []
-        self.words: list[str] = []
-        self.tags: list[str] = []
-        self.titles: list[str] = []
-        self._inside: dict[str, str | None] = {}
-        self.feed(html)
-        self.text = re.sub(r"\s+", " ", "".join(self.words))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self._inside = {"tag": tag, **found}
-        self.tags.append(tag)
-        self.addresses += [found[name] or "" for name in ("src", "href") if name in found]
-        self.titles += [" ".join((found["title"] or "").split())] if "title" in found else []
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = {}
-
-    def handle_data(self, data: str) -> None:
-        if self._inside.get("type") == "application/json":
-            self.specs.append(json.loads(data))
-        elif self._inside.get("tag") not in ("script", "style"):
-            self.words.append(data)
-
-
-def write_run(out: Path, **changed: object) -> Path:
-    for name, content in {**FILES, **{k.replace("__", "."): v for k, v in changed.items()}}.items():
-        lines = content if name.endswith(".jsonl") else [content]
-        (out / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return out
-
-
-def page_of(out: Path) -> Page:
-    return Page(write_report(out).read_text(encoding="utf-8"))
 
 
 def test_full_run_shows_its_figures(tmp_path):
@@ -248,3 +144,31 @@ def test_importing_is_light():
         "assert not {'altair', 'jinja2', 'vl_convert', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_methods_batches_and_depths_have_tables(tmp_path):
+    metrics = {
+        **METRICS,
+        "eval/tree/b4/speedup": 1.43,
+        "eval/tree/b4/tokens_per_step": 2.11,
+        "eval/tree/b4/identical_fraction": 0.5,
+        "eval/accepted_depth1": 0.617,
+        "eval/outside_backbone_fraction": 0.123,
+    }
+    page = page_of(write_run(tmp_path, metrics__json=metrics))
+    for figure in ("1.43\u00d7", "2.11", "50.0", "61.7", "12.3"):
+        assert figure in page.text
+    assert "Up to 8 some tree does." in page.text
+
+
+def test_near_ties_are_not_called_other_texts(tmp_path):
+    metrics = {**METRICS, "eval/identical_fraction": 0.8, "eval/near_tie_fraction": 1.0}
+    page = page_of(write_run(tmp_path, metrics__json=metrics))
+    assert "the two tokens nearly tie" in page.text
+    assert "compares different texts" not in page.text
+
+
+def test_lossy_is_called_lossy(tmp_path):
+    page = page_of(write_run(tmp_path, metrics__json={**METRICS, "eval/is_lossless": 0.0}))
+    assert "LOSSY" in page.text
+    assert "LOSSY" not in page_of(write_run(tmp_path)).text

@@ -73,7 +73,7 @@ def test_a_turn_without_room_is_not_asked(backbone):
 @pytest.fixture
 def exact(config, tmp_path):
     config.dtype.precision = "32-true"
-    config.regenerate = RegenerateConfig(num_documents=20, batch_size=4, max_new_tokens=16)
+    config.regenerate = RegenerateConfig(20, num_val_documents=4, batch_size=4, max_new_tokens=16)
     (tmp_path / "run").mkdir()
     return config
 
@@ -89,9 +89,9 @@ def test_the_stage_counts_what_it_wrote(exact, tmp_path):
     documents = documents_of(exact, tmp_path / "run")
     trained = sum(sum(document["is_trained"]) for document in documents)
     assert metrics["regenerate/tokens"] == trained > 0
-    assert metrics["regenerate/documents"] == len(documents) == 20
+    assert metrics["regenerate/documents"] == len(documents) == 24
     assert not any(document["is_trained"][0] for document in documents)
-    assert len({document["conversation_id"] for document in documents}) == 20
+    assert len({document["conversation_id"] for document in documents}) == 24
 
 
 def test_a_killed_stage_goes_on_without_a_gap_or_a_copy(exact, tmp_path, monkeypatch):

@@ -31,6 +31,8 @@ class RegenerateConfig:
 
     num_documents: int | None = None
     """Training documents, drawn by the seed, whose prompts are answered; all by default."""
+    num_val_documents: int = 64
+    """Documents of the validation split that are answered too, to validate heads on."""
     batch_size: int = 64
     """Documents that are answered together."""
     max_new_tokens: int = 256
@@ -40,7 +42,7 @@ class RegenerateConfig:
     sooner where batches are small."""
 
     def __post_init__(self) -> None:
-        for key in ("num_documents", "batch_size", "max_new_tokens"):
+        for key in ("num_documents", "num_val_documents", "batch_size", "max_new_tokens"):
             if (value := getattr(self, key)) is not None:
                 at_least(f"regenerate.{key}", value, 1)
 
@@ -97,6 +99,11 @@ class DecodeConfig:
     """Of typical: a guess of a probability above this is always accepted."""
     alpha: float = 0.3
     """Of typical: and so is one above this times exp(-entropy)."""
+    cuda_graph: bool = True
+    """On a GPU, capture a step (propose, backbone, verify, commit) as one CUDA graph and replay it;
+    plain decoding too. false runs it op by op, in tensors that grow."""
+    verifier: str = "auto"
+    """torch, cupy (the CUDA kernels), or auto (the kernels wherever they can be used)."""
     max_new_tokens: int = 128
     stop_ids: list[int] = field(default_factory=list)
     """Token ids that end an answer, besides the model's own."""
@@ -105,6 +112,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         one_of("decode.rule", self.rule, ("greedy", "sampling", "typical"))
+        one_of("decode.verifier", self.verifier, ("auto", "torch", "cupy"))
         if self.rule != "greedy":
             at_least("decode.temperature", self.temperature, 1e-3)
         if self.top_k is not None:

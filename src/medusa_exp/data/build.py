@@ -38,6 +38,8 @@ UNTRAINED = "no assistant token left"
 CUT = "cut to the length limit"
 LOST_ROWS = "assistant turns beyond the length limit"
 """Of kept records in which every assistant turn is a row."""
+LOST_TOKENS = "trained tokens beyond the length limit"
+"""Of rows that are kept."""
 
 Sourced = tuple[str, Conversation]
 """A conversation and the name of its source."""
@@ -115,9 +117,8 @@ def _documents(renderer: Renderer, strict: bool, chunk: list[Sourced]) -> Result
         usable = [row for row in rows if any(row.is_trained)]
         tally.counts[source, KEPT if usable else UNTRAINED] += 1
         if usable:
-            replies = sum(message.role == "assistant" for message in conversation.messages)
-            lost = replies - len(usable) if len(rows) > 1 else 0
-            tally.counts[source, LOST_ROWS] += lost
+            tally.counts[source, LOST_ROWS] += len(rows) - len(usable)
+            tally.counts[source, LOST_TOKENS] += sum(row.num_cut_off for row in usable)
         else:
             tally.examples.setdefault(UNTRAINED, f"conversation {conversation.id}")
         tally.counts[source, CUT] += sum(row.is_cut for row in usable)
@@ -170,8 +171,9 @@ def _in_order(work: Work, chunks: Iterator[list[Sourced]], num_workers: int) -> 
                 yield running.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that tokenised conversations was killed, perhaps for want of memory: lower "
-            "dataset.num_workers."
+            "a process that tokenised conversations ended early: killed (for want of memory? "
+            "lower dataset.num_workers) or could not start (a script needs `if __name__ == "
+            "'__main__':`; dataset.num_workers=1 needs no processes)."
         ) from error
 
 

@@ -20,6 +20,8 @@ from medusa_exp.data.template import Chat, ChatTemplate, Span, to_chat
 
 _PROBE = "Zq7replyprobe7qZ"
 """Stands in for a message: no blanks to strip, no mark-up to take apart."""
+_LOOKED_AT = 32
+"""Conversations whose replies are compared with the generation prompt: most are treated alike."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def _turns(chat: Chat, whole: str, template: ChatTemplate) -> list[_Turn]:
             kept = None if whole.startswith(before) else before
             turns.append(_Turn(i, message["content"], kept, len(before), after))
         else:
-            template.note(f"the chat template leaves out assistant turns, as number {i}")
+            template.note("the chat template leaves out some assistant turns")
     if not turns:
         raise DataError("the chat template shows no assistant turn.")
     return turns
@@ -212,16 +214,25 @@ def _look_for_differences(
 ) -> None:
     """Note where training differs from serving: in what stands before a reply, in what is said."""
     turn = turns[0]
-    if turn.index and template.is_new_prompt():
+    if turn.index and template.looked_at["prompt"] < _LOOKED_AT:
         prompt = _prompt(chat, turn, template)
+        template.looked_at["prompt"] += 1
         if not (whole if turn.before is None else turn.before).startswith(prompt):
             template.note(
-                "replies do not follow the generation prompt that the chat template is served with "
-                f"(it ends in {prompt[-20:]!r})"
+                "replies do not follow the generation prompt that the chat template is served with"
+                + _ending(prompt, chat[turn.index - 1]["content"])
             )
     for role in ("system", "tool"):
         place = next((i for i, message in enumerate(chat) if message["role"] == role), None)
-        if place is not None and template.is_new_role(role):
+        if place is not None and not template.looked_at[role]:
             probed = [*chat[:place], {"role": role, "content": _PROBE}, *chat[place + 1 :]]
-            if _PROBE not in template.render([probed])[0]:
+            [text] = template.render([probed])
+            template.looked_at[role] += 1
+            if _PROBE not in text:
                 template.note(f"the chat template leaves out what the {role} says")
+
+
+def _ending(prompt: str, newest: str) -> str:
+    """Quote what the template writes behind the newest message: no words of the conversation."""
+    _, found, ending = prompt.rpartition(newest)
+    return f" (it ends in {ending!r})" if newest and found else ""

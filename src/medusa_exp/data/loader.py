@@ -47,10 +47,18 @@ class Batch:
         return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
 
 
-def collate(rows: Sequence[Sequence[Example]], numbers: Sequence[Row] = ()) -> Batch:
-    """Put documents one after the other into rows, and fill up to the next multiple of 64."""
+def collate(
+    rows: Sequence[Sequence[Example]],
+    row_tokens: int | None = None,
+    numbers: Sequence[Row] = (),
+) -> Batch:
+    """Put documents one after the other into rows, and fill up to the next multiple of 64.
+
+    But not beyond `row_tokens`, unless a document is longer: a model may have no more positions.
+    """
     longest = max(sum(len(example.input_ids) for example in row) for row in rows)
-    shape = (len(rows), padded_length(longest))
+    width = padded_length(longest)
+    shape = (len(rows), width if row_tokens is None else min(width, max(longest, row_tokens)))
     ids_BT, is_trained_BT = np.zeros(shape, np.int64), np.zeros(shape, bool)
     documents_BT, positions_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for b, row in enumerate(rows):
@@ -75,12 +83,16 @@ def collate(rows: Sequence[Sequence[Example]], numbers: Sequence[Row] = ()) -> B
 class _BatchesByNumbers(Dataset[Batch]):
     """Batches by the numbers of their documents, as a `BatchSampler` names them."""
 
-    def __init__(self, examples: Sequence[Example], features: Features | None) -> None:
+    def __init__(
+        self, examples: Sequence[Example], features: Features | None, row_tokens: int
+    ) -> None:
         self.examples = examples
         self.features = features
+        self.row_tokens = row_tokens
 
     def __getitem__(self, rows: list[Row]) -> Batch:
-        batch = collate([[self.examples[number] for number in row] for row in rows], rows)
+        documents = [[self.examples[number] for number in row] for row in rows]
+        batch = collate(documents, self.row_tokens, rows)
         if self.features is not None:
             batch.hidden_BTD, batch.own_BT = self.features.rows(
                 rows, batch.documents_BT, batch.is_trained_BT, batch.input_ids_BT
@@ -128,6 +140,7 @@ class Batches(L.LightningDataModule):
         self.features = features
         # A row need not be longer than a batch, unless a document is.
         row = max(min(row_tokens, batch_tokens), int(train.lengths.max(initial=1)))
+        self.row_tokens = row_tokens
         self._train_epoch = epoch_planner(
             batching,
             train.lengths,
@@ -156,18 +169,15 @@ class Batches(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        return Grouped(
-            _loader(self.train, self.features.get("train"), sampler),
-            self.accumulate,
-            self.num_heads,
-        )
+        loader = _loader(self.train, self.features.get("train"), sampler, self.row_tokens)
+        return Grouped(loader, self.accumulate, self.num_heads)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """The same batches at every validation, on every process."""
         if self.val is None or self._val_epoch is None:
             return []
         sampler = BatchSampler(self._val_epoch, min(self.val_batches, len(self._val_epoch(0))))
-        return _loader(self.val, self.features.get("val"), sampler)
+        return _loader(self.val, self.features.get("val"), sampler, self.row_tokens)
 
 
 class Grouped:
@@ -197,11 +207,14 @@ class Grouped:
 
 
 def _loader(
-    examples: Sequence[Example], features: Features | None, sampler: BatchSampler
+    examples: Sequence[Example],
+    features: Features | None,
+    sampler: BatchSampler,
+    row_tokens: int,
 ) -> DataLoader[Batch]:
     """Build a loader in this process: filling tensors is far cheaper than the step they feed."""
     return DataLoader(
-        _BatchesByNumbers(examples, features),
+        _BatchesByNumbers(examples, features, row_tokens),
         sampler=sampler,
         batch_size=None,
         generator=torch.Generator(),  # else each walk draws one of everybody's random numbers

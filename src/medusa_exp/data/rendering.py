@@ -33,6 +33,8 @@ class Rendered:
     """Per token: is it the assistant's own output?"""
     is_cut: bool = False
     """Was it longer than a limit?"""
+    num_cut_off: int = 0
+    """Trained tokens that the cut has cost."""
 
 
 def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
@@ -75,7 +77,7 @@ class Renderer:
         """Return each conversation's rows, or why it has none.
 
         Rows are as `render` gives them, but cut, so that one may be without a trained token. Where
-        each turn is a row, those after the first such one are left out.
+        each turn is a row, those after the first such one are empty: they begin as it does.
         """
         results: list[list[Layout] | DataError] = []
         for conversation in conversations:
@@ -92,13 +94,15 @@ class Renderer:
         ]
 
     def _one_by_one(self, layouts: list[Layout]) -> list[Rendered]:
-        rows = []
+        rows: list[Rendered] = []
+        is_beyond = False
         for layout in layouts:
-            [row] = self._tokenise([layout])
-            rows.append(row)
-            is_cut_off = self.max_length is not None and not any(row.is_trained)
-            if is_cut_off and self.tokenizer.truncation_side == "right":
-                break  # later rows begin with this one
+            if is_beyond:  # without the work: a long conversation has its text again in every row
+                rows.append(Rendered(layout.text, [], [], is_cut=True))
+                continue
+            rows += self._tokenise([layout])
+            is_cut_off = self.max_length is not None and not any(rows[-1].is_trained)
+            is_beyond = is_cut_off and self.tokenizer.truncation_side == "right"
         return rows
 
     def _tokenise(self, layouts: list[Layout]) -> list[Rendered]:
@@ -137,11 +141,16 @@ class Renderer:
     def _own_ends(self, text: str, ids: list[int], encoding: Encoding) -> list[int]:
         """Return where each token ends, without the blanks that some take along."""
         return [
-            text.index(self._swallowing[i], start) + len(self._swallowing[i])
-            if i in self._swallowing
-            else end
+            self._own_end(text, i, start, end) if i in self._swallowing else end
             for i, (start, end) in zip(ids, encoding.offsets, strict=True)
         ]
+
+    def _own_end(self, text: str, token: int, start: int, end: int) -> int:
+        content = self._swallowing[token]
+        found = text.find(content, start, end)
+        if found >= 0:
+            return found + len(content)
+        return start + len(text[start:end].rstrip())  # normalised, it reads otherwise in the text
 
     def _cut(self, row: Rendered) -> Rendered:
         limit = self.max_length
@@ -149,10 +158,12 @@ class Renderer:
             return row
         ids, mask = row.input_ids, row.is_trained
         if self.tokenizer.truncation_side == "right":
-            return Rendered(row.text, ids[:limit], mask[:limit], is_cut=True)
-        keep = int(ids[0] == self.tokenizer.bos_token_id)
-        tail = keep - limit
-        return Rendered(row.text, ids[:keep] + ids[tail:], mask[:keep] + mask[tail:], is_cut=True)
+            kept_ids, kept_mask = ids[:limit], mask[:limit]
+        else:
+            keep = int(ids[0] == self.tokenizer.bos_token_id)
+            tail = len(ids) - (limit - keep)
+            kept_ids, kept_mask = ids[:keep] + ids[tail:], mask[:keep] + mask[tail:]
+        return Rendered(row.text, kept_ids, kept_mask, True, sum(mask) - sum(kept_mask))
 
 
 def _by_ends(layout: Layout, ends: list[int]) -> list[bool]:
@@ -160,15 +171,3 @@ def _by_ends(layout: Layout, ends: list[int]) -> list[bool]:
     starts, stops = np.array(layout.spans).T
     last_begun_T = np.searchsorted(starts, ends_T, side="left") - 1
     return ((last_begun_T >= 0) & (ends_T <= stops[last_begun_T])).tolist()
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
-    """Raise a DataError that says what is missing, for tokenizers that cannot render chats."""
-    if not tokenizer.is_fast:
-        raise DataError(f"the tokenizer in {place} has no character offsets (tokenizer.json).")
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"the tokenizer in {place} has no chat template. Put a chat_template.jinja there "
-            "(the form that the model was trained with), or set tokenizer.path to a tokenizer "
-            "that has one."
-        )

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 from typing import Any
@@ -15,8 +16,6 @@ from medusa_exp.data.conversations import DataError, Message
 log = logging.getLogger(__name__)
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_LOOKED_AT = 32
-"""Conversations whose replies are compared with the generation prompt."""
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Span = tuple[int, int]
@@ -38,6 +37,12 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Prepare a tokenizer's template.
+
+        Raises:
+            DataError: as `check_chat_template`.
+        """
+        check_chat_template(tokenizer, tokenizer.name_or_path or "memory")
         self.source = tokenizer.get_chat_template()
         self.is_tagged = bool(_GENERATION_TAG.search(self.source))
         """Does it mark what the assistant says with {% generation %}?"""
@@ -49,8 +54,8 @@ class ChatTemplate:
         """Matches any special token."""
         self.notes: set[str] = set()
         """What was met that users should know about this template."""
-        self._roles: set[str] = set()
-        self._num_prompts = 0
+        self.looked_at: Counter[str] = Counter()
+        """How often `layout` has looked for a difference, by what it looked at."""
         if "strftime_now" in self.source:
             self.note("the chat template writes the date of the rendering into every text")
 
@@ -82,17 +87,6 @@ class ChatTemplate:
     def has_words(self, text: str) -> bool:
         """Is there more in a text than blanks and special tokens?"""
         return bool(self.mark.sub("", text).strip())
-
-    def is_new_role(self, role: str) -> bool:
-        """Is it the first time that this is asked of a role?"""
-        is_new = role not in self._roles
-        self._roles.add(role)
-        return is_new
-
-    def is_new_prompt(self) -> bool:
-        """Is it one of the first times that this is asked? A template treats most chats alike."""
-        self._num_prompts += 1
-        return self._num_prompts <= _LOOKED_AT
 
     def note(self, what: str) -> None:
         """Log what users should know about this template, the first time it is met."""
@@ -142,3 +136,22 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         tokenizer.truncation_side,
     ]
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """Look whether a tokenizer can render chats.
+
+    Raises:
+        DataError: it cannot; says what is missing, and what to do.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"the tokenizer in {place} has no character offsets: use a "
+            "fast one, which has a tokenizer.json."
+        )
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"the tokenizer in {place} has no chat template. Put a chat_template.jinja there "
+            "(the form that the model was trained with), or set tokenizer.path to a tokenizer "
+            "that has one."
+        )

@@ -18,11 +18,12 @@ import pyarrow as pa
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config
+from medusa_exp.config import Config, DatasetConfig
 from medusa_exp.data.build import (
     CUT,
     KEPT,
     LOST_ROWS,
+    LOST_TOKENS,
     REFUSED,
     UNTRAINED,
     Tally,
@@ -65,21 +66,13 @@ class Tokenised:
         Raises:
             DataError: there is none.
         """
-        dataset = self.config.dataset
-        ids = self.table["conversation_id"].to_pylist()
-        rows = np.flatnonzero([split_of(i, dataset) == name for i in ids])
-        if not len(rows):
+        if not len(rows := self.rows(name)):
             raise empty_split(name, self.summary["sources"])
-        return self.weighted(self.table, rows) if name == "train" else Examples(self.table, rows)
+        return select(self.table, rows, self.config.dataset, name)
 
-    def weighted(self, table: pa.Table, rows: np.ndarray | None = None) -> Examples:
-        """Return documents of a table with the weights of their sources."""
-        sources = self.config.dataset.sources
-        if not sources:
-            return Examples(table, rows)
-        names = table["source"] if rows is None else table["source"].take(pa.array(rows))
-        weights = [sources[name].weight for name in names.to_pylist()]
-        return Examples(table, rows, np.array(weights))
+    def rows(self, name: str) -> np.ndarray:
+        """Return the numbers of the documents of train, val or test."""
+        return rows_of_split(self.table, self.config.dataset, name)
 
     def log(self) -> None:
         """Say what was kept, what was not, and why."""
@@ -97,12 +90,27 @@ class Tokenised:
                 log.warning("data: %s: dropped: %s: %d", name, reason, count)
             if outcomes[CUT]:
                 log.warning("data: %s: cut to %d tokens: %d", name, self.max_length, outcomes[CUT])
-            if outcomes[LOST_ROWS]:
-                log.warning("data: %s: %s: %d", name, LOST_ROWS, outcomes[LOST_ROWS])
+            for what in (LOST_ROWS, LOST_TOKENS):
+                if outcomes[what]:
+                    log.warning("data: %s: %s: %d", name, what, outcomes[what])
         for outcome, example in self.summary["examples"].items():
             log.warning("data: for example, %s: %s", outcome, example)
         for note in [] if self.is_new else self.summary["notes"]:  # building has logged them
             log.warning("data: %s", note)
+
+
+def rows_of_split(table: pa.Table, dataset: DatasetConfig, name: str) -> np.ndarray:
+    """Return the numbers of a table's documents that belong to train, val or test."""
+    ids = table["conversation_id"].to_pylist()
+    return np.flatnonzero([split_of(i, dataset) == name for i in ids])
+
+
+def select(table: pa.Table, rows: np.ndarray, dataset: DatasetConfig, split: str) -> Examples:
+    """Return documents of a table; those of train with the weights of their sources."""
+    if split != "train" or not dataset.sources:
+        return Examples(table, rows)
+    names = table["source"].take(pa.array(rows)).to_pylist()
+    return Examples(table, rows, np.array([dataset.sources[name].weight for name in names]))
 
 
 def load_tokenised(
@@ -126,7 +134,8 @@ def load_tokenised(
                     _publish(path, key, sources, config, tokenizer, max_length)
     except OSError as error:
         raise UserError(
-            f"cache_dir={config.cache_dir} cannot be written: {error.strerror or error}."
+            f"the tokenised data could not be written under cache_dir={config.cache_dir}: "
+            f"{error.strerror or error}."
         ) from error
     summary = read_json(path / _SUMMARY)
     return Tokenised(config, open_documents(path / _DOCUMENTS), summary, max_length, is_new)
@@ -176,7 +185,7 @@ def _build(
 ) -> dict[str, Any]:
     """Write the documents and return the summary."""
     total = sum(1 for _ in walk(sources))  # reading is far faster than what follows
-    workers = config.dataset.num_workers or os.cpu_count() or 1
+    workers = config.dataset.num_workers or _num_cores()
     tally = write_documents(
         directory / _DOCUMENTS,
         walk(sources),
@@ -192,13 +201,20 @@ def _build(
     return {"sources": found, "examples": tally.examples, "notes": sorted(tally.notes)}
 
 
+def _num_cores() -> int:
+    """Count the cores that this process may use: in a container, fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _outcomes(source: Source, tally: Tally) -> dict[str, Any]:
     """Return what became of a source's records: kept and dropped add up to all of them."""
     outcomes = counts(source)
     number = {what: n for (name, what), n in tally.counts.items() if name == source.name}
     dropped = {reason: number[reason] for reason in (REFUSED, UNTRAINED) if number.get(reason)}
     outcomes["dropped"].update(dropped)
-    for what in (KEPT, "documents", "tokens", "trained tokens", CUT, LOST_ROWS):
+    for what in (KEPT, "documents", "tokens", "trained tokens", CUT, LOST_ROWS, LOST_TOKENS):
         outcomes[what] = number.get(what, 0)
     return outcomes
 

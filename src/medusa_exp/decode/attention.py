@@ -1,7 +1,8 @@
 """Attention masks of a decoding step, in the form that the backbone's architecture wants.
 
 Two traps: eager attention takes a boolean mask silently wrong (it wants a float one), and models
-with several kinds of layers want a dict of masks.
+with several kinds of layers want a dict of masks. Float masks suit all: sdpa on a CPU makes one of
+a boolean mask anyway, in every layer.
 
 B rows, N tree nodes, P columns of the cache before the tree. A row with fewer than P tokens leaves
 columns unused between its own and the tree's.
@@ -39,7 +40,6 @@ class StepMask:
             )
         self.kinds = kinds if len(kinds) > 1 else set()
         self.window = window if (not kinds or "sliding_attention" in kinds) else None
-        self.is_eager = config._attn_implementation == "eager"
         self.dtype = model.dtype
         self.column_P = torch.arange(capacity, device=model.device)
 
@@ -58,12 +58,22 @@ class StepMask:
         is_clipped = self.window is not None and columns + num_nodes > self.window
         if num_nodes == 1 and is_even and not is_clipped and not self.kinds:
             return None
-        column_P = self.column_P[:columns]
-        lengths_B11 = torch.tensor(lengths, device=column_P.device)[:, None, None]
+        lengths_B = torch.tensor(lengths, device=self.column_P.device)
+        return self.over(lengths_B, columns, ancestors_BNN, depths_BN)
+
+    def over(
+        self, lengths_B: Tensor, columns: int, ancestors_BNN: Tensor, depths_BN: Tensor
+    ) -> Any:
+        """Return the mask over so many columns and the tree's, as `at`, but never None.
+
+        Nothing is asked of the host: `lengths_B` lies on the device.
+        """
+        num_nodes = depths_BN.shape[1]
+        column_P, lengths_B11 = self.column_P[:columns], lengths_B[:, None, None]
         past_BNP = (column_P < lengths_B11).expand(-1, num_nodes, -1)
-        full_BNK = torch.cat([past_BNP, ancestors_BNN.expand(len(lengths), -1, -1)], dim=2)
+        full_BNK = torch.cat([past_BNP, ancestors_BNN.expand(len(lengths_B), -1, -1)], dim=2)
         clipped_BNK = full_BNK
-        if is_clipped:
+        if self.window is not None and columns + num_nodes > self.window:
             clipped_BNK = full_BNK & self._in_window(lengths_B11, depths_BN, column_P)
         if not self.kinds:
             return self._finish(clipped_BNK)
@@ -79,8 +89,6 @@ class StepMask:
 
     def _finish(self, mask_BNK: Tensor) -> Tensor:
         mask_B1NK = mask_BNK[:, None]
-        if not self.is_eager:
-            return mask_B1NK
         return torch.zeros_like(mask_B1NK, dtype=self.dtype).masked_fill_(
             ~mask_B1NK, torch.finfo(self.dtype).min
         )

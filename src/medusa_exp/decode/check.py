@@ -56,9 +56,8 @@ def check_trees(backbone: Backbone) -> None:
 def _by_tree(backbone: Backbone) -> Tensor:
     """Return logits after the tree's last node on the path, and after the token behind it."""
     device, rows = backbone.device, backbone.vocab_size
-    num_layers = backbone.model.config.get_text_config().num_hidden_layers
     capacity = len(_PROMPT) + len(_TOKENS) + 1
-    cache, mask = TreeCache(num_layers, capacity, 1), StepMask(backbone.model, capacity)
+    cache, mask = TreeCache(backbone.num_layers, capacity, 1), StepMask(backbone.model, capacity)
     backbone.forward(torch.tensor([_PROMPT], device=device) % rows, cache)
     cache.set_lengths([len(_PROMPT)])
     ancestors_NN = torch.eye(len(_TOKENS), dtype=torch.bool)

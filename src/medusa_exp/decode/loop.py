@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from medusa_exp.decode.answers import Answers, Decoded, Limits
 from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
-from medusa_exp.decode.propose import Proposer, build_proposer
+from medusa_exp.decode.propose import Proposer, StaticTree, build_proposer
 from medusa_exp.decode.rule import Judge, Rule
+from medusa_exp.decode.static_cache import StaticCache
+from medusa_exp.decode.static_step import StaticSteps
+from medusa_exp.decode.step import GrowingStep, Step, positions
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.tree import Tree
+from medusa_exp.tree import Tree, chain
 
 GREEDY = Rule()
 _PREFILL_TOKENS = 4096
@@ -61,7 +64,13 @@ def plain_steps(
     Raises:
         UserError: a prompt is empty, or leaves no room for an answer.
     """
-    cache, mask, last = _prepare(backbone, prompts, answers.limits, num_nodes=1)
+    if backbone.decodes_statically:  # as a tree that is only a root: captured like any other
+        root_only = StaticTree(nn.Identity(), chain(0), backbone.device)
+        yield from tree_steps(backbone, root_only, prompts, answers, rule)
+        return
+    length, last = _room(backbone, prompts, answers.limits)
+    cache = TreeCache(backbone.num_layers, length + 1, len(prompts))
+    mask = StepMask(backbone.model, length + 1)
     judge = Judge(rule, backbone.device)
     one_111 = torch.ones(1, 1, 1, dtype=torch.bool, device=backbone.device)
     depth_11 = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
@@ -69,13 +78,15 @@ def plain_steps(
     while answers.active:
         token_B = judge.next_token(logits_B1V)
         yield answers.commit([[token] for token in token_B.tolist()])
-        [token_B] = _drop_ended(answers, cache, token_B)
+        if len(answers.kept) < len(token_B) and answers.kept:
+            cache.keep_rows(answers.kept)
+            token_B = token_B[torch.tensor(answers.kept, device=token_B.device)]
         if answers.active:
             logits_B1V, _ = backbone.forward(
                 token_B[:, None],
                 cache,
                 mask=mask.at(cache.lengths, one_111, depth_11),
-                position_ids_BN=_positions(cache, depth_11, last),
+                position_ids_BN=positions(cache.lengths, depth_11, last),
             )
             cache.commit([[0]] * len(token_B))
 
@@ -96,50 +107,30 @@ def tree_steps(
     Raises:
         UserError: as `plain_steps`.
     """
-    cache, mask, last = _prepare(backbone, prompts, answers.limits, propose.num_nodes)
-    judge = Judge(rule, backbone.device)
-    logits_B1V, hidden_BD = _prefill(backbone, prompts, cache)
+    length, last = _room(backbone, prompts, answers.limits)
+    step: Step
+    if backbone.decodes_statically:
+        backbone.static_steps = backbone.static_steps or StaticSteps()
+        step = backbone.static_steps.get(backbone, propose, rule, len(prompts), length)
+    else:
+        capacity = length + propose.num_nodes
+        cache = TreeCache(backbone.num_layers, capacity, len(prompts))
+        judge = Judge(rule, backbone.device)
+        step = GrowingStep(backbone, propose, judge, cache, StepMask(backbone.model, capacity))
+    logits_B1V, hidden_BD = _prefill(backbone, prompts, step.cache)
     if not answers.active:
         return
-    root_B = judge.next_token(logits_B1V)
+    root_B = step.judge.next_token(logits_B1V)
     yield answers.commit([[token] for token in root_B.tolist()])
-    root_B, hidden_BD = _drop_ended(answers, cache, root_B, hidden_BD)
+    step.begin(root_B, hidden_BD, last)
+    step.keep(answers.kept)
     while answers.active:
-        draft = propose(root_B, hidden_BD)
-        logits_BNV, hidden_BND = backbone.forward(
-            draft.tokens_BN,
-            cache,
-            mask=mask.at(cache.lengths, draft.ancestors_BNN, draft.depths_BN),
-            position_ids_BN=_positions(cache, draft.depths_BN, last),
-        )
-        verdict = judge(logits_BNV, draft.tokens_BN, draft.parents_BN, propose.depth)
-        path_BL, root_B = verdict.path_BL, verdict.next_token_B
-        last_B1 = path_BL.gather(1, verdict.num_accepted_B[:, None])
-        hidden_BD = hidden_BND.gather(1, last_B1[..., None].expand(-1, 1, hidden_BND.shape[2]))[
-            :, 0
-        ]
-        said_BL = draft.tokens_BN.gather(1, path_BL.clamp(min=0))
-        # The step's one wait for the device.
-        outcome = torch.cat([root_B[:, None], verdict.num_accepted_B[:, None], path_BL, said_BL], 1)
-        said, paths = _read(outcome.tolist(), path_BL.shape[1])
-        cache.commit(paths)
-        yield answers.commit(said)
-        root_B, hidden_BD = _drop_ended(answers, cache, root_B, hidden_BD)
+        yield answers.commit(step.advance())
+        step.keep(answers.kept)
 
 
-def _read(outcome: list[list[int]], width: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Return each row's tokens, and its path, of [next token, accepted, path, tokens on it]."""
-    said, paths = [], []
-    for next_token, accepted, *rest in outcome:
-        paths.append(rest[: accepted + 1])
-        said.append([*rest[width + 1 : width + 1 + accepted], next_token])
-    return said, paths
-
-
-def _prepare(
-    backbone: Backbone, prompts: list[list[int]], limits: Limits, num_nodes: int
-) -> tuple[TreeCache, StepMask, int]:
-    """Return a cache, masks for it, and the last position there is for these prompts."""
+def _room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> tuple[int, int]:
+    """Return the length that the longest answer may come to, and the last position there is."""
     longest = max(map(len, prompts))
     if not min(map(len, prompts)):
         raise UserError("the prompt has no token: there is nothing to continue.")
@@ -150,14 +141,11 @@ def _prepare(
             f"a prompt of {longest} tokens and {limits.max_new_tokens} new ones make {length}; "
             f"the model has {limit} positions for it. Lower decode.max_new_tokens."
         )
-    num_layers = backbone.model.config.get_text_config().num_hidden_layers
-    capacity = length + num_nodes
-    cache = TreeCache(num_layers, capacity, len(prompts))
-    return cache, StepMask(backbone.model, capacity), limit - 1
+    return length, limit - 1
 
 
 def _prefill(
-    backbone: Backbone, prompts: list[list[int]], cache: TreeCache
+    backbone: Backbone, prompts: list[list[int]], cache: TreeCache | StaticCache
 ) -> tuple[Tensor, Tensor]:
     """Run the prompts, some columns at a time; return logits_B1V and hidden_BD of their ends.
 
@@ -181,19 +169,3 @@ def _prefill(
                 logits[row], hidden[row] = logits_BEV[row, place], hidden_BED[row, place]
     cache.set_lengths(lengths)
     return torch.stack(logits)[:, None], torch.stack(hidden)
-
-
-def _positions(cache: TreeCache, depths_BN: Tensor, last: int) -> Tensor:
-    """Guesses beyond the last position are clamped: none of them can be accepted."""
-    lengths_B1 = torch.tensor(cache.lengths, device=depths_BN.device)[:, None]
-    return (lengths_B1 + depths_BN).clamp(max=last)
-
-
-def _drop_ended(answers: Answers, cache: TreeCache, *values: Tensor) -> list[Tensor]:
-    """Drop the rows whose answers have ended from the cache and from tensors [B, ...]."""
-    keep = answers.kept
-    if len(keep) == len(cache.lengths) or not keep:
-        return list(values)
-    cache.keep_rows(keep)
-    index = torch.tensor(keep, device=values[0].device)
-    return [value[index] for value in values]

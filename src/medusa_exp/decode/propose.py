@@ -3,6 +3,7 @@
 B rows, D hidden, V vocabulary, K heads, N tree nodes, R ranks, M nodes to choose from.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medusa_exp.decode.verification import Nodes
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads, StackedHeads
 from medusa_exp.tree import Tree, chain
@@ -21,9 +23,14 @@ class Draft:
 
     tokens_BN: Tensor
     parents_BN: Tensor
-    ancestors_BNN: Tensor
-    """[b, n, m]: is m an ancestor of n, or n itself?"""
+    nodes: Nodes
+    """What verification wants to know of the parents."""
     depths_BN: Tensor
+
+    @property
+    def ancestors_BNN(self) -> Tensor:
+        """[b, n, m]: is m an ancestor of n, or n itself?"""
+        return self.nodes.ancestors_BNN
 
 
 class Proposer(Protocol):
@@ -31,6 +38,8 @@ class Proposer(Protocol):
 
     num_nodes: int
     depth: int
+    key: Hashable
+    """Equal for proposers that do the same."""
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
         """Return trees below the roots.
@@ -48,10 +57,12 @@ class StaticTree:
     def __init__(self, heads: nn.Module, tree: Tree, device: torch.device) -> None:
         self.num_nodes, self.depth = len(tree), tree.depth
         self._heads = heads
+        self.key: Hashable = (id(heads) if self.depth else None, tree)
         self._num_ranks = max(tree.ranks) + 1
         self._place_N = torch.from_numpy(_places(tree, self._num_ranks)).to(device)
         self._parents_1N = torch.tensor([tree.parents], device=device)
-        self._ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
+        ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
+        self._nodes = Nodes(self._parents_1N, self.depth, ancestors_1NN)
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
@@ -64,7 +75,7 @@ class StaticTree:
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),
-            self._ancestors_1NN,
+            self._nodes,
             self._depths_1N,
         )
 
@@ -90,6 +101,7 @@ class DynamicTree:
         """
         self.num_nodes, self.depth = min(num_nodes, len(choices)), choices.depth
         self._heads = heads
+        self.key: Hashable = (id(heads), choices, num_nodes)
         self._num_ranks = max(choices.ranks) + 1
         self._place_M = torch.from_numpy(_places(choices, self._num_ranks)).to(device)
         self._parent_M = torch.tensor(choices.parents, device=device).clamp(min=0)
@@ -111,10 +123,11 @@ class DynamicTree:
         )
         parents_BN = place_BM.gather(1, self._parent_M[node_BN])
         parents_BN[:, 0] = -1
+        ancestors_BNN = self._ancestors_MM[node_BN[:, :, None], node_BN[:, None, :]]
         return Draft(
             tokens_BM.gather(1, node_BN),
             parents_BN,
-            self._ancestors_MM[node_BN[:, :, None], node_BN[:, None, :]],
+            Nodes(parents_BN, self.depth, ancestors_BNN),
             self._depth_M[node_BN],
         )
 

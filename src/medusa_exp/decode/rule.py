@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.verification import RULES, Verdict, verify, without_nan
+from medusa_exp.decode.verification import RULES, Nodes, Verdict, without_nan
+from medusa_exp.decode.verifier import VERIFIERS, choose_verifier
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,14 @@ class Rule:
     alpha: float = 0.3
     seed: int | None = None
     """Of sampling; None draws anew each time."""
+    verifier: str = "auto"
+    """Who applies the rule: one of `verifier.VERIFIERS`."""
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
             raise ValueError(f"rule={self.name} is not known: use one of {', '.join(RULES)}.")
+        if self.verifier not in VERIFIERS:
+            raise ValueError(f"verifier={self.verifier} is not one of {', '.join(VERIFIERS)}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -38,11 +43,10 @@ class Judge:
 
     def __init__(self, rule: Rule, device: torch.device) -> None:
         self.rule = rule
+        is_filtered = rule.top_k is not None or rule.top_p is not None
+        self._verify = choose_verifier(rule.verifier, device, is_filtered=is_filtered)
         self._generator = torch.Generator(device)
-        if rule.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(rule.seed)
+        self.restart()
         self._options: dict[str, Any] = {
             "rule": rule.name,
             "temperature": rule.temperature,
@@ -52,6 +56,18 @@ class Judge:
             "alpha": rule.alpha,
         }
 
+    def restart(self) -> None:
+        """Begin the draws of the seed anew."""
+        if self.rule.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(self.rule.seed)
+
+    def register(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Let a CUDA graph draw anew from this generator at each replay."""
+        if self.rule.name == "sampling":
+            graph.register_generator_state(self._generator)
+
     def next_token(self, logits_B1V: Tensor) -> Tensor:
         """Choose the token after a single one: what `verify` says of a tree that is only a root."""
         if self.rule.name != "sampling":  # by a shorter way: this is the step of the baseline
@@ -60,19 +76,25 @@ class Judge:
         return self(logits_B1V, nothing_B1, nothing_B1 - 1, max_depth=0).next_token_B
 
     def __call__(
-        self, logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, max_depth: int
+        self,
+        logits_BNV: Tensor,
+        tokens_BN: Tensor,
+        parents_BN: Tensor,
+        max_depth: int,
+        nodes: Nodes | None = None,
     ) -> Verdict:
-        """Return the verdict on a step's trees."""
+        """Return the verdict on a step's trees; see `verify`."""
         uniforms_BN = None
         if self.rule.name == "sampling":
             uniforms_BN = torch.rand(
                 tokens_BN.shape, generator=self._generator, device=tokens_BN.device
             )
-        return verify(
+        return self._verify(
             logits_BNV,
             tokens_BN,
             parents_BN,
             uniforms_BN=uniforms_BN,
             max_depth=max_depth,
+            nodes=nodes,
             **self._options,
         )

@@ -4,12 +4,14 @@ B rows, D hidden, N tree nodes, M nodes of one depth that have children, J token
 node, R ranks.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from medusa_exp.decode.propose import Draft
+from medusa_exp.decode.verification import Nodes
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.tree import Tree
@@ -48,8 +50,10 @@ class SequentialTree:
         self._heads = heads
         self._depths = [_plan(tree, depth, device) for depth in range(1, tree.depth + 1)]
         self._parents_1N = torch.tensor([tree.parents], device=device)
-        self._ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
+        ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
+        self._nodes = Nodes(self._parents_1N, self.depth, ancestors_1NN)
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
+        self.key: Hashable = (id(heads), tree)
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
         """Return trees below the roots."""
@@ -66,7 +70,7 @@ class SequentialTree:
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),
-            self._ancestors_1NN,
+            self._nodes,
             self._depths_1N,
         )
 

@@ -51,4 +51,5 @@ def rule_of(config: Config) -> Rule:
         decode.epsilon,
         decode.alpha,
         seed=config.seed,
+        verifier=decode.verifier,
     )

@@ -42,6 +42,7 @@ def verify(
     epsilon: float = 0.09,
     alpha: float = 0.3,
     max_depth: int | None = None,
+    nodes: "Nodes | None" = None,
 ) -> Verdict:
     """Find the path of guesses that come true, and the token that follows it.
 
@@ -71,6 +72,7 @@ def verify(
         epsilon: of typical, the highest threshold.
         alpha: of typical, the factor on exp(-entropy).
         max_depth: depth of the deepest tree; N - 1 unless the caller knows better.
+        nodes: what has been prepared of `parents_BN` before.
 
     Raises:
         ValueError: the rule is not known, or lacks what it needs.
@@ -81,33 +83,46 @@ def verify(
         raise ValueError(f"rule={rule} needs a temperature above 0; at 0, use rule=greedy.")
     if rule == "sampling" and uniforms_BN is None:
         raise ValueError("rule=sampling needs uniforms_BN, a number in [0, 1) for each node.")
-    nodes = _Nodes(tokens_BN, parents_BN, max_depth)
+    given = Given(logits_BNV, tokens_BN, nodes or Nodes(parents_BN, max_depth))
     if rule == "greedy":
-        return _greedy(nodes, without_nan(logits_BNV))
+        return _greedy(given)
     if rule == "typical":
-        p_BNV = probabilities(logits_BNV, temperature)
-        return _typical(nodes, without_nan(logits_BNV), p_BNV, epsilon, alpha)
+        return _typical(given, probabilities(logits_BNV, temperature), epsilon, alpha)
     assert uniforms_BN is not None
-    return _sampling(nodes, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
+    return _sampling(given, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
 
 
-class _Nodes:
-    """The trees of a batch, and what every rule asks of them."""
+class Nodes:
+    """What every rule asks of the trees of a batch, whatever their tokens.
 
-    def __init__(self, tokens_BN: Tensor, parents_BN: Tensor, max_depth: int | None) -> None:
-        self.tokens_BN = tokens_BN
+    Where all rows have the same tree, B may be 1: it can then be kept from step to step.
+    """
+
+    def __init__(
+        self, parents_BN: Tensor, max_depth: int | None = None, ancestors_BNN: Tensor | None = None
+    ) -> None:
+        """Prepare.
+
+        Args:
+            parents_BN: as for `verify`.
+            max_depth: as for `verify`.
+            ancestors_BNN: [b, n, m], is m an ancestor of n, or n itself? None to find it here.
+        """
+        self.size = parents_BN.shape[1]
+        self.depth = self.size - 1 if max_depth is None else max_depth
         self.is_child_BN = parents_BN >= 0
         self.parent_BN = parents_BN.clamp(min=0)
-        self.size = tokens_BN.shape[1]
-        self.depth = self.size - 1 if max_depth is None else max_depth
-        self.number_N = torch.arange(self.size, device=tokens_BN.device)
+        self.number_N = torch.arange(self.size, device=parents_BN.device)
+        if ancestors_BNN is None:
+            ancestors_BNN = self._find_ancestors()
+        self.ancestors_BNN = ancestors_BNN
         is_sibling_BNN = parents_BN[:, :, None] == parents_BN[:, None, :]
         self.is_elder_BNN = is_sibling_BNN.tril(-1)
         """[b, n, m]: is m an elder sibling of n?"""
 
     def at_parent(self, values_BN: Tensor) -> Tensor:
         """Return for each node its parent's value."""
-        return values_BN.gather(1, self.parent_BN)
+        return values_BN.gather(1, self.parent_BN.expand_as(values_BN))
 
     def without_elder(self, is_right_BN: Tensor) -> Tensor:
         """Keep of right siblings the first."""
@@ -115,15 +130,9 @@ class _Nodes:
 
     def reached(self, is_right_BN: Tensor) -> Tensor:
         """Return which nodes are right together with all their ancestors; the root is."""
-        is_reached_BN = is_right_BN & self.is_child_BN
-        is_reached_BN[:, 0] = True
-        # Ask the parent, then the grandparent's answer, then the one four above: after r rounds a
-        # node knows about its 2^r - 1 nearest ancestors.
-        ancestor_BN = self.parent_BN
-        for _ in range(self.depth.bit_length()):
-            is_reached_BN = is_reached_BN & is_reached_BN.gather(1, ancestor_BN)
-            ancestor_BN = ancestor_BN.gather(1, ancestor_BN)
-        return is_reached_BN
+        is_right_BN = is_right_BN & self.is_child_BN
+        is_right_BN[:, 0] = True
+        return (is_right_BN[:, None, :] | ~self.ancestors_BNN).all(-1)
 
     def verdict(self, is_on_path_BN: Tensor, next_token_B: Tensor) -> Verdict:
         # Parents stand before children: a path is its nodes in order of their numbers.
@@ -136,19 +145,43 @@ class _Nodes:
         """Return the path's deepest node [B, 1]."""
         return (is_on_path_BN * self.number_N).amax(1, keepdim=True)
 
+    def _find_ancestors(self) -> Tensor:
+        is_self_NN = self.number_N[:, None] == self.number_N
+        is_parent_BNN = self.parent_BN[:, :, None] == self.number_N
+        way_BNN = is_self_NN | (is_parent_BNN & self.is_child_BN[:, :, None])
+        # After r rounds a node knows its 2^r nearest ancestors.
+        for _ in range(self.depth.bit_length()):
+            way_BNN = (way_BNN.float() @ way_BNN.float()) > 0
+        return way_BNN
 
-def _greedy(nodes: _Nodes, logits_BNV: Tensor) -> Verdict:
-    target_BN = logits_BNV.argmax(-1)
-    is_right_BN = (nodes.tokens_BN == nodes.at_parent(target_BN)) & nodes.is_child_BN
+
+@dataclass
+class Given:
+    """A batch of trees with their tokens, and the backbone's logits on them."""
+
+    logits_BNV: Tensor
+    tokens_BN: Tensor
+    nodes: Nodes
+
+    def argmax(self) -> Tensor:
+        """Return the likeliest token after each node [B, N]."""
+        return without_nan(self.logits_BNV).argmax(-1)
+
+
+def _greedy(given: Given) -> Verdict:
+    nodes, target_BN = given.nodes, given.argmax()
+    is_right_BN = (given.tokens_BN == nodes.at_parent(target_BN)) & nodes.is_child_BN
     is_on_path_BN = nodes.reached(nodes.without_elder(is_right_BN))
     next_token_B1 = target_BN.gather(1, nodes.last(is_on_path_BN))
     return nodes.verdict(is_on_path_BN, next_token_B1[:, 0])
 
 
-def _sampling(nodes: _Nodes, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
-    p_BN = _child_probability(nodes, p_BNV)
+def _sampling(given: Given, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
+    nodes = given.nodes
+    p_BN = _child_probability(given, p_BNV)
     # A parent's interval [0, 1) holds its children first: n ends where the sum up to it does.
-    end_BN = torch.einsum("bnm,bm->bn", nodes.is_elder_BNN.to(p_BN.dtype), p_BN) + p_BN
+    is_elder_BNN = nodes.is_elder_BNN.to(p_BN.dtype).expand(len(p_BN), -1, -1)
+    end_BN = torch.einsum("bnm,bm->bn", is_elder_BNN, p_BN) + p_BN
     is_drawn_BN = (nodes.at_parent(uniforms_BN) < end_BN) & (p_BN > 0)
     is_on_path_BN = nodes.reached(nodes.without_elder(is_drawn_BN))
     last_B1 = nodes.last(is_on_path_BN)
@@ -157,7 +190,7 @@ def _sampling(nodes: _Nodes, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
     likeliest_B = rest_BV.argmax(-1)
     # Padding rewrites a token that is nobody's: it adds nothing to `taken`.
     taken_BV = torch.zeros_like(rest_BV).scatter_add_(
-        1, nodes.tokens_BN, is_child_BN.to(rest_BV.dtype)
+        1, given.tokens_BN, is_child_BN.to(rest_BV.dtype)
     )
     rest_BV = rest_BV.masked_fill(taken_BV > 0, 0.0)
     place_B1 = uniforms_BN.gather(1, last_B1) - (end_BN * is_child_BN).amax(1, keepdim=True)
@@ -169,37 +202,31 @@ def _sampling(nodes: _Nodes, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
     return nodes.verdict(is_on_path_BN, next_token_B)
 
 
-def _typical(
-    nodes: _Nodes, logits_BNV: Tensor, p_BNV: Tensor, epsilon: float, alpha: float
-) -> Verdict:
+def _typical(given: Given, p_BNV: Tensor, epsilon: float, alpha: float) -> Verdict:
+    nodes = given.nodes
     entropy_BN = torch.special.entr(p_BNV).sum(-1)
     threshold_BN = (alpha * (-entropy_BN).exp()).clamp(max=epsilon)
-    p_BN = _child_probability(nodes, p_BNV)
+    p_BN = _child_probability(given, p_BNV)
     is_reached_BN = nodes.reached(p_BN > nodes.at_parent(threshold_BN))
-    # Each node's own line of ancestors, itself included: [b, n, m] = is m on the way to n?
-    way_BNN = torch.eye(nodes.size, dtype=torch.bool, device=p_BN.device) | (
-        (nodes.parent_BN[:, :, None] == nodes.number_N) & nodes.is_child_BN[:, :, None]
-    )
-    for _ in range(nodes.depth.bit_length()):
-        way_BNN = (way_BNN.to(p_BN.dtype) @ way_BNN.to(p_BN.dtype)) > 0
+    way_BNN = nodes.ancestors_BNN.expand(len(p_BN), -1, -1)
     length_BN = way_BNN.sum(-1).masked_fill(~is_reached_BN, 0)
     is_longest_BN = length_BN == length_BN.amax(1, keepdim=True)
     step_BN = torch.where(is_reached_BN & nodes.is_child_BN, p_BN, 1.0).log()
     score_BN = torch.einsum("bnm,bm->bn", way_BNN.to(step_BN.dtype), step_BN)
     end_B1 = score_BN.masked_fill(~is_longest_BN, -torch.inf).argmax(1, keepdim=True)
     is_on_path_BN = way_BNN.gather(1, end_B1[..., None].expand(-1, 1, nodes.size))[:, 0]
-    target_BN = logits_BNV.argmax(-1)
-    return nodes.verdict(is_on_path_BN, target_BN.gather(1, end_B1)[:, 0])
+    return nodes.verdict(is_on_path_BN, given.argmax().gather(1, end_B1)[:, 0])
 
 
-def _child_probability(nodes: _Nodes, p_BNV: Tensor) -> Tensor:
+def _child_probability(given: Given, p_BNV: Tensor) -> Tensor:
     """Return [B, N], each node's probability after its parent: 0 for the root, padding and copies.
 
     A copy is a node whose token an elder sibling holds.
     """
-    is_same_BNN = nodes.tokens_BN[:, :, None] == nodes.tokens_BN[:, None, :]
+    nodes, tokens_BN = given.nodes, given.tokens_BN
+    is_same_BNN = tokens_BN[:, :, None] == tokens_BN[:, None, :]
     is_copy_BN = (nodes.is_elder_BNN & is_same_BNN).any(-1)
-    place_BN = nodes.parent_BN * p_BNV.shape[2] + nodes.tokens_BN
+    place_BN = nodes.parent_BN * p_BNV.shape[2] + tokens_BN
     p_BN = p_BNV.flatten(1).gather(1, place_BN)
     return p_BN.masked_fill(~nodes.is_child_BN | is_copy_BN, 0.0)
 

@@ -72,9 +72,8 @@ def _last_logits(
     device = backbone.device
     ids_1T = torch.tensor([ids], device=device)
     start = 0 if at_a_time >= len(ids) else max(0, len(ids) - _WINDOW)
-    num_layers = backbone.model.config.get_text_config().num_hidden_layers
     capacity = len(ids) + num_siblings
-    cache, mask = TreeCache(num_layers, capacity, 1), StepMask(backbone.model, capacity)
+    cache, mask = TreeCache(backbone.num_layers, capacity, 1), StepMask(backbone.model, capacity)
     if start:
         backbone.forward(ids_1T[:, :start], cache, keep=torch.tensor([0], device=device))
     cache.set_lengths([start])

@@ -13,8 +13,8 @@ from medusa_exp.model.backbone import Backbone
 def share_outside_backbone(backbone: Backbone, method: Method, prompts: list[list[int]]) -> float:
     """Return the share of a method's time that passes outside the backbone's forward calls.
 
-    That is proposing, verifying, keeping the cache, and all of Python between. On a GPU each call
-    is waited for, so that nothing overlaps: the share is then an upper bound.
+    That is proposing, verifying, keeping the cache, and all of Python between. On a GPU steps run
+    op by op for this, and each call is waited for: the share is then an upper bound.
     """
     inside = 0.0
     forward = backbone.forward
@@ -28,7 +28,8 @@ def share_outside_backbone(backbone: Backbone, method: Method, prompts: list[lis
         inside += time.perf_counter() - start
         return result
 
-    with patch.object(backbone, "forward", timed_forward):
+    op_by_op = patch.object(backbone, "decodes_statically", False)
+    with op_by_op, patch.object(backbone, "forward", timed_forward):
         seconds = sum(timed(method, [prompt], backbone.device)[1] for prompt in prompts)
     return 1 - inside / seconds
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
@@ -20,6 +19,7 @@ from medusa_exp.data.questions import Question, is_question_file, read_questions
 from medusa_exp.data.sources import load_split
 from medusa_exp.data.template import ChatTemplate
 from medusa_exp.errors import UserError
+from medusa_exp.progress import track
 
 log = logging.getLogger(__name__)
 

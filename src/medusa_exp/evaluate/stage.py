@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +27,7 @@ from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.tokenizer import load_tokenizer
+from medusa_exp.progress import track
 from medusa_exp.tree import Tree
 from medusa_exp.tree.choice import choose_tree
 

@@ -34,6 +34,10 @@ class Backbone:
         if self.lm_head is None or model.config.is_encoder_decoder:
             raise UserError(f"{_name(model)} is no decoder-only language model with an lm_head.")
         self.body: nn.Module = model.get_decoder()
+        self.decodes_statically = False
+        """Do decoding steps have tensors of fixed shapes? On a GPU they are captured as CUDA graphs
+        then; see `decode.static_step`."""
+        self.static_steps: Any = None
         self.is_checked_for_trees = False
         """Set by `decode.check.check_trees`."""
         self.has_body = True
@@ -63,6 +67,11 @@ class Backbone:
     def vocab_size(self) -> int:
         """V, the rows of `lm_head`: often more than the tokenizer's entries."""
         return self.lm_head.weight.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
     def max_length(self) -> int:
@@ -152,9 +161,7 @@ class Backbone:
         final = [module for module in self.body.children() if _is_final(module)]
         for module in [*final, self.lm_head]:
             for name, parameter in sorted(module.named_parameters()):
-                digest.update(name.encode())
-                values = parameter.detach().to(torch.bfloat16).contiguous().view(torch.uint8)
-                digest.update(values.cpu().numpy().tobytes())
+                digest.update(name.encode() + _bytes(parameter.detach()))
         return digest.hexdigest()
 
     def weights_identity(self) -> str:
@@ -168,9 +175,8 @@ class Backbone:
         digest = hashlib.sha256(self.identity().encode())
         for name, parameter in sorted(self.model.named_parameters()):
             flat = parameter.detach().flatten()
-            values = flat[:: max(1, len(flat) // _SAMPLE)].to(torch.bfloat16).contiguous()
-            digest.update(f"{name} {list(parameter.shape)}".encode())
-            digest.update(values.view(torch.uint8).cpu().numpy().tobytes())
+            sample = _bytes(flat[:: max(1, len(flat) // _SAMPLE)])
+            digest.update(f"{name} {list(parameter.shape)}".encode() + sample)
         return digest.hexdigest()
 
     def leave_out_body(self, identity: str, weights_identity: str) -> None:
@@ -235,6 +241,10 @@ class Backbone:
                 f"{_name(self.model)} lets documents of a packed row see each other: set "
                 "train.batching=padded."
             )
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _is_final(module: nn.Module) -> bool:

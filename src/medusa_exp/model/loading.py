@@ -45,6 +45,7 @@ def load_backbone(config: Config, *, is_adapted: bool = True) -> Backbone:
         model = _read(config, path=str(adapted))
     backbone = Backbone(model)
     backbone.check_hidden_states()
+    backbone.decodes_statically = backbone.device.type == "cuda" and config.decode.cuda_graph
     return backbone
 
 

@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medusa_exp.config import Config, TokenizerConfig
-from medusa_exp.data.rendering import check_chat_template
+from medusa_exp.data.template import check_chat_template
 from medusa_exp.errors import UserError
 from medusa_exp.files import write_json
 from medusa_exp.model.source import (

@@ -56,10 +56,10 @@ def headlines(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
                 low, high = (form.format(metrics[f"{name}_{end}"]) for end in ("low", "high"))
                 value += f" (95 %: {low} to {high})"
             yield label, value
-    for name, value in metrics.items():
+    for name, speedup in metrics.items():
         size = re.fullmatch(r"eval/tree/b(\d+)/speedup", name)
         if size and size[1] != "1":
-            yield f"speed-up, {size[1]} prompts at a time", f"{value:.2f}x"
+            yield f"speed-up, {size[1]} prompts at a time", f"{speedup:.2f}x"
 
 
 def quiet_libraries(stages: list[str]) -> None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
 from medusa_exp.data.examples import SCHEMA, Example, Examples, open_documents
-from medusa_exp.data.tokenised import Tokenised, load_tokenised
+from medusa_exp.data.tokenised import Tokenised, load_tokenised, rows_of_split, select
 from medusa_exp.decode.answers import Decoded, Limits
 from medusa_exp.decode.check import check_trees
 from medusa_exp.decode.loop import GREEDY, decode_plain, decode_tree
@@ -98,8 +98,8 @@ def open_answers(
     documents: Tokenised,
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[str, Examples]:
-    """Return the key of the backbone's own answers, and the documents that hold them.
+) -> tuple[str, Examples, Examples]:
+    """Return the key of the backbone's own answers, and the train and val documents with them.
 
     Raises:
         UserError: stage regenerate has not made them.
@@ -112,7 +112,12 @@ def open_answers(
             "regenerate before train, with the same regenerate.* and decode.*, or set "
             "train.text=data."
         )
-    return key, documents.weighted(open_documents(path / _DOCUMENTS))
+    table, dataset = open_documents(path / _DOCUMENTS), config.dataset
+    train, val = (
+        select(table, rows_of_split(table, dataset, split), dataset, split)
+        for split in ("train", "val")
+    )
+    return key, train, val
 
 
 def answers_key(
@@ -161,7 +166,7 @@ def _regenerate(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Write the documents with the backbone's own answers at `path`; go on where it was stopped."""
-    examples, rows = _chosen(config, documents)
+    examples, rows = documents.all(), _chosen(config, documents)
     log_path = path.with_name(f".{path.name}.answers.jsonl")
     drop_torn_line(log_path)
     done = {line["row"] for line in read_jsonl(log_path)}
@@ -196,11 +201,15 @@ def _regenerate(
     log_path.unlink()
 
 
-def _chosen(config: Config, documents: Tokenised) -> tuple[Examples, list[int]]:
-    """Return the training documents, and the numbers of those to answer."""
-    examples = documents.split("train")
-    order = np.random.default_rng(config.seed).permutation(len(examples))
-    return examples, sorted(order[: config.regenerate.num_documents].tolist())
+def _chosen(config: Config, documents: Tokenised) -> list[int]:
+    """Return the numbers of the documents to answer."""
+    wanted = {
+        "train": config.regenerate.num_documents,
+        "val": config.regenerate.num_val_documents,
+    }
+    rng = np.random.default_rng(config.seed)
+    chosen = [rng.permutation(documents.rows(split))[:n] for split, n in wanted.items()]
+    return sorted(np.concatenate(chosen).tolist())
 
 
 def _document(row: int, example: Example) -> Document:
@@ -256,6 +265,7 @@ def _next_turn(
 
 def _decoder(config: Config, out: Path, backbone: Backbone) -> Decode:
     """Return plain decoding, or decoding with the heads and the tree that the run already has."""
+    backbone.decodes_statically = False  # its steps would not shrink as answers end
     if dtype := _HALF.get(pick_precision(config, backbone.device)):
         backbone.model.to(dtype)
     if not config.regenerate.use_heads:

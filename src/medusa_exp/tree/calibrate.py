@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from medusa_exp.config import Config
 from medusa_exp.data.prompts import prompts_of
@@ -30,6 +29,7 @@ from medusa_exp.model.heads import MedusaHeads, StackedHeads, stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.ranks import answer_ranks
 from medusa_exp.model.tokenizer import load_tokenizer
+from medusa_exp.progress import track
 from medusa_exp.tree.choice import CALIBRATION, choose_tree, heads_sha256
 from medusa_exp.tree.curve import by_speed, choose, correct, summarise
 from medusa_exp.tree.growth import best_tree

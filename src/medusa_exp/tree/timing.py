@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from rich.progress import track
 from torch import nn
 
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.progress import track
 from medusa_exp.tree.tree import Tree
 
 

@@ -1,0 +1,280 @@
+"""Tree decoding measured: is it lossless, how fast is it, and how near to what it could be?
+
+    python benchmarks/decode.py RUN_DIR [--prompts 40] [--json FILE]
+
+RUN_DIR is a finished run, the quickstart's for one: its model, heads and prompts are measured. What
+must be the same token for token is tried on tiny random models of many architectures.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from measuring import Row, machine, show, write
+from rich.progress import track
+from torch import nn
+
+from medusa_exp.config import Config, from_hydra, load_saved
+from medusa_exp.decode.answers import Decoded, Limits
+from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.settings import limits_of
+from medusa_exp.evaluate.methods import Answer, Method, timed
+from medusa_exp.evaluate.near_ties import find_difference
+from medusa_exp.evaluate.overhead import share_outside_backbone
+from medusa_exp.evaluate.prompts import load_prompts
+from medusa_exp.files import read_json
+from medusa_exp.model import Backbone, build_heads, load_backbone, load_heads, load_tokenizer
+from medusa_exp.model.heads import stack_heads
+from medusa_exp.model.loss import medusa_loss, medusa_losses
+from medusa_exp.tree import Tree, chain
+from medusa_exp.tree.choice import choose_tree
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
+
+_TINY_PROMPTS = 25
+_NEW_TOKENS = 32
+
+
+def main() -> None:
+    """Measure, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    here = machine()
+    run = Run(arguments.run_dir, arguments.prompts)
+    rows = [identity(), near_ties(run), *speed(run), prediction(run)]
+    show(rows, here)
+    if arguments.json:
+        write(arguments.json, rows, here)
+
+
+class Run:
+    """A finished run: its model, heads, trees and prompts."""
+
+    def __init__(self, out: Path, num_prompts: int) -> None:
+        self.out = out
+        self.config: Config = from_hydra(load_saved(out / ".hydra" / "config.yaml"))
+        self.config.run_dir = str(out)
+        self.config.evaluate.num_prompts = num_prompts
+        self.backbone = load_backbone(self.config)
+        self.heads = stack_heads(load_heads(out / "heads", self.backbone), self.backbone)
+        tokenizer = load_tokenizer(self.config)
+        self.limits = limits_of(self.config, self.backbone, tokenizer)
+        found = load_prompts(
+            self.config,
+            tokenizer,
+            self.backbone.max_length,
+            lambda ids: decode_plain(self.backbone, [ids], self.limits)[0].tokens,
+        )
+        self.prompts = [prompt.input_ids for prompt in found]
+
+    def tree(self, kind: str) -> Tree:
+        """Return the tree that `tree=kind` names."""
+        self.config.tree.kind = kind
+        return choose_tree(self.config, self.out, self.heads.num_heads)
+
+
+def identity() -> Row:
+    """Compare tree decoding with plain decoding, in float32."""
+    cases = [
+        (architecture, is_trained, batch_size)
+        for architecture in sorted(ARCHITECTURES)
+        for is_trained in (False, True)
+        for batch_size in (1, 2, 3, 4)
+    ]
+    answers = different = accepted = steps = 0
+    for architecture, is_trained, batch_size in track(cases, "tiny models"):
+        rng = random.Random(f"{architecture} {is_trained} {batch_size}")
+        backbone = Backbone(build_model(architecture))
+        heads = build_heads(backbone, num_heads=3)
+        if is_trained:
+            train_on_own_answers(backbone, heads, rng)
+        tree = random_tree(rng, heads.num_heads)
+        for prompts in batches(rng, batch_size):
+            limits = Limits(_NEW_TOKENS, {rng.randrange(VOCAB_SIZE)})
+            ours = decode_tree(backbone, heads, tree, prompts, limits)
+            for prompt, answer in zip(prompts, ours, strict=True):
+                [plain] = decode_plain(backbone, [prompt], limits)
+                answers += 1
+                different += answer.tokens != plain.tokens
+                accepted += len(answer.tokens) - len(answer.accept_lengths)
+                steps += len(answer.accept_lengths)
+    return Row(
+        "answers that differ, float32",
+        "",
+        different,
+        "0",
+        different == 0,
+        details={
+            "answers": answers,
+            "architectures": len(ARCHITECTURES),
+            "tokens per step": 1 + accepted / steps,
+        },
+    )
+
+
+def random_tree(rng: random.Random, depth: int) -> Tree:
+    """Return a tree of up to 20 nodes, with ranks up to 5."""
+    paths: set[tuple[int, ...]] = {()}
+    for _ in range(rng.randint(1, 40)):
+        parent = rng.choice(sorted(paths))
+        if len(parent) < depth and len(paths) < 20:
+            paths.add((*parent, rng.randrange(6)))
+    return Tree.from_paths(paths)
+
+
+def batches(rng: random.Random, batch_size: int) -> Iterator[list[list[int]]]:
+    """Yield prompts of ragged lengths, so many at a time."""
+    prompts = [
+        [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 30))] for _ in range(_TINY_PROMPTS)
+    ]
+    for start in range(0, len(prompts), batch_size):
+        yield prompts[start : start + batch_size]
+
+
+def train_on_own_answers(backbone: Backbone, heads: nn.Module, rng: random.Random) -> None:
+    """Teach heads what this random model says, until they guess a good part of it."""
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(8)] for _ in range(16)]
+    answers = decode_plain(backbone, prompts, Limits(64))
+    ids_BT = torch.tensor([p + a.tokens for p, a in zip(prompts, answers, strict=True)])
+    everything_BT = torch.ones_like(ids_BT)
+    with torch.no_grad():
+        hidden_BTD = backbone.hidden_states(ids_BT)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
+    for _ in range(40):
+        losses = medusa_losses(
+            heads, hidden_BTD, ids_BT, everything_BT.bool(), everything_BT, chunk_rows=256
+        )
+        optimizer.zero_grad()
+        medusa_loss(losses, 0.8).backward()
+        optimizer.step()
+
+
+def near_ties(run: Run) -> Row:
+    """In bfloat16, look at every answer that differs from plain decoding's."""
+    model = run.backbone.model
+    dtype = model.dtype
+    model.to(torch.bfloat16)
+    tree = run.tree("calibrated")
+    found = []
+    for prompt in track(run.prompts, "bfloat16"):
+        [plain] = decode_plain(run.backbone, [prompt], run.limits)
+        [ours] = decode_tree(run.backbone, run.heads, tree, [prompt], run.limits)
+        difference = find_difference(
+            run.backbone, prompt, plain.tokens, ours.tokens, tree.num_checked
+        )
+        found += [difference] if difference else []
+    model.to(dtype)
+    unexplained = sum(not difference.is_near_tie for difference in found)
+    return Row(
+        "bfloat16 differences that are no near-ties",
+        "",
+        unexplained,
+        "0",
+        unexplained == 0,
+        details={
+            "answers": len(run.prompts),
+            "differ": len(found),
+            "margin / noise": ", ".join(f"{d.margin:.3f} / {d.noise:.3f}" for d in found),
+        },
+    )
+
+
+def speed(run: Run) -> list[Row]:
+    """Compare trees on the same heads, and the fastest with what its steps would allow."""
+    backbone, heads, limits = run.backbone, run.heads, run.limits
+    trees = {"calibrated": run.tree("calibrated"), "chain": chain(heads.num_heads)}
+    trees |= {"medusa_63": run.tree("medusa_63"), "dynamic": run.tree("dynamic")}
+
+    def method(tree: Tree | None) -> Method:
+        def decode(prompts: list[list[int]]) -> list[Answer]:
+            rows: list[Decoded] = (
+                decode_plain(backbone, prompts, limits)
+                if tree is None
+                else decode_tree(backbone, heads, tree, prompts, limits)
+            )
+            return [Answer(row.tokens, len(row.accept_lengths), row.accept_lengths) for row in rows]
+
+        return decode
+
+    methods = {"plain": method(None), **{name: method(tree) for name, tree in trees.items()}}
+    seconds, steps = dict.fromkeys(methods, 0.0), dict.fromkeys(methods, 0)
+    tokens = 0
+    for number, prompt in enumerate(track(run.prompts, "speed")):
+        names = list(methods)
+        names = names[number % len(names) :] + names[: number % len(names)]
+        for name in names:
+            [answer], taken = timed(methods[name], [prompt], backbone.device)
+            seconds[name] += taken
+            steps[name] += answer.num_steps
+            tokens += len(answer.tokens) if name == "plain" else 0
+    speedups = {name: seconds["plain"] / taken for name, taken in seconds.items()}
+    others = {name: speedups[name] for name in ("chain", "medusa_63", "dynamic")}
+    fixed_best = max(others["chain"], others["medusa_63"])
+    sample = run.prompts[:8]
+    share = share_outside_backbone(backbone, methods["calibrated"], sample)
+    guessing = share_of_heads(run, methods["calibrated"], sample)
+    return [
+        Row(
+            "speed-up, calibrated tree",
+            "x",
+            speedups["calibrated"],
+            "fastest, within 3 %",
+            speedups["calibrated"] >= 0.97 * fixed_best,
+            details={
+                **others,
+                "nodes": trees["calibrated"].num_checked,
+                "tokens per step": {name: round(tokens / n, 2) for name, n in steps.items()},
+            },
+        ),
+        Row(
+            "achieved / bound of backbone and heads",
+            "",
+            1 - share + guessing,
+            "0.9",
+            1 - share + guessing >= 0.9,
+            details={"outside the backbone": share, "of which heads": guessing},
+        ),
+    ]
+
+
+def share_of_heads(run: Run, method: Method, prompts: list[list[int]]) -> float:
+    """Return the share of a method's time that the heads take."""
+    forward, inside = run.heads.forward, 0.0
+
+    def timed_forward(*arguments: object) -> torch.Tensor:
+        nonlocal inside
+        logits, seconds = timed(lambda _: forward(*arguments), [], run.backbone.device)
+        inside += seconds
+        return logits  # type: ignore[return-value]
+
+    run.heads.forward = timed_forward  # type: ignore[method-assign]
+    try:
+        total = sum(timed(method, [prompt], run.backbone.device)[1] for prompt in prompts)
+    finally:
+        del run.heads.forward
+    return inside / total
+
+
+def prediction(run: Run) -> Row:
+    """Hold what calibration promised against what the run's evaluation found."""
+    metrics = read_json(run.out / "metrics.json")
+    ratio = metrics["calibrate/predicted_speedup"] / metrics["eval/speedup"]
+    return Row(
+        "speed-up promised / found in the run",
+        "",
+        ratio,
+        "0.9 to 1.1",
+        0.9 <= ratio <= 1.1,
+        details={name: metrics[name] for name in ("calibrate/predicted_speedup", "eval/speedup")},
+    )
+
+
+if __name__ == "__main__":
+    main()

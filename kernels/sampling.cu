@@ -1,0 +1,263 @@
+// Target-only sampling: lossless verification of guesses that are not random.
+//
+// In:  logits_BNV after each node, tokens_BN, parents_BN, the temperature, and a number in [0, 1) for
+//      each node: uniforms_BN, or drawn here by Philox4x32-10 from a seed, the number of the call,
+//      the sequence and the node (tree.cuh, Arguments).
+// Out: path_BL, num_accepted_B, next_token_B. The token after a node is drawn from p = softmax(logits /
+//      temperature) with the children's tokens first in the order of the draw: child c is accepted
+//      where u < p(c) + the elder children's; if none is, the next token is drawn with what is left
+//      of u from the other tokens. Its law is p, whatever is guessed. Equal to
+//      decode/verification.py, rule sampling without top_k and top_p.
+// Floor: as greedy.cu. The draw reads one slice of one row again, from the L2 cache: its mass
+//      is known, the rest of the row's too, so that nothing is summed twice.
+
+#define NEEDS_SUMS true
+#include "tree.cuh"
+
+struct Scratch {
+    float uniform[MAX_NODES];
+    float spent;            // how much of [0, 1) the children of the path's end take
+    int taken[MAX_NODES];   // their tokens
+    int num_taken;
+    float warp_mass[32];
+    int crossing;           // the thread whose interval holds what is looked for; -1: none
+    float before;           // the mass before that thread's
+    int token;
+};
+
+// ---- random numbers --------------------------------------------------------------------------
+
+// The first of the four words of Philox4x32-10 (Salmon et al. 2011, Parallel random numbers).
+__device__ __forceinline__ unsigned philox(unsigned long long seed, unsigned long long call, unsigned sequence,
+                           unsigned node) {
+    unsigned c[4] = {node, sequence, (unsigned)call, (unsigned)(call >> 32)};
+    unsigned key[2] = {(unsigned)seed, (unsigned)(seed >> 32)};
+#pragma unroll 1
+    for (int round = 0; round < 10; ++round) {
+        const unsigned long long a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
+        const unsigned c1 = c[1], c3 = c[3];
+        c[0] = (unsigned)(b >> 32) ^ c1 ^ key[0];
+        c[1] = (unsigned)b;
+        c[2] = (unsigned)(a >> 32) ^ c3 ^ key[1];
+        c[3] = (unsigned)a;
+        key[0] += 0x9E3779B9u;
+        key[1] += 0xBB67AE85u;
+    }
+    return c[0];
+}
+
+__device__ __forceinline__ void load_uniforms(const Arguments& a, Scratch& scratch, int sequence) {
+    for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x) {
+        if (a.uniforms_BN) {
+            scratch.uniform[n] = a.uniforms_BN[sequence * a.uniforms_stride_b + n];
+        } else {
+            const unsigned word = philox(a.philox[0], a.philox[1 + sequence], sequence, n);
+            scratch.uniform[n] = (float)(word >> 8) * 0x1p-24f;
+        }
+    }
+}
+
+// ---- accepting a guess -----------------------------------------------------------------------
+
+// The child that is drawn after a node, or -1. The first warp calls this.
+__device__ __forceinline__ int choose_child(const Arguments& a, const Tree& tree, Scratch& scratch, int node,
+                            const Statistics& row, float scale) {
+    const int lane = threadIdx.x, num_nodes = (int)a.num_nodes;
+    const float u = scratch.uniform[node];
+    float spent = 0.0f;
+#pragma unroll 1
+    for (int first = node + 1; first < num_nodes; first += 32) {
+        const int n = first + lane;
+        const float p =
+            is_child(tree, n, num_nodes, node) ? probability(tree, n, row, scale) : 0.0f;
+        float end = p;  // of the child's interval
+        for (int step = 1; step < 32; step <<= 1) {
+            const float elder = __shfl_up_sync(0xffffffffu, end, step);
+            if (lane >= step) end += elder;
+        }
+        const unsigned drawn = __ballot_sync(0xffffffffu, p > 0.0f && u < spent + end);
+        if (drawn) {
+            if (lane == 0) scratch.spent = 0.0f;  // a walk that is cut short here draws afresh
+            return first + __ffs(drawn) - 1;
+        }
+        spent += __shfl_sync(0xffffffffu, end, 31);
+    }
+    if (lane == 0) scratch.spent = spent;
+    return -1;
+}
+
+// ---- drawing from the other tokens -------------------------------------------------------------
+
+// Of all threads' masses, laid end to end: which one's holds `target`? Into scratch.crossing and
+// scratch.before; returns the sum of all. All threads call this.
+__device__ __forceinline__ float find_crossing(Scratch& scratch, float mass, float target) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, num_warps = blockDim.x >> 5;
+    float end = mass;
+    for (int step = 1; step < 32; step <<= 1) {
+        const float before = __shfl_up_sync(0xffffffffu, end, step);
+        if (lane >= step) end += before;
+    }
+    float start = __shfl_up_sync(0xffffffffu, end, 1);  // equal to the lane's before, to the bit
+    if (lane == 0) start = 0.0f;
+    __syncthreads();  // everyone has read the last call's outcome
+    if (lane == 31) scratch.warp_mass[warp] = end;
+    if (threadIdx.x == 0) scratch.crossing = -1;
+    __syncthreads();
+    float total = 0.0f, before = 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < num_warps; ++i) {
+        if (i == warp) before = total;
+        total += scratch.warp_mass[i];
+    }
+    if (before + start <= target && target < before + end) {
+        scratch.crossing = threadIdx.x;
+        scratch.before = before + start;
+    }
+    __syncthreads();
+    return total;
+}
+
+// A row from which some tokens are taken.
+struct Rest {
+    const Logit* row;
+    int vocab_size;
+    float largest, scale;
+};
+
+__device__ __forceinline__ float mass_at(const Rest& rest, int token) {
+    return mass_of(to_float(rest.row[token]), token, rest.largest, rest.scale);
+}
+
+// Which of 32 tokens from `first` on are taken?
+__device__ __forceinline__ unsigned taken_among(const Scratch& scratch, int first) {
+    unsigned taken = 0;
+#pragma unroll 1
+    for (int i = 0; i < scratch.num_taken; ++i) {
+        const int place = scratch.taken[i] - first;
+        if (place >= 0 && place < 32) taken |= 1u << place;
+    }
+    return taken;
+}
+
+// The mass of the tokens of [from, to) that are left; names the last that has any.
+__device__ __forceinline__ float mass_between(const Rest& rest, const Scratch& scratch, int from,
+                                              int to, int& last) {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int first = from; first < to; first += 32) {
+        const unsigned taken = taken_among(scratch, first);
+#pragma unroll 4
+        for (int i = 0; i < 32; ++i) {
+            const bool is_left = first + i < to && !(taken >> i & 1);
+            const float mass = is_left ? mass_at(rest, first + i) : 0.0f;
+            if (mass > 0.0f) last = first + i;
+            sum += mass;
+        }
+    }
+    return sum;
+}
+
+// The token of [from, to) at which `sum` and the masses up to it pass `target`, else `last`.
+__device__ __forceinline__ int token_at(const Rest& rest, const Scratch& scratch, int from, int to,
+                                        float sum, float target, int last) {
+#pragma unroll 1
+    for (int token = from; token < to; ++token) {
+        const unsigned taken = taken_among(scratch, token) & 1u;
+        sum += taken ? 0.0f : mass_at(rest, token);
+        if (sum > target) return token;
+    }
+    return last;
+}
+
+// A slice's mass, without what is taken of it.
+__device__ __forceinline__ float slice_mass(const Rest& rest, const Scratch& scratch, const Statistics& slice,
+                            int begin, int end) {
+    const Statistics none = {rest.largest, 0.0f, 0.0f, 0};
+    float mass = begin < end ? merge<true>(none, slice, rest.scale).sum : 0.0f;
+    if (!(rest.largest > NEGATIVE_INFINITY)) mass = begin == 0 ? 1.0f : 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < scratch.num_taken; ++i)
+        if (scratch.taken[i] >= begin && scratch.taken[i] < end)
+            mass -= mass_at(rest, scratch.taken[i]);
+    return fmaxf(mass, 0.0f);
+}
+
+// Find the token whose mass holds `target`, given the statistics of slices of the row; of the
+// tokens that are left the last, if rounding leaves a target behind them; -1 if none is left.
+__device__ __forceinline__ int draw(const Rest& rest, Scratch& scratch, const Statistics* slices, int num_slices,
+                    int length, float target) {
+    const int i = threadIdx.x, begin = min(i * length, rest.vocab_size);
+    const int end = min(begin + length, rest.vocab_size);
+    const float mass = i < num_slices ? slice_mass(rest, scratch, slices[i], begin, end) : 0.0f;
+    find_crossing(scratch, mass, target);
+    int slice = scratch.crossing;
+    if (slice >= 0) target -= scratch.before;
+    // A slice found by sums may, by rounding, end just before the target: then the next has it.
+#pragma unroll 1
+    for (; slice >= 0 && slice < num_slices; ++slice) {
+        const int start = min(slice * length, rest.vocab_size);
+        const int stop = min(start + length, rest.vocab_size);
+        const int share = (stop - start + (int)blockDim.x - 1) / (int)blockDim.x;
+        const int from = min(start + (int)threadIdx.x * share, stop), to = min(from + share, stop);
+        int token = -1;
+        const float own = mass_between(rest, scratch, from, to, token);
+        const float total = find_crossing(scratch, own, target);
+        if (scratch.crossing >= 0) {
+            if (scratch.crossing == (int)threadIdx.x)
+                scratch.token = token_at(rest, scratch, from, to, scratch.before, target, token);
+            __syncthreads();
+            return scratch.token;
+        }
+        target = fmaxf(target - total, 0.0f);
+    }
+    if (threadIdx.x == 0) scratch.token = -1;
+    __syncthreads();
+    const int share = (rest.vocab_size + (int)blockDim.x - 1) / (int)blockDim.x;
+    const int from = min((int)threadIdx.x * share, rest.vocab_size);
+    int token = -1;
+    mass_between(rest, scratch, from, min(from + share, rest.vocab_size), token);
+    atomicMax(&scratch.token, token);
+    __syncthreads();
+    return scratch.token;
+}
+
+// ---- the walk ---------------------------------------------------------------------------------
+
+template <bool IS_LAZY, int CLUSTER>
+__device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch& scratch, int sequence) {
+    Tree& tree = shared.tree;
+    const float scale = (float)a.scale;
+    const int num_nodes = (int)a.num_nodes, vocab_size = (int)a.vocab_size;
+    load_uniforms(a, scratch, sequence);
+    if (threadIdx.x == 0) scratch.num_taken = 0;
+    load_tokens<true>(a, tree, sequence);
+    if (!IS_LAZY) merge_splits<true>(a, tree, sequence, scale);
+    int turn = 0;
+    const int path_length = descend<true, IS_LAZY, CLUSTER>(
+        a, shared, sequence, turn, scale, [&](int node, const Statistics& row) {
+            return choose_child(a, tree, scratch, node, row, scale);
+        });
+    const int node = tree.path[path_length - 1];
+    for (int n = node + 1 + threadIdx.x; n < num_nodes; n += blockDim.x)
+        if (tree.parent[n] == node && tree.token[n] >= 0 && !tree.is_copy[n])
+            scratch.taken[atomicAdd(&scratch.num_taken, 1)] = tree.token[n];
+    int num_slices = CLUSTER * (int)(blockDim.x >> 5);
+    Statistics* slices = shared.slices.of[turn];
+    if (!IS_LAZY && tree.has_children[node]) {  // other blocks read this row
+        num_slices = (int)a.num_splits;
+        const long long place = (sequence * a.num_nodes + node) * num_slices;
+        for (int i = threadIdx.x; i < num_slices; i += blockDim.x)
+            slices[i] = load_fresh(a.partials_BNS + place + i);
+    }
+    __syncthreads();
+    const Rest rest = {row_of(a, sequence, node), vocab_size, tree.row[node].largest, scale};
+    const float place = fmaxf(scratch.uniform[node] - scratch.spent, 0.0f);
+    int token = draw(rest, scratch, slices, num_slices, slice_length(vocab_size, num_slices),
+                     place * tree.row[node].sum);
+    if (token < 0) token = tree.row[node].argmax;
+    if (cluster_rank<CLUSTER>() > 0) return;
+    write_verdict(a, tree, sequence, path_length, token);
+    if (threadIdx.x == 0 && !a.uniforms_BN) a.philox[1 + sequence] += 1;
+}
+
+#include "forms.cuh"

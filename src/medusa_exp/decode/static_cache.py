@@ -1,0 +1,92 @@
+"""A key-value cache whose shapes never change: for steps that a CUDA graph can hold.
+
+B rows, H key-value heads, C columns of prompts and answers, N columns of a tree, L path length.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from medusa_exp.decode.verification import Verdict
+
+
+class _StaticLayer(CacheLayerMixin):
+    """One layer's keys and values [B, H, C + N + 1, head size]; the last column is for waste."""
+
+    is_sliding = False
+
+    def __init__(self, capacity: int, num_columns: int) -> None:
+        super().__init__()
+        self.capacity, self.num_columns = capacity, num_columns
+        self.start = 0
+        """Where the next call writes; it sees all columns up to there and its own."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def buffer(states: Tensor) -> Tensor:
+            # Zeros: a column of no row is masked, but 0 x NaN would not be.
+            return states.new_zeros(*states.shape[:2], self.num_columns, states.shape[3])
+
+        self.keys, self.values = buffer(key_states), buffer(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        stop = self.start + key_states.shape[2]
+        self.keys[:, :, self.start : stop] = key_states
+        self.values[:, :, self.start : stop] = value_states
+        if self.start < self.capacity:  # of prompts: a tree is written over the one before
+            self.start = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_seq_length(self) -> int:
+        return self.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.start + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.num_columns
+
+
+class StaticCache(Cache):
+    """Keys and values of all layers; how many tokens each row has lies on the device."""
+
+    def __init__(
+        self, num_layers: int, capacity: int, num_nodes: int, num_rows: int, device: torch.device
+    ) -> None:
+        """Make room for prompts and answers, and for trees of at most so many nodes."""
+        super().__init__(layers=[])
+        self.capacity, self.waste = capacity, capacity + num_nodes
+        self.layers = [_StaticLayer(capacity, self.waste + 1) for _ in range(num_layers)]
+        self.lengths_B = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self._row_B1 = torch.arange(num_rows, device=device)[:, None]
+
+    def empty(self) -> None:
+        """Let the next forward calls write prompts, from the first column on."""
+        self._set_start(0)
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Say how many tokens each row has; from now on the tree's columns are written."""
+        self.lengths_B.copy_(torch.tensor(lengths))
+        self._set_start(self.capacity)
+
+    def _set_start(self, column: int) -> None:
+        for layer in self.layers:
+            layer.start = column
+
+    def commit(self, verdict: Verdict, is_active_B: Tensor) -> None:
+        """Move the accepted nodes of active rows to where these end."""
+        path_BL = verdict.path_BL
+        place_L = torch.arange(path_BL.shape[1], device=path_BL.device)
+        from_BL = self.capacity + path_BL.clamp(min=0)
+        is_kept_BL = (path_BL >= 0) & is_active_B[:, None]
+        to_BL = torch.where(is_kept_BL, self.lengths_B[:, None] + place_L, self.waste)
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                states[self._row_B1, :, to_BL] = states[self._row_B1, :, from_BL]
+        self.lengths_B += (verdict.num_accepted_B + 1) * is_active_B

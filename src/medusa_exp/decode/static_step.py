@@ -1,0 +1,199 @@
+"""A step of tree decoding whose shapes never change, so that a CUDA graph can hold it whole.
+
+The cache has room for prompt and answer, and columns of its own for the tree behind them. How far
+each row is, which rows go on, roots and hidden states: all lie in tensors that are written in
+place, and nothing is asked of the host but to read the outcome. On a GPU the step is captured once
+and replayed; elsewhere the same code runs as it is.
+
+B rows, H key-value heads, C cache columns before the tree's, N tree nodes, L path length, D hidden.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medusa_exp.decode.attention import StepMask
+from medusa_exp.decode.propose import Proposer
+from medusa_exp.decode.rule import Judge, Rule
+from medusa_exp.decode.static_cache import StaticCache
+from medusa_exp.decode.step import at_end, outcome, read_outcome
+from medusa_exp.model.backbone import Backbone
+
+_COLUMNS = 256
+"""Capacities are multiples of it, so that prompts of many lengths share a step."""
+_MAX_NODES = 256
+_MAX_CACHES = 4
+_WARM_UPS = 3
+"""Runs before capture: libraries choose and allocate at their first calls."""
+
+_Shape = tuple[int, int]
+"""Rows, and columns before the tree's."""
+
+
+class StaticStep:
+    """Decodes one accepted path a row at each call; rows that have ended run along unheeded."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        propose: Proposer,
+        judge: Judge,
+        cache: StaticCache,
+        mask: StepMask,
+        pool: Any = None,
+    ) -> None:
+        """Prepare for any prompts that fit into the cache: see `begin`.
+
+        Args:
+            backbone: runs on the trees.
+            propose: makes the trees.
+            judge: tells what of them comes true.
+            cache: of as many rows as there are prompts.
+            mask: of the backbone, for this cache.
+            pool: of the memory that a captured graph works in.
+        """
+        self.backbone, self.propose, self.judge = backbone, propose, judge
+        self.cache, self.mask = cache, mask
+        num_rows, device = len(cache.lengths_B), backbone.device
+        self.root_B = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.hidden_BD = torch.zeros(
+            num_rows, backbone.hidden_size, dtype=backbone.model.dtype, device=device
+        )
+        self.is_active_B = torch.ones(num_rows, dtype=torch.bool, device=device)
+        self.last = torch.zeros((), dtype=torch.long, device=device)
+        """The last position that the model has for these prompts."""
+        width = 2 + 2 * (propose.depth + 1)
+        self.outcome = torch.zeros(num_rows, width, dtype=torch.long, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._pool = pool
+        self._active: list[int] = []
+
+    def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
+        """Begin after prompts that are in the cache; arguments as of `step.GrowingStep`."""
+        self.root_B.copy_(root_B)
+        self.hidden_BD.copy_(hidden_BD)
+        self.last.fill_(last)
+        self.is_active_B.fill_(True)
+        self._active = list(range(len(root_B)))
+
+    def advance(self) -> list[list[int]]:
+        """Return the tokens that each active row commits; see `step.Step`."""
+        if self.backbone.device.type != "cuda":
+            self._run()
+        else:
+            if self._graph is None:
+                self._graph = self._capture()
+            self._graph.replay()
+        rows = self.outcome.tolist()  # the step's one wait for the device
+        said, _ = read_outcome([rows[row] for row in self._active])
+        return said
+
+    def keep(self, places: list[int]) -> None:
+        """Go on with some of the active rows alone; see `step.Step`."""
+        if len(places) < len(self._active):
+            self._active = [self._active[place] for place in places]
+            self._mark_active()
+
+    def _mark_active(self) -> None:
+        is_active = [row in set(self._active) for row in range(len(self.root_B))]
+        self.is_active_B.copy_(torch.tensor(is_active))
+
+    def _run(self) -> None:
+        cache = self.cache
+        draft = self.propose(self.root_B, self.hidden_BD)
+        position_BN = torch.minimum(cache.lengths_B[:, None] + draft.depths_BN, self.last)
+        logits_BNV, hidden_BND = self.backbone.forward(
+            draft.tokens_BN,
+            cache,
+            mask=self.mask.over(
+                cache.lengths_B, cache.capacity, draft.ancestors_BNN, draft.depths_BN
+            ),
+            position_ids_BN=position_BN,
+        )
+        verdict = self.judge(
+            logits_BNV, draft.tokens_BN, draft.parents_BN, self.propose.depth, draft.nodes
+        )
+        self.outcome.copy_(outcome(draft, verdict))
+        cache.commit(verdict, self.is_active_B)
+        self.hidden_BD.copy_(at_end(hidden_BND, verdict))
+        self.root_B.copy_(verdict.next_token_B)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Run the step a few times, put everything back, and capture it."""
+        state = (self.root_B, self.hidden_BD, self.cache.lengths_B)
+        saved = [tensor.clone() for tensor in state]
+        # Columns behind the rows' ends are written meanwhile; nothing is seen there.
+        self.is_active_B.fill_(False)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        self.judge.register(graph)
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._run()
+        for tensor, before in zip(state, saved, strict=True):
+            tensor.copy_(before)
+        self._mark_active()
+        return graph
+
+
+class StaticSteps:
+    """The static steps of a backbone, kept from prompt to prompt: capture takes many steps' time.
+
+    Steps of as many rows and columns share a cache, and all share one pool of memory: one runs at
+    a time.
+    """
+
+    def __init__(self) -> None:
+        self._caches: dict[_Shape, StaticCache] = {}
+        self._steps: dict[tuple[_Shape, Hashable], StaticStep] = {}
+        self._pool: Any = None
+
+    def get(
+        self, backbone: Backbone, propose: Proposer, rule: Rule, num_rows: int, length: int
+    ) -> StaticStep:
+        """Return a step over an empty cache, for prompts and answers of this length together."""
+        if self._pool is None and backbone.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+        shape = self._shape(num_rows, length)
+        if shape not in self._caches:
+            self._make_room()
+            self._caches[shape] = StaticCache(
+                backbone.num_layers, shape[1], _MAX_NODES, num_rows, backbone.device
+            )
+        key = (shape, (propose.key, rule, backbone.model.dtype))
+        if key not in self._steps:
+            self._steps[key] = StaticStep(
+                backbone,
+                propose,
+                Judge(rule, backbone.device),
+                self._caches[shape],
+                StepMask(backbone.model, shape[1] + _MAX_NODES),
+                self._pool,
+            )
+        step = self._steps[key]
+        step.cache.empty()
+        step.judge.restart()
+        return step
+
+    def _shape(self, num_rows: int, length: int) -> _Shape:
+        """Return the rows and columns of a cache that is there and not far too large, or of a new.
+
+        Attention reads all columns, so that a far larger one would cost more than a capture.
+        """
+        columns = -(-length // _COLUMNS) * _COLUMNS
+        fitting = [s for s in self._caches if s[0] == num_rows and columns <= s[1] <= 2 * columns]
+        return min(fitting, default=(num_rows, columns))
+
+    def _make_room(self) -> None:
+        """Forget the oldest cache, and the steps on it, where there are many."""
+        if len(self._caches) < _MAX_CACHES:
+            return
+        oldest = next(iter(self._caches))
+        del self._caches[oldest]
+        self._steps = {key: step for key, step in self._steps.items() if key[0] != oldest}

@@ -1,0 +1,101 @@
+"""Steps of fixed shapes, as a CUDA graph holds them, give what plain decoding gives."""
+
+import random
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
+
+from medusa_exp.decode.answers import Limits
+from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.rule import Rule
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.tree import Tree, chain
+
+TREE = Tree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3)])
+
+
+def prompts_of(rng: random.Random, count: int, longest: int = 30) -> list[list[int]]:
+    return [
+        [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))] for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_equal_to_plain_decoding(architecture):
+    backbone = Backbone(build_model(architecture))
+    heads = build_heads(backbone, num_heads=3)
+    picked = Tree(TREE.parents, TREE.ranks, num_picked=5)
+    rng = random.Random(architecture)
+    saved = 0
+    for number, tree in enumerate((TREE, picked, chain(2), chain(0), TREE, TREE)):
+        prompts = prompts_of(rng, 1 + number % 3)
+        limits = Limits(rng.randint(1, 40), {number, number + 9})
+        backbone.decodes_statically = False
+        plain = decode_plain(backbone, prompts, limits)
+        backbone.decodes_statically = True
+        static_plain = decode_plain(backbone, prompts, limits)
+        ours = decode_tree(backbone, heads, tree, prompts, limits)
+        for expected, alone, answer in zip(plain, static_plain, ours, strict=True):
+            assert answer.tokens == alone.tokens == expected.tokens
+            assert alone.accept_lengths == expected.accept_lengths
+            saved += len(expected.accept_lengths) - len(answer.accept_lengths)
+    assert saved > 0
+
+
+def test_a_step_is_kept_and_forgets_the_prompts_before(backbone):
+    heads = build_heads(backbone, num_heads=3)
+    backbone.decodes_statically = True
+    rng = random.Random(0)
+    first, second = prompts_of(rng, 2), prompts_of(rng, 2)
+    alone = [a.tokens for a in decode_tree(backbone, heads, TREE, second, Limits(20))]
+    decode_tree(backbone, heads, TREE, first, Limits(60))
+    again = [a.tokens for a in decode_tree(backbone, heads, TREE, second, Limits(20))]
+    assert again == alone
+    [shape] = backbone.static_steps._caches
+    assert shape == (2, 256)
+    assert len(backbone.static_steps._steps) == 1
+
+
+def test_old_caches_make_room(backbone):
+    backbone.decodes_statically = True
+    for count in range(1, 8):
+        decode_plain(backbone, prompts_of(random.Random(count), count), Limits(3))
+    assert len(backbone.static_steps._caches) == len(backbone.static_steps._steps) == 4
+
+
+def test_the_cache_may_be_full(backbone):
+    """The model has 128 positions: prompt and answer take them all."""
+    heads = build_heads(backbone, num_heads=3)
+    prompts = [prompts_of(random.Random(1), 1, 60)[0], [5] * 68]
+    expected = [a.tokens for a in decode_plain(backbone, prompts, Limits(60))]
+    backbone.decodes_statically = True
+    ours = decode_tree(backbone, heads, TREE, prompts, Limits(60))
+    assert [a.tokens for a in ours] == expected
+
+
+def test_draws_depend_on_the_seed_alone(backbone):
+    heads = build_heads(backbone, num_heads=3)
+    backbone.decodes_statically = True
+
+    def draw(seed: int) -> list[int]:
+        rule = Rule("sampling", temperature=2.0, seed=seed)
+        return decode_tree(backbone, heads, TREE, [[3, 4]], Limits(30), rule)[0].tokens
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rule", [Rule(), Rule("sampling", seed=1)])
+def test_captured_steps_say_the_same_as_uncaptured_ones(rule):
+    backbone = Backbone(build_model("llama").cuda())
+    heads = build_heads(backbone, num_heads=3)
+    prompts = prompts_of(random.Random(0), 3)
+    growing = decode_tree(backbone, heads, TREE, prompts, Limits(40, {7}), rule)
+    backbone.decodes_statically = True
+    for _ in range(2):  # captured, and replayed for other prompts' sake
+        captured = decode_tree(backbone, heads, TREE, prompts, Limits(40, {7}), rule)
+        if rule.name == "greedy":
+            assert [a.tokens for a in captured] == [a.tokens for a in growing]
+        assert all(len(a.tokens) <= 40 for a in captured)

@@ -1,0 +1,189 @@
+"""What is asked of the kernels: by the tests, and of mutants, which must not pass.
+
+B batch, N tree nodes.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from kernel_cases import Case, is_borderline, make_case
+from kernel_shim import ORDERS, ShimKernels
+from tiny_models import build_model
+from torch import Tensor
+
+from medusa_exp.decode.attention import StepMask
+from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.launch_plan import Plan
+from medusa_exp.decode.step_cupy import CacheCommit, build_mask
+from medusa_exp.decode.verification import Verdict
+from medusa_exp.decode.verification_cupy import Verifier
+
+PLANS = (
+    Plan("two", splits=3, threads=64, walk_threads=64),
+    Plan("fused", splits=2, threads=64),
+    Plan("lazy", threads=96),
+    Plan("lazy", threads=64, cluster=2),
+    Plan("two", splits=1, threads=32, walk_threads=96),
+    Plan("fused", splits=5, threads=96),
+    Plan("lazy", threads=32, cluster=8),
+    Plan("two", splits=32, threads=32, walk_threads=32),
+    Plan("lazy", threads=32, cluster=4),
+)
+COMMITS = ((torch.bfloat16, 16, 16), (torch.float32, 5, 4), (torch.float16, 3, 2))
+"""Type and head size of a cache, and the bytes that a thread moves at a time."""
+
+
+def judged(shim: ShimKernels, plan: Plan, case: Case, order: str = "random", seed: int = 0):
+    """Return the kernels' verdict, its tensors copied."""
+    shim.order, shim.seed = order, seed
+    found = Verifier(shim, plan)(
+        case.logits_BNV, case.tokens_BN, case.parents_BN, rule=case.rule, **case.options
+    )
+    return Verdict(*(getattr(found, field.name).clone() for field in dataclasses.fields(found)))
+
+
+def assert_equal(found: Verdict, expected: Verdict) -> None:
+    assert found.path_BL.tolist() == expected.path_BL.tolist()
+    assert found.num_accepted_B.tolist() == expected.num_accepted_B.tolist()
+    assert found.next_token_B.tolist() == expected.next_token_B.tolist()
+
+
+def cases_of(rule: str, seeds: range) -> list[tuple[Case, Verdict]]:
+    """Return cases and what is expected of them, but for a few that hang on rounding."""
+    cases = [make_case(seed, rule) for seed in seeds]
+    clear = [(case, case.expected()) for case in cases if not is_borderline(case)]
+    assert len(clear) >= 0.96 * len(cases), f"{len(cases) - len(clear)} of {len(cases)} left out"
+    return clear
+
+
+def check_verification(
+    shim: ShimKernels, cases: Iterable[tuple[Case, Verdict]], orders: Iterable[str] = tuple(ORDERS)
+) -> None:
+    """Fail unless the kernels judge as expected, in one form of theirs after the other."""
+    for number, (case, expected) in enumerate(cases):
+        for order in orders:
+            assert_equal(judged(shim, PLANS[number % len(PLANS)], case, order, number), expected)
+
+
+@dataclasses.dataclass
+class MaskCase:
+    """Arguments of `build_mask`, and what it is to write."""
+
+    parents_BN: Tensor
+    lengths_B: Tensor
+    window: int | None
+    mask_B1NK: Tensor
+    positions_BN: Tensor
+
+
+def _random_tree(rng: np.random.Generator, nodes: int) -> Tensor:
+    return torch.tensor([-1, *(int(rng.integers(0, n)) for n in range(1, nodes))])
+
+
+def _ancestors_of(parents_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ancestors_NN (itself included) and depths_N."""
+    ancestors_NN = torch.eye(len(parents_N), dtype=torch.bool)
+    for node, parent in enumerate(parents_N.tolist()):
+        if parent >= 0:
+            ancestors_NN[node] |= ancestors_NN[parent]
+    return ancestors_NN, ancestors_NN.sum(1) - 1
+
+
+def mask_cases(architecture: str, seeds: range) -> list[MaskCase]:
+    """Return random trees and lengths; mistral has a sliding window, llama none.
+
+    Some windows are shorter than the trees are deep.
+    """
+    step_mask = StepMask(build_model(architecture), capacity=200)
+    assert (step_mask.window is not None) == (architecture == "mistral")
+    window, cases = step_mask.window, []
+    for seed in seeds:
+        step_mask.window = 3 if window is not None and seed % 3 == 0 else window
+        rng = np.random.default_rng(seed)
+        nodes, batch = int(rng.integers(2, 40)), int(rng.integers(1, 4))
+        trees = [_random_tree(rng, nodes) for _ in range(batch)]
+        relations = [_ancestors_of(parents_N) for parents_N in trees]
+        depths_BN = torch.stack([depths_N for _, depths_N in relations])
+        lengths = rng.integers(1, 30 if seed % 2 else 150, batch).tolist()
+        lengths_B = torch.tensor(lengths)
+        ancestors_BNN = torch.stack([a for a, _ in relations])
+        mask_B1NK = step_mask.at(lengths, ancestors_BNN, depths_BN) == 0  # 0: is seen
+        positions_BN = (lengths_B[:, None] + depths_BN).clamp(max=100)
+        cases.append(
+            MaskCase(torch.stack(trees), lengths_B, step_mask.window, mask_B1NK, positions_BN)
+        )
+    return cases
+
+
+def check_mask(shim: ShimKernels, cases: list[MaskCase], order: str = "random") -> None:
+    """Fail unless the kernel writes the masks and positions of the torch code."""
+    shim.order = order
+    for seed, case in enumerate(cases):
+        shim.seed = seed
+        mask_B1NK = torch.zeros_like(case.mask_B1NK)
+        positions_BN = torch.empty_like(case.positions_BN)
+        build_mask(
+            shim,
+            case.parents_BN,
+            case.lengths_B,
+            mask_B1NK=mask_B1NK,
+            positions_BN=positions_BN,
+            window=case.window,
+            last_position=100,
+        )
+        assert mask_B1NK.equal(case.mask_B1NK)
+        assert positions_BN.equal(case.positions_BN)
+
+
+def check_commit(shim: ShimKernels, dtype: torch.dtype, head: int, unit: int, seed: int) -> None:
+    """Fail unless the kernel moves in a cache what `TreeCache.commit` moves."""
+    rng = np.random.default_rng(seed)
+    shim.seed = seed
+    batch, nodes = int(rng.integers(1, 4)), int(rng.integers(1, 12))
+    cache = TreeCache(num_layers=2, capacity=60, num_rows=batch)
+    lengths = rng.integers(1, 30, batch).tolist()
+    total = max(lengths) + nodes
+    values = torch.Generator().manual_seed(seed)
+    for layer in range(2):
+        shape = (2, batch, 3, total, head)
+        cache.update(*torch.randn(shape, generator=values).to(dtype), layer)
+    cache.lengths = lengths
+    tensors = [states for layer in cache.layers for states in _states(layer)]
+    ours = [states.clone() for states in tensors]
+    paths = [
+        [0, *sorted(rng.choice(np.arange(1, nodes), rng.integers(0, nodes), replace=False))]
+        for _ in range(batch)
+    ]
+    width = max(map(len, paths))
+    path_BL = torch.tensor([[*map(int, p), *[-1] * (width - len(p))] for p in paths])
+    commit = CacheCommit(shim, ours)
+    assert commit._defines == (f"UNIT_BYTES={unit}",)
+    commit(
+        path_BL,
+        torch.tensor([len(path) - 1 for path in paths]),
+        torch.full((batch,), max(lengths)),
+        torch.tensor(lengths),
+    )
+    cache.commit([[int(node) for node in path] for path in paths])
+    for mine, states in zip(ours, tensors, strict=True):
+        for row, (length, path) in enumerate(zip(lengths, paths, strict=True)):
+            kept = length + len(path)
+            assert mine[row, :, :kept].equal(states[row, :, :kept])
+            assert mine[row, :, total:].equal(states[row, :, total:])
+
+
+def _states(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.keys, layer.values
+
+
+def check_commit_within(shim: ShimKernels) -> None:
+    """Fail unless a path that leads out of the cache is followed only within it."""
+    tensors = [torch.arange(24.0).reshape(1, 1, 6, 4) for _ in range(2)]
+    before = tensors[0].clone()
+    ends = torch.tensor([4]), torch.tensor([2])
+    CacheCommit(shim, tensors)(torch.tensor([[0, 1, 2]]), torch.tensor([50]), *ends)
+    assert tensors[0][:, :, [2, 3]].equal(before[:, :, [4, 5]])
+    assert tensors[0][:, :, [0, 1, 4, 5]].equal(before[:, :, [0, 1, 4, 5]])

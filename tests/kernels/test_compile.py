@@ -1,0 +1,101 @@
+"""What NVRTC makes of the kernels, with the flags that CuPy gives it; no GPU is needed."""
+
+import functools
+import importlib.util
+import io
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from medusa_exp.decode.kernel_source import MODULES, source_of
+from medusa_exp.decode.verification_cupy import DEFINES
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cupy") is None,
+    reason="needs CuPy and NVRTC: pip install --group kernels",
+)
+
+ARCHS = ("80", "90", "100")
+BUDGET = {"fused": 96}
+"""Registers of a thread: 96 where a block has 512 threads at most, 64 where it may have 1024."""
+LAZY = {"80": {"lazy_1"}}
+STEP = [module for module in MODULES if module[0] in ("mask.cu", "commit.cu")]
+VERIFICATION = [module for module in MODULES if module not in STEP]
+
+
+@functools.cache
+def compiled(file: str, defines: tuple[str, ...], arch: str) -> tuple[bytes, str]:
+    """Return machine code and the assembler's report."""
+    from cupy._core import core
+    from cupy.cuda.compiler import _NVRTCProgram
+
+    options = core.assemble_cupy_compiler_options(tuple(f"-D{word}" for word in defines))
+    options += ("-ftz=true", f"-arch=sm_{arch}", "--device-as-default-execution-space")
+    options += ("--ptxas-options=-v",)
+    report = io.StringIO()
+    program = _NVRTCProgram(source_of(file), file, method="cubin")
+    code, _ = program.compile(options, report)
+    return code + b"\0", report.getvalue()  # CuPy takes the code for text, and drops its last byte
+
+
+def resources(report: str) -> dict[str, tuple[int, int]]:
+    """Return each entry's registers and bytes of spills."""
+    found = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        report,
+        re.DOTALL,
+    )
+    return {name: (int(used), int(stores) + int(loads)) for name, stores, loads, used in found}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("file", "defines"), VERIFICATION)
+def test_verification_fits_its_registers(file, defines, arch):
+    entries = resources(compiled(file, defines, arch)[1])
+    lazy = LAZY.get(arch, {"lazy_1", "lazy_2", "lazy_4", "lazy_8"})
+    assert set(entries) == {"read_rows", "walk_tree", "fused", *lazy}
+    for entry, (registers, spilled) in entries.items():
+        assert spilled == 0, f"{entry} spills {spilled} bytes"
+        assert registers <= BUDGET.get(entry, 64), f"{entry} needs {registers} registers"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("file", "defines"), STEP)
+def test_the_kernels_around_the_backbone_fit_too(file, defines, arch):
+    [(registers, spilled)] = resources(compiled(file, defines, arch)[1]).values()
+    assert spilled == 0 and registers <= 64
+
+
+def disassembled(code: bytes, entry: str, folder: Path) -> list[str]:
+    """Return an entry's instructions, predicates left out."""
+    tool = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "nvdisasm")
+    if not tool.is_file():
+        pytest.skip("there is no nvdisasm: pip install --group kernels")
+    (folder / "code.cubin").write_bytes(code)
+    text = subprocess.run(
+        [tool, "-c", folder / "code.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    body = text.split(f"\n.text.{entry}:", 1)[1].split("\n.section", 1)[0]
+    return re.findall(
+        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body, re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("file", ["greedy.cu", "sampling.cu"])
+def test_four_loads_are_in_flight(file, arch, tmp_path):
+    """A row streams in 16-byte loads, four of them issued before anything is done with one."""
+    code, _ = compiled(file, DEFINES[torch.bfloat16], arch)
+    instructions = disassembled(code, "read_rows", tmp_path)
+    assert len(instructions) > 100
+    loads = [i for i, name in enumerate(instructions) if name.startswith("LDG.E.128.CONSTANT")]
+    assert len(loads) >= 4
+    first, last = loads[0], loads[3]
+    between = {name.split(".")[0] for name in instructions[first : last + 1]}
+    assert last - first <= 40
+    assert not between & {"FMNMX", "FMNMX3", "FADD", "FMUL", "FFMA", "FSETP", "MUFU", "BAR", "BRA"}

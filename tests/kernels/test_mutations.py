@@ -1,0 +1,88 @@
+"""The tests of the kernels are tested: a fault put in on purpose must be noticed.
+
+`nox -s mutations` removes every barrier in turn; here are a few faults of each kernel.
+"""
+
+import functools
+
+import pytest
+from kernel_cases import exact_cases
+from kernel_checks import (
+    COMMITS,
+    cases_of,
+    check_commit,
+    check_commit_within,
+    check_mask,
+    check_verification,
+    mask_cases,
+)
+from kernel_mutants import is_caught, mutate
+from kernel_shim import GXX
+
+pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++")
+
+BARRIER = "__syncthreads();"
+FAULTS = [
+    # a comparison
+    ("greedy", "logits.cuh", "if (x > s.largest) {", "if (x >= s.largest) {"),
+    ("greedy", "rows.cuh", "if (largest > s.largest) {", "if (largest >= s.largest) {"),
+    ("sampling", "sampling.cu", "p > 0.0f && u < spent + end", "p > 0.0f && u <= spent + end"),
+    ("sampling", "sampling.cu", "before + start <= target", "before + start < target"),
+    ("sampling", "sampling.cu", "if (sum > target)", "if (sum >= target)"),
+    ("typical", "typical.cu", "is_accepted[n] = p > threshold", "is_accepted[n] = p >= threshold"),
+    ("commit", "commit.cu", "column < a.num_columns", "column <= a.num_columns"),
+    ("mask", "mask.cu", "column < length", "column <= length"),
+    ("mask", "mask.cu", "steps < a.window", "steps <= a.window"),
+    # an off-by-one in a walk
+    ("greedy", "greedy.cu", "int first = node + 1;", "int first = node + 2;"),
+    ("greedy", "tree.cuh", "return length;", "return length + 1;"),
+    ("sampling", "sampling.cu", "int first = node + 1;", "int first = node + 2;"),
+    ("typical", "typical.cu", "place = best.length - 1,", "place = best.length - 2,"),
+    ("commit", "commit.cu", "a.num_accepted_B[row] + 1", "a.num_accepted_B[row]"),
+    ("mask", "mask.cu", "steps[n] = depth++", "steps[n] = ++depth"),
+    # a barrier less
+    ("greedy", "tree.cuh", f"{BARRIER}\n        if (tree.path", "if (tree.path"),
+    ("sampling", "sampling.cu", f"{BARRIER}\n    float total", "float total"),
+    ("typical", "typical.cu", f"tree, scratch);\n    {BARRIER}", "tree, scratch);"),
+    ("mask", "mask.cu", f"{BARRIER}\n    if (threadIdx", "if (threadIdx"),
+]
+
+
+@functools.cache
+def cases(kernel: str):
+    """Return what a kernel is tried on; the expectations are made before any process is forked."""
+    if kernel == "mask":
+        return [mask_cases(architecture, range(12)) for architecture in ("llama", "mistral")]
+    exact = [(case, case.expected()) for case in exact_cases(kernel)]
+    return exact * 3 + cases_of(kernel, range(60))
+
+
+def check(kernel: str, shim) -> None:
+    if kernel == "mask":
+        for some in cases(kernel):
+            check_mask(shim, some)
+    elif kernel == "commit":
+        for dtype, head, unit in COMMITS:
+            for seed in range(4):
+                check_commit(shim, dtype, head, unit, seed)
+        check_commit_within(shim)
+    else:
+        check_verification(shim, cases(kernel), ["random"])
+
+
+@pytest.mark.parametrize("kernel", ["greedy", "sampling", "typical", "commit", "mask"])
+def test_without_a_fault_nothing_is_noticed(kernel, shim, tmp_path):
+    if kernel != "commit":
+        cases(kernel)
+    assert not is_caught(
+        mutate(tmp_path, "mask.cu", "// Grid", "// grid"),
+        tmp_path,
+        functools.partial(check, kernel),
+    )
+
+
+@pytest.mark.parametrize(("kernel", "file", "old", "new"), FAULTS)
+def test_a_fault_is_noticed(kernel, file, old, new, tmp_path):
+    if kernel != "commit":
+        cases(kernel)
+    assert is_caught(mutate(tmp_path, file, old, new), tmp_path, functools.partial(check, kernel))

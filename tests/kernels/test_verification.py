@@ -1,0 +1,186 @@
+"""The verification kernels, run on the CPU, against the specification in float64."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
+from kernel_checks import PLANS, assert_equal, cases_of, check_verification, judged
+from kernel_shim import ShimError, ShimKernels
+
+from medusa_exp.decode.launch_plan import Plan
+from medusa_exp.decode.verification_cupy import Verifier
+
+CASES, CHUNKS = 350, 7
+"""Of each rule."""
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("rule", RULES)
+def test_equals_the_specification_in_every_order(shim, rule, chunk):
+    check_verification(shim, cases_of(rule, range(chunk, CASES, CHUNKS)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_edges_are_the_specifications(shim, rule):
+    check_verification(shim, [(case, case.expected()) for case in exact_cases(rule)])
+
+
+@pytest.mark.parametrize("vocab", [4099, 32000, 262144])
+@pytest.mark.parametrize("rule", RULES)
+def test_large_vocabularies(shim, rule, vocab):
+    for seed, plan in enumerate(
+        (
+            Plan("two", splits=7, threads=128, walk_threads=128),
+            Plan("fused", splits=3, threads=128),
+            Plan("lazy", threads=64, cluster=4),
+        )
+    ):
+        case = make_case(1000 + seed, rule, vocab, nodes=3)
+        assert not is_borderline(case)
+        assert_equal(judged(shim, plan, case), case.expected())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("plan", PLANS[:3])
+def test_the_largest_tree_and_a_large_batch(shim, rule, plan):
+    case = make_case(3, rule, vocab=7, nodes=256)
+    assert not is_borderline(case)
+    assert_equal(judged(shim, plan, case), case.expected())
+    case = make_case(5, rule, vocab=2, nodes=2)
+    assert not is_borderline(case)
+    wide = {
+        name: value.repeat(100, 1) if isinstance(value, torch.Tensor) else value
+        for name, value in case.options.items()
+    }
+    case = Case(
+        rule,
+        case.logits_BNV.repeat(100, 1, 1),
+        case.tokens_BN.repeat(100, 1),
+        case.parents_BN.repeat(100, 1),
+        wide,
+    )
+    assert_equal(judged(shim, plan, case), case.expected())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_same_call_again(shim, rule, plan):
+    """Counters are back at zero, nothing of the last call is left: what a CUDA graph relies on."""
+    verifier = Verifier(shim, plan)
+    shim.order = "random"
+    cases = [make_case(seed, rule, vocab=111, nodes=9) for seed in range(40)]
+    cases = [c for c in cases if c.logits_BNV.shape[:2] == (2, 9) and not is_borderline(c)]
+    assert len(cases) >= 5
+    for seed, case in enumerate(cases):
+        shim.seed = seed
+        found = verifier(
+            case.logits_BNV, case.tokens_BN, case.parents_BN, rule=rule, **case.options
+        )
+        assert_equal(found, case.expected())
+
+
+@pytest.mark.parametrize("plan", PLANS[:4])
+@pytest.mark.parametrize("rule", RULES)
+def test_nonsense_has_an_end(shim, rule, plan):
+    """Parents in circles, tokens of no vocabulary, depths that are too small: a defined outcome."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        parents_BN = torch.from_numpy(rng.integers(-300, 300, (2, 12)))
+        parents_BN[:, 3:6] = torch.tensor([[4, 5, 3], [2, 3, 3]])
+        tokens_BN = torch.from_numpy(rng.integers(-3, 8, (2, 12)))
+        logits_BNV = torch.from_numpy(rng.normal(0, 3, (2, 12, 5))).float()
+        options = {"max_depth": int(rng.integers(0, 14))}
+        if rule == "sampling":
+            options["uniforms_BN"] = torch.from_numpy(rng.random((2, 12))).float()
+        case = Case(rule, logits_BNV, tokens_BN, parents_BN, options)
+        verdict = judged(shim, plan, case)
+        depth = min(options["max_depth"], 11)
+        assert verdict.path_BL.shape == (2, depth + 1)
+        assert ((verdict.next_token_B >= 0) & (verdict.next_token_B < 5)).all()
+        assert ((verdict.num_accepted_B >= 0) & (verdict.num_accepted_B <= depth)).all()
+        for b, path in enumerate(verdict.path_BL.tolist()):
+            nodes = path[: int(verdict.num_accepted_B[b]) + 1]
+            assert nodes[0] == 0 and set(path[len(nodes) :]) <= {-1}
+            for parent, node in itertools.pairwise(nodes):
+                assert parents_BN[b, node] == parent < node
+                assert 0 <= tokens_BN[b, node] < 5
+
+
+@pytest.mark.parametrize("plan", PLANS[:4])
+def test_tokens_without_probability_are_never_drawn(shim, plan):
+    """Not even by a uniform of exactly 0, or by one so near to 1 that rounding leaves nothing."""
+    logits_BNV = torch.full((4, 3, 300), -math.inf)
+    logits_BNV[:, :, [40, 41, 170]] = torch.tensor([1.0, 0.0, 0.5])
+    uniforms_BN = torch.tensor([0.0, 1 - 2**-24, 0.0, 1 - 2**-24])[:, None].expand(4, 3)
+    tokens_BN = torch.tensor([[0, 7, 40], [0, 7, 170], [0, 40, 7], [0, 200, 299]])
+    parents_BN = torch.tensor([[-1, 0, 0]]).expand(4, 3)
+    case = Case(
+        "sampling", logits_BNV, tokens_BN, parents_BN, {"uniforms_BN": uniforms_BN.contiguous()}
+    )
+    verdict = judged(shim, plan, case)
+    assert verdict.path_BL.tolist() == [[0, 2, -1], [0, -1, -1], [0, 1, -1], [0, -1, -1]]
+    assert verdict.next_token_B.tolist() == [40, 41, 40, 170]
+
+
+def philox4x32(counter: list[int], key: list[int]) -> list[int]:
+    """Ten rounds, as in the paper (Salmon et al. 2011), in integers of any size."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ k[0], b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def test_the_reference_of_the_random_numbers():
+    """Known answers that the authors publish with their code."""
+    assert philox4x32([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = 0xFFFFFFFF
+    assert philox4x32([ones] * 4, [ones] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@pytest.mark.parametrize("plan", PLANS[:4])
+def test_random_numbers_drawn_in_the_kernel(shim, plan):
+    """The same as when they are passed in; every call and every sequence has its own."""
+    batch, nodes = 3, 6
+    seed, calls = 0x123456789ABCDEF, [0, 5, 2**33 + 1]
+    philox = torch.tensor([seed, *calls])
+    logits_BNV = torch.randn(batch, nodes, 111, generator=torch.manual_seed(0))
+    tokens_BN = logits_BNV.argmax(-1)
+    parents_BN = torch.tensor([[-1, 0, 0, 1, 1, 3]]).expand(batch, nodes)
+    verifier = Verifier(shim, plan)
+    for step in range(5):
+        words = [
+            [
+                philox4x32(
+                    [n, b, (calls[b] + step) & 0xFFFFFFFF, (calls[b] + step) >> 32],
+                    [seed & 0xFFFFFFFF, seed >> 32],
+                )[0]
+                for n in range(nodes)
+            ]
+            for b in range(batch)
+        ]
+        uniforms_BN = torch.tensor([[(word >> 8) / 2**24 for word in row] for row in words])
+        case = Case("sampling", logits_BNV, tokens_BN, parents_BN, {"uniforms_BN": uniforms_BN})
+        drawn = verifier(logits_BNV, tokens_BN, parents_BN, rule="sampling", philox=philox)
+        assert_equal(drawn, judged(shim, plan, case))
+        assert philox.tolist() == [seed, *(call + step + 1 for call in calls)]
+
+
+def test_the_shim_sees_a_barrier_that_not_all_reach(tmp_path):
+    """A test that cannot fail is no test: threads that leave, and threads at different barriers."""
+    (tmp_path / "bad.cu").write_text(
+        "struct Arguments { long long kind; };\n"
+        'extern "C" __global__ void wait(Arguments a) {\n'
+        "    if (a.kind == 0 && threadIdx.x < 5) { __shfl_sync(0xffffffffu, 1, 0); }\n"
+        "    if (a.kind == 1) { if (threadIdx.x < 5) __syncthreads(); else __syncthreads(); }\n"
+        "}\n"
+    )
+    kernels = ShimKernels(tmp_path, tmp_path)
+    for kind, message in enumerate(("deadlock", "different barriers")):
+        with pytest.raises(ShimError, match=message):
+            kernels.launch("bad.cu", (), "wait", (1, 1, 1), 32, np.array([kind]))
+    kernels.launch("bad.cu", (), "wait", (1, 1, 1), 32, np.array([2]))
