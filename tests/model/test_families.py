@@ -119,8 +119,9 @@ def test_stacked_heads_are_the_same_heads(backbone, family):
         torch.testing.assert_close(stacked_BKV, heads(hidden_BD, count).detach())
 
 
+@pytest.mark.parametrize("form", ["recompute", "at_once"])
 @pytest.mark.parametrize("loss", ["ce", "kl", "topk_kl"])
-def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss):
+def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss, form):
     heads = moved(backbone, family)
     hidden_BTD, is_trained_BT, documents_BT, ids_BT = batch_of(backbone)
 
@@ -133,7 +134,7 @@ def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss):
         "topk_kl": lambda: TopTargets(hidden_BTD, torch.ones_like(is_trained_BT), next_logits, 5),
     }[loss]()
     losses = medusa_losses(
-        heads, hidden_BTD, targets, is_trained_BT, documents_BT, ids_BT, chunk_rows=8
+        heads, hidden_BTD, targets, is_trained_BT, documents_BT, ids_BT, chunk_rows=8, form=form
     )
     sum(part.loss_sum for part in losses).backward()
     assert all(part.loss_sum > 0 for part in losses)
@@ -202,3 +203,22 @@ def test_hydra_sees_the_tokens_before_its_own(backbone):
 def test_shapes_that_make_no_heads(backbone, wrong, message):
     with pytest.raises(ValueError, match=message):
         build_heads(backbone, num_heads=2, **wrong)
+
+
+def test_the_forms_of_the_loss_have_the_same_gradients(backbone, family):
+    heads = moved(backbone, family)
+    hidden_BTD, is_trained_BT, documents_BT, ids_BT = batch_of(backbone)
+    found = []
+    for form in ("recompute", "at_once"):
+        losses = medusa_losses(
+            heads,
+            hidden_BTD,
+            TokenTargets(heads.words_of(ids_BT)),
+            *(is_trained_BT, documents_BT, ids_BT),
+            chunk_rows=8,
+            form=form,
+        )
+        loss = sum(0.7**k * part.loss_sum for k, part in enumerate(losses))
+        found.append(torch.autograd.grad(loss, list(heads.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -43,8 +43,9 @@ def example(backbone):
     return heads, hidden_BTD, ids_BT, torch.rand(4, 20) < 0.6
 
 
+@pytest.mark.parametrize("form", ["recompute", "at_once"])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
-def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
+def test_equals_the_plain_form_with_its_gradients(example, chunk_rows, form):
     heads, hidden_BTD, ids_BT, is_trained_BT = example
     labels_BT = ids_BT.masked_fill(~is_trained_BT, -100)
     logits_BTKV = heads(hidden_BTD)
@@ -58,7 +59,7 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows):
     parameters = list(heads.parameters())
     expected = torch.autograd.grad(plain, parameters)
     inputs = (hidden_BTD, TokenTargets(ids_BT), is_trained_BT, torch.ones_like(ids_BT))
-    losses = medusa_losses(heads, *inputs, ids_BT, chunk_rows=chunk_rows)
+    losses = medusa_losses(heads, *inputs, ids_BT, chunk_rows=chunk_rows, form=form)
     ours = medusa_loss(losses, 0.8)
     torch.testing.assert_close(ours, plain)
     for mine, theirs in zip(torch.autograd.grad(ours, parameters), expected, strict=True):

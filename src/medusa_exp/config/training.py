@@ -121,6 +121,9 @@ class TrainConfig:
     """constant, or linear or sine: the coefficient rises from nearly 0 over the whole training."""
     loss_chunk_rows: int = 256
     """Rows whose logits exist at one time."""
+    loss_form: str = "recompute"
+    """recompute (their logits are computed again in the backward pass) or at_once (gradients are
+    computed with the loss: a quarter less work; not for the backbone's part of kind=medusa2)."""
     features: str = "online"
     """online (the backbone runs at every step) or cache (its hidden states of all documents are
     made once and read from `cache_dir`: for several trainings on the same documents)."""
@@ -174,6 +177,7 @@ class TrainConfig:
         one_of("train.text", self.text, ("data", "own"))
         one_of("train.labels", self.labels, ("own", "data"))
         one_of("train.loss", self.loss, ("ce", "kl", "topk_kl"))
+        one_of("train.loss_form", self.loss_form, ("recompute", "at_once"))
         at_least("train.top_k", self.top_k, 1)
         at_least("train.coefficient", self.coefficient, 0.0)
         schedules = ("constant", "linear", "sine")

@@ -49,8 +49,8 @@ class Batch:
 
 def collate(
     rows: Sequence[Sequence[Example]],
-    numbers: Sequence[Row] = (),
     row_tokens: int | None = None,
+    numbers: Sequence[Row] = (),
 ) -> Batch:
     """Put documents one after the other into rows, and fill up to the next multiple of 64.
 
@@ -91,8 +91,8 @@ class _BatchesByNumbers(Dataset[Batch]):
         self.row_tokens = row_tokens
 
     def __getitem__(self, rows: list[Row]) -> Batch:
-        examples = [[self.examples[number] for number in row] for row in rows]
-        batch = collate(examples, rows, self.row_tokens)
+        documents = [[self.examples[number] for number in row] for row in rows]
+        batch = collate(documents, self.row_tokens, rows)
         if self.features is not None:
             batch.hidden_BTD, batch.own_BT = self.features.rows(
                 rows, batch.documents_BT, batch.is_trained_BT, batch.input_ids_BT
@@ -169,11 +169,8 @@ class Batches(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        return Grouped(
-            _loader(self.train, self.features.get("train"), sampler, self.row_tokens),
-            self.accumulate,
-            self.num_heads,
-        )
+        loader = _loader(self.train, self.features.get("train"), sampler, self.row_tokens)
+        return Grouped(loader, self.accumulate, self.num_heads)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """The same batches at every validation, on every process."""

@@ -161,9 +161,7 @@ class Backbone:
         final = [module for module in self.body.children() if _is_final(module)]
         for module in [*final, self.lm_head]:
             for name, parameter in sorted(module.named_parameters()):
-                digest.update(name.encode())
-                values = parameter.detach().to(torch.bfloat16).contiguous().view(torch.uint8)
-                digest.update(values.cpu().numpy().tobytes())
+                digest.update(name.encode() + _bytes(parameter.detach()))
         return digest.hexdigest()
 
     def weights_identity(self) -> str:
@@ -177,9 +175,8 @@ class Backbone:
         digest = hashlib.sha256(self.identity().encode())
         for name, parameter in sorted(self.model.named_parameters()):
             flat = parameter.detach().flatten()
-            values = flat[:: max(1, len(flat) // _SAMPLE)].to(torch.bfloat16).contiguous()
-            digest.update(f"{name} {list(parameter.shape)}".encode())
-            digest.update(values.view(torch.uint8).cpu().numpy().tobytes())
+            sample = _bytes(flat[:: max(1, len(flat) // _SAMPLE)])
+            digest.update(f"{name} {list(parameter.shape)}".encode() + sample)
         return digest.hexdigest()
 
     def leave_out_body(self, identity: str, weights_identity: str) -> None:
@@ -244,6 +241,10 @@ class Backbone:
                 f"{_name(self.model)} lets documents of a packed row see each other: set "
                 "train.batching=padded."
             )
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _is_final(module: nn.Module) -> bool:

@@ -3,16 +3,16 @@
 B batch, T time, D hidden, V vocabulary, K heads, R labelled rows of one head, C rows of a chunk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import cross_entropy
 
 from medusa_exp.data.labels import is_labelled
+from medusa_exp.model.chunks import chunked_loss
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.targets import Targets
 
@@ -43,11 +43,12 @@ def medusa_losses(
     input_ids_BT: Tensor,
     *,
     chunk_rows: int,
+    form: str = "recompute",
 ) -> list[HeadLoss]:
     """Compute every head's loss, summed, in nats.
 
-    Only labelled rows are projected, `chunk_rows` at a time, and their logits are computed again
-    in the backward pass: at most `chunk_rows` x V of them exist at once.
+    Only labelled rows are projected, and at most `chunk_rows` x V logits exist at once; `form` is
+    of `train.loss_form`, see `chunks.py`.
     """
     results = []
     for k in range(heads.num_heads):
@@ -56,7 +57,9 @@ def medusa_losses(
         inputs = head_inputs(heads, k, index_R, hidden_BTD, input_ids_BT)
         # Head k is to say at t what is to be said after token t+k.
         wanted = targets.at(index_R + k + 1)
-        loss_sum = chunked_loss(partial(heads.head_logits, k), targets, inputs, wanted, chunk_rows)
+        logits_of = partial(heads.head_logits, k)
+        parameters = heads.head_parameters(k) if form == "at_once" else ()
+        loss_sum = chunked_loss(logits_of, targets, inputs, wanted, chunk_rows, parameters)
         results.append(HeadLoss(loss_sum, len(index_R)))
     return results
 
@@ -124,38 +127,3 @@ def medusa_counts(
             labels = torch.tensor(len(labels_C), device=loss.device)
             counts_K4[k] += torch.stack([loss, hits_C5[:, 0].sum(), hits_C5.sum(), labels])
     return counts_K4
-
-
-def chunked_loss(
-    logits_of: Callable[..., Tensor],
-    targets: Targets,
-    inputs: tuple[Tensor, ...],
-    wanted: tuple[Tensor, ...],
-    chunk_rows: int,
-) -> Tensor:
-    """Return the loss of all rows, summed, whose logits exist for `chunk_rows` of them at a time.
-
-    Args:
-        logits_of: from rows of `inputs` to logits_CW.
-        targets: what the rows are to say.
-        inputs: tensors with a row each.
-        wanted: the rows of `targets`.
-        chunk_rows: C.
-    """
-
-    def chunk_loss(is_real_C: Tensor, *rows: Tensor) -> Tensor:
-        logits_CV = logits_of(*rows[: len(inputs)]).float()  # they are bf16 under autocast
-        return (targets.losses(logits_CV, *rows[len(inputs) :]) * is_real_C).sum()
-
-    # Every chunk has the same shape: each new one would cost the libraries a set-up of its own.
-    number = len(inputs[0])
-    missing = -number % chunk_rows or (chunk_rows if not number else 0)
-    is_real_R = torch.ones(number, device=inputs[0].device)
-    padded = [
-        pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)).split(chunk_rows)
-        for rows in (is_real_R, *inputs, *wanted)
-    ]
-    sums = [
-        checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in zip(*padded, strict=True)
-    ]
-    return torch.stack(sums).sum()

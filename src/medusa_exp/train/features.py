@@ -171,7 +171,9 @@ def _states(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return hidden states and the backbone's next tokens at each document's stored positions."""
     documents = [examples[number] for [number] in batch]
-    ids_BT = collate([[document] for document in documents]).input_ids_BT.to(backbone.device)
+    longest = int(examples.lengths.max())  # a model may have no position for padding beyond
+    collated = collate([[document] for document in documents], longest)
+    ids_BT = collated.input_ids_BT.to(backbone.device)
     hidden_BTD = backbone.hidden_states(ids_BT)
     found = []
     for hidden_TD, document in zip(hidden_BTD, documents, strict=True):

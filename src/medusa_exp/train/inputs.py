@@ -108,12 +108,14 @@ def open_inputs(config: Config, out: Path) -> Inputs:
     tokenised.log()
     if rank_zero_only.rank == 0:
         write_json(out / "data.json", tokenised.summary)
-    data_key, documents = tokenised.summary["key"], {"train": tokenised.split("train")}
+    documents: dict[str, Examples] = {}
     if config.train.text == "own":
-        data_key, documents["train"], own_val = open_answers(config, tokenised, backbone, tokenizer)
-        documents |= {"val": own_val} if own_val else {}
-    elif config.dataset.val_fraction:
-        documents["val"] = tokenised.split("val")
+        data_key, *both = open_answers(config, tokenised, backbone, tokenizer)
+        documents = {name: one for name, one in zip(("train", "val"), both, strict=True) if one}
+    else:
+        data_key, documents["train"] = tokenised.summary["key"], tokenised.split("train")
+        if config.dataset.val_fraction:
+            documents["val"] = tokenised.split("val")
     features: dict[str, Features] = {}
     if config.train.features == "cache":
         features = open_features(config, documents, data_key, backbone, backbones.body)

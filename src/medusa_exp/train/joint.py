@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from medusa_exp.data.labels import is_labelled
 from medusa_exp.data.loader import Batch
-from medusa_exp.model.loss import chunked_loss
+from medusa_exp.model.chunks import chunked_loss
 from medusa_exp.model.targets import DistributionTargets, Targets, TokenTargets
 from medusa_exp.train.module import MedusaModule
 

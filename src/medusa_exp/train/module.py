@@ -103,6 +103,7 @@ class MedusaModule(L.LightningModule):
             batch.documents_BT,
             batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
+            form=self.objective.form,
         )
         loss = medusa_loss(losses, self.objective.decay, totals[1:])
         loss = self.objective.factor(self.global_step, self.max_steps) * loss

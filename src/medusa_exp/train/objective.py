@@ -30,6 +30,7 @@ class Objective:
     coefficient: float = 1.0
     coefficient_schedule: str = "constant"
     chunk_rows: int = 256
+    form: str = "recompute"
 
     def labels_of(self, backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
         """Return [B, T], at each trained place, the token that heads are to say there."""

@@ -107,6 +107,7 @@ def _objective(config: Config) -> Objective:
         coefficient=settings.coefficient,
         coefficient_schedule=settings.coefficient_schedule,
         chunk_rows=settings.loss_chunk_rows,
+        form=settings.loss_form,
     )
 
 

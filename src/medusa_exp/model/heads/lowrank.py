@@ -66,6 +66,10 @@ class LowRankProjections(nn.Module):
     def attach(self, lm_head: nn.Module) -> None:
         """Nothing is shared."""
 
+    def parameters_of(self, k: int) -> list[nn.Parameter]:
+        """Return its matrix or its factors, and its bias."""
+        return [p for layers in (self.down, self.up) if len(layers) for p in layers[k].parameters()]
+
     def stacked(self, dtype: torch.dtype) -> Stacked:
         """Return one or two batched products."""
         up = stacked_linear(self.up, dtype)

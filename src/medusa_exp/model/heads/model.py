@@ -96,6 +96,10 @@ class MedusaHeads(PreTrainedModel):
             x_RD = block(x_RD)
         return self.lm_heads(k, x_RD)
 
+    def head_parameters(self, k: int) -> list[nn.Parameter]:
+        """Return what the head at index k trains, and no other head."""
+        return [*self.blocks[k].parameters(), *self.lm_heads.parameters_of(k)]
+
     def over_vocabulary(self, logits: Tensor) -> Tensor:
         """Map [..., W] to [..., V]: minus infinity for each token that the heads do not know."""
         if self.token_map is None:

@@ -3,6 +3,7 @@
     forward(k, x_RD) -> logits_RW     of the head at index k (0 is head 1)
     start(lm_head, token_counts_V)    make it as near to the backbone's lm_head as it can be
     attach(lm_head)                   give it what it shares with the backbone, and does not save
+    parameters_of(k)                  what the head at index k has of its own
     stacked(dtype) -> (x_KBD, count) -> logits_KBW    all heads at once, for decoding
     token_map                         ids of the W tokens that it knows, or None: all V of them
 
@@ -29,6 +30,7 @@ class Projection(Protocol):
     def __call__(self, k: int, x_RD: Tensor) -> Tensor: ...
     def start(self, lm_head: nn.Module, token_counts_V: Tensor | None) -> None: ...
     def attach(self, lm_head: nn.Module) -> None: ...
+    def parameters_of(self, k: int) -> list[nn.Parameter]: ...
     def stacked(self, dtype: torch.dtype) -> Stacked: ...
 
 
@@ -59,6 +61,10 @@ class OwnProjections(nn.ModuleList):
     def attach(self, lm_head: nn.Module) -> None:
         """Nothing is shared."""
 
+    def parameters_of(self, k: int) -> list[nn.Parameter]:
+        """Return its matrix, and its bias."""
+        return list(self[k].parameters())
+
     def stacked(self, dtype: torch.dtype) -> Stacked:
         """Return one batched product."""
         return stacked_linear(self, dtype)
@@ -84,6 +90,10 @@ class TiedProjection(nn.Module):
     def attach(self, lm_head: nn.Module) -> None:
         """Share the lm_head."""
         self._shared = (lm_head,)
+
+    def parameters_of(self, k: int) -> list[nn.Parameter]:
+        """Nothing is its own."""
+        return []
 
     def stacked(self, dtype: torch.dtype) -> Stacked:
         """Return one product, for which the matrix is read once."""

@@ -1,0 +1,273 @@
+"""How fast heads train, what hidden states on disk save, and how much memory the loss takes.
+
+    python benchmarks/train.py [--only online,cache,memory,overhead] [--out FILE]
+
+Models are random Llamas and documents are random tokens of ShareGPT's lengths: only shapes matter
+here. Seconds are the processor's. It takes some minutes on two cores, and up to 14 GB for the plain
+form of the loss. Set OMP_NUM_THREADS=1 on a machine that others use.
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from measuring import Row, best_seconds, machine, show, write
+from plain_training import MEMORY_MARK, plain_epoch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from medusa_exp.config import Config
+from medusa_exp.config import HeadConfig as Head
+from medusa_exp.data.examples import SCHEMA, Examples
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.model.loss import medusa_loss, medusa_losses
+from medusa_exp.train.features import open_features
+from medusa_exp.train.inputs import Inputs
+from medusa_exp.train.setup import build_module
+from medusa_exp.train.trainer import build_trainer
+
+_REPEATS = 3
+_CLOCK = time.process_time
+"""Of the processor, all threads': beside other processes a clock on the wall says nothing."""
+_MAX_LENGTH = 512
+
+
+@dataclass
+class Case:
+    """A model, documents, and how heads are trained on them."""
+
+    config: Config
+    inputs: Inputs
+    work: Path
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents, without padding."""
+        return int(self.inputs.documents["train"].lengths.sum())
+
+    def train(self, config: Config | None = None) -> None:
+        """Train for one pass over the documents."""
+        config = config or self.config
+        heads = build_heads(self.inputs.backbone, num_heads=config.head.num_heads)
+        batches = self.inputs.batches(config)
+        steps = batches.batches_per_epoch()
+        module = build_module(config, self.inputs, heads, steps)
+        out = self.work / "run"
+        trainer = build_trainer(config, out, "train", max_steps=steps, precision="bf16-mixed")
+        out.mkdir(exist_ok=True)
+        trainer.fit(module, batches)
+
+
+def build_case(work: Path, *, layers: int, width: int, vocabulary: int, documents: int) -> Case:
+    """Make a random backbone and random documents for it."""
+    torch.manual_seed(0)
+    config = Config(device="cpu", cache_dir=str(work / "cache"), head=Head(num_heads=4))
+    config.train.batch_tokens, config.train.max_steps = 2048, None
+    shape = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=int(width * 2.6875),
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 128),
+        max_position_embeddings=_MAX_LENGTH,
+    )
+    backbone = Backbone(LlamaForCausalLM(shape).eval().requires_grad_(False))
+    made = {"train": random_documents(documents, vocabulary)}
+    inputs = Inputs(backbone, None, made, "made up", _MAX_LENGTH, {}, [], [])  # type: ignore
+    return Case(config, inputs, work)
+
+
+def random_documents(number: int, vocabulary: int) -> Examples:
+    """Make documents of log-normal lengths, cut to the limit; the last 60 % is trained."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5.0, 0.8, number).astype(int), 16, _MAX_LENGTH)
+    columns = {
+        "input_ids": [rng.integers(0, vocabulary, n) for n in lengths],
+        "is_trained": [(np.arange(n) > 0.4 * n).astype(np.uint8) for n in lengths],
+        "conversation_id": [str(i) for i in range(number)],
+        "source": ["made up"] * number,
+    }
+    return Examples(pa.table(columns, schema=SCHEMA))
+
+
+def online_rows(work: Path) -> list[Row]:
+    """Ours against a loop that pads to the limit and projects all heads at every position."""
+    case = build_case(work, layers=6, width=256, vocabulary=2048, documents=160)
+    at_once = replace_form(case.config, "at_once")
+    sides: list[Callable[[], object]] = [
+        case.train,
+        lambda: case.train(at_once),
+        lambda: plain_epoch(case.inputs, num_heads=4, rows=4, length=_MAX_LENGTH),
+    ]
+    for side in sides:
+        side()
+    ours, other_form, plain = best_seconds(_REPEATS, *sides, clock=_CLOCK)
+    rates = [case.num_tokens / seconds for seconds in (ours, other_form, plain)]
+    details = {"loss_form=at_once, tokens/s": rates[1], "documents' tokens": case.num_tokens}
+    row = Row(
+        "trained tokens, online",
+        "tokens/s",
+        rates[0],
+        ">= 4x",
+        rates[0] >= 4 * rates[2],
+        rates[2],
+        rates[0] / rates[2],
+        details,
+    )
+    return [row]
+
+
+def cache_rows(work: Path) -> list[Row]:
+    """A second training on the same documents, with other heads' settings."""
+    case = build_case(work, layers=24, width=384, vocabulary=2048, documents=80)
+    case.config.train.features = "cache"
+    other = replace(case.config, train=replace(case.config.train, decay=0.5))
+
+    both = (case.inputs.backbone, lambda: case.inputs.backbone)
+    kept = open_features(case.config, case.inputs.documents, "kept", *both)
+    size = (kept["train"].path / "hidden.npy").stat().st_size
+    online = replace(case.config, train=replace(case.config.train, features="online"))
+    cached = Case(case.config, replace(case.inputs, features=kept), work)
+    sides: list[Callable[[], object]] = [
+        lambda: cached.train(other),
+        lambda: case.train(online),
+        lambda: (open_fresh(case), cached.train()),
+    ]
+    for side in sides:
+        side()
+    second, first_online, first_cached = best_seconds(_REPEATS, *sides, clock=_CLOCK)
+    row = Row(
+        "a second training on cached states",
+        "s",
+        second,
+        ">= 5x less time",
+        first_online >= 5 * second,
+        first_online,
+        first_online / second,
+        {"first run, states made": first_cached, "states on disk, MB": size / 1e6},
+    )
+    return [row]
+
+
+def open_fresh(case: Case) -> None:
+    """Make the hidden states once more."""
+    backbone = case.inputs.backbone
+    key = f"made up {time.time()}"
+    open_features(case.config, case.inputs.documents, key, backbone, lambda: backbone)
+
+
+def memory_rows(work: Path) -> list[Row]:
+    """Peak memory of one loss with its gradients, in processes of their own."""
+    found = {}
+    for form in ("recompute", "at_once", "plain"):
+        command = [sys.executable, str(Path(__file__).with_name("plain_training.py")), form]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        [line] = [line for line in output.splitlines() if line.startswith(MEMORY_MARK)]
+        found[form] = json.loads(line.removeprefix(MEMORY_MARK))
+    ours, plain = found["recompute"]["bytes"] / 1e6, found["plain"]["bytes"] / 1e6
+    details = {f"{form}, s": value["seconds"] for form, value in found.items()}
+    details["at_once, MB"] = found["at_once"]["bytes"] / 1e6
+    row = Row(
+        "memory of the loss, V 128,256, 5 heads",
+        "MB",
+        ours,
+        "<= 1/8",
+        ours <= plain / 8,
+        plain,
+        plain / ours,
+        details,
+    )
+    return [row]
+
+
+def overhead_rows(work: Path) -> list[Row]:
+    """What a step takes besides backbone, heads, loss and optimiser: batches and Lightning."""
+    case = build_case(work, layers=6, width=256, vocabulary=2048, documents=160)
+    case.train()
+    bare_step = bare_epoch(case)
+    bare_step()
+    whole, bare = best_seconds(_REPEATS, case.train, bare_step, clock=_CLOCK)
+    share = 100 * (1 - bare / whole)
+    return [
+        Row(
+            "share of a step outside the arithmetic",
+            "%",
+            share,
+            "<= 5 %",
+            share <= 5,
+            details={"a pass, s": whole, "its arithmetic alone, s": bare},
+        )
+    ]
+
+
+def bare_epoch(case: Case) -> Callable[[], None]:
+    """Return a pass of nothing but the arithmetic, on batches that are there already."""
+    batches = case.inputs.batches(case.config)
+    steps = batches.batches_per_epoch()
+    names = ("global_step", "max_steps", "global_rank", "world_size")
+    batches.trainer = type("Trainer", (), dict(zip(names, (0, steps, 0, 1), strict=True)))
+    ready = list(batches.train_dataloader())
+
+    def epoch() -> None:
+        heads = build_heads(case.inputs.backbone, num_heads=4)
+        module = build_module(case.config, case.inputs, heads, steps)
+        optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-3)
+        for batch in ready:
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden_BTD = module.backbone.hidden_states(batch.input_ids_BT).detach()
+                targets = module.objective.targets(module.backbone, heads, hidden_BTD, batch)
+                masks = (batch.is_trained_BT, batch.documents_BT, batch.input_ids_BT)
+                losses = medusa_losses(heads, hidden_BTD.float(), targets, *masks, chunk_rows=256)
+                loss = medusa_loss(losses, 0.8)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return epoch
+
+
+def replace_form(config: Config, form: str) -> Config:
+    """Return the config with another form of the loss."""
+    return replace(config, train=replace(config.train, loss_form=form))
+
+
+_PARTS = {
+    "online": online_rows,
+    "cache": cache_rows,
+    "memory": memory_rows,
+    "overhead": overhead_rows,
+}
+
+
+def main() -> None:
+    """Measure, show and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(_PARTS))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    about = machine()
+    rows: list[Row] = []
+    for part in arguments.only.split(","):
+        with tempfile.TemporaryDirectory() as work:
+            rows += _PARTS[part](Path(work))
+    show(rows, about)
+    if arguments.out:
+        write(arguments.out, rows, about)
+
+
+if __name__ == "__main__":
+    main()
