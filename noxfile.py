@@ -141,7 +141,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def wheel_cuda(session: nox.Session) -> None:
-    """Build the wheel with kernels compiled ahead of time (by nvcc), and see that they are found."""
+    """Build the wheel with kernels compiled ahead of time by nvcc; see that they are found."""
     if shutil.which("nvcc") is None:
         session.skip("there is no nvcc")
     away = Path(session.create_tmp()).resolve()

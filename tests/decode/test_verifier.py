@@ -199,7 +199,7 @@ def test_a_prebuilt_module_is_taken_if_it_fits(tmp_path):
     (tmp_path / "part.cuh").write_text("#pragma once\nint part;\n")
     (tmp_path / "a.cu").write_text('#include "part.cuh"\nint whole;\n')
     name = prebuilt_name("a.cu", ("X", "Y=2"))
-    assert name == "a-x-y=2.fatbin"
+    assert name == "a-x-y_2.fatbin"
     assert find_prebuilt("a.cu", ("X", "Y=2"), 90, tmp_path) is None
     entry = {"sha256": hash_of(source_of("a.cu", tmp_path)), "archs": [80, 90]}
     (tmp_path / "prebuilt.json").write_text(json.dumps({name: entry}))
