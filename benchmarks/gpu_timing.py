@@ -11,8 +11,6 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
-ROUND = 20
-"""Calls that are timed together, at least."""
 
 
 def num_copies(bytes_of_one: int, cache_bytes: int, most: int = 64) -> int:
@@ -21,16 +19,18 @@ def num_copies(bytes_of_one: int, cache_bytes: int, most: int = 64) -> int:
 
 
 def measure(
-    calls: Sequence[Call], *, repeats: int = 7, with_graph: bool = True
+    calls: Sequence[Call], *, repeats: int = 7, at_least: int = 20, with_graph: bool = True
 ) -> dict[str, float]:
     """Return medians of microseconds a call.
 
     Args:
         calls: the same work on different copies of the inputs.
         repeats: rounds that are timed.
+        at_least: calls of a round.
         with_graph: whether the calls can be captured.
     """
-    rounds = {"warm": [calls[0]] * ROUND, "cold": _filled(calls)}
+    filled = list(calls) * max(1, at_least // len(calls))
+    rounds = {"warm": [calls[0]] * at_least, "cold": filled}
     times: dict[str, float] = {}
     for heat, some in rounds.items():
         times[f"eager_{heat}"] = _median_us(
@@ -41,10 +41,6 @@ def measure(
             times[f"graph_{heat}"] = _median_us(graph.replay, repeats) / len(some)
             del graph
     return times
-
-
-def _filled(calls: Sequence[Call]) -> list[Call]:
-    return list(calls) * max(1, ROUND // len(calls))
 
 
 def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
