@@ -239,15 +239,22 @@ inline void run_cluster() {
         return std::all_of(block.fibers.begin(), block.fibers.end(),
                            [](auto& fiber) { return fiber->state == State::done; });
     };
-    for (;;) {
+    uint64_t late = 0;  // warps that do not run, in random order: some fall far behind the others
+    unsigned redraw = 0;
+    for (unsigned round = 0;; ++round) {
         const uint64_t before = machine.progress;
+        if (machine.order == shuffled && round >= redraw) {
+            late = machine.random() % 2 ? machine.random() | (uint64_t)machine.random() << 32 : 0;
+            redraw = round + 1 + machine.random() % 32;
+        }
         bool is_all_done = true, is_all_at_cluster = true;
         for (unsigned rank : counted<unsigned>(machine.cluster.size())) {
             Block& block = machine.cluster[rank];
             machine.block = &block;
             std::memcpy(__start_shim_shared, block.shared.data(), shared_bytes());
             for (unsigned i : counted<unsigned>(block.fibers.size()))
-                if (can_run(block, *block.fibers[i])) resume(*block.fibers[i]);
+                if (!(late >> (i / 32 + 7 * rank) % 64 & 1) && can_run(block, *block.fibers[i]))
+                    resume(*block.fibers[i]);
             if (is_complete(block, State::at_barrier, true)) release(block, State::at_barrier);
             std::memcpy(block.shared.data(), __start_shim_shared, shared_bytes());
             is_all_done &= is_done(block);
@@ -256,7 +263,11 @@ inline void run_cluster() {
         if (is_all_done) return;
         if (is_all_at_cluster)
             for (Block& block : machine.cluster) release(block, State::at_cluster);
-        if (machine.progress == before) fail("deadlock: not all threads reach a barrier");
+        if (machine.progress == before && late == 0) fail("deadlock: not all threads reach a barrier");
+        if (machine.progress == before) {
+            late = 0;  // they catch up
+            redraw = round + 2;
+        }
     }
 }
 
