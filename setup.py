@@ -1,8 +1,8 @@
 """The ahead-of-time CUDA build; all else about the build is in pyproject.toml.
 
-With MEDUSA_EXP_CUDA_ARCHS="80;90" set, nvcc compiles every kernel for these devices, to files that
-lie beside the sources in the wheel, with prebuilt.json, which says of what text they were made.
-Without it no compiler is needed, and the kernels are compiled at first use.
+With MEDUSA_EXP_CUDA_ARCHS="80;90" set, nvcc compiles every kernel for these devices, into files
+that lie beside the sources in the wheel; prebuilt.json says of what text they were made. Without it
+no compiler is needed, and the kernels are compiled at first use.
 """
 
 import importlib.util
@@ -70,12 +70,15 @@ class BuildKernels(build_py):
 
     def run(self) -> None:
         super().run()
+        out = Path(self.build_lib, "medusa_exp", "kernels")
+        for left in [*out.glob("*.fatbin"), *out.glob("prebuilt.json")]:
+            left.unlink()  # by an earlier build in the same folder
         text = os.environ.get(VARIABLE)
         if not text:
             return
         if self.editable_mode:
             raise SystemExit(f"{VARIABLE} is for wheels: unset it for an editable install.")
-        compile_kernels(archs_of(text), Path(self.build_lib, "medusa_exp", "kernels"))
+        compile_kernels(archs_of(text), out)
 
 
 setup(cmdclass={"build_py": BuildKernels})

@@ -12,6 +12,7 @@
 //      is known, the rest of the row's too, so that nothing is summed twice.
 
 #define NEEDS_SUMS true
+#include "philox.cuh"
 #include "tree.cuh"
 
 struct Scratch {
@@ -24,27 +25,6 @@ struct Scratch {
     float before;           // the mass before that thread's
     int token;
 };
-
-// ---- random numbers --------------------------------------------------------------------------
-
-// The first of the four words of Philox4x32-10 (Salmon et al. 2011, Parallel random numbers).
-__device__ __forceinline__ unsigned philox(unsigned long long seed, unsigned long long call, unsigned sequence,
-                           unsigned node) {
-    unsigned c[4] = {node, sequence, (unsigned)call, (unsigned)(call >> 32)};
-    unsigned key[2] = {(unsigned)seed, (unsigned)(seed >> 32)};
-#pragma unroll 1
-    for (int round = 0; round < 10; ++round) {
-        const unsigned long long a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
-        const unsigned c1 = c[1], c3 = c[3];
-        c[0] = (unsigned)(b >> 32) ^ c1 ^ key[0];
-        c[1] = (unsigned)b;
-        c[2] = (unsigned)(a >> 32) ^ c3 ^ key[1];
-        c[3] = (unsigned)a;
-        key[0] += 0x9E3779B9u;
-        key[1] += 0xBB67AE85u;
-    }
-    return c[0];
-}
 
 __device__ __forceinline__ void load_uniforms(const Arguments& a, Scratch& scratch, int sequence) {
     for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x) {

@@ -77,7 +77,8 @@ __device__ __forceinline__ void load_parents(const Arguments& a, Tree& tree, int
         if (tree.has_children[n]) atomicAdd(&tree.num_rows, 1);
 }
 
-// Read tokens and, for the rules that need them, their logits; find copies. After load_parents.
+// Read tokens and, for the rules that need them, their logits; find copies. After load_parents, and
+// with a barrier to come before they are used; so is merge_splits.
 template <bool SUMS>
 __device__ __forceinline__ void load_tokens(const Arguments& a, Tree& tree, int sequence) {
     const int num_nodes = (int)a.num_nodes;
@@ -96,7 +97,6 @@ __device__ __forceinline__ void load_tokens(const Arguments& a, Tree& tree, int 
         if (elder < n && tree.parent[elder] == tree.parent[n] && tree.token[elder] == tree.token[n])
             tree.is_copy[n] = 1;
     }
-    __syncthreads();
 }
 
 // Read what other blocks wrote, past the cache of this multiprocessor.
@@ -118,7 +118,6 @@ __device__ __forceinline__ void merge_splits(const Arguments& a, Tree& tree, int
             row = merge<SUMS>(row, load_fresh(partials_S + split), scale);
         tree.row[n] = finished(row);
     }
-    __syncthreads();
 }
 
 // A guess's probability after its parent, whose row is known.
@@ -152,7 +151,7 @@ __device__ __forceinline__ int descend(const Arguments& a, Shared& shared, int s
                                        float scale, Choose choose) {
     Tree& tree = shared.tree;
     if (threadIdx.x == 0) tree.path[0] = 0;
-    __syncthreads();
+    __syncthreads();  // after load_tokens and merge_splits, too
     for (int length = 1;; ++length) {
         const int node = tree.path[length - 1];
         Statistics row = tree.row[node];

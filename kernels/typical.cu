@@ -104,6 +104,7 @@ __device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch
     int turn = 0;
     load_tokens<true>(a, tree, sequence);
     if (!IS_LAZY) merge_splits<true>(a, tree, sequence, scale);
+    __syncthreads();
     judge_all<IS_LAZY, CLUSTER>(a, shared, scratch, sequence, scale, turn);
     if (threadIdx.x < 32) choose_path(a, tree, scratch);
     __syncthreads();

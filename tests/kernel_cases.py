@@ -97,10 +97,21 @@ def exact_cases(rule: str) -> list[Case]:
             Case(rule, halves_BNV, tokens_BN, parents_BN, {"epsilon": epsilon, "alpha": 2.0})
             for epsilon in (0.5, 0.4)
         ]
-    return [
+    edges = [
         Case(rule, logits_BNV, tokens_BN, parents_BN, {"uniforms_BN": torch.full((1, 4), u / 8)})
         for u in range(8)
     ]
+    return edges + [_last_token_case(seed) for seed in range(12)]
+
+
+def _last_token_case(seed: int) -> Case:
+    """Return a draw so near to 1 that rounding may leave no token for it but the last."""
+    logits_BNV = torch.full((1, 2, 500), -torch.inf)
+    generator = torch.Generator().manual_seed(seed)
+    logits_BNV[..., 40:300:20] = torch.randn(13, generator=generator)
+    uniforms_BN = torch.full((1, 2), 1 - 2**-24)
+    tokens_BN, parents_BN = torch.tensor([[0, 60]]), torch.tensor([[-1, 0]])
+    return Case("sampling", logits_BNV, tokens_BN, parents_BN, {"uniforms_BN": uniforms_BN})
 
 
 def _parents(rng: np.random.Generator, shape: str, nodes: int) -> np.ndarray:

@@ -118,27 +118,27 @@ def mask_cases(architecture: str, seeds: range) -> list[MaskCase]:
     return cases
 
 
-def check_mask(shim: ShimKernels, cases: list[MaskCase], order: str = "random") -> None:
+def check_mask(shim: Any, cases: list[MaskCase], order: str = "random") -> None:
     """Fail unless the kernel writes the masks and positions of the torch code."""
     shim.order = order
     for seed, case in enumerate(cases):
         shim.seed = seed
-        mask_B1NK = torch.zeros_like(case.mask_B1NK)
-        positions_BN = torch.empty_like(case.positions_BN)
+        mask_B1NK = torch.zeros_like(case.mask_B1NK, device=shim.device)
+        positions_BN = torch.empty_like(case.positions_BN, device=shim.device)
         build_mask(
             shim,
-            case.parents_BN,
-            case.lengths_B,
+            case.parents_BN.to(shim.device),
+            case.lengths_B.to(shim.device),
             mask_B1NK=mask_B1NK,
             positions_BN=positions_BN,
             window=case.window,
             last_position=100,
         )
-        assert mask_B1NK.equal(case.mask_B1NK)
-        assert positions_BN.equal(case.positions_BN)
+        assert mask_B1NK.cpu().equal(case.mask_B1NK)
+        assert positions_BN.cpu().equal(case.positions_BN)
 
 
-def check_commit(shim: ShimKernels, dtype: torch.dtype, head: int, unit: int, seed: int) -> None:
+def check_commit(shim: Any, dtype: torch.dtype, head: int, unit: int, seed: int) -> None:
     """Fail unless the kernel moves in a cache what `TreeCache.commit` moves."""
     rng = np.random.default_rng(seed)
     shim.seed = seed
@@ -152,7 +152,7 @@ def check_commit(shim: ShimKernels, dtype: torch.dtype, head: int, unit: int, se
         cache.update(*torch.randn(shape, generator=values).to(dtype), layer)
     cache.lengths = lengths
     tensors = [states for layer in cache.layers for states in _states(layer)]
-    ours = [states.clone() for states in tensors]
+    ours = [states.clone().to(shim.device) for states in tensors]
     paths = [
         [0, *sorted(rng.choice(np.arange(1, nodes), rng.integers(0, nodes), replace=False))]
         for _ in range(batch)
@@ -162,13 +162,13 @@ def check_commit(shim: ShimKernels, dtype: torch.dtype, head: int, unit: int, se
     commit = CacheCommit(shim, ours)
     assert commit._defines == (f"UNIT_BYTES={unit}",)
     commit(
-        path_BL,
-        torch.tensor([len(path) - 1 for path in paths]),
-        torch.full((batch,), max(lengths)),
-        torch.tensor(lengths),
+        path_BL.to(shim.device),
+        torch.tensor([len(path) - 1 for path in paths], device=shim.device),
+        torch.full((batch,), max(lengths), device=shim.device),
+        torch.tensor(lengths, device=shim.device),
     )
     cache.commit([[int(node) for node in path] for path in paths])
-    for mine, states in zip(ours, tensors, strict=True):
+    for mine, states in zip((states.cpu() for states in ours), tensors, strict=True):
         for row, (length, path) in enumerate(zip(lengths, paths, strict=True)):
             kept = length + len(path)
             assert mine[row, :, :kept].equal(states[row, :, :kept])
@@ -179,11 +179,11 @@ def _states(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-def check_commit_within(shim: ShimKernels) -> None:
+def check_commit_within(shim: Any) -> None:
     """Fail unless a path that leads out of the cache is followed only within it."""
-    tensors = [torch.arange(24.0).reshape(1, 1, 6, 4) for _ in range(2)]
-    before = tensors[0].clone()
-    ends = torch.tensor([4]), torch.tensor([2])
-    CacheCommit(shim, tensors)(torch.tensor([[0, 1, 2]]), torch.tensor([50]), *ends)
-    assert tensors[0][:, :, [2, 3]].equal(before[:, :, [4, 5]])
-    assert tensors[0][:, :, [0, 1, 4, 5]].equal(before[:, :, [0, 1, 4, 5]])
+    before = torch.arange(24.0).reshape(1, 1, 6, 4)
+    tensors = [before.clone().to(shim.device) for _ in range(2)]
+    given = (torch.tensor(value, device=shim.device) for value in ([[0, 1, 2]], [50], [4], [2]))
+    CacheCommit(shim, tensors)(*given)
+    assert tensors[0].cpu()[:, :, [2, 3]].equal(before[:, :, [4, 5]])
+    assert tensors[0].cpu()[:, :, [0, 1, 4, 5]].equal(before[:, :, [0, 1, 4, 5]])

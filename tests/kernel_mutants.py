@@ -11,9 +11,7 @@ from pathlib import Path
 
 from kernel_shim import SOURCES, ShimKernels
 
-FLAGS = ("-O0", "-g0")
-TIMEOUT = 120
-"""Seconds; a walk that never ends is noticed too."""
+FLAGS = ("-O1", "-g0")
 
 
 def mutate(folder: Path, file: str, old: str, new: str) -> Path:
@@ -26,10 +24,13 @@ def mutate(folder: Path, file: str, old: str, new: str) -> Path:
     return sources
 
 
-def is_caught(sources: Path, folder: Path, check: Callable[[ShimKernels], None]) -> bool:
+def is_caught(
+    sources: Path, folder: Path, check: Callable[[ShimKernels], None], timeout: float = 300
+) -> bool:
     """Say whether a check fails on these sources, or crashes, or does not end.
 
-    It runs in a process of its own, which it may take down.
+    It runs in a process of its own, which it may take down; after `timeout` seconds it counts as
+    a walk without an end.
     """
 
     def run() -> None:
@@ -47,7 +48,7 @@ def is_caught(sources: Path, folder: Path, check: Callable[[ShimKernels], None])
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside torch's threads
         process = multiprocessing.get_context("fork").Process(target=run)
         process.start()
-    process.join(TIMEOUT)
+    process.join(timeout)
     if process.is_alive():
         process.kill()
         process.join()

@@ -1,51 +1,77 @@
-"""Every barrier of every kernel removed in turn: `nox -s mutations`, some ten minutes.
+"""Every barrier of every kernel removed in turn: `nox -s mutations`, some ten to twenty minutes.
 
 A barrier whose absence nobody notices is listed here with the reason, or the run fails.
 """
 
 import functools
 import re
+from pathlib import Path
 
 import pytest
-from kernel_cases import RULES, exact_cases, is_borderline, make_case
+from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
 from kernel_checks import PLANS, cases_of, check_mask, check_verification, mask_cases
 from kernel_mutants import is_caught
 from kernel_shim import GXX, SOURCES
 
+from medusa_exp.decode.verification import Verdict
+
 pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++")
 
 BARRIER = re.compile(r"(?:__syncthreads|cluster_sync<CLUSTER>|__threadfence)\(\);")
-SURVIVORS: dict[tuple[str, str], str] = {}
-"""(file, the line and the next) -> why it goes unnoticed."""
+DEVICE_ONLY = re.compile(r"#ifndef CUDA_SHIM\n.*?\n#endif\n#endif\n", re.DOTALL)
+"""In rows.cuh: barriers in PTX, for which the shim has its own."""
+MEMORY = "the shim has no memory model: blocks run one after another, and see all that was written"
+SURVIVORS = {
+    ("forms.cuh", "__threadfence();  // the partial before the count"): MEMORY,
+    ("forms.cuh", "__threadfence();  // the count before the others' partials"): MEMORY,
+    (
+        "forms.cuh",
+        "cluster_sync<CLUSTER>(); /* before one block writes to another, both must run */",
+    ): "the shim begins all blocks of a cluster at once",
+}
+"""(file, line) -> why it goes unnoticed."""
+TIMEOUT = 900
 
 
 def barriers() -> list[tuple[str, int, str]]:
-    """Return (file, number among its barriers, what stands there and behind it)."""
+    """Return (file, place in the text, the line from there on)."""
     found = []
     for path in sorted(SOURCES.glob("*.cu*")):
         text = path.read_text("utf-8")
-        for number, match in enumerate(BARRIER.finditer(text)):
-            behind = text[match.start() :].split("\n", 2)[:2]
-            found.append((path.name, number, " / ".join(line.strip() for line in behind)))
+        hidden = [match.span() for match in DEVICE_ONLY.finditer(text)]
+        for match in BARRIER.finditer(text):
+            if not any(start <= match.start() < end for start, end in hidden):
+                line = text[match.start() :].split("\n")[0].rstrip("\\ ")
+                found.append((path.name, match.start(), line))
     return found
 
 
 @functools.cache
-def cases(rule: str):
+def cases(rule: str) -> list[tuple[Case, Verdict]]:
     exact = [(case, case.expected()) for case in exact_cases(rule)]
     large = [make_case(seed, rule, vocab=64, nodes=40) for seed in range(2 * len(PLANS))]
-    return (
-        exact * 3
-        + cases_of(rule, range(200))
-        + [(case, case.expected()) for case in large if not is_borderline(case)]
-    )
+    clear = [(case, case.expected()) for case in large if not is_borderline(case)]
+    return exact * 3 + clear + cases_of(rule, range(150))
 
 
 def check(kernel: str, shim) -> None:
     if kernel == "mask":
         check_mask(shim, mask_cases("mistral", range(30)))
     else:
-        check_verification(shim, cases(kernel), ["random", "reverse"])
+        check_verification(shim, cases(kernel), ["random"])
+
+
+def without(file: str, place: int, folder: Path) -> Path:
+    """Return a copy of the sources without the barrier."""
+    folder.mkdir()
+    for path in SOURCES.glob("*.cu*"):
+        text = path.read_text("utf-8")
+        if path.name == file:
+            gap = BARRIER.match(text, place)
+            assert gap is not None
+            text = text[:place] + text[gap.end() :]
+        (folder / path.name).write_text(text, "utf-8")
+    return folder
 
 
 @pytest.mark.parametrize("kernel", [*RULES, "mask"])
@@ -53,24 +79,18 @@ def test_with_all_barriers_nothing_is_noticed(kernel, shim):
     check(kernel, shim)
 
 
-@pytest.mark.parametrize(("file", "number", "place"), barriers())
-def test_a_missing_barrier_is_noticed(file, number, place, tmp_path):
-    for rule in RULES:
+@pytest.mark.parametrize(("file", "place", "line"), barriers())
+def test_a_missing_barrier_is_noticed(file, place, line, tmp_path):
+    rules = [rule for rule in ("sampling", "greedy", "typical") if file == f"{rule}.cu"]
+    kernels = ["mask"] if file == "mask.cu" else rules or ["sampling", "greedy", "typical"]
+    for rule in set(kernels) - {"mask"}:
         cases(rule)
-    kernels = {"mask.cu": ["mask"]}.get(file) or [r for r in RULES if file in (f"{r}.cu",)] or RULES
     is_noticed = False
     for kernel in kernels:
         folder = tmp_path / kernel
         folder.mkdir()
-        sources = folder / "sources"
-        sources.mkdir()
-        for path in SOURCES.glob("*.cu*"):
-            text = path.read_text("utf-8")
-            if path.name == file:
-                match = list(BARRIER.finditer(text))[number]
-                text = text[: match.start()] + text[match.end() :]
-            (sources / path.name).write_text(text, "utf-8")
-        is_noticed |= is_caught(sources, folder, functools.partial(check, kernel))
+        sources = without(file, place, folder / "sources")
+        is_noticed = is_caught(sources, folder, functools.partial(check, kernel), TIMEOUT)
         if is_noticed:
             break
-    assert is_noticed != ((file, place) in SURVIVORS), (file, place)
+    assert is_noticed != ((file, line) in SURVIVORS), line

@@ -47,6 +47,12 @@ class Kernels(Protocol):
         ...
 
 
+def struct_of(integers: str, floats: str = "") -> np.dtype[Any]:
+    """Return a struct of 8-byte fields, addresses among the integers, as kernels take it."""
+    fields = [(name, np.int64) for name in integers.split()]
+    return np.dtype(fields + [(name, np.float64) for name in floats.split()])
+
+
 class CupyKernels:
     """Kernels on a CUDA device, by way of CuPy.
 

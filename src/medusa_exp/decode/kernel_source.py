@@ -1,7 +1,7 @@
 """Where the kernels' source is, and what was compiled of it ahead of time.
 
-A wheel built with MEDUSA_EXP_CUDA_ARCHS has machine code beside the sources; prebuilt.json
-says of which text, and for which devices. setup.py, which writes it, reads this file too: it
+A wheel that was built with MEDUSA_EXP_CUDA_ARCHS has machine code beside the sources; prebuilt.json
+says of which text, and for which devices. setup.py, which writes it, reads this file too: so it
 imports nothing but the standard library.
 """
 
@@ -57,7 +57,10 @@ def hash_of(source: str) -> str:
 
 def prebuilt_name(file: str, defines: tuple[str, ...]) -> str:
     """Return the file name of a kernel file compiled ahead of time."""
-    return "-".join([Path(file).stem, *(word.lower() for word in defines)]) + ".fatbin"
+    return (
+        "-".join([Path(file).stem, *(word.lower().replace("=", "_") for word in defines)])
+        + ".fatbin"
+    )
 
 
 def find_prebuilt(

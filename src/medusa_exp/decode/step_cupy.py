@@ -12,23 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.cuda import Kernels, struct_of
 
 MAX_NODES = 256
-MASK_ARGUMENTS = np.dtype(
-    [
-        (name, np.int64)
-        for name in "parents parents_stride_b lengths mask positions "
-        "num_nodes num_past window last_position".split()
-    ]
+MASK_ARGUMENTS = struct_of(
+    "parents parents_stride_b lengths mask positions num_nodes num_past window last_position"
 )
 """struct Arguments of kernels/mask.cu."""
-COMMIT_ARGUMENTS = np.dtype(
-    [
-        (name, np.int64)
-        for name in "tensors stride_b stride_h stride_t path num_accepted from to "
-        "path_length num_heads head_units num_columns".split()
-    ]
+COMMIT_ARGUMENTS = struct_of(
+    "tensors stride_b stride_h stride_t path num_accepted from to "
+    "path_length num_heads head_units num_columns"
 )
 """struct Arguments of kernels/commit.cu."""
 

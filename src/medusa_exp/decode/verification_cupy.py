@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.cuda import Kernels, struct_of
 from medusa_exp.decode.launch_plan import Plan, check_plan, plan_for
 from medusa_exp.decode.verification import RULES, Nodes, Verdict
 
@@ -34,27 +34,19 @@ MAX_VOCAB = 1 << 24
 """Infinite logits are counted in float32."""
 
 _LOG2_E = 1.4426950408889634
-_FIELDS = (
+ARGUMENTS = struct_of(
     "logits logits_stride_b logits_stride_n tokens tokens_stride_b parents parents_stride_b "
     "uniforms uniforms_stride_b philox partials counters path num_accepted next_token "
-    "num_nodes vocab_size path_length num_splits"
-).split()
-ARGUMENTS = np.dtype(
-    [(name, np.int64) for name in _FIELDS]
-    + [(name, np.float64) for name in ("scale", "epsilon", "alpha")]
+    "num_nodes vocab_size path_length num_splits",
+    "scale epsilon alpha",
 )
 """struct Arguments of kernels/tree.cuh."""
 
 
 def can_verify(logits_BNV: Tensor) -> bool:
     """Say whether the kernels take logits of this type, shape and layout."""
-    _, num_nodes, vocab_size = logits_BNV.shape
-    return (
-        logits_BNV.dtype in DEFINES
-        and num_nodes <= MAX_NODES
-        and vocab_size <= MAX_VOCAB
-        and logits_BNV.stride(2) == 1
-    )
+    fits = logits_BNV.shape[1] <= MAX_NODES and logits_BNV.shape[2] <= MAX_VOCAB
+    return fits and logits_BNV.dtype in DEFINES and logits_BNV.stride(2) == 1
 
 
 @dataclass

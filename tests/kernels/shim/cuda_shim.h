@@ -1,7 +1,7 @@
-// The part of CUDA C++ that our kernels use, for g++ (see fibers.h for how it runs).
+// The part of CUDA C++ that our kernels use, for g++ (see scheduler.h for how it runs).
 
 #pragma once
-#include "fibers.h"
+#include "scheduler.h"
 
 #include <cmath>
 #include <type_traits>

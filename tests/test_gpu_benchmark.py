@@ -1,0 +1,72 @@
+"""The parts of benchmarks/gpu.py that need no GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_points import Point, figures, floors_us, make_inputs, points, tree_of
+from gpu_timing import num_copies
+
+from medusa_exp.decode.verification import verify
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+def test_the_grid_has_every_combination_once():
+    grid = points()
+    assert len(grid) == len(set(grid)) == 6 * 3 * 2 * 3
+    assert grid[0] == Point("greedy", 1, 32000, 64)
+
+
+def test_floors_of_the_fact_sheet():
+    """64 nodes over 128256 tokens in bfloat16, B = 1: 5.5 us for all rows, 2.0 for 22 + 1."""
+    tree = tree_of(64)
+    assert len(tree) == 64 and len(set(tree.parents) - {-1}) == 22
+    floors = floors_us(Point("sampling", 1, 128256, 64), tree, [2])
+    assert floors["all"] == pytest.approx(5.47, abs=0.01)
+    assert floors["needed"] == pytest.approx(1.97, abs=0.01)
+    assert floors["path"] == pytest.approx(3 * 5.47 / 64, abs=0.01)
+
+
+@pytest.mark.parametrize("rule", ["greedy", "typical", "sampling"])
+def test_inputs_accept_what_they_promise(rule):
+    inputs = make_inputs(Point(rule, 5, 3000, 16), torch.device("cpu"))
+    options = {"uniforms_BN": inputs.uniforms_BN * 0.9} if rule == "sampling" else {}
+    verdict = verify(inputs.logits_BNV, inputs.tokens_BN, inputs.parents_BN, rule=rule, **options)
+    assert len(inputs.tree) == 16
+    assert verdict.num_accepted_B.tolist() == inputs.accepted_B
+    assert max(inputs.accepted_B) > 0
+
+
+def test_figures_compare_the_best_form():
+    point = Point("greedy", 1, 32000, 64)
+    times = {
+        "two": {"graph_cold": 8.0, "eager_cold": 30.0},
+        "lazy": {"graph_cold": 4.0, "eager_cold": 20.0},
+        "a": {"graph_cold": 90.0, "eager_cold": 400.0},
+        "c": {"graph_cold": 40.0, "eager_cold": 60.0},
+    }
+    entry = figures(point, {"all": 2.0, "needed": 1.0}, times)
+    assert entry["best_form"] == "lazy" and entry["batch"] == 1
+    assert entry["fraction_of_floor"] == {"all": 0.5, "needed": 0.25}
+    assert entry["times_as_fast_as"] == {"a": 100.0, "c": 10.0}
+
+
+def test_copies_are_thrice_the_cache():
+    assert num_copies(4_000_000, 50_000_000) == 38
+    assert num_copies(10**9, 50_000_000) == 1
+    assert num_copies(1, 50_000_000) == 64
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--out", tmp_path / "a.json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "needs a CUDA device" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "a.json").exists()
