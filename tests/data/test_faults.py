@@ -85,7 +85,10 @@ CONFLICT = b"<<<<<<< HEAD\n%b=======\n%b>>>>>>> other\n"
         (LIST.decode().encode("utf-32-be"), "iconv -f UTF-32BE"),
         (LIST.decode().encode("latin-1"), "iconv -f ISO-8859-1 -t UTF-8"),
         (LINES.replace(b"?", "\u2019".encode()).decode().encode("cp1252"), "iconv -f CP1252"),
-        (b'{"version": 1, "data": [], "test": [{}], "n": {}}', "under data, test: .*`jq .data"),
+        (
+            b'{"version": 1, "data": [], "test": [{}], "n": {}}',
+            r"under data, test: .*`jq '\.\[\"data\"\]' .* > '?mended-",
+        ),
         (b'{\n"rows": [\n{}\n]\n}', "under rows: "),
         (b'{"a": 1}', "one JSON value: an object without a list"),
         (b'"chats"', r"one JSON value \(text\)"),
@@ -133,3 +136,14 @@ def test_one_record_in_another_encoding_among_many(tmp_path, as_list):
     data = b"[" + b",".join(lines) + b"]" if as_list else b"\n".join(lines)
     reading = read_conversations(write(tmp_path / "a.json", data))
     assert len(list(reading)) == 3 and reading.dropped == {"not valid UTF-8": 1}
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_one_broken_byte_costs_its_record_alone(tmp_path, as_list):
+    """All the others are ASCII: nothing but it says that the file is UTF-8."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    plain = json.dumps({"messages": turns}).encode()
+    lines = [*[plain] * 20, plain.replace(b'"q"', b'"\xe9"')]
+    data = b"[" + b",".join(lines) + b"]" if as_list else b"\n".join(lines)
+    reading = read_conversations(write(tmp_path / "a.json", data))
+    assert len(list(reading)) == 20 and reading.dropped == {"not valid UTF-8": 1}

@@ -33,7 +33,11 @@ def test_counts_and_samples_without_a_model(config, tmp_path, capsys):
     assert roles["assistant"]["trained tokens"] == roles["assistant"]["tokens"] > 0
     assert roles["user"]["trained tokens"] == 0 < roles["user"]["tokens"]
     assert roles["template"]["trained tokens"] == 41  # an end mark a reply
-    assert found["checks"] == {"runs": 41, "runs from edge to edge of a reply": 41}
+    assert found["checks"] == {
+        "runs": 41,
+        "runs from edge to edge of a reply": 41,
+        "runs that could not be checked": 0,
+    }
     assert found["lengths"]["tokens"]["max"] == 2 * found["lengths"]["tokens"]["min"]
     lines = (tmp_path / "data_samples.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
@@ -86,9 +90,25 @@ def test_the_doctor_finds_what_does_not_fit(config, model_path, tokenizer, tmp_p
 def test_a_mask_shifted_by_one_is_found(tokenizer):
     chat = Conversation("c", [Message("user", "q"), Message("assistant", "word")])
     (row,) = rows.sample_rows([("s", chat)], tokenizer)
-    assert rows.count_runs([row]) == {"runs": 1, "runs from edge to edge of a reply": 1}
+    edge = "runs from edge to edge of a reply"
+    assert rows.count_runs([row]) == {"runs": 1, edge: 1, "runs that could not be checked": 0}
     mask = row.rendered.is_trained
     original = list(mask)
-    for shifted in ([False, *original[:-1]], [*original[1:], False], [True] * len(mask)):
-        mask[:] = shifted
-        assert rows.count_runs([row])["runs from edge to edge of a reply"] == 0
+    users = [role == "user" for role in row.roles]
+    for wrong in ([False, *original[:-1]], [*original[1:], False], [True] * len(mask), users):
+        mask[:] = wrong
+        found = rows.count_runs([row])
+        assert (found["runs"], found[edge]) == (1, 0)
+
+
+def test_a_run_without_anybodys_words_is_not_called_right(tokenizer):
+    chat = Conversation("c", [Message("user", "q"), Message("assistant", "")])
+    (row,) = rows.sample_rows([("s", chat)], tokenizer)
+    found = rows.count_runs([row])
+    assert (found["runs"], found["runs that could not be checked"]) == (0, 1)
+
+
+def test_half_a_surrogate_pair_is_found_as_it_is_rendered(tokenizer):
+    chat = Conversation("c", [Message("user", "q"), Message("assistant", "a\ud800b")])
+    (row,) = rows.sample_rows([("s", chat)], tokenizer)
+    assert row.roles.count("assistant") > 3

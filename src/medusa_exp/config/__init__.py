@@ -68,7 +68,8 @@ class Config:
     run_dir: str = ""
     """Where everything is written. An existing run there is continued with its saved config."""
     cache_dir: str = "outputs/cache"
-    """What runs share: generated data and pretrained tiny models, by a hash of what made them."""
+    """What runs share: generated and tokenised data, hidden states, own answers, pretrained tiny
+    models; each by a hash of what made it."""
     device: str = "auto"
     """auto (cuda where there is one), cpu or cuda."""
     seed: int = 0

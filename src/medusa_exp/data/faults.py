@@ -125,24 +125,32 @@ def single_value(name: str, value: Any) -> DataError:
     return DataError(
         f"{name} holds one JSON value: an object, not a list. Its lists are under "
         f"{', '.join(lists)}: take out the one with the chats, "
-        f"as with `jq .{lists[0]} {shlex.quote(name)} > chats.json`."
+        f"as with `jq {_filter(lists[0])} {shlex.quote(name)} > {_mended(name)}`{_unpacked(name)}."
     )
 
 
 def wrong_encoding(name: str, records: Iterable[bytes]) -> DataError | None:
-    """Return the error if none of the records that are more than ASCII is UTF-8."""
+    """Return the error if none of the records that are more than ASCII is UTF-8.
+
+    But a few broken ones among others are no encoding: they are dropped, and counted.
+    """
     sample = b""
+    total = broken = 0
     for record in records:
+        total += 1
         if record.isascii():
             continue
         try:
             record.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
+            broken += 1
             sample = sample[:100_000] + record
         else:
             return None
     if b"\0" in sample:
         return DataError(f"{name} is neither text nor a known binary format. {_CHATS}")
+    if broken < 3 and total >= 10 * broken:
+        return None
     return _wrong_encoding(name, _single_byte_encoding(sample))
 
 
@@ -166,8 +174,23 @@ def _single_byte_encoding(sample: bytes) -> str:
 def _wrong_encoding(name: str, encoding: str) -> DataError:
     return DataError(
         f"{name} is not UTF-8 but probably {encoding}: "
-        f"convert it with `iconv -f {encoding} -t UTF-8 {shlex.quote(name)} > utf8.json`."
+        f"convert it with `iconv -f {encoding} -t UTF-8 {shlex.quote(name)} > {_mended(name)}`"
+        f"{_unpacked(name)}."
     )
+
+
+def _mended(name: str) -> str:
+    """Name a file for a shell to write: never the one that it reads, which it would empty first."""
+    return shlex.quote("mended-" + Path(name).name.removesuffix(".gz").removesuffix(".zst"))
+
+
+def _unpacked(name: str) -> str:
+    return " once it is unpacked" if name.endswith((".gz", ".zst")) else ""
+
+
+def _filter(key: str) -> str:
+    """Return what jq takes a key out with, whatever characters it has."""
+    return shlex.quote(f".[{json.dumps(key)}]")
 
 
 def _comma_before(text: bytes | memoryview, position: int) -> int:

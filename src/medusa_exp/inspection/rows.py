@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.rendering import Rendered, Renderer
+from medusa_exp.data.template import to_chat
 
 TEMPLATE = "template"
 """The role of what no message says: headers, marks, blanks."""
@@ -77,31 +78,43 @@ def count_roles(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, int]]]:
 def count_runs(rows: Iterable[Row]) -> dict[str, int]:
     """Look for masks shifted by one: does each run of trained tokens begin and end with a reply?
 
-    Where replies stand is known here from their words, which the mask knows nothing of. A run of an
-    empty reply is its end mark alone.
+    Where replies stand is looked up here by their words, which the mask knows nothing of. A run in
+    which no words were found (an empty reply's end mark; a reply that the template edits) says
+    neither yes nor no.
     """
-    total = right = 0
+    total = right = undecided = 0
     for row in rows:
         is_reply = np.array([role == "assistant" for role in ["", *row.roles, ""]])
         mask = np.array([0, *row.rendered.is_trained, 0])
         starts, stops = np.flatnonzero(np.diff(mask) == 1), np.flatnonzero(np.diff(mask) == -1)
         for start, stop in zip(starts, stops, strict=True):  # of roles: start + 1 to stop, included
+            if set(row.roles[start:stop]) == {TEMPLATE}:
+                undecided += 1
+                continue
             begins = is_reply[start + 1] and not is_reply[start]
             total += 1
-            right += bool(begins and not is_reply[stop + 1]) or not is_reply[start : stop + 2].any()
-    return {"runs": total, "runs from edge to edge of a reply": int(right)}
+            right += bool(begins and not is_reply[stop + 1])
+    return {
+        "runs": total,
+        "runs from edge to edge of a reply": int(right),
+        "runs that could not be checked": undecided,
+    }
 
 
 def _writers(text: str, conversation: Conversation) -> list[str]:
-    """Return per character the role of the message it was found in, one message after another."""
+    """Return per character the role of the message it was found in, one message after another.
+
+    A message that the template edits is not found, and counts as the template's; a very short one
+    may be found in a header before it.
+    """
     written = [TEMPLATE] * len(text)
     cursor = 0
-    for message in conversation.messages:
-        content = message.content.strip()
+    for message in to_chat(conversation.messages):
+        content = message["content"].strip()
         place = text.find(content, cursor) if content else -1
         if place >= 0:
             cursor = place + len(content)
-            written[place:cursor] = [message.role] * len(content)
+            written[place:cursor] = [message["role"]] * len(content)
     return written
 
 

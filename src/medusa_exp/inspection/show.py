@@ -26,8 +26,12 @@ def print_all(found: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     checks = found["checks"]
     console.print(
         f"{checks['runs from edge to edge of a reply']} of {checks['runs']} trained runs begin and "
-        "end with a reply."
+        f"end with a reply; {checks['runs that could not be checked']} more could not be checked."
     )
+    for what, example in found["examples"].items():
+        console.print(f"{what}, for example: {example}", markup=False)
+    for note in found["notes"]:
+        console.print(note, markup=False)
     if "doctor" in found:
         console.print(_doctor_table(found["doctor"]))
 

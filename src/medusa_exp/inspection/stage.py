@@ -14,6 +14,7 @@ import numpy as np
 from medusa_exp.config import Config
 from medusa_exp.data.build import CUT, KEPT, REFUSED, UNTRAINED
 from medusa_exp.data.conversations import Conversation
+from medusa_exp.data.examples import Example, Examples
 from medusa_exp.data.sources import Source, open_sources, walk
 from medusa_exp.data.tokenised import Tokenised, load_tokenised
 from medusa_exp.files import write_json, write_jsonl
@@ -49,7 +50,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
             tokenizer,
             [conversation for _, conversation in sampled],
             rows,
-            documents.split("train")[: config.inspect.num_documents],
+            _spread(documents.split("train"), config.inspect.num_documents),
             documents.summary["notes"],
         )
         found["doctor"] = [asdict(finding) for finding in findings]
@@ -115,3 +116,9 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
         metrics["doctor/top1"] = found["agreement"]["top1"]
         metrics["doctor/problems"] = sum(not finding["is_fine"] for finding in found["doctor"])
     return metrics
+
+
+def _spread(documents: Examples, count: int) -> list[Example]:
+    """Return documents from all over a data set: its sources stand one after the other."""
+    places = np.linspace(0, len(documents) - 1, min(count, len(documents))).astype(int)
+    return [documents[int(place)] for place in places]
