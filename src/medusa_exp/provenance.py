@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib import metadata
@@ -102,7 +102,8 @@ class RunRecord:
         if regenerated := read_json(self.out / "regenerated.json", {}).get("key"):
             self.run["cache_keys"]["regenerated"] = regenerated
         for path in _data_files(self.config):
-            self.run["data"][str(path)] = sha256_file(path)
+            with suppress(OSError):  # the stage that reads it says what is wrong
+                self.run["data"][str(path)] = sha256_file(path)
         write_json(self.out / "run.json", self.run)
 
 

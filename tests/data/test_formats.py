@@ -161,3 +161,11 @@ def test_paths_that_lead_nowhere(tmp_path):
             find_files(path)
     with pytest.raises(DataError, match=r"holds no \*\.json"):
         find_files(tmp_path)
+
+
+def test_a_folder_says_what_it_passes_over(tmp_path, caplog):
+    for name in ("a.json", "B.JSON", "c.txt", "d.json.bz2"):
+        (tmp_path / name).write_bytes(b"[]")
+    found = find_files(tmp_path)
+    assert [path.name for path in found] == ["B.JSON", "a.json"]
+    assert "2 files passed over: c.txt, d.json.bz2" in caplog.text

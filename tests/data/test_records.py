@@ -199,3 +199,18 @@ def test_content_digest_is_of_roles_and_contents_alone():
     assert two != digest(("user", "a"), ("assistant", "bassistant 1 c"))
     assert two != digest(("user", "a"), ("assistant", "bassistant c"))
     assert one != digest(("user", "ab\ud800"), ("assistant", "c"))
+
+
+def test_a_reply_that_is_only_to_be_read():
+    """OpenAI's form: weight 0 stands at turns that are not to be trained."""
+    unread = {"role": "assistant", "content": "Hello!", "weight": 0}
+    asked = {"role": "user", "content": "Hi"}
+    reason = "an assistant turn of weight 0, not to be trained"
+    assert parse({"messages": [asked, unread]}) == reason
+    assert RecordParser().parse({"messages": [asked, unread]}) == reason
+    assert turns(parse({"messages": [asked | {"weight": 0}, unread | {"weight": 1}]}))
+
+
+def test_a_row_and_the_same_record_are_read_alike():
+    record = {"messages": [{"from": "", "role": "user", "value": "Hi"}, HELLO]}
+    assert turns(RecordParser().parse(record)) == turns(parse(record))

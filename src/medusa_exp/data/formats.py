@@ -6,6 +6,7 @@ A file that cannot be read is a `DataError`; what is wrong with a record is not 
 """
 
 import io
+import logging
 import mmap
 import re
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from medusa_exp.data.records import COLUMNS, RawRecord
 _BLOCK = 1 << 20
 _ROWS = 256
 """Rows of a table that are in memory as Python objects."""
+log = logging.getLogger(__name__)
+
 _SUFFIXES = tuple(
     f".{kind}{packed}"
     for kind in ("json", "jsonl", "ndjson", "parquet")
@@ -163,9 +166,16 @@ def find_files(path: str | Path) -> list[Path]:
     if place.is_file():
         return [place]
     if place.is_dir():
-        found = sorted(p for p in place.rglob("*") if p.name.endswith(_SUFFIXES) and p.is_file())
         # Hidden ones are caches and unfinished downloads.
-        found = [p for p in found if not any(n.startswith(".") for n in p.relative_to(place).parts)]
+        files = [
+            p
+            for p in sorted(place.rglob("*"))
+            if p.is_file() and not any(n.startswith(".") for n in p.relative_to(place).parts)
+        ]
+        found = [p for p in files if p.name.lower().endswith(_SUFFIXES)]
+        if passed_over := [str(p.relative_to(place)) for p in files if p not in found]:
+            named = ", ".join(passed_over[:5]) + (" ..." if len(passed_over) > 5 else "")
+            log.warning("data: %s: %d files passed over: %s", place, len(passed_over), named)
         if not found:
             raise DataError(
                 f"{place} holds no *.json, *.jsonl, *.ndjson or *.parquet, plain or as .gz or .zst."

@@ -32,6 +32,7 @@ NO_TURNS = "no turns"
 NOT_A_TURN = "a turn is not an object with a role and a content"
 UNKNOWN_ROLE = "unknown role"
 TOOL_CALLS = "tool calls are not supported"
+NOT_TO_TRAIN = "an assistant turn of weight 0, not to be trained"
 NULL = "content is null"
 NOT_TEXT = "content is not text"
 NOT_TEXT_PART = "content has a part that is not text"
@@ -65,6 +66,7 @@ class _Turn(msgspec.Struct, gc=False):
     content: str = None  # type: ignore[assignment]
     tool_calls: msgspec.Raw = msgspec.Raw()
     function_call: msgspec.Raw = msgspec.Raw()
+    weight: float = 1.0
 
 
 class _Record(msgspec.Struct, gc=False):
@@ -108,6 +110,8 @@ class RecordParser:
             content = turn.content if turn.value is None else turn.value
             if role is None or content is None or turn.tool_calls or turn.function_call:
                 return None
+            if not turn.weight:
+                return None
             messages.append(Message(role, content))
         if not messages:
             return None
@@ -127,10 +131,8 @@ class RecordParser:
         if not isinstance(turn, dict):
             raise _Unusable(NOT_A_TURN)
         # A table has a null where a form has no such field.
-        name, content = (
-            turn.get(one) if turn.get(one) is not None else turn.get(other)
-            for one, other in (("from", "role"), ("value", "content"))
-        )
+        name = turn.get("from") or turn.get("role")
+        content = turn.get("content") if turn.get("value") is None else turn.get("value")
         if turn.get("tool_calls") or turn.get("function_call"):
             # Without them, a turn would end where the model calls a tool.
             raise _Unusable(TOOL_CALLS)
@@ -143,6 +145,9 @@ class RecordParser:
             raise _Unusable(UNKNOWN_ROLE)
         if content is None:
             raise _Unusable(NULL)
+        if role == "assistant" and turn.get("weight") == 0:
+            # OpenAI's form marks so what is only to be read: masks know no such turns.
+            raise _Unusable(NOT_TO_TRAIN)
         return Message(role, _text(content))
 
 

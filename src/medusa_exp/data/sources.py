@@ -17,6 +17,7 @@ from medusa_exp.data.conversations import (
     content_digest,
     read_conversations,
 )
+from medusa_exp.data.faults import unreadable
 from medusa_exp.data.synthetic import write_dataset
 from medusa_exp.files import content_key, sha256_file
 
@@ -34,8 +35,15 @@ class Source:
 
     def identity(self) -> list[Any]:
         """Return what names its content, for the key of a cache."""
-        files = [sha256_file(path) for path in self.reading.paths]
+        files = [_sha256(path) for path in self.reading.paths]
         return [self.name, files, self.reading.fingerprints(), self.options]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def open_sources(config: Config) -> list[Source]:

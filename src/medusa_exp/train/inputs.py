@@ -17,7 +17,7 @@ from medusa_exp.data.features import Features
 from medusa_exp.data.loader import Batches
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.data.tokenised import load_tokenised
-from medusa_exp.files import write_json
+from medusa_exp.files import read_json, write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone, load_ends
 from medusa_exp.model.source import files_identity
@@ -107,7 +107,9 @@ def open_inputs(config: Config, out: Path) -> Inputs:
     tokenised = load_tokenised(config, tokenizer, row_tokens)
     tokenised.log()
     if rank_zero_only.rank == 0:
-        write_json(out / "data.json", tokenised.summary)
+        known = read_json(out / "data.json", {})  # with what stage inspect has found, if it has
+        same = known if known.get("key") == tokenised.summary["key"] else {}
+        write_json(out / "data.json", {**same, **tokenised.summary})
     documents: dict[str, Examples] = {}
     if config.train.text == "own":
         data_key, *both = open_answers(config, tokenised, backbone, tokenizer)
