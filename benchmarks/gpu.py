@@ -8,6 +8,7 @@ after every part anew: what time runs out for is listed there. gpu_points.py has
 """
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -15,15 +16,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_points import Point, figures, floors_us, make_inputs, points
+from gpu_points import RULES, Point, figures, floors_us, forms_of, make_inputs, points
 
 SANITIZER_TOOLS = ("memcheck", "synccheck", "racecheck", "initcheck")
 RESULTS = Path(__file__).parent / "results"
-BASELINES = ("a", "b", "c")
+COMPILED_BATCHES = (8, 64, 1)
+"""For one compilation serves all batches but 1."""
 
 
 def main() -> None:
@@ -65,6 +68,7 @@ class Benchmark:
             ("sanitizer", self._sanitize),
             ("grid", self._grid),
             ("decode_step", self._decode_step),
+            ("compiled", self._compiled),
         ]
         for name, part in parts:
             begin = time.monotonic()
@@ -116,17 +120,17 @@ class Benchmark:
         split_walk = SplitWalk()
         entries: list[dict[str, Any]] = []
         for point in points():
-            if self.is_over(reserve=75):  # the decode step wants its share
+            if self.is_over(reserve=180):  # the decode step and torch.compile want their share
                 self.found["left_out"].append(f"{point}")
                 continue
-            entries.append(self._measure(point, split_walk, with_compiled=point.nodes == 64))
+            entries.append(self._measure(point, split_walk))
             self.found["grid"] = entries
             torch.cuda.empty_cache()
         self.write()
         return entries
 
-    def _measure(self, point: Point, split_walk: Any, with_compiled: bool) -> dict[str, Any]:
-        from gpu_baselines import compiled, eager, options_of
+    def _measure(self, point: Point, split_walk: Any) -> dict[str, Any]:
+        from gpu_baselines import eager, options_of
         from gpu_timing import measure, num_copies
 
         from medusa_exp.decode.launch_plan import plan_for
@@ -168,8 +172,6 @@ class Benchmark:
             )
         few = {"repeats": 3, "at_least": 5}
         add("a", lambda copy: eager(point, copy), **few)
-        if with_compiled and point.vocab != 151936:
-            add("b", lambda copy: compiled(point, copy), with_graph=False, **few)
         if point.rule != "typical":
             add("c", lambda copy: split_walk(point, copy), **few)
         return {
@@ -178,30 +180,37 @@ class Benchmark:
             "differs_from_a": wrong,
         }
 
+    def _compiled(self) -> list[dict[str, Any]]:
+        """Measure baseline b, whose compilation takes long, at some points of the grid."""
+        import torch._dynamo
+        from gpu_baselines import compiled
+        from gpu_timing import measure
+
+        torch._dynamo.config.recompile_limit = 64  # beyond it, calls would silently be eager
+        ours = {
+            (entry["rule"], entry["batch"], entry["vocab"], entry["nodes"]): entry
+            for entry in self.found.get("grid", [])
+            if "best_form" in entry
+        }
+        entries = []
+        for rule, batch in itertools.product(RULES, COMPILED_BATCHES):
+            point = Point(rule, batch, 128256, 64)
+            if self.is_over(reserve=20):
+                self.found["left_out"].append(f"torch.compile: {point}")
+                continue
+            call = compiled(point, make_inputs(point, self.kernels.device))
+            times = measure([call], repeats=3, at_least=5, with_graph=False)
+            entry = {**asdict(point), "times_us": {"b": times}}
+            if found := ours.get((rule, batch, 128256, 64)):
+                time_us = found["times_us"][found["best_form"]]["graph_warm"]
+                entry["times_as_fast_as_b_warm"] = times["eager_warm"] / time_us
+            entries.append(entry)
+        return entries
+
     def _decode_step(self) -> list[dict[str, Any]]:
         from gpu_step import measure_steps
 
         return measure_steps(self.kernels, (1, 8), self.is_over)
-
-
-def forms_of(chosen: Any, shape: tuple[int, int, int], itemsize: int, kernels: Any) -> list[Any]:
-    """Return the layouts worth trying at a shape; the one that would be chosen comes first."""
-    from medusa_exp.decode.launch_plan import Plan
-
-    batch, _, vocab = shape
-    several = max(1, min(16, vocab * itemsize // 16384))
-    plans = [
-        chosen,
-        Plan("two", splits=max(1, min(several, 264 // (22 * batch) or 1))),
-        Plan("fused", splits=max(1, min(several, 264 // (22 * batch) or 1))),
-        Plan("fused", splits=max(1, several // 2), threads=512),
-        Plan("lazy", threads=1024),
-    ]
-    if kernels.has_clusters:
-        plans += [
-            Plan("lazy", threads=512, cluster=size) for size in (2, 4, 8) if size * batch <= 264
-        ]
-    return list(dict.fromkeys(plans))
 
 
 def _machine() -> dict[str, Any]:

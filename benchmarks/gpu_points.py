@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.launch_plan import Plan
 from medusa_exp.tree import Tree
 
 BATCHES = (1, 4, 8, 16, 32, 64)
@@ -85,6 +87,26 @@ def make_inputs(point: Point, device: torch.device, seed: int = 0) -> Inputs:
         [int(tree.depths[node]) for node in choice.tolist()],
         tree,
     )
+
+
+def forms_of(
+    chosen: Plan, shape: tuple[int, int, int], itemsize: int, kernels: Kernels
+) -> list[Plan]:
+    """Return the layouts worth trying at a shape; the one that would be chosen comes first."""
+    batch, _, vocab = shape
+    several = max(1, min(16, vocab * itemsize // 16384))
+    plans = [
+        chosen,
+        Plan("two", splits=max(1, min(several, 264 // (22 * batch) or 1))),
+        Plan("fused", splits=max(1, min(several, 264 // (22 * batch) or 1))),
+        Plan("fused", splits=max(1, several // 2), threads=512),
+        Plan("lazy", threads=1024),
+    ]
+    if kernels.has_clusters:
+        plans += [
+            Plan("lazy", threads=512, cluster=size) for size in (2, 4, 8) if size * batch <= 264
+        ]
+    return list(dict.fromkeys(plans))
 
 
 def floors_us(point: Point, tree: Tree, accepted_B: list[int]) -> dict[str, float]:

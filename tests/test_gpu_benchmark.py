@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu_points import Point, figures, floors_us, make_inputs, points, tree_of
+from gpu_points import Point, figures, floors_us, forms_of, make_inputs, points, tree_of
 from gpu_timing import num_copies
 
+from medusa_exp.decode.launch_plan import check_plan, plan_for
 from medusa_exp.decode.verification import verify
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
@@ -52,6 +54,16 @@ def test_figures_compare_the_best_form():
     assert entry["best_form"] == "lazy" and entry["batch"] == 1
     assert entry["fraction_of_floor"] == {"all": 0.5, "needed": 0.25}
     assert entry["times_as_fast_as"] == {"a": 100.0, "c": 10.0}
+
+
+def test_all_forms_that_are_tried_can_be_launched():
+    kernels = SimpleNamespace(num_processors=132, has_clusters=True)
+    for point in points():
+        shape = (point.batch, point.nodes, point.vocab)
+        forms = forms_of(plan_for(shape, 2, kernels), shape, 2, kernels)
+        assert {plan.form for plan in forms} == {"two", "fused", "lazy"}
+        for plan in forms:
+            check_plan(plan, kernels)
 
 
 def test_copies_are_thrice_the_cache():
