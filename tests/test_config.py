@@ -3,6 +3,7 @@ from importlib import resources
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from medusa_exp.cli import STAGES
 from medusa_exp.config import Config, from_hydra, register
@@ -79,3 +80,18 @@ def test_a_wrong_value_is_refused_with_what_it_may_be(override, message):
 def test_a_wrong_type_is_refused():
     with pytest.raises(HydraException):
         composed("head.num_heads=many")
+
+
+def test_the_template_of_vicuna_is_fastchats():
+    template = composed("+experiment=vicuna_7b").tokenizer.chat_template
+    chat = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye")]
+    messages = [{"role": role, "content": content} for role, content in chat]
+    [[text], _] = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=True, bos_token="<s>"
+    )
+    start = "<s>A chat between a curious user and an artificial intelligence assistant. "
+    assert text.startswith(start + "The assistant gives helpful, detailed, and polite answers to ")
+    assert text.endswith("user's questions. USER: Hi ASSISTANT: Hello!</s>USER: Bye ASSISTANT:")
+    system = {"role": "system", "content": "Rules."}
+    [[text], _] = render_jinja_template([[system, *messages[:2]]], chat_template=template)
+    assert text == "Rules. USER: Hi ASSISTANT: Hello!</s>"
