@@ -1,5 +1,5 @@
 import pytest
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from medusa_exp.data import Conversation, DataError, Message, render
@@ -259,3 +259,21 @@ def test_rendering_without_a_template_says_so(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):
         render(chat(("u", "q"), ("a", "x")), tokenizer)
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_bos_that_somebody_quotes(tokenizer, is_written):
+    """A template without a BOS gets one in front, whatever the first message begins with."""
+    core = tokenizer.backend_tokenizer
+    core.add_special_tokens([AddedToken("<s>", special=True)])
+    core.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|end|>")
+    bos = "{{ bos_token }}" if is_written else ""
+    tokenizer.chat_template = bos + "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    (row,) = render(chat(("u", "<s>q"), ("a", "<s>x")), tokenizer)
+    assert row.text == "<s><s>q<|end|><s>x<|end|>"
+    assert trained(row, tokenizer) == "<s>x<|end|>"
+    (row,) = render(chat(("u", "q"), ("a", "x")), tokenizer)
+    assert row.text == "<s>q<|end|>x<|end|>"

@@ -109,13 +109,24 @@ class ChatTemplate:
             reason = str(error) or type(error).__name__
             raise DataError(f"the chat template says: {reason}") from error
         marked = tags if self.is_tagged else [[] for _ in texts]
-        return [self._with_bos(*pair) for pair in zip(texts, marked, strict=True)]
+        return [
+            self._with_bos(chat, text, spans)
+            for chat, text, spans in zip(chats, texts, marked, strict=True)
+        ]
 
-    def _with_bos(self, text: str, tags: list[Span]) -> tuple[str, list[Span]]:
-        if text.lstrip().startswith(self.bos):
+    def _with_bos(self, chat: Chat, text: str, tags: list[Span]) -> tuple[str, list[Span]]:
+        if text.lstrip().startswith(self.bos) and not self._is_quoted_bos(chat):
             return text, tags
         shift = len(self.bos)
         return self.bos + text, [(start + shift, stop + shift) for start, stop in tags]
+
+    def _is_quoted_bos(self, chat: Chat) -> bool:
+        """Is a BOS in front somebody's word, and not the template's?"""
+        if not self.bos or not chat or not chat[0]["content"].lstrip().startswith(self.bos):
+            return False
+        probed = [{**chat[0], "content": "x"}, *chat[1:]]
+        [text], _ = render_jinja_template([probed], chat_template=self.source, **self._variables)
+        return not text.lstrip().startswith(self.bos)
 
 
 def _bos_before_texts(tokenizer: PreTrainedTokenizerBase) -> str:
