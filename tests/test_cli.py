@@ -232,9 +232,8 @@ def test_wandb_offline(run_dir, workplace):
 
 
 def test_several_processes_in_a_sweep_are_refused(tmp_path):
-    result = medusa_exp(
-        "-m", *SMOKE, "head.num_heads=1,2", "train.strategy=ddp", "train.devices=2", cwd=tmp_path
-    )
+    sweep = ("-m", *SMOKE, "head.num_heads=1,2", "train.strategy=ddp", "train.devices=2")
+    result = medusa_exp(*sweep, cwd=tmp_path, COVERAGE_PROCESS_CONFIG="")
     assert result.returncode == 1
     assert "train.strategy=ddp in a sweep (-m)" in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
