@@ -187,6 +187,20 @@ class _LanguageModelModule(L.LightningModule):
         from medusa_exp.train.schedule import scheduled
 
         optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+            self.model.parameters(),
+            lr=self.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=True,
         )
         return scheduled(optimizer, self.warmup_fraction, self.max_steps)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm; Lightning's own clipping takes a fused optimiser for one that unscales."""
+        assert gradient_clip_val is not None
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
