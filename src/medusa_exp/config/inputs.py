@@ -156,11 +156,16 @@ class ModelConfig:
     """Run Python code that comes with the model. Off unless you trust its author."""
     attn_implementation: str = "sdpa"
     """Attention of transformers; a tree needs one that takes a 4-D mask: sdpa."""
+    quantization: str | None = None
+    """8bit or 4bit (NF4): the weights of linear layers but the lm_head, by bitsandbytes. The
+    quantised model is then what heads are trained for and answers are compared with."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
         one_of("model.kind", self.kind, ("pretrained", "tiny"))
         one_of("model.attn_implementation", self.attn_implementation, ("sdpa", "eager"))
+        if self.quantization is not None:
+            one_of("model.quantization", self.quantization, ("8bit", "4bit"))
 
 
 @dataclass

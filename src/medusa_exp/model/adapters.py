@@ -31,6 +31,11 @@ def add_adapters(backbone: Backbone, settings: LoraSettings) -> PreTrainedModel:
         raise UserError(
             "train.lora.layers: the lm_head stays as it is, for heads know their backbone by it."
         )
+    if getattr(backbone.model, "is_quantized", False) and settings.output == "merged":
+        raise UserError(
+            "train.lora.output=merged: quantised weights cannot take adapters in without loss. Set "
+            "train.lora.output=adapter, or leave model.quantization out."
+        )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -2,13 +2,19 @@
 
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from medusa_exp.config import Config
@@ -93,6 +99,7 @@ def _read(
             dtype=config.dtype.backbone,
             attn_implementation=config.model.attn_implementation,
             use_safetensors=True,
+            **_quantised(config),
             **hub_options(config),
             **more,
         )
@@ -103,7 +110,31 @@ def _read(
         raise UserError(f"model.path={path}: its files lack {names}, which its config asks for.")
     if config.tokenizer.resize_embedding:
         grow_embedding(model, num_ids(load_tokenizer(config)))
-    return model.to(pick_device(config.device)).eval().requires_grad_(False)
+    if config.model.quantization is None:
+        model = model.to(pick_device(config.device))
+    return model.eval().requires_grad_(False)
+
+
+def _quantised(config: Config) -> dict[str, Any]:
+    """Return how transformers is to quantise the weights of linear layers, and where."""
+    bits = config.model.quantization
+    if bits is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization={bits} needs bitsandbytes: pip install bitsandbytes, or leave it "
+            "out."
+        )
+    # NF4 with its constants quantised too: QLoRA (Dettmers et al. 2023), section 3. transformers
+    # leaves the lm_head as it is, which is what heads and logits need.
+    quantised = BitsAndBytesConfig(
+        load_in_8bit=bits == "8bit",
+        load_in_4bit=bits == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantised, "device_map": {"": pick_device(config.device)}}
 
 
 def grow_embedding(model: PreTrainedModel, size: int) -> None:

@@ -266,7 +266,8 @@ def _next_turn(
 def _decoder(config: Config, out: Path, backbone: Backbone) -> Decode:
     """Return plain decoding, or decoding with the heads and the tree that the run already has."""
     backbone.decodes_statically = False  # its steps would not shrink as answers end
-    if dtype := _HALF.get(pick_precision(config, backbone.device)):
+    dtype = _HALF.get(pick_precision(config, backbone.device))
+    if dtype and config.model.quantization is None:
         backbone.model.to(dtype)
     if not config.regenerate.use_heads:
         return lambda prompts, limits, rule: decode_plain(backbone, prompts, limits, rule)
