@@ -5,13 +5,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_step
 import pytest
 import torch
 from gpu_points import Point, figures, floors_us, forms_of, make_inputs, points, tree_of
 from gpu_timing import num_copies
+from kernel_shim import GXX, ShimKernels
+from tiny_models import VOCAB_SIZE, build_model
 
 from medusa_exp.decode.launch_plan import check_plan, plan_for
 from medusa_exp.decode.verification import verify
+from medusa_exp.model import Backbone
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -70,6 +74,22 @@ def test_copies_are_thrice_the_cache():
     assert num_copies(4_000_000, 50_000_000) == 38
     assert num_copies(10**9, 50_000_000) == 1
     assert num_copies(1, 50_000_000) == 64
+
+
+@pytest.mark.skipif(GXX is None, reason="there is no g++")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_is_the_same_with_kernels_and_without(monkeypatch, tmp_path, batch):
+    for name, value in {"PAST": 20, "NODES": 16, "VOCAB": VOCAB_SIZE}.items():
+        monkeypatch.setattr(gpu_step, name, value)
+    step = gpu_step.Step(Backbone(build_model("llama")), ShimKernels(tmp_path), batch)
+    verdicts, kept = [], []
+    with torch.inference_mode():
+        for has_kernels in (False, True):
+            verdicts.append(step.run(has_kernels))
+            kept.append([state[:, :, : 20 + 1].clone() for state in step.states])
+    for field in ("path_BL", "num_accepted_B", "next_token_B"):
+        assert getattr(verdicts[0], field).equal(getattr(verdicts[1], field))
+    assert all(map(torch.equal, *kept))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
