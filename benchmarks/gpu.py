@@ -16,14 +16,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_points import RULES, Point, figures, floors_us, forms_of, make_inputs, points
+from gpu_points import RULES, Point, points
 
-SANITIZER_TOOLS = ("memcheck", "synccheck", "racecheck", "initcheck")
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+SANITIZER_SECONDS = 45
 RESULTS = Path(__file__).parent / "results"
 COMPILED_BATCHES = (8, 64, 1)
 """For one compilation serves all batches but 1."""
@@ -45,8 +47,8 @@ def main() -> None:
     if arguments.only_checks:
         import gpu_checks
 
-        found = gpu_checks.check_verification(kernels, 3)
-        raise SystemExit(f"mismatches: {found['mismatches']}" if found["mismatches"] else 0)
+        found = gpu_checks.check_small(kernels)
+        raise SystemExit(f"mismatches: {found}" if found else 0)
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = arguments.out or RESULTS / f"gpu-{name}.json"
     Benchmark(kernels, out, arguments.minutes).run(arguments.cases)
@@ -58,16 +60,17 @@ class Benchmark:
     def __init__(self, kernels: Any, out: Path, minutes: float) -> None:
         self.kernels, self.out = kernels, out
         self._start, self._end = time.monotonic(), time.monotonic() + 60 * minutes
-        self.found: dict[str, Any] = {"command": sys.argv, "machine": _machine(), "left_out": []}
+        self.found: dict[str, Any] = {"command": sys.argv, "left_out": []}
 
     def run(self, num_cases: int) -> None:
         """Run all parts; what fails is written down, and the next part follows."""
         parts: list[tuple[str, Callable[[], Any]]] = [
+            ("machine", _machine),
             ("verification", lambda: self._check(num_cases)),
             ("mask_and_commit", self._check_step),
-            ("sanitizer", self._sanitize),
             ("grid", self._grid),
             ("decode_step", self._decode_step),
+            ("sanitizer", self._sanitize),
             ("compiled", self._compiled),
         ]
         for name, part in parts:
@@ -76,7 +79,7 @@ class Benchmark:
                 self.found[name] = part()
             except Exception as error:
                 self.found[name] = {"failed": f"{type(error).__name__}: {error}"}
-            torch.cuda.empty_cache()
+            release()
             self.found.setdefault("seconds", {})[name] = round(time.monotonic() - begin, 1)
             self.write()
             print(f"{name}: {self.found['seconds'][name]} s", flush=True)
@@ -106,111 +109,75 @@ class Benchmark:
             return {"left_out": "there is no compute-sanitizer"}
         found = {}
         for name in SANITIZER_TOOLS:
+            if self.is_over(reserve=SANITIZER_SECONDS):
+                found[name] = "no time left"
+                continue
             command = [tool, "--tool", name, sys.executable, __file__, "--only-checks"]
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=40)
-                found[name] = done.stdout.strip().splitlines()[-1] if done.stdout else done.stderr
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=SANITIZER_SECONDS
+                )
+                lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+                found[name] = " | ".join([f"exit status {done.returncode}", *lines[-3:]])
             except subprocess.TimeoutExpired:
-                found[name] = "took longer than 40 s"
+                found[name] = f"took longer than {SANITIZER_SECONDS} s"
         return found
 
     def _grid(self) -> list[dict[str, Any]]:
-        from gpu_baselines import SplitWalk
+        from gpu_grid import measure_point, told
 
-        split_walk = SplitWalk()
         entries: list[dict[str, Any]] = []
+        self.found["grid"] = entries
+        split_walk = self._split_walk()
+        cache_bytes = torch.cuda.get_device_properties(self.kernels.device).L2_cache_size
         for point in points():
-            if self.is_over(reserve=180):  # the decode step and torch.compile want their share
+            if self.is_over(reserve=220):  # what comes after wants its share
                 self.found["left_out"].append(f"{point}")
                 continue
-            entries.append(self._measure(point, split_walk))
-            self.found["grid"] = entries
-            torch.cuda.empty_cache()
-        self.write()
+            try:
+                entries.append(measure_point(self.kernels, point, cache_bytes, split_walk))
+            except Exception as error:
+                entries.append({**asdict(point), "failed": told(error)})
+            self.write()
+            release()
         return entries
 
-    def _measure(self, point: Point, split_walk: Any) -> dict[str, Any]:
-        from gpu_baselines import eager, options_of
-        from gpu_timing import measure, num_copies
+    def _split_walk(self) -> Any:
+        from gpu_baselines import SplitWalk
+        from gpu_grid import told
 
-        from medusa_exp.decode.launch_plan import plan_for
-        from medusa_exp.decode.verification_cupy import Verifier
-
-        inputs = make_inputs(point, self.kernels.device)
-        floors = floors_us(point, inputs.tree, inputs.accepted_B)
-        cache_bytes = torch.cuda.get_device_properties(self.kernels.device).L2_cache_size
-        bytes_of_one = inputs.logits_BNV.nbytes
-        copies = [inputs]
-        while len(copies) < num_copies(bytes_of_one, cache_bytes):
-            copies.append(make_inputs(point, self.kernels.device))
-        times: dict[str, dict[str, float]] = {}
-        expected = eager(point, inputs)()
-        wrong = []
-
-        def add(name: str, make: Callable[[Any], Any], **how: Any) -> None:
-            calls = [make(copy) for copy in copies]
-            found = calls[0]()
-            for field in ("path_BL", "num_accepted_B", "next_token_B"):
-                if not getattr(found, field).equal(getattr(expected, field)):
-                    wrong.append(f"{name} {field}")
-            times[name] = measure(calls, **how)
-
-        shape = (point.batch, point.nodes, point.vocab)
-        chosen = plan_for(shape, point.itemsize, self.kernels)
-        for plan in forms_of(chosen, shape, point.itemsize, self.kernels):
-            verifier = Verifier(self.kernels, plan)
-            add(
-                f"{plan.form} {plan.splits} {plan.threads} {plan.cluster}",
-                lambda copy, verifier=verifier: (
-                    lambda: verifier(
-                        copy.logits_BNV,
-                        copy.tokens_BN,
-                        copy.parents_BN,
-                        **options_of(point, copy),
-                    )
-                ),
-            )
-        few = {"repeats": 3, "at_least": 5}
-        add("a", lambda copy: eager(point, copy), **few)
-        if point.rule != "typical":
-            add("c", lambda copy: split_walk(point, copy), **few)
-        return {
-            **figures(point, floors, times),
-            "chosen_form": f"{chosen.form} {chosen.splits} {chosen.threads} {chosen.cluster}",
-            "differs_from_a": wrong,
-        }
+        try:
+            return SplitWalk()
+        except Exception as error:
+            self.found["left_out"].append(f"baseline c: {told(error)}")
+            return None
 
     def _compiled(self) -> list[dict[str, Any]]:
-        """Measure baseline b, whose compilation takes long, at some points of the grid."""
         import torch._dynamo
-        from gpu_baselines import compiled
-        from gpu_timing import measure
+        from gpu_grid import measure_compiled
 
         torch._dynamo.config.recompile_limit = 64  # beyond it, calls would silently be eager
-        ours = {
-            (entry["rule"], entry["batch"], entry["vocab"], entry["nodes"]): entry
-            for entry in self.found.get("grid", [])
-            if "best_form" in entry
-        }
-        entries = []
+        grid = self.found["grid"] if isinstance(self.found.get("grid"), list) else []
+        entries: list[dict[str, Any]] = []
         for rule, batch in itertools.product(RULES, COMPILED_BATCHES):
             point = Point(rule, batch, 128256, 64)
-            if self.is_over(reserve=20):
+            if self.is_over(reserve=60 if batch in (8, 1) else 20):  # these two compile anew
                 self.found["left_out"].append(f"torch.compile: {point}")
                 continue
-            call = compiled(point, make_inputs(point, self.kernels.device))
-            times = measure([call], repeats=3, at_least=5, with_graph=False)
-            entry = {**asdict(point), "times_us": {"b": times}}
-            if found := ours.get((rule, batch, 128256, 64)):
-                time_us = found["times_us"][found["best_form"]]["graph_warm"]
-                entry["times_as_fast_as_b_warm"] = times["eager_warm"] / time_us
-            entries.append(entry)
+            entries.append(measure_compiled(self.kernels, point, grid))
+            release()
         return entries
 
     def _decode_step(self) -> list[dict[str, Any]]:
         from gpu_step import measure_steps
 
         return measure_steps(self.kernels, (1, 8), self.is_over)
+
+
+def release() -> None:
+    """Give memory back; after a fault on the device even that fails, and nobody is to stop."""
+    with suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def _machine() -> dict[str, Any]:

@@ -4,6 +4,7 @@ The cases are those of the kernels' tests, with all their oddities.
 """
 
 import dataclasses
+import itertools
 import sys
 import tempfile
 from collections import Counter
@@ -80,6 +81,19 @@ def check_verification(kernels: Kernels, num_cases: int) -> dict[str, Any]:
         "mismatches": mismatches,
         "shim": "compared" if GXX else "left out: there is no g++",
     }
+
+
+def check_small(kernels: Kernels) -> list[str]:
+    """Judge a case of each rule in each form, for a sanitizer; return the mismatches."""
+    mismatches = []
+    for rule in RULES:
+        some = (make_case(seed, rule, vocab=1000, nodes=9) for seed in itertools.count())
+        case = next(case for case in some if not is_borderline(case))
+        there = moved(case, kernels.device)
+        for plan in plans_of(kernels):
+            if _judged(Verifier(kernels, plan), there) != _told(case.expected()):
+                mismatches.append(f"{rule} {plan}")
+    return mismatches
 
 
 def check_step(kernels: Kernels) -> str:

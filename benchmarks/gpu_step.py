@@ -77,10 +77,11 @@ class Step:
         if has_kernels:
             self.commit(verdict.path_BL, verdict.num_accepted_B, self.ends, self.ends)
         else:
-            column_BL = PAST + verdict.path_BL.clamp(min=0)
-            row_B1 = torch.arange(self.batch, device=column_BL.device)[:, None]
+            from_BL = PAST + verdict.path_BL.clamp(min=0)
+            to_L = PAST + torch.arange(from_BL.shape[1], device=from_BL.device)
+            row_B1 = torch.arange(self.batch, device=from_BL.device)[:, None]
             for state in self.states:
-                state[row_B1, :, PAST : PAST + column_BL.shape[1]] = state[row_B1, :, column_BL]
+                state[row_B1, :, to_L] = state[row_B1, :, from_BL]
         return verdict
 
     def verification_us(self) -> dict[str, dict[str, float]]:

@@ -117,8 +117,15 @@ def _plain(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def _versions() -> dict[str, str]:
-    return {package: metadata.version(package) for package in _PACKAGES}
+def _versions() -> dict[str, str | None]:
+    return {package: _version(package) for package in _PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a folder of sources, say
+        return None
 
 
 def _commit() -> str | None:

@@ -70,6 +70,10 @@ __device__ __forceinline__ int choose_child(const Arguments& a, const Tree& tree
 
 // Of all threads' masses, laid end to end: which one's holds `target`? Into scratch.crossing and
 // scratch.before; returns the sum of all. All threads call this.
+//
+// The sums of a scan round in an order of each lane's own: they may fall from one lane to the next,
+// or rise where there is no mass. So a warp's first lane to pass the target has it, and never one
+// without mass. Warps are added up in turn: exactly one of them holds a target below the sum.
 __device__ __forceinline__ float find_crossing(Scratch& scratch, float mass, float target) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, num_warps = blockDim.x >> 5;
     float end = mass;
@@ -77,19 +81,23 @@ __device__ __forceinline__ float find_crossing(Scratch& scratch, float mass, flo
         const float before = __shfl_up_sync(0xffffffffu, end, step);
         if (lane >= step) end += before;
     }
-    float start = __shfl_up_sync(0xffffffffu, end, 1);  // equal to the lane's before, to the bit
+    float start = __shfl_up_sync(0xffffffffu, end, 1);
     if (lane == 0) start = 0.0f;
     __syncthreads();  // everyone has read the last call's outcome
     if (lane == 31) scratch.warp_mass[warp] = end;
     if (threadIdx.x == 0) scratch.crossing = -1;
     __syncthreads();
-    float total = 0.0f, before = 0.0f;
+    float total = 0.0f, before = 0.0f, past = 0.0f;
 #pragma unroll 1
     for (int i = 0; i < num_warps; ++i) {
         if (i == warp) before = total;
         total += scratch.warp_mass[i];
+        if (i == warp) past = total;
     }
-    if (before + start <= target && target < before + end) {
+    const unsigned massive = __ballot_sync(0xffffffffu, mass > 0.0f);
+    const unsigned passing = __ballot_sync(0xffffffffu, target < before + end) & massive;
+    const int holder = passing ? __ffs(passing) - 1 : 31 - __clz((int)massive);
+    if (before <= target && target < past && lane == holder) {
         scratch.crossing = threadIdx.x;
         scratch.before = before + start;
     }
@@ -143,8 +151,9 @@ __device__ __forceinline__ int token_at(const Rest& rest, const Scratch& scratch
 #pragma unroll 1
     for (int token = from; token < to; ++token) {
         const unsigned taken = taken_among(scratch, token) & 1u;
-        sum += taken ? 0.0f : mass_at(rest, token);
-        if (sum > target) return token;
+        const float mass = taken ? 0.0f : mass_at(rest, token);
+        sum += mass;
+        if (mass > 0.0f && sum > target) return token;
     }
     return last;
 }
@@ -171,7 +180,7 @@ __device__ __forceinline__ int draw(const Rest& rest, Scratch& scratch, const St
     const float mass = i < num_slices ? slice_mass(rest, scratch, slices[i], begin, end) : 0.0f;
     find_crossing(scratch, mass, target);
     int slice = scratch.crossing;
-    if (slice >= 0) target -= scratch.before;
+    if (slice >= 0) target = fmaxf(target - scratch.before, 0.0f);
     // A slice found by sums may, by rounding, end just before the target: then the next has it.
 #pragma unroll 1
     for (; slice >= 0 && slice < num_slices; ++slice) {

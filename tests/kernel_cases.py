@@ -101,7 +101,17 @@ def exact_cases(rule: str) -> list[Case]:
         Case(rule, logits_BNV, tokens_BN, parents_BN, {"uniforms_BN": torch.full((1, 4), u / 8)})
         for u in range(8)
     ]
-    return edges + [_last_token_case(seed) for seed in range(12)]
+    several = [  # tokens to a thread
+        Case(
+            rule,
+            torch.zeros(1, 4, 256),
+            tokens_BN,
+            parents_BN,
+            {"uniforms_BN": torch.full((1, 4), u / 256)},
+        )
+        for u in range(10, 256, 21)
+    ]
+    return edges + several + [_last_token_case(seed) for seed in range(12)]
 
 
 def _last_token_case(seed: int) -> Case:

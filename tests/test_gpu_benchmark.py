@@ -1,17 +1,26 @@
 """The parts of benchmarks/gpu.py that need no GPU."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu
+import gpu_checks
+import gpu_grid
+import gpu_step
 import pytest
 import torch
 from gpu_points import Point, figures, floors_us, forms_of, make_inputs, points, tree_of
 from gpu_timing import num_copies
+from kernel_shim import GXX, ShimKernels
+from tiny_models import VOCAB_SIZE, build_model
 
-from medusa_exp.decode.launch_plan import check_plan, plan_for
+from medusa_exp.decode.launch_plan import Plan, check_plan, plan_for
 from medusa_exp.decode.verification import verify
+from medusa_exp.model import Backbone
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -70,6 +79,100 @@ def test_copies_are_thrice_the_cache():
     assert num_copies(4_000_000, 50_000_000) == 38
     assert num_copies(10**9, 50_000_000) == 1
     assert num_copies(1, 50_000_000) == 64
+
+
+def test_what_fails_is_written_down_and_the_rest_goes_on(monkeypatch, tmp_path):
+    def fault(*args, **kwargs):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def point(kernels, point, *rest):
+        return fault() if point == points()[1] else {"batch": point.batch, "rule": point.rule}
+
+    out = tmp_path / "a.json"
+    benchmark = gpu.Benchmark(SimpleNamespace(device=0), out, minutes=8)
+    for name in ("_check", "_check_step", "_sanitize", "_decode_step", "_split_walk"):
+        monkeypatch.setattr(benchmark, name, fault if name != "_split_walk" else lambda: None)
+    monkeypatch.setattr(gpu_grid, "measure_point", point)
+    monkeypatch.setattr(gpu_grid, "measure_compiled", lambda kernels, point, grid: len(grid))
+    monkeypatch.setattr(gpu, "_machine", fault)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fault)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1)
+    )
+    benchmark.run(1)
+    found = json.loads(out.read_text())
+    for name in ("machine", "verification", "mask_and_commit", "sanitizer", "decode_step"):
+        assert "illegal memory access" in found[name]["failed"]
+    assert len(found["grid"]) == len(points())
+    assert ["failed" in entry for entry in found["grid"][:3]] == [False, True, False]
+    assert found["compiled"] == [len(points())] * 9
+
+
+@pytest.fixture
+def shim(tmp_path):
+    if GXX is None:
+        pytest.skip("there is no g++")
+    return ShimKernels(tmp_path)
+
+
+@pytest.mark.parametrize("rule", ["greedy", "typical", "sampling"])
+def test_a_point_is_judged_in_float64_and_a_failing_form_costs_no_other(monkeypatch, shim, rule):
+    launch = shim.launch
+
+    def launch_some(file, defines, entry, *rest):
+        if entry == "lazy_8":
+            raise RuntimeError("too many resources requested for launch")
+        launch(file, defines, entry, *rest)
+
+    monkeypatch.setattr(shim, "launch", launch_some)
+    times = dict.fromkeys(("eager_warm", "eager_cold", "graph_warm", "graph_cold"), 1.0)
+    monkeypatch.setattr(gpu_grid, "measure", lambda calls, **how: times)
+    small = [Plan("two", threads=32, walk_threads=64), Plan("lazy", threads=32, cluster=8)]
+    monkeypatch.setattr(gpu_grid, "forms_of", lambda *given: small)
+    entry = gpu_grid.measure_point(shim, Point(rule, 2, 300, 16), cache_bytes=1)
+    assert list(entry["failed"]) == ["lazy 1 32 8"]
+    assert entry["differs"] == {} and {*entry["times_us"]} == {"two 1 32 1", "a"}
+
+
+def test_a_draw_at_an_edge_is_told_from_a_wrong_one():
+    point = Point("sampling", 3, 300, 16)
+    inputs = make_inputs(point, torch.device("cpu"))
+    right = gpu_grid.expected(point, inputs)
+    assert gpu_grid.differences(point, inputs, right, right) == {}
+    inputs.uniforms_BN[:] = 1 - 2**-24
+    right = gpu_grid.expected(point, inputs)
+    wrong = dataclasses.replace(right, next_token_B=right.next_token_B - 7)
+    assert gpu_grid.differences(point, inputs, wrong, right) == {"sequences": 3, "near": 0}
+    b, node, place = 1, int(right.path_BL[1, int(right.num_accepted_B[1])]), 0.4
+    p_V = inputs.logits_BNV[b, node].double().softmax(-1)
+    children = inputs.tokens_BN[b, inputs.parents_BN[b] == node]
+    p_V[children] = 0.0
+    token = int((p_V.cumsum(-1) < place).sum())
+    inputs.uniforms_BN[b, node] = p_V.cumsum(-1)[token]
+    after = int((p_V[token + 1 :] > 0).nonzero()[0]) + token + 1
+    assert gpu_grid.is_near(inputs, b, node, token) and gpu_grid.is_near(inputs, b, node, after)
+    assert not gpu_grid.is_near(inputs, b, node, after + 5)
+
+
+def test_a_small_case_for_the_sanitizer(monkeypatch, shim):
+    small = [Plan("two", splits=3, threads=32, walk_threads=32), Plan("fused", threads=32)]
+    monkeypatch.setattr(gpu_checks, "plans_of", lambda kernels: small)
+    assert gpu_checks.check_small(shim) == []
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_is_the_same_with_kernels_and_without(monkeypatch, shim, batch):
+    for name, value in {"PAST": 20, "NODES": 16, "VOCAB": VOCAB_SIZE}.items():
+        monkeypatch.setattr(gpu_step, name, value)
+    step = gpu_step.Step(Backbone(build_model("llama")), shim, batch)
+    verdicts, kept = [], []
+    with torch.inference_mode():
+        for has_kernels in (False, True):
+            verdicts.append(step.run(has_kernels))
+            kept.append([state[:, :, : 20 + 1].clone() for state in step.states])
+    for field in ("path_BL", "num_accepted_B", "next_token_B"):
+        assert getattr(verdicts[0], field).equal(getattr(verdicts[1], field))
+    assert all(map(torch.equal, *kept))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,6 +1,8 @@
 """Steps of fixed shapes, as a CUDA graph holds them, give what plain decoding gives."""
 
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +87,34 @@ def test_draws_depend_on_the_seed_alone(backbone):
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_warming_up_before_a_capture_leaves_no_trace(monkeypatch, backbone):
+    """Else the first answer of a seed is not its second, which needs no capture."""
+    nothing = SimpleNamespace(wait_stream=lambda other: None, register_generator_state=id)
+    fakes = {
+        "Stream": lambda: nothing,
+        "current_stream": lambda: nothing,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: nothing,
+        "graph": lambda graph, pool: nullcontext(),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    heads = build_heads(backbone, num_heads=3)
+    backbone.decodes_statically = True
+    rule = Rule("sampling", temperature=2.0, seed=1)
+    expected = decode_tree(backbone, heads, TREE, [[3, 4]], Limits(30), rule)[0].tokens
+    [step] = backbone.static_steps._steps.values()
+    begin = step.begin
+
+    def begin_with_capture(*given):
+        begin(*given)
+        step._capture()
+
+    monkeypatch.setattr(step, "begin", begin_with_capture)
+    again = decode_tree(backbone, heads, TREE, [[3, 4]], Limits(30), rule)[0].tokens
+    assert again == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rule", [Rule(), Rule("sampling", seed=1)])
@@ -94,8 +124,11 @@ def test_captured_steps_say_the_same_as_uncaptured_ones(rule):
     prompts = prompts_of(random.Random(0), 3)
     growing = decode_tree(backbone, heads, TREE, prompts, Limits(40, {7}), rule)
     backbone.decodes_statically = True
+    first = None
     for _ in range(2):  # captured, and replayed for other prompts' sake
         captured = decode_tree(backbone, heads, TREE, prompts, Limits(40, {7}), rule)
+        first = first or [a.tokens for a in captured]
+        assert [a.tokens for a in captured] == first
         if rule.name == "greedy":
             assert [a.tokens for a in captured] == [a.tokens for a in growing]
         assert all(len(a.tokens) <= 40 for a in captured)

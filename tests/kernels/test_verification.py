@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
 from kernel_checks import PLANS, assert_equal, cases_of, check_verification, judged
-from kernel_shim import ShimError, ShimKernels
+from kernel_shim import ORDERS, ShimError, ShimKernels
 
 from medusa_exp.decode.launch_plan import Plan
 from medusa_exp.decode.verification_cupy import Verifier
@@ -124,6 +124,37 @@ def test_tokens_without_probability_are_never_drawn(shim, plan):
     verdict = judged(shim, plan, case)
     assert verdict.path_BL.tolist() == [[0, 2, -1], [0, -1, -1], [0, 1, -1], [0, -1, -1]]
     assert verdict.next_token_B.tolist() == [40, 41, 40, 170]
+
+
+# Places of the draw at which sums that round in different orders leave a gap between two threads.
+GAPS = (
+    (11, 0.6347712874412537),
+    (11, 0.9999998807907104),
+    (12, 0.7024404406547546),
+    (14, 0.8612672090530396),
+    (16, 0.4698032736778259),
+    (20, 0.8842995166778564),
+)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("seed", "uniform"), GAPS)
+def test_a_guess_that_was_rejected_is_not_drawn_in_a_gap(shim, seed, uniform, order):
+    rng = np.random.default_rng(seed)
+    logits_V = rng.normal(0, 1, 32).astype(np.float32)
+    logits_V[rng.random(32) < 0.6] = -np.inf
+    likeliest = int(logits_V.argmax())
+    case = Case(
+        "sampling",
+        torch.from_numpy(logits_V).expand(1, 2, 32),
+        torch.tensor([[0, likeliest]]),
+        torch.tensor([[-1, 0]]),
+        {"uniforms_BN": torch.full((1, 2), uniform)},
+    )
+    verdict = judged(shim, Plan("lazy", threads=32), case, order)
+    assert verdict.num_accepted_B.tolist() == [0]
+    assert verdict.next_token_B.item() != likeliest
+    assert np.isfinite(logits_V[verdict.next_token_B.item()])
 
 
 def philox4x32(counter: list[int], key: list[int]) -> list[int]:

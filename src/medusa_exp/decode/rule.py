@@ -63,6 +63,14 @@ class Judge:
         else:
             self._generator.manual_seed(self.rule.seed)
 
+    def get_state(self) -> Tensor:
+        """Return where the draws stand."""
+        return self._generator.get_state()
+
+    def set_state(self, state: Tensor) -> None:
+        """Go back to where the draws stood."""
+        self._generator.set_state(state)
+
     def register(self, graph: torch.cuda.CUDAGraph) -> None:
         """Let a CUDA graph draw anew from this generator at each replay."""
         if self.rule.name == "sampling":

@@ -123,7 +123,7 @@ class StaticStep:
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Run the step a few times, put everything back, and capture it."""
         state = (self.root_B, self.hidden_BD, self.cache.lengths_B)
-        saved = [tensor.clone() for tensor in state]
+        saved, draws = [tensor.clone() for tensor in state], self.judge.get_state()
         # Columns behind the rows' ends are written meanwhile; nothing is seen there.
         self.is_active_B.fill_(False)
         stream = torch.cuda.Stream()
@@ -138,6 +138,7 @@ class StaticStep:
             self._run()
         for tensor, before in zip(state, saved, strict=True):
             tensor.copy_(before)
+        self.judge.set_state(draws)
         self._mark_active()
         return graph
 

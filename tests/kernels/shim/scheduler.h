@@ -69,6 +69,11 @@ inline void begin_block(Block& block, uint3 index) {
     for (auto& fiber : block.fibers) fiber->state = State::ready;
 }
 
+// A kernel without shared memory has no section for it: null must not even be copied 0 bytes of.
+inline void copy_shared(char* to, const char* from) {
+    if (shared_bytes() > 0) std::memcpy(to, from, shared_bytes());
+}
+
 inline void run_cluster() {
     auto is_done = [](Block& block) {
         return std::all_of(block.fibers.begin(), block.fibers.end(),
@@ -86,12 +91,12 @@ inline void run_cluster() {
         for (unsigned rank : counted<unsigned>(machine.cluster.size())) {
             Block& block = machine.cluster[rank];
             machine.block = &block;
-            std::memcpy(__start_shim_shared, block.shared.data(), shared_bytes());
+            copy_shared(__start_shim_shared, block.shared.data());
             for (unsigned i : counted<unsigned>(block.fibers.size()))
                 if (!(late >> (i / 32 + 7 * rank) % 64 & 1) && can_run(block, *block.fibers[i]))
                     resume(*block.fibers[i]);
             if (is_complete(block, State::at_barrier, true)) release(block, State::at_barrier);
-            std::memcpy(block.shared.data(), __start_shim_shared, shared_bytes());
+            copy_shared(block.shared.data(), __start_shim_shared);
             is_all_done &= is_done(block);
             is_all_at_cluster &= is_complete(block, State::at_cluster, false);
         }

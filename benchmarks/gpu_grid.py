@@ -1,0 +1,145 @@
+"""A point of the grid: every form of the kernels and every baseline, judged and timed.
+
+What fails is written down, and the rest goes on. B batch, N tree nodes, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from gpu_baselines import compiled, eager, options_of
+from gpu_points import Inputs, Point, figures, floors_us, forms_of, make_inputs
+from gpu_timing import measure, num_copies
+
+from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.distribution import probabilities
+from medusa_exp.decode.launch_plan import Plan, plan_for
+from medusa_exp.decode.verification import Verdict, verify
+from medusa_exp.decode.verification_cupy import Verifier
+
+NEAR = 1e-6
+"""So near to a token's edge, a float32 draw may fall on the other side."""
+FIELDS = ("path_BL", "num_accepted_B", "next_token_B")
+
+Method = Callable[[Inputs], Callable[[], Verdict]]
+
+
+def measure_point(
+    kernels: Kernels, point: Point, cache_bytes: int, split_walk: Any = None
+) -> dict[str, Any]:
+    """Return a point's entry of the JSON.
+
+    Args:
+        kernels: where to run.
+        point: what.
+        cache_bytes: size of the device's L2 cache.
+        split_walk: baseline c; None leaves it out.
+    """
+    inputs = make_inputs(point, kernels.device)
+    copies = [inputs]
+    while len(copies) < num_copies(inputs.logits_BNV.nbytes, cache_bytes):
+        copies.append(make_inputs(point, kernels.device))
+    right = expected(point, inputs)
+    times: dict[str, dict[str, float]] = {}
+    differs: dict[str, dict[str, int]] = {}
+    failed: dict[str, str] = {}
+
+    def add(name: str, method: Method, **how: Any) -> None:
+        try:
+            calls = [method(copy) for copy in copies]
+            if found := differences(point, inputs, calls[0](), right):
+                differs[name] = found
+            times[name] = measure(calls, **how)
+        except Exception as error:
+            failed[name] = told(error)
+
+    shape = (point.batch, point.nodes, point.vocab)
+    chosen = plan_for(shape, point.itemsize, kernels)
+    for plan in forms_of(chosen, shape, point.itemsize, kernels):
+        add(name_of(plan), ours(point, Verifier(kernels, plan)))
+    few = {"repeats": 3, "at_least": 5}
+    add("a", lambda copy: eager(point, copy), **few)
+    if split_walk is not None and point.rule != "typical":
+        add("c", lambda copy: split_walk(point, copy), **few)
+    entry = figures(point, floors_us(point, inputs.tree, inputs.accepted_B), times)
+    return {**entry, "chosen_form": name_of(chosen), "differs": differs, "failed": failed}
+
+
+def measure_compiled(
+    kernels: Kernels, point: Point, entries: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the times of baseline b, whose compilation takes long, beside those of the grid."""
+    try:
+        call = compiled(point, make_inputs(point, kernels.device))
+        times = measure([call], repeats=3, at_least=5, with_graph=False)
+    except Exception as error:
+        return {**asdict(point), "failed": told(error)}
+    result = {**asdict(point), "times_us": {"b": times}}
+    place = asdict(point).items()
+    for entry in entries:
+        if place <= entry.items() and "best_form" in entry:
+            time_us = entry["times_us"][entry["best_form"]]["graph_warm"]
+            result["times_as_fast_as_b_warm"] = times["eager_warm"] / time_us
+    return result
+
+
+def ours(point: Point, verifier: Verifier) -> Method:
+    """Return the kernels as a method."""
+
+    def method(copy: Inputs) -> Callable[[], Verdict]:
+        options = options_of(point, copy)
+        return lambda: verifier(copy.logits_BNV, copy.tokens_BN, copy.parents_BN, **options)
+
+    return method
+
+
+def name_of(plan: Plan) -> str:
+    """Return what a form is called in the JSON."""
+    return f"{plan.form} {plan.splits} {plan.threads} {plan.cluster}"
+
+
+def told(error: Exception) -> str:
+    """Return an error in a line or a few."""
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+def expected(point: Point, inputs: Inputs) -> Verdict:
+    """Return what the specification says in float64; a sequence at a time, to save memory."""
+    options, verdicts = options_of(point, inputs), []
+    for b in range(point.batch):
+        row = slice(b, b + 1)
+        if point.rule == "sampling":
+            options["uniforms_BN"] = inputs.uniforms_BN[row].double()
+        logits_1NV = inputs.logits_BNV[row].double()
+        verdicts.append(
+            verify(logits_1NV, inputs.tokens_BN[row], inputs.parents_BN[row], **options)
+        )
+    return Verdict(*(torch.cat([getattr(v, field) for v in verdicts]) for field in FIELDS))
+
+
+def differences(point: Point, inputs: Inputs, found: Verdict, right: Verdict) -> dict[str, int]:
+    """Count the sequences that are judged otherwise; empty if there are none.
+
+    near: those whose draw stands at an edge between tokens, so that float32 may decide otherwise.
+    """
+    same_path_B = (found.path_BL == right.path_BL).all(1)
+    same_path_B &= found.num_accepted_B == right.num_accepted_B
+    is_same_B = same_path_B & (found.next_token_B == right.next_token_B)
+    odd = (~is_same_B).nonzero()[:, 0].tolist()
+    near = 0
+    for b in odd:
+        if point.rule == "sampling" and same_path_B[b]:
+            end = int(right.path_BL[b, int(right.num_accepted_B[b])])
+            near += is_near(inputs, b, end, int(found.next_token_B[b]))
+    return {"sequences": len(odd), "near": near} if odd else {}
+
+
+def is_near(inputs: Inputs, b: int, node: int, token: int) -> bool:
+    """Say whether a draw after a node might be this token but for rounding."""
+    p_V = probabilities(inputs.logits_BNV[b, node].double(), 1.0)
+    children = inputs.tokens_BN[b, inputs.parents_BN[b] == node].unique()
+    place = inputs.uniforms_BN[b, node].double() - p_V[children].sum()
+    p_V[children] = 0.0
+    end = p_V[: token + 1].sum()
+    return bool((p_V[token] > 0) & (end - p_V[token] - NEAR <= place) & (place <= end + NEAR))
