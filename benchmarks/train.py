@@ -193,7 +193,9 @@ def memory_rows(work: Path) -> list[Row]:
 
 def overhead_rows(work: Path) -> list[Row]:
     """What a step takes besides backbone, heads, loss and optimiser: batches and Lightning."""
-    case = build_case(work, layers=6, width=256, vocabulary=2048, documents=480)  # a start-up is no step
+    case = build_case(
+        work, layers=6, width=256, vocabulary=2048, documents=480
+    )  # a start-up is no step
     case.train()
     bare_step = bare_epoch(case)
     bare_step()

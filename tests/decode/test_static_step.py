@@ -87,18 +87,27 @@ def test_draws_depend_on_the_seed_alone(backbone):
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_warming_up_before_a_capture_leaves_no_trace(monkeypatch, backbone):
-    """Else the first answer of a seed is not its second, which needs no capture."""
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """What a capture asks of torch.cuda, doing nothing; a list with the debug mode last set."""
     nothing = SimpleNamespace(wait_stream=lambda other: None, register_generator_state=id)
+    modes = ["default"]
     fakes = {
         "Stream": lambda: nothing,
         "current_stream": lambda: nothing,
         "stream": lambda stream: nullcontext(),
         "CUDAGraph": lambda: nothing,
         "graph": lambda graph, pool: nullcontext(),
+        "get_sync_debug_mode": lambda: modes[-1],
+        "set_sync_debug_mode": modes.append,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    return modes
+
+
+def test_warming_up_before_a_capture_leaves_no_trace(monkeypatch, backbone, fake_cuda):
+    """Else the first answer of a seed is not its second, which needs no capture."""
     heads = build_heads(backbone, num_heads=3)
     backbone.decodes_statically = True
     rule = Rule("sampling", temperature=2.0, seed=1)
@@ -113,6 +122,27 @@ def test_warming_up_before_a_capture_leaves_no_trace(monkeypatch, backbone):
     monkeypatch.setattr(step, "begin", begin_with_capture)
     again = decode_tree(backbone, heads, TREE, [[3, 4]], Limits(30), rule)[0].tokens
     assert again == expected
+
+
+def test_a_model_that_waits_for_the_host_runs_uncaptured(backbone, fake_cuda, caplog):
+    heads = build_heads(backbone, num_heads=3)
+    [expected] = decode_tree(backbone, heads, TREE, [[3, 4]], Limits(30))
+    backbone.decodes_statically = True
+    decode_tree(backbone, heads, TREE, [[3, 4]], Limits(2))
+    [step] = backbone.static_steps._steps.values()
+    run, step._is_capturable = step._run, True
+
+    def run_waiting():
+        if fake_cuda[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        run()
+
+    step._run = run_waiting
+    [answer] = decode_tree(backbone, heads, TREE, [[3, 4]], Limits(30))
+    assert answer.tokens == expected.tokens
+    assert fake_cuda[-1] == "default"
+    [warning] = caplog.messages
+    assert "decode.cuda_graph=false" in warning
 
 
 @pytest.mark.gpu

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.step_cupy import CacheCommit
 from medusa_exp.decode.verification import Verdict
 
 
@@ -65,6 +67,8 @@ class StaticCache(Cache):
         self.layers = [_StaticLayer(capacity, self.waste + 1) for _ in range(num_layers)]
         self.lengths_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._row_B1 = torch.arange(num_rows, device=device)[:, None]
+        self._tree_start_B = torch.full_like(self.lengths_B, capacity)
+        self._commits: dict[Kernels, CacheCommit] = {}
 
     def empty(self) -> None:
         """Let the next forward calls write prompts, from the first column on."""
@@ -79,14 +83,30 @@ class StaticCache(Cache):
         for layer in self.layers:
             layer.start = column
 
-    def commit(self, verdict: Verdict, is_active_B: Tensor) -> None:
-        """Move the accepted nodes of active rows to where these end."""
-        path_BL = verdict.path_BL
+    def commit(self, verdict: Verdict, is_active_B: Tensor, kernels: Kernels | None = None) -> None:
+        """Move the accepted nodes of active rows to where these end: by a kernel, if there are."""
+        if kernels is not None and self._are_alike():
+            if kernels not in self._commits:
+                self._commits[kernels] = CacheCommit(kernels, self._tensors())
+            to_B = torch.where(is_active_B, self.lengths_B, -1)
+            self._commits[kernels](
+                verdict.path_BL, verdict.num_accepted_B, self._tree_start_B, to_B
+            )
+        else:
+            self._move(verdict.path_BL, is_active_B)
+        self.lengths_B += (verdict.num_accepted_B + 1) * is_active_B
+
+    def _move(self, path_BL: Tensor, is_active_B: Tensor) -> None:
         place_L = torch.arange(path_BL.shape[1], device=path_BL.device)
         from_BL = self.capacity + path_BL.clamp(min=0)
         is_kept_BL = (path_BL >= 0) & is_active_B[:, None]
         to_BL = torch.where(is_kept_BL, self.lengths_B[:, None] + place_L, self.waste)
-        for layer in self.layers:
-            for states in (layer.keys, layer.values):
-                states[self._row_B1, :, to_BL] = states[self._row_B1, :, from_BL]
-        self.lengths_B += (verdict.num_accepted_B + 1) * is_active_B
+        for states in self._tensors():
+            states[self._row_B1, :, to_BL] = states[self._row_B1, :, from_BL]
+
+    def _tensors(self) -> list[Tensor]:
+        return [states for layer in self.layers for states in (layer.keys, layer.values)]
+
+    def _are_alike(self) -> bool:
+        """Can one launch move them all? Some models have layers of several shapes."""
+        return len({(t.shape, t.stride(), t.dtype) for t in self._tensors()}) == 1

@@ -8,6 +8,7 @@ and replayed; elsewhere the same code runs as it is.
 B rows, H key-value heads, C cache columns before the tree's, N tree nodes, L path length, D hidden.
 """
 
+import logging
 from collections.abc import Hashable
 from typing import Any
 
@@ -15,11 +16,15 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.attention import StepMask
+from medusa_exp.decode.cuda import Kernels
 from medusa_exp.decode.propose import Proposer
 from medusa_exp.decode.rule import Judge, Rule
 from medusa_exp.decode.static_cache import StaticCache
 from medusa_exp.decode.step import at_end, outcome, read_outcome
+from medusa_exp.decode.verifier import step_kernels
 from medusa_exp.model.backbone import Backbone
+
+log = logging.getLogger(__name__)
 
 _COLUMNS = 256
 """Capacities are multiples of it, so that prompts of many lengths share a step."""
@@ -42,6 +47,8 @@ class StaticStep:
         judge: Judge,
         cache: StaticCache,
         mask: StepMask,
+        *,
+        kernels: Kernels | None = None,
         pool: Any = None,
     ) -> None:
         """Prepare for any prompts that fit into the cache: see `begin`.
@@ -52,10 +59,11 @@ class StaticStep:
             judge: tells what of them comes true.
             cache: of as many rows as there are prompts.
             mask: of the backbone, for this cache.
+            kernels: that keep accepted nodes in the cache; None leaves it to torch.
             pool: of the memory that a captured graph works in.
         """
         self.backbone, self.propose, self.judge = backbone, propose, judge
-        self.cache, self.mask = cache, mask
+        self.cache, self.mask, self.kernels = cache, mask, kernels
         num_rows, device = len(cache.lengths_B), backbone.device
         self.root_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.hidden_BD = torch.zeros(
@@ -67,6 +75,7 @@ class StaticStep:
         width = 2 + 2 * (propose.depth + 1)
         self.outcome = torch.zeros(num_rows, width, dtype=torch.long, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._is_capturable = backbone.device.type == "cuda"
         self._pool = pool
         self._active: list[int] = []
 
@@ -80,12 +89,13 @@ class StaticStep:
 
     def advance(self) -> list[list[int]]:
         """Return the tokens that each active row commits; see `step.Step`."""
-        if self.backbone.device.type != "cuda":
-            self._run()
-        else:
-            if self._graph is None:
-                self._graph = self._capture()
+        if self._is_capturable and self._graph is None:
+            self._graph = self._capture()
+            self._is_capturable = self._graph is not None
+        if self._graph is not None:
             self._graph.replay()
+        else:
+            self._run()
         rows = self.outcome.tolist()  # the step's one wait for the device
         said, _ = read_outcome([rows[row] for row in self._active])
         return said
@@ -116,31 +126,59 @@ class StaticStep:
             logits_BNV, draft.tokens_BN, draft.parents_BN, self.propose.depth, draft.nodes
         )
         self.outcome.copy_(outcome(draft, verdict))
-        cache.commit(verdict, self.is_active_B)
+        cache.commit(verdict, self.is_active_B, self.kernels)
         self.hidden_BD.copy_(at_end(hidden_BND, verdict))
         self.root_B.copy_(verdict.next_token_B)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """Run the step a few times, put everything back, and capture it."""
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        """Run the step a few times, put everything back, and capture it.
+
+        None if the model waits for the host somewhere: no graph can hold that.
+        """
         state = (self.root_B, self.hidden_BD, self.cache.lengths_B)
         saved, draws = [tensor.clone() for tensor in state], self.judge.get_state()
         # Columns behind the rows' ends are written meanwhile; nothing is seen there.
         self.is_active_B.fill_(False)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
+        graph = None
+        if self._warm_up():
+            graph = torch.cuda.CUDAGraph()
+            self.judge.register(graph)
+            with torch.cuda.graph(graph, pool=self._pool):
                 self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        self.judge.register(graph)
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._run()
         for tensor, before in zip(state, saved, strict=True):
             tensor.copy_(before)
         self.judge.set_state(draws)
         self._mark_active()
         return graph
+
+    def _warm_up(self) -> bool:
+        """Run the step as libraries need it before a capture; return whether it can be captured."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._run()
+            can_be_captured = self._runs_without_waiting()
+        torch.cuda.current_stream().wait_stream(stream)
+        return can_be_captured
+
+    def _runs_without_waiting(self) -> bool:
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._run()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            log.warning(
+                "%s waits for the host within a step: steps run without a CUDA graph "
+                "(decode.cuda_graph=false says so from the start)",
+                self.backbone.name,
+            )
+            return False
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        return True
 
 
 class StaticSteps:
@@ -175,7 +213,8 @@ class StaticSteps:
                 Judge(rule, backbone.device),
                 self._caches[shape],
                 StepMask(backbone.model, shape[1] + _MAX_NODES),
-                self._pool,
+                kernels=step_kernels(rule.verifier, backbone.device),
+                pool=self._pool,
             )
         step = self._steps[key]
         step.cache.empty()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa_exp.decode.cuda import Kernels, kernels_on
 from medusa_exp.decode.verification import Verdict, verify
 from medusa_exp.decode.verification_host import verify_on_host
 from medusa_exp.errors import UserError
@@ -48,8 +49,14 @@ def choose_verifier(
     return _kernels(device)
 
 
+def step_kernels(name: str, device: torch.device) -> Kernels | None:
+    """Return the kernels that do what a step does besides judging, where it judges by kernels."""
+    if device.type != "cuda" or name == "torch" or (name == "auto" and find_spec("cupy") is None):
+        return None
+    return kernels_on(device)
+
+
 def _kernels(device: torch.device) -> Callable[..., Verdict]:
-    from medusa_exp.decode.cuda import kernels_on
     from medusa_exp.decode.verification_cupy import Verifier
 
     return Verifier(kernels_on(device))
