@@ -2,7 +2,7 @@
 
 Two traps: eager attention takes a boolean mask silently wrong (it wants a float one), and models
 with several kinds of layers want a dict of masks. Float masks suit all: sdpa on a CPU makes one of
-a boolean mask anyway, in every layer.
+a boolean mask anyway, in every layer. On a GPU sdpa takes a boolean one, which a kernel writes.
 
 B rows, N tree nodes, P columns of the cache before the tree. A row with fewer than P tokens leaves
 columns unused between its own and the tree's.
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.step_cupy import build_mask
 from medusa_exp.errors import UserError
 
 
@@ -41,6 +43,7 @@ class StepMask:
         self.kinds = kinds if len(kinds) > 1 else set()
         self.window = window if (not kinds or "sliding_attention" in kinds) else None
         self.dtype = model.dtype
+        self.takes_boolean = not self.kinds and model.config._attn_implementation == "sdpa"
         self.column_P = torch.arange(capacity, device=model.device)
 
     def at(self, lengths: list[int], ancestors_BNN: Tensor, depths_BN: Tensor) -> Any:
@@ -79,6 +82,26 @@ class StepMask:
             return self._finish(clipped_BNK)
         masks = {"full_attention": full_BNK, "sliding_attention": clipped_BNK}
         return {kind: self._finish(masks[kind]) for kind in sorted(self.kinds)}
+
+    def by_kernel(
+        self, kernels: Kernels, lengths_B: Tensor, columns: int, parents_BN: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return a boolean mask over so many columns and the tree's, and positions_BN.
+
+        For models that take one, where `takes_boolean` is set; the same otherwise as `over`.
+        """
+        batch, num_nodes = len(lengths_B), parents_BN.shape[1]
+        mask_B1NK = parents_BN.new_empty(batch, 1, num_nodes, columns + num_nodes, dtype=torch.bool)
+        positions_BN = parents_BN.new_empty(batch, num_nodes)
+        build_mask(
+            kernels,
+            parents_BN.expand(batch, -1),
+            lengths_B,
+            mask_B1NK=mask_B1NK,
+            positions_BN=positions_BN,
+            window=self.window,
+        )
+        return mask_B1NK, positions_BN
 
     def _in_window(self, lengths_B11: Tensor, depths_BN: Tensor, column_P: Tensor) -> Tensor:
         """Return [B, N, P + N], True where the key is fewer than `window` positions back."""

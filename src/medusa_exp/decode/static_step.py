@@ -17,7 +17,7 @@ from torch import Tensor
 
 from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cuda import Kernels
-from medusa_exp.decode.propose import Proposer
+from medusa_exp.decode.propose import Draft, Proposer
 from medusa_exp.decode.rule import Judge, Rule
 from medusa_exp.decode.static_cache import StaticCache
 from medusa_exp.decode.step import at_end, outcome, read_outcome
@@ -59,7 +59,7 @@ class StaticStep:
             judge: tells what of them comes true.
             cache: of as many rows as there are prompts.
             mask: of the backbone, for this cache.
-            kernels: that keep accepted nodes in the cache; None leaves it to torch.
+            kernels: that write the mask and keep accepted nodes; None leaves it to torch.
             pool: of the memory that a captured graph works in.
         """
         self.backbone, self.propose, self.judge = backbone, propose, judge
@@ -113,14 +113,12 @@ class StaticStep:
     def _run(self) -> None:
         cache = self.cache
         draft = self.propose(self.root_B, self.hidden_BD)
-        position_BN = torch.minimum(cache.lengths_B[:, None] + draft.depths_BN, self.last)
+        mask, position_BN = self._mask_and_positions(draft)
         logits_BNV, hidden_BND = self.backbone.forward(
             draft.tokens_BN,
             cache,
-            mask=self.mask.over(
-                cache.lengths_B, cache.capacity, draft.ancestors_BNN, draft.depths_BN
-            ),
-            position_ids_BN=position_BN,
+            mask=mask,
+            position_ids_BN=torch.minimum(position_BN, self.last),
         )
         verdict = self.judge(
             logits_BNV, draft.tokens_BN, draft.parents_BN, self.propose.depth, draft.nodes
@@ -129,6 +127,13 @@ class StaticStep:
         cache.commit(verdict, self.is_active_B, self.kernels)
         self.hidden_BD.copy_(at_end(hidden_BND, verdict))
         self.root_B.copy_(verdict.next_token_B)
+
+    def _mask_and_positions(self, draft: Draft) -> tuple[Any, Tensor]:
+        lengths_B, columns = self.cache.lengths_B, self.cache.capacity
+        if self.kernels is not None and self.mask.takes_boolean:
+            return self.mask.by_kernel(self.kernels, lengths_B, columns, draft.parents_BN)
+        mask = self.mask.over(lengths_B, columns, draft.ancestors_BNN, draft.depths_BN)
+        return mask, lengths_B[:, None] + draft.depths_BN
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         """Run the step a few times, put everything back, and capture it.
