@@ -152,6 +152,7 @@ def _build_llama(config: Config, vocab_size: int, eos_token_id: int) -> LlamaFor
             bos_token_id=None,
             eos_token_id=eos_token_id,
             pad_token_id=eos_token_id,
+            attn_implementation="eager",  # a sixth less time a step than sdpa on a CPU
         )
     )
 
@@ -183,24 +184,16 @@ class _LanguageModelModule(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with warm-up and cosine."""
+        """Muon for the layers' matrices, AdamW for the rest, with warm-up and cosine.
+
+        It takes half as many steps as AdamW alone (LOG.md): time is what a quickstart lacks.
+        """
+        from medusa_exp.train.optimiser import muon_and_adamw
         from medusa_exp.train.schedule import scheduled
 
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=0.1,
-            fused=True,
+        matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
+        others = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
+        optimizer = muon_and_adamw(
+            matrices, [{"params": others}], learning_rate=self.learning_rate, weight_decay=0.1
         )
         return scheduled(optimizer, self.warmup_fraction, self.max_steps)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by norm; Lightning's own clipping takes a fused optimiser for one that unscales."""
-        assert gradient_clip_val is not None
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
