@@ -46,7 +46,7 @@ class HistoryLogger(Logger):
             file.write(json.dumps(line) + "\n")
         wandb = sys.modules.get("wandb")  # loaded only where logger=wandb has opened a run
         if wandb is not None and wandb.run is not None:
-            wandb.log({f"{self.stage}/step": step, **finite})
+            wandb.run.log({f"{self.stage}/step": step, **finite})
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any) -> None:
