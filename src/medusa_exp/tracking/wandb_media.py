@@ -84,8 +84,12 @@ def _of_evaluation(out: Path) -> Iterator[Row]:
     import wandb
 
     records = read_jsonl(out / "records.jsonl")
-    for row in content.depths(read_json(out / "metrics.json", {})):
+    metrics = read_json(out / "metrics.json", {})
+    for row in content.depths(metrics):
         yield {"by_depth/depth": row["depth"], "by_depth/accepted": row["share"]}
+    of_tree = [row for row in content.methods(metrics) if row.pop("method") == "tree"]
+    for row in of_tree:  # the smaller batches first
+        yield {f"by_batch/{name}": value for name, value in row.items()}
     ours = content.first_batch_size(records)
     yield {
         "eval/accept_lengths": wandb.Histogram(np_histogram=_counts(ours)),

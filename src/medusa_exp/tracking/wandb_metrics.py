@@ -17,8 +17,9 @@ AXES = {
     "by_head/*": "by_head/head",
     "by_depth/*": "by_depth/depth",
     "by_nodes/*": "by_nodes/num_nodes",
+    "by_batch/*": "by_batch/batch_size",
 }
-"""Curves over something else than time: a row for each head, depth and size of tree."""
+"""Curves over something else than time: a row for each head, depth, size of tree and batch."""
 
 
 def define_metrics(run: Any) -> None:
