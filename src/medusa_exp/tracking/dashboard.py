@@ -105,7 +105,7 @@ def _overview(wr: Any) -> list[Any]:
             title="Predicted by calibration, and found",
             metrics=["calibrate/predicted_speedup", SPEEDUP],
         ),
-        wr.WeavePanelSummaryTable("eval/samples"),
+        wr.WeavePanelSummaryTable(table_name="eval/samples"),
         wr.RunComparer(diff_only="split"),
     ]
 
@@ -119,7 +119,7 @@ def _training(wr: Any) -> list[Any]:
         _curves(wr, "Held-out loss of each head", "val/loss_head"),
         _curves(wr, "Held-out top-1 of each head", "val/top1_head"),
         _curve(wr, "Pretraining of a tiny backbone", "pretrain/loss", "pretrain/step"),
-        wr.WeavePanelSummaryTable("data/dropped"),
+        wr.WeavePanelSummaryTable(table_name="data/dropped"),
     ]
 
 
@@ -129,7 +129,7 @@ def _acceptance(wr: Any) -> list[Any]:
         _curve(wr, "Top-5 by head", "by_head/top5", "by_head/head"),
         _curve(wr, "Steps that accept a guess, by depth", "by_depth/accepted", "by_depth/depth"),
         wr.LinePlot(title="Tokens that a step gave", y=["eval/accept_lengths"]),
-        wr.WeavePanelSummaryTable("calibrate/rank_share"),
+        wr.WeavePanelSummaryTable(table_name="calibrate/rank_share"),
         wr.MediaBrowser(title="The tree", media_keys=["images/tree"]),
     ]
 
