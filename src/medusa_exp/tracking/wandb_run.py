@@ -9,23 +9,21 @@ from typing import Any
 from uuid import uuid4
 
 from medusa_exp.config import Config, to_shareable
-from medusa_exp.errors import UserError
 from medusa_exp.tracking.redaction import shareable
+from medusa_exp.tracking.upload import Upload, require_login
 from medusa_exp.tracking.wandb_metrics import define_metrics
 
 log = logging.getLogger(__name__)
 
-_INIT_SECONDS = 15.0
-"""Longest wait for W&B's server at the start, in mode online."""
-_FINISH_SECONDS = 120.0
-"""And at the end, for what is not uploaded yet. Whatever is not lies in the run directory."""
+_FLUSH_SECONDS = 1.0
+"""What kill -9 may cost; W&B's own 15 s would also be the delay of what `wandb leet` shows."""
 
 
 @contextmanager
 def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any]:
     """Yield the run of this directory, the one of earlier calls where there was one; finish it.
 
-    Without an answer of W&B's server it is an offline run: a warning, and nothing is lost.
+    It is written offline in mode online too, and uploaded meanwhile (see `upload.py`).
 
     Args:
         config: of this call.
@@ -35,52 +33,43 @@ def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any
     Raises:
         UserError: mode online, and nobody is logged in.
     """
+    import wandb
+
+    is_online = config.logger.mode == "online"
+    if is_online:
+        require_login()
     known = record.setdefault("wandb", {})
     known.setdefault("id", uuid4().hex[:8])
     known.setdefault("job_type", config.logger.job_type or "+".join(config.stages))
     with _staging_in(out):
-        run = _init(
-            config.logger.mode,
+        run: Any = wandb.init(
+            mode="offline",
             **_identity(config, out, known),
             config={**_shared_config(config, out), "provenance": provenance(record)},
             settings=_settings(record),
         )
+        upload = Upload(Path(run.dir).parent) if is_online else None
         try:
             define_metrics(run)
             yield run
         except BaseException as error:
-            _finish(run, error)
+            _finish(run, upload, error)
             raise
-        _finish(run, None)
+        _finish(run, upload, None)
 
 
-def _init(mode: str, **arguments: Any) -> Any:
-    import wandb
-
-    init: Any = wandb.init
-    try:
-        return init(mode=mode, **arguments)
-    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-        raise UserError(
-            f"logger.mode={mode}: {error} Run `wandb login`, or set logger.mode=offline and use "
-            "`wandb sync` later."
-        ) from error
-    except wandb.errors.CommError as error:
-        log.warning("no answer from W&B (%s): logging offline", _first_line(error))
-        wandb.teardown()  # its service holds the run's id until then
-        return init(mode="offline", **arguments)
-
-
-def _finish(run: Any, error: BaseException | None) -> None:
+def _finish(run: Any, upload: Upload | None, error: BaseException | None) -> None:
     """Finish the run in the state that it deserves; W&B's troubles end no run of ours."""
     is_clean = error is None or (isinstance(error, SystemExit) and not error.code)
     folder = Path(run.dir).parent
     try:
         run.finish(exit_code=0 if is_clean else 255 if isinstance(error, KeyboardInterrupt) else 1)
+        if upload is not None:
+            upload.finish()
     except Exception as trouble:
-        log.warning("W&B: %s; `wandb sync %s` uploads it later", _first_line(trouble), folder)
+        log.warning("W&B: %s; what there is lies in %s", trouble, folder)
         return
-    if run.offline:
+    if upload is None:
         log.info(
             "W&B: offline; `wandb leet %s` shows it, `wandb sync %s` uploads it", *[folder] * 2
         )
@@ -139,16 +128,10 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "console": "off",
         "silent": True,
-        "init_timeout": _INIT_SECONDS,
-        "finish_timeout": _FINISH_SECONDS,
-        "finish_timeout_raises": True,
         "x_disable_meta": True,
+        "x_transaction_log_flush_interval": _FLUSH_SECONDS,
         "host": "",
         "disable_git": True,  # its git state is the current directory's, not this package's
         "git_commit": git.get("commit"),
         "git_remote_url": shareable(git.get("remote")),
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
