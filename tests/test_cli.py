@@ -145,11 +145,9 @@ def test_a_multirun_shares_the_pretrained_model(run_dir, workplace):
         cwd=workplace,
     )
     assert result.returncode == 0, result.stderr
-    opened = []
-    for job in (0, 1):
-        (file,) = run_files(workplace / "sweep" / str(job))
-        opened += of_type(written_records(file), "run")
-        assert written_state(file)["state"] == "finished"
+    files = [file for job in (0, 1) for file in run_files(workplace / "sweep" / str(job))]
+    assert [written_state(file)["state"] for file in files] == ["finished", "finished"]
+    opened = [run for file in files for run in of_type(written_records(file), "run")]
     assert opened[0]["run_id"] != opened[1]["run_id"]
     assert {run["run_group"] for run in opened} == {"smoke/sweep"}
     shapes = [read(workplace / f"sweep/{i}/heads/config.json")["num_heads"] for i in (0, 1)]

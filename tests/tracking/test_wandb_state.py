@@ -14,12 +14,11 @@ import wandb_files as written
 from wandb_files import of_type
 from wandb_server import Server
 
-from medusa_exp.config import Config, LoggerConfig, TrainConfig, to_shareable
+from medusa_exp.config import Config, LoggerConfig, TrainConfig
 from medusa_exp.errors import UserError
 from medusa_exp.files import read_json, write_json, write_jsonl
 from medusa_exp.provenance import RunRecord
 from medusa_exp.tracking import wandb_stage
-from medusa_exp.tracking.redaction import shareable, shareable_text
 from medusa_exp.tracking.tracker import Tracker
 from medusa_exp.tracking.wandb_metrics import best_values
 
@@ -222,27 +221,6 @@ def test_an_upload_ends_with_the_run_that_was_killed(tmp_path, server):
     while folder.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not folder.exists()
-
-
-def test_values_of_the_environment_are_sent_as_their_names(tmp_path):
-    config = Config()
-    config.tree.path = config.logger.notes = "secret"
-    config.dataset.path = "/data/chats"
-    write = "tree: {path: '${oc.env:TOKEN}'}\nlogger: {notes: '${tree.path}'}\n"
-    (tmp_path / "config.yaml").write_text(write)
-    found = to_shareable(config, tmp_path / "config.yaml")
-    assert found["tree"]["path"] == found["logger"]["notes"] == "${oc.env:TOKEN}"
-    assert found["dataset"]["path"] == "/data/chats"
-
-
-def test_home_and_passwords_are_taken_out(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/ada")
-    assert shareable({"/home/ada/x": ["/home/ada", 3, ("/home/adam/x",)]}) == {
-        "~/x": ["~", 3, ["/home/adam/x"]]
-    }
-    assert (
-        shareable_text("git clone https://ada:pw@git.test/a@b") == "git clone https://git.test/a@b"
-    )
 
 
 def test_best_values_know_which_end_is_better():

@@ -4,7 +4,7 @@
     python -m medusa_exp.tracking.dashboard ENTITY/PROJECT --print    shows its specification
 
 Needs `pip install 'medusa-exp[dashboard]'`. All that it shows is logged by `wandb_stage` and its
-kin; `tests/tracking/test_wandb_run.py` holds every name below against a run.
+kin; `tests/tracking/test_wandb_artifacts.py` holds every name below against a run.
 """
 
 import argparse
