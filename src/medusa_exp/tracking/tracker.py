@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from medusa_exp.config import Config
+from medusa_exp.errors import UserError
 from medusa_exp.files import publish, read_json, read_jsonl
 from medusa_exp.provenance import RunRecord
 
@@ -44,7 +45,13 @@ class Tracker:
         from medusa_exp.tracking.wandb_run import wandb_run
 
         opened = wandb_run(self.config, self.out, self.record.run)
-        self.run = opening.enter_context(opened)
+        try:
+            self.run = opening.enter_context(opened)
+        except UserError:
+            raise
+        except Exception:  # the files are the record: no mirror's fault may end a run
+            log.warning("W&B did not start; all it would have is in %s", self.out, exc_info=True)
+            return
         self._num_rows = len(self._history())
         if self.config.logger.artifacts:
             log_code(self.run, self.out)
@@ -57,7 +64,10 @@ class Tracker:
 
         unseen = self._history()[self._num_rows :] if self._trains_elsewhere(stage) else []
         dropped = self._known_metrics - set(self.record.metrics)
-        mirror(self.run, self.config, self.out, stage, self.record, dropped, unseen)
+        try:
+            mirror(self.run, self.config, self.out, stage, self.record, dropped, unseen)
+        except Exception:
+            log.warning("W&B lacks what stage %s left in %s", stage, self.out, exc_info=True)
         self._known_metrics = set(self.record.metrics)
         self._num_rows = len(self._history())
 
