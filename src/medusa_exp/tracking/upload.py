@@ -95,6 +95,8 @@ def require_login() -> None:
     """
     import wandb
 
+    # Else it asks the server who that is, for 5 s where none answers.
+    wandb.setup(settings=wandb.Settings(x_disable_viewer=True, silent=True))
     try:
         wandb.login(verify=False)
     except wandb.errors.UsageError as error:
