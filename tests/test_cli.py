@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from wandb_files import of_type, run_files
+from wandb_files import records as written_records
+from wandb_files import state as written_state
 
 SMOKE = ["+experiment=smoke", "evaluate.baselines=[]", "device=cpu"]
 
@@ -138,9 +141,15 @@ def test_a_multirun_shares_the_pretrained_model(run_dir, workplace):
         "stages=[pretrain,train]",
         "head.num_heads=1,3",
         "hydra.sweep.dir=sweep",
+        "logger=wandb",
         cwd=workplace,
     )
     assert result.returncode == 0, result.stderr
+    files = [file for job in (0, 1) for file in run_files(workplace / "sweep" / str(job))]
+    assert [written_state(file)["state"] for file in files] == ["finished", "finished"]
+    opened = [run for file in files for run in of_type(written_records(file), "run")]
+    assert opened[0]["run_id"] != opened[1]["run_id"]
+    assert {run["run_group"] for run in opened} == {"smoke/sweep"}
     shapes = [read(workplace / f"sweep/{i}/heads/config.json")["num_heads"] for i in (0, 1)]
     assert shapes == [1, 3]
     keys = {read(workplace / f"sweep/{i}/run.json")["cache_keys"]["model"] for i in (0, 1)}
@@ -227,8 +236,9 @@ def test_wandb_offline(run_dir, workplace):
         WANDB_API_KEY="",
     )
     assert result.returncode == 0, result.stderr
-    (record,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
-    assert record.stat().st_size > 1000
+    (file,) = run_files(run_dir)
+    metrics, summary = read(run_dir / "metrics.json"), written_state(file)["summary"]
+    assert {name: summary.get(name) for name in metrics} == metrics, "those of earlier calls too"
 
 
 def test_several_processes_in_a_sweep_are_refused(tmp_path):

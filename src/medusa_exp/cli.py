@@ -74,6 +74,8 @@ def _resolve(composed: DictConfig, out: Path) -> Config:
         if stage not in STAGES:
             raise UserError(f"stages={stage} is not known: use some of {', '.join(STAGES)}.")
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if is_sweep and config.logger.group is None:
+        config.logger.group = f"{config.name}/{Path(HydraConfig.get().sweep.dir).name}"
     if is_sweep and "train" in config.stages and config.train.strategy != "auto":
         raise UserError(
             f"train.strategy={config.train.strategy} in a sweep (-m): its jobs run one after the "
@@ -97,11 +99,12 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
         quiet_libraries(config.stages)
     record = RunRecord(out, config, command)
-    with Tracker(config, out) as tracker:
+    with Tracker(config, out, record) as tracker:
         for name in config.stages:
             log.info("stage %s", name)
             with record.stage(name):
                 metrics = importlib.import_module(STAGES[name]).run(config, out)
-            tracker.summary(record.merge_metrics(name, metrics))
+            record.merge_metrics(name, metrics)
+            tracker.stage_done(name)
     print_summary(out, config.stages, record.run["stages"], record.metrics)
     return record.metrics.get(config.objective)

@@ -69,8 +69,10 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
 def new_overrides(out: Path, hydra_config: HydraConf) -> list[str]:
     """Return the overrides that this call brought, without those saved with the run."""
     saved = _saved_overrides(out) if _continues(out, hydra_config) else []
+    # As they were written: a list of OmegaConf's would resolve ${oc.env:...} as it is walked.
+    given: list[str] = OmegaConf.to_container(hydra_config.overrides.task)  # type: ignore
     # What stands in both changes nothing; but a later call always names the run anew.
-    return [o for o in hydra_config.overrides.task if o not in saved or _key(o) == "run_dir"]
+    return [o for o in given if o not in saved or _key(o) == "run_dir"]
 
 
 def _continues(out: Path, hydra_config: HydraConf) -> bool:
@@ -103,7 +105,7 @@ def _run_dir(argv: list[str]) -> Path | None:
 
 def _saved_overrides(run_dir: Path) -> list[str]:
     path = run_dir / _OVERRIDES
-    return list(OmegaConf.load(path)) if path.is_file() else []
+    return OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else []  # type: ignore
 
 
 def _key(override: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from medusa_exp.config import Config
 from medusa_exp.files import publish, read_json, sha256_file, write_json
+from medusa_exp.tracking.redaction import shareable_text
 
 log = logging.getLogger(__name__)
 
@@ -158,11 +159,13 @@ def _git_state(out: Path) -> dict[str, Any]:
     commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", __file__) else None
     if commit is None:
         return {"commit": None, "dirty": False}
+    remote = (git("remote", "get-url", "origin") or "").strip()
     diff = git("diff", "HEAD") or ""
     if diff:
         with publish(out / "uncommitted.diff") as partial:
             partial.write_text(diff, encoding="utf-8")
-    return {"commit": commit.strip(), "dirty": bool(diff)}
+    known = {"remote": shareable_text(remote)} if remote else {}
+    return {"commit": commit.strip(), "dirty": bool(diff), **known}
 
 
 def _device_name(device: str) -> str:

@@ -5,6 +5,7 @@ that stands here is right for all of them. `from_hydra` is the only way from Ome
 plain dataclasses, and nothing but this package and `cli.py` sees anything else.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ __all__ = [
     "load_saved",
     "register",
     "to_dict",
+    "to_shareable",
 ]
 
 
@@ -127,3 +129,36 @@ def load_saved(path: Path) -> DictConfig:
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the config as nested plain values, for W&B and for cache keys."""
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def to_shareable(config: Config, saved: Path) -> dict[str, Any]:
+    """Return the config as `to_dict` does, without what came from environment variables.
+
+    Args:
+        config: the config.
+        saved: as Hydra composed it, where such a value is still `${oc.env:NAME}`.
+    """
+    raw = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else {}
+    plain = to_dict(config)
+    references = dict(_from_environment(plain, raw))
+    return _replaced(plain, references)
+
+
+def _from_environment(value: Any, raw: Any) -> Iterator[tuple[str, str]]:
+    """Yield each text that an environment variable gave, and what refers to it."""
+    if isinstance(value, dict) and isinstance(raw, dict):
+        for key, item in value.items():
+            yield from _from_environment(item, raw.get(key))
+    elif isinstance(value, list) and isinstance(raw, list):
+        for item, raw_item in zip(value, raw, strict=False):
+            yield from _from_environment(item, raw_item)
+    elif isinstance(value, str) and value and isinstance(raw, str) and "${oc.env:" in raw:
+        yield value, raw
+
+
+def _replaced(value: Any, references: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(item, references) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replaced(item, references) for item in value]
+    return references.get(value, value) if isinstance(value, str) else value

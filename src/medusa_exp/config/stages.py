@@ -159,13 +159,18 @@ class LoggerConfig:
     kind: str = "wandb"
     """wandb, csv (history.csv and metrics.csv in the run directory) or none."""
     mode: str = "offline"
-    """Of W&B: offline, or online for those logged in."""
+    """Of W&B: offline, online for those logged in, or disabled."""
     project: str = "medusa_exp"
     entity: str | None = None
     group: str | None = None
+    """By default a sweep's jobs are a group, of the sweep's name."""
+    job_type: str | None = None
+    """By default the run's stages, as in train+calibrate+evaluate."""
     tags: list[str] = field(default_factory=list)
     notes: str | None = None
+    artifacts: bool = True
+    """Give W&B the heads, the tree, the evaluation and the report as versioned artifacts."""
 
     def __post_init__(self) -> None:
         one_of("logger.kind", self.kind, ("wandb", "csv", "none"))
-        one_of("logger.mode", self.mode, ("offline", "online"))
+        one_of("logger.mode", self.mode, ("offline", "online", "disabled"))

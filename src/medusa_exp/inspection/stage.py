@@ -24,7 +24,6 @@ from medusa_exp.inspection.rows import Row, count_roles, count_runs, sample_rows
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.source import has_model
 from medusa_exp.model.tokenizer import load_tokenizer
-from medusa_exp.tracking.tracker import log_table
 
 
 def run(config: Config, out: Path) -> dict[str, float]:
@@ -58,7 +57,6 @@ def run(config: Config, out: Path) -> dict[str, float]:
     samples = [_sample(row) for row in rows[: config.inspect.num_samples]]
     write_json(out / "data.json", found)
     write_jsonl(out / "data_samples.jsonl", samples)
-    log_table("data/samples", samples)
     show.print_all(found, samples)
     return _metrics(found)
 

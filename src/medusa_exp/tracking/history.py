@@ -5,6 +5,7 @@ was resumed, a step may stand twice, and the later line counts.
 """
 
 import json
+import logging
 import math
 import sys
 from argparse import Namespace
@@ -16,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from medusa_exp.files import drop_torn_line
 
+log = logging.getLogger(__name__)
+
 
 class HistoryLogger(Logger):
     """Lightning's logger interface onto history.jsonl, mirrored to W&B where a run is open."""
@@ -25,6 +28,7 @@ class HistoryLogger(Logger):
         self.path = out / "history.jsonl"
         drop_torn_line(self.path)
         self.stage = stage
+        self._is_mirrored = True
 
     @property
     def name(self) -> str:
@@ -45,8 +49,12 @@ class HistoryLogger(Logger):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         wandb = sys.modules.get("wandb")  # loaded only where logger=wandb has opened a run
-        if wandb is not None and wandb.run is not None:
-            wandb.log({f"{self.stage}/step": step, **finite})
+        if self._is_mirrored and wandb is not None and wandb.run is not None:
+            try:
+                wandb.run.log({f"{self.stage}/step": step, **finite})
+            except Exception as error:  # no training may end for its mirror's sake
+                self._is_mirrored = False
+                log.warning("W&B takes no more steps (%s); %s has them all", error, self.path)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any) -> None:

@@ -1,15 +1,16 @@
 """W&B and CSV beside the run directory's own files, which never depend on them."""
 
 import csv
-import json
 import logging
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from medusa_exp.config import Config, to_dict
+from medusa_exp.config import Config
+from medusa_exp.errors import UserError
 from medusa_exp.files import publish, read_json, read_jsonl
+from medusa_exp.provenance import RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -17,23 +18,65 @@ log = logging.getLogger(__name__)
 class Tracker:
     """A context around a run's stages that opens and closes what `logger` names.
 
-    While it is open with W&B, `wandb.run` is the run, by W&B's own convention; stages log there.
+    While it is open with W&B, `wandb.run` is the run, by W&B's own convention; what trains logs
+    its steps there. All else is mirrored from the run directory's files when a stage is done.
     """
 
-    def __init__(self, config: Config, out: Path) -> None:
+    def __init__(self, config: Config, out: Path, record: RunRecord) -> None:
         self.config = config
         self.out = out
+        self.record = record
         self.run: Any = None
+        self._exit = ExitStack()
+        self._known_metrics = set(record.metrics)
+        self._num_rows = 0
 
     def __enter__(self) -> "Tracker":
-        if self.config.logger.kind == "wandb":
-            self.run = _open_wandb(self.config, self.out)
+        with ExitStack() as opening:
+            if self.config.logger.kind == "csv":
+                opening.callback(_write_csv, self.out)
+            if self.config.logger.kind == "wandb" and self.config.logger.mode != "disabled":
+                self._open_wandb(opening)
+            self._exit = opening.pop_all()
         return self
 
-    def summary(self, metrics: dict[str, float]) -> None:
-        """Add a stage's metrics to W&B's summary."""
-        if self.run is not None:
-            self.run.summary.update(metrics)
+    def _open_wandb(self, opening: ExitStack) -> None:
+        from medusa_exp.tracking.wandb_artifacts import log_code
+        from medusa_exp.tracking.wandb_run import wandb_run
+
+        opened = wandb_run(self.config, self.out, self.record.run)
+        try:
+            self.run = opening.enter_context(opened)
+        except UserError:
+            raise
+        except Exception:  # the files are the record: no mirror's fault may end a run
+            log.warning("W&B did not start; all it would have is in %s", self.out, exc_info=True)
+            return
+        self._num_rows = len(self._history())
+        if self.config.logger.artifacts:
+            log_code(self.run, self.out)
+
+    def stage_done(self, stage: str) -> None:
+        """Mirror what a stage left: metrics.json, tables, pictures, artifacts."""
+        if self.run is None:
+            return
+        from medusa_exp.tracking.wandb_stage import mirror
+
+        unseen = self._history()[self._num_rows :] if self._trains_elsewhere(stage) else []
+        dropped = self._known_metrics - set(self.record.metrics)
+        try:
+            mirror(self.run, self.config, self.out, stage, self.record, dropped, unseen)
+        except Exception:
+            log.warning("W&B lacks what stage %s left in %s", stage, self.out, exc_info=True)
+        self._known_metrics = set(self.record.metrics)
+        self._num_rows = len(self._history())
+
+    def _trains_elsewhere(self, stage: str) -> bool:
+        """Other processes write the history, but have no W&B run."""
+        return stage == "train" and self.config.train.strategy != "auto"
+
+    def _history(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.out / "history.jsonl")
 
     def __exit__(
         self,
@@ -41,45 +84,7 @@ class Tracker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.run is not None:
-            self.run.finish(exit_code=0 if kind is None else 1)
-        if self.config.logger.kind == "csv":
-            _write_csv(self.out)
-
-
-def log_table(name: str, rows: list[dict[str, Any]]) -> None:
-    """Log a table to W&B where a run is open; lists become JSON text."""
-    wandb = sys.modules.get("wandb")  # loaded only where logger=wandb has opened a run
-    if wandb is None or wandb.run is None or not rows:
-        return
-    cells = [
-        [json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for v in row.values()]
-        for row in rows
-    ]
-    wandb.log({name: wandb.Table(columns=list(rows[0]), data=cells)})
-
-
-def _open_wandb(config: Config, out: Path) -> Any:
-    import wandb
-
-    logger = config.logger
-    run = wandb.init(
-        project=logger.project,
-        entity=logger.entity,
-        group=logger.group,
-        name=f"{config.name}/{out.name}",
-        tags=logger.tags or None,
-        notes=logger.notes,
-        mode=logger.mode,  # type: ignore[arg-type]
-        dir=out,
-        config=to_dict(config),
-        settings=wandb.Settings(console="off", silent=True),
-    )
-    for stage in ("pretrain", "train"):
-        run.define_metric(f"{stage}/step", hidden=True)
-        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-    run.define_metric("val/*", step_metric="train/step")
-    return run
+        self._exit.__exit__(kind, error, traceback)
 
 
 def _write_csv(out: Path) -> None:

@@ -1,0 +1,178 @@
+"""A run's files as versioned artifacts of W&B, and which of them it was made from.
+
+    data set -> own answers -> hidden states -> heads, tree -> evaluation, report
+
+What a stage starts from is an input of the run, what it makes an output; an artifact's metadata
+names by their hashes what it was made from, so that the chain can be followed within one run too.
+Data sets, answers and hidden states are large, and may be private: theirs hold hashes and counts.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medusa_exp.config import Config
+from medusa_exp.files import read_json, sha256_file
+from medusa_exp.tracking.redaction import shareable, shareable_text
+
+_TEXTS = (".json", ".jsonl", ".html", ".jinja", ".txt")
+
+
+@dataclass
+class Item:
+    """An artifact to be."""
+
+    name: str
+    """What it is, after the experiment's name: heads."""
+    kind: str
+    """W&B's type of artifact."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """Name in the artifact -> file."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Where there are no files: what stands for the content, as NAME.json."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    is_input: bool = False
+
+
+def log_artifacts(run: Any, config: Config, out: Path, stage: str) -> None:
+    """Log what a stage was made from and what it made."""
+    if stage in _ITEMS:
+        for item in _ITEMS[stage](config, out):
+            _log(run, config, out, item)
+
+
+def log_code(run: Any, out: Path) -> None:
+    """Log this package's source, and the changes that no commit has."""
+    run.log_code(str(Path(__file__).parents[1]), name="medusa_exp-source")
+    diff = out / "uncommitted.diff"
+    if diff.is_file():
+        kept = _staged(diff, Path(run.dir))  # else W&B warns that it makes a link
+        run.save(str(kept), base_path=run.dir, policy="now")
+
+
+def _of_train(config: Config, out: Path) -> Iterator[Item]:
+    made_from = {}
+    for item in _inputs(config, out):
+        made_from[item.name] = item.facts
+        yield item
+    numbers = {
+        name: value
+        for name, value in read_json(out / "metrics.json", {}).items()
+        if name.startswith(("train/", "val/"))
+    }
+    yield _heads(out, made_from=made_from, metrics=numbers)
+
+
+def _inputs(config: Config, out: Path) -> Iterator[Item]:
+    run, data = read_json(out / "run.json"), read_json(out / "data.json")
+    files = {Path(path).name: digest for path, digest in run["data"].items()}
+    dataset = {"key": data["key"], "sources": data["sources"], "sha256": files}
+    yield Item("dataset", "dataset", facts=dataset, is_input=True)
+    if config.train.text == "own" and (answers := read_json(out / "regenerated.json")):
+        yield Item("answers", "dataset", facts=answers, is_input=True)
+    splits = run["stages"]["train"].get("features", {})
+    folder = Path(config.cache_dir) / "features"
+    found = {split: read_json(folder / key / "summary.json") for split, key in splits.items()}
+    if found:
+        yield Item("features", "features", facts=found, is_input=True)
+
+
+def _of_calibration(config: Config, out: Path) -> Iterator[Item]:
+    yield _tree(out)
+
+
+def _of_evaluation(config: Config, out: Path) -> Iterator[Item]:
+    yield _heads(out, is_input=True)
+    yield _tree(out, is_input=True)
+    files = {name: out / name for name in ("metrics.json", "records.jsonl", "samples.jsonl")}
+    yield Item("evaluation", "evaluation", files, metadata=_made_by(out))
+
+
+def _of_report(config: Config, out: Path) -> Iterator[Item]:
+    yield Item("report", "report", {"report.html": out / "report.html"}, metadata=_made_by(out))
+
+
+def _heads(out: Path, is_input: bool = False, **metadata: Any) -> Item:
+    files = {path.name: path for path in sorted((out / "heads").iterdir()) if path.is_file()}
+    known = {**read_json(out / "heads" / "config.json"), "sha256": _heads_sha256(out)}
+    return Item("heads", "model", files, metadata={**known, **metadata}, is_input=is_input)
+
+
+def _tree(out: Path, is_input: bool = False) -> Item:
+    names = ("tree.json", "calibration.json")
+    files = {name: out / name for name in names if (out / name).is_file()}
+    made_from = {"heads": _heads_sha256(out)}
+    return Item("tree", "tree", files, metadata={"made_from": made_from}, is_input=is_input)
+
+
+def _made_by(out: Path) -> dict[str, Any]:
+    made_from = {"heads": _heads_sha256(out)}
+    if (out / "tree.json").is_file():
+        made_from["tree"] = sha256_file(out / "tree.json")
+    return {"made_from": made_from}
+
+
+def _heads_sha256(out: Path) -> str | None:
+    weights = out / "heads" / "model.safetensors"
+    return sha256_file(weights) if weights.is_file() else None
+
+
+def _log(run: Any, config: Config, out: Path, item: Item) -> None:
+    import wandb
+
+    name = re.sub(r"[^\w.-]", "_", f"{config.name}-{item.name}")
+    artifact = wandb.Artifact(name, item.kind, metadata=shareable(item.metadata))
+    staging = _staging(out)
+    if item.facts:
+        path = staging / f"{item.name}.json"
+        path.write_text(json.dumps(shareable(item.facts), indent=1, sort_keys=True))
+        artifact.add_file(str(path), policy="immutable", skip_cache=True)
+    for entry, source in item.files.items():
+        staged = str(_staged(source, staging))
+        artifact.add_file(staged, name=entry, policy="immutable", skip_cache=True)
+    # `use_artifact` does just this to a new artifact; but it waits for the server, and refuses to
+    # work offline, where the record of it would be uploaded by `wandb sync` like any other.
+    run._log_artifact(
+        artifact,
+        aliases=["latest", run.id],
+        is_user_created=True,
+        use_after_commit=item.is_input,
+    )
+
+
+def _staging(out: Path) -> Path:
+    place = out / "wandb" / "staged"
+    place.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=place))
+
+
+def _staged(source: Path, place: Path) -> Path:
+    """Return a file that stays as it is until it is uploaded, whatever becomes of `source`.
+
+    Our files are replaced as a whole, so a hard link keeps what was there, and takes no space.
+    """
+    staged = place / source.name
+    if source.suffix in (*_TEXTS, ".diff"):
+        text = source.read_text(encoding="utf-8")
+        if (clean := shareable_text(text)) != text:
+            staged.write_text(clean, encoding="utf-8")
+            return staged
+    try:
+        os.link(source, staged)
+    except OSError:  # a file system without them
+        shutil.copyfile(source, staged)
+    return staged
+
+
+_ITEMS: dict[str, Callable[[Config, Path], Iterator[Item]]] = {
+    "train": _of_train,
+    "calibrate": _of_calibration,
+    "evaluate": _of_evaluation,
+    "report": _of_report,
+}

@@ -1,0 +1,153 @@
+"""What W&B shows of a stage besides its numbers: each row below is made from the stage's files.
+
+Tables, histograms, pictures, and curves over heads, depths and sizes of trees.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from medusa_exp.files import read_json, read_jsonl
+from medusa_exp.tracking import content
+from medusa_exp.tracking.images import png
+from medusa_exp.tracking.redaction import shareable
+
+Row = dict[str, Any]
+
+_RUN_MARK = " | "
+"""Between what two decoding steps gave."""
+
+
+def media(out: Path, stage: str) -> Iterator[Row]:
+    """Yield what `run.log` takes, a dict a step of W&B's history."""
+    if stage in _MEDIA:
+        yield from _MEDIA[stage](out)
+
+
+def _of_data(out: Path) -> Iterator[Row]:
+    found = read_json(out / "data.json", {})
+    tables = {"data/dropped": table(_outcomes(found))}
+    if samples := read_jsonl(out / "data_samples.jsonl"):
+        tables["data/samples"] = table(samples)
+    yield tables
+
+
+def _outcomes(found: Row) -> list[Row]:
+    """Return a row a source and outcome: kept records, and dropped ones by reason."""
+    examples = found.get("examples", {})
+    return [
+        {"source": source, "outcome": outcome, "reason": reason, "records": number}
+        | {"example": examples.get(reason, "")}
+        for source, counts in found.get("sources", {}).items()
+        for outcome, reason, number in [
+            ("kept", "", counts["kept records"]),
+            *(("dropped", reason, number) for reason, number in counts["dropped"].items()),
+        ]
+    ]
+
+
+def _of_train(out: Path) -> Iterator[Row]:
+    yield from _of_data(out)
+    heads = content.heads(read_json(out / "metrics.json", {}))
+    for row in heads["rows"] if heads else []:
+        yield {f"by_head/{name}": value for name, value in row.items() if value is not None}
+
+
+def _of_calibration(out: Path) -> Iterator[Row]:
+    measured = read_json(out / "calibration.json")
+    plain = measured["plain_expected_seconds"]
+    for point in measured["curve"]:
+        yield {
+            "by_nodes/num_nodes": point["num_nodes"],
+            "by_nodes/tokens_per_step": point["tokens_per_step"],
+            "by_nodes/step_over_plain": point["step_seconds"] / measured["plain_step_seconds"],
+            "by_nodes/speedup": plain / point["expected_seconds"],
+        }
+    curve = content.calibration(measured)
+    assert curve is not None
+    yield {
+        "images/calibration": _image(*curve["charts"].values()),
+        "images/tree": _tree(out),
+        "calibrate/rank_share": table(
+            [
+                {"head": head, "rank": rank, "share": share}
+                for head, shares in enumerate(measured["rank_share"], 1)
+                for rank, share in enumerate(shares)
+            ]
+        ),
+    }
+
+
+def _of_evaluation(out: Path) -> Iterator[Row]:
+    import wandb
+
+    records = read_jsonl(out / "records.jsonl")
+    metrics = read_json(out / "metrics.json", {})
+    for row in content.depths(metrics):
+        yield {"by_depth/depth": row["depth"], "by_depth/accepted": row["share"]}
+    of_tree = [row for row in content.methods(metrics) if row.pop("method") == "tree"]
+    for row in of_tree:  # the smaller batches first
+        yield {f"by_batch/{name}": value for name, value in row.items()}
+    ours = content.first_batch_size(records)
+    yield {
+        "eval/accept_lengths": wandb.Histogram(np_histogram=_counts(ours)),
+        "eval/records": table(records),
+        "eval/samples": table([_sample(row) for row in read_jsonl(out / "samples.jsonl")]),
+        "images/tree": _tree(out),
+    }
+
+
+def _counts(records: list[Row]) -> tuple[list[int], list[float]]:
+    """Return numpy's form of a histogram: steps that gave 1, 2, 3 ... tokens, and edges of bins."""
+    lengths = [length for record in records for length in record["accept_lengths"]]
+    sizes = range(1, 1 + max(lengths))
+    return [lengths.count(size) for size in sizes], [
+        size - 0.5 for size in [*sizes, len(sizes) + 1]
+    ]
+
+
+def _sample(sample: Row) -> Row:
+    runs = ["".join(step) for step in sample["steps"]]
+    return {
+        **{name: sample[name] for name in ("prompt_id", "category", "prompt")},
+        "answer": "".join(runs),
+        "accepted_runs": _RUN_MARK.join(runs),
+        "accept_lengths": [len(step) for step in sample["steps"]],
+    }
+
+
+def _tree(out: Path) -> Any:
+    drawn = content.tree(read_json(out / "tree.json"), read_json(out / "calibration.json"))
+    assert drawn is not None
+    return _image(drawn["chart"])
+
+
+def _image(*charts: Row) -> Any:
+    import wandb
+    from PIL import Image
+
+    return wandb.Image(Image.open(io.BytesIO(png(*charts))))
+
+
+def table(rows: list[Row]) -> Any:
+    """Return a W&B table; columns are all keys in order of appearance, lists become JSON text."""
+    import wandb
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    return wandb.Table(columns=names, data=cells)
+
+
+def _cell(value: Any) -> Any:
+    value = shareable(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+_MEDIA: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "inspect": _of_data,
+    "train": _of_train,
+    "calibrate": _of_calibration,
+    "evaluate": _of_evaluation,
+}

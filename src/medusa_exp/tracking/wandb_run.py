@@ -1,0 +1,137 @@
+"""Opening and closing the W&B run of a run directory: one run, whatever stages and calls it has."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from medusa_exp.config import Config, to_shareable
+from medusa_exp.tracking.redaction import shareable
+from medusa_exp.tracking.upload import Upload, require_login
+from medusa_exp.tracking.wandb_metrics import define_metrics
+
+log = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 1.0
+"""What kill -9 may cost; W&B's own 15 s would also be the delay of what `wandb leet` shows."""
+
+
+@contextmanager
+def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any]:
+    """Yield the run of this directory, the one of earlier calls where there was one; finish it.
+
+    It is written offline in mode online too, and uploaded meanwhile (see `upload.py`).
+
+    Args:
+        config: of this call.
+        out: the run directory.
+        record: run.json; its `wandb` keeps what makes a later call go on with the same run.
+
+    Raises:
+        UserError: mode online, and nobody is logged in.
+    """
+    import wandb
+
+    is_online = config.logger.mode == "online"
+    if is_online:
+        require_login()
+    known = record.setdefault("wandb", {})
+    known.setdefault("id", uuid4().hex[:8])
+    known.setdefault("job_type", config.logger.job_type or "+".join(config.stages))
+    with _staging_in(out):
+        run: Any = wandb.init(
+            mode="offline",
+            **_identity(config, out, known),
+            config={**_shared_config(config, out), "provenance": provenance(record)},
+            settings=_settings(record),
+        )
+        upload = Upload(Path(run.dir).parent) if is_online else None
+        try:
+            define_metrics(run)
+            yield run
+        except BaseException as error:
+            _finish(run, upload, error)
+            raise
+        _finish(run, upload, None)
+
+
+def _finish(run: Any, upload: Upload | None, error: BaseException | None) -> None:
+    """Finish the run in the state that it deserves; W&B's troubles end no run of ours."""
+    is_clean = error is None or (isinstance(error, SystemExit) and not error.code)
+    folder = Path(run.dir).parent
+    try:
+        run.finish(exit_code=0 if is_clean else 255 if isinstance(error, KeyboardInterrupt) else 1)
+        if upload is not None:
+            upload.finish()
+    except Exception as trouble:
+        log.warning("W&B: %s; what there is lies in %s", trouble, folder)
+        return
+    if upload is None:
+        log.info(
+            "W&B: offline; `wandb leet %s` shows it, `wandb sync %s` uploads it", *[folder] * 2
+        )
+
+
+def provenance(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json says of code and machine, for W&B's config."""
+    names = ("command", "git", "versions", "device", "cache_keys", "data")
+    return shareable({name: record[name] for name in names if name in record})
+
+
+@contextmanager
+def _staging_in(out: Path) -> Iterator[None]:
+    """Let W&B keep what waits for its upload in the run directory, not in the user's home."""
+    name = "WANDB_DATA_DIR"  # W&B has no setting for it
+    before = os.environ.get(name)
+    os.environ[name] = str(out / "wandb")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _identity(config: Config, out: Path, known: dict[str, str]) -> dict[str, Any]:
+    logger = config.logger
+    return {
+        "id": known["id"],
+        "resume": "allow",
+        "project": logger.project,
+        "entity": logger.entity,
+        "group": logger.group,
+        "job_type": known["job_type"],
+        "name": f"{config.name}/{out.name}",
+        "tags": logger.tags or None,
+        "notes": logger.notes,
+        "dir": out,
+    }
+
+
+def _shared_config(config: Config, out: Path) -> dict[str, Any]:
+    calls = [path for path in out.glob(".hydra*/config.yaml") if path.parent.name != ".hydra"]
+    newest = max(calls, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
+    saved = newest or out / ".hydra" / "config.yaml"
+    return shareable(to_shareable(config, saved))
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Return W&B's settings: no file name, host, user or variable of this machine is collected.
+
+    Its own metadata has all of them (SLURM's variables too); `provenance` is sent in its place.
+    """
+    git = record.get("git", {})
+    return {
+        "console": "off",
+        "silent": True,
+        "x_disable_meta": True,
+        "x_transaction_log_flush_interval": _FLUSH_SECONDS,
+        "host": "",
+        "disable_git": True,  # its git state is the current directory's, not this package's
+        "git_commit": git.get("commit"),
+        "git_remote_url": shareable(git.get("remote")),
+    }

@@ -1,0 +1,39 @@
+"""The history goes on without W&B."""
+
+import sys
+from types import SimpleNamespace
+
+from medusa_exp.config import Config
+from medusa_exp.files import read_jsonl
+from medusa_exp.provenance import RunRecord
+from medusa_exp.tracking import wandb_run
+from medusa_exp.tracking.history import HistoryLogger
+from medusa_exp.tracking.tracker import Tracker
+
+
+def test_a_mirror_that_broke_is_left_alone(tmp_path, monkeypatch, caplog):
+    calls = []
+
+    def broken(row):
+        calls.append(row)
+        raise ConnectionError("its process is gone")
+
+    run = SimpleNamespace(log=broken)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=run))
+    logger = HistoryLogger(tmp_path, "train")
+    logger.log_metrics({"train/loss": 3.0, "train/bad": float("nan")}, 1)
+    logger.log_metrics({"train/loss": 2.0}, 2)
+    assert calls == [{"train/step": 1, "train/loss": 3.0}]
+    assert [row["train/loss"] for row in read_jsonl(tmp_path / "history.jsonl")] == [3.0, 2.0]
+    assert caplog.text.count("its process is gone") == 1
+
+
+def test_a_run_goes_on_where_wandb_does_not_start(tmp_path, monkeypatch, caplog):
+    def fail(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(wandb_run, "_settings", fail)
+    config = Config(name="x", device="cpu")
+    with Tracker(config, tmp_path, RunRecord(tmp_path, config, [])) as tracker:
+        tracker.stage_done("train")
+    assert "W&B did not start" in caplog.text and "no space left" in caplog.text
