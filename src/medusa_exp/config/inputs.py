@@ -134,7 +134,7 @@ class PretrainConfig:
     max_position_embeddings: int = 1024
     max_steps: int = 300
     batch_tokens: int = 4096
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     warmup_fraction: float = 0.05
 
     def __post_init__(self) -> None:

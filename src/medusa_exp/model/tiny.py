@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -183,16 +184,24 @@ class _LanguageModelModule(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Muon for the layers' matrices, AdamW for the rest, with warm-up and cosine.
-
-        It takes half as many steps as AdamW alone (LOG.md): time is what a quickstart lacks.
-        """
-        from medusa_exp.train.optimiser import muon_and_adamw
+        """AdamW with warm-up and cosine."""
         from medusa_exp.train.schedule import scheduled
 
-        matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
-        others = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
-        optimizer = muon_and_adamw(
-            matrices, [{"params": others}], learning_rate=self.learning_rate, weight_decay=0.1
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=self.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=True,
         )
         return scheduled(optimizer, self.warmup_fraction, self.max_steps)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm; Lightning's own clipping takes a fused optimiser for one that unscales."""
+        assert gradient_clip_val is not None
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)

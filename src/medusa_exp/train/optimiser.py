@@ -93,25 +93,11 @@ def _muon(
         raise UserError("train.optimizer=muon: heads with head.num_layers=0 have no matrix for it.")
     others = _groups([p for n, p in named.items() if n not in hidden], weight_decay)
     others += [adapters] if adapters else []
-    return muon_and_adamw(
-        hidden.values(), others, learning_rate=learning_rate, weight_decay=weight_decay
-    )
-
-
-def muon_and_adamw(
-    matrices: Iterable[Tensor],
-    others: list[dict[str, Any]],
-    *,
-    learning_rate: float,
-    weight_decay: float,
-) -> Optimizer:
-    """Build Muon for matrices between hidden states and AdamW for groups of other parameters.
-
-    One learning rate suits both: Muon's updates get the root mean square that AdamW's have
-    (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
-    """
     muon = torch.optim.Muon(
-        matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        hidden.values(),
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        adjust_lr_fn="match_rms_adamw",  # so that one learning rate suits both
     )
     if not others:
         return muon
