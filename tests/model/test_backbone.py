@@ -1,6 +1,7 @@
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_model
+from torch._dynamo.testing import CompileCounter
 
 from medusa_exp.config import Config, ModelConfig
 from medusa_exp.errors import UserError
@@ -92,3 +93,18 @@ def test_paths_that_lead_nowhere(tmp_path):
 def test_no_cuda_here():
     with pytest.raises(UserError, match="device=cuda"):
         pick_device("cuda")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_compiled_it_gives_the_same_hidden_states(architecture):
+    backbone = Backbone(build_model(architecture))
+    rows = [torch.randint(0, 64, (2, length)) for length in (8, 24, 40)]
+    positions = [torch.arange(len(ids_BT[0])).expand(2, -1) for ids_BT in rows]
+    expected = [backbone.hidden_states(*given) for given in zip(rows, positions, strict=True)]
+
+    compiled = CompileCounter()
+    backbone.compile(backend=compiled)
+
+    for given, hidden_BTD in zip(zip(rows, positions, strict=True), expected, strict=True):
+        assert torch.equal(backbone.hidden_states(*given), hidden_BTD)
+    assert compiled.frame_count == 1  # for all lengths

@@ -127,6 +127,8 @@ class TrainConfig:
     features: str = "online"
     """online (the backbone runs at every step) or cache (its hidden states of all documents are
     made once and read from `cache_dir`: for several trainings on the same documents)."""
+    compile: bool = False
+    """Let torch.compile work on the frozen backbone: a minute once, for quicker steps on a GPU."""
     val_every: int = 200
     """Optimiser steps between validations; one more comes at the end."""
     val_batches: int = 16
@@ -174,6 +176,7 @@ class TrainConfig:
         one_of("train.kind", self.kind, ("medusa1", "medusa2"))
         if self.kind == "medusa2":  # its hidden states change from step to step
             one_of("train.features (with train.kind=medusa2)", self.features, ("online",))
+            one_of("train.compile (with train.kind=medusa2)", str(self.compile), ("False",))
         one_of("train.text", self.text, ("data", "own"))
         one_of("train.labels", self.labels, ("own", "data"))
         one_of("train.loss", self.loss, ("ce", "kl", "topk_kl"))

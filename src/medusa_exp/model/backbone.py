@@ -3,8 +3,7 @@
 B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 """
 
-import hashlib
-import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from medusa_exp.errors import UserError
-
-_SAMPLE = 4096
-"""Values of a parameter that `weights_identity` reads, about."""
+from medusa_exp.model.identity import identity_of, weights_identity_of
 
 
 class Backbone:
@@ -34,6 +31,7 @@ class Backbone:
         if self.lm_head is None or model.config.is_encoder_decoder:
             raise UserError(f"{_name(model)} is no decoder-only language model with an lm_head.")
         self.body: nn.Module = model.get_decoder()
+        self._run_body: Callable[..., Any] = self.body
         self.decodes_statically = False
         """Do decoding steps have tensors of fixed shapes? On a GPU they are captured as CUDA graphs
         then; see `decode.static_step`."""
@@ -110,9 +108,13 @@ class Backbone:
         of what stands before it in the row: transformers makes the mask from the positions.
         """
         assert self.has_body, "only the ends of this model were loaded"
-        return self.body(
+        return self._run_body(
             input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False
         ).last_hidden_state
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Let torch compile what makes `hidden_states`, at its first call, for all lengths."""
+        self._run_body = torch.compile(self.body, dynamic=True, backend=backend)
 
     def next_logits(self, hidden_RD: Tensor) -> Tensor:
         """Return what `lm_head` makes of hidden states: logits_RV, in its dtype."""
@@ -153,16 +155,7 @@ class Backbone:
         """
         if self._identities is not None:
             return self._identities[0]
-        config = self.model.config.get_text_config()
-        shape = [config.model_type, self.hidden_size, self.vocab_size, config.num_hidden_layers]
-        shape += [getattr(self.model.config, "medusa_adapter", None)] * self.is_adapted
-        digest = hashlib.sha256(json.dumps(shape).encode())
-        # What is neither a list of layers nor an embedding: the final norm, and projections.
-        final = [module for module in self.body.children() if _is_final(module)]
-        for module in [*final, self.lm_head]:
-            for name, parameter in sorted(module.named_parameters()):
-                digest.update(name.encode() + _bytes(parameter.detach()))
-        return digest.hexdigest()
+        return identity_of(self)
 
     def weights_identity(self) -> str:
         """Return a sha256 over a sample of every parameter: what the model's answers depend on.
@@ -172,12 +165,7 @@ class Backbone:
         """
         if self._identities is not None:
             return self._identities[1]
-        digest = hashlib.sha256(self.identity().encode())
-        for name, parameter in sorted(self.model.named_parameters()):
-            flat = parameter.detach().flatten()
-            sample = _bytes(flat[:: max(1, len(flat) // _SAMPLE)])
-            digest.update(f"{name} {list(parameter.shape)}".encode() + sample)
-        return digest.hexdigest()
+        return weights_identity_of(self)
 
     def leave_out_body(self, identity: str, weights_identity: str) -> None:
         """Say that this model has no layers, and which whole model its ends are of."""
@@ -241,14 +229,6 @@ class Backbone:
                 f"{_name(self.model)} lets documents of a packed row see each other: set "
                 "train.batching=padded."
             )
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes()
-
-
-def _is_final(module: nn.Module) -> bool:
-    return not isinstance(module, nn.ModuleList | nn.Embedding)
 
 
 def _name(model: PreTrainedModel) -> str:

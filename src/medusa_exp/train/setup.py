@@ -57,6 +57,8 @@ def build_module(
         "max_steps": max_steps,
         "made_with": made_with(config, inputs.data_key, inputs.backbone),
     }
+    if settings.compile and settings.features == "online":
+        inputs.backbone.compile()
     if settings.kind == "medusa1":
         options["answers"] = lambda: inputs.answers
         return MedusaModule(inputs.backbone, heads, _objective(config), **options)
