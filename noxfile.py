@@ -116,6 +116,13 @@ def masks(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def sweeps(session: nox.Session) -> None:
+    """Run small sweeps with every launcher, and with Optuna. A minute or two."""
+    session.install(*CONSTRAINTS, "-e", ".[sweep,slurm]", *group("test"))
+    session.run("pytest", "tests/sweep_plugins.py", "tests/test_sweep.py", *session.posargs)
+
+
+@nox.session(default=False)
 def quickstart(session: nox.Session) -> None:
     """Train and judge heads of a tiny model from nothing, as the README does."""
     session.install(*CONSTRAINTS, "-e", ".")

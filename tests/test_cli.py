@@ -1,36 +1,14 @@
 """The command line as a user meets it, in processes of its own."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from wandb_files import of_type, run_files
-from wandb_files import records as written_records
+from cli_runs import SMOKE, medusa_exp, read, snapshot
+from wandb_files import run_files
 from wandb_files import state as written_state
-
-SMOKE = ["+experiment=smoke", "evaluate.baselines=[]", "device=cpu"]
-
-
-def medusa_exp(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "medusa_exp", *arguments],
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "120", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
-def read(path: Path):
-    return json.loads(path.read_text())
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -132,29 +110,6 @@ def test_a_default_that_changed_since_does_not_slip_into_an_old_run(run_dir, wor
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (run_dir / "records.jsonl").read_text().splitlines()]
     assert {record["new_tokens"] for record in records} == {7}
-
-
-def test_a_multirun_shares_the_pretrained_model(run_dir, workplace):
-    result = medusa_exp(
-        "-m",
-        *SMOKE,
-        "stages=[pretrain,train]",
-        "head.num_heads=1,3",
-        "hydra.sweep.dir=sweep",
-        "logger=wandb",
-        cwd=workplace,
-    )
-    assert result.returncode == 0, result.stderr
-    files = [file for job in (0, 1) for file in run_files(workplace / "sweep" / str(job))]
-    assert [written_state(file)["state"] for file in files] == ["finished", "finished"]
-    opened = [run for file in files for run in of_type(written_records(file), "run")]
-    assert opened[0]["run_id"] != opened[1]["run_id"]
-    assert {run["run_group"] for run in opened} == {"smoke/sweep"}
-    shapes = [read(workplace / f"sweep/{i}/heads/config.json")["num_heads"] for i in (0, 1)]
-    assert shapes == [1, 3]
-    keys = {read(workplace / f"sweep/{i}/run.json")["cache_keys"]["model"] for i in (0, 1)}
-    assert keys == {read(run_dir / "run.json")["cache_keys"]["model"]}
-    assert "the pretrained model is in the cache" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from medusa_exp.errors import UserError
 CONF = resources.files("medusa_exp.conf")
 EXPERIMENTS = sorted(p.name.removesuffix(".yaml") for p in (CONF / "experiment").iterdir())
 CHOICES = sorted(
-    f"{group.name}={choice.name.removesuffix('.yaml')}"
+    f"{'+' * (group.name == 'sweep')}{group.name}={choice.name.removesuffix('.yaml')}"
     for group in CONF.iterdir()
-    if group.is_dir() and group.name not in ("experiment", "__pycache__")
+    if group.is_dir() and group.name not in ("experiment", "hydra", "__pycache__")
     for choice in group.iterdir()
 )
 

@@ -17,7 +17,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from medusa_exp import continuation
+from medusa_exp import continuation, sweep
 from medusa_exp.config import Config, from_hydra, register
 from medusa_exp.errors import UserError
 
@@ -37,31 +37,42 @@ STAGES = {
 command line itself must answer without torch."""
 
 
+# The one thing done at import: a launcher's processes load this module and nothing else of ours
+# before they compose the config, in which these names stand.
+register()
+sweep.register()
+
+
 class _Problem(CompactHydraException):
     """A UserError on its way through Hydra, which prints such an error without a traceback."""
 
 
 def main() -> None:
     """Run the command line; exits with 1 after a problem."""
-    register()
     try:
         sys.argv[1:] = continuation.arguments(sys.argv[1:])
     except UserError as error:
         sys.exit(str(error))
-    _hydra_main()
+    try:
+        _hydra_main()
+    finally:
+        sweep.print_sweep()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://medusa_exp.conf", config_name="config")
 def _hydra_main(composed: DictConfig) -> float | None:
-    try:
-        out = Path(HydraConfig.get().runtime.output_dir)
-        command = [
-            "python",
-            "-m",
-            "medusa_exp",
-            *continuation.new_overrides(out, HydraConfig.get()),
-        ]
+    hydra_config = HydraConfig.get()
+    out = Path(hydra_config.runtime.output_dir)
+
+    def run() -> float | None:
+        overrides = continuation.new_overrides(out, hydra_config)
+        command = ["python", "-m", "medusa_exp", *overrides]
         return run_stages(_resolve(composed, out), out, command)
+
+    try:
+        if hydra_config.mode == RunMode.MULTIRUN:
+            return sweep.run_once(out, hydra_config, run, composed.objective)
+        return run()
     except UserError as error:
         raise _Problem(str(error)) from error
 
@@ -92,12 +103,14 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
 
     Writes `run.json` and `metrics.json` after every stage, so that a failure keeps what was done.
     """
+    from medusa_exp.model.checkpoint import adopt_heads
     from medusa_exp.provenance import RunRecord
     from medusa_exp.tracking.terminal import print_summary, quiet_libraries
     from medusa_exp.tracking.tracker import Tracker
 
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
         quiet_libraries(config.stages)
+    adopt_heads(config, out)
     record = RunRecord(out, config, command)
     with Tracker(config, out, record) as tracker:
         for name in config.stages:

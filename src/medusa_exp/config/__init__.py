@@ -69,9 +69,14 @@ class Config:
     """What to do, in this order."""
     run_dir: str = ""
     """Where everything is written. An existing run there is continued with its saved config."""
+    sweep_dir: str = ""
+    """Where a sweep's jobs have their run directories; the same one again goes on with a sweep."""
     cache_dir: str = "outputs/cache"
     """What runs share: generated and tokenised data, hidden states, own answers, pretrained tiny
     models; each by a hash of what made it."""
+    heads_from: str | None = None
+    """A run directory, or its heads/, whose heads this run decodes with, instead of training some.
+    """
     device: str = "auto"
     """auto (cuda where there is one), cpu or cuda."""
     seed: int = 0
@@ -92,6 +97,11 @@ class Config:
 
     def __post_init__(self) -> None:
         one_of("device", self.device, ("auto", "cpu", "cuda"))
+        if self.heads_from is not None and "train" in self.stages:
+            raise UserError(
+                "heads_from is for runs that train no heads: leave stage train out of stages, or "
+                "set train.heads_from to start the training from these heads."
+            )
 
 
 def register() -> None:

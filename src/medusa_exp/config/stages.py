@@ -61,7 +61,9 @@ class TreeConfig:
     """Of kind=custom: nodes as ranks from the first head on, the form of the reference's
     medusa_choices: [[0],[0,0],[1]]."""
     num_nodes: int | None = None
-    """Of kind=dynamic: nodes of a step; by default, as many as the calibrated tree has."""
+    """Of kind=calibrated: the largest tree of at most so many nodes that was measured, instead of
+    the fastest. Of kind=dynamic: nodes of a step; by default, as many as the calibrated tree has.
+    """
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16])
     """Calibration finds the fastest tree for each; decoding uses that of the size next below."""
     num_prompts: int = 32

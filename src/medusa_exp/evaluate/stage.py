@@ -54,13 +54,14 @@ def run(config: Config, out: Path) -> dict[str, float]:
     )
     records: list[Record] = []
     samples: list[dict[str, Any]] = []
-    outside = None
+    outside, num_nodes = None, 0
     for batch_size in sorted(config.evaluate.batch_sizes):
         tree = choose_tree(config, out, heads.num_heads, batch_size)
         methods = _methods(config, backbone, heads, tree, limits, batch_size)
         _warm_up(methods, prompts[: config.evaluate.warmup_prompts])
         if outside is None:
             tree.save(out / "tree.json")
+            num_nodes = tree.num_checked
             timed_prompts = [prompt.input_ids for prompt in prompts[:_TIMED_PROMPTS]]
             outside = share_outside_backbone(backbone, methods["tree"], timed_prompts)
         for batch, answers in _answers(config, methods, prompts, batch_size, backbone):
@@ -72,6 +73,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     assert outside is not None
     return {
         **summarise(records),
+        "eval/num_nodes": float(num_nodes),
         "eval/outside_backbone_fraction": outside,
         "eval/is_lossless": float(config.decode.rule != "typical"),
         **_agreement(config, backbone, tokenizer),

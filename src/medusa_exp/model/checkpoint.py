@@ -1,14 +1,19 @@
 """Heads to and from `heads/config.json` and `heads/model.safetensors`."""
 
+import os
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel
 
+from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.files import publish
+from medusa_exp.files import publish, sha256_file
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
+
+WEIGHTS = "model.safetensors"
 
 
 def save_heads(heads: MedusaHeads, path: Path) -> None:
@@ -41,6 +46,47 @@ def load_heads(path: str | Path, model: PreTrainedModel | Backbone | None = None
     check_fit(heads, backbone, place)
     heads.attach(backbone)
     return heads.to(backbone.device, backbone.lm_head.weight.dtype).eval()
+
+
+def find_heads(key: str, named: str) -> Path:
+    """Return the directory of the heads that a key of the config names.
+
+    Raises:
+        UserError: it holds none, and is no run directory that does.
+    """
+    path = Path(named).expanduser()
+    for place in (path, path / "heads"):
+        if (place / "config.json").is_file() and (place / WEIGHTS).is_file():
+            return place
+    raise UserError(f"{key}={named} holds no heads: name a run directory or its heads/.")
+
+
+def adopt_heads(config: Config, out: Path) -> None:
+    """Put the heads that `heads_from` names into a run directory, if it names some.
+
+    Files are linked, where the file system can: heads are never written into, only replaced.
+
+    Raises:
+        UserError: there are none, or the run directory has others already.
+    """
+    if config.heads_from is None:
+        return
+    source, target = find_heads("heads_from", config.heads_from), out / "heads"
+    if not target.exists():
+        with publish(target) as partial:
+            shutil.copytree(source, partial, copy_function=_link)
+    elif sha256_file(source / WEIGHTS) != sha256_file(target / WEIGHTS):
+        raise UserError(
+            f"heads_from={config.heads_from} names other heads than those in {target}: "
+            "take another run_dir."
+        )
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def check_fit(heads: MedusaHeads, backbone: Backbone, place: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -44,9 +45,15 @@ def run(config: Config, out: Path) -> dict[str, float]:
     if config.model.kind != "tiny" or config.tokenizer.kind != "trained":
         raise UserError("stage pretrain makes model=tiny with tokenizer=trained: set both.")
     path = tiny_dir(config)
-    if (path / "config.json").is_file():
-        log.info("the pretrained model is in the cache: %s", path)
-        return {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of a sweep ask for the same model
+        if (path / "config.json").is_file():
+            log.info("the pretrained model is in the cache: %s", path)
+            return {}
+        return _make(config, out, path)
+
+
+def _make(config: Config, out: Path, path: Path) -> dict[str, float]:
     L.seed_everything(config.seed, verbose=False)
     tokenizer = train_tokenizer(load_split(config, "train"), config.tokenizer.vocab_size)
     model, loss = _pretrain(config, out, tokenizer)

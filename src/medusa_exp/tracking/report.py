@@ -6,11 +6,10 @@ styles are inline, and its content security policy forbids more.
 
 import math
 import shlex
-from functools import cache
 from pathlib import Path
 
 from medusa_exp.files import publish, read_json, read_jsonl
-from medusa_exp.tracking import charts, content
+from medusa_exp.tracking import charts, content, pages
 
 
 def write_report(run_dir: Path) -> Path:
@@ -21,7 +20,7 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: a file is not valid JSON.
     """
-    page = _render(_content(run_dir))
+    page = pages.render("report.html.jinja", _content(run_dir))
     with publish(run_dir / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")
     return run_dir / "report.html"
@@ -53,25 +52,3 @@ def _content(run_dir: Path) -> content.Row:
         "command": shlex.join(run.get("command", [])),
         "run_dir": shlex.quote(f"run_dir={run_dir}"),
     }
-
-
-def _render(values: content.Row) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["parts"] = content.parts
-    return environment.get_template("report.html.jinja").render(values, scripts=_scripts())
-
-
-@cache
-def _scripts() -> str:
-    """Return Vega, Vega-Lite and vegaEmbed as one script that can stand inside a page."""
-    import vl_convert
-
-    bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks too much
-    return bundle.replace("</script", "<\\/script")

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _HEADLINES = (
     ("eval/speedup", "speed-up over plain decoding", "{:.2f}x"),
@@ -43,6 +44,20 @@ def print_summary(
     console.print(
         f"report: {report}" if report.is_file() else f"run directory: {out}", soft_wrap=True
     )
+
+
+def print_jobs(sweep_dir: Path, jobs: dict[str, dict[str, Any]]) -> None:
+    """Print a table of a sweep's jobs, and where their page is."""
+    console = Console()
+    objective = next(iter(jobs.values()))["objective"]
+    shared = set.intersection(*(set(job["overrides"]) for job in jobs.values()))
+    table = Table("job", "status", "settings", objective)
+    for name, job in jobs.items():
+        settings = " ".join(item for item in job["overrides"] if item not in shared)
+        outcome = job.get("error") or ("" if job["value"] is None else f"{job['value']:.4g}")
+        table.add_row(f"{job['number']} {name}", job["status"], Text(settings), Text(outcome))
+    console.print(table)
+    console.print(f"report: {sweep_dir / 'report.html'}", soft_wrap=True)
 
 
 def headlines(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:

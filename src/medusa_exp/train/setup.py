@@ -9,7 +9,7 @@ from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.agreement import measure_agreement
-from medusa_exp.model.checkpoint import load_heads
+from medusa_exp.model.checkpoint import find_heads, load_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads
 from medusa_exp.train.acceptance import answer_prompts
 from medusa_exp.train.inputs import Inputs
@@ -121,8 +121,4 @@ def _named_heads(config: Config) -> Path | None:
     """
     if config.train.heads_from is None:
         return None
-    path = Path(config.train.heads_from).expanduser()
-    for place in (path, path / "heads"):
-        if (place / "config.json").is_file() and (place / "model.safetensors").is_file():
-            return place
-    raise UserError(f"train.heads_from={path} holds no heads: name a run directory or its heads/.")
+    return find_heads("train.heads_from", config.train.heads_from)

@@ -38,7 +38,7 @@ def choose_tree(config: Config, out: Path, num_heads: int, batch_size: int = 1) 
     else:
         calibration = _calibration(out)
         best = _of_batch_size(calibration["batch_sizes"], batch_size)
-        tree = Tree(**best["tree"])
+        tree = Tree(**_point(best, config.tree.num_nodes if kind == "calibrated" else None)["tree"])
         if kind == "dynamic":
             tree = _dynamic(Tree(**calibration["choices"]), config.tree.num_nodes or len(tree))
     if tree.depth > num_heads:
@@ -53,6 +53,14 @@ def _of_batch_size(entries: list[dict[str, Any]], batch_size: int) -> dict[str, 
     """Return what was found for the next batch size at or below this one, else for the smallest."""
     below = [entry for entry in entries if entry["batch_size"] <= batch_size]
     return max(below, key=lambda e: e["batch_size"]) if below else entries[0]
+
+
+def _point(entry: dict[str, Any], num_nodes: int | None) -> dict[str, Any]:
+    """Return what was chosen, or the largest tree of the curve with at most so many nodes."""
+    if num_nodes is None:
+        return entry
+    fitting = [point for point in entry["curve"] if point["num_nodes"] <= num_nodes]
+    return max(fitting, key=lambda point: point["num_nodes"])
 
 
 def _dynamic(choices: Tree, num_nodes: int) -> Tree:

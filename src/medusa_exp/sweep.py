@@ -1,0 +1,165 @@
+"""Jobs of a sweep (`-m`, `+sweep=NAME`): each known by its overrides, each done once.
+
+A job's directory is named by a hash of its overrides, not by its number. The same command with the
+same `sweep_dir` therefore finds its jobs again: it passes over those that are done and goes on with
+the others, whatever became of the process that ran them. `job.json` in a job's directory says how
+it stands; Hydra's launchers decide where and when it runs.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from filelock import FileLock, Timeout
+from hydra.conf import HydraConf
+from hydra.core.config_store import ConfigStore
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from medusa_exp.errors import UserError
+from medusa_exp.files import content_key, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+JOB = "job.json"
+_LOCK = ".job.lock"
+_SMALLER_IS_BETTER = ("loss", "nats", "seconds", "memory", "outside")
+
+
+class _StartedSweeps(Callback):
+    """Remembers the directory of the sweep that this process starts.
+
+    It is Hydra that resolves it, and only its callbacks are told in the process that launches.
+    """
+
+    directories: ClassVar[list[Path]] = []
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.directories.append(Path(str(config.hydra.sweep.dir)))
+
+
+def register() -> None:
+    """Make known what `conf/config.yaml` asks of Hydra for sweeps."""
+    OmegaConf.register_new_resolver("medusa_exp.job_id", content_key, replace=True)
+    OmegaConf.register_new_resolver("medusa_exp.hydra_subdir", _hydra_subdir, replace=True)
+    target = f"{__name__}.{_StartedSweeps.__name__}"
+    node = {"started_sweeps": {"_target_": target}}
+    ConfigStore.instance().store(group="hydra/callbacks", name="started_sweeps", node=node)
+
+
+def _hydra_subdir(out: str) -> str | None:
+    """Return where Hydra writes down a job's config: nowhere if the job is done already."""
+    return None if _is_done(Path(out)) else ".hydra"
+
+
+def run_once(
+    out: Path, hydra_config: HydraConf, run: Callable[[], float | None], objective: str
+) -> float | None:
+    """Run a job and write down how it ended, or return what it returned when it was done.
+
+    Args:
+        out: the job's directory.
+        hydra_config: of this job.
+        run: does the job.
+        objective: name of the metric that it returns.
+    """
+    from medusa_exp.tracking.comparison import write_comparison
+
+    check_direction(hydra_config.sweeper, objective)
+    with _held(out):
+        if _is_done(out):
+            log.info("done already: %s", out)
+            return read_json(out / JOB)["value"]
+        job = {
+            "number": hydra_config.job.num,
+            "overrides": OmegaConf.to_container(hydra_config.overrides.task),
+            "objective": objective,
+            "attempts": read_json(out / JOB, {}).get("attempts", 0) + 1,
+            "status": "running",
+            "value": None,
+        }
+        write_json(out / JOB, job)
+        try:
+            job["value"] = run()
+            job["status"] = "done"
+        except BaseException as error:
+            job["status"], job["error"] = "failed", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            write_json(out / JOB, job)
+            write_comparison(out.parent)
+    if job["value"] is None:
+        log.warning("objective=%s is no metric that these stages measure", objective)
+    return job["value"]
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Hold a job for this process; wait while another does it.
+
+    A sweep that was killed may leave processes that go on with their jobs.
+    """
+    lock = FileLock(out / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("another process is at %s: waiting for it", out)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_jobs(sweep_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return `job.json` of each job of a sweep by directory name, in the order of their numbers.
+
+    A job that says that it runs, and that no process holds, is "interrupted".
+    """
+    jobs = {path.parent.name: read_json(path) for path in sweep_dir.glob(f"*/{JOB}")}
+    for name, job in jobs.items():
+        if job["status"] == "running" and not _is_held(sweep_dir / name):
+            job["status"] = "interrupted"
+    return dict(sorted(jobs.items(), key=lambda item: (item[1]["number"], item[0])))
+
+
+def _is_held(out: Path) -> bool:
+    try:
+        with FileLock(out / _LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _is_done(out: Path) -> bool:
+    return bool(read_json(out / JOB, {}).get("status") == "done")
+
+
+def is_larger_better(metric: str) -> bool:
+    """Say which way a metric of this name is better."""
+    return not any(word in metric for word in _SMALLER_IS_BETTER)
+
+
+def check_direction(sweeper: Any, objective: str) -> None:
+    """Refuse to look for the worst: Optuna's sweeper minimises unless it is told otherwise.
+
+    Raises:
+        UserError: it would minimise a metric of which more is better.
+    """
+    direction = str(sweeper.get("direction", ""))
+    if direction.endswith("minimize") and is_larger_better(objective):
+        raise UserError(
+            f"hydra.sweeper.direction=minimize with objective={objective} looks for the worst: "
+            "set hydra.sweeper.direction=maximize, or take hydra/sweeper=optuna_maximize."
+        )
+
+
+def print_sweep() -> None:
+    """Print the jobs of the sweep that this process started, if it did, and where its page is."""
+    for sweep_dir in _StartedSweeps.directories:
+        if jobs := read_jobs(sweep_dir):
+            from medusa_exp.tracking.terminal import print_jobs
+
+            print_jobs(sweep_dir, jobs)

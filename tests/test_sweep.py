@@ -1,0 +1,113 @@
+"""Sweeps as a user meets them: jobs that fail, are killed, and are found again."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli_runs import SMOKE, medusa_exp, read, snapshot, without_logs
+from report_pages import Page
+from wandb_files import of_type, run_files
+from wandb_files import records as written_records
+from wandb_files import state as written_state
+
+SWEEP = [
+    "-m", *SMOKE, "stages=[pretrain,train]", "head.num_heads=1,17,3", "sweep_dir=sweep",
+    "objective=val/accept_length", "logger=wandb",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sweeps")
+
+
+@pytest.fixture(scope="module")
+def sweep(workplace) -> tuple[list[Path], subprocess.CompletedProcess[str]]:
+    """The directories of three jobs, of which the second fails, and what the sweep said."""
+    result = medusa_exp(*SWEEP, cwd=workplace, COVERAGE_PROCESS_CONFIG="")
+    jobs = [path.parent for path in (workplace / "sweep").glob("*/job.json")]
+    return sorted(jobs, key=lambda job: read(job / "job.json")["number"]), result
+
+
+def test_a_sweep_goes_on_when_a_job_fails_and_says_so(sweep, workplace):
+    jobs, result = sweep
+    assert result.returncode == 1
+    assert "head.num_heads=17 is out of range" in result.stderr
+    assert [read(job / "job.json")["status"] for job in jobs] == ["done", "failed", "done"]
+    values = [read(job / "job.json")["value"] for job in jobs]
+    assert values == [
+        read(jobs[0] / "metrics.json")["val/accept_length"],
+        None,
+        read(jobs[2] / "metrics.json")["val/accept_length"],
+    ]
+    text = " ".join(Page((workplace / "sweep/report.html").read_text()).text.split())
+    assert "2 done, 1 failed" in text and "head.num_heads=17 is out of range" in text
+    assert result.stdout.rstrip().endswith("report: sweep/report.html")
+
+
+def test_jobs_of_a_sweep_share_the_pretrained_model_and_a_group(sweep):
+    jobs, result = sweep
+    done = [jobs[0], jobs[2]]
+    [first, second] = files = [file for job in done for file in run_files(job)]
+    assert [written_state(file)["state"] for file in files] == ["finished", "finished"]
+    opened = [run for file in (first, second) for run in of_type(written_records(file), "run")]
+    assert opened[0]["run_id"] != opened[1]["run_id"]
+    assert {run["run_group"] for run in opened} == {"smoke/sweep"}
+    assert [read(job / "heads/config.json")["num_heads"] for job in done] == [1, 3]
+    assert len({read(job / "run.json")["cache_keys"]["model"] for job in done}) == 1
+    assert "the pretrained model is in the cache" in result.stdout
+
+
+def test_a_sweep_started_again_does_only_what_is_not_done(sweep, workplace):
+    jobs, _ = sweep
+    before = [without_logs(snapshot(job)) for job in jobs]
+    result = medusa_exp(*SWEEP, cwd=workplace, COVERAGE_PROCESS_CONFIG="")
+    assert result.stdout.count("done already") == 2
+    after = [without_logs(snapshot(job)) for job in jobs]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert [read(job / "job.json")["attempts"] for job in jobs] == [1, 2, 1]
+
+
+def test_heads_of_another_run_are_decoded_over_trees_of_several_sizes(sweep, workplace):
+    result = medusa_exp(
+        *SMOKE, "+sweep=tree_size", f"heads_from={sweep[0][2]}", "sweep_dir=trees",
+        "tree.num_nodes=1,4", "evaluate.num_prompts=1", cwd=workplace,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    jobs = [path.parent for path in (workplace / "trees").glob("*/job.json")]
+    assert sorted(len(read(job / "tree.json")["parents"]) for job in jobs) == [1, 4]
+    weights = (sweep[0][2] / "heads/model.safetensors").read_bytes()
+    assert all((job / "heads/model.safetensors").read_bytes() == weights for job in jobs)
+
+
+def test_a_killed_sweep_on_ray_does_every_job_once(workplace):
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    command = [
+        "-m", *SMOKE, "stages=[pretrain,train]", "train.max_steps=40", "head.num_heads=1,2,3,4",
+        "sweep_dir=killed", "objective=val/accept_length", "logger=none", "hydra/launcher=ray",
+        "+hydra.launcher.ray.init.num_cpus=2",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "medusa_exp", *command],
+        cwd=workplace,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        while "done" not in statuses(workplace / "killed"):
+            assert process.poll() is None, "it ended by itself"
+            time.sleep(0.05)
+        process.kill()
+    at_kill = statuses(workplace / "killed")
+    result = medusa_exp(*command, cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert statuses(workplace / "killed") == ["done"] * 4
+    jobs = [read(path) for path in (workplace / "killed").glob("*/job.json")]
+    assert len({tuple(job["overrides"]) for job in jobs}) == 4
+    assert sum(job["attempts"] for job in jobs) <= 4 + at_kill.count("running")
+
+
+def statuses(sweep_dir: Path) -> list[str]:
+    return [read(path)["status"] for path in sweep_dir.glob("*/job.json")]

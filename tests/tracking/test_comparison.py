@@ -1,0 +1,96 @@
+"""The page of a sweep: every job on it, the best named, nothing loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+from report_pages import Page
+
+from medusa_exp.tracking.comparison import content, split_override, write_comparison
+
+JOBS = [
+    ("a", 0, "done", ["+experiment=x", "head.num_heads=3", "dtype=bf16"], 2.5),
+    ("b", 1, "done", ["+experiment=x", "head.num_heads=10", "dtype=fp32"], 3.25),
+    ("c", 2, "failed", ["+experiment=x", "head.num_heads=99", "dtype=fp32"], None),
+    ("d", 3, "running", ["+experiment=x", "head.num_heads=4", "dtype=fp32"], None),
+]
+
+
+def write_sweep(path: Path, objective: str = "eval/speedup") -> Path:
+    for name, number, status, overrides, value in JOBS:
+        job = {
+            "number": number,
+            "status": status,
+            "overrides": overrides,
+            "objective": objective,
+            "value": value,
+        }
+        if status == "failed":
+            job["error"] = "UserError: </script><b>head.num_heads=99 is out of range"
+        write(path / name / "job.json", job)
+        if value is not None:
+            write(path / name / "metrics.json", {objective: value, "eval/tokens_per_step": 4.5})
+            stages = {"train": {"status": "done", "seconds": 61.5}}
+            write(path / name / "run.json", {"name": "x", "stages": stages})
+            (path / name / "report.html").write_text("")
+    return path
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def test_every_job_and_every_failure_is_shown(tmp_path):
+    path = write_comparison(write_sweep(tmp_path))
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "2 done, 1 failed, 1 interrupted" in page.text
+    assert "</script><b>head.num_heads=99 is out of range" in page.text
+    assert "2 of 4 jobs did not finish" in page.text
+    assert [a for a in page.addresses if not a.startswith("#")] == [
+        "b/report.html",
+        "a/report.html",
+        "b/report.html",
+    ], "the best in the headline, then the jobs that have a report"
+    assert path.stat().st_size < 3_000_000
+    assert len(page.specs) == 3, "parallel coordinates, and a chart of each key"
+
+
+@pytest.mark.parametrize(("objective", "best"), [("eval/speedup", 1), ("val/loss", 0)])
+def test_the_best_is_the_greatest_or_of_a_loss_the_least(tmp_path, objective, best):
+    shown = content(write_sweep(tmp_path, objective))
+    assert shown["best"]["number"] == best
+    assert shown["keys"] == ["head.num_heads", "dtype"]
+    assert shown["shared"] == ["+experiment=x"]
+
+
+def test_numbers_stand_in_order_on_their_axis(tmp_path):
+    lines, *_ = [
+        layer["data"]["values"]
+        for layer in content(write_sweep(tmp_path))["coordinates"]["layer"]
+        if layer["mark"]["type"] == "line"
+    ]
+    places = {row["job"]: row["position"] for row in lines if row["axis"] == "head.num_heads"}
+    assert places == {0: 0.0, 1: 1.0}, "3 below 10, though not as text"
+
+
+def test_a_sweep_of_one_job_has_no_charts(tmp_path):
+    write_sweep(tmp_path)
+    for name in "bcd":
+        (tmp_path / name / "job.json").unlink()
+    page = Page(write_comparison(tmp_path).read_text(encoding="utf-8"))
+    assert page.specs == []
+    assert "1 done" in page.text
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("+experiment=medusa1", ("experiment", "medusa1")),
+        ("head.num_heads=3", ("head.num_heads", "3")),
+        ("tree.paths=[[0],[0,0]]", ("tree.paths", "[[0], [0, 0]]")),
+        ("dtype=fp32", ("dtype", "fp32")),
+    ],
+)
+def test_an_override_is_a_key_and_a_value(override, parts):
+    assert split_override(override) == parts
