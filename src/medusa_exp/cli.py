@@ -15,9 +15,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from medusa_exp import continuation, sweep
+from medusa_exp import continuation, rerun, sweep
 from medusa_exp.config import Config, from_hydra, register
 from medusa_exp.errors import UserError
 
@@ -79,7 +79,12 @@ def _hydra_main(composed: DictConfig) -> float | None:
 
 def _resolve(composed: DictConfig, out: Path) -> Config:
     """Return the checked config of this job."""
-    config = from_hydra(continuation.effective_config(composed, out, HydraConfig.get()))
+    if composed.rerun.source is None:
+        chosen = continuation.effective_config(composed, out, HydraConfig.get())
+    else:
+        chosen = rerun.source_config(composed, HydraConfig.get())
+        OmegaConf.save(chosen, out / continuation.SAVED)  # it is this run's config from now on
+    config = from_hydra(chosen)
     config.run_dir = str(out)
     for stage in config.stages:
         if stage not in STAGES:
@@ -120,4 +125,6 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
             record.merge_metrics(name, metrics)
             tracker.stage_done(name)
     print_summary(out, config.stages, record.run["stages"], record.metrics)
+    if config.rerun.source is not None:
+        rerun.print_comparison(rerun.compare(Path(config.rerun.source).expanduser(), out))
     return record.metrics.get(config.objective)

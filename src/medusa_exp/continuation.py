@@ -43,13 +43,13 @@ def arguments(argv: list[str]) -> list[str]:
     flags = [argument for argument in argv if argument not in new]
     saved = _saved_overrides(run_dir)
     for override in new:
-        if _key(override) == "experiment" and override not in saved:
+        if key_of(override) == "experiment" and override not in saved:
             raise UserError(
                 f"{override} does not go with run_dir={run_dir}, a run that exists: "
                 "an experiment belongs to a new run; override single keys or groups instead."
             )
-    named = {_key(override) for override in new}
-    kept = [override for override in saved if _key(override) not in named]
+    named = {key_of(override) for override in new}
+    kept = [override for override in saved if key_of(override) not in named]
     return [*flags, *kept, *new, f"hydra.output_subdir={_next_subdir(run_dir)}"]
 
 
@@ -60,7 +60,7 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
     config = load_saved(out / SAVED)
     with open_dict(config):
         for override in new_overrides(out, hydra_config):
-            key = _key(override)
+            key = key_of(override)
             OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False)
     OmegaConf.save(config, out / str(hydra_config.output_subdir) / SAVED.name)
     return config
@@ -72,7 +72,7 @@ def new_overrides(out: Path, hydra_config: HydraConf) -> list[str]:
     # As they were written: a list of OmegaConf's would resolve ${oc.env:...} as it is walked.
     given: list[str] = OmegaConf.to_container(hydra_config.overrides.task)  # type: ignore
     # What stands in both changes nothing; but a later call always names the run anew.
-    return [o for o in given if o not in saved or _key(o) == "run_dir"]
+    return [o for o in given if o not in saved or key_of(o) == "run_dir"]
 
 
 def _continues(out: Path, hydra_config: HydraConf) -> bool:
@@ -108,7 +108,7 @@ def _saved_overrides(run_dir: Path) -> list[str]:
     return OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else []  # type: ignore
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
     """Return the key or group that an override names, without signs and package."""
     try:
         parsed = OverridesParser.create().parse_override(override)

@@ -29,6 +29,7 @@ from medusa_exp.config.stages import (
     InspectConfig,
     LoggerConfig,
     RegenerateConfig,
+    RerunConfig,
     TreeConfig,
 )
 from medusa_exp.config.training import HeadConfig, LoraSettings, TrainConfig
@@ -47,6 +48,7 @@ __all__ = [
     "ModelConfig",
     "PretrainConfig",
     "RegenerateConfig",
+    "RerunConfig",
     "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",
@@ -82,6 +84,7 @@ class Config:
     seed: int = 0
     objective: str = "eval/speedup"
     """The metric that a run returns to a Hydra sweeper."""
+    rerun: RerunConfig = field(default_factory=RerunConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -23,6 +23,14 @@ class InspectConfig:
 
 
 @dataclass
+class RerunConfig:
+    """Of +experiment=rerun."""
+
+    source: str | None = None
+    """The directory of the run that is done again, with its saved config."""
+
+
+@dataclass
 class RegenerateConfig:
     """The backbone's own answers to the prompts of the training documents; see `train.text`.
 
