@@ -123,6 +123,20 @@ def sweeps(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """Open the report and a sweep's page in a headless Chromium, which must be installed.
+
+    REAL_RUN=RUN_DIR takes a run of yours for the made-up one. Look at the screenshots.
+    """
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"), "playwright")
+    shots = Path(session.create_tmp()).resolve()
+    session.run(
+        "pytest", "tests/browser_pages.py", *session.posargs, env={"SCREENSHOTS": str(shots)}
+    )
+    session.log(f"screenshots: {shots}")
+
+
+@nox.session(default=False)
 def quickstart(session: nox.Session) -> None:
     """Train and judge heads of a tiny model from nothing, as the README does."""
     session.install(*CONSTRAINTS, "-e", ".")

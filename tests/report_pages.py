@@ -1,4 +1,4 @@
-"""The files of a run, and its report as a browser would read it."""
+"""The files of a run and of a sweep, and their pages as a browser would read them."""
 
 import json
 import re
@@ -83,6 +83,13 @@ FILES = {
     "samples.jsonl": SAMPLES,
 }
 
+JOBS = [
+    ("a", 0, "done", ["+experiment=x", "head.num_heads=3", "dtype=bf16"], 2.5),
+    ("b", 1, "done", ["+experiment=x", "head.num_heads=10", "dtype=fp32"], 3.25),
+    ("c", 2, "failed", ["+experiment=x", "head.num_heads=99", "dtype=fp32"], None),
+    ("d", 3, "running", ["+experiment=x", "head.num_heads=4", "dtype=fp32"], None),
+]
+
 
 class Page(HTMLParser):
     """What a browser would load, draw and show."""
@@ -124,3 +131,28 @@ def write_run(out: Path, **changed: object) -> Path:
 
 def page_of(out: Path) -> Page:
     return Page(write_report(out).read_text(encoding="utf-8"))
+
+
+def write_sweep(path: Path, objective: str = "eval/speedup") -> Path:
+    for name, number, status, overrides, value in JOBS:
+        job = {
+            "number": number,
+            "status": status,
+            "overrides": overrides,
+            "objective": objective,
+            "value": value,
+        }
+        if status == "failed":
+            job["error"] = "UserError: </script><b>head.num_heads=99 is out of range"
+        write(path / name / "job.json", job)
+        if value is not None:
+            write(path / name / "metrics.json", {objective: value, "eval/tokens_per_step": 4.5})
+            stages = {"train": {"status": "done", "seconds": 61.5}}
+            write(path / name / "run.json", {"name": "x", "stages": stages})
+            (path / name / "report.html").write_text("")
+    return path
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value))

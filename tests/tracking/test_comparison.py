@@ -1,44 +1,9 @@
 """The page of a sweep: every job on it, the best named, nothing loaded."""
 
-import json
-from pathlib import Path
-
 import pytest
-from report_pages import Page
+from report_pages import Page, write_sweep
 
 from medusa_exp.tracking.comparison import content, split_override, write_comparison
-
-JOBS = [
-    ("a", 0, "done", ["+experiment=x", "head.num_heads=3", "dtype=bf16"], 2.5),
-    ("b", 1, "done", ["+experiment=x", "head.num_heads=10", "dtype=fp32"], 3.25),
-    ("c", 2, "failed", ["+experiment=x", "head.num_heads=99", "dtype=fp32"], None),
-    ("d", 3, "running", ["+experiment=x", "head.num_heads=4", "dtype=fp32"], None),
-]
-
-
-def write_sweep(path: Path, objective: str = "eval/speedup") -> Path:
-    for name, number, status, overrides, value in JOBS:
-        job = {
-            "number": number,
-            "status": status,
-            "overrides": overrides,
-            "objective": objective,
-            "value": value,
-        }
-        if status == "failed":
-            job["error"] = "UserError: </script><b>head.num_heads=99 is out of range"
-        write(path / name / "job.json", job)
-        if value is not None:
-            write(path / name / "metrics.json", {objective: value, "eval/tokens_per_step": 4.5})
-            stages = {"train": {"status": "done", "seconds": 61.5}}
-            write(path / name / "run.json", {"name": "x", "stages": stages})
-            (path / name / "report.html").write_text("")
-    return path
-
-
-def write(path: Path, value: object) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value))
 
 
 def test_every_job_and_every_failure_is_shown(tmp_path):

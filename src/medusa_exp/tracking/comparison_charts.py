@@ -54,7 +54,11 @@ def coordinates_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) 
         )
     )
     rules = alt.Chart(data(labels)).mark_rule(style="edge").encode(x=x)
-    texts = alt.Chart(data(labels)).mark_text(dx=6, align="left").encode(x=x, y=y, text="label:N")
+    texts = (
+        alt.Chart(data(labels))
+        .mark_text(dx=6, dy=-7, align="left")
+        .encode(x=x, y=y, text="label:N")
+    )
     return finished(rules + lines + texts, height=300)
 
 
