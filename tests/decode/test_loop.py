@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
-from medusa_exp.decode import generate
 from medusa_exp.decode.answers import Answers, Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree, tree_steps
 from medusa_exp.decode.propose import DynamicTree, StaticTree
@@ -92,40 +91,6 @@ def test_a_tree_picked_anew_at_each_step(backbone, num_nodes):
     for _ in tree_steps(backbone, proposer, prompts, answers):
         pass
     assert [a.tokens for a in answers.decoded] == answer_plainly(backbone, prompts, limits)
-
-
-def test_a_picked_tree_has_the_likeliest_nodes(backbone):
-    heads = build_heads(backbone, num_heads=2)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in heads.parameters():  # fresh heads are copies of each other
-            parameter.add_(torch.randn_like(parameter))
-    choices = Tree.from_paths(
-        [(i,) for i in range(4)] + [(i, j) for i in range(4) for j in range(4)]
-    )
-    hidden_BD = torch.randn(3, backbone.hidden_size)
-    with torch.inference_mode():
-        draft = DynamicTree(heads, choices, 7, backbone.device)(torch.tensor([1, 2, 3]), hidden_BD)
-        p_BKV = heads(hidden_BD).softmax(-1)
-    for b in range(3):
-        top = [p_BKV[b, k].topk(4) for k in range(2)]
-        chances = {(): 1.0}
-        chances |= {(i,): float(top[0].values[i]) for i in range(4)}
-        chances |= {
-            (i, j): chances[(i,)] * float(top[1].values[j]) for i in range(4) for j in range(4)
-        }
-        best = sorted(chances, key=lambda path: -chances[path])[:7]
-        expected = sorted([int(top[k].indices[r]) for k, r in enumerate(path)] for path in best)
-        paths = []
-        for node in range(7):
-            path, at = [], node
-            while at:
-                path.append(int(draft.tokens_BN[b, at]))
-                at = int(draft.parents_BN[b, at])
-            paths.append(path[::-1])
-            assert int(draft.depths_BN[b, node]) == len(path)
-            assert int(draft.ancestors_BNN[b, node].sum()) == len(path) + 1
-        assert sorted(paths) == expected
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
@@ -229,24 +194,3 @@ def test_too_long_and_empty_prompts(backbone):
         decode_plain(backbone, [[1], [1] * 127], Limits(2))
     with pytest.raises(UserError, match="no token"):
         decode_plain(backbone, [[1], []], Limits(2))
-
-
-def test_generate_takes_padding_on_either_side(backbone):
-    heads = build_heads(backbone, num_heads=2)
-    expected = answer_plainly(backbone, [[4, 5, 6], [7]], Limits(6))
-    for ids, mask in (
-        ([[4, 5, 6], [7, 0, 0]], [[1, 1, 1], [1, 0, 0]]),
-        ([[4, 5, 6], [0, 0, 7]], [[1, 1, 1], [0, 0, 1]]),
-    ):
-        result = generate(
-            backbone.model,
-            heads,
-            torch.tensor(ids),
-            tree=chain(2),
-            attention_mask=torch.tensor(mask),
-            max_new_tokens=6,
-            eos_token_id=[],
-        )
-        assert result.sequences == expected
-        assert [sum(lengths) for lengths in result.accept_lengths] == [6, 6]
-        assert result.num_steps == max(len(lengths) for lengths in result.accept_lengths)

@@ -1,5 +1,6 @@
 """The one function to call from Python."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,16 +67,15 @@ def generate(
     """
     if model.training if isinstance(model, PreTrainedModel) else model.model.training:
         raise ValueError("the model is in training mode: call model.eval() first.")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be [B, T], not of shape {list(input_ids.shape)}.")
     backbone = model if isinstance(model, Backbone) else Backbone(model)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    _check(input_ids, mask, tree, max_new_tokens, temperature, backbone.vocab_size)
     check_trees(backbone)
     ids = eos_token_id if eos_token_id is not None else list(backbone.eos_token_ids)
     limits = Limits(max_new_tokens, [ids] if isinstance(ids, int) else ids)
     rule = Rule()
     if temperature > 0:
         rule = Rule("sampling", temperature, top_k, top_p, seed=seed)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     answers = decode_tree(backbone, heads, tree, prompts, limits, rule)
     return Generation(
@@ -83,3 +83,31 @@ def generate(
         [answer.accept_lengths for answer in answers],
         max(len(answer.accept_lengths) for answer in answers),
     )
+
+
+def _check(
+    input_ids: Tensor,
+    mask: Tensor,
+    tree: Tree,
+    max_new_tokens: int,
+    temperature: float,
+    vocab_size: int,
+) -> None:
+    if input_ids.ndim != 2 or not len(input_ids):
+        raise ValueError(f"input_ids must be [B, T], not of shape {list(input_ids.shape)}.")
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be of input_ids' shape {list(input_ids.shape)}, "
+            f"not {list(mask.shape)}."
+        )
+    kept = input_ids[mask.bool()]
+    if kept.is_floating_point() or (
+        kept.numel() and not 0 <= kept.min() <= kept.max() < vocab_size
+    ):
+        raise ValueError(f"input_ids must be integers from 0 to {vocab_size - 1}.")
+    if max_new_tokens != int(max_new_tokens) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more, and whole.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more, and finite.")
+    if max(tree.ranks) >= vocab_size:
+        raise ValueError(f"the tree has rank {max(tree.ranks)}, and there are {vocab_size} tokens.")

@@ -16,6 +16,9 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads, StackedHeads
 from medusa_exp.tree import Tree, chain
 
+_LEAST = -1e4
+"""Log-probability of the least likely guess, and of what heads say with NaN and -inf."""
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -113,9 +116,11 @@ class DynamicTree:
         logits_BKV = _head_logits(self._heads, hidden_BD, self.depth)
         top = logits_BKV.double().log_softmax(-1).topk(self._num_ranks, dim=-1)
         tokens_BM = torch.cat([root_B[:, None], top.indices.flatten(1)], 1)[:, self._place_M]
-        # A root is certain. Equal numbers (a guess of probability 1) must leave parents first.
-        zero_B1 = top.values.new_zeros(len(root_B), 1)
-        step_BM = torch.cat([zero_B1, top.values.flatten(1)], 1)[:, self._place_M] - 1e-9
+        # Parents must come first, or a node would be judged in a place that it does not have:
+        # no number may be without order, or so great that it swallows what sets a child apart.
+        guess_BKR = top.values.nan_to_num(nan=_LEAST).clamp(min=_LEAST)
+        certain_B1 = guess_BKR.new_zeros(len(root_B), 1)
+        step_BM = torch.cat([certain_B1, guess_BKR.flatten(1)], 1)[:, self._place_M] - 1e-9
         score_BM = step_BM @ self._ancestors_MM.T.to(step_BM.dtype)
         node_BN = score_BM.topk(self.num_nodes, dim=1).indices.sort(dim=1).values
         place_BM = torch.zeros_like(score_BM, dtype=torch.long).scatter_(
@@ -157,12 +162,17 @@ def _places(tree: Tree, num_ranks: int) -> np.ndarray:
 
 
 def _head_logits(heads: nn.Module, hidden_BD: Tensor, depth: int) -> Tensor:
+    """Return logits_BKV of as many heads as the tree is deep."""
     if isinstance(heads, MedusaHeads | StackedHeads):  # deeper heads need not be read
-        logits_BKV = heads(hidden_BD.to(heads.dtype), depth)
+        num_heads = heads.num_heads
+        logits_BKV = heads(hidden_BD.to(heads.dtype), min(depth, num_heads))
     else:
-        logits_BKV = heads(hidden_BD)[:, :depth]
-    if logits_BKV.shape[1] < depth:
-        raise UserError(
-            f"the tree is {depth} guesses deep, and there are {logits_BKV.shape[1]} heads."
-        )
-    return logits_BKV
+        logits_BKV = heads(hidden_BD)
+        if logits_BKV.ndim != 3:
+            raise ValueError(
+                f"heads(hidden_BD) must return [B, K, V], not {list(logits_BKV.shape)}."
+            )
+        num_heads = logits_BKV.shape[1]
+    if num_heads < depth:
+        raise UserError(f"the tree is {depth} guesses deep, and there are {num_heads} heads.")
+    return logits_BKV[:, :depth]

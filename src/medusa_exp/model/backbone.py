@@ -232,4 +232,5 @@ class Backbone:
 
 
 def _name(model: PreTrainedModel) -> str:
-    return f"model.path={model.config.name_or_path} ({type(model).__name__})"
+    name = model.config.name_or_path  # empty where it came from a config alone
+    return f"model.path={name} ({type(model).__name__})" if name else type(model).__name__
