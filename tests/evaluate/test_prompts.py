@@ -77,10 +77,11 @@ def test_questions_without_room_are_counted(question_file, tokenizer, caplog):
         ("q.jsonl", '{"question_id": 1, "turns": ["a"]}\n{"question_id": 2}\n', "line 2 is no que"),
         ("q.jsonl", '{"question_id": 1, "turns": []}\n', "line 1 .* turns is empty"),
         ("q.txt", "\n \n", "holds no question"),
+        ("q.txt", b"What is \xff?\n", r"q\.txt is no text in UTF-8: .* position 8"),
     ],
 )
 def test_what_is_no_question(tmp_path, tokenizer, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=message):
         load(config_of(tmp_path / name), tokenizer)
 

@@ -48,7 +48,7 @@ def read_questions(path: Path) -> list[Question]:
         DataError: naming the file and the line that is no question, or a file without any.
     """
     if path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in _text(path).split("\n")]
         questions = [
             Question(str(number), "all", (line,)) for number, line in enumerate(lines, 1) if line
         ]
@@ -62,6 +62,13 @@ def read_questions(path: Path) -> list[Question]:
     if not questions:
         raise DataError(f"{path} holds no question.")
     return questions
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: {error}.") from error
 
 
 def _question(decoder: msgspec.json.Decoder[_Record], line: bytes, place: str) -> Question:

@@ -75,7 +75,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     longest = prompts[max(range(len(answers)), key=lambda i: len(answers[i]))]
     entries = [
         _at_batch_size(backbone, heads, ranks, trees, longest, size)
-        for size in sorted(config.tree.batch_sizes)
+        for size in sorted(set(config.tree.batch_sizes))
     ]
     if entries[0]["batch_size"] == 1:
         chosen = prompts[:_REHEARSED_PROMPTS]
