@@ -20,12 +20,13 @@ def chat(tokenizer) -> Chat:
 
 
 def test_an_answer_comes_in_the_pieces_that_steps_give(chat, tokenizer):
-    pieces = list(chat.answer("hello"))
+    pieces, lengths = zip(*chat.answer("hello"), strict=True)
     prompt = "<|user|>hello<|end|>\n<|assistant|>"
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     [plain] = decode_plain(chat.backbone, [ids], Limits(12))
     whole = tokenizer.decode(plain.tokens, skip_special_tokens=True)
     assert whole.startswith("".join(pieces))
+    assert sum(lengths) <= chat.num_tokens == round(chat.tokens_per_step * chat.num_steps)
     assert chat.num_tokens == 12 and 1 <= chat.num_steps <= 12
     assert [message.role for message in chat.messages] == ["user", "assistant"]
 

@@ -64,8 +64,8 @@ class Chat:
         """Mean over all answers; the step of a prompt counts."""
         return self.num_tokens / max(1, self.num_steps)
 
-    def answer(self, text: str) -> Iterator[str]:
-        """Say something; yield what each step adds to the answer's text.
+    def answer(self, text: str) -> Iterator[tuple[str, int]]:
+        """Say something; yield what each step adds to the answer: text, and how many tokens.
 
         Raises:
             UserError: the conversation has grown too long for the model.
@@ -82,7 +82,7 @@ class Chat:
             # Text depends on its neighbours: a step's is what the whole gains by it.
             whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
             if not whole.endswith("\ufffd"):  # half of a character comes with the next step
-                yield whole[len(shown) :]
+                yield whole[len(shown) :], len(added)
                 shown = whole
         self.seconds += time.perf_counter() - start
         self.num_tokens += len(tokens)
@@ -117,9 +117,8 @@ def _talk(chat: Chat, console: Console) -> None:
 
 
 def _print_answer(chat: Chat, line: str, console: Console) -> None:
-    for number, piece in enumerate(chat.answer(line)):
-        is_run = len(chat.tokenizer(piece, add_special_tokens=False).input_ids) > 1
-        style = _STYLES[number % len(_STYLES)] if is_run else ""
+    for number, (piece, num_tokens) in enumerate(chat.answer(line)):
+        style = _STYLES[number % len(_STYLES)] if num_tokens > 1 else ""
         console.print(Text(piece, style=style), end="", soft_wrap=True)
     console.print()
 
