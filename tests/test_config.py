@@ -6,7 +6,7 @@ from hydra.errors import HydraException
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from medusa_exp.cli import STAGES
-from medusa_exp.config import Config, from_hydra, register
+from medusa_exp.config import Config, from_hydra, load_saved, register
 from medusa_exp.errors import UserError
 
 CONF = resources.files("medusa_exp.conf")
@@ -95,3 +95,11 @@ def test_the_template_of_vicuna_is_fastchats():
     system = {"role": "system", "content": "Rules."}
     [[text], _] = render_jinja_template([[system, *messages[:2]]], chat_template=template)
     assert text == "Rules. USER: Hi ASSISTANT: Hello!</s>"
+
+
+def test_a_saved_config_is_read_where_hydra_is_not(tmp_path):
+    saved = tmp_path / "run" / ".hydra" / "config.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("run_dir: outputs/${now:%Y}\nsweep_dir: outputs/${now:%Y}\nseed: 3\n")
+    config = from_hydra(load_saved(saved))
+    assert (config.seed, config.run_dir, config.sweep_dir) == (3, str(tmp_path / "run"), "")

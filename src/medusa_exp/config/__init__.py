@@ -134,7 +134,10 @@ def load_saved(path: Path) -> DictConfig:
         UserError: the file is unreadable, or holds a key that the schema does not know.
     """
     try:
-        return OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))  # type: ignore
+        # Places that Hydra made of the clock: nobody else could read them.
+        placed = {"run_dir": str(path.parents[1]), "sweep_dir": ""}
+        saved = OmegaConf.load(path)
+        return OmegaConf.merge(OmegaConf.structured(Config), saved, placed)  # type: ignore
     except Exception as error:
         raise UserError(f"{path} does not fit this version of medusa_exp: {error}") from error
 
