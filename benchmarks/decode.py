@@ -29,6 +29,7 @@ from medusa_exp.files import read_json
 from medusa_exp.model import Backbone, build_heads, load_backbone, load_heads, load_tokenizer
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loss import medusa_loss, medusa_losses
+from medusa_exp.model.targets import TokenTargets
 from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.choice import choose_tree
 
@@ -149,7 +150,13 @@ def train_on_own_answers(backbone: Backbone, heads: nn.Module, rng: random.Rando
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
     for _ in range(40):
         losses = medusa_losses(
-            heads, hidden_BTD, ids_BT, everything_BT.bool(), everything_BT, chunk_rows=256
+            heads,
+            hidden_BTD,
+            TokenTargets(ids_BT),
+            everything_BT.bool(),
+            everything_BT,
+            ids_BT,
+            chunk_rows=256,
         )
         optimizer.zero_grad()
         medusa_loss(losses, 0.8).backward()
