@@ -117,9 +117,10 @@ def masks(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def sweeps(session: nox.Session) -> None:
-    """Run small sweeps with every launcher, and with Optuna. A minute or two."""
-    session.install(*CONSTRAINTS, "-e", ".[sweep,slurm]", *group("test"))
-    session.run("pytest", "tests/sweep_plugins.py", "tests/test_sweep.py", *session.posargs)
+    """Run small sweeps with every launcher and with Optuna, and a training on Ray. Four minutes."""
+    session.install(*CONSTRAINTS, "-e", ".[ray,sweep,slurm]", *group("test"))
+    files = ("tests/sweep_plugins.py", "tests/test_sweep.py", "tests/train/on_ray.py")
+    session.run("pytest", *files, *session.posargs)
 
 
 @nox.session(default=False)

@@ -145,10 +145,13 @@ class TrainConfig:
     checkpoint_every: int = 200
     """Optimiser steps between checkpoints. One more comes at the end, and on SIGTERM and SIGINT."""
     strategy: str = "auto"
-    """auto (one device) or ddp (`devices` of them, each with a copy of the backbone)."""
+    """auto (one device), ddp (`devices` of them on this machine, each with a copy of the backbone)
+    or ray (the same on the machines of a Ray cluster, see RAY_ADDRESS)."""
     devices: int = 1
-    """Of strategy=ddp: processes on this machine, on a GPU each or on the cores of the CPU. A step
-    takes so many times `accumulate` micro-batches."""
+    """Of strategy=ddp and ray: processes, on a GPU each or on the cores of the CPU. A step takes so
+    many times `accumulate` micro-batches."""
+    max_failures: int = 3
+    """Of strategy=ray: times that workers may be lost and all start again from the checkpoint."""
     resume: str = "auto"
     """auto (go on from the run directory's newest checkpoint) or never (start again)."""
     deterministic: bool = False
@@ -191,8 +194,9 @@ class TrainConfig:
         within("train.average", self.average, 0.0, 0.99999)
         within("train.decay", self.decay, 0.0, 1.0)
         within("train.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
-        one_of("train.strategy", self.strategy, ("auto", "ddp"))
+        one_of("train.strategy", self.strategy, ("auto", "ddp", "ray"))
         at_least("train.devices", self.devices, 1)
+        at_least("train.max_failures", self.max_failures, 0)
         if self.strategy == "auto":
             within("train.devices (with train.strategy=auto)", self.devices, 1, 1)
         one_of("train.resume", self.resume, ("auto", "never"))

@@ -3,6 +3,7 @@
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -21,6 +22,7 @@ from medusa_exp.train.failures import BadLoss, explain_memory
 from medusa_exp.train.inputs import open_inputs
 from medusa_exp.train.joint import JointModule
 from medusa_exp.train.module import MedusaModule
+from medusa_exp.train.on_ray import ray_parts, train_on_ray
 from medusa_exp.train.plan import ShowPlan
 from medusa_exp.train.processes import train_in_processes
 from medusa_exp.train.resume import checkpoint_to_resume
@@ -34,6 +36,8 @@ def run(config: Config, out: Path) -> dict[str, float]:
     """Train heads, from the newest checkpoint of this run directory where there is one."""
     if config.train.strategy == "ddp":
         return train_in_processes(config, out)
+    if config.train.strategy == "ray":
+        return train_on_ray(config, out)
     return train(config, out)
 
 
@@ -70,8 +74,7 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
         "train",
         max_steps=max_steps,
         precision=pick_precision(config, module.backbone.device),
-        strategy=_strategy(config),
-        devices=settings.devices,
+        **_devices(config),
         gradient_clip=settings.gradient_clip,
         accumulate=settings.accumulate,
         val_every=min(settings.val_every, max_steps) if batches.val else None,
@@ -103,11 +106,18 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _strategy(config: Config) -> str:
-    if config.train.strategy == "auto":
-        return "auto"
+def _devices(config: Config) -> dict[str, Any]:
+    """Return `build_trainer`'s arguments for what trains side by side."""
+    settings = config.train
+    if settings.strategy == "auto":
+        return {}
     # While the heads learn alone, adapters get no gradient.
-    return "ddp_find_unused_parameters_true" if config.train.kind == "medusa2" else "ddp"
+    has_idle = settings.kind == "medusa2"
+    if settings.strategy == "ray":
+        strategy, environment = ray_parts(find_unused_parameters=has_idle)
+        return {"strategy": strategy, "devices": "auto", "plugins": [environment]}
+    name = "ddp_find_unused_parameters_true" if has_idle else "ddp"
+    return {"strategy": name, "devices": settings.devices}
 
 
 def _num_steps(config: Config, batches: Batches) -> int:

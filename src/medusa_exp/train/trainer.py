@@ -9,7 +9,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from medusa_exp.config import Config
 from medusa_exp.files import publish
@@ -52,8 +54,9 @@ def build_trainer(
     accumulate: int = 1,
     val_every: int | None = None,
     deterministic: bool = False,
-    strategy: str = "auto",
-    devices: int = 1,
+    strategy: str | Strategy = "auto",
+    devices: int | str = 1,
+    plugins: Sequence[ClusterEnvironment] = (),
     callbacks: Sequence[L.Callback] = (),
 ) -> L.Trainer:
     """Build a Trainer that counts in optimiser steps.
@@ -78,7 +81,7 @@ def build_trainer(
         log_every_n_steps=min(LOG_EVERY, max_steps),
         logger=HistoryLogger(out, stage),
         callbacks=[RichProgressBar(refresh_rate=5), *callbacks],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *plugins],
         enable_model_summary=False,
         enable_checkpointing=False,
         deterministic=deterministic,

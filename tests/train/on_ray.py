@@ -1,0 +1,71 @@
+"""One training on Ray: two workers, one of which is killed on the way: `nox -s sweeps`."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from medusa_exp.errors import UserError
+from medusa_exp.files import read_json, read_jsonl
+from medusa_exp.model import load_heads
+from medusa_exp.provenance import RunRecord
+from medusa_exp.train import stage
+
+pytest.importorskip("ray.train")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of many kinds
+
+
+def run(config, out: Path) -> dict[str, float]:
+    out.mkdir()
+    with RunRecord(out, config, []).stage("train"):
+        return stage.run(config, out)
+
+
+def workers() -> list[int]:
+    """Return the processes of Ray Train on this machine that train."""
+    names = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+    return [int(pid) for pid, name in names.items() if b"RayTrainWorker" in name]
+
+
+def kill_a_worker_after(step: int, out: Path, killed: list[int]) -> None:
+    while max((line["step"] for line in read_jsonl(out / "history.jsonl")), default=0) < step:
+        time.sleep(0.05)
+    killed.append(workers()[-1])
+    os.kill(killed[0], signal.SIGKILL)
+
+
+def test_a_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    config.dtype.precision = "32-true"
+    config.train.devices, config.train.max_steps, config.train.checkpoint_every = 2, 60, 5
+    config.train.val_every = 60
+    config.train.strategy = "ddp"
+    whole = run(config, tmp_path / "whole")
+    config.train.strategy = "ray"
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker_after, args=(20, tmp_path / "ray", killed))
+    killer.start()
+    metrics = run(config, tmp_path / "ray")
+    killer.join()
+    assert killed
+    entry = read_json(tmp_path / "ray/run.json")["stages"]["train"]
+    assert entry["resumed_from_step"] >= 5 and entry["resumed_from_step"] % 5 == 0
+    assert metrics == pytest.approx(whole, rel=1e-5)
+    heads = [load_heads(tmp_path / name / "heads").state_dict() for name in ("whole", "ray")]
+    for name, value in heads[0].items():
+        torch.testing.assert_close(heads[1][name], value)
+    assert not (tmp_path / "ray/ray").exists()
+
+
+def test_what_a_worker_says_is_what_the_stage_says(config, tmp_path):
+    config.train.strategy, config.train.devices = "ray", 2
+    config.train.learning_rate, config.train.warmup_fraction = 1e20, 0.0
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, on conversations"):
+        run(config, tmp_path / "run")
