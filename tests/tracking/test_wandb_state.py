@@ -106,6 +106,19 @@ def test_after_a_kill_the_same_run_goes_on(tmp_path):
     assert not of_type(first, "exit") and of_type(second, "exit") == [{"exit_code": 0}]
 
 
+def test_an_agent_of_a_wandb_sweep_finds_its_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
+    monkeypatch.setenv("WANDB_RUN_ID", "from-agent")
+    config = config_of()
+    record = record_of(tmp_path, config)
+    with Tracker(config, tmp_path, record):
+        pass
+    [file] = written.run_files(tmp_path)
+    [run] = of_type(written.records(file), "run")
+    assert (run["run_id"], run["sweep_id"]) == ("from-agent", "abcd1234")
+    assert record.run["wandb"]["id"] == "from-agent"
+
+
 def test_disabled_writes_and_imports_nothing(tmp_path):
     config = config_of("disabled")
     with Tracker(config, tmp_path, record_of(tmp_path, config)) as tracker:

@@ -48,6 +48,7 @@ def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any
             config={**_shared_config(config, out), "provenance": provenance(record)},
             settings=_settings(record),
         )
+        known["id"] = run.id  # that of its own agent, in a sweep of W&B's
         upload = Upload(Path(run.dir).parent) if is_online else None
         try:
             define_metrics(run)

@@ -1,8 +1,8 @@
 """One training on the machines of a Ray cluster, Lightning inside: `train.strategy=ray`.
 
-Ray Train places `train.devices` workers, a GPU or a core each, and starts all of them anew where one
-is lost; they go on from the run directory's last checkpoint, which therefore lies on a disk that all
-of them share. Ray looks for a cluster where RAY_ADDRESS says, and makes one of this machine otherwise.
+Ray Train places `train.devices` workers, a GPU or a core each, and starts all of them anew where
+one is lost; they go on from the run directory's last checkpoint, which therefore lies on a disk
+that all share. Ray looks for a cluster where RAY_ADDRESS says, or makes one of this machine.
 """
 
 import os
