@@ -106,17 +106,29 @@ def test_after_a_kill_the_same_run_goes_on(tmp_path):
     assert not of_type(first, "exit") and of_type(second, "exit") == [{"exit_code": 0}]
 
 
-def test_an_agent_of_a_wandb_sweep_finds_its_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
-    monkeypatch.setenv("WANDB_RUN_ID", "from-agent")
-    config = config_of()
-    record = record_of(tmp_path, config)
-    with Tracker(config, tmp_path, record):
-        pass
+_BY_AN_AGENT = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from tracking.test_wandb_state import Tracker, config_of, record_of, write_json
+out, config = Path({out!r}), config_of()
+record = record_of(out, config)
+with Tracker(config, out, record):
+    write_json(out / "run.json", record.run)
+"""
+
+
+def test_an_agent_of_a_wandb_sweep_finds_its_run(tmp_path):
+    script = _BY_AN_AGENT.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path))
+    agent = {"WANDB_SWEEP_ID": "abcd1234", "WANDB_RUN_ID": "from-agent"}
+    environment = {name: v for name, v in os.environ.items() if name != "WANDB_SERVICE"}
+    subprocess.run(
+        [sys.executable, "-c", script], timeout=120, env={**environment, **agent}, check=True
+    )
     [file] = written.run_files(tmp_path)
     [run] = of_type(written.records(file), "run")
     assert (run["run_id"], run["sweep_id"]) == ("from-agent", "abcd1234")
-    assert record.run["wandb"]["id"] == "from-agent"
+    assert read_json(tmp_path / "run.json")["wandb"]["id"] == "from-agent"
 
 
 def test_disabled_writes_and_imports_nothing(tmp_path):
