@@ -16,7 +16,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads, load_backbone
 from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.train import regenerate, stage
-from medusa_exp.train.regenerate import Document, answer
+from medusa_exp.train.answering import Document, answer
 from medusa_exp.tree import chain
 
 PROMPTS = [[3, 4, 5], [7], [9, 8, 7, 6]]

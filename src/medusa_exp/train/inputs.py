@@ -25,7 +25,7 @@ from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.provenance import annotate
 from medusa_exp.train.acceptance import Continuation, continuations, held_out_prompts
 from medusa_exp.train.features import known_identities, note_identities, open_features
-from medusa_exp.train.regenerate import open_answers
+from medusa_exp.train.own_answers import open_answers
 
 log = logging.getLogger(__name__)
 

@@ -10,34 +10,38 @@ rendered or tokenised again. Answers lie in the cache, under a hash of all that 
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
-from medusa_exp.data.examples import SCHEMA, Example, Examples, open_documents
-from medusa_exp.data.tokenised import Tokenised, load_tokenised, rows_of_split, select
-from medusa_exp.decode.answers import Decoded, Limits
+from medusa_exp.data.examples import SCHEMA
+from medusa_exp.data.tokenised import Tokenised, load_tokenised
 from medusa_exp.decode.check import check_trees
-from medusa_exp.decode.loop import GREEDY, decode_plain, decode_tree
-from medusa_exp.decode.rule import Rule
-from medusa_exp.decode.settings import limits_of, rule_of
+from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.settings import limits_of
 from medusa_exp.errors import UserError
-from medusa_exp.files import content_key, drop_torn_line, publish, read_json, read_jsonl, write_json
+from medusa_exp.files import drop_torn_line, publish, read_json, read_jsonl, write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.progress import progress_bar
+from medusa_exp.train.answering import Decode, answer, document_of
+from medusa_exp.train.own_answers import (
+    DOCUMENTS,
+    HALF,
+    SUMMARY,
+    answer_rule,
+    answers_key,
+    answers_path,
+)
 from medusa_exp.train.trainer import pick_precision
 from medusa_exp.tree import Tree
 
@@ -45,25 +49,6 @@ log = logging.getLogger(__name__)
 
 RECORD = "regenerated.json"
 """Of a run directory: what its stage regenerate has made or found."""
-_DOCUMENTS, _SUMMARY = "documents.arrow", "summary.json"
-_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
-Decode = Callable[[list[list[int]], Limits, Rule], list[Decoded]]
-
-
-@dataclass
-class Document:
-    """A conversation on its way: the backbone's answers so far, between the data's other turns."""
-
-    row: int
-    """Number in the table of tokenised documents."""
-    contexts: list[list[int]]
-    """What stands before each assistant turn, from the end of the turn before."""
-    tokens: list[int] = field(default_factory=list)
-    answers: list[tuple[int, int]] = field(default_factory=list)
-    """Where the answers begin and end in `tokens`."""
-    outcome: str = "whole"
-    """Or why later turns are missing: `unfinished` or `no room`."""
 
 
 def run(config: Config, out: Path) -> dict[str, float]:
@@ -75,14 +60,14 @@ def run(config: Config, out: Path) -> dict[str, float]:
     )
     documents.log()
     key = answers_key(config, documents, backbone, tokenizer)
-    path = _path(config, key)
+    path = answers_path(config, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{key}.lock")):
-        if not (path / _SUMMARY).is_file():
+        if not (path / SUMMARY).is_file():
             _regenerate(config, out, path, documents, backbone, tokenizer)
         else:
             log.info("the backbone's own answers are in the cache: %s", path)
-    summary = read_json(path / _SUMMARY)
+    summary = read_json(path / SUMMARY)
     write_json(out / RECORD, {"key": key, **summary})
     log.info(
         "%d documents, %d answers of %d tokens; not finished within %d tokens: %d; no room: %d",
@@ -91,70 +76,6 @@ def run(config: Config, out: Path) -> dict[str, float]:
         *(len(summary[name]) for name in ("unfinished", "no_room")),
     )
     return {f"regenerate/{name}": summary[name] for name in ("documents", "answers", "tokens")}
-
-
-def open_answers(
-    config: Config,
-    documents: Tokenised,
-    backbone: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[str, Examples, Examples]:
-    """Return the key of the backbone's own answers, and the train and val documents with them.
-
-    Raises:
-        UserError: stage regenerate has not made them.
-    """
-    key = answers_key(config, documents, backbone, tokenizer)
-    path = _path(config, key)
-    if not (path / _SUMMARY).is_file():
-        raise UserError(
-            "train.text=own: there are no answers of this backbone to this data set yet: put stage "
-            "regenerate before train, with the same regenerate.* and decode.*, or set "
-            "train.text=data."
-        )
-    table, dataset = open_documents(path / _DOCUMENTS), config.dataset
-    train, val = (
-        select(table, rows_of_split(table, dataset, split), dataset, split)
-        for split in ("train", "val")
-    )
-    return key, train, val
-
-
-def answers_key(
-    config: Config,
-    documents: Tokenised,
-    backbone: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
-) -> str:
-    """Name all that decides the answers. Batches are left out: they only move near-ties."""
-    settings = asdict(config.regenerate)
-    del settings["batch_size"], settings["use_heads"]
-    dataset = config.dataset
-    limits = limits_of(config, backbone, tokenizer)
-    return content_key(
-        documents.summary["key"],
-        [dataset.val_fraction, dataset.test_fraction],
-        backbone.weights_identity(),
-        settings,
-        asdict(_rule(config)),
-        [sorted(limits.stop_ids), list(limits.stop_strings)],
-        _precision(config, backbone),
-        [metadata.version(name) for name in ("torch", "transformers")],
-    )
-
-
-def _path(config: Config, key: str) -> Path:
-    return Path(config.cache_dir) / "regenerated" / key
-
-
-def _rule(config: Config) -> Rule:
-    """Answers are the backbone's own: never those of a rule that is lossy."""
-    rule = rule_of(config)
-    return GREEDY if rule.name == "typical" else rule
-
-
-def _precision(config: Config, backbone: Backbone) -> str:
-    return str(_HALF.get(pick_precision(config, backbone.device), backbone.model.dtype))
 
 
 def _regenerate(
@@ -173,7 +94,7 @@ def _regenerate(
     # Of about the same length, that is, with answers of about the same length, so that few rows of
     # a batch wait for the others; the longest first, which need most memory.
     ordered = sorted(set(rows) - done, key=lambda row: (-examples.lengths[row], row))
-    todo = [_document(row, examples[row]) for row in ordered]
+    todo = [document_of(row, examples[row]) for row in ordered]
     if done:
         log.info("%d of %d documents have their answers already", len(done), len(rows))
     size = config.regenerate.batch_size
@@ -186,7 +107,7 @@ def _regenerate(
         task = bar.add_task("regenerating answers", total=len(rows), completed=len(done))
         for batch in batches:
             # A draw of its own for each batch, whatever was answered before.
-            rule = replace(_rule(config), seed=config.seed + batch[0].row)
+            rule = replace(answer_rule(config), seed=config.seed + batch[0].row)
             answer(batch, decode, limits, rule, documents.max_length, backbone)
             file.write("".join(json.dumps(asdict(document)) + "\n" for document in batch))
             file.flush()
@@ -196,8 +117,8 @@ def _regenerate(
     with publish(path) as partial:
         partial.mkdir()
         ids, sources = examples.strings("conversation_id"), examples.strings("source")
-        _write(partial / _DOCUMENTS, lines, ids, sources)
-        write_json(partial / _SUMMARY, _summary(lines, ids))
+        _write(partial / DOCUMENTS, lines, ids, sources)
+        write_json(partial / SUMMARY, _summary(lines, ids))
     log_path.unlink()
 
 
@@ -212,61 +133,10 @@ def _chosen(config: Config, documents: Tokenised) -> list[int]:
     return sorted(np.concatenate(chosen).tolist())
 
 
-def _document(row: int, example: Example) -> Document:
-    edges = np.flatnonzero(np.diff(example.is_trained.astype(np.int8), prepend=0, append=0))
-    starts, stops = edges[::2].tolist(), edges[1::2].tolist()
-    ids = example.input_ids.tolist()
-    return Document(row, [ids[a:b] for a, b in zip([0, *stops], starts, strict=False)])
-
-
-def answer(
-    batch: list[Document],
-    decode: Decode,
-    limits: Limits,
-    rule: Rule,
-    max_length: int,
-    backbone: Backbone,
-) -> None:
-    """Let the backbone answer each turn of some documents, one turn of all of them after another.
-
-    A document ends early with an answer that finds no end within the limit, or before one that
-    would not fit into `max_length` tokens.
-    """
-    for turn in range(max(len(document.contexts) for document in batch)):
-        asked = list(_next_turn(batch, turn, limits.max_new_tokens, max_length, backbone))
-        if not asked:
-            break
-        for document, decoded in zip(
-            asked, decode([document.tokens for document in asked], limits, rule), strict=True
-        ):
-            start = len(document.tokens)
-            document.tokens += decoded.tokens
-            document.answers.append((start, len(document.tokens)))
-            if len(decoded.tokens) == limits.max_new_tokens and (
-                decoded.tokens[-1] not in limits.stop_ids
-            ):
-                document.outcome = "unfinished"
-
-
-def _next_turn(
-    batch: list[Document], turn: int, new_tokens: int, max_length: int, backbone: Backbone
-) -> Iterator[Document]:
-    """Yield the documents that have such a turn and room for it, their next context appended."""
-    for document in batch:
-        if document.outcome != "whole" or turn >= len(document.contexts):
-            continue
-        length = len(document.tokens) + len(document.contexts[turn])
-        if length + new_tokens > min(max_length, backbone.max_length_from(length)):
-            document.outcome = "no room"
-            continue
-        document.tokens += document.contexts[turn]
-        yield document
-
-
 def _decoder(config: Config, out: Path, backbone: Backbone) -> Decode:
     """Return plain decoding, or decoding with the heads and the tree that the run already has."""
     backbone.decodes_statically = False  # its steps would not shrink as answers end
-    dtype = _HALF.get(pick_precision(config, backbone.device))
+    dtype = HALF.get(pick_precision(config, backbone.device))
     if dtype and config.model.quantization is None:
         backbone.model.to(dtype)
     if not config.regenerate.use_heads:
