@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -81,10 +82,12 @@ def continuations(
     if not prompts:
         return []
     path = _path(config, tokenizer, prompts, ends)
-    if not path.is_file():
-        answered = answer_prompts(config, tokenizer, prompts, body())
-        with publish(path) as partial:
-            save_file(_as_tensors(answered), partial)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.stem}.lock")):
+        if not path.is_file():
+            answered = answer_prompts(config, tokenizer, prompts, body())
+            with publish(path) as partial:
+                save_file(_as_tensors(answered), partial)
     return _from_tensors(load_file(path, device=str(ends.device)))
 
 
