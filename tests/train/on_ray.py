@@ -1,4 +1,4 @@
-"""One training on Ray: two workers, one of which is killed on the way: `nox -s sweeps`."""
+"""Training and regeneration by two workers of Ray: `nox -s sweeps`."""
 
 import os
 import signal
@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from medusa_exp.data.examples import open_documents
 from medusa_exp.errors import UserError
 from medusa_exp.files import read_json, read_jsonl
 from medusa_exp.model import load_heads
 from medusa_exp.provenance import RunRecord
-from medusa_exp.train import stage
+from medusa_exp.train import regenerate, stage
 
 pytest.importorskip("ray.train")
 
@@ -69,3 +70,24 @@ def test_what_a_worker_says_is_what_the_stage_says(config, tmp_path):
     config.train.learning_rate, config.train.warmup_fraction = 1e20, 0.0
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, on conversations"):
         run(config, tmp_path / "run")
+
+
+def test_workers_answer_as_one_process_does(config, tmp_path):
+    config.dtype.precision = "32-true"
+    config.decode.max_new_tokens = config.regenerate.max_new_tokens = 8
+    config.regenerate.batch_size = 3
+    found = []
+    for workers in (0, 2):
+        config.regenerate.workers = workers
+        config.cache_dir = str(tmp_path / f"cache{workers}")
+        (tmp_path / f"run{workers}").mkdir()
+        regenerate.run(config, tmp_path / f"run{workers}")
+        [table] = (tmp_path / f"cache{workers}/regenerated").glob("*/documents.arrow")
+        found.append((table.parent.name, open_documents(table).to_pylist()))
+    assert found[0] == found[1] and found[0][1]
+
+
+def test_what_a_worker_cannot_do_is_what_the_stage_says(config, tmp_path):
+    config.regenerate.workers, config.regenerate.use_heads = 1, True
+    with pytest.raises(UserError, match="holds no heads"):
+        regenerate.run(config, tmp_path)

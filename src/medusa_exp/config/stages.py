@@ -43,6 +43,9 @@ class RegenerateConfig:
     """Documents of the validation split that are answered too, to validate heads on."""
     batch_size: int = 64
     """Documents that are answered together."""
+    workers: int = 0
+    """Processes of a Ray cluster that answer side by side, a GPU or a core each (see RAY_ADDRESS);
+    0 is this process alone."""
     max_new_tokens: int = 256
     """Of an answer. One that is not finished by then is its document's last."""
     use_heads: bool = False
@@ -50,6 +53,7 @@ class RegenerateConfig:
     sooner where batches are small."""
 
     def __post_init__(self) -> None:
+        at_least("regenerate.workers", self.workers, 0)
         for key in ("num_documents", "num_val_documents", "batch_size", "max_new_tokens"):
             if (value := getattr(self, key)) is not None:
                 at_least(f"regenerate.{key}", value, 1)

@@ -16,6 +16,7 @@ from medusa_exp.config import Config, from_hydra, to_dict
 from medusa_exp.errors import UserError
 from medusa_exp.files import read_json, write_json
 from medusa_exp.provenance import annotate, collect
+from medusa_exp.train.ray_data import ray_cluster
 
 _RESULT = "result.json"
 
@@ -28,7 +29,6 @@ def train_on_ray(config: Config, out: Path) -> dict[str, float]:
             `train.max_failures` allows.
     """
     try:
-        import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
     except ImportError as error:
@@ -41,9 +41,6 @@ def train_on_ray(config: Config, out: Path) -> dict[str, float]:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     folder = (out / "ray").absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    has_begun = ray.is_initialized()  # by a launcher, or by the caller
-    if not has_begun:
-        ray.init(include_dashboard=False)
     trainer = TorchTrainer(
         _train_as_worker,
         train_loop_config={
@@ -63,15 +60,13 @@ def train_on_ray(config: Config, out: Path) -> dict[str, float]:
         ),
     )
     try:
-        trainer.fit()
+        with ray_cluster():
+            trainer.fit()
     except Exception as error:  # Ray's own, of several kinds: all say that the training is lost
         raise UserError(
             f"train.strategy=ray: the training failed, and {out / 'checkpoints'} has what there is "
             f"of it. The same command with the same run_dir goes on. Ray said: {error}"
         ) from error
-    finally:
-        if not has_begun:
-            ray.shutdown()
     found = read_json(folder / _RESULT, {})
     shutil.rmtree(folder, ignore_errors=True)
     if "error" in found:

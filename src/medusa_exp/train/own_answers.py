@@ -60,7 +60,7 @@ def answers_key(
 ) -> str:
     """Name all that decides the answers. Batches are left out: they only move near-ties."""
     settings = asdict(config.regenerate)
-    del settings["batch_size"], settings["use_heads"]
+    del settings["batch_size"], settings["use_heads"], settings["workers"]
     dataset = config.dataset
     limits = limits_of(config, backbone, tokenizer)
     return content_key(

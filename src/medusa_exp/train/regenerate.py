@@ -10,6 +10,7 @@ rendered or tokenised again. Answers lie in the cache, under a hash of all that 
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
+from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config
+from medusa_exp.config import Config, from_hydra, to_dict
 from medusa_exp.data.examples import SCHEMA
 from medusa_exp.data.tokenised import Tokenised, load_tokenised
 from medusa_exp.decode.check import check_trees
@@ -30,10 +32,10 @@ from medusa_exp.files import drop_torn_line, publish, read_json, read_jsonl, wri
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
-from medusa_exp.model.loading import load_backbone
+from medusa_exp.model.loading import load_backbone, pick_device
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.progress import progress_bar
-from medusa_exp.train.answering import Decode, answer, document_of
+from medusa_exp.train.answering import Decode, Document, answer, document_of
 from medusa_exp.train.own_answers import (
     DOCUMENTS,
     HALF,
@@ -42,6 +44,7 @@ from medusa_exp.train.own_answers import (
     answers_key,
     answers_path,
 )
+from medusa_exp.train.ray_data import Work, map_on_ray
 from medusa_exp.train.trainer import pick_precision
 from medusa_exp.tree import Tree
 
@@ -99,16 +102,14 @@ def _regenerate(
         log.info("%d of %d documents have their answers already", len(done), len(rows))
     size = config.regenerate.batch_size
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
-    limits = replace(
-        limits_of(config, backbone, tokenizer), max_new_tokens=config.regenerate.max_new_tokens
-    )
-    decode = _decoder(config, out, backbone)
+    if config.regenerate.workers:
+        answered = _answered_on_ray(config, out, documents.max_length, batches)
+    else:
+        answerer = Answerer(config, out, documents.max_length, backbone, tokenizer)
+        answered = map(answerer, batches)
     with log_path.open("a", encoding="utf-8") as file, progress_bar() as bar:
         task = bar.add_task("regenerating answers", total=len(rows), completed=len(done))
-        for batch in batches:
-            # A draw of its own for each batch, whatever was answered before.
-            rule = replace(answer_rule(config), seed=config.seed + batch[0].row)
-            answer(batch, decode, limits, rule, documents.max_length, backbone)
+        for batch in answered:
             file.write("".join(json.dumps(asdict(document)) + "\n" for document in batch))
             file.flush()
             os.fsync(file.fileno())
@@ -120,6 +121,58 @@ def _regenerate(
         _write(partial / DOCUMENTS, lines, ids, sources)
         write_json(partial / SUMMARY, _summary(lines, ids))
     log_path.unlink()
+
+
+class Answerer:
+    """Answers batches of documents; each process that does has one, with a backbone of its own."""
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        max_length: int,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.config, self.max_length, self.backbone = config, max_length, backbone
+        self.limits = replace(
+            limits_of(config, backbone, tokenizer), max_new_tokens=config.regenerate.max_new_tokens
+        )
+        self.decode = _decoder(config, out, backbone)
+
+    def __call__(self, batch: list[Document]) -> list[Document]:
+        """Answer each turn of each document, and return them."""
+        # A draw of its own for each batch, whatever was answered before.
+        rule = replace(answer_rule(self.config), seed=self.config.seed + batch[0].row)
+        answer(batch, self.decode, self.limits, rule, self.max_length, self.backbone)
+        return batch
+
+
+def _answered_on_ray(
+    config: Config, out: Path, max_length: int, batches: list[list[Document]]
+) -> Iterator[list[Document]]:
+    """Yield the batches that workers of a Ray cluster have answered."""
+    arguments = {"config": to_dict(config), "out": out.absolute(), "max_length": max_length}
+    for line in map_on_ray(
+        _answerer_of_a_worker,
+        arguments,
+        [json.dumps([asdict(document) for document in batch]) for batch in batches],
+        num_workers=config.regenerate.workers,
+        use_gpu=pick_device(config.device).type == "cuda",
+    ):
+        yield [Document(**document) for document in json.loads(line)]
+
+
+def _answerer_of_a_worker(config: dict[str, Any], out: Path, max_length: int) -> Work:
+    own = from_hydra(OmegaConf.create(config))
+    backbone, tokenizer = load_backbone(own, is_adapted=False), load_tokenizer(own)
+    answerer = Answerer(own, out, max_length, backbone, tokenizer)
+
+    def work(batch: str) -> str:
+        documents = answerer([Document(**document) for document in json.loads(batch)])
+        return json.dumps([asdict(document) for document in documents])
+
+    return work
 
 
 def _chosen(config: Config, documents: Tokenised) -> list[int]:
