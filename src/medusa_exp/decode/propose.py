@@ -16,6 +16,9 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads, StackedHeads
 from medusa_exp.tree import Tree, chain
 
+_NO_CHANCE = -1e4
+"""Log of a probability that is none. Sums over a path still tell 1e-9 apart in float64."""
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -113,9 +116,11 @@ class DynamicTree:
         logits_BKV = _head_logits(self._heads, hidden_BD, self.depth)
         top = logits_BKV.double().log_softmax(-1).topk(self._num_ranks, dim=-1)
         tokens_BM = torch.cat([root_B[:, None], top.indices.flatten(1)], 1)[:, self._place_M]
+        # Minus infinity times 0, and NaN, would make every score of the row NaN.
+        values_BKR = top.values.nan_to_num(nan=_NO_CHANCE).clamp(min=_NO_CHANCE)
         # A root is certain. Equal numbers (a guess of probability 1) must leave parents first.
-        zero_B1 = top.values.new_zeros(len(root_B), 1)
-        step_BM = torch.cat([zero_B1, top.values.flatten(1)], 1)[:, self._place_M] - 1e-9
+        zero_B1 = values_BKR.new_zeros(len(root_B), 1)
+        step_BM = torch.cat([zero_B1, values_BKR.flatten(1)], 1)[:, self._place_M] - 1e-9
         score_BM = step_BM @ self._ancestors_MM.T.to(step_BM.dtype)
         node_BN = score_BM.topk(self.num_nodes, dim=1).indices.sort(dim=1).values
         place_BM = torch.zeros_like(score_BM, dtype=torch.long).scatter_(
