@@ -9,7 +9,9 @@ from tiny_models import VOCAB_SIZE
 from medusa_exp.decode import generate
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain
-from medusa_exp.tree import Tree
+from medusa_exp.errors import UserError
+from medusa_exp.model import build_heads
+from medusa_exp.tree import Tree, chain
 
 
 class BrokenHeads(torch.nn.Module):
@@ -45,3 +47,24 @@ def test_guesses_that_are_no_numbers_change_no_answer(backbone, value, num_picke
     heads = BrokenHeads(plain.tokens, value)
     ours = generate(backbone, heads, torch.tensor([prompt]), tree=tree, max_new_tokens=30)
     assert ours.sequences == [plain.tokens]
+
+
+class PlainHeads(torch.nn.Module):
+    """Two heads that are no class of ours."""
+
+    def forward(self, hidden_BD):
+        return torch.zeros(len(hidden_BD), 2, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "plain"])
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (chain(3), "the tree is 3 guesses deep, and there are 2 heads"),
+        (Tree((-1, 0), (-1, VOCAB_SIZE)), "guess 65 of a head, and it has 64"),
+    ],
+)
+def test_a_tree_of_guesses_that_the_heads_lack(backbone, kind, tree, message):
+    heads = PlainHeads() if kind == "plain" else build_heads(backbone, num_heads=2, kind=kind)
+    with pytest.raises(UserError, match=message):
+        generate(backbone, heads, torch.tensor([[1, 2]]), tree=tree, max_new_tokens=4)

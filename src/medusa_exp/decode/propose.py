@@ -72,7 +72,7 @@ class StaticTree:
         """Return trees below the roots; see `Proposer`."""
         tokens_BN = root_B[:, None]
         if self.depth:
-            logits_BKV = _head_logits(self._heads, hidden_BD, self.depth)
+            logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
             guesses_BKR = logits_BKV.topk(self._num_ranks, dim=-1).indices
             tokens_BN = torch.cat([tokens_BN, guesses_BKR.flatten(1)], dim=1)[:, self._place_N]
         return Draft(
@@ -113,7 +113,7 @@ class DynamicTree:
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
         """Return trees below the roots; see `Proposer`."""
-        logits_BKV = _head_logits(self._heads, hidden_BD, self.depth)
+        logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
         top = logits_BKV.double().log_softmax(-1).topk(self._num_ranks, dim=-1)
         tokens_BM = torch.cat([root_B[:, None], top.indices.flatten(1)], 1)[:, self._place_M]
         # Minus infinity times 0, and NaN, would make every score of the row NaN.
@@ -161,13 +161,18 @@ def _places(tree: Tree, num_ranks: int) -> np.ndarray:
     return place_N
 
 
-def _head_logits(heads: nn.Module, hidden_BD: Tensor, depth: int) -> Tensor:
+def _head_logits(heads: nn.Module, hidden_BD: Tensor, depth: int, num_ranks: int) -> Tensor:
     if isinstance(heads, MedusaHeads | StackedHeads):  # deeper heads need not be read
-        logits_BKV = heads(hidden_BD.to(heads.dtype), depth)
+        logits_BKV = heads(hidden_BD.to(heads.dtype), min(depth, heads.num_heads))
     else:
         logits_BKV = heads(hidden_BD)[:, :depth]
-    if logits_BKV.shape[1] < depth:
-        raise UserError(
-            f"the tree is {depth} guesses deep, and there are {logits_BKV.shape[1]} heads."
-        )
+    check_fit(depth, num_ranks, *logits_BKV.shape[1:])
     return logits_BKV
+
+
+def check_fit(depth: int, num_ranks: int, num_heads: int, vocab_size: int) -> None:
+    """Raise a UserError where a tree asks for guesses that there are not."""
+    if depth > num_heads:
+        raise UserError(f"the tree is {depth} guesses deep, and there are {num_heads} heads.")
+    if num_ranks > vocab_size:
+        raise UserError(f"the tree asks for guess {num_ranks} of a head, and it has {vocab_size}.")
