@@ -1,5 +1,6 @@
 """The one function to call from Python."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +67,7 @@ def generate(
     """
     if model.training if isinstance(model, PreTrainedModel) else model.model.training:
         raise ValueError("the model is in training mode: call model.eval() first.")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be [B, T], not of shape {list(input_ids.shape)}.")
+    _check(input_ids, attention_mask, max_new_tokens, temperature)
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     check_trees(backbone)
     ids = eos_token_id if eos_token_id is not None else list(backbone.eos_token_ids)
@@ -83,3 +83,19 @@ def generate(
         [answer.accept_lengths for answer in answers],
         max(len(answer.accept_lengths) for answer in answers),
     )
+
+
+def _check(
+    input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, temperature: float
+) -> None:
+    shape = list(input_ids.shape)
+    if len(shape) != 2 or not shape[0]:
+        raise ValueError(f"input_ids must be [B, T] with a row at least, not of shape {shape}.")
+    if attention_mask is not None and list(attention_mask.shape) != shape:
+        raise ValueError(
+            f"attention_mask must be of input_ids' shape {shape}, not {list(attention_mask.shape)}."
+        )
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be a number from 0 on.")
