@@ -37,3 +37,11 @@ def test_what_was_said_belongs_to_the_next_prompt_until_there_is_no_room(chat):
     with pytest.raises(UserError, match="positions"):
         list(chat.answer("x" * 200))
     assert len(chat.messages) == 4
+
+
+def test_half_a_character_at_the_end_hides_nothing_before_it(chat, tokenizer, monkeypatch):
+    said = tokenizer("ab\u00e9", add_special_tokens=False).input_ids[:-1]
+    steps = [[said[:1]], [said[1:]]]  # the answer is cut inside of the last character
+    monkeypatch.setattr("medusa_exp.decode.chat.tree_steps", lambda *_: iter(steps))
+    assert "".join(chat.answer("hello")) == "ab"
+    assert chat.messages[-1].content == "ab"

@@ -81,9 +81,9 @@ class Chat:
             tokens += added
             # Text depends on its neighbours: a step's is what the whole gains by it.
             whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            if not whole.endswith("\ufffd"):  # half of a character comes with the next step
-                yield whole[len(shown) :]
-                shown = whole
+            whole = whole.rstrip("\ufffd")  # half of a character comes with the next step
+            yield whole[len(shown) :]
+            shown = whole
         self.seconds += time.perf_counter() - start
         self.num_tokens += len(tokens)
         self.num_steps += len(answers.decoded[0].accept_lengths)
