@@ -57,6 +57,26 @@ def test_plain_text_is_a_question_a_line(tmp_path, tokenizer):
     ]
 
 
+def test_marks_inside_of_a_line_do_not_end_a_question(tmp_path, tokenizer):
+    path = tmp_path / "ask.txt"
+    path.write_bytes("one\u2028and\x0ctwo\r\nthree\n".encode())
+    prompts = load(config_of(path), tokenizer)
+    assert [p.prompt_id for p in prompts] == ["1#0", "2#0"]
+    assert "one\u2028and\x0ctwo<|end|>" in prompts[0].text
+
+
+def test_plain_text_of_another_encoding(tmp_path, tokenizer):
+    (tmp_path / "ask.txt").write_bytes("Qu\u00e9?\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"ask\.txt is not UTF-8 text"):
+        load(config_of(tmp_path / "ask.txt"), tokenizer)
+
+
+def test_questions_behind_a_byte_order_mark(tmp_path, tokenizer):
+    path = tmp_path / "question.jsonl"
+    path.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS), encoding="utf-8-sig")
+    assert len(load(config_of(path), tokenizer)) == 5
+
+
 def test_chats_are_asked_at_every_assistant_turn(sharegpt_file, tokenizer):
     prompts = load(config_of(sharegpt_file), tokenizer)
     assert len(prompts) == 10
