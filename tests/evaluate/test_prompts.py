@@ -105,6 +105,14 @@ def test_what_is_no_question(tmp_path, tokenizer, name, text, message):
         load(config_of(tmp_path / name), tokenizer)
 
 
+def test_chats_that_are_all_dropped_are_told_of(tmp_path, tokenizer, caplog):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"conversations": [{"from": "human", "value": 3}]}\n')
+    with pytest.raises(UserError, match="no held-out prompt is left"):
+        load(config_of(path), tokenizer)
+    assert "evaluate.path: dropped: " in caplog.text
+
+
 def test_a_file_that_is_not_there(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"evaluate\.path=.*none.jsonl does not exist"):
         load(config_of(tmp_path / "none.jsonl"), tokenizer)
