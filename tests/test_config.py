@@ -95,3 +95,13 @@ def test_the_template_of_vicuna_is_fastchats():
     system = {"role": "system", "content": "Rules."}
     [[text], _] = render_jinja_template([[system, *messages[:2]]], chat_template=template)
     assert text == "Rules. USER: Hi ASSISTANT: Hello!</s>"
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(UserError, match=r"decode\.stop_strings.*empty"):
+        composed("decode.stop_strings=['']")
+
+
+def test_a_batch_size_is_measured_once():
+    with pytest.raises(UserError, match=r"evaluate\.batch_sizes=\[1, 4, 1\] .* twice"):
+        composed("evaluate.batch_sizes=[1,4,1]")
