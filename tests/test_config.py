@@ -103,3 +103,13 @@ def test_a_saved_config_is_read_where_hydra_is_not(tmp_path):
     saved.write_text("run_dir: outputs/${now:%Y}\nsweep_dir: outputs/${now:%Y}\nseed: 3\n")
     config = from_hydra(load_saved(saved))
     assert (config.seed, config.run_dir, config.sweep_dir) == (3, str(tmp_path / "run"), "")
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(UserError, match=r"decode\.stop_strings.*empty"):
+        composed("decode.stop_strings=['']")
+
+
+def test_a_batch_size_is_measured_once():
+    with pytest.raises(UserError, match=r"evaluate\.batch_sizes=\[1, 4, 1\] .* twice"):
+        composed("evaluate.batch_sizes=[1,4,1]")

@@ -57,6 +57,8 @@ class RunRecord:
             "command": self.command,
             **{key: self.run[key] for key in ("seed", "git", "versions")},
         }
+        if name in self._metric_names:  # these are there until others replace them
+            entry["metrics"] = self._metric_names[name]
         self.run["stages"][name] = entry
         self._save()
         start = time.perf_counter()

@@ -47,7 +47,7 @@ def test_generate_takes_padding_on_either_side(backbone):
         ({"temperature": float("nan")}, "temperature=nan must be 0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 must lie between 0 and 1"),
-        ({"tree": Tree.from_paths([[1000]])}, "the tree has rank 1000"),
+        ({"tree": Tree.from_paths([[1000]])}, "guess 1001 of a head"),
         ({"tree": chain(3)}, "the tree is 3 guesses deep, and there are 2 heads"),
         ({"heads": torch.nn.Identity()}, r"heads\(hidden_BD\) must return \[B, K, V\]"),
     ],

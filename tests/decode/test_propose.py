@@ -1,11 +1,18 @@
-"""Drafts: trees of guesses that are picked anew at each step."""
+"""Drafts: nodes that are picked, and heads that say what no trained head should."""
+
+import math
 
 import pytest
 import torch
+from tiny_models import VOCAB_SIZE
 
-from medusa_exp import build_heads, generate
+from medusa_exp.decode import generate
+from medusa_exp.decode.answers import Limits
+from medusa_exp.decode.loop import decode_plain
 from medusa_exp.decode.propose import DynamicTree
-from medusa_exp.tree import Tree
+from medusa_exp.errors import UserError
+from medusa_exp.model import build_heads
+from medusa_exp.tree import Tree, chain
 
 
 def test_a_picked_tree_has_the_likeliest_nodes(backbone):
@@ -42,43 +49,57 @@ def test_a_picked_tree_has_the_likeliest_nodes(backbone):
         assert sorted(paths) == expected
 
 
-def at_random(x_BKV: torch.Tensor) -> torch.Tensor:
-    return x_BKV
+class BrokenHeads(torch.nn.Module):
+    """Stub heads that guess tokens of an answer, and have one value in place of most logits."""
+
+    num_heads = 3
+
+    def __init__(self, answer: list[int], value: float) -> None:
+        super().__init__()
+        self.answer, self.value = sorted(set(answer)), value
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, hidden_BD):
+        shape = (len(hidden_BD), self.num_heads, VOCAB_SIZE)
+        logits_BKV = torch.randn(shape, generator=self.generator)
+        logits_BKV[..., self.answer] += 4
+        is_broken_BKV = torch.rand(shape, generator=self.generator) < 0.9
+        return logits_BKV.masked_fill(is_broken_BKV, self.value)
 
 
-def one_head_of(value: float):
-    def change(x_BKV: torch.Tensor) -> torch.Tensor:
-        x_BKV[:, 1] = value
-        return x_BKV
-
-    return change
-
-
-def two_tokens_alone(x_BKV: torch.Tensor) -> torch.Tensor:
-    x_BKV[:, :, 2:] = -torch.inf
-    return x_BKV
-
-
-@pytest.mark.parametrize(
-    "change",
-    [at_random, one_head_of(torch.nan), one_head_of(-torch.inf), two_tokens_alone, torch.exp2],
-    ids=["at random", "one NaN", "one -inf", "two tokens alone", "huge"],
-)
-@pytest.mark.parametrize("num_nodes", [2, 4, 9])
-def test_heads_without_sense_do_not_change_the_answer(backbone, num_nodes, change):
-    choices = Tree.from_paths(
-        [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (2, 0), (3, 0), (0, 0, 0), (1, 0, 0)]
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("num_picked", [None, 20])
+def test_guesses_that_are_no_numbers_change_no_answer(backbone, value, num_picked):
+    prompt = [5, 6, 7]
+    [plain] = decode_plain(backbone, [prompt], Limits(30))
+    ranks = range(4)
+    tree = Tree.from_paths(
+        [(i,) for i in ranks]
+        + [(i, j) for i in ranks for j in ranks]
+        + [(i, j, k) for i in ranks for j in ranks for k in ranks]
     )
-    tree = Tree(choices.parents, choices.ranks, num_nodes)
-    generator = torch.Generator().manual_seed(num_nodes)
+    tree = Tree(tree.parents, tree.ranks, num_picked)
+    heads = BrokenHeads(plain.tokens, value)
+    ours = generate(backbone, heads, torch.tensor([prompt]), tree=tree, max_new_tokens=30)
+    assert ours.sequences == [plain.tokens]
 
-    def heads(hidden_BD: torch.Tensor) -> torch.Tensor:
-        logits_BKV = torch.randn(len(hidden_BD), 3, backbone.vocab_size, generator=generator)
-        return change(30 * logits_BKV)
 
-    ids = torch.tensor([[5, 6, 7, 8, 9]])
-    said = [
-        generate(backbone, heads, ids, tree=used, max_new_tokens=24, eos_token_id=[]).sequences
-        for used in (Tree.from_paths([]), tree)
-    ]
-    assert said[0] == said[1]
+class PlainHeads(torch.nn.Module):
+    """Two heads that are no class of ours."""
+
+    def forward(self, hidden_BD):
+        return torch.zeros(len(hidden_BD), 2, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "plain"])
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (chain(3), "the tree is 3 guesses deep, and there are 2 heads"),
+        (Tree((-1, 0), (-1, VOCAB_SIZE)), "guess 65 of a head, and it has 64"),
+    ],
+)
+def test_a_tree_of_guesses_that_the_heads_lack(backbone, kind, tree, message):
+    heads = PlainHeads() if kind == "plain" else build_heads(backbone, num_heads=2, kind=kind)
+    with pytest.raises(UserError, match=message):
+        generate(backbone, heads, torch.tensor([[1, 2]]), tree=tree, max_new_tokens=4)

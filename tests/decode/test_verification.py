@@ -235,3 +235,15 @@ def test_filters_are_those_of_transformers():
         torch.testing.assert_close(
             probabilities(logits_BV, temperature, k, p), warped_BV.softmax(-1)
         )
+
+
+def test_a_filter_that_keeps_everything_keeps_everything():
+    """In float32 the sum of many probabilities passes 1 before the last."""
+    logits_V = torch.randn(50_000, generator=torch.manual_seed(0)) * 4
+    assert torch.equal(probabilities(logits_V, 1.0, None, 1.0), probabilities(logits_V, 1.0))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-46])
+def test_a_tiny_temperature_leaves_the_likeliest_token_alone(temperature):
+    logits_V = torch.tensor([1.0, 5.0, 4.9, -3.0, 5.0])
+    assert probabilities(logits_V, temperature).tolist() == [0, 0.5, 0, 0, 0.5]

@@ -82,6 +82,14 @@ def test_the_interval_holds_the_speedup_and_narrows_with_prompts():
     assert few_high - few_low > high - low
 
 
+def test_prompts_of_a_batch_are_drawn_together():
+    """They share their batch's seconds: drawn one by one, they would seem to be more than it."""
+    rng = random.Random(0)
+    alone = [record("tree", "a", 10, 5, 0.4 + 0.2 * rng.random()) for _ in range(40)]
+    in_fours = [one | {"batch_size": 4} for one in alone for _ in range(4)]
+    assert speedup_interval(in_fours) == pytest.approx(speedup_interval(alone))
+
+
 def test_sampled_answers_are_not_compared():
     random_ones = [
         record(m, "a", 10, 5, 1.0, identical=None) | {"accept_lengths": [2] * 5}

@@ -57,6 +57,26 @@ def test_plain_text_is_a_question_a_line(tmp_path, tokenizer):
     ]
 
 
+def test_marks_inside_of_a_line_do_not_end_a_question(tmp_path, tokenizer):
+    path = tmp_path / "ask.txt"
+    path.write_bytes("one\u2028and\x0ctwo\r\nthree\n".encode())
+    prompts = load(config_of(path), tokenizer)
+    assert [p.prompt_id for p in prompts] == ["1#0", "2#0"]
+    assert "one\u2028and\x0ctwo<|end|>" in prompts[0].text
+
+
+def test_plain_text_of_another_encoding(tmp_path, tokenizer):
+    (tmp_path / "ask.txt").write_bytes("Qu\u00e9?\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"ask\.txt is not UTF-8 text"):
+        load(config_of(tmp_path / "ask.txt"), tokenizer)
+
+
+def test_questions_behind_a_byte_order_mark(tmp_path, tokenizer):
+    path = tmp_path / "question.jsonl"
+    path.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS), encoding="utf-8-sig")
+    assert len(load(config_of(path), tokenizer)) == 5
+
+
 def test_chats_are_asked_at_every_assistant_turn(sharegpt_file, tokenizer):
     prompts = load(config_of(sharegpt_file), tokenizer)
     assert len(prompts) == 10
@@ -77,13 +97,20 @@ def test_questions_without_room_are_counted(question_file, tokenizer, caplog):
         ("q.jsonl", '{"question_id": 1, "turns": ["a"]}\n{"question_id": 2}\n', "line 2 is no que"),
         ("q.jsonl", '{"question_id": 1, "turns": []}\n', "line 1 .* turns is empty"),
         ("q.txt", "\n \n", "holds no question"),
-        ("q.txt", b"What is \xff?\n", r"q\.txt is no text in UTF-8: .* position 8"),
     ],
 )
 def test_what_is_no_question(tmp_path, tokenizer, name, text, message):
-    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         load(config_of(tmp_path / name), tokenizer)
+
+
+def test_chats_that_are_all_dropped_are_told_of(tmp_path, tokenizer, caplog):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"conversations": [{"from": "human", "value": 3}]}\n')
+    with pytest.raises(UserError, match="no held-out prompt is left"):
+        load(config_of(path), tokenizer)
+    assert "evaluate.path: dropped: " in caplog.text
 
 
 def test_a_file_that_is_not_there(tmp_path, tokenizer):

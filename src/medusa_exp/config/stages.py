@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from medusa_exp.config.checks import at_least, one_of, within
+from medusa_exp.errors import UserError
 
 
 @dataclass
@@ -134,6 +135,8 @@ class DecodeConfig:
         if self.top_p is not None:
             within("decode.top_p", self.top_p, 1e-3, 1.0)
         at_least("decode.max_new_tokens", self.max_new_tokens, 1)
+        if "" in self.stop_strings:
+            raise UserError("decode.stop_strings has an empty one, which ends any answer: drop it.")
 
 
 @dataclass
@@ -164,6 +167,8 @@ class EvaluateConfig:
             one_of("evaluate.baselines", name, ("chain", "hf_generate", "prompt_lookup"))
         for size in self.batch_sizes or [0]:
             at_least("evaluate.batch_sizes", size, 1)
+        if len(set(self.batch_sizes)) < len(self.batch_sizes):  # its prompts would count twice
+            raise UserError(f"evaluate.batch_sizes={self.batch_sizes} names a size twice.")
 
 
 @dataclass

@@ -4,6 +4,7 @@ Two forms: the question.jsonl of MT-bench and Spec-Bench (`question_id`, `catego
 plain text, a question a line.
 """
 
+from codecs import BOM_UTF8 as BOM
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def is_question_file(path: Path) -> bool:
     if path.suffix != ".jsonl":
         return False
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"")
+        lines = (line.removeprefix(BOM) for line in file)
+        first = next((line for line in lines if line.strip()), b"")
     try:
         return "turns" in msgspec.json.decode(first, type=dict)
     except msgspec.MsgspecError:
@@ -48,6 +50,7 @@ def read_questions(path: Path) -> list[Question]:
         DataError: naming the file and the line that is no question, or a file without any.
     """
     if path.suffix == ".txt":
+        # Not str.splitlines, which ends lines at marks inside of a text too.
         lines = [line.strip() for line in _text(path).split("\n")]
         questions = [
             Question(str(number), "all", (line,)) for number, line in enumerate(lines, 1) if line
@@ -56,7 +59,7 @@ def read_questions(path: Path) -> list[Question]:
         decoder = msgspec.json.Decoder(_Record)
         questions = [
             _question(decoder, line, f"{path}, line {number}")
-            for number, line in enumerate(path.read_bytes().splitlines(), 1)
+            for number, line in enumerate(path.read_bytes().removeprefix(BOM).splitlines(), 1)
             if line.strip()
         ]
     if not questions:
@@ -68,7 +71,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {error}.") from error
+        raise DataError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def _question(decoder: msgspec.json.Decoder[_Record], line: bytes, place: str) -> Question:

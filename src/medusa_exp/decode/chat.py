@@ -38,10 +38,10 @@ _STYLES = ("bold cyan", "bold magenta")
 def run(config: Config, out: Path) -> dict[str, float]:
     """Chat until the input ends; return tokens per step over all answers."""
     chat = load_chat(config, out)
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         _talk(chat, Console())
     else:
-        _answer_piped(chat, sys.stdin.read())
+        _answer_piped(chat, _piped())
     return {"chat/tokens_per_step": chat.tokens_per_step} if chat.num_steps else {}
 
 
@@ -81,9 +81,9 @@ class Chat:
             tokens += added
             # Text depends on its neighbours: a step's is what the whole gains by it.
             whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            if not whole.endswith("\ufffd"):  # half of a character comes with the next step
-                yield whole[len(shown) :], len(added)
-                shown = whole
+            whole = whole.rstrip("\ufffd")  # half of a character comes with the next step
+            yield whole[len(shown) :], len(added)
+            shown = whole
         self.seconds += time.perf_counter() - start
         self.num_tokens += len(tokens)
         self.num_steps += len(answers.decoded[0].accept_lengths)
@@ -121,6 +121,15 @@ def _print_answer(chat: Chat, line: str, console: Console) -> None:
         style = _STYLES[number % len(_STYLES)] if num_tokens > 1 else ""
         console.print(Text(piece, style=style), end="", soft_wrap=True)
     console.print()
+
+
+def _piped() -> str:
+    if sys.stdin is None:  # closed by who started us
+        return ""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt piped into stage chat is not UTF-8 text: {error}.") from error
 
 
 def _answer_piped(chat: Chat, prompt: str) -> None:

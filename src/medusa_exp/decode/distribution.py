@@ -18,16 +18,17 @@ def probabilities(
     infinity, token 0 has it.
     """
     wide_V = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
-    scaled_V = wide_V.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) / temperature
-    largest_1 = scaled_V.amax(-1, keepdim=True)
-    # Differences to the largest: infinities of one sign are equal, and not NaN.
-    below_V = torch.where(scaled_V == largest_1, 0.0, scaled_V - largest_1)
+    wide_V = wide_V.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    largest_1 = wide_V.amax(-1, keepdim=True)
+    # Differences to the largest: infinities of one sign are equal, and not NaN. Divided only then,
+    # or a tiny temperature would make infinities of several logits.
+    below_V = torch.where(wide_V == largest_1, 0.0, (wide_V - largest_1) / temperature)
     token_V = torch.arange(below_V.shape[-1], device=below_V.device)
     below_V = below_V.masked_fill((largest_1 == -torch.inf) & (token_V > 0), -torch.inf)
     if top_k is not None:
         kth_1 = below_V.topk(min(top_k, below_V.shape[-1]), dim=-1).values[..., -1:]
         below_V = below_V.masked_fill(below_V < kth_1, -torch.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # the sum of all may round to more than 1 before its end
         below_V = _nucleus(below_V, top_p)
     return below_V.softmax(-1)
 

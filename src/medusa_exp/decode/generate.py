@@ -69,7 +69,7 @@ def generate(
         raise ValueError("the model is in training mode: call model.eval() first.")
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    _check(input_ids, mask, tree, max_new_tokens, temperature, backbone.vocab_size)
+    _check(input_ids, mask, max_new_tokens, temperature, backbone.vocab_size)
     check_trees(backbone)
     ids = eos_token_id if eos_token_id is not None else list(backbone.eos_token_ids)
     limits = Limits(max_new_tokens, [ids] if isinstance(ids, int) else ids)
@@ -88,7 +88,6 @@ def generate(
 def _check(
     input_ids: Tensor,
     mask: Tensor,
-    tree: Tree,
     max_new_tokens: int,
     temperature: float,
     vocab_size: int,
@@ -109,5 +108,3 @@ def _check(
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more, and whole.")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more, and finite.")
-    if max(tree.ranks) >= vocab_size:
-        raise ValueError(f"the tree has rank {max(tree.ranks)}, and there are {vocab_size} tokens.")

@@ -16,8 +16,8 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads, StackedHeads
 from medusa_exp.tree import Tree, chain
 
-_LEAST = -1e4
-"""Log-probability of the least likely guess, and of what heads say with NaN and -inf."""
+_NO_CHANCE = -1e4
+"""Log of a probability that is none. Sums over a path still tell 1e-9 apart in float64."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class StaticTree:
         """Return trees below the roots; see `Proposer`."""
         tokens_BN = root_B[:, None]
         if self.depth:
-            logits_BKV = _head_logits(self._heads, hidden_BD, self.depth)
+            logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
             guesses_BKR = logits_BKV.topk(self._num_ranks, dim=-1).indices
             tokens_BN = torch.cat([tokens_BN, guesses_BKR.flatten(1)], dim=1)[:, self._place_N]
         return Draft(
@@ -113,14 +113,14 @@ class DynamicTree:
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
         """Return trees below the roots; see `Proposer`."""
-        logits_BKV = _head_logits(self._heads, hidden_BD, self.depth)
+        logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
         top = logits_BKV.double().log_softmax(-1).topk(self._num_ranks, dim=-1)
         tokens_BM = torch.cat([root_B[:, None], top.indices.flatten(1)], 1)[:, self._place_M]
-        # Parents must come first, or a node would be judged in a place that it does not have:
-        # no number may be without order, or so great that it swallows what sets a child apart.
-        guess_BKR = top.values.nan_to_num(nan=_LEAST).clamp(min=_LEAST)
-        certain_B1 = guess_BKR.new_zeros(len(root_B), 1)
-        step_BM = torch.cat([certain_B1, guess_BKR.flatten(1)], 1)[:, self._place_M] - 1e-9
+        # Minus infinity times 0, and NaN, would make every score of the row NaN.
+        values_BKR = top.values.nan_to_num(nan=_NO_CHANCE).clamp(min=_NO_CHANCE)
+        # A root is certain. Equal numbers (a guess of probability 1) must leave parents first.
+        zero_B1 = values_BKR.new_zeros(len(root_B), 1)
+        step_BM = torch.cat([zero_B1, values_BKR.flatten(1)], 1)[:, self._place_M] - 1e-9
         score_BM = step_BM @ self._ancestors_MM.T.to(step_BM.dtype)
         node_BN = score_BM.topk(self.num_nodes, dim=1).indices.sort(dim=1).values
         place_BM = torch.zeros_like(score_BM, dtype=torch.long).scatter_(
@@ -161,18 +161,23 @@ def _places(tree: Tree, num_ranks: int) -> np.ndarray:
     return place_N
 
 
-def _head_logits(heads: nn.Module, hidden_BD: Tensor, depth: int) -> Tensor:
+def _head_logits(heads: nn.Module, hidden_BD: Tensor, depth: int, num_ranks: int) -> Tensor:
     """Return logits_BKV of as many heads as the tree is deep."""
     if isinstance(heads, MedusaHeads | StackedHeads):  # deeper heads need not be read
-        num_heads = heads.num_heads
-        logits_BKV = heads(hidden_BD.to(heads.dtype), min(depth, num_heads))
+        logits_BKV = heads(hidden_BD.to(heads.dtype), min(depth, heads.num_heads))
     else:
         logits_BKV = heads(hidden_BD)
         if logits_BKV.ndim != 3:
             raise ValueError(
                 f"heads(hidden_BD) must return [B, K, V], not {list(logits_BKV.shape)}."
             )
-        num_heads = logits_BKV.shape[1]
-    if num_heads < depth:
-        raise UserError(f"the tree is {depth} guesses deep, and there are {num_heads} heads.")
+    check_fit(depth, num_ranks, *logits_BKV.shape[1:])
     return logits_BKV[:, :depth]
+
+
+def check_fit(depth: int, num_ranks: int, num_heads: int, vocab_size: int) -> None:
+    """Raise a UserError where a tree asks for guesses that there are not."""
+    if depth > num_heads:
+        raise UserError(f"the tree is {depth} guesses deep, and there are {num_heads} heads.")
+    if num_ranks > vocab_size:
+        raise UserError(f"the tree asks for guess {num_ranks} of a head, and it has {vocab_size}.")

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.propose import Draft
+from medusa_exp.decode.propose import Draft, check_fit
 from medusa_exp.decode.verification import Nodes
-from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.tree import Tree
 
@@ -40,12 +39,9 @@ class SequentialTree:
         """Plan the tree's depths.
 
         Raises:
-            UserError: it is deeper than there are heads.
+            UserError: it asks for guesses that the heads lack.
         """
-        if tree.depth > heads.num_heads:
-            raise UserError(
-                f"the tree is {tree.depth} guesses deep, and there are {heads.num_heads} heads."
-            )
+        check_fit(tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.vocab_size)
         self.num_nodes, self.depth = len(tree), tree.depth
         self._heads = heads
         self.key: Hashable = (id(heads), tree)

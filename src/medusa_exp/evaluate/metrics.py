@@ -60,9 +60,17 @@ def _figures(records: list[Record]) -> dict[str, float]:
 
 
 def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the speed-up: prompts are drawn anew, with repeats."""
+    """Return the 95 % bootstrap interval of the speed-up: prompts are drawn anew, with repeats.
+
+    Prompts that were answered together share their seconds, and are drawn together.
+
+    Args:
+        records: of one method and batch size, in the order of their batches.
+        draws: how often.
+    """
     keys = ("new_tokens", "seconds", "baseline_new_tokens", "baseline_seconds")
     values = np.array([[float(record[key]) for key in keys] for record in records])
+    values = np.add.reduceat(values, range(0, len(values), records[0]["batch_size"]))
     rng = np.random.default_rng(0)
     picked = rng.integers(0, len(values), (draws, len(values)))
     ours, seconds, plain, plain_seconds = values[picked].sum(1).T

@@ -56,10 +56,13 @@ def load_prompts(
         room = max_positions - config.decode.max_new_tokens
         return _of_questions(questions, tokenizer, room, answer)
     reading = read_conversations(path)
-    prompts = prompts_of(reading, tokenizer, config, max_positions=max_positions, num_prompts=count)
-    for reason, number in reading.dropped.items():
-        log.warning("evaluate.path: dropped: %s: %d", reason, number)
-    return prompts
+    try:
+        return prompts_of(
+            reading, tokenizer, config, max_positions=max_positions, num_prompts=count
+        )
+    finally:  # where no prompt is left, that is why
+        for reason, number in reading.dropped.items():
+            log.warning("evaluate.path: dropped: %s: %d", reason, number)
 
 
 def _spread(questions: list[Question], num_prompts: int) -> list[Question]:

@@ -55,7 +55,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     records: list[Record] = []
     samples: list[dict[str, Any]] = []
     outside, num_nodes = None, 0
-    for batch_size in sorted(set(config.evaluate.batch_sizes)):
+    for batch_size in sorted(config.evaluate.batch_sizes):
         tree = choose_tree(config, out, heads.num_heads, batch_size)
         methods = _methods(config, backbone, heads, tree, limits, batch_size)
         _warm_up(methods, prompts[: config.evaluate.warmup_prompts])
