@@ -96,3 +96,9 @@ def test_sampled_answers_are_not_compared():
         for m in ("plain", "tree")
     ]
     assert "eval/identical_fraction" not in summarise(random_ones)
+
+
+def test_one_batch_alone_has_no_interval():
+    records = [r | {"batch_size": 4} for r in RECORDS if r["method"] in ("plain", "tree")]
+    assert speedup_interval(records[2:]) is None
+    assert "eval/speedup_low" not in summarise(records)

@@ -24,7 +24,8 @@ def summarise(records: list[Record]) -> dict[str, float]:
     first = [record for record in records if record["batch_size"] == sizes[0]]
     tree, plain = of_method(first, "tree"), of_method(first, "plain")
     metrics |= {f"eval/{name}": value for name, value in _figures(tree).items()}
-    metrics["eval/speedup_low"], metrics["eval/speedup_high"] = speedup_interval(tree)
+    if interval := speedup_interval(tree):
+        metrics["eval/speedup_low"], metrics["eval/speedup_high"] = interval
     metrics["eval/baseline_tokens_per_second"] = tokens_per_second(plain)
     metrics["eval/num_prompts"] = float(len(tree))
     metrics |= accepted_by_depth(tree)
@@ -59,10 +60,11 @@ def _figures(records: list[Record]) -> dict[str, float]:
     return figures
 
 
-def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, float]:
+def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, float] | None:
     """Return the 95 % bootstrap interval of the speed-up: prompts are drawn anew, with repeats.
 
-    Prompts that were answered together share their seconds, and are drawn together.
+    Prompts that were answered together share their seconds, and are drawn together. One batch alone
+    says nothing of how others would do: None.
 
     Args:
         records: of one method and batch size, in the order of their batches.
@@ -71,6 +73,8 @@ def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, f
     keys = ("new_tokens", "seconds", "baseline_new_tokens", "baseline_seconds")
     values = np.array([[float(record[key]) for key in keys] for record in records])
     values = np.add.reduceat(values, range(0, len(values), records[0]["batch_size"]))
+    if len(values) < 2:
+        return None
     rng = np.random.default_rng(0)
     picked = rng.integers(0, len(values), (draws, len(values)))
     ours, seconds, plain, plain_seconds = values[picked].sum(1).T
