@@ -116,6 +116,13 @@ def masks(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def architectures(session: nox.Session) -> None:
+    """Compare trees with `model.generate` on tiny models of sixty architectures. A minute."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    session.run("pytest", "tests/decode/architectures.py", *session.posargs)
+
+
+@nox.session(default=False)
 def sweeps(session: nox.Session) -> None:
     """Run small sweeps with every launcher and with Optuna, and a training on Ray. Four minutes."""
     session.install(*CONSTRAINTS, "-e", ".[ray,sweep,slurm]", *group("test"))
