@@ -92,7 +92,7 @@ def _refuse_hidden_run_dirs(argv: list[str]) -> None:
         if key in ("hydra.run.dir", "hydra.sweep.dir") and any(place.glob(f"**/{SAVED}")):
             raise UserError(
                 f"{override}: there are runs in that directory. Name one of them by run_dir to go "
-                "on with it, or choose another directory."
+                "on with it, or a sweep's by sweep_dir; or choose another directory."
             )
         if key == "run_dir" and "${" in value:
             raise UserError(f"{override}: give run_dir as a plain path, without ${{...}}.")
