@@ -41,6 +41,8 @@ LATENT = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
 }
 GPT2_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": V}
 ROTARY = {**GPT2_LIKE, "rotary_dim": 4}
@@ -55,7 +57,7 @@ DECODED = {
     "cohere": GROUPED,
     "cohere2": {**GROUPED, **WINDOW},
     "ctrl": {},
-    "deepseek_v2": {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v2": {**LATENT, "q_lora_rank": None},
     "deepseek_v3": {**LATENT, "num_key_value_heads": 4, "q_lora_rank": 8},
     "diffllama": GROUPED,
     "doge": {},
@@ -144,12 +146,12 @@ class Oracle(torch.nn.Module):
         for answer in answers:
             for first, *rest in zip(answer, answer[1:], answer[2:], answer[3:], strict=False):
                 self.pairs.setdefault(first, rest)
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator, self.rng = torch.Generator().manual_seed(0), random.Random(0)
 
     def forward(self, hidden_BD):
         logits_BKV = torch.randn(len(hidden_BD), 3, V, generator=self.generator)
         for b in range(len(hidden_BD)):
-            for k, token in enumerate(random.choice([*self.pairs.values()])):
+            for k, token in enumerate(self.rng.choice([*self.pairs.values()])):
                 logits_BKV[b, k, token] += 5
         return logits_BKV
 
