@@ -15,6 +15,7 @@ from medusa_exp.files import read_json, read_jsonl
 from medusa_exp.model import load_heads
 from medusa_exp.provenance import RunRecord
 from medusa_exp.train import regenerate, stage
+from medusa_exp.train.inputs import open_inputs
 
 pytest.importorskip("ray.train")
 
@@ -91,3 +92,21 @@ def test_what_a_worker_cannot_do_is_what_the_stage_says(config, tmp_path):
     config.regenerate.workers, config.regenerate.use_heads = 1, True
     with pytest.raises(UserError, match="holds no heads"):
         regenerate.run(config, tmp_path)
+
+
+def test_workers_write_the_hidden_states_that_one_process_does(config, tmp_path):
+    config.train.features, config.train.val_prompts = "cache", 0
+    found = []
+    for workers in (0, 2):
+        config.train.feature_workers = workers
+        config.cache_dir = str(tmp_path / f"cache{workers}")
+        (tmp_path / f"run{workers}").mkdir()
+        inputs = open_inputs(config, tmp_path / f"run{workers}")
+        found.append(
+            {split: [f[n] for n in range(len(f._checks))] for split, f in inputs.features.items()}
+        )
+    for split, documents in found[0].items():
+        for (hidden_PD, own_P), (theirs_PD, others_P) in zip(
+            documents, found[1][split], strict=True
+        ):
+            assert torch.equal(hidden_PD, theirs_PD) and torch.equal(own_P, others_P)

@@ -125,7 +125,7 @@ def test_changed_bytes_are_found_when_they_are_read(cached, tmp_path):
 
 def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):
     def dies(*arguments):
-        (arguments[0] / "hidden.npy").write_bytes(b"half")
+        (arguments[1] / "hidden.npy").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

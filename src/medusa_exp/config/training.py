@@ -127,6 +127,9 @@ class TrainConfig:
     features: str = "online"
     """online (the backbone runs at every step) or cache (its hidden states of all documents are
     made once and read from `cache_dir`: for several trainings on the same documents)."""
+    feature_workers: int = 0
+    """Of features=cache: processes of a Ray cluster that make the hidden states side by side, a GPU
+    or a core each (see RAY_ADDRESS); 0 is this process alone."""
     compile: bool = False
     """Let torch.compile work on the frozen backbone: a minute once, for quicker steps on a GPU."""
     val_every: int = 200
@@ -170,6 +173,7 @@ class TrainConfig:
         ):
             at_least(f"train.{key}", getattr(self, key), 1)
         one_of("train.features", self.features, ("online", "cache"))
+        at_least("train.feature_workers", self.feature_workers, 0)
         at_least("train.val_prompts", self.val_prompts, 0)
         within("train.val_tree_nodes", self.val_tree_nodes, 1, 256)
         one_of("train.keep", self.keep, ("best", "last"))

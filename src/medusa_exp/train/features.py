@@ -10,33 +10,24 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock
-from torch import Tensor
 
 from medusa_exp.config import Config
-from medusa_exp.data.batches import Row, epoch_planner
 from medusa_exp.data.examples import Examples
-from medusa_exp.data.features import FORMAT, Features, check, stored_positions
-from medusa_exp.data.loader import collate
+from medusa_exp.data.features import FORMAT, Features, stored_positions
 from medusa_exp.errors import UserError
 from medusa_exp.files import content_key, publish, sha256_file, write_json
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.progress import progress_bar
+from medusa_exp.train.feature_writing import write_features
 from medusa_exp.train.trainer import pick_precision
 
 log = logging.getLogger(__name__)
-
-_ROWS = 1024
-"""Rows whose logits of the backbone exist at one time."""
-_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def open_features(
@@ -65,7 +56,7 @@ def open_features(
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{key}.lock")):
             if not path.is_dir():
-                _publish(config, path, key, examples, body())
+                _publish(config, path, key, examples, ends, body)
         found[split] = Features(path)
         log.info("hidden states of %s: %s", split, path)
     return found
@@ -86,30 +77,30 @@ def features_key(config: Config, split: str, data_key: str, backbone: Backbone) 
     )
 
 
-def _publish(config: Config, path: Path, key: str, examples: Examples, backbone: Backbone) -> None:
+def _publish(
+    config: Config,
+    path: Path,
+    key: str,
+    examples: Examples,
+    ends: Backbone,
+    body: Callable[[], Backbone],
+) -> None:
     for unfinished in path.parent.glob(f".{key}.partial-*"):  # left by a killed process
         shutil.rmtree(unfinished)
-    precision = pick_precision(config, backbone.device)
+    precision = pick_precision(config, ends.device)
     dtype = np.dtype(np.float32 if precision == "32-true" else np.int16)  # numpy has no bfloat16
     starts = _starts(examples)
-    size = int(starts[-1]) * (backbone.hidden_size * dtype.itemsize + 4)
+    size = int(starts[-1]) * (ends.hidden_size * dtype.itemsize + 4)
     _check_room(path.parent, size)
     log.info("writing %.2f GB of hidden states", size / 1e9)
+    backbone = None if config.train.feature_workers else body()
     with publish(path) as partial:
         partial.mkdir()
-        write_features(
-            partial,
-            examples,
-            starts,
-            dtype,
-            backbone,
-            config.train.batch_tokens,
-            _HALF.get(precision),
-        )
+        write_features(config, partial, examples, starts, dtype, ends.hidden_size, backbone)
         names = ("starts.npy", "checks.npy")
         summary: dict[str, Any] = {
             "key": key,
-            "backbone": str(backbone.model.config.name_or_path),
+            "backbone": str(ends.model.config.name_or_path),
             "sha256": {name: sha256_file(partial / name) for name in names},
         }
         write_json(partial / "summary.json", summary)
@@ -128,66 +119,6 @@ def _check_room(directory: Path, size: int) -> None:
             f"{free / 1e9:.2f} GB left: set train.features=online, cache_dir to a larger disk, or "
             "dataset.sample_fraction to less."
         )
-
-
-@torch.no_grad()
-def write_features(
-    directory: Path,
-    examples: Examples,
-    starts: np.ndarray,
-    dtype: np.dtype[Any],
-    backbone: Backbone,
-    batch_tokens: int,
-    autocast: torch.dtype | None,
-) -> None:
-    """Run the documents through the backbone, those of similar length together."""
-    shape = (int(starts[-1]), backbone.hidden_size)
-    hidden_PD = np.lib.format.open_memmap(directory / "hidden.npy", "w+", dtype, shape)
-    own_P = np.lib.format.open_memmap(directory / "own.npy", "w+", np.int32, shape[:1])
-    checks = np.zeros(len(examples), np.uint32)
-    plan = epoch_planner(
-        "padded", examples.lengths, batch_tokens=batch_tokens, row_tokens=0, seed=0
-    )
-    with progress_bar() as bar:
-        task = bar.add_task("hidden states of documents", total=len(examples))
-        for batch in plan(0):
-            context = torch.autocast(backbone.device.type, autocast) if autocast else nullcontext()
-            with context:
-                rows = _states(examples, batch, backbone)
-            for [number], (states_LD, choices_L) in zip(batch, rows, strict=True):
-                place = slice(starts[number], starts[number + 1])
-                hidden_PD[place] = _as_stored(states_LD, dtype)
-                own_P[place] = choices_L.cpu().numpy()
-                checks[number] = check(hidden_PD[place], own_P[place])
-            bar.advance(task, len(batch))
-    hidden_PD.flush()
-    own_P.flush()
-    np.save(directory / "starts.npy", starts)
-    np.save(directory / "checks.npy", checks)
-
-
-def _states(
-    examples: Examples, batch: list[Row], backbone: Backbone
-) -> list[tuple[Tensor, Tensor]]:
-    """Return hidden states and the backbone's next tokens at each document's stored positions."""
-    documents = [examples[number] for [number] in batch]
-    longest = int(examples.lengths.max())  # a model may have no position for padding beyond
-    collated = collate([[document] for document in documents], longest)
-    ids_BT = collated.input_ids_BT.to(backbone.device)
-    hidden_BTD = backbone.hidden_states(ids_BT)
-    found = []
-    for hidden_TD, document in zip(hidden_BTD, documents, strict=True):
-        stored = torch.from_numpy(stored_positions(document.is_trained))
-        states_LD = hidden_TD[stored.to(backbone.device)]
-        choices = [backbone.next_logits(r).argmax(-1) for r in states_LD.split(_ROWS)]
-        found.append((states_LD, torch.cat(choices) if choices else stored))
-    return found
-
-
-def _as_stored(states_LD: Tensor, dtype: np.dtype[Any]) -> np.ndarray:
-    if dtype == np.int16:
-        return states_LD.bfloat16().view(torch.int16).cpu().numpy()
-    return states_LD.float().cpu().numpy()
 
 
 def known_identities(config: Config, files: str | None) -> tuple[str, str] | None:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
@@ -19,10 +18,9 @@ from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.errors import UserError
 from medusa_exp.files import content_key
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.train.trainer import pick_precision
+from medusa_exp.train.trainer import HALF, pick_precision
 
 DOCUMENTS, SUMMARY = "documents.arrow", "summary.json"
-HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def open_answers(

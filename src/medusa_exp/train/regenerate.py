@@ -38,14 +38,13 @@ from medusa_exp.progress import progress_bar
 from medusa_exp.train.answering import Decode, Document, answer, document_of
 from medusa_exp.train.own_answers import (
     DOCUMENTS,
-    HALF,
     SUMMARY,
     answer_rule,
     answers_key,
     answers_path,
 )
 from medusa_exp.train.ray_data import Work, map_on_ray
-from medusa_exp.train.trainer import pick_precision
+from medusa_exp.train.trainer import HALF, pick_precision
 from medusa_exp.tree import Tree
 
 log = logging.getLogger(__name__)

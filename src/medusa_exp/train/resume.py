@@ -15,7 +15,7 @@ from medusa_exp.train.checkpoints import CHECKPOINT
 
 _LOOKING = (
     *("resume", "checkpoint_every", "val_every", "val_batches", "val_prompts", "val_tree_nodes"),
-    *("keep", "patience", "max_failures"),
+    *("keep", "patience", "max_failures", "feature_workers"),
 )
 
 log = logging.getLogger(__name__)
