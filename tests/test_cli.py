@@ -38,6 +38,28 @@ def test_help_is_quick_and_light(tmp_path):
     assert result.stdout.endswith("False False\n")
 
 
+def test_a_run_done_again_gives_the_same_numbers(run_dir, workplace):
+    """Comes first: later tests evaluate the run anew, with other settings."""
+    before = snapshot(run_dir)
+    again = ["+experiment=rerun", "rerun.source=run", "run_dir=again", "cache_dir=other"]
+    same_tree = ["tree.kind=custom", "tree.path=run/tree.json"]
+    result = medusa_exp(*again, *same_tree, cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert snapshot(run_dir) == before
+    found = read(workplace / "again/rerun.json")
+    assert found["differing"] == []
+    assert "equal in all that the clock does not give" in result.stdout
+    assert found["provenance"] == {}
+    old, new = found["metrics"]["train/loss"]
+    assert old == new == read(run_dir / "metrics.json")["train/loss"]
+    assert (workplace / "again/heads/model.safetensors").read_bytes() == (
+        run_dir / "heads/model.safetensors"
+    ).read_bytes()
+    assert (workplace / "again/run.json").is_file()
+    saved = (workplace / "again/.hydra/config.yaml").read_text()
+    assert "name: smoke\n" in saved and "kind: custom\n" in saved
+
+
 def test_a_run_keeps_the_contract(run_dir):
     for name in (
         ".hydra/config.yaml",
@@ -110,27 +132,6 @@ def test_a_default_that_changed_since_does_not_slip_into_an_old_run(run_dir, wor
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (run_dir / "records.jsonl").read_text().splitlines()]
     assert {record["new_tokens"] for record in records} == {7}
-
-
-def test_a_run_done_again_gives_the_same_numbers(run_dir, workplace):
-    before = snapshot(run_dir)
-    again = ["+experiment=rerun", "rerun.source=run", "run_dir=again", "cache_dir=other"]
-    same_tree = ["tree.kind=custom", "tree.path=run/tree.json"]
-    result = medusa_exp(*again, *same_tree, cwd=workplace)
-    assert result.returncode == 0, result.stderr
-    assert snapshot(run_dir) == before
-    found = read(workplace / "again/rerun.json")
-    assert found["differing"] == []
-    assert "equal in all that the clock does not give" in result.stdout
-    assert found["provenance"] == {}
-    old, new = found["metrics"]["train/loss"]
-    assert old == new == read(run_dir / "metrics.json")["train/loss"]
-    assert (workplace / "again/heads/model.safetensors").read_bytes() == (
-        run_dir / "heads/model.safetensors"
-    ).read_bytes()
-    assert (workplace / "again/run.json").is_file()
-    saved = (workplace / "again/.hydra/config.yaml").read_text()
-    assert "name: smoke\n" in saved and "kind: custom\n" in saved
 
 
 @pytest.mark.parametrize(
