@@ -23,12 +23,13 @@ def steps(out):
     return [line["step"] for line in lines if "train/loss" in line]
 
 
-def test_two_processes_train_what_one_does_with_twice_the_micro_batches(config, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does_with_twice_the_micro_batches(config, tmp_path, strategy):
     config.dtype.precision = "32-true"
     config.decode.max_new_tokens, config.train.max_steps = 8, 5
     config.train.accumulate = 2
     one = run(config, tmp_path / "one")
-    config.train.accumulate, config.train.strategy, config.train.devices = 1, "ddp", 2
+    config.train.accumulate, config.train.strategy, config.train.devices = 1, strategy, 2
     two = run(config, tmp_path / "two")
     assert two == pytest.approx(one, rel=1e-4) and "val/accept_length" in two
     heads = [load_heads(tmp_path / n / "heads").state_dict() for n in ("one", "two")]
@@ -37,6 +38,9 @@ def test_two_processes_train_what_one_does_with_twice_the_micro_batches(config, 
     assert steps(tmp_path / "two") == steps(tmp_path / "one")  # each line is written once
     run_json = json.loads((tmp_path / "two" / "run.json").read_text())
     assert run_json["stages"]["train"]["resumed_from_step"] == 0
+    if strategy == "fsdp":
+        found = run_json["stages"]["train"]["backbone_bytes"]
+        assert found["kept"] < 0.8 * found["whole"]
 
 
 def test_what_a_process_says_is_what_the_stage_says(config, tmp_path):

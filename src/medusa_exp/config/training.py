@@ -148,11 +148,12 @@ class TrainConfig:
     checkpoint_every: int = 200
     """Optimiser steps between checkpoints. One more comes at the end, and on SIGTERM and SIGINT."""
     strategy: str = "auto"
-    """auto (one device), ddp (`devices` of them on this machine, each with a copy of the backbone)
-    or ray (the same on the machines of a Ray cluster, see RAY_ADDRESS)."""
+    """auto (one device), ddp (`devices` of them on this machine, each with a copy of the backbone),
+    fsdp (each keeps a part of the backbone's layers, which are gathered one by one to run) or ray
+    (ddp on the machines of a Ray cluster, see RAY_ADDRESS)."""
     devices: int = 1
-    """Of strategy=ddp and ray: processes, on a GPU each or on the cores of the CPU. A step takes so
-    many times `accumulate` micro-batches."""
+    """Of strategy=ddp, fsdp and ray: processes, on a GPU each or on the cores of the CPU. A step
+    takes so many times `accumulate` micro-batches."""
     max_failures: int = 3
     """Of strategy=ray: times that workers may be lost and all start again from the checkpoint."""
     resume: str = "auto"
@@ -198,9 +199,12 @@ class TrainConfig:
         within("train.average", self.average, 0.0, 0.99999)
         within("train.decay", self.decay, 0.0, 1.0)
         within("train.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
-        one_of("train.strategy", self.strategy, ("auto", "ddp", "ray"))
+        one_of("train.strategy", self.strategy, ("auto", "ddp", "fsdp", "ray"))
         at_least("train.devices", self.devices, 1)
         at_least("train.max_failures", self.max_failures, 0)
+        if self.strategy == "fsdp":  # what is trained of the backbone would have to be sharded too
+            one_of("train.kind (with train.strategy=fsdp)", self.kind, ("medusa1",))
+            one_of("train.compile (with train.strategy=fsdp)", str(self.compile), ("False",))
         if self.strategy == "auto":
             within("train.devices (with train.strategy=auto)", self.devices, 1, 1)
         one_of("train.resume", self.resume, ("auto", "never"))

@@ -167,6 +167,10 @@ class Backbone:
             return self._identities[1]
         return weights_identity_of(self)
 
+    def remember_identities(self) -> None:
+        """Note which model this is, before its weights are taken apart."""
+        self._identities = (self.identity(), self.weights_identity())
+
     def leave_out_body(self, identity: str, weights_identity: str) -> None:
         """Say that this model has no layers, and which whole model its ends are of."""
         self.has_body = False

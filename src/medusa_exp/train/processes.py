@@ -1,4 +1,4 @@
-"""One training in several processes, each on a device of its own: `train.strategy=ddp`.
+"""One training in several processes, each on a device of its own: `train.strategy=ddp`, `fsdp`.
 
 torchrun starts them, on this machine, and ends all where one fails. Each is this module run as a
 program: it loads what it needs by the config, as a training of one process does; the first alone
@@ -48,8 +48,9 @@ def train_in_processes(config: Config, out: Path) -> dict[str, float]:
         raise UserError(found["error"])
     if code or "metrics" not in found:
         raise UserError(
-            f"train.strategy=ddp: a process of the training died (torchrun gave {code}): what it "
-            "said stands above. Where it was killed for memory, lower train.batch_tokens."
+            f"train.strategy={config.train.strategy}: a process of the training died (torchrun "
+            f"gave {code}): what it said stands above. Where it was killed for memory, lower "
+            "train.batch_tokens."
         )
     annotate(**found["notes"])
     return dict(found["metrics"])

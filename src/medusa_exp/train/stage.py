@@ -27,6 +27,7 @@ from medusa_exp.train.plan import ShowPlan
 from medusa_exp.train.processes import train_in_processes
 from medusa_exp.train.resume import checkpoint_to_resume
 from medusa_exp.train.setup import build_module, finish_joint, start_heads
+from medusa_exp.train.sharding import shard_layers
 from medusa_exp.train.trainer import build_trainer, pick_precision
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 def run(config: Config, out: Path) -> dict[str, float]:
     """Train heads, from the newest checkpoint of this run directory where there is one."""
-    if config.train.strategy == "ddp":
+    if config.train.strategy in ("ddp", "fsdp"):
         return train_in_processes(config, out)
     if config.train.strategy == "ray":
         return train_on_ray(config, out)
@@ -46,6 +47,8 @@ def train(config: Config, out: Path) -> dict[str, float]:
     L.seed_everything(config.seed, verbose=False)
     inputs = open_inputs(config, out)
     heads = start_heads(config, inputs)
+    if config.train.strategy == "fsdp" and inputs.backbone.has_body:
+        shard_layers(inputs.backbone)
     batches = inputs.batches(config)
     max_steps = _num_steps(config, batches)
     log.info("%s; %d steps", heads.describe(), max_steps)
