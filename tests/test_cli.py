@@ -58,6 +58,10 @@ def test_a_run_done_again_gives_the_same_numbers(run_dir, workplace):
     assert (workplace / "again/run.json").is_file()
     saved = (workplace / "again/.hydra/config.yaml").read_text()
     assert "name: smoke\n" in saved and "kind: custom\n" in saved
+    result = medusa_exp("stages=[report]", "run_dir=again", "seed=3", cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert (workplace / "again/.hydra/config.yaml").read_text() == saved
+    assert "\nseed: 3\n" in (workplace / "again/.hydra-2/config.yaml").read_text()
 
 
 def test_a_run_keeps_the_contract(run_dir):

@@ -2,8 +2,10 @@
 
     python -m medusa_exp +experiment=NAME [key=value ...]      a new run
     python -m medusa_exp stages=[NAME] run_dir=DIR [...]       stages of an existing run
+    python -m medusa_exp -m +experiment=NAME key=1,2 [...]     a sweep: many runs
+    python -m medusa_exp +experiment=rerun rerun.source=DIR    a run done again
 
-The second form starts from the run's saved config; see `continuation.py`.
+The second and the last form start from the run's saved config; see `continuation.py`, `rerun.py`.
 """
 
 import importlib
@@ -79,7 +81,7 @@ def _hydra_main(composed: DictConfig) -> float | None:
 
 def _resolve(composed: DictConfig, out: Path) -> Config:
     """Return the checked config of this job."""
-    if composed.rerun.source is None:
+    if composed.rerun.source is None or continuation.continues(out, HydraConfig.get()):
         chosen = continuation.effective_config(composed, out, HydraConfig.get())
     else:
         chosen = rerun.source_config(composed, HydraConfig.get())

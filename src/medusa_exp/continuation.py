@@ -55,7 +55,7 @@ def arguments(argv: list[str]) -> list[str]:
 
 def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -> DictConfig:
     """Return the config of this job: `composed`, or the run's saved one with what is new on top."""
-    if not _continues(out, hydra_config):
+    if not continues(out, hydra_config):
         return composed
     config = load_saved(out / SAVED)
     with open_dict(config):
@@ -68,14 +68,15 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
 
 def new_overrides(out: Path, hydra_config: HydraConf) -> list[str]:
     """Return the overrides that this call brought, without those saved with the run."""
-    saved = _saved_overrides(out) if _continues(out, hydra_config) else []
+    saved = _saved_overrides(out) if continues(out, hydra_config) else []
     # As they were written: a list of OmegaConf's would resolve ${oc.env:...} as it is walked.
     given: list[str] = OmegaConf.to_container(hydra_config.overrides.task)  # type: ignore
     # What stands in both changes nothing; but a later call always names the run anew.
     return [o for o in given if o not in saved or key_of(o) == "run_dir"]
 
 
-def _continues(out: Path, hydra_config: HydraConf) -> bool:
+def continues(out: Path, hydra_config: HydraConf) -> bool:
+    """Say whether this call goes on with a run that has begun in `out`."""
     subdir = hydra_config.output_subdir
     return bool(subdir) and subdir != SAVED.parent.name and _has_begun(out)
 

@@ -67,7 +67,7 @@ def run_once(
     """
     from medusa_exp.tracking.comparison import write_comparison
 
-    check_direction(hydra_config.sweeper, objective)
+    _check_direction(hydra_config.sweeper, objective)
     with _held(out):
         if _is_done(out):
             log.info("done already: %s", out)
@@ -142,7 +142,7 @@ def is_larger_better(metric: str) -> bool:
     return not any(word in metric for word in _SMALLER_IS_BETTER)
 
 
-def check_direction(sweeper: Any, objective: str) -> None:
+def _check_direction(sweeper: Any, objective: str) -> None:
     """Refuse to look for the worst: Optuna's sweeper minimises unless it is told otherwise.
 
     Raises:
