@@ -29,7 +29,8 @@ def test_an_answer_comes_in_the_pieces_that_steps_give(chat, tokenizer):
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     [plain] = decode_plain(chat.backbone, [ids], Limits(12))
     whole = tokenizer.decode(plain.tokens, skip_special_tokens=True)
-    assert whole.startswith("".join(pieces))
+    # Half of a character at the end is not shown.
+    assert "".join(pieces).rstrip("\ufffd") == whole.rstrip("\ufffd") != ""
     assert sum(lengths) <= chat.num_tokens == round(chat.tokens_per_step * chat.num_steps)
     assert chat.num_tokens == 12 and 1 <= chat.num_steps <= 12
     assert [message.role for message in chat.messages] == ["user", "assistant"]

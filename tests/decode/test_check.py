@@ -43,7 +43,9 @@ def test_what_cannot_work_is_refused(architecture):
             if parameter.ndim == 2:
                 parameter.mul_(8)
     heads = torch.nn.Identity()  # never asked
-    with pytest.raises(UserError):
+    # Versions of transformers differ in which of the reasons an architecture meets first.
+    reason = "cannot be decoded with trees|a tree of guesses needs|windows that count rows"
+    with pytest.raises(UserError, match=reason):
         generate(model, heads, torch.tensor([[1, 2]]), tree=chain(2), max_new_tokens=5)
 
 

@@ -48,10 +48,10 @@ class Answers:
         self._clock = time.perf_counter()
 
     def commit(self, said: list[list[int]]) -> list[list[int]]:
-        """Add a step's tokens, up to each answer's end, and return what was added.
+        """Add a step's tokens, up to each answer's end; return those of every row, active or not.
 
         Args:
-            said: tokens of each active row.
+            said: tokens of each active row, in their order.
         """
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now

@@ -4,8 +4,8 @@ Two traps: eager attention takes a boolean mask silently wrong (it wants a float
 with several kinds of layers want a dict of masks. Float masks suit all: sdpa on a CPU makes one of
 a boolean mask anyway, in every layer. On a GPU sdpa takes a boolean one, which a kernel writes.
 
-B rows, N tree nodes, P columns of the cache before the tree. A row with fewer than P tokens leaves
-columns unused between its own and the tree's.
+B rows, N tree nodes, P columns of the cache before the tree, K = P + N columns in all. A row with
+fewer than P tokens leaves columns unused between its own and the tree's.
 """
 
 from typing import Any

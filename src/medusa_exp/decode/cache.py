@@ -12,6 +12,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+def empty_columns(states: Tensor, num_columns: int) -> Tensor:
+    """Return room for as many columns of keys or values as these [B, H, T, head size]."""
+    # Zeros: a column of no row is masked, but 0 x NaN would not be.
+    return states.new_zeros(*states.shape[:2], num_columns, states.shape[3])
+
+
 class _PreallocatedLayer(CacheLayerMixin):
     """One layer's keys and values [B, H, capacity, head size], of which `length` are in use."""
 
@@ -23,11 +29,8 @@ class _PreallocatedLayer(CacheLayerMixin):
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def buffer(states: Tensor) -> Tensor:
-            # Zeros: a column of no row is masked, but 0 x NaN would not be.
-            return states.new_zeros(*states.shape[:2], self.capacity, states.shape[3])
-
-        self.keys, self.values = buffer(key_states), buffer(value_states)
+        self.keys = empty_columns(key_states, self.capacity)
+        self.values = empty_columns(value_states, self.capacity)
         self.is_initialized = True
 
     def update(

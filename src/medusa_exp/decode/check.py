@@ -1,4 +1,7 @@
-"""A backbone in; nothing out, or the reason why it cannot be decoded with trees of guesses."""
+"""A backbone in; nothing out, or the reason why it cannot be decoded with trees of guesses.
+
+N tree nodes, T tokens, V vocabulary.
+"""
 
 import torch
 from torch import Tensor
@@ -7,15 +10,19 @@ from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.tree import Tree, chain
 
 _PROMPT = [1, 2, 3]
 _TOKENS = [4, 5, 6, 7, 5]
-_PARENTS = [-1, 0, 0, 1, 2]
+_TREE = Tree((-1, 0, 0, 1, 2), (-1, 0, 1, 0, 0))
 _PATH = [0, 2, 4]
+"""What is kept of the tree. Neither of its guesses stands where a plain token would: a model that
+takes the place in the call for the position, or sees all that is before it, is found out."""
 _NEXT = 6
 _TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}
 """Of the spread of logits. A wrong mask or position moves them by about their whole spread."""
 _HALF_TOLERANCE = 0.25
+"""Of the half types, which round more away."""
 
 
 @torch.inference_mode()
@@ -60,31 +67,22 @@ def _by_tree(backbone: Backbone) -> Tensor:
     cache, mask = TreeCache(backbone.num_layers, capacity, 1), StepMask(backbone.model, capacity)
     backbone.forward(torch.tensor([_PROMPT], device=device) % rows, cache)
     cache.set_lengths([len(_PROMPT)])
-    ancestors_NN = torch.eye(len(_TOKENS), dtype=torch.bool)
-    depths = [0] * len(_TOKENS)
-    for node, parent in enumerate(_PARENTS[1:], 1):
-        ancestors_NN[node] |= ancestors_NN[parent]
-        depths[node] = depths[parent] + 1
-    first_V = _step(backbone, cache, mask, _TOKENS, ancestors_NN, depths)[_PATH[-1]]
+    first_V = _step(backbone, cache, mask, _TOKENS, _TREE)[_PATH[-1]]
     cache.commit([_PATH])
-    one_11 = torch.ones(1, 1, dtype=torch.bool)
-    return torch.stack([first_V, _step(backbone, cache, mask, [_NEXT], one_11, [0])[0]])
+    return torch.stack([first_V, _step(backbone, cache, mask, [_NEXT], chain(0))[0]])
 
 
 def _step(
-    backbone: Backbone,
-    cache: TreeCache,
-    mask: StepMask,
-    tokens: list[int],
-    ancestors_NN: Tensor,
-    depths: list[int],
+    backbone: Backbone, cache: TreeCache, mask: StepMask, tokens: list[int], tree: Tree
 ) -> Tensor:
+    """Return logits_NV after each of the tree's tokens."""
     device = backbone.device
-    depths_1N = torch.tensor([depths], device=device)
+    ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
+    depths_1N = torch.from_numpy(tree.depths).to(device)[None]
     logits_1NV, _ = backbone.forward(
         torch.tensor([tokens], device=device) % backbone.vocab_size,
         cache,
-        mask=mask.at(cache.lengths, ancestors_NN[None].to(device), depths_1N),
+        mask=mask.at(cache.lengths, ancestors_1NN, depths_1N),
         position_ids_BN=depths_1N + cache.lengths[0],
     )
     return logits_1NV[0].float()

@@ -4,7 +4,7 @@ Each is a generator of steps, so that tokens can be shown as they come; `decode_
 `decode_tree` run it to its end. The rows of a batch have prompts of any lengths and end when they
 end; the work of a step shrinks with them.
 
-B rows, T prompt tokens, N tree nodes, D hidden, V vocabulary.
+B rows, T prompt tokens, E ends of prompts among some of them, N tree nodes, D hidden, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -156,16 +156,17 @@ def _prefill(
     ids_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     ids_BT = ids_BT.to(backbone.device)
     columns = max(1, _PREFILL_TOKENS // len(prompts))
-    logits: list[Tensor] = [ids_BT] * len(prompts)
-    hidden: list[Tensor] = [ids_BT] * len(prompts)
+    at_end: dict[int, tuple[Tensor, Tensor]] = {}
     for start in range(0, longest, columns):
         stop = min(start + columns, longest)
+        # Logits are for the ends of prompts alone; where none ends, of one column.
         ends = sorted({n - 1 - start for n in lengths if start < n <= stop}) or [0]
         keep = torch.tensor(ends, device=backbone.device)
         logits_BEV, hidden_BED = backbone.forward(ids_BT[:, start:stop], cache, keep=keep)
         for row, length in enumerate(lengths):
             if start < length <= stop:
                 place = ends.index(length - 1 - start)
-                logits[row], hidden[row] = logits_BEV[row, place], hidden_BED[row, place]
+                at_end[row] = logits_BEV[row, place], hidden_BED[row, place]
     cache.set_lengths(lengths)
+    logits, hidden = zip(*(at_end[row] for row in range(len(prompts))), strict=True)
     return torch.stack(logits)[:, None], torch.stack(hidden)

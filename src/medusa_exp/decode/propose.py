@@ -88,7 +88,8 @@ class DynamicTree:
 
     A node is as likely as the product of its guesses' probabilities; parents are likelier than
     their children, so that the N likeliest nodes are a tree, and the best one of N nodes if the
-    heads' probabilities are right and their errors independent.
+    heads' probabilities are right and their errors independent. (EAGLE-2, arXiv 2406.16858, ranks
+    its drafts by the same product.)
     """
 
     def __init__(
@@ -144,7 +145,7 @@ def build_proposer(heads: nn.Module, tree: Tree, device: torch.device) -> Propos
         UserError: nodes are to be picked, and each head waits for the guesses of the one before.
     """
     if getattr(heads, "is_sequential", False):
-        from medusa_exp.decode.sequential import SequentialTree
+        from medusa_exp.decode.sequential import SequentialTree  # which imports Draft from here
 
         if tree.num_picked is not None:
             raise UserError("tree=dynamic: heads of kind=hydra cannot guess ahead of a choice.")

@@ -1,7 +1,7 @@
 """Trees of guesses by heads that see what was drafted before them: one depth after the other.
 
 B rows, D hidden, N tree nodes, M nodes of one depth that have children, J tokens from the root to a
-node, R ranks.
+node, Q = B x M states that a head reads, W tokens that the heads know, R ranks.
 """
 
 from collections.abc import Hashable
@@ -52,16 +52,16 @@ class SequentialTree:
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots."""
+        """Return trees below the roots; see `propose.Proposer`."""
         tokens_BN = root_B[:, None].repeat(1, self.num_nodes)
         hidden_BD = hidden_BD.to(self._heads.dtype)
         for k, plan in enumerate(self._depths):
             drafted_BMJ = tokens_BN[:, plan.path_MJ]
             num_parents = drafted_BMJ.shape[1]
-            hidden_RD = hidden_BD.repeat_interleave(num_parents, 0)
-            logits_RW = self._heads.head_logits(k, hidden_RD, drafted_BMJ.flatten(0, 1))
-            top_RR = logits_RW.topk(plan.num_ranks).indices
-            top_BMR = top_RR.view(len(root_B), num_parents, -1)
+            hidden_QD = hidden_BD.repeat_interleave(num_parents, 0)
+            logits_QW = self._heads.head_logits(k, hidden_QD, drafted_BMJ.flatten(0, 1))
+            top_QR = logits_QW.topk(plan.num_ranks).indices
+            top_BMR = top_QR.view(len(root_B), num_parents, -1)
             tokens_BN[:, plan.children_C] = top_BMR[:, plan.parent_C, plan.rank_C]
         return Draft(
             tokens_BN,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from medusa_exp.decode.cache import empty_columns
 from medusa_exp.decode.cuda import Kernels
 from medusa_exp.decode.step_cupy import CacheCommit
 from medusa_exp.decode.verification import Verdict
@@ -26,11 +27,8 @@ class _StaticLayer(CacheLayerMixin):
         """Where the next call writes; it sees all columns up to there and its own."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def buffer(states: Tensor) -> Tensor:
-            # Zeros: a column of no row is masked, but 0 x NaN would not be.
-            return states.new_zeros(*states.shape[:2], self.num_columns, states.shape[3])
-
-        self.keys, self.values = buffer(key_states), buffer(value_states)
+        self.keys = empty_columns(key_states, self.num_columns)
+        self.values = empty_columns(value_states, self.num_columns)
         self.is_initialized = True
 
     def update(

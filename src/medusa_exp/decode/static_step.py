@@ -5,7 +5,7 @@ each row is, which rows go on, roots and hidden states: all lie in tensors that 
 place, and nothing is asked of the host but to read the outcome. On a GPU the step is captured once
 and replayed; elsewhere the same code runs as it is.
 
-B rows, H key-value heads, C cache columns before the tree's, N tree nodes, L path length, D hidden.
+B rows, N tree nodes, V vocabulary, D hidden. Columns are those of the cache before the tree's.
 """
 
 import logging
@@ -21,6 +21,7 @@ from medusa_exp.decode.propose import Draft, Proposer
 from medusa_exp.decode.rule import Judge, Rule
 from medusa_exp.decode.static_cache import StaticCache
 from medusa_exp.decode.step import at_end, outcome, read_outcome
+from medusa_exp.decode.step_cupy import MAX_NODES
 from medusa_exp.decode.verifier import step_kernels
 from medusa_exp.model.backbone import Backbone
 
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 
 _COLUMNS = 256
 """Capacities are multiples of it, so that prompts of many lengths share a step."""
-_MAX_NODES = 256
 _MAX_CACHES = 4
 _WARM_UPS = 3
 """Runs before capture: libraries choose and allocate at their first calls."""
@@ -80,7 +80,7 @@ class StaticStep:
         self._active: list[int] = []
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
-        """Begin after prompts that are in the cache; arguments as of `step.GrowingStep`."""
+        """Begin after prompts that are in the cache; see `step.Step`."""
         self.root_B.copy_(root_B)
         self.hidden_BD.copy_(hidden_BD)
         self.last.fill_(last)
@@ -208,7 +208,7 @@ class StaticSteps:
         if shape not in self._caches:
             self._make_room()
             self._caches[shape] = StaticCache(
-                backbone.num_layers, shape[1], _MAX_NODES, num_rows, backbone.device
+                backbone.num_layers, shape[1], MAX_NODES, num_rows, backbone.device
             )
         key = (shape, (propose.key, rule, backbone.model.dtype))
         if key not in self._steps:
@@ -217,7 +217,7 @@ class StaticSteps:
                 propose,
                 Judge(rule, backbone.device),
                 self._caches[shape],
-                StepMask(backbone.model, shape[1] + _MAX_NODES),
+                StepMask(backbone.model, shape[1] + MAX_NODES),
                 kernels=step_kernels(rule.verifier, backbone.device),
                 pool=self._pool,
             )

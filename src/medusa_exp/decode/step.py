@@ -91,7 +91,10 @@ class GrowingStep:
 
 
 def positions(lengths: list[int], depths_BN: Tensor, last: int) -> Tensor:
-    """Guesses beyond the last position are clamped: none of them can be accepted."""
+    """Return position_BN of each node, of which the model has none after `last`.
+
+    Guesses beyond it are clamped: none of them can be accepted, for answers end before.
+    """
     lengths_B1 = torch.tensor(lengths, device=depths_BN.device)[:, None]
     return (lengths_B1 + depths_BN).clamp(max=last)
 

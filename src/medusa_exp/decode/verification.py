@@ -135,6 +135,7 @@ class Nodes:
         return (is_right_BN[:, None, :] | ~self.ancestors_BNN).all(-1)
 
     def verdict(self, is_on_path_BN: Tensor, next_token_B: Tensor) -> Verdict:
+        """Return the verdict that the marked nodes, root included, are the path."""
         # Parents stand before children: a path is its nodes in order of their numbers.
         path_BN = torch.where(is_on_path_BN, self.number_N, self.size).sort(dim=1).values
         path_BL = path_BN[:, : self.depth + 1]

@@ -119,17 +119,18 @@ def timed(
     method: Method, prompts: list[list[int]], device: torch.device
 ) -> tuple[list[Answer], float]:
     """Return the answers and their wall time together in seconds, the prompts' step included."""
-    _synchronise(device)
+    synchronise(device)
     start = time.perf_counter()
     answers = method(prompts)
-    _synchronise(device)
+    synchronise(device)
     return answers, time.perf_counter() - start
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that it was given, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _answers(rows: list[Decoded]) -> list[Answer]:
     return [Answer(row.tokens, len(row.accept_lengths), row.accept_lengths) for row in rows]
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -4,9 +4,7 @@ import time
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
-from medusa_exp.evaluate.methods import Method, timed
+from medusa_exp.evaluate.methods import Method, synchronise, timed
 from medusa_exp.model.backbone import Backbone
 
 
@@ -21,10 +19,10 @@ def share_outside_backbone(backbone: Backbone, method: Method, prompts: list[lis
 
     def timed_forward(*arguments: Any, **options: Any) -> Any:
         nonlocal inside
-        _wait(backbone)
+        synchronise(backbone.device)
         start = time.perf_counter()
         result = forward(*arguments, **options)
-        _wait(backbone)
+        synchronise(backbone.device)
         inside += time.perf_counter() - start
         return result
 
@@ -32,8 +30,3 @@ def share_outside_backbone(backbone: Backbone, method: Method, prompts: list[lis
     with op_by_op, patch.object(backbone, "forward", timed_forward):
         seconds = sum(timed(method, [prompt], backbone.device)[1] for prompt in prompts)
     return 1 - inside / seconds
-
-
-def _wait(backbone: Backbone) -> None:
-    if backbone.device.type == "cuda":
-        torch.cuda.synchronize(backbone.device)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.evaluate.methods import Answer, Method, timed
 from medusa_exp.evaluate.metrics import Record
@@ -41,13 +40,22 @@ def records_of(
     batch: list[Prompt],
     answers: dict[str, Timed],
     batch_size: int,
-    config: Config,
+    rule: str,
     backbone: Backbone,
     num_nodes: int,
 ) -> list[Record]:
-    """Return a record a prompt and method; a batch's seconds are shared out among its prompts."""
+    """Return a record a prompt and method; a batch's seconds are shared out among its prompts.
+
+    Args:
+        batch: the prompts.
+        answers: of each method, plain among them, in the order of the prompts.
+        batch_size: that was asked for; the last batch may be smaller.
+        rule: one of `verification.RULES`; draws of sampling are not compared.
+        backbone: tells whether a first difference is a near-tie, where the rule is greedy.
+        num_nodes: tokens that the tree has run at a time.
+    """
     plain, plain_seconds = answers["plain"]
-    is_random = config.decode.rule == "sampling"
+    is_random = rule == "sampling"
     records = []
     for name, (found, seconds) in answers.items():
         for prompt, answer, expected in zip(batch, found, plain, strict=True):
@@ -64,7 +72,7 @@ def records_of(
                 "baseline_new_tokens": len(expected.tokens),
                 "identical": None if is_random else answer.tokens == expected.tokens,
             }
-            if name == "tree" and record["identical"] is False and config.decode.rule == "greedy":
+            if name == "tree" and record["identical"] is False and rule == "greedy":
                 difference = find_difference(
                     backbone, prompt.input_ids, expected.tokens, answer.tokens, num_nodes
                 )

@@ -65,7 +65,9 @@ def run(config: Config, out: Path) -> dict[str, float]:
             timed_prompts = [prompt.input_ids for prompt in prompts[:_TIMED_PROMPTS]]
             outside = share_outside_backbone(backbone, methods["tree"], timed_prompts)
         for batch, answers in _answers(config, methods, prompts, batch_size, backbone):
-            records += records_of(batch, answers, batch_size, config, backbone, tree.num_checked)
+            records += records_of(
+                batch, answers, batch_size, config.decode.rule, backbone, tree.num_checked
+            )
             if len(samples) < _MAX_SAMPLES:
                 samples.append(sample_of(batch[0], answers["tree"][0][0], tokenizer))
     write_jsonl(out / "records.jsonl", records)

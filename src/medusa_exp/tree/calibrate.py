@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
 from medusa_exp.data.prompts import prompts_of
 from medusa_exp.data.sources import load_split
+from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain
 from medusa_exp.decode.settings import limits_of
 from medusa_exp.files import write_json
@@ -42,8 +44,11 @@ _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 
 _BATCHED_SIZES = (1, 2, 4, 8, 16, 32)
 """Sizes that are timed in batches of more than one."""
 _ROUNDS, _TIMED_TOKENS = 4, 48
+"""How often each tree answers while steps are timed, and how many new tokens."""
 _BATCHED_ROUNDS, _BATCHED_TOKENS = 2, 24
+"""The same in batches, whose rounds take longer."""
 _REHEARSED_TREES, _REHEARSED_PROMPTS = 3, 12
+"""Trees that should be fastest, tried on so many whole answers."""
 
 
 def run(config: Config, out: Path) -> dict[str, float]:
@@ -51,16 +56,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     backbone = load_backbone(config)
     tokenizer = load_tokenizer(config)
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
-    prompts = [
-        prompt.input_ids
-        for prompt in prompts_of(
-            load_split(config, "val"),
-            tokenizer,
-            config,
-            max_positions=backbone.max_length,
-            num_prompts=config.tree.num_prompts,
-        )
-    ]
+    prompts = _heldout_prompts(config, backbone, tokenizer)
     limits = limits_of(config, backbone, tokenizer)
     answers = [
         decode_plain(backbone, [prompt], limits)[0].tokens
@@ -72,16 +68,13 @@ def run(config: Config, out: Path) -> dict[str, float]:
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     trees = grown_trees(ranks, config.tree.max_nodes, max_rank)
-    longest = prompts[max(range(len(answers)), key=lambda i: len(answers[i]))]
+    with_longest_answer = prompts[int(np.argmax([len(answer) for answer in answers]))]
     entries = [
-        _at_batch_size(backbone, heads, ranks, trees, longest, size)
+        _at_batch_size(backbone, heads, ranks, trees, with_longest_answer, size)
         for size in sorted(set(config.tree.batch_sizes))
     ]
-    if entries[0]["batch_size"] == 1:
-        chosen = prompts[:_REHEARSED_PROMPTS]
-        fastest = [Tree(**point["tree"]) for point in by_speed(entries[0])[:_REHEARSED_TREES]]
-        seconds = rehearse(backbone, heads, fastest, chosen, limits)
-        correct(entries[0], seconds, ranks[:_REHEARSED_PROMPTS])
+    if entries[0]["batch_size"] == 1:  # prompts are rehearsed one at a time
+        _rehearse(backbone, heads, entries[0], prompts, ranks, limits)
     calibration = {
         **summarise(entries, ranks, max_rank),
         "choices": trees[-1].to_json(),
@@ -91,15 +84,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     tree = choose_tree(config, out, heads.num_heads)
     tree.save(out / "tree.json")
     log.info("tree of %d nodes, depth %d", tree.num_checked, tree.depth)
-    if calibration["predicted_speedup"] < 1:
-        log.warning(
-            "no tree pays here: the heads guess too little of what the model says (see "
-            "val/top1_head1), or a step on this device costs too much for what they guess"
-        )
-    names = ["num_nodes", "predicted_tokens_per_step", "predicted_speedup"]
-    if calibration["break_even_batch_size"]:
-        names.append("break_even_batch_size")
-    return {f"calibrate/{name}": float(calibration[name]) for name in names}
+    return _metrics(calibration)
 
 
 @torch.inference_mode()
@@ -135,6 +120,19 @@ def grown_trees(ranks: list[np.ndarray], max_nodes: int, max_rank: int) -> list[
     return list(dict.fromkeys(best_tree(ranks, size, max_rank) for size in sizes))
 
 
+def _heldout_prompts(
+    config: Config, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    prompts = prompts_of(
+        load_split(config, "val"),
+        tokenizer,
+        config,
+        max_positions=backbone.max_length,
+        num_prompts=config.tree.num_prompts,
+    )
+    return [prompt.input_ids for prompt in prompts]
+
+
 def _at_batch_size(
     backbone: Backbone,
     heads: MedusaHeads | StackedHeads,
@@ -158,3 +156,39 @@ def _at_batch_size(
         new_tokens=new_tokens,
     )
     return choose(ranks, timing)
+
+
+def _rehearse(
+    backbone: Backbone,
+    heads: MedusaHeads | StackedHeads,
+    entry: dict[str, Any],
+    prompts: list[list[int]],
+    ranks: list[np.ndarray],
+    limits: Limits,
+) -> None:
+    """Let the trees that should be fastest answer some prompts; correct the entry by what it took.
+
+    Args:
+        backbone: answers.
+        heads: guess.
+        entry: of `choose`, for batch size 1; changed.
+        prompts: of which the first few are answered.
+        ranks: ranks_PK of the answer to each prompt.
+        limits: where answers end.
+    """
+    fastest = [Tree(**point["tree"]) for point in by_speed(entry)[:_REHEARSED_TREES]]
+    seconds = rehearse(backbone, heads, fastest, prompts[:_REHEARSED_PROMPTS], limits)
+    correct(entry, seconds, ranks[:_REHEARSED_PROMPTS])
+
+
+def _metrics(calibration: dict[str, Any]) -> dict[str, float]:
+    """Return what the stage found; say so where it is that no tree pays."""
+    if calibration["predicted_speedup"] < 1:
+        log.warning(
+            "no tree pays here: the heads guess too little of what the model says (see "
+            "val/top1_head1), or a step on this device costs too much for what they guess"
+        )
+    names = ["num_nodes", "predicted_tokens_per_step", "predicted_speedup"]
+    if calibration["break_even_batch_size"]:
+        names.append("break_even_batch_size")
+    return {f"calibrate/{name}": float(calibration[name]) for name in names}
