@@ -11,6 +11,7 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.decode.rule import Rule
+from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
 
@@ -162,3 +163,13 @@ def test_captured_steps_say_the_same_as_uncaptured_ones(rule):
         if rule.name == "greedy":
             assert [a.tokens for a in captured] == [a.tokens for a in growing]
         assert all(len(a.tokens) <= 40 for a in captured)
+
+
+def test_a_tree_without_room_in_a_captured_step_is_refused(backbone):
+    heads = build_heads(backbone, num_heads=2)
+    backbone.decodes_statically = True
+    wide = Tree.from_paths(
+        [(i,) for i in range(19)] + [(i, j) for i in range(19) for j in range(13)]
+    )
+    with pytest.raises(UserError, match=r"267 nodes, and a captured step has room for 256"):
+        decode_tree(backbone, heads, wide, [[1, 2]], Limits(4))

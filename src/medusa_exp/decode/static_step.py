@@ -23,6 +23,7 @@ from medusa_exp.decode.static_cache import StaticCache
 from medusa_exp.decode.step import at_end, outcome, read_outcome
 from medusa_exp.decode.step_cupy import MAX_NODES
 from medusa_exp.decode.verifier import step_kernels
+from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 
 log = logging.getLogger(__name__)
@@ -202,6 +203,11 @@ class StaticSteps:
         self, backbone: Backbone, propose: Proposer, rule: Rule, num_rows: int, length: int
     ) -> StaticStep:
         """Return a step over an empty cache, for prompts and answers of this length together."""
+        if propose.num_nodes > MAX_NODES:
+            raise UserError(
+                f"the tree has {propose.num_nodes} nodes, and a captured step has room for "
+                f"{MAX_NODES}: take a smaller tree, or set decode.cuda_graph=false."
+            )
         if self._pool is None and backbone.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
         shape = self._shape(num_rows, length)

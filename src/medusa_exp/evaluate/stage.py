@@ -58,7 +58,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
     for batch_size in sorted(config.evaluate.batch_sizes):
         tree = choose_tree(config, out, heads.num_heads, batch_size)
         methods = _methods(config, backbone, heads, tree, limits, batch_size)
-        _warm_up(methods, prompts[: config.evaluate.warmup_prompts])
+        _warm_up(methods, prompts, config.evaluate.warmup_prompts, batch_size)
         if outside is None:
             tree.save(out / "tree.json")
             num_nodes = tree.num_checked
@@ -96,10 +96,19 @@ def _methods(
     )
 
 
-def _warm_up(methods: dict[str, Method], prompts: list[Prompt]) -> None:
+def _warm_up(
+    methods: dict[str, Method], prompts: list[Prompt], num_prompts: int, batch_size: int
+) -> None:
+    """Answer some prompts in batches of the sizes that will be timed, the last one's too.
+
+    On a GPU a step is captured anew for each number of rows.
+    """
+    asked = [prompt.input_ids for prompt in prompts]
+    sizes = {min(batch_size, len(asked)), len(asked) % batch_size} - {0}
     for method in methods.values():
-        for prompt in prompts:
-            method([prompt.input_ids])
+        for size in sizes:
+            for start in range(0, num_prompts, size):
+                method((asked[start:] + asked)[:size])
 
 
 def _answers(
