@@ -1,5 +1,6 @@
 """Hidden states that are made once: what is stored, and that training on them is the same."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,6 +121,18 @@ def test_changed_bytes_are_found_when_they_are_read(cached, tmp_path):
         features[len(features._checks) - 1]
     (path / "starts.npy").write_bytes((path / "checks.npy").read_bytes())
     with pytest.raises(UserError, match=r"starts\.npy is not what was written there: delete"):
+        Features(path)
+
+
+@pytest.mark.parametrize("name", ["hidden.npy", "own.npy", "starts.npy", "summary.json"])
+def test_files_that_are_cut_off_or_gone_are_said(cached, tmp_path, name):
+    path = open_inputs(cached, tmp_path).features["train"].path
+    whole = (path / name).read_bytes()
+    (path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is not .*elete"):
+        Features(path)
+    (path / name).unlink()
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is not what was written .* delete"):
         Features(path)
 
 
