@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp.config import Config
 from medusa_exp.data.features import Features, stored_positions
@@ -108,6 +109,18 @@ def test_another_model_of_the_same_name_has_its_own(cached, tmp_path):
     model.resize_token_embeddings(260)
     model.save_pretrained(tmp_path / "model")
     assert open_inputs(cached, tmp_path).features["train"].path != first
+
+
+def test_quantised_weights_of_the_same_files_have_their_own(cached, tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=260, num_attention_heads=4, **shape)).save_pretrained(
+        tmp_path / "model"
+    )
+    found = set()
+    for bits in (None, "8bit", None, "8bit"):
+        cached.model.quantization = bits
+        found.add(open_inputs(cached, tmp_path).features["train"].path)
+    assert len(found) == 2
 
 
 def test_changed_bytes_are_found_when_they_are_read(cached, tmp_path):
