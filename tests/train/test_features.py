@@ -1,11 +1,13 @@
 """Hidden states that are made once: what is stored, and that training on them is the same."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import build_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp.config import Config
 from medusa_exp.data.features import Features, stored_positions
@@ -109,6 +111,18 @@ def test_another_model_of_the_same_name_has_its_own(cached, tmp_path):
     assert open_inputs(cached, tmp_path).features["train"].path != first
 
 
+def test_quantised_weights_of_the_same_files_have_their_own(cached, tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=260, num_attention_heads=4, **shape)).save_pretrained(
+        tmp_path / "model"
+    )
+    found = set()
+    for bits in (None, "8bit", None, "8bit"):
+        cached.model.quantization = bits
+        found.add(open_inputs(cached, tmp_path).features["train"].path)
+    assert len(found) == 2
+
+
 def test_changed_bytes_are_found_when_they_are_read(cached, tmp_path):
     path = open_inputs(cached, tmp_path).features["train"].path
     with (path / "hidden.npy").open("r+b") as file:
@@ -120,6 +134,18 @@ def test_changed_bytes_are_found_when_they_are_read(cached, tmp_path):
         features[len(features._checks) - 1]
     (path / "starts.npy").write_bytes((path / "checks.npy").read_bytes())
     with pytest.raises(UserError, match=r"starts\.npy is not what was written there: delete"):
+        Features(path)
+
+
+@pytest.mark.parametrize("name", ["hidden.npy", "own.npy", "starts.npy", "summary.json"])
+def test_files_that_are_cut_off_or_gone_are_said(cached, tmp_path, name):
+    path = open_inputs(cached, tmp_path).features["train"].path
+    whole = (path / name).read_bytes()
+    (path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is not .*elete"):
+        Features(path)
+    (path / name).unlink()
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is not what was written .* delete"):
         Features(path)
 
 

@@ -143,3 +143,9 @@ def test_layers_that_cannot_be_adapted(config, tmp_path, layers, message):
     config.train.lora.layers = layers
     with pytest.raises(UserError, match=rf"train\.lora\.layers.*{message}"):
         run(config, tmp_path / "run")
+
+
+def test_it_validates_without_a_held_out_prompt(config, tmp_path):
+    config.train.val_prompts = 0
+    metrics = run(config, tmp_path / "run")
+    assert "val/loss_head1" in metrics and "val/accept_length" not in metrics

@@ -22,6 +22,7 @@ REACH = 16
 """The most heads that stored positions are enough for."""
 FORMAT = 1
 _SUMMARY = "summary.json"
+_ARRAYS = ("hidden.npy", "own.npy", "starts.npy", "checks.npy")
 
 
 def stored_positions(is_trained: np.ndarray) -> np.ndarray:
@@ -42,14 +43,14 @@ class Features:
             UserError: its files are not those that were written.
         """
         self.path = path
+        for name in (_SUMMARY, *_ARRAYS):
+            if not (path / name).is_file():
+                raise self._damaged(name)
         self.summary = read_json(path / _SUMMARY)
         for name, digest in self.summary["sha256"].items():
             if sha256_file(path / name) != digest:
                 raise self._damaged(name)
-        self._starts = np.load(path / "starts.npy")
-        self._checks = np.load(path / "checks.npy")
-        self._hidden_PD = np.load(path / "hidden.npy", mmap_mode="r")
-        self._own_P = np.load(path / "own.npy", mmap_mode="r")
+        self._hidden_PD, self._own_P, self._starts, self._checks = map(self._open, _ARRAYS)
         if len(self._hidden_PD) != self._starts[-1] or len(self._own_P) != self._starts[-1]:
             raise self._damaged("hidden.npy")
 
@@ -95,6 +96,14 @@ class Features:
                 is_label_P = is_trained_BT[b, next_P]
                 own_BT[b, next_P[is_label_P]] = own_P[is_label_P]
         return hidden_BTD, own_BT
+
+    def _open(self, name: str) -> np.ndarray:
+        is_large = name in ("hidden.npy", "own.npy")
+        try:
+            found: np.ndarray = np.load(self.path / name, mmap_mode="r" if is_large else None)
+        except (OSError, ValueError) as error:  # it was cut off
+            raise self._damaged(name) from error
+        return found
 
     def _damaged(self, what: str) -> UserError:
         return UserError(

@@ -128,6 +128,8 @@ def answer_prompts(
     backbone: Backbone,
 ) -> list[Continuation]:
     """Let the backbone answer, greedily."""
+    if not prompts:
+        return []
     limits = limits_of(config, backbone, tokenizer)
     asked = [prompt.input_ids for prompt in prompts]
     answers = []

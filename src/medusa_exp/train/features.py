@@ -140,5 +140,6 @@ def note_identities(config: Config, files: str | None, backbone: Backbone) -> No
 def _note(config: Config, files: str | None) -> Path | None:
     if files is None:
         return None
-    key = content_key(files, asdict(config.tokenizer))
+    # What makes other weights of the same files stands in the name too.
+    key = content_key(files, asdict(config.tokenizer), config.model.quantization)
     return Path(config.cache_dir) / "backbones" / f"{key}.json"
