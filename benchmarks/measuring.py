@@ -101,7 +101,8 @@ def show(rows: list[Row], machine: dict[str, Any]) -> None:
 
 def write(path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
     """Write the same as JSON."""
-    found = {"command": sys.argv, "machine": machine, "rows": [asdict(row) for row in rows]}
+    command = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+    found = {"command": command, "machine": machine, "rows": [asdict(row) for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
