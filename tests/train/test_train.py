@@ -113,6 +113,24 @@ def test_an_infinite_loss_stops_the_run(config, tmp_path):
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
+@pytest.mark.parametrize("step", [8, 12])
+def test_weights_that_a_step_has_broken_are_in_no_checkpoint(config, tmp_path, monkeypatch, step):
+    """The loss is finite: it is the gradient that overflows."""
+
+    def overflows(module, optimizer):
+        if module.global_step == step - 1:
+            for parameter in module.heads.parameters():
+                parameter.grad.fill_(torch.nan)
+
+    monkeypatch.setattr(stage.MedusaModule, "on_before_optimizer_step", overflows, raising=False)
+    with pytest.raises(UserError, match=rf"step {step} made NaN .*last\.ckpt is from before"):
+        run(config, tmp_path / "run")
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == step - 4
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+    assert not (tmp_path / "run/heads").exists()
+
+
 def test_where_memory_ends_the_message_says_what_to_lower(config, tmp_path, monkeypatch):
     def greedy(*arguments, **keywords):
         torch.empty(2**48)

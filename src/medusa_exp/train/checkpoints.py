@@ -101,7 +101,17 @@ class Checkpoints(L.Callback):
         self._random_state = checkpoint["random_state"]
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint in place of the one before."""
+        """Write the checkpoint in place of the one before.
+
+        Raises:
+            UserError: the last step has broken what is trained; the one before stays.
+        """
+        if not _is_finite(trainer.lightning_module):
+            before = f" {self.path} is from before." if self.path.is_file() else ""
+            raise UserError(
+                f"step {trainer.global_step} made NaN or infinite weights of a finite loss: lower "
+                f"train.learning_rate, or try dtype=fp32.{before}"
+            )
         trainer.save_checkpoint(self.path)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
