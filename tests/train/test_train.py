@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from medusa_exp.config import Config
+from medusa_exp.config import HeadConfig as Head
 from medusa_exp.data.examples import Example
 from medusa_exp.data.labels import label_counts
 from medusa_exp.data.loader import collate
@@ -224,3 +225,15 @@ def test_schedule():
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[3:] == sorted(rates[3:], reverse=True)
     assert schedule.get_last_lr()[0] == pytest.approx(0.0)
+
+
+def test_heads_go_on_from_what_was_saved_in_a_bf16_backbones_run_too(config, tmp_path):
+    config.dtype.backbone = "bfloat16"
+    config.head = Head(num_heads=2, kind="medusa_lowrank", rank=64)  # it is no wider than 32
+    config.train.max_steps = 2
+    run(config, tmp_path / "first")
+    config.train.heads_from = str(tmp_path / "first")
+    config.train.learning_rate = 0.0
+    run(config, tmp_path / "second")
+    first, second = (load_heads(tmp_path / n / "heads").state_dict() for n in ("first", "second"))
+    assert all(torch.equal(first[name], value) for name, value in second.items())

@@ -9,7 +9,7 @@ from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.agreement import measure_agreement
-from medusa_exp.model.checkpoint import find_heads, load_heads
+from medusa_exp.model.checkpoint import check_fit, find_heads, load_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads
 from medusa_exp.train.acceptance import answer_prompts
 from medusa_exp.train.inputs import Inputs
@@ -32,8 +32,13 @@ def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
     if place is None:
         counts_V = inputs.token_counts() if config.head.num_tokens else None
         return build_heads(inputs.backbone, **asdict(config.head), token_counts=counts_V)
-    heads = load_heads(place, inputs.backbone).float().train()
+    heads = load_heads(place)  # without the backbone, to whose dtype it would round them
+    check_fit(heads, inputs.backbone, place)
+    heads = heads.attach(inputs.backbone).float().to(inputs.backbone.device).train()
+    limits = {"rank": heads.config.hidden_size, "num_tokens": heads.config.vocab_size}
     for key, value in asdict(config.head).items():
+        if value is not None and key in limits:
+            value = min(value, limits[key])  # as `build_heads` has it
         if getattr(heads.config, key) != value:
             raise UserError(
                 f"train.heads_from={place} has {key}={getattr(heads.config, key)}, and this run "
