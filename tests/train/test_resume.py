@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
@@ -60,13 +61,17 @@ def test_never_resuming_starts_again(config, tmp_path):
     assert run(config, tmp_path / "run")["train/steps"] == 3
 
 
-@pytest.mark.parametrize("group", ["head", "train", "dataset"])
+@pytest.mark.parametrize("group", ["head", "train", "dataset", "model"])
 def test_a_checkpoint_of_other_settings_is_not_resumed(config, tmp_path, group):
     run(config, tmp_path / "run")
     if group == "head":
         config.head.num_heads = 3
     elif group == "train":
         config.train.learning_rate = 1e-4
+    elif group == "model":  # of the same lm_head
+        model = AutoModelForCausalLM.from_pretrained(config.model.path)
+        torch.nn.init.zeros_(model.model.layers[0].self_attn.q_proj.weight)
+        model.save_pretrained(config.model.path)
     else:
         Path(config.dataset.path).write_text(Path(config.dataset.path).read_text() + " ")
     with pytest.raises(UserError, match=r"last\.ckpt was made with another .* train.resume=never"):
