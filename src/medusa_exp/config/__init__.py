@@ -105,6 +105,16 @@ class Config:
                 "heads_from is for runs that train no heads: leave stage train out of stages, or "
                 "set train.heads_from to start the training from these heads."
             )
+        if self.model.device_map is not None:  # one process has all the devices
+            within = " (with model.device_map)"
+            one_of("train.strategy" + within, self.train.strategy, ("auto",))
+            one_of("train.kind" + within, self.train.kind, ("medusa1",))
+            one_of("head.kind" + within, self.head.kind, ("medusa", "medusa_lowrank", "hydra"))
+            one_of(
+                "tokenizer.resize_embedding" + within,
+                str(self.tokenizer.resize_embedding),
+                ("False",),
+            )
 
 
 def register() -> None:

@@ -159,6 +159,9 @@ class ModelConfig:
     quantization: str | None = None
     """8bit or 4bit (NF4): the weights of linear layers but the lm_head, by bitsandbytes. The
     quantised model is then what heads are trained for and answers are compared with."""
+    device_map: str | None = None
+    """How accelerate spreads the layers of a model too large for one GPU over all of them: auto
+    (evenly) or sequential (one GPU after the other). Nothing is offloaded."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
@@ -166,6 +169,8 @@ class ModelConfig:
         one_of("model.attn_implementation", self.attn_implementation, ("sdpa", "eager"))
         if self.quantization is not None:
             one_of("model.quantization", self.quantization, ("8bit", "4bit"))
+        if self.device_map is not None:
+            one_of("model.device_map", self.device_map, ("auto", "sequential"))
 
 
 @dataclass

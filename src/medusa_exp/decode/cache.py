@@ -84,16 +84,18 @@ class TreeCache(Cache):
             if root + node != length + place
         ]
         if moves:
-            device = self.layers[0].keys.device
-            rows_M, from_M, to_M = torch.tensor(moves, device=device).unbind(1)
-            for layer in self.layers:
+            moves_M3 = torch.tensor(moves)
+            for layer in self.layers:  # each on its device: a model may be spread over several
+                moves_M3 = moves_M3.to(layer.keys.device)
+                rows_M, from_M, to_M = moves_M3.unbind(1)
                 for states in (layer.keys, layer.values):
                     states[rows_M, :, to_M] = states[rows_M, :, from_M]
         self.set_lengths([n + len(path) for n, path in zip(self.lengths, paths, strict=True)])
 
     def keep_rows(self, rows: list[int]) -> None:
         """Drop all rows but these."""
-        index = torch.tensor(rows, device=self.layers[0].keys.device)
+        index = torch.tensor(rows)
         for layer in self.layers:
+            index = index.to(layer.keys.device)
             layer.keys, layer.values = layer.keys[index], layer.values[index]
         self.set_lengths([self.lengths[row] for row in rows])

@@ -48,8 +48,13 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Where the model lies; where it is spread, the embedding, and all that comes out."""
         return self.model.device
+
+    @property
+    def is_spread(self) -> bool:
+        """Do its layers lie on several devices (`model.device_map`)?"""
+        return len(set(getattr(self.model, "hf_device_map", {}).values())) > 1
 
     @property
     def is_adapted(self) -> bool:
@@ -108,9 +113,8 @@ class Backbone:
         of what stands before it in the row: transformers makes the mask from the positions.
         """
         assert self.has_body, "only the ends of this model were loaded"
-        return self._run_body(
-            input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False
-        ).last_hidden_state
+        output = self._run_body(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False)
+        return output.last_hidden_state.to(self.device)
 
     def compile(self, backend: str = "inductor") -> None:
         """Let torch compile what makes `hidden_states`, at its first call, for all lengths."""
@@ -118,7 +122,7 @@ class Backbone:
 
     def next_logits(self, hidden_RD: Tensor) -> Tensor:
         """Return what `lm_head` makes of hidden states: logits_RV, in its dtype."""
-        return self.lm_head(hidden_RD.to(self.lm_head.weight.dtype))
+        return self.lm_head(hidden_RD.to(self.lm_head.weight.dtype)).to(hidden_RD.device)
 
     def forward(
         self,
@@ -184,7 +188,7 @@ class Backbone:
             logits = self.model(**arguments).logits
         finally:
             handle.remove()
-        return logits, kept[0]
+        return logits.to(self.device), kept[0].to(self.device)
 
     @torch.inference_mode()
     def check_hidden_states(self) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
@@ -51,7 +52,9 @@ def load_backbone(config: Config, *, is_adapted: bool = True) -> Backbone:
         model = _read(config, path=str(adapted))
     backbone = Backbone(model)
     backbone.check_hidden_states()
-    backbone.decodes_statically = backbone.device.type == "cuda" and config.decode.cuda_graph
+    backbone.decodes_statically = (
+        backbone.device.type == "cuda" and config.decode.cuda_graph and not backbone.is_spread
+    )
     return backbone
 
 
@@ -68,6 +71,7 @@ def load_ends(config: Config, identity: str, weights_identity: str) -> Backbone:
     Raises:
         UserError: as `load_backbone`.
     """
+    config = replace(config, model=replace(config.model, device_map=None))  # they are small
     path = model_path(config)
     options = hub_options(config)
     try:
@@ -99,24 +103,37 @@ def _read(
             dtype=config.dtype.backbone,
             attn_implementation=config.model.attn_implementation,
             use_safetensors=True,
-            **_quantised(config),
-            **hub_options(config),
-            **more,
+            **{**_placement(config), **_quantised(config), **hub_options(config), **more},
         )
     except (*LOADING_ERRORS, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
     if report["missing_keys"]:  # transformers would go on with random values for them
         names = ", ".join(sorted(report["missing_keys"])[:4])
         raise UserError(f"model.path={path}: its files lack {names}, which its config asks for.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(
+            f"model.device_map={config.model.device_map}: the GPUs have no room for all of {path}, "
+            "and nothing is offloaded. Set model.quantization=8bit or 4bit, or use more GPUs."
+        )
     if config.tokenizer.resize_embedding:
         grow_embedding(model, num_ids(load_tokenizer(config)))
-    if config.model.quantization is None:
+    if not _placement(config):
         model = model.to(pick_device(config.device))
     return model.eval().requires_grad_(False)
 
 
+def _placement(config: Config) -> dict[str, Any]:
+    """Return where transformers is to put the weights, for those that cannot be moved later."""
+    device, device_map = pick_device(config.device), config.model.device_map
+    if device_map is None and config.model.quantization is None:
+        return {}
+    if device_map is not None and find_spec("accelerate") is None:
+        raise UserError(f"model.device_map={device_map} needs accelerate: pip install accelerate.")
+    return {"device_map": device_map if device_map and device.type == "cuda" else {"": device}}
+
+
 def _quantised(config: Config) -> dict[str, Any]:
-    """Return how transformers is to quantise the weights of linear layers, and where."""
+    """Return how transformers is to quantise the weights of linear layers."""
     bits = config.model.quantization
     if bits is None:
         return {}
@@ -134,7 +151,7 @@ def _quantised(config: Config) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return {"quantization_config": quantised, "device_map": {"": pick_device(config.device)}}
+    return {"quantization_config": quantised}
 
 
 def grow_embedding(model: PreTrainedModel, size: int) -> None:
