@@ -8,7 +8,7 @@ from medusa_exp.decode import generate
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
-from medusa_exp.model.heads import PROJECTIONS, StackedHeads, stack_heads
+from medusa_exp.model.heads import PROJECTIONS, StackedHeads, heads_input, stack_heads
 from medusa_exp.model.loss import medusa_counts, medusa_losses
 from medusa_exp.model.ranks import answer_ranks
 from medusa_exp.model.targets import DistributionTargets, TokenTargets, TopTargets
@@ -24,6 +24,8 @@ FAMILIES = {
     "frequent": {"kind": "medusa_lowrank", "num_tokens": 40, "token_counts": COUNTS},
     "both": {"kind": "medusa_lowrank", "rank": 16, "num_tokens": 40, "token_counts": COUNTS},
     "hydra": {"kind": "hydra", "num_layers": 2},
+    "medusa, prefix": {"kind": "medusa", "prefix_attention": True},
+    "hydra, prefix": {"kind": "hydra", "prefix_attention": True},
 }
 
 
@@ -102,7 +104,8 @@ def test_replay_counts_the_steps_that_decoding_takes(backbone, family, shape):
     [plain] = decode_plain(backbone, [prompt], Limits(60))
     [answer] = decode_tree(backbone, stack_heads(heads, backbone), tree, [prompt], Limits(60))
     ids = torch.tensor([prompt + plain.tokens])
-    hidden_PD = backbone.hidden_states(ids)[0, len(prompt) - 1 : -1]
+    read_1TD = heads_input(heads.prefix, backbone.hidden_states(ids))
+    hidden_PD = read_1TD[0, len(prompt) - 1 : -1]
     ranks = answer_ranks(heads, torch.tensor(plain.tokens), hidden_PD, 10)
     assert num_steps([ranks], tree) == len(answer.accept_lengths)
 
@@ -133,8 +136,9 @@ def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss, 
         "kl": lambda: DistributionTargets(hidden_BTD, next_logits),
         "topk_kl": lambda: TopTargets(hidden_BTD, torch.ones_like(is_trained_BT), next_logits, 5),
     }[loss]()
+    read_BTD = heads_input(heads.prefix, hidden_BTD)
     losses = medusa_losses(
-        heads, hidden_BTD, targets, is_trained_BT, documents_BT, ids_BT, chunk_rows=8, form=form
+        heads, read_BTD, targets, is_trained_BT, documents_BT, ids_BT, chunk_rows=8, form=form
     )
     sum(part.loss_sum for part in losses).backward()
     assert all(part.loss_sum > 0 for part in losses)
@@ -212,7 +216,7 @@ def test_the_forms_of_the_loss_have_the_same_gradients(backbone, family):
     for form in ("recompute", "at_once"):
         losses = medusa_losses(
             heads,
-            hidden_BTD,
+            heads_input(heads.prefix, hidden_BTD),
             TokenTargets(heads.words_of(ids_BT)),
             *(is_trained_BT, documents_BT, ids_BT),
             chunk_rows=8,

@@ -9,9 +9,8 @@ from medusa_exp.data.sources import load_split
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_tree
 from medusa_exp.model import build_heads, load_heads
-from medusa_exp.model.ranks import answer_ranks
 from medusa_exp.train import stage
-from medusa_exp.train.acceptance import accept_lengths
+from medusa_exp.train.acceptance import accept_lengths, continuation_ranks
 from medusa_exp.train.inputs import open_inputs
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.tree import chain
@@ -26,9 +25,9 @@ def config(config) -> Config:
     return config
 
 
-def noisy_heads(backbone, num_heads=3):
+def noisy_heads(backbone, num_heads=3, **options):
     torch.manual_seed(0)
-    heads = build_heads(backbone, num_heads=num_heads)
+    heads = build_heads(backbone, num_heads=num_heads, **options)
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -52,9 +51,10 @@ def test_the_chains_steps_are_those_that_decoding_takes(config, tmp_path):
     assert over_chain <= tree or tree == pytest.approx(over_chain)
 
 
-def test_ranks_are_those_of_calibration(config, tmp_path):
+@pytest.mark.parametrize("prefix_attention", [False, True])
+def test_ranks_are_those_of_calibration(config, tmp_path, prefix_attention):
     made = open_inputs(config, tmp_path)
-    heads = noisy_heads(made.backbone)
+    heads = noisy_heads(made.backbone, prefix_attention=prefix_attention)
     prompts = prompts_of(
         load_split(config, "val"), made.tokenizer, config, max_positions=128, num_prompts=5
     )
@@ -62,7 +62,7 @@ def test_ranks_are_those_of_calibration(config, tmp_path):
         expected = calibrated_ranks(
             made.backbone, heads, prompt.input_ids, answer.tokens_P.tolist(), 6
         )
-        found = answer_ranks(heads, answer.tokens_P, answer.hidden_PD, 6)
+        found = continuation_ranks(heads, answer, 6)
         assert (found == expected).all()
 
 
@@ -71,7 +71,7 @@ def test_answers_are_made_once(config, tmp_path, monkeypatch):
     monkeypatch.setattr("medusa_exp.train.acceptance.decode_plain", None)
     again = open_inputs(config, tmp_path).answers
     for one, other in zip(first, again, strict=True):
-        assert torch.equal(one.hidden_PD, other.hidden_PD)
+        assert torch.equal(one.hidden_TD, other.hidden_TD)
         assert torch.equal(one.tokens_P, other.tokens_P)
 
 

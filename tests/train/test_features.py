@@ -45,7 +45,7 @@ def test_stored_are_the_positions_that_any_head_learns_from():
         anywhere = torch.zeros(size, dtype=torch.bool)
         for head in range(min(17, size - 1)):
             anywhere |= is_labelled(trained_BT, one_BT, head)[0]
-        assert stored_positions(is_trained).tolist() == anywhere.nonzero()[:, 0].tolist()
+        assert stored_positions(is_trained, False).tolist() == anywhere.nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("batching", ["padded", "packed"])
@@ -67,11 +67,20 @@ def test_a_batch_has_the_states_and_choices_of_the_backbone(cached, tmp_path, ba
         assert torch.equal(batch.own_BT, own_BT)
 
 
-@pytest.mark.parametrize("loss", ["ce", "topk_kl"])
+@pytest.mark.parametrize(
+    ("loss", "batching", "prefix_attention"),
+    [
+        ("ce", "padded", False),
+        ("topk_kl", "padded", False),
+        ("ce", "padded", True),
+        ("ce", "packed", True),
+    ],
+)
 def test_training_on_cached_states_is_the_same_and_loads_no_layer(
-    cached, tmp_path, loss, monkeypatch
+    cached, tmp_path, loss, batching, prefix_attention, monkeypatch
 ):
-    cached.train.loss = loss
+    cached.train.loss, cached.train.batching = loss, batching
+    cached.head.prefix_attention = prefix_attention
     run(cached, tmp_path / "first")
     monkeypatch.setattr(inputs, "load_backbone", no_body)
     second = run(cached, tmp_path / "second")
@@ -99,6 +108,9 @@ def test_other_heads_share_the_states_and_other_data_does_not(cached, tmp_path):
     first = open_inputs(cached, tmp_path).features["train"].path
     cached.head.num_heads, cached.train.decay = 5, 0.5
     assert open_inputs(cached, tmp_path).features["train"].path == first
+    cached.head.prefix_attention = True  # which looks at all positions
+    assert open_inputs(cached, tmp_path).features["train"].path != first
+    cached.head.prefix_attention = False
     cached.dataset.max_length = 20
     assert open_inputs(cached, tmp_path).features["train"].path != first
 

@@ -25,6 +25,9 @@ class HeadConfig:
     num_tokens: int | None = None
     """Tokens that the heads of medusa_lowrank know, the most frequent ones in the training data;
     others are never guessed. null is all."""
+    prefix_attention: bool = False
+    """Let a layer of attention over all hidden states so far stand before the heads (of any kind,
+    but it was found for hydra)."""
 
     def __post_init__(self) -> None:
         one_of("head.kind", self.kind, ("medusa", "medusa_tied", "medusa_lowrank", "hydra"))

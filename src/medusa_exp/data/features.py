@@ -3,7 +3,8 @@
 A directory of `.npy` files: `hidden` [P, D] and `own` [P] of all stored positions, `starts` [N + 1]
 and `checks` [N], where a document's positions begin and the crc32 of their bytes, and
 `summary.json`. Which positions of a document are stored follows from its mask of trained tokens:
-those from which a head may learn, or at which the backbone says what a head is to say.
+those from which a head may learn, or at which the backbone says what a head is to say; or all of
+them, where heads look back.
 
 N documents, P positions, B batch, T time, D hidden.
 """
@@ -25,9 +26,11 @@ _SUMMARY = "summary.json"
 _ARRAYS = ("hidden.npy", "own.npy", "starts.npy", "checks.npy")
 
 
-def stored_positions(is_trained: np.ndarray) -> np.ndarray:
-    """Return, in order, each t for which one of the tokens t+1 .. t+1+REACH is trained."""
+def stored_positions(is_trained: np.ndarray, stores_all: bool) -> np.ndarray:
+    """Return, in order, each t for which one of the tokens t+1 .. t+1+REACH is trained; or each."""
     size = len(is_trained)
+    if stores_all:
+        return np.arange(size)
     before = np.concatenate([[0], np.cumsum(is_trained)])
     t = np.arange(size)
     return np.flatnonzero(before[np.minimum(t + 2 + REACH, size)] > before[np.minimum(t + 1, size)])
@@ -47,6 +50,7 @@ class Features:
             if not (path / name).is_file():
                 raise self._damaged(name)
         self.summary = read_json(path / _SUMMARY)
+        self._stores_all = self.summary.get("stores_all", False)
         for name, digest in self.summary["sha256"].items():
             if sha256_file(path / name) != digest:
                 raise self._damaged(name)
@@ -88,7 +92,8 @@ class Features:
             for place, number in enumerate(row, 1):
                 where_T = (documents_BT[b] == place).nonzero()[:, 0]
                 is_trained_T = is_trained_BT[b, where_T]
-                stored_P = where_T[torch.from_numpy(stored_positions(is_trained_T.numpy()))]
+                stored = stored_positions(is_trained_T.numpy(), self._stores_all)
+                stored_P = where_T[torch.from_numpy(stored)]
                 hidden_PD, own_P = self[number]
                 hidden_BTD[b, stored_P] = hidden_PD
                 is_next_P = stored_P < where_T[-1]

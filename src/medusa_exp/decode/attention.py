@@ -18,6 +18,11 @@ from medusa_exp.decode.cuda import Kernels
 from medusa_exp.decode.step_cupy import build_mask
 from medusa_exp.errors import UserError
 
+FULL = "full_attention"
+"""transformers' name for layers that see everything, and for their mask in a dict."""
+MODELS = "the model's"
+"""The one mask of a model, in a dict that has another beside it."""
+
 
 class StepMask:
     """Builds masks over a cache of at most `capacity` columns.
@@ -29,13 +34,20 @@ class StepMask:
         UserError: the model has layers that are no attention over all or the newest positions.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+    def __init__(self, model: PreTrainedModel, capacity: int, *, keeps_full: bool = False) -> None:
+        """Prepare for a model.
+
+        Args:
+            model: the backbone's.
+            capacity: columns of its cache, those of a tree included.
+            keeps_full: return the mask without a window too, where the model has but the other.
+        """
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         window = getattr(config, "sliding_window", None)
         if getattr(config, "use_sliding_window", True) is False:
             window = None
-        if unknown := kinds - {"full_attention", "sliding_attention"}:
+        if unknown := kinds - {FULL, "sliding_attention"}:
             raise UserError(
                 f"{type(model).__name__} has layers of {', '.join(sorted(unknown))}: a tree of "
                 "guesses needs attention with a mask of its own in every layer."
@@ -43,12 +55,15 @@ class StepMask:
         self.kinds = kinds if len(kinds) > 1 else set()
         self.window = window if (not kinds or "sliding_attention" in kinds) else None
         self.dtype = model.dtype
-        self.takes_boolean = not self.kinds and model.config._attn_implementation == "sdpa"
+        self.keeps_full = keeps_full and self.window is not None and not self.kinds
+        is_one = not self.kinds and not self.keeps_full
+        self.takes_boolean = is_one and model.config._attn_implementation == "sdpa"
         self.column_P = torch.arange(capacity, device=model.device)
 
     def at(self, lengths: list[int], ancestors_BNN: Tensor, depths_BN: Tensor) -> Any:
         """Return the mask [B, 1, N, P + N], or a dict of them by kind of layer.
 
+        With `keeps_full` that may be a dict of the mask without a window, and of the MODELS.
         None stands for single tokens that see everything, which need no mask.
 
         Args:
@@ -78,9 +93,11 @@ class StepMask:
         clipped_BNK = full_BNK
         if self.window is not None and columns + num_nodes > self.window:
             clipped_BNK = full_BNK & self._in_window(lengths_B11, depths_BN, column_P)
+        if self.keeps_full:
+            return {FULL: self._finish(full_BNK), MODELS: self._finish(clipped_BNK)}
         if not self.kinds:
             return self._finish(clipped_BNK)
-        masks = {"full_attention": full_BNK, "sliding_attention": clipped_BNK}
+        masks = {FULL: full_BNK, "sliding_attention": clipped_BNK}
         return {kind: self._finish(masks[kind]) for kind in sorted(self.kinds)}
 
     def by_kernel(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from medusa_exp.decode.answers import Answers, Decoded, Limits
 from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.prefix import with_prefix
 from medusa_exp.decode.propose import Proposer, StaticTree, build_proposer
 from medusa_exp.decode.rule import Judge, Rule
 from medusa_exp.decode.static_cache import StaticCache
@@ -108,15 +109,17 @@ def tree_steps(
         UserError: as `plain_steps`.
     """
     length, last = _room(backbone, prompts, answers.limits)
+    is_static, backbone = backbone.decodes_statically, with_prefix(backbone, propose.prefix)
     step: Step
-    if backbone.decodes_statically:
+    if is_static:
         backbone.static_steps = backbone.static_steps or StaticSteps()
         step = backbone.static_steps.get(backbone, propose, rule, len(prompts), length)
     else:
         capacity = length + propose.num_nodes
         cache = TreeCache(backbone.num_layers, capacity, len(prompts))
         judge = Judge(rule, backbone.device)
-        step = GrowingStep(backbone, propose, judge, cache, StepMask(backbone.model, capacity))
+        mask = StepMask(backbone.model, capacity, keeps_full=propose.prefix is not None)
+        step = GrowingStep(backbone, propose, judge, cache, mask)
     logits_B1V, hidden_BD = _prefill(backbone, prompts, step.cache)
     if not answers.active:
         return

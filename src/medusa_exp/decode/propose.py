@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medusa_exp.decode.verification import Nodes
 from medusa_exp.errors import UserError
-from medusa_exp.model.heads import MedusaHeads, StackedHeads
+from medusa_exp.model.heads import MedusaHeads, PrefixAttention, StackedHeads
 from medusa_exp.tree import Tree, chain
 
 _NO_CHANCE = -1e4
@@ -43,13 +43,16 @@ class Proposer(Protocol):
     depth: int
     key: Hashable
     """Equal for proposers that do the same."""
+    prefix: PrefixAttention | None
+    """What the hidden states that it is given have to go through."""
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
         """Return trees below the roots.
 
         Args:
             root_B: the token that follows for sure.
-            hidden_BD: the backbone's last hidden state one position before it.
+            hidden_BD: the backbone's last hidden state one position before it, or what `prefix`
+                makes of that.
         """
         ...
 
@@ -60,6 +63,7 @@ class StaticTree:
     def __init__(self, heads: nn.Module, tree: Tree, device: torch.device) -> None:
         self.num_nodes, self.depth = len(tree), tree.depth
         self._heads = heads
+        self.prefix = getattr(heads, "prefix", None) if self.depth else None
         self.key: Hashable = (id(heads) if self.depth else None, tree)
         self._num_ranks = max(tree.ranks) + 1
         self._place_N = torch.from_numpy(_places(tree, self._num_ranks)).to(device)
@@ -105,6 +109,7 @@ class DynamicTree:
         """
         self.num_nodes, self.depth = min(num_nodes, len(choices)), choices.depth
         self._heads = heads
+        self.prefix = getattr(heads, "prefix", None)
         self.key: Hashable = (id(heads), choices, num_nodes)
         self._num_ranks = max(choices.ranks) + 1
         self._place_M = torch.from_numpy(_places(choices, self._num_ranks)).to(device)

@@ -43,7 +43,7 @@ class SequentialTree:
         """
         check_fit(tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.vocab_size)
         self.num_nodes, self.depth = len(tree), tree.depth
-        self._heads = heads
+        self._heads, self.prefix = heads, heads.prefix
         self.key: Hashable = (id(heads), tree)
         self._depths = [_plan(tree, depth, device) for depth in range(1, tree.depth + 1)]
         self._parents_1N = torch.tensor([tree.parents], device=device)

@@ -3,6 +3,7 @@
 B rows, H key-value heads, C columns of prompts and answers, N columns of a tree, L path length.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class StaticCache(Cache):
         self.lengths_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._row_B1 = torch.arange(num_rows, device=device)[:, None]
         self._tree_start_B = torch.full_like(self.lengths_B, capacity)
-        self._commits: dict[Kernels, CacheCommit] = {}
+        self._commits: dict[Kernels, list[CacheCommit]] = {}
 
     def empty(self) -> None:
         """Let the next forward calls write prompts, from the first column on."""
@@ -83,13 +84,12 @@ class StaticCache(Cache):
 
     def commit(self, verdict: Verdict, is_active_B: Tensor, kernels: Kernels | None = None) -> None:
         """Move the accepted nodes of active rows to where these end: by a kernel, if there are."""
-        if kernels is not None and self._are_alike():
+        if kernels is not None:
             if kernels not in self._commits:
-                self._commits[kernels] = CacheCommit(kernels, self._tensors())
+                self._commits[kernels] = [CacheCommit(kernels, t) for t in self._alike()]
             to_B = torch.where(is_active_B, self.lengths_B, -1)
-            self._commits[kernels](
-                verdict.path_BL, verdict.num_accepted_B, self._tree_start_B, to_B
-            )
+            for commit in self._commits[kernels]:
+                commit(verdict.path_BL, verdict.num_accepted_B, self._tree_start_B, to_B)
         else:
             self._move(verdict.path_BL, is_active_B)
         self.lengths_B += (verdict.num_accepted_B + 1) * is_active_B
@@ -105,6 +105,9 @@ class StaticCache(Cache):
     def _tensors(self) -> list[Tensor]:
         return [states for layer in self.layers for states in (layer.keys, layer.values)]
 
-    def _are_alike(self) -> bool:
-        """Can one launch move them all? Some models have layers of several shapes."""
-        return len({(t.shape, t.stride(), t.dtype) for t in self._tensors()}) == 1
+    def _alike(self) -> list[list[Tensor]]:
+        """Return them by what one launch can move: some models have layers of several shapes."""
+        found: dict[Hashable, list[Tensor]] = {}
+        for states in self._tensors():
+            found.setdefault((states.shape, states.stride(), states.dtype), []).append(states)
+        return list(found.values())

@@ -223,7 +223,11 @@ class StaticSteps:
                 propose,
                 Judge(rule, backbone.device),
                 self._caches[shape],
-                StepMask(backbone.model, shape[1] + MAX_NODES),
+                StepMask(
+                    backbone.model,
+                    shape[1] + MAX_NODES,
+                    keeps_full=propose.prefix is not None,
+                ),
                 kernels=step_kernels(rule.verifier, backbone.device),
                 pool=self._pool,
             )

@@ -36,6 +36,8 @@ class Backbone:
         """Do decoding steps have tensors of fixed shapes? On a GPU they are captured as CUDA graphs
         then; see `decode.static_step`."""
         self.static_steps: Any = None
+        self.prefixed: Any = None
+        """As heads with prefix attention see it; see `decode.prefix`."""
         self.is_checked_for_trees = False
         """Set by `decode.check.check_trees`."""
         self.has_body = True

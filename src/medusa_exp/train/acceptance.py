@@ -4,7 +4,7 @@ The backbone answers held-out prompts once, before the training. A validation th
 guess of each head came true at each place of these answers, and replays decoding from that
 (`tree/growth.py`). Loss says how surprised heads are everywhere; this, what they are worth.
 
-P positions, D hidden, K heads.
+P positions of an answer, T of prompt and answer but the last, D hidden, K heads.
 """
 
 import logging
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from medusa_exp.decode.settings import limits_of
 from medusa_exp.errors import UserError
 from medusa_exp.files import content_key, publish
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.ranks import answer_ranks
 from medusa_exp.tree.growth import best_tree, num_steps
 from medusa_exp.tree.tree import chain
@@ -40,8 +41,8 @@ class Continuation:
     """An answer of the backbone's."""
 
     tokens_P: Tensor
-    hidden_PD: Tensor
-    """The states from which it said each token."""
+    hidden_TD: Tensor
+    """Of prompt and answer; each token of the answer was said from one of the last P."""
 
 
 def held_out_prompts(
@@ -98,7 +99,7 @@ def accept_lengths(
 
     Prompts' steps are counted, as in eval/tokens_per_step.
     """
-    ranks = [answer_ranks(heads, answer.tokens_P, answer.hidden_PD, max_rank) for answer in answers]
+    ranks = [continuation_ranks(heads, answer, max_rank) for answer in answers]
     num_tokens = sum(len(ranks_PK) for ranks_PK in ranks)
     tree = best_tree(ranks, num_nodes, max_rank)
     return num_tokens / num_steps(ranks, tree), num_tokens / num_steps(
@@ -106,11 +107,20 @@ def accept_lengths(
     )
 
 
+@torch.no_grad()
+def continuation_ranks(heads: MedusaHeads, answer: Continuation, max_rank: int) -> np.ndarray:
+    """Return `model.ranks.answer_ranks` of an answer: ranks_PK."""
+    read_TD = heads_input(heads.prefix, answer.hidden_TD[None])[0]
+    tokens_P = answer.tokens_P
+    return answer_ranks(heads, tokens_P, read_TD[len(read_TD) - len(tokens_P) :], max_rank)
+
+
 def _path(
     config: Config, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], backbone: Backbone
 ) -> Path:
     limits = limits_of(config, backbone, tokenizer)
     key = content_key(
+        "prompts too",  # since their states are kept with the answers'
         [prompt.input_ids for prompt in prompts],
         backbone.weights_identity(),
         [limits.max_new_tokens, sorted(limits.stop_ids), list(limits.stop_strings)],
@@ -135,20 +145,20 @@ def answer_prompts(
     answers = []
     for ids, answer in zip(asked, decode_plain(backbone, asked, limits), strict=True):
         whole_1T = torch.tensor([ids + answer.tokens], device=backbone.device)
-        hidden_PD = backbone.hidden_states(whole_1T)[0, len(ids) - 1 : -1]
-        answers.append(Continuation(whole_1T[0, len(ids) :], hidden_PD))
+        hidden_TD = backbone.hidden_states(whole_1T)[0, :-1]
+        answers.append(Continuation(whole_1T[0, len(ids) :], hidden_TD))
     return answers
 
 
 def _as_tensors(answers: list[Continuation]) -> dict[str, Tensor]:
     return {
         "tokens": torch.cat([answer.tokens_P for answer in answers]).cpu(),
-        "hidden": torch.cat([answer.hidden_PD for answer in answers]).cpu(),
-        "lengths": torch.tensor([len(answer.tokens_P) for answer in answers]),
+        "hidden": torch.cat([answer.hidden_TD for answer in answers]).cpu(),
+        "lengths": torch.tensor([[len(a.tokens_P), len(a.hidden_TD)] for a in answers]),
     }
 
 
 def _from_tensors(tensors: dict[str, Tensor]) -> list[Continuation]:
-    lengths = tensors["lengths"].tolist()
-    pairs = zip(tensors["tokens"].split(lengths), tensors["hidden"].split(lengths), strict=True)
-    return [Continuation(tokens_P, hidden_PD) for tokens_P, hidden_PD in pairs]
+    of_answers, of_both = tensors["lengths"].T.tolist()
+    pairs = zip(tensors["tokens"].split(of_answers), tensors["hidden"].split(of_both), strict=True)
+    return [Continuation(tokens_P, hidden_TD) for tokens_P, hidden_TD in pairs]

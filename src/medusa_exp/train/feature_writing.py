@@ -94,6 +94,7 @@ class FeatureWriter:
 
     def __init__(self, config: Config, directory: Path, longest: int, backbone: Backbone) -> None:
         self.longest, self.backbone = longest, backbone
+        self.stores_all = config.head.prefix_attention
         self.autocast = HALF.get(pick_precision(config, backbone.device))
         self.starts = np.load(directory / "starts.npy")
         self.hidden_PD = np.load(directory / "hidden.npy", mmap_mode="r+")
@@ -104,13 +105,26 @@ class FeatureWriter:
         """Write the documents of these numbers; return the check of each one's bytes."""
         device = self.backbone.device.type
         with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
-            states = _states(documents, self.longest, self.backbone)
+            states = self._states(documents)
         found = {}
         for number, (states_LD, choices_L) in zip(rows, states, strict=True):
             place = slice(self.starts[number], self.starts[number + 1])
             self.hidden_PD[place] = _as_stored(states_LD, self.hidden_PD.dtype)
             self.own_P[place] = choices_L.cpu().numpy()
             found[number] = check(self.hidden_PD[place], self.own_P[place])
+        return found
+
+    def _states(self, documents: list[Example]) -> list[tuple[Tensor, Tensor]]:
+        """Return hidden states and the backbone's next tokens at stored positions of each."""
+        backbone = self.backbone
+        collated = collate([[document] for document in documents], self.longest)
+        hidden_BTD = backbone.hidden_states(collated.input_ids_BT.to(backbone.device))
+        found = []
+        for hidden_TD, document in zip(hidden_BTD, documents, strict=True):
+            stored = torch.from_numpy(stored_positions(document.is_trained, self.stores_all))
+            states_LD = hidden_TD[stored.to(backbone.device)]
+            choices = [backbone.next_logits(r).argmax(-1) for r in states_LD.split(_ROWS)]
+            found.append((states_LD, torch.cat(choices) if choices else stored))
         return found
 
     def flush(self) -> None:
@@ -151,21 +165,6 @@ def _writer_of_a_worker(config: dict[str, Any], directory: Path, longest: int) -
         return json.dumps(found)
 
     return work
-
-
-def _states(
-    documents: list[Example], longest: int, backbone: Backbone
-) -> list[tuple[Tensor, Tensor]]:
-    """Return hidden states and the backbone's next tokens at each document's stored positions."""
-    collated = collate([[document] for document in documents], longest)
-    hidden_BTD = backbone.hidden_states(collated.input_ids_BT.to(backbone.device))
-    found = []
-    for hidden_TD, document in zip(hidden_BTD, documents, strict=True):
-        stored = torch.from_numpy(stored_positions(document.is_trained))
-        states_LD = hidden_TD[stored.to(backbone.device)]
-        choices = [backbone.next_logits(r).argmax(-1) for r in states_LD.split(_ROWS)]
-        found.append((states_LD, torch.cat(choices) if choices else stored))
-    return found
 
 
 def _as_stored(states_LD: Tensor, dtype: np.dtype[Any]) -> np.ndarray:

@@ -66,7 +66,7 @@ def features_key(config: Config, split: str, data_key: str, backbone: Backbone) 
     """Name all that decides the hidden states."""
     dataset = config.dataset
     return content_key(
-        FORMAT,
+        [FORMAT, config.head.prefix_attention],  # for which all positions are kept
         split,
         data_key,
         [dataset.val_fraction, dataset.test_fraction],
@@ -89,7 +89,7 @@ def _publish(
         shutil.rmtree(unfinished)
     precision = pick_precision(config, ends.device)
     dtype = np.dtype(np.float32 if precision == "32-true" else np.int16)  # numpy has no bfloat16
-    starts = _starts(examples)
+    starts = _starts(examples, config.head.prefix_attention)
     size = int(starts[-1]) * (ends.hidden_size * dtype.itemsize + 4)
     _check_room(path.parent, size)
     log.info("writing %.2f GB of hidden states", size / 1e9)
@@ -100,14 +100,15 @@ def _publish(
         names = ("starts.npy", "checks.npy")
         summary: dict[str, Any] = {
             "key": key,
+            "stores_all": config.head.prefix_attention,
             "backbone": str(ends.model.config.name_or_path),
             "sha256": {name: sha256_file(partial / name) for name in names},
         }
         write_json(partial / "summary.json", summary)
 
 
-def _starts(examples: Examples) -> np.ndarray:
-    counts = [len(stored_positions(example.is_trained)) for example in examples]
+def _starts(examples: Examples, stores_all: bool) -> np.ndarray:
+    counts = [len(stored_positions(example.is_trained, stores_all)) for example in examples]
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medusa_exp.data.loader import Batch
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.loss import medusa_counts, medusa_loss, medusa_losses
 from medusa_exp.train.acceptance import Continuation, accept_lengths
 from medusa_exp.train.failures import BadLoss
@@ -97,7 +97,7 @@ class MedusaModule(L.LightningModule):
         """Return the heads' part of `batch_loss`."""
         losses = medusa_losses(
             self.heads,
-            hidden_BTD.float(),
+            self._heads_input(batch, hidden_BTD),
             self.objective.targets(self.backbone, self.heads, hidden_BTD.detach(), batch),
             batch.is_trained_BT,
             batch.documents_BT,
@@ -119,7 +119,7 @@ class MedusaModule(L.LightningModule):
         hidden_BTD = self.hidden_states(batch)
         counts_K4 = medusa_counts(
             self.heads,
-            hidden_BTD.float(),
+            self._heads_input(batch, hidden_BTD),
             self.objective.labels_of(self.backbone, hidden_BTD, batch),
             batch.is_trained_BT,
             batch.documents_BT,
@@ -176,6 +176,10 @@ class MedusaModule(L.LightningModule):
         if batch.hidden_BTD is not None:
             return batch.hidden_BTD
         return self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
+
+    def _heads_input(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
+        documents_BT = None if batch.positions_BT is None else batch.documents_BT  # one a row
+        return heads_input(self.heads.prefix, hidden_BTD.float(), documents_BT)
 
     def _over_processes(self, counts_K: Tensor) -> Tensor:
         if self.trainer.world_size == 1:

@@ -11,6 +11,8 @@ from medusa_exp.errors import UserError
 
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}
 """Of an optimiser, for each parameter in float32, at most."""
+_INNER = ("blocks.", "prefix.")
+"""Parts of the heads that lead from hidden states to hidden states."""
 
 
 def build_optimizer(
@@ -88,7 +90,7 @@ def _muon(
     adapters: dict[str, Any] | None,
 ) -> Optimizer:
     """Use Muon for the matrices between hidden states, AdamW for projections onto tokens."""
-    hidden = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith("blocks.")}
+    hidden = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith(_INNER)}
     if not hidden:
         raise UserError("train.optimizer=muon: heads with head.num_layers=0 have no matrix for it.")
     others = _groups([p for n, p in named.items() if n not in hidden], weight_decay)

@@ -27,7 +27,7 @@ from medusa_exp.decode.settings import limits_of
 from medusa_exp.files import write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
-from medusa_exp.model.heads import MedusaHeads, StackedHeads, stack_heads
+from medusa_exp.model.heads import MedusaHeads, StackedHeads, heads_input, stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.ranks import answer_ranks
 from medusa_exp.model.tokenizer import load_tokenizer
@@ -102,7 +102,8 @@ def head_ranks(
     """
     num_heads = heads.num_heads
     ids = torch.tensor([*prompt_ids, *answer_ids], device=backbone.device)
-    hidden_PD = backbone.hidden_states(ids[None])[0, len(prompt_ids) - 1 : -1]
+    read_1TD = heads_input(heads.prefix, backbone.hidden_states(ids[None]))
+    hidden_PD = read_1TD[0, len(prompt_ids) - 1 : -1]
     if isinstance(heads, MedusaHeads) and heads.is_sequential:
         return answer_ranks(heads, ids[len(prompt_ids) :], hidden_PD, max_rank)
     logits_PKV = heads(hidden_PD.to(heads.dtype))

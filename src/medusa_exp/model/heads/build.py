@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads.config import MedusaHeadsConfig
 from medusa_exp.model.heads.model import PROJECTIONS, MedusaHeads
+from medusa_exp.model.heads.prefix import attention_heads
 
 
 def build_heads(
@@ -17,6 +18,7 @@ def build_heads(
     bias: bool = True,
     rank: int | None = None,
     num_tokens: int | None = None,
+    prefix_attention: bool = False,
     token_counts: Tensor | None = None,
 ) -> MedusaHeads:
     """Build fresh float32 heads that fit a backbone, on its device.
@@ -33,6 +35,7 @@ def build_heads(
         bias: of the residual blocks.
         rank: of medusa_lowrank's matrices; None is full.
         num_tokens: that medusa_lowrank's heads know, the most frequent ones; None is all.
+        prefix_attention: let a layer of attention over all hidden states stand before the heads.
         token_counts: how often each token comes [V], for `num_tokens`.
 
     Raises:
@@ -52,6 +55,10 @@ def build_heads(
         bias=bias,
         rank=None if rank is None else min(rank, backbone.hidden_size),
         num_tokens=None if num_tokens is None else min(num_tokens, backbone.vocab_size),
+        prefix_attention=prefix_attention,
+        num_attention_heads=attention_heads(
+            backbone.model.config.get_text_config(), backbone.hidden_size
+        ),
         hidden_size=backbone.hidden_size,
         vocab_size=backbone.vocab_size,
         lm_head_bias=getattr(lm_head, "bias", None) is not None,

@@ -16,6 +16,8 @@ class MedusaHeadsConfig(PreTrainedConfig):
         bias: bool = True,
         rank: int | None = None,
         num_tokens: int | None = None,
+        prefix_attention: bool = False,
+        num_attention_heads: int = 1,
         hidden_size: int = 256,
         vocab_size: int = 2048,
         lm_head_bias: bool = False,
@@ -29,6 +31,8 @@ class MedusaHeadsConfig(PreTrainedConfig):
         self.bias = bias
         self.rank = rank
         self.num_tokens = num_tokens
+        self.prefix_attention = prefix_attention
+        self.num_attention_heads = num_attention_heads
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.lm_head_bias = lm_head_bias

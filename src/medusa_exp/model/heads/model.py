@@ -15,6 +15,7 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads.blocks import GroundedBlock, ResBlock
 from medusa_exp.model.heads.config import MedusaHeadsConfig
 from medusa_exp.model.heads.lowrank import LowRankProjections
+from medusa_exp.model.heads.prefix import PrefixAttention
 from medusa_exp.model.heads.projections import OwnProjections, Projection, TiedProjection
 
 PROJECTIONS: dict[str, Callable[[MedusaHeadsConfig], Projection]] = {
@@ -41,6 +42,10 @@ class MedusaHeads(PreTrainedModel):
         super().__init__(config)
         size, bias = config.hidden_size, config.bias
         self.is_sequential = config.kind == "hydra"
+        self.prefix: PrefixAttention | None = None
+        """What makes of the backbone's hidden states those that the heads read."""
+        if config.prefix_attention:
+            self.prefix = PrefixAttention(size, config.num_attention_heads)
         self.blocks = nn.ModuleList()
         for k in range(config.num_heads):
             blocks = [ResBlock(size, bias) for _ in range(config.num_layers)]
@@ -84,7 +89,7 @@ class MedusaHeads(PreTrainedModel):
 
         Args:
             k: which head.
-            hidden_RD: the backbone's last hidden states.
+            hidden_RD: the backbone's last hidden states, or what `prefix` has made of them.
             drafted_RJ: the k+1 tokens that follow each state, where `is_sequential`: the certain
                 one, and a guess of each head before this one.
         """

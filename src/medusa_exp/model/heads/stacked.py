@@ -3,6 +3,8 @@
 B batch, D hidden, V vocabulary, K heads.
 """
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -25,6 +27,7 @@ class StackedHeads(nn.Module):
         super().__init__()
         assert not heads.is_sequential
         self.num_heads, self.dtype = heads.num_heads, dtype
+        self.prefix = deepcopy(heads.prefix).to(dtype) if heads.prefix is not None else None
         depth = heads.config.num_layers
         self.layers = [
             stacked_linear([blocks[i].linear for blocks in heads.blocks], dtype)
