@@ -26,7 +26,7 @@ from medusa_exp.errors import UserError
 log = logging.getLogger(__name__)
 
 STAGES = {
-    "pretrain": "medusa_exp.model.tiny",
+    "pretrain": "medusa_exp.pretrain.stage",
     "inspect": "medusa_exp.inspection.stage",
     "regenerate": "medusa_exp.train.regenerate",
     "train": "medusa_exp.train.stage",
