@@ -18,8 +18,8 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dir(workplace) -> Path:
-    """One run of every stage."""
-    result = medusa_exp(*SMOKE, "run_dir=run", cwd=workplace)
+    """One run of every stage, in a terminal that has no bars and boxes."""
+    result = medusa_exp(*SMOKE, "run_dir=run", cwd=workplace, PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stderr
     assert "report: run/report.html" in result.stdout.replace(str(workplace) + "/", "")
     return workplace / "run"

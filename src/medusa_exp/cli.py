@@ -11,6 +11,7 @@ The second and the last form start from the run's saved config; see `continuatio
 import importlib
 import logging
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 import hydra
@@ -51,6 +52,9 @@ class _Problem(CompactHydraException):
 
 def main() -> None:
     """Run the command line; exits with 1 after a problem."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # no run ends for a bar that a terminal cannot show
+            stream.reconfigure(errors="replace")
     try:
         sys.argv[1:] = continuation.arguments(sys.argv[1:])
     except UserError as error:
