@@ -290,3 +290,16 @@ def test_a_prebuilt_module_is_taken_if_it_fits(tmp_path):
     assert find_prebuilt("a.cu", ("X",), 90, tmp_path) is None
     (tmp_path / "part.cuh").write_text("#pragma once\nint changed;\n")
     assert find_prebuilt("a.cu", ("X", "Y=2"), 90, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Rule("sampling", top_k=4), True),
+        (Rule("sampling", top_p=0.9), True),
+        (Rule("sampling", top_p=1.0), False),
+        (Rule("greedy", top_k=4, top_p=0.9), False),
+    ],
+)
+def test_what_filters(rule, expected):
+    assert rule.is_filtered is expected

@@ -10,7 +10,7 @@ from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model import build_heads
 from medusa_exp.tree import Tree, chain
-from medusa_exp.tree.calibrate import head_ranks
+from medusa_exp.tree.calibrate import head_ranks, thinned
 from medusa_exp.tree.curve import choose, correct, summarise
 from medusa_exp.tree.growth import best_tree, grow, node_shares, num_steps, prefix_counts, replay
 from medusa_exp.tree.timing import Timing
@@ -36,6 +36,12 @@ def test_grown_trees_are_the_best_of_every_size(seed):
             if all(path[:-1] in {(), *chosen} for path in chosen)
         )
         assert sum(value[path] for path in grown[:size]) == best
+
+
+def test_batches_are_timed_over_the_largest_tree_up_to_each_of_some_sizes():
+    trees = [chain(n - 1) for n in (1, 2, 3, 5, 12, 24)]
+    assert [len(tree) for tree in thinned(trees)] == [1, 2, 3, 5, 12, 24]
+    assert [len(tree) for tree in thinned(trees[1:4])] == [2, 3, 5]
 
 
 def test_replay_by_hand():

@@ -15,6 +15,8 @@ from medusa_exp.decode.kernel_source import find_prebuilt, source_of
 from medusa_exp.errors import UserError
 
 Grid = tuple[int, int, int]
+MAX_NODES = 256
+"""Of a tree that the kernels take, as kernels/tree.cuh and kernels/mask.cu have it."""
 
 
 class Kernels(Protocol):

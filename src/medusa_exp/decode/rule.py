@@ -37,21 +37,26 @@ class Rule:
         if self.name != "greedy" and not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0, or use greedy.")
 
+    @property
+    def is_filtered(self) -> bool:
+        """Are some tokens never drawn?"""
+        has_nucleus = self.top_p is not None and self.top_p < 1
+        return self.name == "sampling" and (self.top_k is not None or has_nucleus)
+
 
 class Judge:
     """Applies a rule, step after step."""
 
     def __init__(self, rule: Rule, device: torch.device) -> None:
         self.rule = rule
-        is_filtered = rule.top_k is not None or rule.top_p is not None
-        self._verify = choose_verifier(rule.verifier, device, is_filtered=is_filtered)
+        self._verify = choose_verifier(rule.verifier, device, is_filtered=rule.is_filtered)
         self._generator = torch.Generator(device)
         self.restart()
         self._options: dict[str, Any] = {
             "rule": rule.name,
             "temperature": rule.temperature,
-            "top_k": rule.top_k,
-            "top_p": rule.top_p,
+            "top_k": rule.top_k if rule.is_filtered else None,
+            "top_p": rule.top_p if rule.is_filtered else None,
             "epsilon": rule.epsilon,
             "alpha": rule.alpha,
         }

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.attention import StepMask
-from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.cuda import MAX_NODES, Kernels
 from medusa_exp.decode.propose import Draft, Proposer
 from medusa_exp.decode.rule import Judge, Rule
 from medusa_exp.decode.static_cache import StaticCache
 from medusa_exp.decode.step import at_end, outcome, read_outcome
-from medusa_exp.decode.step_cupy import MAX_NODES
 from medusa_exp.decode.verifier import step_kernels
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone

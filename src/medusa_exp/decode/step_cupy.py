@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda import Kernels, struct_of
+from medusa_exp.decode.cuda import MAX_NODES, Kernels, struct_of
 
-MAX_NODES = 256
 MASK_ARGUMENTS = struct_of(
     "parents parents_stride_b lengths mask positions num_nodes num_past window last_position"
 )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda import Kernels, struct_of
+from medusa_exp.decode.cuda import MAX_NODES, Kernels, struct_of
 from medusa_exp.decode.launch_plan import Plan, check_plan, plan_for
 from medusa_exp.decode.verification import RULES, Nodes, Verdict
 
@@ -28,7 +28,6 @@ DEFINES = {
     torch.float16: ("LOGIT_FLOAT16",),
     torch.bfloat16: ("LOGIT_BFLOAT16",),
 }
-MAX_NODES = 256
 MAX_BATCH = 65535
 MAX_VOCAB = 1 << 24
 """Infinite logits are counted in float32."""

@@ -121,6 +121,12 @@ def grown_trees(ranks: list[np.ndarray], max_nodes: int, max_rank: int) -> list[
     return list(dict.fromkeys(best_tree(ranks, size, max_rank) for size in sizes))
 
 
+def thinned(trees: list[Tree]) -> list[Tree]:
+    """Return fewer of these trees: for each of some sizes the largest that has no more nodes."""
+    fitting = [[tree for tree in trees if len(tree) <= size] for size in _BATCHED_SIZES]
+    return list(dict.fromkeys(max(some, key=len) for some in fitting if some))
+
+
 def _heldout_prompts(
     config: Config, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
@@ -146,7 +152,7 @@ def _at_batch_size(
     rounds, new_tokens = _ROUNDS, _TIMED_TOKENS
     if batch_size > 1:
         rounds, new_tokens = _BATCHED_ROUNDS, _BATCHED_TOKENS
-        trees = [tree for tree in trees if len(tree) in _BATCHED_SIZES]
+        trees = thinned(trees)
     timing = time_steps(
         backbone,
         heads,

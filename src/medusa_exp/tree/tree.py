@@ -82,7 +82,10 @@ class Tree:
         """
         value = read_json(path)
         if value is None:
-            raise UserError(f"{path} does not exist: run stage calibrate, or choose tree=chain.")
+            raise UserError(
+                f"{path} does not exist: a run directory has its tree.json from stage calibrate on. "
+                "Or choose tree=chain."
+            )
         try:
             if isinstance(value, list):
                 return cls.from_paths(value)
