@@ -83,7 +83,7 @@ class Tree:
         value = read_json(path)
         if value is None:
             raise UserError(
-                f"{path} does not exist: a run directory has its tree.json from stage calibrate on. "
+                f"{path} does not exist: stage calibrate leaves a tree.json in its run directory. "
                 "Or choose tree=chain."
             )
         try:
