@@ -1,3 +1,5 @@
+import re
+from collections.abc import Iterator
 from importlib import resources
 
 import pytest
@@ -6,7 +8,7 @@ from hydra.errors import HydraException
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from medusa_exp.cli import STAGES
-from medusa_exp.config import Config, from_hydra, load_saved, register
+from medusa_exp.config import Config, from_hydra, load_saved, register, to_dict
 from medusa_exp.errors import UserError
 
 CONF = resources.files("medusa_exp.conf")
@@ -54,6 +56,21 @@ def test_a_typo_is_refused(override):
         composed(override)
 
 
+def _numbers(values: dict, prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("key", list(_numbers(to_dict(Config()))))
+@pytest.mark.parametrize("value", ["nan", "-1"])
+def test_no_number_may_be_anything(key, value):
+    with pytest.raises(UserError, match=rf"{re.escape(key)}=\S+ is (out of range|too small)"):
+        composed(f"{key}={value}", "decode.rule=typical")
+
+
 def test_a_key_that_is_forced_in_is_refused():
     with pytest.raises(UserError, match=r"head\.x: Key 'x' not in 'HeadConfig'"):
         composed("+head.x=1")
@@ -66,6 +83,8 @@ def test_a_key_that_is_forced_in_is_refused():
         ("dataset.kind=alpaca", r"dataset\.kind=alpaca is not known"),
         ("dataset.test_fraction=0.9", r"dataset\.test_fraction=0\.9 is out of range"),
         ("head.num_heads=0", r"head\.num_heads=0 is out of range"),
+        ("model.pretrain.hidden_size=20", r"hidden_size=20 must be a multiple of 8"),
+        ("model.pretrain.num_key_value_heads=3", r"num_attention_heads=4 must be a multiple of 3"),
         ("train.max_steps=0", r"train\.max_steps=0 is too small"),
         ("train.batch_tokens=0", r"train\.batch_tokens=0 is too small"),
         ("evaluate.baselines=[magic]", r"evaluate\.baselines=magic is not known"),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from medusa_exp.config.checks import at_least, one_of, within
+from medusa_exp.errors import UserError
 
 
 @dataclass
@@ -63,6 +64,7 @@ class DatasetConfig:
         one_of("dataset.kind", self.kind, ("sharegpt", "hub", "synthetic"))
         at_least("dataset.max_length", self.max_length, 8)
         at_least("dataset.num_conversations", self.num_conversations, 1)
+        within("dataset.sample_fraction", self.sample_fraction, 0.0, 1.0)
         within("dataset.val_fraction", self.val_fraction, 0.0, 0.5)
         within("dataset.test_fraction", self.test_fraction, 0.0, 0.5)
         if self.num_workers is not None:
@@ -138,8 +140,27 @@ class PretrainConfig:
     warmup_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        at_least("model.pretrain.max_steps", self.max_steps, 1)
+        for key in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "max_steps",
+        ):
+            at_least(f"model.pretrain.{key}", getattr(self, key), 1)
+        for key, parts in (
+            ("hidden_size", 2 * self.num_attention_heads),  # rotary positions come in pairs
+            ("num_attention_heads", self.num_key_value_heads),
+        ):
+            if getattr(self, key) % parts:
+                raise UserError(
+                    f"model.pretrain.{key}={getattr(self, key)} must be a multiple of {parts}."
+                )
         at_least("model.pretrain.batch_tokens", self.batch_tokens, 16)
+        within("model.pretrain.learning_rate", self.learning_rate, 0.0, 100.0)
+        within("model.pretrain.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
 
 
 @dataclass

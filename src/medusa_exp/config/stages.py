@@ -130,6 +130,8 @@ class DecodeConfig:
         one_of("decode.verifier", self.verifier, ("auto", "torch", "cupy"))
         if self.rule != "greedy":
             at_least("decode.temperature", self.temperature, 1e-3)
+        within("decode.epsilon", self.epsilon, 0.0, 1.0)
+        within("decode.alpha", self.alpha, 0.0, 1e6)
         if self.top_k is not None:
             at_least("decode.top_k", self.top_k, 1)
         if self.top_p is not None:

@@ -67,7 +67,7 @@ class LoraSettings:
         at_least("train.lora.rank", self.rank, 1)
         at_least("train.lora.alpha", self.alpha, 1)
         within("train.lora.dropout", self.dropout, 0.0, 0.9)
-        at_least("train.lora.learning_rate", self.learning_rate, 0.0)
+        within("train.lora.learning_rate", self.learning_rate, 0.0, 100.0)
         within("train.lora.heads_only_fraction", self.heads_only_fraction, 0.0, 1.0)
         one_of("train.lora.output", self.output, ("merged", "adapter"))
 
@@ -113,6 +113,7 @@ class TrainConfig:
     warmup_fraction: float = 0.05
     """Share of the steps with a rising learning rate; a cosine to zero follows."""
     gradient_clip: float = 1.0
+    """The greatest norm of a step's gradient; 0 does not clip."""
     average: float = 0.0
     """Decay of a moving average of the heads, such as 0.99, which is kept in their place; 0: none.
     """
@@ -167,6 +168,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.max_steps is not None:
             at_least("train.max_steps", self.max_steps, 1)
+        within("train.epochs", self.epochs, 1e-3, 1e6)
         for key in (
             "batch_tokens",
             "accumulate",
@@ -193,11 +195,13 @@ class TrainConfig:
         one_of("train.loss", self.loss, ("ce", "kl", "topk_kl"))
         one_of("train.loss_form", self.loss_form, ("recompute", "at_once"))
         at_least("train.top_k", self.top_k, 1)
-        at_least("train.coefficient", self.coefficient, 0.0)
+        within("train.coefficient", self.coefficient, 0.0, 1e6)
         schedules = ("constant", "linear", "sine")
         one_of("train.coefficient_schedule", self.coefficient_schedule, schedules)
         one_of("train.batching", self.batching, ("padded", "packed"))
-        at_least("train.learning_rate", self.learning_rate, 0.0)
+        within("train.learning_rate", self.learning_rate, 0.0, 100.0)
+        within("train.weight_decay", self.weight_decay, 0.0, 100.0)
+        within("train.gradient_clip", self.gradient_clip, 0.0, 1e6)
         one_of("train.optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
         within("train.average", self.average, 0.0, 0.99999)
         within("train.decay", self.decay, 0.0, 1.0)
