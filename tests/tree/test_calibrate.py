@@ -93,34 +93,36 @@ def test_the_fastest_tree_is_chosen_not_the_one_with_most_tokens():
     answers = [np.zeros((21, 2), dtype=int)]
     times = {chain(0): 1.0, chain(1): 1.2, chain(2): 2.5}
     chosen = choose(answers, Timing(1, times, plain=1.0, prefill=3.0))
-    assert chosen["num_nodes"] == 2
-    assert chosen["predicted_tokens_per_step"] == pytest.approx(21 / 11)
-    assert chosen["predicted_speedup"] == pytest.approx((3 + 20) / (3 + 10 * 1.2))
-    assert [point["num_nodes"] for point in chosen["curve"]] == [1, 2, 3]
+    assert chosen.num_nodes == 2
+    assert chosen.predicted_tokens_per_step == pytest.approx(21 / 11)
+    assert chosen.predicted_speedup == pytest.approx((3 + 20) / (3 + 10 * 1.2))
+    assert [point.num_nodes for point in chosen.curve] == [1, 2, 3]
 
 
 def test_a_rehearsal_outweighs_what_was_expected():
     """Two guesses looked faster; answers over one guess took less."""
     answers = [np.zeros((21, 2), dtype=int)] * 2
     times = {chain(0): 1.0, chain(1): 1.2, chain(2): 1.3}
-    entry = choose(answers, Timing(1, times, plain=1.0, prefill=3.0))
-    assert entry["num_nodes"] == 3
+    curve = choose(answers, Timing(1, times, plain=1.0, prefill=3.0))
+    assert curve.num_nodes == 3
     rehearsed = {None: 46.0, chain(1): 24.0, chain(2): 30.0}  # of the first answer alone
-    correct(entry, rehearsed, answers[:1])
-    assert entry["num_nodes"] == 2
-    assert entry["predicted_speedup"] == pytest.approx(46 / 24)
+    curve = correct(curve, rehearsed, answers[:1])
+    assert curve.num_nodes == 2
+    assert curve.predicted_speedup == pytest.approx(46 / 24)
 
 
 def test_the_batch_size_at_which_no_tree_pays():
     answers = [np.zeros((21, 2), dtype=int)]
 
-    def entry(batch_size: int, seconds: float):
+    def curve(batch_size: int, seconds: float):
         times = {chain(0): 1.1, chain(1): seconds}
         return choose(answers, Timing(batch_size, times, plain=1.0, prefill=3.0))
 
-    entries = [entry(1, 1.2), entry(4, 1.6), entry(16, 4.0), entry(32, 5.0)]
-    found = summarise(entries, answers, max_rank=3)
-    assert found["break_even_batch_size"] == 16
-    assert [e["num_nodes"] for e in found["batch_sizes"]] == [2, 2, 1, 1]
-    assert found["num_nodes"] == 2 and found["rank_share"] == [[1.0, 0.0, 0.0]] * 2
-    assert summarise(entries[:2], answers, max_rank=3)["break_even_batch_size"] is None
+    curves = [curve(1, 1.2), curve(4, 1.6), curve(16, 4.0), curve(32, 5.0)]
+    other = {"choices": chain(2), "heads_sha256": "1234"}
+    found = summarise(curves, answers, max_rank=3, **other)
+    assert found.break_even_batch_size == 16
+    assert [curve.num_nodes for curve in found.batch_sizes] == [2, 2, 1, 1]
+    assert [found.of_batch_size(n).batch_size for n in (1, 3, 4, 99)] == [1, 1, 4, 32]
+    assert found.num_nodes == 2 and found.rank_share == [[1.0, 0.0, 0.0]] * 2
+    assert summarise(curves[:2], answers, 3, **other).break_even_batch_size is None

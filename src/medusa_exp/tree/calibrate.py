@@ -12,7 +12,6 @@ K heads, P positions, V vocabulary.
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from medusa_exp.data.sources import load_split
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain
 from medusa_exp.decode.settings import limits_of
-from medusa_exp.files import write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import MedusaHeads, StackedHeads, heads_input, stack_heads
@@ -32,8 +30,9 @@ from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.ranks import answer_ranks
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.progress import track
-from medusa_exp.tree.choice import CALIBRATION, choose_tree, heads_sha256
-from medusa_exp.tree.curve import by_speed, choose, correct, summarise
+from medusa_exp.tree.calibration import Calibration, Curve, heads_sha256, save_calibration
+from medusa_exp.tree.choice import choose_tree
+from medusa_exp.tree.curve import choose, correct, summarise
 from medusa_exp.tree.growth import best_tree
 from medusa_exp.tree.timing import rehearse, time_steps
 from medusa_exp.tree.tree import Tree
@@ -69,18 +68,16 @@ def run(config: Config, out: Path) -> dict[str, float]:
     ]
     trees = grown_trees(ranks, config.tree.max_nodes, max_rank)
     with_longest_answer = prompts[int(np.argmax([len(answer) for answer in answers]))]
-    entries = [
+    curves = [
         _at_batch_size(backbone, heads, ranks, trees, with_longest_answer, size)
         for size in sorted(set(config.tree.batch_sizes))
     ]
-    if entries[0]["batch_size"] == 1:  # prompts are rehearsed one at a time
-        _rehearse(backbone, heads, entries[0], prompts, ranks, limits)
-    calibration = {
-        **summarise(entries, ranks, max_rank),
-        "choices": trees[-1].to_json(),
-        "heads_sha256": heads_sha256(out),
-    }
-    write_json(out / CALIBRATION, calibration)
+    if curves[0].batch_size == 1:  # prompts are rehearsed one at a time
+        curves[0] = _rehearsed(backbone, heads, curves[0], prompts, ranks, limits)
+    calibration = summarise(
+        curves, ranks, max_rank, choices=trees[-1], heads_sha256=heads_sha256(out)
+    )
+    save_calibration(calibration, out)
     tree = choose_tree(config, out, heads.num_heads)
     tree.save(out / "tree.json")
     log.info("tree of %d nodes, depth %d", tree.num_checked, tree.depth)
@@ -147,7 +144,7 @@ def _at_batch_size(
     trees: list[Tree],
     prompt: list[int],
     batch_size: int,
-) -> dict[str, Any]:
+) -> Curve:
     """Time steps of so many rows and return `choose`'s findings."""
     rounds, new_tokens = _ROUNDS, _TIMED_TOKENS
     if batch_size > 1:
@@ -165,37 +162,37 @@ def _at_batch_size(
     return choose(ranks, timing)
 
 
-def _rehearse(
+def _rehearsed(
     backbone: Backbone,
     heads: MedusaHeads | StackedHeads,
-    entry: dict[str, Any],
+    curve: Curve,
     prompts: list[list[int]],
     ranks: list[np.ndarray],
     limits: Limits,
-) -> None:
-    """Let the trees that should be fastest answer some prompts; correct the entry by what it took.
+) -> Curve:
+    """Let the trees that should be fastest answer some prompts; return what is then to be chosen.
 
     Args:
         backbone: answers.
         heads: guess.
-        entry: of `choose`, for batch size 1; changed.
+        curve: of `choose`, for batch size 1.
         prompts: of which the first few are answered.
         ranks: ranks_PK of the answer to each prompt.
         limits: where answers end.
     """
-    fastest = [Tree(**point["tree"]) for point in by_speed(entry)[:_REHEARSED_TREES]]
+    fastest = [point.tree for point in curve.fastest()[:_REHEARSED_TREES]]
     seconds = rehearse(backbone, heads, fastest, prompts[:_REHEARSED_PROMPTS], limits)
-    correct(entry, seconds, ranks[:_REHEARSED_PROMPTS])
+    return correct(curve, seconds, ranks[:_REHEARSED_PROMPTS])
 
 
-def _metrics(calibration: dict[str, Any]) -> dict[str, float]:
+def _metrics(calibration: Calibration) -> dict[str, float]:
     """Return what the stage found; say so where it is that no tree pays."""
-    if calibration["predicted_speedup"] < 1:
+    if calibration.predicted_speedup < 1:
         log.warning(
             "no tree pays here: the heads guess too little of what the model says (see "
             "val/top1_head1), or a step on this device costs too much for what they guess"
         )
     names = ["num_nodes", "predicted_tokens_per_step", "predicted_speedup"]
-    if calibration["break_even_batch_size"]:
+    if calibration.break_even_batch_size is not None:
         names.append("break_even_batch_size")
-    return {f"calibrate/{name}": float(calibration[name]) for name in names}
+    return {f"calibrate/{name}": float(getattr(calibration, name)) for name in names}

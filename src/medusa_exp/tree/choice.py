@@ -2,19 +2,11 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from medusa_exp.config import Config, TreeConfig
 from medusa_exp.errors import UserError
-from medusa_exp.files import read_json, sha256_file
+from medusa_exp.tree.calibration import load_calibration
 from medusa_exp.tree.tree import Tree, chain
-
-CALIBRATION = "calibration.json"
-
-
-def heads_sha256(out: Path) -> str:
-    """Name the heads of a run, to know what a calibration was made with."""
-    return sha256_file(out / "heads" / "model.safetensors")
 
 
 def choose_tree(config: Config, out: Path, num_heads: int, batch_size: int = 1) -> Tree:
@@ -36,31 +28,18 @@ def choose_tree(config: Config, out: Path, num_heads: int, batch_size: int = 1) 
         with resources.as_file(file) as path:
             tree = Tree.load(path)
     else:
-        calibration = _calibration(out)
-        best = _of_batch_size(calibration["batch_sizes"], batch_size)
-        tree = Tree(**_point(best, config.tree.num_nodes if kind == "calibrated" else None)["tree"])
+        calibration, num_nodes = load_calibration(out), config.tree.num_nodes
+        curve = calibration.of_batch_size(batch_size)
         if kind == "dynamic":
-            tree = _dynamic(Tree(**calibration["choices"]), config.tree.num_nodes or len(tree))
+            tree = _dynamic(calibration.choices, num_nodes or curve.num_nodes)
+        else:
+            tree = curve.tree if num_nodes is None else curve.up_to(num_nodes)
     if tree.depth > num_heads:
         raise UserError(
             f"tree={kind} is {tree.depth} guesses deep, and there are {num_heads} heads: raise "
             "head.num_heads and train again, or choose another tree."
         )
     return tree
-
-
-def _of_batch_size(entries: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
-    """Return what was found for the next batch size at or below this one, else for the smallest."""
-    below = [entry for entry in entries if entry["batch_size"] <= batch_size]
-    return max(below, key=lambda e: e["batch_size"]) if below else entries[0]
-
-
-def _point(entry: dict[str, Any], num_nodes: int | None) -> dict[str, Any]:
-    """Return what was chosen, or the largest tree of the curve with at most so many nodes."""
-    if num_nodes is None:
-        return entry
-    fitting = [point for point in entry["curve"] if point["num_nodes"] <= num_nodes]
-    return max(fitting, key=lambda point: point["num_nodes"])
 
 
 def _dynamic(choices: Tree, num_nodes: int) -> Tree:
@@ -76,19 +55,3 @@ def _custom(settings: TreeConfig) -> Tree:
         return Tree.from_paths(settings.paths)
     except ValueError as error:
         raise UserError(f"tree.paths: {error}") from error
-
-
-def _calibration(out: Path) -> dict[str, Any]:
-    calibration = read_json(out / CALIBRATION)
-    if calibration is None:
-        raise UserError(
-            f"{out / CALIBRATION} does not exist: run stage calibrate, or set tree=chain."
-        )
-    if calibration.get("heads_sha256") != heads_sha256(out):
-        raise UserError(
-            f"{out / CALIBRATION} was measured with other heads than those in {out / 'heads'}: "
-            "run stage calibrate again, or set tree=chain."
-        )
-    if "batch_sizes" not in calibration:
-        raise UserError(f"{out / CALIBRATION} is of an older version: run stage calibrate again.")
-    return calibration
