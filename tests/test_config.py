@@ -65,9 +65,11 @@ def _numbers(values: dict, prefix: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("key", list(_numbers(to_dict(Config()))))
-@pytest.mark.parametrize("value", ["nan", "-1"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 def test_no_number_may_be_anything(key, value):
-    with pytest.raises(UserError, match=rf"{re.escape(key)}=\S+ is (out of range|too small)"):
+    with pytest.raises(
+        UserError, match=rf"{re.escape(key)}=\S+ is (out of range|too small|no finite)"
+    ):
         composed(f"{key}={value}", "decode.rule=typical")
 
 

@@ -1,5 +1,7 @@
 """Checks of config values: each names the key, the value and what is allowed."""
 
+import math
+
 from medusa_exp.errors import UserError
 
 
@@ -9,7 +11,9 @@ def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def at_least(key: str, value: float, bound: float) -> None:
-    if not value >= bound:
+    if not math.isfinite(value):
+        raise UserError(f"{key}={value} is no finite number: it must be one of at least {bound}.")
+    if value < bound:
         raise UserError(f"{key}={value} is too small: it must be at least {bound}.")
 
 

@@ -159,7 +159,7 @@ class PretrainConfig:
                     f"model.pretrain.{key}={getattr(self, key)} must be a multiple of {parts}."
                 )
         at_least("model.pretrain.batch_tokens", self.batch_tokens, 16)
-        within("model.pretrain.learning_rate", self.learning_rate, 0.0, 100.0)
+        at_least("model.pretrain.learning_rate", self.learning_rate, 0.0)
         within("model.pretrain.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
 
 

@@ -67,7 +67,7 @@ class LoraSettings:
         at_least("train.lora.rank", self.rank, 1)
         at_least("train.lora.alpha", self.alpha, 1)
         within("train.lora.dropout", self.dropout, 0.0, 0.9)
-        within("train.lora.learning_rate", self.learning_rate, 0.0, 100.0)
+        at_least("train.lora.learning_rate", self.learning_rate, 0.0)
         within("train.lora.heads_only_fraction", self.heads_only_fraction, 0.0, 1.0)
         one_of("train.lora.output", self.output, ("merged", "adapter"))
 
@@ -199,7 +199,7 @@ class TrainConfig:
         schedules = ("constant", "linear", "sine")
         one_of("train.coefficient_schedule", self.coefficient_schedule, schedules)
         one_of("train.batching", self.batching, ("padded", "packed"))
-        within("train.learning_rate", self.learning_rate, 0.0, 100.0)
+        at_least("train.learning_rate", self.learning_rate, 0.0)
         within("train.weight_decay", self.weight_decay, 0.0, 100.0)
         within("train.gradient_clip", self.gradient_clip, 0.0, 1e6)
         one_of("train.optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
