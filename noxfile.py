@@ -24,6 +24,8 @@ nox.options.sessions = ["lint", "tests"]
 ROOT = Path(__file__).parent
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 PROJECT = nox.project.load_toml("pyproject.toml")
+PARALLEL = ("-n", "logical", "--maxprocesses=8", "--dist=loadfile")  # files share fixtures
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # in each of the processes that share the cores
 SHIPPED = {
     "medusa_exp": "src/medusa_exp",
     "medusa_exp/conf": "conf",
@@ -59,8 +61,8 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, and their coverage where all of them run."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"), *group("kernels"))
-    coverage = [] if session.posargs else ["--cov", "--cov-fail-under=85"]
-    session.run("pytest", *coverage, *session.posargs)
+    whole = [] if session.posargs else [*PARALLEL, "--cov", "--cov-fail-under=85"]
+    session.run("pytest", *whole, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)
@@ -214,7 +216,7 @@ def minimums(session: nox.Session) -> None:
         encoding="utf-8",
     )
     session.install("-c", str(constraints), "-e", ".", *group("test"))
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
 def check_contents(session: nox.Session, built: Path) -> None:
