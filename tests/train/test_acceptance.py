@@ -113,6 +113,24 @@ def test_training_stops_where_it_gets_no_better(scripted, tmp_path):
     assert all(map(torch.equal, heads_of(tmp_path), scripted.kept[4]))
 
 
+def test_the_best_of_a_checkpoint_outlives_a_better_one_that_was_never_saved(
+    scripted, tmp_path, monkeypatch
+):
+    scripted.train.checkpoint_every = 5
+    found = {2: 1.0, 4: 3.0, 6: 7.0}  # and at step 8 it breaks
+    steps = iter((2, 4, 6, 8))
+    monkeypatch.setattr(
+        "medusa_exp.train.module.accept_lengths", lambda *_: (found[next(steps)], 1.0)
+    )
+    with pytest.raises(KeyError):
+        stage.run(scripted, tmp_path)
+    monkeypatch.setattr("medusa_exp.train.module.accept_lengths", lambda *_: (2.0, 1.0))
+    metrics = stage.run(scripted, tmp_path)
+    assert metrics["train/best_step"] == 4 and metrics["val/accept_length"] == 3.0
+    assert all(map(torch.equal, heads_of(tmp_path), scripted.kept[4]))
+    assert [path.name for path in tmp_path.glob("checkpoints/best*")] == ["best-4.safetensors"]
+
+
 def test_no_prompt_to_answer_is_said_and_training_goes_on(config, tmp_path, caplog):
     config.decode.max_new_tokens = 4000
     metrics = stage.run(config, tmp_path)

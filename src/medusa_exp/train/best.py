@@ -21,12 +21,14 @@ class BestHeads(L.Callback):
     """Writes the heads of the greatest `val/accept_length` beside the checkpoints.
 
     What is best is part of a checkpoint: a training that goes on from one forgets what was found
-    later, and finds it again.
+    later, and looks anew. The file that the newest checkpoint names is kept until a newer one names
+    another: on a device that does not repeat itself, the second look may find less.
     """
 
     def __init__(self, directory: Path, patience: int | None = None) -> None:
-        self.path = directory / "best.safetensors"
+        self.directory = directory
         self.patience = patience
+        self._saved_step = 0
         self.value: float | None = None
         self.step = 0
         self.num_worse = 0
@@ -43,25 +45,39 @@ class BestHeads(L.Callback):
             found = trainer.callback_metrics.items()
             self.metrics = {name: float(x) for name, x in found if name.startswith("val/")}
             if trainer.is_global_zero:
-                with publish(self.path) as partial:
-                    save_file(_trained(module), partial)
+                self._write(module)
             return
         self.num_worse += 1
         if self.patience is not None and self.num_worse >= self.patience:
             log.info("%s was best at step %d: training stops", METRIC, self.step)
             trainer.should_stop = True
 
+    def _write(self, module: L.LightningModule) -> None:
+        with publish(self._file(self.step)) as partial:
+            save_file(_trained(module), partial)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        for path in self.directory.glob("best-*.safetensors"):
+            if path not in (self._file(self.step), self._file(self._saved_step)):
+                path.unlink()
+
+    def _file(self, step: int) -> Path:
+        return self.directory / f"best-{step}.safetensors"
+
     @torch.no_grad()
     def restore(self, module: L.LightningModule) -> None:
         """Put the best in place of the last."""
         if rank_zero_only.rank:  # of several processes the first one alone writes, and goes on
             return
-        best = load_file(self.path)
+        best = load_file(self._file(self.step))
         for name, value in _trained(module).items():
             value.copy_(best[name])
+        self._tidy()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
+        self._saved_step = self.step
         names = ("value", "step", "num_worse", "metrics")
         return {name: getattr(self, name) for name in names}
 
@@ -69,6 +85,7 @@ class BestHeads(L.Callback):
         """Take it back."""
         for name, value in state_dict.items():
             setattr(self, name, value)
+        self._saved_step = self.step
 
 
 def _trained(module: L.LightningModule) -> dict[str, Tensor]:
