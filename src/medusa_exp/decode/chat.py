@@ -19,8 +19,9 @@ from medusa_exp.data.conversations import Message
 from medusa_exp.data.template import ChatTemplate
 from medusa_exp.decode.answers import Answers, Limits
 from medusa_exp.decode.check import check_trees
+from medusa_exp.decode.draft import Proposer
 from medusa_exp.decode.loop import tree_steps
-from medusa_exp.decode.propose import Proposer, build_proposer
+from medusa_exp.decode.propose import build_proposer
 from medusa_exp.decode.rule import Rule
 from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.errors import UserError

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from medusa_exp.decode.answers import Answers, Decoded, Limits
 from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.draft import Proposer
 from medusa_exp.decode.prefix import with_prefix
-from medusa_exp.decode.propose import Proposer, StaticTree, build_proposer
+from medusa_exp.decode.propose import StaticTree, build_proposer
 from medusa_exp.decode.rule import Judge, Rule
 from medusa_exp.decode.static_cache import StaticCache
-from medusa_exp.decode.static_step import StaticSteps
 from medusa_exp.decode.step import GrowingStep, Step, positions
+from medusa_exp.decode.step_pool import StaticSteps
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import Tree, chain

@@ -4,57 +4,20 @@ B rows, D hidden, V vocabulary, K heads, N tree nodes, R ranks, M nodes to choos
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medusa_exp.decode.draft import Draft, Proposer, check_fit
+from medusa_exp.decode.sequential import SequentialTree
 from medusa_exp.decode.verification import Nodes
 from medusa_exp.errors import UserError
-from medusa_exp.model.heads import MedusaHeads, PrefixAttention, StackedHeads
+from medusa_exp.model.heads import MedusaHeads, StackedHeads
 from medusa_exp.tree import Tree, chain
 
 _NO_CHANCE = -1e4
 """Log of a probability that is none. Sums over a path still tell 1e-9 apart in float64."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A tree for each row; what is the same in all rows has B = 1."""
-
-    tokens_BN: Tensor
-    parents_BN: Tensor
-    nodes: Nodes
-    """What verification wants to know of the parents."""
-    depths_BN: Tensor
-
-    @property
-    def ancestors_BNN(self) -> Tensor:
-        """[b, n, m]: is m an ancestor of n, or n itself?"""
-        return self.nodes.ancestors_BNN
-
-
-class Proposer(Protocol):
-    """Makes a draft of `num_nodes` nodes a row, none deeper than `depth`."""
-
-    num_nodes: int
-    depth: int
-    key: Hashable
-    """Equal for proposers that do the same."""
-    prefix: PrefixAttention | None
-    """What the hidden states that it is given have to go through."""
-
-    def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots.
-
-        Args:
-            root_B: the token that follows for sure.
-            hidden_BD: the backbone's last hidden state one position before it, or what `prefix`
-                makes of that.
-        """
-        ...
 
 
 class StaticTree:
@@ -73,7 +36,7 @@ class StaticTree:
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots; see `Proposer`."""
+        """Return trees below the roots; see `draft.Proposer`."""
         tokens_BN = root_B[:, None]
         if self.depth:
             logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
@@ -118,7 +81,7 @@ class DynamicTree:
         self._depth_M = torch.from_numpy(choices.depths).to(device)
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots; see `Proposer`."""
+        """Return trees below the roots; see `draft.Proposer`."""
         logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
         top = logits_BKV.double().log_softmax(-1).topk(self._num_ranks, dim=-1)
         tokens_BM = torch.cat([root_B[:, None], top.indices.flatten(1)], 1)[:, self._place_M]
@@ -150,8 +113,6 @@ def build_proposer(heads: nn.Module, tree: Tree, device: torch.device) -> Propos
         UserError: nodes are to be picked, and each head waits for the guesses of the one before.
     """
     if getattr(heads, "is_sequential", False):
-        from medusa_exp.decode.sequential import SequentialTree  # which imports Draft from here
-
         if tree.num_picked is not None:
             raise UserError("tree=dynamic: heads of kind=hydra cannot guess ahead of a choice.")
         return SequentialTree(heads, tree, device)
@@ -179,11 +140,3 @@ def _head_logits(heads: nn.Module, hidden_BD: Tensor, depth: int, num_ranks: int
             )
     check_fit(depth, num_ranks, *logits_BKV.shape[1:])
     return logits_BKV[:, :depth]
-
-
-def check_fit(depth: int, num_ranks: int, num_heads: int, vocab_size: int) -> None:
-    """Raise a UserError where a tree asks for guesses that there are not."""
-    if depth > num_heads:
-        raise UserError(f"the tree is {depth} guesses deep, and there are {num_heads} heads.")
-    if num_ranks > vocab_size:
-        raise UserError(f"the tree asks for guess {num_ranks} of a head, and it has {vocab_size}.")

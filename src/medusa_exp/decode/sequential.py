@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.propose import Draft, check_fit
+from medusa_exp.decode.draft import Draft, check_fit
 from medusa_exp.decode.verification import Nodes
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.tree import Tree
@@ -32,7 +32,7 @@ class _Depth:
 class SequentialTree:
     """Fills the same tree at every step, each guess with those before it in view.
 
-    See `propose.Proposer`.
+    See `draft.Proposer`.
     """
 
     def __init__(self, heads: MedusaHeads, tree: Tree, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class SequentialTree:
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots; see `propose.Proposer`."""
+        """Return trees below the roots; see `draft.Proposer`."""
         tokens_BN = root_B[:, None].repeat(1, self.num_nodes)
         hidden_BD = hidden_BD.to(self._heads.dtype)
         for k, plan in enumerate(self._depths):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
-from medusa_exp.decode.propose import Draft, Proposer
+from medusa_exp.decode.draft import Draft, Proposer
 from medusa_exp.decode.rule import Judge
 from medusa_exp.decode.verification import Verdict
 from medusa_exp.model.backbone import Backbone
