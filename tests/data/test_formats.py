@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from medusa_exp.data import DataError, Message, read_conversations
-from medusa_exp.data.formats import ChatFile, find_files
+from medusa_exp.data.find import find_files
+from medusa_exp.data.formats import ChatFile
 
 BOM = b"\xef\xbb\xbf"
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.formats import ChatFile, HubData, find_files
+from medusa_exp.data.find import find_files
+from medusa_exp.data.formats import ChatFile, HubData
 from medusa_exp.data.records import (
     NO_LIST,
     NOT_JSON,

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,11 +29,6 @@ _ROWS = 256
 """Rows of a table that are in memory as Python objects."""
 log = logging.getLogger(__name__)
 
-_SUFFIXES = tuple(
-    f".{kind}{packed}"
-    for kind in ("json", "jsonl", "ndjson", "parquet")
-    for packed in ("", ".gz", ".zst")
-)
 _BOM = b"\xef\xbb\xbf"
 
 _decode_value = msgspec.json.Decoder(msgspec.Raw).decode
@@ -154,39 +148,6 @@ class HubData:
                 f"{self.name}, split {self.split}, cannot be loaded: {str(error).rstrip('.')}. "
                 f"Check dataset.path and dataset.hub_split."
             ) from error
-
-
-def find_files(path: str | Path) -> list[Path]:
-    """Return the file, the chat files of the folder at any depth, or what the glob matches.
-
-    Raises:
-        DataError: there is none.
-    """
-    place = Path(path).expanduser()
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        # Hidden ones are caches and unfinished downloads.
-        files = [
-            p
-            for p in sorted(place.rglob("*"))
-            if p.is_file() and not any(n.startswith(".") for n in p.relative_to(place).parts)
-        ]
-        found = [p for p in files if p.name.lower().endswith(_SUFFIXES)]
-        if passed_over := [str(p.relative_to(place)) for p in files if p not in found]:
-            named = ", ".join(passed_over[:5]) + (" ..." if len(passed_over) > 5 else "")
-            log.warning("data: %s: %d files passed over: %s", place, len(passed_over), named)
-        if not found:
-            raise DataError(
-                f"{place} holds no *.json, *.jsonl, *.ndjson or *.parquet, plain or as .gz or .zst."
-            )
-        return found
-    # Path.glob would need the pattern cut from its root.
-    matches = glob(str(place), recursive=True)  # noqa: PTH207
-    found = sorted(Path(match) for match in matches if Path(match).is_file())
-    if not found:
-        raise DataError(f"{place}: there is no such file, folder or match. Check dataset.path.")
-    return found
 
 
 def chat_columns(name: str, columns: list[str]) -> list[str]:
