@@ -89,17 +89,24 @@ def test_a_killed_sweep_on_ray_does_every_job_once(workplace):
         "sweep_dir=killed", "objective=val/accept_length", "logger=none", "hydra/launcher=ray",
         "+hydra.launcher.ray.init.num_cpus=2",
     ]  # fmt: skip
-    with subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "medusa_exp", *command],
         cwd=workplace,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-    ) as process:
-        while "done" not in statuses(workplace / "killed"):
+    )
+    try:
+        for _ in range(3600):
+            if "done" in statuses(workplace / "killed"):
+                break
             assert process.poll() is None, "it ended by itself"
             time.sleep(0.05)
+        else:
+            pytest.fail("no job was done within three minutes")
+    finally:
         process.kill()
+        process.wait()
     at_kill = statuses(workplace / "killed")
     result = medusa_exp(*command, cwd=workplace)
     assert result.returncode == 0, result.stderr

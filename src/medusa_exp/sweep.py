@@ -2,17 +2,15 @@
 
 A job's directory is named by a hash of its overrides, not by its number. The same command with the
 same `sweep_dir` therefore finds its jobs again: it passes over those that are done and goes on with
-the others, whatever became of the process that ran them. `job.json` in a job's directory says how
-it stands; Hydra's launchers decide where and when it runs.
+the others, whatever became of the process that ran them (`jobs.py`: how each stands). Hydra's
+launchers decide where and when it runs.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from filelock import FileLock, Timeout
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
@@ -20,12 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from medusa_exp.errors import UserError
 from medusa_exp.files import content_key, read_json, write_json
+from medusa_exp.jobs import JOB, held, is_done, read_jobs
+from medusa_exp.metric_names import is_larger_better
+from medusa_exp.tracking.comparison import write_comparison
 
 log = logging.getLogger(__name__)
-
-JOB = "job.json"
-_LOCK = ".job.lock"
-_SMALLER_IS_BETTER = ("loss", "nats", "seconds", "memory", "outside")
 
 
 class _StartedSweeps(Callback):
@@ -51,7 +48,7 @@ def register() -> None:
 
 def _hydra_subdir(out: str) -> str | None:
     """Return where Hydra writes down a job's config: nowhere if the job is done already."""
-    return None if _is_done(Path(out)) else ".hydra"
+    return None if is_done(Path(out)) else ".hydra"
 
 
 def run_once(
@@ -65,11 +62,9 @@ def run_once(
         run: does the job.
         objective: name of the metric that it returns.
     """
-    from medusa_exp.tracking.comparison import write_comparison
-
     _check_direction(hydra_config.sweeper, objective)
-    with _held(out):
-        if _is_done(out):
+    with held(out):
+        if is_done(out):
             log.info("done already: %s", out)
             return read_json(out / JOB)["value"]
         job = {
@@ -89,57 +84,18 @@ def run_once(
             raise
         finally:
             write_json(out / JOB, job)
-            write_comparison(out.parent)
+            _write_page(out.parent)
     if job["value"] is None:
         log.warning("objective=%s is no metric that these stages measure", objective)
     return job["value"]
 
 
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """Hold a job for this process; wait while another does it.
-
-    A sweep that was killed may leave processes that go on with their jobs.
-    """
-    lock = FileLock(out / _LOCK)
+def _write_page(sweep_dir: Path) -> None:
+    """Bring the sweep's page up to date; no fault of it is one of the job's."""
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("another process is at %s: waiting for it", out)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def read_jobs(sweep_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return `job.json` of each job of a sweep by directory name, in the order of their numbers.
-
-    A job that says that it runs, and that no process holds, is "interrupted".
-    """
-    jobs = {path.parent.name: read_json(path) for path in sweep_dir.glob(f"*/{JOB}")}
-    for name, job in jobs.items():
-        if job["status"] == "running" and not _is_held(sweep_dir / name):
-            job["status"] = "interrupted"
-    return dict(sorted(jobs.items(), key=lambda item: (item[1]["number"], item[0])))
-
-
-def _is_held(out: Path) -> bool:
-    try:
-        with FileLock(out / _LOCK).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def _is_done(out: Path) -> bool:
-    return bool(read_json(out / JOB, {}).get("status") == "done")
-
-
-def is_larger_better(metric: str) -> bool:
-    """Say which way a metric of this name is better."""
-    return not any(word in metric for word in _SMALLER_IS_BETTER)
+        write_comparison(sweep_dir)
+    except Exception:
+        log.warning("%s is not up to date", sweep_dir / "report.html", exc_info=True)
 
 
 def _check_direction(sweeper: Any, objective: str) -> None:
