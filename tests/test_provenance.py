@@ -22,3 +22,13 @@ def test_no_figure_outlives_its_stage_however_that_ended_between(tmp_path):
         run(None)
     run({"eval/speedup": 3.0})
     assert read_json(tmp_path / "metrics.json") == {"eval/speedup": 3.0}
+
+
+def test_a_figure_that_is_no_number_is_told_and_left_out(tmp_path, caplog):
+    record = RunRecord(tmp_path, Config(device="cpu"), [])
+    with record.stage("evaluate"):
+        pass
+    assert record.merge_metrics("evaluate", {"a": float("nan"), "b": 1.0}) == {"b": 1.0}
+    assert read_json(tmp_path / "metrics.json") == {"b": 1.0}
+    assert read_json(tmp_path / "run.json")["stages"]["evaluate"]["metrics"] == ["b"]
+    assert "stage evaluate: not finite, and left out: a" in caplog.text

@@ -1,6 +1,7 @@
 """What a run was made of and what came out: `run.json` and `metrics.json`, merged by stage."""
 
 import logging
+import math
 import platform
 import resource
 import subprocess
@@ -80,6 +81,9 @@ class RunRecord:
     def merge_metrics(self, stage: str, metrics: dict[str, float]) -> dict[str, float]:
         """Put a stage's metrics into `metrics.json`, for those of its last time; return floats."""
         plain = {name: float(value) for name, value in metrics.items()}
+        if broken := sorted(name for name, value in plain.items() if not math.isfinite(value)):
+            log.warning("stage %s: not finite, and left out: %s", stage, ", ".join(broken))
+            plain = {name: value for name, value in plain.items() if name not in broken}
         entry = self.run["stages"].setdefault(stage, {})
         for name in self._metric_names.get(stage, []):
             self.metrics.pop(name, None)

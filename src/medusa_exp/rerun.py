@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.conf import HydraConf
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -16,11 +16,9 @@ from medusa_exp import continuation
 from medusa_exp.config import load_saved
 from medusa_exp.errors import UserError
 from medusa_exp.files import read_json, write_json
+from medusa_exp.metric_names import is_timed
 
 COMPARISON = "rerun.json"
-_TIMED = ("second", "speedup", "outside_backbone", "baseline_vs_hf", "memory", "calibrate/")
-"""Words in the names of metrics that no second run gives again to the digit: what the clock gives,
-or is chosen by it."""
 _OURS = ("experiment", "rerun.source", "run_dir", "sweep_dir")
 """Keys of the new call that say how it is made, not what is done."""
 
@@ -35,12 +33,10 @@ def source_config(composed: DictConfig, hydra_config: HydraConf) -> DictConfig:
     if not (source / continuation.SAVED).is_file():
         raise UserError(f"rerun.source={source} is no run directory: it has no .hydra/config.yaml.")
     config = load_saved(source / continuation.SAVED)
-    with open_dict(config):
-        for override in hydra_config.overrides.task:
-            key = continuation.key_of(override)
-            if key not in _OURS:
-                OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False)
-        config.rerun = composed.rerun
+    # As they were written: a list of OmegaConf's would resolve ${oc.env:...} as it is walked.
+    given: list[str] = OmegaConf.to_container(hydra_config.overrides.task)  # type: ignore
+    keys = [key for key in map(continuation.key_of, given) if key not in _OURS]
+    continuation.overlay(config, composed, [*keys, "rerun"])
     return config
 
 
@@ -62,6 +58,7 @@ def compare(source: Path, out: Path) -> dict[str, Any]:
             for name, (a, b) in metrics.items()
             if None not in (a, b) and a != b and not is_timed(name)
         ],
+        "only_one_has": [name for name, pair in metrics.items() if None in pair],
         "provenance": {
             name: [one.get(name) for one in provenance]
             for name in sorted({*provenance[0], *provenance[1]})
@@ -70,11 +67,6 @@ def compare(source: Path, out: Path) -> dict[str, Any]:
     }
     write_json(out / COMPARISON, found)
     return found
-
-
-def is_timed(metric: str) -> bool:
-    """Say whether a metric of this name depends on the clock or the machine's memory."""
-    return any(word in metric for word in _TIMED)
 
 
 def print_comparison(found: dict[str, Any]) -> None:
@@ -88,8 +80,18 @@ def print_comparison(found: dict[str, Any]) -> None:
         console.print(f"not the same: {name}: {old} then, {new} now", soft_wrap=True)
     if found["differing"]:
         console.print(f"differing, and not by the clock: {', '.join(found['differing'])}")
-    else:
+    elif is_equal_in_something(found):
         console.print("equal in all that the clock does not give")
+    else:
+        console.print("no figure of both runs can be compared")
+    if missing := found["only_one_has"]:
+        console.print(f"figures that only one of them has: {len(missing)}")
+
+
+def is_equal_in_something(found: dict[str, Any]) -> bool:
+    """Say whether there is a figure that both runs have, and that no clock gives."""
+    shared = found["metrics"].keys() - set(found["only_one_has"])
+    return not found["differing"] and not all(map(is_timed, shared))
 
 
 def _provenance(run: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from medusa_exp.files import publish, read_json
-from medusa_exp.sweep import is_larger_better, read_jobs
+from medusa_exp.jobs import read_jobs
+from medusa_exp.metric_names import is_larger_better
 from medusa_exp.tracking import pages
 from medusa_exp.tracking.comparison_charts import coordinates_chart, effects_chart
+from medusa_exp.tracking.redaction import shareable
 
 Row = dict[str, Any]
 
@@ -33,7 +35,7 @@ def write_comparison(sweep_dir: Path) -> Path:
     Jobs write it one after another, each from what all have left so far.
     """
     with FileLock(sweep_dir / ".report.lock"):
-        page = pages.render("comparison.html.jinja", content(sweep_dir))
+        page = pages.render("comparison.html.jinja", shareable(content(sweep_dir)))
         with publish(sweep_dir / "report.html") as partial:
             partial.write_text(page, encoding="utf-8")
     return sweep_dir / "report.html"

@@ -31,6 +31,8 @@ SWEPT = (
     "dtype.precision",
 )
 """Keys of the config that sweeps vary, in the order of the parallel coordinates."""
+PARTS_OF_TIME = ("prompt", "backbone", "heads", "mask", "verification", "cache", "rest")
+"""As in `evaluate/step_time.py`, which would load torch."""
 
 
 def build(entity: str, project: str) -> Any:
@@ -180,6 +182,10 @@ def _kernels(wr: Any) -> list[Any]:
             title="Tokens per second, by verifier",
             metrics=["eval/tokens_per_second"],
             groupby=verifier,
+        ),
+        wr.BarPlot(
+            title="Where the time of decoding goes",
+            metrics=[f"eval/time/{part}" for part in PARTS_OF_TIME],
         ),
         _curve(wr, "Speed-up by batch size", "by_batch/speedup", "by_batch/batch_size"),
         _curve(

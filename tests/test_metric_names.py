@@ -1,0 +1,37 @@
+"""What the names of metrics are taken to mean."""
+
+import pytest
+
+from medusa_exp.metric_names import is_larger_better, is_timed
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_larger"),
+    [
+        ("eval/speedup", True),
+        ("eval/is_lossless", True),
+        ("eval/tokens_per_second", True),
+        ("calibrate/break_even_batch_size", True),
+        ("val/loss_head1", False),
+        ("train/loss", False),
+        ("eval/backbone_nats_per_token", False),
+        ("eval/outside_backbone_fraction", False),
+        ("eval/time/heads", False),
+    ],
+)
+def test_which_way_a_metric_is_better(metric, is_larger):
+    assert is_larger_better(metric) == is_larger
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("eval/tree/b1/tokens_per_second", True),
+        ("eval/time/heads", True),
+        ("calibrate/num_nodes", True),
+        ("eval/tokens_per_step", False),
+        ("train/loss", False),
+    ],
+)
+def test_which_metrics_the_clock_gives(metric, expected):
+    assert is_timed(metric) == expected

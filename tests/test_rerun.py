@@ -1,0 +1,28 @@
+"""The numbers of a run and of the same one done again, side by side."""
+
+import pytest
+
+from medusa_exp.files import read_json, write_json
+from medusa_exp.rerun import compare, print_comparison
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said", "differing", "only_one_has"),
+    [
+        ({"a": 1.0}, {"a": 1.0}, "equal in all that the clock does not give", [], []),
+        ({"a": 1.0}, {"a": 2.0}, "differing, and not by the clock: a", ["a"], []),
+        ({"a": 1.0, "b": 1.0}, {"a": 1.0}, "only one of them has: 1", [], ["b"]),
+        ({"a": 1.0}, {"b": 1.0}, "no figure of both runs can be compared", [], ["a", "b"]),
+        ({}, {}, "no figure of both runs can be compared", [], []),
+        ({"x/speedup": 1.0}, {"x/speedup": 2.0}, "no figure of both runs", [], []),
+    ],
+)
+def test_what_is_said_of_two_runs(tmp_path, capsys, old, new, said, differing, only_one_has):
+    for name, metrics in (("old", old), ("new", new)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "metrics.json", metrics)
+    found = compare(tmp_path / "old", tmp_path / "new")
+    assert (found["differing"], found["only_one_has"]) == (differing, only_one_has)
+    assert read_json(tmp_path / "new" / "rerun.json") == found
+    print_comparison(found)
+    assert said in " ".join(capsys.readouterr().out.split())
