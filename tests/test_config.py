@@ -73,6 +73,19 @@ def test_no_number_may_be_anything(key, value):
         composed(f"{key}={value}", "decode.rule=typical")
 
 
+@pytest.mark.parametrize(
+    "key", [f"dataset.{name}" for name in ("min_turns", "max_turns", "min_chars", "max_chars")]
+)
+def test_no_conversation_is_of_negative_length(key):
+    with pytest.raises(UserError, match=rf"{re.escape(key)}=-1 is too small"):
+        composed(f"{key}=-1")
+
+
+def test_a_greatest_length_is_not_below_the_least():
+    with pytest.raises(UserError, match=r"max_turns=2 is too small: it must be at least 3"):
+        composed("dataset.min_turns=3", "dataset.max_turns=2")
+
+
 def test_a_key_that_is_forced_in_is_refused():
     with pytest.raises(UserError, match=r"head\.x: Key 'x' not in 'HeadConfig'"):
         composed("+head.x=1")

@@ -7,7 +7,9 @@ comes from `.hydra/config.yaml`, so a default that changed since cannot slip int
 Hydra's own record of the later call goes to `.hydra-<n>/`; `.hydra/` is never rewritten.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
@@ -58,12 +60,33 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
     if not continues(out, hydra_config):
         return composed
     config = load_saved(out / SAVED)
-    with open_dict(config):
-        for override in new_overrides(out, hydra_config):
-            key = key_of(override)
-            OmegaConf.update(config, key, OmegaConf.select(composed, key), merge=False)
+    overlay(config, composed, map(key_of, new_overrides(out, hydra_config)))
     OmegaConf.save(config, out / str(hydra_config.output_subdir) / SAVED.name)
     return config
+
+
+def overlay(config: DictConfig, composed: DictConfig, keys: Iterable[str]) -> None:
+    """Put what `composed` has under some keys into `config`, as it is written.
+
+    References stay references: what `${oc.env:...}` stands for is not to be saved.
+    """
+    written = OmegaConf.to_container(composed, resolve=False)
+    with open_dict(config):
+        for key in keys:
+            value = _at(written, key.split("."))
+            if isinstance(value, dict):  # a section: the node knows its type, and resolves nothing
+                value = OmegaConf.select(composed, key)
+            OmegaConf.update(config, key, value, merge=False)
+
+
+def _at(value: Any, names: list[str]) -> Any:
+    """Return what stands there, None where a key was taken out."""
+    for name in names:
+        if isinstance(value, list):
+            value = value[int(name)]
+        else:
+            value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def new_overrides(out: Path, hydra_config: HydraConf) -> list[str]:

@@ -1,18 +1,40 @@
 """What is taken out of what is sent."""
 
+import subprocess
+
+from omegaconf import OmegaConf
+
 from medusa_exp.config import Config, to_shareable
-from medusa_exp.tracking.redaction import shareable, shareable_text
+from medusa_exp.tracking.redaction import by_name, shareable, shareable_text, shell_command
 
 
 def test_values_of_the_environment_are_sent_as_their_names(tmp_path):
-    config = Config()
+    config = Config(seed=3, name="auto")
     config.tree.path = config.logger.notes = "secret"
-    config.dataset.path = "/data/chats"
-    write = "tree: {path: '${oc.env:TOKEN}'}\nlogger: {notes: '${tree.path}'}\n"
-    (tmp_path / "config.yaml").write_text(write)
+    config.logger.tags = ["public", "auto", "one more"]
+    config.dataset.path = "auto/chats"
+    (tmp_path / "config.yaml").write_text(
+        "seed: ${oc.decode:${oc.env:N,7}}\n"
+        "name: auto\n"
+        "run_dir: ${hydra:runtime.output_dir}\n"
+        "tree: {path: '${oc.env:TOKEN}'}\n"
+        "logger: {notes: '${tree.path}', tags: [public, '${oc.env:WHAT}']}\n"
+        "dataset: {path: '${oc.env:WHAT}/chats'}\n"
+    )
     found = to_shareable(config, tmp_path / "config.yaml")
     assert found["tree"]["path"] == found["logger"]["notes"] == "${oc.env:TOKEN}"
-    assert found["dataset"]["path"] == "/data/chats"
+    assert found["dataset"]["path"] == "${oc.env:WHAT}/chats"
+    assert found["logger"]["tags"] == ["public", "${oc.env:WHAT}", "one more"]
+    assert found["seed"] == "${oc.env:N,7}"
+    assert found["name"] == found["device"] == "auto"
+    assert found["run_dir"] == config.run_dir
+
+
+def test_variables_have_their_values_again(monkeypatch, tmp_path):
+    (tmp_path / "config.yaml").write_text("name: ${oc.env:TOKEN}\n")
+    to_shareable(Config(), tmp_path / "config.yaml")
+    monkeypatch.setenv("TOKEN", "secret")
+    assert OmegaConf.load(tmp_path / "config.yaml").name == "secret"
 
 
 def test_home_and_passwords_are_taken_out(monkeypatch):
@@ -23,3 +45,24 @@ def test_home_and_passwords_are_taken_out(monkeypatch):
     assert (
         shareable_text("git clone https://ada:pw@git.test/a@b") == "git clone https://git.test/a@b"
     )
+
+
+def test_a_command_can_be_pasted_into_a_shell_of_another_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/ada")
+    words = ["a", "run_dir=/home/ada/it's $5", "n='x y'", "~", "b=/home/adam"]
+    command = shell_command(words)
+    assert "/home/ada/" not in command
+    printed = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {command}"],
+        env={"HOME": "/home/bob"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words[1] = "run_dir=/home/bob/it's $5"
+    assert printed.stdout.splitlines() == words
+
+
+def test_files_of_equal_names_are_all_there():
+    files = {"/a/x.json": "1", "/b/x.json": "2", "/b/y.json": "3", "/c/x.json": "4"}
+    assert by_name(files) == {"x.json": "1", "x.json (2)": "2", "y.json": "3", "x.json (3)": "4"}

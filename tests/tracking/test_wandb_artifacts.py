@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,33 @@ def test_nothing_private_is_sent(home, run_dir, file, records, secrets):
     config = written.state(file)["config"]
     assert config["tree"]["path"] == "${oc.env:SECRET_CANARY}"
     assert config["cache_dir"] == "~/cache"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["stages=[report]", "run_dir=copy"],
+        ["+experiment=rerun", "rerun.source=copy", "run_dir=again", "stages=[report]"],
+    ],
+    ids=["continued", "done again"],
+)
+def test_no_variable_of_a_later_call_is_written_anywhere(run_dir, medusa_exp, secrets, call):
+    project = run_dir.parent
+    if not (project / "copy").exists():
+        shutil.copytree(run_dir, project / "copy")
+    medusa_exp(*call, "logger.notes=${oc.env:SECRET_CANARY}", "logger.tags=['${oc.env:HOME}']")
+    out = project / next(word[8:] for word in call if word.startswith("run_dir="))
+    *_, newest = sorted(out.glob(".hydra*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    assert "notes: ${oc.env:SECRET_CANARY}\n" in newest.read_text()
+    leaks = [
+        path.relative_to(out)
+        for path in out.rglob("*")
+        if path.is_file() and secrets[0].encode() in path.read_bytes()
+    ]
+    assert leaks == []
+    opened = of_type(written.records(written.run_files(out)[-1]), "run")[0]
+    assert opened["notes"] == "${oc.env:SECRET_CANARY}"
+    assert opened["tags"] == ["${oc.env:HOME}"]
 
 
 def test_all_that_the_dashboard_shows_is_logged(file, records, summary):

@@ -2,10 +2,9 @@
 
 Values come from the YAML groups under `conf/`, which hold what differs between choices; a default
 that stands here is right for all of them. `from_hydra` is the only way from OmegaConf to these
-plain dataclasses, and nothing but this package and `cli.py` sees anything else.
+plain dataclasses: stages see nothing else.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medusa_exp.config.checks import one_of
+from medusa_exp.config.environment import without_environment
 from medusa_exp.config.inputs import (
     DatasetConfig,
     DtypeConfig,
@@ -164,27 +164,4 @@ def to_shareable(config: Config, saved: Path) -> dict[str, Any]:
         config: the config.
         saved: as Hydra composed it, where such a value is still `${oc.env:NAME}`.
     """
-    raw = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else {}
-    plain = to_dict(config)
-    references = dict(_from_environment(plain, raw))
-    return _replaced(plain, references)
-
-
-def _from_environment(value: Any, raw: Any) -> Iterator[tuple[str, str]]:
-    """Yield each text that an environment variable gave, and what refers to it."""
-    if isinstance(value, dict) and isinstance(raw, dict):
-        for key, item in value.items():
-            yield from _from_environment(item, raw.get(key))
-    elif isinstance(value, list) and isinstance(raw, list):
-        for item, raw_item in zip(value, raw, strict=False):
-            yield from _from_environment(item, raw_item)
-    elif isinstance(value, str) and value and isinstance(raw, str) and "${oc.env:" in raw:
-        yield value, raw
-
-
-def _replaced(value: Any, references: dict[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _replaced(item, references) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_replaced(item, references) for item in value]
-    return references.get(value, value) if isinstance(value, str) else value
+    return without_environment(to_dict(config), saved)

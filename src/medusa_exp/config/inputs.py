@@ -64,6 +64,12 @@ class DatasetConfig:
         one_of("dataset.kind", self.kind, ("sharegpt", "hub", "synthetic"))
         at_least("dataset.max_length", self.max_length, 8)
         at_least("dataset.num_conversations", self.num_conversations, 1)
+        at_least("dataset.min_turns", self.min_turns, 0)
+        at_least("dataset.min_chars", self.min_chars, 0)
+        if self.max_turns is not None:
+            at_least("dataset.max_turns", self.max_turns, max(1, self.min_turns))
+        if self.max_chars is not None:
+            at_least("dataset.max_chars", self.max_chars, max(1, self.min_chars))
         within("dataset.sample_fraction", self.sample_fraction, 0.0, 1.0)
         within("dataset.val_fraction", self.val_fraction, 0.0, 0.5)
         within("dataset.test_fraction", self.test_fraction, 0.0, 0.5)

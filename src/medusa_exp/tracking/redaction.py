@@ -1,6 +1,7 @@
 """What leaves this machine, without what is nobody's business: home paths, passwords in URLs."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,38 @@ def shareable(value: Any) -> Any:
     return shareable_text(value) if isinstance(value, str) else value
 
 
-def shareable_text(text: str) -> str:
-    """Return `text` with the home directory as `~` and no user or token in a URL."""
-    for home in _homes():
-        text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+def shareable_text(text: str, home: str = "~") -> str:
+    """Return `text` with `home` for the home directory and no user or token in a URL."""
+    for path in _homes():
+        text = re.sub(rf"{re.escape(path)}(?![\w.-])", lambda _: home, text)
     return _USER_INFO.sub("", text)
+
+
+def by_name(files: dict[str, str]) -> dict[str, str]:
+    """Return path -> digest with names in place of paths, which may say what is nobody's business.
+
+    Of equal names, the later ones are counted.
+    """
+    named: dict[str, str] = {}
+    for path, digest in files.items():
+        name, number = Path(path).name, 1
+        while (unique := name if number == 1 else f"{name} ({number})") in named:
+            number += 1
+        named[unique] = digest
+    return named
+
+
+def shell_command(arguments: list[str]) -> str:
+    """Return a command to be pasted into a shell, in anybody's home: there is $HOME for it."""
+    return " ".join(map(_shell_word, arguments))
+
+
+def _shell_word(word: str) -> str:
+    marked = shareable_text(word, home="\0")
+    if "\0" not in marked:
+        return shlex.quote(marked)
+    in_quotes = re.sub(r'([\\"`$])', r"\\\1", marked)
+    return '"' + in_quotes.replace("\0", "$HOME") + '"'
 
 
 def _homes() -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from medusa_exp.config import Config, to_shareable
-from medusa_exp.tracking.redaction import shareable
+from medusa_exp.tracking.redaction import by_name, shareable
 from medusa_exp.tracking.upload import Upload, require_login
 from medusa_exp.tracking.wandb_metrics import define_metrics
 
@@ -40,12 +40,13 @@ def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any
         require_login()
     known = record.setdefault("wandb", {})
     known.setdefault("id", uuid4().hex[:8])
-    known.setdefault("job_type", config.logger.job_type or "+".join(config.stages))
+    shown = _shared_config(config, out)
+    known.setdefault("job_type", shown["logger"]["job_type"] or "+".join(config.stages))
     with _staging_in(out):
         run: Any = wandb.init(
             mode="offline",
-            **_identity(config, out, known),
-            config={**_shared_config(config, out), "provenance": provenance(record)},
+            **_identity(config, shown, out, known),
+            config={**shown, "provenance": provenance(record)},
             settings=_settings(record),
         )
         known["id"] = run.id  # that of its own agent, in a sweep of W&B's
@@ -77,9 +78,10 @@ def _finish(run: Any, upload: Upload | None, error: BaseException | None) -> Non
 
 
 def provenance(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what run.json says of code and machine, for W&B's config."""
-    names = ("command", "git", "versions", "device", "cache_keys", "data")
-    return shareable({name: record[name] for name in names if name in record})
+    """Return what run.json says of code and machine, for W&B's config; data files by name alone."""
+    names = ("command", "git", "versions", "device", "cache_keys")
+    known = {name: record[name] for name in names if name in record}
+    return shareable({**known, "data": by_name(record.get("data", {}))})
 
 
 @contextmanager
@@ -97,18 +99,20 @@ def _staging_in(out: Path) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _identity(config: Config, out: Path, known: dict[str, str]) -> dict[str, Any]:
-    logger = config.logger
+def _identity(
+    config: Config, shown: dict[str, Any], out: Path, known: dict[str, str]
+) -> dict[str, Any]:
+    """Return how the run is called; where it goes has to be said as it is, all else as `shown`."""
     return {
         "id": known["id"],
         "resume": "allow",
-        "project": logger.project,
-        "entity": logger.entity,
-        "group": logger.group,
+        "project": config.logger.project,
+        "entity": config.logger.entity,
+        "group": shown["logger"]["group"],
         "job_type": known["job_type"],
-        "name": f"{config.name}/{out.name}",
-        "tags": logger.tags or None,
-        "notes": logger.notes,
+        "name": f"{shown['name']}/{out.name}",
+        "tags": shown["logger"]["tags"] or None,
+        "notes": shown["logger"]["notes"],
         "dir": out,
     }
 

@@ -1,0 +1,56 @@
+"""What a config has from environment variables, told apart from what is anybody's to see."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+_RESOLVER = "oc.env"
+
+
+def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
+    """Return a config with `${oc.env:NAME}` wherever an environment variable had a part.
+
+    Args:
+        plain: the config, resolved.
+        saved: the same as Hydra composed it, with its references.
+    """
+    if not saved.is_file():
+        return plain
+    written = OmegaConf.load(saved)
+    with _variables_as_their_names():
+        return {key: _shown(value, written, key) for key, value in plain.items()}
+
+
+@contextmanager
+def _variables_as_their_names() -> Iterator[None]:
+    """Let references to variables resolve to themselves, and what refers to these follow suit."""
+
+    def name_it(*arguments: Any) -> str:
+        words = ("null" if argument is None else str(argument) for argument in arguments)
+        return f"${{{_RESOLVER}:{','.join(words)}}}"
+
+    OmegaConf.register_new_resolver(_RESOLVER, name_it, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver(_RESOLVER, oc.env, replace=True)
+
+
+def _shown(value: Any, parent: Any, key: Any) -> Any:
+    """Return `value`, or what stands for it, of the node under `key` as it is written."""
+    try:
+        written = parent[key] if isinstance(parent, DictConfig | ListConfig) else None
+    except (OmegaConfBaseException, IndexError):  # such as ${hydra:...}, which no variable is
+        written = None
+    if isinstance(written, str) and f"${{{_RESOLVER}:" in written:
+        return written
+    if isinstance(value, dict):
+        return {name: _shown(item, written, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item, written, place) for place, item in enumerate(value)]
+    return value
