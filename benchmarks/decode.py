@@ -23,8 +23,8 @@ from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.decode.settings import limits_of
 from medusa_exp.evaluate.methods import Answer, Method, timed
 from medusa_exp.evaluate.near_ties import find_difference
-from medusa_exp.evaluate.overhead import share_outside_backbone
 from medusa_exp.evaluate.prompts import load_prompts
+from medusa_exp.evaluate.step_time import BACKBONES, shares_of_time
 from medusa_exp.files import read_json
 from medusa_exp.model import Backbone, build_heads, load_backbone, load_heads, load_tokenizer
 from medusa_exp.model.heads import stack_heads
@@ -225,7 +225,8 @@ def speed(run: Run) -> list[Row]:
     others = {name: speedups[name] for name in ("chain", "medusa_63", "dynamic")}
     fixed_best = max(others["chain"], others["medusa_63"])
     sample = run.prompts[:8]
-    share = share_outside_backbone(backbone, methods["calibrated"], sample)
+    shares = shares_of_time(backbone, methods["calibrated"], sample)
+    share = 1 - sum(shares[part] for part in BACKBONES)
     guessing = share_of_heads(run, methods["calibrated"], sample)
     return [
         Row(

@@ -20,6 +20,8 @@ METRICS = {
     "eval/prompt_lookup_speedup": 1.19,
     "eval/tree/b1/speedup": 1.62,
     "eval/accepted_depth1": 0.7,
+    "eval/time/backbone": 0.831,
+    "eval/time/heads": 0.169,
     "eval/category/math/speedup": 1.87,
     "eval/category/math/tokens_per_step": 2.55,
 }

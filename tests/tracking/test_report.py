@@ -161,6 +161,13 @@ def test_methods_batches_and_depths_have_tables(tmp_path):
     assert "Up to 8 some tree does." in page.text
 
 
+def test_parts_of_a_step_stand_in_the_order_of_their_time(tmp_path):
+    text = page_of(write_run(tmp_path)).text
+    assert 0 < text.index("backbone, on trees") < text.index("heads and drafting")
+    assert "83.1" in text
+    assert "16.9" in text
+
+
 def test_near_ties_are_not_called_other_texts(tmp_path):
     metrics = {**METRICS, "eval/identical_fraction": 0.8, "eval/near_tie_fraction": 1.0}
     page = page_of(write_run(tmp_path, metrics__json=metrics))

@@ -17,9 +17,9 @@ from medusa_exp.decode.loop import decode_plain
 from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Method, build_methods
 from medusa_exp.evaluate.metrics import Record, summarise
-from medusa_exp.evaluate.overhead import share_outside_backbone
 from medusa_exp.evaluate.prompts import load_prompts
 from medusa_exp.evaluate.records import Timed, answer_in_turn, records_of, sample_of
+from medusa_exp.evaluate.step_time import BACKBONES, shares_of_time
 from medusa_exp.files import write_jsonl
 from medusa_exp.model.agreement import measure_agreement
 from medusa_exp.model.backbone import Backbone
@@ -54,16 +54,17 @@ def run(config: Config, out: Path) -> dict[str, float]:
     )
     records: list[Record] = []
     samples: list[dict[str, Any]] = []
-    outside, num_nodes = None, 0
+    shares: dict[str, float] = {}
+    num_nodes = 0
     for batch_size in sorted(config.evaluate.batch_sizes):
         tree = choose_tree(config, out, heads.num_heads, batch_size)
         methods = _methods(config, backbone, heads, tree, limits, batch_size)
         _warm_up(methods, prompts, config.evaluate.warmup_prompts, batch_size)
-        if outside is None:
+        if not shares:
             tree.save(out / "tree.json")
             num_nodes = tree.num_checked
             timed_prompts = [prompt.input_ids for prompt in prompts[:_TIMED_PROMPTS]]
-            outside = share_outside_backbone(backbone, methods["tree"], timed_prompts)
+            shares = shares_of_time(backbone, methods["tree"], timed_prompts)
         for batch, answers in _answers(config, methods, prompts, batch_size, backbone):
             records += records_of(
                 batch, answers, batch_size, config.decode.rule, backbone, tree.num_checked
@@ -72,11 +73,11 @@ def run(config: Config, out: Path) -> dict[str, float]:
                 samples.append(sample_of(batch[0], answers["tree"][0][0], tokenizer))
     write_jsonl(out / "records.jsonl", records)
     write_jsonl(out / "samples.jsonl", samples)
-    assert outside is not None
     return {
         **summarise(records),
         "eval/num_nodes": float(num_nodes),
-        "eval/outside_backbone_fraction": outside,
+        **{f"eval/time/{part}": share for part, share in shares.items()},
+        "eval/outside_backbone_fraction": 1 - sum(shares[part] for part in BACKBONES),
         "eval/is_lossless": float(config.decode.rule != "typical"),
         **_agreement(config, backbone, tokenizer),
     }

@@ -85,6 +85,16 @@ def depths(metrics: Row) -> list[Row]:
     return sorted(found, key=lambda row: row["depth"])
 
 
+def parts_of_time(metrics: Row) -> list[Row]:
+    """Return, for each part of a decoding step, its share of the time."""
+    prefix = "eval/time/"
+    return [
+        {"part": name.removeprefix(prefix), "share": value}
+        for name, value in sorted(metrics.items(), key=lambda item: -item[1])
+        if name.startswith(prefix)
+    ]
+
+
 def categories(metrics: Row, records: list[Row]) -> Row | None:
     """Return a row a category, and a chart of them."""
     rows: dict[str, Row] = {}

@@ -1,15 +1,16 @@
 """The report of a run: files of the run directory in, one self-contained `report.html` out.
 
 `content.py` turns what was read into what the template shows. The page loads nothing: scripts and
-styles are inline, and its content security policy forbids more.
+styles are inline, and its content security policy forbids more. It is made to be passed on: the
+home directory is $HOME or ~ in it, and data files are names without their folders.
 """
 
 import math
-import shlex
 from pathlib import Path
 
 from medusa_exp.files import publish, read_json, read_jsonl
 from medusa_exp.tracking import charts, content, pages
+from medusa_exp.tracking.redaction import by_name, shareable, shell_command
 
 
 def write_report(run_dir: Path) -> Path:
@@ -33,10 +34,11 @@ def _content(run_dir: Path) -> content.Row:
         if isinstance(value, int | float) and math.isfinite(value)
     }
     run = read_json(run_dir / "run.json", {})
+    run["data"] = by_name(run.get("data", {}))
     calibration = read_json(run_dir / "calibration.json")
     records = content.first_batch_size(read_jsonl(run_dir / "records.jsonl"))
     return {
-        "run": run,
+        "run": shareable(run),
         "m": metrics,
         "headline": content.headline(metrics, records),
         "samples": read_jsonl(run_dir / "samples.jsonl"),
@@ -48,7 +50,8 @@ def _content(run_dir: Path) -> content.Row:
         "calibration": content.calibration(calibration),
         "lengths": content.lengths(records),
         "depths": content.depths(metrics),
+        "parts_of_time": content.parts_of_time(metrics),
         "curves": content.curves(read_jsonl(run_dir / "history.jsonl")),
-        "command": shlex.join(run.get("command", [])),
-        "run_dir": shlex.quote(f"run_dir={run_dir}"),
+        "command": shell_command(run.get("command", [])),
+        "run_dir": shell_command([f"run_dir={run_dir}"]),
     }
