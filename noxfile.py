@@ -207,7 +207,8 @@ def minimums(session: nox.Session) -> None:
     # Left free, since what transformers and lightning pin of these changes with their versions.
     free = {*oldest, "huggingface-hub", "pytorch-lightning", "safetensors", "tokenizers"}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    constraints = Path(session.create_tmp()) / "minimums.txt"
+    # Not in a session's own folder for such files: Ray refuses to work inside an environment.
+    constraints = session.cache_dir / "minimums.txt"
     constraints.write_text(
         "\n".join(
             [line for line in lines if line.partition("==")[0] not in free]
