@@ -9,7 +9,7 @@ import torch
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model import build_heads
-from medusa_exp.tree import Tree, chain
+from medusa_exp.tree import Tree, calibrate, chain
 from medusa_exp.tree.calibrate import head_ranks, thinned
 from medusa_exp.tree.curve import choose, correct, summarise
 from medusa_exp.tree.growth import best_tree, grow, node_shares, num_steps, prefix_counts, replay
@@ -76,8 +76,10 @@ def test_counting_where_decoding_stands_finds_a_better_tree():
 
 
 @torch.no_grad()
-def test_head_ranks_by_hand(backbone):
+@pytest.mark.parametrize("chunk", [256, 3])
+def test_head_ranks_by_hand(backbone, chunk, monkeypatch):
     """Heads start as the lm_head, so head k ranks by the backbone's logits at the same place."""
+    monkeypatch.setattr(calibrate, "CHUNK", chunk)
     heads = build_heads(backbone, num_heads=2)
     prompt, answer = [1, 2, 3], [10, 11, 12, 13]
     logits_TV = backbone.model(torch.tensor([prompt + answer])).logits[0]

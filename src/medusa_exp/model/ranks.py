@@ -9,7 +9,7 @@ from torch import Tensor
 
 from medusa_exp.model.heads import MedusaHeads
 
-_CHUNK = 256
+CHUNK = 256
 """Positions whose logits exist at one time."""
 
 
@@ -36,7 +36,7 @@ def answer_ranks(
         inputs = [hidden_PD[: len(truth_P)].to(heads.dtype)]
         if heads.is_sequential:
             inputs.append(tokens_P.unfold(0, k + 1, 1)[: len(truth_P)])
-        chunks = [part.split(_CHUNK) for part in (truth_P, *inputs)]
+        chunks = [part.split(CHUNK) for part in (truth_P, *inputs)]
         found = []
         for truth_C, *inputs_C in zip(*chunks, strict=True):
             guesses_CR = heads.head_logits(k, *inputs_C).topk(max_rank).indices

@@ -7,7 +7,7 @@
    tried on some of the prompts: the fastest there wins (`timing.py`).
 4. Larger batches are timed too: the more rows, the fewer nodes pay, until none does.
 
-K heads, P positions, V vocabulary.
+K heads, P positions, C positions of a chunk, R ranks.
 """
 
 import logging
@@ -27,7 +27,7 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import MedusaHeads, StackedHeads, heads_input, stack_heads
 from medusa_exp.model.loading import load_backbone
-from medusa_exp.model.ranks import answer_ranks
+from medusa_exp.model.ranks import CHUNK, answer_ranks
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.progress import track
 from medusa_exp.tree.calibration import Calibration, Curve, heads_sha256, save_calibration
@@ -103,13 +103,15 @@ def head_ranks(
     hidden_PD = read_1TD[0, len(prompt_ids) - 1 : -1]
     if isinstance(heads, MedusaHeads) and heads.is_sequential:
         return answer_ranks(heads, ids[len(prompt_ids) :], hidden_PD, max_rank)
-    logits_PKV = heads(hidden_PD.to(heads.dtype))
     answer = torch.cat([ids[len(prompt_ids) :], ids.new_full((num_heads,), -1)])
     truth_PK = answer.unfold(0, num_heads + 1, 1)[:, 1:]
-    guesses_PKR = logits_PKV.topk(max_rank, dim=-1).indices
-    is_true_PKR = guesses_PKR == truth_PK[..., None]
     rank_R = torch.arange(max_rank, device=ids.device)
-    return torch.where(is_true_PKR, rank_R, max_rank).amin(-1).cpu().numpy()
+    found = []
+    for hidden_CD, truth_CK in zip(hidden_PD.split(CHUNK), truth_PK.split(CHUNK), strict=True):
+        guesses_CKR = heads(hidden_CD.to(heads.dtype)).topk(max_rank, dim=-1).indices
+        is_true_CKR = guesses_CKR == truth_CK[..., None]
+        found.append(torch.where(is_true_CKR, rank_R, max_rank).amin(-1))
+    return torch.cat(found).cpu().numpy()
 
 
 def grown_trees(ranks: list[np.ndarray], max_nodes: int, max_rank: int) -> list[Tree]:
