@@ -1,43 +1,13 @@
 import gzip
-import io
 import json
 import random
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, parquet, write, zstd
 
 from medusa_exp.data import DataError, Message, read_conversations
 from medusa_exp.data.find import find_files
 from medusa_exp.data.formats import ChatFile
-
-BOM = b"\xef\xbb\xbf"
-
-
-def record(number):
-    turns = [("human", f"What is {number}? caf\u00e9"), ("gpt", f"It is {number}.")]
-    return {"id": f"r-{number}", "conversations": [{"from": f, "value": v} for f, v in turns]}
-
-
-RECORDS = [record(number) for number in range(5)]
-LIST = json.dumps(RECORDS, ensure_ascii=False).encode()
-LINES = b"".join(json.dumps(one, ensure_ascii=False).encode() + b"\n" for one in RECORDS)
-PRETTY = json.dumps(RECORDS, indent=2).encode()
-
-
-def zstd(data):
-    return pa.compress(data, "zstd", asbytes=True)
-
-
-def parquet(rows):
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=2)
-    return sink.getvalue()
-
-
-def write(path, data):
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
 
 
 @pytest.mark.parametrize(
