@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from medusa_exp.config.checks import at_least, one_of, within
 from medusa_exp.errors import UserError
 
+HEAD_KINDS = ("medusa", "medusa_tied", "medusa_lowrank", "hydra")
+"""The names of `model.heads.FAMILIES`, written out: to import these takes torch, and seconds."""
+
 
 @dataclass
 class HeadConfig:
@@ -30,7 +33,7 @@ class HeadConfig:
     but it was found for hydra)."""
 
     def __post_init__(self) -> None:
-        one_of("head.kind", self.kind, ("medusa", "medusa_tied", "medusa_lowrank", "hydra"))
+        one_of("head.kind", self.kind, HEAD_KINDS)
         for key in ("rank", "num_tokens"):
             if (value := getattr(self, key)) is not None:
                 at_least(f"head.{key}", value, 16)
