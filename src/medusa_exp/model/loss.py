@@ -99,19 +99,19 @@ def head_arguments(
 def medusa_loss(
     losses: list[HeadLoss], decay: float, totals: Sequence[int] | None = None
 ) -> Tensor:
-    """Return sum over heads k of decay**k times the head's mean loss (Medusa, equation 1).
+    """Return the sum over heads of decay**head times its mean loss (Medusa, equation 1).
 
     Args:
         losses: of the heads on a batch.
-        decay: lambda_k is its k-th power.
+        decay: its powers are the lambdas.
         totals: what each head's sum is divided by, where this batch is a part of a larger one; by
             default its own labels. A head without a label contributes zero, not NaN.
     """
     if totals is None:
         totals = [loss.num_labels for loss in losses]
     terms = [
-        decay**k * loss.loss_sum / max(total, 1)
-        for k, (loss, total) in enumerate(zip(losses, totals, strict=True), 1)
+        decay**head * loss.loss_sum / max(total, 1)
+        for head, (loss, total) in enumerate(zip(losses, totals, strict=True), 1)
     ]
     return torch.stack(terms).sum()
 
