@@ -4,11 +4,13 @@ import pytest
 import torch
 from tiny_models import build_model
 
+from medusa_exp.config.training import HEAD_KINDS
 from medusa_exp.decode import generate
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
-from medusa_exp.model.heads import PROJECTIONS, StackedHeads, heads_input, stack_heads
+from medusa_exp.model.heads import FAMILIES as KINDS
+from medusa_exp.model.heads import StackedHeads, heads_input, stack_heads
 from medusa_exp.model.loss import medusa_counts, medusa_losses
 from medusa_exp.model.ranks import answer_ranks
 from medusa_exp.model.targets import DistributionTargets, TokenTargets, TopTargets
@@ -52,7 +54,8 @@ def batch_of(backbone):
 
 
 def test_every_kind_is_tested():
-    assert {family["kind"] for family in FAMILIES.values()} == set(PROJECTIONS)
+    assert {family["kind"] for family in FAMILIES.values()} == set(KINDS)
+    assert set(HEAD_KINDS) == set(KINDS)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi"])  # phi's lm_head has a bias

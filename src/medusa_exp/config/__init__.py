@@ -32,7 +32,7 @@ from medusa_exp.config.stages import (
     RerunConfig,
     TreeConfig,
 )
-from medusa_exp.config.training import HeadConfig, LoraSettings, TrainConfig
+from medusa_exp.config.training import HEAD_KINDS, HeadConfig, LoraSettings, TrainConfig
 from medusa_exp.errors import UserError
 
 __all__ = [
@@ -109,7 +109,8 @@ class Config:
             within = " (with model.device_map)"
             one_of("train.strategy" + within, self.train.strategy, ("auto",))
             one_of("train.kind" + within, self.train.kind, ("medusa1",))
-            one_of("head.kind" + within, self.head.kind, ("medusa", "medusa_lowrank", "hydra"))
+            others = tuple(kind for kind in HEAD_KINDS if kind != "medusa_tied")
+            one_of("head.kind" + within, self.head.kind, others)
             one_of(
                 "tokenizer.resize_embedding" + within,
                 str(self.tokenizer.resize_embedding),

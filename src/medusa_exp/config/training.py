@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from medusa_exp.config.checks import at_least, one_of, within
 from medusa_exp.errors import UserError
 
+HEAD_KINDS = ("medusa", "medusa_tied", "medusa_lowrank", "hydra")
+"""The names of `model.heads.FAMILIES`, written out: to import these takes torch, and seconds."""
+
 
 @dataclass
 class HeadConfig:
@@ -30,7 +33,7 @@ class HeadConfig:
     but it was found for hydra)."""
 
     def __post_init__(self) -> None:
-        one_of("head.kind", self.kind, ("medusa", "medusa_tied", "medusa_lowrank", "hydra"))
+        one_of("head.kind", self.kind, HEAD_KINDS)
         for key in ("rank", "num_tokens"):
             if (value := getattr(self, key)) is not None:
                 at_least(f"head.{key}", value, 16)
@@ -45,15 +48,17 @@ class HeadConfig:
 
 @dataclass
 class LoraSettings:
-    """Adapters on the backbone's linear layers, for kind=medusa2."""
+    """Of kind=medusa2: adapters on the backbone's linear layers, and how they learn."""
 
     rank: int = 32
     alpha: int = 16
+    """What an adapter adds is multiplied by alpha / rank."""
     dropout: float = 0.05
     layers: list[str] = field(default_factory=list)
     """Names of the linear layers to adapt, such as q_proj; none means all of them, but not the
     lm_head."""
     learning_rate: float = 5e-4
+    """Of the adapters; `train.learning_rate` is the heads'."""
     heads_only_fraction: float = 0.1
     """Share of the steps, at the beginning, in which the heads learn alone."""
     self_distillation: bool = False
@@ -109,7 +114,9 @@ class TrainConfig:
     """adamw, adamw_8bit (needs bitsandbytes) or muon (Muon for the matrices of residual blocks,
     AdamW for the rest)."""
     learning_rate: float = 2e-3
+    """Of the heads, at its greatest."""
     weight_decay: float = 0.0
+    """Of matrices; biases do not decay."""
     warmup_fraction: float = 0.05
     """Share of the steps with a rising learning rate; a cosine to zero follows."""
     gradient_clip: float = 1.0
@@ -120,7 +127,8 @@ class TrainConfig:
     decay: float = 0.8
     """Head k's loss counts decay**k (Medusa, section 2.2.1)."""
     coefficient: float = 1.0
-    """What the heads' loss is multiplied by. The gradient is clipped afterwards."""
+    """What the heads' loss is multiplied by: lambda_0 of Medusa-2. With kind=medusa1 a constant one
+    does little: optimisers even it out, but the gradient is clipped before they see it."""
     coefficient_schedule: str = "constant"
     """constant, or linear or sine: the coefficient rises from nearly 0 over the whole training."""
     loss_chunk_rows: int = 256

@@ -20,8 +20,9 @@ from medusa_exp.errors import UserError
 from medusa_exp.files import read_json, sha256_file
 
 REACH = 16
-"""The most heads that stored positions are enough for."""
+"""The most heads that stored positions are enough for: `head.num_heads` allows no more."""
 FORMAT = 1
+"""To be raised when what is stored changes: states of another format are made anew."""
 _SUMMARY = "summary.json"
 _ARRAYS = ("hidden.npy", "own.npy", "starts.npy", "checks.npy")
 

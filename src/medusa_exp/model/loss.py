@@ -1,6 +1,8 @@
 """The Medusa-1 loss, without ever holding the logits of all heads.
 
-B batch, T time, D hidden, V vocabulary, K heads, R labelled rows of one head, C rows of a chunk.
+B batch, T time, D hidden, W words that the heads know, K heads, R labelled rows of one head, C rows
+of a chunk, J drafted tokens. `head` counts from 1, as labels and metrics do (0 is the lm_head); `k`
+is an index, from 0, as the heads themselves do.
 """
 
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ class HeadLoss:
 def head_labels(
     input_ids_BT: Tensor, is_trained_BT: Tensor, documents_BT: Tensor, head: int
 ) -> tuple[Tensor, Tensor]:
-    """Return (is_labelled_BT, labels_R) of head k: its label at t is token t+1+k."""
+    """Return (is_labelled_BT, labels_R) of a head: its label at t is token t+1+head."""
     is_labelled_BT = is_labelled(is_trained_BT, documents_BT, head)
     index_R = is_labelled_BT.flatten().nonzero()[:, 0]
     return is_labelled_BT, input_ids_BT.flatten()[index_R + 1 + head]
@@ -47,15 +49,24 @@ def medusa_losses(
 ) -> list[HeadLoss]:
     """Compute every head's loss, summed, in nats.
 
-    Only labelled rows are projected, and at most `chunk_rows` x V logits exist at once; `form` is
-    of `train.loss_form`, see `chunks.py`.
+    Only labelled rows are projected, and at most `chunk_rows` x W logits exist at once.
+
+    Args:
+        heads: K of them, of any family.
+        hidden_BTD: what they read: `heads_input` of the backbone's hidden states.
+        targets: what they are to say, by the words that they know.
+        is_trained_BT: which tokens are the assistant's.
+        documents_BT: the document of each token in its row; no label crosses from one to the next.
+        input_ids_BT: the text, which sequential heads see.
+        chunk_rows: C.
+        form: of `train.loss_form`, see `chunks.py`.
     """
     results = []
     for k in range(heads.num_heads):
         is_labelled_BT = is_labelled(is_trained_BT, documents_BT, k + 1)
         index_R = is_labelled_BT.flatten().nonzero()[:, 0]
-        inputs = head_inputs(heads, k, index_R, hidden_BTD, input_ids_BT)
-        # Head k is to say at t what is to be said after token t+k.
+        inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
+        # The head at index k is head k+1: at t it is to say what is to be said after token t+k+1.
         wanted = targets.at(index_R + k + 1)
         logits_of = partial(heads.head_logits, k)
         parameters = heads.head_parameters(k) if form == "at_once" else ()
@@ -64,12 +75,19 @@ def medusa_losses(
     return results
 
 
-def head_inputs(
+def head_arguments(
     heads: MedusaHeads, k: int, index_R: Tensor, hidden_BTD: Tensor, input_ids_BT: Tensor
 ) -> tuple[Tensor, ...]:
-    """Return the arguments of `head_logits` behind k, at these flat positions.
+    """Return what `head_logits` takes besides k: (hidden_RD,), and drafted_RJ if it is sequential.
 
-    Sequential heads see the text's own tokens as if they had been drafted.
+    Such heads see the text's own tokens as if they had been drafted.
+
+    Args:
+        heads: of any family.
+        k: which head.
+        index_R: flat positions b * T + t.
+        hidden_BTD: what the heads read.
+        input_ids_BT: the text.
     """
     hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
     if not heads.is_sequential:
@@ -81,19 +99,19 @@ def head_inputs(
 def medusa_loss(
     losses: list[HeadLoss], decay: float, totals: Sequence[int] | None = None
 ) -> Tensor:
-    """Return sum over heads k of decay**k times the head's mean loss (Medusa, equation 1).
+    """Return the sum over heads of decay**head times its mean loss (Medusa, equation 1).
 
     Args:
         losses: of the heads on a batch.
-        decay: lambda_k is its k-th power.
+        decay: its powers are the lambdas.
         totals: what each head's sum is divided by, where this batch is a part of a larger one; by
             default its own labels. A head without a label contributes zero, not NaN.
     """
     if totals is None:
         totals = [loss.num_labels for loss in losses]
     terms = [
-        decay**k * loss.loss_sum / max(total, 1)
-        for k, (loss, total) in enumerate(zip(losses, totals, strict=True), 1)
+        decay**head * loss.loss_sum / max(total, 1)
+        for head, (loss, total) in enumerate(zip(losses, totals, strict=True), 1)
     ]
     return torch.stack(terms).sum()
 
@@ -109,7 +127,8 @@ def medusa_counts(
     *,
     chunk_rows: int,
 ) -> Tensor:
-    """Return, for validation, a float64 [K, 4]: summed loss, labels ranked 1st, in 5, and all.
+    """Return, for validation, counts_K4 in float64: loss summed in nats, and the numbers of labels
+    that a head ranked first, that it ranked among its first five, and of all.
 
     A label that the heads do not know adds no loss, and is never hit.
     """
@@ -118,12 +137,12 @@ def medusa_counts(
     for k in range(heads.num_heads):
         is_labelled_BT, labels_R = head_labels(words_BT, is_trained_BT, documents_BT, k + 1)
         index_R = is_labelled_BT.flatten().nonzero()[:, 0]
-        inputs = head_inputs(heads, k, index_R, hidden_BTD, input_ids_BT)
+        inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
         chunks = [part.split(chunk_rows) for part in (labels_R, *inputs)]
         for labels_C, *inputs_C in zip(*chunks, strict=True):
-            logits_CV = heads.head_logits(k, *inputs_C).float()
-            hits_C5 = logits_CV.topk(5).indices == labels_C[:, None]
-            loss = cross_entropy(logits_CV, labels_C, reduction="sum")
+            logits_CW = heads.head_logits(k, *inputs_C).float()
+            hits_C5 = logits_CW.topk(5).indices == labels_C[:, None]
+            loss = cross_entropy(logits_CW, labels_C, reduction="sum")
             labels = torch.tensor(len(labels_C), device=loss.device)
             counts_K4[k] += torch.stack([loss, hits_C5[:, 0].sum(), hits_C5.sum(), labels])
     return counts_K4

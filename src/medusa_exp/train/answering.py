@@ -29,6 +29,7 @@ class Document:
 
 
 def document_of(row: int, example: Example) -> Document:
+    """Take a document's turns apart: what is trained is to be answered anew, the rest stays."""
     edges = np.flatnonzero(np.diff(example.is_trained.astype(np.int8), prepend=0, append=0))
     starts, stops = edges[::2].tolist(), edges[1::2].tolist()
     ids = example.input_ids.tolist()

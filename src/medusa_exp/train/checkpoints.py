@@ -1,8 +1,17 @@
 """When a training writes its checkpoint, and all that it needs to go on as if nothing had been.
 
 A checkpoint is of the moment between two optimiser steps, after the validation that belongs there.
-It holds heads and optimiser in float32, the schedule, the random numbers of every library and the
-steps made, from which the place in the data follows.
+(The heads that a run ends with are other files: `model/checkpoint.py`.) What is in it, and who
+puts it there:
+
+    heads and optimiser in float32, schedule, steps    Lightning
+    of Medusa-2, the adapters without what is frozen   JointModule.on_save_checkpoint
+    random_state, of every library                     Checkpoints.on_save_checkpoint, here
+    made_with, measured                                MedusaModule.on_save_checkpoint
+    the best validation; the moving average            BestHeads, AverageHeads: state_dict
+
+The place in the data follows from the steps made (`data.loader.Batches`). All of it has to be of
+types that torch.load takes with weights_only=True.
 """
 
 import random

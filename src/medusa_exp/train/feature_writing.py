@@ -26,7 +26,7 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone, pick_device
 from medusa_exp.progress import progress_bar
 from medusa_exp.train.ray_data import Work, map_on_ray
-from medusa_exp.train.trainer import HALF, pick_precision
+from medusa_exp.train.trainer import AUTOCAST, pick_precision
 
 _ROWS = 1024
 """Rows whose logits of the backbone exist at one time."""
@@ -95,7 +95,7 @@ class FeatureWriter:
     def __init__(self, config: Config, directory: Path, longest: int, backbone: Backbone) -> None:
         self.longest, self.backbone = longest, backbone
         self.stores_all = config.head.prefix_attention
-        self.autocast = HALF.get(pick_precision(config, backbone.device))
+        self.autocast = AUTOCAST.get(pick_precision(config, backbone.device))
         self.starts = np.load(directory / "starts.npy")
         self.hidden_PD = np.load(directory / "hidden.npy", mmap_mode="r+")
         self.own_P = np.load(directory / "own.npy", mmap_mode="r+")

@@ -40,8 +40,11 @@ class Inputs:
     documents: dict[str, Examples]
     """Of `train`, and of `val` if there is a validation."""
     data_key: str
+    """Names all documents: those of the data, or the backbone's own answers to them."""
     row_tokens: int
+    """The length limit of documents."""
     features: dict[str, Features]
+    """Their hidden states, with train.features=cache."""
     prompts: list[Prompt]
     """Held-out ones, for `acceptance`."""
     answers: list[Continuation]

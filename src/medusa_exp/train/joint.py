@@ -1,7 +1,18 @@
 """Medusa-2: the backbone's adapters and the heads learn together.
 
-After Cai et al., "Medusa" (2024), section 2.2.2: L = L_LM + lambda_0 * L_heads, in two stages: the
-heads alone at first, lest the gradients of heads that know nothing spoil the backbone.
+After Cai et al., "Medusa" (2024), section 2.2.2: L = L_LM + lambda_0 * L_heads (lambda_0 is
+`train.coefficient`). From the beginning to the end of a run:
+
+1. `setup.build_module` puts LoRA into the backbone's own layers, so that `backbone.hidden_states`
+   is the adapted backbone's from then on (`model/adapters.py`).
+2. The first `train.lora.heads_only_fraction` of the steps: hidden states without a gradient, the
+   heads' loss alone, a learning rate of zero for the adapters; lest the gradients of heads that
+   know nothing spoil the backbone.
+3. The other steps: L. L_LM is cross entropy with the text, or, with
+   `train.lora.self_distillation`, the divergence from the same backbone with its adapters off.
+4. Each validation has the backbone answer the held-out prompts anew, for its answers change.
+5. `setup.finish_joint` measures the backbone's held-out loss without and with adapters, writes
+   `RUN_DIR/backbone`, and has the heads name that backbone as theirs.
 
 B batch, T time, D hidden, K heads, H the lm_head and the heads.
 """

@@ -18,7 +18,7 @@ from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.errors import UserError
 from medusa_exp.files import content_key
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.train.trainer import HALF, pick_precision
+from medusa_exp.train.trainer import AUTOCAST, pick_precision
 
 DOCUMENTS, SUMMARY = "documents.arrow", "summary.json"
 
@@ -85,4 +85,4 @@ def answer_rule(config: Config) -> Rule:
 
 
 def _precision(config: Config, backbone: Backbone) -> str:
-    return str(HALF.get(pick_precision(config, backbone.device), backbone.model.dtype))
+    return str(AUTOCAST.get(pick_precision(config, backbone.device), backbone.model.dtype))

@@ -44,7 +44,7 @@ from medusa_exp.train.own_answers import (
     answers_path,
 )
 from medusa_exp.train.ray_data import Work, map_on_ray
-from medusa_exp.train.trainer import HALF, pick_precision
+from medusa_exp.train.trainer import AUTOCAST, pick_precision
 from medusa_exp.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def _chosen(config: Config, documents: Tokenised) -> list[int]:
 def _decoder(config: Config, out: Path, backbone: Backbone) -> Decode:
     """Return plain decoding, or decoding with the heads and the tree that the run already has."""
     backbone.decodes_statically = False  # its steps would not shrink as answers end
-    dtype = HALF.get(pick_precision(config, backbone.device))
+    dtype = AUTOCAST.get(pick_precision(config, backbone.device))
     if dtype and config.model.quantization is None:
         backbone.model.to(dtype)
     if not config.regenerate.use_heads:

@@ -13,10 +13,12 @@ from medusa_exp.files import content_key
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.train.checkpoints import CHECKPOINT
 
-_LOOKING = (
+_NOT_OF_STEPS = (
     *("resume", "checkpoint_every", "val_every", "val_batches", "val_prompts", "val_tree_nodes"),
     *("keep", "patience", "max_failures", "feature_workers"),
 )
+"""Keys of `train` that may change from call to call: what the next step does does not hang on them.
+Any other key, a new one too, makes a checkpoint one of another training."""
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 def made_with(config: Config, data_key: str, backbone: Backbone) -> str:
     """Name all that decides the steps of a training, but for when it is looked at and saved."""
     train = asdict(config.train)
-    for key in _LOOKING:
+    for key in _NOT_OF_STEPS:
         del train[key]
     dataset = config.dataset
     weights = {name: source.weight for name, source in dataset.sources.items()}

@@ -64,32 +64,21 @@ def train(config: Config, out: Path) -> dict[str, float]:
 
 
 def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> dict[str, float]:
-    settings, max_steps = config.train, module.max_steps
+    settings = config.train
     checkpoint, step = checkpoint_to_resume(config, out, module.made_with)
     annotate(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
     best = BestHeads(out / "checkpoints", settings.patience)
     average = AverageHeads(settings.average, module) if settings.average else None
+    # In this order: the average leaves the heads' place after the best have been kept.
+    callbacks = [
+        best,
+        *([average] if average else []),
+        checkpoints,
+        ShowPlan(settings.optimizer, average is not None),
+    ]
     was_deterministic = torch.are_deterministic_algorithms_enabled()
-    trainer = build_trainer(
-        config,
-        out,
-        "train",
-        max_steps=max_steps,
-        precision=pick_precision(config, module.backbone.device),
-        **_devices(config),
-        gradient_clip=settings.gradient_clip,
-        accumulate=settings.accumulate,
-        val_every=min(settings.val_every, max_steps) if batches.val else None,
-        deterministic=settings.deterministic,
-        # In this order: the average leaves the heads' place after the best have been kept.
-        callbacks=[
-            best,
-            *([average] if average else []),
-            checkpoints,
-            ShowPlan(settings.optimizer, average is not None),
-        ],
-    )
+    trainer = _trainer(config, out, module, bool(batches.val), callbacks)
     try:
         with explain_memory(settings.batch_tokens, settings.loss_chunk_rows, settings.accumulate):
             trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
@@ -107,6 +96,29 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
         best.restore(module)
         metrics |= {**best.metrics, "train/best_step": best.step}
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _trainer(
+    config: Config,
+    out: Path,
+    module: MedusaModule,
+    validates: bool,
+    callbacks: list[L.Callback],
+) -> L.Trainer:
+    settings = config.train
+    return build_trainer(
+        config,
+        out,
+        "train",
+        max_steps=module.max_steps,
+        precision=pick_precision(config, module.backbone.device),
+        **_devices(config),
+        gradient_clip=settings.gradient_clip,
+        accumulate=settings.accumulate,
+        val_every=min(settings.val_every, module.max_steps) if validates else None,
+        deterministic=settings.deterministic,
+        callbacks=callbacks,
+    )
 
 
 def _devices(config: Config) -> dict[str, Any]:

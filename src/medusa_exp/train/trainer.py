@@ -18,7 +18,7 @@ from medusa_exp.files import publish
 from medusa_exp.model.loading import pick_device
 from medusa_exp.tracking.history import HistoryLogger
 
-HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What `pick_precision` may return -> the dtype of autocast; others have none."""
 LOG_EVERY = 10
 """Optimiser steps between lines of the history."""

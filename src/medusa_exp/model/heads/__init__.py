@@ -1,6 +1,10 @@
 """The heads: what a family is (`model`), how it starts (`build`), what may stand before it
 (`prefix`), and how it decodes (`stacked`).
 
+A new family is a file with its block (as in `blocks`) or its projection (as in `projections`), a
+row of FAMILIES in `model`, its name in HEAD_KINDS of `config/training.py`, and a file in conf/head;
+`tests/model/test_families.py` asks for a row too, and tries on it all that others ask of heads.
+
 Importing this registers them with transformers' AutoConfig and AutoModel.
 """
 
@@ -9,12 +13,12 @@ from transformers import AutoConfig, AutoModel
 from medusa_exp.model.heads.blocks import ResBlock
 from medusa_exp.model.heads.build import build_heads
 from medusa_exp.model.heads.config import MedusaHeadsConfig
-from medusa_exp.model.heads.model import PROJECTIONS, MedusaHeads
+from medusa_exp.model.heads.model import FAMILIES, MedusaHeads
 from medusa_exp.model.heads.prefix import PrefixAttention, heads_input
 from medusa_exp.model.heads.stacked import StackedHeads, stack_heads
 
 __all__ = [
-    "PROJECTIONS",
+    "FAMILIES",
     "MedusaHeads",
     "MedusaHeadsConfig",
     "PrefixAttention",

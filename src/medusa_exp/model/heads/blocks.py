@@ -1,11 +1,18 @@
-"""The residual blocks of a head, each of which is the identity at the start.
+"""The residual blocks of a head, each the identity at the start. A block is a module with
 
-D hidden, J drafted tokens.
+    forward(x) -> x    [..., D] each
+    stacked(blocks, dtype) -> (x_KBD, count) -> x_KBD    one of each head at once, for decoding
+
+B batch, D hidden, K heads, J drafted tokens.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+
+from medusa_exp.model.heads.projections import Stacked, stacked_linear
 
 
 class ResBlock(nn.Module):
@@ -19,11 +26,18 @@ class ResBlock(nn.Module):
         """Map [..., D] to [..., D]."""
         return x + silu(self.linear(x))
 
+    @staticmethod
+    def stacked(blocks: Sequence["ResBlock"], dtype: torch.dtype) -> Stacked:
+        """Return a block of each head as one batched product."""
+        linear = stacked_linear([block.linear for block in blocks], dtype)
+        return lambda x_KBD, count: x_KBD + silu(linear(x_KBD, count))
+
 
 class GroundedBlock(nn.Module):
     """A block that also sees the embeddings e of J tokens: x + Ve + SiLU(W[x, e] + b).
 
-    After Ankner et al., "Hydra" (2024), section 3, but that x itself passes unchanged.
+    After Ankner et al., "Hydra" (2024), section 3, but that x itself passes unchanged. Heads that
+    have it run one after the other, so that there is no stacked form.
     """
 
     def __init__(self, hidden_size: int, num_tokens: int, bias: bool = True) -> None:

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads.config import MedusaHeadsConfig
-from medusa_exp.model.heads.model import PROJECTIONS, MedusaHeads
+from medusa_exp.model.heads.model import FAMILIES, MedusaHeads
 from medusa_exp.model.heads.prefix import attention_heads
 
 
@@ -31,7 +31,7 @@ def build_heads(
         model: the backbone.
         num_heads: K.
         num_layers: residual blocks of each head; medusa_tied and hydra need one at least.
-        kind: medusa, medusa_tied, medusa_lowrank or hydra.
+        kind: a name of `FAMILIES`.
         bias: of the residual blocks.
         rank: of medusa_lowrank's matrices; None is full.
         num_tokens: that medusa_lowrank's heads know, the most frequent ones; None is all.
@@ -41,8 +41,8 @@ def build_heads(
     Raises:
         ValueError: `kind` is not known, or a number does not fit it.
     """
-    if kind not in PROJECTIONS:
-        raise ValueError(f"kind={kind} is not known: use one of {', '.join(PROJECTIONS)}.")
+    if kind not in FAMILIES:
+        raise ValueError(f"kind={kind} is not known: use one of {', '.join(FAMILIES)}.")
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     check_shape(kind, num_layers, rank, num_tokens)
     if num_tokens is not None and token_counts is None:
@@ -72,8 +72,8 @@ def build_heads(
 
 def check_shape(kind: str, num_layers: int, rank: int | None, num_tokens: int | None) -> None:
     """Raise a ValueError where these do not make heads."""
-    if kind in ("medusa_tied", "hydra") and num_layers < 1:
-        raise ValueError(f"kind={kind} needs num_layers of 1 or more.")
+    if num_layers < (fewest := FAMILIES[kind].min_layers):
+        raise ValueError(f"kind={kind} needs num_layers of {fewest} or more.")
     is_small = rank is not None or num_tokens is not None
     if is_small != (kind == "medusa_lowrank"):
         raise ValueError("rank or num_tokens, and kind=medusa_lowrank, go together.")

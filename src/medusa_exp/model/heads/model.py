@@ -6,6 +6,7 @@ token t+1. After Cai et al., "Medusa" (2024), section 2.1.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,28 @@ from medusa_exp.model.heads.lowrank import LowRankProjections
 from medusa_exp.model.heads.prefix import PrefixAttention
 from medusa_exp.model.heads.projections import OwnProjections, Projection, TiedProjection
 
-PROJECTIONS: dict[str, Callable[[MedusaHeadsConfig], Projection]] = {
-    "medusa": OwnProjections,
-    "medusa_tied": TiedProjection,
-    "medusa_lowrank": LowRankProjections,
-    "hydra": OwnProjections,
+
+@dataclass(frozen=True)
+class Family:
+    """What the heads of one kind are made of."""
+
+    projection: Callable[[MedusaHeadsConfig], Projection]
+    """From the last block to logits; see `projections`."""
+    block: Callable[[int, bool], nn.Module] = ResBlock
+    """Of D and whether it has a bias; see `blocks`."""
+    is_sequential: bool = False
+    """Does a head see what is drafted before its own token? Its first block is a GroundedBlock."""
+    min_layers: int = 0
+    """Blocks without which there would be nothing to train, or nothing that sees these tokens."""
+
+
+FAMILIES = {
+    "medusa": Family(OwnProjections),
+    "medusa_tied": Family(TiedProjection, min_layers=1),
+    "medusa_lowrank": Family(LowRankProjections),
+    "hydra": Family(OwnProjections, is_sequential=True, min_layers=1),
 }
-"""A family is a name here, and a file in conf/head."""
+"""By `head.kind`."""
 _NO_WORD = -100
 """What stands for a token that the heads do not know; cross entropy passes it over."""
 
@@ -41,18 +57,19 @@ class MedusaHeads(PreTrainedModel):
     def __init__(self, config: MedusaHeadsConfig) -> None:
         super().__init__(config)
         size, bias = config.hidden_size, config.bias
-        self.is_sequential = config.kind == "hydra"
+        family = FAMILIES[config.kind]
+        self.is_sequential = family.is_sequential
         self.prefix: PrefixAttention | None = None
         """What makes of the backbone's hidden states those that the heads read."""
         if config.prefix_attention:
             self.prefix = PrefixAttention(size, config.num_attention_heads)
         self.blocks = nn.ModuleList()
         for k in range(config.num_heads):
-            blocks = [ResBlock(size, bias) for _ in range(config.num_layers)]
+            blocks = [family.block(size, bias) for _ in range(config.num_layers)]
             if self.is_sequential:
                 blocks[0] = GroundedBlock(size, k + 1, bias)
             self.blocks.append(nn.Sequential(*blocks))
-        self.lm_heads: Projection = PROJECTIONS[config.kind](config)
+        self.lm_heads: Projection = family.projection(config)
         self._embedding: tuple[nn.Module, ...] = ()  # in a tuple, lest it become a submodule
         self.post_init()
 

@@ -7,11 +7,9 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads.model import MedusaHeads
-from medusa_exp.model.heads.projections import stacked_linear
 
 
 class StackedHeads(nn.Module):
@@ -28,10 +26,8 @@ class StackedHeads(nn.Module):
         assert not heads.is_sequential
         self.num_heads, self.dtype = heads.num_heads, dtype
         self.prefix = deepcopy(heads.prefix).to(dtype) if heads.prefix is not None else None
-        depth = heads.config.num_layers
         self.layers = [
-            stacked_linear([blocks[i].linear for blocks in heads.blocks], dtype)
-            for i in range(depth)
+            blocks[0].stacked(blocks, dtype) for blocks in zip(*heads.blocks, strict=True)
         ]
         self.project = heads.lm_heads.stacked(dtype)
         self.over_vocabulary = heads.over_vocabulary
@@ -42,7 +38,7 @@ class StackedHeads(nn.Module):
         count = self.num_heads if num_heads is None else num_heads
         x_KBD = hidden_BD.to(self.dtype).expand(count, -1, -1)
         for layer in self.layers:
-            x_KBD = x_KBD + silu(layer(x_KBD, count))
+            x_KBD = layer(x_KBD, count)
         return self.over_vocabulary(self.project(x_KBD, count).transpose(0, 1))
 
 
