@@ -1,4 +1,4 @@
-"""The verification kernels on a GPU: are they right, and how fast.
+"""The verification kernels on a GPU: are they right, and how fast; and how well training uses it.
 
     python benchmarks/gpu.py [--minutes 8] [--cases 60] [--out FILE]
 
@@ -70,6 +70,7 @@ class Benchmark:
             ("mask_and_commit", self._check_step),
             ("grid", self._grid),
             ("decode_step", self._decode_step),
+            ("training", self._training),
             ("sanitizer", self._sanitize),
             ("compiled", self._compiled),
         ]
@@ -131,7 +132,7 @@ class Benchmark:
         split_walk = self._split_walk()
         cache_bytes = torch.cuda.get_device_properties(self.kernels.device).L2_cache_size
         for point in points():
-            if self.is_over(reserve=220):  # what comes after wants its share
+            if self.is_over(reserve=280):  # what comes after wants its share
                 self.found["left_out"].append(f"{point}")
                 continue
             try:
@@ -172,6 +173,12 @@ class Benchmark:
         from gpu_step import measure_steps
 
         return measure_steps(self.kernels, (1, 8), self.is_over)
+
+    def _training(self) -> list[dict[str, Any]]:
+        from gpu_step import random_llama
+        from gpu_train import measure_training
+
+        return measure_training(random_llama(self.kernels.device), self.is_over)
 
 
 def release() -> None:

@@ -11,6 +11,7 @@ import gpu
 import gpu_checks
 import gpu_grid
 import gpu_step
+import gpu_train
 import pytest
 import torch
 from gpu_points import Point, figures, floors_us, forms_of, make_inputs, points, tree_of
@@ -20,7 +21,7 @@ from tiny_models import VOCAB_SIZE, build_model
 
 from medusa_exp.decode.launch_plan import Plan, check_plan, plan_for
 from medusa_exp.decode.verification import verify
-from medusa_exp.model import Backbone
+from medusa_exp.model import Backbone, build_heads
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -90,7 +91,7 @@ def test_what_fails_is_written_down_and_the_rest_goes_on(monkeypatch, tmp_path):
 
     out = tmp_path / "a.json"
     benchmark = gpu.Benchmark(SimpleNamespace(device=0), out, minutes=8)
-    for name in ("_check", "_check_step", "_sanitize", "_decode_step", "_split_walk"):
+    for name in ("_check", "_check_step", "_sanitize", "_decode_step", "_split_walk", "_training"):
         monkeypatch.setattr(benchmark, name, fault if name != "_split_walk" else lambda: None)
     monkeypatch.setattr(gpu_grid, "measure_point", point)
     monkeypatch.setattr(gpu_grid, "measure_compiled", lambda kernels, point, grid: len(grid))
@@ -101,7 +102,14 @@ def test_what_fails_is_written_down_and_the_rest_goes_on(monkeypatch, tmp_path):
     )
     benchmark.run(1)
     found = json.loads(out.read_text())
-    for name in ("machine", "verification", "mask_and_commit", "sanitizer", "decode_step"):
+    for name in (
+        "machine",
+        "verification",
+        "mask_and_commit",
+        "sanitizer",
+        "decode_step",
+        "training",
+    ):
         assert "illegal memory access" in found[name]["failed"]
     assert len(found["grid"]) == len(points())
     assert ["failed" in entry for entry in found["grid"][:3]] == [False, True, False]
@@ -173,6 +181,40 @@ def test_a_step_is_the_same_with_kernels_and_without(monkeypatch, shim, batch):
     for field in ("path_BL", "num_accepted_B", "next_token_B"):
         assert getattr(verdicts[0], field).equal(getattr(verdicts[1], field))
     assert all(map(torch.equal, *kept))
+
+
+def test_what_training_needs_is_counted_once():
+    backbone = Backbone(build_model("llama"))
+    heads = build_heads(backbone, num_heads=2)
+    config = backbone.model.config
+    layers = sum(p.numel() for p in backbone.body.layers.parameters() if p.ndim == 2)
+    width, looked_at = config.hidden_size, gpu_train.LENGTH / 2
+    of_a_token = 2 * layers + config.num_hidden_layers * 2 * 2 * looked_at * width
+    assert gpu_train.operations(backbone, heads, 3, 0) == 3 * of_a_token
+    block, projection = width * width, width * VOCAB_SIZE
+    of_a_label = 2 * projection + 2 * (2 * 2 * block + 3 * 2 * projection)
+    assert gpu_train.operations(backbone, heads, 3, 5) == 3 * of_a_token + 5 * of_a_label
+
+
+def test_training_is_measured_after_its_first_steps(monkeypatch):
+    small = {"LENGTH": 64, "ROWS": 2, "NUM_HEADS": 2, "STEPS": 2, "MATRIX_SIZE": 64}
+    for name, value in small.items():
+        monkeypatch.setattr(gpu_train, name, value)
+    backbone = Backbone(build_model("llama").eval().requires_grad_(False))
+    found = gpu_train.measure_training(backbone, lambda: False)
+    assert [entry["loss_form"] for entry in found] == ["recompute", "at_once"]
+    for entry in found:
+        tokens = 2 * 2 * 64
+        needed = gpu_train.operations(
+            backbone, build_heads(backbone, num_heads=2), tokens, round(0.6 * tokens)
+        )
+        seconds = tokens / entry["tokens_per_second"]
+        assert 0 < seconds < 60
+        assert entry["teraflops"] == pytest.approx(needed / seconds / 1e12)
+        share = entry["teraflops"] / entry["matrix_product_teraflops"]
+        assert entry["share_of_matrix_product"] == pytest.approx(share)
+    [left_out, _] = gpu_train.measure_training(backbone, lambda: True)
+    assert left_out == {"loss_form": "recompute", "left_out": "no time left"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

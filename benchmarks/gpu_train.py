@@ -1,0 +1,144 @@
+"""Online training of heads on a 7B-shaped Llama of random weights: how much of the GPU it uses.
+
+What is timed is the stage's own training, Lightning and all: the frozen backbone in bfloat16, the
+labels that it would say itself, the loss of all heads and the optimiser. The rate is compared with
+that of a large bfloat16 matrix product on the same device, just before.
+
+T tokens of a document, D hidden, V vocabulary, K heads.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from medusa_exp.config import Config, HeadConfig
+from medusa_exp.data.examples import SCHEMA, Examples
+from medusa_exp.evaluate.methods import synchronise
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.train.inputs import Inputs
+from medusa_exp.train.setup import build_module
+from medusa_exp.train.trainer import build_trainer
+
+LENGTH, NUM_HEADS, ROWS = 2048, 5, 4
+"""Tokens of each document, heads, and documents of a step."""
+TRAINED_SHARE = 0.6
+WARM_UP_STEPS, STEPS = 3, 10
+MATRIX_SIZE = 8192
+BAR = 0.45
+"""What share of the matrix product's rate is to be reached at least."""
+
+
+def measure_training(backbone: Backbone, is_over: Callable[[], bool]) -> list[dict[str, Any]]:
+    """Return figures for both forms of the loss."""
+    rate = matrix_rate(backbone.device)
+    found: list[dict[str, Any]] = []
+    for form in ("recompute", "at_once"):
+        if is_over():
+            found.append({"loss_form": form, "left_out": "no time left"})
+            continue
+        with tempfile.TemporaryDirectory() as work:
+            found.append({"loss_form": form, **_train(backbone, form, Path(work), rate)})
+    return found
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Return the floating-point operations a second of one large bfloat16 matrix product."""
+    a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=device, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(8):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * MATRIX_SIZE**3 / min(seconds)
+
+
+def operations(backbone: Backbone, heads: nn.Module, num_tokens: int, num_labels: int) -> float:
+    """Return the floating-point operations that a step needs; what is computed twice counts once.
+
+    Args:
+        backbone: of which a forward pass is needed, of its lm_head at the labels alone.
+        heads: K of them, a block of D x D and a projection of D x V each.
+        num_tokens: of all documents of the step.
+        num_labels: of the lm_head; each head has about as many.
+    """
+    layers = sum(m.weight.numel() for m in backbone.body.modules() if isinstance(m, nn.Linear))
+    width, vocab = backbone.hidden_size, backbone.vocab_size
+    # Two products of each token with all before it, half of the document on average.
+    attention = 2 * LENGTH * width * backbone.num_layers
+    # The frozen states before a block want no gradient: two products there, three behind.
+    of_a_head = 2 * (2 * width * width + 3 * width * vocab)
+    own_labels = 2 * width * vocab
+    return num_tokens * (2 * layers + attention) + num_labels * (
+        own_labels + len(heads.blocks) * of_a_head
+    )
+
+
+def documents(number: int, vocab_size: int) -> Examples:
+    """Make documents of LENGTH random tokens, whose last TRAINED_SHARE is trained."""
+    rng = np.random.default_rng(0)
+    is_trained_T = (np.arange(LENGTH) >= (1 - TRAINED_SHARE) * LENGTH).astype(np.uint8)
+    columns = {
+        "input_ids": [rng.integers(0, vocab_size, LENGTH) for _ in range(number)],
+        "is_trained": [is_trained_T] * number,
+        "conversation_id": [str(i) for i in range(number)],
+        "source": ["made up"] * number,
+    }
+    return Examples(pa.table(columns, schema=SCHEMA))
+
+
+class _Clock(L.Callback):
+    """Measures the steps after the first few."""
+
+    seconds = 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == WARM_UP_STEPS:
+            synchronise(module.device)
+            self.seconds = -time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        synchronise(module.device)
+        self.seconds += time.perf_counter()
+
+
+def _train(backbone: Backbone, form: str, work: Path, rate: float) -> dict[str, Any]:
+    config = Config(device=backbone.device.type, head=HeadConfig(num_heads=NUM_HEADS))
+    config.train.batch_tokens, config.train.loss_form = ROWS * LENGTH, form
+    steps = WARM_UP_STEPS + STEPS
+    made = {"train": documents(steps * ROWS, backbone.vocab_size)}
+    inputs = Inputs(backbone, None, made, "made up", LENGTH, {}, [], [])  # type: ignore
+    heads = build_heads(backbone, num_heads=NUM_HEADS)
+    module = build_module(config, inputs, heads, steps)
+    clock = _Clock()
+    is_cuda = backbone.device.type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    trainer = build_trainer(
+        config, work, "train", max_steps=steps, precision="bf16-mixed", callbacks=[clock]
+    )
+    trainer.fit(module, inputs.batches(config))
+    num_tokens = STEPS * ROWS * LENGTH
+    needed = operations(backbone, heads, num_tokens, round(num_tokens * TRAINED_SHARE))
+    share = needed / clock.seconds / rate
+    return {
+        "shape": {"length": LENGTH, "heads": NUM_HEADS, "rows": ROWS, "steps": STEPS},
+        "tokens_per_second": num_tokens / clock.seconds,
+        "teraflops": needed / clock.seconds / 1e12,
+        "matrix_product_teraflops": rate / 1e12,
+        "share_of_matrix_product": share,
+        "bar": BAR,
+        "is_cleared": share >= BAR,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
+    }
