@@ -149,3 +149,18 @@ def test_it_validates_without_a_held_out_prompt(config, tmp_path):
     config.train.val_prompts = 0
     metrics = run(config, tmp_path / "run")
     assert "val/loss_head1" in metrics and "val/accept_length" not in metrics
+
+
+def test_the_plan_is_of_the_steps_in_which_both_learn(config, tmp_path, monkeypatch):
+    """The first ones are cheaper, and would promise too little time and memory."""
+    runs_of_body = []
+    hidden_states = JointModule.hidden_states
+
+    def counted(module, batch):
+        runs_of_body.append(torch.is_grad_enabled())
+        return hidden_states(module, batch)
+
+    monkeypatch.setattr(JointModule, "hidden_states", counted)
+    config.train.lora.heads_only_fraction = 0.5
+    run(config, tmp_path / "run")
+    assert runs_of_body[:4] == [True, True, False, False]  # of the plan, and of the first steps

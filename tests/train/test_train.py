@@ -132,9 +132,18 @@ def test_weights_that_a_step_has_broken_are_in_no_checkpoint(config, tmp_path, m
     assert not (tmp_path / "run/heads").exists()
 
 
-def test_where_memory_ends_the_message_says_what_to_lower(config, tmp_path, monkeypatch):
+def _far_too_much():
+    torch.empty(2**48)
+
+
+def _no_more_objects():
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fails", [_far_too_much, _no_more_objects])
+def test_where_memory_ends_the_message_says_what_to_lower(config, tmp_path, monkeypatch, fails):
     def greedy(*arguments, **keywords):
-        torch.empty(2**48)
+        fails()
 
     monkeypatch.setattr("medusa_exp.train.module.medusa_losses", greedy)
     with pytest.raises(UserError, match=r"out of memory .* lower train\.batch_tokens \(now 200\)"):

@@ -29,8 +29,9 @@ def explain_memory(batch_tokens: int, chunk_rows: int, accumulate: int) -> Itera
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise UserError(
-            f"out of memory ({str(error).splitlines()[0][:200]}): lower train.batch_tokens (now "
+            f"out of memory ({reason}): lower train.batch_tokens (now "
             f"{batch_tokens}) and raise train.accumulate (now {accumulate}) by the same factor, "
             f"which changes no result; or lower train.loss_chunk_rows (now {chunk_rows}), "
             "head.num_heads or dataset.max_length."

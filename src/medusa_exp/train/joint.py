@@ -53,14 +53,20 @@ class JointModule(MedusaModule):
 
     def batch_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
         """Return the joint loss of a micro-batch, or the heads' alone at first."""
-        is_joint = self.global_step >= self.heads_only_steps
+        return self._loss(batch, totals, is_joint=self.global_step >= self.heads_only_steps)
+
+    def largest_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the joint loss, at whatever step."""
+        return self._loss(batch, totals, is_joint=self.heads_only_steps < self.max_steps)
+
+    def _loss(self, batch: Batch, totals: list[int], is_joint: bool) -> tuple[Tensor, Tensor]:
         with nullcontext() if is_joint else torch.no_grad():
             hidden_BTD = self.hidden_states(batch)
         loss, sums_H = self.heads_loss(batch, hidden_BTD, totals)
         if is_joint:
-            own_sum = self._own_loss(batch, hidden_BTD)
-            loss = loss + own_sum / max(totals[0], 1)
-            sums_H[0] = own_sum.detach()
+            lm_sum = self._lm_loss(batch, hidden_BTD)
+            loss = loss + lm_sum / max(totals[0], 1)
+            sums_H[0] = lm_sum.detach()
         return loss, sums_H
 
     def log_means(self, backbone: Tensor, mean_K: Tensor) -> None:
@@ -94,11 +100,11 @@ class JointModule(MedusaModule):
             if name in trained or name.startswith("heads.")
         }
 
-    def _own_loss(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
+    def _lm_loss(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
         """Return the backbone's own loss on the trained tokens, summed."""
         where_BT = is_labelled(batch.is_trained_BT, batch.documents_BT, 0)
         index_R = where_BT.flatten().nonzero()[:, 0]
-        targets = self._own_targets(batch)
+        targets = self._lm_targets(batch)
         return chunked_loss(
             self.backbone.next_logits,
             targets,
@@ -107,7 +113,7 @@ class JointModule(MedusaModule):
             self.objective.chunk_rows,
         )
 
-    def _own_targets(self, batch: Batch) -> Targets:
+    def _lm_targets(self, batch: Batch) -> Targets:
         if not self.self_distillation:
             return TokenTargets(batch.input_ids_BT)
         self.adapted.eval()  # a teacher does not drop out

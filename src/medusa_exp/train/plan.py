@@ -61,7 +61,7 @@ def _time_batch(trainer: L.Trainer, module: MedusaModule, batch: Batch) -> float
     for _ in range(2):
         start = time.perf_counter()
         with trainer.precision_plugin.train_step_context():
-            loss = module.batch_loss(batch, batch.group_labels)[0]
+            loss = module.largest_loss(batch, batch.group_labels)[0]
         loss.backward()
         if module.device.type == "cuda":
             torch.cuda.synchronize()
