@@ -10,11 +10,14 @@ def test_what_is_said_first():
         "eval/is_lossless": 1.0,
         "eval/tree/b1/speedup": 2.5,
         "eval/tree/b4/speedup": 1.9,
+        "calibrate/num_nodes": 8,  # of the fastest tree, while tree=chain was decoded with
+        "eval/num_nodes": 5,
         "train/loss": 0.5,
     }
     assert list(headlines(metrics)) == [
         ("speed-up over plain decoding", "2.50x (95 %: 2.31x to 2.68x)"),
         ("answers identical to plain decoding", "97.5%"),
+        ("nodes of the tree", "5"),
         ("loss of the heads", "0.500"),
         ("speed-up, 4 prompts at a time", "1.90x"),
     ]

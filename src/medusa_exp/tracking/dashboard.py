@@ -144,7 +144,7 @@ def _tree_size(wr: Any) -> list[Any]:
         _curve(wr, "Step over plain step", "by_nodes/step_over_plain", size),
         wr.ScatterPlot(
             title="Speed-up found, by nodes of the tree",
-            x=wr.SummaryMetric("calibrate/num_nodes"),
+            x=wr.SummaryMetric("eval/num_nodes"),  # of the tree used, calibrated or not
             y=wr.SummaryMetric(SPEEDUP),
         ),
         wr.MediaBrowser(title="Calibration", media_keys=["images/calibration"]),

@@ -19,7 +19,7 @@ _HEADLINES = (
     ("eval/baseline_vs_hf", "our plain decoding over model.generate", "{:.2f}x"),
     ("calibrate/predicted_speedup", "speed-up that calibration predicted", "{:.2f}x"),
     ("eval/outside_backbone_fraction", "share of a step outside the backbone", "{:.1%}"),
-    ("calibrate/num_nodes", "nodes of the tree", "{:.0f}"),
+    ("eval/num_nodes", "nodes of the tree", "{:.0f}"),
     ("calibrate/break_even_batch_size", "batch size at which no tree pays", "{:.0f}"),
     ("eval/backbone_nats_per_token", "backbone's held-out loss, nats per token", "{:.3f}"),
     ("train/loss", "loss of the heads", "{:.3f}"),
