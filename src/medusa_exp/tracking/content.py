@@ -17,11 +17,16 @@ MAX_CURVE_POINTS = 300
 
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:pad|bos|eos|unk|start_of_turn|end_of_turn)>")
 _PANELS = {
+    "pretrain/loss": "Pretraining loss",
     "train/loss": "Training loss",
+    "val/accept_length": "Tokens per step, replayed on held-out answers",
+    "val/accept_length_chain": "Tokens per step with the chain alone",
     "val/loss": "Held-out loss",
     "val/top1": "Held-out top-1",
     "val/top5": "Held-out top-5",
 }
+"""Logged metric -> title of its panel; others are titled by their name. `_head1` and so on are left
+out of a name: the heads are lines of one panel."""
 
 Row = dict[str, Any]
 
