@@ -61,8 +61,11 @@ def headline(metrics: Row, records: list[Row]) -> Row | None:
     }
 
 
-def parts(piece: str) -> list[tuple[str, str]]:
-    """Split a token's text into (kind, text): special tokens and line ends are to be seen."""
+def text_parts(piece: str) -> list[tuple[str, str]]:
+    """Split a token's text into (kind, text), kind special, newline or text.
+
+    Special tokens and line ends are marked on the page, where they would not be seen else.
+    """
     if _SPECIAL.fullmatch(piece.strip()):
         return [("special", piece.strip())]
     parts = [("newline" if part == "\n" else "text", part) for part in re.split("(\n)", piece)]

@@ -51,7 +51,7 @@ def build(entity: str, project: str) -> Any:
     return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)
 
 
-def publish(entity: str, project: str) -> str:
+def create_or_update(entity: str, project: str) -> str:
     """Create the workspace or bring it up to date; return its URL.
 
     Raises:
@@ -216,7 +216,7 @@ def main(arguments: list[str]) -> None:
     if not (entity and project):
         parser.error(f"{options.project} is not of the form ENTITY/PROJECT")
     try:
-        print(spec(entity, project) if options.is_dry else publish(entity, project))
+        print(spec(entity, project) if options.is_dry else create_or_update(entity, project))
     except UserError as error:
         sys.exit(str(error))
     except ModuleNotFoundError as error:
