@@ -48,12 +48,16 @@ class LoraSettings:
     """Adapters on the backbone's linear layers, for kind=medusa2."""
 
     rank: int = 32
+    """Of the two matrices that are added to a layer's weights."""
     alpha: int = 16
+    """What they add is multiplied by alpha / rank."""
     dropout: float = 0.05
+    """Share of the adapters' inputs that is left out at random in training."""
     layers: list[str] = field(default_factory=list)
     """Names of the linear layers to adapt, such as q_proj; none means all of them, but not the
     lm_head."""
     learning_rate: float = 5e-4
+    """Of the adapters; the heads have `train.learning_rate`."""
     heads_only_fraction: float = 0.1
     """Share of the steps, at the beginning, in which the heads learn alone."""
     self_distillation: bool = False
@@ -109,7 +113,9 @@ class TrainConfig:
     """adamw, adamw_8bit (needs bitsandbytes) or muon (Muon for the matrices of residual blocks,
     AdamW for the rest)."""
     learning_rate: float = 2e-3
+    """The greatest, after the warm-up."""
     weight_decay: float = 0.0
+    """Of the optimiser; not to be taken for `decay`, which weighs the heads' losses."""
     warmup_fraction: float = 0.05
     """Share of the steps with a rising learning rate; a cosine to zero follows."""
     gradient_clip: float = 1.0
