@@ -27,10 +27,11 @@ SWEPT = (
     "train.learning_rate",
     "train.loss",
     "tree.kind",
-    "tree.max_nodes",
-    "dtype.precision",
+    "tree.num_nodes",
+    "dtype.backbone",
 )
-"""Keys of the config that sweeps vary, in the order of the parallel coordinates."""
+"""Keys of the config that `conf/sweep/` and the README vary, in the order of the parallel
+coordinates."""
 PARTS_OF_TIME = ("prompt", "backbone", "heads", "mask", "verification", "cache", "rest")
 """As in `evaluate/step_time.py`, which would load torch."""
 
