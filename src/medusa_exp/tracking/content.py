@@ -31,7 +31,7 @@ out of a name: the heads are lines of one panel."""
 Row = dict[str, Any]
 
 
-def first_batch_size(records: Iterable[Row]) -> list[Row]:
+def of_smallest_batch(records: Iterable[Row]) -> list[Row]:
     """Keep Medusa's records of the smallest batch size: there is one for each prompt."""
     ours = [record for record in records if record["method"] == "tree"]
     smallest = min((record["batch_size"] for record in ours), default=1)

@@ -36,7 +36,7 @@ def _content(run_dir: Path) -> content.Row:
     run = read_json(run_dir / "run.json", {})
     run["data"] = by_name(run.get("data", {}))
     calibration = read_json(run_dir / "calibration.json")
-    records = content.first_batch_size(read_jsonl(run_dir / "records.jsonl"))
+    records = content.of_smallest_batch(read_jsonl(run_dir / "records.jsonl"))
     return {
         "run": shareable(run),
         "m": metrics,
