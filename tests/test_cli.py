@@ -48,7 +48,7 @@ def test_a_run_done_again_gives_the_same_numbers(run_dir, workplace):
     assert snapshot(run_dir) == before
     found = read(workplace / "again/rerun.json")
     assert found["differing"] == []
-    assert "equal in all that the clock does not give" in result.stdout
+    assert "equal in every metric that does not depend on timing" in result.stdout
     of_the_checkout = {"commit", "uncommitted changes"}  # which may be worked on meanwhile
     assert set(found["provenance"]) <= of_the_checkout
     old, new = found["metrics"]["train/loss"]

@@ -9,12 +9,12 @@ from medusa_exp.rerun import compare, print_comparison
 @pytest.mark.parametrize(
     ("old", "new", "said", "differing", "only_one_has"),
     [
-        ({"a": 1.0}, {"a": 1.0}, "equal in all that the clock does not give", [], []),
-        ({"a": 1.0}, {"a": 2.0}, "differing, and not by the clock: a", ["a"], []),
+        ({"a": 1.0}, {"a": 1.0}, "equal in every metric that does not depend on timing", [], []),
+        ({"a": 1.0}, {"a": 2.0}, "different, and not because of timing: a", ["a"], []),
         ({"a": 1.0, "b": 1.0}, {"a": 1.0}, "only one of them has: 1", [], ["b"]),
-        ({"a": 1.0}, {"b": 1.0}, "no figure of both runs can be compared", [], ["a", "b"]),
-        ({}, {}, "no figure of both runs can be compared", [], []),
-        ({"x/speedup": 1.0}, {"x/speedup": 2.0}, "no figure of both runs", [], []),
+        ({"a": 1.0}, {"b": 1.0}, "share no metric that can be compared", [], ["a", "b"]),
+        ({}, {}, "share no metric that can be compared", [], []),
+        ({"x/speedup": 1.0}, {"x/speedup": 2.0}, "share no metric", [], []),
     ],
 )
 def test_what_is_said_of_two_runs(tmp_path, capsys, old, new, said, differing, only_one_has):
@@ -26,3 +26,10 @@ def test_what_is_said_of_two_runs(tmp_path, capsys, old, new, said, differing, o
     assert read_json(tmp_path / "new" / "rerun.json") == found
     print_comparison(found)
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_later_calls_of_the_old_run_are_told(tmp_path, capsys):
+    for name in ("old/.hydra-2", "new"):
+        (tmp_path / name).mkdir(parents=True)
+    print_comparison(compare(tmp_path / "old", tmp_path / "new"))
+    assert "its numbers may be of those calls (.hydra-2)" in capsys.readouterr().out

@@ -6,6 +6,11 @@
     python -m medusa_exp +experiment=rerun rerun.source=DIR    a run done again
 
 The second and the last form start from the run's saved config; see `continuation.py`, `rerun.py`.
+
+What happens, in order: `main` puts the saved overrides of an existing run before the new ones;
+Hydra composes the config and, in a sweep, hands out the jobs; for each job `_hydra_main` asks
+`sweep` whether it is done already, `_resolve` makes the checked config, and `run_stages` runs its
+stages, records what each left and mirrors it to W&B.
 """
 
 import importlib
@@ -113,6 +118,14 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     """Run the stages of one job, and return the metric that a sweep optimises.
 
     Writes `run.json` and `metrics.json` after every stage, so that a failure keeps what was done.
+
+    Args:
+        config: the checked config of the job.
+        out: its run directory.
+        command: how it was called, without what was saved with the run; for the record.
+
+    Returns:
+        The value of `config.objective`, None where no stage has measured it.
     """
     from medusa_exp.model.checkpoint import adopt_heads
     from medusa_exp.provenance import RunRecord

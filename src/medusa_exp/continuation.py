@@ -4,7 +4,8 @@ Hydra composes every call from the YAML files alone. For a run directory that ex
 compose the saved overrides and the new ones together, which checks the new ones and expands their
 groups, and then take from that composition only what the new overrides name. Everything else
 comes from `.hydra/config.yaml`, so a default that changed since cannot slip into an old run.
-Hydra's own record of the later call goes to `.hydra-<n>/`; `.hydra/` is never rewritten.
+Hydra's own record of the later call goes to `.hydra-<n>/`; `.hydra/` is never rewritten. (A sweep
+that tries a failed job again is no later call: it composes the job anew, `.hydra/` included.)
 """
 
 from collections.abc import Iterable
@@ -80,7 +81,7 @@ def overlay(config: DictConfig, composed: DictConfig, keys: Iterable[str]) -> No
 
 
 def _at(value: Any, names: list[str]) -> Any:
-    """Return what stands there, None where a key was taken out."""
+    """Return what stands under nested names, None where a key was taken out."""
     for name in names:
         if isinstance(value, list):
             value = value[int(name)]
@@ -109,7 +110,11 @@ def _has_begun(run_dir: Path) -> bool:
 
 
 def _refuse_hidden_run_dirs(argv: list[str]) -> None:
-    """Refuse ways to name an existing run in which Hydra would write over its record."""
+    """Refuse ways to name an existing run in which Hydra would write over its record.
+
+    Raises:
+        UserError: hydra.run.dir or hydra.sweep.dir has runs in it, or run_dir is no plain path.
+    """
     for override in _overrides(argv):
         key, _, value = override.lstrip("+").partition("=")
         place = Path(value.strip("'\""))
@@ -133,7 +138,11 @@ def _saved_overrides(run_dir: Path) -> list[str]:
 
 
 def key_of(override: str) -> str:
-    """Return the key or group that an override names, without signs and package."""
+    """Return the key or group that an override names: `head` of `+head@x=medusa`.
+
+    Raises:
+        UserError: Hydra cannot read it.
+    """
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:

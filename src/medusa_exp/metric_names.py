@@ -1,9 +1,13 @@
-"""What a metric's name tells of it."""
+"""What a metric's name tells of it: which way it is better, and whether it depends on timing.
+
+Both are read off words in the name, so a new metric is sorted by how it is called: where no word
+below fits it, larger is better, and two runs of one config on a CPU are expected to agree on it.
+"""
 
 import re
 
 _SMALLER_IS_BETTER = {"loss", "nats", "perplexity", "seconds", "time", "memory", "outside"}
-"""Words of a name, which `/` and `_` part."""
+"""Whole words of a name, which `/` and `_` separate: any of them turns the direction."""
 _TIMED = (
     "second",
     "speedup",
@@ -13,15 +17,15 @@ _TIMED = (
     "memory",
     "calibrate/",
 )
-"""Parts of names of metrics that no second run gives again to the digit: what the clock gives, or
-is chosen by it."""
+"""Texts inside the names of metrics that no second run gives again to the digit: what the clock or
+the machine's memory gives, or what is chosen by it, as the calibrated tree is."""
 
 
 def is_larger_better(metric: str) -> bool:
-    """Say which way a metric of this name is better."""
+    """Say whether a larger value of a metric of this name is better."""
     return not _SMALLER_IS_BETTER.intersection(re.split(r"[/_]", metric))
 
 
 def is_timed(metric: str) -> bool:
-    """Say whether a metric of this name depends on the clock or the machine's memory."""
+    """Say whether a metric of this name may differ between two equal runs; see `_TIMED`."""
     return any(word in metric for word in _TIMED)

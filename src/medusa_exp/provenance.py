@@ -29,7 +29,10 @@ _ACTIVE: ContextVar[Callable[[dict[str, Any]], None] | None] = ContextVar("_ACTI
 
 
 class RunRecord:
-    """The two record files of a run directory; an existing record is continued."""
+    """The two record files of a run directory; an existing record is continued.
+
+    `run` is the content of run.json and `metrics` that of metrics.json, as they were last written.
+    """
 
     def __init__(self, out: Path, config: Config, command: list[str]) -> None:
         self.out = out
@@ -79,7 +82,11 @@ class RunRecord:
             self._save()
 
     def merge_metrics(self, stage: str, metrics: dict[str, float]) -> dict[str, float]:
-        """Put a stage's metrics into `metrics.json`, for those of its last time; return floats."""
+        """Put a stage's metrics into `metrics.json` in place of those of its last time.
+
+        Returns:
+            What was written: as floats, without those that are not finite.
+        """
         plain = {name: float(value) for name, value in metrics.items()}
         if broken := sorted(name for name, value in plain.items() if not math.isfinite(value)):
             log.warning("stage %s: not finite, and left out: %s", stage, ", ".join(broken))
@@ -115,14 +122,14 @@ class RunRecord:
 
 
 def annotate(**values: Any) -> None:
-    """Add to the running stage's entry in run.json; nothing where no run is recorded."""
+    """Add to the running stage's entry in run.json; do nothing where no run is recorded."""
     if (take := _ACTIVE.get()) is not None:
         take(values)
 
 
 @contextmanager
 def collect() -> Iterator[dict[str, Any]]:
-    """Yield a dict that is given what `annotate` is told, for a process without a record."""
+    """Yield a dict that `annotate` fills meanwhile, for a process that has no RunRecord."""
     notes: dict[str, Any] = {}
     token = _ACTIVE.set(notes.update)
     try:

@@ -1,6 +1,7 @@
-"""Doing a run again: its saved config into a new run directory, and both runs' numbers beside it.
+"""Doing a run again: its saved config into a new run directory, then both runs' numbers compared.
 
-What a later call of the old run changed is not done again: it is its first call that counts.
+It is the old run's first call that is done again. Where a later call (stages=[evaluate]
+run_dir=...) has replaced some of its numbers, what is printed says so: they may differ for that.
 """
 
 import math
@@ -43,6 +44,8 @@ def source_config(composed: DictConfig, hydra_config: HydraConf) -> DictConfig:
 def compare(source: Path, out: Path) -> dict[str, Any]:
     """Write both runs' numbers to `rerun.json` in the run directory `out`, and return them.
 
+    `differing` names the metrics that differ although they depend on no clock (see `is_timed`).
+
     Raises:
         UserError: a file is not valid JSON.
     """
@@ -59,6 +62,7 @@ def compare(source: Path, out: Path) -> dict[str, Any]:
             if None not in (a, b) and a != b and not is_timed(name)
         ],
         "only_one_has": [name for name, pair in metrics.items() if None in pair],
+        "later_calls": sorted(path.name for path in source.glob(".hydra-*")),
         "provenance": {
             name: [one.get(name) for one in provenance]
             for name in sorted({*provenance[0], *provenance[1]})
@@ -72,24 +76,31 @@ def compare(source: Path, out: Path) -> dict[str, Any]:
 def print_comparison(found: dict[str, Any]) -> None:
     """Print both runs' numbers side by side, and what else is not the same."""
     console = Console()
-    table = Table(Column("figure", overflow="fold"), "then", "now", "")
+    table = Table(Column("metric", overflow="fold"), "then", "now", "now / then")
     for name, (old, new) in found["metrics"].items():
         table.add_row(name, _shown(old), _shown(new), _verdict(name, old, new))
     console.print(table)
     for name, (old, new) in found["provenance"].items():
         console.print(f"not the same: {name}: {old} then, {new} now", soft_wrap=True)
     if found["differing"]:
-        console.print(f"differing, and not by the clock: {', '.join(found['differing'])}")
+        console.print(f"different, and not because of timing: {', '.join(found['differing'])}")
     elif is_equal_in_something(found):
-        console.print("equal in all that the clock does not give")
+        console.print("equal in every metric that does not depend on timing")
     else:
-        console.print("no figure of both runs can be compared")
+        console.print("the two runs share no metric that can be compared")
     if missing := found["only_one_has"]:
-        console.print(f"figures that only one of them has: {len(missing)}")
+        console.print(f"metrics that only one of them has: {len(missing)}")
+    if found["later_calls"]:
+        console.print(
+            f"{found['source']} was called again later, and its numbers may be of those calls "
+            f"({', '.join(found['later_calls'])}); done again was the first one",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def is_equal_in_something(found: dict[str, Any]) -> bool:
-    """Say whether there is a figure that both runs have, and that no clock gives."""
+    """Say whether both runs have a metric that depends on no clock, and all such are equal."""
     shared = found["metrics"].keys() - set(found["only_one_has"])
     return not found["differing"] and not all(map(is_timed, shared))
 
@@ -115,5 +126,5 @@ def _verdict(name: str, old: float | None, new: float | None) -> str:
         return "only one has it"
     if old == new:
         return "equal"
-    ratio = f"{new / old:.3f} of it" if old and math.isfinite(new / old) else "differs"
+    ratio = f"{new / old:.3f}" if old and math.isfinite(new / old) else "differs"
     return f"{ratio} (timed)" if is_timed(name) else ratio

@@ -27,6 +27,11 @@ def test_the_best_is_the_greatest_or_of_a_loss_the_least(tmp_path, objective, be
     assert shown["best"]["number"] == best
     assert shown["keys"] == ["head.num_heads", "dtype"]
     assert shown["shared"] == ["+experiment=x"]
+    lines = next(x for x in shown["coordinates"]["layer"] if x["mark"]["type"] == "line")
+    strongest = max(lines["data"]["values"], key=lambda row: row["shade"])
+    assert strongest["job"] == best
+    joined = shown["effects"]["dtype"]["layer"][0]["encoding"]["y"]["aggregate"]
+    assert joined == ("max" if objective == "eval/speedup" else "min")
 
 
 def test_numbers_stand_in_order_on_their_axis(tmp_path):

@@ -44,12 +44,12 @@ def server(monkeypatch) -> Server:
 
 
 def test_the_second_time_brings_the_first_up_to_date(server, monkeypatch):
-    url = dashboard.publish("us", "heads")
+    url = dashboard.create_or_update("us", "heads")
     assert url == "https://wandb.test/us/heads?nw=medusaheads"
     (first,) = server.views.values()
     assert first["displayName"] == "Medusa heads"
     monkeypatch.setattr(dashboard, "SWEPT", ("head.num_heads",))
-    assert dashboard.publish("us", "heads") == url
+    assert dashboard.create_or_update("us", "heads") == url
     (second,) = server.views.values()
     accessors = ["config:head.value.num_heads", "config:train.value.learning_rate"]
     assert [text in first["spec"] for text in accessors] == [True, True]
@@ -59,7 +59,7 @@ def test_the_second_time_brings_the_first_up_to_date(server, monkeypatch):
 
 def test_a_project_that_is_not_there_is_named(server):
     with pytest.raises(UserError, match=r"us/tails.*Log a run there first"):
-        dashboard.publish("us", "tails")
+        dashboard.create_or_update("us", "tails")
 
 
 def test_who_gives_no_project_is_told_the_form(capsys):

@@ -10,6 +10,7 @@ from report_pages import (
     FILES,
     METRICS,
     RECORDS,
+    RUN,
     SAMPLES,
     Page,
     page_of,
@@ -179,3 +180,15 @@ def test_lossy_is_called_lossy(tmp_path):
     page = page_of(write_run(tmp_path, metrics__json={**METRICS, "eval/is_lossless": 0.0}))
     assert "LOSSY" in page.text
     assert "LOSSY" not in page_of(write_run(tmp_path)).text
+
+
+def test_a_stage_of_a_later_call_shows_its_own_command(tmp_path):
+    first, later = RUN["command"], ["python", "-m", "medusa_exp", "tree=chain"]
+    stages = {
+        "train": {"status": "done", "seconds": 1.0, "command": first},
+        "evaluate": {"status": "done", "seconds": 1.0, "command": later},
+    }
+    text = page_of(write_run(tmp_path, run__json={**RUN, "stages": stages})).text
+    assert "Made by a later call: evaluate" in text
+    assert "python -m medusa_exp tree=chain" in text
+    assert "later call" not in page_of(write_run(tmp_path)).text

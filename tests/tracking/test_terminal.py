@@ -1,4 +1,8 @@
-from medusa_exp.tracking.terminal import headlines
+from pathlib import Path
+
+import pytest
+
+from medusa_exp.tracking.terminal import headlines, print_summary
 
 
 def test_what_is_said_first():
@@ -10,11 +14,14 @@ def test_what_is_said_first():
         "eval/is_lossless": 1.0,
         "eval/tree/b1/speedup": 2.5,
         "eval/tree/b4/speedup": 1.9,
+        "calibrate/num_nodes": 8,  # of the fastest tree, while tree=chain was decoded with
+        "eval/num_nodes": 5,
         "train/loss": 0.5,
     }
     assert list(headlines(metrics)) == [
         ("speed-up over plain decoding", "2.50x (95 %: 2.31x to 2.68x)"),
         ("answers identical to plain decoding", "97.5%"),
+        ("nodes of the tree", "5"),
         ("loss of the heads", "0.500"),
         ("speed-up, 4 prompts at a time", "1.90x"),
     ]
@@ -22,3 +29,23 @@ def test_what_is_said_first():
 
 def test_what_is_lossy_says_so_before_all_else():
     assert next(headlines({"eval/speedup": 3.0, "eval/is_lossless": 0.0}))[0] == "LOSSY"
+
+
+@pytest.mark.parametrize(
+    ("stage", "is_older", "said"),
+    [
+        ("report", True, "report: x[a]/report.html"),
+        ("evaluate", True, "stages=[report] writes it again"),
+        ("evaluate", False, "run directory: x[a]"),
+    ],
+)
+def test_no_report_of_an_earlier_call_is_offered_as_this_one(
+    tmp_path, monkeypatch, capsys, stage, is_older, said
+):
+    monkeypatch.chdir(tmp_path)
+    out = Path("x[a]")
+    out.mkdir()
+    if is_older:
+        (out / "report.html").touch()
+    print_summary(out, [stage], {stage: {"seconds": 1.0}}, {})
+    assert capsys.readouterr().out.rstrip().endswith(said)

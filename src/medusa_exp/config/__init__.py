@@ -82,8 +82,9 @@ class Config:
     device: str = "auto"
     """auto (cuda where there is one), cpu or cuda."""
     seed: int = 0
+    """Of initial weights, order of training and sampling; the data have `dataset.seed`."""
     objective: str = "eval/speedup"
-    """The metric that a run returns to a Hydra sweeper."""
+    """The metric that the jobs of a sweep are compared by, and that Optuna is told."""
     rerun: RerunConfig = field(default_factory=RerunConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -42,9 +42,11 @@ class DatasetConfig:
     min_turns: int = 1
     """Fewest messages besides system ones."""
     max_turns: int | None = None
+    """Most of them; null is no limit."""
     min_chars: int = 0
     """Fewest characters of a conversation's messages together."""
     max_chars: int | None = None
+    """Most of them; null is no limit."""
     sample_fraction: float = 1.0
     """Share of the conversations to take, by a hash of `seed` and the id."""
     max_length: int = 1024
@@ -132,7 +134,10 @@ class TokenizerConfig:
 
 @dataclass
 class PretrainConfig:
-    """The small Llama that stage pretrain makes for model=tiny, and how it is trained."""
+    """The small Llama that stage pretrain makes for model=tiny, and how it is trained.
+
+    The keys up to max_position_embeddings are those of transformers' LlamaConfig.
+    """
 
     hidden_size: int = 256
     intermediate_size: int = 688
@@ -141,9 +146,13 @@ class PretrainConfig:
     num_key_value_heads: int = 2
     max_position_embeddings: int = 1024
     max_steps: int = 300
+    """Optimiser steps; a batch each."""
     batch_tokens: int = 4096
+    """Tokens of a batch, padding included."""
     learning_rate: float = 3e-3
+    """The greatest; see `train.warmup_fraction`."""
     warmup_fraction: float = 0.05
+    """Share of the steps with a rising learning rate; a cosine to zero follows."""
 
     def __post_init__(self) -> None:
         for key in (

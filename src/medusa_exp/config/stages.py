@@ -120,6 +120,7 @@ class DecodeConfig:
     verifier: str = "auto"
     """torch, cupy (the CUDA kernels), or auto (the kernels wherever they can be used)."""
     max_new_tokens: int = 128
+    """Tokens after which an answer ends at the latest. A prompt has to leave room for them."""
     stop_ids: list[int] = field(default_factory=list)
     """Token ids that end an answer, besides the model's own."""
     stop_strings: list[str] = field(default_factory=list)
@@ -182,13 +183,17 @@ class LoggerConfig:
     mode: str = "offline"
     """Of W&B: offline, online for those logged in, or disabled."""
     project: str = "medusa_exp"
+    """W&B's project that the run belongs to."""
     entity: str | None = None
+    """W&B's user or team that owns the project; by default, that of who is logged in."""
     group: str | None = None
     """By default a sweep's jobs are a group, of the sweep's name."""
     job_type: str | None = None
     """By default the run's stages, as in train+calibrate+evaluate."""
     tags: list[str] = field(default_factory=list)
+    """Labels of the run on W&B."""
     notes: str | None = None
+    """A text about the run on W&B."""
     artifacts: bool = True
     """Give W&B the heads, the tree, the evaluation and the report as versioned artifacts."""
 

@@ -51,9 +51,11 @@ class LoraSettings:
     """Of kind=medusa2: adapters on the backbone's linear layers, and how they learn."""
 
     rank: int = 32
+    """Of the two matrices that are added to a layer's weights."""
     alpha: int = 16
     """What an adapter adds is multiplied by alpha / rank."""
     dropout: float = 0.05
+    """Share of the adapters' inputs that is left out at random in training."""
     layers: list[str] = field(default_factory=list)
     """Names of the linear layers to adapt, such as q_proj; none means all of them, but not the
     lm_head."""
@@ -114,9 +116,9 @@ class TrainConfig:
     """adamw, adamw_8bit (needs bitsandbytes) or muon (Muon for the matrices of residual blocks,
     AdamW for the rest)."""
     learning_rate: float = 2e-3
-    """Of the heads, at its greatest."""
+    """Of the heads: the greatest, after the warm-up."""
     weight_decay: float = 0.0
-    """Of matrices; biases do not decay."""
+    """Of matrices; biases do not decay. Not to be taken for `decay`, which weighs heads' losses."""
     warmup_fraction: float = 0.05
     """Share of the steps with a rising learning rate; a cosine to zero follows."""
     gradient_clip: float = 1.0

@@ -33,19 +33,22 @@ _PLACES: dict[str, list[tuple[type, str]]] = {
     "verification": [(Judge, "__call__"), (Judge, "next_token")],
     "cache": [(TreeCache, "commit"), (TreeCache, "keep_rows")],
 }
-"""Whose methods are what part."""
+"""Part -> the methods, as (class, name), whose time it is."""
 
 
 def shares_of_time(
     backbone: Backbone, method: Method, prompts: list[list[int]]
 ) -> dict[str, float]:
-    """Return the share of each of PARTS in the time that a method answers prompts in; sum is 1.
+    """Return the share (0..1) of each of PARTS in the time that a method takes; they sum to 1.
+
+    The method answers the prompts one by one while the methods in _PLACES are timed in place.
 
     On a GPU steps run op by op for this, and each part is waited for: what lies outside the
     backbone then takes more than in captured steps, and its share is an upper bound.
     """
     watch = _Stopwatch(backbone.device)
 
+    # A pass over a prompt leaves its positions to the backbone; one over a tree has to name them.
     def forward(self: Backbone, *arguments: Any, **options: Any) -> Any:
         with watch.part("prompt" if options.get("position_ids_BN") is None else "backbone"):
             return plain_forward(self, *arguments, **options)

@@ -42,7 +42,11 @@ def write_comparison(sweep_dir: Path) -> Path:
 
 
 def content(sweep_dir: Path) -> Row:
-    """Return what the page shows: a row a job, the columns that differ, and charts of them."""
+    """Return what `comparison.html.jinja` shows, by the names it uses.
+
+    `rows` has one for each job, `keys` the settings in which they differ, `shared` the overrides
+    that all have, `best` the row with the best `value` of `objective`, or None.
+    """
     jobs = read_jobs(sweep_dir)
     rows = [_row(sweep_dir, name, job) for name, job in jobs.items()]
     keys = swept_keys(rows)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from medusa_exp.metric_names import is_larger_better
 from medusa_exp.tracking.charts import Row, Spec, data, finished
 
 
@@ -15,7 +16,8 @@ def coordinates_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) 
     """
     import altair as alt
 
-    shades = _value_axis(rows, objective)[1]
+    places = _value_axis(rows, objective)[1]
+    shades = places if is_larger_better(objective) else [1 - place for place in places]
     axes = [_ordinal_axis(rows, key) for key in keys] + [_value_axis(rows, objective)]
     points = [
         {
@@ -83,7 +85,8 @@ def effects_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) -> d
         dots = base.mark_point(filled=True, size=60, opacity=0.7).encode(
             y=y, tooltip=alt.Tooltip("text:N", title="job")
         )
-        best = base.mark_line(style="gap").encode(y=alt.Y("max(value):Q", title=None))
+        end = "max" if is_larger_better(objective) else "min"
+        best = base.mark_line(style="gap").encode(y=alt.Y(f"{end}(value):Q", title=None))
         charts[key] = finished(best + dots, height=200)
     return charts
 

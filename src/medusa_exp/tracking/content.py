@@ -17,16 +17,21 @@ MAX_CURVE_POINTS = 300
 
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:pad|bos|eos|unk|start_of_turn|end_of_turn)>")
 _PANELS = {
+    "pretrain/loss": "Pretraining loss",
     "train/loss": "Training loss",
+    "val/accept_length": "Tokens per step, replayed on held-out answers",
+    "val/accept_length_chain": "Tokens per step with the chain alone",
     "val/loss": "Held-out loss",
     "val/top1": "Held-out top-1",
     "val/top5": "Held-out top-5",
 }
+"""Logged metric -> title of its panel; others are titled by their name. `_head1` and so on are left
+out of a name: the heads are lines of one panel."""
 
 Row = dict[str, Any]
 
 
-def first_batch_size(records: Iterable[Row]) -> list[Row]:
+def of_smallest_batch(records: Iterable[Row]) -> list[Row]:
     """Keep Medusa's records of the smallest batch size: there is one for each prompt."""
     ours = [record for record in records if record["method"] == "tree"]
     smallest = min((record["batch_size"] for record in ours), default=1)
@@ -56,8 +61,11 @@ def headline(metrics: Row, records: list[Row]) -> Row | None:
     }
 
 
-def parts(piece: str) -> list[tuple[str, str]]:
-    """Split a token's text into (kind, text): special tokens and line ends are to be seen."""
+def text_parts(piece: str) -> list[tuple[str, str]]:
+    """Split a token's text into (kind, text), kind special, newline or text.
+
+    Special tokens and line ends are marked on the page, where they would not be seen else.
+    """
     if _SPECIAL.fullmatch(piece.strip()):
         return [("special", piece.strip())]
     parts = [("newline" if part == "\n" else "text", part) for part in re.split("(\n)", piece)]

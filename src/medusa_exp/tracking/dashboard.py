@@ -27,10 +27,11 @@ SWEPT = (
     "train.learning_rate",
     "train.loss",
     "tree.kind",
-    "tree.max_nodes",
-    "dtype.precision",
+    "tree.num_nodes",
+    "dtype.backbone",
 )
-"""Keys of the config that sweeps vary, in the order of the parallel coordinates."""
+"""Keys of the config that `conf/sweep/` and the README vary, in the order of the parallel
+coordinates."""
 PARTS_OF_TIME = ("prompt", "backbone", "heads", "mask", "verification", "cache", "rest")
 """As in `evaluate/step_time.py`, which would load torch."""
 
@@ -51,7 +52,7 @@ def build(entity: str, project: str) -> Any:
     return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)
 
 
-def publish(entity: str, project: str) -> str:
+def create_or_update(entity: str, project: str) -> str:
     """Create the workspace or bring it up to date; return its URL.
 
     Raises:
@@ -144,7 +145,7 @@ def _tree_size(wr: Any) -> list[Any]:
         _curve(wr, "Step over plain step", "by_nodes/step_over_plain", size),
         wr.ScatterPlot(
             title="Speed-up found, by nodes of the tree",
-            x=wr.SummaryMetric("calibrate/num_nodes"),
+            x=wr.SummaryMetric("eval/num_nodes"),  # of the tree used, calibrated or not
             y=wr.SummaryMetric(SPEEDUP),
         ),
         wr.MediaBrowser(title="Calibration", media_keys=["images/calibration"]),
@@ -216,7 +217,7 @@ def main(arguments: list[str]) -> None:
     if not (entity and project):
         parser.error(f"{options.project} is not of the form ENTITY/PROJECT")
     try:
-        print(spec(entity, project) if options.is_dry else publish(entity, project))
+        print(spec(entity, project) if options.is_dry else create_or_update(entity, project))
     except UserError as error:
         sys.exit(str(error))
     except ModuleNotFoundError as error:

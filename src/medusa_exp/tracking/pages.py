@@ -18,7 +18,7 @@ def render(template: str, values: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["parts"] = content.parts
+    environment.filters["text_parts"] = content.text_parts
     environment.filters["breakable"] = lambda name: re.findall(r"[^._/]*[._/]?", name)[:-1]
     return environment.get_template(template).render(values, scripts=_scripts())
 

@@ -1,4 +1,4 @@
-"""What leaves this machine, without what is nobody's business: home paths, passwords in URLs."""
+"""What is sent or passed on, without what is private: home paths, users and passwords in URLs."""
 
 import re
 import shlex
@@ -25,9 +25,9 @@ def shareable_text(text: str, home: str = "~") -> str:
 
 
 def by_name(files: dict[str, str]) -> dict[str, str]:
-    """Return path -> digest with names in place of paths, which may say what is nobody's business.
+    """Return path -> digest as name -> digest: the folders of a path may be private.
 
-    Of equal names, the later ones are counted.
+    Files of one name are numbered: `a.json`, `a.json (2)`.
     """
     named: dict[str, str] = {}
     for path, digest in files.items():

@@ -36,7 +36,7 @@ def _content(run_dir: Path) -> content.Row:
     run = read_json(run_dir / "run.json", {})
     run["data"] = by_name(run.get("data", {}))
     calibration = read_json(run_dir / "calibration.json")
-    records = content.first_batch_size(read_jsonl(run_dir / "records.jsonl"))
+    records = content.of_smallest_batch(read_jsonl(run_dir / "records.jsonl"))
     return {
         "run": shareable(run),
         "m": metrics,
@@ -53,5 +53,16 @@ def _content(run_dir: Path) -> content.Row:
         "parts_of_time": content.parts_of_time(metrics),
         "curves": content.curves(read_jsonl(run_dir / "history.jsonl")),
         "command": shell_command(run.get("command", [])),
+        "later_commands": _later_commands(run),
         "run_dir": shell_command([f"run_dir={run_dir}"]),
+    }
+
+
+def _later_commands(run: content.Row) -> dict[str, str]:
+    """Return stage -> command of the stages that another call than the first has made."""
+    made_by = {stage: entry.get("command") for stage, entry in run.get("stages", {}).items()}
+    return {
+        stage: shell_command(command)
+        for stage, command in made_by.items()
+        if command not in (None, run.get("command")) and stage != "report"
     }

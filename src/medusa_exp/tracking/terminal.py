@@ -19,7 +19,7 @@ _HEADLINES = (
     ("eval/baseline_vs_hf", "our plain decoding over model.generate", "{:.2f}x"),
     ("calibrate/predicted_speedup", "speed-up that calibration predicted", "{:.2f}x"),
     ("eval/outside_backbone_fraction", "share of a step outside the backbone", "{:.1%}"),
-    ("calibrate/num_nodes", "nodes of the tree", "{:.0f}"),
+    ("eval/num_nodes", "nodes of the tree", "{:.0f}"),
     ("calibrate/break_even_batch_size", "batch size at which no tree pays", "{:.0f}"),
     ("eval/backbone_nats_per_token", "backbone's held-out loss, nats per token", "{:.3f}"),
     ("train/loss", "loss of the heads", "{:.3f}"),
@@ -27,13 +27,20 @@ _HEADLINES = (
 
 
 def print_summary(
-    out: Path, stages: list[str], record: dict[str, Any], metrics: dict[str, float]
+    out: Path, stages: list[str], entries: dict[str, Any], metrics: dict[str, float]
 ) -> None:
-    """Print two tables, and where the files lie."""
+    """Print the time of each stage, the numbers that matter most, and where the files lie.
+
+    Args:
+        out: the run directory.
+        stages: those of this call.
+        entries: run.json's `stages`, by name.
+        metrics: all of metrics.json, of earlier calls too.
+    """
     console = Console()
     times = Table("stage", "seconds", title=None)
     for stage in stages:
-        times.add_row(stage, f"{record[stage]['seconds']:.1f}")
+        times.add_row(stage, f"{entries[stage]['seconds']:.1f}")
     figures = Table("figure", "value")
     for label, value in headlines(metrics):
         figures.add_row(label, value)
@@ -41,9 +48,13 @@ def print_summary(
     if figures.row_count:
         console.print(figures)
     report = out / "report.html"
-    console.print(
-        f"report: {report}" if report.is_file() else f"run directory: {out}", soft_wrap=True
-    )
+    if "report" in stages:
+        console.print(f"report: {report}", soft_wrap=True, markup=False)
+        return
+    console.print(f"run directory: {out}", soft_wrap=True, markup=False)
+    if report.is_file():
+        hint = "its report.html does not show this call yet: stages=[report] writes it again"
+        console.print(hint, soft_wrap=True, markup=False)
 
 
 def print_jobs(sweep_dir: Path, jobs: dict[str, dict[str, Any]]) -> None:
@@ -57,7 +68,7 @@ def print_jobs(sweep_dir: Path, jobs: dict[str, dict[str, Any]]) -> None:
         outcome = job.get("error") or ("" if job["value"] is None else f"{job['value']:.4g}")
         table.add_row(f"{job['number']} {name}", job["status"], Text(settings), Text(outcome))
     console.print(table)
-    console.print(f"report: {sweep_dir / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {sweep_dir / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def headlines(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:

@@ -90,7 +90,7 @@ def _of_evaluation(out: Path) -> Iterator[Row]:
     of_tree = [row for row in content.methods(metrics) if row.pop("method") == "tree"]
     for row in of_tree:  # the smaller batches first
         yield {f"by_batch/{name}": value for name, value in row.items()}
-    ours = content.first_batch_size(records)
+    ours = content.of_smallest_batch(records)
     yield {
         "eval/accept_lengths": wandb.Histogram(np_histogram=_counts(ours)),
         "eval/records": table(records),

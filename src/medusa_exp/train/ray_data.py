@@ -1,4 +1,6 @@
-"""Work on many items in processes of a Ray cluster, by Ray Data: `regenerate.workers`.
+"""Work on many items in processes of a Ray cluster, by Ray Data.
+
+For `regenerate.workers` and `train.feature_workers`.
 
 Every worker makes what it works with once (a model, on a GPU of its own where there is one) and is
 given item after item. Ray looks for a cluster where RAY_ADDRESS says, or makes one of this machine.
