@@ -103,7 +103,8 @@ def test_after_a_kill_the_same_run_goes_on(tmp_path):
         h["item"]["train/loss"] for found in (first, second) for h in of_type(found, "history")
     ]
     assert losses == [4.0, 3.0, 2.0]
-    assert not of_type(first, "exit") and of_type(second, "exit") == [{"exit_code": 0}]
+    assert not of_type(first, "exit")
+    assert [ended["exit_code"] for ended in of_type(second, "exit")] == [0]
 
 
 _BY_AN_AGENT = """
