@@ -148,7 +148,9 @@ def write_sweep(path: Path, objective: str = "eval/speedup") -> Path:
             job["error"] = "UserError: </script><b>head.num_heads=99 is out of range"
         write(path / name / "job.json", job)
         if value is not None:
-            write(path / name / "metrics.json", {objective: value, "eval/tokens_per_step": 4.5})
+            interval = {f"{objective}_low": value - 0.2, f"{objective}_high": value + 0.2}
+            metrics = {objective: value, "eval/tokens_per_step": 4.5, **interval}
+            write(path / name / "metrics.json", metrics)
             stages = {"train": {"status": "done", "seconds": 61.5}}
             write(path / name / "run.json", {"name": "x", "stages": stages})
             (path / name / "report.html").write_text("")

@@ -6,6 +6,17 @@ below fits it, larger is better, and two runs of one config on a CPU are expecte
 
 import re
 
+PARTS_OF_TIME = {
+    "prompt": "backbone, on the prompts",
+    "backbone": "backbone, on trees",
+    "heads": "heads and drafting",
+    "mask": "masks of the trees",
+    "verification": "verification",
+    "cache": "keeping what is accepted",
+    "rest": "all else",
+}
+"""NAME of each `eval/time/NAME`, which `evaluate/step_time.py` measures, and what it is called; in
+the order in which they come up. The rest is Python between them."""
 _SMALLER_IS_BETTER = {"loss", "nats", "perplexity", "seconds", "time", "memory", "outside"}
 """Whole words of a name, which `/` and `_` separate: any of them turns the direction."""
 _TIMED = (

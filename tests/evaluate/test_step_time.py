@@ -10,6 +10,7 @@ from medusa_exp.decode.cache import TreeCache
 from medusa_exp.decode.loop import decode_tree
 from medusa_exp.decode.rule import Judge
 from medusa_exp.evaluate import step_time
+from medusa_exp.metric_names import PARTS_OF_TIME
 from medusa_exp.model import build_heads
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, PrefixAttention
@@ -67,7 +68,7 @@ def test_each_part_is_given_its_own_time_and_no_other(backbone, calls, prefix_at
         "rest": 0.0,
     }
     total = sum(expected.values())
-    assert list(shares) == list(step_time.PARTS)
+    assert list(shares) == list(PARTS_OF_TIME)
     assert shares == pytest.approx({part: time / total for part, time in expected.items()})
     assert steps == calls["MedusaHeads"] == sum(len(a.accept_lengths) - 1 for a in answers)
     assert bool(calls["PrefixAttention"]) == prefix_attention

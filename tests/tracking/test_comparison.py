@@ -19,6 +19,8 @@ def test_every_job_and_every_failure_is_shown(tmp_path):
     ], "the best in the headline, then the jobs that have a report"
     assert path.stat().st_size < 3_000_000
     assert len(page.specs) == 3, "parallel coordinates, and a chart of each key"
+    assert "3.05 to 3.45" in page.text, "the best job's interval"
+    assert f"'stages=[evaluate,report]' run_dir={tmp_path}/b" in page.text
 
 
 @pytest.mark.parametrize(("objective", "best"), [("eval/speedup", 1), ("val/loss", 0)])

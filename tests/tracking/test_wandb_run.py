@@ -33,7 +33,8 @@ def test_the_history_is_drawn_against_its_steps(run_dir, records):
         assert any(expected.items() <= item.items() for item in logged), expected
     defined = {m.get("glob_name") or m["name"]: m for m in of_type(records, "metric")}
     assert defined["train/*"]["step_metric"] == "train/step"
-    for pattern, better in BEST.items():
+    for pattern in BEST:
+        better = "min" if pattern == "val/loss_head*" else "max"
         assert defined[pattern]["summary"] == {better: True}
         assert defined[pattern]["step_metric"] == "train/step"
     for pattern, axis in AXES.items():

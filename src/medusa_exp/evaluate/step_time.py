@@ -15,11 +15,10 @@ from medusa_exp.decode.propose import DynamicTree, StaticTree
 from medusa_exp.decode.rule import Judge
 from medusa_exp.decode.sequential import SequentialTree
 from medusa_exp.evaluate.methods import Method, synchronise
+from medusa_exp.metric_names import PARTS_OF_TIME
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import PrefixAttention
 
-PARTS = ("prompt", "backbone", "heads", "mask", "verification", "cache", "rest")
-"""Parts of the time, in the order in which they come up; `rest` is Python between."""
 BACKBONES = ("prompt", "backbone")
 
 _PLACES: dict[str, list[tuple[type, str]]] = {
@@ -39,7 +38,7 @@ _PLACES: dict[str, list[tuple[type, str]]] = {
 def shares_of_time(
     backbone: Backbone, method: Method, prompts: list[list[int]]
 ) -> dict[str, float]:
-    """Return the share (0..1) of each of PARTS in the time that a method takes; they sum to 1.
+    """Return the share (0..1) of each of PARTS_OF_TIME in a method's time; they sum to 1.
 
     The method answers the prompts one by one while the methods in _PLACES are timed in place.
 
@@ -65,7 +64,7 @@ def shares_of_time(
             for prompt in prompts:
                 method([prompt])
     total = sum(watch.seconds.values())
-    return {part: watch.seconds[part] / total for part in PARTS}
+    return {part: watch.seconds[part] / total for part in PARTS_OF_TIME}
 
 
 class _Stopwatch:

@@ -15,7 +15,7 @@ from medusa_exp.jobs import read_jobs
 from medusa_exp.metric_names import is_larger_better
 from medusa_exp.tracking import pages
 from medusa_exp.tracking.comparison_charts import coordinates_chart, effects_chart
-from medusa_exp.tracking.redaction import shareable
+from medusa_exp.tracking.redaction import shareable, shell_command
 
 Row = dict[str, Any]
 
@@ -45,7 +45,8 @@ def content(sweep_dir: Path) -> Row:
     """Return what `comparison.html.jinja` shows, by the names it uses.
 
     `rows` has one for each job, `keys` the settings in which they differ, `shared` the overrides
-    that all have, `best` the row with the best `value` of `objective`, or None.
+    that all have, `best` the row with the best `value` of `objective`, or None, and `again` the
+    command that measures that one again.
     """
     jobs = read_jobs(sweep_dir)
     rows = [_row(sweep_dir, name, job) for name, job in jobs.items()]
@@ -68,6 +69,7 @@ def content(sweep_dir: Path) -> Row:
         "coordinates": coordinates_chart(ranked, keys, objective) if len(ranked) > 1 else None,
         "effects": effects_chart(ranked, keys, objective) if len(ranked) > 1 else None,
         "shared": _shared_overrides(jobs.values()),
+        "again": _command_again(sweep_dir, best) if best else None,
     }
 
 
@@ -89,6 +91,12 @@ def _row(sweep_dir: Path, name: str, job: Row) -> Row:
         "is_best": False,
         **{key: job.get(key) for key in ("number", "status", "error", "objective", "value")},
     }
+
+
+def _command_again(sweep_dir: Path, row: Row) -> str:
+    """Return the command that measures a job again; alone, if nothing else runs then."""
+    where = f"run_dir={sweep_dir / row['job']}"
+    return shell_command(["python", "-m", "medusa_exp", "stages=[evaluate,report]", where])
 
 
 def split_override(override: str) -> tuple[str, str]:

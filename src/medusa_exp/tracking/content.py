@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from medusa_exp.metric_names import PARTS_OF_TIME
 from medusa_exp.tracking import charts
 
 MAX_CURVE_POINTS = 300
@@ -97,7 +98,7 @@ def parts_of_time(metrics: Row) -> list[Row]:
     """Return, for each part of a decoding step, its share of the time."""
     prefix = "eval/time/"
     return [
-        {"part": name.removeprefix(prefix), "share": value}
+        {"part": PARTS_OF_TIME.get(part := name.removeprefix(prefix), part), "share": value}
         for name, value in sorted(metrics.items(), key=lambda item: -item[1])
         if name.startswith(prefix)
     ]

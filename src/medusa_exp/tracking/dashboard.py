@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from medusa_exp.errors import UserError
+from medusa_exp.metric_names import PARTS_OF_TIME
 
 NAME = "Medusa heads"
 VIEW = "medusaheads"
@@ -32,8 +33,6 @@ SWEPT = (
 )
 """Keys of the config that `conf/sweep/` and the README vary, in the order of the parallel
 coordinates."""
-PARTS_OF_TIME = ("prompt", "backbone", "heads", "mask", "verification", "cache", "rest")
-"""As in `evaluate/step_time.py`, which would load torch."""
 
 
 def build(entity: str, project: str) -> Any:

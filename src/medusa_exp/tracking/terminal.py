@@ -22,6 +22,7 @@ _HEADLINES = (
     ("eval/num_nodes", "nodes of the tree", "{:.0f}"),
     ("calibrate/break_even_batch_size", "batch size at which no tree pays", "{:.0f}"),
     ("eval/backbone_nats_per_token", "backbone's held-out loss, nats per token", "{:.3f}"),
+    ("val/accept_length", "tokens per step, replayed in validation", "{:.2f}"),
     ("train/loss", "loss of the heads", "{:.3f}"),
 )
 

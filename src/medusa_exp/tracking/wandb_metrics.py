@@ -4,15 +4,17 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from medusa_exp.metric_names import is_larger_better
+
 STEP_AXES = {"pretrain/*": "pretrain/step", "train/*": "train/step"}
-BEST = {
-    "val/accept_length": "max",
-    "val/accept_length_chain": "max",
-    "val/top1_head*": "max",
-    "val/top5_head*": "max",
-    "val/loss_head*": "min",
-}
-"""Metrics of a validation, and their better end. They are drawn against the step of training."""
+BEST = (
+    "val/accept_length",
+    "val/accept_length_chain",
+    "val/top1_head*",
+    "val/top5_head*",
+    "val/loss_head*",
+)
+"""Metrics of a validation: the best value is kept, and they are drawn against training's steps."""
 AXES = {
     "by_head/*": "by_head/head",
     "by_depth/*": "by_depth/depth",
@@ -31,7 +33,8 @@ def define_metrics(run: Any) -> None:
     for pattern, axis in {**STEP_AXES, **AXES}.items():
         run.define_metric(axis, hidden=True, summary="none" if pattern in AXES else None)
         run.define_metric(pattern, step_metric=axis, summary="none" if pattern in AXES else None)
-    for pattern, better in BEST.items():
+    for pattern in BEST:
+        better = "max" if is_larger_better(pattern) else "min"
         run.define_metric(pattern, step_metric="train/step", summary=better)
 
 
@@ -40,14 +43,10 @@ def best_values(history: Iterable[dict[str, Any]]) -> dict[str, float]:
     best: dict[str, float] = {}
     for row in history:
         for name, value in row.items():
-            if (better := _better_end(name)) and math.isfinite(value):
-                choose = max if better == "max" else min
+            if any(_fits(name, pattern) for pattern in BEST) and math.isfinite(value):
+                choose = max if is_larger_better(name) else min
                 best[f"best/{name}"] = choose(value, best.get(f"best/{name}", value))
     return best
-
-
-def _better_end(name: str) -> str | None:
-    return next((end for pattern, end in BEST.items() if _fits(name, pattern)), None)
 
 
 def _fits(name: str, pattern: str) -> bool:
