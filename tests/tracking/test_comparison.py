@@ -1,7 +1,7 @@
 """The page of a sweep: every job on it, the best named, nothing loaded."""
 
 import pytest
-from report_pages import Page, write_sweep
+from report_pages import Page, write, write_sweep
 
 from medusa_exp.tracking.comparison import content, split_override, write_comparison
 
@@ -21,6 +21,13 @@ def test_every_job_and_every_failure_is_shown(tmp_path):
     assert len(page.specs) == 3, "parallel coordinates, and a chart of each key"
     assert "3.05 to 3.45" in page.text, "the best job's interval"
     assert f"'stages=[evaluate,report]' run_dir={tmp_path}/b" in page.text
+
+
+def test_what_was_only_trained_is_calibrated_before_it_is_evaluated(tmp_path):
+    write_sweep(tmp_path, "val/accept_length")
+    for name in "ab":
+        write(tmp_path / name / "metrics.json", {"val/accept_length": 3.0})
+    assert "stages=[calibrate,evaluate,report]" in content(tmp_path)["again"]
 
 
 @pytest.mark.parametrize(("objective", "best"), [("eval/speedup", 1), ("val/loss", 0)])

@@ -46,7 +46,7 @@ def content(sweep_dir: Path) -> Row:
 
     `rows` has one for each job, `keys` the settings in which they differ, `shared` the overrides
     that all have, `best` the row with the best `value` of `objective`, or None, and `again` the
-    command that measures that one again.
+    command that measures the speed-up of that one.
     """
     jobs = read_jobs(sweep_dir)
     rows = [_row(sweep_dir, name, job) for name, job in jobs.items()]
@@ -94,9 +94,11 @@ def _row(sweep_dir: Path, name: str, job: Row) -> Row:
 
 
 def _command_again(sweep_dir: Path, row: Row) -> str:
-    """Return the command that measures a job again; alone, if nothing else runs then."""
+    """Return the command that measures a job's speed-up, again or for the first time."""
+    is_evaluated = any(name.startswith("eval/") for name in row["metrics"])
+    stages = "evaluate,report" if is_evaluated else "calibrate,evaluate,report"
     where = f"run_dir={sweep_dir / row['job']}"
-    return shell_command(["python", "-m", "medusa_exp", "stages=[evaluate,report]", where])
+    return shell_command(["python", "-m", "medusa_exp", f"stages=[{stages}]", where])
 
 
 def split_override(override: str) -> tuple[str, str]:
