@@ -1,9 +1,11 @@
 """What can go wrong in the middle of a training, and what to do about it."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, distributed
 
 from medusa_exp.errors import UserError
 
@@ -11,10 +13,32 @@ from medusa_exp.errors import UserError
 class BadLoss(Exception):
     """A loss that is NaN or infinite; raised before it has changed anything."""
 
-    def __init__(self, loss: float, step: int, documents: list[int]) -> None:
+    def __init__(self, loss: float, documents: list[int], step: int) -> None:
         super().__init__(f"the loss is {loss} at step {step}")
         self.documents = documents
         """Numbers of the micro-batch's documents."""
+
+
+def check_loss(loss: Tensor, step: int, documents: list[int]) -> None:
+    """Stop every process of a training where one of them has a bad loss.
+
+    One alone would leave the others waiting for its gradient, and the checkpoint unwritten.
+
+    Raises:
+        BadLoss: the first bad loss of any process, with the documents of its micro-batch.
+    """
+    is_bad = ~loss.detach().isfinite()
+    is_shared = distributed.is_initialized()
+    if is_shared:
+        is_bad = is_bad.float()
+        distributed.all_reduce(is_bad)
+    if not is_bad:
+        return
+    found: list[tuple[float, list[int]]] = [(loss.item(), documents)]
+    if is_shared:
+        found *= distributed.get_world_size()
+        distributed.all_gather_object(found, (loss.item(), documents))
+    raise BadLoss(*next(each for each in found if not math.isfinite(each[0])), step)
 
 
 @contextmanager
