@@ -8,6 +8,7 @@ from medusa_exp.data.prompts import prompts_of
 from medusa_exp.data.sources import load_split
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_tree
+from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
 from medusa_exp.train import stage
 from medusa_exp.train.acceptance import accept_lengths, continuation_ranks
@@ -111,6 +112,15 @@ def test_training_stops_where_it_gets_no_better(scripted, tmp_path):
     metrics = stage.run(scripted, tmp_path)
     assert metrics["train/steps"] == 8 and max(scripted.kept) == 8
     assert all(map(torch.equal, heads_of(tmp_path), scripted.kept[4]))
+
+
+def test_the_lost_heads_of_the_best_validation_are_named(scripted, tmp_path):
+    stage.run(scripted, tmp_path)
+    (tmp_path / "checkpoints/best-4.safetensors").unlink()
+    with pytest.raises(UserError, match=r"best-4\.safetensors is missing .* train.keep=last"):
+        stage.run(scripted, tmp_path)
+    scripted.train.keep = "last"
+    assert stage.run(scripted, tmp_path)["train/steps"] == 10
 
 
 def test_the_best_of_a_checkpoint_outlives_a_better_one_that_was_never_saved(
