@@ -1,10 +1,15 @@
 """One training in two processes, over gloo."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from medusa_exp.data.batches import epoch_planner
@@ -68,3 +73,25 @@ def test_a_bad_loss_of_one_process_stops_both(config, tmp_path):
         run(config, tmp_path / "run")
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 0
+
+
+def test_a_process_ends_with_the_stage_that_started_it(tmp_path):
+    """Who is killed gives up its lock; here it is just given up."""
+    watch = "from medusa_exp.train.processes import _end_with_stage as end; import pathlib, time; "
+    watch += (
+        f"end(pathlib.Path({str(tmp_path / 'alive.lock')!r})); print(flush=True); time.sleep(60)"
+    )
+    with FileLock(tmp_path / "alive.lock"):
+        process = subprocess.Popen([sys.executable, "-c", watch], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.6)
+        assert process.poll() is None
+    assert process.wait(10) == -signal.SIGTERM
+
+
+def test_two_trainings_do_not_share_a_run_directory(config, tmp_path):
+    with (
+        FileLock(tmp_path / ".train.lock"),
+        pytest.raises(UserError, match=rf"another process is training in {tmp_path}: wait"),
+    ):
+        run(config, tmp_path)

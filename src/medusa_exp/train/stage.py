@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from medusa_exp.config import Config
@@ -32,14 +33,23 @@ from medusa_exp.train.trainer import build_trainer, pick_precision
 
 log = logging.getLogger(__name__)
 
+_LOCK = ".train.lock"
+
 
 def run(config: Config, out: Path) -> dict[str, float]:
-    """Train heads, from the newest checkpoint of this run directory where there is one."""
-    if config.train.strategy in ("ddp", "fsdp"):
-        return train_in_processes(config, out)
-    if config.train.strategy == "ray":
-        return train_on_ray(config, out)
-    return train(config, out)
+    """Train heads, from the newest checkpoint of this run directory where there is one.
+
+    Raises:
+        UserError: another process trains there: each would write over the other's checkpoints.
+    """
+    ways = {"ddp": train_in_processes, "fsdp": train_in_processes, "ray": train_on_ray}
+    try:
+        with FileLock(out / _LOCK, timeout=0):
+            return ways.get(config.train.strategy, train)(config, out)
+    except Timeout as error:
+        raise UserError(
+            f"another process is training in {out}: wait for it, or choose another run_dir."
+        ) from error
 
 
 def train(config: Config, out: Path) -> dict[str, float]:
