@@ -81,12 +81,14 @@ def test_a_process_ends_with_the_stage_that_started_it(tmp_path):
     watch += (
         f"end(pathlib.Path({str(tmp_path / 'alive.lock')!r})); print(flush=True); time.sleep(60)"
     )
-    with FileLock(tmp_path / "alive.lock"):
-        process = subprocess.Popen([sys.executable, "-c", watch], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(0.6)
-        assert process.poll() is None
-    assert process.wait(10) == -signal.SIGTERM
+    command = [sys.executable, "-c", watch]
+    with FileLock(tmp_path / "alive.lock") as alive:
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(0.6)
+            assert process.poll() is None
+            alive.release()
+        assert process.returncode == -signal.SIGTERM
 
 
 def test_two_trainings_do_not_share_a_run_directory(config, tmp_path):
