@@ -140,6 +140,15 @@ def test_training_takes_own_answers_and_asks_for_them(exact, tmp_path):
     assert stage.run(exact, tmp_path / "run")["train/steps"] == 12
 
 
+def test_where_memory_ends_the_message_says_what_to_lower(exact, tmp_path, monkeypatch):
+    def greedy(*arguments):
+        torch.empty(2**48)
+
+    monkeypatch.setattr(regenerate, "decode_plain", greedy)
+    with pytest.raises(UserError, match=r"out of memory .* lower regenerate\.batch_size \(now 4\)"):
+        regenerate.run(exact, tmp_path / "run")
+
+
 def test_no_room_for_any_answer_is_an_error(exact, tmp_path):
     exact.regenerate.max_new_tokens = 1024
     with pytest.raises(UserError, match=r"lower regenerate\.max_new_tokens"):

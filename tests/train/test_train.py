@@ -132,11 +132,12 @@ def test_weights_that_a_step_has_broken_are_in_no_checkpoint(config, tmp_path, m
     assert not (tmp_path / "run/heads").exists()
 
 
-def test_where_memory_ends_the_message_says_what_to_lower(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["module.medusa_losses", "inputs.load_backbone"])
+def test_where_memory_ends_the_message_says_what_to_lower(config, tmp_path, monkeypatch, place):
     def greedy(*arguments, **keywords):
         torch.empty(2**48)
 
-    monkeypatch.setattr("medusa_exp.train.module.medusa_losses", greedy)
+    monkeypatch.setattr(f"medusa_exp.train.{place}", greedy)
     with pytest.raises(UserError, match=r"out of memory .* lower train\.batch_tokens \(now 200\)"):
         run(config, tmp_path / "run")
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
+from medusa_exp.config import TrainConfig
 from medusa_exp.errors import UserError
 
 
@@ -42,8 +43,8 @@ def check_loss(loss: Tensor, step: int, documents: list[int]) -> None:
 
 
 @contextmanager
-def explain_memory(batch_tokens: int, chunk_rows: int, accumulate: int) -> Iterator[None]:
-    """Say what to lower where memory ends.
+def explain_memory(advice: str) -> Iterator[None]:
+    """Say what to do where memory ends.
 
     Raises:
         UserError: instead of the error of torch, or of the operating system.
@@ -53,12 +54,19 @@ def explain_memory(batch_tokens: int, chunk_rows: int, accumulate: int) -> Itera
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise UserError(
-            f"out of memory ({str(error).splitlines()[0][:200]}): lower train.batch_tokens (now "
-            f"{batch_tokens}) and raise train.accumulate (now {accumulate}) by the same factor, "
-            f"which changes no result; or lower train.loss_chunk_rows (now {chunk_rows}), "
-            "head.num_heads or dataset.max_length."
-        ) from error
+        said = [*str(error).splitlines(), type(error).__name__][0]
+        raise UserError(f"out of memory ({said[:200]}): {advice}.") from error
+
+
+def memory_of_training(settings: TrainConfig) -> str:
+    """Return what to lower where a training has too little memory."""
+    return (
+        f"lower train.batch_tokens (now {settings.batch_tokens}) and raise train.accumulate (now "
+        f"{settings.accumulate}) by the same factor, which changes no result; or lower "
+        f"train.loss_chunk_rows (now {settings.loss_chunk_rows}), head.num_heads or "
+        "dataset.max_length. Where the model itself has no room, set model.quantization or "
+        "model.device_map"
+    )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

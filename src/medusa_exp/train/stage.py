@@ -19,7 +19,7 @@ from medusa_exp.provenance import annotate
 from medusa_exp.train.average import AverageHeads
 from medusa_exp.train.best import BestHeads
 from medusa_exp.train.checkpoints import CHECKPOINT, Checkpoints
-from medusa_exp.train.failures import BadLoss, explain_memory
+from medusa_exp.train.failures import BadLoss, explain_memory, memory_of_training
 from medusa_exp.train.inputs import open_inputs
 from medusa_exp.train.joint import JointModule
 from medusa_exp.train.module import MedusaModule
@@ -54,6 +54,11 @@ def run(config: Config, out: Path) -> dict[str, float]:
 
 def train(config: Config, out: Path) -> dict[str, float]:
     """Train in this process, alone or as one of several."""
+    with explain_memory(memory_of_training(config.train)):
+        return _train(config, out)
+
+
+def _train(config: Config, out: Path) -> dict[str, float]:
     L.seed_everything(config.seed, verbose=False)
     inputs = open_inputs(config, out)
     heads = start_heads(config, inputs)
@@ -101,13 +106,12 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
         ],
     )
     try:
-        with explain_memory(settings.batch_tokens, settings.loss_chunk_rows, settings.accumulate):
-            trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
-            steps = trainer.global_step
-            if batches.val and module.last_val_step != steps:
-                trainer.validate(module, batches, verbose=False)
-            if average:
-                average.swap(True)
+        trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+        steps = trainer.global_step
+        if batches.val and module.last_val_step != steps:
+            trainer.validate(module, batches, verbose=False)
+        if average:
+            average.swap(True)
     except BadLoss as error:
         raise _explained(error, batches, checkpoints.path) from error
     finally:
