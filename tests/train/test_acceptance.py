@@ -148,3 +148,14 @@ def test_no_prompt_to_answer_is_said_and_training_goes_on(config, tmp_path, capl
     assert "val/accept_length" not in metrics and "val/loss_head1" in metrics
     config.train.val_prompts = 0
     assert open_inputs(config, tmp_path).answers == []
+
+
+def test_damaged_answers_are_made_anew(config, tmp_path):
+    first = open_inputs(config, tmp_path).answers
+    [path] = (tmp_path / "cache/continuations").glob("*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    again = open_inputs(config, tmp_path).answers
+    assert len(first) > 0 and path.read_bytes() == whole
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.hidden_TD, other.hidden_TD)

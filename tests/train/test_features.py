@@ -163,9 +163,21 @@ def test_files_that_are_cut_off_or_gone_are_said(cached, tmp_path, name):
     (path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=rf"{re.escape(name)} is not .*elete"):
         Features(path)
+    (path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"\.(npy|json) is not .*elete"):
+        Features(path)
     (path / name).unlink()
     with pytest.raises(UserError, match=rf"{re.escape(name)} is not what was written .* delete"):
         Features(path)
+
+
+def test_a_damaged_note_of_a_backbone_is_made_again(cached, tmp_path):
+    first = open_inputs(cached, tmp_path).features["train"].path
+    [note] = (tmp_path / "cache/backbones").glob("*.json")
+    whole = note.read_text()
+    note.write_text(whole[:20])
+    assert open_inputs(cached, tmp_path).features["train"].path == first
+    assert note.read_text() == whole
 
 
 def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):

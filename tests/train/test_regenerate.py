@@ -138,6 +138,10 @@ def test_training_takes_own_answers_and_asks_for_them(exact, tmp_path):
         stage.run(exact, tmp_path / "run")
     regenerate.run(exact, tmp_path / "run")
     assert stage.run(exact, tmp_path / "run")["train/steps"] == 12
+    [path] = (tmp_path / "cache/regenerated").glob("*/documents.arrow")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"documents\.arrow is not what was .* stage regenerate"):
+        stage.run(exact, tmp_path / "run")
 
 
 def test_where_memory_ends_the_message_says_what_to_lower(exact, tmp_path, monkeypatch):

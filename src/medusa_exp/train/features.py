@@ -132,7 +132,10 @@ def known_identities(config: Config, files: str | None) -> tuple[str, str] | Non
     path = _note(config, files)
     if path is None or not path.is_file():
         return None
-    identity, weights_identity = json.loads(path.read_text())
+    try:
+        identity, weights_identity = json.loads(path.read_text())
+    except ValueError:  # damaged since: the backbone is loaded, and noted again
+        return None
     return identity, weights_identity
 
 
