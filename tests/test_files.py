@@ -27,6 +27,31 @@ def test_a_directory_is_replaced_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["dir"]
 
 
+def test_others_may_read_what_a_library_has_written_for_its_owner_alone(tmp_path):
+    (tmp_path / "usual").touch()
+    with publish(tmp_path / "file") as partial:
+        partial.touch(0o600)
+    with publish(tmp_path / "dir") as partial:
+        partial.mkdir()
+        (partial / "inside").touch(0o600)
+    usual = (tmp_path / "usual").stat().st_mode
+    assert (tmp_path / "file").stat().st_mode == usual
+    assert (tmp_path / "dir/inside").stat().st_mode == usual
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_full_disk_is_said(tmp_path):
+    def fails(error: Exception) -> None:
+        with publish(tmp_path / "heads") as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(UserError, match=r"heads could not be written, for its disk is full: make"):
+        fails(RuntimeError("I/O error: No space left on device (os error 28)"))
+    with pytest.raises(RuntimeError, match="other"):
+        fails(RuntimeError("other"))
+
+
 def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "value.json", float("nan"))

@@ -22,19 +22,48 @@ def publish(path: Path) -> Iterator[Path]:
 
     An existing file is replaced. An existing directory is replaced too, but not in one atomic
     step: there is a moment without it, never one with half of it.
+
+    Raises:
+        UserError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         yield partial
+        _open_to_readers(partial)
         if partial.is_dir() and path.exists():
             shutil.rmtree(path)
         partial.replace(path)
+    except Exception as error:
+        if isinstance(error, UserError) or not _lacks_room(error, path.parent):
+            raise
+        raise UserError(
+            f"{path} could not be written, for its disk is full: make room there, or choose "
+            "another run_dir or cache_dir."
+        ) from error
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def _open_to_readers(partial: Path) -> None:
+    """Give files that a library has made for their owner alone the rights of any new file."""
+    probe = partial.with_name(f"{partial.name}.rights")
+    probe.touch()
+    rights = probe.stat().st_mode
+    probe.unlink()
+    for path in partial.rglob("*") if partial.is_dir() else [partial]:
+        status = path.stat()
+        if path.is_file() and status.st_mode & 0o777 == 0o600 and status.st_nlink == 1:
+            path.chmod(rights)
+
+
+def _lacks_room(error: Exception, directory: Path) -> bool:
+    # Libraries have words of their own for it: torch.save's is "unexpected pos".
+    is_said = any(words in str(error) for words in ("No space left", "quota exceeded"))
+    return is_said or shutil.disk_usage(directory).free < 1 << 16
 
 
 def write_json(path: Path, value: Any) -> None:

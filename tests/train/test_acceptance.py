@@ -8,6 +8,7 @@ from medusa_exp.data.prompts import prompts_of
 from medusa_exp.data.sources import load_split
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_tree
+from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
 from medusa_exp.train import stage
 from medusa_exp.train.acceptance import accept_lengths, continuation_ranks
@@ -113,6 +114,15 @@ def test_training_stops_where_it_gets_no_better(scripted, tmp_path):
     assert all(map(torch.equal, heads_of(tmp_path), scripted.kept[4]))
 
 
+def test_the_lost_heads_of_the_best_validation_are_named(scripted, tmp_path):
+    stage.run(scripted, tmp_path)
+    (tmp_path / "checkpoints/best-4.safetensors").unlink()
+    with pytest.raises(UserError, match=r"best-4\.safetensors is missing .* train.keep=last"):
+        stage.run(scripted, tmp_path)
+    scripted.train.keep = "last"
+    assert stage.run(scripted, tmp_path)["train/steps"] == 10
+
+
 def test_the_best_of_a_checkpoint_outlives_a_better_one_that_was_never_saved(
     scripted, tmp_path, monkeypatch
 ):
@@ -138,3 +148,15 @@ def test_no_prompt_to_answer_is_said_and_training_goes_on(config, tmp_path, capl
     assert "val/accept_length" not in metrics and "val/loss_head1" in metrics
     config.train.val_prompts = 0
     assert open_inputs(config, tmp_path).answers == []
+
+
+def test_damaged_answers_are_made_anew(config, tmp_path):
+    first = open_inputs(config, tmp_path).answers
+    [path] = (tmp_path / "cache/continuations").glob("*.safetensors")
+    whole = path.read_bytes()
+    path.unlink()  # `first` is a map of it: the bytes below are another file's
+    path.write_bytes(whole[: len(whole) // 2])
+    again = open_inputs(config, tmp_path).answers
+    assert len(first) > 0 and path.read_bytes() == whole
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.hidden_TD, other.hidden_TD)

@@ -1,6 +1,8 @@
 """Hidden states that are made once: what is stored, and that training on them is the same."""
 
+import errno
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,7 +122,12 @@ def test_another_model_of_the_same_name_has_its_own(cached, tmp_path):
     model = build_model("llama", seed=1)
     model.resize_token_embeddings(260)
     model.save_pretrained(tmp_path / "model")
-    assert open_inputs(cached, tmp_path).features["train"].path != first
+    other = open_inputs(cached, tmp_path).features["train"].path
+    assert other != first
+    shutil.rmtree(other)
+    first.rename(other)
+    with pytest.raises(UserError, match=rf"holds hidden states of {tmp_path}/model, or of other"):
+        open_inputs(cached, tmp_path)
 
 
 def test_quantised_weights_of_the_same_files_have_their_own(cached, tmp_path):
@@ -156,9 +163,21 @@ def test_files_that_are_cut_off_or_gone_are_said(cached, tmp_path, name):
     (path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=rf"{re.escape(name)} is not .*elete"):
         Features(path)
+    (path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"\.(npy|json) is not .*elete"):
+        Features(path)
     (path / name).unlink()
     with pytest.raises(UserError, match=rf"{re.escape(name)} is not what was written .* delete"):
         Features(path)
+
+
+def test_a_damaged_note_of_a_backbone_is_made_again(cached, tmp_path):
+    first = open_inputs(cached, tmp_path).features["train"].path
+    [note] = (tmp_path / "cache/backbones").glob("*.json")
+    whole = note.read_text()
+    note.write_text(whole[:20])
+    assert open_inputs(cached, tmp_path).features["train"].path == first
+    assert note.read_text() == whole
 
 
 def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):
@@ -181,6 +200,16 @@ def test_a_disk_that_is_too_small_is_said_first(cached, tmp_path, monkeypatch):
         UserError, match=r"hidden states take 0\.00 GB.* set train\.features=online"
     ):
         open_inputs(cached, tmp_path)
+
+
+def test_a_disk_that_others_have_filled_since_is_said_too(cached, tmp_path, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=r"features/\w+ could not be written, for its disk is full"):
+        open_inputs(cached, tmp_path)
+    assert not list((tmp_path / "cache" / "features").glob("*.npy"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "gemma2", "phi"])

@@ -1,13 +1,22 @@
 """One training in two processes, over gloo."""
 
 import json
-import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM
 
+from medusa_exp.data.batches import epoch_planner
+from medusa_exp.data.tokenised import load_tokenised
 from medusa_exp.errors import UserError
 from medusa_exp.model import load_heads
+from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.provenance import RunRecord
 from medusa_exp.train import stage
 
@@ -43,9 +52,48 @@ def test_two_processes_train_what_one_does_with_twice_the_micro_batches(config, 
         assert found["kept"] < 0.8 * found["whole"]
 
 
-def test_what_a_process_says_is_what_the_stage_says(config, tmp_path):
-    config.train.strategy, config.train.devices = "ddp", 2
-    config.train.learning_rate, config.train.warmup_fraction = 1e20, 0.0
-    with pytest.raises(UserError) as caught:
+def test_a_bad_loss_of_one_process_stops_both(config, tmp_path):
+    """The second process alone has the conversation of whose states some are NaN."""
+    config.train.strategy, config.train.devices, config.train.batch_tokens = "ddp", 2, 64
+    path = Path(config.dataset.path)
+    tokenizer = load_tokenizer(config)
+    documents = load_tokenised(config, tokenizer, 128).split("train")
+    plan = epoch_planner("padded", documents.lengths, batch_tokens=64, row_tokens=128, seed=0)
+    name = documents.strings("conversation_id")[plan(0)[1][0][0]]
+    records = json.loads(path.read_text())
+    [message] = [r["conversations"][0] for r in records if r["id"] == name]
+    message["value"] = message["value"].replace("+", "%")
+    path.write_text(json.dumps(records))
+    model = AutoModelForCausalLM.from_pretrained(config.model.path)
+    [token] = tokenizer.encode("%", add_special_tokens=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    model.save_pretrained(config.model.path)
+    with pytest.raises(UserError, match=f"the loss is nan at step 0, on conversations {name}: "):
         run(config, tmp_path / "run")
-    assert re.search(r"the loss is (nan|inf) at step \d+, on conversations", str(caught.value))
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 0
+
+
+def test_a_process_ends_with_the_stage_that_started_it(tmp_path):
+    """Who is killed gives up its lock; here it is just given up."""
+    watch = "from medusa_exp.train.processes import _end_with_stage as end; import pathlib, time; "
+    watch += (
+        f"end(pathlib.Path({str(tmp_path / 'alive.lock')!r})); print(flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", watch]
+    with FileLock(tmp_path / "alive.lock") as alive:
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(0.6)
+            assert process.poll() is None
+            alive.release()
+        assert process.returncode == -signal.SIGTERM
+
+
+def test_two_trainings_do_not_share_a_run_directory(config, tmp_path):
+    with (
+        FileLock(tmp_path / ".train.lock"),
+        pytest.raises(UserError, match=rf"another process is training in {tmp_path}: wait"),
+    ):
+        run(config, tmp_path)

@@ -138,6 +138,21 @@ def test_training_takes_own_answers_and_asks_for_them(exact, tmp_path):
         stage.run(exact, tmp_path / "run")
     regenerate.run(exact, tmp_path / "run")
     assert stage.run(exact, tmp_path / "run")["train/steps"] == 12
+    [path] = (tmp_path / "cache/regenerated").glob("*/documents.arrow")
+    whole = path.read_bytes()
+    path.unlink()  # a map of it may be open: the bytes below are another file's
+    path.write_bytes(whole[:-200])
+    with pytest.raises(UserError, match=r"documents\.arrow is not what was .* stage regenerate"):
+        stage.run(exact, tmp_path / "run")
+
+
+def test_where_memory_ends_the_message_says_what_to_lower(exact, tmp_path, monkeypatch):
+    def greedy(*arguments):
+        torch.empty(2**48)
+
+    monkeypatch.setattr(regenerate, "decode_plain", greedy)
+    with pytest.raises(UserError, match=r"out of memory .* lower regenerate\.batch_size \(now 4\)"):
+        regenerate.run(exact, tmp_path / "run")
 
 
 def test_no_room_for_any_answer_is_an_error(exact, tmp_path):

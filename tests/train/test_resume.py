@@ -80,6 +80,16 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(config, tmp_path, group):
     run(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize("part", [slice(0), slice(5000), slice(64, None)])
+def test_a_damaged_checkpoint_is_named(config, tmp_path, part):
+    config.train.max_steps = 1
+    run(config, tmp_path / "run")
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    path.write_bytes(path.read_bytes()[part])
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged .* train.resume=never"):
+        run(config, tmp_path / "run")
+
+
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(config, tmp_path):
     config.train.max_steps, config.train.accumulate = 40, 2
     config.train.val_every, config.train.checkpoint_every = 6, 3

@@ -141,11 +141,14 @@ def _no_more_objects():
 
 
 @pytest.mark.parametrize("fails", [_far_too_much, _no_more_objects])
-def test_where_memory_ends_the_message_says_what_to_lower(config, tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize("place", ["module.medusa_losses", "inputs.load_backbone"])
+def test_where_memory_ends_the_message_says_what_to_lower(
+    config, tmp_path, monkeypatch, place, fails
+):
     def greedy(*arguments, **keywords):
         fails()
 
-    monkeypatch.setattr("medusa_exp.train.module.medusa_losses", greedy)
+    monkeypatch.setattr(f"medusa_exp.train.{place}", greedy)
     with pytest.raises(UserError, match=r"out of memory .* lower train\.batch_tokens \(now 200\)"):
         run(config, tmp_path / "run")
 

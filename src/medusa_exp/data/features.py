@@ -107,7 +107,7 @@ class Features:
         is_large = name in ("hidden.npy", "own.npy")
         try:
             found: np.ndarray = np.load(self.path / name, mmap_mode="r" if is_large else None)
-        except (OSError, ValueError) as error:  # it was cut off
+        except (OSError, EOFError, ValueError) as error:  # it was cut off
             raise self._damaged(name) from error
         return found
 

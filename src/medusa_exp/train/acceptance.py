@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -85,11 +86,13 @@ def continuations(
     path = _path(config, tokenizer, prompts, ends)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.stem}.lock")):
-        if not path.is_file():
+        kept = _load(path, ends.device)
+        if kept is None:
             answered = answer_prompts(config, tokenizer, prompts, body())
             with publish(path) as partial:
                 save_file(_as_tensors(answered), partial)
-    return _from_tensors(load_file(path, device=str(ends.device)))
+            kept = load_file(path, device=str(ends.device))
+    return _from_tensors(kept)
 
 
 def accept_lengths(
@@ -148,6 +151,17 @@ def answer_prompts(
         hidden_TD = backbone.hidden_states(whole_1T)[0, :-1]
         answers.append(Continuation(whole_1T[0, len(ids) :], hidden_TD))
     return answers
+
+
+def _load(path: Path, device: torch.device) -> dict[str, Tensor] | None:
+    """Return what the file holds; None where there is none, or it has been damaged since."""
+    try:
+        return load_file(path, device=str(device))
+    except FileNotFoundError:
+        return None
+    except SafetensorError as error:
+        log.warning("%s is damaged (%s), and is made anew", path, error)
+        return None
 
 
 def _as_tensors(answers: list[Continuation]) -> dict[str, Tensor]:

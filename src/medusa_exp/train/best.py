@@ -7,9 +7,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from medusa_exp.errors import UserError
 from medusa_exp.files import publish
 
 log = logging.getLogger(__name__)
@@ -67,10 +69,21 @@ class BestHeads(L.Callback):
 
     @torch.no_grad()
     def restore(self, module: L.LightningModule) -> None:
-        """Put the best in place of the last."""
+        """Put the best in place of the last.
+
+        Raises:
+            UserError: their file is gone or damaged.
+        """
         if rank_zero_only.rank:  # of several processes the first one alone writes, and goes on
             return
-        best = load_file(self._file(self.step))
+        path = self._file(self.step)
+        try:
+            best = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{path} is missing or damaged, the heads of the best validation: restore it, or "
+                "set train.keep=last to keep those of the last step."
+            ) from error
         for name, value in _trained(module).items():
             value.copy_(best[name])
         self._tidy()

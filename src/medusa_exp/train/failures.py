@@ -1,25 +1,50 @@
 """What can go wrong in the middle of a training, and what to do about it."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, distributed
 
+from medusa_exp.config import TrainConfig
 from medusa_exp.errors import UserError
 
 
 class BadLoss(Exception):
     """A loss that is NaN or infinite; raised before it has changed anything."""
 
-    def __init__(self, loss: float, step: int, documents: list[int]) -> None:
+    def __init__(self, loss: float, documents: list[int], step: int) -> None:
         super().__init__(f"the loss is {loss} at step {step}")
         self.documents = documents
         """Numbers of the micro-batch's documents."""
 
 
+def check_loss(loss: Tensor, step: int, documents: list[int]) -> None:
+    """Stop every process of a training where one of them has a bad loss.
+
+    One alone would leave the others waiting for its gradient, and the checkpoint unwritten.
+
+    Raises:
+        BadLoss: the first bad loss of any process, with the documents of its micro-batch.
+    """
+    is_bad = ~loss.detach().isfinite()
+    is_shared = distributed.is_initialized()
+    if is_shared:
+        is_bad = is_bad.float()
+        distributed.all_reduce(is_bad)
+    if not is_bad:
+        return
+    found: list[tuple[float, list[int]]] = [(loss.item(), documents)]
+    if is_shared:
+        found *= distributed.get_world_size()
+        distributed.all_gather_object(found, (loss.item(), documents))
+    raise BadLoss(*next(each for each in found if not math.isfinite(each[0])), step)
+
+
 @contextmanager
-def explain_memory(batch_tokens: int, chunk_rows: int, accumulate: int) -> Iterator[None]:
-    """Say what to lower where memory ends.
+def explain_memory(advice: str) -> Iterator[None]:
+    """Say what to do where memory ends.
 
     Raises:
         UserError: instead of the error of torch, or of the operating system.
@@ -29,13 +54,19 @@ def explain_memory(batch_tokens: int, chunk_rows: int, accumulate: int) -> Itera
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise UserError(
-            f"out of memory ({reason}): lower train.batch_tokens (now "
-            f"{batch_tokens}) and raise train.accumulate (now {accumulate}) by the same factor, "
-            f"which changes no result; or lower train.loss_chunk_rows (now {chunk_rows}), "
-            "head.num_heads or dataset.max_length."
-        ) from error
+        said = [*str(error).splitlines(), type(error).__name__][0]
+        raise UserError(f"out of memory ({said[:200]}): {advice}.") from error
+
+
+def memory_of_training(settings: TrainConfig) -> str:
+    """Return what to lower where a training has too little memory."""
+    return (
+        f"lower train.batch_tokens (now {settings.batch_tokens}) and raise train.accumulate (now "
+        f"{settings.accumulate}) by the same factor, which changes no result; or lower "
+        f"train.loss_chunk_rows (now {settings.loss_chunk_rows}), head.num_heads or "
+        "dataset.max_length. Where the model itself has no room, set model.quantization or "
+        "model.device_map"
+    )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

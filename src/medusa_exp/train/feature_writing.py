@@ -7,6 +7,7 @@ P positions, B batch, T time, D hidden, L stored positions of a document.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,8 +54,8 @@ def write_features(
         backbone: None where `train.feature_workers` load their own.
     """
     shape = (int(starts[-1]), hidden_size)
-    np.lib.format.open_memmap(directory / "hidden.npy", "w+", dtype, shape).flush()
-    np.lib.format.open_memmap(directory / "own.npy", "w+", np.int32, shape[:1]).flush()
+    _create(directory / "hidden.npy", dtype, shape)
+    _create(directory / "own.npy", np.dtype(np.int32), shape[:1])
     np.save(directory / "starts.npy", starts)
     checks = np.zeros(len(examples), np.uint32)
     plan = epoch_planner(
@@ -75,6 +76,17 @@ def write_features(
     if writer is not None:
         writer.flush()
     np.save(directory / "checks.npy", checks)
+
+
+def _create(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Make a file of zeros whose place on the disk is taken from now on.
+
+    A disk that is full only when a memory map is written to ends the process without a word.
+    """
+    np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def numbers(batch: list[Row]) -> list[int]:

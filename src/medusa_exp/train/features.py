@@ -47,7 +47,7 @@ def open_features(
         body: loads it with them.
 
     Raises:
-        UserError: the disk is too small, or what lies there is damaged.
+        UserError: the disk is too small, or what lies there is damaged or of another model.
     """
     found = {}
     for split, examples in documents.items():
@@ -58,6 +58,11 @@ def open_features(
             if not path.is_dir():
                 _publish(config, path, key, examples, ends, body)
         found[split] = Features(path)
+        if (theirs := found[split].summary)["key"] != key:
+            raise UserError(
+                f"{path} holds hidden states of {theirs['backbone']}, or of other data, and not "
+                f"those of {ends.name}: delete that directory, and they are made."
+            )
         log.info("hidden states of %s: %s", split, path)
     return found
 
@@ -127,7 +132,10 @@ def known_identities(config: Config, files: str | None) -> tuple[str, str] | Non
     path = _note(config, files)
     if path is None or not path.is_file():
         return None
-    identity, weights_identity = json.loads(path.read_text())
+    try:
+        identity, weights_identity = json.loads(path.read_text())
+    except ValueError:  # damaged since: the backbone is loaded, and noted again
+        return None
     return identity, weights_identity
 
 

@@ -15,7 +15,7 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.loss import medusa_counts, medusa_loss, medusa_losses
 from medusa_exp.train.acceptance import Continuation, accept_lengths
-from medusa_exp.train.failures import BadLoss
+from medusa_exp.train.failures import check_loss
 from medusa_exp.train.objective import Objective
 from medusa_exp.train.optimiser import build_optimizer
 from medusa_exp.train.schedule import scheduled
@@ -70,8 +70,7 @@ class MedusaModule(L.LightningModule):
             self._totals = self._over_processes(torch.tensor(batch.group_labels)).tolist()
             self._sums_H = torch.zeros(1 + self.heads.num_heads, device=self.device)
         loss, sums_H = self.batch_loss(batch, self._totals)
-        if not torch.isfinite(loss):
-            raise BadLoss(loss.item(), self.global_step, batch.numbers)
+        check_loss(loss, self.global_step, batch.numbers)
         self._sums_H += sums_H
         if place == self.trainer.accumulate_grad_batches - 1:
             self._log_step()

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
@@ -32,7 +33,7 @@ def open_answers(
     """Return the key of the backbone's own answers, and the train and val documents with them.
 
     Raises:
-        UserError: stage regenerate has not made them.
+        UserError: stage regenerate has not made them, or they are damaged.
     """
     key = answers_key(config, documents, backbone, tokenizer)
     path = answers_path(config, key)
@@ -42,7 +43,13 @@ def open_answers(
             "regenerate before train, with the same regenerate.* and decode.*, or set "
             "train.text=data."
         )
-    table, dataset = open_documents(path / DOCUMENTS), config.dataset
+    try:
+        table, dataset = open_documents(path / DOCUMENTS), config.dataset
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"{path}: {DOCUMENTS} is not what was written there ({error}): delete that directory, "
+            "and run stage regenerate again."
+        ) from error
     train, val = (
         select(table, rows_of_split(table, dataset, split), dataset, split)
         for split in ("train", "val")

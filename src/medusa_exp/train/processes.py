@@ -2,7 +2,8 @@
 
 torchrun starts them, on this machine, and ends all where one fails. Each is this module run as a
 program: it loads what it needs by the config, as a training of one process does; the first alone
-writes. The stage that started them waits for the file that the first one leaves.
+writes. The stage that started them waits for the file that the first one leaves, and where it is
+killed, they write a checkpoint and end.
 
     torchrun ... -m medusa_exp.train.processes CONFIG_JSON RUN_DIR RESULT_JSON
 """
@@ -14,16 +15,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from medusa_exp.config import Config, from_hydra, to_dict
 from medusa_exp.errors import UserError
 from medusa_exp.files import read_json, write_json
 from medusa_exp.provenance import annotate, collect
+
+_ALIVE = "alive.lock"
+"""Beside the config; the stage holds it for as long as it waits."""
 
 
 def train_in_processes(config: Config, out: Path) -> dict[str, float]:
@@ -37,12 +43,14 @@ def train_in_processes(config: Config, out: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="medusa_exp-") as name:
         saved, result = Path(name) / "config.json", Path(name) / "result.json"
         write_json(saved, to_dict(config))
+        alive = FileLock(Path(name) / _ALIVE)
         command = [
             *(sys.executable, "-m", "torch.distributed.run"),
             *("--standalone", "--nproc-per-node", str(config.train.devices)),
             *("-m", __name__, str(saved), str(out), str(result)),
         ]
-        code = _wait(subprocess.Popen(command))
+        with alive:
+            code = _wait(subprocess.Popen(command))
         found = read_json(result, {})
     if "error" in found:
         raise UserError(found["error"])
@@ -72,6 +80,19 @@ def _wait(process: "subprocess.Popen[bytes]") -> int:
         process.kill()
 
 
+def _end_with_stage(lock: Path) -> None:
+    """End this process, by SIGTERM, when the stage that started it is killed and gives up its lock.
+
+    It would go on, and write into a run directory in which others may train by then.
+    """
+
+    def watch() -> None:
+        FileLock(lock).acquire(poll_interval=0.5).lock.release()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(config_path: str, out: str, result: str) -> None:
     """Train as one of several processes, and leave the result if it is the first."""
     import torch
@@ -86,6 +107,7 @@ def main(config_path: str, out: str, result: str) -> None:
         level=logging.INFO if rank_zero_only.rank == 0 else logging.ERROR,
     )
     quiet_libraries(["train"])
+    _end_with_stage(Path(config_path).with_name(_ALIVE))
     config = from_hydra(OmegaConf.create(json.loads(Path(config_path).read_text())))
     if config.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun's word

@@ -36,6 +36,7 @@ from medusa_exp.model.loading import load_backbone, pick_device
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.progress import progress_bar
 from medusa_exp.train.answering import Decode, Document, answer, document_of
+from medusa_exp.train.failures import explain_memory
 from medusa_exp.train.own_answers import (
     DOCUMENTS,
     SUMMARY,
@@ -64,7 +65,11 @@ def run(config: Config, out: Path) -> dict[str, float]:
     key = answers_key(config, documents, backbone, tokenizer)
     path = answers_path(config, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{key}.lock")):
+    advice = (
+        f"lower regenerate.batch_size (now {config.regenerate.batch_size}) or "
+        "regenerate.max_new_tokens; the same command goes on where it stopped"
+    )
+    with FileLock(path.with_name(f".{key}.lock")), explain_memory(advice):
         if not (path / SUMMARY).is_file():
             _regenerate(config, out, path, documents, backbone, tokenizer)
         else:

@@ -1,9 +1,11 @@
 """Which checkpoint a training goes on from."""
 
 import logging
+import pickle
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +42,7 @@ def checkpoint_to_resume(config: Config, out: Path, key: str) -> tuple[Path | No
     With train.resume=never, older ones are removed.
 
     Raises:
-        UserError: the checkpoint there was made with other settings.
+        UserError: the checkpoint there is damaged, or was made with other settings.
     """
     path = out / "checkpoints" / CHECKPOINT
     if config.train.resume == "never":
@@ -48,7 +50,7 @@ def checkpoint_to_resume(config: Config, out: Path, key: str) -> tuple[Path | No
         return None, 0
     if not path.is_file():
         return None, 0
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = _read(path)
     if checkpoint.get("made_with") != key:
         raise UserError(
             f"{path} was made with another head, train, dataset, tokenizer, seed or model: set "
@@ -56,3 +58,14 @@ def checkpoint_to_resume(config: Config, out: Path, key: str) -> tuple[Path | No
         )
     log.info("going on from %s, step %d", path, checkpoint["global_step"])
     return path, int(checkpoint["global_step"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}), and no training goes on from it: restore "
+            "it, or set train.resume=never to train anew."
+        ) from error
+    return found

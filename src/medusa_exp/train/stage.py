@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from medusa_exp.config import Config
@@ -18,7 +19,7 @@ from medusa_exp.provenance import annotate
 from medusa_exp.train.average import AverageHeads
 from medusa_exp.train.best import BestHeads
 from medusa_exp.train.checkpoints import CHECKPOINT, Checkpoints
-from medusa_exp.train.failures import BadLoss, explain_memory
+from medusa_exp.train.failures import BadLoss, explain_memory, memory_of_training
 from medusa_exp.train.inputs import open_inputs
 from medusa_exp.train.joint import JointModule
 from medusa_exp.train.module import MedusaModule
@@ -32,18 +33,32 @@ from medusa_exp.train.trainer import build_trainer, pick_precision
 
 log = logging.getLogger(__name__)
 
+_LOCK = ".train.lock"
+
 
 def run(config: Config, out: Path) -> dict[str, float]:
-    """Train heads, from the newest checkpoint of this run directory where there is one."""
-    if config.train.strategy in ("ddp", "fsdp"):
-        return train_in_processes(config, out)
-    if config.train.strategy == "ray":
-        return train_on_ray(config, out)
-    return train(config, out)
+    """Train heads, from the newest checkpoint of this run directory where there is one.
+
+    Raises:
+        UserError: another process trains there: each would write over the other's checkpoints.
+    """
+    ways = {"ddp": train_in_processes, "fsdp": train_in_processes, "ray": train_on_ray}
+    try:
+        with FileLock(out / _LOCK, timeout=0):
+            return ways.get(config.train.strategy, train)(config, out)
+    except Timeout as error:
+        raise UserError(
+            f"another process is training in {out}: wait for it, or choose another run_dir."
+        ) from error
 
 
 def train(config: Config, out: Path) -> dict[str, float]:
     """Train in this process, alone or as one of several."""
+    with explain_memory(memory_of_training(config.train)):
+        return _train(config, out)
+
+
+def _train(config: Config, out: Path) -> dict[str, float]:
     L.seed_everything(config.seed, verbose=False)
     inputs = open_inputs(config, out)
     heads = start_heads(config, inputs)
@@ -80,13 +95,12 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     trainer = _trainer(config, out, module, bool(batches.val), callbacks)
     try:
-        with explain_memory(settings.batch_tokens, settings.loss_chunk_rows, settings.accumulate):
-            trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
-            steps = trainer.global_step
-            if batches.val and module.last_val_step != steps:
-                trainer.validate(module, batches, verbose=False)
-            if average:
-                average.swap(True)
+        trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+        steps = trainer.global_step
+        if batches.val and module.last_val_step != steps:
+            trainer.validate(module, batches, verbose=False)
+        if average:
+            average.swap(True)
     except BadLoss as error:
         raise _explained(error, batches, checkpoints.path) from error
     finally:

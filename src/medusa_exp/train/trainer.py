@@ -39,10 +39,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         """Write under a temporary name, make sure of it, and rename."""
-        with publish(Path(path)) as partial:
-            super().save_checkpoint(checkpoint, partial, storage_options)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+        # Lightning's own would hold the whole file in memory, and then in the temporary folder.
+        with publish(Path(path)) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def build_trainer(
