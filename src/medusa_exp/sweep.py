@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from medusa_exp.errors import UserError
+from medusa_exp.errors import Stopped, UserError
 from medusa_exp.files import content_key, read_json, write_json
 from medusa_exp.jobs import JOB, held, is_done, read_jobs
 from medusa_exp.metric_names import is_larger_better
@@ -80,7 +80,9 @@ def run_once(
             job["value"] = run()
             job["status"] = "done"
         except BaseException as error:
-            job["status"], job["error"] = "failed", f"{type(error).__name__}: {error}"
+            is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
+            job["status"] = "interrupted" if is_stopped else "failed"
+            job["error"] = f"{type(error).__name__}: {error}"
             raise
         finally:
             write_json(out / JOB, job)
