@@ -81,6 +81,10 @@ def test_heads_of_another_run_are_decoded_over_trees_of_several_sizes(sweep, wor
     assert sorted(len(read(job / "tree.json")["parents"]) for job in jobs) == [1, 4]
     weights = (sweep[0][2] / "heads/model.safetensors").read_bytes()
     assert all((job / "heads/model.safetensors").read_bytes() == weights for job in jobs)
+    again = medusa_exp("stages=[report]", f"run_dir={jobs[0]}", cwd=workplace)
+    assert again.returncode == 0, again.stderr
+    assert len(list((workplace / "trees").glob("*/job.json"))) == 2, "a stage, not a sweep, again"
+    assert (jobs[0] / ".hydra-2").is_dir()
 
 
 def test_a_killed_sweep_on_ray_does_every_job_once(workplace):
