@@ -15,6 +15,14 @@ _TIMED = (
 )
 """Parts of names of metrics that no second run gives again to the digit: what the clock gives, or
 is chosen by it."""
+_STAGES = {"val": "train", "eval": "evaluate", "data": "inspect", "doctor": "inspect"}
+"""First word of a name -> the stage that measures it, where it is not that stage's own name."""
+
+
+def stage_of(metric: str) -> str:
+    """Return the stage that measures a metric of this name."""
+    first = metric.partition("/")[0]
+    return _STAGES.get(first, first)
 
 
 def is_larger_better(metric: str) -> bool:
