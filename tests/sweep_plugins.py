@@ -46,3 +46,15 @@ def test_optuna_is_not_let_look_for_the_worst(workplace):
     result = medusa_exp(*command, cwd=workplace, COVERAGE_PROCESS_CONFIG="")
     assert result.returncode == 1
     assert "looks for the worst: set hydra.sweeper.direction=maximize" in result.stderr
+
+
+def test_optuna_is_not_let_look_for_what_no_stage_measures(workplace):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    command = [
+        "-m", *SMOKE, "stages=[pretrain,train]", "head.num_heads=range(1,5)", "logger=none",
+        "hydra/sweeper=optuna_maximize", "sweep_dir=nothing",
+    ]  # fmt: skip
+    result = medusa_exp(*command, cwd=workplace, COVERAGE_PROCESS_CONFIG="")
+    assert result.returncode == 1
+    assert "objective=eval/speedup is a metric of stage evaluate" in result.stderr
+    assert "Traceback" not in result.stderr and not list((workplace / "nothing").glob("*/"))

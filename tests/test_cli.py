@@ -150,6 +150,8 @@ def test_a_default_that_changed_since_does_not_slip_into_an_old_run(run_dir, wor
         (["+experiment=medusa1", "model.path=/no/such/dir"], "model.path=/no/such/dir"),
         (["+experiment=smoke", "stages=[calibrate]"], "run stage train first"),
         (["run_dir=run", "-m", "head.num_heads=1,2"], "leave out run_dir, or leave out -m"),
+        (["run_dir=run", "+sweep=heads"], "leave out run_dir, or leave out -m and +sweep"),
+        (["run_dir=new", "-m", "seed=1,2"], "a sweep makes many, in sweep_dir"),
         (["run_dir=run", "+experiment=quickstart"], "an experiment belongs to a new run"),
         (["hydra.run.dir=run", "stages=[report]"], "there are runs in that directory"),
         (["run_dir=${oc.env:PWD}/run"], "give run_dir as a plain path"),

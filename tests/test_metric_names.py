@@ -2,7 +2,7 @@
 
 import pytest
 
-from medusa_exp.metric_names import is_larger_better, is_timed
+from medusa_exp.metric_names import is_larger_better, is_timed, stage_of
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,8 @@ def test_which_way_a_metric_is_better(metric, is_larger):
 )
 def test_which_metrics_the_clock_gives(metric, expected):
     assert is_timed(metric) == expected
+
+
+def test_a_name_tells_the_stage():
+    assert stage_of("eval/speedup") == "evaluate" and stage_of("val/loss_head1") == "train"
+    assert stage_of("calibrate/num_nodes") == "calibrate"

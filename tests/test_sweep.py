@@ -1,5 +1,6 @@
 """Sweeps as a user meets them: jobs that fail, are killed, and are found again."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +81,10 @@ def test_heads_of_another_run_are_decoded_over_trees_of_several_sizes(sweep, wor
     assert sorted(len(read(job / "tree.json")["parents"]) for job in jobs) == [1, 4]
     weights = (sweep[0][2] / "heads/model.safetensors").read_bytes()
     assert all((job / "heads/model.safetensors").read_bytes() == weights for job in jobs)
+    again = medusa_exp("stages=[report]", f"run_dir={jobs[0]}", cwd=workplace)
+    assert again.returncode == 0, again.stderr
+    assert len(list((workplace / "trees").glob("*/job.json"))) == 2, "a stage, not a sweep, again"
+    assert (jobs[0] / ".hydra-2").is_dir()
 
 
 def test_a_killed_sweep_on_ray_does_every_job_once(workplace):
@@ -114,6 +119,38 @@ def test_a_killed_sweep_on_ray_does_every_job_once(workplace):
     jobs = [read(path) for path in (workplace / "killed").glob("*/job.json")]
     assert len({tuple(job["overrides"]) for job in jobs}) == 4
     assert sum(job["attempts"] for job in jobs) <= 4 + at_kill.count("running")
+
+
+@pytest.mark.parametrize(
+    ("number", "stage", "wandb_exit"),
+    [(signal.SIGINT, "train", 255), (signal.SIGTERM, "pretrain", 1)],
+)
+def test_a_signal_ends_the_sweep_and_not_only_its_job(workplace, number, stage, wandb_exit):
+    pretraining_steps = 9999 if stage == "pretrain" else 4
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "medusa_exp", "-m", *SMOKE, "stages=[pretrain,train]",
+            "head.num_heads=1,2", f"sweep_dir={stage}", "logger=wandb", "logger.artifacts=false",
+            "train.max_steps=9999", f"model.pretrain.max_steps={pretraining_steps}",
+        ],
+        cwd=workplace,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(2400):
+            rows = [path.read_text() for path in (workplace / stage).glob("*/history.jsonl")]
+            if any(f'"stage": "{stage}"' in row for row in rows):
+                break
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        process.kill()
+    [job] = [path.parent for path in (workplace / stage).glob("*/job.json")]
+    assert read(job / "job.json")["status"] == "interrupted"
+    assert written_state(run_files(job)[0])["exit_code"] == wandb_exit
 
 
 def statuses(sweep_dir: Path) -> list[str]:

@@ -15,9 +15,13 @@ stages, records what each left and mirrors it to W&B.
 
 import importlib
 import logging
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from medusa_exp import continuation, rerun, sweep
 from medusa_exp.config import Config, from_hydra, register
-from medusa_exp.errors import UserError
+from medusa_exp.errors import Stopped, UserError
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ class _Problem(CompactHydraException):
 
 
 def main() -> None:
-    """Run the command line; exits with 1 after a problem."""
+    """Run the command line; exits with 1 after a problem, with 128 + N after signal N."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # no run ends for a bar that a terminal cannot show
             stream.reconfigure(errors="replace")
@@ -64,10 +68,27 @@ def main() -> None:
         sys.argv[1:] = continuation.arguments(sys.argv[1:])
     except UserError as error:
         sys.exit(str(error))
+    with _sigterm_as_exit():
+        try:
+            _hydra_main()
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        finally:
+            sweep.print_sweep()
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM end the process as an exception does: what is open is closed on the way."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
     try:
-        _hydra_main()
+        yield
     finally:
-        sweep.print_sweep()
+        signal.signal(signal.SIGTERM, previous)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://medusa_exp.conf", config_name="config")
@@ -84,6 +105,9 @@ def _hydra_main(composed: DictConfig) -> float | None:
         if hydra_config.mode == RunMode.MULTIRUN:
             return sweep.run_once(out, hydra_config, run, composed.objective)
         return run()
+    except Stopped as stopped:  # as an error it would end a job, and a sweep would go on
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except UserError as error:
         raise _Problem(str(error)) from error
 

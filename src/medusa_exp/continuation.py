@@ -34,15 +34,14 @@ def arguments(argv: list[str]) -> list[str]:
         UserError: `argv` asks for what an existing run cannot do (a sweep, another experiment).
     """
     _refuse_hidden_run_dirs(argv)
-    run_dir = _run_dir(argv)
+    run_dir, new = _run_dir(argv), _overrides(argv)
+    if run_dir is not None and _is_sweep(argv, new):
+        raise UserError(
+            f"run_dir={run_dir} is one run, and a sweep makes many, in sweep_dir: "
+            "leave out run_dir, or leave out -m and +sweep."
+        )
     if run_dir is None or not _has_begun(run_dir):
         return argv
-    if {"-m", "--multirun"} & set(argv):
-        raise UserError(
-            f"run_dir={run_dir} is an existing run, and a sweep makes new ones: "
-            "leave out run_dir, or leave out -m."
-        )
-    new = _overrides(argv)
     flags = [argument for argument in argv if argument not in new]
     saved = _saved_overrides(run_dir)
     for override in new:
@@ -53,7 +52,14 @@ def arguments(argv: list[str]) -> list[str]:
             )
     named = {key_of(override) for override in new}
     kept = [override for override in saved if key_of(override) not in named]
-    return [*flags, *kept, *new, f"hydra.output_subdir={_next_subdir(run_dir)}"]
+    # A job of a sweep has saved the sweep's overrides too; it is one run from now on.
+    ours = ["hydra.mode=RUN", f"hydra.output_subdir={_next_subdir(run_dir)}"]
+    return [*flags, *kept, *new, *ours]
+
+
+def _is_sweep(argv: list[str], overrides: list[str]) -> bool:
+    names_one = any(key_of(override) == "sweep" for override in overrides)
+    return names_one or bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(argv))
 
 
 def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -> DictConfig:

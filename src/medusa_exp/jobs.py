@@ -1,7 +1,8 @@
 """Jobs of a sweep as they stand on disk: `job.json` in a directory, and a lock beside it."""
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ def read_jobs(sweep_dir: Path) -> dict[str, dict[str, Any]]:
         if job["status"] == "running" and not _is_held(sweep_dir / name):
             job["status"] = "interrupted"
     return dict(sorted(jobs.items(), key=lambda item: (item[1]["number"], item[0])))
+
+
+def objective_of(jobs: Iterable[dict[str, Any]]) -> str:
+    """Return the metric that most jobs have a value of: a later call may have named another."""
+    given = list(jobs)
+    names = Counter(job["objective"] for job in given if job["value"] is not None)
+    names.update(dict.fromkeys((job["objective"] for job in given), 0))
+    return names.most_common(1)[0][0] if names else ""
 
 
 def _read(path: Path) -> dict[str, Any] | None:

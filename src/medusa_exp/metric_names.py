@@ -1,6 +1,6 @@
-"""What a metric's name tells of it: which way it is better, and whether it depends on timing.
+"""What a metric's name tells of it: its stage, which way it is better, whether it depends on timing.
 
-Both are read off words in the name, so a new metric is sorted by how it is called: where no word
+All is read off words in the name, so a new metric is sorted by how it is called: where no word
 below fits it, larger is better, and two runs of one config on a CPU are expected to agree on it.
 """
 
@@ -30,6 +30,14 @@ _TIMED = (
 )
 """Texts inside the names of metrics that no second run gives again to the digit: what the clock or
 the machine's memory gives, or what is chosen by it, as the calibrated tree is."""
+_STAGES = {"val": "train", "eval": "evaluate", "data": "inspect", "doctor": "inspect"}
+"""First word of a name -> the stage that measures it, where it is not that stage's own name."""
+
+
+def stage_of(metric: str) -> str:
+    """Return the stage that measures a metric of this name."""
+    first = metric.partition("/")[0]
+    return _STAGES.get(first, first)
 
 
 def is_larger_better(metric: str) -> bool:

@@ -7,7 +7,8 @@ launchers decide where and when it runs.
 """
 
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +17,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from medusa_exp.errors import UserError
+from medusa_exp.errors import Stopped, UserError
 from medusa_exp.files import content_key, read_json, write_json
 from medusa_exp.jobs import JOB, held, is_done, read_jobs
-from medusa_exp.metric_names import is_larger_better
+from medusa_exp.metric_names import is_larger_better, stage_of
 from medusa_exp.tracking.comparison import write_comparison
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,10 @@ class _StartedSweeps(Callback):
     directories: ClassVar[list[Path]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            _check_search(config.hydra.sweeper, config.objective, config.stages)
+        except UserError as error:  # of errors in a callback Hydra makes warnings
+            sys.exit(str(error))
         self.directories.append(Path(str(config.hydra.sweep.dir)))
 
 
@@ -62,7 +67,6 @@ def run_once(
         run: does the job.
         objective: name of the metric that it returns.
     """
-    _check_direction(hydra_config.sweeper, objective)
     with held(out):
         if is_done(out):
             log.info("done already: %s", out)
@@ -80,7 +84,9 @@ def run_once(
             job["value"] = run()
             job["status"] = "done"
         except BaseException as error:
-            job["status"], job["error"] = "failed", f"{type(error).__name__}: {error}"
+            is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
+            job["status"] = "interrupted" if is_stopped else "failed"
+            job["error"] = f"{type(error).__name__}: {error}"
             raise
         finally:
             write_json(out / JOB, job)
@@ -98,14 +104,21 @@ def _write_page(sweep_dir: Path) -> None:
         log.warning("%s is not up to date", sweep_dir / "report.html", exc_info=True)
 
 
-def _check_direction(sweeper: Any, objective: str) -> None:
-    """Refuse to look for the worst: Optuna's sweeper minimises unless it is told otherwise.
+def _check_search(sweeper: Any, objective: str, stages: Sequence[str]) -> None:
+    """Refuse a search that would find nothing, or the worst, before its first job.
 
     Raises:
-        UserError: it would minimise a metric of which more is better.
+        UserError: no stage measures the objective; or Optuna, which minimises unless it is told
+            otherwise, would minimise a metric of which more is better.
     """
-    direction = str(sweeper.get("direction", ""))
-    if direction.endswith("minimize") and is_larger_better(objective):
+    if "direction" not in sweeper:  # it looks for nothing
+        return
+    if (stage := stage_of(objective)) not in stages:
+        raise UserError(
+            f"objective={objective} is a metric of stage {stage}, which stages="
+            f"[{','.join(stages)}] leaves out: the search would have nothing to go by."
+        )
+    if str(sweeper.direction).endswith("minimize") and is_larger_better(objective):
         raise UserError(
             f"hydra.sweeper.direction=minimize with objective={objective} looks for the worst: "
             "set hydra.sweeper.direction=maximize, or take hydra/sweeper=optuna_maximize."

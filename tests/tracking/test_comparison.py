@@ -43,6 +43,23 @@ def test_the_best_is_the_greatest_or_of_a_loss_the_least(tmp_path, objective, be
     assert joined == ("max" if objective == "eval/speedup" else "min")
 
 
+def test_jobs_of_another_objective_are_ranked_by_the_one_of_most(tmp_path):
+    job = {"number": 0, "status": "done", "overrides": ["objective=val/loss"]}
+    write(tmp_path / "e" / "job.json", {**job, "objective": "val/loss", "value": 90.0})
+    write(tmp_path / "e" / "metrics.json", {"val/loss": 90.0, "eval/speedup": 3.5})
+    shown = content(write_sweep(tmp_path))
+    assert shown["objective"] == "eval/speedup", "two jobs have a value of it"
+    assert shown["best"]["job"] == "e" and shown["best"]["value"] == 3.5
+    (tmp_path / "e" / "metrics.json").unlink()
+    assert content(tmp_path)["best"]["job"] == "b", "90 is no speed-up"
+
+
+def test_a_damaged_file_of_one_job_costs_the_page_nothing_else(tmp_path, caplog):
+    (write_sweep(tmp_path) / "a" / "metrics.json").write_text("{")
+    assert content(tmp_path)["best"]["job"] == "b"
+    assert "a/metrics.json is not valid JSON" in caplog.text
+
+
 def test_numbers_stand_in_order_on_their_axis(tmp_path):
     lines, *_ = [
         layer["data"]["values"]

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import wandb_files as written
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from wandb_files import of_type
 from wandb_server import Server
 
 from medusa_exp.config import Config, LoggerConfig, TrainConfig
-from medusa_exp.errors import UserError
+from medusa_exp.errors import Stopped, UserError
 from medusa_exp.files import read_json, write_json, write_jsonl
 from medusa_exp.provenance import RunRecord
 from medusa_exp.tracking import wandb_stage
@@ -48,6 +49,8 @@ def only_file(out: Path) -> Path:
         (RuntimeError("no"), 1, "failed"),
         (UserError("no"), 1, "failed"),
         (KeyboardInterrupt(), 255, "failed"),
+        (Stopped("no", signal.SIGINT), 255, "failed"),
+        (SIGTERMException(), 1, "failed"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )

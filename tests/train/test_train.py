@@ -249,3 +249,17 @@ def test_heads_go_on_from_what_was_saved_in_a_bf16_backbones_run_too(config, tmp
     run(config, tmp_path / "second")
     first, second = (load_heads(tmp_path / n / "heads").state_dict() for n in ("first", "second"))
     assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
+def test_off_a_terminal_a_training_says_how_far_it_is(
+    config, tmp_path, monkeypatch, caplog, capsys
+):
+    monkeypatch.setattr("medusa_exp.progress.BETWEEN_LINES", 0.0)
+    caplog.set_level("INFO")
+    config.train.accumulate = 2
+    run(config, tmp_path / "run")
+    said = [line for line in caplog.messages if line.startswith("training: ")]
+    assert [line.split(",")[0] for line in said] == [f"training: {n} of 12" for n in range(1, 13)]
+    shown = capsys.readouterr()
+    assert "12/12" in shown.err
+    assert "Epoch" not in shown.out

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.progress import track
 from torch.nn.functional import cross_entropy
 
 from medusa_exp.data.examples import Example
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loss import head_labels
+from medusa_exp.progress import track
 
 
 @dataclass(frozen=True)

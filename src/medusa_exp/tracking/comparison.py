@@ -1,5 +1,6 @@
 """The page of a sweep: files of its jobs in, one self-contained `report.html` beside them out."""
 
+import logging
 import math
 import statistics
 from collections.abc import Iterable
@@ -10,12 +11,15 @@ from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from medusa_exp.errors import UserError
 from medusa_exp.files import publish, read_json
-from medusa_exp.jobs import read_jobs
+from medusa_exp.jobs import objective_of, read_jobs
 from medusa_exp.metric_names import is_larger_better
 from medusa_exp.tracking import pages
 from medusa_exp.tracking.comparison_charts import coordinates_chart, effects_chart
 from medusa_exp.tracking.redaction import shareable, shell_command
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -49,9 +53,9 @@ def content(sweep_dir: Path) -> Row:
     command that measures the speed-up of that one.
     """
     jobs = read_jobs(sweep_dir)
-    rows = [_row(sweep_dir, name, job) for name, job in jobs.items()]
+    objective = objective_of(jobs.values())
+    rows = [_row(sweep_dir, name, job, objective) for name, job in jobs.items()]
     keys = swept_keys(rows)
-    objective = rows[0]["objective"] if rows else ""
     ranked = [row for row in rows if row["value"] is not None]
     pick = max if is_larger_better(objective) else min
     best = pick(ranked, key=lambda row: row["value"], default=None)
@@ -73,13 +77,14 @@ def content(sweep_dir: Path) -> Row:
     }
 
 
-def _row(sweep_dir: Path, name: str, job: Row) -> Row:
-    run = read_json(sweep_dir / name / "run.json", {})
+def _row(sweep_dir: Path, name: str, job: Row, objective: str) -> Row:
+    run = _read(sweep_dir / name / "run.json")
     metrics = {
         key: value
-        for key, value in read_json(sweep_dir / name / "metrics.json", {}).items()
+        for key, value in _read(sweep_dir / name / "metrics.json").items()
         if isinstance(value, int | float) and math.isfinite(value)
     }
+    is_ours = job["objective"] == objective
     has_page = (sweep_dir / name / "report.html").is_file()
     return {
         "job": name,
@@ -89,7 +94,8 @@ def _row(sweep_dir: Path, name: str, job: Row) -> Row:
         "seconds": sum(entry.get("seconds", 0) for entry in run.get("stages", {}).values()),
         "metrics": metrics,
         "is_best": False,
-        **{key: job.get(key) for key in ("number", "status", "error", "objective", "value")},
+        "value": job["value"] if is_ours else metrics.get(objective),
+        **{key: job.get(key) for key in ("number", "status", "error")},
     }
 
 
@@ -99,6 +105,15 @@ def _command_again(sweep_dir: Path, row: Row) -> str:
     stages = "evaluate,report" if is_evaluated else "calibrate,evaluate,report"
     where = f"run_dir={sweep_dir / row['job']}"
     return shell_command(["python", "-m", "medusa_exp", f"stages=[{stages}]", where])
+
+
+def _read(path: Path) -> Row:
+    """Read a file of one job; nothing of it where it is damaged: the others are shown still."""
+    try:
+        return dict(read_json(path, {}))
+    except UserError as error:
+        log.warning("%s", error)
+        return {}
 
 
 def split_override(override: str) -> tuple[str, str]:

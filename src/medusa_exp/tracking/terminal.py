@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from medusa_exp.jobs import objective_of
+
 _HEADLINES = (
     ("eval/speedup", "speed-up over plain decoding", "{:.2f}x"),
     ("eval/tokens_per_step", "tokens per backbone step", "{:.2f}"),
@@ -61,12 +63,15 @@ def print_summary(
 def print_jobs(sweep_dir: Path, jobs: dict[str, dict[str, Any]]) -> None:
     """Print a table of a sweep's jobs, and where their page is."""
     console = Console()
-    objective = next(iter(jobs.values()))["objective"]
+    objective = objective_of(jobs.values())
     shared = set.intersection(*(set(job["overrides"]) for job in jobs.values()))
     table = Table("job", "status", "settings", objective)
     for name, job in jobs.items():
         settings = " ".join(item for item in job["overrides"] if item not in shared)
-        outcome = job.get("error") or ("" if job["value"] is None else f"{job['value']:.4g}")
+        value = "" if job["value"] is None else f"{job['value']:.4g}"
+        if value and job["objective"] != objective:
+            value += f" ({job['objective']})"
+        outcome = job.get("error") or value
         table.add_row(f"{job['number']} {name}", job["status"], Text(settings), Text(outcome))
     console.print(table)
     console.print(f"report: {sweep_dir / 'report.html'}", soft_wrap=True, markup=False)

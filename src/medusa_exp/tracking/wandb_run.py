@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from medusa_exp.config import Config, to_shareable
+from medusa_exp.errors import Stopped
 from medusa_exp.tracking.redaction import by_name, shareable
 from medusa_exp.tracking.upload import Upload, require_login
 from medusa_exp.tracking.wandb_metrics import define_metrics
@@ -62,10 +63,9 @@ def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any
 
 def _finish(run: Any, upload: Upload | None, error: BaseException | None) -> None:
     """Finish the run in the state that it deserves; W&B's troubles end no run of ours."""
-    is_clean = error is None or (isinstance(error, SystemExit) and not error.code)
     folder = Path(run.dir).parent
     try:
-        run.finish(exit_code=0 if is_clean else 255 if isinstance(error, KeyboardInterrupt) else 1)
+        run.finish(exit_code=_exit_code(error))
         if upload is not None:
             upload.finish()
     except Exception as trouble:
@@ -75,6 +75,14 @@ def _finish(run: Any, upload: Upload | None, error: BaseException | None) -> Non
         log.info(
             "W&B: offline; `wandb leet %s` shows it, `wandb sync %s` uploads it", *[folder] * 2
         )
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """Return what W&B tells states by; it has 255 itself for a run that a person ended."""
+    # Lightning's exception after SIGTERM is a SystemExit without a code.
+    if error is None or (type(error) is SystemExit and not error.code):
+        return 0
+    return 255 if isinstance(error, KeyboardInterrupt | Stopped) else 1
 
 
 def provenance(record: dict[str, Any]) -> dict[str, Any]:

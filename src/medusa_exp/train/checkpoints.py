@@ -24,7 +24,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from medusa_exp.errors import UserError
+from medusa_exp.errors import Stopped, UserError
 from medusa_exp.train.failures import BadLoss
 
 CHECKPOINT = "last.ckpt"
@@ -37,7 +37,7 @@ class Checkpoints(L.Callback):
     A second signal kills at once.
 
     Raises:
-        UserError: from inside the training, once the checkpoint that a signal asked for is written.
+        Stopped: from inside the training, once the checkpoint that a signal asked for is written.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -134,9 +134,10 @@ class Checkpoints(L.Callback):
 
     def _stop(self, step: int) -> None:
         number = self._signal if self._signal is not None else signal.SIGTERM
-        raise UserError(
+        raise Stopped(
             f"training was stopped by {signal.Signals(number).name} after step {step}; "
-            f"{self.path} has its state. The same command with the same run_dir goes on."
+            f"{self.path} has its state. The same command with the same run_dir goes on.",
+            number,
         )
 
 

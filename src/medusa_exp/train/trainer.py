@@ -12,11 +12,13 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from rich.console import Console
 
 from medusa_exp.config import Config
 from medusa_exp.files import publish
 from medusa_exp.model.loading import pick_device
 from medusa_exp.tracking.history import HistoryLogger
+from medusa_exp.train.steps import StepProgress
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What `pick_precision` may return -> the dtype of autocast; others have none."""
@@ -68,6 +70,8 @@ def build_trainer(
     """
     for expected in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
+    is_watched = Console().is_terminal  # else Lightning's bar shows nothing before the end
+    bar = RichProgressBar(refresh_rate=5) if is_watched else StepProgress(f"{stage}ing")
     return L.Trainer(
         accelerator=pick_device(config.device).type,
         devices=devices,
@@ -83,7 +87,8 @@ def build_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=min(LOG_EVERY, max_steps),
         logger=HistoryLogger(out, stage),
-        callbacks=[RichProgressBar(refresh_rate=5), *callbacks],
+        callbacks=[bar, *callbacks],
+        enable_progress_bar=is_watched,
         plugins=[AtomicCheckpointIO(), *plugins],
         enable_model_summary=False,
         enable_checkpointing=False,

@@ -1,0 +1,37 @@
+"""The progress of long work, on a terminal and off it."""
+
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from medusa_exp import progress
+
+
+@pytest.mark.parametrize(
+    ("speed", "said"), [(None, ""), (0.02, "50.0 s each"), (2.5, "2.5/s"), (1234.0, "1234/s")]
+)
+def test_slow_things_have_a_rate_too(speed, said):
+    assert progress.rate(speed) == said
+
+
+def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is(monkeypatch, caplog, capsys):
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
+    caplog.set_level(logging.INFO)
+    with progress.progress_bar() as bar:
+        task = bar.add_task("regenerating answers", total=2000, completed=100)
+        bar.advance(task, 200)
+    assert caplog.messages[0].startswith("regenerating answers: 300 of 2,000")
+    shown = capsys.readouterr().err
+    assert "300/2000" in shown and "\x1b" not in shown and "\r" not in shown
+
+
+def test_on_a_terminal_the_bar_is_enough(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
+    caplog.set_level(logging.INFO)
+    bar = progress.progress_bar()
+    bar.live.console = Console(file=io.StringIO(), force_terminal=True)
+    with bar:
+        bar.advance(bar.add_task("training", total=2))
+    assert not caplog.messages
