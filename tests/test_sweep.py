@@ -71,6 +71,19 @@ def test_a_sweep_started_again_does_only_what_is_not_done(sweep, workplace):
     assert [read(job / "job.json")["attempts"] for job in jobs] == [1, 2, 1]
 
 
+def test_a_finished_sweep_is_ranked_by_another_metric_without_running_again(sweep, workplace):
+    jobs, _ = sweep
+    others = [word for word in SWEEP if not word.startswith("objective=")]
+    command = [*others, "head.num_heads=1,3", "objective=train/loss"]  # without the job that fails
+    result = medusa_exp(*command, cwd=workplace)
+    assert result.returncode == 0 and result.stdout.count("done already") == 2, result.stderr
+    done = [jobs[0], jobs[2]]
+    losses = [read(job / "metrics.json")["train/loss"] for job in done]
+    assert [read(job / "job.json")["value"] for job in done] == losses
+    text = " ".join(Page((workplace / "sweep/report.html").read_text()).text.split())
+    assert "is the best train/loss" in text
+
+
 def test_heads_of_another_run_are_decoded_over_trees_of_several_sizes(sweep, workplace):
     result = medusa_exp(
         *SMOKE, "+sweep=tree_size", f"heads_from={sweep[0][2]}", "sweep_dir=trees",

@@ -1,4 +1,4 @@
-"""What a metric's name tells of it: its stage, which way it is better, whether it depends on timing.
+"""What a metric's name tells of it: its stage, its better end, whether it depends on timing.
 
 All is read off words in the name, so a new metric is sorted by how it is called: where no word
 below fits it, larger is better, and two runs of one config on a CPU are expected to agree on it.

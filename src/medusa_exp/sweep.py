@@ -61,6 +61,9 @@ def run_once(
 ) -> float | None:
     """Run a job and write down how it ended, or return what it returned when it was done.
 
+    A job that was done is not done again where the metric asked for is another one: that is looked
+    up in its `metrics.json`.
+
     Args:
         out: the job's directory.
         hydra_config: of this job.
@@ -70,7 +73,7 @@ def run_once(
     with held(out):
         if is_done(out):
             log.info("done already: %s", out)
-            return read_json(out / JOB)["value"]
+            return _value_now(out, objective)
         job = {
             "number": hydra_config.job.num,
             "overrides": OmegaConf.to_container(hydra_config.overrides.task),
@@ -93,6 +96,17 @@ def run_once(
             _write_page(out.parent)
     if job["value"] is None:
         log.warning("objective=%s is no metric that these stages measure", objective)
+    return job["value"]
+
+
+def _value_now(out: Path, objective: str) -> float | None:
+    """Return the objective of a job that is done, which may be another one than it was then."""
+    job = read_json(out / JOB)
+    if job["objective"] != objective:
+        value = read_json(out / "metrics.json", {}).get(objective)
+        job |= {"objective": objective, "value": value}
+        write_json(out / JOB, job)
+        _write_page(out.parent)
     return job["value"]
 
 
