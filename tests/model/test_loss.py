@@ -22,16 +22,16 @@ IS_TRAINED_BT = torch.tensor([[False, False, True, True, True, False]])
     ],
 )
 def test_labels_of_a_hand_written_example(head, positions, labels):
-    is_labelled_BT, labels_R = head_labels(IDS_BT, IS_TRAINED_BT, torch.ones_like(IDS_BT), head)
-    assert is_labelled_BT[0].nonzero()[:, 0].tolist() == positions
+    index_R, labels_R = head_labels(IDS_BT, IS_TRAINED_BT, torch.ones_like(IDS_BT), head)
+    assert index_R.tolist() == positions
     assert labels_R.tolist() == labels
 
 
 def test_a_sequence_shorter_than_the_heads_reach():
-    is_labelled_BT, labels_R = head_labels(
+    index_R, labels_R = head_labels(
         IDS_BT[:, :2], IS_TRAINED_BT[:, :2], torch.ones_like(IDS_BT[:, :2]), 3
     )
-    assert not is_labelled_BT.any() and labels_R.numel() == 0
+    assert index_R.numel() == labels_R.numel() == 0
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_counts(example):
         heads, hidden_BTD, TokenTargets(ids_BT), *inputs[2:], ids_BT, chunk_rows=5
     )
     for k, (loss, top1, top5, labels) in enumerate(counts_K4, 1):
-        is_labelled_BT, labels_R = head_labels(ids_BT, is_trained_BT, torch.ones_like(ids_BT), k)
-        guesses = heads(hidden_BTD[is_labelled_BT])[:, k - 1].topk(5).indices
+        index_R, labels_R = head_labels(ids_BT, is_trained_BT, torch.ones_like(ids_BT), k)
+        guesses = heads(hidden_BTD.flatten(0, 1)[index_R])[:, k - 1].topk(5).indices
         assert loss.item() == pytest.approx(losses[k - 1].loss_sum.item(), rel=1e-5)
         assert top1 == (guesses[:, 0] == labels_R).sum()
         assert top5 == (guesses == labels_R[:, None]).sum()

@@ -1,6 +1,6 @@
 """Which positions of a batch have a label for a head.
 
-B batch, T time, K heads.
+B batch, T time, K heads, R labelled positions.
 """
 
 import torch
@@ -18,6 +18,11 @@ def is_labelled(is_trained_BT: Tensor, documents_BT: Tensor, head: int) -> Tenso
         documents_BT[:, shift:] == documents_BT[:, :-shift]
     )
     return is_labelled_BT
+
+
+def labelled_index(is_trained_BT: Tensor, documents_BT: Tensor, head: int) -> Tensor:
+    """Return index_R, the flat positions b * T + t that `is_labelled` has, in order."""
+    return is_labelled(is_trained_BT, documents_BT, head).flatten().nonzero()[:, 0]
 
 
 def label_counts(is_trained_BT: Tensor, documents_BT: Tensor, num_heads: int) -> Tensor:

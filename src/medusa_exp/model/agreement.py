@@ -32,8 +32,8 @@ def measure_agreement(backbone: Backbone, examples: Sequence[Example], what: str
         is_trained_1T = torch.tensor(example.is_trained, device=backbone.device)[None]
         # The lm_head is head 0: at t it predicts t+1.
         one_1T = torch.ones_like(ids_1T)
-        is_labelled_1T, labels_R = head_labels(ids_1T, is_trained_1T, one_1T, 0)
-        logits_RV = backbone.model(input_ids=ids_1T, use_cache=False).logits[is_labelled_1T].float()
+        index_R, labels_R = head_labels(ids_1T, is_trained_1T, one_1T, 0)
+        logits_RV = backbone.model(input_ids=ids_1T, use_cache=False).logits[0, index_R].float()
         loss_sum += float(cross_entropy(logits_RV, labels_R, reduction="sum"))
         num_hits += int((logits_RV.argmax(-1) == labels_R).sum())
         num_tokens += len(labels_R)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from medusa_exp.data.labels import is_labelled
+from medusa_exp.data.labels import labelled_index
 from medusa_exp.model.chunks import chunked_loss
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.targets import Targets
@@ -30,10 +30,9 @@ class HeadLoss:
 def head_labels(
     input_ids_BT: Tensor, is_trained_BT: Tensor, documents_BT: Tensor, head: int
 ) -> tuple[Tensor, Tensor]:
-    """Return (is_labelled_BT, labels_R) of a head: its label at t is token t+1+head."""
-    is_labelled_BT = is_labelled(is_trained_BT, documents_BT, head)
-    index_R = is_labelled_BT.flatten().nonzero()[:, 0]
-    return is_labelled_BT, input_ids_BT.flatten()[index_R + 1 + head]
+    """Return (index_R, labels_R) of a head: its label at t is token t+1+head."""
+    index_R = labelled_index(is_trained_BT, documents_BT, head)
+    return index_R, input_ids_BT.flatten()[index_R + 1 + head]
 
 
 def medusa_losses(
@@ -63,8 +62,7 @@ def medusa_losses(
     """
     results = []
     for k in range(heads.num_heads):
-        is_labelled_BT = is_labelled(is_trained_BT, documents_BT, k + 1)
-        index_R = is_labelled_BT.flatten().nonzero()[:, 0]
+        index_R = labelled_index(is_trained_BT, documents_BT, k + 1)
         inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
         # The head at index k is head k+1: at t it is to say what is to be said after token t+k+1.
         wanted = targets.at(index_R + k + 1)
@@ -135,8 +133,7 @@ def medusa_counts(
     counts_K4 = torch.zeros(heads.num_heads, 4, dtype=torch.float64, device=hidden_BTD.device)
     words_BT = heads.words_of(labels_BT)
     for k in range(heads.num_heads):
-        is_labelled_BT, labels_R = head_labels(words_BT, is_trained_BT, documents_BT, k + 1)
-        index_R = is_labelled_BT.flatten().nonzero()[:, 0]
+        index_R, labels_R = head_labels(words_BT, is_trained_BT, documents_BT, k + 1)
         inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
         chunks = [part.split(chunk_rows) for part in (labels_R, *inputs)]
         for labels_C, *inputs_C in zip(*chunks, strict=True):

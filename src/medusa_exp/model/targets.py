@@ -23,6 +23,13 @@ NextLogits = Callable[[Tensor], Tensor]
 """From hidden_RD to the backbone's logits_RW of the words that the heads know."""
 
 
+@torch.no_grad()
+def first_choices(next_logits: NextLogits, hidden_RD: Tensor) -> Tensor:
+    """Return the likeliest next token at each of these hidden states: tokens_R."""
+    chunks = [next_logits(hidden_CD).argmax(-1) for hidden_CD in hidden_RD.split(_ROWS)]
+    return torch.cat(chunks)
+
+
 class Targets(Protocol):
     """What the heads are to say."""
 

@@ -25,12 +25,10 @@ from medusa_exp.data.features import check, stored_positions
 from medusa_exp.data.loader import collate
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone, pick_device
+from medusa_exp.model.targets import first_choices
 from medusa_exp.progress import progress_bar
 from medusa_exp.train.ray_data import Work, map_on_ray
 from medusa_exp.train.trainer import AUTOCAST, pick_precision
-
-_ROWS = 1024
-"""Rows whose logits of the backbone exist at one time."""
 
 
 def write_features(
@@ -135,8 +133,7 @@ class FeatureWriter:
         for hidden_TD, document in zip(hidden_BTD, documents, strict=True):
             stored = torch.from_numpy(stored_positions(document.is_trained, self.stores_all))
             states_LD = hidden_TD[stored.to(backbone.device)]
-            choices = [backbone.next_logits(r).argmax(-1) for r in states_LD.split(_ROWS)]
-            found.append((states_LD, torch.cat(choices) if choices else stored))
+            found.append((states_LD, first_choices(backbone.next_logits, states_LD)))
         return found
 
     def flush(self) -> None:

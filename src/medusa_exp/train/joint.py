@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_exp.data.labels import is_labelled
+from medusa_exp.data.labels import labelled_index
 from medusa_exp.data.loader import Batch
 from medusa_exp.model.chunks import chunked_loss
 from medusa_exp.model.targets import DistributionTargets, Targets, TokenTargets
@@ -102,8 +102,7 @@ class JointModule(MedusaModule):
 
     def _lm_loss(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
         """Return the backbone's own loss on the trained tokens, summed."""
-        where_BT = is_labelled(batch.is_trained_BT, batch.documents_BT, 0)
-        index_R = where_BT.flatten().nonzero()[:, 0]
+        index_R = labelled_index(batch.is_trained_BT, batch.documents_BT, 0)
         targets = self._lm_targets(batch)
         return chunked_loss(
             self.backbone.next_logits,

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_exp.data.labels import is_labelled
+from medusa_exp.data.labels import is_labelled, labelled_index
 from medusa_exp.data.loader import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
-from medusa_exp.model.targets import DistributionTargets, Targets, TokenTargets, TopTargets
-
-_CHOICE_ROWS = 1024
-"""Rows whose logits of the backbone exist at one time."""
+from medusa_exp.model.targets import (
+    DistributionTargets,
+    Targets,
+    TokenTargets,
+    TopTargets,
+    first_choices,
+)
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,8 @@ def own_choices(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
     Decoding compares guesses with this, not with the data: where a text takes a turn that the
     backbone would not take, its token is noise to the heads.
     """
-    is_chosen_BT = is_labelled(batch.is_trained_BT, batch.documents_BT, 0)
-    labels_BT = batch.input_ids_BT.clone()
-    if is_chosen_BT.any():
-        rows = hidden_BTD[is_chosen_BT].split(_CHOICE_ROWS)
-        choices_R = torch.cat([backbone.next_logits(rows_CD).argmax(-1) for rows_CD in rows])
-        labels_BT[:, 1:][is_chosen_BT[:, :-1]] = choices_R
-    return labels_BT
+    index_R = labelled_index(batch.is_trained_BT, batch.documents_BT, 0)
+    hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
+    labels = batch.input_ids_BT.flatten().clone()
+    labels[index_R + 1] = first_choices(backbone.next_logits, hidden_RD)
+    return labels.view_as(batch.input_ids_BT)
