@@ -11,8 +11,10 @@ import gpu
 import gpu_checks
 import gpu_grid
 import gpu_step
+import numpy as np
 import pytest
 import torch
+import train_gpu
 from gpu_points import Point, figures, floors_us, forms_of, make_inputs, points, tree_of
 from gpu_timing import num_copies
 from kernel_shim import GXX, ShimKernels
@@ -185,3 +187,16 @@ def test_without_a_gpu_it_says_so(tmp_path):
     )
     assert done.returncode == 1 and "needs a CUDA device" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "a.json").exists()
+
+
+def test_the_benchmark_of_training_counts_what_has_to_be_computed(tmp_path):
+    backbone = Backbone(build_model("llama").requires_grad_(False))
+    found = train_gpu.rows(backbone, tmp_path, tokens=64, size=64)
+    assert [row.unit for row in found] == ["%", "%"] and all(row.ours > 0 for row in found)
+    clock = train_gpu.Clock(backbone.device)
+    clock.tokens, clock.labels = 10, np.array([3, 2, 1, 0, 0, 0])
+    width, vocabulary = 32, VOCAB_SIZE
+    layer = 2 * (width * width + width * width // 2) + 3 * width * 48 + 2 * width
+    needed = 2 * 10 * (2 * layer + width) + 2 * 3 * width * vocabulary
+    needed += 3 * (6 * width * vocabulary + 4 * width**2)
+    assert train_gpu.operations(backbone, clock) == needed
