@@ -3,9 +3,9 @@
     python benchmarks/train_gpu.py [--out FILE]
 
 The model is random, and so are the tokens; the training is that of stage train, online in bf16, of
-5 heads at 2,048 tokens a step. Weights, gradients and optimiser are 26 GB. The rate counts what has to
-be computed and no more: what a form of the loss computes twice counts once, attention not at all.
-No figure of it stands anywhere yet: no GPU was at hand.
+5 heads at 2,048 tokens a step. Weights, gradients and optimiser are 26 GB. The rate counts what has
+to be computed and no more: what a form of the loss computes twice counts once, attention not at
+all. No figure of it stands anywhere yet: no GPU was at hand.
 """
 
 import argparse
