@@ -155,6 +155,16 @@ def test_where_memory_ends_the_message_says_what_to_lower(exact, tmp_path, monke
         regenerate.run(exact, tmp_path / "run")
 
 
+def test_another_seed_has_other_documents_answered(exact, tmp_path):
+    found = set()
+    for rule, seed in [("typical", 0), ("typical", 1), ("greedy", 0), ("greedy", 1)]:
+        exact.decode.rule, exact.seed = rule, seed
+        exact.regenerate.num_documents = 4
+        regenerate.run(exact, tmp_path / "run")
+        found.add((tmp_path / "run" / regenerate.RECORD).read_text())
+    assert len(found) == 2  # typical, which is lossy, is greedy here
+
+
 def test_no_room_for_any_answer_is_an_error(exact, tmp_path):
     exact.regenerate.max_new_tokens = 1024
     with pytest.raises(UserError, match=r"lower regenerate\.max_new_tokens"):

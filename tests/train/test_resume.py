@@ -90,6 +90,17 @@ def test_a_damaged_checkpoint_is_named(config, tmp_path, part):
         run(config, tmp_path / "run")
 
 
+def test_what_was_left_half_written_is_removed(config, tmp_path):
+    config.train.max_steps = 1
+    out = tmp_path / "run"
+    unfinished = [out / "checkpoints/.last.ckpt.partial-0", out / ".backbone.partial-0/model"]
+    for path in unfinished:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    run(config, out)
+    assert not list(out.rglob("*.partial-*"))
+
+
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(config, tmp_path):
     config.train.max_steps, config.train.accumulate = 40, 2
     config.train.val_every, config.train.checkpoint_every = 6, 3

@@ -42,8 +42,10 @@ class BestHeads(L.Callback):
         value = trainer.callback_metrics.get(METRIC)
         if value is None:
             return
-        if self.value is None or float(value) > self.value:
-            self.value, self.step, self.num_worse = float(value), trainer.global_step, 0
+        # What the first process finds, for all: they stop at the same step, whatever rounds where.
+        value = trainer.strategy.broadcast(float(value))
+        if self.value is None or value > self.value:
+            self.value, self.step, self.num_worse = value, trainer.global_step, 0
             found = trainer.callback_metrics.items()
             self.metrics = {name: float(x) for name, x in found if name.startswith("val/")}
             if trainer.is_global_zero:

@@ -3,7 +3,7 @@
 Stage regenerate writes them, see `regenerate.py`; training and the feature cache read them.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def answers_path(config: Config, key: str) -> Path:
 def answer_rule(config: Config) -> Rule:
     """Answers are the backbone's own: never those of a rule that is lossy."""
     rule = rule_of(config)
-    return GREEDY if rule.name == "typical" else rule
+    return replace(GREEDY, seed=rule.seed) if rule.name == "typical" else rule
 
 
 def _precision(config: Config, backbone: Backbone) -> str:

@@ -13,6 +13,7 @@ from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.files import content_key
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.source import ADAPTED
 from medusa_exp.train.checkpoints import CHECKPOINT
 
 _NOT_OF_STEPS = (
@@ -44,6 +45,7 @@ def checkpoint_to_resume(config: Config, out: Path, key: str) -> tuple[Path | No
     Raises:
         UserError: the checkpoint there is damaged, or was made with other settings.
     """
+    _drop_unfinished(out)
     path = out / "checkpoints" / CHECKPOINT
     if config.train.resume == "never":
         shutil.rmtree(path.parent, ignore_errors=True)
@@ -58,6 +60,19 @@ def checkpoint_to_resume(config: Config, out: Path, key: str) -> tuple[Path | No
         )
     log.info("going on from %s, step %d", path, checkpoint["global_step"])
     return path, int(checkpoint["global_step"])
+
+
+def _drop_unfinished(out: Path) -> None:
+    """Remove what a killed process has left half written; of a large model, each takes much room.
+
+    To be called before this training writes anything.
+    """
+    for pattern in ("checkpoints/.*.partial-*", ".heads.partial-*", f".{ADAPTED}.partial-*"):
+        for unfinished in out.glob(pattern):
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished, ignore_errors=True)  # another process may be quicker
+            else:
+                unfinished.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def _train(config: Config, out: Path) -> dict[str, float]:
     L.seed_everything(config.seed, verbose=False)
     inputs = open_inputs(config, out)
     heads = start_heads(config, inputs)
-    if config.train.strategy == "fsdp" and inputs.backbone.has_body:
+    # Not where this process has the body: another one may have come late enough to need none.
+    if config.train.strategy == "fsdp" and config.train.features == "online":
         shard_layers(inputs.backbone)
     batches = inputs.batches(config)
     max_steps = _num_steps(config, batches)
@@ -164,6 +165,11 @@ def _explained(error: BadLoss, batches: Batches, checkpoint: Path) -> UserError:
     more = f" and {len(error.documents) - 8} more" if len(error.documents) > 8 else ""
     is_saved = checkpoint.is_file()
     return UserError(
-        f"{error}, on conversations {named}{more}: lower train.learning_rate, or try dtype=fp32. "
-        + (f"{checkpoint} is from before." if is_saved else "The heads were broken before that.")
+        f"{error}, on conversations {named}{more}: try dtype=fp32, or lower train.learning_rate "
+        "and set train.resume=never. "
+        + (
+            f"{checkpoint} is from before: another dtype goes on from it, another rate cannot."
+            if is_saved
+            else "The heads were broken before that."
+        )
     )
