@@ -3,6 +3,7 @@
 import pytest
 
 from medusa_exp.config import Config
+from medusa_exp.errors import UserError
 from medusa_exp.files import read_json
 from medusa_exp.provenance import RunRecord
 
@@ -32,3 +33,16 @@ def test_a_figure_that_is_no_number_is_told_and_left_out(tmp_path, caplog):
     assert read_json(tmp_path / "metrics.json") == {"b": 1.0}
     assert read_json(tmp_path / "run.json")["stages"]["evaluate"]["metrics"] == ["b"]
     assert "stage evaluate: not finite, and left out: a" in caplog.text
+
+
+def test_an_error_says_the_variable_and_not_its_value(tmp_path, monkeypatch):
+    """The report shows it, and is sent."""
+    monkeypatch.setenv("PLACE", "/secret/place")
+    monkeypatch.setenv("ONE", "1")
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text("a: ${oc.env:PLACE}/x\nb: ${oc.env:ONE}\n")
+    record = RunRecord(tmp_path, Config(device="cpu"), [])
+    with pytest.raises(UserError), record.stage("evaluate"):
+        raise UserError("evaluate.path=/secret/place/x does not exist: 1 try")
+    error = read_json(tmp_path / "run.json")["stages"]["evaluate"]["error"]
+    assert error == "UserError: evaluate.path=${oc.env:PLACE}/x does not exist: 1 try"

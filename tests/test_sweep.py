@@ -100,6 +100,15 @@ def test_heads_of_another_run_are_decoded_over_trees_of_several_sizes(sweep, wor
     assert (jobs[0] / ".hydra-2").is_dir()
 
 
+def test_a_run_done_again_in_a_sweep_is_judged_as_it_was(sweep, workplace):
+    again = ["+experiment=rerun", f"rerun.source={sweep[0][0]}", "logger=none"]
+    result = medusa_exp("-m", *again, "seed=0", "sweep_dir=again", cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    [job] = [read(path) for path in (workplace / "again").glob("*/job.json")]
+    assert job["objective"] == "val/accept_length"
+    assert job["value"] == read(sweep[0][0] / "job.json")["value"]
+
+
 def test_a_killed_sweep_on_ray_does_every_job_once(workplace):
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     command = [

@@ -103,13 +103,23 @@ def _hydra_main(composed: DictConfig) -> float | None:
 
     try:
         if hydra_config.mode == RunMode.MULTIRUN:
-            return sweep.run_once(out, hydra_config, run, composed.objective)
+            return sweep.run_once(out, hydra_config, run, _objective(composed))
         return run()
     except Stopped as stopped:  # as an error it would end a job, and a sweep would go on
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
     except UserError as error:
         raise _Problem(str(error)) from error
+
+
+def _objective(composed: DictConfig) -> str:
+    """Return the metric that this job is to give: of a run done again, the one of that run."""
+    if composed.rerun.source is None:
+        return str(composed.objective)
+    try:
+        return str(rerun.source_config(composed, HydraConfig.get()).objective)
+    except UserError:  # the job itself says so, and its record has it
+        return str(composed.objective)
 
 
 def _resolve(composed: DictConfig, out: Path) -> Config:

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from medusa_exp.config import Config
+from medusa_exp.config import Config, named_variables
 from medusa_exp.files import publish, read_json, sha256_file, write_json
 from medusa_exp.tracking.redaction import shareable_text
 
@@ -73,7 +73,7 @@ class RunRecord:
             entry["status"] = "done"
         except BaseException as error:
             entry["status"] = "failed"
-            entry["error"] = f"{type(error).__name__}: {error}"
+            entry["error"] = named_variables(f"{type(error).__name__}: {error}", self.out)
             raise
         finally:
             _ACTIVE.reset(token)

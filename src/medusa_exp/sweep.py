@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from medusa_exp.config import named_variables
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.files import content_key, read_json, write_json
 from medusa_exp.jobs import JOB, held, is_done, read_jobs
@@ -89,7 +90,7 @@ def run_once(
         except BaseException as error:
             is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
             job["status"] = "interrupted" if is_stopped else "failed"
-            job["error"] = f"{type(error).__name__}: {error}"
+            job["error"] = named_variables(f"{type(error).__name__}: {error}", out)
             raise
         finally:
             write_json(out / JOB, job)

@@ -43,6 +43,23 @@ def test_the_best_is_the_greatest_or_of_a_loss_the_least(tmp_path, objective, be
     assert joined == ("max" if objective == "eval/speedup" else "min")
 
 
+@pytest.mark.parametrize(("objective", "best"), [("eval/speedup", "max"), ("val/loss", "min")])
+def test_the_charts_too_know_which_end_is_better(tmp_path, objective, best):
+    shown = content(write_sweep(tmp_path, objective))
+    [shades] = [
+        {row["job"]: row["shade"] for row in layer["data"]["values"]}
+        for layer in shown["coordinates"]["layer"]
+        if layer["mark"]["type"] == "line"
+    ]
+    assert shades[shown["best"]["number"]] == 1 and sorted(shades.values()) == [0, 1]
+    [line] = [
+        layer["encoding"]["y"]["aggregate"]
+        for layer in shown["effects"]["head.num_heads"]["layer"]
+        if layer["mark"]["type"] == "line"
+    ]
+    assert line == best
+
+
 def test_jobs_of_another_objective_are_ranked_by_the_one_of_most(tmp_path):
     job = {"number": 0, "status": "done", "overrides": ["objective=val/loss"]}
     write(tmp_path / "e" / "job.json", {**job, "objective": "val/loss", "value": 90.0})

@@ -13,7 +13,8 @@ import pytest
 import wandb_files as written
 from wandb_files import of_type
 
-from medusa_exp.tracking import dashboard
+from medusa_exp.files import write_json
+from medusa_exp.tracking import dashboard, wandb_artifacts
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,21 @@ def test_nothing_private_is_sent(home, run_dir, file, records, secrets):
     config = written.state(file)["config"]
     assert config["tree"]["path"] == "${oc.env:SECRET_CANARY}"
     assert config["cache_dir"] == "~/cache"
+
+
+def test_the_heads_say_the_variable_that_names_the_backbone(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELS", "/disk/of-somebody")
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text("model:\n  path: ${oc.env:MODELS}/llama\n")
+    place = {"config.json": "backbone", "tokenizer_source.json": "path"}
+    for name, key in place.items():
+        write_json(tmp_path / "heads" / name, {key: "/disk/of-somebody/llama", "kind": "medusa"})
+    item = wandb_artifacts._heads(tmp_path)
+    assert item.metadata["backbone"] == "${oc.env:MODELS}/llama"
+    (tmp_path / "staged").mkdir()
+    for name, key in place.items():
+        sent = wandb_artifacts._staged(item.files[name], tmp_path / "staged", tmp_path)
+        assert read(sent) == {key: "${oc.env:MODELS}/llama", "kind": "medusa"}
 
 
 @pytest.mark.parametrize(

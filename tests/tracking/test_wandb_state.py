@@ -107,7 +107,19 @@ def test_after_a_kill_the_same_run_goes_on(tmp_path):
     ]
     assert losses == [4.0, 3.0, 2.0]
     assert not of_type(first, "exit")
-    assert [ended["exit_code"] for ended in of_type(second, "exit")] == [0]
+    assert [record["exit_code"] for record in of_type(second, "exit")] == [0]
+
+
+def test_a_job_stays_in_its_sweep_s_group(tmp_path):
+    for group in ("smoke/sweep", None):
+        config = config_of()
+        config.logger.group = group
+        record = record_of(tmp_path, config)
+        with Tracker(config, tmp_path, record):
+            write_json(tmp_path / "run.json", record.run)
+        time.sleep(1.0)  # W&B names its folders by the second
+    found = [of_type(written.records(file), "run")[0] for file in written.run_files(tmp_path)]
+    assert [run["run_group"] for run in found] == ["smoke/sweep"] * 2
 
 
 _BY_AN_AGENT = """

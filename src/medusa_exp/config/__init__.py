@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medusa_exp.config.checks import one_of
-from medusa_exp.config.environment import without_environment
+from medusa_exp.config.environment import named_variables, without_environment
 from medusa_exp.config.inputs import (
     DatasetConfig,
     DtypeConfig,
@@ -55,6 +55,7 @@ __all__ = [
     "TreeConfig",
     "from_hydra",
     "load_saved",
+    "named_variables",
     "register",
     "to_dict",
     "to_shareable",

@@ -1,5 +1,7 @@
 """What a config has from environment variables, told apart from what is anybody's to see."""
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 _RESOLVER = "oc.env"
+_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
+_SHORTEST = 4
+"""Shorter values stand in any text by chance, and are no secrets."""
 
 
 def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
@@ -24,6 +29,21 @@ def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
     written = OmegaConf.load(saved)
     with _variables_as_their_names():
         return {key: _shown(value, written, key) for key, value in plain.items()}
+
+
+def named_variables(text: str, out: Path) -> str:
+    """Return `text` with `${oc.env:NAME}` for what the variables in a run's config stand for.
+
+    Args:
+        text: such as a message, which quotes a value of the config.
+        out: the run directory.
+    """
+    saved = "".join(path.read_text(encoding="utf-8") for path in out.glob(".hydra*/config.yaml"))
+    values = {name: os.environ.get(name, "") for name in _REFERENCE.findall(saved)}
+    for name, value in sorted(values.items(), key=lambda item: -len(item[1])):
+        if len(value) >= _SHORTEST:
+            text = text.replace(value, f"${{{_RESOLVER}:{name}}}")
+    return text
 
 
 @contextmanager

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from medusa_exp.metric_names import is_larger_better
 from medusa_exp.tracking.charts import Row, Spec, data, finished
 
+_LONGEST_LABEL = 110
+"""Pixels; the table has settings in full."""
+
 
 def coordinates_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) -> Spec:
     """Draw parallel coordinates: an axis for each key and for the objective, a line for each job.
@@ -58,7 +61,7 @@ def coordinates_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) 
     rules = alt.Chart(data(labels)).mark_rule(style="edge").encode(x=x)
     texts = (
         alt.Chart(data(labels))
-        .mark_text(dx=6, dy=-7, align="left")
+        .mark_text(dx=6, dy=-7, align="left", limit=_LONGEST_LABEL)
         .encode(x=x, y=y, text="label:N")
     )
     return finished(rules + lines + texts, height=300)
@@ -69,6 +72,7 @@ def effects_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) -> d
     import altair as alt
 
     charts = {}
+    better = "max" if is_larger_better(objective) else "min"
     for key in keys:
         order = _in_order({row["settings"].get(key, "") for row in rows})
         points = [
@@ -85,8 +89,7 @@ def effects_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) -> d
         dots = base.mark_point(filled=True, size=60, opacity=0.7).encode(
             y=y, tooltip=alt.Tooltip("text:N", title="job")
         )
-        end = "max" if is_larger_better(objective) else "min"
-        best = base.mark_line(style="gap").encode(y=alt.Y(f"{end}(value):Q", title=None))
+        best = base.mark_line(style="gap").encode(y=alt.Y(f"{better}(value):Q", title=None))
         charts[key] = finished(best + dots, height=200)
     return charts
 

@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medusa_exp.config import Config
+from medusa_exp.config import Config, named_variables
 from medusa_exp.files import read_json, sha256_file
 from medusa_exp.tracking.redaction import shareable, shareable_text
 
 _TEXTS = (".json", ".jsonl", ".html", ".jinja", ".txt")
+_PLACES = {"config.json": "backbone", "tokenizer_source.json": "path"}
+"""File of the heads -> its field that holds a path of the config, which a variable may give."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ def log_code(run: Any, out: Path) -> None:
     run.log_code(str(Path(__file__).parents[1]), name="medusa_exp-source")
     diff = out / "uncommitted.diff"
     if diff.is_file():
-        kept = _staged(diff, Path(run.dir))  # else W&B warns that it makes a link
+        kept = _staged(diff, Path(run.dir), out)  # else W&B warns that it makes a link
         run.save(str(kept), base_path=run.dir, policy="now")
 
 
@@ -101,6 +103,7 @@ def _of_report(config: Config, out: Path) -> Iterator[Item]:
 def _heads(out: Path, is_input: bool = False, **metadata: Any) -> Item:
     files = {path.name: path for path in sorted((out / "heads").iterdir()) if path.is_file()}
     known = {**read_json(out / "heads" / "config.json"), "sha256": _heads_sha256(out)}
+    known["backbone"] = named_variables(str(known["backbone"]), out)
     return Item("heads", "model", files, metadata={**known, **metadata}, is_input=is_input)
 
 
@@ -134,7 +137,7 @@ def _log(run: Any, config: Config, out: Path, item: Item) -> None:
         path.write_text(json.dumps(shareable(item.facts), indent=1, sort_keys=True))
         artifact.add_file(str(path), policy="immutable", skip_cache=True)
     for entry, source in item.files.items():
-        staged = str(_staged(source, staging))
+        staged = str(_staged(source, staging, out))
         artifact.add_file(staged, name=entry, policy="immutable", skip_cache=True)
     # `use_artifact` does just this to a new artifact; but it waits for the server, and refuses to
     # work offline, where the record of it would be uploaded by `wandb sync` like any other.
@@ -152,7 +155,7 @@ def _staging(out: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=place))
 
 
-def _staged(source: Path, place: Path) -> Path:
+def _staged(source: Path, place: Path, out: Path) -> Path:
     """Return a file that stays as it is until it is uploaded, whatever becomes of `source`.
 
     Our files are replaced as a whole, so a hard link keeps what was there, and takes no space.
@@ -160,7 +163,7 @@ def _staged(source: Path, place: Path) -> Path:
     staged = place / source.name
     if source.suffix in (*_TEXTS, ".diff"):
         text = source.read_text(encoding="utf-8")
-        if (clean := shareable_text(text)) != text:
+        if (clean := shareable_text(_without_variables(source.name, text, out))) != text:
             staged.write_text(clean, encoding="utf-8")
             return staged
     try:
@@ -168,6 +171,19 @@ def _staged(source: Path, place: Path) -> Path:
     except OSError:  # a file system without them
         shutil.copyfile(source, staged)
     return staged
+
+
+def _without_variables(name: str, text: str, out: Path) -> str:
+    """Return the text of a file; elsewhere than in these fields, words that a variable has too
+    are the file's own, such as a vocabulary's.
+    """
+    if name not in _PLACES:
+        return text
+    content = json.loads(text)
+    place = str(content.get(_PLACES[name]))
+    if (shown := named_variables(place, out)) == place:
+        return text
+    return json.dumps({**content, _PLACES[name]: shown}, indent=1)
 
 
 _ITEMS: dict[str, Callable[[Config, Path], Iterator[Item]]] = {

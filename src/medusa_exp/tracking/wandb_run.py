@@ -43,6 +43,8 @@ def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any
     known.setdefault("id", uuid4().hex[:8])
     shown = _shared_config(config, out)
     known.setdefault("job_type", shown["logger"]["job_type"] or "+".join(config.stages))
+    if shown["logger"]["group"]:  # a sweep's; a later call of its job would not know it
+        known["group"] = shown["logger"]["group"]
     with _staging_in(out):
         run: Any = wandb.init(
             mode="offline",
@@ -116,7 +118,7 @@ def _identity(
         "resume": "allow",
         "project": config.logger.project,
         "entity": config.logger.entity,
-        "group": shown["logger"]["group"],
+        "group": known.get("group"),
         "job_type": known["job_type"],
         "name": f"{shown['name']}/{out.name}",
         "tags": shown["logger"]["tags"] or None,
