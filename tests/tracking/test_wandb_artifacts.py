@@ -86,7 +86,7 @@ def test_nothing_private_is_sent(home, run_dir, file, records, secrets):
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 20
     for content in [*sent, *(path.read_bytes() for path in files)]:
-        for private in (str(home), os.uname().nodename + '"', *secrets):
+        for private in (str(home), f'"{os.uname().nodename}"', *secrets):
             assert private.encode() not in content
     config = written.state(file)["config"]
     assert config["tree"]["path"] == "${oc.env:SECRET_CANARY}"
