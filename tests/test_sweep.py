@@ -1,5 +1,6 @@
 """Sweeps as a user meets them: jobs that fail, are killed, and are found again."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -82,6 +83,18 @@ def test_a_finished_sweep_is_ranked_by_another_metric_without_running_again(swee
     assert [read(job / "job.json")["value"] for job in done] == losses
     text = " ".join(Page((workplace / "sweep/report.html").read_text()).text.split())
     assert "is the best train/loss" in text
+
+
+def test_a_sweep_knows_what_a_later_call_of_a_job_has_found(sweep, workplace):
+    job = sweep[0][0]
+    metrics = read(job / "metrics.json")
+    found = metrics | {read(job / "job.json")["objective"]: 0.125}
+    (job / "metrics.json").write_text(json.dumps(found))
+    result = medusa_exp("stages=[report]", f"run_dir={job}", cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert read(job / "job.json")["value"] == 0.125
+    assert "0.125" in Page((workplace / "sweep/report.html").read_text()).text
+    (job / "metrics.json").write_text(json.dumps(metrics))
 
 
 def test_heads_of_another_run_are_decoded_over_trees_of_several_sizes(sweep, workplace):

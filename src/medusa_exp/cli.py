@@ -104,7 +104,9 @@ def _hydra_main(composed: DictConfig) -> float | None:
     try:
         if hydra_config.mode == RunMode.MULTIRUN:
             return sweep.run_once(out, hydra_config, run, _objective(composed))
-        return run()
+        value = run()
+        sweep.refresh(out)
+        return value
     except Stopped as stopped:  # as an error it would end a job, and a sweep would go on
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)

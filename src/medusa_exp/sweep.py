@@ -101,14 +101,20 @@ def run_once(
 
 
 def _value_now(out: Path, objective: str) -> float | None:
-    """Return the objective of a job that is done, which may be another one than it was then."""
-    job = read_json(out / JOB)
-    if job["objective"] != objective:
-        value = read_json(out / "metrics.json", {}).get(objective)
+    """Return the objective of a job that is done; it, or its value, may be another than then."""
+    job, value = read_json(out / JOB), read_json(out / "metrics.json", {}).get(objective)
+    if (job["objective"], job["value"]) != (objective, value):
         job |= {"objective": objective, "value": value}
         write_json(out / JOB, job)
         _write_page(out.parent)
-    return job["value"]
+    return value
+
+
+def refresh(out: Path) -> None:
+    """Have a sweep know what a later call of one of its jobs' runs has found."""
+    if is_done(out):
+        _value_now(out, read_json(out / JOB)["objective"])
+        _write_page(out.parent)
 
 
 def _write_page(sweep_dir: Path) -> None:

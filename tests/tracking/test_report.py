@@ -108,6 +108,12 @@ def test_slow_results_are_said_plainly(tmp_path):
     assert "against that the speed-up is 0.40" in page.text
 
 
+def test_what_may_be_chance_is_called_neither_faster_nor_slower(tmp_path):
+    metrics = {**METRICS, "eval/speedup": 0.996, "eval/speedup_low": 0.9, "eval/speedup_high": 1.1}
+    page = page_of(write_run(tmp_path, metrics__json=metrics))
+    assert "Neither clearly faster nor slower than plain decoding" in page.text
+
+
 def test_last_line_of_a_step_counts_and_nan_is_counted(tmp_path):
     page = page_of(write_run(tmp_path))
     drawn = json.dumps(page.specs)
