@@ -119,7 +119,7 @@ def test_a_run_done_again_in_a_sweep_is_judged_as_it_was(sweep, workplace):
     assert result.returncode == 0, result.stderr
     [job] = [read(path) for path in (workplace / "again").glob("*/job.json")]
     assert job["objective"] == "val/accept_length"
-    assert job["value"] == read(sweep[0][0] / "job.json")["value"]
+    assert job["value"] == read(sweep[0][0] / "metrics.json")["val/accept_length"]
 
 
 def test_a_killed_sweep_on_ray_does_every_job_once(workplace):
