@@ -63,6 +63,9 @@ def test_merged_and_adapter_are_the_same_model(config, tmp_path):
     one, other = (backbone.model(ids_1T).logits for backbone in found)
     torch.testing.assert_close(one, other)
     assert found[0].identity() == found[1].identity()
+    config.model.path = str(tmp_path / "adapter" / "backbone")
+    with pytest.raises(UserError, match="holds adapters, no model"):
+        load_backbone(config, is_adapted=False)
 
 
 def test_the_heads_learn_alone_at_first(config, tmp_path, monkeypatch):

@@ -18,8 +18,6 @@ from medusa_exp.model.source import ADAPTED
 
 log = logging.getLogger(__name__)
 
-_CONFIG = "adapter_config.json"
-
 
 def add_adapters(backbone: Backbone, settings: LoraSettings) -> PreTrainedModel:
     """Put LoRA into the backbone's linear layers; return peft's model, which trains it alone.
@@ -109,8 +107,3 @@ def load_adapters(model: PreTrainedModel, path: Path) -> PreTrainedModel:
 def _ignore_expected_warnings() -> None:
     # peft 0.21 asks transformers 5.23 by names that it is about to give up.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
-
-
-def is_adapters(path: Path) -> bool:
-    """Does this directory hold adapters, rather than a whole model?"""
-    return (path / _CONFIG).is_file()

@@ -20,13 +20,14 @@ from transformers.utils import logging as transformers_logging
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.model.adapters import is_adapters, load_adapters
+from medusa_exp.model.adapters import load_adapters
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import (
     LOADING_ERRORS,
     adapted_path,
     first_lines,
     hub_options,
+    is_adapters,
     model_path,
 )
 from medusa_exp.model.tokenizer import load_tokenizer, num_ids

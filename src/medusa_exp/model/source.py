@@ -39,6 +39,11 @@ def model_path(config: Config) -> str:
     place = _place("model.path", config.model.path)
     path = Path(place)
     if path.is_dir() and not (path / "config.json").is_file():
+        if is_adapters(path):
+            raise UserError(
+                f"model.path={path} holds adapters, no model: go on in the run directory that made "
+                "them, or train with train.lora.output=merged, which writes a model of its own."
+            )
         raise UserError(f"model.path={path} is no model directory: it has no config.json.")
     return place
 
@@ -48,6 +53,11 @@ def adapted_path(config: Config) -> Path | None:
     path = Path(config.run_dir) / ADAPTED
     is_there = config.train.kind == "medusa2" and bool(config.run_dir) and path.is_dir()
     return path if is_there else None
+
+
+def is_adapters(path: Path) -> bool:
+    """Does this directory hold peft's adapters, rather than a whole model?"""
+    return (path / "adapter_config.json").is_file()
 
 
 def has_model(config: Config) -> bool:
