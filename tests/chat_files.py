@@ -1,5 +1,6 @@
 """Chat files of every form, for tests of reading them."""
 
+import gzip
 import io
 import json
 
@@ -18,6 +19,12 @@ RECORDS = [record(number) for number in range(5)]
 LIST = json.dumps(RECORDS, ensure_ascii=False).encode()
 LINES = b"".join(json.dumps(one, ensure_ascii=False).encode() + b"\n" for one in RECORDS)
 PRETTY = json.dumps(RECORDS, indent=2).encode()
+
+
+def gzipped(data):
+    # Without the time of day: the names of tests are made of their data, and several processes
+    # have to agree on them.
+    return gzip.compress(data, mtime=0)
 
 
 def zstd(data):

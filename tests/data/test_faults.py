@@ -1,10 +1,9 @@
-import gzip
 import json
 import re
 import zipfile
 
 import pytest
-from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, parquet, write, zstd
+from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, gzipped, parquet, write, zstd
 
 from medusa_exp.data import DataError, read_conversations
 
@@ -24,15 +23,15 @@ CONFLICT = b"<<<<<<< HEAD\n%b=======\n%b>>>>>>> other\n"
     [
         (b"", "is empty"),
         (BOM + b" \n\n", "is empty"),
-        (gzip.compress(b""), "is empty"),
+        (gzipped(b""), "is empty"),
         (LIST[:-20], r"is cut off: .* line 1, column 581\."),
         (PRETTY[:-1], r"is cut off: .* line 67, column 1\."),
         (PRETTY[:-40], "is cut off: "),
         (b'[{"id": 1', "is cut off"),
-        (gzip.compress(LIST)[:-30], "is cut off in its compressed data"),
-        (gzip.compress(LINES)[:-2], "is cut off in its compressed data"),
+        (gzipped(LIST)[:-30], "is cut off in its compressed data"),
+        (gzipped(LINES)[:-2], "is cut off in its compressed data"),
         (zstd(LINES)[:-8], "is cut off in its compressed data"),
-        (gzip.compress(LINES)[:-8] + b"checksum", "is damaged"),
+        (gzipped(LINES)[:-8] + b"checksum", "is damaged"),
         (b'[{"id": "a",}]', r"trailing comma in object: line 1, column 12\."),
         (PRETTY.rstrip(b"\n]") + b",\n \n]\n", r"trailing comma in array: line 66, column 4\."),
         (b'[{"id": NaN},\n {"id": "a",\n }]', r"trailing comma in object: line 2, column 12\."),

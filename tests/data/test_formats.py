@@ -1,9 +1,8 @@
-import gzip
 import json
 import random
 
 import pytest
-from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, parquet, write, zstd
+from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, gzipped, parquet, write, zstd
 
 from medusa_exp.data import DataError, Message, read_conversations
 from medusa_exp.data.find import find_files
@@ -22,14 +21,14 @@ from medusa_exp.data.formats import ChatFile
         b"\r\n \n" + LIST + b"\n\n",
         b"\n\n" + LINES.replace(b"\n", b"\r\n\r\n"),
         LINES.rstrip(),
-        gzip.compress(LIST),
-        gzip.compress(LINES[:100]) + gzip.compress(LINES[100:]),
-        gzip.compress(BOM + LINES),
+        gzipped(LIST),
+        gzipped(LINES[:100]) + gzipped(LINES[100:]),
+        gzipped(BOM + LINES),
         zstd(LIST),
         zstd(LINES[:100]) + zstd(LINES[100:]),
         b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstd(LINES),
         parquet(RECORDS),
-        gzip.compress(parquet(RECORDS)),
+        gzipped(parquet(RECORDS)),
     ],
 )
 @pytest.mark.parametrize("name", ["chats.json", "chats.parquet"])
