@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import medusa_exp
+from medusa_exp.machine import cpu_name, versions
 
 _PACKAGES = ("medusa-exp", "torch", "transformers", "tokenizers", "msgspec", "numpy", "pyarrow")
 
@@ -59,12 +59,12 @@ def best_seconds(
 def machine() -> dict[str, Any]:
     """Describe what the numbers depend on; `load` says how busy the machine was beforehand."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "load": [round(load, 2) for load in os.getloadavg()],
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "system": platform.platform(terse=True),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
         "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -118,17 +118,6 @@ def _plain(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def _versions() -> dict[str, str | None]:
-    return {package: _version(package) for package in _PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a folder of sources, say
-        return None
-
-
 def _commit() -> str | None:
     """Return the commit of the package that is measured, with + for changes since."""
 
@@ -141,10 +130,3 @@ def _commit() -> str | None:
         return git("rev-parse", "--short", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

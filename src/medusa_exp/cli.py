@@ -133,21 +133,26 @@ def _resolve(composed: DictConfig, out: Path) -> Config:
         OmegaConf.save(chosen, out / continuation.SAVED)  # it is this run's config from now on
     config = from_hydra(chosen)
     config.run_dir = str(out)
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    _check_stages(config, is_sweep)
+    if is_sweep and config.logger.group is None:
+        config.logger.group = f"{config.name}/{Path(HydraConfig.get().sweep.dir).name}"
+    return config
+
+
+def _check_stages(config: Config, is_sweep: bool) -> None:
+    """Raise a UserError where stages are none, unknown, or not for the jobs of a sweep."""
+    if not config.stages:
+        raise UserError(f"stages is empty: name some of {', '.join(STAGES)}.")
     for stage in config.stages:
         if stage not in STAGES:
             raise UserError(f"stages={stage} is not known: use some of {', '.join(STAGES)}.")
-    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if is_sweep and config.logger.group is None:
-        config.logger.group = f"{config.name}/{Path(HydraConfig.get().sweep.dir).name}"
     if is_sweep and "train" in config.stages and config.train.strategy != "auto":
         raise UserError(
             f"train.strategy={config.train.strategy} in a sweep (-m): its jobs run one after the "
             "other in one process, and each would take all devices. Leave out -m, or set "
             "train.strategy=auto."
         )
-    if not config.stages:
-        raise UserError(f"stages is empty: name some of {', '.join(STAGES)}.")
-    return config
 
 
 def run_stages(config: Config, out: Path, command: list[str]) -> float | None:

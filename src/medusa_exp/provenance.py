@@ -3,26 +3,21 @@
 import logging
 import math
 import platform
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from medusa_exp.config import Config, named_variables
 from medusa_exp.files import publish, read_json, sha256_file, write_json
-from medusa_exp.tracking.redaction import shareable_text
+from medusa_exp.machine import checkout, device_name, peak_memory_bytes, versions
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
-
 
 _ACTIVE: ContextVar[Callable[[dict[str, Any]], None] | None] = ContextVar("_ACTIVE", default=None)
 """What takes the notes of the stage that is running."""
@@ -49,8 +44,11 @@ class RunRecord:
             name: entry.get("metrics", []) for name, entry in self.run["stages"].items()
         }
         self.run["seed"] = config.seed
-        self.run["versions"] = {"python": platform.python_version(), **_versions()}
-        self.run["git"] = _git_state(out)
+        self.run["versions"] = {"python": platform.python_version(), **versions(_PACKAGES)}
+        self.run["git"], diff = checkout()
+        if diff:
+            with publish(out / "uncommitted.diff") as partial:
+                partial.write_text(diff, encoding="utf-8")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -78,7 +76,7 @@ class RunRecord:
         finally:
             _ACTIVE.reset(token)
             entry["seconds"] = round(time.perf_counter() - start, 2)
-            entry["peak_memory_bytes"] = _peak_memory_bytes()
+            entry["peak_memory_bytes"] = peak_memory_bytes()
             self._save()
 
     def merge_metrics(self, stage: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -108,8 +106,8 @@ class RunRecord:
     def _save(self) -> None:
         from medusa_exp.model.tiny import cache_keys
 
-        self.run["device"] = _device_name(self.config.device)
-        self.run["peak_memory_bytes"] = _peak_memory_bytes()
+        self.run["device"] = device_name(self.config.device)
+        self.run["peak_memory_bytes"] = peak_memory_bytes()
         self.run["cache_keys"] = cache_keys(self.config)
         if tokenised := read_json(self.out / "data.json", {}).get("key"):
             self.run["cache_keys"]["tokenised"] = tokenised
@@ -145,59 +143,3 @@ def _data_files(config: Config) -> list[Path]:
         return dataset_files(config)
     except ValueError:  # the stage that needs them says what is wrong
         return []
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_state(out: Path) -> dict[str, Any]:
-    """Describe the checkout that this package runs from; its uncommitted changes are kept too."""
-    source = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            call = ["git", "-C", str(source), *arguments]
-            return subprocess.run(call, capture_output=True, text=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    # An installed package may lie inside somebody else's checkout: only a tracked file is ours.
-    commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", __file__) else None
-    if commit is None:
-        return {"commit": None, "dirty": False}
-    remote = (git("remote", "get-url", "origin") or "").strip()
-    diff = git("diff", "HEAD") or ""
-    if diff:
-        with publish(out / "uncommitted.diff") as partial:
-            partial.write_text(diff, encoding="utf-8")
-    known = {"remote": shareable_text(remote)} if remote else {}
-    return {"commit": commit.strip(), "dirty": bool(diff), **known}
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        return f"cuda: {torch.cuda.get_device_name()}"
-    return f"cpu: {_cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -32,7 +32,7 @@ def category_chart(rows: Sequence[Row]) -> Spec:
         scale=alt.Scale(zero=False),
         axis=alt.Axis(tickCount=6),
     )
-    base = alt.Chart(data(points))
+    base = alt.Chart(inline_data(points))
     dots = base.mark_point(filled=True, size=110, opacity=1).encode(
         x=x,
         y=y,
@@ -41,14 +41,14 @@ def category_chart(rows: Sequence[Row]) -> Spec:
         tooltip=["category:N", "measure:N", alt.Tooltip("value:Q", format=".2f")],
     )
     gaps = base.mark_rule(style="gap").encode(x="min(value):Q", x2="max(value):Q", y=y)
-    return finished(gaps + dots + _reference(x=1), height=30 * max(len(rows), 2))
+    return spec_of(gaps + dots + _reference(x=1), height=30 * max(len(rows), 2))
 
 
 def accuracy_chart(rows: Sequence[Row]) -> Spec:
     """Draw a bar for every row of `head`, `kind` ("top-1", "top-5") and `share` (0..1)."""
     import altair as alt
 
-    base = alt.Chart(data(rows)).encode(
+    base = alt.Chart(inline_data(rows)).encode(
         x=alt.X("head:N", title=None, sort=None, axis=alt.Axis(labelAngle=0)),
         xOffset=alt.XOffset("kind:N"),
         y=alt.Y("share:Q", title=None, axis=_percent(), scale=alt.Scale(domain=[0, 1])),
@@ -58,7 +58,7 @@ def accuracy_chart(rows: Sequence[Row]) -> Spec:
         tooltip=["head:N", "kind:N", alt.Tooltip("share:Q", format=".1%")],
     )
     labels = base.mark_text(dy=-7).encode(text=alt.Text("share:Q", format=".0%"))
-    return finished(bars + labels)
+    return spec_of(bars + labels)
 
 
 def rank_chart(rank_share: Sequence[Sequence[float]]) -> Spec:
@@ -70,13 +70,13 @@ def rank_chart(rank_share: Sequence[Sequence[float]]) -> Spec:
         for head, shares in enumerate(rank_share, 1)
         for rank, share in enumerate(shares)
     ]
-    base = alt.Chart(data(cells)).encode(
+    base = alt.Chart(inline_data(cells)).encode(
         x=alt.X("rank:O", title="rank of the guess (0 = likeliest)", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("head:N", title=None, sort=None),
         tooltip=["head:N", "rank:O", alt.Tooltip("share:Q", format=".2%", title="right")],
     )
     tiles = base.mark_rect(cornerRadius=3).encode(color=_ramp("share"))
-    return finished(tiles + _on_ramp(base, "percent", "share"), height=46 * len(rank_share))
+    return spec_of(tiles + _on_ramp(base, "percent", "share"), height=46 * len(rank_share))
 
 
 def tree_chart(
@@ -112,14 +112,14 @@ def tree_chart(
         if child
         for node in (parent, child)
     ]
-    lines = alt.Chart(data(edges)).mark_line(style="edge").encode(x=x, y=y, detail="edge:N")
+    lines = alt.Chart(inline_data(edges)).mark_line(style="edge").encode(x=x, y=y, detail="edge:N")
     tooltip = ["path:N", "depth:Q", *([] if probability is None else ["probability:Q"])]
-    base = alt.Chart(data(nodes)).encode(x=x, y=y, tooltip=tooltip)
+    base = alt.Chart(inline_data(nodes)).encode(x=x, y=y, tooltip=tooltip)
     circles = base.mark_circle(style="node", size=(row_height - 2) ** 2 * 0.78, opacity=1)
     if probability is not None:
         circles = circles.encode(color=_ramp("probability"))
     labels = _on_ramp(base, "rank", "probability", size=min(11, row_height - 5))
-    return finished(lines + circles + labels, height=int(row_height * num_leaves + 12))
+    return spec_of(lines + circles + labels, height=int(row_height * num_leaves + 12))
 
 
 def tree_layout(
@@ -158,13 +158,13 @@ def calibration_chart(curve: Sequence[Row], field: str, title: str, chosen: int)
     x = alt.X("num_nodes:Q", title="nodes in the tree", axis=alt.Axis(tickMinStep=1))
     y = alt.Y(f"{field}:Q", title=None, scale=alt.Scale(zero=False))
     tooltip = [alt.Tooltip("num_nodes:Q", title="nodes"), alt.Tooltip(f"{field}:Q", format=",.2f")]
-    base = alt.Chart(data(curve), title=title).encode(x=x, y=y, tooltip=tooltip)
+    base = alt.Chart(inline_data(curve), title=title).encode(x=x, y=y, tooltip=tooltip)
     lines = base.mark_line() + base.mark_point(filled=True, size=34, opacity=1)
     marked = [row for row in curve if row["num_nodes"] == chosen]
     if marked:  # Vega warns about a layer without data
-        ring = alt.Chart(data(marked)).encode(x=x, y=y, tooltip=tooltip)
+        ring = alt.Chart(inline_data(marked)).encode(x=x, y=y, tooltip=tooltip)
         lines += ring.mark_point(style="chosen", size=190)
-    return finished(_reference(chosen) + lines, height=190)
+    return spec_of(_reference(chosen) + lines, height=190)
 
 
 def length_chart(lengths: Sequence[int]) -> Spec:
@@ -176,7 +176,7 @@ def length_chart(lengths: Sequence[int]) -> Spec:
         {"tokens": tokens, "steps": counts[tokens], "share": counts[tokens] / len(lengths)}
         for tokens in range(1, max(counts) + 1)
     ]
-    base = alt.Chart(data(rows)).encode(
+    base = alt.Chart(inline_data(rows)).encode(
         x=alt.X("tokens:O", title="tokens committed in a step", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("share:Q", title="share of steps", axis=_percent()),
     )
@@ -184,7 +184,7 @@ def length_chart(lengths: Sequence[int]) -> Spec:
         tooltip=["tokens:O", "steps:Q", alt.Tooltip("share:Q", format=".1%")]
     )
     labels = base.mark_text(dy=-7).encode(text=alt.Text("share:Q", format=".0%"))
-    return finished(bars + labels)
+    return spec_of(bars + labels)
 
 
 def curve_chart(rows: Sequence[Row], title: str, is_share: bool = False) -> Spec:
@@ -196,16 +196,16 @@ def curve_chart(rows: Sequence[Row], title: str, is_share: bool = False) -> Spec
     names = list(dict.fromkeys(row["series"] for row in rows))
     legend = alt.Legend() if len(names) > 1 else None
     shown = ".1%" if is_share else ".4~g"
-    base = alt.Chart(data(rows), title=title).encode(
+    base = alt.Chart(inline_data(rows), title=title).encode(
         x=alt.X("step:Q", axis=alt.Axis(tickCount=5, format="~s")),
         y=y,
         color=alt.Color("series:N", title=None, sort=names, legend=legend),
         tooltip=["series:N", "step:Q", alt.Tooltip("value:Q", format=shown)],
     )
-    return finished(base.mark_line() + base.mark_point(filled=True, size=20, opacity=1), height=200)
+    return spec_of(base.mark_line() + base.mark_point(filled=True, size=20, opacity=1), height=200)
 
 
-def data(rows: Sequence[Row]) -> Any:
+def inline_data(rows: Sequence[Row]) -> Any:
     """Return rows as what a chart takes its data from."""
     import altair as alt
 
@@ -221,7 +221,7 @@ def _percent() -> Any:
 def _reference(x: float) -> Any:
     import altair as alt
 
-    return alt.Chart(data([{"x": x}])).mark_rule(style="reference").encode(x="x:Q")
+    return alt.Chart(inline_data([{"x": x}])).mark_rule(style="reference").encode(x="x:Q")
 
 
 def _ramp(field: str) -> Any:
@@ -241,7 +241,7 @@ def _on_ramp(base: Any, text: str, share: str, size: float = 11) -> Any:
     )
 
 
-def finished(chart: Any, height: int = 230) -> Spec:
+def spec_of(chart: Any, height: int = 230) -> Spec:
     """Finish a chart: as wide as its place, its colours left to the page, no URL in it."""
     spec = chart.properties(width="container", height=height).to_dict()
     return {key: value for key, value in spec.items() if key not in ("$schema", "config")}

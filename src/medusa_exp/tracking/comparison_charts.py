@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from medusa_exp.metric_names import is_larger_better
-from medusa_exp.tracking.charts import Row, Spec, data, finished
+from medusa_exp.tracking.charts import Row, Spec, inline_data, spec_of
 
 _LONGEST_LABEL = 110
 """Pixels; the table has settings in full."""
@@ -47,7 +47,7 @@ def coordinates_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) 
     )
     y = alt.Y("position:Q", axis=None, scale=alt.Scale(domain=[-0.04, 1.04], nice=False))
     lines = (
-        alt.Chart(data(points))
+        alt.Chart(inline_data(points))
         .mark_line()
         .encode(
             x=x,
@@ -58,13 +58,13 @@ def coordinates_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) 
             tooltip=alt.Tooltip("text:N", title="job"),
         )
     )
-    rules = alt.Chart(data(labels)).mark_rule(style="edge").encode(x=x)
+    rules = alt.Chart(inline_data(labels)).mark_rule(style="edge").encode(x=x)
     texts = (
-        alt.Chart(data(labels))
+        alt.Chart(inline_data(labels))
         .mark_text(dx=6, dy=-7, align="left", limit=_LONGEST_LABEL)
         .encode(x=x, y=y, text="label:N")
     )
-    return finished(rules + lines + texts, height=300)
+    return spec_of(rules + lines + texts, height=300)
 
 
 def effects_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) -> dict[str, Spec]:
@@ -85,12 +85,12 @@ def effects_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) -> d
         ]
         x = alt.X("setting:O", title=key, sort=order, axis=alt.Axis(labelAngle=0, labelLimit=120))
         y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
-        base = alt.Chart(data(points), title=objective).encode(x=x)
+        base = alt.Chart(inline_data(points), title=objective).encode(x=x)
         dots = base.mark_point(filled=True, size=60, opacity=0.7).encode(
             y=y, tooltip=alt.Tooltip("text:N", title="job")
         )
         best = base.mark_line(style="gap").encode(y=alt.Y(f"{better}(value):Q", title=None))
-        charts[key] = finished(best + dots, height=200)
+        charts[key] = spec_of(best + dots, height=200)
     return charts
 
 

@@ -133,52 +133,58 @@ def heads(metrics: Row) -> Row | None:
     return {"rows": rows, "chart": charts.accuracy_chart(bars)} if rows else None
 
 
-def tree(tree: Row | None, calibration: Row | None) -> Row | None:
-    """Return the tree's drawing, with each node's probability where calibration knows it."""
-    if tree is None:
+def tree(used: Row | None, measured: Row | None) -> Row | None:
+    """Return the tree's drawing, with each node's probability where calibration knows it.
+
+    Args:
+        used: tree.json.
+        measured: calibration.json.
+    """
+    if used is None:
         return None
-    parents, probability = tree["parents"], (calibration or {}).get("node_probability", [])
+    parents, probability = used["parents"], (measured or {}).get("node_probability", [])
     if len(probability) != len(parents):
         probability = None  # another tree than the calibrated one
-    nodes = charts.tree_layout(parents, tree["ranks"], probability)
+    nodes = charts.tree_layout(parents, used["ranks"], probability)
     return {
         "num_nodes": len(parents),
         "depth": max(node["depth"] for node in nodes),
         "has_probability": probability is not None,
         "expected": sum(probability or []),
-        "chart": charts.tree_chart(parents, tree["ranks"], probability),
+        "chart": charts.tree_chart(parents, used["ranks"], probability),
     }
 
 
-def calibration(calibration: Row | None) -> Row | None:
-    """Return the curve of tree sizes in charts, and what was found for each batch size."""
-    if calibration is None:
+def calibration(measured: Row | None) -> Row | None:
+    """Return the curve of tree sizes in charts, and what was found for each batch size; of
+    calibration.json."""
+    if measured is None:
         return None
-    plain, chosen = calibration["plain_step_seconds"], calibration["num_nodes"]
-    curve = [{**row, "relative": row["step_seconds"] / plain} for row in calibration["curve"]]
+    plain, chosen = measured["plain_step_seconds"], measured["num_nodes"]
+    curve = [{**row, "relative": row["step_seconds"] / plain} for row in measured["curve"]]
     titles = {
         "tokens_per_step": "Tokens per step",
         "relative": "Step time (plain step = 1)",
         "tokens_per_second": "Tokens per second",
     }
     return {
-        "num_positions": calibration["num_positions"],
+        "num_positions": measured["num_positions"],
         "curve": curve,
         "chosen": chosen,
-        "batch_sizes": calibration.get("batch_sizes", []),
-        "break_even": calibration.get("break_even_batch_size"),
+        "batch_sizes": measured.get("batch_sizes", []),
+        "break_even": measured.get("break_even_batch_size"),
         "charts": {t: charts.calibration_chart(curve, f, t, chosen) for f, t in titles.items()},
     }
 
 
 def lengths(records: list[Row]) -> Row | None:
     """Return a histogram of the tokens that steps committed."""
-    lengths = [length for record in records for length in record["accept_lengths"]]
-    if not lengths:
+    committed = [length for record in records for length in record["accept_lengths"]]
+    if not committed:
         return None
-    longer = sum(length > 1 for length in lengths) / len(lengths)
-    averages = {"mean": statistics.fmean(lengths), "longer": longer}
-    return {"total": len(lengths), "chart": charts.length_chart(lengths), **averages}
+    longer = sum(length > 1 for length in committed) / len(committed)
+    averages = {"mean": statistics.fmean(committed), "longer": longer}
+    return {"total": len(committed), "chart": charts.length_chart(committed), **averages}
 
 
 def curves(history: list[Row]) -> Row | None:

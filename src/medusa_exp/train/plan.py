@@ -4,8 +4,6 @@ One micro-batch is run forward and backward twice, without effect on anything: t
 prepares kernels, the second one is timed.
 """
 
-import resource
-import sys
 import time
 
 import lightning as L
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_exp.data.loader import Batch
+from medusa_exp.machine import peak_memory_bytes
 from medusa_exp.train.checkpoints import random_state, restore_random_state
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.train.optimiser import STATE_BYTES
@@ -41,7 +40,7 @@ class ShowPlan(L.Callback):
         for name, value in (
             ("parameters trained", f"{_num_parameters(module) / 1e6:.2f} M"),
             ("memory of them, gradients and optimiser", _bytes(self._memory(module))),
-            ("peak memory so far", _bytes(_peak_memory(module.device))),
+            ("peak memory so far", _bytes(peak_memory_bytes(module.device))),
             ("tokens of a step, with padding", f"{accumulate * batch.input_ids_BT.numel():,}"),
             ("labels of a step, of head 1", f"{batch.group_labels[1]:,}"),
             ("steps", f"{steps:,}"),
@@ -73,13 +72,6 @@ def _time_batch(trainer: L.Trainer, module: MedusaModule, batch: Batch) -> float
 
 def _num_parameters(module: MedusaModule) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _bytes(number: float) -> str:
