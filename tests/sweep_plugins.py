@@ -40,12 +40,22 @@ def test_optuna_looks_for_the_greatest_and_finds_its_jobs_again(workplace):
     assert again.stdout.count("done already") == 3, "the seed asks for the same jobs"
 
 
-def test_optuna_is_not_let_look_for_the_worst(workplace):
+@pytest.mark.parametrize(
+    ("sweeper", "objective", "wanted"),
+    [
+        ("optuna", "val/accept_length", "maximize"),
+        ("optuna_maximize", "val/loss_head1", "minimize"),
+    ],
+)
+def test_optuna_is_not_let_look_for_the_worst(workplace, sweeper, objective, wanted):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    command = [*SWEEP, "head.num_heads=range(1,5)", "hydra/sweeper=optuna", "sweep_dir=worst"]
+    command = [
+        "-m", *SMOKE, "head.num_heads=range(1,5)", f"hydra/sweeper={sweeper}", "sweep_dir=worst",
+        f"objective={objective}",
+    ]  # fmt: skip
     result = medusa_exp(*command, cwd=workplace, COVERAGE_PROCESS_CONFIG="")
     assert result.returncode == 1
-    assert "looks for the worst: set hydra.sweeper.direction=maximize" in result.stderr
+    assert f"looks for the worst: set hydra.sweeper.direction={wanted}" in result.stderr
 
 
 def test_optuna_is_not_let_look_for_what_no_stage_measures(workplace):

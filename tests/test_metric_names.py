@@ -29,6 +29,7 @@ def test_which_way_a_metric_is_better(metric, is_larger):
         ("eval/tree/b1/tokens_per_second", True),
         ("eval/time/heads", True),
         ("calibrate/num_nodes", True),
+        ("eval/num_nodes", True),
         ("eval/tokens_per_step", False),
         ("train/loss", False),
     ],

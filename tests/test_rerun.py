@@ -33,3 +33,15 @@ def test_later_calls_of_the_old_run_are_told(tmp_path, capsys):
         (tmp_path / name).mkdir(parents=True)
     print_comparison(compare(tmp_path / "old", tmp_path / "new"))
     assert "its numbers may be of those calls (.hydra-2)" in capsys.readouterr().out
+
+
+def test_another_calibrated_tree_is_named_as_a_cause(tmp_path, capsys):
+    for name, parents in (("old", [0, 1]), ("new", [0, 0, 1])):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "tree.json", {"parents": parents})
+        metrics = {"eval/num_nodes": len(parents), "eval/tokens_per_step": 1 + len(parents) / 10}
+        write_json(tmp_path / name / "metrics.json", metrics)
+    found = compare(tmp_path / "old", tmp_path / "new")
+    assert found["differing"] == ["eval/tokens_per_step"]
+    print_comparison(found)
+    assert "decoded over another tree than then" in capsys.readouterr().out

@@ -75,8 +75,10 @@ def test_a_sweep_started_again_does_only_what_is_not_done(sweep, workplace):
 def test_a_finished_sweep_is_ranked_by_another_metric_without_running_again(sweep, workplace):
     jobs, _ = sweep
     others = [word for word in SWEEP if not word.startswith("objective=")]
-    command = [*others, "head.num_heads=1,3", "objective=train/loss"]  # without the job that fails
-    result = medusa_exp(*command, cwd=workplace)
+    command = [*others, "head.num_heads=1,3"]  # without the job that fails
+    mistaken = medusa_exp(*command, "objective=train/los", cwd=workplace)
+    assert mistaken.stdout.count("objective=train/los is no metric that these stages measure") == 2
+    result = medusa_exp(*command, "objective=train/loss", cwd=workplace)
     assert result.returncode == 0 and result.stdout.count("done already") == 2, result.stderr
     done = [jobs[0], jobs[2]]
     losses = [read(job / "metrics.json")["train/loss"] for job in done]

@@ -27,6 +27,7 @@ _TIMED = (
     "baseline_vs_hf",
     "memory",
     "calibrate/",
+    "num_nodes",
 )
 """Texts inside the names of metrics that no second run gives again to the digit: what the clock or
 the machine's memory gives, or what is chosen by it, as the calibrated tree is."""

@@ -45,6 +45,7 @@ def compare(source: Path, out: Path) -> dict[str, Any]:
     """Write both runs' numbers to `rerun.json` in the run directory `out`, and return them.
 
     `differing` names the metrics that differ although they depend on no clock (see `is_timed`).
+    Those of decoding over a tree may do so if `is_other_tree`: timing chooses a calibrated one.
 
     Raises:
         UserError: a file is not valid JSON.
@@ -52,6 +53,7 @@ def compare(source: Path, out: Path) -> dict[str, Any]:
     old, new = (read_json(place / "metrics.json", {}) for place in (source, out))
     metrics = {name: [old.get(name), new.get(name)] for name in sorted({*old, *new})}
     runs = [read_json(place / "run.json", {}) for place in (source, out)]
+    trees = [read_json(place / "tree.json") for place in (source, out)]
     provenance = [_provenance(run) for run in runs]
     found = {
         "source": str(source),
@@ -62,6 +64,7 @@ def compare(source: Path, out: Path) -> dict[str, Any]:
             if None not in (a, b) and a != b and not is_timed(name)
         ],
         "only_one_has": [name for name, pair in metrics.items() if None in pair],
+        "is_other_tree": None not in trees and trees[0] != trees[1],
         "later_calls": sorted(path.name for path in source.glob(".hydra-*")),
         "provenance": {
             name: [one.get(name) for one in provenance]
@@ -88,6 +91,12 @@ def print_comparison(found: dict[str, Any]) -> None:
         console.print("equal in every metric that does not depend on timing")
     else:
         console.print("the two runs share no metric that can be compared")
+    if found["is_other_tree"]:
+        console.print(
+            "decoded over another tree than then (timing chooses a calibrated one): what was "
+            "accepted may differ for that",
+            soft_wrap=True,
+        )
     if missing := found["only_one_has"]:
         console.print(f"metrics that only one of them has: {len(missing)}")
     if found["later_calls"]:

@@ -74,7 +74,7 @@ def run_once(
     with held(out):
         if is_done(out):
             log.info("done already: %s", out)
-            return _value_now(out, objective)
+            return _warned(_value_now(out, objective), objective)
         job = {
             "number": hydra_config.job.num,
             "overrides": OmegaConf.to_container(hydra_config.overrides.task),
@@ -95,9 +95,14 @@ def run_once(
         finally:
             write_json(out / JOB, job)
             _write_page(out.parent)
-    if job["value"] is None:
+    return _warned(job["value"], objective)
+
+
+def _warned(value: float | None, objective: str) -> float | None:
+    """Return the value of a job; say so where there is none."""
+    if value is None:
         log.warning("objective=%s is no metric that these stages measure", objective)
-    return job["value"]
+    return value
 
 
 def _value_now(out: Path, objective: str) -> float | None:
@@ -130,7 +135,7 @@ def _check_search(sweeper: Any, objective: str, stages: Sequence[str]) -> None:
 
     Raises:
         UserError: no stage measures the objective; or Optuna, which minimises unless it is told
-            otherwise, would minimise a metric of which more is better.
+            otherwise, would go the wrong way (see `metric_names.is_larger_better`).
     """
     if "direction" not in sweeper:  # it looks for nothing
         return
@@ -139,10 +144,14 @@ def _check_search(sweeper: Any, objective: str, stages: Sequence[str]) -> None:
             f"objective={objective} is a metric of stage {stage}, which stages="
             f"[{','.join(stages)}] leaves out: the search would have nothing to go by."
         )
-    if str(sweeper.direction).endswith("minimize") and is_larger_better(objective):
+    given = str(sweeper.direction).rpartition(".")[2]
+    wanted, hint = "minimize", ""
+    if is_larger_better(objective):
+        wanted, hint = "maximize", ", or take hydra/sweeper=optuna_maximize"
+    if given in ("minimize", "maximize") and given != wanted:
         raise UserError(
-            f"hydra.sweeper.direction=minimize with objective={objective} looks for the worst: "
-            "set hydra.sweeper.direction=maximize, or take hydra/sweeper=optuna_maximize."
+            f"hydra.sweeper.direction={given} with objective={objective} looks for the worst: "
+            f"set hydra.sweeper.direction={wanted}{hint}."
         )
 
 

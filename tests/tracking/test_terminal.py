@@ -37,6 +37,7 @@ def test_what_is_lossy_says_so_before_all_else():
         ("report", True, "report: x[a]/report.html"),
         ("evaluate", True, "stages=[report] writes it again"),
         ("evaluate", False, "run directory: x[a]"),
+        ("chat", True, "run directory: x[a]"),
     ],
 )
 def test_no_report_of_an_earlier_call_is_offered_as_this_one(

@@ -1,9 +1,11 @@
 """One training in two processes, over gloo."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from medusa_exp.data.batches import epoch_planner
 from medusa_exp.data.tokenised import load_tokenised
-from medusa_exp.errors import UserError
+from medusa_exp.errors import Stopped, UserError
 from medusa_exp.model import load_heads
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.provenance import RunRecord
@@ -97,3 +99,18 @@ def test_two_trainings_do_not_share_a_run_directory(config, tmp_path):
         pytest.raises(UserError, match=rf"another process is training in {tmp_path}: wait"),
     ):
         run(config, tmp_path)
+
+
+def test_a_signal_that_stops_the_processes_is_no_fault_of_theirs(config, tmp_path):
+    config.train.strategy, config.train.devices, config.train.max_steps = "ddp", 2, 9999
+    history = tmp_path / "run/history.jsonl"
+
+    def stop_when_it_trains():
+        while not history.is_file():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_it_trains, daemon=True).start()
+    with pytest.raises(Stopped, match="training was stopped by SIGTERM after step") as caught:
+        run(config, tmp_path / "run")
+    assert caught.value.number == signal.SIGTERM

@@ -55,7 +55,7 @@ def print_summary(
         console.print(f"report: {report}", soft_wrap=True, markup=False)
         return
     console.print(f"run directory: {out}", soft_wrap=True, markup=False)
-    if report.is_file():
+    if report.is_file() and stages != ["chat"]:  # of which it shows nothing
         hint = "its report.html does not show this call yet: stages=[report] writes it again"
         console.print(hint, soft_wrap=True, markup=False)
 

@@ -24,7 +24,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 from medusa_exp.config import Config, from_hydra, to_dict
-from medusa_exp.errors import UserError
+from medusa_exp.errors import Stopped, UserError
 from medusa_exp.files import read_json, write_json
 from medusa_exp.provenance import annotate, collect
 
@@ -39,6 +39,7 @@ def train_in_processes(config: Config, out: Path) -> dict[str, float]:
 
     Raises:
         UserError: as the training itself, or that a process died.
+        Stopped: SIGTERM or SIGINT came.
     """
     with tempfile.TemporaryDirectory(prefix="medusa_exp-") as name:
         saved, result = Path(name) / "config.json", Path(name) / "result.json"
@@ -50,8 +51,14 @@ def train_in_processes(config: Config, out: Path) -> dict[str, float]:
             *("-m", __name__, str(saved), str(out), str(result)),
         ]
         with alive:
-            code = _wait(subprocess.Popen(command))
+            code, number = _wait(subprocess.Popen(command))
         found = read_json(result, {})
+    if number is not None:  # their own message is there, unless it came before they listened
+        plain = (
+            f"training was stopped by {signal.Signals(number).name}: the same command with the "
+            "same run_dir goes on."
+        )
+        raise Stopped(found.get("error", plain), number)
     if "error" in found:
         raise UserError(found["error"])
     if code or "metrics" not in found:
@@ -64,17 +71,22 @@ def train_in_processes(config: Config, out: Path) -> dict[str, float]:
     return dict(found["metrics"])
 
 
-def _wait(process: "subprocess.Popen[bytes]") -> int:
+def _wait(process: "subprocess.Popen[bytes]") -> tuple[int, int | None]:
+    """Return the process' exit code, and the last signal that came meanwhile."""
+    stopped_by: int | None = None
+
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped_by
+        stopped_by = number
         process.send_signal(number)
 
     previous = signal.signal(signal.SIGTERM, forward)
     try:
         while True:
             try:
-                return process.wait()
+                return process.wait(), stopped_by
             except KeyboardInterrupt:  # theirs too: they write a checkpoint and end
-                continue
+                stopped_by = signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, previous)
         process.kill()
