@@ -103,7 +103,8 @@ def _of_report(config: Config, out: Path) -> Iterator[Item]:
 def _heads(out: Path, is_input: bool = False, **metadata: Any) -> Item:
     files = {path.name: path for path in sorted((out / "heads").iterdir()) if path.is_file()}
     known = {**read_json(out / "heads" / "config.json"), "sha256": _heads_sha256(out)}
-    known["backbone"] = named_variables(str(known["backbone"]), out)
+    if "backbone" in known:  # not of a model without a name
+        known["backbone"] = named_variables(str(known["backbone"]), out)
     return Item("heads", "model", files, metadata={**known, **metadata}, is_input=is_input)
 
 
