@@ -69,7 +69,8 @@ def tests(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """Run the tests of the CUDA kernels alone; they need g++, and no GPU."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"), *group("kernels"))
-    session.run("pytest", "tests/kernels", "tests/decode/test_verifier.py", *session.posargs)
+    around = ("tests/decode/test_verifier.py", "tests/decode/test_cuda.py")
+    session.run("pytest", "tests/kernels", *around, *session.posargs)
 
 
 @nox.session(default=False)

@@ -78,7 +78,12 @@ def _drop_unfinished(out: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:  # the last is torch's
         raise UserError(
             f"{path} is damaged ({type(error).__name__}), and no training goes on from it: restore "
             "it, or set train.resume=never to train anew."
