@@ -5,6 +5,7 @@ A killed process may leave a hidden temporary sibling (`.name.partial-...`), nev
 
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -50,14 +51,21 @@ def publish(path: Path) -> Iterator[Path]:
 
 def _open_to_readers(partial: Path) -> None:
     """Give files that a library has made for their owner alone the rights of any new file."""
+    written = partial.rglob("*") if partial.is_dir() else [partial]
+    private = [path for path in written if path.is_file() and _is_private(path.stat())]
+    if not private:
+        return
     probe = partial.with_name(f"{partial.name}.rights")
     probe.touch()
     rights = probe.stat().st_mode
     probe.unlink()
-    for path in partial.rglob("*") if partial.is_dir() else [partial]:
-        status = path.stat()
-        if path.is_file() and status.st_mode & 0o777 == 0o600 and status.st_nlink == 1:
-            path.chmod(rights)
+    for path in private:
+        path.chmod(rights)
+
+
+def _is_private(status: os.stat_result) -> bool:
+    # What is linked from elsewhere has the rights that somebody gave it there.
+    return status.st_mode & 0o777 == 0o600 and status.st_nlink == 1
 
 
 def _lacks_room(error: Exception, directory: Path) -> bool:

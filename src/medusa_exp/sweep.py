@@ -74,7 +74,9 @@ def run_once(
     with held(out):
         if is_done(out):
             log.info("done already: %s", out)
-            return _warned(_value_now(out, objective), objective)
+            if _update_value(out, objective):
+                _write_page(out.parent)
+            return _warned(read_json(out / JOB)["value"], objective)
         job = {
             "number": hydra_config.job.num,
             "overrides": OmegaConf.to_container(hydra_config.overrides.task),
@@ -105,21 +107,24 @@ def _warned(value: float | None, objective: str) -> float | None:
     return value
 
 
-def _value_now(out: Path, objective: str) -> float | None:
-    """Return the objective of a job that is done; it, or its value, may be another than then."""
+def _update_value(out: Path, objective: str) -> bool:
+    """Write down the objective of a job that is done, and say whether that is news.
+
+    It may be another metric than then, and a later call may have measured it anew.
+    """
     job, value = read_json(out / JOB), read_json(out / "metrics.json", {}).get(objective)
-    if (job["objective"], job["value"]) != (objective, value):
-        job |= {"objective": objective, "value": value}
-        write_json(out / JOB, job)
-        _write_page(out.parent)
-    return value
+    is_news = bool((job["objective"], job["value"]) != (objective, value))
+    if is_news:
+        write_json(out / JOB, {**job, "objective": objective, "value": value})
+    return is_news
 
 
 def refresh(out: Path) -> None:
     """Have a sweep know what a later call of one of its jobs' runs has found."""
     if is_done(out):
-        _value_now(out, read_json(out / JOB)["objective"])
-        _write_page(out.parent)
+        with held(out):
+            _update_value(out, read_json(out / JOB)["objective"])
+        _write_page(out.parent)  # with its other figures
 
 
 def _write_page(sweep_dir: Path) -> None:
