@@ -1,7 +1,16 @@
+from dataclasses import dataclass
+
 import pytest
 
 from medusa_exp.errors import UserError
-from medusa_exp.files import drop_torn_line, publish, read_json, read_jsonl, write_json
+from medusa_exp.files import (
+    drop_torn_line,
+    publish,
+    read_json,
+    read_jsonl,
+    settings_in_key,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -75,3 +84,15 @@ def test_a_torn_line_is_cut_off_before_more_is_added(tmp_path):
     path.write_text('{"a":\n{"a": 2}\n')
     with pytest.raises(UserError, match=r"history\.jsonl, line 1, is not valid JSON"):
         read_jsonl(path)
+
+
+def test_a_key_that_the_schema_gains_later_names_nothing_anew_at_its_default():
+    @dataclass
+    class Section:
+        steps: int = 3
+        devices: int = 1
+        later: str = "off"
+
+    assert settings_in_key(Section(), ["steps"], but=["devices"]) == {"steps": 3}
+    changed = Section(later="on", devices=2)
+    assert settings_in_key(changed, ["steps"], but=["devices"]) == {"steps": 3, "later": "on"}

@@ -8,8 +8,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,27 @@ def sha256_file(path: Path) -> str:
 def _sha256(path: Path, mtime_ns: int, size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settings_in_key(
+    section: Any, names: Collection[str], but: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return what a section of the config, a dataclass, adds to a content key.
+
+    A key of the config that came after `names` were written down counts only where it is not at its
+    default: what was cached or saved before it keeps its name.
+
+    Args:
+        section: of the config.
+        names: its keys that always count.
+        but: those that never do.
+    """
+    values, defaults = asdict(section), asdict(type(section)())
+    return {
+        name: value
+        for name, value in values.items()
+        if name in names or (name not in but and value != defaults[name])
+    }
 
 
 def content_key(*parts: Any) -> str:

@@ -1,10 +1,11 @@
+import hashlib
 import json
 import re
 from itertools import islice, pairwise
 
 import pytest
 
-from medusa_exp.data.synthetic import CATEGORIES, generate_conversations, write_dataset
+from medusa_exp.data.synthetic import CATEGORIES, FORMAT, generate_conversations, write_dataset
 
 RECORDS = list(generate_conversations(1500, seed=3))
 EXCHANGES = [
@@ -117,3 +118,9 @@ def test_written_whole_under_its_final_name(tmp_path):
     write_dataset(tmp_path / "chat.json", 30, seed=3)
     assert json.loads((tmp_path / "chat.json").read_text()) == RECORDS[:30]
     assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_a_change_of_what_is_generated_has_a_new_format():
+    """Else cached data sets, and the models trained on them, would be taken for the new ones."""
+    records = json.dumps(list(generate_conversations(300, 0))).encode()
+    assert (FORMAT, hashlib.sha256(records).hexdigest()[:16]) == (1, "1865764ddea52655")

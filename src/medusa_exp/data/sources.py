@@ -4,11 +4,11 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from medusa_exp.config import Config, DatasetConfig
+from medusa_exp.data import synthetic
 from medusa_exp.data.conversations import (
     Conversation,
     DataError,
@@ -18,7 +18,6 @@ from medusa_exp.data.conversations import (
     read_conversations,
 )
 from medusa_exp.data.faults import unreadable
-from medusa_exp.data.synthetic import write_dataset
 from medusa_exp.files import content_key, sha256_file
 
 log = logging.getLogger(__name__)
@@ -80,10 +79,8 @@ def dataset_files(config: Config) -> list[Path]:
 
 
 def dataset_key(dataset: DatasetConfig) -> str:
-    """Name the generated data set's content: its options, and the generator's own source."""
-    package = resources.files("medusa_exp.data.synthetic")
-    source = sorted(file.read_text() for file in package.iterdir() if file.name.endswith(".py"))
-    return content_key(source, dataset.num_conversations, dataset.seed)
+    """Name the generated data set's content: its options, and the format of what is generated."""
+    return content_key(synthetic.FORMAT, dataset.num_conversations, dataset.seed)
 
 
 def load_split(config: Config, split: str) -> list[Conversation]:
@@ -152,7 +149,7 @@ def _generated(config: Config) -> Path:
     dataset = config.dataset
     path = Path(config.cache_dir) / "synthetic" / f"{dataset_key(dataset)}.json"
     if not path.is_file():
-        write_dataset(path, dataset.num_conversations, dataset.seed)
+        synthetic.write_dataset(path, dataset.num_conversations, dataset.seed)
     return path
 
 

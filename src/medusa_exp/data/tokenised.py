@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,14 @@ from medusa_exp.data.examples import Examples, open_documents
 from medusa_exp.data.sources import Source, counts, empty_split, open_sources, split_of, walk
 from medusa_exp.data.template import describe
 from medusa_exp.errors import UserError
-from medusa_exp.files import content_key, publish, read_json, write_json
+from medusa_exp.files import content_key, publish, read_json, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 
 _DOCUMENTS, _SUMMARY = "documents.arrow", "summary.json"
+FORMAT = 1
+"""Raise it when the same chats, tokenizer and template give other documents: caches are then built
+anew. (tests/golden/renderings.json tells of most such changes.)"""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec", "pyarrow")
 """Whose versions may change what is read, rendered or tokenised."""
 
@@ -138,7 +141,26 @@ def load_tokenised(
             f"{error.strerror or error}."
         ) from error
     summary = read_json(path / _SUMMARY)
+    if (older := _key_before_formats(config, sources, summary)) is not None:
+        summary["key"] = older
+        del summary["format"]
     return Tokenised(config, open_documents(path / _DOCUMENTS), summary, max_length, is_new)
+
+
+def _key_before_formats(
+    config: Config, sources: list[Source], summary: dict[str, Any]
+) -> str | None:
+    """Return the key that this run knows the same documents by, if it began before FORMAT did.
+
+    Its checkpoint, hidden states and own answers are named by it. Keys then had a hash of our code.
+    """
+    out = Path(config.run_dir)
+    noted = read_json(out / "data.json", {}) if config.run_dir else {}
+    if "key" not in noted or "format" in noted or noted["sources"] != summary["sources"]:
+        return None
+    known = set(read_json(out / "run.json", {}).get("data", {}).values())
+    files = [path for source in sources for path in source.reading.paths]
+    return noted["key"] if {sha256_file(path) for path in files} == known else None
 
 
 def _is_whole(path: Path) -> bool:
@@ -164,16 +186,14 @@ def _publish(
     with publish(path) as partial:
         partial.mkdir()
         summary = _build(partial, sources, config, tokenizer, max_length)
-        write_json(partial / _SUMMARY, {"key": key, **summary})
+        write_json(partial / _SUMMARY, {"key": key, "format": FORMAT, **summary})
 
 
 def _key(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    """Name all that decides what the documents are: text, template, tokenizer, limits, code."""
-    package = resources.files("medusa_exp.data")
-    code = sorted(file.read_text() for file in package.iterdir() if file.name.endswith(".py"))
+    """Name all that decides what the documents are: text, template, tokenizer, limits, format."""
     versions = {name: metadata.version(name) for name in _LIBRARIES}
     data = [source.identity() for source in sources]
-    return content_key(data, describe(tokenizer), max_length, versions, code)
+    return content_key(data, describe(tokenizer), max_length, versions, FORMAT)
 
 
 def _build(

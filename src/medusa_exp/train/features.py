@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,18 @@ from medusa_exp.config import Config
 from medusa_exp.data.examples import Examples
 from medusa_exp.data.features import FORMAT, Features, stored_positions
 from medusa_exp.errors import UserError
-from medusa_exp.files import content_key, publish, sha256_file, write_json
+from medusa_exp.files import content_key, publish, settings_in_key, sha256_file, write_json
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.train.feature_writing import write_features
 from medusa_exp.train.trainer import pick_precision
 
 log = logging.getLogger(__name__)
+
+_OF_TOKENIZERS = (
+    *("kind", "path", "vocab_size", "tokenizer_class", "model_max_length", "padding_side"),
+    *("truncation_side", "add_bos_token", "add_eos_token", "chat_template", "special_tokens"),
+    *("additional_special_tokens", "resize_embedding"),
+)
 
 
 def open_features(
@@ -150,5 +155,6 @@ def _note(config: Config, files: str | None) -> Path | None:
     if files is None:
         return None
     # What makes other weights of the same files stands in the name too.
-    key = content_key(files, asdict(config.tokenizer), config.model.quantization)
+    tokenizer = settings_in_key(config.tokenizer, _OF_TOKENIZERS)
+    key = content_key(files, tokenizer, config.model.quantization)
     return Path(config.cache_dir) / "backbones" / f"{key}.json"

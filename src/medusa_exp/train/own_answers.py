@@ -3,7 +3,7 @@
 Stage regenerate writes them, see `regenerate.py`; training and the feature cache read them.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -17,10 +17,13 @@ from medusa_exp.decode.loop import GREEDY
 from medusa_exp.decode.rule import Rule
 from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.errors import UserError
-from medusa_exp.files import content_key
+from medusa_exp.files import content_key, settings_in_key
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.train.trainer import AUTOCAST, pick_precision
 
+_OF_ANSWERS = ("num_documents", "num_val_documents", "max_new_tokens")
+_NOT_OF_ANSWERS = ("batch_size", "use_heads", "workers")
+_OF_RULES = "name temperature top_k top_p epsilon alpha seed verifier".split()
 DOCUMENTS, SUMMARY = "documents.arrow", "summary.json"
 
 
@@ -64,8 +67,7 @@ def answers_key(
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """Name all that decides the answers. Batches are left out: they only move near-ties."""
-    settings = asdict(config.regenerate)
-    del settings["batch_size"], settings["use_heads"], settings["workers"]
+    settings = settings_in_key(config.regenerate, _OF_ANSWERS, but=_NOT_OF_ANSWERS)
     dataset = config.dataset
     limits = limits_of(config, backbone, tokenizer)
     return content_key(
@@ -73,7 +75,7 @@ def answers_key(
         [dataset.val_fraction, dataset.test_fraction],
         backbone.weights_identity(),
         settings,
-        asdict(answer_rule(config)),
+        settings_in_key(answer_rule(config), _OF_RULES),
         [sorted(limits.stop_ids), list(limits.stop_strings)],
         _precision(config, backbone),
         [metadata.version(name) for name in ("torch", "transformers")],

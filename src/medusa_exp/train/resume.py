@@ -3,7 +3,6 @@
 import logging
 import pickle
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,37 @@ import torch
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.files import content_key
+from medusa_exp.files import content_key, settings_in_key
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import ADAPTED
 from medusa_exp.train.checkpoints import CHECKPOINT
 
+_OF_STEPS = (
+    *("kind", "lora", "heads_from", "max_steps", "epochs", "min_steps", "text", "labels", "loss"),
+    *("top_k", "batching", "batch_tokens", "accumulate", "optimizer", "learning_rate"),
+    *("weight_decay", "warmup_fraction", "gradient_clip", "average", "decay", "coefficient"),
+    *("coefficient_schedule", "loss_chunk_rows", "loss_form", "features", "compile", "strategy"),
+    *("devices", "deterministic"),
+)
 _NOT_OF_STEPS = (
     *("resume", "checkpoint_every", "val_every", "val_batches", "val_prompts", "val_tree_nodes"),
     *("keep", "patience", "max_failures", "feature_workers"),
 )
-"""Keys of `train` that may change from call to call: what the next step does does not hang on them.
-Any other key, a new one too, makes a checkpoint one of another training."""
+"""Keys of `train` on which the next step depends, and those that may change from call to call. A
+key that is in neither makes a checkpoint one of another training where it is not at its default."""
+_OF_HEADS = "kind num_heads num_layers bias rank num_tokens prefix_attention".split()
 
 log = logging.getLogger(__name__)
 
 
 def made_with(config: Config, data_key: str, backbone: Backbone) -> str:
     """Name all that decides the steps of a training, but for when it is looked at and saved."""
-    train = asdict(config.train)
-    for key in _NOT_OF_STEPS:
-        del train[key]
+    train = settings_in_key(config.train, _OF_STEPS, but=_NOT_OF_STEPS)
+    head = settings_in_key(config.head, _OF_HEADS)
     dataset = config.dataset
     weights = {name: source.weight for name, source in dataset.sources.items()}
     data = [data_key, dataset.val_fraction, dataset.test_fraction, weights]
-    return content_key(asdict(config.head), train, data, config.seed, backbone.weights_identity())
+    return content_key(head, train, data, config.seed, backbone.weights_identity())
 
 
 def checkpoint_to_resume(config: Config, out: Path, key: str) -> tuple[Path | None, int]:

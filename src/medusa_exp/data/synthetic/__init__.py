@@ -16,6 +16,9 @@ from medusa_exp.data.synthetic import calculation, language, layout, programs
 from medusa_exp.data.synthetic.wording import pick
 from medusa_exp.files import publish
 
+FORMAT = 1
+"""Raise it when the same seed gives other records: cached data sets are then made again."""
+
 Record = dict[str, Any]
 Turn = tuple[str, str]
 """What the user asks, and the right answer."""
