@@ -33,7 +33,7 @@ SHIPPED = {
 }
 """Folder in the wheel -> folder here."""
 CHECK_PREBUILT = """
-from medusa_exp.decode.kernel_source import MODULES, find_prebuilt
+from medusa_exp.decode.cuda.source import MODULES, find_prebuilt
 for module in MODULES:
     for capability in (80, 86, 90):
         assert find_prebuilt(*module, capability).read_bytes(), (module, capability)

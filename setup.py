@@ -23,8 +23,8 @@ VARIABLE = "MEDUSA_EXP_CUDA_ARCHS"
 
 
 def kernel_source() -> ModuleType:
-    """Return src/medusa_exp/decode/kernel_source.py without the package, which needs torch."""
-    path = ROOT / "src" / "medusa_exp" / "decode" / "kernel_source.py"
+    """Return src/medusa_exp/decode/cuda/source.py without the package, which needs torch."""
+    path = ROOT / "src" / "medusa_exp" / "decode" / "cuda" / "source.py"
     spec = importlib.util.spec_from_file_location("kernel_source", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -30,7 +30,7 @@ from sharegpt_like import ODD, sharegpt_like, usable_conversations
 from vicuna_like import train_tokenizer
 
 from medusa_exp.data import read_conversations
-from medusa_exp.data.tokenised import Tokenised
+from medusa_exp.data.tokenized import Tokenised
 
 _REPEATS = 3
 _LEARNT = 2000

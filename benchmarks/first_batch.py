@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from transformers import AutoTokenizer
 
 from medusa_exp.config import Config, DatasetConfig, TrainConfig
-from medusa_exp.data.loader import Batches
-from medusa_exp.data.tokenised import Tokenised, load_tokenised
+from medusa_exp.data.datamodule import Batches
+from medusa_exp.data.tokenized import Tokenised, load_tokenised
 
 MARK = "-- timed from here to here --"
 

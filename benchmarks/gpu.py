@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a CUDA device, and torch sees none here.")
-    from medusa_exp.decode.cuda import CupyKernels
+    from medusa_exp.decode.cuda.runtime import CupyKernels
 
     kernels = CupyKernels(torch.device("cuda"))
     if arguments.only_checks:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gpu_points import Inputs, Point
 
-from medusa_exp.decode.verification import Verdict, verify
+from medusa_exp.decode.verify import Verdict, verify
 
 _FIELDS = (
     "tokens parents targets p uniforms path num_accepted last place "

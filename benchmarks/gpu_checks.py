@@ -19,10 +19,10 @@ from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
 from kernel_checks import COMMITS, check_commit, check_commit_within, check_mask, mask_cases
 from kernel_shim import GXX, ShimKernels
 
-from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.cuda.runtime import Kernels
+from medusa_exp.decode.cuda.verify import Verifier
 from medusa_exp.decode.launch_plan import Plan
-from medusa_exp.decode.verification import Verdict
-from medusa_exp.decode.verification_cupy import Verifier
+from medusa_exp.decode.verify import Verdict
 
 
 def plans_of(kernels: Kernels) -> list[Plan]:

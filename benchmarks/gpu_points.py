@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.launch_plan import Plan
 from medusa_exp.tree import Tree
 

@@ -13,10 +13,10 @@ from gpu_timing import measure
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from medusa_exp.decode.cache import TreeCache
-from medusa_exp.decode.cuda import Kernels
-from medusa_exp.decode.step_cupy import CacheCommit
-from medusa_exp.decode.verification import verify
-from medusa_exp.decode.verification_cupy import Verifier
+from medusa_exp.decode.cuda.runtime import Kernels
+from medusa_exp.decode.cuda.step import CacheCommit
+from medusa_exp.decode.cuda.verify import Verifier
+from medusa_exp.decode.verify import verify
 from medusa_exp.model import Backbone
 
 PAST, NODES, VOCAB = 512, 64, 32000

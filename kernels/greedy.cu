@@ -3,7 +3,7 @@
 // In:  logits_BNV after each node, tokens_BN, parents_BN (tree.cuh, Arguments).
 // Out: path_BL, num_accepted_B, next_token_B. The token after a node is its argmax, the lowest where
 //      several tie. Of children that hold it, the first is accepted; the token after the last
-//      accepted node is the next token. Equal to decode/verification.py, rule greedy.
+//      accepted node is the next token. Equal to decode/verify.py, rule greedy.
 // Floor: the bytes of the rows of nodes with children, and of one more, at the memory's bandwidth
 //      (22 + 1 rows of V = 128256 in bfloat16: 2.0 us at 3.0 TB/s); lazy: of the rows on the path.
 //      No exponential is taken: about 3 instructions a logit.

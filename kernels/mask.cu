@@ -3,7 +3,7 @@
 // In:  parents_BN, the number of cached tokens of each row, the columns P before the tree.
 // Out: mask_BNK, K = P + N: a node sees its row's cached tokens, its ancestors and itself; with a
 //      window of w, only those fewer than w positions back. positions_BN: cached tokens + depth, at
-//      most last_position. Equal to decode/attention.py, StepMask.
+//      most last_position. Equal to decode/masks.py, StepMask.
 // Floor: the mask's own bytes, B * N * K, written once (64 nodes over 4096 columns: 0.1 us at 3.0 TB/s).
 //
 // Grid (N, 1, B), any block. B batch, N nodes, K columns.

@@ -4,7 +4,7 @@
 // Out: path_BL, num_accepted_B, next_token_B. A guess is accepted if its probability after its parent
 //      is above min(epsilon, alpha * exp(-entropy)). Of the paths of accepted nodes the longest
 //      counts, of these the likeliest, of these the one whose end comes first. The token after it
-//      is the argmax. Equal to decode/verification.py, rule typical.
+//      is the argmax. Equal to decode/verify.py, rule typical.
 // Floor: as greedy.cu; lazy: the rows of accepted nodes with children, and of one more. Largest, sum
 //      and entropy come from one pass: about 10 instructions a logit, one of them an exponential.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.distribution import probabilities
-from medusa_exp.decode.verification import Verdict, verify
+from medusa_exp.decode.verify import Verdict, verify
 
 RULES = ("greedy", "sampling", "typical")
 SHAPES = ("random", "random", "bushy", "chain", "star", "single", "padded")

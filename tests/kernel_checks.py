@@ -14,12 +14,12 @@ from kernel_shim import ORDERS, ShimKernels
 from tiny_models import build_model
 from torch import Tensor
 
-from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.cuda.step import CacheCommit, build_mask
+from medusa_exp.decode.cuda.verify import Verifier
 from medusa_exp.decode.launch_plan import Plan
-from medusa_exp.decode.step_cupy import CacheCommit, build_mask
-from medusa_exp.decode.verification import Verdict
-from medusa_exp.decode.verification_cupy import Verifier
+from medusa_exp.decode.masks import StepMask
+from medusa_exp.decode.verify import Verdict
 
 PLANS = (
     Plan("two", splits=3, threads=64, walk_threads=64),

@@ -40,7 +40,7 @@ def build(
 
 
 class ShimKernels:
-    """Launches on the CPU, threads and blocks in some order; see medusa_exp.decode.cuda.Kernels."""
+    """Launches on the CPU, threads and blocks in some order; see decode.cuda.runtime.Kernels."""
 
     device = torch.device("cpu")
     num_processors = 8

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from medusa_exp.errors import UserError
-from medusa_exp.files import (
+from medusa_exp.runs.files import (
     drop_torn_line,
     publish,
     read_json,

@@ -20,7 +20,7 @@ from kernel_shim import GXX, ShimKernels
 from tiny_models import VOCAB_SIZE, build_model
 
 from medusa_exp.decode.launch_plan import Plan, check_plan, plan_for
-from medusa_exp.decode.verification import verify
+from medusa_exp.decode.verify import verify
 from medusa_exp.model import Backbone, build_heads
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"

@@ -2,8 +2,8 @@
 
 import logging
 
-from medusa_exp.files import write_json
-from medusa_exp.jobs import JOB, read_jobs
+from medusa_exp.runs.files import write_json
+from medusa_exp.runs.jobs import JOB, read_jobs
 
 RECORD = {"number": 0, "overrides": [], "objective": "", "status": "done", "value": None}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medusa_exp.metric_names import is_larger_better, is_timed, stage_of
+from medusa_exp.runs.metric_table import is_larger_better, is_timed, stage_of
 
 
 @pytest.mark.parametrize(

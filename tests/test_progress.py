@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from medusa_exp import progress
+from medusa_exp.runs import progress
 
 
 @pytest.mark.parametrize(

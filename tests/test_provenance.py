@@ -4,8 +4,8 @@ import pytest
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.files import read_json
-from medusa_exp.provenance import RunRecord
+from medusa_exp.runs.files import read_json
+from medusa_exp.runs.record import RunRecord
 
 
 def test_no_figure_outlives_its_stage_however_that_ended_between(tmp_path):

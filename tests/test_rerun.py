@@ -2,8 +2,8 @@
 
 import pytest
 
-from medusa_exp.files import read_json, write_json
-from medusa_exp.rerun import compare, print_comparison
+from medusa_exp.runs.compare import compare, print_comparison
+from medusa_exp.runs.files import read_json, write_json
 
 
 @pytest.mark.parametrize(

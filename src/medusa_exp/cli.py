@@ -5,7 +5,8 @@
     python -m medusa_exp -m +experiment=NAME key=1,2 [...]     a sweep: many runs
     python -m medusa_exp +experiment=rerun rerun.source=DIR    a run done again
 
-The second and the last form start from the run's saved config; see `continuation.py`, `rerun.py`.
+The second and the last form start from the run's saved config; see `config/continuation.py`,
+`runs/compare.py`.
 
 What happens, in order: `main` puts the saved overrides of an existing run before the new ones;
 Hydra composes the config and, in a sweep, hands out the jobs; for each job `_hydra_main` asks
@@ -29,21 +30,22 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from medusa_exp import continuation, rerun, sweep
-from medusa_exp.config import Config, from_hydra, register
+from medusa_exp.config import Config, continuation, from_hydra, register
 from medusa_exp.errors import Stopped, UserError
+from medusa_exp.runs import compare as rerun
+from medusa_exp.runs import sweep
 
 log = logging.getLogger(__name__)
 
 STAGES = {
-    "pretrain": "medusa_exp.pretrain.stage",
-    "inspect": "medusa_exp.inspection.stage",
-    "regenerate": "medusa_exp.train.regenerate",
-    "train": "medusa_exp.train.stage",
-    "calibrate": "medusa_exp.tree.calibrate",
-    "evaluate": "medusa_exp.evaluate.stage",
-    "chat": "medusa_exp.decode.chat",
-    "report": "medusa_exp.tracking.stage",
+    "pretrain": "medusa_exp.stages.pretrain",
+    "inspect": "medusa_exp.stages.inspection",
+    "regenerate": "medusa_exp.stages.regenerate",
+    "train": "medusa_exp.stages.train",
+    "calibrate": "medusa_exp.stages.calibrate",
+    "evaluate": "medusa_exp.stages.evaluate",
+    "chat": "medusa_exp.stages.chat",
+    "report": "medusa_exp.stages.report",
 }
 """Stage -> module whose `run(config, out) -> metrics` does it. Imported only when it runs: the
 command line itself must answer without torch."""
@@ -169,7 +171,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
         The value of `config.objective`, None where no stage has measured it.
     """
     from medusa_exp.model.checkpoint import adopt_heads
-    from medusa_exp.provenance import RunRecord
+    from medusa_exp.runs.record import RunRecord
     from medusa_exp.tracking.terminal import print_summary, quiet_libraries
     from medusa_exp.tracking.tracker import Tracker
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from medusa_exp.data.batches import BatchSampler, epoch_planner, padded_length
+from medusa_exp.data.batching import BatchSampler, epoch_planner, padded_length
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=500)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_model
 
+from medusa_exp.data.datamodule import Batches, collate
 from medusa_exp.data.examples import SCHEMA, Example, Examples
-from medusa_exp.data.loader import Batches, collate
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone
 from medusa_exp.model.loss import head_labels

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from medusa_exp.data.records import Message, RecordParser, content_digest
+from medusa_exp.data.parsing import Message, RecordParser, content_digest
 
 HI = {"from": "human", "value": "Hi"}
 HELLO = {"from": "gpt", "value": "Hello!"}

@@ -8,8 +8,9 @@ import pytest
 from conftest import conversation_record
 
 from medusa_exp.config import Config, DatasetConfig, SourceConfig
-from medusa_exp.data import DataError, build, read_conversations, render, tokenised
-from medusa_exp.data.tokenised import load_tokenised
+from medusa_exp.data import DataError, build, read_conversations, render
+from medusa_exp.data import tokenized as tokenised
+from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.errors import UserError
 
 

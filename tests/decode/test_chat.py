@@ -6,12 +6,12 @@ from tiny_models import build_model
 
 from medusa_exp.config import Config
 from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.chat import Chat, run
+from medusa_exp.decode.drafting import StaticTree
 from medusa_exp.decode.loop import decode_plain
-from medusa_exp.decode.propose import StaticTree
 from medusa_exp.decode.rule import Rule
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
+from medusa_exp.stages.chat import Chat, run
 from medusa_exp.tree import chain
 
 
@@ -48,7 +48,7 @@ def test_what_was_said_belongs_to_the_next_prompt_until_there_is_no_room(chat):
 def test_half_a_character_at_the_end_hides_nothing_before_it(chat, tokenizer, monkeypatch):
     said = tokenizer("ab\u00e9", add_special_tokens=False).input_ids[:-1]
     steps = [[said[:1]], [said[1:]]]  # the answer is cut inside of the last character
-    monkeypatch.setattr("medusa_exp.decode.chat.tree_steps", lambda *_: iter(steps))
+    monkeypatch.setattr("medusa_exp.stages.chat.tree_steps", lambda *_: iter(steps))
     assert "".join(piece for piece, _ in chat.answer("hello")) == "ab"
     assert chat.messages[-1].content == "ab"
 
@@ -60,6 +60,6 @@ def test_half_a_character_at_the_end_hides_nothing_before_it(chat, tokenizer, mo
 def test_no_prompt_in_what_is_piped(chat, tmp_path, monkeypatch, data, message):
     stdin = None if data is None else io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
-    monkeypatch.setattr("medusa_exp.decode.chat.load_chat", lambda *_: chat)
+    monkeypatch.setattr("medusa_exp.stages.chat.load_chat", lambda *_: chat)
     with pytest.raises(UserError, match=message):
         run(Config(), tmp_path)

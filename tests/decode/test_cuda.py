@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_exp.decode import cuda
-from medusa_exp.decode.cuda import CupyKernels, kernels_on
-from medusa_exp.decode.kernel_source import find_prebuilt, hash_of, prebuilt_name, source_of
-from medusa_exp.decode.verification_cupy import ARGUMENTS
+from medusa_exp.decode.cuda import runtime as cuda
+from medusa_exp.decode.cuda.runtime import CupyKernels, kernels_on
+from medusa_exp.decode.cuda.source import find_prebuilt, hash_of, prebuilt_name, source_of
+from medusa_exp.decode.cuda.verify import ARGUMENTS
 from medusa_exp.errors import UserError
 
 CUDA = torch.device("cuda", 0)

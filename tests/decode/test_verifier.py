@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from medusa_exp.decode import verifier
+from medusa_exp.decode.cuda.verify import ARGUMENTS, Verifier, can_verify
 from medusa_exp.decode.launch_plan import Plan, plan_for
 from medusa_exp.decode.rule import Judge, Rule
-from medusa_exp.decode.verification import verify
-from medusa_exp.decode.verification_cupy import ARGUMENTS, Verifier, can_verify
 from medusa_exp.decode.verification_host import verify_on_host
 from medusa_exp.decode.verifier import choose_verifier
+from medusa_exp.decode.verify import verify
 from medusa_exp.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

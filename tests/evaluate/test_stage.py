@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from medusa_exp.evaluate.stage import _warm_up
+from medusa_exp.stages.evaluate import _warm_up
 
 
 @pytest.mark.parametrize(

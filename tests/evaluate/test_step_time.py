@@ -5,15 +5,15 @@ from types import SimpleNamespace
 import pytest
 
 from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
 from medusa_exp.decode.loop import decode_tree
+from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import Judge
-from medusa_exp.evaluate import step_time
-from medusa_exp.metric_names import PARTS_OF_TIME
+from medusa_exp.evaluate import step_profile as step_time
 from medusa_exp.model import build_heads
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, PrefixAttention
+from medusa_exp.runs.metric_table import PARTS_OF_TIME
 from medusa_exp.tree import chain
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2]]

@@ -5,7 +5,8 @@ from tiny_models import build_model
 
 from medusa_exp.config import Config, DatasetConfig, InspectConfig, ModelConfig, TokenizerConfig
 from medusa_exp.data import Conversation, Message
-from medusa_exp.inspection import rows, stage
+from medusa_exp.inspection import rows
+from medusa_exp.stages import inspection as stage
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from kernel_checks import PLANS, cases_of, check_mask, check_verification, mask_
 from kernel_mutants import is_caught
 from kernel_shim import GXX, SOURCES
 
-from medusa_exp.decode.verification import Verdict
+from medusa_exp.decode.verify import Verdict
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++")
 

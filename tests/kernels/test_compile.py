@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_exp.decode.kernel_source import MODULES, source_of
-from medusa_exp.decode.verification_cupy import DEFINES
+from medusa_exp.decode.cuda.source import MODULES, source_of
+from medusa_exp.decode.cuda.verify import DEFINES
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None,

@@ -13,7 +13,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def kernels():
-    from medusa_exp.decode.cuda import CupyKernels
+    from medusa_exp.decode.cuda.runtime import CupyKernels
 
     return CupyKernels(torch.device("cuda"))
 
@@ -36,7 +36,7 @@ def test_the_kernels_are_right_on_the_device(kernels):
 def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, rule):
     from gpu_checks import moved, plans_of
 
-    from medusa_exp.decode.verification_cupy import Verifier
+    from medusa_exp.decode.cuda.verify import Verifier
 
     cases = [make_case(seed, rule, vocab=1000, nodes=9) for seed in range(40)]
     first, *others = (
@@ -77,7 +77,7 @@ def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, rule)
 def test_a_call_follows_torch_to_another_stream(kernels):
     from gpu_checks import moved
 
-    from medusa_exp.decode.verification_cupy import Verifier
+    from medusa_exp.decode.cuda.verify import Verifier
 
     [case] = exact_cases("greedy")
     there, verifier = moved(case, kernels.device), Verifier(kernels)

@@ -15,7 +15,7 @@ from medusa_exp.model.loss import medusa_counts, medusa_losses
 from medusa_exp.model.ranks import answer_ranks
 from medusa_exp.model.targets import DistributionTargets, TokenTargets, TopTargets
 from medusa_exp.tree import Tree, chain
-from medusa_exp.tree.growth import num_steps
+from medusa_exp.tree.search import num_steps
 
 COUNTS = torch.arange(64).flip(0)
 FAMILIES = {

@@ -3,7 +3,7 @@
 import pytest
 from report_pages import Page, write, write_sweep
 
-from medusa_exp.tracking.comparison import content, split_override, write_comparison
+from medusa_exp.tracking.sweep_report import content, split_override, write_comparison
 
 
 def test_every_job_and_every_failure_is_shown(tmp_path):

@@ -4,8 +4,8 @@ import sys
 from types import SimpleNamespace
 
 from medusa_exp.config import Config
-from medusa_exp.files import read_jsonl
-from medusa_exp.provenance import RunRecord
+from medusa_exp.runs.files import read_jsonl
+from medusa_exp.runs.record import RunRecord
 from medusa_exp.tracking import wandb_run
 from medusa_exp.tracking.history import HistoryLogger
 from medusa_exp.tracking.tracker import Tracker

@@ -13,7 +13,7 @@ import pytest
 import wandb_files as written
 from wandb_files import of_type
 
-from medusa_exp.files import write_json
+from medusa_exp.runs.files import write_json
 from medusa_exp.tracking import dashboard, wandb_artifacts
 
 

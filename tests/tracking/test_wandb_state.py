@@ -17,8 +17,8 @@ from wandb_server import Server
 
 from medusa_exp.config import Config, LoggerConfig, TrainConfig
 from medusa_exp.errors import Stopped, UserError
-from medusa_exp.files import read_json, write_json, write_jsonl
-from medusa_exp.provenance import RunRecord
+from medusa_exp.runs.files import read_json, write_json, write_jsonl
+from medusa_exp.runs.record import RunRecord
 from medusa_exp.tracking import wandb_stage
 from medusa_exp.tracking.tracker import Tracker
 from medusa_exp.tracking.wandb_metrics import best_values

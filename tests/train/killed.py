@@ -19,9 +19,9 @@ import torch
 
 import medusa_exp.train.trainer
 from medusa_exp.errors import UserError
-from medusa_exp.files import read_jsonl
-from medusa_exp.provenance import RunRecord
-from medusa_exp.train import stage
+from medusa_exp.runs.files import read_jsonl
+from medusa_exp.runs.record import RunRecord
+from medusa_exp.stages import train as stage
 
 
 def train(config, out: Path) -> None:

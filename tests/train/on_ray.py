@@ -11,10 +11,11 @@ import torch
 
 from medusa_exp.data.examples import open_documents
 from medusa_exp.errors import UserError
-from medusa_exp.files import read_json, read_jsonl
 from medusa_exp.model import load_heads
-from medusa_exp.provenance import RunRecord
-from medusa_exp.train import regenerate, stage
+from medusa_exp.runs.files import read_json, read_jsonl
+from medusa_exp.runs.record import RunRecord
+from medusa_exp.stages import regenerate
+from medusa_exp.stages import train as stage
 from medusa_exp.train.inputs import open_inputs
 
 pytest.importorskip("ray.train")

@@ -10,12 +10,12 @@ from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_tree
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
-from medusa_exp.train import stage
+from medusa_exp.stages import train as stage
+from medusa_exp.stages.calibrate import head_ranks as calibrated_ranks
 from medusa_exp.train.acceptance import accept_lengths, continuation_ranks
 from medusa_exp.train.inputs import open_inputs
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.tree import chain
-from medusa_exp.tree.calibrate import head_ranks as calibrated_ranks
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medusa_exp.errors import UserError
-from medusa_exp.train import stage
+from medusa_exp.stages import train as stage
 
 
 def run(config, out):

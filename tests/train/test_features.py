@@ -12,12 +12,13 @@ from tiny_models import build_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp.config import Config
-from medusa_exp.data.features import Features, stored_positions
+from medusa_exp.data.feature_cache import Features, stored_positions
 from medusa_exp.data.labels import is_labelled
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, load_backbone, load_heads
 from medusa_exp.model.loading import load_ends
-from medusa_exp.train import inputs, stage
+from medusa_exp.stages import train as stage
+from medusa_exp.train import inputs
 from medusa_exp.train.inputs import open_inputs
 from medusa_exp.train.objective import own_choices
 
@@ -186,7 +187,7 @@ def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("medusa_exp.train.features.write_features", dies)
+        patch.setattr("medusa_exp.train.precompute.write_features", dies)
         with pytest.raises(KeyboardInterrupt):
             open_inputs(cached, tmp_path)
     assert not list((tmp_path / "cache" / "features").glob("*/hidden.npy"))
@@ -195,7 +196,7 @@ def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):
 
 def test_a_disk_that_is_too_small_is_said_first(cached, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("medusa_exp.train.features.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("medusa_exp.train.precompute.shutil.disk_usage", lambda _: usage)
     with pytest.raises(
         UserError, match=r"hidden states take 0\.00 GB.* set train\.features=online"
     ):

@@ -7,7 +7,7 @@ from medusa_exp.config import Config, LoraSettings
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.errors import UserError
 from medusa_exp.model import load_backbone, load_heads
-from medusa_exp.train import stage
+from medusa_exp.stages import train as stage
 from medusa_exp.train.joint import JointModule
 from medusa_exp.train.module import MedusaModule
 

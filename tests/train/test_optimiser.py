@@ -8,11 +8,11 @@ import torch
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
-from medusa_exp.train import stage
-from medusa_exp.train.average import AverageHeads
-from medusa_exp.train.checkpoints import random_state
+from medusa_exp.stages import train as stage
+from medusa_exp.train.callbacks import AverageHeads
+from medusa_exp.train.checkpointing import random_state
 from medusa_exp.train.module import MedusaModule
-from medusa_exp.train.optimiser import MuonAndAdamW, build_optimizer
+from medusa_exp.train.optimizer import MuonAndAdamW, build_optimizer
 from medusa_exp.train.schedule import warmup_cosine
 
 

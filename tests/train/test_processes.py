@@ -14,13 +14,13 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
-from medusa_exp.data.batches import epoch_planner
-from medusa_exp.data.tokenised import load_tokenised
+from medusa_exp.data.batching import epoch_planner
+from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.model import load_heads
 from medusa_exp.model.tokenizer import load_tokenizer
-from medusa_exp.provenance import RunRecord
-from medusa_exp.train import stage
+from medusa_exp.runs.record import RunRecord
+from medusa_exp.stages import train as stage
 
 
 def run(config, out):
@@ -79,7 +79,7 @@ def test_a_bad_loss_of_one_process_stops_both(config, tmp_path):
 
 def test_a_process_ends_with_the_stage_that_started_it(tmp_path):
     """Who is killed gives up its lock; here it is just given up."""
-    watch = "from medusa_exp.train.processes import _end_with_stage as end; import pathlib, time; "
+    watch = "from medusa_exp.train.launch import _end_with_stage as end; import pathlib, time; "
     watch += (
         f"end(pathlib.Path({str(tmp_path / 'alive.lock')!r})); print(flush=True); time.sleep(60)"
     )

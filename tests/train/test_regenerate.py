@@ -15,7 +15,8 @@ from medusa_exp.decode.loop import GREEDY, decode_plain
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads, load_backbone
 from medusa_exp.model.checkpoint import save_heads
-from medusa_exp.train import regenerate, stage
+from medusa_exp.stages import regenerate
+from medusa_exp.stages import train as stage
 from medusa_exp.train.answering import Document, answer
 from medusa_exp.tree import chain
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.model import load_heads
-from medusa_exp.train import stage
-from medusa_exp.train.checkpoints import random_state, restore_random_state
+from medusa_exp.stages import train as stage
+from medusa_exp.train.checkpointing import random_state, restore_random_state
 
 KILLED = Path(__file__).with_name("killed.py")
 

@@ -9,15 +9,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.config import Config
 from medusa_exp.config import HeadConfig as Head
+from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example
 from medusa_exp.data.labels import label_counts
-from medusa_exp.data.loader import collate
-from medusa_exp.data.tokenised import load_tokenised
+from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_backbone, load_heads, load_tokenizer
 from medusa_exp.model.loss import medusa_loss, medusa_losses
 from medusa_exp.model.targets import TokenTargets
-from medusa_exp.train import inputs, stage
+from medusa_exp.stages import train as stage
+from medusa_exp.train import inputs
 from medusa_exp.train.objective import Objective, own_choices
 from medusa_exp.train.schedule import warmup_cosine
 
@@ -203,7 +204,7 @@ def test_heads_go_on_from_what_was_saved_in_a_bf16_backbones_run_too(config, tmp
 def test_off_a_terminal_a_training_says_how_far_it_is(
     config, tmp_path, monkeypatch, caplog, capsys
 ):
-    monkeypatch.setattr("medusa_exp.progress.BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("medusa_exp.runs.progress.BETWEEN_LINES", 0.0)
     caplog.set_level("INFO")
     config.train.accumulate = 2
     run(config, tmp_path / "run")

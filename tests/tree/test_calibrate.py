@@ -9,10 +9,11 @@ import torch
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model import build_heads
-from medusa_exp.tree import Tree, calibrate, chain
-from medusa_exp.tree.calibrate import head_ranks, thinned
+from medusa_exp.stages import calibrate
+from medusa_exp.stages.calibrate import head_ranks, thinned
+from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.curve import choose, correct, summarise
-from medusa_exp.tree.growth import best_tree, grow, node_shares, num_steps, prefix_counts, replay
+from medusa_exp.tree.search import best_tree, grow, node_shares, num_steps, prefix_counts, replay
 from medusa_exp.tree.timing import Timing
 
 

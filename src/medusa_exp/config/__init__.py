@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medusa_exp.config.checks import one_of
-from medusa_exp.config.environment import named_variables, without_environment
 from medusa_exp.config.inputs import (
     DatasetConfig,
     DtypeConfig,
@@ -23,6 +22,7 @@ from medusa_exp.config.inputs import (
     SourceConfig,
     TokenizerConfig,
 )
+from medusa_exp.config.privacy import named_variables, without_environment
 from medusa_exp.config.stages import (
     DecodeConfig,
     EvaluateConfig,

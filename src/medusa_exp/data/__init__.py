@@ -7,7 +7,7 @@ from medusa_exp.data.conversations import (
     Reading,
     read_conversations,
 )
-from medusa_exp.data.rendering import Rendered, render
+from medusa_exp.data.masking import Rendered, render
 
 __all__ = [
     "Conversation",

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.examples import SCHEMA
-from medusa_exp.data.rendering import Renderer
-from medusa_exp.progress import progress_bar
+from medusa_exp.data.masking import Renderer
+from medusa_exp.runs.progress import progress_bar
 
 _CHUNK = 256
 """Conversations that are rendered, tokenised and written together."""

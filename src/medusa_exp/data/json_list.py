@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import msgspec
 
 from medusa_exp.data import faults
-from medusa_exp.data.records import RawRecord
+from medusa_exp.data.parsing import RawRecord
 
 _decode = msgspec.json.Decoder(list[msgspec.Raw]).decode
 

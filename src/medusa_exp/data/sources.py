@@ -18,7 +18,7 @@ from medusa_exp.data.conversations import (
     read_conversations,
 )
 from medusa_exp.data.faults import unreadable
-from medusa_exp.files import content_key, sha256_file
+from medusa_exp.runs.files import content_key, sha256_file
 
 log = logging.getLogger(__name__)
 

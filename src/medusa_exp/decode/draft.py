@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from medusa_exp.decode.verification import Nodes
+from medusa_exp.decode.verify import Nodes
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import PrefixAttention
 

@@ -6,7 +6,7 @@ B batch, N tree nodes, V vocabulary.
 import math
 from dataclasses import dataclass
 
-from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.cuda.runtime import Kernels
 
 MAX_SPLITS = 256
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from medusa_exp.decode.answers import Answers, Decoded, Limits
-from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
 from medusa_exp.decode.draft import Proposer
+from medusa_exp.decode.drafting import StaticTree, build_proposer
+from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.prefix import with_prefix
-from medusa_exp.decode.propose import StaticTree, build_proposer
 from medusa_exp.decode.rule import Judge, Rule
 from medusa_exp.decode.static_cache import StaticCache
 from medusa_exp.decode.step import GrowingStep, Step, positions

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from medusa_exp.decode.attention import FULL, MODELS
+from medusa_exp.decode.masks import FULL, MODELS
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.heads.prefix import PrefixAttention
+from medusa_exp.model.heads.prefix_attention import PrefixAttention
 
 
 class PrefixedBackbone(Backbone):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.verification import RULES, Nodes, Verdict, without_nan
 from medusa_exp.decode.verifier import VERIFIERS, choose_verifier
+from medusa_exp.decode.verify import RULES, Nodes, Verdict, without_nan
 
 
 @dataclass(frozen=True)

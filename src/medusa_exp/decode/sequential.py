@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.draft import Draft, check_fit
-from medusa_exp.decode.verification import Nodes
+from medusa_exp.decode.verify import Nodes
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.tree import Tree
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from medusa_exp.decode.cache import empty_columns
-from medusa_exp.decode.cuda import Kernels
-from medusa_exp.decode.step_cupy import CacheCommit
-from medusa_exp.decode.verification import Verdict
+from medusa_exp.decode.cuda.runtime import Kernels
+from medusa_exp.decode.cuda.step import CacheCommit
+from medusa_exp.decode.verify import Verdict
 
 
 class _StaticLayer(CacheLayerMixin):

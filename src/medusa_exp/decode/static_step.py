@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.attention import StepMask
-from medusa_exp.decode.cuda import Kernels
+from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.draft import Draft, Proposer
+from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import Judge
 from medusa_exp.decode.static_cache import StaticCache
 from medusa_exp.decode.step import at_end, outcome, read_outcome

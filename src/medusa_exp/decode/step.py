@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
 from medusa_exp.decode.draft import Draft, Proposer
+from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import Judge
-from medusa_exp.decode.verification import Verdict
+from medusa_exp.decode.verify import Verdict
 from medusa_exp.model.backbone import Backbone
 
 

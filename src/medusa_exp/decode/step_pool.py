@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from medusa_exp.decode.attention import StepMask
-from medusa_exp.decode.cuda import MAX_NODES
+from medusa_exp.decode.cuda.runtime import MAX_NODES
 from medusa_exp.decode.draft import Proposer
+from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import Judge, Rule
 from medusa_exp.decode.static_cache import StaticCache
 from medusa_exp.decode.static_step import StaticStep

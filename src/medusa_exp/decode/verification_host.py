@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.verification import Verdict, verify, without_nan
+from medusa_exp.decode.verify import Verdict, verify, without_nan
 
 
 def verify_on_host(

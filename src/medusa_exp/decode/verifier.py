@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda import Kernels, kernels_on
-from medusa_exp.decode.verification import Verdict, verify
+from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
 from medusa_exp.decode.verification_host import verify_on_host
+from medusa_exp.decode.verify import Verdict, verify
 from medusa_exp.errors import UserError
 
 VERIFIERS = ("auto", "torch", "cupy")
@@ -57,13 +57,13 @@ def step_kernels(name: str, device: torch.device) -> Kernels | None:
 
 
 def _kernels(device: torch.device) -> Callable[..., Verdict]:
-    from medusa_exp.decode.verification_cupy import Verifier
+    from medusa_exp.decode.cuda.verify import Verifier
 
     return Verifier(kernels_on(device))
 
 
 def _kernels_where_they_can(device: torch.device) -> Callable[..., Verdict]:
-    from medusa_exp.decode.verification_cupy import can_verify
+    from medusa_exp.decode.cuda.verify import can_verify
 
     verify_by_kernels = _kernels(device)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.attention import StepMask
 from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.masks import StepMask
 from medusa_exp.model.backbone import Backbone
 
 _WINDOW = 32

@@ -19,7 +19,7 @@ from medusa_exp.data.questions import Question, is_question_file, read_questions
 from medusa_exp.data.sources import load_split
 from medusa_exp.data.template import ChatTemplate
 from medusa_exp.errors import UserError
-from medusa_exp.progress import track
+from medusa_exp.runs.progress import track
 
 log = logging.getLogger(__name__)
 

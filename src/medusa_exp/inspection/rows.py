@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.data.conversations import Conversation, DataError
-from medusa_exp.data.rendering import Rendered, Renderer
+from medusa_exp.data.masking import Rendered, Renderer
 from medusa_exp.data.template import to_chat
 
 TEMPLATE = "template"

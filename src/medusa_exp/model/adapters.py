@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_exp.config import LoraSettings
 from medusa_exp.errors import UserError
-from medusa_exp.files import publish
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import ADAPTED
+from medusa_exp.runs.files import publish
 
 log = logging.getLogger(__name__)
 

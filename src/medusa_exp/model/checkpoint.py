@@ -9,9 +9,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.files import publish, sha256_file
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.runs.files import publish, sha256_file
 
 WEIGHTS = "model.safetensors"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from medusa_exp.config import Config
 from medusa_exp.data.sources import dataset_files, dataset_key
-from medusa_exp.files import content_key, settings_in_key, sha256_file
+from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
 
 _OF_PRETRAINING = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Pre
 from medusa_exp.config import Config, TokenizerConfig
 from medusa_exp.data.template import check_chat_template
 from medusa_exp.errors import UserError
-from medusa_exp.files import write_json
 from medusa_exp.model.source import (
     LOADING_ERRORS,
     first_lines,
@@ -30,6 +29,7 @@ from medusa_exp.model.source import (
     tokenizer_path,
 )
 from medusa_exp.model.tokenizer_options import choose_chat_template, set_special_tokens
+from medusa_exp.runs.files import write_json
 
 log = logging.getLogger(__name__)
 

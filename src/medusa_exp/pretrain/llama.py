@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp.config import PretrainConfig
-from medusa_exp.data.loader import Batch
+from medusa_exp.data.datamodule import Batch
 from medusa_exp.train.schedule import scheduled
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from medusa_exp.metric_names import is_larger_better
+from medusa_exp.runs.metric_table import is_larger_better
 from medusa_exp.tracking.charts import Row, Spec, inline_data, spec_of
 
 _LONGEST_LABEL = 110

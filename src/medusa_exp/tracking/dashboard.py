@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from medusa_exp.errors import UserError
-from medusa_exp.metric_names import PARTS_OF_TIME
+from medusa_exp.runs.metric_table import PARTS_OF_TIME
 
 NAME = "Medusa heads"
 VIEW = "medusaheads"

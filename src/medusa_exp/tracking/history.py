@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from medusa_exp.files import drop_torn_line
+from medusa_exp.runs.files import drop_torn_line
 
 log = logging.getLogger(__name__)
 

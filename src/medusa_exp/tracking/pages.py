@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from medusa_exp.tracking import content
+from medusa_exp.tracking import run_report as content
 
 
 def render(template: str, values: dict[str, Any]) -> str:

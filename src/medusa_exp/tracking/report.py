@@ -8,8 +8,9 @@ home directory is $HOME or ~ in it, and data files are names without their folde
 import math
 from pathlib import Path
 
-from medusa_exp.files import publish, read_json, read_jsonl
-from medusa_exp.tracking import charts, content, pages
+from medusa_exp.runs.files import publish, read_json, read_jsonl
+from medusa_exp.tracking import charts, pages
+from medusa_exp.tracking import run_report as content
 from medusa_exp.tracking.redaction import by_name, shareable, shell_command
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medusa_exp.jobs import objective_of
+from medusa_exp.runs.jobs import objective_of
 
 _HEADLINES = (
     ("eval/speedup", "speed-up over plain decoding", "{:.2f}x"),

@@ -9,8 +9,8 @@ from typing import Any
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.files import publish, read_json, read_jsonl
-from medusa_exp.provenance import RunRecord
+from medusa_exp.runs.files import publish, read_json, read_jsonl
+from medusa_exp.runs.record import RunRecord
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.config import Config, named_variables
-from medusa_exp.files import read_json, sha256_file
+from medusa_exp.runs.files import read_json, sha256_file
 from medusa_exp.tracking.redaction import shareable, shareable_text
 
 _TEXTS = (".json", ".jsonl", ".html", ".jinja", ".txt")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from medusa_exp.files import read_json, read_jsonl
-from medusa_exp.tracking import content
+from medusa_exp.runs.files import read_json, read_jsonl
+from medusa_exp.tracking import run_report as content
 from medusa_exp.tracking.images import png
 from medusa_exp.tracking.redaction import shareable
 

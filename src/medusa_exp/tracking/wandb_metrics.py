@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from medusa_exp.metric_names import is_larger_better
+from medusa_exp.runs.metric_table import is_larger_better
 
 STEP_AXES = {"pretrain/*": "pretrain/step", "train/*": "train/step"}
 BEST = (

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.config import Config
-from medusa_exp.files import read_jsonl
-from medusa_exp.provenance import RunRecord
+from medusa_exp.runs.files import read_jsonl
+from medusa_exp.runs.record import RunRecord
 from medusa_exp.tracking.wandb_artifacts import log_artifacts
 from medusa_exp.tracking.wandb_media import media
 from medusa_exp.tracking.wandb_metrics import best_values

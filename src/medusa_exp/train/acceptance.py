@@ -2,7 +2,7 @@
 
 The backbone answers held-out prompts once, before the training. A validation then looks up which
 guess of each head came true at each place of these answers, and replays decoding from that
-(`tree/growth.py`). Loss says how surprised heads are everywhere; this, what they are worth.
+(`tree/search.py`). Loss says how surprised heads are everywhere; this, what they are worth.
 
 P positions of an answer, T of prompt and answer but the last, D hidden, K heads.
 """
@@ -27,11 +27,11 @@ from medusa_exp.data.sources import load_split
 from medusa_exp.decode.loop import decode_plain
 from medusa_exp.decode.settings import limits_of
 from medusa_exp.errors import UserError
-from medusa_exp.files import content_key, publish
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.ranks import answer_ranks
-from medusa_exp.tree.growth import best_tree, num_steps
+from medusa_exp.runs.files import content_key, publish
+from medusa_exp.tree.search import best_tree, num_steps
 from medusa_exp.tree.tree import chain
 
 log = logging.getLogger(__name__)

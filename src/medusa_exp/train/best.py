@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medusa_exp.errors import UserError
-from medusa_exp.files import publish
+from medusa_exp.runs.files import publish
 
 log = logging.getLogger(__name__)
 

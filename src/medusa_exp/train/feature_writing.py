@@ -19,14 +19,14 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from medusa_exp.config import Config, from_hydra, to_dict
-from medusa_exp.data.batches import Row, epoch_planner
+from medusa_exp.data.batching import Row, epoch_planner
+from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example, Examples
-from medusa_exp.data.features import check, stored_positions
-from medusa_exp.data.loader import collate
+from medusa_exp.data.feature_cache import check, stored_positions
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone, pick_device
 from medusa_exp.model.targets import first_choices
-from medusa_exp.progress import progress_bar
+from medusa_exp.runs.progress import progress_bar
 from medusa_exp.train.ray_data import Work, map_on_ray
 from medusa_exp.train.trainer import AUTOCAST, pick_precision
 

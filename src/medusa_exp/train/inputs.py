@@ -12,20 +12,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
+from medusa_exp.data.datamodule import Batches
 from medusa_exp.data.examples import Examples
-from medusa_exp.data.features import Features
-from medusa_exp.data.loader import Batches
+from medusa_exp.data.feature_cache import Features
 from medusa_exp.data.prompts import Prompt
-from medusa_exp.data.tokenised import load_tokenised
-from medusa_exp.files import read_json, write_json
+from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone, load_ends
 from medusa_exp.model.source import files_identity
 from medusa_exp.model.tokenizer import load_tokenizer
-from medusa_exp.provenance import annotate
+from medusa_exp.runs.files import read_json, write_json
+from medusa_exp.runs.record import annotate
 from medusa_exp.train.acceptance import Continuation, continuations, held_out_prompts
-from medusa_exp.train.features import known_identities, note_identities, open_features
-from medusa_exp.train.own_answers import open_answers
+from medusa_exp.train.precompute import known_identities, note_identities, open_features
+from medusa_exp.train.regenerated import open_answers
 
 log = logging.getLogger(__name__)
 

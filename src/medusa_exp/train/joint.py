@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from medusa_exp.data.datamodule import Batch
 from medusa_exp.data.labels import labelled_index
-from medusa_exp.data.loader import Batch
 from medusa_exp.model.chunks import chunked_loss
 from medusa_exp.model.targets import DistributionTargets, Targets, TokenTargets
 from medusa_exp.train.module import MedusaModule

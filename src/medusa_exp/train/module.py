@@ -10,14 +10,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from medusa_exp.data.loader import Batch
+from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.loss import medusa_counts, medusa_loss, medusa_losses
 from medusa_exp.train.acceptance import Continuation, accept_lengths
 from medusa_exp.train.failures import check_loss
 from medusa_exp.train.objective import Objective
-from medusa_exp.train.optimiser import build_optimizer
+from medusa_exp.train.optimizer import build_optimizer
 from medusa_exp.train.schedule import scheduled
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from medusa_exp.data.datamodule import Batch
 from medusa_exp.data.labels import is_labelled, labelled_index
-from medusa_exp.data.loader import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.targets import (

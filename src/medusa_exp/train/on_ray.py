@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from medusa_exp.config import Config, from_hydra, to_dict
 from medusa_exp.errors import UserError
-from medusa_exp.files import read_json, write_json
-from medusa_exp.provenance import annotate, collect
+from medusa_exp.runs.files import read_json, write_json
+from medusa_exp.runs.record import annotate, collect
 from medusa_exp.train.ray_data import ray_cluster
 
 _RESULT = "result.json"
@@ -80,8 +80,8 @@ def _train_as_worker(job: dict[str, Any]) -> None:
     from lightning.pytorch.utilities import rank_zero_only
     from ray.train import get_context
 
+    from medusa_exp.stages.train import train
     from medusa_exp.tracking.terminal import quiet_libraries
-    from medusa_exp.train.stage import train
 
     os.chdir(job["directory"])  # paths of the config may be relative
     result = Path(job["result"])

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from medusa_exp.data.loader import Batch
-from medusa_exp.machine import peak_memory_bytes
-from medusa_exp.train.checkpoints import random_state, restore_random_state
+from medusa_exp.data.datamodule import Batch
+from medusa_exp.runs.machine import peak_memory_bytes
+from medusa_exp.train.checkpointing import random_state, restore_random_state
 from medusa_exp.train.module import MedusaModule
-from medusa_exp.train.optimiser import STATE_BYTES
+from medusa_exp.train.optimizer import STATE_BYTES
 
 
 class ShowPlan(L.Callback):

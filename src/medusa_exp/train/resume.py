@@ -10,10 +10,10 @@ import torch
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.files import content_key, settings_in_key
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import ADAPTED
-from medusa_exp.train.checkpoints import CHECKPOINT
+from medusa_exp.runs.files import content_key, settings_in_key
+from medusa_exp.train.checkpointing import CHECKPOINT
 
 _OF_STEPS = (
     *("kind", "lora", "heads_from", "max_steps", "epochs", "min_steps", "text", "labels", "loss"),

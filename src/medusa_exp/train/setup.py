@@ -8,9 +8,9 @@ from typing import Any
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
-from medusa_exp.model.agreement import measure_agreement
 from medusa_exp.model.checkpoint import check_fit, find_heads, load_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads
+from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.train.acceptance import answer_prompts
 from medusa_exp.train.inputs import Inputs
 from medusa_exp.train.joint import JointModule

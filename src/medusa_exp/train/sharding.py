@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.provenance import annotate
+from medusa_exp.runs.record import annotate
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Any
 import lightning as L
 from rich.progress import Progress, TaskID
 
-from medusa_exp.progress import progress_bar
+from medusa_exp.runs.progress import progress_bar
 
 
 class StepProgress(L.Callback):
-    """Counts optimiser steps, in the first of several processes; see `progress.py`."""
+    """Counts optimiser steps, in the first of several processes; see `runs/progress.py`."""
 
     def __init__(self, what: str) -> None:
         self.what = what

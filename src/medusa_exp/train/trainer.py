@@ -15,8 +15,8 @@ from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
 from medusa_exp.config import Config
-from medusa_exp.files import publish
 from medusa_exp.model.loading import pick_device
+from medusa_exp.runs.files import publish
 from medusa_exp.tracking.history import HistoryLogger
 from medusa_exp.train.steps import StepProgress
 

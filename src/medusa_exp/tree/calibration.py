@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from medusa_exp.errors import UserError
-from medusa_exp.files import read_json, sha256_file, write_json
+from medusa_exp.runs.files import read_json, sha256_file, write_json
 from medusa_exp.tree.tree import Tree
 
 CALIBRATION = "calibration.json"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from medusa_exp.tree.calibration import Calibration, Curve, Point
-from medusa_exp.tree.growth import node_shares, num_steps
+from medusa_exp.tree.search import node_shares, num_steps
 from medusa_exp.tree.timing import Timing
 from medusa_exp.tree.tree import Tree
 

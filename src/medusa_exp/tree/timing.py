@@ -10,7 +10,7 @@ from torch import nn
 from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.loop import decode_plain, decode_tree
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.progress import track
+from medusa_exp.runs.progress import track
 from medusa_exp.tree.tree import Tree
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from medusa_exp.errors import UserError
-from medusa_exp.files import read_json, write_json
+from medusa_exp.runs.files import read_json, write_json
 
 RankPath = tuple[int, ...]
 """Ranks from the first head on: (0, 2) is the third guess of head 2 after the first of head 1."""

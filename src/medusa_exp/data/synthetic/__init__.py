@@ -14,7 +14,7 @@ from typing import Any
 
 from medusa_exp.data.synthetic import calculation, language, layout, programs
 from medusa_exp.data.synthetic.wording import pick
-from medusa_exp.files import publish
+from medusa_exp.runs.files import publish
 
 FORMAT = 1
 """Raise it when the same seed gives other records: cached data sets are then made again."""

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModel
 from medusa_exp.model.heads.blocks import ResBlock
 from medusa_exp.model.heads.build import build_heads
 from medusa_exp.model.heads.config import MedusaHeadsConfig
-from medusa_exp.model.heads.model import FAMILIES, MedusaHeads
-from medusa_exp.model.heads.prefix import PrefixAttention, heads_input
+from medusa_exp.model.heads.heads import FAMILIES, MedusaHeads
+from medusa_exp.model.heads.prefix_attention import PrefixAttention, heads_input
 from medusa_exp.model.heads.stacked import StackedHeads, stack_heads
 
 __all__ = [

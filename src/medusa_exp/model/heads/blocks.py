@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from medusa_exp.model.heads.projections import Stacked, stacked_linear
+from medusa_exp.model.heads.layers import Stacked, stacked_linear
 
 
 class ResBlock(nn.Module):

@@ -5,8 +5,8 @@ from transformers import PreTrainedModel
 
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads.config import MedusaHeadsConfig
-from medusa_exp.model.heads.model import FAMILIES, MedusaHeads
-from medusa_exp.model.heads.prefix import attention_heads
+from medusa_exp.model.heads.heads import FAMILIES, MedusaHeads
+from medusa_exp.model.heads.prefix_attention import attention_heads
 
 
 def build_heads(

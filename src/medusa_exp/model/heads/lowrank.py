@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from medusa_exp.model.heads.config import MedusaHeadsConfig
-from medusa_exp.model.heads.projections import Stacked, stacked_linear
+from medusa_exp.model.heads.layers import Stacked, stacked_linear
 
 
 class LowRankProjections(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.heads.model import MedusaHeads
+from medusa_exp.model.heads.heads import MedusaHeads
 
 
 class StackedHeads(nn.Module):

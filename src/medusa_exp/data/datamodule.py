@@ -1,0 +1,221 @@
+"""Tokenised documents in; batches of tensors out, for Lightning.
+
+Shapes: B rows, T positions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from types import MappingProxyType
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from medusa_exp.data.batching import BatchSampler, Row, epoch_planner, padded_length
+from medusa_exp.data.examples import Example, Examples
+from medusa_exp.data.feature_cache import Features
+from medusa_exp.data.labels import label_counts
+
+
+@dataclass
+class Batch:
+    """Rows of one or several documents, filled up with padding on the right."""
+
+    input_ids_BT: Tensor
+    is_trained_BT: Tensor
+    """Never at padding."""
+    documents_BT: Tensor
+    """Number of the row's document that a token belongs to, from 1; 0 at padding."""
+    positions_BT: Tensor | None
+    """Places within the document. None where each row has but one, for which they just count on."""
+    numbers: list[int] = field(default_factory=list)
+    """Of its documents, row by row, in the order of the data set that it was taken from."""
+    group_labels: list[int] = field(default_factory=list)
+    """Labels of the lm_head and of each head in all micro-batches of the same optimiser step, on
+    this process."""
+    hidden_BTD: Tensor | None = None
+    """The backbone's hidden states, where they are at hand."""
+    own_BT: Tensor | None = None
+    """With them: in place of each trained token, what the backbone says there."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move to a device; Lightning calls this."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
+
+
+def collate(
+    rows: Sequence[Sequence[Example]],
+    row_tokens: int | None = None,
+    numbers: Sequence[Row] = (),
+) -> Batch:
+    """Put documents one after the other into rows, and fill up to the next multiple of 64.
+
+    But not beyond `row_tokens`, unless a document is longer: a model may have no more positions.
+    """
+    longest = max(sum(len(example.input_ids) for example in row) for row in rows)
+    width = padded_length(longest)
+    shape = (len(rows), width if row_tokens is None else min(width, max(longest, row_tokens)))
+    ids_BT, is_trained_BT = np.zeros(shape, np.int64), np.zeros(shape, bool)
+    documents_BT, positions_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, example in enumerate(row, 1):
+            place = slice(start, start + len(example.input_ids))
+            ids_BT[b, place] = example.input_ids
+            is_trained_BT[b, place] = example.is_trained
+            documents_BT[b, place] = number
+            positions_BT[b, place] = np.arange(len(example.input_ids))
+            start = place.stop
+    is_packed = any(len(row) > 1 for row in rows)
+    return Batch(
+        torch.from_numpy(ids_BT),
+        torch.from_numpy(is_trained_BT),
+        torch.from_numpy(documents_BT),
+        torch.from_numpy(positions_BT) if is_packed else None,
+        [number for row in numbers for number in row],
+    )
+
+
+class _BatchesByNumbers(Dataset[Batch]):
+    """Batches by the numbers of their documents, as a `BatchSampler` names them."""
+
+    def __init__(
+        self, examples: Sequence[Example], features: Features | None, row_tokens: int
+    ) -> None:
+        self.examples = examples
+        self.features = features
+        self.row_tokens = row_tokens
+
+    def __getitem__(self, rows: list[Row]) -> Batch:
+        documents = [[self.examples[number] for number in row] for row in rows]
+        batch = collate(documents, self.row_tokens, rows)
+        if self.features is not None:
+            batch.hidden_BTD, batch.own_BT = self.features.rows(
+                rows, batch.documents_BT, batch.is_trained_BT, batch.input_ids_BT
+            )
+        return batch
+
+
+class Batches(L.LightningDataModule):
+    """Training batches in the seed's order, and a fixed set of validation batches, if any."""
+
+    def __init__(
+        self,
+        train: Examples,
+        val: Examples | None,
+        *,
+        batching: str,
+        batch_tokens: int,
+        row_tokens: int,
+        seed: int,
+        val_batches: int = 0,
+        accumulate: int = 1,
+        num_heads: int = 0,
+        features: Mapping[str, Features] = MappingProxyType({}),
+    ) -> None:
+        """Plan batches.
+
+        Args:
+            train: documents to walk through, again and again.
+            val: documents to validate on, one pass at most.
+            batching: padded or packed.
+            batch_tokens: tokens of a batch, padding included.
+            row_tokens: the length limit of documents.
+            seed: decides the order.
+            val_batches: validation batches, at most.
+            accumulate: batches to an optimiser step, to know where a resumed run stands.
+            num_heads: whose labels are counted for each optimiser step.
+            features: hidden states of `train` and `val`, where they are at hand.
+        """
+        super().__init__()
+        self.train = train
+        self.val = val
+        self.val_batches = val_batches
+        self.accumulate = accumulate
+        self.num_heads = num_heads
+        self.features = features
+        # A row need not be longer than a batch, unless a document is.
+        row = max(min(row_tokens, batch_tokens), int(train.lengths.max(initial=1)))
+        self.row_tokens = row_tokens
+        self._train_epoch = epoch_planner(
+            batching,
+            train.lengths,
+            batch_tokens=batch_tokens,
+            row_tokens=row,
+            seed=seed,
+            weights=train.weights,
+        )
+        self._val_epoch = None
+        if val is not None and len(val):
+            self._val_epoch = epoch_planner(
+                "padded", val.lengths, batch_tokens=batch_tokens, row_tokens=row, seed=seed
+            )
+
+    def batches_per_epoch(self) -> int:
+        """Count the batches of the first pass over the training documents; later ones are alike."""
+        return len(self._train_epoch(0))
+
+    def train_dataloader(self) -> "Grouped":
+        """As many batches as the trainer's steps take, after those already used."""
+        assert self.trainer is not None
+        sampler = BatchSampler(
+            self._train_epoch,
+            self.trainer.max_steps * self.accumulate,
+            start=self.trainer.global_step * self.accumulate,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+        )
+        loader = _loader(self.train, self.features.get("train"), sampler, self.row_tokens)
+        return Grouped(loader, self.accumulate, self.num_heads)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
+        """The same batches at every validation, on every process."""
+        if self.val is None or self._val_epoch is None:
+            return []
+        sampler = BatchSampler(self._val_epoch, min(self.val_batches, len(self._val_epoch(0))))
+        return _loader(self.val, self.features.get("val"), sampler, self.row_tokens)
+
+
+class Grouped:
+    """Micro-batches that know how many labels their optimiser step has: its loss is a mean over
+    all of them, and the step's last micro-batch is not there yet when the first one is run."""
+
+    def __init__(self, loader: DataLoader[Batch], accumulate: int, num_heads: int) -> None:
+        self.loader = loader
+        self.accumulate = accumulate
+        self.num_heads = num_heads
+
+    def __len__(self) -> int:
+        """Count micro-batches."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while group := list(islice(batches, self.accumulate)):
+            counts = [
+                label_counts(batch.is_trained_BT, batch.documents_BT, self.num_heads)
+                for batch in group
+            ]
+            totals = torch.stack(counts).sum(0).tolist()
+            for batch in group:
+                batch.group_labels = totals
+                yield batch
+
+
+def _loader(
+    examples: Sequence[Example],
+    features: Features | None,
+    sampler: BatchSampler,
+    row_tokens: int,
+) -> DataLoader[Batch]:
+    """Build a loader in this process: filling tensors is far cheaper than the step they feed."""
+    return DataLoader(
+        _BatchesByNumbers(examples, features, row_tokens),
+        sampler=sampler,
+        batch_size=None,
+        generator=torch.Generator(),  # else each walk draws one of everybody's random numbers
+    )

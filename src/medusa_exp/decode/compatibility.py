@@ -1,0 +1,94 @@
+"""A backbone in; nothing out, or the reason why it cannot be decoded with trees of guesses.
+
+N tree nodes, T tokens, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.masks import StepMask
+from medusa_exp.errors import UserError
+from medusa_exp.model.backbone import Backbone
+from medusa_exp.tree import Tree, chain
+
+_PROMPT = [1, 2, 3]
+_TOKENS = [4, 5, 6, 7, 5]
+_TREE = Tree((-1, 0, 0, 1, 2), (-1, 0, 1, 0, 0))
+_PATH = [0, 2, 4]
+"""What is kept of the tree. Neither of its guesses stands where a plain token would: a model that
+takes the place in the call for the position, or sees all that is before it, is found out."""
+_NEXT = 6
+_TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}
+"""Of the spread of logits. A wrong mask or position moves them by about their whole spread."""
+_HALF_TOLERANCE = 0.25
+"""Of the half types, which round more away."""
+
+
+@torch.inference_mode()
+def check_trees(backbone: Backbone) -> None:
+    """Check a small tree with a branch, and the step after it, against plain forward calls.
+
+    Whether an architecture heeds a mask and positions of our own cannot be seen from its config:
+    some ignore them without a word. Done once for each backbone.
+
+    Raises:
+        UserError: this model ignores or refuses them.
+    """
+    if backbone.is_checked_for_trees:
+        return
+    config = backbone.model.config.get_text_config()
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise UserError(f"{backbone.name} has windows that count rows of the cache, not positions.")
+    try:
+        found_2V = _by_tree(backbone)
+        expected_2V = _plainly(backbone)
+    except UserError:
+        raise
+    except Exception as error:  # of whatever the model's own code does with what it does not know
+        raise UserError(
+            f"{backbone.name} cannot be decoded with trees: it refuses an attention mask or a "
+            f"cache of our own ({type(error).__name__}: {str(error)[:200]})."
+        ) from error
+    tolerance = _TOLERANCE.get(backbone.model.dtype, _HALF_TOLERANCE)
+    difference = (found_2V - expected_2V).abs().max()
+    if not difference <= tolerance * expected_2V.std() + 1e-6:
+        raise UserError(
+            f"{backbone.name} cannot be decoded with trees: it does not heed an attention mask or "
+            f"positions of our own (its logits are off by {difference:.3g})."
+        )
+    backbone.is_checked_for_trees = True
+
+
+def _by_tree(backbone: Backbone) -> Tensor:
+    """Return logits after the tree's last node on the path, and after the token behind it."""
+    device, rows = backbone.device, backbone.vocab_size
+    capacity = len(_PROMPT) + len(_TOKENS) + 1
+    cache, mask = TreeCache(backbone.num_layers, capacity, 1), StepMask(backbone.model, capacity)
+    backbone.forward(torch.tensor([_PROMPT], device=device) % rows, cache)
+    cache.set_lengths([len(_PROMPT)])
+    first_V = _step(backbone, cache, mask, _TOKENS, _TREE)[_PATH[-1]]
+    cache.commit([_PATH])
+    return torch.stack([first_V, _step(backbone, cache, mask, [_NEXT], chain(0))[0]])
+
+
+def _step(
+    backbone: Backbone, cache: TreeCache, mask: StepMask, tokens: list[int], tree: Tree
+) -> Tensor:
+    """Return logits_NV after each of the tree's tokens."""
+    device = backbone.device
+    ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
+    depths_1N = torch.from_numpy(tree.depths).to(device)[None]
+    logits_1NV, _ = backbone.forward(
+        torch.tensor([tokens], device=device) % backbone.vocab_size,
+        cache,
+        mask=mask.at(cache.lengths, ancestors_1NN, depths_1N),
+        position_ids_BN=depths_1N + cache.lengths[0],
+    )
+    return logits_1NV[0].float()
+
+
+def _plainly(backbone: Backbone) -> Tensor:
+    tokens = [*_PROMPT, *(_TOKENS[node] for node in _PATH), _NEXT]
+    ids_1T = torch.tensor([tokens], device=backbone.device) % backbone.vocab_size
+    return backbone.model(input_ids=ids_1T, use_cache=False).logits[0, -2:].float()

@@ -1,0 +1,174 @@
+"""What a decoding step does around the backbone, as kernels: the tree's mask, the cache's commit.
+
+As decode/masks.py and decode/cache.py do it, but from tensors on the device alone: nothing
+waits, and nothing is allocated by a call.
+
+B batch, N tree nodes, K columns of the mask, L path length.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, struct_of
+
+MASK_ARGUMENTS = struct_of(
+    "parents parents_stride_b lengths mask positions num_nodes num_past window last_position"
+)
+"""struct Arguments of kernels/mask.cu."""
+COMMIT_ARGUMENTS = struct_of(
+    "tensors stride_b stride_h stride_t path num_accepted from to "
+    "path_length num_heads head_units num_columns"
+)
+"""struct Arguments of kernels/commit.cu."""
+
+
+def build_mask(
+    kernels: Kernels,
+    parents_BN: Tensor,
+    lengths_B: Tensor,
+    *,
+    mask_B1NK: Tensor,
+    positions_BN: Tensor,
+    window: int | None = None,
+    last_position: int | None = None,
+) -> None:
+    """Write a step's attention mask and positions.
+
+    Args:
+        kernels: where to run.
+        parents_BN: int64; any stride of B.
+        lengths_B: int64, each row's cached tokens.
+        mask_B1NK: bool, written; its first K - N columns are the cache's, its last the tree's.
+        positions_BN: int64, written: cached tokens + depth.
+        window: of sliding attention: how many positions a node sees, itself included.
+        last_position: positions are at most this.
+
+    Raises:
+        ValueError: a tensor has the wrong device, type, shape or strides.
+    """
+    batch, num_nodes = parents_BN.shape
+    if num_nodes > MAX_NODES:
+        raise ValueError(f"parents_BN has {num_nodes} nodes: at most {MAX_NODES} are allowed.")
+    columns = mask_B1NK.shape[-1]
+    _check(kernels, "parents_BN", parents_BN, torch.int64, (batch, num_nodes), is_expanded=True)
+    _check(kernels, "lengths_B", lengths_B, torch.int64, (batch,))
+    _check(kernels, "mask_B1NK", mask_B1NK, torch.bool, (batch, 1, num_nodes, columns))
+    _check(kernels, "positions_BN", positions_BN, torch.int64, (batch, num_nodes))
+    if columns < num_nodes:
+        raise ValueError(f"mask_B1NK has {columns} columns: the tree alone needs {num_nodes}.")
+    most = 1 << 62
+    arguments = np.zeros(1, MASK_ARGUMENTS)
+    arguments[0] = (
+        parents_BN.data_ptr(),
+        parents_BN.stride(0),
+        lengths_B.data_ptr(),
+        mask_B1NK.data_ptr(),
+        positions_BN.data_ptr(),
+        num_nodes,
+        columns - num_nodes,
+        most if window is None else window,
+        most if last_position is None else last_position,
+    )
+    threads = 32 if columns <= 128 else 128
+    kernels.launch("mask.cu", (), "tree_mask", (num_nodes, 1, batch), threads, arguments)
+
+
+class CacheCommit:
+    """Keeps accepted nodes in a cache: tensors [B, H, T, head], keys and values of its layers.
+
+    Raises:
+        ValueError: the tensors differ in type, shape or strides, or are not where the kernels are.
+    """
+
+    def __init__(self, kernels: Kernels, tensors: Sequence[Tensor]) -> None:
+        self._kernels, first = kernels, tensors[0]
+        for tensor in tensors:
+            if tensor.ndim != 4 or tensor.stride(3) != 1:
+                raise ValueError("a cache tensor must be [B, H, T, head], contiguous along head.")
+            if (tensor.shape, tensor.stride()) != (first.shape, first.stride()):
+                raise ValueError("the cache's tensors must have one shape and the same strides.")
+            if (tensor.dtype, tensor.device) != (first.dtype, kernels.device):
+                raise ValueError(f"the cache's tensors must be of one type, on {kernels.device}.")
+        self._tensors = tuple(tensors)  # kept alive: the kernel has their addresses
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        self._table = torch.tensor(addresses, dtype=torch.int64, device=kernels.device)
+        head_bytes = first.shape[3] * first.itemsize
+        steps = [stride * first.itemsize for stride in first.stride()[:3]]
+        unit = next(
+            (
+                size
+                for size in (16, 4, 2)
+                if not any(n % size for n in addresses + steps + [head_bytes])
+            ),
+            None,
+        )
+        if unit is None:
+            raise ValueError(
+                f"a cache of {first.dtype} cannot be moved: its rows begin at odd bytes."
+            )
+        self._defines = (f"UNIT_BYTES={unit}",)
+        self._strides = [step // unit for step in steps]
+        self._head_units = head_bytes // unit
+
+    def __call__(
+        self, path_BL: Tensor, num_accepted_B: Tensor, from_B: Tensor, to_B: Tensor
+    ) -> None:
+        """Move column from_B + node to column to_B + i for the i-th node of each row's path.
+
+        Args:
+            path_BL: int64, nodes from the root down; see `verification.Verdict`.
+            num_accepted_B: int64, nodes of the path without the root.
+            from_B: int64, the column where each row's tree begins.
+            to_B: int64, the column after each row's last token; not behind from_B.
+
+        Raises:
+            ValueError: a tensor has the wrong device, type, shape or strides.
+        """
+        batch, num_heads, num_columns, _ = self._tensors[0].shape
+        length = path_BL.shape[-1]
+        _check(self._kernels, "path_BL", path_BL, torch.int64, (batch, length))
+        for name, value in (
+            ("num_accepted_B", num_accepted_B),
+            ("from_B", from_B),
+            ("to_B", to_B),
+        ):
+            _check(self._kernels, name, value, torch.int64, (batch,))
+        arguments = np.zeros(1, COMMIT_ARGUMENTS)
+        arguments[0] = (
+            self._table.data_ptr(),
+            *self._strides,
+            path_BL.data_ptr(),
+            num_accepted_B.data_ptr(),
+            from_B.data_ptr(),
+            to_B.data_ptr(),
+            length,
+            num_heads,
+            self._head_units,
+            num_columns,
+        )
+        threads = min(512, -(-num_heads * self._head_units // 32) * 32)
+        grid = (len(self._tensors), 1, batch)
+        self._kernels.launch("commit.cu", self._defines, "commit", grid, threads, arguments)
+
+
+def _check(
+    kernels: Kernels,
+    name: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    *,
+    is_expanded: bool = False,
+) -> None:
+    if value.dtype != dtype:
+        raise ValueError(f"{name} is {value.dtype}: it must be {dtype}.")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}: it must have {list(shape)}.")
+    row = value[0] if is_expanded else value
+    if not row.is_contiguous():
+        raise ValueError(f"{name} must be contiguous: call .contiguous().")
+    if value.device != kernels.device:
+        raise ValueError(f"{name} is on {value.device}, the kernels on {kernels.device}.")

@@ -1,0 +1,1 @@
+"""Run directories and sweep directories: records, files, caches, progress."""

@@ -1,0 +1,145 @@
+"""What a run was made of and what came out: `run.json` and `metrics.json`, merged by stage."""
+
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from medusa_exp.config import Config, named_variables
+from medusa_exp.runs.files import publish, read_json, sha256_file, write_json
+from medusa_exp.runs.machine import checkout, device_name, peak_memory_bytes, versions
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
+
+_ACTIVE: ContextVar[Callable[[dict[str, Any]], None] | None] = ContextVar("_ACTIVE", default=None)
+"""What takes the notes of the stage that is running."""
+
+
+class RunRecord:
+    """The two record files of a run directory; an existing record is continued.
+
+    `run` is the content of run.json and `metrics` that of metrics.json, as they were last written.
+    """
+
+    def __init__(self, out: Path, config: Config, command: list[str]) -> None:
+        self.out = out
+        self.config = config
+        self.command = command
+        self.metrics: dict[str, float] = read_json(out / "metrics.json", {})
+        self.run: dict[str, Any] = read_json(out / "run.json", {})
+        self.run.setdefault("name", config.name)
+        self.run.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
+        self.run.setdefault("stages", {})
+        self.run.setdefault("data", {})
+        self.run.setdefault("command", command)
+        self._metric_names: dict[str, list[str]] = {
+            name: entry.get("metrics", []) for name, entry in self.run["stages"].items()
+        }
+        self.run["seed"] = config.seed
+        self.run["versions"] = {"python": platform.python_version(), **versions(_PACKAGES)}
+        self.run["git"], diff = checkout()
+        if diff:
+            with publish(out / "uncommitted.diff") as partial:
+                partial.write_text(diff, encoding="utf-8")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and record how it ended, also when it fails or is interrupted."""
+        # The top of run.json describes the newest call; each stage keeps what it was made by.
+        entry: dict[str, Any] = {
+            "status": "running",
+            "command": self.command,
+            **{key: self.run[key] for key in ("seed", "git", "versions")},
+        }
+        if name in self._metric_names:  # these are there until others replace them
+            entry["metrics"] = self._metric_names[name]
+        self.run["stages"][name] = entry
+        self._save()
+        start = time.perf_counter()
+        token = _ACTIVE.set(self._annotate)
+        self._stage = name
+        try:
+            yield
+            entry["status"] = "done"
+        except BaseException as error:
+            entry["status"] = "failed"
+            entry["error"] = named_variables(f"{type(error).__name__}: {error}", self.out)
+            raise
+        finally:
+            _ACTIVE.reset(token)
+            entry["seconds"] = round(time.perf_counter() - start, 2)
+            entry["peak_memory_bytes"] = peak_memory_bytes()
+            self._save()
+
+    def merge_metrics(self, stage: str, metrics: dict[str, float]) -> dict[str, float]:
+        """Put a stage's metrics into `metrics.json` in place of those of its last time.
+
+        Returns:
+            What was written: as floats, without those that are not finite.
+        """
+        plain = {name: float(value) for name, value in metrics.items()}
+        if broken := sorted(name for name, value in plain.items() if not math.isfinite(value)):
+            log.warning("stage %s: not finite, and left out: %s", stage, ", ".join(broken))
+            plain = {name: value for name, value in plain.items() if name not in broken}
+        entry = self.run["stages"].setdefault(stage, {})
+        for name in self._metric_names.get(stage, []):
+            self.metrics.pop(name, None)
+        entry["metrics"] = self._metric_names[stage] = sorted(plain)
+        self._save()
+        self.metrics.update(plain)
+        write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
+        return plain
+
+    def _annotate(self, values: dict[str, Any]) -> None:
+        """Add to the entry of the stage that is running."""
+        self.run["stages"][self._stage].update(values)
+        self._save()
+
+    def _save(self) -> None:
+        from medusa_exp.model.tiny import cache_keys
+
+        self.run["device"] = device_name(self.config.device)
+        self.run["peak_memory_bytes"] = peak_memory_bytes()
+        self.run["cache_keys"] = cache_keys(self.config)
+        if tokenised := read_json(self.out / "data.json", {}).get("key"):
+            self.run["cache_keys"]["tokenised"] = tokenised
+        if regenerated := read_json(self.out / "regenerated.json", {}).get("key"):
+            self.run["cache_keys"]["regenerated"] = regenerated
+        for path in _data_files(self.config):
+            with suppress(OSError):  # the stage that reads it says what is wrong
+                self.run["data"][str(path)] = sha256_file(path)
+        write_json(self.out / "run.json", self.run)
+
+
+def annotate(**values: Any) -> None:
+    """Add to the running stage's entry in run.json; do nothing where no run is recorded."""
+    if (take := _ACTIVE.get()) is not None:
+        take(values)
+
+
+@contextmanager
+def collect() -> Iterator[dict[str, Any]]:
+    """Yield a dict that `annotate` fills meanwhile, for a process that has no RunRecord."""
+    notes: dict[str, Any] = {}
+    token = _ACTIVE.set(notes.update)
+    try:
+        yield notes
+    finally:
+        _ACTIVE.reset(token)
+
+
+def _data_files(config: Config) -> list[Path]:
+    from medusa_exp.data.sources import dataset_files
+
+    try:
+        return dataset_files(config)
+    except ValueError:  # the stage that needs them says what is wrong
+        return []

@@ -1,0 +1,169 @@
+"""Jobs of a sweep (`-m`, `+sweep=NAME`): each known by its overrides, each done once.
+
+A job's directory is named by a hash of its overrides, not by its number. The same command with the
+same `sweep_dir` therefore finds its jobs again: it passes over those that are done and goes on with
+the others, whatever became of the process that ran them (`runs/jobs.py`: how each stands). Hydra's
+launchers decide where and when it runs.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.conf import HydraConf
+from hydra.core.config_store import ConfigStore
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from medusa_exp.config import named_variables
+from medusa_exp.errors import Stopped, UserError
+from medusa_exp.runs.files import content_key, read_json, write_json
+from medusa_exp.runs.jobs import JOB, held, is_done, read_jobs
+from medusa_exp.runs.metric_table import is_larger_better, stage_of
+from medusa_exp.tracking.sweep_report import write_comparison
+
+log = logging.getLogger(__name__)
+
+
+class _StartedSweeps(Callback):
+    """Remembers the directory of the sweep that this process starts.
+
+    It is Hydra that resolves it, and only its callbacks are told in the process that launches.
+    """
+
+    directories: ClassVar[list[Path]] = []
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            _check_search(config.hydra.sweeper, config.objective, config.stages)
+        except UserError as error:  # of errors in a callback Hydra makes warnings
+            sys.exit(str(error))
+        self.directories.append(Path(str(config.hydra.sweep.dir)))
+
+
+def register() -> None:
+    """Make known what `conf/config.yaml` asks of Hydra for sweeps."""
+    OmegaConf.register_new_resolver("medusa_exp.job_id", content_key, replace=True)
+    OmegaConf.register_new_resolver("medusa_exp.hydra_subdir", _hydra_subdir, replace=True)
+    target = f"{__name__}.{_StartedSweeps.__name__}"
+    node = {"started_sweeps": {"_target_": target}}
+    ConfigStore.instance().store(group="hydra/callbacks", name="started_sweeps", node=node)
+
+
+def _hydra_subdir(out: str) -> str | None:
+    """Return where Hydra writes down a job's config: nowhere if the job is done already."""
+    return None if is_done(Path(out)) else ".hydra"
+
+
+def run_once(
+    out: Path, hydra_config: HydraConf, run: Callable[[], float | None], objective: str
+) -> float | None:
+    """Run a job and write down how it ended, or return what it returned when it was done.
+
+    A job that was done is not done again where the metric asked for is another one: that is looked
+    up in its `metrics.json`.
+
+    Args:
+        out: the job's directory.
+        hydra_config: of this job.
+        run: does the job.
+        objective: name of the metric that it returns.
+    """
+    with held(out):
+        if is_done(out):
+            log.info("done already: %s", out)
+            if _update_value(out, objective):
+                _write_page(out.parent)
+            return _warned(read_json(out / JOB)["value"], objective)
+        job = {
+            "number": hydra_config.job.num,
+            "overrides": OmegaConf.to_container(hydra_config.overrides.task),
+            "objective": objective,
+            "attempts": read_json(out / JOB, {}).get("attempts", 0) + 1,
+            "status": "running",
+            "value": None,
+        }
+        write_json(out / JOB, job)
+        try:
+            job["value"] = run()
+            job["status"] = "done"
+        except BaseException as error:
+            is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
+            job["status"] = "interrupted" if is_stopped else "failed"
+            job["error"] = named_variables(f"{type(error).__name__}: {error}", out)
+            raise
+        finally:
+            write_json(out / JOB, job)
+            _write_page(out.parent)
+    return _warned(job["value"], objective)
+
+
+def _warned(value: float | None, objective: str) -> float | None:
+    """Return the value of a job; say so where there is none."""
+    if value is None:
+        log.warning("objective=%s is no metric that these stages measure", objective)
+    return value
+
+
+def _update_value(out: Path, objective: str) -> bool:
+    """Write down the objective of a job that is done, and say whether that is news.
+
+    It may be another metric than then, and a later call may have measured it anew.
+    """
+    job, value = read_json(out / JOB), read_json(out / "metrics.json", {}).get(objective)
+    is_news = bool((job["objective"], job["value"]) != (objective, value))
+    if is_news:
+        write_json(out / JOB, {**job, "objective": objective, "value": value})
+    return is_news
+
+
+def refresh(out: Path) -> None:
+    """Have a sweep know what a later call of one of its jobs' runs has found."""
+    if is_done(out):
+        with held(out):
+            _update_value(out, read_json(out / JOB)["objective"])
+        _write_page(out.parent)  # with its other figures
+
+
+def _write_page(sweep_dir: Path) -> None:
+    """Bring the sweep's page up to date; no fault of it is one of the job's."""
+    try:
+        write_comparison(sweep_dir)
+    except Exception:
+        log.warning("%s is not up to date", sweep_dir / "report.html", exc_info=True)
+
+
+def _check_search(sweeper: Any, objective: str, stages: Sequence[str]) -> None:
+    """Refuse a search that would find nothing, or the worst, before its first job.
+
+    Raises:
+        UserError: no stage measures the objective; or Optuna, which minimises unless it is told
+            otherwise, would go the wrong way (see `metric_names.is_larger_better`).
+    """
+    if "direction" not in sweeper:  # it looks for nothing
+        return
+    if (stage := stage_of(objective)) not in stages:
+        raise UserError(
+            f"objective={objective} is a metric of stage {stage}, which stages="
+            f"[{','.join(stages)}] leaves out: the search would have nothing to go by."
+        )
+    given = str(sweeper.direction).rpartition(".")[2]
+    wanted, hint = "minimize", ""
+    if is_larger_better(objective):
+        wanted, hint = "maximize", ", or take hydra/sweeper=optuna_maximize"
+    if given in ("minimize", "maximize") and given != wanted:
+        raise UserError(
+            f"hydra.sweeper.direction={given} with objective={objective} looks for the worst: "
+            f"set hydra.sweeper.direction={wanted}{hint}."
+        )
+
+
+def print_sweep() -> None:
+    """Print the jobs of the sweep that this process started, if it did, and where its page is."""
+    for sweep_dir in _StartedSweeps.directories:
+        if jobs := read_jobs(sweep_dir):
+            from medusa_exp.tracking.terminal import print_jobs
+
+            print_jobs(sweep_dir, jobs)

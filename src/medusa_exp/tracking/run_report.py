@@ -1,0 +1,221 @@
+"""What the sections of the report show, each from the files that were read.
+
+A function below turns them into what the template shows in the section of its name, or into None
+where the file is not there yet; the template then names the stage that writes it.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from medusa_exp.runs.metric_table import PARTS_OF_TIME
+from medusa_exp.tracking import charts
+
+MAX_CURVE_POINTS = 300
+"""More points of a line are thinned evenly; the last one always stays."""
+
+_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:pad|bos|eos|unk|start_of_turn|end_of_turn)>")
+_PANELS = {
+    "pretrain/loss": "Pretraining loss",
+    "train/loss": "Training loss",
+    "val/accept_length": "Tokens per step, replayed on held-out answers",
+    "val/accept_length_chain": "Tokens per step with the chain alone",
+    "val/loss": "Held-out loss",
+    "val/top1": "Held-out top-1",
+    "val/top5": "Held-out top-5",
+}
+"""Logged metric -> title of its panel; others are titled by their name. `_head1` and so on are left
+out of a name: the heads are lines of one panel."""
+
+Row = dict[str, Any]
+
+
+def of_smallest_batch(records: Iterable[Row]) -> list[Row]:
+    """Keep Medusa's records of the smallest batch size: there is one for each prompt."""
+    ours = [record for record in records if record["method"] == "tree"]
+    smallest = min((record["batch_size"] for record in ours), default=1)
+    return [record for record in ours if record["batch_size"] == smallest]
+
+
+def headline(metrics: Row, records: list[Row]) -> Row | None:
+    """Return the speed-up, and on how many prompts the output is plain decoding's."""
+    if "eval/speedup" not in metrics and not records:
+        return None
+    checked = [record["identical"] for record in records if record.get("identical") is not None]
+    fraction = metrics.get("eval/identical_fraction")
+    ratios = [
+        record["baseline_seconds"] / record["seconds"]
+        for record in records
+        if record.get("baseline_seconds") and record.get("seconds")
+    ]
+    return {
+        "speedup": metrics.get("eval/speedup"),
+        "num_prompts": len(records),
+        "num_checked": len(checked),
+        "num_identical": sum(checked),
+        "fraction": fraction,
+        "is_checked": bool(checked) or fraction is not None,
+        "is_identical": all(checked) and (fraction is None or fraction >= 1),
+        "quartiles": statistics.quantiles(ratios, n=4) if len(ratios) >= 4 else None,
+    }
+
+
+def text_parts(piece: str) -> list[tuple[str, str]]:
+    """Split a token's text into (kind, text), kind special, newline or text.
+
+    Special tokens and line ends are marked on the page, where they would not be seen else.
+    """
+    if _SPECIAL.fullmatch(piece.strip()):
+        return [("special", piece.strip())]
+    parts = [("newline" if part == "\n" else "text", part) for part in re.split("(\n)", piece)]
+    return [part for part in parts if part[1]]
+
+
+def methods(metrics: Row) -> list[Row]:
+    """Return a row a method and batch size, the faster ones first."""
+    rows: dict[tuple[str, int], Row] = {}
+    for name, value in metrics.items():
+        if match := re.fullmatch(r"eval/(\w+)/b(\d+)/(\w+)", name):
+            key = (match[1], int(match[2]))
+            row = rows.setdefault(key, {"method": key[0], "batch_size": key[1]})
+            row[match[3]] = value
+    return sorted(rows.values(), key=lambda row: (row["batch_size"], -row.get("speedup", 0)))
+
+
+def depths(metrics: Row) -> list[Row]:
+    """Return, for each depth of the tree, the share of steps that accept a guess there."""
+    found = [
+        {"depth": int(match[1]), "share": value}
+        for name, value in metrics.items()
+        if (match := re.fullmatch(r"eval/accepted_depth(\d+)", name))
+    ]
+    return sorted(found, key=lambda row: row["depth"])
+
+
+def parts_of_time(metrics: Row) -> list[Row]:
+    """Return, for each part of a decoding step, its share of the time."""
+    prefix = "eval/time/"
+    return [
+        {"part": PARTS_OF_TIME.get(part := name.removeprefix(prefix), part), "share": value}
+        for name, value in sorted(metrics.items(), key=lambda item: -item[1])
+        if name.startswith(prefix)
+    ]
+
+
+def categories(metrics: Row, records: list[Row]) -> Row | None:
+    """Return a row a category, and a chart of them."""
+    rows: dict[str, Row] = {}
+    for name, value in metrics.items():
+        match = re.fullmatch(r"eval/category/(.+)/(speedup|tokens_per_step)", name)
+        if match:
+            rows.setdefault(match[1], {"category": match[1]})[match[2]] = value
+    for category, row in rows.items():
+        row["num_prompts"] = sum(record.get("category") == category for record in records)
+    ordered = sorted(rows.values(), key=lambda row: -row.get("speedup", 0.0))
+    return {"rows": ordered, "chart": charts.category_chart(ordered)} if rows else None
+
+
+def heads(metrics: Row) -> Row | None:
+    """Return a row a head, and a chart of them."""
+    numbers = sorted(
+        int(match[1]) for name in metrics if (match := re.fullmatch(r"val/top1_head(\d+)", name))
+    )
+    fields = ("loss", "top1", "top5")
+    rows = [{f: metrics.get(f"val/{f}_head{k}") for f in fields} | {"head": k} for k in numbers]
+    bars = [
+        {"head": f"head {row['head']}", "kind": kind, "share": row[field]}
+        for row in rows
+        for field, kind in (("top1", "top-1"), ("top5", "top-5"))
+        if row[field] is not None
+    ]
+    return {"rows": rows, "chart": charts.accuracy_chart(bars)} if rows else None
+
+
+def tree(used: Row | None, measured: Row | None) -> Row | None:
+    """Return the tree's drawing, with each node's probability where calibration knows it.
+
+    Args:
+        used: tree.json.
+        measured: calibration.json.
+    """
+    if used is None:
+        return None
+    parents, probability = used["parents"], (measured or {}).get("node_probability", [])
+    if len(probability) != len(parents):
+        probability = None  # another tree than the calibrated one
+    nodes = charts.tree_layout(parents, used["ranks"], probability)
+    return {
+        "num_nodes": len(parents),
+        "depth": max(node["depth"] for node in nodes),
+        "has_probability": probability is not None,
+        "expected": sum(probability or []),
+        "chart": charts.tree_chart(parents, used["ranks"], probability),
+    }
+
+
+def calibration(measured: Row | None) -> Row | None:
+    """Return the curve of tree sizes in charts, and what was found for each batch size; of
+    calibration.json."""
+    if measured is None:
+        return None
+    plain, chosen = measured["plain_step_seconds"], measured["num_nodes"]
+    curve = [{**row, "relative": row["step_seconds"] / plain} for row in measured["curve"]]
+    titles = {
+        "tokens_per_step": "Tokens per step",
+        "relative": "Step time (plain step = 1)",
+        "tokens_per_second": "Tokens per second",
+    }
+    return {
+        "num_positions": measured["num_positions"],
+        "curve": curve,
+        "chosen": chosen,
+        "batch_sizes": measured.get("batch_sizes", []),
+        "break_even": measured.get("break_even_batch_size"),
+        "charts": {t: charts.calibration_chart(curve, f, t, chosen) for f, t in titles.items()},
+    }
+
+
+def lengths(records: list[Row]) -> Row | None:
+    """Return a histogram of the tokens that steps committed."""
+    committed = [length for record in records for length in record["accept_lengths"]]
+    if not committed:
+        return None
+    longer = sum(length > 1 for length in committed) / len(committed)
+    averages = {"mean": statistics.fmean(committed), "longer": longer}
+    return {"total": len(committed), "chart": charts.length_chart(committed), **averages}
+
+
+def curves(history: list[Row]) -> Row | None:
+    """Group the history as stage -> panels; the last line of a (stage, step, metric) counts."""
+    values = {
+        (row["stage"], name, row["step"]): value
+        for row in history
+        for name, value in row.items()
+        if name not in ("stage", "step") and isinstance(value, int | float)
+    }
+    panels: dict[str, dict[str, dict[str, list[Row]]]] = {}
+    num_broken = sum(not math.isfinite(value) for value in values.values())
+    for (stage, name, step), value in sorted(values.items()):
+        if math.isfinite(value):
+            panel, _, head = name.partition("_head")
+            series = f"head {head}" if head else "all heads"
+            lines = panels.setdefault(stage, {}).setdefault(panel, {})
+            lines.setdefault(series, []).append({"step": step, "value": value, "series": series})
+    stages = {
+        stage: {_PANELS.get(name, name): _curve(name, lines) for name, lines in found.items()}
+        for stage, found in panels.items()
+    }
+    return {"stages": stages, "num_broken": num_broken} if values else None
+
+
+def _curve(name: str, lines: dict[str, list[Row]]) -> Row:
+    in_order = sorted(lines, key=lambda series: (series == "all heads", len(series), series))
+    rows = [row for series in in_order for row in _thinned(lines[series])]
+    return charts.curve_chart(rows, _PANELS.get(name, name), is_share="top" in name)
+
+
+def _thinned(line: list[Row]) -> list[Row]:
+    stride = -(-len(line) // MAX_CURVE_POINTS)
+    return [*line[:-1:stride], line[-1]]
