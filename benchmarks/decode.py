@@ -18,20 +18,18 @@ from rich.progress import track
 from torch import nn
 
 from medusa_exp.config import Config, from_hydra, load_saved
-from medusa_exp.decode.answers import Decoded, Limits
-from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.loop import Decoded, Limits, decode_plain, decode_tree
 from medusa_exp.decode.settings import limits_of
 from medusa_exp.evaluate.methods import Answer, Method, timed
 from medusa_exp.evaluate.near_ties import find_difference
-from medusa_exp.evaluate.prompts import load_prompts
 from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
 from medusa_exp.model import Backbone, build_heads, load_backbone, load_heads, load_tokenizer
 from medusa_exp.model.heads import stack_heads
-from medusa_exp.model.loss import medusa_loss, medusa_losses
-from medusa_exp.model.targets import TokenTargets
+from medusa_exp.model.loss import TokenTargets, medusa_loss, medusa_losses
 from medusa_exp.runs.files import read_json
+from medusa_exp.stages.evaluate import load_prompts
 from medusa_exp.tree import Tree, chain
-from medusa_exp.tree.choice import choose_tree
+from medusa_exp.tree.calibration import choose_tree
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model

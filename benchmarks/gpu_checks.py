@@ -20,8 +20,7 @@ from kernel_checks import COMMITS, check_commit, check_commit_within, check_mask
 from kernel_shim import GXX, ShimKernels
 
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import Verifier
-from medusa_exp.decode.launch_plan import Plan
+from medusa_exp.decode.cuda.verify import Plan, Verifier
 from medusa_exp.decode.verify import Verdict
 
 

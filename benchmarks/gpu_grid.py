@@ -13,10 +13,8 @@ from gpu_points import Inputs, Point, figures, floors_us, forms_of, make_inputs
 from gpu_timing import measure, num_copies
 
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import Verifier
-from medusa_exp.decode.distribution import probabilities
-from medusa_exp.decode.launch_plan import Plan, plan_for
-from medusa_exp.decode.verify import Verdict, verify
+from medusa_exp.decode.cuda.verify import Plan, Verifier, plan_for
+from medusa_exp.decode.verify import Verdict, probabilities, verify
 
 NEAR = 1e-6
 """So near to a token's edge, a float32 draw may fall on the other side."""

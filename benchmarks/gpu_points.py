@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.launch_plan import Plan
+from medusa_exp.decode.cuda.verify import Plan
 from medusa_exp.tree import Tree
 
 BATCHES = (1, 4, 8, 16, 32, 64)

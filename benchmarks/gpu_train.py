@@ -23,8 +23,7 @@ from medusa_exp.config import Config, HeadConfig
 from medusa_exp.data.examples import SCHEMA, Examples
 from medusa_exp.evaluate.methods import synchronise
 from medusa_exp.model import Backbone, build_heads
-from medusa_exp.train.inputs import Inputs
-from medusa_exp.train.setup import build_module
+from medusa_exp.stages.train import Inputs, build_module
 from medusa_exp.train.trainer import build_trainer
 
 LENGTH, NUM_HEADS, ROWS = 2048, 5, 4

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import medusa_exp
-from medusa_exp.runs.machine import cpu_name, versions
+from medusa_exp.runs.record import cpu_name, versions
 
 _PACKAGES = ("medusa-exp", "torch", "transformers", "tokenizers", "msgspec", "numpy", "pyarrow")
 

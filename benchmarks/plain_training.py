@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from medusa_exp.model import Backbone, MedusaHeads, build_heads
-from medusa_exp.model.loss import medusa_loss, medusa_losses
-from medusa_exp.model.targets import TokenTargets
-from medusa_exp.train.inputs import Inputs
+from medusa_exp.model.loss import TokenTargets, medusa_loss, medusa_losses
+from medusa_exp.stages.train import Inputs
 
 MEMORY_MARK = "memory: "
 _LABELS, _WIDTH, _VOCABULARY, _HEADS = 1024, 256, 128_256, 5

@@ -31,9 +31,8 @@ from medusa_exp.config import HeadConfig as Head
 from medusa_exp.data.examples import SCHEMA, Examples
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.loss import medusa_loss, medusa_losses
-from medusa_exp.train.inputs import Inputs
+from medusa_exp.stages.train import Inputs, build_module
 from medusa_exp.train.precompute import open_features
-from medusa_exp.train.setup import build_module
 from medusa_exp.train.trainer import build_trainer
 
 _REPEATS = 3

@@ -32,9 +32,9 @@ from train import Case, build_case
 from medusa_exp.config import LoggerConfig
 from medusa_exp.model import build_heads
 from medusa_exp.runs.record import RunRecord
+from medusa_exp.stages.train import build_module
 from medusa_exp.tracking.tracker import Tracker
 from medusa_exp.train.precompute import open_features
-from medusa_exp.train.setup import build_module
 from medusa_exp.train.trainer import build_trainer
 
 _WARM_UP = 10

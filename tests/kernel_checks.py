@@ -16,8 +16,7 @@ from torch import Tensor
 
 from medusa_exp.decode.cache import TreeCache
 from medusa_exp.decode.cuda.step import CacheCommit, build_mask
-from medusa_exp.decode.cuda.verify import Verifier
-from medusa_exp.decode.launch_plan import Plan
+from medusa_exp.decode.cuda.verify import Plan, Verifier
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.verify import Verdict
 

@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from medusa_exp.tracking.report import write_report
+from medusa_exp.tracking.run_report import write_report
 
 METRICS = {
     "train/loss": 1.2,

@@ -19,7 +19,7 @@ from gpu_timing import num_copies
 from kernel_shim import GXX, ShimKernels
 from tiny_models import VOCAB_SIZE, build_model
 
-from medusa_exp.decode.launch_plan import Plan, check_plan, plan_for
+from medusa_exp.decode.cuda.verify import Plan, check_plan, plan_for
 from medusa_exp.decode.verify import verify
 from medusa_exp.model import Backbone, build_heads
 

@@ -5,8 +5,7 @@ import pytest
 from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, gzipped, parquet, write, zstd
 
 from medusa_exp.data import DataError, Message, read_conversations
-from medusa_exp.data.chat_files import ChatFile
-from medusa_exp.data.find import find_files
+from medusa_exp.data.chat_files import ChatFile, find_files
 
 
 @pytest.mark.parametrize(

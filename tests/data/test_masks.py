@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_exp.data import Conversation, Message, render
-from medusa_exp.data.layout import _PROBE
+from medusa_exp.data.masking import _PROBE
 
 PIECES = st.sampled_from(
     [

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from medusa_exp.data import read_conversations
-from medusa_exp.inspection.rows import count_runs, sample_rows
+from medusa_exp.stages.doctor import count_runs, sample_rows
 
 PLACE = os.environ.get("MEDUSA_EXP_TEST_DATA")
 TOKENIZERS = sorted(Path(PLACE or "", "tokenizers").glob("*")) if PLACE else []

@@ -8,8 +8,7 @@ import pytest
 from conftest import conversation_record
 
 from medusa_exp.config import Config, DatasetConfig, SourceConfig
-from medusa_exp.data import DataError, build, read_conversations, render
-from medusa_exp.data import tokenized as tokenised
+from medusa_exp.data import DataError, read_conversations, render, tokenized
 from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.errors import UserError
 
@@ -84,7 +83,7 @@ def test_a_second_start_reads_the_cache(config, tokenizer, monkeypatch, caplog):
     )
     first = load_tokenised(config, tokenizer, 100)
     expected = documents(first)
-    monkeypatch.setattr(tokenised, "_build", None)
+    monkeypatch.setattr(tokenized, "_build", None)
     again = load_tokenised(config, tokenizer, 100)
     assert documents(again) == expected and (first.is_new, again.is_new) == (True, False)
 
@@ -188,7 +187,7 @@ def test_a_cache_that_cannot_be_written(config, tokenizer, tmp_path):
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_finished(config, tokenizer, monkeypatch):
-    monkeypatch.setattr(build, "_record_batch", lambda documents: 1 / 0)
+    monkeypatch.setattr(tokenized, "_record_batch", lambda documents: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load_tokenised(config, tokenizer, 100)
     monkeypatch.undo()
@@ -196,10 +195,10 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(config, tokeniz
 
 
 def test_several_processes_give_the_same_file_in_the_same_order(config, tokenizer, monkeypatch):
-    monkeypatch.setattr(build, "_CHUNK", 4)
+    monkeypatch.setattr(tokenized, "_CHUNK", 4)
     config.dataset.num_workers = 1
     serial = load_tokenised(config, tokenizer, 100)
-    monkeypatch.setattr(build, "_SERIAL_CHUNKS", 3)
+    monkeypatch.setattr(tokenized, "_SERIAL_CHUNKS", 3)
     config.dataset.num_workers = 2
     config.cache_dir += "-2"
     parallel = load_tokenised(config, tokenizer, 100)
@@ -208,8 +207,8 @@ def test_several_processes_give_the_same_file_in_the_same_order(config, tokenize
 
 
 def test_notes_of_workers_are_logged(config, tokenizer, monkeypatch, caplog, sharegpt_file):
-    monkeypatch.setattr(build, "_CHUNK", 4)
-    monkeypatch.setattr(build, "_SERIAL_CHUNKS", 3)
+    monkeypatch.setattr(tokenized, "_CHUNK", 4)
+    monkeypatch.setattr(tokenized, "_SERIAL_CHUNKS", 3)
     config.dataset.num_workers = 2
     tokenizer.chat_template += "{% if not add_generation_prompt %}<|end|>{% endif %}"
     records = json.loads(sharegpt_file.read_text())
@@ -225,13 +224,13 @@ def test_notes_of_workers_are_logged(config, tokenizer, monkeypatch, caplog, sha
 
 
 def _build_slowly(config, tokenizer, results):
-    real = tokenised._build
+    real = tokenized._build
 
     def slow(*arguments):
         time.sleep(1)
         return real(*arguments)
 
-    tokenised._build = slow
+    tokenized._build = slow
     data = load_tokenised(config, tokenizer, 100)
     results.put((data.is_new, len(data.table)))
 

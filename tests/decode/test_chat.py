@@ -5,9 +5,8 @@ import pytest
 from tiny_models import build_model
 
 from medusa_exp.config import Config
-from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.drafting import StaticTree
-from medusa_exp.decode.loop import decode_plain
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.rule import Rule
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads

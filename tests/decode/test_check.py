@@ -6,9 +6,8 @@ from tiny_models import ARCHITECTURES, build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.decode import generate
-from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.compatibility import check_trees
-from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import chain

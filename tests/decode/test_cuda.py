@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_exp.decode.cuda import runtime as cuda
+from medusa_exp.decode.cuda import runtime
 from medusa_exp.decode.cuda.runtime import CupyKernels, kernels_on
 from medusa_exp.decode.cuda.source import find_prebuilt, hash_of, prebuilt_name, source_of
 from medusa_exp.decode.cuda.verify import ARGUMENTS
@@ -91,7 +91,7 @@ def test_a_compile_error_shows_the_compilers_log(cupy):
 
 def test_machine_code_of_the_wheel_is_preferred(cupy, monkeypatch, tmp_path):
     found = tmp_path / "greedy.fatbin"
-    monkeypatch.setattr(cuda, "find_prebuilt", lambda *module: found)
+    monkeypatch.setattr(runtime, "find_prebuilt", lambda *module: found)
     CupyKernels(CUDA).launch("greedy.cu", (), "fused", (1, 1, 1), 32, np.zeros(1, ARGUMENTS))
     assert cupy.paths == [str(found)]
 

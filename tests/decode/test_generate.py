@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from medusa_exp import build_heads, generate
-from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.loop import decode_plain
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.tree import Tree, chain
 
 IDS = torch.tensor([[4, 5, 6]])

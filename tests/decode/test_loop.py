@@ -6,9 +6,8 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
-from medusa_exp.decode.answers import Answers, Limits
 from medusa_exp.decode.drafting import DynamicTree, StaticTree
-from medusa_exp.decode.loop import decode_plain, decode_tree, tree_steps
+from medusa_exp.decode.loop import Answers, Limits, decode_plain, decode_tree, tree_steps
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain

@@ -8,9 +8,8 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
 from medusa_exp.decode import loop
-from medusa_exp.decode.answers import Answers, Limits
 from medusa_exp.decode.drafting import build_proposer
-from medusa_exp.decode.loop import decode_plain, tree_steps
+from medusa_exp.decode.loop import Answers, Limits, decode_plain, tree_steps
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.heads import heads_input
 from medusa_exp.tree import Tree

@@ -7,9 +7,8 @@ import torch
 from tiny_models import VOCAB_SIZE
 
 from medusa_exp.decode import generate
-from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.drafting import DynamicTree
-from medusa_exp.decode.loop import decode_plain
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads
 from medusa_exp.tree import Tree, chain

@@ -5,8 +5,7 @@ import torch
 from tiny_models import build_model
 
 from medusa_exp.decode import generate
-from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
 from medusa_exp.decode.rule import Rule
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain

@@ -8,8 +8,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
-from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
 from medusa_exp.decode.rule import Rule
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads

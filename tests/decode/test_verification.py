@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_exp.decode import verify
-from medusa_exp.decode.distribution import probabilities
-from medusa_exp.decode.verification_host import verify_on_host
+from medusa_exp.decode.verify import probabilities, verify_on_host
 
 RULES = ("greedy", "sampling", "typical")
 VOCAB = 4

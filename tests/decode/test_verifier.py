@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_exp.decode import verifier
-from medusa_exp.decode.cuda.verify import ARGUMENTS, Verifier, can_verify
-from medusa_exp.decode.launch_plan import Plan, plan_for
-from medusa_exp.decode.rule import Judge, Rule
-from medusa_exp.decode.verification_host import verify_on_host
-from medusa_exp.decode.verifier import choose_verifier
-from medusa_exp.decode.verify import verify
+from medusa_exp.decode import rule
+from medusa_exp.decode.cuda.verify import ARGUMENTS, Plan, Verifier, can_verify, plan_for
+from medusa_exp.decode.rule import Judge, Rule, choose_verifier
+from medusa_exp.decode.verify import verify, verify_on_host
 from medusa_exp.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -154,8 +151,8 @@ def test_on_the_cpu_auto_walks_on_the_host():
 
 
 def test_auto_uses_the_kernels_where_they_can(monkeypatch, kernels):
-    monkeypatch.setattr(verifier, "find_spec", lambda name: name)
-    monkeypatch.setattr(verifier, "_kernels", lambda device: Verifier(kernels))
+    monkeypatch.setattr(rule, "find_spec", lambda name: name)
+    monkeypatch.setattr(rule, "_kernels", lambda device: Verifier(kernels))
     assert choose_verifier("auto", CUDA, is_filtered=True) is verify
     judge = choose_verifier("auto", CUDA, is_filtered=False)
     judge(**arguments())
@@ -164,7 +161,7 @@ def test_auto_uses_the_kernels_where_they_can(monkeypatch, kernels):
     assert not can_verify(odd)
     judge(**arguments(logits_BNV=odd))
     assert len(kernels.launches) == 2
-    monkeypatch.setattr(verifier, "find_spec", lambda name: None)
+    monkeypatch.setattr(rule, "find_spec", lambda name: None)
     assert choose_verifier("auto", CUDA, is_filtered=False) is verify
 
 

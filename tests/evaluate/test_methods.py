@@ -1,6 +1,6 @@
 import torch
 
-from medusa_exp.decode.answers import Limits
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.rule import Rule
 from medusa_exp.evaluate.methods import build_methods, hf_generate, timed
 from medusa_exp.model import build_heads

@@ -5,7 +5,7 @@ import pytest
 from medusa_exp.config import Config
 from medusa_exp.data import DataError
 from medusa_exp.errors import UserError
-from medusa_exp.evaluate.prompts import load_prompts
+from medusa_exp.stages.evaluate import load_prompts
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Hi", "And then?"], "reference": []},

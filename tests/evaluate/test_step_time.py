@@ -4,12 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.cache import TreeCache
-from medusa_exp.decode.loop import decode_tree
+from medusa_exp.decode.loop import Limits, decode_tree
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import Judge
-from medusa_exp.evaluate import step_profile as step_time
+from medusa_exp.evaluate import step_profile
 from medusa_exp.model import build_heads
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, PrefixAttention
@@ -31,7 +30,7 @@ SECONDS = [
 def calls(monkeypatch) -> dict[str, int]:
     """How often each method was called; each call moves the clock on."""
     now, counts = [0.0], {owner.__name__: 0 for owner, _, _ in SECONDS}
-    monkeypatch.setattr(step_time, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(step_profile, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def slowed(owner, name, seconds):
         function = getattr(owner, name)
@@ -56,7 +55,7 @@ def test_each_part_is_given_its_own_time_and_no_other(backbone, calls, prefix_at
     def method(prompts):
         answers.extend(decode_tree(backbone, heads, chain(2), prompts, Limits(20)))
 
-    shares = step_time.shares_of_time(backbone, method, PROMPTS)
+    shares = step_profile.shares_of_time(backbone, method, PROMPTS)
     steps = calls["Judge"]
     expected = {
         "prompt": 40.0 * len(PROMPTS),
@@ -78,6 +77,6 @@ def test_each_part_is_given_its_own_time_and_no_other(backbone, calls, prefix_at
 def test_nothing_is_timed_afterwards(backbone):
     before = Backbone.forward, Judge.__call__
     with pytest.raises(ZeroDivisionError):
-        step_time.shares_of_time(backbone, lambda prompts: 1 // 0, PROMPTS)
+        step_profile.shares_of_time(backbone, lambda prompts: 1 // 0, PROMPTS)
     assert before == (Backbone.forward, Judge.__call__)
     assert "forward" not in vars(backbone)

@@ -5,8 +5,7 @@ from tiny_models import build_model
 
 from medusa_exp.config import Config, DatasetConfig, InspectConfig, ModelConfig, TokenizerConfig
 from medusa_exp.data import Conversation, Message
-from medusa_exp.inspection import rows
-from medusa_exp.stages import inspection as stage
+from medusa_exp.stages import doctor, inspection
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def config(sharegpt_file, tokenizer, tmp_path) -> Config:
 
 
 def test_counts_and_samples_without_a_model(config, tmp_path, capsys):
-    metrics = stage.run(config, tmp_path)
+    metrics = inspection.run(config, tmp_path)
     assert metrics["data/records"] == 41 and metrics["data/kept_records"] == 40
     found = json.loads((tmp_path / "data.json").read_text())
     assert found["sources"]["sharegpt"]["dropped"] == {"no turns": 1}
@@ -62,7 +61,7 @@ def model_path(config, tokenizer, tmp_path) -> str:
 
 
 def findings(config, out):
-    stage.run(config, out)
+    inspection.run(config, out)
     found = json.loads((out / "data.json").read_text())
     return {f["name"]: (f["is_fine"], f["sentence"]) for f in found["doctor"]}
 
@@ -90,26 +89,26 @@ def test_the_doctor_finds_what_does_not_fit(config, model_path, tokenizer, tmp_p
 
 def test_a_mask_shifted_by_one_is_found(tokenizer):
     chat = Conversation("c", [Message("user", "q"), Message("assistant", "word")])
-    (row,) = rows.sample_rows([("s", chat)], tokenizer)
+    (row,) = doctor.sample_rows([("s", chat)], tokenizer)
     edge = "runs from edge to edge of a reply"
-    assert rows.count_runs([row]) == {"runs": 1, edge: 1, "runs that could not be checked": 0}
+    assert doctor.count_runs([row]) == {"runs": 1, edge: 1, "runs that could not be checked": 0}
     mask = row.rendered.is_trained
     original = list(mask)
     users = [role == "user" for role in row.roles]
     for wrong in ([False, *original[:-1]], [*original[1:], False], [True] * len(mask), users):
         mask[:] = wrong
-        found = rows.count_runs([row])
+        found = doctor.count_runs([row])
         assert (found["runs"], found[edge]) == (1, 0)
 
 
 def test_a_run_without_anybodys_words_is_not_called_right(tokenizer):
     chat = Conversation("c", [Message("user", "q"), Message("assistant", "")])
-    (row,) = rows.sample_rows([("s", chat)], tokenizer)
-    found = rows.count_runs([row])
+    (row,) = doctor.sample_rows([("s", chat)], tokenizer)
+    found = doctor.count_runs([row])
     assert (found["runs"], found["runs that could not be checked"]) == (0, 1)
 
 
 def test_half_a_surrogate_pair_is_found_as_it_is_rendered(tokenizer):
     chat = Conversation("c", [Message("user", "q"), Message("assistant", "a\ud800b")])
-    (row,) = rows.sample_rows([("s", chat)], tokenizer)
+    (row,) = doctor.sample_rows([("s", chat)], tokenizer)
     assert row.roles.count("assistant") > 3

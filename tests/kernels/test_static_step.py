@@ -3,9 +3,8 @@
 import pytest
 from tiny_models import build_model
 
-from medusa_exp.decode import step_pool
-from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.loop import decode_tree
+from medusa_exp.decode import step
+from medusa_exp.decode.loop import Limits, decode_tree
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree
 
@@ -22,7 +21,7 @@ def test_the_kernels_decode_what_torch_decodes(monkeypatch, architecture, shim):
     backbone.static_steps = None
     launched = []
     monkeypatch.setattr(shim, "launch", _spy(shim.launch, launched))
-    monkeypatch.setattr(step_pool, "step_kernels", lambda name, device: shim)
+    monkeypatch.setattr(step, "step_kernels", lambda name, device: shim)
     ours = decode_tree(backbone, heads, TREE, PROMPTS, Limits(40, {7}))
     assert [a.tokens for a in ours] == expected
     wants_dict = architecture == "gemma2"  # of masks, by kind of layer

@@ -11,8 +11,7 @@ from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
 from kernel_checks import PLANS, assert_equal, cases_of, check_verification, judged
 from kernel_shim import ORDERS, ShimError, ShimKernels
 
-from medusa_exp.decode.cuda.verify import Verifier
-from medusa_exp.decode.launch_plan import Plan
+from medusa_exp.decode.cuda.verify import Plan, Verifier
 
 CASES, CHUNKS = int(os.environ.get("KERNEL_TEST_CASES", "350")), 7
 """Of each rule; fewer under a sanitizer."""

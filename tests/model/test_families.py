@@ -4,16 +4,20 @@ import pytest
 import torch
 from tiny_models import build_model
 
-from medusa_exp.config.training import HEAD_KINDS
+from medusa_exp.config.schema import HEAD_KINDS
 from medusa_exp.decode import generate
-from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
 from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
 from medusa_exp.model.heads import FAMILIES as KINDS
 from medusa_exp.model.heads import StackedHeads, heads_input, stack_heads
-from medusa_exp.model.loss import medusa_counts, medusa_losses
-from medusa_exp.model.ranks import answer_ranks
-from medusa_exp.model.targets import DistributionTargets, TokenTargets, TopTargets
+from medusa_exp.model.loss import (
+    DistributionTargets,
+    TokenTargets,
+    TopTargets,
+    medusa_counts,
+    medusa_losses,
+)
+from medusa_exp.model.scoring import answer_ranks
 from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.search import num_steps
 

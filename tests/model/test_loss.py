@@ -3,8 +3,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from medusa_exp.model import build_heads
-from medusa_exp.model.loss import head_labels, medusa_counts, medusa_loss, medusa_losses
-from medusa_exp.model.targets import DistributionTargets, TokenTargets, TopTargets
+from medusa_exp.model.loss import (
+    DistributionTargets,
+    TokenTargets,
+    TopTargets,
+    head_labels,
+    medusa_counts,
+    medusa_loss,
+    medusa_losses,
+)
 
 #         u1  u2  a1  a2  end pad     two tokens of the user's, three of the assistant's
 IDS_BT = torch.tensor([[11, 12, 21, 22, 2, 0]])

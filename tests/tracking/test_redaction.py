@@ -5,7 +5,7 @@ import subprocess
 from omegaconf import OmegaConf
 
 from medusa_exp.config import Config, to_shareable
-from medusa_exp.tracking.redaction import by_name, shareable, shareable_text, shell_command
+from medusa_exp.config.privacy import by_name, shareable, shareable_text, shell_command
 
 
 def test_values_of_the_environment_are_sent_as_their_names(tmp_path):

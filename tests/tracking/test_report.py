@@ -19,7 +19,7 @@ from report_pages import (
 
 from medusa_exp.errors import UserError
 from medusa_exp.tracking.charts import tree_layout
-from medusa_exp.tracking.report import write_report
+from medusa_exp.tracking.run_report import write_report
 
 
 def test_full_run_shows_its_figures(tmp_path):
@@ -147,7 +147,7 @@ def test_tree_layout_puts_parents_between_their_children():
 
 def test_importing_is_light():
     code = (
-        "import sys, medusa_exp.tracking.report\n"
+        "import sys, medusa_exp.tracking.run_report\n"
         "assert not {'altair', 'jinja2', 'vl_convert', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

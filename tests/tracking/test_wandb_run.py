@@ -9,7 +9,7 @@ import pytest
 import wandb_files as written
 from wandb_files import of_type
 
-from medusa_exp.tracking.wandb_metrics import AXES, BEST
+from medusa_exp.tracking.wandb_run import AXES, BEST
 
 
 def read(path: Path):

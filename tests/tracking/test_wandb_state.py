@@ -19,9 +19,9 @@ from medusa_exp.config import Config, LoggerConfig, TrainConfig
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import read_json, write_json, write_jsonl
 from medusa_exp.runs.record import RunRecord
-from medusa_exp.tracking import wandb_stage
+from medusa_exp.tracking import wandb_run
 from medusa_exp.tracking.tracker import Tracker
-from medusa_exp.tracking.wandb_metrics import best_values
+from medusa_exp.tracking.wandb_run import best_values
 
 
 def config_of(mode: str = "offline", **keys) -> Config:
@@ -177,7 +177,7 @@ def test_a_picture_that_fails_costs_no_number(tmp_path, monkeypatch, caplog):
     def fail(out, stage):
         raise ValueError("no such font")
 
-    monkeypatch.setattr(wandb_stage, "media", fail)
+    monkeypatch.setattr(wandb_run, "media", fail)
     config = config_of()
     with Tracker(config, tmp_path, record_of(tmp_path, config)) as tracker:
         tracker.stage_done("chat")

@@ -21,17 +21,17 @@ import medusa_exp.train.trainer
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_jsonl
 from medusa_exp.runs.record import RunRecord
-from medusa_exp.stages import train as stage
+from medusa_exp.stages import train
 
 
-def train(config, out: Path) -> None:
+def train_in_child(config, out: Path) -> None:
     """Train in a process of its own, and end that process."""
     try:
         with Path(os.devnull).open("w") as null:
             os.dup2(null.fileno(), 1)
         record = RunRecord(out, config, [])
         with record.stage("train"):
-            stage.run(config, out)
+            train.run(config, out)
     except UserError as error:
         print(error, file=sys.stderr)
         os._exit(1)
@@ -53,7 +53,7 @@ def main() -> None:
         before = steps(out)
         child = os.fork()
         if not child:
-            train(config, out)
+            train_in_child(config, out)
         if name:
             goal = min(before + rng.randint(3, 9), config.train.max_steps - 3)
             while steps(out) < goal:

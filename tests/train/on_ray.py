@@ -14,9 +14,8 @@ from medusa_exp.errors import UserError
 from medusa_exp.model import load_heads
 from medusa_exp.runs.files import read_json, read_jsonl
 from medusa_exp.runs.record import RunRecord
-from medusa_exp.stages import regenerate
-from medusa_exp.stages import train as stage
-from medusa_exp.train.inputs import open_inputs
+from medusa_exp.stages import regenerate, train
+from medusa_exp.stages.train import open_inputs
 
 pytest.importorskip("ray.train")
 
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of many kinds
 def run(config, out: Path) -> dict[str, float]:
     out.mkdir()
     with RunRecord(out, config, []).stage("train"):
-        return stage.run(config, out)
+        return train.run(config, out)
 
 
 def workers() -> list[int]:

@@ -6,14 +6,13 @@ import torch
 from medusa_exp.config import Config
 from medusa_exp.data.prompts import prompts_of
 from medusa_exp.data.sources import load_split
-from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.loop import decode_tree
+from medusa_exp.decode.loop import Limits, decode_tree
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
-from medusa_exp.stages import train as stage
+from medusa_exp.stages import train
 from medusa_exp.stages.calibrate import head_ranks as calibrated_ranks
+from medusa_exp.stages.train import open_inputs
 from medusa_exp.train.acceptance import accept_lengths, continuation_ranks
-from medusa_exp.train.inputs import open_inputs
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.tree import chain
 
@@ -101,7 +100,7 @@ def heads_of(path):
 @pytest.mark.parametrize(("keep", "step"), [("best", 4), ("last", 10)])
 def test_which_heads_are_kept(scripted, tmp_path, keep, step):
     scripted.train.keep = keep
-    metrics = stage.run(scripted, tmp_path)
+    metrics = train.run(scripted, tmp_path)
     assert all(map(torch.equal, heads_of(tmp_path), scripted.kept[step]))
     assert metrics["val/accept_length"] == {"best": 3.0, "last": 2.0}[keep]
     assert metrics.get("train/best_step", 10) == step and metrics["train/steps"] == 10
@@ -109,18 +108,18 @@ def test_which_heads_are_kept(scripted, tmp_path, keep, step):
 
 def test_training_stops_where_it_gets_no_better(scripted, tmp_path):
     scripted.train.patience = 2
-    metrics = stage.run(scripted, tmp_path)
+    metrics = train.run(scripted, tmp_path)
     assert metrics["train/steps"] == 8 and max(scripted.kept) == 8
     assert all(map(torch.equal, heads_of(tmp_path), scripted.kept[4]))
 
 
 def test_the_lost_heads_of_the_best_validation_are_named(scripted, tmp_path):
-    stage.run(scripted, tmp_path)
+    train.run(scripted, tmp_path)
     (tmp_path / "checkpoints/best-4.safetensors").unlink()
     with pytest.raises(UserError, match=r"best-4\.safetensors is missing .* train.keep=last"):
-        stage.run(scripted, tmp_path)
+        train.run(scripted, tmp_path)
     scripted.train.keep = "last"
-    assert stage.run(scripted, tmp_path)["train/steps"] == 10
+    assert train.run(scripted, tmp_path)["train/steps"] == 10
 
 
 def test_the_best_of_a_checkpoint_outlives_a_better_one_that_was_never_saved(
@@ -133,9 +132,9 @@ def test_the_best_of_a_checkpoint_outlives_a_better_one_that_was_never_saved(
         "medusa_exp.train.module.accept_lengths", lambda *_: (found[next(steps)], 1.0)
     )
     with pytest.raises(KeyError):
-        stage.run(scripted, tmp_path)
+        train.run(scripted, tmp_path)
     monkeypatch.setattr("medusa_exp.train.module.accept_lengths", lambda *_: (2.0, 1.0))
-    metrics = stage.run(scripted, tmp_path)
+    metrics = train.run(scripted, tmp_path)
     assert metrics["train/best_step"] == 4 and metrics["val/accept_length"] == 3.0
     assert all(map(torch.equal, heads_of(tmp_path), scripted.kept[4]))
     assert [path.name for path in tmp_path.glob("checkpoints/best*")] == ["best-4.safetensors"]
@@ -143,7 +142,7 @@ def test_the_best_of_a_checkpoint_outlives_a_better_one_that_was_never_saved(
 
 def test_no_prompt_to_answer_is_said_and_training_goes_on(config, tmp_path, caplog):
     config.decode.max_new_tokens = 4000
-    metrics = stage.run(config, tmp_path)
+    metrics = train.run(config, tmp_path)
     assert "no val/accept_length: no held-out prompt is left" in caplog.text
     assert "val/accept_length" not in metrics and "val/loss_head1" in metrics
     config.train.val_prompts = 0

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from medusa_exp.errors import UserError
-from medusa_exp.stages import train as stage
+from medusa_exp.stages import train
 
 
 def run(config, out):
     out.mkdir(exist_ok=True)
-    return stage.run(config, out)
+    return train.run(config, out)
 
 
 def test_an_infinite_loss_stops_the_run(config, tmp_path):
@@ -35,7 +35,7 @@ def test_weights_that_a_step_has_broken_are_in_no_checkpoint(config, tmp_path, m
             for parameter in module.heads.parameters():
                 parameter.grad.fill_(torch.nan)
 
-    monkeypatch.setattr(stage.MedusaModule, "on_before_optimizer_step", overflows, raising=False)
+    monkeypatch.setattr(train.MedusaModule, "on_before_optimizer_step", overflows, raising=False)
     with pytest.raises(UserError, match=rf"step {step} made NaN .*last\.ckpt is from before"):
         run(config, tmp_path / "run")
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
@@ -53,13 +53,13 @@ def _no_more_objects():
 
 
 @pytest.mark.parametrize("fails", [_far_too_much, _no_more_objects])
-@pytest.mark.parametrize("place", ["module.medusa_losses", "inputs.load_backbone"])
+@pytest.mark.parametrize("place", ["train.module.medusa_losses", "stages.train.load_backbone"])
 def test_where_memory_ends_the_message_says_what_to_lower(
     config, tmp_path, monkeypatch, place, fails
 ):
     def greedy(*arguments, **keywords):
         fails()
 
-    monkeypatch.setattr(f"medusa_exp.train.{place}", greedy)
+    monkeypatch.setattr(f"medusa_exp.{place}", greedy)
     with pytest.raises(UserError, match=r"out of memory .* lower train\.batch_tokens \(now 200\)"):
         run(config, tmp_path / "run")

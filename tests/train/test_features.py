@@ -12,20 +12,19 @@ from tiny_models import build_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp.config import Config
+from medusa_exp.data.batching import is_labelled
 from medusa_exp.data.feature_cache import Features, stored_positions
-from medusa_exp.data.labels import is_labelled
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, load_backbone, load_heads
 from medusa_exp.model.loading import load_ends
-from medusa_exp.stages import train as stage
-from medusa_exp.train import inputs
-from medusa_exp.train.inputs import open_inputs
-from medusa_exp.train.objective import own_choices
+from medusa_exp.model.loss import own_choices
+from medusa_exp.stages import train
+from medusa_exp.stages.train import open_inputs
 
 
 def run(config: Config, out):
     out.mkdir(exist_ok=True)
-    return stage.run(config, out)
+    return train.run(config, out)
 
 
 def no_body(config, **options):
@@ -85,7 +84,7 @@ def test_training_on_cached_states_is_the_same_and_loads_no_layer(
     cached.train.loss, cached.train.batching = loss, batching
     cached.head.prefix_attention = prefix_attention
     run(cached, tmp_path / "first")
-    monkeypatch.setattr(inputs, "load_backbone", no_body)
+    monkeypatch.setattr(train, "load_backbone", no_body)
     second = run(cached, tmp_path / "second")
     heads = {n: load_heads(tmp_path / n / "heads").state_dict() for n in ("first", "second")}
     assert all(torch.equal(v, heads["second"][name]) for name, v in heads["first"].items())

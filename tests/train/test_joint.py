@@ -7,9 +7,8 @@ from medusa_exp.config import Config, LoraSettings
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.errors import UserError
 from medusa_exp.model import load_backbone, load_heads
-from medusa_exp.stages import train as stage
-from medusa_exp.train.joint import JointModule
-from medusa_exp.train.module import MedusaModule
+from medusa_exp.stages import train
+from medusa_exp.train.module import JointModule, MedusaModule
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def config(config, tmp_path) -> Config:
 def run(config, out):
     out.mkdir(exist_ok=True)
     config.run_dir = str(out)
-    return stage.run(config, out)
+    return train.run(config, out)
 
 
 def adapted_heads(config, out):

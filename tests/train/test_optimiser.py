@@ -8,17 +8,16 @@ import torch
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
-from medusa_exp.stages import train as stage
+from medusa_exp.stages import train
 from medusa_exp.train.callbacks import AverageHeads
 from medusa_exp.train.checkpointing import random_state
 from medusa_exp.train.module import MedusaModule
-from medusa_exp.train.optimizer import MuonAndAdamW, build_optimizer
-from medusa_exp.train.schedule import warmup_cosine
+from medusa_exp.train.optimizer import MuonAndAdamW, build_optimizer, warmup_cosine
 
 
 def run(config, out):
     out.mkdir(exist_ok=True)
-    return stage.run(config, out)
+    return train.run(config, out)
 
 
 def step(optimizer, heads, seed):
@@ -142,7 +141,7 @@ def test_the_plan_is_shown_and_changes_nothing(config, tmp_path, capsys, monkeyp
     shown = capsys.readouterr().out
     for part in ("parameters trained", "0.02 M", "labels of a step", "time, about"):
         assert part in shown
-    monkeypatch.setattr(stage.ShowPlan, "on_train_batch_start", lambda *_: None)
+    monkeypatch.setattr(train.ShowPlan, "on_train_batch_start", lambda *_: None)
     run(config, tmp_path / "without")
     one, other = (load_heads(tmp_path / n / "heads").state_dict() for n in ("with", "without"))
     assert all(torch.equal(one[name], other[name]) for name in one)

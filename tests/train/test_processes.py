@@ -20,13 +20,13 @@ from medusa_exp.errors import Stopped, UserError
 from medusa_exp.model import load_heads
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.runs.record import RunRecord
-from medusa_exp.stages import train as stage
+from medusa_exp.stages import train
 
 
 def run(config, out):
     out.mkdir(exist_ok=True)
     with RunRecord(out, config, []).stage("train"):
-        return stage.run(config, out)
+        return train.run(config, out)
 
 
 def steps(out):

@@ -10,14 +10,12 @@ from tiny_models import VOCAB_SIZE, build_model
 
 from medusa_exp.config import Config, RegenerateConfig
 from medusa_exp.data.examples import open_documents
-from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.loop import GREEDY, decode_plain
+from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads, load_backbone
 from medusa_exp.model.checkpoint import save_heads
-from medusa_exp.stages import regenerate
-from medusa_exp.stages import train as stage
-from medusa_exp.train.answering import Document, answer
+from medusa_exp.stages import regenerate, train
+from medusa_exp.stages.regenerate import Document, answer
 from medusa_exp.tree import chain
 
 PROMPTS = [[3, 4, 5], [7], [9, 8, 7, 6]]
@@ -136,15 +134,15 @@ def test_heads_of_the_run_give_the_same_answers(exact, tmp_path):
 def test_training_takes_own_answers_and_asks_for_them(exact, tmp_path):
     exact.train.text = "own"
     with pytest.raises(UserError, match=r"train\.text=own.*put stage regenerate before train"):
-        stage.run(exact, tmp_path / "run")
+        train.run(exact, tmp_path / "run")
     regenerate.run(exact, tmp_path / "run")
-    assert stage.run(exact, tmp_path / "run")["train/steps"] == 12
+    assert train.run(exact, tmp_path / "run")["train/steps"] == 12
     [path] = (tmp_path / "cache/regenerated").glob("*/documents.arrow")
     whole = path.read_bytes()
     path.unlink()  # a map of it may be open: the bytes below are another file's
     path.write_bytes(whole[:-200])
     with pytest.raises(UserError, match=r"documents\.arrow is not what was .* stage regenerate"):
-        stage.run(exact, tmp_path / "run")
+        train.run(exact, tmp_path / "run")
 
 
 def test_where_memory_ends_the_message_says_what_to_lower(exact, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.model import load_heads
-from medusa_exp.stages import train as stage
+from medusa_exp.stages import train
 from medusa_exp.train.checkpointing import random_state, restore_random_state
 
 KILLED = Path(__file__).with_name("killed.py")
@@ -29,25 +29,25 @@ def history(out: Path) -> dict[int, float]:
 
 def run(config: Config, out: Path) -> dict[str, float]:
     out.mkdir(exist_ok=True)
-    return stage.run(config, out)
+    return train.run(config, out)
 
 
 def test_resume_gives_the_same_loss_curve_and_the_same_heads(config, tmp_path, monkeypatch):
     """The interrupted run dies at step 9; its newest checkpoint is of step 8."""
     monkeypatch.setattr("medusa_exp.train.trainer.LOG_EVERY", 1)
     run(config, tmp_path / "whole")
-    step = stage.MedusaModule.training_step
+    step = train.MedusaModule.training_step
 
     def dies(module, batch, batch_idx):
         if module.global_step == 9:
             raise RuntimeError("power cut")
         return step(module, batch, batch_idx)
 
-    monkeypatch.setattr(stage.MedusaModule, "training_step", dies)
+    monkeypatch.setattr(train.MedusaModule, "training_step", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         run(config, tmp_path / "cut")
     assert not (tmp_path / "cut" / "heads").exists()
-    monkeypatch.setattr(stage.MedusaModule, "training_step", step)
+    monkeypatch.setattr(train.MedusaModule, "training_step", step)
     run(config, tmp_path / "cut")
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
     whole, cut = (load_heads(tmp_path / n / "heads").state_dict() for n in ("whole", "cut"))

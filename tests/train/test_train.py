@@ -9,23 +9,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.config import Config
 from medusa_exp.config import HeadConfig as Head
+from medusa_exp.data.batching import label_counts
 from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example
-from medusa_exp.data.labels import label_counts
 from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_backbone, load_heads, load_tokenizer
-from medusa_exp.model.loss import medusa_loss, medusa_losses
-from medusa_exp.model.targets import TokenTargets
-from medusa_exp.stages import train as stage
-from medusa_exp.train import inputs
-from medusa_exp.train.objective import Objective, own_choices
-from medusa_exp.train.schedule import warmup_cosine
+from medusa_exp.model.loss import Objective, TokenTargets, medusa_loss, medusa_losses, own_choices
+from medusa_exp.stages import train
+from medusa_exp.train.optimizer import warmup_cosine
 
 
 def run(config: Config, out: Path) -> dict[str, float]:
     out.mkdir(exist_ok=True)
-    return stage.run(config, out)
+    return train.run(config, out)
 
 
 def test_writes_heads_and_the_promised_metrics(config, tmp_path):
@@ -39,10 +36,8 @@ def test_writes_heads_and_the_promised_metrics(config, tmp_path):
 
 def test_the_backbone_is_bit_unchanged_and_in_no_checkpoint(config, tmp_path, monkeypatch):
     seen = []
-    load = inputs.load_backbone
-    monkeypatch.setattr(
-        inputs, "load_backbone", lambda c, **o: seen.append(load(c, **o)) or seen[0]
-    )
+    load = train.load_backbone
+    monkeypatch.setattr(train, "load_backbone", lambda c, **o: seen.append(load(c, **o)) or seen[0])
     run(config, tmp_path / "run")
     after = seen[0].model.state_dict()
     fresh = load(config).model.state_dict()
@@ -107,7 +102,7 @@ def test_a_step_takes_the_mean_over_the_labels_of_all_its_micro_batches(
     config, tmp_path, monkeypatch
 ):
     batches, gradients = [], []
-    step = stage.MedusaModule.training_step
+    step = train.MedusaModule.training_step
 
     def spy(module, batch, batch_idx):
         batches.append(batch)
@@ -116,8 +111,8 @@ def test_a_step_takes_the_mean_over_the_labels_of_all_its_micro_batches(
     def keep(module, optimizer):
         gradients.append([p.grad.clone() for p in module.heads.parameters()])
 
-    monkeypatch.setattr(stage.MedusaModule, "training_step", spy)
-    monkeypatch.setattr(stage.MedusaModule, "on_before_optimizer_step", keep, raising=False)
+    monkeypatch.setattr(train.MedusaModule, "training_step", spy)
+    monkeypatch.setattr(train.MedusaModule, "on_before_optimizer_step", keep, raising=False)
     config.dtype.precision = "32-true"
     config.train.accumulate, config.train.max_steps = 3, 1
     config.train.coefficient, config.train.gradient_clip = 0.5, 1e9

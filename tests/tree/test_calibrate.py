@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
 from medusa_exp.model import build_heads
 from medusa_exp.stages import calibrate
 from medusa_exp.stages.calibrate import head_ranks, thinned
 from medusa_exp.tree import Tree, chain
-from medusa_exp.tree.curve import choose, correct, summarise
+from medusa_exp.tree.calibration import Timing, choose, correct, summarise
 from medusa_exp.tree.search import best_tree, grow, node_shares, num_steps, prefix_counts, replay
-from medusa_exp.tree.timing import Timing
 
 
 def test_prefix_counts_are_joint():

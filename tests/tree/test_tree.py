@@ -5,7 +5,7 @@ import pytest
 from medusa_exp.config import Config, TreeConfig
 from medusa_exp.errors import UserError
 from medusa_exp.tree import Tree, chain
-from medusa_exp.tree.choice import choose_tree
+from medusa_exp.tree.calibration import choose_tree
 
 #      0
 #     / \

@@ -13,26 +13,27 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from medusa_exp.config.checks import one_of
-from medusa_exp.config.inputs import (
-    DatasetConfig,
-    DtypeConfig,
-    ModelConfig,
-    PretrainConfig,
-    SourceConfig,
-    TokenizerConfig,
-)
 from medusa_exp.config.privacy import named_variables, without_environment
-from medusa_exp.config.stages import (
+from medusa_exp.config.schema import (
+    HEAD_KINDS,
+    DatasetConfig,
     DecodeConfig,
+    DtypeConfig,
     EvaluateConfig,
+    HeadConfig,
     InspectConfig,
     LoggerConfig,
+    LoraSettings,
+    ModelConfig,
+    PretrainConfig,
     RegenerateConfig,
     RerunConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
     TreeConfig,
+    one_of,
 )
-from medusa_exp.config.training import HEAD_KINDS, HeadConfig, LoraSettings, TrainConfig
 from medusa_exp.errors import UserError
 
 __all__ = [

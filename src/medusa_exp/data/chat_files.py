@@ -3,6 +3,10 @@
 JSON list, JSON Lines, Parquet, and each of them in gzip or zstd, are told apart by content. JSON
 Lines and Parquet are streamed; a JSON list is mapped into memory, and its records are views of it.
 A file that cannot be read is a `DataError`; what is wrong with a record is not looked at here.
+
+A path in; the chat files that it names, out.
+
+The text of a JSON list in; its records, undecoded, out.
 """
 
 import io
@@ -12,6 +16,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,13 +26,111 @@ import pyarrow.parquet as pq
 
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.json_list import list_records
 from medusa_exp.data.parsing import COLUMNS, RawRecord
+
+log = logging.getLogger(__name__)
+
+_SUFFIXES = tuple(
+    f".{kind}{packed}"
+    for kind in ("json", "jsonl", "ndjson", "parquet")
+    for packed in ("", ".gz", ".zst")
+)
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """Return the file, the chat files of the folder at any depth, or what the glob matches.
+
+    Raises:
+        DataError: there is none.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        # Hidden ones are caches and unfinished downloads.
+        files = [
+            p
+            for p in sorted(place.rglob("*"))
+            if p.is_file() and not any(n.startswith(".") for n in p.relative_to(place).parts)
+        ]
+        found = [p for p in files if p.name.lower().endswith(_SUFFIXES)]
+        if passed_over := [str(p.relative_to(place)) for p in files if p not in found]:
+            named = ", ".join(passed_over[:5]) + (" ..." if len(passed_over) > 5 else "")
+            log.warning("data: %s: %d files passed over: %s", place, len(passed_over), named)
+        if not found:
+            raise DataError(
+                f"{place} holds no *.json, *.jsonl, *.ndjson or *.parquet, plain or as .gz or .zst."
+            )
+        return found
+    # Path.glob would need the pattern cut from its root.
+    matches = glob(str(place), recursive=True)  # noqa: PTH207
+    found = sorted(Path(match) for match in matches if Path(match).is_file())
+    if not found:
+        raise DataError(f"{place}: there is no such file, folder or match. Check dataset.path.")
+    return found
+
+
+_decode = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|NaN|Infinity', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_CONTROLS = bytes({*range(32)} - {*b"\r\n"})  # a line break means a missing quote
+_BLANKED = bytes.maketrans(_CONTROLS, b" " * len(_CONTROLS))
+
+
+def list_records(name: str, text: memoryview) -> Iterator[RawRecord]:
+    """Yield the records of a JSON list, each as a view of its text.
+
+    Raises:
+        DataError: it is no JSON list; says where.
+    """
+    try:
+        yield from _decode(text)
+        return
+    except (msgspec.DecodeError, RecursionError) as error:
+        mended = _without_oddities(text)
+        if mended is None:
+            raise faults.not_json(name, text, error) from error
+    yield from _records_as_in(name, mended, text)
+
+
+def _records_as_in(name: str, mended: bytearray, text: memoryview) -> Iterator[memoryview]:
+    """Yield the parts of `text` where `mended`, of the same length, has its records."""
+    try:
+        records = _decode(mended)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise faults.not_json(name, memoryview(mended), error) from error
+    end = 0
+    gap = re.compile(rb"\s*\[\s*")
+    for record in records:
+        start = gap.match(mended, end).end()  # type: ignore[union-attr]  # it has been parsed
+        end = start + len(memoryview(record))
+        yield text[start:end]
+        gap = re.compile(rb"\s*,\s*")
+
+
+def _without_oddities(text: memoryview) -> bytearray | None:
+    """Return a copy in which other characters stand where JSON allows none, None without any.
+
+    These are bare NaN and infinities (of Python's json), halves of surrogate pairs, and control
+    characters. For one of them msgspec refuses the whole list, even where it need not decode it.
+    """
+    mended = None
+    for token in _TOKEN.finditer(text):
+        found = token[0]
+        if not found.startswith(b'"'):
+            mended = mended or bytearray(text)
+            mended[slice(*token.span())] = b"0e".ljust(len(found), b"0")
+        elif _SURROGATE.search(found) or len(found.translate(None, _CONTROLS)) < len(found):
+            mended = mended or bytearray(text)
+            harmless = _SURROGATE.sub(rb"\\ufffd", found).translate(_BLANKED)
+            mended[slice(*token.span())] = harmless
+    return mended
+
 
 _BLOCK = 1 << 20
 _ROWS = 256
 """Rows of a table that are in memory as Python objects."""
-log = logging.getLogger(__name__)
 
 _BOM = b"\xef\xbb\xbf"
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.data import faults
-from medusa_exp.data.chat_files import ChatFile, HubData
+from medusa_exp.data.chat_files import ChatFile, HubData, find_files
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.find import find_files
 from medusa_exp.data.parsing import (
     NO_LIST,
     NOT_JSON,

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from medusa_exp.data.batching import BatchSampler, Row, epoch_planner, padded_length
+from medusa_exp.data.batching import BatchSampler, Row, epoch_planner, label_counts, padded_length
 from medusa_exp.data.examples import Example, Examples
 from medusa_exp.data.feature_cache import Features
-from medusa_exp.data.labels import label_counts
 
 
 @dataclass

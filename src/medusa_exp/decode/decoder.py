@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medusa_exp.decode.answers import Limits
 from medusa_exp.decode.compatibility import check_trees
-from medusa_exp.decode.loop import decode_tree
+from medusa_exp.decode.loop import Limits, decode_tree
 from medusa_exp.decode.rule import Rule
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import Tree

@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
-from medusa_exp.decode.answers import Limits
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.rule import Rule
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone

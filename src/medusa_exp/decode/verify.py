@@ -5,14 +5,57 @@ as if the backbone had said it token by token. `typical` is Medusa's acceptance,
 
 A logit that is NaN counts as minus infinity. B batch, N tree nodes, V vocabulary, L path length. No
 operation waits for the device.
+
+Logits in; the distribution that sampling draws from, out. The same for plain and tree decoding.
+
+V vocabulary.
+
+Verification on a CPU: greedy by a walk over Python lists, the specification's twin.
+
+Where tensors lie in the host's memory anyway, one pass over a tree of a few dozen nodes takes a
+fraction of what two dozen small tensor operations take to be called.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.distribution import probabilities
+
+def probabilities(
+    logits_V: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Return probabilities over the last dimension, in float32 or wider.
+
+    Temperature, then top-k, then top-p, as transformers applies them: of tokens that tie for place
+    k all stay, and top-p keeps the token with which the sum reaches `top_p`. NaN counts as minus
+    infinity; tokens of infinite logit share all the probability, and where none is above minus
+    infinity, token 0 has it.
+    """
+    wide_V = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
+    wide_V = wide_V.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    largest_1 = wide_V.amax(-1, keepdim=True)
+    # Differences to the largest: infinities of one sign are equal, and not NaN. Divided only then,
+    # or a tiny temperature would make infinities of several logits.
+    below_V = torch.where(wide_V == largest_1, 0.0, (wide_V - largest_1) / temperature)
+    token_V = torch.arange(below_V.shape[-1], device=below_V.device)
+    below_V = below_V.masked_fill((largest_1 == -torch.inf) & (token_V > 0), -torch.inf)
+    if top_k is not None:
+        kth_1 = below_V.topk(min(top_k, below_V.shape[-1]), dim=-1).values[..., -1:]
+        below_V = below_V.masked_fill(below_V < kth_1, -torch.inf)
+    if top_p is not None and top_p < 1:  # the sum of all may round to more than 1 before its end
+        below_V = _nucleus(below_V, top_p)
+    return below_V.softmax(-1)
+
+
+def _nucleus(logits_V: Tensor, top_p: float) -> Tensor:
+    ordered_V, place_V = logits_V.sort(dim=-1, descending=True, stable=True)
+    p_V = ordered_V.softmax(-1)
+    is_out_V = p_V.cumsum(-1) - p_V >= top_p
+    is_out_V[..., 0] = False
+    return logits_V.masked_fill(is_out_V.gather(-1, place_V.argsort(-1)), -torch.inf)
+
 
 RULES = ("greedy", "sampling", "typical")
 
@@ -235,3 +278,44 @@ def _child_probability(given: Given, p_BNV: Tensor) -> Tensor:
 def without_nan(logits_BNV: Tensor) -> Tensor:
     """Return logits with minus infinity for NaN."""
     return logits_BNV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def verify_on_host(
+    logits_BNV: Tensor,
+    tokens_BN: Tensor,
+    parents_BN: Tensor,
+    *,
+    rule: str = "greedy",
+    max_depth: int | None = None,
+    **options: Any,
+) -> Verdict:
+    """Find the path of guesses that come true; see `verification.verify`, which does the rest."""
+    if rule == "greedy":
+        return verify_greedy(logits_BNV, tokens_BN, parents_BN, max_depth)
+    return verify(logits_BNV, tokens_BN, parents_BN, rule=rule, max_depth=max_depth, **options)
+
+
+def verify_greedy(
+    logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, max_depth: int | None = None
+) -> Verdict:
+    """Return what `verification.verify` returns with the rule greedy; tensors are on the CPU."""
+    num_nodes = tokens_BN.shape[1]
+    width = 1 + (num_nodes - 1 if max_depth is None else max_depth)
+    targets = without_nan(logits_BNV).argmax(-1).tolist()
+    paths, last_tokens = [], []
+    for target, tokens, parents in zip(
+        targets, tokens_BN.tolist(), parents_BN.tolist(), strict=True
+    ):
+        path, at = [0], 0
+        # Parents stand before children, and of equal siblings the first counts: one pass will do.
+        for node in range(1, num_nodes):
+            if parents[node] == at and tokens[node] == target[at]:
+                path.append(node)
+                at = node
+        paths.append(path)
+        last_tokens.append(target[at])
+    return Verdict(
+        torch.tensor([path + [-1] * (width - len(path)) for path in paths]),
+        torch.tensor([len(path) - 1 for path in paths]),
+        torch.tensor(last_tokens),
+    )

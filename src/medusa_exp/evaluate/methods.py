@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from medusa_exp.decode.answers import Decoded, Limits
-from medusa_exp.decode.loop import GREEDY, decode_plain, decode_tree
+from medusa_exp.decode.loop import GREEDY, Decoded, Limits, decode_plain, decode_tree
 from medusa_exp.decode.rule import Rule
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import Tree, chain

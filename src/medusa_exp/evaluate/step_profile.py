@@ -10,10 +10,9 @@ from unittest.mock import patch
 import torch
 
 from medusa_exp.decode.cache import TreeCache
-from medusa_exp.decode.drafting import DynamicTree, StaticTree
+from medusa_exp.decode.drafting import DynamicTree, SequentialTree, StaticTree
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import Judge
-from medusa_exp.decode.sequential import SequentialTree
 from medusa_exp.evaluate.methods import Method, synchronise
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import PrefixAttention

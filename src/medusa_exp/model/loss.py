@@ -3,20 +3,208 @@
 B batch, T time, D hidden, W words that the heads know, K heads, R labelled rows of one head, C rows
 of a chunk, J drafted tokens. `head` counts from 1, as labels and metrics do (0 is the lm_head); `k`
 is an index, from 0, as the heads themselves do.
+
+What a head is to say at a position: a token, or the backbone's own next-token distribution.
+
+The three classes have one interface. `at(index_R)` picks what is to be said after the tokens at
+flat positions b * T + t, as tensors with a row each; `losses(logits_CW, ...)` takes some of these
+rows and returns a loss a row, in nats. A loss computes its chunks twice, so that what is large
+belongs into `losses` and what is small into `at`.
+
+B batch, T time, D hidden, V vocabulary, W words that the heads know (V, or fewer of them), R rows,
+C rows of a chunk, J likeliest tokens.
+
+The loss of many rows, of which only some have logits at a time. Two forms of one thing:
+
+recompute    each chunk's logits are computed again in the backward pass
+at_once      each chunk's gradients are computed with its loss, and kept for the backward pass: a
+             quarter less to compute, but only for the heads' own parameters
+
+C rows of a chunk, D hidden, W tokens that the heads know.
+
+What heads are trained to say, and how much it counts: hidden states in, targets and weights out.
+
+B batch, T time, D hidden, V vocabulary, R rows.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, pad
+from torch.utils.checkpoint import checkpoint
 
-from medusa_exp.data.labels import labelled_index
-from medusa_exp.model.chunks import chunked_loss
+from medusa_exp.data.batching import is_labelled, labelled_index
+from medusa_exp.data.datamodule import Batch
+from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
-from medusa_exp.model.targets import Targets
+
+_ROWS = 1024
+"""Rows whose logits of the backbone exist at one time."""
+
+NextLogits = Callable[[Tensor], Tensor]
+"""From hidden_RD to the backbone's logits_RW of the words that the heads know."""
+
+
+@torch.no_grad()
+def first_choices(next_logits: NextLogits, hidden_RD: Tensor) -> Tensor:
+    """Return the likeliest next token at each of these hidden states: tokens_R."""
+    chunks = [next_logits(hidden_CD).argmax(-1) for hidden_CD in hidden_RD.split(_ROWS)]
+    return torch.cat(chunks)
+
+
+class Targets(Protocol):
+    """What the heads are to say."""
+
+    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
+        """Return what is to be said after the tokens at these flat positions."""
+        ...
+
+    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
+        """Return the loss of each row, in nats."""
+        ...
+
+
+class TokenTargets:
+    """Cross entropy with a token."""
+
+    def __init__(self, labels_BT: Tensor) -> None:
+        """Take, at each place, the token to be said there."""
+        self.labels = labels_BT.flatten()
+
+    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
+        """Return (labels_R,)."""
+        return (self.labels[index_R + 1],)
+
+    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
+        """Return the cross entropy of each row."""
+        return cross_entropy(logits_CW, rows[0], reduction="none")
+
+
+class DistributionTargets:
+    """KL divergence of a head's distribution from the backbone's."""
+
+    def __init__(self, hidden_BTD: Tensor, next_logits: NextLogits) -> None:
+        """Take the backbone's hidden states, and what makes logits of them."""
+        self.hidden = hidden_BTD.flatten(0, 1)
+        self.next_logits = next_logits
+
+    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
+        """Return (hidden_RD,): their logits are made chunk by chunk."""
+        return (self.hidden[index_R],)
+
+    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
+        """Return KL(backbone || head) of each row."""
+        with torch.no_grad():
+            teacher_CW = self.next_logits(rows[0]).float().softmax(-1)
+        # With probabilities and not their logarithms, torch takes 0 log 0 as 0.
+        return kl_div(logits_CW.log_softmax(-1), teacher_CW, reduction="none").sum(-1)
+
+
+class TopTargets:
+    """KL divergence from the backbone's J likeliest tokens, whose probabilities are made to sum
+    to 1. All heads share what is computed once for each position."""
+
+    def __init__(
+        self, hidden_BTD: Tensor, is_wanted_BT: Tensor, next_logits: NextLogits, num_top: int
+    ) -> None:
+        """Read the backbone at the wanted positions."""
+        wanted = is_wanted_BT.flatten()
+        self.row = wanted.cumsum(0) - 1
+        tops = []
+        with torch.no_grad():
+            for rows_RD in hidden_BTD.flatten(0, 1)[wanted].split(_ROWS):
+                logits_RW = next_logits(rows_RD).float()
+                tops.append(logits_RW.topk(min(num_top, logits_RW.shape[-1])))
+            self.tokens = torch.cat([top.indices for top in tops])
+            self.log_probs = torch.cat([top.values.log_softmax(-1) for top in tops])
+
+    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
+        """Return (tokens_RJ, log_probs_RJ)."""
+        row_R = self.row[index_R]
+        return self.tokens[row_R], self.log_probs[row_R]
+
+    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
+        """Return KL(truncated backbone || head) of each row."""
+        tokens_CJ, log_probs_CJ = rows
+        said_CJ = logits_CW.gather(1, tokens_CJ) - logits_CW.logsumexp(-1, keepdim=True)
+        return (log_probs_CJ.exp() * (log_probs_CJ - said_CJ)).sum(-1)
+
+
+def chunked_loss(
+    logits_of: Callable[..., Tensor],
+    targets: Targets,
+    inputs: tuple[Tensor, ...],
+    wanted: tuple[Tensor, ...],
+    chunk_rows: int,
+    parameters: Sequence[Tensor] = (),
+) -> Tensor:
+    """Return the loss of all rows, summed.
+
+    Args:
+        logits_of: from rows of `inputs` to logits_CW.
+        targets: what the rows are to say.
+        inputs: tensors with a row each.
+        wanted: the rows of `targets`.
+        chunk_rows: C.
+        parameters: all that `logits_of` trains, for the form at_once. Where there is none, or a
+            gradient of the inputs is wanted, logits are recomputed.
+    """
+
+    def chunk_loss(is_real_C: Tensor, *rows: Tensor) -> Tensor:
+        logits_CW = logits_of(*rows[: len(inputs)]).float()  # they are bf16 under autocast
+        return (targets.losses(logits_CW, *rows[len(inputs) :]) * is_real_C).sum()
+
+    # Every chunk has the same shape: each new one would cost the libraries a set-up of its own.
+    number = len(inputs[0])
+    missing = -number % chunk_rows or (chunk_rows if not number else 0)
+    is_real_R = torch.ones(number, device=inputs[0].device)
+    padded = [
+        pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)).split(chunk_rows)
+        for rows in (is_real_R, *inputs, *wanted)
+    ]
+    chunks = zip(*padded, strict=True)
+    if parameters and not any(rows.requires_grad for rows in inputs):
+        return _AtOnce.apply(chunk_loss, chunks, *parameters)
+    return torch.stack([checkpoint(chunk_loss, *c, use_reentrant=False) for c in chunks]).sum()
+
+
+class _AtOnce(torch.autograd.Function):
+    """The sum of the chunks' losses, whose gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chunk_loss: Callable[..., Tensor],
+        chunks: Iterable[tuple[Tensor, ...]],
+        *parameters: Tensor,
+    ) -> Tensor:
+        """Sum losses and gradients over the chunks."""
+        losses: list[Tensor] = []
+        sums: list[Tensor] = []
+        for chunk in chunks:
+            with torch.enable_grad():
+                loss = chunk_loss(*chunk)
+            gradients = torch.autograd.grad(loss, parameters)
+            losses.append(loss.detach())
+            if sums:
+                torch._foreach_add_(sums, gradients)
+            else:
+                sums = [gradient.contiguous() for gradient in gradients]
+        torch.clear_autocast_cache()  # else the next head finds this one's weights there too
+        ctx.gradients = sums
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients, times that of the sum."""
+        gradients, ctx.gradients = ctx.gradients, None
+        torch._foreach_mul_(gradients, grad_outputs[0])
+        return (None, None, *gradients)
 
 
 @dataclass
@@ -143,3 +331,64 @@ def medusa_counts(
             labels = torch.tensor(len(labels_C), device=loss.device)
             counts_K4[k] += torch.stack([loss, hits_C5[:, 0].sum(), hits_C5.sum(), labels])
     return counts_K4
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The keys of `train` that say what is minimised; see there."""
+
+    loss: str = "ce"
+    labels: str = "own"
+    top_k: int = 16
+    decay: float = 0.8
+    coefficient: float = 1.0
+    coefficient_schedule: str = "constant"
+    chunk_rows: int = 256
+    form: str = "recompute"
+
+    def labels_of(self, backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+        """Return [B, T], at each trained place, the token that heads are to say there."""
+        if self.labels == "own":
+            if batch.own_BT is not None:
+                return batch.own_BT
+            return own_choices(backbone, hidden_BTD, batch)
+        return batch.input_ids_BT
+
+    def targets(
+        self, backbone: Backbone, heads: MedusaHeads, hidden_BTD: Tensor, batch: Batch
+    ) -> Targets:
+        """Return what the heads are to say on a batch."""
+        if self.loss == "ce":
+            return TokenTargets(heads.words_of(self.labels_of(backbone, hidden_BTD, batch)))
+
+        def next_logits(hidden_RD: Tensor) -> Tensor:
+            return heads.of_words(backbone.next_logits(hidden_RD))
+
+        if self.loss == "kl":
+            return DistributionTargets(hidden_BTD, next_logits)
+        is_wanted_BT = is_labelled(batch.is_trained_BT, batch.documents_BT, 0)
+        return TopTargets(hidden_BTD, is_wanted_BT, next_logits, self.top_k)
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Return what the heads' loss is multiplied by at an optimiser step (from 0)."""
+        progress = min(1.0, (step + 1) / max_steps)
+        share = {
+            "constant": 1.0,
+            "linear": progress,
+            "sine": math.sin(0.5 * math.pi * progress),
+        }[self.coefficient_schedule]
+        return self.coefficient * share
+
+
+@torch.no_grad()
+def own_choices(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    """Return in place of each trained token [B, T] what the backbone says there, the likeliest one.
+
+    Decoding compares guesses with this, not with the data: where a text takes a turn that the
+    backbone would not take, its token is noise to the heads.
+    """
+    index_R = labelled_index(batch.is_trained_BT, batch.documents_BT, 0)
+    hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
+    labels = batch.input_ids_BT.flatten().clone()
+    labels[index_R + 1] = first_choices(backbone.next_logits, hidden_RD)
+    return labels.view_as(batch.input_ids_BT)

@@ -8,34 +8,108 @@
 4. Larger batches are timed too: the more rows, the fewer nodes pay, until none does.
 
 K heads, P positions, C positions of a chunk, R ranks.
+
+How long steps and answers take here: over several trees, and plainly, in turn.
 """
 
 import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
 from medusa_exp.data.prompts import prompts_of
 from medusa_exp.data.sources import load_split
-from medusa_exp.decode.answers import Limits
-from medusa_exp.decode.loop import decode_plain
+from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
 from medusa_exp.decode.settings import limits_of
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import MedusaHeads, StackedHeads, heads_input, stack_heads
 from medusa_exp.model.loading import load_backbone
-from medusa_exp.model.ranks import CHUNK, answer_ranks
+from medusa_exp.model.scoring import CHUNK, answer_ranks
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.runs.progress import track
-from medusa_exp.tree.calibration import Calibration, Curve, heads_sha256, save_calibration
-from medusa_exp.tree.choice import choose_tree
-from medusa_exp.tree.curve import choose, correct, summarise
+from medusa_exp.tree.calibration import (
+    Calibration,
+    Curve,
+    Timing,
+    choose,
+    choose_tree,
+    correct,
+    heads_sha256,
+    save_calibration,
+    summarise,
+)
 from medusa_exp.tree.search import best_tree
-from medusa_exp.tree.timing import rehearse, time_steps
 from medusa_exp.tree.tree import Tree
+
+
+def time_steps(
+    backbone: Backbone,
+    heads: nn.Module,
+    trees: Sequence[Tree],
+    prompt: list[int],
+    *,
+    batch_size: int,
+    rounds: int,
+    new_tokens: int,
+) -> Timing:
+    """Time whole decoding steps over several trees, in turn, round by round.
+
+    Every row of the batch is the same prompt, so that all rows end together.
+    """
+    seconds: dict[Tree, list[float]] = {tree: [] for tree in trees}
+    plain: list[float] = []
+    prefill: list[float] = []
+    # Without stop ids: every round takes the same number of tokens.
+    room = backbone.max_length_from(len(prompt)) - len(prompt)
+    limits = Limits(max(2, min(new_tokens, room)))  # a step after the prompt's, at least
+    prompts = [prompt] * batch_size
+    what = f"timing steps, {batch_size} at a time"
+    for round_number in track(range(rounds + 1), what):
+        answer = decode_plain(backbone, prompts, limits)[0]
+        for tree in trees:
+            over_tree = decode_tree(backbone, heads, tree, prompts, limits)[0]
+            if round_number:  # the first round warms up
+                seconds[tree] += over_tree.step_seconds[1:]
+                prefill.append(over_tree.step_seconds[0])
+        if round_number:
+            plain += answer.step_seconds[1:]
+    by_tree = {tree: median(taken) for tree, taken in seconds.items()}
+    return Timing(batch_size, by_tree, median(plain), median(prefill))
+
+
+def rehearse(
+    backbone: Backbone,
+    heads: nn.Module,
+    trees: Sequence[Tree],
+    prompts: list[list[int]],
+    limits: Limits,
+) -> dict[Tree | None, float]:
+    """Answer prompts over each tree and plainly (None), in turn; return the seconds of each.
+
+    Steps that are timed alone are warm; a whole answer has cold ones, and much that is no step.
+    """
+    ways: list[Tree | None] = [None, *trees]
+    seconds = dict.fromkeys(ways, 0.0)
+    for number, prompt in enumerate(track(prompts, "rehearsing")):
+        first = number % len(ways)  # who begins changes: the first pays for what is cold
+        for way in ways[first:] + ways[:first]:
+            start = time.perf_counter()
+            if way is None:
+                decode_plain(backbone, [prompt], limits)
+            else:
+                decode_tree(backbone, heads, way, [prompt], limits)
+            # Both end with tokens on the host: nothing is left to wait for.
+            seconds[way] += time.perf_counter() - start
+    return seconds
+
 
 log = logging.getLogger(__name__)
 

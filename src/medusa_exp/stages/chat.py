@@ -17,11 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from medusa_exp.config import Config
 from medusa_exp.data.conversations import Message
 from medusa_exp.data.template import ChatTemplate
-from medusa_exp.decode.answers import Answers, Limits
 from medusa_exp.decode.compatibility import check_trees
-from medusa_exp.decode.draft import Proposer
-from medusa_exp.decode.drafting import build_proposer
-from medusa_exp.decode.loop import tree_steps
+from medusa_exp.decode.drafting import Proposer, build_proposer
+from medusa_exp.decode.loop import Answers, Limits, tree_steps
 from medusa_exp.decode.rule import Rule
 from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.errors import UserError
@@ -30,7 +28,7 @@ from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.tokenizer import load_tokenizer
-from medusa_exp.tree.choice import choose_tree
+from medusa_exp.tree.calibration import choose_tree
 
 _STYLES = ("bold cyan", "bold magenta")
 """Of runs that one step gave, in turn; a single token is plain."""

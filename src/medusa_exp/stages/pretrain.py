@@ -2,26 +2,140 @@
 
 The directory lies in the cache, under a hash of all that made it: runs that ask for the same model
 share it. From here on it is treated like any user's model.
+
+Conversations in, a tokenizer with role marks and a chat template out.
+
+A small Llama, and what Lightning trains of it from scratch: all.
+
+B batch, T time, V vocabulary.
 """
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from filelock import FileLock
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from medusa_exp.config import Config
-from medusa_exp.data.datamodule import Batches
+from medusa_exp.config import Config, PretrainConfig
+from medusa_exp.data.conversations import Conversation
+from medusa_exp.data.datamodule import Batch, Batches
 from medusa_exp.data.sources import load_split
 from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.errors import UserError
 from medusa_exp.model.loading import pick_device
-from medusa_exp.model.tiny import tiny_dir
-from medusa_exp.pretrain.llama import LanguageModelModule, build_llama
-from medusa_exp.pretrain.tokenizer import train_tokenizer
+from medusa_exp.model.source import tiny_dir
 from medusa_exp.runs.files import publish
+from medusa_exp.train.optimizer import scheduled
 from medusa_exp.train.trainer import build_trainer, pick_precision
+
+_END = "<|end|>"
+_ROLE_MARKS = ["<|system|>", "<|user|>", "<|assistant|>"]
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|{{ message.role }}|>
+{{ message.content }}<|end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|assistant|>
+{% endif -%}
+"""
+
+
+def train_tokenizer(conversations: list[Conversation], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the text of conversations, with role marks as special tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_END, *_ROLE_MARKS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (message.content for c in conversations for message in c.messages)
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=_END,
+        pad_token=_END,
+        extra_special_tokens=_ROLE_MARKS,
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_llama(settings: PretrainConfig, vocab_size: int, eos_token_id: int) -> LlamaForCausalLM:
+    """Return it with random weights."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_hidden_layers=settings.num_hidden_layers,
+            num_attention_heads=settings.num_attention_heads,
+            num_key_value_heads=settings.num_key_value_heads,
+            max_position_embeddings=settings.max_position_embeddings,
+            bos_token_id=None,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id,
+            attn_implementation="eager",  # a sixth less time a step than sdpa on a CPU
+        )
+    )
+
+
+class LanguageModelModule(L.LightningModule):
+    """Plain next-token training on all tokens, prompts too."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        *,
+        learning_rate: float,
+        warmup_fraction: float,
+        max_steps: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.learning_rate = learning_rate
+        self.warmup_fraction = warmup_fraction
+        self.max_steps = max_steps
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the mean cross entropy over real tokens."""
+        ids_BT = batch.input_ids_BT
+        logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+        targets_BT = ids_BT.masked_fill(batch.documents_BT == 0, -100)[:, 1:]
+        loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
+        self.log("pretrain/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with warm-up and cosine."""
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=self.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=True,
+        )
+        return scheduled(optimizer, self.warmup_fraction, self.max_steps)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm; Lightning's own clipping takes a fused optimiser for one that unscales."""
+        assert gradient_clip_val is not None
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+
 
 log = logging.getLogger(__name__)
 

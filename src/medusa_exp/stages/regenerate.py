@@ -5,13 +5,15 @@ take, they learn from states that decoding never visits; in its own answers ther
 
 What stands between two of the assistant's turns stays as it is, token for token: nothing is
 rendered or tokenised again. Answers lie in the cache, under a hash of all that decides them.
+
+Documents on their way: a batch of them in, answered turn by turn by the backbone, out.
 """
 
 import json
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config, from_hydra, to_dict
-from medusa_exp.data.examples import SCHEMA
+from medusa_exp.data.examples import SCHEMA, Example
 from medusa_exp.data.tokenized import Tokenised, load_tokenised
 from medusa_exp.decode.compatibility import check_trees
-from medusa_exp.decode.loop import decode_plain, decode_tree
+from medusa_exp.decode.loop import Decoded, Limits, decode_plain, decode_tree
+from medusa_exp.decode.rule import Rule
 from medusa_exp.decode.settings import limits_of
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
@@ -35,12 +38,81 @@ from medusa_exp.model.loading import load_backbone, pick_device
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.runs.files import drop_torn_line, publish, read_json, read_jsonl, write_json
 from medusa_exp.runs.progress import progress_bar
-from medusa_exp.train.answering import Decode, Document, answer, document_of
 from medusa_exp.train.failures import explain_memory
-from medusa_exp.train.ray_data import Work, map_on_ray
+from medusa_exp.train.launch import Work, map_on_ray
 from medusa_exp.train.regenerated import DOCUMENTS, SUMMARY, answer_rule, answers_key, answers_path
 from medusa_exp.train.trainer import AUTOCAST, pick_precision
 from medusa_exp.tree import Tree
+
+Decode = Callable[[list[list[int]], Limits, Rule], list[Decoded]]
+
+
+@dataclass
+class Document:
+    """A conversation on its way: the backbone's answers so far, between the data's other turns."""
+
+    row: int
+    """Number in the table of tokenised documents."""
+    contexts: list[list[int]]
+    """What stands before each assistant turn, from the end of the turn before."""
+    tokens: list[int] = field(default_factory=list)
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    """Where the answers begin and end in `tokens`."""
+    outcome: str = "whole"
+    """Or why later turns are missing: `unfinished` or `no room`."""
+
+
+def document_of(row: int, example: Example) -> Document:
+    """Take a document's turns apart: what is trained is to be answered anew, the rest stays."""
+    edges = np.flatnonzero(np.diff(example.is_trained.astype(np.int8), prepend=0, append=0))
+    starts, stops = edges[::2].tolist(), edges[1::2].tolist()
+    ids = example.input_ids.tolist()
+    return Document(row, [ids[a:b] for a, b in zip([0, *stops], starts, strict=False)])
+
+
+def answer(
+    batch: list[Document],
+    decode: Decode,
+    limits: Limits,
+    rule: Rule,
+    max_length: int,
+    backbone: Backbone,
+) -> None:
+    """Let the backbone answer each turn of some documents, one turn of all of them after another.
+
+    A document ends early with an answer that finds no end within the limit, or before one that
+    would not fit into `max_length` tokens.
+    """
+    for turn in range(max(len(document.contexts) for document in batch)):
+        asked = list(_next_turn(batch, turn, limits.max_new_tokens, max_length, backbone))
+        if not asked:
+            break
+        for document, decoded in zip(
+            asked, decode([document.tokens for document in asked], limits, rule), strict=True
+        ):
+            start = len(document.tokens)
+            document.tokens += decoded.tokens
+            document.answers.append((start, len(document.tokens)))
+            if len(decoded.tokens) == limits.max_new_tokens and (
+                decoded.tokens[-1] not in limits.stop_ids
+            ):
+                document.outcome = "unfinished"
+
+
+def _next_turn(
+    batch: list[Document], turn: int, new_tokens: int, max_length: int, backbone: Backbone
+) -> Iterator[Document]:
+    """Yield the documents that have such a turn and room for it, their next context appended."""
+    for document in batch:
+        if document.outcome != "whole" or turn >= len(document.contexts):
+            continue
+        length = len(document.tokens) + len(document.contexts[turn])
+        if length + new_tokens > min(max_length, backbone.max_length_from(length)):
+            document.outcome = "no room"
+            continue
+        document.tokens += document.contexts[turn]
+        yield document
+
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from medusa_exp.config import Config
-from medusa_exp.tracking.report import write_report
+from medusa_exp.tracking.run_report import write_report
 
 log = logging.getLogger(__name__)
 

@@ -1,37 +1,275 @@
-"""Stage train: data set and backbone in, `heads/` out."""
+"""Stage train: data set and backbone in, `heads/` out.
+
+Config in; all that heads are trained on out: backbone, documents, hidden states, answers.
+
+Config and inputs in; the heads, and what Lightning trains, out.
+"""
 
 import logging
 import math
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
 from medusa_exp.data.datamodule import Batches
+from medusa_exp.data.examples import Examples
+from medusa_exp.data.feature_cache import Features
+from medusa_exp.data.prompts import Prompt
+from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.errors import UserError
-from medusa_exp.model.checkpoint import save_heads
-from medusa_exp.model.tokenizer import save_tokenizer
+from medusa_exp.model.adapters import add_adapters, save_adapted
+from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.checkpoint import check_fit, find_heads, load_heads, save_heads
+from medusa_exp.model.heads import MedusaHeads, build_heads
+from medusa_exp.model.loading import load_backbone, load_ends
+from medusa_exp.model.loss import Objective
+from medusa_exp.model.scoring import measure_agreement
+from medusa_exp.model.source import files_identity
+from medusa_exp.model.tokenizer import load_tokenizer, save_tokenizer
+from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import annotate
-from medusa_exp.train.best import BestHeads
-from medusa_exp.train.callbacks import AverageHeads
-from medusa_exp.train.checkpointing import CHECKPOINT, Checkpoints
+from medusa_exp.train.acceptance import (
+    Continuation,
+    answer_prompts,
+    continuations,
+    held_out_prompts,
+)
+from medusa_exp.train.callbacks import AverageHeads, BestHeads, ShowPlan
+from medusa_exp.train.checkpointing import CHECKPOINT, Checkpoints, checkpoint_to_resume, made_with
 from medusa_exp.train.failures import BadLoss, explain_memory, memory_of_training
-from medusa_exp.train.inputs import open_inputs
-from medusa_exp.train.joint import JointModule
-from medusa_exp.train.launch import train_in_processes
-from medusa_exp.train.module import MedusaModule
-from medusa_exp.train.on_ray import ray_parts, train_on_ray
-from medusa_exp.train.plan import ShowPlan
-from medusa_exp.train.resume import checkpoint_to_resume
-from medusa_exp.train.setup import build_module, finish_joint, start_heads
-from medusa_exp.train.sharding import shard_layers
-from medusa_exp.train.trainer import build_trainer, pick_precision
+from medusa_exp.train.launch import ray_parts, train_in_processes, train_on_ray
+from medusa_exp.train.module import JointModule, MedusaModule
+from medusa_exp.train.precompute import known_identities, note_identities, open_features
+from medusa_exp.train.regenerated import open_answers
+from medusa_exp.train.trainer import build_trainer, pick_precision, shard_layers
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Inputs:
+    """What a training starts from."""
+
+    backbone: Backbone
+    """Without its layers where no step needs them."""
+    tokenizer: PreTrainedTokenizerBase
+    documents: dict[str, Examples]
+    """Of `train`, and of `val` if there is a validation."""
+    data_key: str
+    """Names all documents: those of the data, or the backbone's own answers to them."""
+    row_tokens: int
+    """The length limit of documents."""
+    features: dict[str, Features]
+    """Their hidden states, with train.features=cache."""
+    prompts: list[Prompt]
+    """Held-out ones, for `acceptance`."""
+    answers: list[Continuation]
+    """The backbone's to them."""
+
+    def token_counts(self) -> Tensor:
+        """Count the trained tokens [V] of the training documents."""
+        counts_V = np.zeros(self.backbone.vocab_size, np.int64)
+        for example in self.documents["train"]:
+            ids = example.input_ids[example.is_trained]
+            counts_V += np.bincount(ids, minlength=len(counts_V))
+        return torch.from_numpy(counts_V)
+
+    def batches(self, config: Config) -> Batches:
+        """Return the batches of training and validation."""
+        settings = config.train
+        return Batches(
+            self.documents["train"],
+            self.documents.get("val"),
+            batching=settings.batching,
+            batch_tokens=settings.batch_tokens,
+            row_tokens=self.row_tokens,
+            seed=config.seed,
+            val_batches=settings.val_batches,
+            accumulate=settings.accumulate,
+            num_heads=config.head.num_heads,
+            features=self.features,
+        )
+
+
+class _Backbones:
+    """The backbone with as little of it as there is need for."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._files = files_identity(config)
+
+    @cached_property
+    def ends(self) -> Backbone:
+        """Without its layers, if it is known from before and hidden states are cached."""
+        known = known_identities(self.config, self._files)
+        if self.config.train.features == "cache" and known is not None:
+            return load_ends(self.config, *known)
+        return self.body()
+
+    @cached_property
+    def _whole(self) -> Backbone:
+        backbone = load_backbone(self.config, is_adapted=False)
+        note_identities(self.config, self._files, backbone)
+        return backbone
+
+    def body(self) -> Backbone:
+        """With them."""
+        return self._whole
+
+
+def open_inputs(config: Config, out: Path) -> Inputs:
+    """Load, or make and keep, all that heads are trained on."""
+    backbones = _Backbones(config)
+    backbone = backbones.ends
+    tokenizer = load_tokenizer(config)
+    row_tokens = min(config.dataset.max_length, backbone.max_length)
+    tokenised = load_tokenised(config, tokenizer, row_tokens)
+    tokenised.log()
+    if rank_zero_only.rank == 0:
+        known = read_json(out / "data.json", {})  # with what stage inspect has found, if it has
+        same = known if known.get("key") == tokenised.summary["key"] else {}
+        write_json(out / "data.json", {**same, **tokenised.summary})
+    documents: dict[str, Examples] = {}
+    if config.train.text == "own":
+        data_key, *both = open_answers(config, tokenised, backbone, tokenizer)
+        documents = {name: one for name, one in zip(("train", "val"), both, strict=True) if one}
+    else:
+        data_key, documents["train"] = tokenised.summary["key"], tokenised.split("train")
+        if config.dataset.val_fraction:
+            documents["val"] = tokenised.split("val")
+    features: dict[str, Features] = {}
+    if config.train.features == "cache":
+        features = open_features(config, documents, data_key, backbone, backbones.body)
+        annotate(features={split: found.path.name for split, found in features.items()})
+    elif config.train.batching == "packed":
+        backbone.check_packing()
+    if config.train.loss != "ce":
+        backbone.check_next_logits()
+    prompts = held_out_prompts(config, tokenizer, backbone)
+    answers = continuations(config, tokenizer, prompts, backbone, backbones.body)
+    return Inputs(backbone, tokenizer, documents, data_key, row_tokens, features, prompts, answers)
+
+
+_NUM_DOCUMENTS = 64
+"""Held-out documents that say how far an adapted backbone has come from what it was."""
+
+
+def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
+    """Return fresh heads, or those that train.heads_from names.
+
+    Raises:
+        UserError: there are none there, or they are of another shape or backbone.
+    """
+    place = _named_heads(config)
+    if place is None:
+        counts_V = inputs.token_counts() if config.head.num_tokens else None
+        return build_heads(inputs.backbone, **asdict(config.head), token_counts=counts_V)
+    heads = load_heads(place)  # without the backbone, to whose dtype it would round them
+    check_fit(heads, inputs.backbone, place)
+    heads = heads.attach(inputs.backbone).float().to(inputs.backbone.device).train()
+    limits = {"rank": heads.config.hidden_size, "num_tokens": heads.config.vocab_size}
+    for key, value in asdict(config.head).items():
+        if value is not None and key in limits:
+            value = min(value, limits[key])  # as `build_heads` has it
+        if getattr(heads.config, key) != value:
+            raise UserError(
+                f"train.heads_from={place} has {key}={getattr(heads.config, key)}, and this run "
+                f"head.{key}={value}: set it to the same."
+            )
+    return heads
+
+
+def build_module(
+    config: Config, inputs: Inputs, heads: MedusaHeads, max_steps: int
+) -> MedusaModule:
+    """Return what Lightning trains."""
+    settings = config.train
+    options: dict[str, Any] = {
+        "val_tree_nodes": settings.val_tree_nodes,
+        "max_rank": config.tree.max_rank,
+        "optimizer": settings.optimizer,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "warmup_fraction": settings.warmup_fraction,
+        "max_steps": max_steps,
+        "made_with": made_with(config, inputs.data_key, inputs.backbone),
+    }
+    if settings.compile and settings.features == "online":
+        inputs.backbone.compile()
+    if settings.kind == "medusa1":
+        options["answers"] = lambda: inputs.answers
+        return MedusaModule(inputs.backbone, heads, _objective(config), **options)
+    # What it answers changes with it.
+    options["answers"] = partial(
+        answer_prompts, config, inputs.tokenizer, inputs.prompts, inputs.backbone
+    )
+    return JointModule(
+        inputs.backbone,
+        heads,
+        _objective(config),
+        adapted=add_adapters(inputs.backbone, settings.lora),
+        adapter_learning_rate=settings.lora.learning_rate,
+        heads_only_steps=round(settings.lora.heads_only_fraction * max_steps),
+        self_distillation=settings.lora.self_distillation,
+        **options,
+    )
+
+
+def finish_joint(
+    config: Config, out: Path, module: JointModule, inputs: Inputs
+) -> dict[str, float]:
+    """Measure what the backbone has become, write it, and name it in the heads."""
+    module.eval()
+    metrics = {}
+    if "val" in inputs.documents:
+        examples = inputs.documents["val"][:_NUM_DOCUMENTS]
+        with module.adapted.disable_adapter():
+            before = measure_agreement(inputs.backbone, examples, "held-out loss before")
+        after = measure_agreement(inputs.backbone, examples, "held-out loss after")
+        metrics = {
+            "train/backbone_nats_before": before.nats_per_token,
+            "train/backbone_nats_after": after.nats_per_token,
+        }
+    save_adapted(module.adapted, inputs.backbone, inputs.tokenizer, out, config.train.lora.output)
+    module.heads.config.backbone = str(out / "backbone")
+    module.heads.config.backbone_identity = inputs.backbone.identity()
+    return metrics
+
+
+def _objective(config: Config) -> Objective:
+    settings = config.train
+    return Objective(
+        loss=settings.loss,
+        labels=settings.labels,
+        top_k=settings.top_k,
+        decay=settings.decay,
+        coefficient=settings.coefficient,
+        coefficient_schedule=settings.coefficient_schedule,
+        chunk_rows=settings.loss_chunk_rows,
+        form=settings.loss_form,
+    )
+
+
+def _named_heads(config: Config) -> Path | None:
+    """Return the directory of the heads that the training starts from, if it names some.
+
+    Raises:
+        UserError: there are none.
+    """
+    if config.train.heads_from is None:
+        return None
+    return find_heads("train.heads_from", config.train.heads_from)
+
 
 _LOCK = ".train.lock"
 

@@ -2,14 +2,26 @@
 
 A function below turns them into what the template shows in the section of its name, or into None
 where the file is not there yet; the template then names the stage that writes it.
+
+Templates to self-contained pages: scripts and styles stand inside, nothing is loaded.
+
+The report of a run: files of the run directory in, one self-contained `report.html` out.
+
+`content.py` turns what was read into what the template shows. The page loads nothing: scripts and
+styles are inline, and its content security policy forbids more. It is made to be passed on: the
+home directory is $HOME or ~ in it, and data files are names without their folders.
 """
 
 import math
 import re
 import statistics
 from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from medusa_exp.config.privacy import by_name, shareable, shell_command
+from medusa_exp.runs.files import publish, read_json, read_jsonl
 from medusa_exp.runs.metric_table import PARTS_OF_TIME
 from medusa_exp.tracking import charts
 
@@ -219,3 +231,82 @@ def _curve(name: str, lines: dict[str, list[Row]]) -> Row:
 def _thinned(line: list[Row]) -> list[Row]:
     stride = -(-len(line) // MAX_CURVE_POINTS)
     return [*line[:-1:stride], line[-1]]
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """Return the page of a template in this directory; what is put in is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["text_parts"] = text_parts
+    environment.filters["breakable"] = lambda name: re.findall(r"[^._/]*[._/]?", name)[:-1]
+    return environment.get_template(template).render(values, scripts=_scripts())
+
+
+@cache
+def _scripts() -> str:
+    """Return Vega, Vega-Lite and vegaEmbed as one script that can stand inside a page."""
+    import vl_convert
+
+    bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks too much
+    return bundle.replace("</script", "<\\/script")
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` from the files of the run directory, and return its path.
+
+    A file that is absent costs its section, not the report.
+
+    Raises:
+        UserError: a file is not valid JSON.
+    """
+    page = render("report.html.jinja", _content(run_dir))
+    with publish(run_dir / "report.html") as partial:
+        partial.write_text(page, encoding="utf-8")
+    return run_dir / "report.html"
+
+
+def _content(run_dir: Path) -> Row:
+    metrics = {
+        name: value
+        for name, value in read_json(run_dir / "metrics.json", {}).items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+    run = read_json(run_dir / "run.json", {})
+    run["data"] = by_name(run.get("data", {}))
+    calibrated = read_json(run_dir / "calibration.json")
+    records = of_smallest_batch(read_jsonl(run_dir / "records.jsonl"))
+    return {
+        "run": shareable(run),
+        "m": metrics,
+        "headline": headline(metrics, records),
+        "samples": read_jsonl(run_dir / "samples.jsonl"),
+        "methods": methods(metrics),
+        "categories": categories(metrics, records),
+        "heads": heads(metrics),
+        "rank_chart": charts.rank_chart(calibrated["rank_share"]) if calibrated else None,
+        "tree": tree(read_json(run_dir / "tree.json"), calibrated),
+        "calibration": calibration(calibrated),
+        "lengths": lengths(records),
+        "depths": depths(metrics),
+        "parts_of_time": parts_of_time(metrics),
+        "curves": curves(read_jsonl(run_dir / "history.jsonl")),
+        "command": shell_command(run.get("command", [])),
+        "later_commands": _later_commands(run),
+        "run_dir": shell_command([f"run_dir={run_dir}"]),
+    }
+
+
+def _later_commands(run: Row) -> dict[str, str]:
+    """Return stage -> command of the stages that another call than the first has made."""
+    made_by = {stage: entry.get("command") for stage, entry in run.get("stages", {}).items()}
+    return {
+        stage: shell_command(command)
+        for stage, command in made_by.items()
+        if command not in (None, run.get("command")) and stage != "report"
+    }

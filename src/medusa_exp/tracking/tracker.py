@@ -60,7 +60,7 @@ class Tracker:
         """Mirror what a stage left: metrics.json, tables, pictures, artifacts."""
         if self.run is None:
             return
-        from medusa_exp.tracking.wandb_stage import mirror
+        from medusa_exp.tracking.wandb_run import mirror
 
         unseen = self._history()[self._num_rows :] if self._trains_elsewhere(stage) else []
         dropped = self._known_metrics - set(self.record.metrics)

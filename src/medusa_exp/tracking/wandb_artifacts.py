@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.config import Config, named_variables
+from medusa_exp.config.privacy import shareable, shareable_text
 from medusa_exp.runs.files import read_json, sha256_file
-from medusa_exp.tracking.redaction import shareable, shareable_text
 
 _TEXTS = (".json", ".jsonl", ".html", ".jinja", ".txt")
 _PLACES = {"config.json": "backbone", "tokenizer_source.json": "path"}

@@ -1,6 +1,10 @@
 """What W&B shows of a stage besides its numbers: each row below is made from the stage's files.
 
 Tables, histograms, pictures, and curves over heads, depths and sizes of trees.
+
+The report's charts as pictures: Vega-Lite specifications in, a PNG out.
+
+The page of the report gives its charts colours by CSS; here they get its light ones.
 """
 
 import io
@@ -9,10 +13,42 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from medusa_exp.config.privacy import shareable
 from medusa_exp.runs.files import read_json, read_jsonl
-from medusa_exp.tracking import run_report as content
-from medusa_exp.tracking.images import png
-from medusa_exp.tracking.redaction import shareable
+from medusa_exp.tracking import run_report
+
+_INK, _SOFT, _LINE = "#1c2422", "#59635f", "#dfe3e0"
+_ACCENT, _SECOND, _RAMP = "#0b6b66", "#74857f", ["#eef5f3", "#0b6b66"]
+_THEME: dict[str, Any] = {
+    "background": "#fcfcfb",
+    "font": "sans-serif",
+    "mark": {"color": _ACCENT},
+    "axis": {"labelColor": _SOFT, "titleColor": _SOFT, "gridColor": _LINE, "ticks": False},
+    "axisX": {"grid": False},
+    "view": {"stroke": None},
+    "text": {"color": _INK},
+    "title": {"anchor": "start", "color": _INK},
+    "range": {"ramp": _RAMP, "heatmap": _RAMP},
+    "style": {
+        "reference": {"color": _SOFT, "strokeDash": [3, 3], "opacity": 0.7},
+        "chosen": {"color": _ACCENT, "strokeWidth": 2, "filled": False, "fill": None},
+        "edge": {"color": _SECOND, "strokeWidth": 1.2, "opacity": 0.7},
+        "node": {"stroke": _ACCENT, "strokeWidth": 1},
+        "on-pale": {"color": _INK},
+        "on-strong": {"color": "#ffffff"},
+    },
+}
+_WIDTH = 720
+
+
+def png(*charts: dict[str, Any]) -> bytes:
+    """Draw charts of `charts.py` below one another."""
+    import vl_convert
+
+    sized = [{**chart, "width": _WIDTH} for chart in charts]
+    drawing: bytes = vl_convert.vegalite_to_png({"vconcat": sized}, config=_THEME, scale=2)
+    return drawing
+
 
 Row = dict[str, Any]
 
@@ -50,7 +86,7 @@ def _outcomes(found: Row) -> list[Row]:
 
 def _of_train(out: Path) -> Iterator[Row]:
     yield from _of_data(out)
-    heads = content.heads(read_json(out / "metrics.json", {}))
+    heads = run_report.heads(read_json(out / "metrics.json", {}))
     for row in heads["rows"] if heads else []:
         yield {f"by_head/{name}": value for name, value in row.items() if value is not None}
 
@@ -65,7 +101,7 @@ def _of_calibration(out: Path) -> Iterator[Row]:
             "by_nodes/step_over_plain": point["step_seconds"] / measured["plain_step_seconds"],
             "by_nodes/speedup": plain / point["expected_seconds"],
         }
-    curve = content.calibration(measured)
+    curve = run_report.calibration(measured)
     assert curve is not None
     yield {
         "images/calibration": _image(*curve["charts"].values()),
@@ -85,12 +121,12 @@ def _of_evaluation(out: Path) -> Iterator[Row]:
 
     records = read_jsonl(out / "records.jsonl")
     metrics = read_json(out / "metrics.json", {})
-    for row in content.depths(metrics):
+    for row in run_report.depths(metrics):
         yield {"by_depth/depth": row["depth"], "by_depth/accepted": row["share"]}
-    of_tree = [row for row in content.methods(metrics) if row.pop("method") == "tree"]
+    of_tree = [row for row in run_report.methods(metrics) if row.pop("method") == "tree"]
     for row in of_tree:  # the smaller batches first
         yield {f"by_batch/{name}": value for name, value in row.items()}
-    ours = content.of_smallest_batch(records)
+    ours = run_report.of_smallest_batch(records)
     yield {
         "eval/accept_lengths": wandb.Histogram(np_histogram=_counts(ours)),
         "eval/records": table(records),
@@ -119,7 +155,7 @@ def _sample(sample: Row) -> Row:
 
 
 def _tree(out: Path) -> Any:
-    drawn = content.tree(read_json(out / "tree.json"), read_json(out / "calibration.json"))
+    drawn = run_report.tree(read_json(out / "tree.json"), read_json(out / "calibration.json"))
     assert drawn is not None
     return _image(drawn["chart"])
 

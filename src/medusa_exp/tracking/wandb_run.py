@@ -1,20 +1,128 @@
-"""Opening and closing the W&B run of a run directory: one run, whatever stages and calls it has."""
+"""Opening and closing the W&B run of a run directory: one run, whatever stages and calls it has.
+
+What W&B is told about metrics: what each is drawn against, and which of its values is best.
+
+A finished stage, as its files have it, into the open W&B run.
+"""
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from medusa_exp.config import Config, to_shareable
+from medusa_exp.config.privacy import by_name, shareable
 from medusa_exp.errors import Stopped
-from medusa_exp.tracking.redaction import by_name, shareable
+from medusa_exp.runs.files import read_jsonl
+from medusa_exp.runs.metric_table import is_larger_better
+from medusa_exp.runs.record import RunRecord
 from medusa_exp.tracking.upload import Upload, require_login
-from medusa_exp.tracking.wandb_metrics import define_metrics
+from medusa_exp.tracking.wandb_artifacts import log_artifacts
+from medusa_exp.tracking.wandb_media import media
+
+STEP_AXES = {"pretrain/*": "pretrain/step", "train/*": "train/step"}
+BEST = (
+    "val/accept_length",
+    "val/accept_length_chain",
+    "val/top1_head*",
+    "val/top5_head*",
+    "val/loss_head*",
+)
+"""Metrics of a validation: the best value is kept, and they are drawn against training's steps."""
+AXES = {
+    "by_head/*": "by_head/head",
+    "by_depth/*": "by_depth/depth",
+    "by_nodes/*": "by_nodes/num_nodes",
+    "by_batch/*": "by_batch/batch_size",
+}
+"""Curves over something else than time: a row for each head, depth, size of tree and batch."""
+
+
+def define_metrics(run: Any) -> None:
+    """Give an open W&B run its axes and best values.
+
+    While a run trains, its summary has the best value so far, as `val/accept_length.max`. At the
+    end of a stage the numbers of metrics.json take their names, and `best/...` keeps the best.
+    """
+    for pattern, axis in {**STEP_AXES, **AXES}.items():
+        run.define_metric(axis, hidden=True, summary="none" if pattern in AXES else None)
+        run.define_metric(pattern, step_metric=axis, summary="none" if pattern in AXES else None)
+    for pattern in BEST:
+        better = "max" if is_larger_better(pattern) else "min"
+        run.define_metric(pattern, step_metric="train/step", summary=better)
+
+
+def best_values(history: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Return `best/<metric>` of every metric of a validation in the rows of history.jsonl."""
+    best: dict[str, float] = {}
+    for row in history:
+        for name, value in row.items():
+            if any(_fits(name, pattern) for pattern in BEST) and math.isfinite(value):
+                choose = max if is_larger_better(name) else min
+                best[f"best/{name}"] = choose(value, best.get(f"best/{name}", value))
+    return best
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+
 
 log = logging.getLogger(__name__)
+
+_DRAWN_BY_STEP = ("pretrain", "train")
+"""Stages whose metrics are in W&B's history already, at their steps."""
+
+
+def mirror(
+    run: Any,
+    config: Config,
+    out: Path,
+    stage: str,
+    record: RunRecord,
+    dropped: set[str],
+    unseen: list[dict[str, Any]],
+) -> None:
+    """Log what a stage left.
+
+    Args:
+        run: the open W&B run.
+        config: of this call.
+        out: the run directory.
+        stage: the stage that is done.
+        record: with the metrics of all stages.
+        dropped: metrics that an earlier call gave and that are no more.
+        unseen: rows of history.jsonl that another process wrote.
+    """
+    for row in unseen:
+        run.log(history_row(row))
+    if stage not in _DRAWN_BY_STEP:
+        names = record.run["stages"][stage]["metrics"]
+        run.log({name: record.metrics[name] for name in names})
+    try:
+        for media_row in media(out, stage):
+            run.log(media_row)
+        if config.logger.artifacts:
+            log_artifacts(run, config, out, stage)
+    except Exception:  # the files are the record: no mirror's fault may end a run
+        log.warning(
+            "W&B: a table, picture or artifact of stage %s is missing", stage, exc_info=True
+        )
+    for name in dropped:
+        del run.summary[name]
+    # Last, for these take the place of what W&B made of the history.
+    run.summary.update({**best_values(read_jsonl(out / "history.jsonl")), **record.metrics})
+    run.config.update({"provenance": provenance(record.run)}, allow_val_change=True)
+
+
+def history_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of history.jsonl as `run.log` takes it."""
+    metrics = {name: value for name, value in row.items() if name not in ("stage", "step")}
+    return {f"{row['stage']}/step": row["step"], **metrics}
+
 
 _FLUSH_SECONDS = 1.0
 """What kill -9 may cost; W&B's own 15 s would also be the delay of what `wandb leet` shows."""

@@ -29,7 +29,7 @@ from medusa_exp.decode.settings import limits_of
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
-from medusa_exp.model.ranks import answer_ranks
+from medusa_exp.model.scoring import answer_ranks
 from medusa_exp.runs.files import content_key, publish
 from medusa_exp.tree.search import best_tree, num_steps
 from medusa_exp.tree.tree import chain

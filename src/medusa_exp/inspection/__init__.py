@@ -1,1 +1,0 @@
-"""What a data set trains on, and whether it suits its model."""
