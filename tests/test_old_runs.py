@@ -42,7 +42,6 @@ def test_a_training_that_was_killed_goes_on(place):
     assert (place / "half/heads/model.safetensors").is_file()
 
 
-@pytest.mark.xfail(reason="every note in run.json opens the data, and makes them", strict=True)
 def test_a_report_makes_no_data(place):
     shutil.rmtree(place / "outputs")
     done = medusa_exp("stages=[report]", "run_dir=done", cwd=place)

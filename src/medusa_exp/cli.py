@@ -32,8 +32,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from medusa_exp.config import Config, continuation, from_hydra, register
 from medusa_exp.errors import Stopped, UserError
-from medusa_exp.runs import compare as rerun
-from medusa_exp.runs import sweep
+from medusa_exp.runs import compare, sweep
+from medusa_exp.tracking.sweep_report import write_comparison
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,16 @@ def main() -> None:
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         finally:
-            sweep.print_sweep()
+            _print_sweeps()
+
+
+def _print_sweeps() -> None:
+    """Print the jobs of the sweep that this process started, if it did, and where its page is."""
+    for sweep_dir, jobs in sweep.started().items():
+        if jobs:
+            from medusa_exp.tracking.terminal import print_jobs
+
+            print_jobs(sweep_dir, jobs)
 
 
 @contextmanager
@@ -105,9 +114,9 @@ def _hydra_main(composed: DictConfig) -> float | None:
 
     try:
         if hydra_config.mode == RunMode.MULTIRUN:
-            return sweep.run_once(out, hydra_config, run, _objective(composed))
+            return sweep.run_once(out, hydra_config, run, _objective(composed), write_comparison)
         value = run()
-        sweep.refresh(out)
+        sweep.refresh(out, write_comparison)
         return value
     except Stopped as stopped:  # as an error it would end a job, and a sweep would go on
         print(stopped, file=sys.stderr)
@@ -121,7 +130,7 @@ def _objective(composed: DictConfig) -> str:
     if composed.rerun.source is None:
         return str(composed.objective)
     try:
-        return str(rerun.source_config(composed, HydraConfig.get()).objective)
+        return str(compare.source_config(composed, HydraConfig.get()).objective)
     except UserError:  # the job itself says so, and its record has it
         return str(composed.objective)
 
@@ -131,7 +140,7 @@ def _resolve(composed: DictConfig, out: Path) -> Config:
     if composed.rerun.source is None or continuation.continues(out, HydraConfig.get()):
         chosen = continuation.effective_config(composed, out, HydraConfig.get())
     else:
-        chosen = rerun.source_config(composed, HydraConfig.get())
+        chosen = compare.source_config(composed, HydraConfig.get())
         OmegaConf.save(chosen, out / continuation.SAVED)  # it is this run's config from now on
     config = from_hydra(chosen)
     config.run_dir = str(out)
@@ -172,6 +181,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     """
     from medusa_exp.model.checkpoint import adopt_heads
     from medusa_exp.runs.record import RunRecord
+    from medusa_exp.stages.session import Session
     from medusa_exp.tracking.terminal import print_summary, quiet_libraries
     from medusa_exp.tracking.tracker import Tracker
 
@@ -180,13 +190,14 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     adopt_heads(config, out)
     record = RunRecord(out, config, command)
     with Tracker(config, out, record) as tracker:
+        session = Session(config, out, tracker.log_step)
         for name in config.stages:
             log.info("stage %s", name)
-            with record.stage(name):
-                metrics = importlib.import_module(STAGES[name]).run(config, out)
+            with record.stage(name) as session.notes:
+                metrics = importlib.import_module(STAGES[name]).run(config, out, session)
             record.merge_metrics(name, metrics)
             tracker.stage_done(name)
     print_summary(out, config.stages, record.run["stages"], record.metrics)
     if config.rerun.source is not None:
-        rerun.print_comparison(rerun.compare(Path(config.rerun.source).expanduser(), out))
+        compare.print_comparison(compare.compare(Path(config.rerun.source).expanduser(), out))
     return record.metrics.get(config.objective)

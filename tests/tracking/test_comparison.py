@@ -3,7 +3,8 @@
 import pytest
 from report_pages import Page, write, write_sweep
 
-from medusa_exp.tracking.sweep_report import content, split_override, write_comparison
+from medusa_exp.config.continuation import split_override
+from medusa_exp.tracking.sweep_report import content, write_comparison
 
 
 def test_every_job_and_every_failure_is_shown(tmp_path):

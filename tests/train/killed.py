@@ -22,6 +22,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_jsonl
 from medusa_exp.runs.record import RunRecord
 from medusa_exp.stages import train
+from medusa_exp.stages.session import Session
 
 
 def train_in_child(config, out: Path) -> None:
@@ -29,9 +30,9 @@ def train_in_child(config, out: Path) -> None:
     try:
         with Path(os.devnull).open("w") as null:
             os.dup2(null.fileno(), 1)
-        record = RunRecord(out, config, [])
-        with record.stage("train"):
-            train.run(config, out)
+        session = Session(config, out)
+        with RunRecord(out, config, []).stage("train") as session.notes:
+            train.run(config, out, session)
     except UserError as error:
         print(error, file=sys.stderr)
         os._exit(1)

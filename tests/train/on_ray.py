@@ -24,8 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of many kinds
 
 def run(config, out: Path) -> dict[str, float]:
     out.mkdir()
-    with RunRecord(out, config, []).stage("train"):
-        return train.run(config, out)
+    session = Session(config, out)
+    with RunRecord(out, config, []).stage("train") as session.notes:
+        return train.run(config, out, session)
 
 
 def workers() -> list[int]:

@@ -21,12 +21,14 @@ from medusa_exp.model import load_heads
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.runs.record import RunRecord
 from medusa_exp.stages import train
+from medusa_exp.stages.session import Session
 
 
 def run(config, out):
     out.mkdir(exist_ok=True)
-    with RunRecord(out, config, []).stage("train"):
-        return train.run(config, out)
+    session = Session(config, out)
+    with RunRecord(out, config, []).stage("train") as session.notes:
+        return train.run(config, out, session)
 
 
 def steps(out):

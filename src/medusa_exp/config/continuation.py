@@ -156,6 +156,16 @@ def key_of(override: str) -> str:
     return str(parsed.key_or_group).lstrip("/")
 
 
+def split_override(override: str) -> tuple[str, str]:
+    """Return key and value of an override, without signs: `+a.b=1` gives `("a.b", "1")`."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:  # Hydra took it once: shown as it is
+        key, _, value = override.partition("=")
+        return key.lstrip("+"), value
+    return str(parsed.key_or_group), str(parsed.value())
+
+
 def _overrides(argv: list[str]) -> list[str]:
     """Return the overrides among arguments: what is neither a flag of Hydra's nor its value."""
     return list(get_args_parser().parse_known_args(argv)[0].overrides)

@@ -1,10 +1,7 @@
-"""Checks of config values: each names the key, the value and what is allowed.
+"""The schema of an experiment: every key, its type, its meaning, checked on construction.
 
-What a run starts from: groups dataset, tokenizer, model and dtype.
-
-How heads are made: groups head and train.
-
-What a run does: keys inspect and regenerate, and the groups from head to logger.
+Values come from the YAML groups under `conf/`, which hold what differs between choices; a default
+that stands here is right for all of them.
 """
 
 import math
@@ -667,3 +664,61 @@ class LoggerConfig:
     def __post_init__(self) -> None:
         one_of("logger.kind", self.kind, ("wandb", "csv", "none"))
         one_of("logger.mode", self.mode, ("offline", "online", "disabled"))
+
+
+@dataclass
+class Config:
+    """An experiment: which stages run, on what, into which directory."""
+
+    name: str = "default"
+    """Names the run directory's parent: outputs/<name>/<timestamp>."""
+    stages: list[str] = field(default_factory=list)
+    """What to do, in this order."""
+    run_dir: str = ""
+    """Where everything is written. An existing run there is continued with its saved config."""
+    sweep_dir: str = ""
+    """Where a sweep's jobs have their run directories; the same one again goes on with a sweep."""
+    cache_dir: str = "outputs/cache"
+    """What runs share: generated and tokenised data, hidden states, own answers, pretrained tiny
+    models; each by a hash of what made it."""
+    heads_from: str | None = None
+    """A run directory, or its heads/, whose heads this run decodes with, instead of training some.
+    """
+    device: str = "auto"
+    """auto (cuda where there is one), cpu or cuda."""
+    seed: int = 0
+    """Of initial weights, order of training and sampling; the data have `dataset.seed`."""
+    objective: str = "eval/speedup"
+    """The metric that the jobs of a sweep are compared by, and that Optuna is told."""
+    rerun: RerunConfig = field(default_factory=RerunConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dtype: DtypeConfig = field(default_factory=DtypeConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        if self.heads_from is not None and "train" in self.stages:
+            raise UserError(
+                "heads_from is for runs that train no heads: leave stage train out of stages, or "
+                "set train.heads_from to start the training from these heads."
+            )
+        if self.model.device_map is not None:  # one process has all the devices
+            within = " (with model.device_map)"
+            one_of("train.strategy" + within, self.train.strategy, ("auto",))
+            one_of("train.kind" + within, self.train.kind, ("medusa1",))
+            others = tuple(kind for kind in HEAD_KINDS if kind != "medusa_tied")
+            one_of("head.kind" + within, self.head.kind, others)
+            one_of(
+                "tokenizer.resize_embedding" + within,
+                str(self.tokenizer.resize_embedding),
+                ("False",),
+            )

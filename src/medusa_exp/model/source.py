@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from medusa_exp.config import Config
-from medusa_exp.data.sources import dataset_files, dataset_key
+from medusa_exp.data.sources import dataset_files
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
 
@@ -19,16 +19,6 @@ _OF_PRETRAINING = (
     *("num_key_value_heads", "max_position_embeddings", "max_steps", "batch_tokens"),
     *("learning_rate", "warmup_fraction"),
 )
-
-
-def cache_keys(config: Config) -> dict[str, str]:
-    """Return the names of the cache entries that this config uses."""
-    keys = {}
-    if config.dataset.kind == "synthetic":
-        keys["dataset"] = dataset_key(config.dataset)
-    if config.model.kind == "tiny":
-        keys["model"] = tiny_dir(config).name
-    return keys
 
 
 def tiny_dir(config: Config) -> Path:

@@ -11,8 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -97,8 +96,44 @@ log = logging.getLogger(__name__)
 
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
 
-_ACTIVE: ContextVar[Callable[[dict[str, Any]], None] | None] = ContextVar("_ACTIVE", default=None)
-"""What takes the notes of the stage that is running."""
+
+class Notes:
+    """What a stage tells of itself while it runs: into a run's record, or kept for another process.
+
+    `run` has what concerns the whole run (`cache_keys`, `data`), `entry` what the stage is alone.
+    """
+
+    def __init__(
+        self,
+        run: dict[str, Any] | None = None,
+        entry: dict[str, Any] | None = None,
+        save: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.run = {"cache_keys": {}, "data": {}} if run is None else run
+        self.entry = {} if entry is None else entry
+        self._save = save
+
+    def add(self, **values: Any) -> None:
+        """Add to the stage's entry."""
+        self.entry.update(values)
+        self._save()
+
+    def add_inputs(self, files: Iterable[Path] = (), **cache_keys: str) -> None:
+        """Add the hashes of data files that the stage reads, and the cache entries that it uses."""
+        self.run["data"].update({str(path): sha256_file(path) for path in files})
+        self.run["cache_keys"].update(cache_keys)
+        self._save()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all notes, for `merge` in another process."""
+        return {"entry": self.entry, **{key: self.run[key] for key in ("cache_keys", "data")}}
+
+    def merge(self, found: dict[str, Any]) -> None:
+        """Add what `to_dict` gave elsewhere."""
+        self.entry.update(found["entry"])
+        for key in ("cache_keys", "data"):
+            self.run[key].update(found[key])
+        self._save()
 
 
 class RunRecord:
@@ -117,6 +152,7 @@ class RunRecord:
         self.run.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
         self.run.setdefault("stages", {})
         self.run.setdefault("data", {})
+        self.run.setdefault("cache_keys", {})
         self.run.setdefault("command", command)
         self._metric_names: dict[str, list[str]] = {
             name: entry.get("metrics", []) for name, entry in self.run["stages"].items()
@@ -129,8 +165,12 @@ class RunRecord:
                 partial.write_text(diff, encoding="utf-8")
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage and record how it ended, also when it fails or is interrupted."""
+    def stage(self, name: str) -> Iterator["Notes"]:
+        """Time a stage and record how it ended, also when it fails or is interrupted.
+
+        Yields:
+            What the stage tells of itself; each note is in run.json at once.
+        """
         # The top of run.json describes the newest call; each stage keeps what it was made by.
         entry: dict[str, Any] = {
             "status": "running",
@@ -142,17 +182,15 @@ class RunRecord:
         self.run["stages"][name] = entry
         self._save()
         start = time.perf_counter()
-        token = _ACTIVE.set(self._annotate)
-        self._stage = name
+        notes = Notes(self.run, entry, self._save)
         try:
-            yield
+            yield notes
             entry["status"] = "done"
         except BaseException as error:
             entry["status"] = "failed"
             entry["error"] = named_variables(f"{type(error).__name__}: {error}", self.out)
             raise
         finally:
-            _ACTIVE.reset(token)
             entry["seconds"] = round(time.perf_counter() - start, 2)
             entry["peak_memory_bytes"] = peak_memory_bytes()
             self._save()
@@ -176,48 +214,7 @@ class RunRecord:
         write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
         return plain
 
-    def _annotate(self, values: dict[str, Any]) -> None:
-        """Add to the entry of the stage that is running."""
-        self.run["stages"][self._stage].update(values)
-        self._save()
-
     def _save(self) -> None:
-        from medusa_exp.model.source import cache_keys
-
         self.run["device"] = device_name(self.config.device)
         self.run["peak_memory_bytes"] = peak_memory_bytes()
-        self.run["cache_keys"] = cache_keys(self.config)
-        if tokenised := read_json(self.out / "data.json", {}).get("key"):
-            self.run["cache_keys"]["tokenised"] = tokenised
-        if regenerated := read_json(self.out / "regenerated.json", {}).get("key"):
-            self.run["cache_keys"]["regenerated"] = regenerated
-        for path in _data_files(self.config):
-            with suppress(OSError):  # the stage that reads it says what is wrong
-                self.run["data"][str(path)] = sha256_file(path)
         write_json(self.out / "run.json", self.run)
-
-
-def annotate(**values: Any) -> None:
-    """Add to the running stage's entry in run.json; do nothing where no run is recorded."""
-    if (take := _ACTIVE.get()) is not None:
-        take(values)
-
-
-@contextmanager
-def collect() -> Iterator[dict[str, Any]]:
-    """Yield a dict that `annotate` fills meanwhile, for a process that has no RunRecord."""
-    notes: dict[str, Any] = {}
-    token = _ACTIVE.set(notes.update)
-    try:
-        yield notes
-    finally:
-        _ACTIVE.reset(token)
-
-
-def _data_files(config: Config) -> list[Path]:
-    from medusa_exp.data.sources import dataset_files
-
-    try:
-        return dataset_files(config)
-    except ValueError:  # the stage that needs them says what is wrong
-        return []

@@ -22,7 +22,6 @@ from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import content_key, read_json, write_json
 from medusa_exp.runs.jobs import JOB, held, is_done, read_jobs
 from medusa_exp.runs.metric_table import is_larger_better, stage_of
-from medusa_exp.tracking.sweep_report import write_comparison
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,11 @@ def _hydra_subdir(out: str) -> str | None:
 
 
 def run_once(
-    out: Path, hydra_config: HydraConf, run: Callable[[], float | None], objective: str
+    out: Path,
+    hydra_config: HydraConf,
+    run: Callable[[], float | None],
+    objective: str,
+    write_page: Callable[[Path], object],
 ) -> float | None:
     """Run a job and write down how it ended, or return what it returned when it was done.
 
@@ -70,12 +73,13 @@ def run_once(
         hydra_config: of this job.
         run: does the job.
         objective: name of the metric that it returns.
+        write_page: brings the page of the sweep in this directory up to date.
     """
     with held(out):
         if is_done(out):
             log.info("done already: %s", out)
             if _update_value(out, objective):
-                _write_page(out.parent)
+                _update_page(out.parent, write_page)
             return _warned(read_json(out / JOB)["value"], objective)
         job = {
             "number": hydra_config.job.num,
@@ -96,7 +100,7 @@ def run_once(
             raise
         finally:
             write_json(out / JOB, job)
-            _write_page(out.parent)
+            _update_page(out.parent, write_page)
     return _warned(job["value"], objective)
 
 
@@ -119,18 +123,18 @@ def _update_value(out: Path, objective: str) -> bool:
     return is_news
 
 
-def refresh(out: Path) -> None:
+def refresh(out: Path, write_page: Callable[[Path], object]) -> None:
     """Have a sweep know what a later call of one of its jobs' runs has found."""
     if is_done(out):
         with held(out):
             _update_value(out, read_json(out / JOB)["objective"])
-        _write_page(out.parent)  # with its other figures
+        _update_page(out.parent, write_page)  # with its other figures
 
 
-def _write_page(sweep_dir: Path) -> None:
+def _update_page(sweep_dir: Path, write_page: Callable[[Path], object]) -> None:
     """Bring the sweep's page up to date; no fault of it is one of the job's."""
     try:
-        write_comparison(sweep_dir)
+        write_page(sweep_dir)
     except Exception:
         log.warning("%s is not up to date", sweep_dir / "report.html", exc_info=True)
 
@@ -160,10 +164,6 @@ def _check_search(sweeper: Any, objective: str, stages: Sequence[str]) -> None:
         )
 
 
-def print_sweep() -> None:
-    """Print the jobs of the sweep that this process started, if it did, and where its page is."""
-    for sweep_dir in _StartedSweeps.directories:
-        if jobs := read_jobs(sweep_dir):
-            from medusa_exp.tracking.terminal import print_jobs
-
-            print_jobs(sweep_dir, jobs)
+def started() -> dict[Path, dict[str, dict[str, Any]]]:
+    """Return the jobs, by directory, of the sweeps that this process started."""
+    return {sweep_dir: read_jobs(sweep_dir) for sweep_dir in _StartedSweeps.directories}

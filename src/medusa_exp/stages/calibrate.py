@@ -25,16 +25,14 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
 from medusa_exp.data.prompts import prompts_of
-from medusa_exp.data.sources import load_split
 from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
 from medusa_exp.decode.settings import limits_of
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import MedusaHeads, StackedHeads, heads_input, stack_heads
-from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.scoring import CHUNK, answer_ranks
-from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.runs.progress import track
+from medusa_exp.stages.session import Session
 from medusa_exp.tree.calibration import (
     Calibration,
     Curve,
@@ -124,12 +122,13 @@ _REHEARSED_TREES, _REHEARSED_PROMPTS = 3, 12
 """Trees that should be fastest, tried on so many whole answers."""
 
 
-def run(config: Config, out: Path) -> dict[str, float]:
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Measure, choose, and write `calibration.json` and `tree.json`."""
-    backbone = load_backbone(config)
-    tokenizer = load_tokenizer(config)
+    session = session or Session(config, out)
+    backbone = session.backbone()
+    tokenizer = session.tokenizer()
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
-    prompts = _heldout_prompts(config, backbone, tokenizer)
+    prompts = _heldout_prompts(session, backbone, tokenizer)
     limits = limits_of(config, backbone, tokenizer)
     answers = [
         decode_plain(backbone, [prompt], limits)[0].tokens
@@ -201,14 +200,14 @@ def thinned(trees: list[Tree]) -> list[Tree]:
 
 
 def _heldout_prompts(
-    config: Config, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+    session: Session, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
     prompts = prompts_of(
-        load_split(config, "val"),
+        session.split("val"),
         tokenizer,
-        config,
+        session.config,
         max_positions=backbone.max_length,
-        num_prompts=config.tree.num_prompts,
+        num_prompts=session.config.tree.num_prompts,
     )
     return [prompt.input_ids for prompt in prompts]
 

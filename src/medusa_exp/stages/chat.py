@@ -28,14 +28,16 @@ from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.tokenizer import load_tokenizer
+from medusa_exp.stages.session import Session
 from medusa_exp.tree.calibration import choose_tree
 
 _STYLES = ("bold cyan", "bold magenta")
 """Of runs that one step gave, in turn; a single token is plain."""
 
 
-def run(config: Config, out: Path) -> dict[str, float]:
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Chat until the input ends; return tokens per step over all answers."""
+    session = session or Session(config, out)
     chat = load_chat(config, out)
     if sys.stdin is not None and sys.stdin.isatty():
         _talk(chat, Console())

@@ -25,7 +25,6 @@ from medusa_exp.data import DataError, Message, read_conversations
 from medusa_exp.data.prompts import Prompt, Question, is_question_file, prompts_of, read_questions
 from medusa_exp.data.sources import load_split
 from medusa_exp.data.template import ChatTemplate
-from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.decode.compatibility import check_trees
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.settings import limits_of, rule_of
@@ -37,11 +36,10 @@ from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
-from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.scoring import measure_agreement
-from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.runs.files import write_jsonl
 from medusa_exp.runs.progress import track
+from medusa_exp.stages.session import Session
 from medusa_exp.tree import Tree
 from medusa_exp.tree.calibration import choose_tree
 
@@ -225,10 +223,11 @@ _TIMED_PROMPTS = 8
 """Prompts on which it is measured where time goes."""
 
 
-def run(config: Config, out: Path) -> dict[str, float]:
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Answer the prompts with every method, in turn, and compare."""
-    backbone = load_backbone(config)
-    tokenizer = load_tokenizer(config)
+    session = session or Session(config, out)
+    backbone = session.backbone()
+    tokenizer = session.tokenizer()
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
     check_trees(backbone)
     limits = limits_of(config, backbone, tokenizer)
@@ -266,7 +265,7 @@ def run(config: Config, out: Path) -> dict[str, float]:
         **{f"eval/time/{part}": share for part, share in shares.items()},
         "eval/outside_backbone_fraction": 1 - sum(shares[part] for part in BACKBONES),
         "eval/is_lossless": float(config.decode.rule != "typical"),
-        **_agreement(config, backbone, tokenizer),
+        **_agreement(session, backbone, tokenizer),
     }
 
 
@@ -317,11 +316,12 @@ def _answers(
 
 
 def _agreement(
-    config: Config, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+    session: Session, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
     """Return how near the backbone is to the held-out text of the data set."""
+    config = session.config
     limit = min(config.dataset.max_length, backbone.max_length)
-    heldout = load_tokenised(config, tokenizer, limit).split("test")
+    heldout = session.tokenized(tokenizer, limit).split("test")
     examples = heldout[: config.evaluate.num_prompts]
     agreement = measure_agreement(backbone, examples, "held-out loss")
     return {

@@ -20,7 +20,7 @@ from rich.text import Text
 from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.examples import Example, Examples
-from medusa_exp.data.sources import Source, open_sources, walk
+from medusa_exp.data.sources import Source, walk
 from medusa_exp.data.tokenized import (
     CUT,
     KEPT,
@@ -28,13 +28,11 @@ from medusa_exp.data.tokenized import (
     REFUSED,
     UNTRAINED,
     Tokenised,
-    load_tokenised,
 )
-from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.source import has_model
-from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.runs.files import write_json, write_jsonl
 from medusa_exp.stages.doctor import Row, count_roles, count_runs, examine, sample_rows
+from medusa_exp.stages.session import Session
 
 _SHOWN_CHARS = 1200
 """Of a sample's text; the rest lies in data_samples.jsonl."""
@@ -124,13 +122,14 @@ def _doctor_table(findings: list[dict[str, Any]]) -> Table:
     return table
 
 
-def run(config: Config, out: Path) -> dict[str, float]:
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Count, sample, examine; print and write it."""
-    tokenizer = load_tokenizer(config)
-    backbone = load_backbone(config) if has_model(config) else None
+    session = session or Session(config, out)
+    tokenizer = session.tokenizer()
+    backbone = session.backbone() if has_model(config) else None
     limit = min(config.dataset.max_length, backbone.max_length if backbone else 2**30)
-    documents = load_tokenised(config, tokenizer, limit)
-    sampled = _sampled(open_sources(config), documents, config.inspect.num_conversations)
+    documents = session.tokenized(tokenizer, limit)
+    sampled = _sampled(session.sources(), documents, config.inspect.num_conversations)
     rows = sample_rows(sampled, tokenizer, documents.summary["notes"])
     found: dict[str, Any] = {
         **documents.summary,

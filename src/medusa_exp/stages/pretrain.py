@@ -25,12 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from medusa_exp.config import Config, PretrainConfig
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.datamodule import Batch, Batches
-from medusa_exp.data.sources import load_split
-from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.errors import UserError
 from medusa_exp.model.loading import pick_device
 from medusa_exp.model.source import tiny_dir
 from medusa_exp.runs.files import publish
+from medusa_exp.stages.session import Session
 from medusa_exp.train.optimizer import scheduled
 from medusa_exp.train.trainer import build_trainer, pick_precision
 
@@ -140,8 +139,9 @@ class LanguageModelModule(L.LightningModule):
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, out: Path) -> dict[str, float]:
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Pretrain the model that the config names, unless the cache has it."""
+    session = session or Session(config, out)
     if config.model.kind != "tiny" or config.tokenizer.kind != "trained":
         raise UserError("stage pretrain makes model=tiny with tokenizer=trained: set both.")
     path = tiny_dir(config)
@@ -150,13 +150,13 @@ def run(config: Config, out: Path) -> dict[str, float]:
         if (path / "config.json").is_file():
             log.info("the pretrained model is in the cache: %s", path)
             return {}
-        return _make(config, out, path)
+        return _make(config, out, path, session)
 
 
-def _make(config: Config, out: Path, path: Path) -> dict[str, float]:
+def _make(config: Config, out: Path, path: Path, session: Session) -> dict[str, float]:
     L.seed_everything(config.seed, verbose=False)
-    tokenizer = train_tokenizer(load_split(config, "train"), config.tokenizer.vocab_size)
-    model, loss = _pretrain(config, out, tokenizer)
+    tokenizer = train_tokenizer(session.split("train"), config.tokenizer.vocab_size)
+    model, loss = _pretrain(config, out, tokenizer, session)
     with publish(path) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -168,10 +168,11 @@ def _pretrain(
     config: Config,
     out: Path,
     tokenizer: PreTrainedTokenizerFast,
+    session: Session,
 ) -> tuple[LlamaForCausalLM, float]:
     settings = config.model.pretrain
     limit = min(config.dataset.max_length, settings.max_position_embeddings)
-    documents = load_tokenised(config, tokenizer, limit)
+    documents = session.tokenized(tokenizer, limit)
     documents.log()
     model = build_llama(settings, len(tokenizer), tokenizer.eos_token_id)
     module = LanguageModelModule(
@@ -190,7 +191,7 @@ def _pretrain(
     )
     precision = pick_precision(config, pick_device(config.device))
     trainer = build_trainer(
-        config, out, "pretrain", max_steps=settings.max_steps, precision=precision
+        config, out, "pretrain", session.log_step, max_steps=settings.max_steps, precision=precision
     )
     trainer.fit(module, datamodule=batches)
     return model.cpu(), float(trainer.logged_metrics["pretrain/loss"])

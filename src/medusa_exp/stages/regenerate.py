@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
-from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config, from_hydra, to_dict
+from medusa_exp.config import Config, from_dict, to_dict
 from medusa_exp.data.examples import SCHEMA, Example
 from medusa_exp.data.tokenized import Tokenised, load_tokenised
 from medusa_exp.decode.compatibility import check_trees
@@ -38,6 +37,7 @@ from medusa_exp.model.loading import load_backbone, pick_device
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.runs.files import drop_torn_line, publish, read_json, read_jsonl, write_json
 from medusa_exp.runs.progress import progress_bar
+from medusa_exp.stages.session import Session
 from medusa_exp.train.failures import explain_memory
 from medusa_exp.train.launch import Work, map_on_ray
 from medusa_exp.train.regenerated import DOCUMENTS, SUMMARY, answer_rule, answers_key, answers_path
@@ -120,8 +120,9 @@ RECORD = "regenerated.json"
 """Of a run directory: what its stage regenerate has made or found."""
 
 
-def run(config: Config, out: Path) -> dict[str, float]:
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Answer the prompts of the training documents, unless that has been done before."""
+    session = session or Session(config, out)
     backbone = load_backbone(config, is_adapted=False)
     tokenizer = load_tokenizer(config)
     documents = load_tokenised(
@@ -234,7 +235,7 @@ def _answered_on_ray(
 
 
 def _answerer_of_a_worker(config: dict[str, Any], out: Path, max_length: int) -> Work:
-    own = from_hydra(OmegaConf.create(config))
+    own = from_dict(config)
     backbone, tokenizer = load_backbone(own, is_adapted=False), load_tokenizer(own)
     answerer = Answerer(own, out, max_length, backbone, tokenizer)
 

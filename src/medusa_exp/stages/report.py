@@ -4,12 +4,13 @@ import logging
 from pathlib import Path
 
 from medusa_exp.config import Config
+from medusa_exp.stages.session import Session
 from medusa_exp.tracking.run_report import write_report
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, out: Path) -> dict[str, float]:
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Write the report; it adds no number."""
     write_report(out)
     return {}

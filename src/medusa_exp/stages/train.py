@@ -7,6 +7,7 @@ Config and inputs in; the heads, and what Lightning trains, out.
 
 import logging
 import math
+import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,19 +26,20 @@ from medusa_exp.data.datamodule import Batches
 from medusa_exp.data.examples import Examples
 from medusa_exp.data.feature_cache import Features
 from medusa_exp.data.prompts import Prompt
-from medusa_exp.data.tokenized import load_tokenised
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, find_heads, load_heads, save_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads
-from medusa_exp.model.loading import load_backbone, load_ends
+from medusa_exp.model.loading import load_ends
 from medusa_exp.model.loss import Objective
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.model.source import files_identity
-from medusa_exp.model.tokenizer import load_tokenizer, save_tokenizer
+from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.runs.files import read_json, write_json
-from medusa_exp.runs.record import annotate
+from medusa_exp.runs.record import Notes
+from medusa_exp.stages.session import Session
+from medusa_exp.tracking.history import StepLogger
 from medusa_exp.train.acceptance import (
     Continuation,
     answer_prompts,
@@ -47,7 +49,7 @@ from medusa_exp.train.acceptance import (
 from medusa_exp.train.callbacks import AverageHeads, BestHeads, ShowPlan
 from medusa_exp.train.checkpointing import CHECKPOINT, Checkpoints, checkpoint_to_resume, made_with
 from medusa_exp.train.failures import BadLoss, explain_memory, memory_of_training
-from medusa_exp.train.launch import ray_parts, train_in_processes, train_on_ray
+from medusa_exp.train.launch import main, ray_parts, train_in_processes, train_on_ray
 from medusa_exp.train.module import JointModule, MedusaModule
 from medusa_exp.train.precompute import known_identities, note_identities, open_features
 from medusa_exp.train.regenerated import open_answers
@@ -104,8 +106,9 @@ class Inputs:
 class _Backbones:
     """The backbone with as little of it as there is need for."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, session: Session) -> None:
+        self.session, self.config = session, session.config
+        config = self.config
         self._files = files_identity(config)
 
     @cached_property
@@ -118,7 +121,7 @@ class _Backbones:
 
     @cached_property
     def _whole(self) -> Backbone:
-        backbone = load_backbone(self.config, is_adapted=False)
+        backbone = self.session.backbone(is_adapted=False)
         note_identities(self.config, self._files, backbone)
         return backbone
 
@@ -127,13 +130,13 @@ class _Backbones:
         return self._whole
 
 
-def open_inputs(config: Config, out: Path) -> Inputs:
+def open_inputs(config: Config, out: Path, session: Session) -> Inputs:
     """Load, or make and keep, all that heads are trained on."""
-    backbones = _Backbones(config)
+    backbones = _Backbones(session)
     backbone = backbones.ends
-    tokenizer = load_tokenizer(config)
+    tokenizer = session.tokenizer()
     row_tokens = min(config.dataset.max_length, backbone.max_length)
-    tokenised = load_tokenised(config, tokenizer, row_tokens)
+    tokenised = session.tokenized(tokenizer, row_tokens)
     tokenised.log()
     if rank_zero_only.rank == 0:
         known = read_json(out / "data.json", {})  # with what stage inspect has found, if it has
@@ -150,7 +153,7 @@ def open_inputs(config: Config, out: Path) -> Inputs:
     features: dict[str, Features] = {}
     if config.train.features == "cache":
         features = open_features(config, documents, data_key, backbone, backbones.body)
-        annotate(features={split: found.path.name for split, found in features.items()})
+        session.notes.add(features={split: found.path.name for split, found in features.items()})
     elif config.train.batching == "packed":
         backbone.check_packing()
     if config.train.loss != "ce":
@@ -274,40 +277,51 @@ def _named_heads(config: Config) -> Path | None:
 _LOCK = ".train.lock"
 
 
-def run(config: Config, out: Path) -> dict[str, float]:
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Train heads, from the newest checkpoint of this run directory where there is one.
 
     Raises:
         UserError: another process trains there: each would write over the other's checkpoints.
     """
-    ways = {"ddp": train_in_processes, "fsdp": train_in_processes, "ray": train_on_ray}
+    session = session or Session(config, out)
     try:
         with FileLock(out / _LOCK, timeout=0):
-            return ways.get(config.train.strategy, train)(config, out)
+            if config.train.strategy in ("ddp", "fsdp"):
+                return train_in_processes(config, out, session.notes, __spec__.name)
+            if config.train.strategy == "ray":
+                return train_on_ray(config, out, session.notes, train_as_worker)
+            return train(config, out, session)
     except Timeout as error:
         raise UserError(
             f"another process is training in {out}: wait for it, or choose another run_dir."
         ) from error
 
 
-def train(config: Config, out: Path) -> dict[str, float]:
+def train_as_worker(config: Config, out: Path, notes: Notes) -> dict[str, float]:
+    """Train in this process as one of several, of which the first alone is asked for its notes."""
+    session = Session(config, out)
+    session.notes = notes
+    return train(config, out, session)
+
+
+def train(config: Config, out: Path, session: Session) -> dict[str, float]:
     """Train in this process, alone or as one of several."""
     with explain_memory(memory_of_training(config.train)):
-        return _train(config, out)
+        return _train(config, out, session)
 
 
-def _train(config: Config, out: Path) -> dict[str, float]:
+def _train(config: Config, out: Path, session: Session) -> dict[str, float]:
     L.seed_everything(config.seed, verbose=False)
-    inputs = open_inputs(config, out)
+    inputs = open_inputs(config, out, session)
     heads = start_heads(config, inputs)
     # Not where this process has the body: another one may have come late enough to need none.
     if config.train.strategy == "fsdp" and config.train.features == "online":
-        shard_layers(inputs.backbone)
+        session.notes.add(backbone_bytes=shard_layers(inputs.backbone))
     batches = inputs.batches(config)
     max_steps = _num_steps(config, batches)
     log.info("%s; %d steps", heads.describe(), max_steps)
     module = build_module(config, inputs, heads, max_steps)
-    metrics = _fit(config, out, module, batches)
+    metrics = _fit(config, out, module, batches, session)
     if rank_zero_only.rank == 0:
         if isinstance(module, JointModule):
             metrics |= finish_joint(config, out, module, inputs)
@@ -317,10 +331,12 @@ def _train(config: Config, out: Path) -> dict[str, float]:
     return metrics
 
 
-def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> dict[str, float]:
+def _fit(
+    config: Config, out: Path, module: MedusaModule, batches: Batches, session: Session
+) -> dict[str, float]:
     settings = config.train
     checkpoint, step = checkpoint_to_resume(config, out, module.made_with)
-    annotate(resumed_from_step=step)
+    session.notes.add(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
     best = BestHeads(out / "checkpoints", settings.patience)
     average = AverageHeads(settings.average, module) if settings.average else None
@@ -332,7 +348,7 @@ def _fit(config: Config, out: Path, module: MedusaModule, batches: Batches) -> d
         ShowPlan(settings.optimizer, average is not None),
     ]
     was_deterministic = torch.are_deterministic_algorithms_enabled()
-    trainer = _trainer(config, out, module, bool(batches.val), callbacks)
+    trainer = _trainer(config, out, module, bool(batches.val), callbacks, session.log_step)
     try:
         trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
         steps = trainer.global_step
@@ -357,12 +373,14 @@ def _trainer(
     module: MedusaModule,
     validates: bool,
     callbacks: list[L.Callback],
+    log_step: StepLogger | None,
 ) -> L.Trainer:
     settings = config.train
     return build_trainer(
         config,
         out,
         "train",
+        log_step,
         max_steps=module.max_steps,
         precision=pick_precision(config, module.backbone.device),
         **_devices(config),
@@ -411,3 +429,7 @@ def _explained(error: BadLoss, batches: Batches, checkpoint: Path) -> UserError:
             else "The heads were broken before that."
         )
     )
+
+
+if __name__ == "__main__":
+    main(train_as_worker, *sys.argv[1:])

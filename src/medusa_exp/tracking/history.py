@@ -7,8 +7,8 @@ was resumed, a step may stand twice, and the later line counts.
 import json
 import logging
 import math
-import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,19 @@ from medusa_exp.runs.files import drop_torn_line
 log = logging.getLogger(__name__)
 
 
-class HistoryLogger(Logger):
-    """Lightning's logger interface onto history.jsonl, mirrored to W&B where a run is open."""
+StepLogger = Callable[[str, int | None, dict[str, float]], None]
+"""Takes a stage's name, its step and the metrics of that step."""
 
-    def __init__(self, out: Path, stage: str) -> None:
+
+class HistoryLogger(Logger):
+    """Lightning's logger interface onto history.jsonl, perhaps with a mirror."""
+
+    def __init__(self, out: Path, stage: str, mirror: StepLogger | None = None) -> None:
         super().__init__()
+        self._mirror = mirror
         self.path = out / "history.jsonl"
         drop_torn_line(self.path)
         self.stage = stage
-        self._is_mirrored = True
 
     @property
     def name(self) -> str:
@@ -48,12 +52,11 @@ class HistoryLogger(Logger):
         line = {"stage": self.stage, "step": step, **finite}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        wandb = sys.modules.get("wandb")  # loaded only where logger=wandb has opened a run
-        if self._is_mirrored and wandb is not None and wandb.run is not None:
+        if self._mirror is not None:
             try:
-                wandb.run.log({f"{self.stage}/step": step, **finite})
+                self._mirror(self.stage, step, finite)
             except Exception as error:  # no training may end for its mirror's sake
-                self._is_mirrored = False
+                self._mirror = None
                 log.warning("W&B takes no more steps (%s); %s has them all", error, self.path)
 
     @rank_zero_only

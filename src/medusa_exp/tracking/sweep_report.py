@@ -10,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from filelock import FileLock
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
+from medusa_exp.config.continuation import split_override
 from medusa_exp.config.privacy import shareable, shell_command
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import publish, read_json
@@ -238,16 +237,6 @@ def _read(path: Path) -> Row:
     except UserError as error:
         log.warning("%s", error)
         return {}
-
-
-def split_override(override: str) -> tuple[str, str]:
-    """Return key and value of an override, without signs: `+a.b=1` gives `("a.b", "1")`."""
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-    except HydraException:  # Hydra took it once: shown as it is
-        key, _, value = override.partition("=")
-        return key.lstrip("+"), value
-    return str(parsed.key_or_group), str(parsed.value())
 
 
 def swept_keys(rows: list[Row]) -> list[str]:

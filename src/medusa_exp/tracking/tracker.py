@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class Tracker:
     """A context around a run's stages that opens and closes what `logger` names.
 
-    While it is open with W&B, `wandb.run` is the run, by W&B's own convention; what trains logs
-    its steps there. All else is mirrored from the run directory's files when a stage is done.
+    What trains logs its steps by `log_step`. All else is mirrored from the run directory's files
+    when a stage is done.
     """
 
     def __init__(self, config: Config, out: Path, record: RunRecord) -> None:
@@ -55,6 +55,11 @@ class Tracker:
         self._num_rows = len(self._history())
         if self.config.logger.artifacts:
             log_code(self.run, self.out)
+
+    def log_step(self, stage: str, step: int | None, metrics: dict[str, float]) -> None:
+        """Mirror a step of a training."""
+        if self.run is not None:
+            self.run.log({f"{stage}/step": step, **metrics})
 
     def stage_done(self, stage: str) -> None:
         """Mirror what a stage left: metrics.json, tables, pictures, artifacts."""

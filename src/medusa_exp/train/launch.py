@@ -1,11 +1,11 @@
 """One training in several processes, each on a device of its own: `train.strategy=ddp`, `fsdp`.
 
-torchrun starts them, on this machine, and ends all where one fails. Each is this module run as a
-program: it loads what it needs by the config, as a training of one process does; the first alone
-writes. The stage that started them waits for the file that the first one leaves, and where it is
-killed, they write a checkpoint and end.
+torchrun starts them, on this machine, and ends all where one fails. Each is the stage's module,
+run as a program: it loads what it needs by the config, as a training of one process does; the
+first alone writes. The stage that started them waits for the file that the first one leaves, and
+where it is killed, they write a checkpoint and end.
 
-    torchrun ... -m medusa_exp.train.launch CONFIG_JSON RUN_DIR RESULT_JSON
+    torchrun ... -m medusa_exp.stages.train CONFIG_JSON RUN_DIR RESULT_JSON
 
 One training on the machines of a Ray cluster, Lightning inside: `train.strategy=ray`.
 
@@ -38,19 +38,26 @@ from types import FrameType
 from typing import Any
 
 from filelock import FileLock
-from omegaconf import OmegaConf
 
-from medusa_exp.config import Config, from_hydra, to_dict
+from medusa_exp.config import Config, from_dict, to_dict
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import read_json, write_json
-from medusa_exp.runs.record import annotate, collect
+from medusa_exp.runs.record import Notes
 
+Train = Callable[[Config, Path, Notes], dict[str, float]]
+"""Trains in this process, alone or as one of several, and returns the metrics."""
 _ALIVE = "alive.lock"
 """Beside the config; the stage holds it for as long as it waits."""
 
 
-def train_in_processes(config: Config, out: Path) -> dict[str, float]:
+def train_in_processes(config: Config, out: Path, notes: Notes, module: str) -> dict[str, float]:
     """Run the training in `train.devices` processes; return the metrics of the first.
+
+    Args:
+        config: of the run.
+        out: its directory.
+        notes: get those of the first process.
+        module: that torchrun starts; it calls `main`.
 
     SIGTERM is passed on to them; SIGINT reaches them by itself.
 
@@ -65,7 +72,7 @@ def train_in_processes(config: Config, out: Path) -> dict[str, float]:
         command = [
             *(sys.executable, "-m", "torch.distributed.run"),
             *("--standalone", "--nproc-per-node", str(config.train.devices)),
-            *("-m", __name__, str(saved), str(out), str(result)),
+            *("-m", module, str(saved), str(out), str(result)),
         ]
         with alive:
             code, number = _wait(subprocess.Popen(command))
@@ -84,7 +91,7 @@ def train_in_processes(config: Config, out: Path) -> dict[str, float]:
             f"gave {code}): what it said stands above. Where it was killed for memory, lower "
             "train.batch_tokens."
         )
-    annotate(**found["notes"])
+    notes.merge(found["notes"])
     return dict(found["metrics"])
 
 
@@ -122,12 +129,11 @@ def _end_with_stage(lock: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main(config_path: str, out: str, result: str) -> None:
+def main(train: Train, config_path: str, out: str, result: str) -> None:
     """Train as one of several processes, and leave the result if it is the first."""
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 
-    from medusa_exp.stages.train import train
     from medusa_exp.tracking.terminal import quiet_libraries
 
     logging.basicConfig(
@@ -137,29 +143,25 @@ def main(config_path: str, out: str, result: str) -> None:
     )
     quiet_libraries(["train"])
     _end_with_stage(Path(config_path).with_name(_ALIVE))
-    config = from_hydra(OmegaConf.create(json.loads(Path(config_path).read_text())))
+    config = from_dict(json.loads(Path(config_path).read_text()))
     if config.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun's word
     found: dict[str, Any] = {}
     code = 0
-    with collect() as notes:
-        try:
-            found = {"metrics": train(config, Path(out)), "notes": notes}
-        except UserError as error:
-            found, code = {"error": str(error)}, 1
+    notes = Notes()
+    try:
+        found = {"metrics": train(config, Path(out), notes), "notes": notes.to_dict()}
+    except UserError as error:
+        found, code = {"error": str(error)}, 1
     if rank_zero_only.rank == 0 or code:
         write_json(Path(result), found)
     sys.exit(code)
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-
-
 _RESULT = "result.json"
 
 
-def train_on_ray(config: Config, out: Path) -> dict[str, float]:
+def train_on_ray(config: Config, out: Path, notes: Notes, train: Train) -> dict[str, float]:
     """Run the training in `train.devices` workers; return the metrics of the first.
 
     Raises:
@@ -186,6 +188,7 @@ def train_on_ray(config: Config, out: Path) -> dict[str, float]:
             "out": str(out.absolute()),
             "result": str(folder / _RESULT),
             "directory": str(Path.cwd()),
+            "train": train,
         },
         scaling_config=ScalingConfig(
             num_workers=config.train.devices,
@@ -209,7 +212,7 @@ def train_on_ray(config: Config, out: Path) -> dict[str, float]:
     shutil.rmtree(folder, ignore_errors=True)
     if "error" in found:
         raise UserError(found["error"])
-    annotate(**found["notes"])
+    notes.merge(found["notes"])
     return dict(found["metrics"])
 
 
@@ -218,7 +221,6 @@ def _train_as_worker(job: dict[str, Any]) -> None:
     from lightning.pytorch.utilities import rank_zero_only
     from ray.train import get_context
 
-    from medusa_exp.stages.train import train
     from medusa_exp.tracking.terminal import quiet_libraries
 
     os.chdir(job["directory"])  # paths of the config may be relative
@@ -227,16 +229,17 @@ def _train_as_worker(job: dict[str, Any]) -> None:
         return
     rank_zero_only.rank = get_context().get_world_rank()
     quiet_libraries(["train"])
-    config = from_hydra(OmegaConf.create(job["config"]))
+    config = from_dict(job["config"])
     config.train.resume = "auto"
     found: dict[str, Any] = {}
-    with collect() as notes:
-        try:
-            found = {"metrics": train(config, Path(job["out"])), "notes": notes}
-        except UserError as error:
-            found = {"error": str(error)}
-            write_json(result, found)
-            raise
+    notes = Notes()
+    try:
+        metrics = job["train"](config, Path(job["out"]), notes)
+        found = {"metrics": metrics, "notes": notes.to_dict()}
+    except UserError as error:
+        found = {"error": str(error)}
+        write_json(result, found)
+        raise
     if rank_zero_only.rank == 0:
         write_json(result, found)
 

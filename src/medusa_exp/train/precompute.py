@@ -26,10 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from medusa_exp.config import Config, from_hydra, to_dict
+from medusa_exp.config import Config, from_dict, to_dict
 from medusa_exp.data.batching import Row, epoch_planner
 from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example, Examples
@@ -176,7 +175,7 @@ def _written_on_ray(
 
 
 def _writer_of_a_worker(config: dict[str, Any], directory: Path, longest: int) -> Work:
-    own = from_hydra(OmegaConf.create(config))
+    own = from_dict(config)
     writer = FeatureWriter(own, directory, longest, load_backbone(own))
 
     def work(item: str) -> str:

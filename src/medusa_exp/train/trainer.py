@@ -31,17 +31,19 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import pick_device
 from medusa_exp.runs.files import publish
-from medusa_exp.runs.record import annotate
-from medusa_exp.tracking.history import HistoryLogger
+from medusa_exp.tracking.history import HistoryLogger, StepLogger
 from medusa_exp.train.callbacks import StepProgress
 
 log = logging.getLogger(__name__)
 
 
-def shard_layers(backbone: Backbone) -> None:
+def shard_layers(backbone: Backbone) -> dict[str, int]:
     """Leave each process its part of every layer of a backbone that all of them have loaded.
 
     To be called by all processes, at the same point.
+
+    Returns:
+        Bytes of the backbone: `whole`, and `kept` by this process.
 
     Raises:
         UserError: the model has no list of its layers.
@@ -55,7 +57,7 @@ def shard_layers(backbone: Backbone) -> None:
         fully_shard(layer, mesh=mesh)
     kept = local_bytes(backbone)
     log.info("each process keeps %.1f MB of the backbone's %.1f MB", kept / 1e6, before / 1e6)
-    annotate(backbone_bytes={"whole": before, "kept": kept})
+    return {"whole": before, "kept": kept}
 
 
 def layers_of(backbone: Backbone) -> nn.ModuleList:
@@ -114,6 +116,7 @@ def build_trainer(
     config: Config,
     out: Path,
     stage: str,
+    log_step: StepLogger | None = None,
     *,
     max_steps: int,
     precision: str,
@@ -148,7 +151,7 @@ def build_trainer(
         limit_val_batches=None if val_every else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=min(LOG_EVERY, max_steps),
-        logger=HistoryLogger(out, stage),
+        logger=HistoryLogger(out, stage, log_step),
         callbacks=[bar, *callbacks],
         enable_progress_bar=is_watched,
         plugins=[AtomicCheckpointIO(), *plugins],

@@ -1,0 +1,75 @@
+"""Hydra and OmegaConf to plain, checked dataclasses and back: the only way between the two."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from medusa_exp.config.privacy import without_environment
+from medusa_exp.config.schema import Config
+from medusa_exp.errors import UserError
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that `conf/config.yaml` starts from."""
+    store = ConfigStore.instance()
+    store.store(name="base_config", node=Config)
+    # For each group that --help lists, Hydra copies this store with all its nodes, a hundred times
+    # in all and most of the time that it takes; it only reads the copies.
+    store.__deepcopy__ = _only_store  # type: ignore[attr-defined]
+
+
+def _only_store(memo: dict[int, Any]) -> ConfigStore:
+    return ConfigStore.instance()
+
+
+def from_hydra(config: DictConfig) -> Config:
+    """Turn a composed config into plain, checked dataclasses.
+
+    Raises:
+        UserError: naming the key and what it may be.
+    """
+    try:
+        # Hydra lets `+key=value` add what no schema knows; merging into a fresh one does not.
+        plain = OmegaConf.to_container(config, resolve=False)
+        checked = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        return OmegaConf.to_object(checked)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'config'}: {error.msg or error}") from error
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Turn what `to_dict` gave, perhaps in another process, into the checked config again."""
+    return from_hydra(OmegaConf.create(values))
+
+
+def load_saved(path: Path) -> DictConfig:
+    """Read a run's saved config against today's schema.
+
+    Raises:
+        UserError: the file is unreadable, or holds a key that the schema does not know.
+    """
+    try:
+        # Places that Hydra made of the clock: nobody else could read them.
+        placed = {"run_dir": str(path.parents[1]), "sweep_dir": ""}
+        saved = OmegaConf.load(path)
+        return OmegaConf.merge(OmegaConf.structured(Config), saved, placed)  # type: ignore
+    except Exception as error:
+        raise UserError(f"{path} does not fit this version of medusa_exp: {error}") from error
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as nested plain values, for W&B and for cache keys."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def to_shareable(config: Config, saved: Path) -> dict[str, Any]:
+    """Return the config as `to_dict` does, without what came from environment variables.
+
+    Args:
+        config: the config.
+        saved: as Hydra composed it, where such a value is still `${oc.env:NAME}`.
+    """
+    return without_environment(to_dict(config), saved)
