@@ -22,7 +22,7 @@ from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # figures are of one core; building has processes
 
-from first_batch import MARK, open_documents, plan
+from first_batch import MARK, open_examples, plan
 from masks import mask_rows
 from measuring import Row, best_seconds, machine, show, write
 from references import read_with_tasks
@@ -30,7 +30,7 @@ from sharegpt_like import ODD, sharegpt_like, usable_conversations
 from vicuna_like import train_tokenizer
 
 from medusa_exp.data import read_conversations
-from medusa_exp.data.tokenized import Tokenised
+from medusa_exp.data.tokenized import Tokenized
 
 _REPEATS = 3
 _LEARNT = 2000
@@ -149,12 +149,12 @@ def packing_rows(inputs: Inputs) -> list[Row]:
     return [Row("packing, padding", "%", share, "<= 3 %", share <= 3, unsorted, ratio, details)]
 
 
-def _pass(documents: Tokenised, batching: str) -> dict[str, Any]:
+def _pass(documents: Tokenized, batching: str) -> dict[str, Any]:
     tokens = places = batches = 0
     start = time.perf_counter()
     for batch in plan(documents, batching).train_dataloader():
-        tokens += int((batch.documents_BT > 0).sum())
-        places += batch.documents_BT.numel()
+        tokens += int((batch.example_BT > 0).sum())
+        places += batch.example_BT.numel()
         batches += 1
     seconds = time.perf_counter() - start
     return {
@@ -165,8 +165,8 @@ def _pass(documents: Tokenised, batching: str) -> dict[str, Any]:
     }
 
 
-def _documents(inputs: Inputs) -> Tokenised:
-    return open_documents(*_places(inputs), inputs.max_length)
+def _documents(inputs: Inputs) -> Tokenized:
+    return open_examples(*_places(inputs), inputs.max_length)
 
 
 def _places(inputs: Inputs) -> list[str]:

@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import nn
 
 from medusa_exp.config import Config, from_hydra, load_saved
-from medusa_exp.decode.loop import Decoded, Limits, decode_plain, decode_tree
+from medusa_exp.decode.loop import Limits, Response, decode_plain, decode_tree
 from medusa_exp.decode.settings import limits_of
 from medusa_exp.evaluate.methods import Answer, Method, timed
 from medusa_exp.evaluate.near_ties import find_difference
@@ -199,7 +199,7 @@ def speed(run: Run) -> list[Row]:
 
     def method(tree: Tree | None) -> Method:
         def decode(prompts: list[list[int]]) -> list[Answer]:
-            rows: list[Decoded] = (
+            rows: list[Response] = (
                 decode_plain(backbone, prompts, limits)
                 if tree is None
                 else decode_tree(backbone, heads, tree, prompts, limits)

@@ -14,18 +14,18 @@ from transformers import AutoTokenizer
 
 from medusa_exp.config import Config, DatasetConfig, TrainConfig
 from medusa_exp.data.datamodule import Batches
-from medusa_exp.data.tokenized import Tokenised, load_tokenised
+from medusa_exp.data.tokenized import Tokenized, load_tokenized
 
 MARK = "-- timed from here to here --"
 
 
-def open_documents(data: str, tokenizer: str, cache: str, max_length: int) -> Tokenised:
+def open_examples(data: str, tokenizer: str, cache: str, max_length: int) -> Tokenized:
     """Tokenise the file, or open what an earlier start has left in the cache."""
     config = Config(dataset=DatasetConfig(path=data, max_length=max_length), cache_dir=cache)
-    return load_tokenised(config, AutoTokenizer.from_pretrained(tokenizer), max_length)
+    return load_tokenized(config, AutoTokenizer.from_pretrained(tokenizer), max_length)
 
 
-def plan(documents: Tokenised, batching: str) -> Batches:
+def plan(documents: Tokenized, batching: str) -> Batches:
     """Set up one pass over the training documents, with the batches that training has."""
     batches = Batches(
         documents.split("train"),
@@ -44,7 +44,7 @@ def plan(documents: Tokenised, batching: str) -> Batches:
 def _main(data: str, tokenizer: str, cache: str, max_length: str, batching: str) -> None:
     print(MARK, file=sys.stderr)
     start = time.perf_counter()
-    documents = open_documents(data, tokenizer, cache, int(max_length))
+    documents = open_examples(data, tokenizer, cache, int(max_length))
     opened = time.perf_counter()
     batch = next(iter(plan(documents, batching).train_dataloader()))
     stop = time.perf_counter()

@@ -20,7 +20,7 @@ from kernel_checks import COMMITS, check_commit, check_commit_within, check_mask
 from kernel_shim import GXX, ShimKernels
 
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import Plan, Verifier
+from medusa_exp.decode.cuda.verify import KernelVerify, Plan
 from medusa_exp.decode.verify import Verdict
 
 
@@ -58,7 +58,7 @@ def check_verification(kernels: Kernels, num_cases: int) -> dict[str, Any]:
     mismatches: list[str] = []
     plans = plans_of(kernels)
     with tempfile.TemporaryDirectory() as folder:
-        shim = Verifier(ShimKernels(Path(folder)), Plan("lazy", threads=64)) if GXX else None
+        shim = KernelVerify(ShimKernels(Path(folder)), Plan("lazy", threads=64)) if GXX else None
         for rule in RULES:
             cases = [*exact_cases(rule), *(make_case(seed, rule) for seed in range(num_cases))]
             for number, case in enumerate(cases):
@@ -67,13 +67,13 @@ def check_verification(kernels: Kernels, num_cases: int) -> dict[str, Any]:
                 expected = case.expected()
                 there = moved(case, kernels.device)
                 for plan in plans:
-                    found = _judged(Verifier(kernels, plan), there)
+                    found = _judged(KernelVerify(kernels, plan), there)
                     counted["compared"] += not is_near
                     if not is_near and found != _told(expected):
                         mismatches.append(f"{rule} {number} {plan}")
                 if shim is not None and number % 5 == 0:
                     counted["compared_with_shim"] += 1
-                    if _judged(shim, case) != _judged(Verifier(kernels, plans[0]), there):
+                    if _judged(shim, case) != _judged(KernelVerify(kernels, plans[0]), there):
                         mismatches.append(f"shim {rule} {number}")
     return {
         **counted,
@@ -90,7 +90,7 @@ def check_small(kernels: Kernels) -> list[str]:
         case = next(case for case in some if not is_borderline(case))
         there = moved(case, kernels.device)
         for plan in plans_of(kernels):
-            if _judged(Verifier(kernels, plan), there) != _told(case.expected()):
+            if _judged(KernelVerify(kernels, plan), there) != _told(case.expected()):
                 mismatches.append(f"{rule} {plan}")
     return mismatches
 
@@ -109,7 +109,7 @@ def check_step(kernels: Kernels) -> str:
     return "equal"
 
 
-def _judged(verifier: Verifier, case: Case) -> tuple[Any, ...]:
+def _judged(verifier: KernelVerify, case: Case) -> tuple[Any, ...]:
     return _told(
         verifier(case.logits_BNV, case.tokens_BN, case.parents_BN, rule=case.rule, **case.options)
     )

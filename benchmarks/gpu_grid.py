@@ -13,7 +13,7 @@ from gpu_points import Inputs, Point, figures, floors_us, forms_of, make_inputs
 from gpu_timing import measure, num_copies
 
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import Plan, Verifier, plan_for
+from medusa_exp.decode.cuda.verify import KernelVerify, Plan, plan_for
 from medusa_exp.decode.verify import Verdict, probabilities, verify
 
 NEAR = 1e-6
@@ -55,7 +55,7 @@ def measure_point(
     shape = (point.batch, point.nodes, point.vocab)
     chosen = plan_for(shape, point.itemsize, kernels)
     for plan in forms_of(chosen, shape, point.itemsize, kernels):
-        add(name_of(plan), ours(point, Verifier(kernels, plan)))
+        add(name_of(plan), ours(point, KernelVerify(kernels, plan)))
     few = {"repeats": 3, "at_least": 5}
     add("a", lambda copy: eager(point, copy), **few)
     if split_walk is not None and point.rule != "typical":
@@ -82,7 +82,7 @@ def measure_compiled(
     return result
 
 
-def ours(point: Point, verifier: Verifier) -> Method:
+def ours(point: Point, verifier: KernelVerify) -> Method:
     """Return the kernels as a method."""
 
     def method(copy: Inputs) -> Callable[[], Verdict]:

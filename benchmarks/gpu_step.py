@@ -12,10 +12,10 @@ from gpu_points import Inputs, Point, make_inputs, tree_of
 from gpu_timing import measure
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.step import CacheCommit
-from medusa_exp.decode.cuda.verify import Verifier
+from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.verify import verify
 from medusa_exp.model import Backbone
 
@@ -51,14 +51,14 @@ class Step:
         self.inputs: Inputs = make_inputs(self.point, device)
         tree = tree_of(NODES)
         self.backbone, self.batch, self.depth = backbone, batch, tree.depth
-        self.cache = TreeCache(backbone.model.config.num_hidden_layers, PAST + NODES, batch)
+        self.cache = GrowingCache(backbone.model.config.num_hidden_layers, PAST + NODES, batch)
         ids_BT = torch.randint(VOCAB, (batch, PAST), device=device)
         backbone.forward(ids_BT, self.cache, keep=torch.tensor([0], device=device))
         ancestors = torch.from_numpy(tree.mask).to(device).expand(batch, 1, -1, -1)
         past = torch.ones(batch, 1, NODES, PAST, dtype=torch.bool, device=device)
         self.mask = torch.cat([past, ancestors], dim=3)
         self.positions = (PAST + torch.from_numpy(tree.depths).to(device)).expand(batch, -1)
-        self.verifier = Verifier(kernels)
+        self.verifier = KernelVerify(kernels)
         states = [s for layer in self.cache.layers for s in (layer.keys, layer.values)]
         self.commit = CacheCommit(kernels, states)
         self.states = states
@@ -70,8 +70,8 @@ class Step:
         logits_BNV, _ = self.backbone.forward(
             self.inputs.tokens_BN, self.cache, mask=self.mask, position_ids_BN=self.positions
         )
-        judge: Callable[..., Any] = self.verifier if has_kernels else verify
-        verdict = judge(
+        verifier: Callable[..., Any] = self.verifier if has_kernels else verify
+        verdict = verifier(
             logits_BNV, self.inputs.tokens_BN, self.inputs.parents_BN, max_depth=self.depth
         )
         if has_kernels:

@@ -21,7 +21,7 @@ from torch import nn
 
 from medusa_exp.config import Config, HeadConfig
 from medusa_exp.data.examples import SCHEMA, Examples
-from medusa_exp.evaluate.methods import synchronise
+from medusa_exp.evaluate.methods import synchronize
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.stages.train import Inputs, build_module
 from medusa_exp.train.trainer import build_trainer
@@ -53,10 +53,10 @@ def matrix_rate(device: torch.device) -> float:
     a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=device, dtype=torch.bfloat16)
     seconds = []
     for _ in range(8):
-        synchronise(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ b
-        synchronise(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * MATRIX_SIZE**3 / min(seconds)
 
@@ -104,11 +104,11 @@ class _Clock(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == WARM_UP_STEPS:
-            synchronise(module.device)
+            synchronize(module.device)
             self.seconds = -time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        synchronise(module.device)
+        synchronize(module.device)
         self.seconds += time.perf_counter()
 
 

@@ -10,7 +10,7 @@ from references import SummedMask, mask_by_lengths
 from sharegpt_like import usable_conversations
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from medusa_exp.data import Conversation, DataError, Rendered
+from medusa_exp.data import Conversation, DataError, MaskedTokens
 from medusa_exp.data.masking import Renderer
 
 _MASKED = 1500
@@ -78,8 +78,8 @@ def _mask_row(what: str, bar: float, ours: float, reference: float, details: dic
     )
 
 
-def _render(renderer: Renderer, conversations: list[Conversation]) -> list[list[Rendered]]:
-    rendered: list[list[Rendered]] = []
+def _render(renderer: Renderer, conversations: list[Conversation]) -> list[list[MaskedTokens]]:
+    rendered: list[list[MaskedTokens]] = []
     for start in range(0, len(conversations), _CHUNK):
         for rows in renderer.render_many(conversations[start : start + _CHUNK]):
             rendered.append([] if isinstance(rows, DataError) else rows)
@@ -97,7 +97,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Any]:
     ]
 
 
-def _check_ids(samples: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_ids(samples: list[MaskedTokens], tokenizer: PreTrainedTokenizerBase) -> None:
     encodings = _encode(tokenizer, [sample.text for sample in samples])
     for sample, encoding in zip(samples, encodings, strict=True):
         assert sample.input_ids == encoding.ids, f"other ids than bare ones: {sample.text[:200]}"
@@ -105,7 +105,7 @@ def _check_ids(samples: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> N
 
 def _faults(
     conversations: list[Conversation],
-    rendered: Sequence[Sequence[Rendered | SummedMask]],
+    rendered: Sequence[Sequence[MaskedTokens | SummedMask]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> int:
     """Count conversations whose trained tokens do not spell their replies, blanks apart."""

@@ -14,9 +14,9 @@ from kernel_shim import ORDERS, ShimKernels
 from tiny_models import build_model
 from torch import Tensor
 
-from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.cuda.step import CacheCommit, build_mask
-from medusa_exp.decode.cuda.verify import Plan, Verifier
+from medusa_exp.decode.cuda.verify import KernelVerify, Plan
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.verify import Verdict
 
@@ -38,7 +38,7 @@ COMMITS = ((torch.bfloat16, 16, 16), (torch.float32, 5, 4), (torch.float16, 3, 2
 def judged(shim: ShimKernels, plan: Plan, case: Case, order: str = "random", seed: int = 0):
     """Return the kernels' verdict, its tensors copied."""
     shim.order, shim.seed = order, seed
-    found = Verifier(shim, plan)(
+    found = KernelVerify(shim, plan)(
         case.logits_BNV, case.tokens_BN, case.parents_BN, rule=case.rule, **case.options
     )
     return Verdict(*(getattr(found, field.name).clone() for field in dataclasses.fields(found)))
@@ -138,11 +138,11 @@ def check_mask(shim: Any, cases: list[MaskCase], order: str = "random") -> None:
 
 
 def check_commit(shim: Any, dtype: torch.dtype, head: int, unit: int, seed: int) -> None:
-    """Fail unless the kernel moves in a cache what `TreeCache.commit` moves."""
+    """Fail unless the kernel moves in a cache what `GrowingCache.commit` moves."""
     rng = np.random.default_rng(seed)
     shim.seed = seed
     batch, nodes = int(rng.integers(1, 4)), int(rng.integers(1, 12))
-    cache = TreeCache(num_layers=2, capacity=60, num_rows=batch)
+    cache = GrowingCache(num_layers=2, capacity=60, num_rows=batch)
     lengths = rng.integers(1, 30, batch).tolist()
     total = max(lengths) + nodes
     values = torch.Generator().manual_seed(seed)

@@ -33,7 +33,7 @@ def test_a_document_a_row():
     assert batch.input_ids_BT.shape == batch.is_trained_BT.shape == (2, 64)
     assert batch.input_ids_BT[:, :3].tolist() == [[5, 6, 0], [7, 8, 9]]
     assert batch.is_trained_BT[:, :3].tolist() == [[False, True, False], [True, True, False]]
-    assert batch.documents_BT[:, :4].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch.example_BT[:, :4].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
     assert not batch.input_ids_BT[:, 3:].any() and not batch.is_trained_BT[:, 3:].any()
     assert batch.positions_BT is None
 
@@ -41,7 +41,7 @@ def test_a_document_a_row():
 def test_several_documents_a_row():
     batch = collate([[A, B], [B]])
     assert batch.input_ids_BT[:, :6].tolist() == [[5, 6, 7, 8, 9, 0], [7, 8, 9, 0, 0, 0]]
-    assert batch.documents_BT[:, :6].tolist() == [[1, 1, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0]]
+    assert batch.example_BT[:, :6].tolist() == [[1, 1, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0]]
     assert batch.positions_BT[:, :6].tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 0, 0]]
 
 
@@ -50,7 +50,7 @@ def test_labels_never_come_from_another_document(head):
     packed, alone = collate([[A, B, A]]), [collate([[document]]) for document in (A, B, A)]
 
     def labels(batch):
-        return head_labels(batch.input_ids_BT, batch.is_trained_BT, batch.documents_BT, head)
+        return head_labels(batch.input_ids_BT, batch.is_trained_BT, batch.example_BT, head)
 
     index_R, labels_R = labels(packed)
     expected = [labels(batch) for batch in alone]
@@ -111,13 +111,13 @@ def test_batches_as_a_trainer_asks_for_them():
     module.trainer = FakeTrainer()
     batches = list(module.train_dataloader())
     assert len(batches) == 14 and module.batches_per_epoch() == 1
-    assert all((batch.documents_BT > 0).sum() == 91 for batch in batches)
+    assert all((batch.example_BT > 0).sum() == 91 for batch in batches)
     module.trainer.global_step = 5
     rest = list(module.train_dataloader())
     for late, original in zip(rest, batches[10:], strict=True):
         assert torch.equal(late.input_ids_BT, original.input_ids_BT)
     (val,) = module.val_dataloader()
-    assert sorted(val.documents_BT.sum(1).tolist()) == [3, 9]
+    assert sorted(val.example_BT.sum(1).tolist()) == [3, 9]
     assert Batches(data, None, **settings).val_dataloader() == []
 
 

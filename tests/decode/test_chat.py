@@ -5,9 +5,9 @@ import pytest
 from tiny_models import build_model
 
 from medusa_exp.config import Config
-from medusa_exp.decode.drafting import StaticTree
+from medusa_exp.decode.drafting import FixedTreeDrafter
 from medusa_exp.decode.loop import Limits, decode_plain
-from medusa_exp.decode.rule import Rule
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.stages.chat import Chat, run
@@ -18,8 +18,8 @@ from medusa_exp.tree import chain
 def chat(tokenizer) -> Chat:
     backbone = Backbone(build_model("llama", vocab_size=len(tokenizer)))
     heads = build_heads(backbone, num_heads=2)
-    proposer = StaticTree(heads, chain(2), backbone.device)
-    return Chat(backbone, tokenizer, proposer, Limits(12), Rule())
+    drafter = FixedTreeDrafter(heads, chain(2), backbone.device)
+    return Chat(backbone, tokenizer, drafter, Limits(12), AcceptanceRule())
 
 
 def test_an_answer_comes_in_the_pieces_that_steps_give(chat, tokenizer):

@@ -6,7 +6,7 @@ from tiny_models import ARCHITECTURES, build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.decode import generate
-from medusa_exp.decode.compatibility import check_trees
+from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
@@ -17,7 +17,7 @@ from medusa_exp.tree import chain
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_works_passes(architecture, dtype):
     backbone = Backbone(build_model(architecture, dtype=dtype))
-    check_trees(backbone)
+    check_tree_attention(backbone)
     assert backbone.is_checked_for_trees
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
-from medusa_exp.decode.drafting import DynamicTree, StaticTree
-from medusa_exp.decode.loop import Answers, Limits, decode_plain, decode_tree, tree_steps
+from medusa_exp.decode.drafting import DynamicTreeDrafter, FixedTreeDrafter
+from medusa_exp.decode.loop import Limits, Responses, decode_plain, decode_tree, tree_steps
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
@@ -85,11 +85,11 @@ def test_a_tree_picked_anew_at_each_step(backbone, num_nodes):
     choices = random_tree(rng, depth=3, num_ranks=6, size=20)
     prompts = [random_prompt(rng, rng.randint(1, 30)) for _ in range(3)]
     limits = Limits(30)
-    answers = Answers(len(prompts), limits)
-    proposer = DynamicTree(heads, choices, num_nodes, backbone.device)
-    for _ in tree_steps(backbone, proposer, prompts, answers):
+    answers = Responses(len(prompts), limits)
+    drafter = DynamicTreeDrafter(heads, choices, num_nodes, backbone.device)
+    for _ in tree_steps(backbone, drafter, prompts, answers):
         pass
-    assert [a.tokens for a in answers.decoded] == answer_plainly(backbone, prompts, limits)
+    assert [a.tokens for a in answers.rows] == answer_plainly(backbone, prompts, limits)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
@@ -126,11 +126,11 @@ def test_stub_heads(backbone, mood, expected):
 
 
 def decode_with_oracle(backbone, heads, prompt, limits):
-    answers = Answers(1, limits)
-    proposer = StaticTree(heads, chain(3), backbone.device)
-    for [tokens] in tree_steps(backbone, proposer, [prompt], answers):
+    answers = Responses(1, limits)
+    drafter = FixedTreeDrafter(heads, chain(3), backbone.device)
+    for [tokens] in tree_steps(backbone, drafter, [prompt], answers):
         heads.saw(tokens)
-    return answers.decoded[0]
+    return answers.rows[0]
 
 
 def test_a_stop_token_inside_an_accepted_run_ends_the_answer(backbone):

@@ -8,8 +8,8 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
 from medusa_exp.decode import loop
-from medusa_exp.decode.drafting import build_proposer
-from medusa_exp.decode.loop import Answers, Limits, decode_plain, tree_steps
+from medusa_exp.decode.drafting import build_drafter
+from medusa_exp.decode.loop import Limits, Responses, decode_plain, tree_steps
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.heads import heads_input
 from medusa_exp.tree import Tree
@@ -30,15 +30,15 @@ def heads_for(backbone, kind="medusa"):
 class Listener:
     """A proposer that keeps what it is given."""
 
-    def __init__(self, proposer):
-        self.proposer, self.heard = proposer, []
+    def __init__(self, drafter):
+        self.drafter, self.heard = drafter, []
 
     def __getattr__(self, name):
-        return getattr(self.proposer, name)
+        return getattr(self.drafter, name)
 
     def __call__(self, root_B, hidden_BD):
         self.heard += list(zip(root_B.tolist(), hidden_BD.clone(), strict=True))
-        return self.proposer(root_B, hidden_BD)
+        return self.drafter(root_B, hidden_BD)
 
 
 @pytest.mark.parametrize("is_static", [False, True])
@@ -51,13 +51,13 @@ def test_each_step_reads_what_the_whole_text_gives(architecture, is_static):
     limits = Limits(50)
     [plain] = decode_plain(backbone, [prompt], limits)
     backbone.decodes_statically = is_static
-    answers = Answers(1, limits)
-    listener = Listener(build_proposer(heads, TREE, backbone.device))
+    answers = Responses(1, limits)
+    listener = Listener(build_drafter(heads, TREE, backbone.device))
 
     for _ in tree_steps(backbone, listener, [prompt], answers):
         pass
 
-    [answer] = answers.decoded
+    [answer] = answers.rows
     assert answer.tokens == plain.tokens
     assert len(answer.accept_lengths) < len(plain.accept_lengths)
     text = torch.tensor([prompt + answer.tokens])
@@ -74,13 +74,13 @@ def test_rows_of_a_batch_read_their_own_texts(backbone, monkeypatch):
     heads = heads_for(backbone, "hydra")
     rng = random.Random(1)
     prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(n)] for n in (3, 17, 30)]
-    answers = Answers(3, Limits(30, {7}))
-    listener = Listener(build_proposer(heads, TREE, backbone.device))
+    answers = Responses(3, Limits(30, {7}))
+    listener = Listener(build_drafter(heads, TREE, backbone.device))
 
     for _ in tree_steps(backbone, listener, prompts, answers):
         pass
 
-    texts = [torch.tensor([p + a.tokens]) for p, a in zip(prompts, answers.decoded, strict=True)]
+    texts = [torch.tensor([p + a.tokens]) for p, a in zip(prompts, answers.rows, strict=True)]
     read = [heads_input(heads.prefix, backbone.hidden_states(text))[0] for text in texts]
     assert len(listener.heard) > 20
     for root, hidden_D in listener.heard:
@@ -95,10 +95,10 @@ def test_documents_of_a_row_do_not_see_each_other(backbone):
     prefix = heads_for(backbone).prefix
     torch.manual_seed(2)
     first_1TD, second_1TD = torch.randn(1, 5, 32), torch.randn(1, 7, 32)
-    documents_BT = torch.tensor([[1] * 5 + [2] * 7 + [0] * 3])
+    example_BT = torch.tensor([[1] * 5 + [2] * 7 + [0] * 3])
     row_1TD = torch.cat([first_1TD, second_1TD, torch.zeros(1, 3, 32)], 1)
 
-    packed = heads_input(prefix, row_1TD, documents_BT)
+    packed = heads_input(prefix, row_1TD, example_BT)
 
     torch.testing.assert_close(packed[:, :5], heads_input(prefix, first_1TD))
     torch.testing.assert_close(packed[:, 5:12], heads_input(prefix, second_1TD))

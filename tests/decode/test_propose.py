@@ -7,7 +7,7 @@ import torch
 from tiny_models import VOCAB_SIZE
 
 from medusa_exp.decode import generate
-from medusa_exp.decode.drafting import DynamicTree
+from medusa_exp.decode.drafting import DynamicTreeDrafter
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads
@@ -25,7 +25,9 @@ def test_a_picked_tree_has_the_likeliest_nodes(backbone):
     )
     hidden_BD = torch.randn(3, backbone.hidden_size)
     with torch.inference_mode():
-        draft = DynamicTree(heads, choices, 7, backbone.device)(torch.tensor([1, 2, 3]), hidden_BD)
+        draft = DynamicTreeDrafter(heads, choices, 7, backbone.device)(
+            torch.tensor([1, 2, 3]), hidden_BD
+        )
         p_BKV = heads(hidden_BD).softmax(-1)
     for b in range(3):
         top = [p_BKV[b, k].topk(4) for k in range(2)]

@@ -6,7 +6,7 @@ from tiny_models import build_model
 
 from medusa_exp.decode import generate
 from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
-from medusa_exp.decode.rule import Rule
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
 
@@ -28,7 +28,7 @@ def test_sampled_continuations_have_the_law_of_plain_sampling(filters):
     backbone = Backbone(build_model("llama", vocab_size=5, spread=1.5))
     heads = build_heads(backbone, num_heads=2)
     tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0)])
-    num, rule = 20_000, Rule("sampling", seed=3, **filters)
+    num, rule = 20_000, AcceptanceRule("sampling", seed=3, **filters)
     counts = []
     for decode in (
         lambda prompts: decode_tree(backbone, heads, tree, prompts, Limits(3), rule),

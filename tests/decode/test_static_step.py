@@ -9,7 +9,7 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
 from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
-from medusa_exp.decode.rule import Rule
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
@@ -81,7 +81,7 @@ def test_draws_depend_on_the_seed_alone(backbone):
     backbone.decodes_statically = True
 
     def draw(seed: int) -> list[int]:
-        rule = Rule("sampling", temperature=2.0, seed=seed)
+        rule = AcceptanceRule("sampling", temperature=2.0, seed=seed)
         return decode_tree(backbone, heads, TREE, [[3, 4]], Limits(30), rule)[0].tokens
 
     assert draw(1) == draw(1) != draw(2)
@@ -110,7 +110,7 @@ def test_warming_up_before_a_capture_leaves_no_trace(monkeypatch, backbone, fake
     """Else the first answer of a seed is not its second, which needs no capture."""
     heads = build_heads(backbone, num_heads=3)
     backbone.decodes_statically = True
-    rule = Rule("sampling", temperature=2.0, seed=1)
+    rule = AcceptanceRule("sampling", temperature=2.0, seed=1)
     expected = decode_tree(backbone, heads, TREE, [[3, 4]], Limits(30), rule)[0].tokens
     [step] = backbone.static_steps._steps.values()
     begin = step.begin
@@ -147,7 +147,7 @@ def test_a_model_that_waits_for_the_host_runs_uncaptured(backbone, fake_cuda, ca
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("rule", [Rule(), Rule("sampling", seed=1)])
+@pytest.mark.parametrize("rule", [AcceptanceRule(), AcceptanceRule("sampling", seed=1)])
 def test_captured_steps_say_the_same_as_uncaptured_ones(rule):
     backbone = Backbone(build_model("llama").cuda())
     heads = build_heads(backbone, num_heads=3)

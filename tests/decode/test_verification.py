@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_exp.decode import verify
-from medusa_exp.decode.verify import probabilities, verify_on_host
+from medusa_exp.decode.verify import probabilities, verify_on_cpu
 
 RULES = ("greedy", "sampling", "typical")
 VOCAB = 4
@@ -80,7 +80,7 @@ def trees(draw):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("verifier", [verify, verify_on_host])
+@pytest.mark.parametrize("verifier", [verify, verify_on_cpu])
 @settings(max_examples=200)
 @given(rows=st.lists(trees(), min_size=1, max_size=3))
 def test_equals_a_walk_in_plain_python(verifier, rule, rows):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from medusa_exp.decode import rule
-from medusa_exp.decode.cuda.verify import ARGUMENTS, Plan, Verifier, can_verify, plan_for
-from medusa_exp.decode.rule import Judge, Rule, choose_verifier
-from medusa_exp.decode.verify import verify, verify_on_host
+from medusa_exp.decode.cuda.verify import ARGUMENTS, KernelVerify, Plan, can_verify, plan_for
+from medusa_exp.decode.rule import AcceptanceRule, Verifier, pick_verify
+from medusa_exp.decode.verify import verify, verify_on_cpu
 from medusa_exp.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -36,7 +36,7 @@ def kernels():
 
 
 def arguments(**changed):
-    """Return good arguments for Verifier, some changed."""
+    """Return good arguments for KernelVerify, some changed."""
     return {
         "logits_BNV": torch.zeros(2, 3, 5),
         "tokens_BN": torch.zeros(2, 3, dtype=torch.long),
@@ -72,7 +72,7 @@ def arguments(**changed):
 )
 def test_wrong_arguments_are_refused_and_never_launched(kernels, name, value, message):
     with pytest.raises(ValueError, match=message):
-        Verifier(kernels)(**arguments(**{name: value}))
+        KernelVerify(kernels)(**arguments(**{name: value}))
     assert kernels.launches == []
 
 
@@ -81,14 +81,14 @@ def test_wrong_arguments_are_refused_and_never_launched(kernels, name, value, me
 )
 def test_a_wrong_state_of_the_random_numbers_is_refused(kernels, philox):
     with pytest.raises(ValueError, match="philox"):
-        Verifier(kernels)(**arguments(uniforms_BN=None, philox=philox))
+        KernelVerify(kernels)(**arguments(uniforms_BN=None, philox=philox))
     assert kernels.launches == []
 
 
 def test_what_the_kernels_are_told(kernels):
     given = arguments(temperature=0.5, max_depth=1)
     given["logits_BNV"] = torch.zeros(2, 4, 8, dtype=torch.bfloat16)[:, 1:, 2:7]
-    verdict = Verifier(kernels, Plan("fused", splits=2, threads=64))(**given)
+    verdict = KernelVerify(kernels, Plan("fused", splits=2, threads=64))(**given)
     [(file, defines, entry, grid, threads, told)] = kernels.launches
     assert (file, defines, entry) == ("sampling.cu", ("LOGIT_BFLOAT16",), "fused")
     assert (grid, threads) == ((2, 3, 2), 64)
@@ -102,7 +102,7 @@ def test_what_the_kernels_are_told(kernels):
 
 
 def test_nothing_is_allocated_by_the_second_call_of_a_shape(kernels):
-    verifier_ = Verifier(kernels)
+    verifier_ = KernelVerify(kernels)
     first = verifier_(**arguments())
     again = verifier_(**arguments(logits_BNV=torch.ones(2, 3, 5)))
     assert again.path_BL.data_ptr() == first.path_BL.data_ptr()
@@ -136,25 +136,25 @@ def test_the_plan_fills_the_device(kernels):
 )
 def test_plans_that_the_kernels_would_not_survive(kernels, plan):
     with pytest.raises(ValueError, match="Plan"):
-        Verifier(kernels, plan)(**arguments())
+        KernelVerify(kernels, plan)(**arguments())
     kernels.has_clusters = False
     with pytest.raises(ValueError, match="sm_90"):
-        Verifier(kernels, Plan("lazy", cluster=2))(**arguments())
+        KernelVerify(kernels, Plan("lazy", cluster=2))(**arguments())
     assert kernels.launches == []
 
 
 def test_on_the_cpu_auto_walks_on_the_host():
-    assert choose_verifier("auto", CPU, is_filtered=False) is verify_on_host
-    assert choose_verifier("torch", CPU, is_filtered=False) is verify
-    assert choose_verifier("torch", CUDA, is_filtered=False) is verify
-    assert Judge(Rule(), CPU)._verify is verify_on_host
+    assert pick_verify("auto", CPU, is_filtered=False) is verify_on_cpu
+    assert pick_verify("torch", CPU, is_filtered=False) is verify
+    assert pick_verify("torch", CUDA, is_filtered=False) is verify
+    assert Verifier(AcceptanceRule(), CPU)._verify is verify_on_cpu
 
 
 def test_auto_uses_the_kernels_where_they_can(monkeypatch, kernels):
     monkeypatch.setattr(rule, "find_spec", lambda name: name)
-    monkeypatch.setattr(rule, "_kernels", lambda device: Verifier(kernels))
-    assert choose_verifier("auto", CUDA, is_filtered=True) is verify
-    judge = choose_verifier("auto", CUDA, is_filtered=False)
+    monkeypatch.setattr(rule, "_kernels", lambda device: KernelVerify(kernels))
+    assert pick_verify("auto", CUDA, is_filtered=True) is verify
+    judge = pick_verify("auto", CUDA, is_filtered=False)
     judge(**arguments())
     assert len(kernels.launches) == 2
     odd = torch.zeros(2, 3, 5).double()
@@ -162,25 +162,25 @@ def test_auto_uses_the_kernels_where_they_can(monkeypatch, kernels):
     judge(**arguments(logits_BNV=odd))
     assert len(kernels.launches) == 2
     monkeypatch.setattr(rule, "find_spec", lambda name: None)
-    assert choose_verifier("auto", CUDA, is_filtered=False) is verify
+    assert pick_verify("auto", CUDA, is_filtered=False) is verify
 
 
 def test_cupy_that_cannot_be_had_is_named():
     with pytest.raises(UserError, match="CUDA device"):
-        choose_verifier("cupy", CPU, is_filtered=False)
+        pick_verify("cupy", CPU, is_filtered=False)
     with pytest.raises(UserError, match=r"decode\.top_k"):
-        choose_verifier("cupy", CPU, is_filtered=True)
+        pick_verify("cupy", CPU, is_filtered=True)
     with pytest.raises(ValueError, match="verifier=numba"):
-        Rule(verifier="numba")
+        AcceptanceRule(verifier="numba")
 
 
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        (Rule("sampling", top_k=4), True),
-        (Rule("sampling", top_p=0.9), True),
-        (Rule("sampling", top_p=1.0), False),
-        (Rule("greedy", top_k=4, top_p=0.9), False),
+        (AcceptanceRule("sampling", top_k=4), True),
+        (AcceptanceRule("sampling", top_p=0.9), True),
+        (AcceptanceRule("sampling", top_p=1.0), False),
+        (AcceptanceRule("greedy", top_k=4, top_p=0.9), False),
     ],
 )
 def test_what_filters(rule, expected):

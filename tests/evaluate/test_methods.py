@@ -1,7 +1,7 @@
 import torch
 
 from medusa_exp.decode.loop import Limits
-from medusa_exp.decode.rule import Rule
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.evaluate.methods import build_methods, hf_generate, timed
 from medusa_exp.model import build_heads
 from medusa_exp.tree import chain
@@ -17,7 +17,7 @@ def methods_of(backbone, limits, rule=None, baselines=BASELINES, batch_size=1):
         heads,
         chain(1),
         limits,
-        rule or Rule(),
+        rule or AcceptanceRule(),
         baselines=baselines,
         batch_size=batch_size,
     )
@@ -51,7 +51,7 @@ def test_what_runs_in_batches(backbone):
 
 def test_a_lossy_rule_is_held_against_plain_greedy_decoding(backbone):
     greedy = methods_of(backbone, Limits(20))["plain"]([PROMPT])
-    lossy = methods_of(backbone, Limits(20), Rule("typical"))
+    lossy = methods_of(backbone, Limits(20), AcceptanceRule("typical"))
     assert list(lossy) == ["plain", "tree", "chain"]
     assert lossy["plain"]([PROMPT]) == greedy
 

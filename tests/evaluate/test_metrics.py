@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from medusa_exp.evaluate.metrics import speedup, speedup_interval, summarise
+from medusa_exp.evaluate.metrics import speedup, speedup_interval, summarize
 
 
 def record(method, category, tokens, steps, seconds, identical=True, batch_size=1):
@@ -33,7 +33,7 @@ RECORDS = [
 
 
 def test_by_hand():
-    metrics = summarise(RECORDS)
+    metrics = summarize(RECORDS)
     assert metrics["eval/tokens_per_step"] == 4.0
     assert metrics["eval/speedup"] == pytest.approx(2.0)  # 4 s over 2 s, not a mean of ratios
     assert metrics["eval/tokens_per_second"] == 20.0
@@ -47,21 +47,21 @@ def test_by_hand():
 
 
 def test_accepted_guesses_by_depth():
-    metrics = summarise(RECORDS)
+    metrics = summarize(RECORDS)
     shares = [metrics[f"eval/accepted_depth{depth}"] for depth in range(1, 18)]
     assert shares[:4] == [6 / 8, 4 / 8, 3 / 8, 2 / 8]
     assert 1 + sum(shares) == pytest.approx((9 + 29) / 8)  # tokens of a later step
 
 
 def test_without_baselines():
-    metrics = summarise(RECORDS[:4])
+    metrics = summarize(RECORDS[:4])
     assert not any("lookup" in name or "hf" in name for name in metrics)
 
 
 def test_batch_sizes_have_figures_of_their_own():
     more = [record("plain", "a", 10, 10, 0.5, batch_size=4), RECORDS[2] | {"batch_size": 4}]
     more[1] |= {"steps": 2, "seconds": 0.5}
-    metrics = summarise(RECORDS + more)
+    metrics = summarize(RECORDS + more)
     assert metrics["eval/tree/b1/speedup"] == metrics["eval/speedup"]
     assert metrics["eval/tree/b4/tokens_per_step"] == 5.0
     assert metrics["eval/plain/b4/tokens_per_second"] == 20.0
@@ -95,10 +95,10 @@ def test_sampled_answers_are_not_compared():
         record(m, "a", 10, 5, 1.0, identical=None) | {"accept_lengths": [2] * 5}
         for m in ("plain", "tree")
     ]
-    assert "eval/identical_fraction" not in summarise(random_ones)
+    assert "eval/identical_fraction" not in summarize(random_ones)
 
 
 def test_one_batch_alone_has_no_interval():
     records = [r | {"batch_size": 4} for r in RECORDS if r["method"] in ("plain", "tree")]
     assert speedup_interval(records[2:]) is None
-    assert "eval/speedup_low" not in summarise(records)
+    assert "eval/speedup_low" not in summarize(records)

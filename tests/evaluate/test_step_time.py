@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.loop import Limits, decode_tree
 from medusa_exp.decode.masks import StepMask
-from medusa_exp.decode.rule import Judge
+from medusa_exp.decode.rule import Verifier
 from medusa_exp.evaluate import step_profile
 from medusa_exp.model import build_heads
 from medusa_exp.model.backbone import Backbone
@@ -21,8 +21,8 @@ SECONDS = [
     (MedusaHeads, "forward", 7.0),
     (PrefixAttention, "forward", 3.0),
     (StepMask, "at", 2.0),
-    (Judge, "__call__", 5.0),
-    (TreeCache, "commit", 1.0),
+    (Verifier, "__call__", 5.0),
+    (GrowingCache, "commit", 1.0),
 ]
 
 
@@ -56,7 +56,7 @@ def test_each_part_is_given_its_own_time_and_no_other(backbone, calls, prefix_at
         answers.extend(decode_tree(backbone, heads, chain(2), prompts, Limits(20)))
 
     shares = step_profile.shares_of_time(backbone, method, PROMPTS)
-    steps = calls["Judge"]
+    steps = calls["Verifier"]
     expected = {
         "prompt": 40.0 * len(PROMPTS),
         "backbone": 40.0 * steps,
@@ -75,8 +75,8 @@ def test_each_part_is_given_its_own_time_and_no_other(backbone, calls, prefix_at
 
 
 def test_nothing_is_timed_afterwards(backbone):
-    before = Backbone.forward, Judge.__call__
+    before = Backbone.forward, Verifier.__call__
     with pytest.raises(ZeroDivisionError):
         step_profile.shares_of_time(backbone, lambda prompts: 1 // 0, PROMPTS)
-    assert before == (Backbone.forward, Judge.__call__)
+    assert before == (Backbone.forward, Verifier.__call__)
     assert "forward" not in vars(backbone)

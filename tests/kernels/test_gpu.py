@@ -36,7 +36,7 @@ def test_the_kernels_are_right_on_the_device(kernels):
 def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, rule):
     from gpu_checks import moved, plans_of
 
-    from medusa_exp.decode.cuda.verify import Verifier
+    from medusa_exp.decode.cuda.verify import KernelVerify
 
     cases = [make_case(seed, rule, vocab=1000, nodes=9) for seed in range(40)]
     first, *others = (
@@ -48,7 +48,7 @@ def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, rule)
         and case.options.get("temperature", 1.0) == cases[0].options.get("temperature", 1.0)
     )
     for plan in plans_of(kernels):
-        case, verifier = moved(first, kernels.device), Verifier(kernels, plan)
+        case, verifier = moved(first, kernels.device), KernelVerify(kernels, plan)
 
         def call(case=case, verifier=verifier):
             return verifier(
@@ -77,10 +77,10 @@ def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, rule)
 def test_a_call_follows_torch_to_another_stream(kernels):
     from gpu_checks import moved
 
-    from medusa_exp.decode.cuda.verify import Verifier
+    from medusa_exp.decode.cuda.verify import KernelVerify
 
     [case] = exact_cases("greedy")
-    there, verifier = moved(case, kernels.device), Verifier(kernels)
+    there, verifier = moved(case, kernels.device), KernelVerify(kernels)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

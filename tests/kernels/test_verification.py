@@ -11,7 +11,7 @@ from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
 from kernel_checks import PLANS, assert_equal, cases_of, check_verification, judged
 from kernel_shim import ORDERS, ShimError, ShimKernels
 
-from medusa_exp.decode.cuda.verify import Plan, Verifier
+from medusa_exp.decode.cuda.verify import KernelVerify, Plan
 
 CASES, CHUNKS = int(os.environ.get("KERNEL_TEST_CASES", "350")), 7
 """Of each rule; fewer under a sanitizer."""
@@ -69,7 +69,7 @@ def test_the_largest_tree_and_a_large_batch(shim, rule, plan):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_same_call_again(shim, rule, plan):
     """Counters are back at zero, nothing of the last call is left: what a CUDA graph relies on."""
-    verifier = Verifier(shim, plan)
+    verifier = KernelVerify(shim, plan)
     shim.order = "random"
     cases = [make_case(seed, rule, vocab=111, nodes=9) for seed in range(40)]
     cases = [c for c in cases if c.logits_BNV.shape[:2] == (2, 9) and not is_borderline(c)]
@@ -182,7 +182,7 @@ def test_random_numbers_drawn_in_the_kernel(shim, plan):
     logits_BNV = torch.randn(batch, nodes, 111, generator=torch.manual_seed(0))
     tokens_BN = logits_BNV.argmax(-1)
     parents_BN = torch.tensor([[-1, 0, 0, 1, 1, 3]]).expand(batch, nodes)
-    verifier = Verifier(shim, plan)
+    verifier = KernelVerify(shim, plan)
     for step in range(5):
         words = [
             [

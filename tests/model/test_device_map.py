@@ -30,7 +30,7 @@ def test_on_a_cpu_it_is_the_same_model(place):
     whole = load_backbone(placed(place, None))
     ids_BT = torch.arange(6)[None]
     assert torch.equal(backbone.hidden_states(ids_BT), whole.hidden_states(ids_BT))
-    assert backbone.weights_identity() == whole.weights_identity()
+    assert backbone.weights_fingerprint() == whole.weights_fingerprint()
     assert not backbone.is_spread
 
 

@@ -68,7 +68,7 @@ def test_fresh_heads_say_what_the_lm_head_says(family, architecture):
     heads = build_heads(backbone, num_heads=2, **family)
     hidden_RD = torch.randn(50, 32)
     drafted_R2 = torch.randint(0, 64, (50, 2))
-    expected_RW = heads.of_words(backbone.lm_head(hidden_RD))
+    expected_RW = heads.from_head_vocab(backbone.lm_head(hidden_RD))
     for k in range(2):
         logits_RW = heads.head_logits(k, hidden_RD, drafted_R2).detach()
         if family.get("rank"):  # half the rank keeps more than half of what there is
@@ -133,19 +133,19 @@ def test_stacked_heads_are_the_same_heads(backbone, family):
 @pytest.mark.parametrize("loss", ["ce", "kl", "topk_kl"])
 def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss, form):
     heads = moved(backbone, family)
-    hidden_BTD, is_trained_BT, documents_BT, ids_BT = batch_of(backbone)
+    hidden_BTD, is_trained_BT, example_BT, ids_BT = batch_of(backbone)
 
     def next_logits(hidden_RD):
-        return heads.of_words(backbone.next_logits(hidden_RD))
+        return heads.from_head_vocab(backbone.next_logits(hidden_RD))
 
     targets = {
-        "ce": lambda: TokenTargets(heads.words_of(ids_BT)),
+        "ce": lambda: TokenTargets(heads.to_head_vocab(ids_BT)),
         "kl": lambda: DistributionTargets(hidden_BTD, next_logits),
         "topk_kl": lambda: TopTargets(hidden_BTD, torch.ones_like(is_trained_BT), next_logits, 5),
     }[loss]()
     read_BTD = heads_input(heads.prefix, hidden_BTD)
     losses = medusa_losses(
-        heads, read_BTD, targets, is_trained_BT, documents_BT, ids_BT, chunk_rows=8, form=form
+        heads, read_BTD, targets, is_trained_BT, example_BT, ids_BT, chunk_rows=8, form=form
     )
     sum(part.loss_sum for part in losses).backward()
     assert all(part.loss_sum > 0 for part in losses)
@@ -176,11 +176,11 @@ def test_frequent_tokens_are_known_and_others_never_guessed(backbone):
     assert heads.token_map.tolist() == list(range(40))
     logits_BKV = heads(torch.randn(6, 32))
     assert logits_BKV.shape == (6, 3, 64) and (logits_BKV[..., 40:] == -torch.inf).all()
-    assert heads.words_of(torch.tensor([3, 39, 40, 63])).tolist() == [3, 39, -100, -100]
-    hidden_BTD, is_trained_BT, documents_BT, ids_BT = batch_of(backbone)
+    assert heads.to_head_vocab(torch.tensor([3, 39, 40, 63])).tolist() == [3, 39, -100, -100]
+    hidden_BTD, is_trained_BT, example_BT, ids_BT = batch_of(backbone)
     rare_BT = ids_BT.clamp(min=40)
-    targets = TokenTargets(heads.words_of(rare_BT))
-    rest = (is_trained_BT, documents_BT, ids_BT)
+    targets = TokenTargets(heads.to_head_vocab(rare_BT))
+    rest = (is_trained_BT, example_BT, ids_BT)
     assert all(
         part.loss_sum == 0
         for part in medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=8)
@@ -218,14 +218,14 @@ def test_shapes_that_make_no_heads(backbone, wrong, message):
 
 def test_the_forms_of_the_loss_have_the_same_gradients(backbone, family):
     heads = moved(backbone, family)
-    hidden_BTD, is_trained_BT, documents_BT, ids_BT = batch_of(backbone)
+    hidden_BTD, is_trained_BT, example_BT, ids_BT = batch_of(backbone)
     found = []
     for form in ("recompute", "at_once"):
         losses = medusa_losses(
             heads,
             heads_input(heads.prefix, hidden_BTD),
-            TokenTargets(heads.words_of(ids_BT)),
-            *(is_trained_BT, documents_BT, ids_BT),
+            TokenTargets(heads.to_head_vocab(ids_BT)),
+            *(is_trained_BT, example_BT, ids_BT),
             chunk_rows=8,
             form=form,
         )

@@ -128,13 +128,13 @@ def test_divergence_from_the_backbone(example, backbone, chunk_rows):
 
 def test_one_likeliest_token_is_a_label(example, backbone):
     heads, hidden_BTD, ids_BT, is_trained_BT = example
-    own_BT = torch.zeros_like(ids_BT)
-    own_BT[:, 1:] = backbone.lm_head(hidden_BTD[:, :-1]).argmax(-1)
+    teacher_BT = torch.zeros_like(ids_BT)
+    teacher_BT[:, 1:] = backbone.lm_head(hidden_BTD[:, :-1]).argmax(-1)
     rest = (is_trained_BT, torch.ones_like(ids_BT), ids_BT)
     is_wanted_BT = is_trained_BT.roll(-1, 1)
     top = TopTargets(hidden_BTD, is_wanted_BT, backbone.next_logits, 1)
     one = medusa_losses(heads, hidden_BTD, top, *rest, chunk_rows=8)
-    label = medusa_losses(heads, hidden_BTD, TokenTargets(own_BT), *rest, chunk_rows=8)
+    label = medusa_losses(heads, hidden_BTD, TokenTargets(teacher_BT), *rest, chunk_rows=8)
     for mine, theirs in zip(one, label, strict=True):
         torch.testing.assert_close(mine.loss_sum, theirs.loss_sum)
 
@@ -143,11 +143,11 @@ def test_totals_of_a_larger_batch(example):
     """Parts of a batch, each divided by the labels of all, sum up to the whole's loss."""
     heads, hidden_BTD, ids_BT, is_trained_BT = example
     is_trained_BT[0] = False  # a part without a label
-    documents_BT = torch.ones_like(ids_BT)
+    example_BT = torch.ones_like(ids_BT)
 
     def losses(rows):
         targets = TokenTargets(ids_BT[rows])
-        rest = (is_trained_BT[rows], documents_BT[rows], ids_BT[rows])
+        rest = (is_trained_BT[rows], example_BT[rows], ids_BT[rows])
         return medusa_losses(heads, hidden_BTD[rows], targets, *rest, chunk_rows=8)
 
     whole = losses(slice(0, 4))

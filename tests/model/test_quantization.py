@@ -30,25 +30,25 @@ def path(tmp_path):
     return str(tmp_path / "model")
 
 
-def quantised(path: str, bits: str | None) -> Config:
+def quantized(path: str, bits: str | None) -> Config:
     return Config(device="cpu", model=ModelConfig(path=path, quantization=bits))
 
 
 @pytest.mark.parametrize("bits", KINDS)
 def test_layers_are_quantised_and_the_lm_head_is_not(path, bits):
-    whole, backbone = load_backbone(quantised(path, None)), load_backbone(quantised(path, bits))
+    whole, backbone = load_backbone(quantized(path, None)), load_backbone(quantized(path, bits))
 
     layers = backbone.body.layers
     assert all(type(layer.mlp.up_proj) is KINDS[bits] for layer in layers)
     assert torch.equal(backbone.lm_head.weight, whole.lm_head.weight)
     # Heads of the one fit the other; what is made of its answers or states does not.
     assert backbone.identity() == whole.identity()
-    assert backbone.weights_identity() != whole.weights_identity()
+    assert backbone.weights_fingerprint() != whole.weights_fingerprint()
 
 
 @pytest.mark.parametrize("bits", KINDS)
 def test_it_decodes_losslessly(path, bits):
-    backbone = load_backbone(quantised(path, bits))
+    backbone = load_backbone(quantized(path, bits))
     heads = build_heads(backbone.model, num_heads=2)
     ids = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": 12, "eos_token_id": []}
@@ -63,17 +63,17 @@ def test_it_decodes_losslessly(path, bits):
 
 @pytest.mark.parametrize("bits", KINDS)
 def test_its_ends_are_found_without_its_layers(path, bits):
-    config = quantised(path, bits)
+    config = quantized(path, bits)
     whole = load_backbone(config)
 
-    ends = load_ends(config, whole.identity(), whole.weights_identity())
+    ends = load_ends(config, whole.identity(), whole.weights_fingerprint())
 
     hidden_RD = torch.randn(3, whole.hidden_size)
     assert torch.equal(ends.next_logits(hidden_RD), whole.next_logits(hidden_RD))
 
 
 def test_adapters_cannot_be_merged_into_it(path):
-    backbone = load_backbone(quantised(path, "4bit"))
+    backbone = load_backbone(quantized(path, "4bit"))
 
     with pytest.raises(UserError, match=r"train\.lora\.output=adapter"):
         add_adapters(backbone, LoraSettings(output="merged"))
@@ -84,4 +84,4 @@ def test_without_bitsandbytes(path, monkeypatch):
     monkeypatch.setattr("medusa_exp.model.loading.find_spec", lambda name: None)
 
     with pytest.raises(UserError, match=r"model\.quantization=4bit needs bitsandbytes: pip"):
-        load_backbone(quantised(path, "4bit"))
+        load_backbone(quantized(path, "4bit"))

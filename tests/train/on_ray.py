@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_exp.data.examples import open_documents
+from medusa_exp.data.examples import open_examples
 from medusa_exp.errors import UserError
 from medusa_exp.model import load_heads
 from medusa_exp.runs.files import read_json, read_jsonl
 from medusa_exp.runs.record import RunRecord
 from medusa_exp.stages import regenerate, train
+from medusa_exp.stages.session import Session
 from medusa_exp.stages.train import open_inputs
 
 pytest.importorskip("ray.train")
@@ -85,7 +86,7 @@ def test_workers_answer_as_one_process_does(config, tmp_path):
         (tmp_path / f"run{workers}").mkdir()
         regenerate.run(config, tmp_path / f"run{workers}")
         [table] = (tmp_path / f"cache{workers}/regenerated").glob("*/documents.arrow")
-        found.append((table.parent.name, open_documents(table).to_pylist()))
+        found.append((table.parent.name, open_examples(table).to_pylist()))
     assert found[0] == found[1] and found[0][1]
 
 
@@ -102,12 +103,14 @@ def test_workers_write_the_hidden_states_that_one_process_does(config, tmp_path)
         config.train.feature_workers = workers
         config.cache_dir = str(tmp_path / f"cache{workers}")
         (tmp_path / f"run{workers}").mkdir()
-        inputs = open_inputs(config, tmp_path / f"run{workers}")
+        inputs = open_inputs(
+            config, tmp_path / f"run{workers}", Session(config, tmp_path / f"run{workers}")
+        )
         found.append(
             {split: [f[n] for n in range(len(f._checks))] for split, f in inputs.features.items()}
         )
     for split, documents in found[0].items():
-        for (hidden_PD, own_P), (theirs_PD, others_P) in zip(
+        for (hidden_PD, teacher_P), (theirs_PD, others_P) in zip(
             documents, found[1][split], strict=True
         ):
-            assert torch.equal(hidden_PD, theirs_PD) and torch.equal(own_P, others_P)
+            assert torch.equal(hidden_PD, theirs_PD) and torch.equal(teacher_P, others_P)

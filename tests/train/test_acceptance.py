@@ -11,8 +11,9 @@ from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
 from medusa_exp.stages import train
 from medusa_exp.stages.calibrate import head_ranks as calibrated_ranks
+from medusa_exp.stages.session import Session
 from medusa_exp.stages.train import open_inputs
-from medusa_exp.train.acceptance import accept_lengths, continuation_ranks
+from medusa_exp.train.acceptance import accept_lengths, response_ranks
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.tree import chain
 
@@ -35,7 +36,7 @@ def noisy_heads(backbone, num_heads=3, **options):
 
 
 def test_the_chains_steps_are_those_that_decoding_takes(config, tmp_path):
-    made = open_inputs(config, tmp_path)
+    made = open_inputs(Session(config, tmp_path))
     heads = noisy_heads(made.backbone)
     prompts = prompts_of(
         load_split(config, "val"), made.tokenizer, config, max_positions=128, num_prompts=5
@@ -53,7 +54,7 @@ def test_the_chains_steps_are_those_that_decoding_takes(config, tmp_path):
 
 @pytest.mark.parametrize("prefix_attention", [False, True])
 def test_ranks_are_those_of_calibration(config, tmp_path, prefix_attention):
-    made = open_inputs(config, tmp_path)
+    made = open_inputs(Session(config, tmp_path))
     heads = noisy_heads(made.backbone, prefix_attention=prefix_attention)
     prompts = prompts_of(
         load_split(config, "val"), made.tokenizer, config, max_positions=128, num_prompts=5
@@ -62,14 +63,14 @@ def test_ranks_are_those_of_calibration(config, tmp_path, prefix_attention):
         expected = calibrated_ranks(
             made.backbone, heads, prompt.input_ids, answer.tokens_P.tolist(), 6
         )
-        found = continuation_ranks(heads, answer, 6)
+        found = response_ranks(heads, answer, 6)
         assert (found == expected).all()
 
 
 def test_answers_are_made_once(config, tmp_path, monkeypatch):
-    first = open_inputs(config, tmp_path).answers
+    first = open_inputs(Session(config, tmp_path)).answers
     monkeypatch.setattr("medusa_exp.train.acceptance.decode_plain", None)
-    again = open_inputs(config, tmp_path).answers
+    again = open_inputs(Session(config, tmp_path)).answers
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.hidden_TD, other.hidden_TD)
         assert torch.equal(one.tokens_P, other.tokens_P)
@@ -146,16 +147,16 @@ def test_no_prompt_to_answer_is_said_and_training_goes_on(config, tmp_path, capl
     assert "no val/accept_length: no held-out prompt is left" in caplog.text
     assert "val/accept_length" not in metrics and "val/loss_head1" in metrics
     config.train.val_prompts = 0
-    assert open_inputs(config, tmp_path).answers == []
+    assert open_inputs(Session(config, tmp_path)).answers == []
 
 
 def test_damaged_answers_are_made_anew(config, tmp_path):
-    first = open_inputs(config, tmp_path).answers
+    first = open_inputs(Session(config, tmp_path)).answers
     [path] = (tmp_path / "cache/continuations").glob("*.safetensors")
     whole = path.read_bytes()
     path.unlink()  # `first` is a map of it: the bytes below are another file's
     path.write_bytes(whole[: len(whole) // 2])
-    again = open_inputs(config, tmp_path).answers
+    again = open_inputs(Session(config, tmp_path)).answers
     assert len(first) > 0 and path.read_bytes() == whole
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.hidden_TD, other.hidden_TD)

@@ -53,7 +53,7 @@ def _no_more_objects():
 
 
 @pytest.mark.parametrize("fails", [_far_too_much, _no_more_objects])
-@pytest.mark.parametrize("place", ["train.module.medusa_losses", "stages.train.load_backbone"])
+@pytest.mark.parametrize("place", ["train.module.medusa_losses", "stages.session.load_backbone"])
 def test_where_memory_ends_the_message_says_what_to_lower(
     config, tmp_path, monkeypatch, place, fails
 ):

@@ -17,8 +17,9 @@ from medusa_exp.data.feature_cache import Features, stored_positions
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, load_backbone, load_heads
 from medusa_exp.model.loading import load_ends
-from medusa_exp.model.loss import own_choices
-from medusa_exp.stages import train
+from medusa_exp.model.loss import teacher_labels
+from medusa_exp.stages import session, train
+from medusa_exp.stages.session import Session
 from medusa_exp.stages.train import open_inputs
 
 
@@ -53,20 +54,20 @@ def test_stored_are_the_positions_that_any_head_learns_from():
 @pytest.mark.parametrize("batching", ["padded", "packed"])
 def test_a_batch_has_the_states_and_choices_of_the_backbone(cached, tmp_path, batching):
     cached.train.batching = batching
-    made = open_inputs(cached, tmp_path)
+    made = open_inputs(Session(cached, tmp_path))
     batches = made.batches(cached)
     trainer = {"global_step": 0, "max_steps": 3, "global_rank": 0, "world_size": 1}
     batches.trainer = SimpleNamespace(**trainer)
     for batch in batches.train_dataloader():
         with torch.inference_mode():
             online_BTD = made.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
-            own_BT = own_choices(made.backbone, online_BTD, batch)
+            teacher_BT = teacher_labels(made.backbone, online_BTD, batch)
         stored_BT = torch.zeros_like(batch.is_trained_BT)
         for head in range(17):
-            stored_BT |= is_labelled(batch.is_trained_BT, batch.documents_BT, head)
+            stored_BT |= is_labelled(batch.is_trained_BT, batch.example_BT, head)
         torch.testing.assert_close(batch.hidden_BTD[stored_BT], online_BTD[stored_BT])
         assert not batch.hidden_BTD[~stored_BT].any() and stored_BT.any()
-        assert torch.equal(batch.own_BT, own_BT)
+        assert torch.equal(batch.teacher_BT, teacher_BT)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_training_on_cached_states_is_the_same_and_loads_no_layer(
     cached.train.loss, cached.train.batching = loss, batching
     cached.head.prefix_attention = prefix_attention
     run(cached, tmp_path / "first")
-    monkeypatch.setattr(train, "load_backbone", no_body)
+    monkeypatch.setattr(session, "load_backbone", no_body)
     second = run(cached, tmp_path / "second")
     heads = {n: load_heads(tmp_path / n / "heads").state_dict() for n in ("first", "second")}
     assert all(torch.equal(v, heads["second"][name]) for name, v in heads["first"].items())
@@ -97,9 +98,9 @@ def test_training_on_cached_states_is_the_same_and_loads_no_layer(
 
 
 def test_half_precision_takes_half_the_room(cached, tmp_path):
-    exact = open_inputs(cached, tmp_path).features["train"]
+    exact = open_inputs(Session(cached, tmp_path)).features["train"]
     cached.dtype.precision = "bf16-mixed"
-    half = open_inputs(cached, tmp_path).features["train"]
+    half = open_inputs(Session(cached, tmp_path)).features["train"]
     assert exact[0][0].dtype == torch.float32 and half[0][0].dtype == torch.bfloat16
     torch.testing.assert_close(half[0][0].float(), exact[0][0], rtol=0.1, atol=0.1)
     sizes = [(found.path / "hidden.npy").stat().st_size - 128 for found in (exact, half)]
@@ -107,27 +108,27 @@ def test_half_precision_takes_half_the_room(cached, tmp_path):
 
 
 def test_other_heads_share_the_states_and_other_data_does_not(cached, tmp_path):
-    first = open_inputs(cached, tmp_path).features["train"].path
+    first = open_inputs(Session(cached, tmp_path)).features["train"].path
     cached.head.num_heads, cached.train.decay = 5, 0.5
-    assert open_inputs(cached, tmp_path).features["train"].path == first
+    assert open_inputs(Session(cached, tmp_path)).features["train"].path == first
     cached.head.prefix_attention = True  # which looks at all positions
-    assert open_inputs(cached, tmp_path).features["train"].path != first
+    assert open_inputs(Session(cached, tmp_path)).features["train"].path != first
     cached.head.prefix_attention = False
     cached.dataset.max_length = 20
-    assert open_inputs(cached, tmp_path).features["train"].path != first
+    assert open_inputs(Session(cached, tmp_path)).features["train"].path != first
 
 
 def test_another_model_of_the_same_name_has_its_own(cached, tmp_path):
-    first = open_inputs(cached, tmp_path).features["train"].path
+    first = open_inputs(Session(cached, tmp_path)).features["train"].path
     model = build_model("llama", seed=1)
     model.resize_token_embeddings(260)
     model.save_pretrained(tmp_path / "model")
-    other = open_inputs(cached, tmp_path).features["train"].path
+    other = open_inputs(Session(cached, tmp_path)).features["train"].path
     assert other != first
     shutil.rmtree(other)
     first.rename(other)
     with pytest.raises(UserError, match=rf"holds hidden states of {tmp_path}/model, or of other"):
-        open_inputs(cached, tmp_path)
+        open_inputs(Session(cached, tmp_path))
 
 
 def test_quantised_weights_of_the_same_files_have_their_own(cached, tmp_path):
@@ -138,12 +139,12 @@ def test_quantised_weights_of_the_same_files_have_their_own(cached, tmp_path):
     found = set()
     for bits in (None, "8bit", None, "8bit"):
         cached.model.quantization = bits
-        found.add(open_inputs(cached, tmp_path).features["train"].path)
+        found.add(open_inputs(Session(cached, tmp_path)).features["train"].path)
     assert len(found) == 2
 
 
 def test_changed_bytes_are_found_when_they_are_read(cached, tmp_path):
-    path = open_inputs(cached, tmp_path).features["train"].path
+    path = open_inputs(Session(cached, tmp_path)).features["train"].path
     with (path / "hidden.npy").open("r+b") as file:
         file.seek(-3, 2)
         file.write(b"?")
@@ -158,7 +159,7 @@ def test_changed_bytes_are_found_when_they_are_read(cached, tmp_path):
 
 @pytest.mark.parametrize("name", ["hidden.npy", "own.npy", "starts.npy", "summary.json"])
 def test_files_that_are_cut_off_or_gone_are_said(cached, tmp_path, name):
-    path = open_inputs(cached, tmp_path).features["train"].path
+    path = open_inputs(Session(cached, tmp_path)).features["train"].path
     whole = (path / name).read_bytes()
     (path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=rf"{re.escape(name)} is not .*elete"):
@@ -172,11 +173,11 @@ def test_files_that_are_cut_off_or_gone_are_said(cached, tmp_path, name):
 
 
 def test_a_damaged_note_of_a_backbone_is_made_again(cached, tmp_path):
-    first = open_inputs(cached, tmp_path).features["train"].path
+    first = open_inputs(Session(cached, tmp_path)).features["train"].path
     [note] = (tmp_path / "cache/backbones").glob("*.json")
     whole = note.read_text()
     note.write_text(whole[:20])
-    assert open_inputs(cached, tmp_path).features["train"].path == first
+    assert open_inputs(Session(cached, tmp_path)).features["train"].path == first
     assert note.read_text() == whole
 
 
@@ -188,9 +189,9 @@ def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("medusa_exp.train.precompute.write_features", dies)
         with pytest.raises(KeyboardInterrupt):
-            open_inputs(cached, tmp_path)
+            open_inputs(Session(cached, tmp_path))
     assert not list((tmp_path / "cache" / "features").glob("*/hidden.npy"))
-    open_inputs(cached, tmp_path)
+    open_inputs(Session(cached, tmp_path))
 
 
 def test_a_disk_that_is_too_small_is_said_first(cached, tmp_path, monkeypatch):
@@ -199,7 +200,7 @@ def test_a_disk_that_is_too_small_is_said_first(cached, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"hidden states take 0\.00 GB.* set train\.features=online"
     ):
-        open_inputs(cached, tmp_path)
+        open_inputs(Session(cached, tmp_path))
 
 
 def test_a_disk_that_others_have_filled_since_is_said_too(cached, tmp_path, monkeypatch):
@@ -208,7 +209,7 @@ def test_a_disk_that_others_have_filled_since_is_said_too(cached, tmp_path, monk
 
     monkeypatch.setattr("os.posix_fallocate", full, raising=False)
     with pytest.raises(UserError, match=r"features/\w+ could not be written, for its disk is full"):
-        open_inputs(cached, tmp_path)
+        open_inputs(Session(cached, tmp_path))
     assert not list((tmp_path / "cache" / "features").glob("*.npy"))
 
 
@@ -222,7 +223,7 @@ def test_ends_are_those_of_the_whole_model(tmp_path, tokenizer, architecture):
     config.model.path = str(tmp_path / "model")
     config.model.attn_implementation = "eager"  # Gemma 2 has no other
     whole = Backbone(model)
-    ends = load_ends(config, whole.identity(), whole.weights_identity())
+    ends = load_ends(config, whole.identity(), whole.weights_fingerprint())
     assert torch.equal(ends.lm_head.weight, model.get_output_embeddings().weight)
     assert ends.model.config.get_text_config().num_hidden_layers == 0
     assert ends.identity() == whole.identity() and ends.max_length == whole.max_length

@@ -9,7 +9,7 @@ from medusa_exp.config import HeadConfig as Head
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
 from medusa_exp.stages import train
-from medusa_exp.train.callbacks import AverageHeads
+from medusa_exp.train.callbacks import EMAHeads
 from medusa_exp.train.checkpointing import random_state
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.train.optimizer import MuonAndAdamW, build_optimizer, warmup_cosine
@@ -97,7 +97,7 @@ def test_eight_bits_need_their_library(config, tmp_path, monkeypatch):
 
 def test_the_average_follows_and_takes_the_heads_place(backbone):
     heads = build_heads(backbone, num_heads=1)
-    average = AverageHeads(0.9, heads)
+    average = EMAHeads(0.9, heads)
     start = [p.clone() for p in heads.parameters()]
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -141,7 +141,7 @@ def test_the_plan_is_shown_and_changes_nothing(config, tmp_path, capsys, monkeyp
     shown = capsys.readouterr().out
     for part in ("parameters trained", "0.02 M", "labels of a step", "time, about"):
         assert part in shown
-    monkeypatch.setattr(train.ShowPlan, "on_train_batch_start", lambda *_: None)
+    monkeypatch.setattr(train.TrainingPreview, "on_train_batch_start", lambda *_: None)
     run(config, tmp_path / "without")
     one, other = (load_heads(tmp_path / n / "heads").state_dict() for n in ("with", "without"))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -15,7 +15,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from medusa_exp.data.batching import epoch_planner
-from medusa_exp.data.tokenized import load_tokenised
+from medusa_exp.data.tokenized import load_tokenized
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.model import load_heads
 from medusa_exp.model.tokenizer import load_tokenizer
@@ -61,7 +61,7 @@ def test_a_bad_loss_of_one_process_stops_both(config, tmp_path):
     config.train.strategy, config.train.devices, config.train.batch_tokens = "ddp", 2, 64
     path = Path(config.dataset.path)
     tokenizer = load_tokenizer(config)
-    documents = load_tokenised(config, tokenizer, 128).split("train")
+    documents = load_tokenized(config, tokenizer, 128).split("train")
     plan = epoch_planner("padded", documents.lengths, batch_tokens=64, row_tokens=128, seed=0)
     name = documents.strings("conversation_id")[plan(0)[1][0][0]]
     records = json.loads(path.read_text())

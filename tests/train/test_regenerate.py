@@ -9,7 +9,7 @@ import torch
 from tiny_models import VOCAB_SIZE, build_model
 
 from medusa_exp.config import Config, RegenerateConfig
-from medusa_exp.data.examples import open_documents
+from medusa_exp.data.examples import open_examples
 from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads, load_backbone
@@ -80,7 +80,7 @@ def exact(config, tmp_path):
 def documents_of(config: Config, out: Path) -> list[dict]:
     key = json.loads((out / regenerate.RECORD).read_text())["key"]
     path = Path(config.cache_dir) / "regenerated" / key / "documents.arrow"
-    return open_documents(path).to_pylist()
+    return open_examples(path).to_pylist()
 
 
 def test_the_stage_counts_what_it_wrote(exact, tmp_path):
@@ -172,8 +172,8 @@ def test_no_room_for_any_answer_is_an_error(exact, tmp_path):
 
 def test_other_weights_have_another_identity():
     model = build_model("llama")
-    before = Backbone(model).weights_identity()
+    before = Backbone(model).weights_fingerprint()
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.mul_(1.1)
-    assert Backbone(model).weights_identity() != before
+    assert Backbone(model).weights_fingerprint() != before
     assert Backbone(model).identity() == Backbone(build_model("llama")).identity()

@@ -12,11 +12,17 @@ from medusa_exp.config import HeadConfig as Head
 from medusa_exp.data.batching import label_counts
 from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example
-from medusa_exp.data.tokenized import load_tokenised
+from medusa_exp.data.tokenized import load_tokenized
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_backbone, load_heads, load_tokenizer
-from medusa_exp.model.loss import Objective, TokenTargets, medusa_loss, medusa_losses, own_choices
-from medusa_exp.stages import train
+from medusa_exp.model.loss import (
+    Objective,
+    TokenTargets,
+    medusa_loss,
+    medusa_losses,
+    teacher_labels,
+)
+from medusa_exp.stages import session, train
 from medusa_exp.train.optimizer import warmup_cosine
 
 
@@ -36,8 +42,10 @@ def test_writes_heads_and_the_promised_metrics(config, tmp_path):
 
 def test_the_backbone_is_bit_unchanged_and_in_no_checkpoint(config, tmp_path, monkeypatch):
     seen = []
-    load = train.load_backbone
-    monkeypatch.setattr(train, "load_backbone", lambda c, **o: seen.append(load(c, **o)) or seen[0])
+    load = session.load_backbone
+    monkeypatch.setattr(
+        session, "load_backbone", lambda c, **o: seen.append(load(c, **o)) or seen[0]
+    )
     run(config, tmp_path / "run")
     after = seen[0].model.state_dict()
     fresh = load(config).model.state_dict()
@@ -60,7 +68,7 @@ def test_own_labels_are_what_the_backbone_says_after_the_same_text(backbone):
     batch = collate([documents])
     with torch.inference_mode():
         hidden_BTD = backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
-        labels_BT = own_choices(backbone, hidden_BTD, batch)
+        labels_BT = teacher_labels(backbone, hidden_BTD, batch)
         expected = []
         for document in documents:
             ids_1T = torch.tensor(document.input_ids).long()[None]
@@ -75,7 +83,7 @@ def test_own_labels_are_what_the_backbone_says_after_the_same_text(backbone):
 def test_the_loss_falls_on_eight_samples(config):
     tokenizer = load_tokenizer(config)
     backbone = load_backbone(config)
-    samples = load_tokenised(config, tokenizer, 128).split("train")[:8]
+    samples = load_tokenized(config, tokenizer, 128).split("train")[:8]
     heads = build_heads(backbone, num_heads=2)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
     values = []
@@ -123,8 +131,8 @@ def test_a_step_takes_the_mean_over_the_labels_of_all_its_micro_batches(
     total = [0.0, 0.0]
     for batch in batches:
         hidden_BTD = backbone.hidden_states(batch.input_ids_BT)
-        targets = TokenTargets(own_choices(backbone, hidden_BTD, batch))
-        masks = (batch.is_trained_BT, batch.documents_BT, batch.input_ids_BT)
+        targets = TokenTargets(teacher_labels(backbone, hidden_BTD, batch))
+        masks = (batch.is_trained_BT, batch.example_BT, batch.input_ids_BT)
         losses = medusa_losses(heads, hidden_BTD, targets, *masks, chunk_rows=64)
         assert batch.group_labels == [sum(b) for b in zip(*map(counts, batches), strict=True)]
         for k, loss in enumerate(losses):
@@ -137,7 +145,7 @@ def test_a_step_takes_the_mean_over_the_labels_of_all_its_micro_batches(
 
 
 def counts(batch) -> list[int]:
-    return label_counts(batch.is_trained_BT, batch.documents_BT, 2).tolist()
+    return label_counts(batch.is_trained_BT, batch.example_BT, 2).tolist()
 
 
 @pytest.mark.parametrize("loss", ["kl", "topk_kl"])

@@ -11,7 +11,7 @@ from medusa_exp.model import build_heads
 from medusa_exp.stages import calibrate
 from medusa_exp.stages.calibrate import head_ranks, thinned
 from medusa_exp.tree import Tree, chain
-from medusa_exp.tree.calibration import Timing, choose, correct, summarise
+from medusa_exp.tree.calibration import Timing, choose, correct, summarize
 from medusa_exp.tree.search import best_tree, grow, node_shares, num_steps, prefix_counts, replay
 
 
@@ -121,9 +121,9 @@ def test_the_batch_size_at_which_no_tree_pays():
 
     curves = [curve(1, 1.2), curve(4, 1.6), curve(16, 4.0), curve(32, 5.0)]
     other = {"choices": chain(2), "heads_sha256": "1234"}
-    found = summarise(curves, answers, max_rank=3, **other)
+    found = summarize(curves, answers, max_rank=3, **other)
     assert found.break_even_batch_size == 16
     assert [curve.num_nodes for curve in found.batch_sizes] == [2, 2, 1, 1]
     assert [found.of_batch_size(n).batch_size for n in (1, 3, 4, 99)] == [1, 1, 4, 32]
     assert found.num_nodes == 2 and found.rank_share == [[1.0, 0.0, 0.0]] * 2
-    assert summarise(curves[:2], answers, 3, **other).break_even_batch_size is None
+    assert summarize(curves[:2], answers, 3, **other).break_even_batch_size is None

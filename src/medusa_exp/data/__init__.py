@@ -7,14 +7,14 @@ from medusa_exp.data.conversations import (
     Reading,
     read_conversations,
 )
-from medusa_exp.data.masking import Rendered, render
+from medusa_exp.data.masking import MaskedTokens, render
 
 __all__ = [
     "Conversation",
     "DataError",
+    "MaskedTokens",
     "Message",
     "Reading",
-    "Rendered",
     "read_conversations",
     "render",
 ]

@@ -26,7 +26,7 @@ class Batch:
     input_ids_BT: Tensor
     is_trained_BT: Tensor
     """Never at padding."""
-    documents_BT: Tensor
+    example_BT: Tensor
     """Number of the row's document that a token belongs to, from 1; 0 at padding."""
     positions_BT: Tensor | None
     """Places within the document. None where each row has but one, for which they just count on."""
@@ -37,7 +37,7 @@ class Batch:
     this process."""
     hidden_BTD: Tensor | None = None
     """The backbone's hidden states, where they are at hand."""
-    own_BT: Tensor | None = None
+    teacher_BT: Tensor | None = None
     """With them: in place of each trained token, what the backbone says there."""
 
     def to(self, device: torch.device) -> "Batch":
@@ -59,21 +59,21 @@ def collate(
     width = padded_length(longest)
     shape = (len(rows), width if row_tokens is None else min(width, max(longest, row_tokens)))
     ids_BT, is_trained_BT = np.zeros(shape, np.int64), np.zeros(shape, bool)
-    documents_BT, positions_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    example_BT, positions_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for b, row in enumerate(rows):
         start = 0
         for number, example in enumerate(row, 1):
             place = slice(start, start + len(example.input_ids))
             ids_BT[b, place] = example.input_ids
             is_trained_BT[b, place] = example.is_trained
-            documents_BT[b, place] = number
+            example_BT[b, place] = number
             positions_BT[b, place] = np.arange(len(example.input_ids))
             start = place.stop
     is_packed = any(len(row) > 1 for row in rows)
     return Batch(
         torch.from_numpy(ids_BT),
         torch.from_numpy(is_trained_BT),
-        torch.from_numpy(documents_BT),
+        torch.from_numpy(example_BT),
         torch.from_numpy(positions_BT) if is_packed else None,
         [number for row in numbers for number in row],
     )
@@ -93,8 +93,8 @@ class _BatchesByNumbers(Dataset[Batch]):
         documents = [[self.examples[number] for number in row] for row in rows]
         batch = collate(documents, self.row_tokens, rows)
         if self.features is not None:
-            batch.hidden_BTD, batch.own_BT = self.features.rows(
-                rows, batch.documents_BT, batch.is_trained_BT, batch.input_ids_BT
+            batch.hidden_BTD, batch.teacher_BT = self.features.rows(
+                rows, batch.example_BT, batch.is_trained_BT, batch.input_ids_BT
             )
         return batch
 
@@ -196,7 +196,7 @@ class Grouped:
         batches = iter(self.loader)
         while group := list(islice(batches, self.accumulate)):
             counts = [
-                label_counts(batch.is_trained_BT, batch.documents_BT, self.num_heads)
+                label_counts(batch.is_trained_BT, batch.example_BT, self.num_heads)
                 for batch in group
             ]
             totals = torch.stack(counts).sum(0).tolist()

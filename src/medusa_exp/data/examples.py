@@ -95,6 +95,6 @@ def _view(numbers: pa.Array) -> np.ndarray:
     return np.frombuffer(buffer, dtype, len(numbers), numbers.offset * dtype.itemsize)
 
 
-def open_documents(path: Path) -> pa.Table:
+def open_examples(path: Path) -> pa.Table:
     """Open an Arrow file written with `SCHEMA`, through a memory map."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

@@ -55,8 +55,8 @@ class Features:
         for name, digest in self.summary["sha256"].items():
             if sha256_file(path / name) != digest:
                 raise self._damaged(name)
-        self._hidden_PD, self._own_P, self._starts, self._checks = map(self._open, _ARRAYS)
-        if len(self._hidden_PD) != self._starts[-1] or len(self._own_P) != self._starts[-1]:
+        self._hidden_PD, self._teacher_P, self._starts, self._checks = map(self._open, _ARRAYS)
+        if len(self._hidden_PD) != self._starts[-1] or len(self._teacher_P) != self._starts[-1]:
             raise self._damaged("hidden.npy")
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
@@ -66,42 +66,42 @@ class Features:
             UserError: the bytes on disk have changed since they were written.
         """
         place = slice(self._starts[number], self._starts[number + 1])
-        hidden_PD, own_P = np.array(self._hidden_PD[place]), np.array(self._own_P[place])
-        if check(hidden_PD, own_P) != self._checks[number]:
+        hidden_PD, teacher_P = np.array(self._hidden_PD[place]), np.array(self._teacher_P[place])
+        if check(hidden_PD, teacher_P) != self._checks[number]:
             raise self._damaged(f"hidden.npy, document {number}")
         hidden = torch.from_numpy(hidden_PD)
         if hidden.dtype == torch.int16:
             hidden = hidden.view(torch.bfloat16)
-        return hidden, torch.from_numpy(own_P).long()
+        return hidden, torch.from_numpy(teacher_P).long()
 
     def rows(
         self,
         numbers: list[list[int]],
-        documents_BT: Tensor,
+        example_BT: Tensor,
         is_trained_BT: Tensor,
         input_ids_BT: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return (hidden_BTD, own_BT) of a batch: zeros, and its own tokens, where nothing is kept.
 
-        `own_BT` has in place of each trained token what the backbone says there.
+        `teacher_BT` has in place of each trained token what the backbone says there.
         """
         width = self._hidden_PD.shape[1]
         dtype = torch.bfloat16 if self._hidden_PD.dtype == np.int16 else torch.float32
         hidden_BTD = torch.zeros(*input_ids_BT.shape, width, dtype=dtype)
-        own_BT = input_ids_BT.clone()
+        teacher_BT = input_ids_BT.clone()
         for b, row in enumerate(numbers):
             for place, number in enumerate(row, 1):
-                where_T = (documents_BT[b] == place).nonzero()[:, 0]
+                where_T = (example_BT[b] == place).nonzero()[:, 0]
                 is_trained_T = is_trained_BT[b, where_T]
                 stored = stored_positions(is_trained_T.numpy(), self._stores_all)
                 stored_P = where_T[torch.from_numpy(stored)]
-                hidden_PD, own_P = self[number]
+                hidden_PD, teacher_P = self[number]
                 hidden_BTD[b, stored_P] = hidden_PD
                 is_next_P = stored_P < where_T[-1]
-                next_P, own_P = stored_P[is_next_P] + 1, own_P[is_next_P]
+                next_P, teacher_P = stored_P[is_next_P] + 1, teacher_P[is_next_P]
                 is_label_P = is_trained_BT[b, next_P]
-                own_BT[b, next_P[is_label_P]] = own_P[is_label_P]
-        return hidden_BTD, own_BT
+                teacher_BT[b, next_P[is_label_P]] = teacher_P[is_label_P]
+        return hidden_BTD, teacher_BT
 
     def _open(self, name: str) -> np.ndarray:
         is_large = name in ("hidden.npy", "own.npy")
@@ -118,6 +118,6 @@ class Features:
         )
 
 
-def check(hidden_PD: np.ndarray, own_P: np.ndarray) -> int:
+def check(hidden_PD: np.ndarray, teacher_P: np.ndarray) -> int:
     """Return the crc32 of a document's stored bytes."""
-    return zlib.crc32(own_P.tobytes(), zlib.crc32(hidden_PD.tobytes()))
+    return zlib.crc32(teacher_P.tobytes(), zlib.crc32(hidden_PD.tobytes()))

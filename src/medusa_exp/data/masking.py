@@ -255,7 +255,7 @@ def _ending(prompt: str, newest: str) -> str:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class MaskedTokens:
     """One training sequence of length T."""
 
     text: str
@@ -268,7 +268,7 @@ class Rendered:
     """Trained tokens that the cut has cost."""
 
 
-def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
+def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[MaskedTokens]:
     """Render with the tokenizer's chat template: one sequence, or one an assistant turn.
 
     `layout.lay_out` says when, and which characters are trained; this module's text says which
@@ -304,7 +304,7 @@ class Renderer:
 
     def render_many(
         self, conversations: Iterable[Conversation]
-    ) -> list[list[Rendered] | DataError]:
+    ) -> list[list[MaskedTokens] | DataError]:
         """Return each conversation's rows, or why it has none.
 
         Rows are as `render` gives them, but cut, so that one may be without a trained token. Where
@@ -318,25 +318,25 @@ class Renderer:
                 results.append(DataError(f"conversation {conversation.id}: {error}"))
         # Conversations of several rows have each row's text again in the next: one by one.
         single = [r[0] for r in results if isinstance(r, list) and len(r) == 1]
-        rows = iter(self._tokenise(single))
+        rows = iter(self._tokenize(single))
         return [
             r if isinstance(r, DataError) else [next(rows)] if len(r) == 1 else self._one_by_one(r)
             for r in results
         ]
 
-    def _one_by_one(self, layouts: list[Layout]) -> list[Rendered]:
-        rows: list[Rendered] = []
+    def _one_by_one(self, layouts: list[Layout]) -> list[MaskedTokens]:
+        rows: list[MaskedTokens] = []
         is_beyond = False
         for layout in layouts:
             if is_beyond:  # without the work: a long conversation has its text again in every row
-                rows.append(Rendered(layout.text, [], [], is_cut=True))
+                rows.append(MaskedTokens(layout.text, [], [], is_cut=True))
                 continue
-            rows += self._tokenise([layout])
+            rows += self._tokenize([layout])
             is_cut_off = self.max_length is not None and not any(rows[-1].is_trained)
             is_beyond = is_cut_off and self.tokenizer.truncation_side == "right"
         return rows
 
-    def _tokenise(self, layouts: list[Layout]) -> list[Rendered]:
+    def _tokenize(self, layouts: list[Layout]) -> list[MaskedTokens]:
         if not layouts:
             return []
         encoded = self.tokenizer(
@@ -348,7 +348,7 @@ class Renderer:
             verbose=False,  # of length: that is this class's business
         )
         return [
-            self._cut(Rendered(layout.text, ids, self._mask(layout, ids, encoding)))
+            self._cut(MaskedTokens(layout.text, ids, self._mask(layout, ids, encoding)))
             for layout, ids, encoding in zip(
                 layouts, encoded.input_ids, encoded.encodings, strict=True
             )
@@ -383,7 +383,7 @@ class Renderer:
             return found + len(content)
         return start + len(text[start:end].rstrip())  # normalised, it reads otherwise in the text
 
-    def _cut(self, row: Rendered) -> Rendered:
+    def _cut(self, row: MaskedTokens) -> MaskedTokens:
         limit = self.max_length
         if limit is None or len(row.input_ids) <= limit:
             return row
@@ -394,7 +394,7 @@ class Renderer:
             keep = int(ids[0] == self.tokenizer.bos_token_id)
             tail = len(ids) - (limit - keep)
             kept_ids, kept_mask = ids[:keep] + ids[tail:], mask[:keep] + mask[tail:]
-        return Rendered(row.text, kept_ids, kept_mask, True, sum(mask) - sum(kept_mask))
+        return MaskedTokens(row.text, kept_ids, kept_mask, True, sum(mask) - sum(kept_mask))
 
 
 def _by_ends(layout: Layout, ends: list[int]) -> list[bool]:

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config, DatasetConfig
 from medusa_exp.data.conversations import Conversation, DataError
-from medusa_exp.data.examples import SCHEMA, Examples, open_documents
+from medusa_exp.data.examples import SCHEMA, Examples, open_examples
 from medusa_exp.data.masking import Renderer
 from medusa_exp.data.sources import Source, counts, empty_split, open_sources, split_of, walk
 from medusa_exp.data.template import describe
@@ -85,7 +85,7 @@ class Tally:
         self.notes |= other.notes
 
 
-def write_documents(
+def write_examples(
     path: Path,
     conversations: Iterator[Sourced],
     total: int,
@@ -227,7 +227,7 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec", "pyarrow")
 
 
 @dataclass(frozen=True)
-class Tokenised:
+class Tokenized:
     """Documents of all splits, and what became of every record."""
 
     config: Config
@@ -296,9 +296,9 @@ def select(table: pa.Table, rows: np.ndarray, dataset: DatasetConfig, split: str
     return Examples(table, rows, np.array([dataset.sources[name].weight for name in names]))
 
 
-def load_tokenised(
+def load_tokenized(
     config: Config, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Tokenised:
+) -> Tokenized:
     """Open the data set's cache entry, which is built first if it is not there.
 
     Raises:
@@ -324,7 +324,7 @@ def load_tokenised(
     if (older := _key_before_formats(config, sources, summary)) is not None:
         summary["key"] = older
         del summary["format"]
-    return Tokenised(config, open_documents(path / _DOCUMENTS), summary, max_length, is_new)
+    return Tokenized(config, open_examples(path / _DOCUMENTS), summary, max_length, is_new)
 
 
 def _key_before_formats(
@@ -347,7 +347,7 @@ def _is_whole(path: Path) -> bool:
     if not (path / _SUMMARY).is_file():
         return False
     try:
-        open_documents(path / _DOCUMENTS)
+        open_examples(path / _DOCUMENTS)
     except (OSError, pa.ArrowInvalid):  # damaged since: to be built again
         return False
     return True
@@ -386,7 +386,7 @@ def _build(
     """Write the documents and return the summary."""
     total = sum(1 for _ in walk(sources))  # reading is far faster than what follows
     workers = config.dataset.num_workers or _num_cores()
-    tally = write_documents(
+    tally = write_examples(
         directory / _DOCUMENTS,
         walk(sources),
         total,

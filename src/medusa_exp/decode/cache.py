@@ -27,7 +27,7 @@ def empty_columns(states: Tensor, num_columns: int) -> Tensor:
     return states.new_zeros(*states.shape[:2], num_columns, states.shape[3])
 
 
-class _PreallocatedLayer(CacheLayerMixin):
+class _GrowingLayer(CacheLayerMixin):
     """One layer's keys and values [B, H, capacity, head size], of which `length` are in use."""
 
     is_sliding = False
@@ -63,14 +63,14 @@ class _PreallocatedLayer(CacheLayerMixin):
         return self.capacity
 
 
-class TreeCache(Cache):
+class GrowingCache(Cache):
     """Keys and values of all layers, and how many tokens each row has in them.
 
     Sliding-window layers keep every column too: a window is the attention mask's business here.
     """
 
     def __init__(self, num_layers: int, capacity: int, num_rows: int) -> None:
-        super().__init__(layers=[_PreallocatedLayer(capacity) for _ in range(num_layers)])
+        super().__init__(layers=[_GrowingLayer(capacity) for _ in range(num_layers)])
         self.lengths = [0] * num_rows
 
     def set_lengths(self, lengths: list[int]) -> None:
@@ -110,7 +110,7 @@ class TreeCache(Cache):
         self.set_lengths([self.lengths[row] for row in rows])
 
 
-class _StaticLayer(CacheLayerMixin):
+class _FixedLayer(CacheLayerMixin):
     """One layer's keys and values [B, H, C + N + 1, head size]; the last column is for waste."""
 
     is_sliding = False
@@ -148,7 +148,7 @@ class _StaticLayer(CacheLayerMixin):
         return self.num_columns
 
 
-class StaticCache(Cache):
+class FixedCache(Cache):
     """Keys and values of all layers; how many tokens each row has lies on the device."""
 
     def __init__(
@@ -157,7 +157,7 @@ class StaticCache(Cache):
         """Make room for prompts and answers, and for trees of at most so many nodes."""
         super().__init__(layers=[])
         self.capacity, self.waste = capacity, capacity + num_nodes
-        self.layers = [_StaticLayer(capacity, self.waste + 1) for _ in range(num_layers)]
+        self.layers = [_FixedLayer(capacity, self.waste + 1) for _ in range(num_layers)]
         self.lengths_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._row_B1 = torch.arange(num_rows, device=device)[:, None]
         self._tree_start_B = torch.full_like(self.lengths_B, capacity)

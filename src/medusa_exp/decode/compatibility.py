@@ -6,7 +6,7 @@ N tree nodes, T tokens, V vocabulary.
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
@@ -26,7 +26,7 @@ _HALF_TOLERANCE = 0.25
 
 
 @torch.inference_mode()
-def check_trees(backbone: Backbone) -> None:
+def check_tree_attention(backbone: Backbone) -> None:
     """Check a small tree with a branch, and the step after it, against plain forward calls.
 
     Whether an architecture heeds a mask and positions of our own cannot be seen from its config:
@@ -64,7 +64,7 @@ def _by_tree(backbone: Backbone) -> Tensor:
     """Return logits after the tree's last node on the path, and after the token behind it."""
     device, rows = backbone.device, backbone.vocab_size
     capacity = len(_PROMPT) + len(_TOKENS) + 1
-    cache, mask = TreeCache(backbone.num_layers, capacity, 1), StepMask(backbone.model, capacity)
+    cache, mask = GrowingCache(backbone.num_layers, capacity, 1), StepMask(backbone.model, capacity)
     backbone.forward(torch.tensor([_PROMPT], device=device) % rows, cache)
     cache.set_lengths([len(_PROMPT)])
     first_V = _step(backbone, cache, mask, _TOKENS, _TREE)[_PATH[-1]]
@@ -73,7 +73,7 @@ def _by_tree(backbone: Backbone) -> Tensor:
 
 
 def _step(
-    backbone: Backbone, cache: TreeCache, mask: StepMask, tokens: list[int], tree: Tree
+    backbone: Backbone, cache: GrowingCache, mask: StepMask, tokens: list[int], tree: Tree
 ) -> Tensor:
     """Return logits_NV after each of the tree's tokens."""
     device = backbone.device

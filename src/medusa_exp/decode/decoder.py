@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medusa_exp.decode.compatibility import check_trees
+from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.loop import Limits, decode_tree
-from medusa_exp.decode.rule import Rule
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import Tree
 
@@ -69,12 +69,12 @@ def generate(
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     _check(input_ids, mask, max_new_tokens, temperature, backbone.vocab_size)
-    check_trees(backbone)
+    check_tree_attention(backbone)
     ids = eos_token_id if eos_token_id is not None else list(backbone.eos_token_ids)
     limits = Limits(max_new_tokens, [ids] if isinstance(ids, int) else ids)
-    rule = Rule()
+    rule = AcceptanceRule()
     if temperature > 0:
-        rule = Rule("sampling", temperature, top_k, top_p, seed=seed)
+        rule = AcceptanceRule("sampling", temperature, top_k, top_p, seed=seed)
     prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     answers = decode_tree(backbone, heads, tree, prompts, limits, rule)
     return Generation(

@@ -42,7 +42,7 @@ class Draft:
         return self.nodes.ancestors_BNN
 
 
-class Proposer(Protocol):
+class Drafter(Protocol):
     """Makes a draft of `num_nodes` nodes a row, none deeper than `depth`."""
 
     num_nodes: int
@@ -75,7 +75,7 @@ _NO_CHANCE = -1e4
 """Log of a probability that is none. Sums over a path still tell 1e-9 apart in float64."""
 
 
-class StaticTree:
+class FixedTreeDrafter:
     """Fills the same tree with the heads' guesses at every step."""
 
     def __init__(self, heads: nn.Module, tree: Tree, device: torch.device) -> None:
@@ -91,12 +91,12 @@ class StaticTree:
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots; see `draft.Proposer`."""
+        """Return trees below the roots; see `draft.Drafter`."""
         tokens_BN = root_B[:, None]
         if self.depth:
             logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
-            guesses_BKR = logits_BKV.topk(self._num_ranks, dim=-1).indices
-            tokens_BN = torch.cat([tokens_BN, guesses_BKR.flatten(1)], dim=1)[:, self._place_N]
+            draft_BKR = logits_BKV.topk(self._num_ranks, dim=-1).indices
+            tokens_BN = torch.cat([tokens_BN, draft_BKR.flatten(1)], dim=1)[:, self._place_N]
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),
@@ -105,7 +105,7 @@ class StaticTree:
         )
 
 
-class DynamicTree:
+class DynamicTreeDrafter:
     """Picks, at every step and for every row, the likeliest nodes of a larger tree.
 
     A node is as likely as the product of its guesses' probabilities; parents are likelier than
@@ -136,7 +136,7 @@ class DynamicTree:
         self._depth_M = torch.from_numpy(choices.depths).to(device)
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots; see `draft.Proposer`."""
+        """Return trees below the roots; see `draft.Drafter`."""
         logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
         top = logits_BKV.double().log_softmax(-1).topk(self._num_ranks, dim=-1)
         tokens_BM = torch.cat([root_B[:, None], top.indices.flatten(1)], 1)[:, self._place_M]
@@ -161,7 +161,7 @@ class DynamicTree:
         )
 
 
-def build_proposer(heads: nn.Module, tree: Tree, device: torch.device) -> Proposer:
+def build_drafter(heads: nn.Module, tree: Tree, device: torch.device) -> Drafter:
     """Return what makes drafts of a tree: the same at every step, or some picked nodes of it.
 
     Raises:
@@ -170,10 +170,10 @@ def build_proposer(heads: nn.Module, tree: Tree, device: torch.device) -> Propos
     if getattr(heads, "is_sequential", False):
         if tree.num_picked is not None:
             raise UserError("tree=dynamic: heads of kind=hydra cannot guess ahead of a choice.")
-        return SequentialTree(heads, tree, device)
+        return SequentialDrafter(heads, tree, device)
     if tree.num_picked is None or tree.num_picked == 1:
-        return StaticTree(heads, tree if tree.num_picked is None else chain(0), device)
-    return DynamicTree(heads, tree, tree.num_picked, device)
+        return FixedTreeDrafter(heads, tree if tree.num_picked is None else chain(0), device)
+    return DynamicTreeDrafter(heads, tree, tree.num_picked, device)
 
 
 def _places(tree: Tree, num_ranks: int) -> np.ndarray:
@@ -210,10 +210,10 @@ class _Depth:
     num_ranks: int
 
 
-class SequentialTree:
+class SequentialDrafter:
     """Fills the same tree at every step, each guess with those before it in view.
 
-    See `draft.Proposer`.
+    See `draft.Drafter`.
     """
 
     def __init__(self, heads: MedusaHeads, tree: Tree, device: torch.device) -> None:
@@ -233,7 +233,7 @@ class SequentialTree:
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots; see `draft.Proposer`."""
+        """Return trees below the roots; see `draft.Drafter`."""
         tokens_BN = root_B[:, None].repeat(1, self.num_nodes)
         hidden_BD = hidden_BD.to(self._heads.dtype)
         for k, plan in enumerate(self._depths):

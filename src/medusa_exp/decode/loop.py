@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from medusa_exp.decode.cache import StaticCache, TreeCache
-from medusa_exp.decode.drafting import Proposer, StaticTree, build_proposer
+from medusa_exp.decode.cache import FixedCache, GrowingCache
+from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.prefix import with_prefix
-from medusa_exp.decode.rule import Judge, Rule
-from medusa_exp.decode.step import GrowingStep, StaticSteps, Step, positions
+from medusa_exp.decode.rule import AcceptanceRule, Verifier
+from medusa_exp.decode.step import CapturedSteps, EagerStep, Step, positions
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import Tree, chain
@@ -45,7 +45,7 @@ class Limits:
 
 
 @dataclass
-class Decoded:
+class Response:
     """An answer: its tokens, a stop token included, and how they came about.
 
     One entry a backbone step in the two lists; the first step is the prompt's.
@@ -56,11 +56,11 @@ class Decoded:
     step_seconds: list[float] = field(default_factory=list)
 
 
-class Answers:
+class Responses:
     """The answers to a batch of prompts; rows end at different times."""
 
     def __init__(self, num_rows: int, limits: Limits) -> None:
-        self.decoded = [Decoded() for _ in range(num_rows)]
+        self.rows = [Response() for _ in range(num_rows)]
         self.limits = limits
         self.active = list(range(num_rows)) if limits.max_new_tokens > 0 else []
         """Rows that go on, in order."""
@@ -77,10 +77,10 @@ class Answers:
         """
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        added: list[list[int]] = [[] for _ in self.decoded]
+        added: list[list[int]] = [[] for _ in self.rows]
         self.kept = []
         for place, (row, tokens) in enumerate(zip(self.active, said, strict=True)):
-            answer = self.decoded[row]
+            answer = self.rows[row]
             kept, is_done = self._until_end(answer.tokens, tokens)
             answer.tokens += kept
             answer.accept_lengths.append(len(kept))
@@ -108,19 +108,19 @@ class Answers:
         return any(text in tail for text in self.limits.stop_strings)
 
 
-GREEDY = Rule()
+GREEDY = AcceptanceRule()
 _PREFILL_TOKENS = 4096
 """Prompt tokens of a batch that are run at a time: bounds the memory of activations."""
 
 
 def decode_plain(
-    backbone: Backbone, prompts: list[list[int]], limits: Limits, rule: Rule = GREEDY
-) -> list[Decoded]:
+    backbone: Backbone, prompts: list[list[int]], limits: Limits, rule: AcceptanceRule = GREEDY
+) -> list[Response]:
     """Decode one token a step and row; see `plain_steps`."""
-    answers = Answers(len(prompts), limits)
-    for _ in plain_steps(backbone, prompts, answers, rule):
+    responses = Responses(len(prompts), limits)
+    for _ in plain_steps(backbone, prompts, responses, rule):
         pass
-    return answers.decoded
+    return responses.rows
 
 
 def decode_tree(
@@ -129,19 +129,22 @@ def decode_tree(
     tree: Tree,
     prompts: list[list[int]],
     limits: Limits,
-    rule: Rule = GREEDY,
-) -> list[Decoded]:
+    rule: AcceptanceRule = GREEDY,
+) -> list[Response]:
     """Decode one accepted path a step and row; see `tree_steps`."""
-    answers = Answers(len(prompts), limits)
-    proposer = build_proposer(heads, tree, backbone.device)
-    for _ in tree_steps(backbone, proposer, prompts, answers, rule):
+    responses = Responses(len(prompts), limits)
+    drafter = build_drafter(heads, tree, backbone.device)
+    for _ in tree_steps(backbone, drafter, prompts, responses, rule):
         pass
-    return answers.decoded
+    return responses.rows
 
 
 @torch.inference_mode()
 def plain_steps(
-    backbone: Backbone, prompts: list[list[int]], answers: Answers, rule: Rule = GREEDY
+    backbone: Backbone,
+    prompts: list[list[int]],
+    responses: Responses,
+    rule: AcceptanceRule = GREEDY,
 ) -> Iterator[list[list[int]]]:
     """Yield the tokens that each step adds to each row.
 
@@ -149,23 +152,23 @@ def plain_steps(
         UserError: a prompt is empty, or leaves no room for an answer.
     """
     if backbone.decodes_statically:  # as a tree that is only a root: captured like any other
-        root_only = StaticTree(nn.Identity(), chain(0), backbone.device)
-        yield from tree_steps(backbone, root_only, prompts, answers, rule)
+        root_only = FixedTreeDrafter(nn.Identity(), chain(0), backbone.device)
+        yield from tree_steps(backbone, root_only, prompts, responses, rule)
         return
-    length, last = _room(backbone, prompts, answers.limits)
-    cache = TreeCache(backbone.num_layers, length + 1, len(prompts))
+    length, last = _room(backbone, prompts, responses.limits)
+    cache = GrowingCache(backbone.num_layers, length + 1, len(prompts))
     mask = StepMask(backbone.model, length + 1)
-    judge = Judge(rule, backbone.device)
+    verifier = Verifier(rule, backbone.device)
     one_111 = torch.ones(1, 1, 1, dtype=torch.bool, device=backbone.device)
     depth_11 = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
     logits_B1V, _ = _prefill(backbone, prompts, cache)
-    while answers.active:
-        token_B = judge.next_token(logits_B1V)
-        yield answers.commit([[token] for token in token_B.tolist()])
-        if len(answers.kept) < len(token_B) and answers.kept:
-            cache.keep_rows(answers.kept)
-            token_B = token_B[torch.tensor(answers.kept, device=token_B.device)]
-        if answers.active:
+    while responses.active:
+        token_B = verifier.next_token(logits_B1V)
+        yield responses.commit([[token] for token in token_B.tolist()])
+        if len(responses.kept) < len(token_B) and responses.kept:
+            cache.keep_rows(responses.kept)
+            token_B = token_B[torch.tensor(responses.kept, device=token_B.device)]
+        if responses.active:
             logits_B1V, _ = backbone.forward(
                 token_B[:, None],
                 cache,
@@ -178,10 +181,10 @@ def plain_steps(
 @torch.inference_mode()
 def tree_steps(
     backbone: Backbone,
-    propose: Proposer,
+    drafter: Drafter,
     prompts: list[list[int]],
-    answers: Answers,
-    rule: Rule = GREEDY,
+    responses: Responses,
+    rule: AcceptanceRule = GREEDY,
 ) -> Iterator[list[list[int]]]:
     """Yield the tokens that each step adds to each row: as `plain_steps`, in fewer steps.
 
@@ -191,28 +194,28 @@ def tree_steps(
     Raises:
         UserError: as `plain_steps`.
     """
-    length, last = _room(backbone, prompts, answers.limits)
-    is_static, backbone = backbone.decodes_statically, with_prefix(backbone, propose.prefix)
+    length, last = _room(backbone, prompts, responses.limits)
+    is_static, backbone = backbone.decodes_statically, with_prefix(backbone, drafter.prefix)
     step: Step
     if is_static:
-        backbone.static_steps = backbone.static_steps or StaticSteps()
-        step = backbone.static_steps.get(backbone, propose, rule, len(prompts), length)
+        backbone.static_steps = backbone.static_steps or CapturedSteps()
+        step = backbone.static_steps.get(backbone, drafter, rule, len(prompts), length)
     else:
-        capacity = length + propose.num_nodes
-        cache = TreeCache(backbone.num_layers, capacity, len(prompts))
-        judge = Judge(rule, backbone.device)
-        mask = StepMask(backbone.model, capacity, keeps_full=propose.prefix is not None)
-        step = GrowingStep(backbone, propose, judge, cache, mask)
+        capacity = length + drafter.num_nodes
+        cache = GrowingCache(backbone.num_layers, capacity, len(prompts))
+        verifier = Verifier(rule, backbone.device)
+        mask = StepMask(backbone.model, capacity, keeps_full=drafter.prefix is not None)
+        step = EagerStep(backbone, drafter, verifier, cache, mask)
     logits_B1V, hidden_BD = _prefill(backbone, prompts, step.cache)
-    if not answers.active:
+    if not responses.active:
         return
-    root_B = step.judge.next_token(logits_B1V)
-    yield answers.commit([[token] for token in root_B.tolist()])
+    root_B = step.verifier.next_token(logits_B1V)
+    yield responses.commit([[token] for token in root_B.tolist()])
     step.begin(root_B, hidden_BD, last)
-    step.keep(answers.kept)
-    while answers.active:
-        yield answers.commit(step.advance())
-        step.keep(answers.kept)
+    step.keep(responses.kept)
+    while responses.active:
+        yield responses.commit(step.advance())
+        step.keep(responses.kept)
 
 
 def _room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> tuple[int, int]:
@@ -231,7 +234,7 @@ def _room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> tuple
 
 
 def _prefill(
-    backbone: Backbone, prompts: list[list[int]], cache: TreeCache | StaticCache
+    backbone: Backbone, prompts: list[list[int]], cache: GrowingCache | FixedCache
 ) -> tuple[Tensor, Tensor]:
     """Run the prompts, some columns at a time; return logits_B1V and hidden_BD of their ends.
 

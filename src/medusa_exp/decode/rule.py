@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
-from medusa_exp.decode.verify import RULES, Nodes, Verdict, verify, verify_on_host, without_nan
+from medusa_exp.decode.verify import RULES, Nodes, Verdict, verify, verify_on_cpu, without_nan
 from medusa_exp.errors import UserError
 
-VERIFIERS = ("auto", "torch", "cupy")
+IMPLEMENTATIONS = ("auto", "torch", "cupy")
 
 
-def choose_verifier(
-    name: str, device: torch.device, *, is_filtered: bool
-) -> Callable[..., Verdict]:
+def pick_verify(name: str, device: torch.device, *, is_filtered: bool) -> Callable[..., Verdict]:
     """Return `verification.verify`, or what does the same by kernels.
 
     Args:
@@ -38,7 +36,7 @@ def choose_verifier(
     if name == "torch":
         return verify
     if name == "auto" and device.type == "cpu":
-        return verify_on_host
+        return verify_on_cpu
     if name == "auto":
         if device.type != "cuda" or is_filtered or find_spec("cupy") is None:
             return verify
@@ -59,9 +57,9 @@ def step_kernels(name: str, device: torch.device) -> Kernels | None:
 
 
 def _kernels(device: torch.device) -> Callable[..., Verdict]:
-    from medusa_exp.decode.cuda.verify import Verifier
+    from medusa_exp.decode.cuda.verify import KernelVerify
 
-    return Verifier(kernels_on(device))
+    return KernelVerify(kernels_on(device))
 
 
 def _kernels_where_they_can(device: torch.device) -> Callable[..., Verdict]:
@@ -77,7 +75,7 @@ def _kernels_where_they_can(device: torch.device) -> Callable[..., Verdict]:
 
 
 @dataclass(frozen=True)
-class Rule:
+class AcceptanceRule:
     """The arguments of `verification.verify` that stay the same from step to step."""
 
     name: str = "greedy"
@@ -89,13 +87,15 @@ class Rule:
     seed: int | None = None
     """Of sampling; None draws anew each time."""
     verifier: str = "auto"
-    """Who applies the rule: one of `verifier.VERIFIERS`."""
+    """Who applies the rule: one of `verifier.IMPLEMENTATIONS`."""
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
             raise ValueError(f"rule={self.name} is not known: use one of {', '.join(RULES)}.")
-        if self.verifier not in VERIFIERS:
-            raise ValueError(f"verifier={self.verifier} is not one of {', '.join(VERIFIERS)}.")
+        if self.verifier not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"verifier={self.verifier} is not one of {', '.join(IMPLEMENTATIONS)}."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -110,12 +110,12 @@ class Rule:
         return self.name == "sampling" and (self.top_k is not None or has_nucleus)
 
 
-class Judge:
+class Verifier:
     """Applies a rule, step after step."""
 
-    def __init__(self, rule: Rule, device: torch.device) -> None:
+    def __init__(self, rule: AcceptanceRule, device: torch.device) -> None:
         self.rule = rule
-        self._verify = choose_verifier(rule.verifier, device, is_filtered=rule.is_filtered)
+        self._verify = pick_verify(rule.verifier, device, is_filtered=rule.is_filtered)
         self._generator = torch.Generator(device)
         self.restart()
         self._options: dict[str, Any] = {

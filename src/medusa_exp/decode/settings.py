@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
 from medusa_exp.decode.loop import Limits
-from medusa_exp.decode.rule import Rule
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 
@@ -40,10 +40,10 @@ def limits_of(config: Config, backbone: Backbone, tokenizer: PreTrainedTokenizer
     )
 
 
-def rule_of(config: Config) -> Rule:
+def rule_of(config: Config) -> AcceptanceRule:
     """Return how tokens are chosen."""
     decode = config.decode
-    return Rule(
+    return AcceptanceRule(
         decode.rule,
         decode.temperature,
         decode.top_k,

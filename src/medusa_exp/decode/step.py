@@ -1,7 +1,7 @@
 """A step of tree decoding: propose, run the backbone on the tree, verify, commit.
 
-Two ways with one interface. `GrowingStep` has tensors of the sizes that are needed, and looks at
-the outcome on the host to know them. `static_step.StaticStep` has the same sizes at every step.
+Two ways with one interface. `EagerStep` has tensors of the sizes that are needed, and looks at
+the outcome on the host to know them. `static_step.CapturedStep` has the same sizes at every step.
 
 B rows, N tree nodes, L path length, D hidden.
 
@@ -24,11 +24,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cache import StaticCache, TreeCache
+from medusa_exp.decode.cache import FixedCache, GrowingCache
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels
-from medusa_exp.decode.drafting import Draft, Proposer
+from medusa_exp.decode.drafting import Draft, Drafter
 from medusa_exp.decode.masks import StepMask
-from medusa_exp.decode.rule import Judge, Rule, step_kernels
+from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
 from medusa_exp.decode.verify import Verdict
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
@@ -39,7 +39,7 @@ class Step(Protocol):
 
     cache: Any
     """To be filled with the prompts before `begin`."""
-    judge: Judge
+    verifier: Verifier
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
         """Begin after the prompts.
@@ -60,18 +60,18 @@ class Step(Protocol):
         ...
 
 
-class GrowingStep:
+class EagerStep:
     """A step whose tensors grow with the longest row, and shrink with the number of rows."""
 
     def __init__(
         self,
         backbone: Backbone,
-        propose: Proposer,
-        judge: Judge,
-        cache: TreeCache,
+        drafter: Drafter,
+        verifier: Verifier,
+        cache: GrowingCache,
         mask: StepMask,
     ) -> None:
-        self.backbone, self.propose, self.judge = backbone, propose, judge
+        self.backbone, self.drafter, self.verifier = backbone, drafter, verifier
         self.cache, self.mask = cache, mask
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
@@ -80,15 +80,15 @@ class GrowingStep:
 
     def advance(self) -> list[list[int]]:
         """Return the tokens that each row commits; see `Step`."""
-        draft = self.propose(self.root_B, self.hidden_BD)
+        draft = self.drafter(self.root_B, self.hidden_BD)
         logits_BNV, hidden_BND = self.backbone.forward(
             draft.tokens_BN,
             self.cache,
             mask=self.mask.at(self.cache.lengths, draft.ancestors_BNN, draft.depths_BN),
             position_ids_BN=positions(self.cache.lengths, draft.depths_BN, self.last),
         )
-        verdict = self.judge(
-            logits_BNV, draft.tokens_BN, draft.parents_BN, self.propose.depth, draft.nodes
+        verdict = self.verifier(
+            logits_BNV, draft.tokens_BN, draft.parents_BN, self.drafter.depth, draft.nodes
         )
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_BND, verdict)
         # The step's one wait for the device.
@@ -143,15 +143,15 @@ _WARM_UPS = 3
 """Runs before capture: libraries choose and allocate at their first calls."""
 
 
-class StaticStep:
+class CapturedStep:
     """Decodes one accepted path a row at each call; rows that have ended run along unheeded."""
 
     def __init__(
         self,
         backbone: Backbone,
-        propose: Proposer,
-        judge: Judge,
-        cache: StaticCache,
+        drafter: Drafter,
+        verifier: Verifier,
+        cache: FixedCache,
         mask: StepMask,
         *,
         kernels: Kernels | None = None,
@@ -168,7 +168,7 @@ class StaticStep:
             kernels: that write the mask and keep accepted nodes; None leaves it to torch.
             pool: of the memory that a captured graph works in.
         """
-        self.backbone, self.propose, self.judge = backbone, propose, judge
+        self.backbone, self.drafter, self.verifier = backbone, drafter, verifier
         self.cache, self.mask, self.kernels = cache, mask, kernels
         num_rows, device = len(cache.lengths_B), backbone.device
         self.root_B = torch.zeros(num_rows, dtype=torch.long, device=device)
@@ -178,7 +178,7 @@ class StaticStep:
         self.is_active_B = torch.ones(num_rows, dtype=torch.bool, device=device)
         self.last = torch.zeros((), dtype=torch.long, device=device)
         """The last position that the model has for these prompts."""
-        width = 2 + 2 * (propose.depth + 1)
+        width = 2 + 2 * (drafter.depth + 1)
         self.outcome = torch.zeros(num_rows, width, dtype=torch.long, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_capturable = backbone.device.type == "cuda"
@@ -218,7 +218,7 @@ class StaticStep:
 
     def _run(self) -> None:
         cache = self.cache
-        draft = self.propose(self.root_B, self.hidden_BD)
+        draft = self.drafter(self.root_B, self.hidden_BD)
         mask, position_BN = self._mask_and_positions(draft)
         logits_BNV, hidden_BND = self.backbone.forward(
             draft.tokens_BN,
@@ -226,8 +226,8 @@ class StaticStep:
             mask=mask,
             position_ids_BN=torch.minimum(position_BN, self.last),
         )
-        verdict = self.judge(
-            logits_BNV, draft.tokens_BN, draft.parents_BN, self.propose.depth, draft.nodes
+        verdict = self.verifier(
+            logits_BNV, draft.tokens_BN, draft.parents_BN, self.drafter.depth, draft.nodes
         )
         self.outcome.copy_(outcome(draft, verdict))
         cache.commit(verdict, self.is_active_B, self.kernels)
@@ -247,18 +247,18 @@ class StaticStep:
         None if the model waits for the host somewhere: no graph can hold that.
         """
         state = (self.root_B, self.hidden_BD, self.cache.lengths_B)
-        saved, draws = [tensor.clone() for tensor in state], self.judge.get_state()
+        saved, draws = [tensor.clone() for tensor in state], self.verifier.get_state()
         # Columns behind the rows' ends are written meanwhile; nothing is seen there.
         self.is_active_B.fill_(False)
         graph = None
         if self._warm_up():
             graph = torch.cuda.CUDAGraph()
-            self.judge.register(graph)
+            self.verifier.register(graph)
             with torch.cuda.graph(graph, pool=self._pool):
                 self._run()
         for tensor, before in zip(state, saved, strict=True):
             tensor.copy_(before)
-        self.judge.set_state(draws)
+        self.verifier.set_state(draws)
         self._mark_active()
         return graph
 
@@ -300,7 +300,7 @@ _Shape = tuple[int, int]
 """Rows, and columns before the tree's."""
 
 
-class StaticSteps:
+class CapturedSteps:
     """Makes a step for rows and a length once.
 
     Steps of as many rows and columns share a cache, and all share one pool of memory: one runs at
@@ -308,17 +308,17 @@ class StaticSteps:
     """
 
     def __init__(self) -> None:
-        self._caches: dict[_Shape, StaticCache] = {}
-        self._steps: dict[tuple[_Shape, Hashable], StaticStep] = {}
+        self._caches: dict[_Shape, FixedCache] = {}
+        self._steps: dict[tuple[_Shape, Hashable], CapturedStep] = {}
         self._pool: Any = None
 
     def get(
-        self, backbone: Backbone, propose: Proposer, rule: Rule, num_rows: int, length: int
-    ) -> StaticStep:
+        self, backbone: Backbone, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int
+    ) -> CapturedStep:
         """Return a step over an empty cache, for prompts and answers of this length together."""
-        if propose.num_nodes > MAX_NODES:
+        if drafter.num_nodes > MAX_NODES:
             raise UserError(
-                f"the tree has {propose.num_nodes} nodes, and a captured step has room for "
+                f"the tree has {drafter.num_nodes} nodes, and a captured step has room for "
                 f"{MAX_NODES}: take a smaller tree, or set decode.cuda_graph=false."
             )
         if self._pool is None and backbone.device.type == "cuda":
@@ -326,27 +326,27 @@ class StaticSteps:
         shape = self._shape(num_rows, length)
         if shape not in self._caches:
             self._make_room()
-            self._caches[shape] = StaticCache(
+            self._caches[shape] = FixedCache(
                 backbone.num_layers, shape[1], MAX_NODES, num_rows, backbone.device
             )
-        key = (shape, (propose.key, rule, backbone.model.dtype))
+        key = (shape, (drafter.key, rule, backbone.model.dtype))
         if key not in self._steps:
-            self._steps[key] = StaticStep(
+            self._steps[key] = CapturedStep(
                 backbone,
-                propose,
-                Judge(rule, backbone.device),
+                drafter,
+                Verifier(rule, backbone.device),
                 self._caches[shape],
                 StepMask(
                     backbone.model,
                     shape[1] + MAX_NODES,
-                    keeps_full=propose.prefix is not None,
+                    keeps_full=drafter.prefix is not None,
                 ),
                 kernels=step_kernels(rule.verifier, backbone.device),
                 pool=self._pool,
             )
         step = self._steps[key]
         step.cache.empty()
-        step.judge.restart()
+        step.verifier.restart()
         return step
 
     def _shape(self, num_rows: int, length: int) -> _Shape:

@@ -280,7 +280,7 @@ def without_nan(logits_BNV: Tensor) -> Tensor:
     return logits_BNV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-def verify_on_host(
+def verify_on_cpu(
     logits_BNV: Tensor,
     tokens_BN: Tensor,
     parents_BN: Tensor,

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from medusa_exp.decode.loop import GREEDY, Decoded, Limits, decode_plain, decode_tree
-from medusa_exp.decode.rule import Rule
+from medusa_exp.decode.loop import GREEDY, Limits, Response, decode_plain, decode_tree
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import Tree, chain
 
 
 @dataclass(frozen=True)
-class Answer:
+class MethodResponse:
     """What a method says to a prompt."""
 
     tokens: list[int]
@@ -29,7 +29,7 @@ class Answer:
     """Tokens committed at each step, where that can be seen."""
 
 
-Method = Callable[[list[list[int]]], list[Answer]]
+Method = Callable[[list[list[int]]], list[MethodResponse]]
 """From a batch of prompts to their answers."""
 
 LOOKUP_TOKENS = 10
@@ -43,7 +43,7 @@ def build_methods(
     heads: nn.Module,
     tree: Tree,
     limits: Limits,
-    rule: Rule,
+    rule: AcceptanceRule,
     *,
     baselines: list[str],
     batch_size: int = 1,
@@ -57,10 +57,12 @@ def build_methods(
     plain_rule = GREEDY if rule.name == "typical" else rule
 
     def over(a_tree: Tree) -> Method:
-        return lambda prompts: _answers(decode_tree(backbone, heads, a_tree, prompts, limits, rule))
+        return lambda prompts: _responses(
+            decode_tree(backbone, heads, a_tree, prompts, limits, rule)
+        )
 
     methods: dict[str, Method] = {
-        "plain": lambda prompts: _answers(decode_plain(backbone, prompts, limits, plain_rule)),
+        "plain": lambda prompts: _responses(decode_plain(backbone, prompts, limits, plain_rule)),
         "tree": over(tree),
         "chain": over(chain(heads.num_heads)),
         "hf_generate": lambda prompts: [hf_generate(backbone, ids, **options) for ids in prompts],
@@ -82,7 +84,7 @@ def hf_generate(
     max_new_tokens: int,
     stop_ids: Collection[int],
     **options: Any,
-) -> Answer:
+) -> MethodResponse:
     """Answer with `model.generate`; a step is one forward call of the model."""
     settings = GenerationConfig(
         do_sample=False,
@@ -111,25 +113,25 @@ def hf_generate(
         handle.remove()
         model.generation_config = own_settings
     tokens = output_1T[0, len(prompt_ids) :].tolist()
-    return Answer(tokens, steps, None)
+    return MethodResponse(tokens, steps, None)
 
 
 def timed(
     method: Method, prompts: list[list[int]], device: torch.device
-) -> tuple[list[Answer], float]:
+) -> tuple[list[MethodResponse], float]:
     """Return the answers and their wall time together in seconds, the prompts' step included."""
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     answers = method(prompts)
-    synchronise(device)
+    synchronize(device)
     return answers, time.perf_counter() - start
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that it was given, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _answers(rows: list[Decoded]) -> list[Answer]:
-    return [Answer(row.tokens, len(row.accept_lengths), row.accept_lengths) for row in rows]
+def _responses(rows: list[Response]) -> list[MethodResponse]:
+    return [MethodResponse(row.tokens, len(row.accept_lengths), row.accept_lengths) for row in rows]

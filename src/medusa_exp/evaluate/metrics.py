@@ -8,7 +8,7 @@ import numpy as np
 Record = dict[str, Any]
 
 
-def summarise(records: list[Record]) -> dict[str, float]:
+def summarize(records: list[Record]) -> dict[str, float]:
     """Return the run's `eval/...` metrics from the records of all prompts and methods.
 
     A ratio is of sums over the same prompts, so that long answers count for what they are. The

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cache import TreeCache
+from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.model.backbone import Backbone
 
@@ -73,7 +73,7 @@ def _last_logits(
     ids_1T = torch.tensor([ids], device=device)
     start = 0 if at_a_time >= len(ids) else max(0, len(ids) - _WINDOW)
     capacity = len(ids) + num_siblings
-    cache, mask = TreeCache(backbone.num_layers, capacity, 1), StepMask(backbone.model, capacity)
+    cache, mask = GrowingCache(backbone.num_layers, capacity, 1), StepMask(backbone.model, capacity)
     if start:
         backbone.forward(ids_1T[:, :start], cache, keep=torch.tensor([0], device=device))
     cache.set_lengths([start])

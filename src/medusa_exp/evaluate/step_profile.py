@@ -9,11 +9,11 @@ from unittest.mock import patch
 
 import torch
 
-from medusa_exp.decode.cache import TreeCache
-from medusa_exp.decode.drafting import DynamicTree, SequentialTree, StaticTree
+from medusa_exp.decode.cache import GrowingCache
+from medusa_exp.decode.drafting import DynamicTreeDrafter, FixedTreeDrafter, SequentialDrafter
 from medusa_exp.decode.masks import StepMask
-from medusa_exp.decode.rule import Judge
-from medusa_exp.evaluate.methods import Method, synchronise
+from medusa_exp.decode.rule import Verifier
+from medusa_exp.evaluate.methods import Method, synchronize
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import PrefixAttention
 from medusa_exp.runs.metric_table import PARTS_OF_TIME
@@ -22,14 +22,14 @@ BACKBONES = ("prompt", "backbone")
 
 _PLACES: dict[str, list[tuple[type, str]]] = {
     "heads": [
-        (StaticTree, "__call__"),
-        (DynamicTree, "__call__"),
-        (SequentialTree, "__call__"),
+        (FixedTreeDrafter, "__call__"),
+        (DynamicTreeDrafter, "__call__"),
+        (SequentialDrafter, "__call__"),
         (PrefixAttention, "forward"),
     ],
     "mask": [(StepMask, "at")],
-    "verification": [(Judge, "__call__"), (Judge, "next_token")],
-    "cache": [(TreeCache, "commit"), (TreeCache, "keep_rows")],
+    "verification": [(Verifier, "__call__"), (Verifier, "next_token")],
+    "cache": [(GrowingCache, "commit"), (GrowingCache, "keep_rows")],
 }
 """Part -> the methods, as (class, name), whose time it is."""
 
@@ -93,7 +93,7 @@ class _Stopwatch:
         return timed
 
     def _lap(self) -> None:
-        synchronise(self._device)
+        synchronize(self._device)
         now = time.perf_counter()
         if self._open:
             self.seconds[self._open[-1]] += now - self._since

@@ -18,10 +18,10 @@ from transformers.cache_utils import Cache
 from medusa_exp.errors import UserError
 
 _SAMPLE = 4096
-"""Values of a parameter that `weights_identity_of` reads, about."""
+"""Values of a parameter that `weights_fingerprint_of` reads, about."""
 
 
-def identity_of(backbone: "Backbone") -> str:
+def fingerprint_of(backbone: "Backbone") -> str:
     """Return a sha256 over dimensions, final norm and lm_head: what heads are trained for.
 
     Weights count as bfloat16.
@@ -43,11 +43,11 @@ def identity_of(backbone: "Backbone") -> str:
     return digest.hexdigest()
 
 
-def weights_identity_of(backbone: "Backbone") -> str:
+def weights_fingerprint_of(backbone: "Backbone") -> str:
     """Return a sha256 over a sample of every parameter: what the model's answers depend on.
 
     A sample, since reading all of a large model takes minutes, and training or merging leaves no
-    tensor's values as they were. In bfloat16, as `identity_of`.
+    tensor's values as they were. In bfloat16, as `fingerprint_of`.
     """
     digest = hashlib.sha256(backbone.identity().encode())
     for name, parameter in sorted(backbone.model.named_parameters()):
@@ -89,9 +89,9 @@ class Backbone:
         self.prefixed: Any = None
         """As heads with prefix attention see it; see `decode.prefix`."""
         self.is_checked_for_trees = False
-        """Set by `decode.check.check_trees`."""
+        """Set by `decode.check.check_tree_attention`."""
         self.has_body = True
-        self._identities: tuple[str, str] | None = None
+        self._fingerprints: tuple[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -209,28 +209,28 @@ class Backbone:
 
         Weights count as bfloat16, so that a model has one identity in whatever dtype it is loaded.
         """
-        if self._identities is not None:
-            return self._identities[0]
-        return identity_of(self)
+        if self._fingerprints is not None:
+            return self._fingerprints[0]
+        return fingerprint_of(self)
 
-    def weights_identity(self) -> str:
+    def weights_fingerprint(self) -> str:
         """Return a sha256 over a sample of every parameter: what the model's answers depend on.
 
         A sample, since reading all of a large model takes minutes, and training or merging leaves
         no tensor's values as they were. In bfloat16, as `identity`.
         """
-        if self._identities is not None:
-            return self._identities[1]
-        return weights_identity_of(self)
+        if self._fingerprints is not None:
+            return self._fingerprints[1]
+        return weights_fingerprint_of(self)
 
-    def remember_identities(self) -> None:
+    def remember_fingerprints(self) -> None:
         """Note which model this is, before its weights are taken apart."""
-        self._identities = (self.identity(), self.weights_identity())
+        self._fingerprints = (self.identity(), self.weights_fingerprint())
 
-    def leave_out_body(self, identity: str, weights_identity: str) -> None:
+    def leave_out_body(self, identity: str, weights_fingerprint: str) -> None:
         """Say that this model has no layers, and which whole model its ends are of."""
         self.has_body = False
-        self._identities = (identity, weights_identity)
+        self._fingerprints = (identity, weights_fingerprint)
 
     def _with_lm_head_input(self, **arguments: Any) -> tuple[Tensor, Tensor]:
         """Call the model; return its logits and what its lm_head read to make them."""

@@ -59,7 +59,7 @@ def load_backbone(config: Config, *, is_adapted: bool = True) -> Backbone:
     return backbone
 
 
-def load_ends(config: Config, identity: str, weights_identity: str) -> Backbone:
+def load_ends(config: Config, identity: str, weights_fingerprint: str) -> Backbone:
     """Load what stands at a backbone's two ends (embedding, final norm, lm_head), and no layer.
 
     Enough to train heads where the backbone's hidden states are at hand.
@@ -67,7 +67,7 @@ def load_ends(config: Config, identity: str, weights_identity: str) -> Backbone:
     Args:
         config: names the model.
         identity: `Backbone.identity()` of the whole model.
-        weights_identity: `Backbone.weights_identity()` of the whole model.
+        weights_identity: `Backbone.weights_fingerprint()` of the whole model.
 
     Raises:
         UserError: as `load_backbone`.
@@ -89,7 +89,7 @@ def load_ends(config: Config, identity: str, weights_identity: str) -> Backbone:
         backbone = Backbone(_read(config, {"config": model_config}))
     finally:
         transformers_logging.set_verbosity(verbosity)
-    backbone.leave_out_body(identity, weights_identity)
+    backbone.leave_out_body(identity, weights_fingerprint)
     return backbone
 
 
@@ -104,7 +104,7 @@ def _read(
             dtype=config.dtype.backbone,
             attn_implementation=config.model.attn_implementation,
             use_safetensors=True,
-            **{**_placement(config), **_quantised(config), **hub_options(config), **more},
+            **{**_placement(config), **_quantized(config), **hub_options(config), **more},
         )
     except (*LOADING_ERRORS, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
@@ -133,7 +133,7 @@ def _placement(config: Config) -> dict[str, Any]:
     return {"device_map": device_map if device_map and device.type == "cuda" else {"": device}}
 
 
-def _quantised(config: Config) -> dict[str, Any]:
+def _quantized(config: Config) -> dict[str, Any]:
     """Return how transformers is to quantise the weights of linear layers."""
     bits = config.model.quantization
     if bits is None:
@@ -145,14 +145,14 @@ def _quantised(config: Config) -> dict[str, Any]:
         )
     # NF4 with its constants quantised too: QLoRA (Dettmers et al. 2023), section 3. transformers
     # leaves the lm_head as it is, which is what heads and logits need.
-    quantised = BitsAndBytesConfig(
+    quantized = BitsAndBytesConfig(
         load_in_8bit=bits == "8bit",
         load_in_4bit=bits == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return {"quantization_config": quantised}
+    return {"quantization_config": quantized}
 
 
 def grow_embedding(model: PreTrainedModel, size: int) -> None:

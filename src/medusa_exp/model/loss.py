@@ -51,7 +51,7 @@ NextLogits = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def first_choices(next_logits: NextLogits, hidden_RD: Tensor) -> Tensor:
+def teacher_argmax(next_logits: NextLogits, hidden_RD: Tensor) -> Tensor:
     """Return the likeliest next token at each of these hidden states: tokens_R."""
     chunks = [next_logits(hidden_CD).argmax(-1) for hidden_CD in hidden_RD.split(_ROWS)]
     return torch.cat(chunks)
@@ -216,10 +216,10 @@ class HeadLoss:
 
 
 def head_labels(
-    input_ids_BT: Tensor, is_trained_BT: Tensor, documents_BT: Tensor, head: int
+    input_ids_BT: Tensor, is_trained_BT: Tensor, example_BT: Tensor, head: int
 ) -> tuple[Tensor, Tensor]:
     """Return (index_R, labels_R) of a head: its label at t is token t+1+head."""
-    index_R = labelled_index(is_trained_BT, documents_BT, head)
+    index_R = labelled_index(is_trained_BT, example_BT, head)
     return index_R, input_ids_BT.flatten()[index_R + 1 + head]
 
 
@@ -228,7 +228,7 @@ def medusa_losses(
     hidden_BTD: Tensor,
     targets: Targets,
     is_trained_BT: Tensor,
-    documents_BT: Tensor,
+    example_BT: Tensor,
     input_ids_BT: Tensor,
     *,
     chunk_rows: int,
@@ -250,7 +250,7 @@ def medusa_losses(
     """
     results = []
     for k in range(heads.num_heads):
-        index_R = labelled_index(is_trained_BT, documents_BT, k + 1)
+        index_R = labelled_index(is_trained_BT, example_BT, k + 1)
         inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
         # The head at index k is head k+1: at t it is to say what is to be said after token t+k+1.
         wanted = targets.at(index_R + k + 1)
@@ -308,7 +308,7 @@ def medusa_counts(
     hidden_BTD: Tensor,
     labels_BT: Tensor,
     is_trained_BT: Tensor,
-    documents_BT: Tensor,
+    example_BT: Tensor,
     input_ids_BT: Tensor,
     *,
     chunk_rows: int,
@@ -319,9 +319,9 @@ def medusa_counts(
     A label that the heads do not know adds no loss, and is never hit.
     """
     counts_K4 = torch.zeros(heads.num_heads, 4, dtype=torch.float64, device=hidden_BTD.device)
-    words_BT = heads.words_of(labels_BT)
+    words_BT = heads.to_head_vocab(labels_BT)
     for k in range(heads.num_heads):
-        index_R, labels_R = head_labels(words_BT, is_trained_BT, documents_BT, k + 1)
+        index_R, labels_R = head_labels(words_BT, is_trained_BT, example_BT, k + 1)
         inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
         chunks = [part.split(chunk_rows) for part in (labels_R, *inputs)]
         for labels_C, *inputs_C in zip(*chunks, strict=True):
@@ -349,9 +349,9 @@ class Objective:
     def labels_of(self, backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
         """Return [B, T], at each trained place, the token that heads are to say there."""
         if self.labels == "own":
-            if batch.own_BT is not None:
-                return batch.own_BT
-            return own_choices(backbone, hidden_BTD, batch)
+            if batch.teacher_BT is not None:
+                return batch.teacher_BT
+            return teacher_labels(backbone, hidden_BTD, batch)
         return batch.input_ids_BT
 
     def targets(
@@ -359,14 +359,14 @@ class Objective:
     ) -> Targets:
         """Return what the heads are to say on a batch."""
         if self.loss == "ce":
-            return TokenTargets(heads.words_of(self.labels_of(backbone, hidden_BTD, batch)))
+            return TokenTargets(heads.to_head_vocab(self.labels_of(backbone, hidden_BTD, batch)))
 
         def next_logits(hidden_RD: Tensor) -> Tensor:
-            return heads.of_words(backbone.next_logits(hidden_RD))
+            return heads.from_head_vocab(backbone.next_logits(hidden_RD))
 
         if self.loss == "kl":
             return DistributionTargets(hidden_BTD, next_logits)
-        is_wanted_BT = is_labelled(batch.is_trained_BT, batch.documents_BT, 0)
+        is_wanted_BT = is_labelled(batch.is_trained_BT, batch.example_BT, 0)
         return TopTargets(hidden_BTD, is_wanted_BT, next_logits, self.top_k)
 
     def factor(self, step: int, max_steps: int) -> float:
@@ -381,14 +381,14 @@ class Objective:
 
 
 @torch.no_grad()
-def own_choices(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+def teacher_labels(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
     """Return in place of each trained token [B, T] what the backbone says there, the likeliest one.
 
     Decoding compares guesses with this, not with the data: where a text takes a turn that the
     backbone would not take, its token is noise to the heads.
     """
-    index_R = labelled_index(batch.is_trained_BT, batch.documents_BT, 0)
+    index_R = labelled_index(batch.is_trained_BT, batch.example_BT, 0)
     hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
     labels = batch.input_ids_BT.flatten().clone()
-    labels[index_R + 1] = first_choices(backbone.next_logits, hidden_RD)
+    labels[index_R + 1] = teacher_argmax(backbone.next_logits, hidden_RD)
     return labels.view_as(batch.input_ids_BT)

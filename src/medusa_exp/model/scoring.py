@@ -68,19 +68,19 @@ def answer_ranks(
         hidden_PD: the states from which the backbone said each token.
         max_rank: how many guesses count.
     """
-    words_P = heads.words_of(tokens_P)
-    ranks_PK = torch.full((len(words_P), heads.num_heads), max_rank)
-    rank_R = torch.arange(max_rank, device=words_P.device)
-    for k in range(min(heads.num_heads, len(words_P) - 1)):
-        truth_P = words_P[k + 1 :]
+    labels_P = heads.to_head_vocab(tokens_P)
+    ranks_PK = torch.full((len(labels_P), heads.num_heads), max_rank)
+    rank_R = torch.arange(max_rank, device=labels_P.device)
+    for k in range(min(heads.num_heads, len(labels_P) - 1)):
+        truth_P = labels_P[k + 1 :]
         inputs = [hidden_PD[: len(truth_P)].to(heads.dtype)]
         if heads.is_sequential:
             inputs.append(tokens_P.unfold(0, k + 1, 1)[: len(truth_P)])
         chunks = [part.split(CHUNK) for part in (truth_P, *inputs)]
         found = []
         for truth_C, *inputs_C in zip(*chunks, strict=True):
-            guesses_CR = heads.head_logits(k, *inputs_C).topk(max_rank).indices
-            is_true_CR = guesses_CR == truth_C[:, None]
+            draft_CR = heads.head_logits(k, *inputs_C).topk(max_rank).indices
+            is_true_CR = draft_CR == truth_C[:, None]
             found.append(torch.where(is_true_CR, rank_R, max_rank).amin(-1))
         ranks_PK[: len(truth_P), k] = torch.cat(found).cpu()
     return ranks_PK.numpy()

@@ -109,7 +109,7 @@ def hub_options(config: Config) -> dict[str, Any]:
     return options
 
 
-def files_identity(config: Config) -> str | None:
+def files_fingerprint(config: Config) -> str | None:
     """Return a sha256 over the model's config.json and a sample of its weights' files.
 
     A sample, since reading all of a large model takes minutes; no training or merging leaves it as

@@ -42,7 +42,7 @@ from medusa_exp.tree.calibration import (
     correct,
     heads_sha256,
     save_calibration,
-    summarise,
+    summarize,
 )
 from medusa_exp.tree.search import best_tree
 from medusa_exp.tree.tree import Tree
@@ -147,7 +147,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     ]
     if curves[0].batch_size == 1:  # prompts are rehearsed one at a time
         curves[0] = _rehearsed(backbone, heads, curves[0], prompts, ranks, limits)
-    calibration = summarise(
+    calibration = summarize(
         curves, ranks, max_rank, choices=trees[-1], heads_sha256=heads_sha256(out)
     )
     save_calibration(calibration, out)
@@ -181,8 +181,8 @@ def head_ranks(
     rank_R = torch.arange(max_rank, device=ids.device)
     found = []
     for hidden_CD, truth_CK in zip(hidden_PD.split(CHUNK), truth_PK.split(CHUNK), strict=True):
-        guesses_CKR = heads(hidden_CD.to(heads.dtype)).topk(max_rank, dim=-1).indices
-        is_true_CKR = guesses_CKR == truth_CK[..., None]
+        draft_CKR = heads(hidden_CD.to(heads.dtype)).topk(max_rank, dim=-1).indices
+        is_true_CKR = draft_CKR == truth_CK[..., None]
         found.append(torch.where(is_true_CKR, rank_R, max_rank).amin(-1))
     return torch.cat(found).cpu().numpy()
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from medusa_exp.config import Config
 from medusa_exp.data.conversations import Message
 from medusa_exp.data.template import ChatTemplate
-from medusa_exp.decode.compatibility import check_trees
-from medusa_exp.decode.drafting import Proposer, build_proposer
-from medusa_exp.decode.loop import Answers, Limits, tree_steps
-from medusa_exp.decode.rule import Rule
+from medusa_exp.decode.compatibility import check_tree_attention
+from medusa_exp.decode.drafting import Drafter, build_drafter
+from medusa_exp.decode.loop import Limits, Responses, tree_steps
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
@@ -52,9 +52,9 @@ class Chat:
 
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
-    proposer: Proposer
+    drafter: Drafter
     limits: Limits
-    rule: Rule
+    rule: AcceptanceRule
     messages: list[Message] = field(default_factory=list)
     num_steps: int = 0
     num_tokens: int = 0
@@ -74,11 +74,11 @@ class Chat:
         messages = [*self.messages, Message("user", text)]
         prompt = ChatTemplate(self.tokenizer).prompt(messages)
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        answers = Answers(1, self.limits)
+        answers = Responses(1, self.limits)
         tokens: list[int] = []
         shown = ""
         start = time.perf_counter()
-        for [added] in tree_steps(self.backbone, self.proposer, [ids], answers, self.rule):
+        for [added] in tree_steps(self.backbone, self.drafter, [ids], answers, self.rule):
             tokens += added
             # Text depends on its neighbours: a step's is what the whole gains by it.
             whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -87,20 +87,20 @@ class Chat:
             shown = whole
         self.seconds += time.perf_counter() - start
         self.num_tokens += len(tokens)
-        self.num_steps += len(answers.decoded[0].accept_lengths)
+        self.num_steps += len(answers.rows[0].accept_lengths)
         self.messages = [*messages, Message("assistant", shown)]
 
 
 def load_chat(config: Config, out: Path) -> Chat:
     """Load what a run has made: heads, tree and the settings of its config."""
     backbone = load_backbone(config)
-    check_trees(backbone)
+    check_tree_attention(backbone)
     tokenizer = load_tokenizer(config)
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
     tree = choose_tree(config, out, heads.num_heads)
-    proposer = build_proposer(heads, tree, backbone.device)
+    drafter = build_drafter(heads, tree, backbone.device)
     limits = limits_of(config, backbone, tokenizer)
-    return Chat(backbone, tokenizer, proposer, limits, rule_of(config))
+    return Chat(backbone, tokenizer, drafter, limits, rule_of(config))
 
 
 def _talk(chat: Chat, console: Console) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.examples import Example
-from medusa_exp.data.masking import Rendered, Renderer
+from medusa_exp.data.masking import MaskedTokens, Renderer
 from medusa_exp.data.template import ChatTemplate, to_chat
 from medusa_exp.decode.settings import stop_ids
 from medusa_exp.model.backbone import Backbone
@@ -31,7 +31,7 @@ class Row:
     source: str
     number: int
     """Of its conversation, among those that were sampled."""
-    rendered: Rendered
+    rendered: MaskedTokens
     roles: list[str]
     """Per token: system, user, assistant, tool or template."""
     pieces: list[str]

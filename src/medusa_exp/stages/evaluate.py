@@ -25,12 +25,12 @@ from medusa_exp.data import DataError, Message, read_conversations
 from medusa_exp.data.prompts import Prompt, Question, is_question_file, prompts_of, read_questions
 from medusa_exp.data.sources import load_split
 from medusa_exp.data.template import ChatTemplate
-from medusa_exp.decode.compatibility import check_trees
+from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.errors import UserError
-from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Answer, Method, build_methods, timed
-from medusa_exp.evaluate.metrics import Record, summarise
+from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Method, MethodResponse, build_methods, timed
+from medusa_exp.evaluate.metrics import Record, summarize
 from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
 from medusa_exp.model.backbone import Backbone
@@ -43,7 +43,7 @@ from medusa_exp.stages.session import Session
 from medusa_exp.tree import Tree
 from medusa_exp.tree.calibration import choose_tree
 
-Timed = tuple[list[Answer], float]
+Timed = tuple[list[MethodResponse], float]
 """Answers to a batch, and the seconds they took together."""
 
 
@@ -112,7 +112,9 @@ def records_of(
     return records
 
 
-def sample_of(prompt: Prompt, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def sample_of(
+    prompt: Prompt, answer: MethodResponse, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Return the answer's text cut into steps and these into tokens."""
     pieces = []
     text = ""
@@ -229,7 +231,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     backbone = session.backbone()
     tokenizer = session.tokenizer()
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
-    check_trees(backbone)
+    check_tree_attention(backbone)
     limits = limits_of(config, backbone, tokenizer)
     prompts = load_prompts(
         config,
@@ -251,7 +253,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             num_nodes = tree.num_checked
             timed_prompts = [prompt.input_ids for prompt in prompts[:_TIMED_PROMPTS]]
             shares = shares_of_time(backbone, methods["tree"], timed_prompts)
-        for batch, answers in _answers(config, methods, prompts, batch_size, backbone):
+        for batch, answers in _responses(config, methods, prompts, batch_size, backbone):
             records += records_of(
                 batch, answers, batch_size, config.decode.rule, backbone, tree.num_checked
             )
@@ -260,7 +262,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     write_jsonl(out / "records.jsonl", records)
     write_jsonl(out / "samples.jsonl", samples)
     return {
-        **summarise(records),
+        **summarize(records),
         "eval/num_nodes": float(num_nodes),
         **{f"eval/time/{part}": share for part, share in shares.items()},
         "eval/outside_backbone_fraction": 1 - sum(shares[part] for part in BACKBONES),
@@ -298,7 +300,7 @@ def _warm_up(
                 method((asked[start:] + asked)[:size])
 
 
-def _answers(
+def _responses(
     config: Config,
     methods: dict[str, Method],
     prompts: list[Prompt],

@@ -27,7 +27,7 @@ from medusa_exp.data.tokenized import (
     LOST_ROWS,
     REFUSED,
     UNTRAINED,
-    Tokenised,
+    Tokenized,
 )
 from medusa_exp.model.source import has_model
 from medusa_exp.runs.files import write_json, write_jsonl
@@ -159,7 +159,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
 
 
 def _sampled(
-    sources: list[Source], documents: Tokenised, number: int
+    sources: list[Source], documents: Tokenized, number: int
 ) -> list[tuple[str, Conversation]]:
     """Return so many conversations, evenly spread over the data set."""
     outcomes = documents.summary["sources"].values()
@@ -169,7 +169,7 @@ def _sampled(
     return [sourced for place, sourced in enumerate(walk(sources)) if place in places]
 
 
-def _lengths(documents: Tokenised) -> dict[str, dict[str, float]]:
+def _lengths(documents: Tokenized) -> dict[str, dict[str, float]]:
     """Return the spread of documents' lengths and of their trained tokens."""
     table = documents.all()
     spread = {}

@@ -109,7 +109,7 @@ class LanguageModelModule(L.LightningModule):
         """Return the mean cross entropy over real tokens."""
         ids_BT = batch.input_ids_BT
         logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-        targets_BT = ids_BT.masked_fill(batch.documents_BT == 0, -100)[:, 1:]
+        targets_BT = ids_BT.masked_fill(batch.example_BT == 0, -100)[:, 1:]
         loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten())
         self.log("pretrain/loss", loss, prog_bar=True)
         return loss

@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config, from_dict, to_dict
 from medusa_exp.data.examples import SCHEMA, Example
-from medusa_exp.data.tokenized import Tokenised, load_tokenised
-from medusa_exp.decode.compatibility import check_trees
-from medusa_exp.decode.loop import Decoded, Limits, decode_plain, decode_tree
-from medusa_exp.decode.rule import Rule
+from medusa_exp.data.tokenized import Tokenized, load_tokenized
+from medusa_exp.decode.compatibility import check_tree_attention
+from medusa_exp.decode.loop import Limits, Response, decode_plain, decode_tree
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.settings import limits_of
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
@@ -40,11 +40,17 @@ from medusa_exp.runs.progress import progress_bar
 from medusa_exp.stages.session import Session
 from medusa_exp.train.failures import explain_memory
 from medusa_exp.train.launch import Work, map_on_ray
-from medusa_exp.train.regenerated import DOCUMENTS, SUMMARY, answer_rule, answers_key, answers_path
+from medusa_exp.train.regenerated import (
+    DOCUMENTS,
+    SUMMARY,
+    regenerated_key,
+    regenerated_path,
+    regeneration_rule,
+)
 from medusa_exp.train.trainer import AUTOCAST, pick_precision
 from medusa_exp.tree import Tree
 
-Decode = Callable[[list[list[int]], Limits, Rule], list[Decoded]]
+Decode = Callable[[list[list[int]], Limits, AcceptanceRule], list[Response]]
 
 
 @dataclass
@@ -74,7 +80,7 @@ def answer(
     batch: list[Document],
     decode: Decode,
     limits: Limits,
-    rule: Rule,
+    rule: AcceptanceRule,
     max_length: int,
     backbone: Backbone,
 ) -> None:
@@ -125,12 +131,12 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     session = session or Session(config, out)
     backbone = load_backbone(config, is_adapted=False)
     tokenizer = load_tokenizer(config)
-    documents = load_tokenised(
+    documents = load_tokenized(
         config, tokenizer, min(config.dataset.max_length, backbone.max_length)
     )
     documents.log()
-    key = answers_key(config, documents, backbone, tokenizer)
-    path = answers_path(config, key)
+    key = regenerated_key(config, documents, backbone, tokenizer)
+    path = regenerated_path(config, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     advice = (
         f"lower regenerate.batch_size (now {config.regenerate.batch_size}) or "
@@ -156,7 +162,7 @@ def _regenerate(
     config: Config,
     out: Path,
     path: Path,
-    documents: Tokenised,
+    documents: Tokenized,
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
@@ -176,8 +182,8 @@ def _regenerate(
     if config.regenerate.workers:
         answered = _answered_on_ray(config, out, documents.max_length, batches)
     else:
-        answerer = Answerer(config, out, documents.max_length, backbone, tokenizer)
-        answered = map(answerer, batches)
+        regenerator = Regenerator(config, out, documents.max_length, backbone, tokenizer)
+        answered = map(regenerator, batches)
     with log_path.open("a", encoding="utf-8") as file, progress_bar() as bar:
         task = bar.add_task("regenerating answers", total=len(rows), completed=len(done))
         for batch in answered:
@@ -194,7 +200,7 @@ def _regenerate(
     log_path.unlink()
 
 
-class Answerer:
+class Regenerator:
     """Answers batches of documents; each process that does has one, with a backbone of its own."""
 
     def __init__(
@@ -214,7 +220,7 @@ class Answerer:
     def __call__(self, batch: list[Document]) -> list[Document]:
         """Answer each turn of each document, and return them."""
         # A draw of its own for each batch, whatever was answered before.
-        rule = replace(answer_rule(self.config), seed=self.config.seed + batch[0].row)
+        rule = replace(regeneration_rule(self.config), seed=self.config.seed + batch[0].row)
         answer(batch, self.decode, self.limits, rule, self.max_length, self.backbone)
         return batch
 
@@ -225,7 +231,7 @@ def _answered_on_ray(
     """Yield the batches that workers of a Ray cluster have answered."""
     arguments = {"config": to_dict(config), "out": out.absolute(), "max_length": max_length}
     for line in map_on_ray(
-        _answerer_of_a_worker,
+        _regenerator_of_a_worker,
         arguments,
         [json.dumps([asdict(document) for document in batch]) for batch in batches],
         num_workers=config.regenerate.workers,
@@ -234,19 +240,19 @@ def _answered_on_ray(
         yield [Document(**document) for document in json.loads(line)]
 
 
-def _answerer_of_a_worker(config: dict[str, Any], out: Path, max_length: int) -> Work:
+def _regenerator_of_a_worker(config: dict[str, Any], out: Path, max_length: int) -> Work:
     own = from_dict(config)
     backbone, tokenizer = load_backbone(own, is_adapted=False), load_tokenizer(own)
-    answerer = Answerer(own, out, max_length, backbone, tokenizer)
+    regenerator = Regenerator(own, out, max_length, backbone, tokenizer)
 
     def work(batch: str) -> str:
-        documents = answerer([Document(**document) for document in json.loads(batch)])
+        documents = regenerator([Document(**document) for document in json.loads(batch)])
         return json.dumps([asdict(document) for document in documents])
 
     return work
 
 
-def _chosen(config: Config, documents: Tokenised) -> list[int]:
+def _chosen(config: Config, documents: Tokenized) -> list[int]:
     """Return the numbers of the documents to answer."""
     wanted = {
         "train": config.regenerate.num_documents,
@@ -267,7 +273,7 @@ def _decoder(config: Config, out: Path, backbone: Backbone) -> Decode:
         return lambda prompts, limits, rule: decode_plain(backbone, prompts, limits, rule)
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
     tree = Tree.load(out / "tree.json")
-    check_trees(backbone)
+    check_tree_attention(backbone)
     return lambda prompts, limits, rule: decode_tree(backbone, heads, tree, prompts, limits, rule)
 
 

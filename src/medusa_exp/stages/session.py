@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.sources import Source, dataset_key, load_split, open_sources
-from medusa_exp.data.tokenized import Tokenised, load_tokenised
+from medusa_exp.data.tokenized import Tokenized, load_tokenized
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.source import tiny_dir
@@ -42,10 +42,10 @@ class Session:
         self.sources()
         return load_split(self.config, name)
 
-    def tokenized(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenised:
+    def tokenized(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """Open the tokenized data set, which is built first if it is not there."""
         self.sources()
-        found = load_tokenised(self.config, tokenizer, max_length)
+        found = load_tokenized(self.config, tokenizer, max_length)
         self.notes.add_inputs(tokenised=found.summary["key"])
         return found
 

@@ -34,25 +34,25 @@ from medusa_exp.model.heads import MedusaHeads, build_heads
 from medusa_exp.model.loading import load_ends
 from medusa_exp.model.loss import Objective
 from medusa_exp.model.scoring import measure_agreement
-from medusa_exp.model.source import files_identity
+from medusa_exp.model.source import files_fingerprint
 from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
 from medusa_exp.stages.session import Session
 from medusa_exp.tracking.history import StepLogger
 from medusa_exp.train.acceptance import (
-    Continuation,
-    answer_prompts,
-    continuations,
+    HeldOutResponse,
     held_out_prompts,
+    held_out_responses,
+    respond_to_prompts,
 )
-from medusa_exp.train.callbacks import AverageHeads, BestHeads, ShowPlan
+from medusa_exp.train.callbacks import BestHeads, EMAHeads, TrainingPreview
 from medusa_exp.train.checkpointing import CHECKPOINT, Checkpoints, checkpoint_to_resume, made_with
 from medusa_exp.train.failures import BadLoss, explain_memory, memory_of_training
 from medusa_exp.train.launch import main, ray_parts, train_in_processes, train_on_ray
 from medusa_exp.train.module import JointModule, MedusaModule
-from medusa_exp.train.precompute import known_identities, note_identities, open_features
-from medusa_exp.train.regenerated import open_answers
+from medusa_exp.train.precompute import known_fingerprints, note_fingerprints, open_features
+from medusa_exp.train.regenerated import open_regenerated
 from medusa_exp.train.trainer import build_trainer, pick_precision, shard_layers
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Inputs:
     """Their hidden states, with train.features=cache."""
     prompts: list[Prompt]
     """Held-out ones, for `acceptance`."""
-    answers: list[Continuation]
+    answers: list[HeldOutResponse]
     """The backbone's to them."""
 
     def token_counts(self) -> Tensor:
@@ -109,12 +109,12 @@ class _Backbones:
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config
         config = self.config
-        self._files = files_identity(config)
+        self._files = files_fingerprint(config)
 
     @cached_property
     def ends(self) -> Backbone:
         """Without its layers, if it is known from before and hidden states are cached."""
-        known = known_identities(self.config, self._files)
+        known = known_fingerprints(self.config, self._files)
         if self.config.train.features == "cache" and known is not None:
             return load_ends(self.config, *known)
         return self.body()
@@ -122,7 +122,7 @@ class _Backbones:
     @cached_property
     def _whole(self) -> Backbone:
         backbone = self.session.backbone(is_adapted=False)
-        note_identities(self.config, self._files, backbone)
+        note_fingerprints(self.config, self._files, backbone)
         return backbone
 
     def body(self) -> Backbone:
@@ -130,8 +130,9 @@ class _Backbones:
         return self._whole
 
 
-def open_inputs(config: Config, out: Path, session: Session) -> Inputs:
+def open_inputs(session: Session) -> Inputs:
     """Load, or make and keep, all that heads are trained on."""
+    config, out = session.config, session.out
     backbones = _Backbones(session)
     backbone = backbones.ends
     tokenizer = session.tokenizer()
@@ -144,7 +145,7 @@ def open_inputs(config: Config, out: Path, session: Session) -> Inputs:
         write_json(out / "data.json", {**same, **tokenised.summary})
     documents: dict[str, Examples] = {}
     if config.train.text == "own":
-        data_key, *both = open_answers(config, tokenised, backbone, tokenizer)
+        data_key, *both = open_regenerated(config, tokenised, backbone, tokenizer)
         documents = {name: one for name, one in zip(("train", "val"), both, strict=True) if one}
     else:
         data_key, documents["train"] = tokenised.summary["key"], tokenised.split("train")
@@ -159,7 +160,7 @@ def open_inputs(config: Config, out: Path, session: Session) -> Inputs:
     if config.train.loss != "ce":
         backbone.check_next_logits()
     prompts = held_out_prompts(config, tokenizer, backbone)
-    answers = continuations(config, tokenizer, prompts, backbone, backbones.body)
+    answers = held_out_responses(config, tokenizer, prompts, backbone, backbones.body)
     return Inputs(backbone, tokenizer, documents, data_key, row_tokens, features, prompts, answers)
 
 
@@ -214,7 +215,7 @@ def build_module(
         return MedusaModule(inputs.backbone, heads, _objective(config), **options)
     # What it answers changes with it.
     options["answers"] = partial(
-        answer_prompts, config, inputs.tokenizer, inputs.prompts, inputs.backbone
+        respond_to_prompts, config, inputs.tokenizer, inputs.prompts, inputs.backbone
     )
     return JointModule(
         inputs.backbone,
@@ -312,7 +313,7 @@ def train(config: Config, out: Path, session: Session) -> dict[str, float]:
 
 def _train(config: Config, out: Path, session: Session) -> dict[str, float]:
     L.seed_everything(config.seed, verbose=False)
-    inputs = open_inputs(config, out, session)
+    inputs = open_inputs(session)
     heads = start_heads(config, inputs)
     # Not where this process has the body: another one may have come late enough to need none.
     if config.train.strategy == "fsdp" and config.train.features == "online":
@@ -339,13 +340,13 @@ def _fit(
     session.notes.add(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
     best = BestHeads(out / "checkpoints", settings.patience)
-    average = AverageHeads(settings.average, module) if settings.average else None
+    average = EMAHeads(settings.average, module) if settings.average else None
     # In this order: the average leaves the heads' place after the best have been kept.
     callbacks = [
         best,
         *([average] if average else []),
         checkpoints,
-        ShowPlan(settings.optimizer, average is not None),
+        TrainingPreview(settings.optimizer, average is not None),
     ]
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     trainer = _trainer(config, out, module, bool(batches.val), callbacks, session.log_step)

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Continuation:
+class HeldOutResponse:
     """An answer of the backbone's."""
 
     tokens_P: Tensor
@@ -65,13 +65,13 @@ def held_out_prompts(
         return []
 
 
-def continuations(
+def held_out_responses(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     ends: Backbone,
     body: Callable[[], Backbone],
-) -> list[Continuation]:
+) -> list[HeldOutResponse]:
     """Return the backbone's answers to held-out prompts, from the cache where it has them.
 
     Args:
@@ -88,7 +88,7 @@ def continuations(
     with FileLock(path.with_name(f".{path.stem}.lock")):
         kept = _load(path, ends.device)
         if kept is None:
-            answered = answer_prompts(config, tokenizer, prompts, body())
+            answered = respond_to_prompts(config, tokenizer, prompts, body())
             with publish(path) as partial:
                 save_file(_as_tensors(answered), partial)
             kept = load_file(path, device=str(ends.device))
@@ -96,13 +96,13 @@ def continuations(
 
 
 def accept_lengths(
-    heads: MedusaHeads, answers: Sequence[Continuation], num_nodes: int, max_rank: int
+    heads: MedusaHeads, answers: Sequence[HeldOutResponse], num_nodes: int, max_rank: int
 ) -> tuple[float, float]:
     """Return the tokens per step of the best tree of so many nodes, and of the chain.
 
     Prompts' steps are counted, as in eval/tokens_per_step.
     """
-    ranks = [continuation_ranks(heads, answer, max_rank) for answer in answers]
+    ranks = [response_ranks(heads, answer, max_rank) for answer in answers]
     num_tokens = sum(len(ranks_PK) for ranks_PK in ranks)
     tree = best_tree(ranks, num_nodes, max_rank)
     return num_tokens / num_steps(ranks, tree), num_tokens / num_steps(
@@ -111,7 +111,7 @@ def accept_lengths(
 
 
 @torch.no_grad()
-def continuation_ranks(heads: MedusaHeads, answer: Continuation, max_rank: int) -> np.ndarray:
+def response_ranks(heads: MedusaHeads, answer: HeldOutResponse, max_rank: int) -> np.ndarray:
     """Return `model.ranks.answer_ranks` of an answer: ranks_PK."""
     read_TD = heads_input(heads.prefix, answer.hidden_TD[None])[0]
     tokens_P = answer.tokens_P
@@ -125,7 +125,7 @@ def _path(
     key = content_key(
         "prompts too",  # since their states are kept with the answers'
         [prompt.input_ids for prompt in prompts],
-        backbone.weights_identity(),
+        backbone.weights_fingerprint(),
         [limits.max_new_tokens, sorted(limits.stop_ids), list(limits.stop_strings)],
         [str(backbone.model.dtype), config.model.attn_implementation],
         [metadata.version(name) for name in ("torch", "transformers")],
@@ -134,12 +134,12 @@ def _path(
 
 
 @torch.inference_mode()
-def answer_prompts(
+def respond_to_prompts(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     backbone: Backbone,
-) -> list[Continuation]:
+) -> list[HeldOutResponse]:
     """Let the backbone answer, greedily."""
     if not prompts:
         return []
@@ -149,7 +149,7 @@ def answer_prompts(
     for ids, answer in zip(asked, decode_plain(backbone, asked, limits), strict=True):
         whole_1T = torch.tensor([ids + answer.tokens], device=backbone.device)
         hidden_TD = backbone.hidden_states(whole_1T)[0, :-1]
-        answers.append(Continuation(whole_1T[0, len(ids) :], hidden_TD))
+        answers.append(HeldOutResponse(whole_1T[0, len(ids) :], hidden_TD))
     return answers
 
 
@@ -164,7 +164,7 @@ def _load(path: Path, device: torch.device) -> dict[str, Tensor] | None:
         return None
 
 
-def _as_tensors(answers: list[Continuation]) -> dict[str, Tensor]:
+def _as_tensors(answers: list[HeldOutResponse]) -> dict[str, Tensor]:
     return {
         "tokens": torch.cat([answer.tokens_P for answer in answers]).cpu(),
         "hidden": torch.cat([answer.hidden_TD for answer in answers]).cpu(),
@@ -172,7 +172,7 @@ def _as_tensors(answers: list[Continuation]) -> dict[str, Tensor]:
     }
 
 
-def _from_tensors(tensors: dict[str, Tensor]) -> list[Continuation]:
+def _from_tensors(tensors: dict[str, Tensor]) -> list[HeldOutResponse]:
     of_answers, of_both = tensors["lengths"].T.tolist()
     pairs = zip(tensors["tokens"].split(of_answers), tensors["hidden"].split(of_both), strict=True)
-    return [Continuation(tokens_P, hidden_TD) for tokens_P, hidden_TD in pairs]
+    return [HeldOutResponse(tokens_P, hidden_TD) for tokens_P, hidden_TD in pairs]

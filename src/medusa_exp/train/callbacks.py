@@ -36,7 +36,7 @@ from medusa_exp.train.module import MedusaModule
 from medusa_exp.train.optimizer import STATE_BYTES
 
 
-class AverageHeads(L.Callback):
+class EMAHeads(L.Callback):
     """After each step: average = decay * average + (1 - decay) * heads."""
 
     def __init__(self, decay: float, module: nn.Module) -> None:
@@ -182,7 +182,7 @@ def _trained(module: L.LightningModule) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
-class ShowPlan(L.Callback):
+class TrainingPreview(L.Callback):
     """Prints a table before the first step of each call; with several processes, nothing."""
 
     def __init__(self, optimizer: str, has_average: bool) -> None:

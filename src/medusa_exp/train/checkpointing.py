@@ -203,7 +203,7 @@ def made_with(config: Config, data_key: str, backbone: Backbone) -> str:
     dataset = config.dataset
     weights = {name: source.weight for name, source in dataset.sources.items()}
     data = [data_key, dataset.val_fraction, dataset.test_fraction, weights]
-    return content_key(head, train, data, config.seed, backbone.weights_identity())
+    return content_key(head, train, data, config.seed, backbone.weights_fingerprint())
 
 
 def checkpoint_to_resume(config: Config, out: Path, key: str) -> tuple[Path | None, int]:

@@ -44,7 +44,7 @@ from medusa_exp.model.loss import (
     medusa_loss,
     medusa_losses,
 )
-from medusa_exp.train.acceptance import Continuation, accept_lengths
+from medusa_exp.train.acceptance import HeldOutResponse, accept_lengths
 from medusa_exp.train.failures import check_loss
 from medusa_exp.train.optimizer import build_optimizer, scheduled
 
@@ -61,7 +61,7 @@ class MedusaModule(L.LightningModule):
         heads: MedusaHeads,
         objective: Objective,
         *,
-        answers: Callable[[], Sequence[Continuation]],
+        answers: Callable[[], Sequence[HeldOutResponse]],
         val_tree_nodes: int,
         max_rank: int,
         optimizer: str,
@@ -131,7 +131,7 @@ class MedusaModule(L.LightningModule):
             self._heads_input(batch, hidden_BTD),
             self.objective.targets(self.backbone, self.heads, hidden_BTD.detach(), batch),
             batch.is_trained_BT,
-            batch.documents_BT,
+            batch.example_BT,
             batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
             form=self.objective.form,
@@ -153,7 +153,7 @@ class MedusaModule(L.LightningModule):
             self._heads_input(batch, hidden_BTD),
             self.objective.labels_of(self.backbone, hidden_BTD, batch),
             batch.is_trained_BT,
-            batch.documents_BT,
+            batch.example_BT,
             batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
         )
@@ -209,8 +209,8 @@ class MedusaModule(L.LightningModule):
         return self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
 
     def _heads_input(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
-        documents_BT = None if batch.positions_BT is None else batch.documents_BT  # one a row
-        return heads_input(self.heads.prefix, hidden_BTD.float(), documents_BT)
+        example_BT = None if batch.positions_BT is None else batch.example_BT  # one a row
+        return heads_input(self.heads.prefix, hidden_BTD.float(), example_BT)
 
     def _over_processes(self, counts_K: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -304,7 +304,7 @@ class JointModule(MedusaModule):
 
     def _lm_loss(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
         """Return the backbone's own loss on the trained tokens, summed."""
-        index_R = labelled_index(batch.is_trained_BT, batch.documents_BT, 0)
+        index_R = labelled_index(batch.is_trained_BT, batch.example_BT, 0)
         targets = self._lm_targets(batch)
         return chunked_loss(
             self.backbone.next_logits,

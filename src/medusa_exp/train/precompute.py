@@ -36,7 +36,7 @@ from medusa_exp.data.feature_cache import FORMAT, Features, check, stored_positi
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone, pick_device
-from medusa_exp.model.loss import first_choices
+from medusa_exp.model.loss import teacher_argmax
 from medusa_exp.runs.files import content_key, publish, settings_in_key, sha256_file, write_json
 from medusa_exp.runs.progress import progress_bar
 from medusa_exp.train.launch import Work, map_on_ray
@@ -120,7 +120,7 @@ class FeatureWriter:
         self.autocast = AUTOCAST.get(pick_precision(config, backbone.device))
         self.starts = np.load(directory / "starts.npy")
         self.hidden_PD = np.load(directory / "hidden.npy", mmap_mode="r+")
-        self.own_P = np.load(directory / "own.npy", mmap_mode="r+")
+        self.teacher_P = np.load(directory / "own.npy", mmap_mode="r+")
 
     @torch.no_grad()
     def __call__(self, rows: list[int], documents: list[Example]) -> dict[int, int]:
@@ -132,8 +132,8 @@ class FeatureWriter:
         for number, (states_LD, choices_L) in zip(rows, states, strict=True):
             place = slice(self.starts[number], self.starts[number + 1])
             self.hidden_PD[place] = _as_stored(states_LD, self.hidden_PD.dtype)
-            self.own_P[place] = choices_L.cpu().numpy()
-            found[number] = check(self.hidden_PD[place], self.own_P[place])
+            self.teacher_P[place] = choices_L.cpu().numpy()
+            found[number] = check(self.hidden_PD[place], self.teacher_P[place])
         return found
 
     def _states(self, documents: list[Example]) -> list[tuple[Tensor, Tensor]]:
@@ -145,13 +145,13 @@ class FeatureWriter:
         for hidden_TD, document in zip(hidden_BTD, documents, strict=True):
             stored = torch.from_numpy(stored_positions(document.is_trained, self.stores_all))
             states_LD = hidden_TD[stored.to(backbone.device)]
-            found.append((states_LD, first_choices(backbone.next_logits, states_LD)))
+            found.append((states_LD, teacher_argmax(backbone.next_logits, states_LD)))
         return found
 
     def flush(self) -> None:
         """Have the disk hold what was written."""
         self.hidden_PD.flush()
-        self.own_P.flush()
+        self.teacher_P.flush()
 
 
 def _written_on_ray(
@@ -248,7 +248,7 @@ def features_key(config: Config, split: str, data_key: str, backbone: Backbone) 
         split,
         data_key,
         [dataset.val_fraction, dataset.test_fraction],
-        backbone.weights_identity(),
+        backbone.weights_fingerprint(),
         [str(backbone.model.dtype), config.model.attn_implementation],
         pick_precision(config, backbone.device),
         [metadata.version(name) for name in ("torch", "transformers")],
@@ -300,23 +300,23 @@ def _check_room(directory: Path, size: int) -> None:
         )
 
 
-def known_identities(config: Config, files: str | None) -> tuple[str, str] | None:
+def known_fingerprints(config: Config, files: str | None) -> tuple[str, str] | None:
     """Return the identities of the backbone in these files, if they have been noted."""
     path = _note(config, files)
     if path is None or not path.is_file():
         return None
     try:
-        identity, weights_identity = json.loads(path.read_text())
+        identity, weights_fingerprint = json.loads(path.read_text())
     except ValueError:  # damaged since: the backbone is loaded, and noted again
         return None
-    return identity, weights_identity
+    return identity, weights_fingerprint
 
 
-def note_identities(config: Config, files: str | None, backbone: Backbone) -> None:
+def note_fingerprints(config: Config, files: str | None, backbone: Backbone) -> None:
     """Note which backbone these files hold, to know it again without loading its layers."""
     path = _note(config, files)
     if path is not None:
-        write_json(path, [backbone.identity(), backbone.weights_identity()])
+        write_json(path, [backbone.identity(), backbone.weights_fingerprint()])
 
 
 def _note(config: Config, files: str | None) -> Path | None:

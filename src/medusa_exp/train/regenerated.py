@@ -11,10 +11,10 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
-from medusa_exp.data.examples import Examples, open_documents
-from medusa_exp.data.tokenized import Tokenised, rows_of_split, select
+from medusa_exp.data.examples import Examples, open_examples
+from medusa_exp.data.tokenized import Tokenized, rows_of_split, select
 from medusa_exp.decode.loop import GREEDY
-from medusa_exp.decode.rule import Rule
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
@@ -27,9 +27,9 @@ _OF_RULES = "name temperature top_k top_p epsilon alpha seed verifier".split()
 DOCUMENTS, SUMMARY = "documents.arrow", "summary.json"
 
 
-def open_answers(
+def open_regenerated(
     config: Config,
-    documents: Tokenised,
+    documents: Tokenized,
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[str, Examples, Examples]:
@@ -38,8 +38,8 @@ def open_answers(
     Raises:
         UserError: stage regenerate has not made them, or they are damaged.
     """
-    key = answers_key(config, documents, backbone, tokenizer)
-    path = answers_path(config, key)
+    key = regenerated_key(config, documents, backbone, tokenizer)
+    path = regenerated_path(config, key)
     if not (path / SUMMARY).is_file():
         raise UserError(
             "train.text=own: there are no answers of this backbone to this data set yet: put stage "
@@ -47,7 +47,7 @@ def open_answers(
             "train.text=data."
         )
     try:
-        table, dataset = open_documents(path / DOCUMENTS), config.dataset
+        table, dataset = open_examples(path / DOCUMENTS), config.dataset
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(
             f"{path}: {DOCUMENTS} is not what was written there ({error}): delete that directory, "
@@ -60,9 +60,9 @@ def open_answers(
     return key, train, val
 
 
-def answers_key(
+def regenerated_key(
     config: Config,
-    documents: Tokenised,
+    documents: Tokenized,
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
@@ -73,21 +73,21 @@ def answers_key(
     return content_key(
         documents.summary["key"],
         [dataset.val_fraction, dataset.test_fraction],
-        backbone.weights_identity(),
+        backbone.weights_fingerprint(),
         settings,
-        settings_in_key(answer_rule(config), _OF_RULES),
+        settings_in_key(regeneration_rule(config), _OF_RULES),
         [sorted(limits.stop_ids), list(limits.stop_strings)],
         _precision(config, backbone),
         [metadata.version(name) for name in ("torch", "transformers")],
     )
 
 
-def answers_path(config: Config, key: str) -> Path:
+def regenerated_path(config: Config, key: str) -> Path:
     """Return the directory of the answers of this key."""
     return Path(config.cache_dir) / "regenerated" / key
 
 
-def answer_rule(config: Config) -> Rule:
+def regeneration_rule(config: Config) -> AcceptanceRule:
     """Answers are the backbone's own: never those of a rule that is lossy."""
     rule = rule_of(config)
     return replace(GREEDY, seed=rule.seed) if rule.name == "typical" else rule

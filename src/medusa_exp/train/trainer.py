@@ -50,7 +50,7 @@ def shard_layers(backbone: Backbone) -> dict[str, int]:
     """
     if not distributed.is_initialized():  # Lightning would do it later, and finds it done
         distributed.init_process_group("nccl" if backbone.device.type == "cuda" else "gloo")
-    backbone.remember_identities()
+    backbone.remember_fingerprints()
     before = local_bytes(backbone)
     mesh = init_device_mesh(backbone.device.type, (distributed.get_world_size(),))
     for layer in layers_of(backbone):

@@ -220,7 +220,7 @@ def _slowed(point: Point, factor: float) -> Point:
     )
 
 
-def summarise(
+def summarize(
     curves: list[Curve],
     ranks: list[np.ndarray],
     max_rank: int,

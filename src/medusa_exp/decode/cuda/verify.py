@@ -119,7 +119,7 @@ class _Workspace:
     arguments: np.ndarray
 
 
-class Verifier:
+class KernelVerify:
     """Calls the kernels with torch tensors.
 
     Args:

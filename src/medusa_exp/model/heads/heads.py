@@ -24,10 +24,10 @@ from medusa_exp.model.heads.config import MedusaHeadsConfig
 from medusa_exp.model.heads.layers import (
     GroundedBlock,
     LowRankProjections,
-    OwnProjections,
     Projection,
     ResBlock,
     TiedProjection,
+    UntiedProjections,
 )
 from medusa_exp.model.heads.prefix_attention import PrefixAttention, attention_heads
 
@@ -47,13 +47,13 @@ class Family:
 
 
 FAMILIES = {
-    "medusa": Family(OwnProjections),
+    "medusa": Family(UntiedProjections),
     "medusa_tied": Family(TiedProjection, min_layers=1),
     "medusa_lowrank": Family(LowRankProjections),
-    "hydra": Family(OwnProjections, is_sequential=True, min_layers=1),
+    "hydra": Family(UntiedProjections, is_sequential=True, min_layers=1),
 }
 """By `head.kind`."""
-_NO_WORD = -100
+_NOT_IN_HEAD_VOCAB = -100
 """What stands for a token that the heads do not know; cross entropy passes it over."""
 
 
@@ -141,15 +141,15 @@ class MedusaHeads(PreTrainedModel):
         full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf)
         return full.index_copy_(-1, self.token_map, logits)
 
-    def words_of(self, tokens: Tensor) -> Tensor:
+    def to_head_vocab(self, tokens: Tensor) -> Tensor:
         """Return the places of tokens among the W, and -100 for those that are not there."""
         if self.token_map is None:
             return tokens
-        place_V = tokens.new_full((self.config.vocab_size,), _NO_WORD)
+        place_V = tokens.new_full((self.config.vocab_size,), _NOT_IN_HEAD_VOCAB)
         place_V[self.token_map] = torch.arange(len(self.token_map), device=tokens.device)
         return place_V[tokens]
 
-    def of_words(self, logits_RV: Tensor) -> Tensor:
+    def from_head_vocab(self, logits_RV: Tensor) -> Tensor:
         """Map the backbone's logits to those of the W tokens."""
         return logits_RV if self.token_map is None else logits_RV[:, self.token_map]
 

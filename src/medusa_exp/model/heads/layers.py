@@ -88,7 +88,7 @@ class Projection(Protocol):
     def stacked(self, dtype: torch.dtype) -> Stacked: ...
 
 
-class OwnProjections(nn.ModuleList):
+class UntiedProjections(nn.ModuleList):
     """A matrix [V, D] of its own for each head."""
 
     token_map = None

@@ -69,7 +69,7 @@ class PrefixAttention(nn.Module):
 
 
 def heads_input(
-    prefix: PrefixAttention | None, hidden_BTD: Tensor, documents_BT: Tensor | None = None
+    prefix: PrefixAttention | None, hidden_BTD: Tensor, example_BT: Tensor | None = None
 ) -> Tensor:
     """Return what heads read in place of the hidden states of whole rows: [B, T, D].
 
@@ -80,9 +80,9 @@ def heads_input(
     """
     if prefix is None:
         return hidden_BTD
-    if documents_BT is None:
+    if example_BT is None:
         return prefix(hidden_BTD)
-    is_same_B1TT = (documents_BT[:, :, None] == documents_BT[:, None, :])[:, None]
+    is_same_B1TT = (example_BT[:, :, None] == example_BT[:, None, :])[:, None]
     size = hidden_BTD.shape[1]
     return prefix(hidden_BTD, mask=is_same_B1TT & _causal(size, size, hidden_BTD.device))
 
