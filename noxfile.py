@@ -77,7 +77,7 @@ def kernels(session: nox.Session) -> None:
 def mutations(session: nox.Session) -> None:
     """Remove every barrier of the kernels in turn: the tests must notice. Some ten minutes."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))
-    session.run("pytest", "tests/kernels/all_barriers.py", *session.posargs)
+    session.run("pytest", "-m", "slow", "tests/slow/test_barriers.py", *session.posargs)
 
 
 @nox.session(default=False)
@@ -122,15 +122,19 @@ def masks(session: nox.Session) -> None:
 def architectures(session: nox.Session) -> None:
     """Compare trees with `model.generate` on tiny models of sixty architectures. A minute."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))
-    session.run("pytest", "tests/decode/architectures.py", *session.posargs)
+    session.run("pytest", "-m", "slow", "tests/slow/test_architectures.py", *session.posargs)
 
 
 @nox.session(default=False)
 def sweeps(session: nox.Session) -> None:
     """Run small sweeps with every launcher and with Optuna, and a training on Ray. Four minutes."""
     session.install(*CONSTRAINTS, "-e", ".[ray,sweep,slurm]", *group("test"))
-    files = ("tests/sweep_plugins.py", "tests/test_sweep.py", "tests/train/on_ray.py")
-    session.run("pytest", *files, *session.posargs)
+    files = (
+        "tests/slow/test_sweep_plugins.py",
+        "tests/runs/test_sweep.py",
+        "tests/slow/test_ray.py",
+    )
+    session.run("pytest", "-m", "slow or not slow", *files, *session.posargs)
 
 
 @nox.session(default=False)
@@ -142,7 +146,9 @@ def browser(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "-e", ".", *group("test"), "playwright")
     shots = Path(session.create_tmp()).resolve()
     session.run(
-        "pytest", "tests/browser_pages.py", *session.posargs, env={"SCREENSHOTS": str(shots)}
+        *("pytest", "-m", "slow", "tests/slow/test_browser.py"),
+        *session.posargs,
+        env={"SCREENSHOTS": str(shots)},
     )
     session.log(f"screenshots: {shots}")
 

@@ -1,14 +1,19 @@
-"""What several tests need: a tiny random backbone, a tokenizer, a ShareGPT file."""
+"""What several tests need: a tiny random backbone, a tokenizer, chats, a config, the kernels."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from chat_files import TEMPLATE, conversation_record
 from hypothesis import settings
+from kernel_shim import GXX, ShimKernels
 from tiny_models import build_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from medusa_exp.config import Config, DatasetConfig, ModelConfig, TrainConfig
+from medusa_exp.config import HeadConfig as Head
 from medusa_exp.model import Backbone
 
 # A shared machine says nothing about how long an example takes. `nox -s masks` asks for thorough.
@@ -20,12 +25,6 @@ settings.load_profile("quick")
 @pytest.fixture
 def backbone() -> Backbone:
     return Backbone(build_model("llama"))
-
-
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture
@@ -43,19 +42,35 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def conversation_record(number: int) -> dict:
-    """Return a ShareGPT record."""
-    return {
-        "id": f"sums-{number}",
-        "conversations": [
-            {"from": "human", "value": f"What is {number} + 1?"},
-            {"from": "gpt", "value": f"{number} + 1 = {number + 1}."},
-        ],
-    }
-
-
 @pytest.fixture
 def sharegpt_file(tmp_path: Path) -> Path:
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([conversation_record(i) for i in range(40)]))
     return path
+
+
+@pytest.fixture
+def config(tmp_path, tokenizer, sharegpt_file) -> Config:
+    """Return a config that trains heads of a tiny random Llama on a small ShareGPT file."""
+    model = build_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return Config(
+        device="cpu",
+        cache_dir=str(tmp_path / "cache"),
+        model=ModelConfig(path=str(tmp_path / "model")),
+        dataset=DatasetConfig(path=str(sharegpt_file), val_fraction=0.2, test_fraction=0.2),
+        head=Head(num_heads=2),
+        train=TrainConfig(
+            max_steps=12, batch_tokens=200, val_every=6, val_batches=2, checkpoint_every=4
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> ShimKernels:
+    if GXX is None:
+        pytest.skip("there is no g++: the kernels cannot be run on the CPU")
+    flags = tuple(os.environ.get("KERNEL_TEST_FLAGS", "").split())
+    return ShimKernels(tmp_path_factory.mktemp("shim"), flags=flags)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import TEMPLATE
+from chat_files import TEMPLATE
 from tiny_tokenizers import (
     CHAT,
     FAST,

@@ -73,7 +73,7 @@ def test_a_run_ends_in_the_state_it_deserves(tmp_path, error, exit_code, state):
 
 _KILLED = """
 import os, signal, sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/support"]
 from pathlib import Path
 from tracking.test_wandb_state import Tracker, config_of, record_of, write_json
 out, config = Path({out!r}), config_of()
@@ -124,7 +124,7 @@ def test_a_job_stays_in_its_sweep_s_group(tmp_path):
 
 _BY_AN_AGENT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/support"]
 from pathlib import Path
 from tracking.test_wandb_state import Tracker, config_of, record_of, write_json
 out, config = Path({out!r}), config_of()

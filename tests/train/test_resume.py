@@ -18,7 +18,7 @@ from medusa_exp.model import load_heads
 from medusa_exp.stages import train
 from medusa_exp.train.checkpointing import random_state, restore_random_state
 
-KILLED = Path(__file__).with_name("killed.py")
+KILLED = Path(__file__).parents[1] / "support" / "killed.py"
 
 
 def history(out: Path) -> dict[int, float]:

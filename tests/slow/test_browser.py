@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
 from report_pages import write_run, write_sweep
 
 from medusa_exp.tracking.run_report import write_report
 from medusa_exp.tracking.sweep_report import write_comparison
+
+pytest.importorskip("playwright")
+
+from playwright.sync_api import Browser, Page, sync_playwright
 
 SIZES = {"desktop": (1100, 900), "phone": (390, 844)}
 

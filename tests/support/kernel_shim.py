@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "kernels" / "shim"
 SOURCES = ROOT / "kernels"
 GXX = shutil.which("g++")

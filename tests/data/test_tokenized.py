@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import conversation_record
+from chat_files import conversation_record
 
 from medusa_exp.config import Config, DatasetConfig, SourceConfig
 from medusa_exp.data import DataError, read_conversations, render, tokenized

@@ -7,6 +7,23 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def conversation_record(number: int) -> dict:
+    """Return a ShareGPT record."""
+    return {
+        "id": f"sums-{number}",
+        "conversations": [
+            {"from": "human", "value": f"What is {number} + 1?"},
+            {"from": "gpt", "value": f"{number} + 1 = {number + 1}."},
+        ],
+    }
+
+
 BOM = b"\xef\xbb\xbf"
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from conftest import TEMPLATE
+from chat_files import TEMPLATE
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer
 
 from medusa_exp.config import Config, ModelConfig, TokenizerConfig
