@@ -1,9 +1,8 @@
-"""The heads: what a family is (`model`), how it starts (`build`), what may stand before it
-(`prefix`), and how it decodes (`stacked`).
+"""Medusa heads and their families.
 
-A new family is a file with its block (as in `blocks`) or its projection (as in `projections`), a
-row of FAMILIES in `model`, its name in HEAD_KINDS of `config/schema.py`, and a file in conf/head;
-`tests/model/test_families.py` asks for a row too, and tries on it all that others ask of heads.
+To add a family: its block or its projection in `layers.py` (the contracts stand at the top), a row
+of FAMILIES in `heads.py`, its word in `head.kind` of `config/schema.py`, a YAML file in conf/head,
+and a row in `tests/model/test_families.py`, which tries on it all that others ask of heads.
 
 Importing this registers them with transformers' AutoConfig and AutoModel.
 """

@@ -1,4 +1,4 @@
-"""What `heads/config.json` holds."""
+"""Config of the heads, as `heads/config.json` holds it (Hugging Face's convention)."""
 
 from transformers import PreTrainedConfig
 

@@ -1,14 +1,12 @@
-"""Medusa heads: K small networks that each guess one later token from one hidden state.
+"""Medusa heads: K small networks that each predict one later token from one hidden state.
 
-B batch, D hidden, V vocabulary, W tokens that the heads know (V, or fewer), K heads, R rows, J
-drafted tokens. Head k (from 1) at position t guesses token t+1+k; the backbone's own lm_head gives
-token t+1. After Cai et al., "Medusa" (2024), section 2.1.
+Head k (from 1) at position t predicts token t+1+k; the backbone's own lm_head predicts token t+1.
+After Cai et al., "Medusa" (2024), section 2.1. In speculative decoding their predictions are the
+draft tokens, which the backbone verifies. Here are the table of families, the heads as they are
+trained and saved (`MedusaHeads`), stacked for decoding (`StackedHeads`), and fresh (`build_heads`).
 
-Heads for decoding: one tensor a layer instead of one a head and layer.
-
-B batch, D hidden, V vocabulary, K heads.
-
-Fresh heads for a backbone.
+B batch, D hidden, V vocabulary, W head vocabulary (all V tokens, or the frequent ones), K heads, R
+rows, J draft tokens.
 """
 
 from collections.abc import Callable
@@ -34,16 +32,16 @@ from medusa_exp.model.heads.prefix_attention import PrefixAttention, attention_h
 
 @dataclass(frozen=True)
 class Family:
-    """What the heads of one kind are made of."""
+    """What the heads of one kind are made of; the two contracts stand at the top of `layers`."""
 
     projection: Callable[[MedusaHeadsConfig], Projection]
-    """From the last block to logits; see `projections`."""
+    """Makes the projection from the last block to logits."""
     block: Callable[[int, bool], nn.Module] = ResBlock
-    """Of D and whether it has a bias; see `blocks`."""
+    """Makes a residual block of width D, with a bias or without."""
     is_sequential: bool = False
-    """Does a head see what is drafted before its own token? Its first block is a GroundedBlock."""
+    """Does a head see the draft tokens before its own? Then its first block is a GroundedBlock."""
     min_layers: int = 0
-    """Blocks without which there would be nothing to train, or nothing that sees these tokens."""
+    """Blocks without which there would be nothing to train, or nothing that sees draft tokens."""
 
 
 FAMILIES = {
@@ -52,9 +50,9 @@ FAMILIES = {
     "medusa_lowrank": Family(LowRankProjections),
     "hydra": Family(UntiedProjections, is_sequential=True, min_layers=1),
 }
-"""By `head.kind`."""
+"""The families by `head.kind`."""
 _NOT_IN_HEAD_VOCAB = -100
-"""What stands for a token that the heads do not know; cross entropy passes it over."""
+"""Label of a token outside the head vocabulary; cross entropy ignores it."""
 
 
 class MedusaHeads(PreTrainedModel):
@@ -72,7 +70,7 @@ class MedusaHeads(PreTrainedModel):
         family = FAMILIES[config.kind]
         self.is_sequential = family.is_sequential
         self.prefix: PrefixAttention | None = None
-        """What makes of the backbone's hidden states those that the heads read."""
+        """Attention over the backbone's hidden states that gives those which the heads read."""
         if config.prefix_attention:
             self.prefix = PrefixAttention(size, config.num_attention_heads)
         self.blocks = nn.ModuleList()
@@ -97,7 +95,7 @@ class MedusaHeads(PreTrainedModel):
 
     @property
     def token_map(self) -> Tensor | None:
-        """Ids [W] of the tokens that the heads know; None if these are all."""
+        """Token ids [W] of the head vocabulary; None if it is the whole vocabulary."""
         return self.lm_heads.token_map
 
     def attach(self, backbone: Backbone) -> "MedusaHeads":
@@ -119,8 +117,8 @@ class MedusaHeads(PreTrainedModel):
         Args:
             k: which head.
             hidden_RD: the backbone's last hidden states, or what `prefix` has made of them.
-            drafted_RJ: the k+1 tokens that follow each state, where `is_sequential`: the certain
-                one, and a guess of each head before this one.
+            drafted_RJ: the k+1 tokens that follow each state, where `is_sequential`: the root,
+                which is certain, and a draft token of each head before this one.
         """
         if not self.is_sequential:
             return self.lm_heads(k, self.blocks[k](hidden_RD))
@@ -135,14 +133,14 @@ class MedusaHeads(PreTrainedModel):
         return [*self.blocks[k].parameters(), *self.lm_heads.parameters_of(k)]
 
     def over_vocabulary(self, logits: Tensor) -> Tensor:
-        """Map [..., W] to [..., V]: minus infinity for each token that the heads do not know."""
+        """Map [..., W] to [..., V]: minus infinity for tokens outside the head vocabulary."""
         if self.token_map is None:
             return logits
         full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf)
         return full.index_copy_(-1, self.token_map, logits)
 
     def to_head_vocab(self, tokens: Tensor) -> Tensor:
-        """Return the places of tokens among the W, and -100 for those that are not there."""
+        """Map token ids to places in the head vocabulary, -100 where they are not in it."""
         if self.token_map is None:
             return tokens
         place_V = tokens.new_full((self.config.vocab_size,), _NOT_IN_HEAD_VOCAB)
@@ -150,7 +148,7 @@ class MedusaHeads(PreTrainedModel):
         return place_V[tokens]
 
     def from_head_vocab(self, logits_RV: Tensor) -> Tensor:
-        """Map the backbone's logits to those of the W tokens."""
+        """Pick from the backbone's logits those of the head vocabulary: [R, W]."""
         return logits_RV if self.token_map is None else logits_RV[:, self.token_map]
 
     def _embedded(self, drafted_RJ: Tensor | None, number: int) -> Tensor:
@@ -167,10 +165,11 @@ class MedusaHeads(PreTrainedModel):
 
 
 class StackedHeads(nn.Module):
-    """The same heads, all of which a step runs on one hidden state.
+    """The same heads for decoding, with one tensor a layer instead of one a head and layer.
 
-    Together they take a half to a quarter of the time that they take one by one. In another dtype
-    guesses may differ in a near-tie; what is decoded does not, for guesses are only guesses.
+    A step runs all of them on one hidden state: together they take a half to a quarter of the time
+    that they take one by one. In another dtype draft tokens may differ in a near-tie; what is
+    decoded does not, for draft tokens are only proposals.
     """
 
     is_sequential = False
@@ -230,8 +229,8 @@ def build_heads(
         kind: a name of `FAMILIES`.
         bias: of the residual blocks.
         rank: of medusa_lowrank's matrices; None is full.
-        num_tokens: that medusa_lowrank's heads know, the most frequent ones; None is all.
-        prefix_attention: let a layer of attention over all hidden states stand before the heads.
+        num_tokens: size of medusa_lowrank's head vocabulary, the most frequent tokens; None is all.
+        prefix_attention: put a layer of attention over all hidden states before the heads.
         token_counts: how often each token comes [V], for `num_tokens`.
 
     Raises:
@@ -267,7 +266,7 @@ def build_heads(
 
 
 def check_shape(kind: str, num_layers: int, rank: int | None, num_tokens: int | None) -> None:
-    """Raise a ValueError where these do not make heads."""
+    """Raise a ValueError where these hyperparameters do not go together."""
     if num_layers < (fewest := FAMILIES[kind].min_layers):
         raise ValueError(f"kind={kind} needs num_layers of {fewest} or more.")
     is_small = rank is not None or num_tokens is not None

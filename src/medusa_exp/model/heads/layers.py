@@ -1,24 +1,21 @@
-"""From a head's last block to logits. A projection is a module with
+"""Layers of Medusa heads: residual blocks, and projections to the vocabulary.
+
+A block starts as the identity. It is a module with
+
+    forward(x) -> x    [..., D] each
+    stacked(blocks, dtype) -> (x_KBD, count) -> x_KBD    one of each head at once, for decoding
+
+A projection maps a head's last block to logits. It is a module with
 
     forward(k, x_RD) -> logits_RW     of the head at index k (0 is head 1)
     start(lm_head, token_counts_V)    make it as near to the backbone's lm_head as it can be
     attach(lm_head)                   give it what it shares with the backbone, and does not save
     parameters_of(k)                  what the head at index k has of its own
     stacked(dtype) -> (x_KBD, count) -> logits_KBW    all heads at once, for decoding
-    token_map                         ids of the W tokens that it knows, or None: all V of them
+    token_map                         token ids of the head vocabulary, or None: all V tokens
 
-B batch, D hidden, V vocabulary, W tokens that the heads know, K heads, R rows, I and O widths.
-
-The residual blocks of a head, each the identity at the start. A block is a module with
-
-    forward(x) -> x    [..., D] each
-    stacked(blocks, dtype) -> (x_KBD, count) -> x_KBD    one of each head at once, for decoding
-
-B batch, D hidden, K heads, J drafted tokens.
-
-Smaller projections: matrices of low rank, or of the frequent tokens alone, or both.
-
-D hidden, V vocabulary, W tokens that the heads know, S rank, K heads, R rows, B batch.
+B batch, D hidden, V vocabulary, W head vocabulary, K heads, R rows, J draft tokens, S rank, I and
+O widths.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +28,7 @@ from torch.nn.functional import linear, silu
 from medusa_exp.model.heads.config import MedusaHeadsConfig
 
 Stacked = Callable[[Tensor, int], Tensor]
+"""Maps x_KBI and the number of heads to use to [count, B, O]."""
 
 
 class ResBlock(nn.Module):
@@ -76,8 +74,23 @@ def _zero_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
     return linear
 
 
+def stacked_linear(layers: Iterable[nn.Module], dtype: torch.dtype) -> Stacked:
+    """Return the batched product of one linear layer a head."""
+    layers = list(layers)
+    weight_KIO = torch.stack([layer.weight.detach().T for layer in layers]).to(dtype).contiguous()
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    bias_K1O = torch.stack(biases)[:, None].to(dtype) if biases else None
+
+    def apply(x_KBI: Tensor, count: int) -> Tensor:
+        if bias_K1O is None:
+            return torch.bmm(x_KBI, weight_KIO[:count])
+        return torch.baddbmm(bias_K1O[:count], x_KBI, weight_KIO[:count])
+
+    return apply
+
+
 class Projection(Protocol):
-    """What the module's docstring says."""
+    """The contract of projections: see the top of this file."""
 
     token_map: Tensor | None
 
@@ -89,7 +102,7 @@ class Projection(Protocol):
 
 
 class UntiedProjections(nn.ModuleList):
-    """A matrix [V, D] of its own for each head."""
+    """A separate matrix [V, D] for each head, as in the Medusa paper."""
 
     token_map = None
 
@@ -169,25 +182,10 @@ class TiedProjection(nn.Module):
         return lm_head.weight.detach(), None if bias is None else bias.detach()
 
 
-def stacked_linear(layers: Iterable[nn.Module], dtype: torch.dtype) -> Stacked:
-    """Return the batched product of one linear layer a head."""
-    layers = list(layers)
-    weight_KIO = torch.stack([layer.weight.detach().T for layer in layers]).to(dtype).contiguous()
-    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    bias_K1O = torch.stack(biases)[:, None].to(dtype) if biases else None
-
-    def apply(x_KBI: Tensor, count: int) -> Tensor:
-        if bias_K1O is None:
-            return torch.bmm(x_KBI, weight_KIO[:count])
-        return torch.baddbmm(bias_K1O[:count], x_KBI, weight_KIO[:count])
-
-    return apply
-
-
 class LowRankProjections(nn.Module):
     """For each head a matrix [W, D], or its factors [W, S] and [S, D].
 
-    A token that is not among the W is never guessed: where it comes, a guess is wrong.
+    A token outside the head vocabulary is never drafted: where it comes, the draft is wrong.
     """
 
     token_map: Tensor | None

@@ -1,4 +1,4 @@
-"""A layer of attention over all hidden states so far, in front of the heads.
+"""Prefix attention: a layer of attention over all hidden states so far, in front of the heads.
 
 A hidden state was made to give the next token; what later ones depend on may stand in earlier
 states. After the prefix attention of Ankner et al., "Hydra" (2024), section 4.2, but without a
@@ -76,7 +76,7 @@ def heads_input(
     Args:
         prefix: of the heads; None, and they read the states themselves.
         hidden_BTD: from each row's beginning.
-        documents_BT: number of the document that each place belongs to, where a row has several.
+        example_BT: number of the example that each position belongs to, in packed rows.
     """
     if prefix is None:
         return hidden_BTD
