@@ -1,6 +1,7 @@
 """Hidden states that are made once: what is stored, and that training on them is the same."""
 
 import errno
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -231,3 +232,19 @@ def test_ends_are_those_of_the_whole_model(tmp_path, tokenizer, architecture):
     assert torch.equal(ends.next_logits(hidden_RD), whole.next_logits(hidden_RD))
     with pytest.raises(AssertionError, match="only the ends"):
         ends.hidden_states(torch.ones(1, 2, dtype=torch.long))
+
+
+def test_a_backbone_that_was_noted_before_trees_were_asked_about_is_asked(
+    cached, tmp_path, monkeypatch
+):
+    open_inputs(Session(cached, tmp_path))
+    [note] = (tmp_path / "cache/backbones").glob("*.json")
+    noted = json.loads(note.read_text())
+    asked = []
+    monkeypatch.setattr(train, "check_tree_attention", asked.append)
+    for old in (noted[:2], [*noted[:2], "eager"]):
+        note.write_text(json.dumps(old))
+        open_inputs(Session(cached, tmp_path))
+        assert json.loads(note.read_text()) == noted
+    assert len(asked) == 2
+    assert not open_inputs(Session(cached, tmp_path)).backbone.has_body

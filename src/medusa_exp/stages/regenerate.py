@@ -130,6 +130,8 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     """Answer the prompts of the training documents, unless that has been done before."""
     session = session or Session(config, out)
     backbone = load_backbone(config, is_adapted=False)
+    if config.regenerate.use_heads:
+        check_tree_attention(backbone)
     tokenizer = load_tokenizer(config)
     documents = load_tokenized(
         config, tokenizer, min(config.dataset.max_length, backbone.max_length)
@@ -273,7 +275,6 @@ def _decoder(config: Config, out: Path, backbone: Backbone) -> Decode:
         return lambda prompts, limits, rule: decode_plain(backbone, prompts, limits, rule)
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
     tree = Tree.load(out / "tree.json")
-    check_tree_attention(backbone)
     return lambda prompts, limits, rule: decode_tree(backbone, heads, tree, prompts, limits, rule)
 
 

@@ -26,6 +26,7 @@ from medusa_exp.data.datamodule import Batches
 from medusa_exp.data.examples import Examples
 from medusa_exp.data.feature_cache import Features
 from medusa_exp.data.prompts import Prompt
+from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.backbone import Backbone
@@ -122,6 +123,7 @@ class _Backbones:
     @cached_property
     def _whole(self) -> Backbone:
         backbone = self.session.backbone(is_adapted=False)
+        check_tree_attention(backbone)  # now, and not when its heads are there
         note_fingerprints(self.config, self._files, backbone)
         return backbone
 

@@ -301,22 +301,31 @@ def _check_room(directory: Path, size: int) -> None:
 
 
 def known_fingerprints(config: Config, files: str | None) -> tuple[str, str] | None:
-    """Return the identities of the backbone in these files, if they have been noted."""
+    """Return the fingerprints of the backbone in these files, if they have been noted.
+
+    Those of a backbone that was not checked for trees as it would be run now are none: it has to be
+    loaded with its layers once more.
+    """
     path = _note(config, files)
     if path is None or not path.is_file():
         return None
     try:
-        identity, weights_fingerprint = json.loads(path.read_text())
+        identity, weights_fingerprint, *checked = json.loads(path.read_text())
     except ValueError:  # damaged since: the backbone is loaded, and noted again
         return None
-    return identity, weights_fingerprint
+    is_checked = checked == [config.model.attn_implementation]
+    return (identity, weights_fingerprint) if is_checked else None
 
 
 def note_fingerprints(config: Config, files: str | None, backbone: Backbone) -> None:
-    """Note which backbone these files hold, to know it again without loading its layers."""
+    """Note which backbone these files hold, to know it again without loading its layers.
+
+    It has passed `check_tree_attention`, with the attention that is noted too.
+    """
     path = _note(config, files)
     if path is not None:
-        write_json(path, [backbone.identity(), backbone.weights_fingerprint()])
+        found = [backbone.identity(), backbone.weights_fingerprint()]
+        write_json(path, [*found, config.model.attn_implementation])
 
 
 def _note(config: Config, files: str | None) -> Path | None:
