@@ -23,11 +23,12 @@ from medusa_exp.decode.settings import limits_of
 from medusa_exp.evaluate.methods import Answer, Method, timed
 from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
-from medusa_exp.model import Backbone, build_heads, load_backbone, load_heads, load_tokenizer
+from medusa_exp.model import Backbone, build_heads, load_heads
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loss import TokenTargets, medusa_loss, medusa_losses
 from medusa_exp.runs.files import read_json
 from medusa_exp.stages.evaluate import load_prompts
+from medusa_exp.stages.session import Session
 from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.calibration import choose_tree
 
@@ -61,12 +62,13 @@ class Run:
         self.config: Config = from_hydra(load_saved(out / ".hydra" / "config.yaml"))
         self.config.run_dir = str(out)
         self.config.evaluate.num_prompts = num_prompts
-        self.backbone = load_backbone(self.config)
+        session = Session(self.config, out)
+        self.backbone = session.backbone()
         self.heads = stack_heads(load_heads(out / "heads", self.backbone), self.backbone)
-        tokenizer = load_tokenizer(self.config)
+        tokenizer = session.tokenizer()
         self.limits = limits_of(self.config, self.backbone, tokenizer)
         found = load_prompts(
-            self.config,
+            session,
             tokenizer,
             self.backbone.max_length,
             lambda ids: decode_plain(self.backbone, [ids], self.limits)[0].tokens,

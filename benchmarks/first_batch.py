@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 from transformers import AutoTokenizer
 
-from medusa_exp.config import Config, DatasetConfig, TrainConfig
+from medusa_exp.config import DatasetConfig, TrainConfig
 from medusa_exp.data.datamodule import Batches
+from medusa_exp.data.sources import open_sources
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
 
 MARK = "-- timed from here to here --"
@@ -21,8 +22,14 @@ MARK = "-- timed from here to here --"
 
 def open_examples(data: str, tokenizer: str, cache: str, max_length: int) -> Tokenized:
     """Tokenise the file, or open what an earlier start has left in the cache."""
-    config = Config(dataset=DatasetConfig(path=data, max_length=max_length), cache_dir=cache)
-    return load_tokenized(config, AutoTokenizer.from_pretrained(tokenizer), max_length)
+    dataset = DatasetConfig(path=data, max_length=max_length)
+    return load_tokenized(
+        open_sources(dataset, cache),
+        dataset,
+        AutoTokenizer.from_pretrained(tokenizer),
+        max_length,
+        cache_dir=cache,
+    )
 
 
 def plan(documents: Tokenized, batching: str) -> Batches:

@@ -31,6 +31,7 @@ from medusa_exp.config import HeadConfig as Head
 from medusa_exp.data.examples import SCHEMA, Examples
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.loss import medusa_loss, medusa_losses
+from medusa_exp.stages.session import Session
 from medusa_exp.stages.train import Inputs, build_module
 from medusa_exp.train.precompute import open_features
 from medusa_exp.train.trainer import build_trainer
@@ -134,7 +135,9 @@ def cache_rows(work: Path) -> list[Row]:
     other = replace(case.config, train=replace(case.config.train, decay=0.5))
 
     both = (case.inputs.backbone, lambda: case.inputs.backbone)
-    kept = open_features(case.config, case.inputs.documents, "kept", *both)
+    kept = open_features(
+        case.config, Session(case.config, Path()).spec, case.inputs.documents, "kept", *both
+    )
     size = (kept["train"].path / "hidden.npy").stat().st_size
     online = replace(case.config, train=replace(case.config.train, features="online"))
     cached = Case(case.config, replace(case.inputs, features=kept), work)
@@ -163,7 +166,14 @@ def open_fresh(case: Case) -> None:
     """Make the hidden states once more."""
     backbone = case.inputs.backbone
     key = f"made up {time.time()}"
-    open_features(case.config, case.inputs.documents, key, backbone, lambda: backbone)
+    open_features(
+        case.config,
+        Session(case.config, Path()).spec,
+        case.inputs.documents,
+        key,
+        backbone,
+        lambda: backbone,
+    )
 
 
 def memory_rows(work: Path) -> list[Row]:

@@ -32,6 +32,7 @@ from train import Case, build_case
 from medusa_exp.config import LoggerConfig
 from medusa_exp.model import build_heads
 from medusa_exp.runs.record import RunRecord
+from medusa_exp.stages.session import Session
 from medusa_exp.stages.train import build_module
 from medusa_exp.tracking.tracker import Tracker
 from medusa_exp.train.precompute import open_features
@@ -129,7 +130,9 @@ def measure(work: Path, rounds: int, steps: int) -> list[Row]:
     case = build_case(work, layers=2, width=256, vocabulary=1024, documents=12 * steps)
     case.config.train.features = "cache"
     both = (case.inputs.backbone, lambda: case.inputs.backbone)
-    case.inputs.features = open_features(case.config, case.inputs.documents, "kept", *both)
+    case.inputs.features = open_features(
+        case.config, Session(case.config, Path()).spec, case.inputs.documents, "kept", *both
+    )
     taken: dict[str, list[dict[str, float]]] = {"offline": [], "disabled": []}
     for number in range(rounds):
         for mode in sorted(taken, reverse=number % 2 == 1):

@@ -187,7 +187,8 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
 
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
         quiet_libraries(config.stages)
-    adopt_heads(config, out)
+    if config.heads_from is not None:
+        adopt_heads(config.heads_from, out)
     record = RunRecord(out, config, command)
     with Tracker(config, out, record) as tracker:
         session = Session(config, out, tracker.log_step)

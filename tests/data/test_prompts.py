@@ -1,6 +1,5 @@
 import pytest
 
-from medusa_exp.config import Config, DatasetConfig, DecodeConfig
 from medusa_exp.data import Conversation, Message
 from medusa_exp.data.prompts import category_of, prompts_of
 from medusa_exp.errors import UserError
@@ -12,13 +11,12 @@ def chat(number, *contents):
     return Conversation(f"sums-{number}", messages)
 
 
-CONFIG = Config(dataset=DatasetConfig(max_length=60), decode=DecodeConfig(max_new_tokens=20))
-LIMITS = {"max_positions": 128, "num_prompts": 99}
+LIMITS = {"max_tokens": 40, "num_prompts": 99}
 
 
 def test_every_turn_that_leaves_room_is_a_prompt(tokenizer, caplog):
     chats = [chat(1, "a", "b", "c", "d"), chat(2, "x" * 50, "y")]
-    prompts = prompts_of(chats, tokenizer, CONFIG, **LIMITS)
+    prompts = prompts_of(chats, tokenizer, **LIMITS)
     assert [prompt.prompt_id for prompt in prompts] == ["sums-1#1", "sums-1#3"]
     assert (
         prompts[1].text
@@ -34,22 +32,20 @@ def test_what_the_template_refuses_is_counted(tokenizer, caplog):
         "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}"
         + tokenizer.chat_template
     )
-    assert (
-        len(prompts_of([chat(1, "no", "b"), chat(2, "a", "b")], tokenizer, CONFIG, **LIMITS)) == 1
-    )
+    assert len(prompts_of([chat(1, "no", "b"), chat(2, "a", "b")], tokenizer, **LIMITS)) == 1
     assert "left out: refused by the chat template: 1" in caplog.text
 
 
 def test_no_more_than_asked_for(tokenizer):
     chats = (chat(number, "a", "b", "c", "d") for number in range(9))
-    prompts = prompts_of(chats, tokenizer, CONFIG, max_positions=128, num_prompts=3)
+    prompts = prompts_of(chats, tokenizer, max_tokens=40, num_prompts=3)
     assert [prompt.prompt_id for prompt in prompts] == ["sums-0#1", "sums-0#3", "sums-1#1"]
     assert next(chats).id == "sums-2"  # the rest was not looked at
 
 
 def test_no_prompt_at_all(tokenizer):
     with pytest.raises(UserError, match=r"no held-out prompt is left \(more than 40 tokens: 1\)"):
-        prompts_of([chat(1, "x" * 90, "y")], tokenizer, CONFIG, **LIMITS)
+        prompts_of([chat(1, "x" * 90, "y")], tokenizer, **LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -62,5 +58,5 @@ def test_category(conversation_id, category):
 
 def test_ids_that_are_names_make_one_category(tokenizer):
     chats = [Conversation(f"{chr(97 + i)}x", chat(0, "a", "b").messages) for i in range(20)]
-    prompts = prompts_of(chats, tokenizer, CONFIG, **LIMITS)
+    prompts = prompts_of(chats, tokenizer, **LIMITS)
     assert {prompt.category for prompt in prompts} == {"all"}

@@ -3,9 +3,9 @@ from collections import Counter
 
 import pytest
 
-from medusa_exp.config import Config, DatasetConfig, SourceConfig
+from medusa_exp.config import DatasetConfig, SourceConfig
 from medusa_exp.data import DataError, read_conversations
-from medusa_exp.data.sources import dataset_files, load_split, open_sources, split_of, walk
+from medusa_exp.data.sources import files_of, load_split, open_sources, split_of, walk
 
 
 def test_splits_are_disjoint_complete_and_of_the_asked_size():
@@ -20,61 +20,65 @@ def test_splits_are_disjoint_complete_and_of_the_asked_size():
 
 def test_load_split(sharegpt_file):
     dataset = DatasetConfig(path=str(sharegpt_file), val_fraction=0.2, test_fraction=0.2)
-    ids = [{c.id for c in load_split(Config(dataset=dataset), s)} for s in ("train", "val", "test")]
+    sources = open_sources(dataset, "no cache")
+    ids = [{c.id for c in load_split(sources, dataset, s)} for s in ("train", "val", "test")]
     assert len(set.union(*ids)) == sum(map(len, ids)) == 40
 
 
 def test_an_empty_split_says_what_to_raise(sharegpt_file):
-    config = Config(dataset=DatasetConfig(path=str(sharegpt_file), val_fraction=0.0))
+    dataset = DatasetConfig(path=str(sharegpt_file), val_fraction=0.0)
     with pytest.raises(DataError, match=r"no conversation for split val: .* dataset.val_fraction"):
-        load_split(config, "val")
+        load_split(open_sources(dataset, "no cache"), dataset, "val")
 
 
 def test_no_assistant_turn_at_all(tmp_path):
     path = tmp_path / "questions.json"
     path.write_text(json.dumps([{"conversations": [{"from": "human", "value": "?"}]}] * 3))
+    dataset = DatasetConfig(path=str(path))
     with pytest.raises(
         DataError, match=r"split train: sharegpt: 3 records \(no assistant turn: 3\)"
     ):
-        load_split(Config(dataset=DatasetConfig(path=str(path))), "train")
+        load_split(open_sources(dataset, "no cache"), dataset, "train")
 
 
 def test_no_path():
     with pytest.raises(DataError, match=r"dataset\.path is not set"):
-        dataset_files(Config())
+        open_sources(DatasetConfig(), "no cache")
 
 
 def test_a_generated_data_set_is_written_once_and_read_by_the_same_reader(tmp_path):
     dataset = DatasetConfig(kind="synthetic", num_conversations=20)
-    config = Config(dataset=dataset, cache_dir=str(tmp_path))
-    (path,) = dataset_files(config)
+    (path,) = files_of(open_sources(dataset, tmp_path))
     written = path.stat().st_mtime_ns
-    assert dataset_files(config) == [path] and path.stat().st_mtime_ns == written
+    assert (
+        files_of(open_sources(dataset, tmp_path)) == [path] and path.stat().st_mtime_ns == written
+    )
     reading = read_conversations(path)
     assert len(list(reading)) == 20 and not reading.dropped
     dataset.seed = 1
-    assert dataset_files(config) != [path]
+    assert files_of(open_sources(dataset, tmp_path)) != [path]
 
 
 def test_several_sources(sharegpt_file, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(sharegpt_file.read_text().replace("sums-", "more-").replace("1?", "one?"))
     sources = {"a": SourceConfig(str(sharegpt_file)), "b": SourceConfig(str(other), weight=0.5)}
-    config = Config(dataset=DatasetConfig(sources=sources))
-    assert dataset_files(config) == [sharegpt_file, other]
-    found = [(name, c.id) for name, c in walk(open_sources(config))]
+    dataset = DatasetConfig(sources=sources)
+    opened = open_sources(dataset, "no cache")
+    assert files_of(opened) == [sharegpt_file, other]
+    found = [(name, c.id) for name, c in walk(opened)]
     assert found == [("a", f"sums-{i}") for i in range(40)] + [
         ("b", f"more-{i}") for i in range(40)
     ]
-    config.dataset.path = str(other)
+    dataset.path = str(other)
     with pytest.raises(DataError, match="both set"):
-        open_sources(config)
+        open_sources(dataset, "no cache")
 
 
 def test_a_conversation_in_two_sources_is_taken_once(sharegpt_file, tmp_path):
     copy = tmp_path / "copy.json"
     copy.write_text(sharegpt_file.read_text().replace("sums-", "copied-"))
     sources = {"a": SourceConfig(str(sharegpt_file)), "b": SourceConfig(str(copy))}
-    opened = open_sources(Config(dataset=DatasetConfig(sources=sources)))
+    opened = open_sources(DatasetConfig(sources=sources), "no cache")
     assert {name for name, _ in walk(opened)} == {"a"}
     assert opened[1].reading.dropped == {"duplicate": 40}

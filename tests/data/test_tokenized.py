@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_files import conversation_record
+from sessions import session_of
 
 from medusa_exp.config import Config, DatasetConfig, SourceConfig
 from medusa_exp.data import DataError, read_conversations, render, tokenized
-from medusa_exp.data.tokenized import load_tokenized
 from medusa_exp.errors import UserError
 
 
@@ -29,7 +29,7 @@ def documents(data):
 
 
 def test_documents_are_what_rendering_gives(config, tokenizer, sharegpt_file):
-    data = load_tokenized(config, tokenizer, 100)
+    data = session_of(config).tokenized(tokenizer, 100)
     expected = {}
     for conversation in read_conversations(sharegpt_file):
         (row,) = render(conversation, tokenizer)
@@ -43,9 +43,9 @@ def test_documents_are_what_rendering_gives(config, tokenizer, sharegpt_file):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_cutting_keeps_whole_tokens_and_counts(config, tokenizer, side, caplog):
-    whole = documents(load_tokenized(config, tokenizer, 100))
+    whole = documents(session_of(config).tokenized(tokenizer, 100))
     tokenizer.truncation_side = side
-    data = load_tokenized(config, tokenizer, 22)
+    data = session_of(config).tokenized(tokenizer, 22)
     window = slice(-22, None) if side == "left" else slice(22)
     cut = {name: (ids[window], mask[window]) for name, (ids, mask) in whole.items()}
     assert documents(data) == cut
@@ -59,11 +59,11 @@ def test_what_is_left_without_a_trained_token_is_counted(config, tokenizer, tmp_
     path = tmp_path / "long.json"
     path.write_text(json.dumps([long, *(conversation_record(i) for i in range(3, 30))]))
     config.dataset.path = str(path)
-    outcomes = load_tokenized(config, tokenizer, 50).summary["sources"]["sharegpt"]
+    outcomes = session_of(config).tokenized(tokenizer, 50).summary["sources"]["sharegpt"]
     assert outcomes["dropped"] == {"no assistant token left": 1}
     assert outcomes["records"] == outcomes["kept records"] + 1 == 28
     with pytest.raises(DataError, match=r"28 records; no assistant token left: 28.*conversation"):
-        load_tokenized(config, tokenizer, 8)
+        session_of(config).tokenized(tokenizer, 8)
 
 
 def test_what_the_template_refuses_is_counted(config, tokenizer, caplog):
@@ -71,7 +71,7 @@ def test_what_the_template_refuses_is_counted(config, tokenizer, caplog):
         "{% if '7' in messages[0].content %}{{ raise_exception('no sevens') }}{% endif %}"
         + tokenizer.chat_template
     )
-    data = load_tokenized(config, tokenizer, 100)
+    data = session_of(config).tokenized(tokenizer, 100)
     assert data.summary["sources"]["sharegpt"]["dropped"] == {"refused by the chat template": 4}
     data.log()
     assert "refused by the chat template: 4" in caplog.text and "no sevens" in caplog.text
@@ -81,10 +81,10 @@ def test_a_second_start_reads_the_cache(config, tokenizer, monkeypatch, caplog):
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ m.content }}", "{{ m.content }}{{ '!' if loop.last }}"
     )
-    first = load_tokenized(config, tokenizer, 100)
+    first = session_of(config).tokenized(tokenizer, 100)
     expected = documents(first)
     monkeypatch.setattr(tokenized, "_build", None)
-    again = load_tokenized(config, tokenizer, 100)
+    again = session_of(config).tokenized(tokenizer, 100)
     assert documents(again) == expected and (first.is_new, again.is_new) == (True, False)
 
 
@@ -94,7 +94,7 @@ def test_a_second_start_reads_the_cache(config, tokenizer, monkeypatch, caplog):
 )
 def test_what_decides_the_documents_decides_the_entry(config, tokenizer, change, sharegpt_file):
     length = 100
-    first = load_tokenized(config, tokenizer, length).summary["key"]
+    first = session_of(config).tokenized(tokenizer, length).summary["key"]
     if change == "text":
         sharegpt_file.write_text(sharegpt_file.read_text().replace("What", "Who"))
     elif change == "template":
@@ -105,7 +105,7 @@ def test_what_decides_the_documents_decides_the_entry(config, tokenizer, change,
         tokenizer.truncation_side = "left"
     else:
         config.dataset.min_turns = 2
-    assert load_tokenized(config, tokenizer, length).summary["key"] != first
+    assert session_of(config).tokenized(tokenizer, length).summary["key"] != first
 
 
 def test_weights_are_of_the_source_and_of_training_alone(config, tokenizer, tmp_path):
@@ -122,7 +122,7 @@ def test_weights_are_of_the_source_and_of_training_alone(config, tokenizer, tmp_
         "a": SourceConfig(str(paths["a"]), 2.0),
         "b": SourceConfig(str(paths["b"]), 0.5),
     }
-    data = load_tokenized(config, tokenizer, 100)
+    data = session_of(config).tokenized(tokenizer, 100)
     train = data.split("train")
     assert {*zip(train.strings("source"), train.weights.tolist(), strict=True)} == {
         ("a", 2.0),
@@ -131,15 +131,15 @@ def test_weights_are_of_the_source_and_of_training_alone(config, tokenizer, tmp_
     assert (data.split("val").weights == 1).all()
     key = data.summary["key"]
     config.dataset.sources["b"].weight = 3.0
-    assert load_tokenized(config, tokenizer, 100).summary["key"] == key
+    assert session_of(config).tokenized(tokenizer, 100).summary["key"] == key
 
 
 def test_cutting_on_the_left_keeps_bos(config, tokenizer):
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     tokenizer.truncation_side = "left"
-    ids = load_tokenized(config, tokenizer, 22).split("train")[0].input_ids.tolist()
-    whole = load_tokenized(config, tokenizer, 100).split("train")[0].input_ids.tolist()
+    ids = session_of(config).tokenized(tokenizer, 22).split("train")[0].input_ids.tolist()
+    whole = session_of(config).tokenized(tokenizer, 100).split("train")[0].input_ids.tolist()
     assert ids == [tokenizer.bos_token_id, *whole[-21:]]
 
 
@@ -150,7 +150,7 @@ def test_strict_holds_for_the_template_too(config, tokenizer):
     )
     config.dataset.strict = True
     with pytest.raises(DataError, match=r"conversation sums-7: .*no sevens"):
-        load_tokenized(config, tokenizer, 100)
+        session_of(config).tokenized(tokenizer, 100)
 
 
 def test_turns_beyond_the_limit_are_counted_where_each_is_a_row(config, tokenizer, sharegpt_file):
@@ -159,7 +159,7 @@ def test_turns_beyond_the_limit_are_counted_where_each_is_a_row(config, tokenize
         record["conversations"] *= 4
     sharegpt_file.write_text(json.dumps(records))
     tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "{{ loop.last }}<|end|>")
-    outcomes = load_tokenized(config, tokenizer, 110).summary["sources"]["sharegpt"]
+    outcomes = session_of(config).tokenized(tokenizer, 110).summary["sources"]["sharegpt"]
     assert outcomes["kept records"] == 40
     lost = outcomes["assistant turns beyond the length limit"]
     assert lost > 40 and outcomes["documents"] + lost == 160
@@ -167,7 +167,7 @@ def test_turns_beyond_the_limit_are_counted_where_each_is_a_row(config, tokenize
 
 @pytest.mark.parametrize("damage", ["documents.arrow", "summary.json"])
 def test_a_damaged_entry_is_built_again(config, tokenizer, damage):
-    data = load_tokenized(config, tokenizer, 100)
+    data = session_of(config).tokenized(tokenizer, 100)
     (file,) = Path(config.cache_dir).glob(f"tokenised/*/{damage}")
     expected = documents(data)
     del data
@@ -175,7 +175,7 @@ def test_a_damaged_entry_is_built_again(config, tokenizer, damage):
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:1000])
-    again = load_tokenized(config, tokenizer, 100)
+    again = session_of(config).tokenized(tokenizer, 100)
     assert again.is_new and documents(again) == expected
 
 
@@ -183,25 +183,25 @@ def test_a_cache_that_cannot_be_written(config, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     config.cache_dir = str(tmp_path / "file" / "cache")
     with pytest.raises(UserError, match=r"could not be written under cache_dir="):
-        load_tokenized(config, tokenizer, 100)
+        session_of(config).tokenized(tokenizer, 100)
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_finished(config, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenized, "_record_batch", lambda documents: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        load_tokenized(config, tokenizer, 100)
+        session_of(config).tokenized(tokenizer, 100)
     monkeypatch.undo()
-    assert load_tokenized(config, tokenizer, 100).is_new
+    assert session_of(config).tokenized(tokenizer, 100).is_new
 
 
 def test_several_processes_give_the_same_file_in_the_same_order(config, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenized, "_CHUNK", 4)
     config.dataset.num_workers = 1
-    serial = load_tokenized(config, tokenizer, 100)
+    serial = session_of(config).tokenized(tokenizer, 100)
     monkeypatch.setattr(tokenized, "_SERIAL_CHUNKS", 3)
     config.dataset.num_workers = 2
     config.cache_dir += "-2"
-    parallel = load_tokenized(config, tokenizer, 100)
+    parallel = session_of(config).tokenized(tokenizer, 100)
     assert parallel.is_new and parallel.summary == serial.summary
     assert parallel.table.to_pydict() == serial.table.to_pydict()
 
@@ -215,11 +215,11 @@ def test_notes_of_workers_are_logged(config, tokenizer, monkeypatch, caplog, sha
     for record in records:
         record["conversations"] *= 2
     sharegpt_file.write_text(json.dumps(records))
-    data = load_tokenized(config, tokenizer, 200)
+    data = session_of(config).tokenized(tokenizer, 200)
     assert caplog.text.count("row of its own") == 1
     assert data.summary["sources"]["sharegpt"]["documents"] == 80
     caplog.clear()
-    load_tokenized(config, tokenizer, 200).log()
+    session_of(config).tokenized(tokenizer, 200).log()
     assert caplog.text.count("row of its own") == 1
 
 
@@ -231,7 +231,7 @@ def _build_slowly(config, tokenizer, results):
         return real(*arguments)
 
     tokenized._build = slow
-    data = load_tokenized(config, tokenizer, 100)
+    data = session_of(config).tokenized(tokenizer, 100)
     results.put((data.is_new, len(data.table)))
 
 
@@ -251,7 +251,7 @@ def test_two_processes_that_want_the_same_entry_build_it_once(config, tokenizer)
 
 def test_an_empty_split_says_what_to_raise(config, tokenizer):
     config.dataset.val_fraction = 0.0
-    data = load_tokenized(config, tokenizer, 100)
+    data = session_of(config).tokenized(tokenizer, 100)
     with pytest.raises(DataError, match=r"split val: .*raise dataset\.val_fraction"):
         data.split("val")
     assert len(data.split("train")) + len(data.split("test")) == 40

@@ -3,10 +3,11 @@ import torch
 from tiny_models import ARCHITECTURES, build_model
 from torch._dynamo.testing import CompileCounter
 
-from medusa_exp.config import Config, ModelConfig
+from medusa_exp.config import ModelConfig
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, load_backbone
 from medusa_exp.model.loading import pick_device
+from medusa_exp.model.source import ModelSpec
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -47,8 +48,8 @@ def test_a_model_that_scales_before_its_lm_head_is_refused():
         backbone.check_hidden_states()
 
 
-def config_for(path):
-    return Config(model=ModelConfig(path=str(path)))
+def spec_for(path):
+    return ModelSpec(ModelConfig(path=str(path)))
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def model_dir(tmp_path, tokenizer):
 
 
 def test_loads_a_directory_frozen(model_dir):
-    parameters = load_backbone(config_for(model_dir)).model.parameters()
+    parameters = load_backbone(spec_for(model_dir)).model.parameters()
     assert not any(parameter.requires_grad for parameter in parameters)
 
 
@@ -78,15 +79,15 @@ def test_loads_a_directory_frozen(model_dir):
 def test_directories_that_hold_no_model(model_dir, spoil, message):
     spoil(model_dir)
     with pytest.raises(UserError, match=message) as caught:
-        load_backbone(config_for(model_dir))
+        load_backbone(spec_for(model_dir))
     assert str(model_dir) in str(caught.value)
 
 
 def test_paths_that_lead_nowhere(tmp_path):
     with pytest.raises(UserError, match="there is no such directory"):
-        load_backbone(config_for(tmp_path / "nowhere"))
+        load_backbone(spec_for(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"model\.path is not set"):
-        load_backbone(Config())
+        load_backbone(ModelSpec(ModelConfig()))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

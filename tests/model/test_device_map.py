@@ -12,6 +12,7 @@ from medusa_exp.config import Config, ModelConfig, TrainConfig
 from medusa_exp.errors import UserError
 from medusa_exp.model import loading
 from medusa_exp.model.loading import load_backbone
+from medusa_exp.model.source import ModelSpec
 
 
 @pytest.fixture
@@ -20,8 +21,8 @@ def place(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def placed(path: Path, device_map: str | None = "auto") -> Config:
-    return Config(device="cpu", model=ModelConfig(path=str(path), device_map=device_map))
+def placed(path: Path, device_map: str | None = "auto") -> ModelSpec:
+    return ModelSpec(ModelConfig(path=str(path), device_map=device_map), device="cpu")
 
 
 def test_on_a_cpu_it_is_the_same_model(place):

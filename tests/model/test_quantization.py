@@ -6,10 +6,11 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp import build_heads, generate
-from medusa_exp.config import Config, LoraSettings, ModelConfig
+from medusa_exp.config import LoraSettings, ModelConfig
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters
 from medusa_exp.model.loading import load_backbone, load_ends
+from medusa_exp.model.source import ModelSpec
 from medusa_exp.tree import Tree
 
 KINDS = {"8bit": Linear8bitLt, "4bit": Linear4bit}
@@ -30,8 +31,8 @@ def path(tmp_path):
     return str(tmp_path / "model")
 
 
-def quantized(path: str, bits: str | None) -> Config:
-    return Config(device="cpu", model=ModelConfig(path=path, quantization=bits))
+def quantized(path: str, bits: str | None) -> ModelSpec:
+    return ModelSpec(ModelConfig(path=path, quantization=bits), device="cpu")
 
 
 @pytest.mark.parametrize("bits", KINDS)
@@ -63,10 +64,10 @@ def test_it_decodes_losslessly(path, bits):
 
 @pytest.mark.parametrize("bits", KINDS)
 def test_its_ends_are_found_without_its_layers(path, bits):
-    config = quantized(path, bits)
-    whole = load_backbone(config)
+    spec = quantized(path, bits)
+    whole = load_backbone(spec)
 
-    ends = load_ends(config, whole.identity(), whole.weights_fingerprint())
+    ends = load_ends(spec, whole.identity(), whole.weights_fingerprint())
 
     hidden_RD = torch.randn(3, whole.hidden_size)
     assert torch.equal(ends.next_logits(hidden_RD), whole.next_logits(hidden_RD))

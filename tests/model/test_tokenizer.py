@@ -1,14 +1,15 @@
 """What load_tokenizer takes and refuses; its class, its fit to the model, the config's checks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import build_model
-from tiny_tokenizers import FAST, assert_same, config_for, load, saved, write
+from tiny_tokenizers import FAST, assert_same, load, saved, spec_for, write
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from medusa_exp.config import DtypeConfig, TokenizerConfig
+from medusa_exp.config import TokenizerConfig
 from medusa_exp.errors import UserError
 from medusa_exp.model import load_backbone, load_tokenizer
 
@@ -103,16 +104,16 @@ def test_classes_that_are_refused(place, name, message):
 @pytest.mark.parametrize("tokenizer_class", ["auto", FAST])
 def test_lengths_and_sides(lowercasing, tokenizer_class):
     settings = {"model_max_length": 77, "padding_side": "right", "truncation_side": "left"}
-    config = config_for(lowercasing, tokenizer_class=tokenizer_class, **settings)
-    tokenizer = load_tokenizer(config)
-    for result in (tokenizer, saved(tokenizer, config)):
+    spec = spec_for(lowercasing, tokenizer_class=tokenizer_class, **settings)
+    tokenizer = load_tokenizer(spec)
+    for result in (tokenizer, saved(tokenizer, spec)):
         assert {key: getattr(result, key) for key in settings} == settings
 
 
 def test_a_side_that_only_the_class_knows_is_kept(lowercasing):
     tokenizer = load(lowercasing)
     assert tokenizer.padding_side == "left"  # LlamaTokenizer's, as a class
-    assert saved(tokenizer, config_for(lowercasing)).padding_side == "left"
+    assert saved(tokenizer, spec_for(lowercasing)).padding_side == "left"
 
 
 # The model's rows.
@@ -136,11 +137,11 @@ NEW = {
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi"])  # plain; tied; with a bias
 def test_new_rows_are_the_mean_of_the_old_ones(tmp_path, tokenizer, architecture, caplog):
     place = with_weights(tmp_path, tokenizer, architecture)
-    config = config_for(place, **NEW, resize_embedding=True)
+    spec = spec_for(place, **NEW, resize_embedding=True)
     caplog.set_level("INFO")
-    old, new = load_backbone(config_for(place)).model, load_backbone(config).model
+    old, new = load_backbone(spec_for(place)).model, load_backbone(spec).model
     assert "from 260 to 262 rows" in caplog.text
-    assert len(load_tokenizer(config)) == 262 == new.config.vocab_size
+    assert len(load_tokenizer(spec)) == 262 == new.config.vocab_size
     for part in ("get_input_embeddings", "get_output_embeddings"):
         for before, after in zip(
             getattr(old, part)().parameters(), getattr(new, part)().parameters(), strict=True
@@ -159,18 +160,17 @@ def test_the_enlarged_model_has_one_identity(tmp_path, tokenizer):
     identities = set()
     for seed, dtype in enumerate(["float32", "float32", "bfloat16"]):
         torch.manual_seed(seed)
-        config = config_for(place, **NEW, resize_embedding=True)
-        config.dtype = DtypeConfig(backbone=dtype)
-        identities.add(load_backbone(config).identity())
+        spec = spec_for(place, **NEW, resize_embedding=True)
+        identities.add(load_backbone(replace(spec, dtype=dtype)).identity())
     assert len(identities) == 1
-    assert load_backbone(config_for(place)).identity() not in identities
+    assert load_backbone(spec_for(place)).identity() not in identities
 
 
 def test_nothing_grows_without_need(tmp_path, tokenizer):
     place = with_weights(tmp_path, tokenizer, "llama")
-    backbone = load_backbone(config_for(place, resize_embedding=True))
+    backbone = load_backbone(spec_for(place, resize_embedding=True))
     assert backbone.vocab_size == len(tokenizer)
-    assert backbone.identity() == load_backbone(config_for(place)).identity()
+    assert backbone.identity() == load_backbone(spec_for(place)).identity()
 
 
 # The config's own checks.

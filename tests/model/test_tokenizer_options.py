@@ -9,10 +9,10 @@ from tiny_tokenizers import (
     FAST,
     TEXTS,
     assert_same,
-    config_for,
     llama_tokenizer,
     load,
     saved,
+    spec_for,
     write,
 )
 from tokenizers import AddedToken
@@ -40,8 +40,8 @@ def test_bos_and_eos(tmp_path, tokenizer, before, add_bos, add_eos):
     if post_processors()[before] is not None:
         tokenizer.backend_tokenizer.post_processor = post_processors()[before]
     place = write(tmp_path / "model", tokenizer)
-    config = config_for(place, add_bos_token=add_bos, add_eos_token=add_eos)
-    changed = load_tokenizer(config)
+    spec = spec_for(place, add_bos_token=add_bos, add_eos_token=add_eos)
+    changed = load_tokenizer(spec)
     has_bos = before in ("bos", "both") if add_bos is None else add_bos
     expected = ["<s>"] * has_bos + ["x"] + ["<|end|>"] * bool(add_eos)
     assert changed("x").tokens() == expected
@@ -49,25 +49,25 @@ def test_bos_and_eos(tmp_path, tokenizer, before, add_bos, add_eos):
     offsets = {"return_offsets_mapping": True, "add_special_tokens": False}
     for text in TEXTS:  # these the byte-level post-processor sees to
         assert changed(text, **offsets) == tokenizer(text, **offsets)
-    assert_same(changed, saved(changed, config))
+    assert_same(changed, saved(changed, spec))
 
 
 @pytest.mark.parametrize("tokenizer_class", ["auto", FAST])
 def test_bos_and_eos_of_a_class_that_builds_its_own(lowercasing, tokenizer_class):
-    config = config_for(lowercasing, tokenizer_class=tokenizer_class, add_eos_token=True)
-    tokenizer = load_tokenizer(config)
+    spec = spec_for(lowercasing, tokenizer_class=tokenizer_class, add_eos_token=True)
+    tokenizer = load_tokenizer(spec)
     assert tokenizer("x").tokens() == ["<s>", "\u2581", "x", "</s>"]
-    assert_same(tokenizer, saved(tokenizer, config))
+    assert_same(tokenizer, saved(tokenizer, spec))
     bare = load(lowercasing, tokenizer_class=tokenizer_class, add_bos_token=False)
     assert bare("x").tokens() == ["\u2581", "x"]
 
 
 def test_bos_of_a_class_that_sets_its_own_post_processor(tmp_path, tokenizer):
     place = write(tmp_path / "model", tokenizer, rows=300)
-    config = config_for(place, tokenizer_class="GPTNeoXTokenizer", add_bos_token=True)
-    tokenizer = load_tokenizer(config)
+    spec = spec_for(place, tokenizer_class="GPTNeoXTokenizer", add_bos_token=True)
+    tokenizer = load_tokenizer(spec)
     assert tokenizer("x").tokens() == [tokenizer.bos_token, "x"]
-    assert_same(tokenizer, saved(tokenizer, config))
+    assert_same(tokenizer, saved(tokenizer, spec))
 
 
 def test_no_bos_to_add(place):
@@ -106,22 +106,22 @@ def test_special_tokens(roomy):
         "special_tokens": {"pad_token": "<|pad|>", "eos_token": "<|user|>"},
         "additional_special_tokens": ["<|tool|>", "<|assistant|>"],
     }
-    config = config_for(roomy, **settings)
-    tokenizer = load_tokenizer(config)
+    spec = spec_for(roomy, **settings)
+    tokenizer = load_tokenizer(spec)
     assert tokenizer.pad_token == "<|pad|>" and tokenizer.pad_token_id == 260
     assert tokenizer.eos_token == "<|user|>" and len(tokenizer) == 262
     assert tokenizer.extra_special_tokens == ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
     ids = tokenizer("a<|tool|>b").input_ids
     assert len(ids) == 3 and tokenizer.decode(ids, skip_special_tokens=True) == "ab"
-    assert_same(tokenizer, saved(tokenizer, config))
+    assert_same(tokenizer, saved(tokenizer, spec))
 
 
 def test_a_renamed_bos_stands_where_the_old_one_stood(tmp_path):
     place = write(tmp_path / "model", llama_tokenizer(), rows=300)
-    config = config_for(place, special_tokens={"bos_token": "<new>"})
-    tokenizer = load_tokenizer(config)
+    spec = spec_for(place, special_tokens={"bos_token": "<new>"})
+    tokenizer = load_tokenizer(spec)
     assert tokenizer("x").tokens() == ["<new>", "\u2581", "x"]
-    assert_same(tokenizer, saved(tokenizer, config))
+    assert_same(tokenizer, saved(tokenizer, spec))
 
 
 def test_a_token_that_is_there_keeps_its_ways(tmp_path, tokenizer):
@@ -151,10 +151,10 @@ def test_a_chat_template(tmp_path, tokenizer, given, monkeypatch):
     (tmp_path / "other.jinja").write_text(OTHER)
     monkeypatch.chdir(tmp_path)
     wanted = {"text": OTHER, "name": "tools", "file": "other.jinja"}[given]
-    config = config_for(place, chat_template=wanted)
-    changed = load_tokenizer(config)
+    spec = spec_for(place, chat_template=wanted)
+    changed = load_tokenizer(spec)
     assert changed.apply_chat_template(CHAT[:1], tokenize=False) == "[user] Hi  there\n"
-    assert_same(changed, saved(changed, config))
+    assert_same(changed, saved(changed, spec))
     assert (tmp_path / "heads" / "chat_template.jinja").read_text() == OTHER
     assert not (tmp_path / "heads" / "chat_templates").exists()
 
@@ -165,9 +165,9 @@ def test_the_name_of_the_only_template(place):
 
 def test_several_templates_are_kept_where_none_is_chosen(tmp_path, tokenizer):
     tokenizer.chat_template = {"default": TEMPLATE, "tools": OTHER}
-    config = config_for(write(tmp_path / "model", tokenizer))
+    spec = spec_for(write(tmp_path / "model", tokenizer))
     for _ in range(2):  # the second one replaces the files of the first
-        assert_same(load_tokenizer(config), saved(load_tokenizer(config), config))
+        assert_same(load_tokenizer(spec), saved(load_tokenizer(spec), spec))
 
 
 def test_several_templates_and_no_default(tmp_path, tokenizer):

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from sessions import session_of
 
 from medusa_exp.config import Config
 from medusa_exp.data import DataError
@@ -23,7 +24,7 @@ def config_of(path, num_prompts=10) -> Config:
 
 def load(config, tokenizer, said="ok", max_positions=400):
     ids = tokenizer(said + "<|end|>", add_special_tokens=False).input_ids
-    return load_prompts(config, tokenizer, max_positions, lambda prompt: ids)
+    return load_prompts(session_of(config), tokenizer, max_positions, lambda prompt: ids)
 
 
 @pytest.fixture

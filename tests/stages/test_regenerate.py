@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from sessions import session_of
 from tiny_models import VOCAB_SIZE, build_model
 
 from medusa_exp.config import Config, RegenerateConfig
 from medusa_exp.data.examples import open_examples
 from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.errors import UserError
-from medusa_exp.model import Backbone, build_heads, load_backbone
+from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.stages import regenerate, train
 from medusa_exp.stages.regenerate import Document, answer
@@ -124,7 +125,7 @@ def test_heads_of_the_run_give_the_same_answers(exact, tmp_path):
     regenerate.run(exact, out)
     plain = documents_of(exact, out)
     shutil.rmtree(tmp_path / "cache" / "regenerated")
-    save_heads(build_heads(load_backbone(exact), num_heads=2), out / "heads")
+    save_heads(build_heads(session_of(exact).backbone(), num_heads=2), out / "heads")
     chain(2).save(out / "tree.json")
     exact.regenerate.use_heads = True
     regenerate.run(exact, out)

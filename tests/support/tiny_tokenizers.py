@@ -5,20 +5,21 @@ from pathlib import Path
 from chat_files import TEMPLATE
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer
 
-from medusa_exp.config import Config, ModelConfig, TokenizerConfig
+from medusa_exp.config import ModelConfig, TokenizerConfig
 from medusa_exp.model import load_tokenizer, save_tokenizer
+from medusa_exp.model.source import ModelSpec
 
 FAST = "PreTrainedTokenizerFast"
 CHAT = [{"role": "user", "content": "Hi  there"}, {"role": "assistant", "content": " A <s> b"}]
 TEXTS = ["x", "", " Two  words\n", "<|end|> x <|user|>  y", "\u00e9\U0001f600"]
 
 
-def config_for(place: Path, **settings) -> Config:
-    return Config(model=ModelConfig(path=str(place)), tokenizer=TokenizerConfig(**settings))
+def spec_for(place: Path, **settings) -> ModelSpec:
+    return ModelSpec(ModelConfig(path=str(place)), TokenizerConfig(**settings))
 
 
 def load(place: Path, **settings):
-    return load_tokenizer(config_for(place, **settings))
+    return load_tokenizer(spec_for(place, **settings))
 
 
 def write(place: Path, tokenizer, rows: int | None = None) -> Path:
@@ -55,8 +56,8 @@ def assert_same(one, other):
         assert prompts[0] == prompts[1]
 
 
-def saved(tokenizer, config: Config):
+def saved(tokenizer, spec: ModelSpec):
     """Save beside heads, and read as any user of transformers would."""
-    directory = Path(config.model.path).parent / "heads"
-    save_tokenizer(tokenizer, config, directory)
+    directory = Path(spec.model.path).parent / "heads"
+    save_tokenizer(tokenizer, spec, directory)
     return AutoTokenizer.from_pretrained(directory)

@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from medusa_exp.config import Config
-from medusa_exp.data.prompts import prompts_of
-from medusa_exp.data.sources import load_split
 from medusa_exp.decode.loop import Limits, decode_tree
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
@@ -38,9 +36,8 @@ def noisy_heads(backbone, num_heads=3, **options):
 def test_the_chains_steps_are_those_that_decoding_takes(config, tmp_path):
     made = open_inputs(Session(config, tmp_path))
     heads = noisy_heads(made.backbone)
-    prompts = prompts_of(
-        load_split(config, "val"), made.tokenizer, config, max_positions=128, num_prompts=5
-    )
+    prompts = made.prompts
+    assert prompts
     limits = Limits(16, made.backbone.eos_token_ids | {made.tokenizer.eos_token_id})
     asked = [prompt.input_ids for prompt in prompts]
     decoded = decode_tree(made.backbone, heads, chain(3), asked, limits)
@@ -56,9 +53,8 @@ def test_the_chains_steps_are_those_that_decoding_takes(config, tmp_path):
 def test_ranks_are_those_of_calibration(config, tmp_path, prefix_attention):
     made = open_inputs(Session(config, tmp_path))
     heads = noisy_heads(made.backbone, prefix_attention=prefix_attention)
-    prompts = prompts_of(
-        load_split(config, "val"), made.tokenizer, config, max_positions=128, num_prompts=5
-    )
+    prompts = made.prompts
+    assert prompts
     for prompt, answer in zip(prompts, made.answers, strict=True):
         expected = calibrated_ranks(
             made.backbone, heads, prompt.input_ids, answer.tokens_P.tolist(), 6

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from sessions import session_of
 
 from medusa_exp.config import Config, LoraSettings
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.errors import UserError
-from medusa_exp.model import load_backbone, load_heads
+from medusa_exp.model import load_heads
 from medusa_exp.stages import train
 from medusa_exp.train.module import JointModule, MedusaModule
 
@@ -28,7 +29,7 @@ def run(config, out):
 
 def adapted_heads(config, out):
     config.run_dir = str(out)
-    backbone = load_backbone(config)
+    backbone = session_of(config).backbone()
     return backbone, load_heads(out / "heads", backbone)
 
 
@@ -39,7 +40,7 @@ def test_later_stages_get_the_adapted_backbone_and_its_heads(config, tmp_path, o
     before, after = (metrics[f"train/backbone_nats_{w}"] for w in ("before", "after"))
     assert after < before and metrics["train/loss_backbone"] > 0
     backbone, heads = adapted_heads(config, tmp_path / "run")
-    original = load_backbone(config, is_adapted=False)
+    original = session_of(config).backbone(is_adapted=False)
     assert backbone.is_adapted and not original.is_adapted
     names = [name for name, _ in backbone.model.named_parameters()]
     assert names == [name for name, _ in original.model.named_parameters()]
@@ -64,7 +65,7 @@ def test_merged_and_adapter_are_the_same_model(config, tmp_path):
     assert found[0].identity() == found[1].identity()
     config.model.path = str(tmp_path / "adapter" / "backbone")
     with pytest.raises(UserError, match="holds adapters, no model"):
-        load_backbone(config, is_adapted=False)
+        session_of(config).backbone(is_adapted=False)
 
 
 def test_the_heads_learn_alone_at_first(config, tmp_path, monkeypatch):
@@ -90,7 +91,7 @@ def test_self_distillation_stays_nearer_to_what_it_was(config, tmp_path):
         config.train.coefficient = 0.01
         run(config, tmp_path / str(is_on))
         backbone, _ = adapted_heads(config, tmp_path / str(is_on))
-        original = load_backbone(config, is_adapted=False)
+        original = session_of(config).backbone(is_adapted=False)
         one, other = (b.model(ids_1T).logits.log_softmax(-1) for b in (backbone, original))
         distances[is_on] = (one - other).abs().mean().item()
     assert distances[True] < 0.7 * distances[False]

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from sessions import session_of
 from transformers import AutoModelForCausalLM
 
 from medusa_exp.data.batching import epoch_planner
-from medusa_exp.data.tokenized import load_tokenized
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.model import load_heads
-from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.runs.record import RunRecord
 from medusa_exp.stages import train
 from medusa_exp.stages.session import Session
@@ -60,8 +59,8 @@ def test_a_bad_loss_of_one_process_stops_both(config, tmp_path):
     """The second process alone has the conversation of whose states some are NaN."""
     config.train.strategy, config.train.devices, config.train.batch_tokens = "ddp", 2, 64
     path = Path(config.dataset.path)
-    tokenizer = load_tokenizer(config)
-    documents = load_tokenized(config, tokenizer, 128).split("train")
+    tokenizer = session_of(config).tokenizer()
+    documents = session_of(config).tokenized(tokenizer, 128).split("train")
     plan = epoch_planner("padded", documents.lengths, batch_tokens=64, row_tokens=128, seed=0)
     name = documents.strings("conversation_id")[plan(0)[1][0][0]]
     records = json.loads(path.read_text())

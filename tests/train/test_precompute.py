@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sessions import session_of
 from tiny_models import build_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,7 +17,7 @@ from medusa_exp.config import Config
 from medusa_exp.data.batching import is_labelled
 from medusa_exp.data.feature_cache import Features, stored_positions
 from medusa_exp.errors import UserError
-from medusa_exp.model import Backbone, load_backbone, load_heads
+from medusa_exp.model import Backbone, load_heads
 from medusa_exp.model.loading import load_ends
 from medusa_exp.model.loss import teacher_labels
 from medusa_exp.stages import session, train
@@ -94,7 +95,9 @@ def test_training_on_cached_states_is_the_same_and_loads_no_layer(
     cached.train.features = "online"
     online = run(cached, tmp_path / "online")
     assert online == pytest.approx(second, rel=1e-3)
-    loaded = load_heads(tmp_path / "second" / "heads", load_backbone(cached))  # identities agree
+    loaded = load_heads(
+        tmp_path / "second" / "heads", session_of(cached).backbone()
+    )  # identities agree
     assert loaded.num_heads == 2
 
 
@@ -184,7 +187,7 @@ def test_a_damaged_note_of_a_backbone_is_made_again(cached, tmp_path):
 
 def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):
     def dies(*arguments):
-        (arguments[1] / "hidden.npy").write_bytes(b"half")
+        (arguments[2] / "hidden.npy").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -224,7 +227,7 @@ def test_ends_are_those_of_the_whole_model(tmp_path, tokenizer, architecture):
     config.model.path = str(tmp_path / "model")
     config.model.attn_implementation = "eager"  # Gemma 2 has no other
     whole = Backbone(model)
-    ends = load_ends(config, whole.identity(), whole.weights_fingerprint())
+    ends = load_ends(session_of(config).spec, whole.identity(), whole.weights_fingerprint())
     assert torch.equal(ends.lm_head.weight, model.get_output_embeddings().weight)
     assert ends.model.config.get_text_config().num_hidden_layers == 0
     assert ends.identity() == whole.identity() and ends.max_length == whole.max_length

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sessions import session_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.config import Config
@@ -12,9 +13,8 @@ from medusa_exp.config import HeadConfig as Head
 from medusa_exp.data.batching import label_counts
 from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example
-from medusa_exp.data.tokenized import load_tokenized
 from medusa_exp.errors import UserError
-from medusa_exp.model import build_heads, load_backbone, load_heads, load_tokenizer
+from medusa_exp.model import build_heads, load_heads
 from medusa_exp.model.loss import (
     Objective,
     TokenTargets,
@@ -44,11 +44,11 @@ def test_the_backbone_is_bit_unchanged_and_in_no_checkpoint(config, tmp_path, mo
     seen = []
     load = session.load_backbone
     monkeypatch.setattr(
-        session, "load_backbone", lambda c, **o: seen.append(load(c, **o)) or seen[0]
+        session, "load_backbone", lambda *given: seen.append(load(*given)) or seen[0]
     )
     run(config, tmp_path / "run")
     after = seen[0].model.state_dict()
-    fresh = load(config).model.state_dict()
+    fresh = load(session_of(config).spec).model.state_dict()
     assert all(torch.equal(after[name], fresh[name]) for name in after)
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert all(name.startswith("heads.") for name in saved["state_dict"])
@@ -81,9 +81,9 @@ def test_own_labels_are_what_the_backbone_says_after_the_same_text(backbone):
 
 
 def test_the_loss_falls_on_eight_samples(config):
-    tokenizer = load_tokenizer(config)
-    backbone = load_backbone(config)
-    samples = load_tokenized(config, tokenizer, 128).split("train")[:8]
+    tokenizer = session_of(config).tokenizer()
+    backbone = session_of(config).backbone()
+    samples = session_of(config).tokenized(tokenizer, 128).split("train")[:8]
     heads = build_heads(backbone, num_heads=2)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
     values = []
@@ -126,7 +126,7 @@ def test_a_step_takes_the_mean_over_the_labels_of_all_its_micro_batches(
     config.train.coefficient, config.train.gradient_clip = 0.5, 1e9
     logged = run(config, tmp_path / "run")
     assert len(batches) == 3 and len({batch.is_trained_BT.sum() for batch in batches}) > 1
-    backbone = load_backbone(config)
+    backbone = session_of(config).backbone()
     heads = build_heads(backbone, num_heads=2)
     total = [0.0, 0.0]
     for batch in batches:
@@ -165,7 +165,7 @@ def test_the_coefficient_rises():
 
 
 def test_a_model_that_caps_its_logits_is_no_teacher(config):
-    backbone = load_backbone(config)
+    backbone = session_of(config).backbone()
     backbone.check_next_logits()
     forward = backbone.model.forward
 

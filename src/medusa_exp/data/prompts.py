@@ -17,7 +17,6 @@ from pathlib import Path
 import msgspec
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.template import ChatTemplate
 from medusa_exp.errors import UserError
@@ -40,24 +39,22 @@ class Prompt:
 def prompts_of(
     conversations: Iterable[Conversation],
     tokenizer: PreTrainedTokenizerBase,
-    config: Config,
     *,
-    max_positions: int,
+    max_tokens: int,
     num_prompts: int,
 ) -> list[Prompt]:
-    """Return prompts for the first assistant turns that leave room for an answer.
+    """Return prompts for the first assistant turns whose prompts have at most `max_tokens`.
 
     Raises:
-        UserError: no turn does.
+        UserError: no turn's has.
     """
-    limit = min(config.dataset.max_length, max_positions) - config.decode.max_new_tokens
     template = ChatTemplate(tokenizer)
     left_out: Counter[str] = Counter()
     prompts: list[Prompt] = []
     for conversation in conversations:
         for prompt in _of_conversation(conversation, tokenizer, template, left_out):
-            if len(prompt.input_ids) > limit:
-                left_out[f"more than {limit} tokens"] += 1
+            if len(prompt.input_ids) > max_tokens:
+                left_out[f"more than {max_tokens} tokens"] += 1
             elif len(prompts) < num_prompts:
                 prompts.append(prompt)
         if len(prompts) == num_prompts:
@@ -67,8 +64,8 @@ def prompts_of(
     if not prompts:
         why = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
         raise UserError(
-            f"no held-out prompt is left ({why}). decode.max_new_tokens leaves {limit} tokens to "
-            "a prompt: lower it, or raise dataset.max_length."
+            f"no held-out prompt is left ({why}). decode.max_new_tokens leaves {max_tokens} tokens "
+            "to a prompt: lower it, or raise dataset.max_length."
         )
     return _merge_many_categories(prompts)
 

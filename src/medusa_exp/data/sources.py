@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from medusa_exp.config import Config, DatasetConfig
+from medusa_exp.config import DatasetConfig
 from medusa_exp.data import synthetic
 from medusa_exp.data.conversations import (
     Conversation,
@@ -45,15 +45,14 @@ def _sha256(path: Path) -> str:
         raise unreadable(path, error) from error
 
 
-def open_sources(config: Config) -> list[Source]:
-    """Open the data set's sources; a generated one is written first if it is absent.
+def open_sources(dataset: DatasetConfig, cache_dir: str | Path) -> list[Source]:
+    """Open the data set's sources; a generated one is written into the cache first if it is absent.
 
     Raises:
         DataError: dataset.path or a source's path is not set or leads nowhere.
     """
-    dataset = config.dataset
     if dataset.kind == "synthetic":
-        return [_open("synthetic", str(_generated(config)), {})]
+        return [_open("synthetic", str(_generated(dataset, Path(cache_dir))), {})]
     if dataset.sources and dataset.path:
         raise DataError("dataset.path and dataset.sources are both set: use one of them.")
     paths = {name: source.path for name, source in dataset.sources.items()}
@@ -69,13 +68,9 @@ def open_sources(config: Config) -> list[Source]:
     return [_open(name, path, _options(dataset)) for name, path in paths.items()]
 
 
-def dataset_files(config: Config) -> list[Path]:
-    """Return the files of the data set; none of them for one of the hub's.
-
-    Raises:
-        DataError: as `open_sources`.
-    """
-    return [path for source in open_sources(config) for path in source.reading.paths]
+def files_of(sources: list[Source]) -> list[Path]:
+    """Return the files of a data set; one of the hub's has none."""
+    return [path for source in sources for path in source.reading.paths]
 
 
 def dataset_key(dataset: DatasetConfig) -> str:
@@ -83,17 +78,16 @@ def dataset_key(dataset: DatasetConfig) -> str:
     return content_key(synthetic.FORMAT, dataset.num_conversations, dataset.seed)
 
 
-def load_split(config: Config, split: str) -> list[Conversation]:
+def load_split(sources: list[Source], dataset: DatasetConfig, split: str) -> list[Conversation]:
     """Read the conversations of one split: train, val or test.
 
     Raises:
         DataError: naming the file and why nothing of it can be used.
     """
-    sources = open_sources(config)
     chosen = [
         conversation
         for _, conversation in walk(sources)
-        if split_of(conversation.id, config.dataset) == split
+        if split_of(conversation.id, dataset) == split
     ]
     if not chosen:
         raise empty_split(split, {source.name: counts(source) for source in sources})
@@ -145,9 +139,8 @@ def split_of(conversation_id: str, dataset: DatasetConfig) -> str:
     return "val" if place < dataset.test_fraction + dataset.val_fraction else "train"
 
 
-def _generated(config: Config) -> Path:
-    dataset = config.dataset
-    path = Path(config.cache_dir) / "synthetic" / f"{dataset_key(dataset)}.json"
+def _generated(dataset: DatasetConfig, cache_dir: Path) -> Path:
+    path = cache_dir / "synthetic" / f"{dataset_key(dataset)}.json"
     if not path.is_file():
         synthetic.write_dataset(path, dataset.num_conversations, dataset.seed)
     return path

@@ -32,11 +32,11 @@ import pyarrow as pa
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config, DatasetConfig
+from medusa_exp.config import DatasetConfig
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.examples import SCHEMA, Examples, open_examples
 from medusa_exp.data.masking import Renderer
-from medusa_exp.data.sources import Source, counts, empty_split, open_sources, split_of, walk
+from medusa_exp.data.sources import Source, counts, empty_split, files_of, split_of, walk
 from medusa_exp.data.template import describe
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import content_key, publish, read_json, sha256_file, write_json
@@ -230,7 +230,7 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec", "pyarrow")
 class Tokenized:
     """Documents of all splits, and what became of every record."""
 
-    config: Config
+    dataset: DatasetConfig
     table: pa.Table
     summary: dict[str, Any]
     """`key`, `sources` {name: {outcome: number}}, `examples` {outcome: the first such error} and
@@ -251,11 +251,11 @@ class Tokenized:
         """
         if not len(rows := self.rows(name)):
             raise empty_split(name, self.summary["sources"])
-        return select(self.table, rows, self.config.dataset, name)
+        return select(self.table, rows, self.dataset, name)
 
     def rows(self, name: str) -> np.ndarray:
         """Return the numbers of the documents of train, val or test."""
-        return rows_of_split(self.table, self.config.dataset, name)
+        return rows_of_split(self.table, self.dataset, name)
 
     def log(self) -> None:
         """Say what was kept, what was not, and why."""
@@ -297,16 +297,30 @@ def select(table: pa.Table, rows: np.ndarray, dataset: DatasetConfig, split: str
 
 
 def load_tokenized(
-    config: Config, tokenizer: PreTrainedTokenizerBase, max_length: int
+    sources: list[Source],
+    dataset: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    cache_dir: str | Path,
+    run_dir: Path | None = None,
 ) -> Tokenized:
     """Open the data set's cache entry, which is built first if it is not there.
 
+    Args:
+        sources: of the data set.
+        dataset: says how they are split, weighed and worked through.
+        tokenizer: whose chat template renders them.
+        max_length: in tokens, to which documents are cut.
+        cache_dir: holds the entry.
+        run_dir: a run that may have begun with the same documents under an older key.
+
     Raises:
         DataError: naming the file, or why not one token of the data set can be trained on.
+        UserError: the entry cannot be written.
     """
-    sources = open_sources(config)
     key = _key(sources, tokenizer, max_length)
-    path = Path(config.cache_dir) / "tokenised" / key
+    path = Path(cache_dir) / "tokenised" / key
     is_new = False
     try:
         if not _is_whole(path):
@@ -314,33 +328,34 @@ def load_tokenized(
             with FileLock(path.with_name(f".{key}.lock")):
                 is_new = not _is_whole(path)
                 if is_new:
-                    _publish(path, key, sources, config, tokenizer, max_length)
+                    _publish(path, key, sources, dataset, tokenizer, max_length)
     except OSError as error:
         raise UserError(
-            f"the tokenised data could not be written under cache_dir={config.cache_dir}: "
+            f"the tokenised data could not be written under cache_dir={cache_dir}: "
             f"{error.strerror or error}."
         ) from error
     summary = read_json(path / _SUMMARY)
-    if (older := _key_before_formats(config, sources, summary)) is not None:
+    if (older := _key_before_formats(run_dir, sources, summary)) is not None:
         summary["key"] = older
         del summary["format"]
-    return Tokenized(config, open_examples(path / _DOCUMENTS), summary, max_length, is_new)
+    return Tokenized(dataset, open_examples(path / _DOCUMENTS), summary, max_length, is_new)
 
 
 def _key_before_formats(
-    config: Config, sources: list[Source], summary: dict[str, Any]
+    run_dir: Path | None, sources: list[Source], summary: dict[str, Any]
 ) -> str | None:
     """Return the key that this run knows the same documents by, if it began before FORMAT did.
 
     Its checkpoint, hidden states and own answers are named by it. Keys then had a hash of our code.
     """
-    out = Path(config.run_dir)
-    noted = read_json(out / "data.json", {}) if config.run_dir else {}
+    if run_dir is None:
+        return None
+    noted = read_json(run_dir / "data.json", {})
     if "key" not in noted or "format" in noted or noted["sources"] != summary["sources"]:
         return None
-    known = set(read_json(out / "run.json", {}).get("data", {}).values())
-    files = [path for source in sources for path in source.reading.paths]
-    return noted["key"] if {sha256_file(path) for path in files} == known else None
+    known = set(read_json(run_dir / "run.json", {}).get("data", {}).values())
+    found = {sha256_file(path) for path in files_of(sources)}
+    return noted["key"] if found == known else None
 
 
 def _is_whole(path: Path) -> bool:
@@ -357,7 +372,7 @@ def _publish(
     path: Path,
     key: str,
     sources: list[Source],
-    config: Config,
+    dataset: DatasetConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> None:
@@ -365,7 +380,7 @@ def _publish(
         shutil.rmtree(unfinished)
     with publish(path) as partial:
         partial.mkdir()
-        summary = _build(partial, sources, config, tokenizer, max_length)
+        summary = _build(partial, sources, dataset, tokenizer, max_length)
         write_json(partial / _SUMMARY, {"key": key, "format": FORMAT, **summary})
 
 
@@ -379,13 +394,13 @@ def _key(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: 
 def _build(
     directory: Path,
     sources: list[Source],
-    config: Config,
+    dataset: DatasetConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> dict[str, Any]:
     """Write the documents and return the summary."""
     total = sum(1 for _ in walk(sources))  # reading is far faster than what follows
-    workers = config.dataset.num_workers or _num_cores()
+    workers = dataset.num_workers or _num_cores()
     tally = write_examples(
         directory / _DOCUMENTS,
         walk(sources),
@@ -393,7 +408,7 @@ def _build(
         tokenizer,
         max_length=max_length,
         num_workers=workers,
-        strict=config.dataset.strict,
+        strict=dataset.strict,
     )
     found = {source.name: _outcomes(source, tally) for source in sources}
     if not any(outcomes["documents"] for outcomes in found.values()):

@@ -7,7 +7,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel
 
-from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
@@ -61,23 +60,21 @@ def find_heads(key: str, named: str) -> Path:
     raise UserError(f"{key}={named} holds no heads: name a run directory or its heads/.")
 
 
-def adopt_heads(config: Config, out: Path) -> None:
-    """Put the heads that `heads_from` names into a run directory, if it names some.
+def adopt_heads(heads_from: str, out: Path) -> None:
+    """Put the heads of another run into a run directory.
 
     Files are linked, where the file system can: heads are never written into, only replaced.
 
     Raises:
         UserError: there are none, or the run directory has others already.
     """
-    if config.heads_from is None:
-        return
-    source, target = find_heads("heads_from", config.heads_from), out / "heads"
+    source, target = find_heads("heads_from", heads_from), out / "heads"
     if not target.exists():
         with publish(target) as partial:
             shutil.copytree(source, partial, copy_function=_link)
     elif sha256_file(source / WEIGHTS) != sha256_file(target / WEIGHTS):
         raise UserError(
-            f"heads_from={config.heads_from} names other heads than those in {target}: "
+            f"heads_from={heads_from} names other heads than those in {target}: "
             "take another run_dir."
         )
 

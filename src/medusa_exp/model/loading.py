@@ -1,9 +1,10 @@
-"""Config in; backbone and device out, each checked before anything long begins."""
+"""Load the backbone: weights, dtype, quantization, device; each checked before it takes long."""
 
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,65 +19,55 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import load_adapters
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.source import (
-    LOADING_ERRORS,
-    adapted_path,
-    first_lines,
-    hub_options,
-    is_adapters,
-    model_path,
-)
+from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines, is_adapters
 from medusa_exp.model.tokenizer import load_tokenizer, num_ids
 
 log = logging.getLogger(__name__)
 
 
-def load_backbone(config: Config, *, is_adapted: bool = True) -> Backbone:
-    """Load the backbone that the config names onto its device, frozen.
+def load_backbone(spec: ModelSpec, adapted: Path | None = None) -> Backbone:
+    """Load the backbone onto its device, frozen.
 
-    Where this run has adapted it (train=medusa2), that is its own, unless `is_adapted` is false.
     With tokenizer.resize_embedding it gets a row for each token that is new to it.
+
+    Args:
+        spec: names the model.
+        adapted: what training has made of it (train=medusa2): adapters, or a whole model.
 
     Raises:
         UserError: the model cannot be loaded; says which, and what transformers said.
     """
-    adapted = adapted_path(config) if is_adapted else None
     if adapted is None:
-        model = _read(config)
+        model = _read(spec)
     elif is_adapters(adapted):
-        model = load_adapters(_read(config), adapted).requires_grad_(False)
+        model = load_adapters(_read(spec), adapted).requires_grad_(False)
     else:
-        model = _read(config, path=str(adapted))
+        model = _read(spec, path=str(adapted))
     backbone = Backbone(model)
     backbone.check_hidden_states()
-    backbone.decodes_statically = (
-        backbone.device.type == "cuda" and config.decode.cuda_graph and not backbone.is_spread
-    )
     return backbone
 
 
-def load_ends(config: Config, identity: str, weights_fingerprint: str) -> Backbone:
+def load_ends(spec: ModelSpec, identity: str, weights_fingerprint: str) -> Backbone:
     """Load what stands at a backbone's two ends (embedding, final norm, lm_head), and no layer.
 
     Enough to train heads where the backbone's hidden states are at hand.
 
     Args:
-        config: names the model.
+        spec: names the model.
         identity: `Backbone.identity()` of the whole model.
-        weights_identity: `Backbone.weights_fingerprint()` of the whole model.
+        weights_fingerprint: `Backbone.weights_fingerprint()` of the whole model.
 
     Raises:
         UserError: as `load_backbone`.
     """
-    config = replace(config, model=replace(config.model, device_map=None))  # they are small
-    path = model_path(config)
-    options = hub_options(config)
+    spec = replace(spec, model=replace(spec.model, device_map=None))  # they are small
+    path = spec.model_path()
     try:
-        model_config = AutoConfig.from_pretrained(path, **options)
+        model_config = AutoConfig.from_pretrained(path, **spec.hub_options())
     except LOADING_ERRORS as error:
         raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
     text_config = model_config.get_text_config()
@@ -86,7 +77,7 @@ def load_ends(config: Config, identity: str, weights_fingerprint: str) -> Backbo
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it would list all that is left out
     try:
-        backbone = Backbone(_read(config, {"config": model_config}))
+        backbone = Backbone(_read(spec, {"config": model_config}))
     finally:
         transformers_logging.set_verbosity(verbosity)
     backbone.leave_out_body(identity, weights_fingerprint)
@@ -94,17 +85,17 @@ def load_ends(config: Config, identity: str, weights_fingerprint: str) -> Backbo
 
 
 def _read(
-    config: Config, more: Mapping[str, Any] = MappingProxyType({}), path: str | None = None
+    spec: ModelSpec, more: Mapping[str, Any] = MappingProxyType({}), path: str | None = None
 ) -> PreTrainedModel:
-    path = path or model_path(config)
+    path = path or spec.model_path()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             output_loading_info=True,
-            dtype=config.dtype.backbone,
-            attn_implementation=config.model.attn_implementation,
+            dtype=spec.dtype,
+            attn_implementation=spec.model.attn_implementation,
             use_safetensors=True,
-            **{**_placement(config), **_quantized(config), **hub_options(config), **more},
+            **{**_placement(spec), **_quantized(spec), **spec.hub_options(), **more},
         )
     except (*LOADING_ERRORS, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
@@ -113,29 +104,29 @@ def _read(
         raise UserError(f"model.path={path}: its files lack {names}, which its config asks for.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(
-            f"model.device_map={config.model.device_map}: the GPUs have no room for all of {path}, "
+            f"model.device_map={spec.model.device_map}: the GPUs have no room for all of {path}, "
             "and nothing is offloaded. Set model.quantization=8bit or 4bit, or use more GPUs."
         )
-    if config.tokenizer.resize_embedding:
-        grow_embedding(model, num_ids(load_tokenizer(config)))
-    if not _placement(config):
-        model = model.to(pick_device(config.device))
+    if spec.tokenizer.resize_embedding:
+        grow_embedding(model, num_ids(load_tokenizer(spec)))
+    if not _placement(spec):
+        model = model.to(pick_device(spec.device))
     return model.eval().requires_grad_(False)
 
 
-def _placement(config: Config) -> dict[str, Any]:
+def _placement(spec: ModelSpec) -> dict[str, Any]:
     """Return where transformers is to put the weights, for those that cannot be moved later."""
-    device, device_map = pick_device(config.device), config.model.device_map
-    if device_map is None and config.model.quantization is None:
+    device, device_map = pick_device(spec.device), spec.model.device_map
+    if device_map is None and spec.model.quantization is None:
         return {}
     if device_map is not None and find_spec("accelerate") is None:
         raise UserError(f"model.device_map={device_map} needs accelerate: pip install accelerate.")
     return {"device_map": device_map if device_map and device.type == "cuda" else {"": device}}
 
 
-def _quantized(config: Config) -> dict[str, Any]:
+def _quantized(spec: ModelSpec) -> dict[str, Any]:
     """Return how transformers is to quantise the weights of linear layers."""
-    bits = config.model.quantization
+    bits = spec.model.quantization
     if bits is None:
         return {}
     if find_spec("bitsandbytes") is None:

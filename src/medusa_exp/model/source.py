@@ -1,38 +1,19 @@
-"""Config in; where the backbone and its tokenizer come from out, checked as far as a look can.
+"""Where the backbone and its tokenizer come from: a directory, a name on the hub, or the cache.
 
-Where the small Llama of stage pretrain lies: in the cache, under a hash of all that made it.
+Checked as far as a look can; nothing is loaded here.
 """
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
-from medusa_exp.config import Config
-from medusa_exp.data.sources import dataset_files
+from medusa_exp.config import DatasetConfig, ModelConfig, PretrainConfig, TokenizerConfig
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
-
-_OF_PRETRAINING = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "max_position_embeddings", "max_steps", "batch_tokens"),
-    *("learning_rate", "warmup_fraction"),
-)
-
-
-def tiny_dir(config: Config) -> Path:
-    """Return where the pretrained model of this config lies, or will lie."""
-    dataset = config.dataset
-    made_of = [
-        [sha256_file(path) for path in dataset_files(config)],
-        [dataset.val_fraction, dataset.test_fraction, dataset.max_length],
-        config.tokenizer.vocab_size,
-        settings_in_key(config.model.pretrain, _OF_PRETRAINING),
-        config.seed,
-    ]
-    return Path(config.cache_dir) / "pretrained" / content_key(made_of)
-
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
 """What transformers raises for directories that are not what they should be."""
@@ -41,96 +22,139 @@ ADAPTED = "backbone"
 """Directory of a run of train=medusa2 that holds its own backbone."""
 _BLOCK, _NUM_BLOCKS = 4096, 256
 """What is read of a file of weights to know it again, besides its header."""
+_OF_PRETRAINING = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "max_steps", "batch_tokens"),
+    *("learning_rate", "warmup_fraction"),
+)
 
 
-def model_path(config: Config) -> str:
-    """Return the directory or hub name of the backbone.
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which backbone and tokenizer to load, and how; another process can load the same by it."""
 
-    Raises:
-        UserError: it is not set, or is a directory that holds no model.
+    model: ModelConfig
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    dtype: str = "auto"
+    """Of the backbone's weights; auto is as its own config says."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu or cuda."""
+    tiny: Path | None = None
+    """With model.kind=tiny: its directory, see `tiny_dir`."""
+
+    @property
+    def has_model(self) -> bool:
+        """Is a model named? Looking at data takes no more than a tokenizer."""
+        return self.model.kind == "tiny" or self.model.path is not None
+
+    def model_path(self) -> str:
+        """Return the directory or hub name of the backbone.
+
+        Raises:
+            UserError: it is not set, or is a directory that holds no model.
+        """
+        if self.tiny is not None:
+            if not (self.tiny / "config.json").is_file():
+                raise UserError(
+                    f"{self.tiny} does not exist yet: model=tiny is made by stage pretrain. "
+                    "Put pretrain first in stages."
+                )
+            return str(self.tiny)
+        if self.model.path is None:
+            raise UserError(
+                "model.path is not set: name a Hugging Face model directory or hub name."
+            )
+        place = _place("model.path", self.model.path)
+        path = Path(place)
+        if path.is_dir() and not (path / "config.json").is_file():
+            if is_adapters(path):
+                raise UserError(
+                    f"model.path={path} holds adapters, no model: go on in the run directory that "
+                    "made them, or train with train.lora.output=merged, which writes a model of "
+                    "its own."
+                )
+            raise UserError(f"model.path={path} is no model directory: it has no config.json.")
+        return place
+
+    def tokenizer_path(self) -> str:
+        """Return the directory or hub name of the tokenizer.
+
+        Raises:
+            UserError: tokenizer.path leads nowhere; or as `model_path`, whose it else is.
+        """
+        if self.tokenizer.path is None:
+            return self.model_path()
+        return _place("tokenizer.path", self.tokenizer.path)
+
+    def hub_options(self) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` that concern where the model comes from."""
+        options: dict[str, Any] = {"trust_remote_code": self.model.trust_remote_code}
+        if self.model.revision:
+            options["revision"] = self.model.revision
+        return options
+
+    def files_fingerprint(self) -> str | None:
+        """Return a sha256 over the model's config.json and a sample of its weights' files.
+
+        A sample, since reading all of a large model takes minutes; no training or merging leaves it
+        as it was. None where there are no such files on this machine.
+        """
+        directory = Path(self.model_path())
+        if not directory.is_dir():
+            try:
+                found = cached_file(
+                    str(directory), "config.json", local_files_only=True, **self.hub_options()
+                )
+            except LOADING_ERRORS:
+                return None
+            directory = Path(found).parent
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            return None
+        digest = hashlib.sha256((directory / "config.json").read_bytes())
+        for path in files:
+            _add_sample(digest, path)
+        return digest.hexdigest()
+
+
+def tiny_dir(
+    data_files: Iterable[Path],
+    dataset: DatasetConfig,
+    pretrain: PretrainConfig,
+    *,
+    vocab_size: int,
+    seed: int,
+    cache_dir: str | Path,
+) -> Path:
+    """Return where the model that stage pretrain makes of these lies, or will lie, in the cache.
+
+    Args:
+        data_files: of the data set.
+        dataset: how it is split and cut.
+        pretrain: the model's shape and its training.
+        vocab_size: of the tokenizer that is trained.
+        seed: of the run.
+        cache_dir: of the run.
     """
-    if config.model.kind == "tiny":
-        pass
-
-        path = tiny_dir(config)
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"{path} does not exist yet: model=tiny is made by stage pretrain. "
-                "Put pretrain first in stages."
-            )
-        return str(path)
-    if config.model.path is None:
-        raise UserError("model.path is not set: name a Hugging Face model directory or hub name.")
-    place = _place("model.path", config.model.path)
-    path = Path(place)
-    if path.is_dir() and not (path / "config.json").is_file():
-        if is_adapters(path):
-            raise UserError(
-                f"model.path={path} holds adapters, no model: go on in the run directory that made "
-                "them, or train with train.lora.output=merged, which writes a model of its own."
-            )
-        raise UserError(f"model.path={path} is no model directory: it has no config.json.")
-    return place
+    made_of = [
+        [sha256_file(path) for path in data_files],
+        [dataset.val_fraction, dataset.test_fraction, dataset.max_length],
+        vocab_size,
+        settings_in_key(pretrain, _OF_PRETRAINING),
+        seed,
+    ]
+    return Path(cache_dir) / "pretrained" / content_key(made_of)
 
 
-def adapted_path(config: Config) -> Path | None:
-    """Return where the backbone lies that this run has adapted, if it has."""
-    path = Path(config.run_dir) / ADAPTED
-    is_there = config.train.kind == "medusa2" and bool(config.run_dir) and path.is_dir()
-    return path if is_there else None
+def adapted_path(run_dir: str | Path) -> Path | None:
+    """Return where the backbone lies that a run of train=medusa2 has adapted, if it has."""
+    path = Path(run_dir) / ADAPTED
+    return path if run_dir and path.is_dir() else None
 
 
 def is_adapters(path: Path) -> bool:
     """Does this directory hold peft's adapters, rather than a whole model?"""
     return (path / "adapter_config.json").is_file()
-
-
-def has_model(config: Config) -> bool:
-    """Does the config name a model? Looking at data takes no more than a tokenizer."""
-    return config.model.kind == "tiny" or config.model.path is not None
-
-
-def tokenizer_path(config: Config) -> str:
-    """Return the directory or hub name of the tokenizer.
-
-    Raises:
-        UserError: tokenizer.path leads nowhere; or as `model_path`, whose it else is.
-    """
-    if config.tokenizer.path is None:
-        return model_path(config)
-    return _place("tokenizer.path", config.tokenizer.path)
-
-
-def hub_options(config: Config) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that concern where the model comes from."""
-    options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
-    if config.model.revision:
-        options["revision"] = config.model.revision
-    return options
-
-
-def files_fingerprint(config: Config) -> str | None:
-    """Return a sha256 over the model's config.json and a sample of its weights' files.
-
-    A sample, since reading all of a large model takes minutes; no training or merging leaves it as
-    it was. None where there are no such files on this machine.
-    """
-    directory = Path(model_path(config))
-    if not directory.is_dir():
-        try:
-            found = cached_file(
-                str(directory), "config.json", local_files_only=True, **hub_options(config)
-            )
-        except LOADING_ERRORS:
-            return None
-        directory = Path(found).parent
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        return None
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in files:
-        _add_sample(digest, path)
-    return digest.hexdigest()
 
 
 def _add_sample(digest: Any, path: Path) -> None:

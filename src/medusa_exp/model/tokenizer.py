@@ -23,17 +23,10 @@ from tokenizers import AddedToken, processors
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from medusa_exp.config import Config, TokenizerConfig
+from medusa_exp.config import TokenizerConfig
 from medusa_exp.data.template import check_chat_template
 from medusa_exp.errors import UserError
-from medusa_exp.model.source import (
-    LOADING_ERRORS,
-    first_lines,
-    has_model,
-    hub_options,
-    model_path,
-    tokenizer_path,
-)
+from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines
 from medusa_exp.runs.files import write_json
 
 _JINJA = re.compile(r"\{[{%]")
@@ -202,21 +195,21 @@ log = logging.getLogger(__name__)
 SOURCE_FILE = "tokenizer_source.json"
 
 
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with the options of the config, and check that it is of use.
 
     Raises:
         UserError: it cannot be loaded, cannot do what an option asks for, has no chat template or
             one that is no Jinja, or has tokens that the model has no row for.
     """
-    path = tokenizer_path(config)
-    tokenizer = _read(config, path)
-    choose_chat_template(tokenizer, config.tokenizer.chat_template, path)
+    path = spec.tokenizer_path()
+    tokenizer = _read(spec, path)
+    choose_chat_template(tokenizer, spec.tokenizer.chat_template, path)
     check_chat_template(tokenizer, path)
     _check_vocabulary(tokenizer, path)
-    set_special_tokens(tokenizer, config.tokenizer)
-    if has_model(config):
-        _check_fit(tokenizer, config, path)
+    set_special_tokens(tokenizer, spec.tokenizer)
+    if spec.has_model:
+        _check_fit(tokenizer, spec, path)
     return tokenizer
 
 
@@ -241,7 +234,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
 
 
 def save_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, config: Config, directory: str | Path
+    tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, directory: str | Path
 ) -> None:
     """Write the tokenizer beside the heads, for `AutoTokenizer.from_pretrained(directory)`.
 
@@ -253,18 +246,18 @@ def save_tokenizer(
         partial = Path(name)
         tokenizer.save_pretrained(partial)
         _pin_class(tokenizer, partial / "tokenizer_config.json")
-        write_json(partial / SOURCE_FILE, _source(tokenizer, config))
+        write_json(partial / SOURCE_FILE, _source(tokenizer, spec))
         for file in sorted(partial.iterdir()):  # chat_templates/ is a directory
             if (target / file.name).is_dir():
                 shutil.rmtree(target / file.name)
             file.replace(target / file.name)
 
 
-def _read(config: Config, path: str) -> PreTrainedTokenizerBase:
-    settings = config.tokenizer
+def _read(spec: ModelSpec, path: str) -> PreTrainedTokenizerBase:
+    settings = spec.tokenizer
     chosen = _tokenizer_class(settings.tokenizer_class)
-    is_own = has_model(config) and path == model_path(config)
-    options: dict[str, Any] = hub_options(config) if is_own else {}
+    is_own = spec.has_model and path == spec.model_path()
+    options: dict[str, Any] = spec.hub_options() if is_own else {}
     if chosen is not AutoTokenizer:  # means "no rebuilding" to a class of transformers
         options.pop("trust_remote_code", None)
     # As arguments, and not set on the tokenizer: only these does save_pretrained write down.
@@ -309,15 +302,15 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         )
 
 
-def _check_fit(tokenizer: PreTrainedTokenizerBase, config: Config, path: str) -> None:
-    model = model_path(config)
+def _check_fit(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, path: str) -> None:
+    model = spec.model_path()
     try:
-        model_config = AutoConfig.from_pretrained(model, **hub_options(config))
+        model_config = AutoConfig.from_pretrained(model, **spec.hub_options())
     except LOADING_ERRORS as error:
         raise UserError(f"model.path={model} cannot be loaded: {first_lines(error)}") from error
     rows = model_config.get_text_config().vocab_size
     outside = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
-    if outside and not config.tokenizer.resize_embedding:
+    if outside and not spec.tokenizer.resize_embedding:
         names = ", ".join(repr(token) for _, token in outside[:8]) + ", ..." * (len(outside) > 8)
         raise UserError(
             f"the tokenizer in {path} has {len(tokenizer)} entries, the model in {model} only "
@@ -344,12 +337,12 @@ def _pin_class(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     write_json(file, saved)
 
 
-def _source(tokenizer: PreTrainedTokenizerBase, config: Config) -> dict[str, Any]:
-    path = tokenizer_path(config)
-    default, settings = asdict(TokenizerConfig()), asdict(config.tokenizer)
+def _source(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> dict[str, Any]:
+    path = spec.tokenizer_path()
+    default, settings = asdict(TokenizerConfig()), asdict(spec.tokenizer)
     return {
         "path": str(Path(path).resolve()) if Path(path).exists() else path,
-        "revision": config.model.revision if path == model_path(config) else None,
+        "revision": spec.model.revision if path == spec.model_path() else None,
         "class": type(tokenizer).__name__,
         "versions": {name: metadata.version(name) for name in ("transformers", "tokenizers")},
         **fingerprint(tokenizer),

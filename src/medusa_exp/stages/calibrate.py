@@ -205,8 +205,7 @@ def _heldout_prompts(
     prompts = prompts_of(
         session.split("val"),
         tokenizer,
-        session.config,
-        max_positions=backbone.max_length,
+        max_tokens=session.prompt_tokens(backbone.max_length),
         num_prompts=session.config.tree.num_prompts,
     )
     return [prompt.input_ids for prompt in prompts]

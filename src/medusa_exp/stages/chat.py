@@ -26,8 +26,6 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
-from medusa_exp.model.loading import load_backbone
-from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.stages.session import Session
 from medusa_exp.tree.calibration import choose_tree
 
@@ -38,7 +36,7 @@ _STYLES = ("bold cyan", "bold magenta")
 def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Chat until the input ends; return tokens per step over all answers."""
     session = session or Session(config, out)
-    chat = load_chat(config, out)
+    chat = load_chat(session)
     if sys.stdin is not None and sys.stdin.isatty():
         _talk(chat, Console())
     else:
@@ -91,11 +89,12 @@ class Chat:
         self.messages = [*messages, Message("assistant", shown)]
 
 
-def load_chat(config: Config, out: Path) -> Chat:
+def load_chat(session: Session) -> Chat:
     """Load what a run has made: heads, tree and the settings of its config."""
-    backbone = load_backbone(config)
+    config, out = session.config, session.out
+    backbone = session.backbone()
     check_tree_attention(backbone)
-    tokenizer = load_tokenizer(config)
+    tokenizer = session.tokenizer()
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
     tree = choose_tree(config, out, heads.num_heads)
     drafter = build_drafter(heads, tree, backbone.device)

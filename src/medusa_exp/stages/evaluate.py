@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerBase
 from medusa_exp.config import Config
 from medusa_exp.data import DataError, Message, read_conversations
 from medusa_exp.data.prompts import Prompt, Question, is_question_file, prompts_of, read_questions
-from medusa_exp.data.sources import load_split
 from medusa_exp.data.template import ChatTemplate
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.loop import Limits, decode_plain
@@ -145,12 +144,12 @@ Respond = Callable[[list[int]], list[int]]
 
 
 def load_prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, max_positions: int, respond: Respond
+    session: Session, tokenizer: PreTrainedTokenizerBase, max_positions: int, respond: Respond
 ) -> list[Prompt]:
     """Return `evaluate.num_prompts` prompts, or as many as there are.
 
     Args:
-        config: `evaluate.path` names a file; None stands for the test split.
+        session: whose `evaluate.path` names a file; None stands for the test split.
         tokenizer: whose chat template makes prompts.
         max_positions: of a prompt and its answer.
         respond: plain decoding: a question's later turns follow its answers to the earlier ones.
@@ -159,11 +158,11 @@ def load_prompts(
         UserError: there is no such file, or no prompt leaves room for an answer.
         DataError: the file cannot be read.
     """
-    count = config.evaluate.num_prompts
+    config, count = session.config, session.config.evaluate.num_prompts
+    max_tokens = session.prompt_tokens(max_positions)
     if config.evaluate.path is None:
-        conversations = load_split(config, "test")
         return prompts_of(
-            conversations, tokenizer, config, max_positions=max_positions, num_prompts=count
+            session.split("test"), tokenizer, max_tokens=max_tokens, num_prompts=count
         )
     path = Path(config.evaluate.path)
     if not path.exists():
@@ -174,9 +173,7 @@ def load_prompts(
         return _of_questions(questions, tokenizer, room, respond)
     reading = read_conversations(path)
     try:
-        return prompts_of(
-            reading, tokenizer, config, max_positions=max_positions, num_prompts=count
-        )
+        return prompts_of(reading, tokenizer, max_tokens=max_tokens, num_prompts=count)
     finally:  # where no prompt is left, that is why
         for reason, number in reading.dropped.items():
             log.warning("evaluate.path: dropped: %s: %d", reason, number)
@@ -234,7 +231,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     check_tree_attention(backbone)
     limits = limits_of(config, backbone, tokenizer)
     prompts = load_prompts(
-        config,
+        session,
         tokenizer,
         # Prompt lookup guesses beyond the end of an answer, without regard to the last position.
         backbone.max_length - LOOKUP_TOKENS,

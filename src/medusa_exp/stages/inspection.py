@@ -29,7 +29,6 @@ from medusa_exp.data.tokenized import (
     UNTRAINED,
     Tokenized,
 )
-from medusa_exp.model.source import has_model
 from medusa_exp.runs.files import write_json, write_jsonl
 from medusa_exp.stages.doctor import Row, count_roles, count_runs, examine, sample_rows
 from medusa_exp.stages.session import Session
@@ -126,7 +125,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     """Count, sample, examine; print and write it."""
     session = session or Session(config, out)
     tokenizer = session.tokenizer()
-    backbone = session.backbone() if has_model(config) else None
+    backbone = session.backbone() if session.spec.has_model else None
     limit = min(config.dataset.max_length, backbone.max_length if backbone else 2**30)
     documents = session.tokenized(tokenizer, limit)
     sampled = _sampled(session.sources(), documents, config.inspect.num_conversations)

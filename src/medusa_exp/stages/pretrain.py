@@ -27,7 +27,6 @@ from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.datamodule import Batch, Batches
 from medusa_exp.errors import UserError
 from medusa_exp.model.loading import pick_device
-from medusa_exp.model.source import tiny_dir
 from medusa_exp.runs.files import publish
 from medusa_exp.stages.session import Session
 from medusa_exp.train.optimizer import scheduled
@@ -144,7 +143,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     session = session or Session(config, out)
     if config.model.kind != "tiny" or config.tokenizer.kind != "trained":
         raise UserError("stage pretrain makes model=tiny with tokenizer=trained: set both.")
-    path = tiny_dir(config)
+    path = session.tiny
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of a sweep ask for the same model
         if (path / "config.json").is_file():

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config, from_dict, to_dict
 from medusa_exp.data.examples import SCHEMA, Example
-from medusa_exp.data.tokenized import Tokenized, load_tokenized
+from medusa_exp.data.tokenized import Tokenized
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.loop import Limits, Response, decode_plain, decode_tree
 from medusa_exp.decode.rule import AcceptanceRule
@@ -33,8 +33,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
-from medusa_exp.model.loading import load_backbone, pick_device
-from medusa_exp.model.tokenizer import load_tokenizer
+from medusa_exp.model.loading import pick_device
 from medusa_exp.runs.files import drop_torn_line, publish, read_json, read_jsonl, write_json
 from medusa_exp.runs.progress import progress_bar
 from medusa_exp.stages.session import Session
@@ -129,13 +128,11 @@ RECORD = "regenerated.json"
 def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Answer the prompts of the training documents, unless that has been done before."""
     session = session or Session(config, out)
-    backbone = load_backbone(config, is_adapted=False)
+    backbone = session.backbone(is_adapted=False)
     if config.regenerate.use_heads:
         check_tree_attention(backbone)
-    tokenizer = load_tokenizer(config)
-    documents = load_tokenized(
-        config, tokenizer, min(config.dataset.max_length, backbone.max_length)
-    )
+    tokenizer = session.tokenizer()
+    documents = session.tokenized(tokenizer, min(config.dataset.max_length, backbone.max_length))
     documents.log()
     key = regenerated_key(config, documents, backbone, tokenizer)
     path = regenerated_path(config, key)
@@ -243,9 +240,9 @@ def _answered_on_ray(
 
 
 def _regenerator_of_a_worker(config: dict[str, Any], out: Path, max_length: int) -> Work:
-    own = from_dict(config)
-    backbone, tokenizer = load_backbone(own, is_adapted=False), load_tokenizer(own)
-    regenerator = Regenerator(own, out, max_length, backbone, tokenizer)
+    session = Session(from_dict(config), out)
+    backbone, tokenizer = session.backbone(is_adapted=False), session.tokenizer()
+    regenerator = Regenerator(session.config, out, max_length, backbone, tokenizer)
 
     def work(batch: str) -> str:
         documents = regenerator([Document(**document) for document in json.loads(batch)])

@@ -25,7 +25,7 @@ from medusa_exp.config import Config
 from medusa_exp.data.datamodule import Batches
 from medusa_exp.data.examples import Examples
 from medusa_exp.data.feature_cache import Features
-from medusa_exp.data.prompts import Prompt
+from medusa_exp.data.prompts import Prompt, prompts_of
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
@@ -35,7 +35,6 @@ from medusa_exp.model.heads import MedusaHeads, build_heads
 from medusa_exp.model.loading import load_ends
 from medusa_exp.model.loss import Objective
 from medusa_exp.model.scoring import measure_agreement
-from medusa_exp.model.source import files_fingerprint
 from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
@@ -43,7 +42,6 @@ from medusa_exp.stages.session import Session
 from medusa_exp.tracking.history import StepLogger
 from medusa_exp.train.acceptance import (
     HeldOutResponse,
-    held_out_prompts,
     held_out_responses,
     respond_to_prompts,
 )
@@ -109,15 +107,14 @@ class _Backbones:
 
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config
-        config = self.config
-        self._files = files_fingerprint(config)
+        self._files = session.spec.files_fingerprint()
 
     @cached_property
     def ends(self) -> Backbone:
         """Without its layers, if it is known from before and hidden states are cached."""
         known = known_fingerprints(self.config, self._files)
         if self.config.train.features == "cache" and known is not None:
-            return load_ends(self.config, *known)
+            return load_ends(self.session.spec, *known)
         return self.body()
 
     @cached_property
@@ -155,15 +152,36 @@ def open_inputs(session: Session) -> Inputs:
             documents["val"] = tokenised.split("val")
     features: dict[str, Features] = {}
     if config.train.features == "cache":
-        features = open_features(config, documents, data_key, backbone, backbones.body)
+        features = open_features(
+            config, session.spec, documents, data_key, backbone, backbones.body
+        )
         session.notes.add(features={split: found.path.name for split, found in features.items()})
     elif config.train.batching == "packed":
         backbone.check_packing()
     if config.train.loss != "ce":
         backbone.check_next_logits()
-    prompts = held_out_prompts(config, tokenizer, backbone)
+    prompts = _held_out_prompts(session, tokenizer, backbone)
     answers = held_out_responses(config, tokenizer, prompts, backbone, backbones.body)
     return Inputs(backbone, tokenizer, documents, data_key, row_tokens, features, prompts, answers)
+
+
+def _held_out_prompts(
+    session: Session, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
+) -> list[Prompt]:
+    """Return `train.val_prompts` prompts; none, and a warning, where there is none to answer."""
+    config = session.config
+    if not config.train.val_prompts or not config.dataset.val_fraction:
+        return []
+    try:
+        return prompts_of(
+            session.split("val"),
+            tokenizer,
+            max_tokens=session.prompt_tokens(backbone.max_length),
+            num_prompts=config.train.val_prompts,
+        )
+    except UserError as error:
+        log.warning("no val/accept_length: %s", error)
+        return []
 
 
 _NUM_DOCUMENTS = 64
@@ -329,7 +347,7 @@ def _train(config: Config, out: Path, session: Session) -> dict[str, float]:
         if isinstance(module, JointModule):
             metrics |= finish_joint(config, out, module, inputs)
         save_heads(heads, out / "heads")
-        save_tokenizer(inputs.tokenizer, config, out / "heads")
+        save_tokenizer(inputs.tokenizer, session.spec, out / "heads")
         log.info("heads written to %s", out / "heads")
     return metrics
 

@@ -22,11 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
-from medusa_exp.data.prompts import Prompt, prompts_of
-from medusa_exp.data.sources import load_split
+from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.loop import decode_plain
 from medusa_exp.decode.settings import limits_of
-from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.scoring import answer_ranks
@@ -44,25 +42,6 @@ class HeldOutResponse:
     tokens_P: Tensor
     hidden_TD: Tensor
     """Of prompt and answer; each token of the answer was said from one of the last P."""
-
-
-def held_out_prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
-) -> list[Prompt]:
-    """Return `train.val_prompts` prompts; none, and a warning, where there is none to answer."""
-    if not config.train.val_prompts or not config.dataset.val_fraction:
-        return []
-    try:
-        return prompts_of(
-            load_split(config, "val"),
-            tokenizer,
-            config,
-            max_positions=backbone.max_length,
-            num_prompts=config.train.val_prompts,
-        )
-    except UserError as error:
-        log.warning("no val/accept_length: %s", error)
-        return []
 
 
 def held_out_responses(

@@ -37,6 +37,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone, pick_device
 from medusa_exp.model.loss import teacher_argmax
+from medusa_exp.model.source import ModelSpec
 from medusa_exp.runs.files import content_key, publish, settings_in_key, sha256_file, write_json
 from medusa_exp.runs.progress import progress_bar
 from medusa_exp.train.launch import Work, map_on_ray
@@ -45,6 +46,7 @@ from medusa_exp.train.trainer import AUTOCAST, pick_precision
 
 def write_features(
     config: Config,
+    spec: ModelSpec,
     directory: Path,
     examples: Examples,
     starts: np.ndarray,
@@ -56,6 +58,7 @@ def write_features(
 
     Args:
         config: of the training.
+        spec: of the backbone, for workers that load their own.
         directory: where the files are written.
         examples: the documents, N of them.
         starts: [N + 1], where the states of each begin.
@@ -74,7 +77,7 @@ def write_features(
     longest = int(examples.lengths.max())
     writer = FeatureWriter(config, directory, longest, backbone) if backbone else None
     if writer is None:
-        written = _written_on_ray(config, directory, examples, plan(0), longest)
+        written = _written_on_ray(config, spec, directory, examples, plan(0), longest)
     else:
         written = (writer(numbers(b), [examples[n] for n in numbers(b)]) for b in plan(0))
     with progress_bar() as bar:
@@ -155,7 +158,12 @@ class FeatureWriter:
 
 
 def _written_on_ray(
-    config: Config, directory: Path, examples: Examples, plan: list[list[Row]], longest: int
+    config: Config,
+    spec: ModelSpec,
+    directory: Path,
+    examples: Examples,
+    plan: list[list[Row]],
+    longest: int,
 ) -> Iterator[dict[int, int]]:
     """Yield what workers of a Ray cluster have written."""
     items = []
@@ -163,7 +171,12 @@ def _written_on_ray(
         documents = [examples[number] for number in numbers(batch)]
         texts = [[d.input_ids.tolist(), d.is_trained.tolist()] for d in documents]
         items.append(json.dumps([numbers(batch), texts]))
-    arguments = {"config": to_dict(config), "directory": directory.absolute(), "longest": longest}
+    arguments = {
+        "config": to_dict(config),
+        "spec": spec,
+        "directory": directory.absolute(),
+        "longest": longest,
+    }
     for line in map_on_ray(
         _writer_of_a_worker,
         arguments,
@@ -174,9 +187,10 @@ def _written_on_ray(
         yield {int(number): value for number, value in json.loads(line).items()}
 
 
-def _writer_of_a_worker(config: dict[str, Any], directory: Path, longest: int) -> Work:
-    own = from_dict(config)
-    writer = FeatureWriter(own, directory, longest, load_backbone(own))
+def _writer_of_a_worker(
+    config: dict[str, Any], spec: ModelSpec, directory: Path, longest: int
+) -> Work:
+    writer = FeatureWriter(from_dict(config), directory, longest, load_backbone(spec))
 
     def work(item: str) -> str:
         rows, texts = json.loads(item)
@@ -205,6 +219,7 @@ _OF_TOKENIZERS = (
 
 def open_features(
     config: Config,
+    spec: ModelSpec,
     documents: dict[str, Examples],
     data_key: str,
     ends: Backbone,
@@ -214,6 +229,7 @@ def open_features(
 
     Args:
         config: what decides them besides the documents.
+        spec: of the backbone.
         documents: of each split.
         data_key: names all documents.
         ends: the backbone, perhaps without its layers.
@@ -229,7 +245,7 @@ def open_features(
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{key}.lock")):
             if not path.is_dir():
-                _publish(config, path, key, examples, ends, body)
+                _publish(config, spec, path, key, examples, ends, body)
         found[split] = Features(path)
         if (theirs := found[split].summary)["key"] != key:
             raise UserError(
@@ -257,6 +273,7 @@ def features_key(config: Config, split: str, data_key: str, backbone: Backbone) 
 
 def _publish(
     config: Config,
+    spec: ModelSpec,
     path: Path,
     key: str,
     examples: Examples,
@@ -274,7 +291,7 @@ def _publish(
     backbone = None if config.train.feature_workers else body()
     with publish(path) as partial:
         partial.mkdir()
-        write_features(config, partial, examples, starts, dtype, ends.hidden_size, backbone)
+        write_features(config, spec, partial, examples, starts, dtype, ends.hidden_size, backbone)
         names = ("starts.npy", "checks.npy")
         summary: dict[str, Any] = {
             "key": key,
