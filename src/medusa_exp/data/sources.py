@@ -18,6 +18,7 @@ from medusa_exp.data.conversations import (
     read_conversations,
 )
 from medusa_exp.data.faults import unreadable
+from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import content_key, sha256_file
 
 log = logging.getLogger(__name__)
@@ -140,9 +141,9 @@ def split_of(conversation_id: str, dataset: DatasetConfig) -> str:
 
 
 def _generated(dataset: DatasetConfig, cache_dir: Path) -> Path:
-    path = cache_dir / "synthetic" / f"{dataset_key(dataset)}.json"
-    if not path.is_file():
-        synthetic.write_dataset(path, dataset.num_conversations, dataset.seed)
+    with entry(cache_dir, "synthetic", f"{dataset_key(dataset)}.json") as (path, unwritten):
+        if unwritten:
+            synthetic.write_dataset(unwritten, dataset.num_conversations, dataset.seed)
     return path
 
 

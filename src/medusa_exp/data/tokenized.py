@@ -12,7 +12,6 @@ is the order of the conversations, whatever their number.
 
 import logging
 import os
-import shutil
 import threading
 import time
 from collections import Counter, deque
@@ -29,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import DatasetConfig
@@ -39,7 +37,8 @@ from medusa_exp.data.masking import Renderer
 from medusa_exp.data.sources import Source, counts, empty_split, files_of, split_of, walk
 from medusa_exp.data.template import describe
 from medusa_exp.errors import UserError
-from medusa_exp.runs.files import content_key, publish, read_json, sha256_file, write_json
+from medusa_exp.runs.cache import entry
+from medusa_exp.runs.files import content_key, read_json, sha256_file, write_json
 from medusa_exp.runs.progress import progress_bar
 
 _CHUNK = 256
@@ -320,15 +319,12 @@ def load_tokenized(
         UserError: the entry cannot be written.
     """
     key = _key(sources, tokenizer, max_length)
-    path = Path(cache_dir) / "tokenised" / key
-    is_new = False
     try:
-        if not _is_whole(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(f".{key}.lock")):
-                is_new = not _is_whole(path)
-                if is_new:
-                    _publish(path, key, sources, dataset, tokenizer, max_length)
+        with entry(cache_dir, "tokenised", key, _is_whole) as (path, unwritten):
+            if unwritten:
+                unwritten.mkdir()
+                summary = _build(unwritten, sources, dataset, tokenizer, max_length)
+                write_json(unwritten / _SUMMARY, {"key": key, "format": FORMAT, **summary})
     except OSError as error:
         raise UserError(
             f"the tokenised data could not be written under cache_dir={cache_dir}: "
@@ -338,7 +334,9 @@ def load_tokenized(
     if (older := _key_before_formats(run_dir, sources, summary)) is not None:
         summary["key"] = older
         del summary["format"]
-    return Tokenized(dataset, open_examples(path / _DOCUMENTS), summary, max_length, is_new)
+    return Tokenized(
+        dataset, open_examples(path / _DOCUMENTS), summary, max_length, bool(unwritten)
+    )
 
 
 def _key_before_formats(
@@ -366,22 +364,6 @@ def _is_whole(path: Path) -> bool:
     except (OSError, pa.ArrowInvalid):  # damaged since: to be built again
         return False
     return True
-
-
-def _publish(
-    path: Path,
-    key: str,
-    sources: list[Source],
-    dataset: DatasetConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> None:
-    for unfinished in path.parent.glob(f".{key}.partial-*"):  # left by a killed process
-        shutil.rmtree(unfinished)
-    with publish(path) as partial:
-        partial.mkdir()
-        summary = _build(partial, sources, dataset, tokenizer, max_length)
-        write_json(partial / _SUMMARY, {"key": key, "format": FORMAT, **summary})
 
 
 def _key(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:

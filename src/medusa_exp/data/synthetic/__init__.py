@@ -14,7 +14,6 @@ from typing import Any
 
 from medusa_exp.data.synthetic import calculation, language, layout, programs
 from medusa_exp.data.synthetic.wording import pick
-from medusa_exp.runs.files import publish
 
 FORMAT = 1
 """Raise it when the same seed gives other records: cached data sets are then made again."""
@@ -57,11 +56,10 @@ def generate_conversations(num_conversations: int, seed: int) -> Iterator[Record
 
 
 def write_dataset(path: Path, num_conversations: int, seed: int) -> None:
-    """Write the records as a JSON list, one a line; under a temporary name until it is whole."""
+    """Write the records as a JSON list, one a line."""
     records = generate_conversations(num_conversations, seed)
     lines = (json.dumps(record, ensure_ascii=False) for record in records)
-    with publish(path) as partial:
-        partial.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def _conversation(number: int, rng: random.Random) -> Record:
