@@ -10,6 +10,8 @@ from cli_runs import SMOKE, medusa_exp, read, snapshot
 from wandb_files import run_files
 from wandb_files import state as written_state
 
+from medusa_exp.runs.metric_table import metric_of
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
@@ -90,6 +92,7 @@ def test_a_run_keeps_the_contract(run_dir):
     assert run["cache_keys"]["tokenised"] == read(run_dir / "data.json")["key"]
     metrics = read(run_dir / "metrics.json")
     assert all(isinstance(value, float) for value in metrics.values())
+    assert [name for name in metrics if metric_of(name) is None] == []
     assert metrics["eval/identical_fraction"] == 1.0
     for name in ("train/loss", "val/top5_head2", "eval/speedup", "eval/backbone_nats_per_token"):
         assert name in metrics

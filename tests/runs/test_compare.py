@@ -14,7 +14,7 @@ from medusa_exp.runs.files import read_json, write_json
         ({"a": 1.0, "b": 1.0}, {"a": 1.0}, "only one of them has: 1", [], ["b"]),
         ({"a": 1.0}, {"b": 1.0}, "share no metric that can be compared", [], ["a", "b"]),
         ({}, {}, "share no metric that can be compared", [], []),
-        ({"x/speedup": 1.0}, {"x/speedup": 2.0}, "share no metric", [], []),
+        ({"eval/speedup": 1.0}, {"eval/speedup": 2.0}, "share no metric", [], []),
     ],
 )
 def test_what_is_said_of_two_runs(tmp_path, capsys, old, new, said, differing, only_one_has):

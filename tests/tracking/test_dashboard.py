@@ -3,9 +3,9 @@
 import json
 
 import pytest
+import wandb_dashboard as dashboard
 
 from medusa_exp.errors import UserError
-from medusa_exp.tracking import dashboard
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1:DeprecationWarning")
 

@@ -22,7 +22,7 @@ def test_what_is_said_first():
         ("speed-up over plain decoding", "2.50x (95 %: 2.31x to 2.68x)"),
         ("answers identical to plain decoding", "97.5%"),
         ("nodes of the tree", "5"),
-        ("loss of the heads", "0.500"),
+        ("training loss", "0.500"),
         ("speed-up, 4 prompts at a time", "1.90x"),
     ]
 

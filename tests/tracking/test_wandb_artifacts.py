@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb_dashboard as dashboard
 import wandb_files as written
 from wandb_files import of_type
 
 from medusa_exp.runs.files import write_json
-from medusa_exp.tracking import dashboard, wandb_artifacts
+from medusa_exp.tracking import wandb_artifacts
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_no_variable_of_a_later_call_is_written_anywhere(run_dir, medusa_exp, se
 
 def test_all_that_the_dashboard_shows_is_logged(file, records, summary):
     """No panel may wait for a metric that nobody logs."""
-    command = ["-m", "medusa_exp.tracking.dashboard", "somebody/heads", "--print"]
+    command = [dashboard.__file__, "somebody/heads", "--print"]
     shown = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
     sections = json.loads(shown.stdout)["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == [

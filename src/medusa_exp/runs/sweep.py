@@ -21,7 +21,7 @@ from medusa_exp.config import named_variables
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import content_key, read_json, write_json
 from medusa_exp.runs.jobs import JOB, held, is_done, read_jobs
-from medusa_exp.runs.metric_table import is_larger_better, stage_of
+from medusa_exp.runs.metric_table import as_objective
 
 log = logging.getLogger(__name__)
 
@@ -143,21 +143,22 @@ def _check_search(sweeper: Any, objective: str, stages: Sequence[str]) -> None:
     """Refuse a search that would find nothing, or the worst, before its first job.
 
     Raises:
-        UserError: no stage measures the objective; or Optuna, which minimises unless it is told
-            otherwise, would go the wrong way (see `metric_names.is_larger_better`).
+        UserError: no stage measures the objective; or Optuna, which minimizes unless it is told
+            otherwise, would go the wrong way.
     """
+    metric = as_objective(objective)
     if "direction" not in sweeper:  # it looks for nothing
         return
-    if (stage := stage_of(objective)) not in stages:
+    if metric.stage not in stages:
         raise UserError(
-            f"objective={objective} is a metric of stage {stage}, which stages="
+            f"objective={objective} is a metric of stage {metric.stage}, which stages="
             f"[{','.join(stages)}] leaves out: the search would have nothing to go by."
         )
     given = str(sweeper.direction).rpartition(".")[2]
     wanted, hint = "minimize", ""
-    if is_larger_better(objective):
+    if metric.better == "larger":
         wanted, hint = "maximize", ", or take hydra/sweeper=optuna_maximize"
-    if given in ("minimize", "maximize") and given != wanted:
+    if metric.better and given in ("minimize", "maximize") and given != wanted:
         raise UserError(
             f"hydra.sweeper.direction={given} with objective={objective} looks for the worst: "
             f"set hydra.sweeper.direction={wanted}{hint}."

@@ -15,31 +15,25 @@ home directory is $HOME or ~ in it, and data files are names without their folde
 import math
 import re
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cache
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from medusa_exp.config.privacy import by_name, shareable, shell_command
 from medusa_exp.runs.files import publish, read_json, read_jsonl
-from medusa_exp.runs.metric_table import PARTS_OF_TIME
+from medusa_exp.runs.metric_table import METRICS, PARTS_OF_TIME, Metric, metric_of
 from medusa_exp.tracking import charts
+from medusa_exp.tracking.charts import MEASURES
 
 MAX_CURVE_POINTS = 300
 """More points of a line are thinned evenly; the last one always stays."""
 
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:pad|bos|eos|unk|start_of_turn|end_of_turn)>")
-_PANELS = {
-    "pretrain/loss": "Pretraining loss",
-    "train/loss": "Training loss",
-    "val/accept_length": "Tokens per step, replayed on held-out answers",
-    "val/accept_length_chain": "Tokens per step with the chain alone",
-    "val/loss": "Held-out loss",
-    "val/top1": "Held-out top-1",
-    "val/top5": "Held-out top-5",
-}
-"""Logged metric -> title of its panel; others are titled by their name. `_head1` and so on are left
-out of a name: the heads are lines of one panel."""
+_OF_HEADS = "_head{head}"
+"""End of the names of what is measured of each head: lines of one panel."""
 
 Row = dict[str, Any]
 
@@ -70,8 +64,18 @@ def headline(metrics: Row, records: list[Row]) -> Row | None:
         "fraction": fraction,
         "is_checked": bool(checked) or fraction is not None,
         "is_identical": all(checked) and (fraction is None or fraction >= 1),
+        "stats": _stats(metrics),
         "quartiles": statistics.quantiles(ratios, n=4) if len(ratios) >= 4 else None,
     }
+
+
+def _stats(metrics: Row) -> list[tuple[Metric, str]]:
+    """Return (metric, label) of the figures beside the speed-up."""
+    texts: defaultdict[str, str] = defaultdict(lambda: "\u2013")
+    texts |= {row.name: row.form % metrics[row.name] for row in METRICS if row.name in metrics}
+    return [
+        (row, row.stat.format_map(texts)) for row in METRICS if row.stat and row.name in metrics
+    ]
 
 
 def text_parts(piece: str) -> list[tuple[str, str]]:
@@ -85,57 +89,60 @@ def text_parts(piece: str) -> list[tuple[str, str]]:
     return [part for part in parts if part[1]]
 
 
-def methods(metrics: Row) -> list[Row]:
-    """Return a row a method and batch size, the faster ones first."""
-    rows: dict[tuple[str, int], Row] = {}
-    for name, value in metrics.items():
-        if match := re.fullmatch(r"eval/(\w+)/b(\d+)/(\w+)", name):
-            key = (match[1], int(match[2]))
-            row = rows.setdefault(key, {"method": key[0], "batch_size": key[1]})
-            row[match[3]] = value
-    return sorted(rows.values(), key=lambda row: (row["batch_size"], -row.get("speedup", 0)))
+def methods(metrics: Row, records: Iterable[Row]) -> list[Row]:
+    """Return a row a method and batch size that records are of, the faster ones first."""
+    figures = ("speedup", "tokens_per_step", "tokens_per_second", "identical_fraction")
+    rows = []
+    for method, size in sorted({(record["method"], record["batch_size"]) for record in records}):
+        found = {figure: metrics.get(f"eval/{method}/b{size}/{figure}") for figure in figures}
+        known = {figure: value for figure, value in found.items() if value is not None}
+        if known:
+            rows.append({"method": method, "batch_size": size, **known})
+    return sorted(rows, key=lambda row: (row["batch_size"], -row.get("speedup", 0)))
 
 
 def depths(metrics: Row) -> list[Row]:
     """Return, for each depth of the tree, the share of steps that accept a guess there."""
-    found = [
-        {"depth": int(match[1]), "share": value}
-        for name, value in metrics.items()
-        if (match := re.fullmatch(r"eval/accepted_depth(\d+)", name))
+    return [
+        {"depth": depth, "share": metrics[f"eval/accepted_depth{depth}"]}
+        for depth in _numbers(metrics, "eval/accepted_depth")
     ]
-    return sorted(found, key=lambda row: row["depth"])
+
+
+def _numbers(metrics: Row, name: str) -> list[int]:
+    """Return 1, 2, 3 ..., as far as there is a metric of this name with the number."""
+    return list(takewhile(lambda number: f"{name}{number}" in metrics, count(1)))
 
 
 def parts_of_time(metrics: Row) -> list[Row]:
     """Return, for each part of a decoding step, its share of the time."""
-    prefix = "eval/time/"
-    return [
-        {"part": PARTS_OF_TIME.get(part := name.removeprefix(prefix), part), "share": value}
-        for name, value in sorted(metrics.items(), key=lambda item: -item[1])
-        if name.startswith(prefix)
-    ]
+    shares = {what: metrics.get(f"eval/time/{part}") for part, what in PARTS_OF_TIME.items()}
+    known = [{"part": what, "share": share} for what, share in shares.items() if share is not None]
+    return sorted(known, key=lambda row: -row["share"])
 
 
 def categories(metrics: Row, records: list[Row]) -> Row | None:
     """Return a row a category, and a chart of them."""
-    rows: dict[str, Row] = {}
-    for name, value in metrics.items():
-        match = re.fullmatch(r"eval/category/(.+)/(speedup|tokens_per_step)", name)
-        if match:
-            rows.setdefault(match[1], {"category": match[1]})[match[2]] = value
-    for category, row in rows.items():
-        row["num_prompts"] = sum(record.get("category") == category for record in records)
-    ordered = sorted(rows.values(), key=lambda row: -row.get("speedup", 0.0))
-    return {"rows": ordered, "chart": charts.category_chart(ordered)} if rows else None
+    prompts = Counter(record["category"] for record in records)
+    rows = [
+        {
+            "category": category,
+            "num_prompts": number,
+            **{figure: metrics.get(f"eval/category/{category}/{figure}") for figure in MEASURES},
+        }
+        for category, number in sorted(prompts.items())
+    ]
+    ordered = sorted(rows, key=lambda row: -(row["speedup"] or 0.0))
+    return {"rows": ordered, "chart": charts.category_chart(ordered)} if ordered else None
 
 
 def heads(metrics: Row) -> Row | None:
     """Return a row a head, and a chart of them."""
-    numbers = sorted(
-        int(match[1]) for name in metrics if (match := re.fullmatch(r"val/top1_head(\d+)", name))
-    )
-    fields = ("loss", "top1", "top5")
-    rows = [{f: metrics.get(f"val/{f}_head{k}") for f in fields} | {"head": k} for k in numbers]
+    figures = ("loss", "top1", "top5")
+    rows = [
+        {figure: metrics.get(f"val/{figure}_head{k}") for figure in figures} | {"head": k}
+        for k in _numbers(metrics, "val/top1_head")
+    ]
     bars = [
         {"head": f"head {row['head']}", "kind": kind, "share": row[field]}
         for row in rows
@@ -211,21 +218,41 @@ def curves(history: list[Row]) -> Row | None:
     num_broken = sum(not math.isfinite(value) for value in values.values())
     for (stage, name, step), value in sorted(values.items()):
         if math.isfinite(value):
-            panel, _, head = name.partition("_head")
+            panel, head = _panel_and_head(name)
             series = f"head {head}" if head else "all heads"
             lines = panels.setdefault(stage, {}).setdefault(panel, {})
             lines.setdefault(series, []).append({"step": step, "value": value, "series": series})
     stages = {
-        stage: {_PANELS.get(name, name): _curve(name, lines) for name, lines in found.items()}
+        stage: {_title(name): _curve(name, lines) for name, lines in found.items()}
         for stage, found in panels.items()
     }
     return {"stages": stages, "num_broken": num_broken} if values else None
 
 
+def _panel_and_head(name: str) -> tuple[str, str]:
+    """Return the panel of a logged metric, and its head where it is of one."""
+    metric = metric_of(name)
+    if metric is None or not metric.name.endswith(_OF_HEADS):
+        return name, ""
+    panel = metric.name.removesuffix(_OF_HEADS)
+    return panel, name.removeprefix(f"{panel}_head")
+
+
+def _of_panel(panel: str) -> Metric | None:
+    return metric_of(panel) or metric_of(f"{panel}_head1")
+
+
+def _title(panel: str) -> str:
+    metric = _of_panel(panel)
+    return metric.title[0].upper() + metric.title[1:] if metric else panel
+
+
 def _curve(name: str, lines: dict[str, list[Row]]) -> Row:
     in_order = sorted(lines, key=lambda series: (series == "all heads", len(series), series))
     rows = [row for series in in_order for row in _thinned(lines[series])]
-    return charts.curve_chart(rows, _PANELS.get(name, name), is_share="top" in name)
+    metric = _of_panel(name)
+    is_share = metric is not None and metric.unit == "share"
+    return charts.curve_chart(rows, _title(name), is_share=is_share)
 
 
 def _thinned(line: list[Row]) -> list[Row]:
@@ -280,13 +307,14 @@ def _content(run_dir: Path) -> Row:
     run = read_json(run_dir / "run.json", {})
     run["data"] = by_name(run.get("data", {}))
     calibrated = read_json(run_dir / "calibration.json")
-    records = of_smallest_batch(read_jsonl(run_dir / "records.jsonl"))
+    all_records = read_jsonl(run_dir / "records.jsonl")
+    records = of_smallest_batch(all_records)
     return {
         "run": shareable(run),
         "m": metrics,
         "headline": headline(metrics, records),
         "samples": read_jsonl(run_dir / "samples.jsonl"),
-        "methods": methods(metrics),
+        "methods": methods(metrics, all_records),
         "categories": categories(metrics, records),
         "heads": heads(metrics),
         "rank_chart": charts.rank_chart(calibrated["rank_share"]) if calibrated else None,

@@ -16,7 +16,7 @@ from medusa_exp.config.privacy import shareable, shell_command
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import publish, read_json
 from medusa_exp.runs.jobs import objective_of, read_jobs
-from medusa_exp.runs.metric_table import is_larger_better
+from medusa_exp.runs.metric_table import METRICS, is_larger_better
 from medusa_exp.tracking.charts import Row, Spec, inline_data, spec_of
 from medusa_exp.tracking.run_report import render
 
@@ -146,16 +146,6 @@ def _in_order(values: set[str]) -> list[str]:
 log = logging.getLogger(__name__)
 
 
-COLUMNS = {
-    "eval/speedup": ("speed-up", "%.2f"),
-    "eval/tokens_per_step": ("tokens per step", "%.2f"),
-    "eval/identical_fraction": ("identical", "%.3f"),
-    "val/accept_length": ("val/accept_length", "%.2f"),
-    "eval/num_nodes": ("nodes", "%.0f"),
-}
-"""Metric -> its column's title and format. The objective comes first, whatever it is."""
-
-
 def write_comparison(sweep_dir: Path) -> Path:
     """Write `sweep_dir/report.html` from the files of the jobs, and return its path.
 
@@ -224,7 +214,7 @@ def _row(sweep_dir: Path, name: str, job: Row, objective: str) -> Row:
 
 def _command_again(sweep_dir: Path, row: Row) -> str:
     """Return the command that measures a job's speed-up, again or for the first time."""
-    is_evaluated = any(name.startswith("eval/") for name in row["metrics"])
+    is_evaluated = "eval/speedup" in row["metrics"]
     stages = "evaluate,report" if is_evaluated else "calibrate,evaluate,report"
     where = f"run_dir={sweep_dir / row['job']}"
     return shell_command(["python", "-m", "medusa_exp", f"stages=[{stages}]", where])
@@ -251,8 +241,12 @@ def _shared_overrides(jobs: Iterable[Row]) -> list[str]:
 
 
 def _columns(rows: list[Row], objective: str) -> list[tuple[str, str, str]]:
-    """Return (metric, title, format) of the columns that some job has a number for."""
-    known = {objective: COLUMNS.get(objective, (objective, "%.4g")), **COLUMNS}
+    """Return (metric, title, format) of the columns that some job has a number for.
+
+    The objective comes first, whatever it is.
+    """
+    columns = {row.name: (row.column, row.form) for row in METRICS if row.column}
+    known = {objective: columns.get(objective, (objective, "%.4g")), **columns}
     return [
         (metric, title, form)
         for metric, (title, form) in known.items()

@@ -1,7 +1,6 @@
 """What the terminal shows of a run, and what it is spared."""
 
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medusa_exp.runs.jobs import objective_of
-
-_HEADLINES = (
-    ("eval/speedup", "speed-up over plain decoding", "{:.2f}x"),
-    ("eval/tokens_per_step", "tokens per backbone step", "{:.2f}"),
-    ("eval/identical_fraction", "answers identical to plain decoding", "{:.1%}"),
-    ("eval/prompt_lookup_tokens_per_step", "prompt lookup, tokens per step", "{:.2f}"),
-    ("eval/prompt_lookup_speedup", "prompt lookup, speed-up", "{:.2f}x"),
-    ("eval/baseline_vs_hf", "our plain decoding over model.generate", "{:.2f}x"),
-    ("calibrate/predicted_speedup", "speed-up that calibration predicted", "{:.2f}x"),
-    ("eval/outside_backbone_fraction", "share of a step outside the backbone", "{:.1%}"),
-    ("eval/num_nodes", "nodes of the tree", "{:.0f}"),
-    ("calibrate/break_even_batch_size", "batch size at which no tree pays", "{:.0f}"),
-    ("eval/backbone_nats_per_token", "backbone's held-out loss, nats per token", "{:.3f}"),
-    ("val/accept_length", "tokens per step, replayed in validation", "{:.2f}"),
-    ("train/loss", "loss of the heads", "{:.3f}"),
-)
+from medusa_exp.runs.metric_table import METRICS, fields
 
 
 def print_summary(
@@ -81,17 +65,18 @@ def headlines(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
     """Yield what is said of a run first, and how."""
     if metrics.get("eval/is_lossless") == 0:
         yield "LOSSY", "typical acceptance changes answers"
-    for name, label, form in _HEADLINES:
-        if name in metrics:
-            value = form.format(metrics[name])
+    for metric in METRICS:
+        name = metric.name
+        if metric.is_headline and name in metrics:
+            value = metric.text(metrics[name])
             if f"{name}_low" in metrics:
-                low, high = (form.format(metrics[f"{name}_{end}"]) for end in ("low", "high"))
+                low, high = (metric.text(metrics[f"{name}_{end}"]) for end in ("low", "high"))
                 value += f" (95 %: {low} to {high})"
-            yield label, value
+            yield metric.title, value
     for name, speedup in metrics.items():
-        size = re.fullmatch(r"eval/tree/b(\d+)/speedup", name)
-        if size and size[1] != "1":
-            yield f"speed-up, {size[1]} prompts at a time", f"{speedup:.2f}x"
+        found = fields("eval/tree/b{batch_size}/speedup", name)
+        if found and found["batch_size"] != "1":
+            yield f"speed-up, {found['batch_size']} prompts at a time", f"{speedup:.2f}x"
 
 
 def quiet_libraries(stages: list[str]) -> None:

@@ -123,7 +123,7 @@ def _of_evaluation(out: Path) -> Iterator[Row]:
     metrics = read_json(out / "metrics.json", {})
     for row in run_report.depths(metrics):
         yield {"by_depth/depth": row["depth"], "by_depth/accepted": row["share"]}
-    of_tree = [row for row in run_report.methods(metrics) if row.pop("method") == "tree"]
+    of_tree = [row for row in run_report.methods(metrics, records) if row.pop("method") == "tree"]
     for row in of_tree:  # the smaller batches first
         yield {f"by_batch/{name}": value for name, value in row.items()}
     ours = run_report.of_smallest_batch(records)

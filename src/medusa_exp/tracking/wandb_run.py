@@ -8,6 +8,7 @@ A finished stage, as its files have it, into the open W&B run.
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,28 +19,11 @@ from medusa_exp.config import Config, to_shareable
 from medusa_exp.config.privacy import by_name, shareable
 from medusa_exp.errors import Stopped
 from medusa_exp.runs.files import read_jsonl
-from medusa_exp.runs.metric_table import is_larger_better
+from medusa_exp.runs.metric_table import AXES, METRICS, metric_of
 from medusa_exp.runs.record import RunRecord
 from medusa_exp.tracking.upload import Upload, require_login
 from medusa_exp.tracking.wandb_artifacts import log_artifacts
 from medusa_exp.tracking.wandb_media import media
-
-STEP_AXES = {"pretrain/*": "pretrain/step", "train/*": "train/step"}
-BEST = (
-    "val/accept_length",
-    "val/accept_length_chain",
-    "val/top1_head*",
-    "val/top5_head*",
-    "val/loss_head*",
-)
-"""Metrics of a validation: the best value is kept, and they are drawn against training's steps."""
-AXES = {
-    "by_head/*": "by_head/head",
-    "by_depth/*": "by_depth/depth",
-    "by_nodes/*": "by_nodes/num_nodes",
-    "by_batch/*": "by_batch/batch_size",
-}
-"""Curves over something else than time: a row for each head, depth, size of tree and batch."""
 
 
 def define_metrics(run: Any) -> None:
@@ -48,12 +32,16 @@ def define_metrics(run: Any) -> None:
     While a run trains, its summary has the best value so far, as `val/accept_length.max`. At the
     end of a stage the numbers of metrics.json take their names, and `best/...` keeps the best.
     """
-    for pattern, axis in {**STEP_AXES, **AXES}.items():
-        run.define_metric(axis, hidden=True, summary="none" if pattern in AXES else None)
-        run.define_metric(pattern, step_metric=axis, summary="none" if pattern in AXES else None)
-    for pattern in BEST:
-        better = "max" if is_larger_better(pattern) else "min"
-        run.define_metric(pattern, step_metric="train/step", summary=better)
+    for word, axis in AXES.items():
+        summary = "none" if word.startswith("by_") else None
+        run.define_metric(axis, hidden=True, summary=summary)
+        if word != "val":  # of which each has a best value
+            run.define_metric(f"{word}/*", step_metric=axis, summary=summary)
+    for metric in METRICS:
+        if metric.has_best:
+            pattern = re.sub(r"\{\w+\}", "*", metric.name)
+            better = "max" if metric.better == "larger" else "min"
+            run.define_metric(pattern, step_metric=AXES["val"], summary=better)
 
 
 def best_values(history: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -61,14 +49,11 @@ def best_values(history: Iterable[dict[str, Any]]) -> dict[str, float]:
     best: dict[str, float] = {}
     for row in history:
         for name, value in row.items():
-            if any(_fits(name, pattern) for pattern in BEST) and math.isfinite(value):
-                choose = max if is_larger_better(name) else min
+            metric = metric_of(name)
+            if metric is not None and metric.has_best and math.isfinite(value):
+                choose = max if metric.better == "larger" else min
                 best[f"best/{name}"] = choose(value, best.get(f"best/{name}", value))
     return best
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
 
 
 log = logging.getLogger(__name__)

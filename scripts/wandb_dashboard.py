@@ -1,10 +1,10 @@
-"""The project's dashboard on W&B, as code: one workspace, created or brought up to date.
+"""Create the project's dashboard on W&B, or bring it up to date: one workspace, as code.
 
-    python -m medusa_exp.tracking.dashboard ENTITY/PROJECT            needs `wandb login`
-    python -m medusa_exp.tracking.dashboard ENTITY/PROJECT --print    shows its specification
+    python scripts/wandb_dashboard.py ENTITY/PROJECT            needs `wandb login`
+    python scripts/wandb_dashboard.py ENTITY/PROJECT --print    shows its specification
 
-Needs `pip install 'medusa-exp[dashboard]'`. All that it shows is logged by `wandb_stage` and its
-kin; `tests/tracking/test_wandb_artifacts.py` holds every name below against a run.
+Needs `pip install 'medusa-exp[dashboard]'`. `tests/tracking/test_wandb_artifacts.py` holds every
+name below against what a run logs.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from medusa_exp.errors import UserError
-from medusa_exp.runs.metric_table import PARTS_OF_TIME
+from medusa_exp.runs.metric_table import AXES, PARTS_OF_TIME, metric_of
 
 NAME = "Medusa heads"
 VIEW = "medusaheads"
@@ -62,32 +62,28 @@ def create_or_update(entity: str, project: str) -> str:
 
     workspace = build(entity, project)
     try:
-        view = ws.internal.View.from_name(entity, project, _internal_name())
-        workspace._internal_id = view.id
+        view = ws.internal.View.from_name(entity, project, _internal_name())  # private: wandb 0.31
+        workspace._internal_id = view.id  # private: wandb 0.31
     except ValueError as error:
         if not str(error).startswith("Workspace"):  # the other error is about the project
             raise UserError(f"{error} Log a run there first, or look at `wandb login`.") from error
     except (wandb.errors.UsageError, wandb.errors.CommError) as error:
         raise UserError(f"W&B: {error} Is there a network, and did you `wandb login`?") from error
-    workspace._internal_name = _internal_name()
+    workspace._internal_name = _internal_name()  # private: wandb 0.31
     workspace.save()
     return str(workspace.url)
 
 
 def spec(entity: str, project: str) -> str:
     """Return the workspace's specification as JSON, as it would be sent."""
-    model: str = (
-        build(entity, project)
-        ._to_model()
-        .spec.model_dump_json(by_alias=True, exclude_none=True, indent=1)
-    )
-    return model
+    model = build(entity, project)._to_model()  # private: wandb 0.31
+    return str(model.spec.model_dump_json(by_alias=True, exclude_none=True, indent=1))
 
 
 def _internal_name() -> str:
     from wandb_workspaces.workspaces import internal
 
-    return str(internal._url_query_str_to_internal_name(VIEW))
+    return str(internal._url_query_str_to_internal_name(VIEW))  # private: wandb 0.31
 
 
 def _overview(wr: Any) -> list[Any]:
@@ -114,22 +110,22 @@ def _overview(wr: Any) -> list[Any]:
 
 def _training(wr: Any) -> list[Any]:
     return [
-        _curve(wr, "Loss", "train/loss"),
-        _curve(wr, "Tokens per step, replayed on held-out answers", ACCEPT_LENGTH),
-        _curve(wr, "The same with the chain", "val/accept_length_chain"),
+        _curve(wr, "train/loss"),
+        _curve(wr, ACCEPT_LENGTH),
+        _curve(wr, "val/accept_length_chain"),
         _curves(wr, "Loss of each head", "train/loss_head"),
         _curves(wr, "Held-out loss of each head", "val/loss_head"),
         _curves(wr, "Held-out top-1 of each head", "val/top1_head"),
-        _curve(wr, "Pretraining of a tiny backbone", "pretrain/loss", "pretrain/step"),
+        _curve(wr, "pretrain/loss"),
         wr.WeavePanelSummaryTable(table_name="data/dropped"),
     ]
 
 
 def _acceptance(wr: Any) -> list[Any]:
     return [
-        _curve(wr, "Top-1 by head", "by_head/top1", "by_head/head"),
-        _curve(wr, "Top-5 by head", "by_head/top5", "by_head/head"),
-        _curve(wr, "Steps that accept a guess, by depth", "by_depth/accepted", "by_depth/depth"),
+        _curve(wr, "by_head/top1", "Top-1 by head"),
+        _curve(wr, "by_head/top5", "Top-5 by head"),
+        _curve(wr, "by_depth/accepted", "Steps that accept a draft token, by depth"),
         wr.LinePlot(title="Tokens that a step gave", y=["eval/accept_lengths"]),
         wr.WeavePanelSummaryTable(table_name="calibrate/rank_share"),
         wr.MediaBrowser(title="The tree", media_keys=["images/tree"]),
@@ -137,11 +133,10 @@ def _acceptance(wr: Any) -> list[Any]:
 
 
 def _tree_size(wr: Any) -> list[Any]:
-    size = "by_nodes/num_nodes"
     return [
-        _curve(wr, "Expected speed-up", "by_nodes/speedup", size),
-        _curve(wr, "Tokens per step", "by_nodes/tokens_per_step", size),
-        _curve(wr, "Step over plain step", "by_nodes/step_over_plain", size),
+        _curve(wr, "by_nodes/speedup", "Expected speed-up"),
+        _curve(wr, "by_nodes/tokens_per_step", "Tokens per step"),
+        _curve(wr, "by_nodes/step_over_plain", "Step over plain step"),
         wr.ScatterPlot(
             title="Speed-up found, by nodes of the tree",
             x=wr.SummaryMetric("eval/num_nodes"),  # of the tree used, calibrated or not
@@ -187,18 +182,16 @@ def _kernels(wr: Any) -> list[Any]:
             title="Where the time of decoding goes",
             metrics=[f"eval/time/{part}" for part in PARTS_OF_TIME],
         ),
-        _curve(wr, "Speed-up by batch size", "by_batch/speedup", "by_batch/batch_size"),
-        _curve(
-            wr,
-            "Tokens per second by batch size",
-            "by_batch/tokens_per_second",
-            "by_batch/batch_size",
-        ),
+        _curve(wr, "by_batch/speedup", "Speed-up by batch size"),
+        _curve(wr, "by_batch/tokens_per_second", "Tokens per second by batch size"),
     ]
 
 
-def _curve(wr: Any, title: str, metric: str, axis: str = "train/step") -> Any:
-    return wr.LinePlot(title=title, x=axis, y=[metric])
+def _curve(wr: Any, metric: str, title: str = "") -> Any:
+    """Return a plot of a metric, which has a row in METRICS where no title is given."""
+    if row := metric_of(metric):
+        title = title or row.title[0].upper() + row.title[1:]
+    return wr.LinePlot(title=title, x=AXES[metric.partition("/")[0]], y=[metric])
 
 
 def _curves(wr: Any, title: str, prefix: str) -> Any:
@@ -208,7 +201,7 @@ def _curves(wr: Any, title: str, prefix: str) -> Any:
 
 def main(arguments: list[str]) -> None:
     """Run as a program."""
-    parser = argparse.ArgumentParser(prog="python -m medusa_exp.tracking.dashboard")
+    parser = argparse.ArgumentParser(prog="python scripts/wandb_dashboard.py")
     parser.add_argument("project", metavar="ENTITY/PROJECT")
     parser.add_argument("--print", action="store_true", dest="is_dry", help="send nothing")
     options = parser.parse_args(arguments)
