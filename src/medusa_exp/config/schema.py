@@ -1,33 +1,107 @@
-"""The schema of an experiment: every key, its type, its meaning, checked on construction.
+"""Every key of a config: its default, what it may be, and what it means; one section per group.
 
-Values come from the YAML groups under `conf/`, which hold what differs between choices; a default
-that stands here is right for all of them.
+The YAML files under `conf/` hold only what differs between the choices of a group; a default here
+is right for all of them. What a value may be stands in its field and is checked on construction;
+checks across several keys are in the section's `__post_init__`. docs/reference/config.md is
+generated from this file by scripts/config_reference.py.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from medusa_exp.errors import UserError
 
 
-def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise a UserError unless `value` is one of the words allowed."""
-    if value not in allowed:
-        raise UserError(f"{key}={value} is not known: use one of {', '.join(allowed)}.")
+@dataclass(frozen=True)
+class OneOf:
+    """A key that takes one of some words."""
+
+    words: tuple[str, ...]
+
+    def check(self, key: str, value: str) -> None:
+        """Raise a UserError unless the value is one of them."""
+        if value not in self.words:
+            raise UserError(f"{key}={value} is not known: use one of {', '.join(self.words)}.")
 
 
-def at_least(key: str, value: float, bound: float) -> None:
-    """Raise a UserError unless `value` is finite and not below `bound`."""
-    if not math.isfinite(value):
-        raise UserError(f"{key}={value} is no finite number: it must be one of at least {bound}.")
-    if value < bound:
-        raise UserError(f"{key}={value} is too small: it must be at least {bound}.")
+@dataclass(frozen=True)
+class NotBelow:
+    """A finite number that is not below a bound."""
+
+    bound: float
+
+    def check(self, key: str, value: float) -> None:
+        """Raise a UserError unless the value is."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"{key}={value} is no finite number: it must be one of at least {self.bound}."
+            )
+        if value < self.bound:
+            raise UserError(f"{key}={value} is too small: it must be at least {self.bound}.")
 
 
-def within(key: str, value: float, low: float, high: float) -> None:
-    """Raise a UserError unless `value` lies between `low` and `high`, both included."""
-    if not low <= value <= high:
-        raise UserError(f"{key}={value} is out of range: it must lie between {low} and {high}.")
+@dataclass(frozen=True)
+class Between:
+    """A number between two others, both included."""
+
+    low: float
+    high: float
+
+    def check(self, key: str, value: float) -> None:
+        """Raise a UserError unless the value is."""
+        if not self.low <= value <= self.high:
+            raise UserError(
+                f"{key}={value} is out of range: it must lie between {self.low} and {self.high}."
+            )
+
+
+Limit = OneOf | NotBelow | Between
+_FIRST: Any = object()
+
+
+def choice(*words: str, default: Any = _FIRST) -> Any:
+    """Declare a key that takes one of these words: the first, where no other default is given."""
+    return _key(words[0] if default is _FIRST else default, OneOf(words))
+
+
+def at_least(bound: float, *, default: Any) -> Any:
+    """Declare a number, or a list of numbers, none of them below a bound."""
+    return _key(default, NotBelow(bound))
+
+
+def between(low: float, high: float, *, default: Any) -> Any:
+    """Declare a number between two others, both included."""
+    return _key(default, Between(low, high))
+
+
+def _key(default: Any, limit: Limit) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"limit": limit})
+    return field(default=default, metadata={"limit": limit})
+
+
+def words_of(section: type, key: str) -> tuple[str, ...]:
+    """Return the words that a key of a section may be."""
+    [limit] = [field.metadata["limit"] for field in fields(section) if field.name == key]
+    assert isinstance(limit, OneOf)
+    return limit.words
+
+
+def check(section: Any, place: str) -> None:
+    """Check each key of a section against its declaration; null, where a key may be null, passes.
+
+    Raises:
+        UserError: naming the key, as `place` and the field's name, and what it may be.
+    """
+    for key in fields(section):
+        limit, value = key.metadata.get("limit"), getattr(section, key.name)
+        if limit is None or value is None:
+            continue
+        if value == [] and isinstance(limit, NotBelow):  # numbers are asked for, and there is none
+            value = 0
+        for one in value if isinstance(value, list) else [value]:
+            limit.check(f"{place}.{key.name}" if place else key.name, one)
 
 
 @dataclass
@@ -36,18 +110,18 @@ class SourceConfig:
 
     path: str
     """As `dataset.path`."""
-    weight: float = 1.0
+    weight: float = between(0.01, 100.0, default=1.0)
     """How often each of its conversations is trained on in a pass: 0.5 is every other time."""
 
     def __post_init__(self) -> None:
-        within("dataset.sources.*.weight", self.weight, 0.01, 100.0)
+        check(self, "dataset.sources.*")
 
 
 @dataclass
 class DatasetConfig:
     """Where conversations come from, which are taken, and how they are split."""
 
-    kind: str = "sharegpt"
+    kind: str = choice("sharegpt", "hub", "synthetic")
     """sharegpt (read `path` or `sources`), hub (the same, from a data set of the Hugging Face hub)
     or synthetic (generate `num_conversations`, then read that file)."""
     path: str | None = None
@@ -60,47 +134,38 @@ class DatasetConfig:
     role_map: dict[str, str] = field(default_factory=dict)
     """Further names of roles: what stands in the file -> system, user, assistant or tool."""
     strict: bool = False
-    """Make the first record that cannot be used an error, instead of counting it."""
+    """Make the first chat that cannot be used an error, instead of counting it."""
     deduplicate: bool = True
     """Take conversations of the same words once. Else copies may stand in train and in test."""
-    min_turns: int = 1
-    """Fewest messages besides system ones."""
-    max_turns: int | None = None
-    """Most of them; null is no limit."""
-    min_chars: int = 0
+    min_turns: int = at_least(0, default=1)
+    """Fewest messages of a conversation, system messages not counted."""
+    max_turns: int | None = at_least(1, default=None)
+    """Most messages of a conversation, counted alike; null is no limit."""
+    min_chars: int = at_least(0, default=0)
     """Fewest characters of a conversation's messages together."""
-    max_chars: int | None = None
-    """Most of them; null is no limit."""
-    sample_fraction: float = 1.0
+    max_chars: int | None = at_least(1, default=None)
+    """Most characters of a conversation's messages together; null is no limit."""
+    sample_fraction: float = between(0.0, 1.0, default=1.0)
     """Share of the conversations to take, by a hash of `seed` and the id."""
-    max_length: int = 1024
-    """Tokens a conversation is cut to; never more than the backbone's own limit."""
-    val_fraction: float = 0.05
+    max_length: int = at_least(8, default=1024)
+    """Tokens that a conversation is cut to; never more than the backbone's own limit."""
+    val_fraction: float = between(0.0, 0.5, default=0.05)
     """Share of conversations, by a hash of the id, for validation and calibration."""
-    test_fraction: float = 0.05
+    test_fraction: float = between(0.0, 0.5, default=0.05)
     """Share of conversations, by a hash of the id, whose prompts the evaluation answers."""
-    num_workers: int | None = None
-    """Processes that render and tokenise a large data set; by default, one for each core."""
-    num_conversations: int = 4000
+    num_workers: int | None = at_least(1, default=None)
+    """Processes that render and tokenize a large data set; by default, one for each core."""
+    num_conversations: int = at_least(1, default=4000)
     """How many conversations kind=synthetic generates."""
     seed: int = 0
     """Seed of kind=synthetic and of `sample_fraction`; the split depends on ids alone."""
 
     def __post_init__(self) -> None:
-        one_of("dataset.kind", self.kind, ("sharegpt", "hub", "synthetic"))
-        at_least("dataset.max_length", self.max_length, 8)
-        at_least("dataset.num_conversations", self.num_conversations, 1)
-        at_least("dataset.min_turns", self.min_turns, 0)
-        at_least("dataset.min_chars", self.min_chars, 0)
+        check(self, "dataset")
         if self.max_turns is not None:
-            at_least("dataset.max_turns", self.max_turns, max(1, self.min_turns))
+            NotBelow(max(1, self.min_turns)).check("dataset.max_turns", self.max_turns)
         if self.max_chars is not None:
-            at_least("dataset.max_chars", self.max_chars, max(1, self.min_chars))
-        within("dataset.sample_fraction", self.sample_fraction, 0.0, 1.0)
-        within("dataset.val_fraction", self.val_fraction, 0.0, 0.5)
-        within("dataset.test_fraction", self.test_fraction, 0.0, 0.5)
-        if self.num_workers is not None:
-            at_least("dataset.num_workers", self.num_workers, 1)
+            NotBelow(max(1, self.min_chars)).check("dataset.max_chars", self.max_chars)
 
 
 @dataclass
@@ -110,25 +175,25 @@ class TokenizerConfig:
     Where a key is null or empty, what the tokenizer's own files say holds.
     """
 
-    kind: str = "auto"
+    kind: str = choice("auto", "trained")
     """auto (the one in `path`, or in the model's directory) or trained (a byte-level BPE)."""
     path: str | None = None
     """Directory or hub name, where it is not the model's."""
-    vocab_size: int = 2048
+    vocab_size: int = at_least(272, default=2048)
     """Entries of a trained tokenizer, special tokens included."""
     tokenizer_class: str = "auto"
     """auto (as the files say) or a fast class of transformers: PreTrainedTokenizerFast takes
     tokenizer.json as it stands, where others (LlamaTokenizer) build it anew from its vocabulary."""
-    model_max_length: int | None = None
+    model_max_length: int | None = at_least(1, default=None)
     """Tokens from which on the tokenizer warns; what cuts sequences is dataset.max_length."""
-    padding_side: str | None = None
-    """left or right."""
-    truncation_side: str | None = None
-    """left or right."""
+    padding_side: str | None = choice("left", "right", default=None)
+    """Side on which the tokenizer pads."""
+    truncation_side: str | None = choice("left", "right", default=None)
+    """Side from which a conversation that is too long is cut."""
     add_bos_token: bool | None = None
-    """Does the tokenizer put bos_token before a text?"""
+    """Whether the tokenizer puts bos_token before a text."""
     add_eos_token: bool | None = None
-    """Does it put eos_token behind a text?"""
+    """Whether the tokenizer puts eos_token behind a text."""
     chat_template: str | None = None
     """Jinja text (it has {{ or {% in it), else the name of a template that the tokenizer ships,
     else a file."""
@@ -140,20 +205,14 @@ class TokenizerConfig:
     """Give the backbone a row (the mean of its own) for each token that is new to it."""
 
     def __post_init__(self) -> None:
-        one_of("tokenizer.kind", self.kind, ("auto", "trained"))
-        at_least("tokenizer.vocab_size", self.vocab_size, 272)
-        if self.model_max_length is not None:
-            at_least("tokenizer.model_max_length", self.model_max_length, 1)
-        if self.padding_side is not None:
-            one_of("tokenizer.padding_side", self.padding_side, ("left", "right"))
-        if self.truncation_side is not None:
-            one_of("tokenizer.truncation_side", self.truncation_side, ("left", "right"))
+        check(self, "tokenizer")
         words = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # as transformers has them
+        roles, longer = OneOf(tuple(f"{word}_token" for word in words)), NotBelow(1)
         for role, token in self.special_tokens.items():
-            one_of("tokenizer.special_tokens", role, tuple(f"{word}_token" for word in words))
-            at_least(f"tokenizer.special_tokens.{role}: the token's length", len(token), 1)
+            roles.check("tokenizer.special_tokens", role)
+            longer.check(f"tokenizer.special_tokens.{role}: the token's length", len(token))
         for token in self.additional_special_tokens:
-            at_least("tokenizer.additional_special_tokens: a token's length", len(token), 1)
+            longer.check("tokenizer.additional_special_tokens: a token's length", len(token))
 
 
 @dataclass
@@ -163,32 +222,29 @@ class PretrainConfig:
     The keys up to max_position_embeddings are those of transformers' LlamaConfig.
     """
 
-    hidden_size: int = 256
-    intermediate_size: int = 688
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    max_position_embeddings: int = 1024
-    max_steps: int = 300
-    """Optimiser steps; a batch each."""
-    batch_tokens: int = 4096
+    hidden_size: int = at_least(1, default=256)
+    """Width D of the hidden states."""
+    intermediate_size: int = at_least(1, default=688)
+    """Width of the MLP of a layer."""
+    num_hidden_layers: int = at_least(1, default=4)
+    """Transformer layers."""
+    num_attention_heads: int = at_least(1, default=4)
+    """Query heads of a layer."""
+    num_key_value_heads: int = at_least(1, default=2)
+    """Key-value heads of a layer."""
+    max_position_embeddings: int = at_least(1, default=1024)
+    """Tokens of the longest sequence."""
+    max_steps: int = at_least(1, default=300)
+    """Optimizer steps; a batch each."""
+    batch_tokens: int = at_least(16, default=4096)
     """Tokens of a batch, padding included."""
-    learning_rate: float = 3e-3
-    """The greatest; see `train.warmup_fraction`."""
-    warmup_fraction: float = 0.05
+    learning_rate: float = at_least(0.0, default=3e-3)
+    """The greatest learning rate; see `train.warmup_fraction`."""
+    warmup_fraction: float = between(0.0, 1.0, default=0.05)
     """Share of the steps with a rising learning rate; a cosine to zero follows."""
 
     def __post_init__(self) -> None:
-        for key in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "max_steps",
-        ):
-            at_least(f"model.pretrain.{key}", getattr(self, key), 1)
+        check(self, "model.pretrain")
         for key, parts in (
             ("hidden_size", 2 * self.num_attention_heads),  # rotary positions come in pairs
             ("num_attention_heads", self.num_key_value_heads),
@@ -197,16 +253,13 @@ class PretrainConfig:
                 raise UserError(
                     f"model.pretrain.{key}={getattr(self, key)} must be a multiple of {parts}."
                 )
-        at_least("model.pretrain.batch_tokens", self.batch_tokens, 16)
-        at_least("model.pretrain.learning_rate", self.learning_rate, 0.0)
-        within("model.pretrain.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
 
 
 @dataclass
 class ModelConfig:
-    """The backbone."""
+    """The backbone: the target model that heads are trained for."""
 
-    kind: str = "pretrained"
+    kind: str = choice("pretrained", "tiny")
     """pretrained (a Hugging Face causal LM at `path`) or tiny (made by stage pretrain)."""
     path: str | None = None
     """Directory, or hub name where there is a network."""
@@ -214,282 +267,229 @@ class ModelConfig:
     """Branch, tag or commit of a hub name."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = choice("sdpa", "eager")
     """Attention of transformers; a tree needs one that takes a 4-D mask: sdpa."""
-    quantization: str | None = None
+    quantization: str | None = choice("8bit", "4bit", default=None)
     """8bit or 4bit (NF4): the weights of linear layers but the lm_head, by bitsandbytes. The
-    quantised model is then what heads are trained for and answers are compared with."""
-    device_map: str | None = None
+    quantized model is then what heads are trained for and answers are compared with."""
+    device_map: str | None = choice("auto", "sequential", default=None)
     """How accelerate spreads the layers of a model too large for one GPU over all of them: auto
     (evenly) or sequential (one GPU after the other). Nothing is offloaded."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
-        one_of("model.kind", self.kind, ("pretrained", "tiny"))
-        one_of("model.attn_implementation", self.attn_implementation, ("sdpa", "eager"))
-        if self.quantization is not None:
-            one_of("model.quantization", self.quantization, ("8bit", "4bit"))
-        if self.device_map is not None:
-            one_of("model.device_map", self.device_map, ("auto", "sequential"))
+        check(self, "model")
 
 
 @dataclass
 class DtypeConfig:
-    """Number formats. Heads and optimiser always hold their weights in float32."""
+    """Number formats. Heads and optimizer always hold their weights in float32."""
 
-    backbone: str = "auto"
+    backbone: str = choice("auto", "bfloat16", "float16", "float32")
     """Weights of the backbone: auto (as its own config says), bfloat16, float16 or float32."""
-    precision: str = "auto"
+    precision: str = choice("auto", "bf16-mixed", "16-mixed", "32-true")
     """Arithmetic of training, in Lightning's words: auto (bf16-mixed where the hardware has it,
     else 16-mixed on a GPU and 32-true on a CPU), bf16-mixed, 16-mixed or 32-true."""
 
     def __post_init__(self) -> None:
-        one_of("dtype.backbone", self.backbone, ("auto", "bfloat16", "float16", "float32"))
-        one_of("dtype.precision", self.precision, ("auto", "bf16-mixed", "16-mixed", "32-true"))
-
-
-HEAD_KINDS = ("medusa", "medusa_tied", "medusa_lowrank", "hydra")
-"""The names of `model.heads.FAMILIES`, written out: to import these takes torch, and seconds."""
+        check(self, "dtype")
 
 
 @dataclass
 class HeadConfig:
-    """The Medusa heads."""
+    """The Medusa heads, which propose draft tokens."""
 
-    kind: str = "medusa"
+    # The names of `model.heads.FAMILIES`, written out: to import these takes torch, and seconds.
+    kind: str = choice("medusa", "medusa_tied", "medusa_lowrank", "hydra")
     """medusa (a vocabulary projection for each head), medusa_tied (the backbone's lm_head for all),
     medusa_lowrank (projections of low `rank`, or of `num_tokens` frequent tokens) or hydra (each
     head sees the tokens that are drafted before its own)."""
-    num_heads: int = 4
+    num_heads: int = between(1, 16, default=4)
     """K: head k predicts the token k places after the backbone's next one."""
-    num_layers: int = 1
+    num_layers: int = between(0, 16, default=1)
     """L: residual blocks before each head's vocabulary projection."""
     bias: bool = True
-    """Of the residual blocks."""
-    rank: int | None = None
-    """Of the projections of medusa_lowrank; null is full."""
-    num_tokens: int | None = None
-    """Tokens that the heads of medusa_lowrank know, the most frequent ones in the training data;
-    others are never guessed. null is all."""
+    """Whether the residual blocks have biases."""
+    rank: int | None = at_least(16, default=None)
+    """Rank of the projections of medusa_lowrank; null is full."""
+    num_tokens: int | None = at_least(16, default=None)
+    """Vocabulary of the heads of medusa_lowrank: the most frequent tokens of the training data;
+    others are never proposed. null is all."""
     prefix_attention: bool = False
-    """Let a layer of attention over all hidden states so far stand before the heads (of any kind,
-    but it was found for hydra)."""
+    """Put a layer of attention over all hidden states so far before the heads (of any kind, but it
+    was found for hydra)."""
 
     def __post_init__(self) -> None:
-        one_of("head.kind", self.kind, HEAD_KINDS)
+        check(self, "head")
         for key in ("rank", "num_tokens"):
-            if (value := getattr(self, key)) is not None:
-                at_least(f"head.{key}", value, 16)
-                one_of(f"head.kind (with head.{key})", self.kind, ("medusa_lowrank",))
+            if getattr(self, key) is not None:
+                OneOf(("medusa_lowrank",)).check(f"head.kind (with head.{key})", self.kind)
         if self.kind == "medusa_lowrank" and self.rank is None and self.num_tokens is None:
             raise UserError("head.kind=medusa_lowrank needs head.rank or head.num_tokens.")
         if self.kind in ("medusa_tied", "hydra"):
-            at_least(f"head.num_layers (with head.kind={self.kind})", self.num_layers, 1)
-        within("head.num_heads", self.num_heads, 1, 16)
-        within("head.num_layers", self.num_layers, 0, 16)
+            NotBelow(1).check(f"head.num_layers (with head.kind={self.kind})", self.num_layers)
 
 
 @dataclass
 class LoraSettings:
-    """Of kind=medusa2: adapters on the backbone's linear layers, and how they learn."""
+    """LoRA adapters on the backbone's linear layers (train.kind=medusa2), and how they learn."""
 
-    rank: int = 32
-    """Of the two matrices that are added to a layer's weights."""
-    alpha: int = 16
+    rank: int = at_least(1, default=32)
+    """Rank of the two matrices that are added to a layer's weights."""
+    alpha: int = at_least(1, default=16)
     """What an adapter adds is multiplied by alpha / rank."""
-    dropout: float = 0.05
+    dropout: float = between(0.0, 0.9, default=0.05)
     """Share of the adapters' inputs that is left out at random in training."""
     layers: list[str] = field(default_factory=list)
     """Names of the linear layers to adapt, such as q_proj; none means all of them, but not the
     lm_head."""
-    learning_rate: float = 5e-4
-    """Of the adapters; `train.learning_rate` is the heads'."""
-    heads_only_fraction: float = 0.1
+    learning_rate: float = at_least(0.0, default=5e-4)
+    """Learning rate of the adapters; `train.learning_rate` is the heads'."""
+    heads_only_fraction: float = between(0.0, 1.0, default=0.1)
     """Share of the steps, at the beginning, in which the heads learn alone."""
     self_distillation: bool = False
-    """Keep the backbone near to what it says without its adapters, instead of to the data."""
+    """Keep the backbone near to what it predicts without its adapters, instead of to the data."""
     gradient_checkpointing: bool = False
     """Compute the backbone's activations twice instead of keeping them."""
-    output: str = "merged"
+    output: str = choice("merged", "adapter")
     """merged (a whole model in `backbone/`) or adapter (the adapters alone)."""
 
     def __post_init__(self) -> None:
-        at_least("train.lora.rank", self.rank, 1)
-        at_least("train.lora.alpha", self.alpha, 1)
-        within("train.lora.dropout", self.dropout, 0.0, 0.9)
-        at_least("train.lora.learning_rate", self.learning_rate, 0.0)
-        within("train.lora.heads_only_fraction", self.heads_only_fraction, 0.0, 1.0)
-        one_of("train.lora.output", self.output, ("merged", "adapter"))
+        check(self, "train.lora")
 
 
 @dataclass
 class TrainConfig:
     """Training of the heads, on a frozen backbone or together with it."""
 
-    kind: str = "medusa1"
+    kind: str = choice("medusa1", "medusa2")
     """medusa1 (the backbone is frozen) or medusa2 (adapters on it learn too: answers change)."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     heads_from: str | None = None
     """A run directory, or its heads/, whose heads this training starts from."""
-    max_steps: int | None = None
-    """Optimiser steps; overrides `epochs`."""
-    epochs: float = 2.0
+    max_steps: int | None = at_least(1, default=None)
+    """Optimizer steps; overrides `epochs`."""
+    epochs: float = between(1e-3, 1e6, default=2.0)
     """Passes over the training split, where `max_steps` is not set."""
-    min_steps: int = 1000
+    min_steps: int = at_least(1, default=1000)
     """A small data set is walked more often than `epochs`, until so many steps are made."""
-    text: str = "data"
-    """data (the conversations as they are) or own (with the backbone's own answers in them, which
-    stage regenerate makes: the text that heads meet in decoding)."""
-    labels: str = "own"
-    """own (the token that the backbone itself would say after the same text: what decoding checks
-    guesses against) or data (the token that stands there). Of loss=ce, and of validation."""
-    loss: str = "ce"
+    text: str = choice("data", "own")
+    """data (the conversations as they are) or own (self-distillation: with the responses that stage
+    regenerate lets the backbone give, the text that heads meet in decoding)."""
+    labels: str = choice("own", "data")
+    """own (teacher labels: the backbone's own argmax after the same text, which is what decoding
+    checks draft tokens against) or data (the token that stands there). Used by loss=ce, and by
+    validation."""
+    loss: str = choice("ce", "kl", "topk_kl")
     """ce (cross entropy with the labels), kl (divergence from the backbone's own distribution) or
     topk_kl (the same, from its `top_k` likeliest tokens alone: nearly as cheap as ce)."""
-    top_k: int = 16
-    """Of loss=topk_kl."""
-    batching: str = "padded"
+    top_k: int = at_least(1, default=16)
+    """Tokens of loss=topk_kl."""
+    batching: str = choice("padded", "packed")
     """padded (a document a row, rows of similar length) or packed (several documents a row, which
     do not see each other: almost no padding, but attention over longer rows)."""
-    batch_tokens: int = 4096
+    batch_tokens: int = at_least(1, default=4096)
     """Tokens of a micro-batch, padding included."""
-    accumulate: int = 1
-    """Micro-batches to an optimiser step."""
-    optimizer: str = "adamw"
+    accumulate: int = at_least(1, default=1)
+    """Gradient accumulation: micro-batches to an optimizer step."""
+    optimizer: str = choice("adamw", "adamw_8bit", "muon")
     """adamw, adamw_8bit (needs bitsandbytes) or muon (Muon for the matrices of residual blocks,
     AdamW for the rest)."""
-    learning_rate: float = 2e-3
-    """Of the heads: the greatest, after the warm-up."""
-    weight_decay: float = 0.0
-    """Of matrices; biases do not decay. Not to be taken for `decay`, which weighs heads' losses."""
-    warmup_fraction: float = 0.05
+    learning_rate: float = at_least(0.0, default=2e-3)
+    """The heads' greatest learning rate, after the warm-up."""
+    weight_decay: float = between(0.0, 100.0, default=0.0)
+    """Weight decay of matrices; biases do not decay. `decay` is another thing: it weighs the losses
+    of heads."""
+    warmup_fraction: float = between(0.0, 1.0, default=0.05)
     """Share of the steps with a rising learning rate; a cosine to zero follows."""
-    gradient_clip: float = 1.0
+    gradient_clip: float = between(0.0, 1e6, default=1.0)
     """The greatest norm of a step's gradient; 0 does not clip."""
-    average: float = 0.0
-    """Decay of a moving average of the heads, such as 0.99, which is kept in their place; 0: none.
-    """
-    decay: float = 0.8
-    """Head k's loss counts decay**k (Medusa, section 2.2.1)."""
-    coefficient: float = 1.0
-    """What the heads' loss is multiplied by: lambda_0 of Medusa-2. With kind=medusa1 a constant one
-    does little: optimisers even it out, but the gradient is clipped before they see it."""
-    coefficient_schedule: str = "constant"
+    average: float = between(0.0, 0.99999, default=0.0)
+    """Decay of an exponential moving average (EMA) of the heads, such as 0.99, which takes their
+    place in the end; 0 keeps none."""
+    decay: float = between(0.0, 1.0, default=0.8)
+    """Weight of the heads' losses: head k's counts decay**k (Medusa, section 2.2.1)."""
+    coefficient: float = between(0.0, 1e6, default=1.0)
+    """Weight of the heads' loss (lambda_0 of Medusa-2). With kind=medusa1 a constant one does
+    little: optimizers even it out, but the gradient is clipped before they see it."""
+    coefficient_schedule: str = choice("constant", "linear", "sine")
     """constant, or linear or sine: the coefficient rises from nearly 0 over the whole training."""
-    loss_chunk_rows: int = 256
+    loss_chunk_rows: int = at_least(1, default=256)
     """Rows whose logits exist at one time."""
-    loss_form: str = "recompute"
+    loss_form: str = choice("recompute", "at_once")
     """recompute (their logits are computed again in the backward pass) or at_once (gradients are
     computed with the loss: a quarter less work; not for the backbone's part of kind=medusa2)."""
-    features: str = "online"
+    features: str = choice("online", "cache")
     """online (the backbone runs at every step) or cache (its hidden states of all documents are
     made once and read from `cache_dir`: for several trainings on the same documents)."""
-    feature_workers: int = 0
-    """Of features=cache: processes of a Ray cluster that make the hidden states side by side, a GPU
-    or a core each (see RAY_ADDRESS); 0 is this process alone."""
+    feature_workers: int = at_least(0, default=0)
+    """With features=cache: processes of a Ray cluster that make the hidden states side by side, a
+    GPU or a core each (see RAY_ADDRESS); 0 is this process alone."""
     compile: bool = False
     """Let torch.compile work on the frozen backbone: a minute once, for quicker steps on a GPU."""
-    val_every: int = 200
-    """Optimiser steps between validations; one more comes at the end."""
-    val_batches: int = 16
+    val_every: int = at_least(1, default=200)
+    """Optimizer steps between validations; one more comes at the end."""
+    val_batches: int = at_least(1, default=16)
     """Micro-batches of a validation."""
-    val_prompts: int = 16
+    val_prompts: int = at_least(0, default=16)
     """Held-out prompts that the backbone answers once; each validation counts the steps that
     decoding these answers would take (val/accept_length). 0 counts none."""
-    val_tree_nodes: int = 16
+    val_tree_nodes: int = between(1, 256, default=16)
     """Nodes of the tree that val/accept_length is of; val/accept_length_chain is of the chain."""
-    keep: str = "best"
+    keep: str = choice("best", "last")
     """best (the heads of the validation with the greatest val/accept_length) or last."""
-    patience: int | None = None
-    """Stop after so many validations without a greater val/accept_length."""
-    checkpoint_every: int = 200
-    """Optimiser steps between checkpoints. One more comes at the end, and on SIGTERM and SIGINT."""
-    strategy: str = "auto"
+    patience: int | None = at_least(1, default=None)
+    """Early stopping: validations without a greater val/accept_length after which training ends."""
+    checkpoint_every: int = at_least(1, default=200)
+    """Optimizer steps between checkpoints. One more comes at the end, and on SIGTERM and SIGINT."""
+    strategy: str = choice("auto", "ddp", "fsdp", "ray")
     """auto (one device), ddp (`devices` of them on this machine, each with a copy of the backbone),
     fsdp (each keeps a part of the backbone's layers, which are gathered one by one to run) or ray
     (ddp on the machines of a Ray cluster, see RAY_ADDRESS)."""
-    devices: int = 1
-    """Of strategy=ddp, fsdp and ray: processes, on a GPU each or on the cores of the CPU. A step
+    devices: int = at_least(1, default=1)
+    """With strategy=ddp, fsdp and ray: processes, on a GPU each or on the cores of the CPU. A step
     takes so many times `accumulate` micro-batches."""
-    max_failures: int = 3
-    """Of strategy=ray: times that workers may be lost and all start again from the checkpoint."""
-    resume: str = "auto"
+    max_failures: int = at_least(0, default=3)
+    """With strategy=ray: times that workers may be lost and all start again from the checkpoint."""
+    resume: str = choice("auto", "never")
     """auto (go on from the run directory's newest checkpoint) or never (start again)."""
     deterministic: bool = False
     """Have torch refuse what is not reproducible bit by bit. A CPU is reproducible without."""
 
     def __post_init__(self) -> None:
-        if self.max_steps is not None:
-            at_least("train.max_steps", self.max_steps, 1)
-        within("train.epochs", self.epochs, 1e-3, 1e6)
-        for key in (
-            "batch_tokens",
-            "accumulate",
-            "min_steps",
-            "loss_chunk_rows",
-            "val_every",
-            "val_batches",
-        ):
-            at_least(f"train.{key}", getattr(self, key), 1)
-        one_of("train.features", self.features, ("online", "cache"))
-        at_least("train.feature_workers", self.feature_workers, 0)
-        at_least("train.val_prompts", self.val_prompts, 0)
-        within("train.val_tree_nodes", self.val_tree_nodes, 1, 256)
-        one_of("train.keep", self.keep, ("best", "last"))
-        if self.patience is not None:
-            at_least("train.patience", self.patience, 1)
-        at_least("train.checkpoint_every", self.checkpoint_every, 1)
-        one_of("train.kind", self.kind, ("medusa1", "medusa2"))
+        check(self, "train")
         if self.kind == "medusa2":  # its hidden states change from step to step
-            one_of("train.features (with train.kind=medusa2)", self.features, ("online",))
-            one_of("train.compile (with train.kind=medusa2)", str(self.compile), ("False",))
-        one_of("train.text", self.text, ("data", "own"))
-        one_of("train.labels", self.labels, ("own", "data"))
-        one_of("train.loss", self.loss, ("ce", "kl", "topk_kl"))
-        one_of("train.loss_form", self.loss_form, ("recompute", "at_once"))
-        at_least("train.top_k", self.top_k, 1)
-        within("train.coefficient", self.coefficient, 0.0, 1e6)
-        schedules = ("constant", "linear", "sine")
-        one_of("train.coefficient_schedule", self.coefficient_schedule, schedules)
-        one_of("train.batching", self.batching, ("padded", "packed"))
-        at_least("train.learning_rate", self.learning_rate, 0.0)
-        within("train.weight_decay", self.weight_decay, 0.0, 100.0)
-        within("train.gradient_clip", self.gradient_clip, 0.0, 1e6)
-        one_of("train.optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
-        within("train.average", self.average, 0.0, 0.99999)
-        within("train.decay", self.decay, 0.0, 1.0)
-        within("train.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
-        one_of("train.strategy", self.strategy, ("auto", "ddp", "fsdp", "ray"))
-        at_least("train.devices", self.devices, 1)
-        at_least("train.max_failures", self.max_failures, 0)
+            self._only("features", "online", "train.kind=medusa2")
+            self._only("compile", "False", "train.kind=medusa2")
         if self.strategy == "fsdp":  # what is trained of the backbone would have to be sharded too
-            one_of("train.kind (with train.strategy=fsdp)", self.kind, ("medusa1",))
-            one_of("train.compile (with train.strategy=fsdp)", str(self.compile), ("False",))
+            self._only("kind", "medusa1", "train.strategy=fsdp")
+            self._only("compile", "False", "train.strategy=fsdp")
         if self.strategy == "auto":
-            within("train.devices (with train.strategy=auto)", self.devices, 1, 1)
-        one_of("train.resume", self.resume, ("auto", "never"))
+            Between(1, 1).check("train.devices (with train.strategy=auto)", self.devices)
+
+    def _only(self, key: str, word: str, other: str) -> None:
+        OneOf((word,)).check(f"train.{key} (with {other})", str(getattr(self, key)))
 
 
 @dataclass
 class InspectConfig:
     """How much stage inspect looks at and shows."""
 
-    num_samples: int = 3
+    num_samples: int = at_least(0, default=3)
     """Rows that are printed and written with their trained text marked."""
-    num_conversations: int = 500
+    num_conversations: int = at_least(1, default=500)
     """Conversations, evenly spread over the data set, whose tokens are counted by role."""
-    num_documents: int = 32
-    """Training documents that the model, if one is given, reads to say how near they are to it."""
+    num_documents: int = at_least(1, default=32)
+    """Training documents that the model, if one is given, reads to measure how near they are to
+    what it would predict."""
 
     def __post_init__(self) -> None:
-        at_least("inspect.num_samples", self.num_samples, 0)
-        at_least("inspect.num_conversations", self.num_conversations, 1)
-        at_least("inspect.num_documents", self.num_documents, 1)
+        check(self, "inspect")
 
 
 @dataclass
 class RerunConfig:
-    """Of +experiment=rerun."""
+    """Which run +experiment=rerun does again."""
 
     source: str | None = None
     """The directory of the run that is done again, with its saved config."""
@@ -497,93 +497,84 @@ class RerunConfig:
 
 @dataclass
 class RegenerateConfig:
-    """The backbone's own answers to the prompts of the training documents; see `train.text`.
+    """Responses of the backbone to the prompts of the training documents; see `train.text`.
 
-    Tokens are chosen as `decode` says, and answers end where it says.
+    Tokens are chosen as `decode` says, and responses end where it says.
     """
 
-    num_documents: int | None = None
+    num_documents: int | None = at_least(1, default=None)
     """Training documents, drawn by the seed, whose prompts are answered; all by default."""
-    num_val_documents: int = 64
+    num_val_documents: int = at_least(1, default=64)
     """Documents of the validation split that are answered too, to validate heads on."""
-    batch_size: int = 64
+    batch_size: int = at_least(1, default=64)
     """Documents that are answered together."""
-    workers: int = 0
+    workers: int = at_least(0, default=0)
     """Processes of a Ray cluster that answer side by side, a GPU or a core each (see RAY_ADDRESS);
     0 is this process alone."""
-    max_new_tokens: int = 256
-    """Of an answer. One that is not finished by then is its document's last."""
+    max_new_tokens: int = at_least(1, default=256)
+    """Most tokens of a response. One that is not finished by then is its document's last."""
     use_heads: bool = False
-    """Decode with the heads and the tree that the run directory has already: the same answers,
+    """Decode with the heads and the tree that the run directory has already: the same responses,
     sooner where batches are small."""
 
     def __post_init__(self) -> None:
-        at_least("regenerate.workers", self.workers, 0)
-        for key in ("num_documents", "num_val_documents", "batch_size", "max_new_tokens"):
-            if (value := getattr(self, key)) is not None:
-                at_least(f"regenerate.{key}", value, 1)
+        check(self, "regenerate")
 
 
 @dataclass
 class TreeConfig:
-    """The tree of guesses that one step checks, and how stage calibrate chooses it."""
+    """The tree of draft tokens that one step verifies, and how stage calibrate chooses it."""
 
-    kind: str = "calibrated"
+    kind: str = choice("calibrated", "dynamic", "chain", "medusa_63", "custom")
     """calibrated (measured on held-out text), dynamic (at each step, the nodes that the heads hold
-    for the likeliest), chain (the first guess of every head), medusa_63 (the tree of the Medusa
+    for the likeliest), chain (the likeliest token of every head), medusa_63 (the tree of the Medusa
     authors) or custom (`path` or `paths`)."""
     path: str | None = None
-    """Of kind=custom: a JSON file, as tree.json or a list like `paths`."""
+    """With kind=custom: a JSON file, as tree.json or a list like `paths`."""
     paths: list[list[int]] = field(default_factory=list)
-    """Of kind=custom: nodes as ranks from the first head on, the form of the reference's
+    """With kind=custom: nodes as ranks from the first head on, the form of the reference's
     medusa_choices: [[0],[0,0],[1]]."""
-    num_nodes: int | None = None
-    """Of kind=calibrated: the largest tree of at most so many nodes that was measured, instead of
-    the fastest. Of kind=dynamic: nodes of a step; by default, as many as the calibrated tree has.
+    num_nodes: int | None = between(1, 256, default=None)
+    """With kind=calibrated: the largest tree of at most so many nodes that was measured, instead of
+    the fastest. With kind=dynamic: nodes of a step; by default, as many as the calibrated tree has.
     """
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16])
+    batch_sizes: list[int] = at_least(1, default=[1, 4, 16])
     """Calibration finds the fastest tree for each; decoding uses that of the size next below."""
-    num_prompts: int = 32
-    """Held-out prompts that the backbone answers to count which guesses come true."""
-    max_nodes: int = 64
+    num_prompts: int = at_least(1, default=32)
+    """Held-out prompts that the backbone answers to count which draft tokens are accepted."""
+    max_nodes: int = between(1, 256, default=64)
     """The largest tree that calibration considers, the root included."""
-    max_rank: int = 10
-    """Guesses of a head that calibration considers."""
+    max_rank: int = at_least(1, default=10)
+    """Candidates of a head that calibration considers."""
 
     def __post_init__(self) -> None:
-        one_of("tree.kind", self.kind, ("calibrated", "dynamic", "chain", "medusa_63", "custom"))
-        if self.num_nodes is not None:
-            within("tree.num_nodes", self.num_nodes, 1, 256)
-        for size in self.batch_sizes or [0]:
-            at_least("tree.batch_sizes", size, 1)
-        within("tree.max_nodes", self.max_nodes, 1, 256)
-        at_least("tree.num_prompts", self.num_prompts, 1)
-        at_least("tree.max_rank", self.max_rank, 1)
+        check(self, "tree")
 
 
 @dataclass
 class DecodeConfig:
     """How tokens are generated."""
 
-    rule: str = "greedy"
+    rule: str = choice("greedy", "sampling", "typical")
     """greedy (token for token what plain greedy decoding gives), sampling (the same distribution as
     plain sampling) or typical (Medusa's acceptance, which is lossy)."""
     temperature: float = 1.0
-    """Of sampling and typical."""
-    top_k: int | None = None
-    """Of sampling: draw from so many of the likeliest tokens alone."""
-    top_p: float | None = None
-    """Of sampling: draw from the likeliest tokens that together have this probability."""
-    epsilon: float = 0.09
-    """Of typical: a guess of a probability above this is always accepted."""
-    alpha: float = 0.3
-    """Of typical: and so is one above this times exp(-entropy)."""
+    """Temperature of sampling and typical."""
+    top_k: int | None = at_least(1, default=None)
+    """With rule=sampling: draw from so many of the likeliest tokens alone."""
+    top_p: float | None = between(1e-3, 1.0, default=None)
+    """With rule=sampling: draw from the likeliest tokens that together have this probability."""
+    epsilon: float = between(0.0, 1.0, default=0.09)
+    """Typical acceptance: a draft token is accepted if its probability is above
+    min(epsilon, alpha * exp(-entropy)). This is epsilon, the hard threshold."""
+    alpha: float = between(0.0, 1e6, default=0.3)
+    """Typical acceptance: alpha, the factor on exp(-entropy)."""
     cuda_graph: bool = True
-    """On a GPU, capture a step (propose, backbone, verify, commit) as one CUDA graph and replay it;
+    """On a GPU, capture a step (draft, backbone, verify, commit) as one CUDA graph and replay it;
     plain decoding too. false runs it op by op, in tensors that grow."""
-    verifier: str = "auto"
+    verifier: str = choice("auto", "torch", "cupy")
     """torch, cupy (the CUDA kernels), or auto (the kernels wherever they can be used)."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = at_least(1, default=128)
     """Tokens after which an answer ends at the latest. A prompt has to leave room for them."""
     stop_ids: list[int] = field(default_factory=list)
     """Token ids that end an answer, besides the model's own."""
@@ -591,17 +582,9 @@ class DecodeConfig:
     """Texts that end an answer, with the token that completes them."""
 
     def __post_init__(self) -> None:
-        one_of("decode.rule", self.rule, ("greedy", "sampling", "typical"))
-        one_of("decode.verifier", self.verifier, ("auto", "torch", "cupy"))
+        check(self, "decode")
         if self.rule != "greedy":
-            at_least("decode.temperature", self.temperature, 1e-3)
-        within("decode.epsilon", self.epsilon, 0.0, 1.0)
-        within("decode.alpha", self.alpha, 0.0, 1e6)
-        if self.top_k is not None:
-            at_least("decode.top_k", self.top_k, 1)
-        if self.top_p is not None:
-            within("decode.top_p", self.top_p, 1e-3, 1.0)
-        at_least("decode.max_new_tokens", self.max_new_tokens, 1)
+            NotBelow(1e-3).check("decode.temperature", self.temperature)
         if "" in self.stop_strings:
             raise UserError("decode.stop_strings has an empty one, which ends any answer: drop it.")
 
@@ -613,27 +596,24 @@ class EvaluateConfig:
     path: str | None = None
     """Prompts of a file instead of held-out ones: chats, the question.jsonl of MT-bench or
     Spec-Bench, or a .txt of a question a line."""
-    num_prompts: int = 48
+    num_prompts: int = at_least(1, default=48)
     """Held-out prompts; each assistant turn of a test conversation gives one. Of a file of
     questions, as many, evenly spread over it."""
-    warmup_prompts: int = 2
+    warmup_prompts: int = at_least(0, default=2)
     """Prompts that every method answers before the clock counts."""
-    repeats: int = 1
+    repeats: int = at_least(1, default=1)
     """Times each prompt is answered by each method; the fastest counts."""
-    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    batch_sizes: list[int] = at_least(1, default=[1])
     """Prompts that are answered together; every size is measured."""
-    baselines: list[str] = field(default_factory=lambda: ["chain", "hf_generate", "prompt_lookup"])
-    """Further methods beside plain decoding: chain (the first guess of every head), and, at batch
-    size 1, hf_generate and prompt_lookup."""
+    baselines: list[str] = choice(
+        *("chain", "hf_generate", "prompt_lookup"),
+        default=["chain", "hf_generate", "prompt_lookup"],
+    )
+    """Further methods beside plain decoding: chain (the likeliest token of every head), and, at
+    batch size 1, hf_generate and prompt_lookup."""
 
     def __post_init__(self) -> None:
-        at_least("evaluate.num_prompts", self.num_prompts, 1)
-        at_least("evaluate.warmup_prompts", self.warmup_prompts, 0)
-        at_least("evaluate.repeats", self.repeats, 1)
-        for name in self.baselines:
-            one_of("evaluate.baselines", name, ("chain", "hf_generate", "prompt_lookup"))
-        for size in self.batch_sizes or [0]:
-            at_least("evaluate.batch_sizes", size, 1)
+        check(self, "evaluate")
         if len(set(self.batch_sizes)) < len(self.batch_sizes):  # its prompts would count twice
             raise UserError(f"evaluate.batch_sizes={self.batch_sizes} names a size twice.")
 
@@ -642,18 +622,18 @@ class EvaluateConfig:
 class LoggerConfig:
     """Tracking beside the run directory's own files, which are always written."""
 
-    kind: str = "wandb"
+    kind: str = choice("wandb", "csv", "none")
     """wandb, csv (history.csv and metrics.csv in the run directory) or none."""
-    mode: str = "offline"
-    """Of W&B: offline, online for those logged in, or disabled."""
+    mode: str = choice("offline", "online", "disabled")
+    """Mode of W&B: offline, online for those logged in, or disabled."""
     project: str = "medusa_exp"
     """W&B's project that the run belongs to."""
     entity: str | None = None
     """W&B's user or team that owns the project; by default, that of who is logged in."""
     group: str | None = None
-    """By default a sweep's jobs are a group, of the sweep's name."""
+    """W&B's group of the run. By default a sweep's jobs are a group, of the sweep's name."""
     job_type: str | None = None
-    """By default the run's stages, as in train+calibrate+evaluate."""
+    """W&B's type of the run. By default its stages, as in train+calibrate+evaluate."""
     tags: list[str] = field(default_factory=list)
     """Labels of the run on W&B."""
     notes: str | None = None
@@ -662,8 +642,7 @@ class LoggerConfig:
     """Give W&B the heads, the tree, the evaluation and the report as versioned artifacts."""
 
     def __post_init__(self) -> None:
-        one_of("logger.kind", self.kind, ("wandb", "csv", "none"))
-        one_of("logger.mode", self.mode, ("offline", "online", "disabled"))
+        check(self, "logger")
 
 
 @dataclass
@@ -671,23 +650,23 @@ class Config:
     """An experiment: which stages run, on what, into which directory."""
 
     name: str = "default"
-    """Names the run directory's parent: outputs/<name>/<timestamp>."""
+    """Name of the run directory's parent: outputs/<name>/<timestamp>."""
     stages: list[str] = field(default_factory=list)
     """What to do, in this order."""
     run_dir: str = ""
     """Where everything is written. An existing run there is continued with its saved config."""
     sweep_dir: str = ""
-    """Where a sweep's jobs have their run directories; the same one again goes on with a sweep."""
+    """Where a sweep's jobs have their run directories; the same one again continues a sweep."""
     cache_dir: str = "outputs/cache"
-    """What runs share: generated and tokenised data, hidden states, own answers, pretrained tiny
-    models; each by a hash of what made it."""
+    """What runs share: generated and tokenized data, hidden states, regenerated responses,
+    pretrained tiny models; each under a hash of what made it."""
     heads_from: str | None = None
     """A run directory, or its heads/, whose heads this run decodes with, instead of training some.
     """
-    device: str = "auto"
+    device: str = choice("auto", "cpu", "cuda")
     """auto (cuda where there is one), cpu or cuda."""
     seed: int = 0
-    """Of initial weights, order of training and sampling; the data have `dataset.seed`."""
+    """Seed of initial weights, order of training and sampling; the data have `dataset.seed`."""
     objective: str = "eval/speedup"
     """The metric that the jobs of a sweep are compared by, and that Optuna is told."""
     rerun: RerunConfig = field(default_factory=RerunConfig)
@@ -705,20 +684,18 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
-        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        check(self, "")
         if self.heads_from is not None and "train" in self.stages:
             raise UserError(
                 "heads_from is for runs that train no heads: leave stage train out of stages, or "
                 "set train.heads_from to start the training from these heads."
             )
         if self.model.device_map is not None:  # one process has all the devices
-            within = " (with model.device_map)"
-            one_of("train.strategy" + within, self.train.strategy, ("auto",))
-            one_of("train.kind" + within, self.train.kind, ("medusa1",))
-            others = tuple(kind for kind in HEAD_KINDS if kind != "medusa_tied")
-            one_of("head.kind" + within, self.head.kind, others)
-            one_of(
-                "tokenizer.resize_embedding" + within,
-                str(self.tokenizer.resize_embedding),
-                ("False",),
-            )
+            untied = (kind for kind in words_of(HeadConfig, "kind") if kind != "medusa_tied")
+            for key, value, words in (
+                ("train.strategy", self.train.strategy, ("auto",)),
+                ("train.kind", self.train.kind, ("medusa1",)),
+                ("head.kind", self.head.kind, tuple(untied)),
+                ("tokenizer.resize_embedding", str(self.tokenizer.resize_embedding), ("False",)),
+            ):
+                OneOf(words).check(f"{key} (with model.device_map)", value)
