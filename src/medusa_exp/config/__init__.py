@@ -1,4 +1,4 @@
-"""What can be set, and how it is composed, checked and shared."""
+"""What can be set, and how it is composed, checked, continued and shared."""
 
 from medusa_exp.config.compose import (
     from_dict,

@@ -1,4 +1,4 @@
-"""Hydra and OmegaConf to plain, checked dataclasses and back: the only way between the two."""
+"""Turn what Hydra and OmegaConf compose into plain, checked dataclasses, and back."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def register() -> None:
     store.store(name="base_config", node=Config)
     # For each group that --help lists, Hydra copies this store with all its nodes, a hundred times
     # in all and most of the time that it takes; it only reads the copies.
-    store.__deepcopy__ = _only_store  # type: ignore[attr-defined]
+    store.__deepcopy__ = _only_store  # type: ignore[attr-defined]  # private: hydra 1.3
 
 
 def _only_store(memo: dict[int, Any]) -> ConfigStore:

@@ -1,4 +1,4 @@
-"""Running stages of an existing run: its saved config is the base, new overrides come on top.
+"""Continue an existing run: its saved config is the base, new overrides come on top.
 
 Hydra composes every call from the YAML files alone. For a run directory that exists we let it
 compose the saved overrides and the new ones together, which checks the new ones and expands their
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import get_args_parser  # private: hydra 1.3
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException

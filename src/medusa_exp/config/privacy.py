@@ -1,6 +1,7 @@
-"""What a config has from environment variables, told apart from what is anybody's to see.
+"""What may leave this machine: no value of an environment variable, no home path, no password.
 
-What is sent or passed on, without what is private: home paths, users and passwords in URLs.
+What a config has from the environment is shown as `${oc.env:NAME}`, the home directory as `~`, and
+a URL without its user and token.
 """
 
 import os
@@ -19,6 +20,7 @@ _RESOLVER = "oc.env"
 _REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 _SHORTEST = 4
 """Shorter values stand in any text by chance, and are no secrets."""
+_USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
@@ -26,7 +28,8 @@ def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
 
     Args:
         plain: the config, resolved.
-        saved: the same as Hydra composed it, with its references.
+        saved: the same as Hydra composed it, with its references. They are followed rather than
+            sent, so that a value which refers to another key is the value that the run had.
     """
     if not saved.is_file():
         return plain
@@ -78,9 +81,6 @@ def _shown(value: Any, parent: Any, key: Any) -> Any:
     if isinstance(value, list):
         return [_shown(item, written, place) for place, item in enumerate(value)]
     return value
-
-
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 def shareable(value: Any) -> Any:
