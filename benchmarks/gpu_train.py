@@ -125,7 +125,7 @@ def _train(backbone: Backbone, form: str, work: Path, rate: float) -> dict[str, 
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer = build_trainer(
-        config, work, "train", max_steps=steps, precision="bf16-mixed", callbacks=[clock]
+        backbone.device, work, "train", max_steps=steps, precision="bf16-mixed", callbacks=[clock]
     )
     trainer.fit(module, inputs.batches(config))
     num_tokens = STEPS * ROWS * LENGTH

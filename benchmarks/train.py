@@ -29,11 +29,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from medusa_exp.config import Config
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.data.examples import SCHEMA, Examples
+from medusa_exp.data.feature_cache import Features
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.loss import medusa_loss, medusa_losses
-from medusa_exp.stages.session import Session
+from medusa_exp.runs.files import content_key
 from medusa_exp.stages.train import Inputs, build_module
-from medusa_exp.train.precompute import open_features
+from medusa_exp.train.precompute import FeatureSettings, open_features
 from medusa_exp.train.trainer import build_trainer
 
 _REPEATS = 3
@@ -63,7 +64,8 @@ class Case:
         steps = batches.batches_per_epoch()
         module = build_module(config, self.inputs, heads, steps)
         out = self.work / "run"
-        trainer = build_trainer(config, out, "train", max_steps=steps, precision="bf16-mixed")
+        device = torch.device(config.device)
+        trainer = build_trainer(device, out, "train", max_steps=steps, precision="bf16-mixed")
         out.mkdir(exist_ok=True)
         trainer.fit(module, batches)
 
@@ -134,10 +136,7 @@ def cache_rows(work: Path) -> list[Row]:
     case.config.train.features = "cache"
     other = replace(case.config, train=replace(case.config.train, decay=0.5))
 
-    both = (case.inputs.backbone, lambda: case.inputs.backbone)
-    kept = open_features(
-        case.config, Session(case.config, Path()).spec, case.inputs.documents, "kept", *both
-    )
+    kept = features_of(case, "kept")
     size = (kept["train"].path / "hidden.npy").stat().st_size
     online = replace(case.config, train=replace(case.config.train, features="online"))
     cached = Case(case.config, replace(case.inputs, features=kept), work)
@@ -164,15 +163,15 @@ def cache_rows(work: Path) -> list[Row]:
 
 def open_fresh(case: Case) -> None:
     """Make the hidden states once more."""
-    backbone = case.inputs.backbone
-    key = f"made up {time.time()}"
-    open_features(
-        case.config,
-        Session(case.config, Path()).spec,
-        case.inputs.documents,
-        key,
-        backbone,
-        lambda: backbone,
+    features_of(case, f"made up {time.time()}")
+
+
+def features_of(case: Case, key: str) -> dict[str, Features]:
+    """Return the hidden states of the documents, from the cache where they lie under the key."""
+    backbone, settings = case.inputs.backbone, FeatureSettings("bf16-mixed", batch_tokens=2048)
+    keys = {split: content_key(split, key) for split in case.inputs.documents}
+    return open_features(
+        case.config.cache_dir, case.inputs.documents, keys, settings, backbone, lambda: backbone
     )
 
 

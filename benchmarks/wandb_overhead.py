@@ -24,18 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import wandb
 from lightning.pytorch.callbacks import RichProgressBar
 from measuring import Row, machine, show, write
-from train import Case, build_case
+from train import Case, build_case, features_of
 
 from medusa_exp.config import LoggerConfig
 from medusa_exp.model import build_heads
 from medusa_exp.runs.record import RunRecord
-from medusa_exp.stages.session import Session
 from medusa_exp.stages.train import build_module
 from medusa_exp.tracking.tracker import Tracker
-from medusa_exp.train.precompute import open_features
 from medusa_exp.train.trainer import build_trainer
 
 _WARM_UP = 10
@@ -118,7 +117,12 @@ def train(case: Case, mode: str, steps: int, out: Path) -> dict[str, float]:
         heads = build_heads(case.inputs.backbone, num_heads=config.head.num_heads)
         module = build_module(config, case.inputs, heads, steps)
         trainer = build_trainer(
-            config, out, "train", max_steps=steps, precision="bf16-mixed", callbacks=[clocks]
+            torch.device(config.device),
+            out,
+            "train",
+            max_steps=steps,
+            precision="bf16-mixed",
+            callbacks=[clocks],
         )
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, RichProgressBar)]
         trainer.fit(module, case.inputs.batches(config))
@@ -129,10 +133,7 @@ def measure(work: Path, rounds: int, steps: int) -> list[Row]:
     """Return what a step with W&B takes over one without, by each clock."""
     case = build_case(work, layers=2, width=256, vocabulary=1024, documents=12 * steps)
     case.config.train.features = "cache"
-    both = (case.inputs.backbone, lambda: case.inputs.backbone)
-    case.inputs.features = open_features(
-        case.config, Session(case.config, Path()).spec, case.inputs.documents, "kept", *both
-    )
+    case.inputs.features = features_of(case, "kept")
     taken: dict[str, list[dict[str, float]]] = {"offline": [], "disabled": []}
     for number in range(rounds):
         for mode in sorted(taken, reverse=number % 2 == 1):

@@ -19,9 +19,8 @@ def test_slow_things_have_a_rate_too(speed, said):
 def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is(monkeypatch, caplog, capsys):
     monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
     caplog.set_level(logging.INFO)
-    with progress.progress_bar() as bar:
-        task = bar.add_task("regenerating answers", total=2000, completed=100)
-        bar.advance(task, 200)
+    with progress.ProgressBar("regenerating answers", total=2000, completed=100) as bar:
+        bar.advance(200)
     assert caplog.messages[0].startswith("regenerating answers: 300 of 2,000")
     shown = capsys.readouterr().err
     assert "300/2000" in shown and "\x1b" not in shown and "\r" not in shown
@@ -30,8 +29,7 @@ def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is(monkeypatch, capl
 def test_on_a_terminal_the_bar_is_enough(monkeypatch, caplog):
     monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
     caplog.set_level(logging.INFO)
-    bar = progress.progress_bar()
-    bar.live.console = Console(file=io.StringIO(), force_terminal=True)
-    with bar:
-        bar.advance(bar.add_task("training", total=2))
-    assert not caplog.messages
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(progress, "Console", lambda **_: terminal)
+    assert list(progress.track("ab", "training")) == ["a", "b"]
+    assert "2/2" in terminal.file.getvalue() and not caplog.messages

@@ -103,9 +103,7 @@ def test_workers_write_the_hidden_states_that_one_process_does(config, tmp_path)
         config.train.feature_workers = workers
         config.cache_dir = str(tmp_path / f"cache{workers}")
         (tmp_path / f"run{workers}").mkdir()
-        inputs = open_inputs(
-            config, tmp_path / f"run{workers}", Session(config, tmp_path / f"run{workers}")
-        )
+        inputs = open_inputs(Session(config, tmp_path / f"run{workers}"))
         found.append(
             {split: [f[n] for n in range(len(f._checks))] for split, f in inputs.features.items()}
         )

@@ -1,14 +1,19 @@
-"""The backbone's own answers, on a tiny random Llama."""
+"""Regenerated responses, and one backbone for all stages, on a tiny random Llama."""
 
+import gc
 import json
 import shutil
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from sessions import session_of
 from tiny_models import VOCAB_SIZE, build_model
+from transformers import AutoModelForCausalLM
 
+from medusa_exp.cli import run_stages
 from medusa_exp.config import Config, RegenerateConfig
 from medusa_exp.data.examples import open_examples
 from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
@@ -17,6 +22,7 @@ from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.stages import regenerate, train
 from medusa_exp.stages.regenerate import Document, answer
+from medusa_exp.stages.session import Session
 from medusa_exp.tree import chain
 
 PROMPTS = [[3, 4, 5], [7], [9, 8, 7, 6]]
@@ -133,8 +139,10 @@ def test_heads_of_the_run_give_the_same_answers(exact, tmp_path):
 
 
 def test_training_takes_own_answers_and_asks_for_them(exact, tmp_path):
-    exact.train.text = "own"
-    with pytest.raises(UserError, match=r"train\.text=own.*put stage regenerate before train"):
+    exact.train.text = "regenerated"
+    with pytest.raises(
+        UserError, match=r"train\.text=regenerated.*put stage regenerate before train"
+    ):
         train.run(exact, tmp_path / "run")
     regenerate.run(exact, tmp_path / "run")
     assert train.run(exact, tmp_path / "run")["train/steps"] == 12
@@ -178,3 +186,46 @@ def test_other_weights_have_another_identity():
         model.model.layers[0].self_attn.q_proj.weight.mul_(1.1)
     assert Backbone(model).weights_fingerprint() != before
     assert Backbone(model).identity() == Backbone(build_model("llama")).identity()
+
+
+def test_a_command_loads_its_backbone_once(config, tmp_path, monkeypatch):
+    config.stages = ["regenerate", "train", "calibrate", "evaluate"]
+    config.train = replace(config.train, text="regenerated", val_prompts=2)
+    config.dtype.precision = "bf16-mixed"  # in which regenerate runs it, and which it has not
+    config.evaluate.num_prompts = config.tree.num_prompts = 2
+    config.evaluate.warmup_prompts, config.evaluate.baselines = 0, []
+    config.decode.max_new_tokens = config.regenerate.max_new_tokens = 8
+    config.run_dir = str(tmp_path)
+    loaded = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def count(*arguments, **options):
+        loaded.append(load(*arguments, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", count)
+    run_stages(config, tmp_path, [])
+    assert len(loaded) == 1
+    fresh = load(config.model.path)
+    for mine, theirs in zip(loaded[0][0].parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("changed", [{"kind": "medusa2"}, {"compile": True}, {"features": "cache"}])
+def test_a_backbone_that_is_changed_or_needed_no_more_is_let_go(
+    config, tmp_path, monkeypatch, changed
+):
+    monkeypatch.setattr(Backbone, "compile", lambda backbone: None)
+    config.train = replace(config.train, max_steps=1, **changed)
+    config.decode.max_new_tokens = 8
+    if "features" in changed:
+        train.run(config, tmp_path)  # notes what the second one needs no layer for
+    session = Session(config, tmp_path)
+    loaded = weakref.ref(session.backbone(is_adapted=False).model)
+    train.run(config, tmp_path, session)
+    gc.collect()
+    if "kind" not in changed:  # Lightning and peft let go of theirs later
+        assert loaded() is None
+    fresh = session.backbone(is_adapted=False)
+    assert fresh.has_body and fresh.model is not loaded()
+    assert not any("lora" in name for name, _ in fresh.model.named_parameters())

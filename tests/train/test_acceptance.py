@@ -42,9 +42,9 @@ def test_the_chains_steps_are_those_that_decoding_takes(config, tmp_path):
     asked = [prompt.input_ids for prompt in prompts]
     decoded = decode_tree(made.backbone, heads, chain(3), asked, limits)
     tokens = [answer.tokens for answer in decoded]
-    assert [answer.tokens_P.tolist() for answer in made.answers] == tokens
+    assert [answer.tokens_P.tolist() for answer in made.responses] == tokens
     steps = sum(len(answer.accept_lengths) for answer in decoded)
-    tree, over_chain = accept_lengths(heads, made.answers, 8, 10)
+    tree, over_chain = accept_lengths(heads, made.responses, 8, 10)
     assert over_chain == pytest.approx(sum(map(len, tokens)) / steps)
     assert over_chain <= tree or tree == pytest.approx(over_chain)
 
@@ -55,7 +55,7 @@ def test_ranks_are_those_of_calibration(config, tmp_path, prefix_attention):
     heads = noisy_heads(made.backbone, prefix_attention=prefix_attention)
     prompts = made.prompts
     assert prompts
-    for prompt, answer in zip(prompts, made.answers, strict=True):
+    for prompt, answer in zip(prompts, made.responses, strict=True):
         expected = calibrated_ranks(
             made.backbone, heads, prompt.input_ids, answer.tokens_P.tolist(), 6
         )
@@ -64,9 +64,9 @@ def test_ranks_are_those_of_calibration(config, tmp_path, prefix_attention):
 
 
 def test_answers_are_made_once(config, tmp_path, monkeypatch):
-    first = open_inputs(Session(config, tmp_path)).answers
+    first = open_inputs(Session(config, tmp_path)).responses
     monkeypatch.setattr("medusa_exp.train.acceptance.decode_plain", None)
-    again = open_inputs(Session(config, tmp_path)).answers
+    again = open_inputs(Session(config, tmp_path)).responses
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.hidden_TD, other.hidden_TD)
         assert torch.equal(one.tokens_P, other.tokens_P)
@@ -143,16 +143,16 @@ def test_no_prompt_to_answer_is_said_and_training_goes_on(config, tmp_path, capl
     assert "no val/accept_length: no held-out prompt is left" in caplog.text
     assert "val/accept_length" not in metrics and "val/loss_head1" in metrics
     config.train.val_prompts = 0
-    assert open_inputs(Session(config, tmp_path)).answers == []
+    assert open_inputs(Session(config, tmp_path)).responses == []
 
 
 def test_damaged_answers_are_made_anew(config, tmp_path):
-    first = open_inputs(Session(config, tmp_path)).answers
+    first = open_inputs(Session(config, tmp_path)).responses
     [path] = (tmp_path / "cache/continuations").glob("*.safetensors")
     whole = path.read_bytes()
     path.unlink()  # `first` is a map of it: the bytes below are another file's
     path.write_bytes(whole[: len(whole) // 2])
-    again = open_inputs(Session(config, tmp_path)).answers
+    again = open_inputs(Session(config, tmp_path)).responses
     assert len(first) > 0 and path.read_bytes() == whole
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.hidden_TD, other.hidden_TD)

@@ -9,7 +9,8 @@ from medusa_exp.config import HeadConfig as Head
 from medusa_exp.errors import UserError
 from medusa_exp.model import load_heads
 from medusa_exp.stages import train
-from medusa_exp.train.module import JointModule, MedusaModule
+from medusa_exp.train.callbacks import TrainingPreview
+from medusa_exp.train.module import MedusaModule
 
 
 @pytest.fixture
@@ -71,14 +72,14 @@ def test_merged_and_adapter_are_the_same_model(config, tmp_path):
 def test_the_heads_learn_alone_at_first(config, tmp_path, monkeypatch):
     config.train.lora.heads_only_fraction, config.train.max_steps = 0.5, 6
     moved = {}
-    end = JointModule.on_train_batch_end
+    end = MedusaModule.on_train_batch_end
 
     def spy(module, *arguments):
         end(module, *arguments)
         ups = [p for n, p in module.adapted.named_parameters() if "lora_B" in n]
         moved[module.global_step] = any(p.any() for p in ups)
 
-    monkeypatch.setattr(JointModule, "on_train_batch_end", spy)
+    monkeypatch.setattr(MedusaModule, "on_train_batch_end", spy)
     run(config, tmp_path / "run")
     assert moved == {1: False, 2: False, 3: False, 4: True, 5: True, 6: True}
 
@@ -154,16 +155,20 @@ def test_it_validates_without_a_held_out_prompt(config, tmp_path):
     assert "val/loss_head1" in metrics and "val/accept_length" not in metrics
 
 
-def test_the_plan_is_of_the_steps_in_which_both_learn(config, tmp_path, monkeypatch):
+def test_the_preview_is_of_the_steps_in_which_both_learn_too(config, tmp_path, monkeypatch, caplog):
     """The first ones are cheaper, and would promise too little time and memory."""
-    runs_of_body = []
-    hidden_states = JointModule.hidden_states
+    caplog.set_level("INFO")
+    monkeypatch.setattr("medusa_exp.train.callbacks.PREVIEW_STEPS", 3)
+    config.train.lora.heads_only_fraction, config.train.max_steps = 0.5, 12
+    measured = []
+    log = TrainingPreview._log
 
-    def counted(module, batch):
-        runs_of_body.append(torch.is_grad_enabled())
-        return hidden_states(module, batch)
+    def spy(preview, trainer, module, batch, seconds, steps):
+        measured.append((trainer.global_step, steps))
+        log(preview, trainer, module, batch, seconds, steps)
 
-    monkeypatch.setattr(JointModule, "hidden_states", counted)
-    config.train.lora.heads_only_fraction = 0.5
+    monkeypatch.setattr(TrainingPreview, "_log", spy)
     run(config, tmp_path / "run")
-    assert runs_of_body[:4] == [True, True, False, False]  # of the plan, and of the first steps
+    assert measured == [(3, 3), (9, 3)]
+    said = [line for line in caplog.messages if line.startswith("a step (")]
+    assert [" of the heads alone, " in line for line in said] == [True, False]

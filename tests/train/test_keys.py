@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from medusa_exp.config import Config, ModelConfig
+from medusa_exp.config import Config, ModelConfig, TrainConfig
 from medusa_exp.config import HeadConfig as Head
-from medusa_exp.train.acceptance import _path
-from medusa_exp.train.checkpointing import made_with
-from medusa_exp.train.precompute import _note, features_key
-from medusa_exp.train.regenerated import regenerated_key
 from medusa_exp.data.prompts import Prompt
+from medusa_exp.decode.settings import limits_of
+from medusa_exp.stages.regenerate import key_of_responses
+from medusa_exp.train.acceptance import responses_key
+from medusa_exp.train.checkpointing import training_key
+from medusa_exp.train.precompute import FeatureSettings, features_key, fingerprint_note
 
 BACKBONE = SimpleNamespace(
     weights_fingerprint=lambda: "weights",
@@ -25,12 +26,20 @@ DOCUMENTS = SimpleNamespace(summary={"key": "documents"})
 
 
 def keys(config: Config) -> dict[str, str]:
+    attention = config.model.attn_implementation
+    limits = limits_of(config, BACKBONE, TOKENIZER)
+    settings = FeatureSettings(config.dtype.precision, config.head.prefix_attention)
+    known = {"data_key": "data", "backbone": BACKBONE}
+    sections = (config.head, config.train, config.dataset)
+    note = fingerprint_note("cache", "files", config.tokenizer, config.model.quantization)
     return {
-        "training": made_with(config, "data", BACKBONE),
-        "regenerated": regenerated_key(config, DOCUMENTS, BACKBONE, TOKENIZER),
-        "features": features_key(config, "train", "data", BACKBONE),
-        "responses": _path(config, TOKENIZER, [Prompt("a", "b", "c", [1, 2])], BACKBONE).stem,
-        "backbone": _note(config, "files").stem,
+        "training": training_key(*sections, seed=config.seed, **known),
+        "regenerated": key_of_responses(config, DOCUMENTS, BACKBONE, TOKENIZER),
+        "features": features_key(
+            "train", config.dataset, settings, attn_implementation=attention, **known
+        ),
+        "responses": responses_key([Prompt("a", "b", "c", [1, 2])], limits, BACKBONE, attention),
+        "backbone": note.stem,
     }
 
 
@@ -55,8 +64,7 @@ def test_of_the_defaults(plain):
 def test_of_other_settings(plain):
     plain.seed, plain.model = 5, ModelConfig(path="x", attn_implementation="eager")
     plain.head = Head(num_heads=3, kind="medusa_lowrank", rank=16, prefix_attention=True)
-    plain.train.labels = "data"
-    plain.train.text = "own"
+    plain.train = TrainConfig(labels="data", text="regenerated")
     plain.train.patience, plain.train.learning_rate = 3, 1e-3
     plain.dtype.precision = "32-true"
     plain.decode.rule, plain.decode.stop_strings = "typical", ["User:"]
@@ -69,3 +77,17 @@ def test_of_other_settings(plain):
         "responses": "5a9d83c31f5e16c9",
         "training": "599920deaa230357",
     }
+
+
+def test_old_words_are_said_once_and_are_the_same_training(plain, caplog):
+    caplog.set_level("INFO")
+    plain.train = TrainConfig(labels="teacher", text="regenerated")
+    new = keys(plain)
+    for _ in range(2):
+        plain.train = TrainConfig(labels="own", text="own")
+    assert (plain.train.labels, plain.train.text) == ("teacher", "regenerated")
+    assert keys(plain) == new
+    assert [message.partition(" ")[0] for message in caplog.messages] == [
+        "train.text=own",
+        "train.labels=own",
+    ]

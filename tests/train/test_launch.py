@@ -65,10 +65,10 @@ def test_a_bad_loss_of_one_process_stops_both(config, tmp_path):
     name = documents.strings("conversation_id")[plan(0)[1][0][0]]
     records = json.loads(path.read_text())
     [message] = [r["conversations"][0] for r in records if r["id"] == name]
-    message["value"] = message["value"].replace("+", "%")
+    message["value"] = message["value"].replace("+", "@")
     path.write_text(json.dumps(records))
     model = AutoModelForCausalLM.from_pretrained(config.model.path)
-    [token] = tokenizer.encode("%", add_special_tokens=False)
+    [token] = tokenizer.encode("@", add_special_tokens=False)
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.nan
     model.save_pretrained(config.model.path)

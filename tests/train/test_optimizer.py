@@ -1,4 +1,4 @@
-"""Optimisers, the moving average, and the table of what a training will take."""
+"""Optimizers, the moving average, and the preview of what a training takes."""
 
 import sys
 
@@ -104,7 +104,7 @@ def test_the_average_follows_and_takes_the_heads_place(backbone):
             parameter.add_(1.0)
     trainer = type("T", (), {"accumulate_grad_batches": 2})
     average.on_train_batch_end(trainer, None, None, None, 0)
-    assert all(map(torch.equal, average.average, start))
+    assert all(map(torch.equal, average.average.parameters(), start))
     average.on_train_batch_end(trainer, None, None, None, 1)
     average.on_validation_start(trainer, None)
     for now, before in zip(heads.parameters(), start, strict=True):
@@ -136,12 +136,27 @@ def test_the_average_is_what_is_kept_and_goes_on_after_a_stop(config, tmp_path, 
     assert not torch.equal(last["heads.lm_heads.0.weight"], whole["lm_heads.0.weight"])
 
 
-def test_the_plan_is_shown_and_changes_nothing(config, tmp_path, capsys, monkeypatch):
+def test_an_average_of_9ce118e_goes_on(backbone):
+    """That is how its checkpoints have the state: by the name of the class then."""
+    average = EMAHeads(0.9, build_heads(backbone, num_heads=1))
+    assert average.state_key == "AverageHeads"
+    saved = [torch.randn_like(p) for p in average.trained]
+    average.load_state_dict({"average": saved})
+    assert all(map(torch.equal, average.state_dict()["average"], saved))
+    assert all(map(torch.equal, average.average.parameters(), saved))
+
+
+def test_the_preview_is_logged_and_changes_nothing(config, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    config.train.accumulate = 2
     run(config, tmp_path / "with")
-    shown = capsys.readouterr().out
-    for part in ("parameters trained", "0.02 M", "labels of a step", "time, about"):
-        assert part in shown
-    monkeypatch.setattr(train.TrainingPreview, "on_train_batch_start", lambda *_: None)
+    for part in (
+        "parameters trained: 0.02 M, ",
+        "labels of head 1) takes ",
+        ": 2 more, about 0 min",
+    ):
+        assert part in caplog.text
+    monkeypatch.setattr(train.TrainingPreview, "on_train_batch_end", lambda *_: None)
     run(config, tmp_path / "without")
     one, other = (load_heads(tmp_path / n / "heads").state_dict() for n in ("with", "without"))
     assert all(torch.equal(one[name], other[name]) for name in one)

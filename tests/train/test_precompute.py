@@ -95,9 +95,8 @@ def test_training_on_cached_states_is_the_same_and_loads_no_layer(
     cached.train.features = "online"
     online = run(cached, tmp_path / "online")
     assert online == pytest.approx(second, rel=1e-3)
-    loaded = load_heads(
-        tmp_path / "second" / "heads", session_of(cached).backbone()
-    )  # identities agree
+    backbone = session_of(cached).backbone()
+    loaded = load_heads(tmp_path / "second" / "heads", backbone)  # identities agree
     assert loaded.num_heads == 2
 
 
@@ -187,7 +186,7 @@ def test_a_damaged_note_of_a_backbone_is_made_again(cached, tmp_path):
 
 def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):
     def dies(*arguments):
-        (arguments[2] / "hidden.npy").write_bytes(b"half")
+        (arguments[0] / "hidden.npy").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -6,11 +6,15 @@ checks across several keys are in the section's `__post_init__`. docs/reference/
 generated from this file by scripts/config_reference.py.
 """
 
+import logging
 import math
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from medusa_exp.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,19 @@ def check(section: Any, place: str) -> None:
             value = 0
         for one in value if isinstance(value, list) else [value]:
             limit.check(f"{place}.{key.name}" if place else key.name, one)
+
+
+def _new_word(key: str, value: str, word: str) -> str:
+    """Return `word` for the old word `own`, which is said once; other values stay."""
+    if value != "own":
+        return value
+    _say_renamed(key, word)
+    return word
+
+
+@cache
+def _say_renamed(key: str, word: str) -> None:
+    log.info("%s=own is an old word: it is called %s now", key, word)
 
 
 @dataclass
@@ -373,13 +390,14 @@ class TrainConfig:
     """Passes over the training split, where `max_steps` is not set."""
     min_steps: int = at_least(1, default=1000)
     """A small data set is walked more often than `epochs`, until so many steps are made."""
-    text: str = choice("data", "own")
-    """data (the conversations as they are) or own (self-distillation: with the responses that stage
-    regenerate lets the backbone give, the text that heads meet in decoding)."""
-    labels: str = choice("own", "data")
-    """own (teacher labels: the backbone's own argmax after the same text, which is what decoding
-    checks draft tokens against) or data (the token that stands there). Used by loss=ce, and by
-    validation."""
+    text: str = choice("data", "regenerated")
+    """data (the conversations as they are) or regenerated (self-distillation: with the responses
+    that stage regenerate lets the backbone give, the text that heads meet in decoding; `own` is the
+    old word for it)."""
+    labels: str = choice("teacher", "data")
+    """teacher (the backbone's own argmax after the same text, which is what decoding checks draft
+    tokens against; `own` is the old word for it) or data (the token that stands there). Used by
+    loss=ce, and by validation."""
     loss: str = choice("ce", "kl", "topk_kl")
     """ce (cross entropy with the labels), kl (divergence from the backbone's own distribution) or
     topk_kl (the same, from its `top_k` likeliest tokens alone: nearly as cheap as ce)."""
@@ -457,6 +475,8 @@ class TrainConfig:
     """Have torch refuse what is not reproducible bit by bit. A CPU is reproducible without."""
 
     def __post_init__(self) -> None:
+        self.text = _new_word("train.text", self.text, "regenerated")
+        self.labels = _new_word("train.labels", self.labels, "teacher")
         check(self, "train")
         if self.kind == "medusa2":  # its hidden states change from step to step
             self._only("features", "online", "train.kind=medusa2")

@@ -39,7 +39,7 @@ from medusa_exp.data.template import describe
 from medusa_exp.errors import UserError
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import content_key, read_json, sha256_file, write_json
-from medusa_exp.runs.progress import progress_bar
+from medusa_exp.runs.progress import ProgressBar
 
 _CHUNK = 256
 """Conversations that are rendered, tokenised and written together."""
@@ -105,14 +105,14 @@ def write_examples(
     renderer = Renderer(tokenizer, max_length)
     chunks = iter(lambda: list(islice(conversations, _CHUNK)), [])
     work = partial(_documents, renderer, strict)
-    with pa.ipc.new_file(str(path), SCHEMA) as file, progress_bar() as bar:
-        task = bar.add_task("tokenising conversations", total=total)
+    bar = ProgressBar("tokenising conversations", total)
+    with pa.ipc.new_file(str(path), SCHEMA) as file, bar:
         for num_conversations, documents, part in _in_order(work, chunks, num_workers):
             file.write_batch(documents)
             tally.add(part)
             for note in part.notes:  # a worker's log is not seen
                 renderer.template.note(note)
-            bar.advance(task, num_conversations)
+            bar.advance(num_conversations)
     return tally
 
 

@@ -1,4 +1,4 @@
-"""LoRA on the backbone, for Medusa-2: how it is added, and how what comes of it is saved.
+"""LoRA adapters on the backbone, for Medusa-2: add, save and load them.
 
 The saved model lies in the run directory, in `backbone/`, and later stages decode with it.
 """
@@ -31,7 +31,7 @@ def add_adapters(backbone: Backbone, settings: LoraSettings) -> PreTrainedModel:
         )
     if getattr(backbone.model, "is_quantized", False) and settings.output == "merged":
         raise UserError(
-            "train.lora.output=merged: quantised weights cannot take adapters in without loss. Set "
+            "train.lora.output=merged: quantized weights cannot take adapters in without loss. Set "
             "train.lora.output=adapter, or leave model.quantization out."
         )
     try:

@@ -1,30 +1,18 @@
-"""The Medusa-1 loss, without ever holding the logits of all heads.
+"""The Medusa loss: targets, labels of each head, chunks of logits, weights of heads, schedule.
 
-B batch, T time, D hidden, W words that the heads know, K heads, R labelled rows of one head, C rows
-of a chunk, J drafted tokens. `head` counts from 1, as labels and metrics do (0 is the lm_head); `k`
-is an index, from 0, as the heads themselves do.
+    loss = sum_k head_decay^k * CE(head_k(h_t), y_{t+1+k})        k from 1, mean over labelled t
 
-What a head is to say at a position: a token, or the backbone's own next-token distribution.
+h_t is the backbone's last hidden state at position t. The backbone's own lm_head says y_{t+1}, and
+head k the k-th token after that. (Medusa, Cai et al. 2024, equation 1; head_decay^k is lambda_k,
+and the config's `train.decay` is head_decay.) y is the text's token or the backbone's argmax
+(teacher labels); instead of cross entropy there may be the divergence from the backbone's
+distribution. The logits of all heads never exist at once.
 
-The three classes have one interface. `at(index_R)` picks what is to be said after the tokens at
-flat positions b * T + t, as tensors with a row each; `losses(logits_CW, ...)` takes some of these
-rows and returns a loss a row, in nats. A loss computes its chunks twice, so that what is large
-belongs into `losses` and what is small into `at`.
+`head` counts from 1, as labels and metrics do (0 is the lm_head); `k` in code is an index, from 0,
+as the heads themselves do.
 
-B batch, T time, D hidden, V vocabulary, W words that the heads know (V, or fewer of them), R rows,
-C rows of a chunk, J likeliest tokens.
-
-The loss of many rows, of which only some have logits at a time. Two forms of one thing:
-
-recompute    each chunk's logits are computed again in the backward pass
-at_once      each chunk's gradients are computed with its loss, and kept for the backward pass: a
-             quarter less to compute, but only for the heads' own parameters
-
-C rows of a chunk, D hidden, W tokens that the heads know.
-
-What heads are trained to say, and how much it counts: hidden states in, targets and weights out.
-
-B batch, T time, D hidden, V vocabulary, R rows.
+B batch, T time, D hidden, V vocabulary, W tokens of the head vocabulary (V, or fewer of them), K
+heads, R labelled rows of one head, C rows of a chunk, J draft tokens, or likeliest tokens.
 """
 
 import math
@@ -38,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, pad
 from torch.utils.checkpoint import checkpoint
 
+from medusa_exp.config import TrainConfig
 from medusa_exp.data.batching import is_labelled, labelled_index
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
@@ -45,9 +34,98 @@ from medusa_exp.model.heads import MedusaHeads
 
 _ROWS = 1024
 """Rows whose logits of the backbone exist at one time."""
-
 NextLogits = Callable[[Tensor], Tensor]
-"""From hidden_RD to the backbone's logits_RW of the words that the heads know."""
+"""From hidden_RD to the backbone's logits_RW of the head vocabulary."""
+
+
+class Targets(Protocol):
+    """What heads are to predict at a position: a token, or the backbone's distribution.
+
+    What is large belongs into `losses`, which runs chunk by chunk, twice; what is small into `at`.
+    """
+
+    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
+        """Return, with a row each, what follows the tokens at flat positions b * T + t."""
+        ...
+
+    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
+        """Return the loss of each of some rows of `at`, in nats."""
+        ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized: the keys of the config's section `train` that say so; see there."""
+
+    loss: str = "ce"
+    labels: str = "teacher"
+    top_k: int = 16
+    decay: float = 0.8
+    coefficient: float = 1.0
+    coefficient_schedule: str = "constant"
+    chunk_rows: int = 256
+    form: str = "recompute"
+
+    @classmethod
+    def of(cls, settings: TrainConfig) -> "Objective":
+        """Return what the section `train` asks for."""
+        return cls(
+            loss=settings.loss,
+            labels=settings.labels,
+            top_k=settings.top_k,
+            decay=settings.decay,
+            coefficient=settings.coefficient,
+            coefficient_schedule=settings.coefficient_schedule,
+            chunk_rows=settings.loss_chunk_rows,
+            form=settings.loss_form,
+        )
+
+    def labels_of(self, backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+        """Return labels_BT: at each trained position, the token that heads are to predict there."""
+        if self.labels == "teacher":
+            if batch.teacher_BT is not None:
+                return batch.teacher_BT
+            return teacher_labels(backbone, hidden_BTD, batch)
+        return batch.input_ids_BT
+
+    def targets(
+        self, backbone: Backbone, heads: MedusaHeads, hidden_BTD: Tensor, batch: Batch
+    ) -> Targets:
+        """Return what the heads are to predict on a batch."""
+        if self.loss == "ce":
+            return TokenTargets(heads.to_head_vocab(self.labels_of(backbone, hidden_BTD, batch)))
+
+        def next_logits(hidden_RD: Tensor) -> Tensor:
+            return heads.from_head_vocab(backbone.next_logits(hidden_RD))
+
+        if self.loss == "kl":
+            return DistributionTargets(hidden_BTD, next_logits)
+        is_wanted_BT = is_labelled(batch.is_trained_BT, batch.example_BT, 0)
+        return TopTargets(hidden_BTD, is_wanted_BT, next_logits, self.top_k)
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Return what the heads' loss is multiplied by at an optimizer step (from 0)."""
+        progress = min(1.0, (step + 1) / max_steps)
+        share = {
+            "constant": 1.0,
+            "linear": progress,
+            "sine": math.sin(0.5 * math.pi * progress),
+        }[self.coefficient_schedule]
+        return self.coefficient * share
+
+
+@torch.no_grad()
+def teacher_labels(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    """Return labels_BT: in place of each trained token, the backbone's argmax there.
+
+    Decoding compares draft tokens with this, not with the data: where a text takes a turn that the
+    backbone would not take, its token is noise to the heads.
+    """
+    index_R = labelled_index(batch.is_trained_BT, batch.example_BT, 0)
+    hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
+    labels = batch.input_ids_BT.flatten().clone()
+    labels[index_R + 1] = teacher_argmax(backbone.next_logits, hidden_RD)
+    return labels.view_as(batch.input_ids_BT)
 
 
 @torch.no_grad()
@@ -57,23 +135,137 @@ def teacher_argmax(next_logits: NextLogits, hidden_RD: Tensor) -> Tensor:
     return torch.cat(chunks)
 
 
-class Targets(Protocol):
-    """What the heads are to say."""
+@dataclass
+class HeadLoss:
+    """One head's loss on one batch, summed over its R labelled positions."""
 
-    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
-        """Return what is to be said after the tokens at these flat positions."""
-        ...
+    loss_sum: Tensor
+    num_labels: int
 
-    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
-        """Return the loss of each row, in nats."""
-        ...
+
+def medusa_losses(
+    heads: MedusaHeads,
+    hidden_BTD: Tensor,
+    targets: Targets,
+    is_trained_BT: Tensor,
+    example_BT: Tensor,
+    input_ids_BT: Tensor,
+    *,
+    chunk_rows: int,
+    form: str = "recompute",
+) -> list[HeadLoss]:
+    """Compute every head's loss, summed, in nats.
+
+    Only labelled rows are projected, and at most `chunk_rows` x W logits exist at once.
+
+    Args:
+        heads: K of them, of any family.
+        hidden_BTD: what they read: `heads_input` of the backbone's hidden states.
+        targets: what they are to predict, in the head vocabulary.
+        is_trained_BT: which tokens are the assistant's.
+        example_BT: the example of each token in its row; no label crosses from one to the next.
+        input_ids_BT: the text, which sequential heads see.
+        chunk_rows: C.
+        form: recompute or at_once, see `chunked_loss`.
+    """
+    results = []
+    for k in range(heads.num_heads):
+        index_R = labelled_index(is_trained_BT, example_BT, k + 1)
+        inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
+        # The head at index k is head k+1: at t it predicts what follows token t+k+1.
+        wanted = targets.at(index_R + k + 1)
+        logits_of = partial(heads.head_logits, k)
+        parameters = heads.head_parameters(k) if form == "at_once" else ()
+        loss_sum = chunked_loss(logits_of, targets, inputs, wanted, chunk_rows, parameters)
+        results.append(HeadLoss(loss_sum, len(index_R)))
+    return results
+
+
+def head_arguments(
+    heads: MedusaHeads, k: int, index_R: Tensor, hidden_BTD: Tensor, input_ids_BT: Tensor
+) -> tuple[Tensor, ...]:
+    """Return what `head_logits` takes besides k: (hidden_RD,), and draft_RJ if it is sequential.
+
+    Such heads see the text's own tokens as their draft tokens.
+
+    Args:
+        heads: of any family.
+        k: which head.
+        index_R: flat positions b * T + t.
+        hidden_BTD: what the heads read.
+        input_ids_BT: the text.
+    """
+    hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
+    if not heads.is_sequential:
+        return (hidden_RD,)
+    next_J = torch.arange(1, k + 2, device=index_R.device)
+    return hidden_RD, input_ids_BT.flatten()[index_R[:, None] + next_J]
+
+
+def head_labels(
+    input_ids_BT: Tensor, is_trained_BT: Tensor, example_BT: Tensor, head: int
+) -> tuple[Tensor, Tensor]:
+    """Return (index_R, labels_R) of a head: its label at t is token t+1+head."""
+    index_R = labelled_index(is_trained_BT, example_BT, head)
+    return index_R, input_ids_BT.flatten()[index_R + 1 + head]
+
+
+def medusa_loss(
+    losses: list[HeadLoss], decay: float, totals: Sequence[int] | None = None
+) -> Tensor:
+    """Return the sum over heads of decay**head times its mean loss (Medusa, equation 1).
+
+    Args:
+        losses: of the heads on a batch.
+        decay: head_decay, whose powers are the lambdas.
+        totals: what each head's sum is divided by, where this batch is a part of a larger one; by
+            default its own labels. A head without a label contributes zero, not NaN.
+    """
+    if totals is None:
+        totals = [loss.num_labels for loss in losses]
+    terms = [
+        decay**head * loss.loss_sum / max(total, 1)
+        for head, (loss, total) in enumerate(zip(losses, totals, strict=True), 1)
+    ]
+    return torch.stack(terms).sum()
+
+
+@torch.no_grad()
+def medusa_counts(
+    heads: MedusaHeads,
+    hidden_BTD: Tensor,
+    labels_BT: Tensor,
+    is_trained_BT: Tensor,
+    example_BT: Tensor,
+    input_ids_BT: Tensor,
+    *,
+    chunk_rows: int,
+) -> Tensor:
+    """Return, for validation, counts_K4 in float64: loss summed in nats, and the numbers of labels
+    that a head ranked first, that it ranked among its first five, and of all.
+
+    A label outside the head vocabulary adds no loss, and is never hit.
+    """
+    counts_K4 = torch.zeros(heads.num_heads, 4, dtype=torch.float64, device=hidden_BTD.device)
+    labels_BT = heads.to_head_vocab(labels_BT)
+    for k in range(heads.num_heads):
+        index_R, labels_R = head_labels(labels_BT, is_trained_BT, example_BT, k + 1)
+        inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
+        chunks = [part.split(chunk_rows) for part in (labels_R, *inputs)]
+        for labels_C, *inputs_C in zip(*chunks, strict=True):
+            logits_CW = heads.head_logits(k, *inputs_C).float()
+            hits_C5 = logits_CW.topk(5).indices == labels_C[:, None]
+            loss = cross_entropy(logits_CW, labels_C, reduction="sum")
+            labels = torch.tensor(len(labels_C), device=loss.device)
+            counts_K4[k] += torch.stack([loss, hits_C5[:, 0].sum(), hits_C5.sum(), labels])
+    return counts_K4
 
 
 class TokenTargets:
     """Cross entropy with a token."""
 
     def __init__(self, labels_BT: Tensor) -> None:
-        """Take, at each place, the token to be said there."""
+        """Take, at each position, the token to be predicted there."""
         self.labels = labels_BT.flatten()
 
     def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
@@ -131,8 +323,8 @@ class TopTargets:
     def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
         """Return KL(truncated backbone || head) of each row."""
         tokens_CJ, log_probs_CJ = rows
-        said_CJ = logits_CW.gather(1, tokens_CJ) - logits_CW.logsumexp(-1, keepdim=True)
-        return (log_probs_CJ.exp() * (log_probs_CJ - said_CJ)).sum(-1)
+        head_CJ = logits_CW.gather(1, tokens_CJ) - logits_CW.logsumexp(-1, keepdim=True)
+        return (log_probs_CJ.exp() * (log_probs_CJ - head_CJ)).sum(-1)
 
 
 def chunked_loss(
@@ -143,11 +335,15 @@ def chunked_loss(
     chunk_rows: int,
     parameters: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Return the loss of all rows, summed.
+    """Return the loss of all rows, summed; only some of them have logits at a time.
+
+    Two forms of one thing: `recompute` computes each chunk's logits again in the backward pass;
+    `at_once` computes each chunk's gradients with its loss, and keeps them for the backward pass: a
+    quarter less to compute, but only for the heads' own parameters.
 
     Args:
         logits_of: from rows of `inputs` to logits_CW.
-        targets: what the rows are to say.
+        targets: what the rows are to predict.
         inputs: tensors with a row each.
         wanted: the rows of `targets`.
         chunk_rows: C.
@@ -192,7 +388,7 @@ class _AtOnce(torch.autograd.Function):
             gradients = torch.autograd.grad(loss, parameters)
             losses.append(loss.detach())
             if sums:
-                torch._foreach_add_(sums, gradients)
+                torch._foreach_add_(sums, gradients)  # private: torch 2.13
             else:
                 sums = [gradient.contiguous() for gradient in gradients]
         torch.clear_autocast_cache()  # else the next head finds this one's weights there too
@@ -203,192 +399,5 @@ class _AtOnce(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients, times that of the sum."""
         gradients, ctx.gradients = ctx.gradients, None
-        torch._foreach_mul_(gradients, grad_outputs[0])
+        torch._foreach_mul_(gradients, grad_outputs[0])  # private: torch 2.13
         return (None, None, *gradients)
-
-
-@dataclass
-class HeadLoss:
-    """One head's loss on one batch, summed over its R labelled positions."""
-
-    loss_sum: Tensor
-    num_labels: int
-
-
-def head_labels(
-    input_ids_BT: Tensor, is_trained_BT: Tensor, example_BT: Tensor, head: int
-) -> tuple[Tensor, Tensor]:
-    """Return (index_R, labels_R) of a head: its label at t is token t+1+head."""
-    index_R = labelled_index(is_trained_BT, example_BT, head)
-    return index_R, input_ids_BT.flatten()[index_R + 1 + head]
-
-
-def medusa_losses(
-    heads: MedusaHeads,
-    hidden_BTD: Tensor,
-    targets: Targets,
-    is_trained_BT: Tensor,
-    example_BT: Tensor,
-    input_ids_BT: Tensor,
-    *,
-    chunk_rows: int,
-    form: str = "recompute",
-) -> list[HeadLoss]:
-    """Compute every head's loss, summed, in nats.
-
-    Only labelled rows are projected, and at most `chunk_rows` x W logits exist at once.
-
-    Args:
-        heads: K of them, of any family.
-        hidden_BTD: what they read: `heads_input` of the backbone's hidden states.
-        targets: what they are to say, by the words that they know.
-        is_trained_BT: which tokens are the assistant's.
-        documents_BT: the document of each token in its row; no label crosses from one to the next.
-        input_ids_BT: the text, which sequential heads see.
-        chunk_rows: C.
-        form: of `train.loss_form`, see `chunks.py`.
-    """
-    results = []
-    for k in range(heads.num_heads):
-        index_R = labelled_index(is_trained_BT, example_BT, k + 1)
-        inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
-        # The head at index k is head k+1: at t it is to say what is to be said after token t+k+1.
-        wanted = targets.at(index_R + k + 1)
-        logits_of = partial(heads.head_logits, k)
-        parameters = heads.head_parameters(k) if form == "at_once" else ()
-        loss_sum = chunked_loss(logits_of, targets, inputs, wanted, chunk_rows, parameters)
-        results.append(HeadLoss(loss_sum, len(index_R)))
-    return results
-
-
-def head_arguments(
-    heads: MedusaHeads, k: int, index_R: Tensor, hidden_BTD: Tensor, input_ids_BT: Tensor
-) -> tuple[Tensor, ...]:
-    """Return what `head_logits` takes besides k: (hidden_RD,), and drafted_RJ if it is sequential.
-
-    Such heads see the text's own tokens as if they had been drafted.
-
-    Args:
-        heads: of any family.
-        k: which head.
-        index_R: flat positions b * T + t.
-        hidden_BTD: what the heads read.
-        input_ids_BT: the text.
-    """
-    hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
-    if not heads.is_sequential:
-        return (hidden_RD,)
-    next_J = torch.arange(1, k + 2, device=index_R.device)
-    return hidden_RD, input_ids_BT.flatten()[index_R[:, None] + next_J]
-
-
-def medusa_loss(
-    losses: list[HeadLoss], decay: float, totals: Sequence[int] | None = None
-) -> Tensor:
-    """Return the sum over heads of decay**head times its mean loss (Medusa, equation 1).
-
-    Args:
-        losses: of the heads on a batch.
-        decay: its powers are the lambdas.
-        totals: what each head's sum is divided by, where this batch is a part of a larger one; by
-            default its own labels. A head without a label contributes zero, not NaN.
-    """
-    if totals is None:
-        totals = [loss.num_labels for loss in losses]
-    terms = [
-        decay**head * loss.loss_sum / max(total, 1)
-        for head, (loss, total) in enumerate(zip(losses, totals, strict=True), 1)
-    ]
-    return torch.stack(terms).sum()
-
-
-@torch.no_grad()
-def medusa_counts(
-    heads: MedusaHeads,
-    hidden_BTD: Tensor,
-    labels_BT: Tensor,
-    is_trained_BT: Tensor,
-    example_BT: Tensor,
-    input_ids_BT: Tensor,
-    *,
-    chunk_rows: int,
-) -> Tensor:
-    """Return, for validation, counts_K4 in float64: loss summed in nats, and the numbers of labels
-    that a head ranked first, that it ranked among its first five, and of all.
-
-    A label that the heads do not know adds no loss, and is never hit.
-    """
-    counts_K4 = torch.zeros(heads.num_heads, 4, dtype=torch.float64, device=hidden_BTD.device)
-    words_BT = heads.to_head_vocab(labels_BT)
-    for k in range(heads.num_heads):
-        index_R, labels_R = head_labels(words_BT, is_trained_BT, example_BT, k + 1)
-        inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
-        chunks = [part.split(chunk_rows) for part in (labels_R, *inputs)]
-        for labels_C, *inputs_C in zip(*chunks, strict=True):
-            logits_CW = heads.head_logits(k, *inputs_C).float()
-            hits_C5 = logits_CW.topk(5).indices == labels_C[:, None]
-            loss = cross_entropy(logits_CW, labels_C, reduction="sum")
-            labels = torch.tensor(len(labels_C), device=loss.device)
-            counts_K4[k] += torch.stack([loss, hits_C5[:, 0].sum(), hits_C5.sum(), labels])
-    return counts_K4
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The keys of `train` that say what is minimised; see there."""
-
-    loss: str = "ce"
-    labels: str = "own"
-    top_k: int = 16
-    decay: float = 0.8
-    coefficient: float = 1.0
-    coefficient_schedule: str = "constant"
-    chunk_rows: int = 256
-    form: str = "recompute"
-
-    def labels_of(self, backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
-        """Return [B, T], at each trained place, the token that heads are to say there."""
-        if self.labels == "own":
-            if batch.teacher_BT is not None:
-                return batch.teacher_BT
-            return teacher_labels(backbone, hidden_BTD, batch)
-        return batch.input_ids_BT
-
-    def targets(
-        self, backbone: Backbone, heads: MedusaHeads, hidden_BTD: Tensor, batch: Batch
-    ) -> Targets:
-        """Return what the heads are to say on a batch."""
-        if self.loss == "ce":
-            return TokenTargets(heads.to_head_vocab(self.labels_of(backbone, hidden_BTD, batch)))
-
-        def next_logits(hidden_RD: Tensor) -> Tensor:
-            return heads.from_head_vocab(backbone.next_logits(hidden_RD))
-
-        if self.loss == "kl":
-            return DistributionTargets(hidden_BTD, next_logits)
-        is_wanted_BT = is_labelled(batch.is_trained_BT, batch.example_BT, 0)
-        return TopTargets(hidden_BTD, is_wanted_BT, next_logits, self.top_k)
-
-    def factor(self, step: int, max_steps: int) -> float:
-        """Return what the heads' loss is multiplied by at an optimiser step (from 0)."""
-        progress = min(1.0, (step + 1) / max_steps)
-        share = {
-            "constant": 1.0,
-            "linear": progress,
-            "sine": math.sin(0.5 * math.pi * progress),
-        }[self.coefficient_schedule]
-        return self.coefficient * share
-
-
-@torch.no_grad()
-def teacher_labels(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
-    """Return in place of each trained token [B, T] what the backbone says there, the likeliest one.
-
-    Decoding compares guesses with this, not with the data: where a text takes a turn that the
-    backbone would not take, its token is noise to the heads.
-    """
-    index_R = labelled_index(batch.is_trained_BT, batch.example_BT, 0)
-    hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
-    labels = batch.input_ids_BT.flatten().clone()
-    labels[index_R + 1] = teacher_argmax(backbone.next_logits, hidden_RD)
-    return labels.view_as(batch.input_ids_BT)

@@ -1,8 +1,6 @@
-"""How near a model's own words are to given ones: its loss and its first choices on them.
+"""How well heads or a model predict given text: ranks of the tokens, loss and first choices.
 
-An answer of the backbone's in; which guess of each head came true out.
-
-P positions, D hidden, K heads, C positions of a chunk, R ranks.
+P positions of a response, D hidden, K heads, C positions of a chunk, R ranks.
 """
 
 from collections.abc import Sequence
@@ -18,6 +16,9 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.loss import head_labels
 from medusa_exp.runs.progress import track
+
+CHUNK = 256
+"""Positions whose logits exist at one time."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,20 @@ def measure_agreement(backbone: Backbone, examples: Sequence[Example], what: str
     return Agreement(loss_sum / number, num_hits / number, num_tokens)
 
 
-CHUNK = 256
-"""Positions whose logits exist at one time."""
-
-
 @torch.no_grad()
 def answer_ranks(
     heads: MedusaHeads, tokens_P: Tensor, hidden_PD: Tensor, max_rank: int
 ) -> np.ndarray:
-    """Return ranks_PK: where token t of the answer is certain, the rank of token t+k to head k.
+    """Return ranks_PK: where token t of a response is certain, the rank of token t+k to head k.
 
-    What is not among the first `max_rank` guesses, or stands beyond the answer's end, has rank
-    `max_rank`.
+    What is not among a head's `max_rank` likeliest tokens, or stands beyond the response's end, has
+    rank `max_rank`.
 
     Args:
-        heads: of any family; sequential ones see the answer's own tokens as drafted.
-        tokens_P: the answer.
-        hidden_PD: the states from which the backbone said each token.
-        max_rank: how many guesses count.
+        heads: of any family; sequential ones see the response's own tokens as their draft tokens.
+        tokens_P: the response.
+        hidden_PD: the states from which the backbone chose each token.
+        max_rank: how many draft tokens of a head count.
     """
     labels_P = heads.to_head_vocab(tokens_P)
     ranks_PK = torch.full((len(labels_P), heads.num_heads), max_rank)

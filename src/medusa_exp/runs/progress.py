@@ -1,13 +1,10 @@
-"""The progress of long work, how far, how fast, how long still: a bar, or lines of a log.
-
-Where nobody watches a terminal (a pipe, CI), a line now and then says it: silence looks like death.
-"""
+"""A progress bar on a terminal; a logged line each half minute elsewhere, where rich shows none."""
 
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -16,7 +13,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -26,56 +22,51 @@ log = logging.getLogger(__name__)
 
 BETWEEN_LINES = 30.0
 """Seconds."""
-
 T = TypeVar("T")
 
 
-class _Progress(Progress):
-    """Rich's progress; off a terminal, where that draws nothing before the end, it logs lines."""
+class ProgressBar:
+    """How far long work is, how fast, and how long still: `with ProgressBar(...) as bar`."""
 
-    _last_line = 0.0
-
-    def start(self) -> None:
+    def __init__(self, what: str, total: int | None, completed: int = 0) -> None:
+        remaining = TimeRemainingColumn(elapsed_when_finished=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+        # On stderr: what is redirected should hold results.
+        self._rich = Progress(*columns, remaining, console=Console(stderr=True))
+        self._task = self._rich.add_task(what, total=total, completed=completed)
         self._last_line = time.monotonic()
-        super().start()
 
-    def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        super().advance(task_id, advance)
+    def __enter__(self) -> "ProgressBar":
+        self._rich.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._rich.stop()
+
+    def advance(self, number: float = 1) -> None:
+        """Count so many more as done."""
+        self._rich.advance(self._task, number)
         now = time.monotonic()
-        if not self.console.is_terminal and now - self._last_line >= BETWEEN_LINES:
+        if not self._rich.console.is_terminal and now - self._last_line >= BETWEEN_LINES:
             self._last_line = now
-            log.info("%s", describe(self._tasks[task_id]))
+            log.info("%s", describe(self._rich.tasks[0]))
 
 
-def progress_bar() -> Progress:
-    """Return rich's context of a bar, to be given a task: `add_task(description, total=...)`."""
-    # On stderr: what is redirected should hold results.
-    return _Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
-    )
-
-
-def track(things: Sequence[T], description: str) -> Iterator[T]:
+def track(things: Sequence[T], what: str) -> Iterator[T]:
     """Yield things, with a bar."""
-    with progress_bar() as bar:
-        yield from bar.track(things, description=description)
+    with ProgressBar(what, len(things)) as bar:
+        for thing in things:
+            yield thing
+            bar.advance()
 
 
 def describe(task: Task) -> str:
     """Return how far a task is: `training: 300 of 2,000, 14/s, 0:02:05 left`."""
     total = "" if task.total is None else f" of {task.total:,.0f}"
+    done = f"{task.description}: {task.completed:,.0f}{total}"
     left = task.time_remaining
-    words = [
-        f"{task.description}: {task.completed:,.0f}{total}",
-        rate(task.finished_speed or task.speed),
-        "" if left is None else f"{timedelta(seconds=int(left))} left",
-    ]
-    return ", ".join(filter(None, words))
+    time_left = "" if left is None else f"{timedelta(seconds=int(left))} left"
+    return ", ".join(filter(None, (done, rate(task.finished_speed or task.speed), time_left)))
 
 
 def rate(speed: float | None) -> str:

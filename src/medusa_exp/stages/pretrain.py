@@ -1,11 +1,7 @@
-"""Stage pretrain: a data set in; a tokenizer and a small Llama, as a Hugging Face directory, out.
+"""Stage pretrain: a tokenizer and a small Llama, trained from scratch on the data set.
 
-The directory lies in the cache, under a hash of all that made it: runs that ask for the same model
-share it. From here on it is treated like any user's model.
-
-Conversations in, a tokenizer with role marks and a chat template out.
-
-A small Llama, and what Lightning trains of it from scratch: all.
+Both lie in the cache as one Hugging Face directory, under a key of all that made them: runs that
+ask for the same model share it. From here on it is treated like any user's model.
 
 B batch, T time, V vocabulary.
 """
@@ -16,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -27,10 +22,12 @@ from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.datamodule import Batch, Batches
 from medusa_exp.errors import UserError
 from medusa_exp.model.loading import pick_device
-from medusa_exp.runs.files import publish
+from medusa_exp.runs.cache import entry
 from medusa_exp.stages.session import Session
 from medusa_exp.train.optimizer import scheduled
 from medusa_exp.train.trainer import build_trainer, pick_precision
+
+log = logging.getLogger(__name__)
 
 _END = "<|end|>"
 _ROLE_MARKS = ["<|system|>", "<|user|>", "<|assistant|>"]
@@ -43,6 +40,67 @@ _CHAT_TEMPLATE = """\
 <|assistant|>
 {% endif -%}
 """
+
+
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
+    """Pretrain the model that the config names, unless the cache has it."""
+    session = session or Session(config, out)
+    if config.model.kind != "tiny" or config.tokenizer.kind != "trained":
+        raise UserError("stage pretrain makes model=tiny with tokenizer=trained: set both.")
+    name = session.tiny.name
+    with entry(config.cache_dir, "pretrained", name, _is_whole) as (path, partial):
+        if partial is None:
+            log.info("the pretrained model is in the cache: %s", path)
+            return {}
+        L.seed_everything(config.seed, verbose=False)
+        tokenizer = train_tokenizer(session.split("train"), config.tokenizer.vocab_size)
+        model, loss = _pretrain(config, out, tokenizer, session)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    log.info("pretrained model written to %s", path)
+    return {"pretrain/loss": loss}
+
+
+def _is_whole(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _pretrain(
+    config: Config,
+    out: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    session: Session,
+) -> tuple[LlamaForCausalLM, float]:
+    settings = config.model.pretrain
+    limit = min(config.dataset.max_length, settings.max_position_embeddings)
+    documents = session.tokenized(tokenizer, limit)
+    documents.log()
+    model = build_llama(settings, len(tokenizer), tokenizer.eos_token_id)
+    module = LanguageModelModule(
+        model,
+        learning_rate=settings.learning_rate,
+        warmup_fraction=settings.warmup_fraction,
+        max_steps=settings.max_steps,
+    )
+    batches = Batches(
+        documents.split("train"),
+        None,
+        batching="padded",
+        batch_tokens=settings.batch_tokens,
+        row_tokens=limit,
+        seed=config.seed,
+    )
+    device = pick_device(config.device)
+    trainer = build_trainer(
+        device,
+        out,
+        "pretrain",
+        session.log_step,
+        max_steps=settings.max_steps,
+        precision=pick_precision(config.dtype.precision, device),
+    )
+    trainer.fit(module, datamodule=batches)
+    return model.cpu(), float(trainer.logged_metrics["pretrain/loss"])
 
 
 def train_tokenizer(conversations: list[Conversation], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -130,67 +188,6 @@ class LanguageModelModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm; Lightning's own clipping takes a fused optimiser for one that unscales."""
+        """Clip by norm; Lightning's own clipping takes a fused optimizer for one that unscales."""
         assert gradient_clip_val is not None
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
-
-
-log = logging.getLogger(__name__)
-
-
-def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
-    """Pretrain the model that the config names, unless the cache has it."""
-    session = session or Session(config, out)
-    if config.model.kind != "tiny" or config.tokenizer.kind != "trained":
-        raise UserError("stage pretrain makes model=tiny with tokenizer=trained: set both.")
-    path = session.tiny
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of a sweep ask for the same model
-        if (path / "config.json").is_file():
-            log.info("the pretrained model is in the cache: %s", path)
-            return {}
-        return _make(config, out, path, session)
-
-
-def _make(config: Config, out: Path, path: Path, session: Session) -> dict[str, float]:
-    L.seed_everything(config.seed, verbose=False)
-    tokenizer = train_tokenizer(session.split("train"), config.tokenizer.vocab_size)
-    model, loss = _pretrain(config, out, tokenizer, session)
-    with publish(path) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    log.info("pretrained model written to %s", path)
-    return {"pretrain/loss": loss}
-
-
-def _pretrain(
-    config: Config,
-    out: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    session: Session,
-) -> tuple[LlamaForCausalLM, float]:
-    settings = config.model.pretrain
-    limit = min(config.dataset.max_length, settings.max_position_embeddings)
-    documents = session.tokenized(tokenizer, limit)
-    documents.log()
-    model = build_llama(settings, len(tokenizer), tokenizer.eos_token_id)
-    module = LanguageModelModule(
-        model,
-        learning_rate=settings.learning_rate,
-        warmup_fraction=settings.warmup_fraction,
-        max_steps=settings.max_steps,
-    )
-    batches = Batches(
-        documents.split("train"),
-        None,
-        batching="padded",
-        batch_tokens=settings.batch_tokens,
-        row_tokens=limit,
-        seed=config.seed,
-    )
-    precision = pick_precision(config, pick_device(config.device))
-    trainer = build_trainer(
-        config, out, "pretrain", session.log_step, max_steps=settings.max_steps, precision=precision
-    )
-    trainer.fit(module, datamodule=batches)
-    return model.cpu(), float(trainer.logged_metrics["pretrain/loss"])

@@ -6,6 +6,7 @@ Here the whole `Config` is taken apart; what loads data and models knows of its 
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
@@ -33,6 +34,7 @@ class Session:
         self.config, self.out, self.log_step = config, out, log_step
         self.notes = Notes()
         """Of the stage that is running."""
+        self._backbone: tuple[Path | None, Backbone] | None = None
 
     def sources(self) -> list[Source]:
         """Open the data set, and note what it is made of."""
@@ -90,19 +92,29 @@ class Session:
         return load_tokenizer(self.spec)
 
     def backbone(self, *, is_adapted: bool = True) -> Backbone:
-        """Load the backbone; see `model.loading.load_backbone`.
+        """Load the backbone, or return the one that is loaded; see `model.loading.load_backbone`.
 
         Where this run has adapted it (train=medusa2), that is its own, unless `is_adapted` is
-        false.
+        false. One is kept at a time. Nobody may change it: who has to, calls `forget_backbone`.
         """
         config, spec = self.config, self.spec
         if spec.tiny is not None:
             self.notes.add_inputs(model=spec.tiny.name)
-        own = (
-            adapted_path(config.run_dir) if is_adapted and config.train.kind == "medusa2" else None
-        )
-        backbone = load_backbone(spec, own)
-        backbone.decodes_statically = (
-            backbone.device.type == "cuda" and config.decode.cuda_graph and not backbone.is_spread
-        )
-        return backbone
+        is_joint = is_adapted and config.train.kind == "medusa2"
+        place = adapted_path(config.run_dir) if is_joint else None
+        if self._backbone is None or self._backbone[0] != place:
+            self.forget_backbone()
+            backbone = load_backbone(spec, place)
+            backbone.decodes_statically = (
+                backbone.device.type == "cuda"
+                and config.decode.cuda_graph
+                and not backbone.is_spread
+            )
+            self._backbone = place, backbone
+        return self._backbone[1]
+
+    def forget_backbone(self) -> None:
+        """Keep the backbone no longer, and free its memory: a later stage loads one anew."""
+        if self._backbone is not None:
+            self._backbone = None
+            torch.cuda.empty_cache()  # for other processes too

@@ -1,13 +1,14 @@
-"""Stage train: data set and backbone in, `heads/` out.
+"""Stage train: train heads on a data set for a backbone, and write `heads/`.
 
-Config in; all that heads are trained on out: backbone, documents, hidden states, answers.
-
-Config and inputs in; the heads, and what Lightning trains, out.
+A recipe, from top to bottom: open what heads are trained on (`open_inputs`), build heads and module
+(`start_heads`, `build_module`), fit (`fit`), save. It runs in this process, or in several, each of
+which runs all of it (`train/launch.py`).
 """
 
 import logging
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,40 +22,109 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config
+from medusa_exp.config import Config, from_dict, to_dict
 from medusa_exp.data.datamodule import Batches
 from medusa_exp.data.examples import Examples
 from medusa_exp.data.feature_cache import Features
 from medusa_exp.data.prompts import Prompt, prompts_of
 from medusa_exp.decode.compatibility import check_tree_attention
+from medusa_exp.decode.settings import limits_of
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, find_heads, load_heads, save_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads
-from medusa_exp.model.loading import load_ends
-from medusa_exp.model.loss import Objective
+from medusa_exp.model.loading import load_backbone, load_ends, pick_device
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
+from medusa_exp.stages.regenerate import key_of_responses
 from medusa_exp.stages.session import Session
 from medusa_exp.tracking.history import StepLogger
 from medusa_exp.train.acceptance import (
     HeldOutResponse,
     held_out_responses,
     respond_to_prompts,
+    responses_key,
 )
 from medusa_exp.train.callbacks import BestHeads, EMAHeads, TrainingPreview
-from medusa_exp.train.checkpointing import CHECKPOINT, Checkpoints, checkpoint_to_resume, made_with
+from medusa_exp.train.checkpointing import (
+    CHECKPOINT,
+    Checkpoints,
+    checkpoint_to_resume,
+    training_key,
+)
 from medusa_exp.train.failures import BadLoss, explain_memory, memory_of_training
 from medusa_exp.train.launch import main, ray_parts, train_in_processes, train_on_ray
-from medusa_exp.train.module import JointModule, MedusaModule
-from medusa_exp.train.precompute import known_fingerprints, note_fingerprints, open_features
+from medusa_exp.train.module import JointLoss, MedusaModule
+from medusa_exp.train.precompute import (
+    FeatureSettings,
+    features_key,
+    fingerprint_note,
+    known_fingerprints,
+    note_fingerprints,
+    open_features,
+)
 from medusa_exp.train.regenerated import open_regenerated
 from medusa_exp.train.trainer import build_trainer, pick_precision, shard_layers
 
 log = logging.getLogger(__name__)
+
+_LOCK = ".train.lock"
+_NUM_DOCUMENTS = 64
+"""Held-out documents that say how far an adapted backbone has come from what it was."""
+
+
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
+    """Train heads, from the newest checkpoint of this run directory where there is one.
+
+    Raises:
+        UserError: another process trains there: each would write over the other's checkpoints.
+    """
+    session, settings = session or Session(config, out), config.train
+    try:
+        with FileLock(out / _LOCK, timeout=0):
+            if settings.strategy == "auto":
+                return train(session)
+            session.forget_backbone()  # each process loads its own
+            job = to_dict(config), out, settings, session.notes
+            if settings.strategy == "ray":
+                use_gpu = pick_device(config.device).type == "cuda"
+                return train_on_ray(train_as_worker, *job, use_gpu=use_gpu)
+            return train_in_processes(__spec__.name, *job)
+    except Timeout as error:
+        raise UserError(
+            f"another process is training in {out}: wait for it, or choose another run_dir."
+        ) from error
+
+
+def train_as_worker(config: dict[str, Any], out: Path, notes: Notes) -> dict[str, float]:
+    """Train in this process as one of several, of which the first alone is asked for its notes."""
+    session = Session(from_dict(config), out)
+    session.notes = notes
+    return train(session)
+
+
+def train(session: Session) -> dict[str, float]:
+    """Train in this process, alone or as one of several; return the metrics."""
+    config, out = session.config, session.out
+    with explain_memory(memory_of_training(config.train)):
+        L.seed_everything(config.seed, verbose=False)
+        inputs = open_inputs(session)
+        heads = start_heads(config, inputs)
+        batches = inputs.batches(config)
+        max_steps = _num_steps(config, batches)
+        log.info("%s; %d steps", heads.describe(), max_steps)
+        module = build_module(config, inputs, heads, max_steps)
+        metrics = fit(config, out, module, batches, session)
+        if rank_zero_only.rank == 0:
+            if module.joint is not None:
+                metrics |= finish_joint(config, out, module, inputs)
+            save_heads(heads, out / "heads")
+            save_tokenizer(inputs.tokenizer, session.spec, out / "heads")
+            log.info("heads written to %s", out / "heads")
+        return metrics
 
 
 @dataclass
@@ -67,14 +137,14 @@ class Inputs:
     documents: dict[str, Examples]
     """Of `train`, and of `val` if there is a validation."""
     data_key: str
-    """Names all documents: those of the data, or the backbone's own answers to them."""
+    """Names all documents: those of the data, or with regenerated responses in them."""
     row_tokens: int
     """The length limit of documents."""
     features: dict[str, Features]
     """Their hidden states, with train.features=cache."""
     prompts: list[Prompt]
     """Held-out ones, for `acceptance`."""
-    answers: list[HeldOutResponse]
+    responses: list[HeldOutResponse]
     """The backbone's to them."""
 
     def token_counts(self) -> Tensor:
@@ -102,67 +172,111 @@ class Inputs:
         )
 
 
-class _Backbones:
-    """The backbone with as little of it as there is need for."""
-
-    def __init__(self, session: Session) -> None:
-        self.session, self.config = session, session.config
-        self._files = session.spec.files_fingerprint()
-
-    @cached_property
-    def ends(self) -> Backbone:
-        """Without its layers, if it is known from before and hidden states are cached."""
-        known = known_fingerprints(self.config, self._files)
-        if self.config.train.features == "cache" and known is not None:
-            return load_ends(self.session.spec, *known)
-        return self.body()
-
-    @cached_property
-    def _whole(self) -> Backbone:
-        backbone = self.session.backbone(is_adapted=False)
-        check_tree_attention(backbone)  # now, and not when its heads are there
-        note_fingerprints(self.config, self._files, backbone)
-        return backbone
-
-    def body(self) -> Backbone:
-        """With them."""
-        return self._whole
-
-
 def open_inputs(session: Session) -> Inputs:
-    """Load, or make and keep, all that heads are trained on."""
-    config, out = session.config, session.out
-    backbones = _Backbones(session)
-    backbone = backbones.ends
-    tokenizer = session.tokenizer()
+    """Load, or make and keep, all that heads are trained on.
+
+    Raises:
+        UserError: the backbone cannot be decoded with trees, or something is not there.
+    """
+    config = session.config
+    opener = _BackboneOpener(session)
+    backbone, tokenizer = opener.ends, session.tokenizer()
     row_tokens = min(config.dataset.max_length, backbone.max_length)
-    tokenised = session.tokenized(tokenizer, row_tokens)
-    tokenised.log()
-    if rank_zero_only.rank == 0:
-        known = read_json(out / "data.json", {})  # with what stage inspect has found, if it has
-        same = known if known.get("key") == tokenised.summary["key"] else {}
-        write_json(out / "data.json", {**same, **tokenised.summary})
-    documents: dict[str, Examples] = {}
-    if config.train.text == "own":
-        data_key, *both = open_regenerated(config, tokenised, backbone, tokenizer)
-        documents = {name: one for name, one in zip(("train", "val"), both, strict=True) if one}
-    else:
-        data_key, documents["train"] = tokenised.summary["key"], tokenised.split("train")
-        if config.dataset.val_fraction:
-            documents["val"] = tokenised.split("val")
+    data_key, documents = _open_documents(session, backbone, tokenizer, row_tokens)
     features: dict[str, Features] = {}
     if config.train.features == "cache":
-        features = open_features(
-            config, session.spec, documents, data_key, backbone, backbones.body
-        )
+        features = _open_features(config, documents, data_key, opener)
         session.notes.add(features={split: found.path.name for split, found in features.items()})
     elif config.train.batching == "packed":
         backbone.check_packing()
     if config.train.loss != "ce":
         backbone.check_next_logits()
     prompts = _held_out_prompts(session, tokenizer, backbone)
-    answers = held_out_responses(config, tokenizer, prompts, backbone, backbones.body)
-    return Inputs(backbone, tokenizer, documents, data_key, row_tokens, features, prompts, answers)
+    limits = limits_of(config, backbone, tokenizer)
+    key = responses_key(prompts, limits, backbone, config.model.attn_implementation)
+    responses = held_out_responses(config.cache_dir, key, prompts, limits, backbone, opener.whole)
+    changes = config.train.kind == "medusa2" or config.train.compile
+    if changes or config.train.strategy == "fsdp" or not backbone.has_body:
+        session.forget_backbone()
+    # With cached states one process may have come late enough to need no layer, and not another.
+    if config.train.strategy == "fsdp" and config.train.features == "online":
+        session.notes.add(backbone_bytes=shard_layers(backbone))
+    return Inputs(
+        backbone, tokenizer, documents, data_key, row_tokens, features, prompts, responses
+    )
+
+
+class _BackboneOpener:
+    """The backbone with as little of it as there is need for."""
+
+    def __init__(self, session: Session) -> None:
+        config, files = session.config, session.spec.files_fingerprint()
+        self.session, self.config = session, config
+        self.note = fingerprint_note(
+            config.cache_dir, files, config.tokenizer, config.model.quantization
+        )
+
+    @cached_property
+    def ends(self) -> Backbone:
+        """Without its layers, if it is known from before and hidden states are cached."""
+        known = known_fingerprints(self.note, self.config.model.attn_implementation)
+        if self.config.train.features == "cache" and known is not None:
+            return load_ends(self.session.spec, *known)
+        return self._whole
+
+    def whole(self) -> Backbone:
+        """With its layers, and checked before anything long begins."""
+        return self._whole
+
+    @cached_property
+    def _whole(self) -> Backbone:
+        backbone = self.session.backbone(is_adapted=False)
+        check_tree_attention(backbone)
+        note_fingerprints(self.note, backbone, self.config.model.attn_implementation)
+        return backbone
+
+
+def _open_documents(
+    session: Session, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, row_tokens: int
+) -> tuple[str, dict[str, Examples]]:
+    """Return the tokenized documents of train and val, or with regenerated responses; their key."""
+    config, out = session.config, session.out
+    tokenized = session.tokenized(tokenizer, row_tokens)
+    tokenized.log()
+    if rank_zero_only.rank == 0:
+        known = read_json(out / "data.json", {})  # with what stage inspect has found, if it has
+        same = known if known.get("key") == tokenized.summary["key"] else {}
+        write_json(out / "data.json", {**same, **tokenized.summary})
+    if config.train.text == "regenerated":
+        key = key_of_responses(config, tokenized, backbone, tokenizer)
+        return key, open_regenerated(config.cache_dir, key, config.dataset)
+    splits = ("train", "val") if config.dataset.val_fraction else ("train",)
+    return tokenized.summary["key"], {split: tokenized.split(split) for split in splits}
+
+
+def _open_features(
+    config: Config, documents: dict[str, Examples], data_key: str, opener: _BackboneOpener
+) -> dict[str, Features]:
+    backbone = opener.ends
+    settings = FeatureSettings(
+        pick_precision(config.dtype.precision, backbone.device),
+        config.head.prefix_attention,
+        config.train.batch_tokens,
+        config.train.feature_workers,
+    )
+    keys = {
+        split: features_key(
+            split,
+            config.dataset,
+            settings,
+            data_key=data_key,
+            backbone=backbone,
+            attn_implementation=config.model.attn_implementation,
+        )
+        for split in documents
+    }
+    load = partial(load_backbone, opener.session.spec) if settings.num_workers else opener.whole
+    return open_features(config.cache_dir, documents, keys, settings, backbone, load)
 
 
 def _held_out_prompts(
@@ -184,20 +298,16 @@ def _held_out_prompts(
         return []
 
 
-_NUM_DOCUMENTS = 64
-"""Held-out documents that say how far an adapted backbone has come from what it was."""
-
-
 def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
     """Return fresh heads, or those that train.heads_from names.
 
     Raises:
         UserError: there are none there, or they are of another shape or backbone.
     """
-    place = _named_heads(config)
-    if place is None:
+    if config.train.heads_from is None:
         counts_V = inputs.token_counts() if config.head.num_tokens else None
         return build_heads(inputs.backbone, **asdict(config.head), token_counts=counts_V)
+    place = find_heads("train.heads_from", config.train.heads_from)
     heads = load_heads(place)  # without the backbone, to whose dtype it would round them
     check_fit(heads, inputs.backbone, place)
     heads = heads.attach(inputs.backbone).float().to(inputs.backbone.device).train()
@@ -217,146 +327,52 @@ def build_module(
     config: Config, inputs: Inputs, heads: MedusaHeads, max_steps: int
 ) -> MedusaModule:
     """Return what Lightning trains."""
-    settings = config.train
-    options: dict[str, Any] = {
-        "val_tree_nodes": settings.val_tree_nodes,
-        "max_rank": config.tree.max_rank,
-        "optimizer": settings.optimizer,
-        "learning_rate": settings.learning_rate,
-        "weight_decay": settings.weight_decay,
-        "warmup_fraction": settings.warmup_fraction,
-        "max_steps": max_steps,
-        "made_with": made_with(config, inputs.data_key, inputs.backbone),
-    }
+    settings, backbone = config.train, inputs.backbone
+    key = training_key(
+        config.head,
+        settings,
+        config.dataset,
+        seed=config.seed,
+        data_key=inputs.data_key,
+        backbone=backbone,
+    )
     if settings.compile and settings.features == "online":
-        inputs.backbone.compile()
-    if settings.kind == "medusa1":
-        options["answers"] = lambda: inputs.answers
-        return MedusaModule(inputs.backbone, heads, _objective(config), **options)
-    # What it answers changes with it.
-    options["answers"] = partial(
-        respond_to_prompts, config, inputs.tokenizer, inputs.prompts, inputs.backbone
-    )
-    return JointModule(
-        inputs.backbone,
+        backbone.compile()
+    joint = None
+    responses: Callable[[], list[HeldOutResponse]] = lambda: inputs.responses  # noqa: E731
+    if settings.kind == "medusa2":
+        lora = settings.lora
+        joint = JointLoss(
+            adapted=add_adapters(backbone, lora),
+            learning_rate=lora.learning_rate,
+            heads_only_steps=round(lora.heads_only_fraction * max_steps),
+            self_distillation=lora.self_distillation,
+        )
+        # What it answers changes with it.
+        limits = limits_of(config, backbone, inputs.tokenizer)
+        responses = partial(respond_to_prompts, inputs.prompts, limits, backbone)
+    return MedusaModule(
+        backbone,
         heads,
-        _objective(config),
-        adapted=add_adapters(inputs.backbone, settings.lora),
-        adapter_learning_rate=settings.lora.learning_rate,
-        heads_only_steps=round(settings.lora.heads_only_fraction * max_steps),
-        self_distillation=settings.lora.self_distillation,
-        **options,
+        settings,
+        max_steps=max_steps,
+        responses=responses,
+        max_rank=config.tree.max_rank,
+        key=key,
+        joint=joint,
     )
 
 
-def finish_joint(
-    config: Config, out: Path, module: JointModule, inputs: Inputs
-) -> dict[str, float]:
-    """Measure what the backbone has become, write it, and name it in the heads."""
-    module.eval()
-    metrics = {}
-    if "val" in inputs.documents:
-        examples = inputs.documents["val"][:_NUM_DOCUMENTS]
-        with module.adapted.disable_adapter():
-            before = measure_agreement(inputs.backbone, examples, "held-out loss before")
-        after = measure_agreement(inputs.backbone, examples, "held-out loss after")
-        metrics = {
-            "train/backbone_nats_before": before.nats_per_token,
-            "train/backbone_nats_after": after.nats_per_token,
-        }
-    save_adapted(module.adapted, inputs.backbone, inputs.tokenizer, out, config.train.lora.output)
-    module.heads.config.backbone = str(out / "backbone")
-    module.heads.config.backbone_identity = inputs.backbone.identity()
-    return metrics
-
-
-def _objective(config: Config) -> Objective:
-    settings = config.train
-    return Objective(
-        loss=settings.loss,
-        labels=settings.labels,
-        top_k=settings.top_k,
-        decay=settings.decay,
-        coefficient=settings.coefficient,
-        coefficient_schedule=settings.coefficient_schedule,
-        chunk_rows=settings.loss_chunk_rows,
-        form=settings.loss_form,
-    )
-
-
-def _named_heads(config: Config) -> Path | None:
-    """Return the directory of the heads that the training starts from, if it names some.
-
-    Raises:
-        UserError: there are none.
-    """
-    if config.train.heads_from is None:
-        return None
-    return find_heads("train.heads_from", config.train.heads_from)
-
-
-_LOCK = ".train.lock"
-
-
-def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
-    """Train heads, from the newest checkpoint of this run directory where there is one.
-
-    Raises:
-        UserError: another process trains there: each would write over the other's checkpoints.
-    """
-    session = session or Session(config, out)
-    try:
-        with FileLock(out / _LOCK, timeout=0):
-            if config.train.strategy in ("ddp", "fsdp"):
-                return train_in_processes(config, out, session.notes, __spec__.name)
-            if config.train.strategy == "ray":
-                return train_on_ray(config, out, session.notes, train_as_worker)
-            return train(config, out, session)
-    except Timeout as error:
-        raise UserError(
-            f"another process is training in {out}: wait for it, or choose another run_dir."
-        ) from error
-
-
-def train_as_worker(config: Config, out: Path, notes: Notes) -> dict[str, float]:
-    """Train in this process as one of several, of which the first alone is asked for its notes."""
-    session = Session(config, out)
-    session.notes = notes
-    return train(config, out, session)
-
-
-def train(config: Config, out: Path, session: Session) -> dict[str, float]:
-    """Train in this process, alone or as one of several."""
-    with explain_memory(memory_of_training(config.train)):
-        return _train(config, out, session)
-
-
-def _train(config: Config, out: Path, session: Session) -> dict[str, float]:
-    L.seed_everything(config.seed, verbose=False)
-    inputs = open_inputs(session)
-    heads = start_heads(config, inputs)
-    # Not where this process has the body: another one may have come late enough to need none.
-    if config.train.strategy == "fsdp" and config.train.features == "online":
-        session.notes.add(backbone_bytes=shard_layers(inputs.backbone))
-    batches = inputs.batches(config)
-    max_steps = _num_steps(config, batches)
-    log.info("%s; %d steps", heads.describe(), max_steps)
-    module = build_module(config, inputs, heads, max_steps)
-    metrics = _fit(config, out, module, batches, session)
-    if rank_zero_only.rank == 0:
-        if isinstance(module, JointModule):
-            metrics |= finish_joint(config, out, module, inputs)
-        save_heads(heads, out / "heads")
-        save_tokenizer(inputs.tokenizer, session.spec, out / "heads")
-        log.info("heads written to %s", out / "heads")
-    return metrics
-
-
-def _fit(
+def fit(
     config: Config, out: Path, module: MedusaModule, batches: Batches, session: Session
 ) -> dict[str, float]:
+    """Train, validate and keep the heads that are wanted; return the metrics.
+
+    Raises:
+        UserError: a loss is NaN or infinite.
+    """
     settings = config.train
-    checkpoint, step = checkpoint_to_resume(config, out, module.made_with)
+    checkpoint, step = checkpoint_to_resume(out, module.key, settings.resume)
     session.notes.add(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
     best = BestHeads(out / "checkpoints", settings.patience)
@@ -388,6 +404,29 @@ def _fit(
     return {name: float(value) for name, value in metrics.items()}
 
 
+def finish_joint(
+    config: Config, out: Path, module: MedusaModule, inputs: Inputs
+) -> dict[str, float]:
+    """Measure what the adapted backbone has become, write it, and name it in the heads."""
+    assert module.joint is not None
+    module.eval()
+    backbone, adapted = inputs.backbone, module.joint.adapted
+    metrics = {}
+    if "val" in inputs.documents:
+        examples = inputs.documents["val"][:_NUM_DOCUMENTS]
+        with adapted.disable_adapter():
+            before = measure_agreement(backbone, examples, "held-out loss before")
+        after = measure_agreement(backbone, examples, "held-out loss after")
+        metrics = {
+            "train/backbone_nats_before": before.nats_per_token,
+            "train/backbone_nats_after": after.nats_per_token,
+        }
+    save_adapted(adapted, backbone, inputs.tokenizer, out, config.train.lora.output)
+    module.heads.config.backbone = str(out / "backbone")
+    module.heads.config.backbone_identity = backbone.identity()
+    return metrics
+
+
 def _trainer(
     config: Config,
     out: Path,
@@ -398,12 +437,12 @@ def _trainer(
 ) -> L.Trainer:
     settings = config.train
     return build_trainer(
-        config,
+        pick_device(config.device),
         out,
         "train",
         log_step,
         max_steps=module.max_steps,
-        precision=pick_precision(config, module.backbone.device),
+        precision=pick_precision(config.dtype.precision, module.backbone.device),
         **_devices(config),
         gradient_clip=settings.gradient_clip,
         accumulate=settings.accumulate,

@@ -76,7 +76,7 @@ def _inputs(config: Config, out: Path) -> Iterator[Item]:
     files = {Path(path).name: digest for path, digest in run["data"].items()}
     dataset = {"key": data["key"], "sources": data["sources"], "sha256": files}
     yield Item("dataset", "dataset", facts=dataset, is_input=True)
-    if config.train.text == "own" and (answers := read_json(out / "regenerated.json")):
+    if config.train.text == "regenerated" and (answers := read_json(out / "regenerated.json")):
         yield Item("answers", "dataset", facts=answers, is_input=True)
     splits = run["stages"]["train"].get("features", {})
     folder = Path(config.cache_dir) / "features"

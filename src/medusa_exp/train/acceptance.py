@@ -1,10 +1,11 @@
-"""How many tokens a step decoding would give with the heads of this moment.
+"""Acceptance in validation: the tokens per step that decoding with the heads of now would give.
 
 The backbone answers held-out prompts once, before the training. A validation then looks up which
-guess of each head came true at each place of these answers, and replays decoding from that
-(`tree/search.py`). Loss says how surprised heads are everywhere; this, what they are worth.
+draft token of each head is accepted at each position of these responses, and replays decoding from
+that (`tree/search.py`). The loss says how surprised heads are everywhere; this, what they are
+worth.
 
-P positions of an answer, T of prompt and answer but the last, D hidden, K heads.
+P positions of a response, T of prompt and response but the last, D hidden, K heads.
 """
 
 import logging
@@ -15,20 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config
 from medusa_exp.data.prompts import Prompt
-from medusa_exp.decode.loop import decode_plain
-from medusa_exp.decode.settings import limits_of
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.scoring import answer_ranks
-from medusa_exp.runs.files import content_key, publish
+from medusa_exp.runs.cache import entry
+from medusa_exp.runs.files import content_key
 from medusa_exp.tree.search import best_tree, num_steps
 from medusa_exp.tree.tree import chain
 
@@ -37,121 +35,114 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldOutResponse:
-    """An answer of the backbone's."""
+    """The backbone's response to a held-out prompt."""
 
     tokens_P: Tensor
     hidden_TD: Tensor
-    """Of prompt and answer; each token of the answer was said from one of the last P."""
-
-
-def held_out_responses(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    ends: Backbone,
-    body: Callable[[], Backbone],
-) -> list[HeldOutResponse]:
-    """Return the backbone's answers to held-out prompts, from the cache where it has them.
-
-    Args:
-        config: what ends an answer.
-        tokenizer: of the prompts.
-        prompts: what is to be answered.
-        ends: the backbone, perhaps without its layers.
-        body: loads it with them.
-    """
-    if not prompts:
-        return []
-    path = _path(config, tokenizer, prompts, ends)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.stem}.lock")):
-        kept = _load(path, ends.device)
-        if kept is None:
-            answered = respond_to_prompts(config, tokenizer, prompts, body())
-            with publish(path) as partial:
-                save_file(_as_tensors(answered), partial)
-            kept = load_file(path, device=str(ends.device))
-    return _from_tensors(kept)
+    """Of prompt and response; the last P are those that the response's tokens were chosen from."""
 
 
 def accept_lengths(
-    heads: MedusaHeads, answers: Sequence[HeldOutResponse], num_nodes: int, max_rank: int
+    heads: MedusaHeads, responses: Sequence[HeldOutResponse], num_nodes: int, max_rank: int
 ) -> tuple[float, float]:
     """Return the tokens per step of the best tree of so many nodes, and of the chain.
 
     Prompts' steps are counted, as in eval/tokens_per_step.
     """
-    ranks = [response_ranks(heads, answer, max_rank) for answer in answers]
+    ranks = [response_ranks(heads, response, max_rank) for response in responses]
     num_tokens = sum(len(ranks_PK) for ranks_PK in ranks)
-    tree = best_tree(ranks, num_nodes, max_rank)
-    return num_tokens / num_steps(ranks, tree), num_tokens / num_steps(
-        ranks, chain(heads.num_heads)
-    )
+    trees = (best_tree(ranks, num_nodes, max_rank), chain(heads.num_heads))
+    of_best, of_chain = (num_tokens / num_steps(ranks, tree) for tree in trees)
+    return of_best, of_chain
 
 
 @torch.no_grad()
-def response_ranks(heads: MedusaHeads, answer: HeldOutResponse, max_rank: int) -> np.ndarray:
-    """Return `model.ranks.answer_ranks` of an answer: ranks_PK."""
-    read_TD = heads_input(heads.prefix, answer.hidden_TD[None])[0]
-    tokens_P = answer.tokens_P
+def response_ranks(heads: MedusaHeads, response: HeldOutResponse, max_rank: int) -> np.ndarray:
+    """Return `model.scoring.answer_ranks` of a response: ranks_PK."""
+    read_TD = heads_input(heads.prefix, response.hidden_TD[None])[0]
+    tokens_P = response.tokens_P
     return answer_ranks(heads, tokens_P, read_TD[len(read_TD) - len(tokens_P) :], max_rank)
 
 
-def _path(
-    config: Config, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], backbone: Backbone
-) -> Path:
-    limits = limits_of(config, backbone, tokenizer)
-    key = content_key(
-        "prompts too",  # since their states are kept with the answers'
+def held_out_responses(
+    cache_dir: str,
+    key: str,
+    prompts: list[Prompt],
+    limits: Limits,
+    ends: Backbone,
+    body: Callable[[], Backbone],
+) -> list[HeldOutResponse]:
+    """Return the backbone's responses to held-out prompts, from the cache where it has them.
+
+    Args:
+        cache_dir: where they are kept.
+        key: `responses_key` of them.
+        prompts: what is to be answered.
+        limits: what ends a response.
+        ends: the backbone, perhaps without its layers.
+        body: loads it with them.
+    """
+    if not prompts:
+        return []
+    with entry(cache_dir, "continuations", f"{key}.safetensors", _is_whole) as (path, partial):
+        if partial is not None:
+            save_file(_as_tensors(respond_to_prompts(prompts, limits, body())), partial)
+    return _from_tensors(load_file(path, device=str(ends.device)))
+
+
+def responses_key(
+    prompts: list[Prompt], limits: Limits, backbone: Backbone, attn_implementation: str | None
+) -> str:
+    """Name all that decides the responses and their hidden states."""
+    return content_key(
+        "prompts too",  # since their states are kept with the responses'
         [prompt.input_ids for prompt in prompts],
         backbone.weights_fingerprint(),
         [limits.max_new_tokens, sorted(limits.stop_ids), list(limits.stop_strings)],
-        [str(backbone.model.dtype), config.model.attn_implementation],
+        [str(backbone.model.dtype), attn_implementation],
         [metadata.version(name) for name in ("torch", "transformers")],
     )
-    return Path(config.cache_dir) / "continuations" / f"{key}.safetensors"
 
 
 @torch.inference_mode()
 def respond_to_prompts(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    backbone: Backbone,
+    prompts: list[Prompt], limits: Limits, backbone: Backbone
 ) -> list[HeldOutResponse]:
     """Let the backbone answer, greedily."""
     if not prompts:
         return []
-    limits = limits_of(config, backbone, tokenizer)
     asked = [prompt.input_ids for prompt in prompts]
-    answers = []
-    for ids, answer in zip(asked, decode_plain(backbone, asked, limits), strict=True):
-        whole_1T = torch.tensor([ids + answer.tokens], device=backbone.device)
+    responses = []
+    for ids, response in zip(asked, decode_plain(backbone, asked, limits), strict=True):
+        whole_1T = torch.tensor([ids + response.tokens], device=backbone.device)
         hidden_TD = backbone.hidden_states(whole_1T)[0, :-1]
-        answers.append(HeldOutResponse(whole_1T[0, len(ids) :], hidden_TD))
-    return answers
+        responses.append(HeldOutResponse(whole_1T[0, len(ids) :], hidden_TD))
+    return responses
 
 
-def _load(path: Path, device: torch.device) -> dict[str, Tensor] | None:
-    """Return what the file holds; None where there is none, or it has been damaged since."""
+def _is_whole(path: Path) -> bool:
+    """Is the file there, and not damaged since?"""
+    if not path.is_file():
+        return False
     try:
-        return load_file(path, device=str(device))
-    except FileNotFoundError:
-        return None
+        with safe_open(path, "pt"):
+            return True
     except SafetensorError as error:
         log.warning("%s is damaged (%s), and is made anew", path, error)
-        return None
+        return False
 
 
-def _as_tensors(answers: list[HeldOutResponse]) -> dict[str, Tensor]:
+def _as_tensors(responses: list[HeldOutResponse]) -> dict[str, Tensor]:
     return {
-        "tokens": torch.cat([answer.tokens_P for answer in answers]).cpu(),
-        "hidden": torch.cat([answer.hidden_TD for answer in answers]).cpu(),
-        "lengths": torch.tensor([[len(a.tokens_P), len(a.hidden_TD)] for a in answers]),
+        "tokens": torch.cat([response.tokens_P for response in responses]).cpu(),
+        "hidden": torch.cat([response.hidden_TD for response in responses]).cpu(),
+        "lengths": torch.tensor([[len(r.tokens_P), len(r.hidden_TD)] for r in responses]),
     }
 
 
 def _from_tensors(tensors: dict[str, Tensor]) -> list[HeldOutResponse]:
-    of_answers, of_both = tensors["lengths"].T.tolist()
-    pairs = zip(tensors["tokens"].split(of_answers), tensors["hidden"].split(of_both), strict=True)
+    of_responses, of_both = tensors["lengths"].T.tolist()
+    pairs = zip(
+        tensors["tokens"].split(of_responses), tensors["hidden"].split(of_both), strict=True
+    )
     return [HeldOutResponse(tokens_P, hidden_TD) for tokens_P, hidden_TD in pairs]

@@ -1,48 +1,50 @@
-"""A moving average of the heads, which is validated and kept in their place.
-
-Keeps the heads of the best validation, and stops where none has been better for long.
-
-What a training will take, shown before its first step.
-
-One micro-batch is run forward and backward twice, without effect on anything: the first time
-prepares kernels, the second one is timed.
-
-The progress of a training where there is no terminal to draw Lightning's bar on.
-"""
+"""Callbacks of a training: the best heads, early stopping, EMA, a preview of it, its progress."""
 
 import logging
 import time
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.progress import Progress, TaskID
-from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import publish
-from medusa_exp.runs.progress import progress_bar
+from medusa_exp.runs.progress import ProgressBar
 from medusa_exp.runs.record import peak_memory_bytes
-from medusa_exp.train.checkpointing import random_state, restore_random_state
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.train.optimizer import STATE_BYTES
 
+log = logging.getLogger(__name__)
+
+METRIC = "val/accept_length"
+"""What the best heads have most of."""
+PREVIEW_STEPS = 10
+"""Optimizer steps from which the time of a training is estimated."""
+
 
 class EMAHeads(L.Callback):
-    """After each step: average = decay * average + (1 - decay) * heads."""
+    """Exponential moving average of all that is trained; it is validated and kept in its place.
+
+    After each optimizer step: average = decay * average + (1 - decay) * weights.
+    """
+
+    state_key = "AverageHeads"
+    """By which checkpoints hold its state."""
 
     def __init__(self, decay: float, module: nn.Module) -> None:
-        self.decay = decay
-        self.module = module
-        self.average = [p.clone() for p in self._parameters()]
+        # Of the parameters alone: a copy of the module would copy the frozen backbone too.
+        self.trained = nn.ParameterList([p for p in module.parameters() if p.requires_grad])
+        self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.average.update_parameters(self.trained)  # the first one copies
         self._is_swapped = False
 
     def on_train_batch_end(
@@ -53,53 +55,51 @@ class EMAHeads(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Follow the heads, where the micro-batch was the last of its step."""
+        """Follow the weights, where the micro-batch was the last of its step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            torch._foreach_lerp_(self.average, self._parameters(), 1 - self.decay)
+            self.average.update_parameters(self.trained)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Validate the average."""
         self.swap(True)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Go on training the heads. Callbacks that keep heads must stand before this one."""
+        """Go on training the weights. Callbacks that keep heads must stand before this one."""
         self.swap(False)
 
+    @torch.no_grad()
     def swap(self, is_wanted: bool) -> None:
-        """Put the average in the heads' place, or the heads back in theirs."""
+        """Put the average in the weights' place, or the weights back in theirs."""
         if is_wanted != self._is_swapped:
-            with torch.no_grad():
-                for average, parameter in zip(self.average, self._parameters(), strict=True):
-                    kept = parameter.clone()
-                    parameter.copy_(average)
-                    average.copy_(kept)
+            for average, parameter in zip(self.average.parameters(), self.trained, strict=True):
+                kept = parameter.clone()
+                parameter.copy_(average)
+                average.copy_(kept)
             self._is_swapped = is_wanted
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         assert not self._is_swapped
-        return {"average": self.average}
+        return {"average": [p.detach() for p in self.average.parameters()]}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it back."""
-        for average, saved in zip(self.average, state_dict["average"], strict=True):
+        for average, saved in zip(self.average.parameters(), state_dict["average"], strict=True):
             average.copy_(saved)
-
-    def _parameters(self) -> list[Tensor]:
-        return [p.detach() for p in self.module.parameters() if p.requires_grad]
-
-
-log = logging.getLogger(__name__)
-
-METRIC = "val/accept_length"
 
 
 class BestHeads(L.Callback):
-    """Writes the heads of the greatest `val/accept_length` beside the checkpoints.
+    """Writes the heads of the greatest `val/accept_length` beside the checkpoints; stops early.
 
-    What is best is part of a checkpoint: a training that goes on from one forgets what was found
+    What is best is part of a checkpoint: a training that resumes from one forgets what was found
     later, and looks anew. The file that the newest checkpoint names is kept until a newer one names
     another: on a device that does not repeat itself, the second look may find less.
+
+    Args:
+        directory: of the checkpoints.
+        patience: early stopping: the training ends after so many validations in a row that were no
+            better; None never ends it.
     """
 
     def __init__(self, directory: Path, patience: int | None = None) -> None:
@@ -128,7 +128,7 @@ class BestHeads(L.Callback):
             return
         self.num_worse += 1
         if self.patience is not None and self.num_worse >= self.patience:
-            log.info("%s was best at step %d: training stops", METRIC, self.step)
+            log.info("%s was best at step %d: training stops early", METRIC, self.step)
             trainer.should_stop = True
 
     def _write(self, module: L.LightningModule) -> None:
@@ -183,59 +183,71 @@ def _trained(module: L.LightningModule) -> dict[str, Tensor]:
 
 
 class TrainingPreview(L.Callback):
-    """Prints a table before the first step of each call; with several processes, nothing."""
+    """Logs what a training takes in memory and time, after its first ten steps.
+
+    The first step, in which libraries set themselves up, does not count. Of Medusa-2 the steps in
+    which both learn take longer: they are measured when they have begun.
+    """
 
     def __init__(self, optimizer: str, has_average: bool) -> None:
-        self.optimizer = optimizer
-        self.has_average = has_average
-        self._is_shown = False
+        self.bytes_of_parameter = 4 + 4 + STATE_BYTES[optimizer] + 4 * has_average
+        self._phases: list[tuple[int, int]] = []
+        """First and last step of what is measured."""
+        self._start = 0.0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: MedusaModule, batch: Batch, batch_idx: int
+    def on_train_start(self, trainer: L.Trainer, module: MedusaModule) -> None:
+        """See what steps there are, from where the training begins or resumes."""
+        joint_step = module.joint.heads_only_steps if module.joint else 0
+        edges = [trainer.global_step, max(trainer.global_step, joint_step), trainer.max_steps]
+        phases = pairwise(edges)
+        self._phases = [(start, end) for start, end in phases if end - start > PREVIEW_STEPS]
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: MedusaModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
-        """Time the first micro-batch, and print."""
-        if self._is_shown or trainer.world_size > 1:
+        """Start the clock after the first step, and log after the tenth."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not trainer.is_global_zero:
             return
-        self._is_shown = True
-        seconds = _time_batch(trainer, module, batch)
-        steps = trainer.max_steps - trainer.global_step
-        accumulate = trainer.accumulate_grad_batches
-        table = Table("the training", "", title=None)
-        for name, value in (
-            ("parameters trained", f"{_num_parameters(module) / 1e6:.2f} M"),
-            ("memory of them, gradients and optimiser", _bytes(self._memory(module))),
-            ("peak memory so far", _bytes(peak_memory_bytes(module.device))),
-            ("tokens of a step, with padding", f"{accumulate * batch.input_ids_BT.numel():,}"),
-            ("labels of a step, of head 1", f"{batch.group_labels[1]:,}"),
-            ("steps", f"{steps:,}"),
-            ("time, about", _duration(steps * accumulate * seconds)),
-        ):
-            table.add_row(name, value)
-        Console().print(table)
+        for start, end in self._phases:
+            steps = trainer.global_step - start
+            if steps == 1:
+                self._start = _now(module.device)
+            elif steps == PREVIEW_STEPS:
+                seconds = (_now(module.device) - self._start) / (PREVIEW_STEPS - 1)
+                self._log(trainer, module, batch, seconds, end - trainer.global_step)
 
-    def _memory(self, module: MedusaModule) -> int:
-        each = 4 + 4 + STATE_BYTES[self.optimizer] + 4 * self.has_average
-        return each * _num_parameters(module)
-
-
-def _time_batch(trainer: L.Trainer, module: MedusaModule, batch: Batch) -> float:
-    state = random_state()
-    seconds = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        with trainer.precision_plugin.train_step_context():
-            loss = module.largest_loss(batch, batch.group_labels)[0]
-        loss.backward()
-        if module.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        module.zero_grad(set_to_none=True)
-    restore_random_state(state)
-    return seconds
+    def _log(
+        self, trainer: L.Trainer, module: MedusaModule, batch: Batch, seconds: float, steps: int
+    ) -> None:
+        number = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        log.info(
+            "parameters trained: %.2f M, %s with gradients and optimizer; peak memory so far: %s",
+            number / 1e6,
+            _bytes(number * self.bytes_of_parameter),
+            _bytes(peak_memory_bytes(module.device)),
+        )
+        tokens = trainer.accumulate_grad_batches * batch.input_ids_BT.numel()
+        log.info(
+            "a step (%s tokens with padding, %s labels of head 1) takes %.3g s: %s more%s, "
+            "about %s",
+            f"{tokens:,}",
+            f"{batch.group_labels[1]:,}",
+            seconds,
+            f"{steps:,}",
+            "" if trainer.global_step + steps == trainer.max_steps else " of the heads alone",
+            _duration(steps * seconds),
+        )
 
 
-def _num_parameters(module: MedusaModule) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _bytes(number: float) -> str:
@@ -249,28 +261,25 @@ def _duration(seconds: float) -> str:
 
 
 class StepProgress(L.Callback):
-    """Counts optimiser steps, in the first of several processes; see `runs/progress.py`."""
+    """Counts optimizer steps in the first of several processes; see `runs/progress.py`."""
 
     def __init__(self, what: str) -> None:
         self.what = what
         self._open = ExitStack()
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._bar: ProgressBar | None = None
         self._done = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin where the training does."""
         if trainer.is_global_zero:
             self._done = trainer.global_step
-            self._bar = self._open.enter_context(progress_bar())
-            self._task = self._bar.add_task(
-                self.what, total=trainer.max_steps, completed=self._done
-            )
+            bar = ProgressBar(self.what, trainer.max_steps, self._done)
+            self._bar = self._open.enter_context(bar)
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any, **more: Any) -> None:
         """Go on by the steps made."""
         if self._bar is not None and (made := trainer.global_step - self._done):
-            self._bar.advance(self._task, made)
+            self._bar.advance(made)
             self._done += made
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

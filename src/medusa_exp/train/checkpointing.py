@@ -1,19 +1,17 @@
-"""When a training writes its checkpoint, and all that it needs to go on as if nothing had been.
+"""Checkpoints of a training: when they are written, what is in them, and exact resume.
 
-A checkpoint is of the moment between two optimiser steps, after the validation that belongs there.
+A checkpoint is of the moment between two optimizer steps, after the validation that belongs there.
 (The heads that a run ends with are other files: `model/checkpoint.py`.) What is in it, and who
 puts it there:
 
-    heads and optimiser in float32, schedule, steps    Lightning
-    of Medusa-2, the adapters without what is frozen   JointModule.on_save_checkpoint
+    heads and optimizer in float32, schedule, steps    Lightning
+    of Medusa-2, the adapters without what is frozen   MedusaModule.on_save_checkpoint
     random_state, of every library                     Checkpoints.on_save_checkpoint, here
-    made_with, measured                                MedusaModule.on_save_checkpoint
-    the best validation; the moving average            BestHeads, AverageHeads: state_dict
+    made_with, the training key; measured              MedusaModule.on_save_checkpoint
+    best validation and early stopping; EMA            BestHeads, EMAHeads: state_dict
 
-The place in the data follows from the steps made (`data.loader.Batches`). All of it has to be of
-types that torch.load takes with weights_only=True.
-
-Which checkpoint a training goes on from.
+The place in the data follows from the steps made (`data.datamodule.Batches`). All of it has to be
+of types that torch.load takes with weights_only=True.
 """
 
 import logging
@@ -29,15 +27,33 @@ import lightning as L
 import numpy as np
 import torch
 
-from medusa_exp.config import Config
+from medusa_exp.config import DatasetConfig, HeadConfig, TrainConfig
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import ADAPTED
 from medusa_exp.runs.files import content_key, settings_in_key
 from medusa_exp.train.failures import BadLoss
 
+log = logging.getLogger(__name__)
+
 CHECKPOINT = "last.ckpt"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_IN_KEY = (
+    *("kind", "lora", "heads_from", "max_steps", "epochs", "min_steps", "text", "labels", "loss"),
+    *("top_k", "batching", "batch_tokens", "accumulate", "optimizer", "learning_rate"),
+    *("weight_decay", "warmup_fraction", "gradient_clip", "average", "decay", "coefficient"),
+    *("coefficient_schedule", "loss_chunk_rows", "loss_form", "features", "compile", "strategy"),
+    *("devices", "deterministic"),
+)
+_NOT_IN_KEY = (
+    *("resume", "checkpoint_every", "val_every", "val_batches", "val_prompts", "val_tree_nodes"),
+    *("keep", "patience", "max_failures", "feature_workers"),
+)
+"""Keys of `train` on which the next step depends, and those that may change from call to call. A
+key that is in neither makes a checkpoint one of another training where it is not at its default."""
+_OLD_WORDS = (("labels", "teacher"), ("text", "regenerated"))
+"""Keys of `train` and words that count in a checkpoint's key as `own`, their name of old."""
+_HEAD_IN_KEY = "kind num_heads num_layers bias rank num_tokens prefix_attention".split()
 
 
 class Checkpoints(L.Callback):
@@ -74,7 +90,7 @@ class Checkpoints(L.Callback):
             restore_random_state(self._random_state)
             self._random_state = None
             # Lightning counts a validation that it need not repeat as a step of its loggers.
-            trainer.fit_loop.epoch_loop._batches_that_stepped = step
+            trainer.fit_loop.epoch_loop._batches_that_stepped = step  # private: lightning 2.6
         if batch_idx % trainer.accumulate_grad_batches or step == (self.resumed_from or 0):
             return
         is_asked = self._signal is not None
@@ -105,7 +121,8 @@ class Checkpoints(L.Callback):
     ) -> None:
         """Add random numbers, and count only micro-batches of steps that are made."""
         checkpoint["random_state"] = random_state()
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        loops = checkpoint["loops"]["fit_loop"]  # private: lightning 2.6
+        progress = loops["epoch_loop.batch_progress"]  # private: lightning 2.6
         done = trainer.global_step * trainer.accumulate_grad_batches
         for counts in (progress["current"], progress["total"]):
             counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), done))
@@ -178,45 +195,39 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-_OF_STEPS = (
-    *("kind", "lora", "heads_from", "max_steps", "epochs", "min_steps", "text", "labels", "loss"),
-    *("top_k", "batching", "batch_tokens", "accumulate", "optimizer", "learning_rate"),
-    *("weight_decay", "warmup_fraction", "gradient_clip", "average", "decay", "coefficient"),
-    *("coefficient_schedule", "loss_chunk_rows", "loss_form", "features", "compile", "strategy"),
-    *("devices", "deterministic"),
-)
-_NOT_OF_STEPS = (
-    *("resume", "checkpoint_every", "val_every", "val_batches", "val_prompts", "val_tree_nodes"),
-    *("keep", "patience", "max_failures", "feature_workers"),
-)
-"""Keys of `train` on which the next step depends, and those that may change from call to call. A
-key that is in neither makes a checkpoint one of another training where it is not at its default."""
-_OF_HEADS = "kind num_heads num_layers bias rank num_tokens prefix_attention".split()
-
-log = logging.getLogger(__name__)
-
-
-def made_with(config: Config, data_key: str, backbone: Backbone) -> str:
+def training_key(
+    head: HeadConfig,
+    train: TrainConfig,
+    dataset: DatasetConfig,
+    *,
+    seed: int,
+    data_key: str,
+    backbone: Backbone,
+) -> str:
     """Name all that decides the steps of a training, but for when it is looked at and saved."""
-    train = settings_in_key(config.train, _OF_STEPS, but=_NOT_OF_STEPS)
-    head = settings_in_key(config.head, _OF_HEADS)
-    dataset = config.dataset
+    settings = settings_in_key(train, _IN_KEY, but=_NOT_IN_KEY)
+    for name, word in _OLD_WORDS:
+        settings[name] = "own" if settings[name] == word else settings[name]
     weights = {name: source.weight for name, source in dataset.sources.items()}
     data = [data_key, dataset.val_fraction, dataset.test_fraction, weights]
-    return content_key(head, train, data, config.seed, backbone.weights_fingerprint())
+    of_head = settings_in_key(head, _HEAD_IN_KEY)
+    return content_key(of_head, settings, data, seed, backbone.weights_fingerprint())
 
 
-def checkpoint_to_resume(config: Config, out: Path, key: str) -> tuple[Path | None, int]:
-    """Return the checkpoint to go on from, and its step; none is step 0.
+def checkpoint_to_resume(out: Path, key: str, resume: str) -> tuple[Path | None, int]:
+    """Return the checkpoint to resume from, and its step; none is step 0.
 
-    With train.resume=never, older ones are removed.
+    Args:
+        out: the run directory.
+        key: `training_key` of this training.
+        resume: auto, or never, which removes older checkpoints.
 
     Raises:
         UserError: the checkpoint there is damaged, or was made with other settings.
     """
     _drop_unfinished(out)
     path = out / "checkpoints" / CHECKPOINT
-    if config.train.resume == "never":
+    if resume == "never":
         shutil.rmtree(path.parent, ignore_errors=True)
         return None, 0
     if not path.is_file():
@@ -227,7 +238,7 @@ def checkpoint_to_resume(config: Config, out: Path, key: str) -> tuple[Path | No
             f"{path} was made with another head, train, dataset, tokenizer, seed or model: set "
             "train.resume=never to train anew here, or choose another run_dir."
         )
-    log.info("going on from %s, step %d", path, checkpoint["global_step"])
+    log.info("resuming from %s, step %d", path, checkpoint["global_step"])
     return path, int(checkpoint["global_step"])
 
 
@@ -247,12 +258,7 @@ def _drop_unfinished(out: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        pickle.UnpicklingError,
-    ) as error:  # the last is torch's
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}), and no training goes on from it: restore "
             "it, or set train.resume=never to train anew."

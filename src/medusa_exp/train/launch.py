@@ -1,80 +1,78 @@
-"""One training in several processes, each on a device of its own: `train.strategy=ddp`, `fsdp`.
+"""Work in more than one process: a training by torchrun or on Ray, a map over items on Ray.
 
-torchrun starts them, on this machine, and ends all where one fails. Each is the stage's module,
-run as a program: it loads what it needs by the config, as a training of one process does; the
-first alone writes. The stage that started them waits for the file that the first one leaves, and
-where it is killed, they write a checkpoint and end.
+    train.strategy=ddp, fsdp                          `train_in_processes`, on this machine
+    train.strategy=ray                                `train_on_ray`, on the machines of a cluster
+    regenerate.workers, train.feature_workers         `map_on_ray`
 
-    torchrun ... -m medusa_exp.stages.train CONFIG_JSON RUN_DIR RESULT_JSON
-
-One training on the machines of a Ray cluster, Lightning inside: `train.strategy=ray`.
-
-Ray Train places `train.devices` workers, a GPU or a core each, and starts all of them anew where
-one is lost; they go on from the run directory's last checkpoint, which therefore lies on a disk
-that all share. Ray looks for a cluster where RAY_ADDRESS says, or makes one of this machine.
-
-Work on many items in processes of a Ray cluster, by Ray Data.
-
-For `regenerate.workers` and `train.feature_workers`.
-
-Every worker makes what it works with once (a model, on a GPU of its own where there is one) and is
-given item after item. Ray looks for a cluster where RAY_ADDRESS says, or makes one of this machine.
+A training's processes are equal: each loads what it needs by the config, as a training of one
+process does, and the first alone writes. Ray looks for a cluster where RAY_ADDRESS says, or makes
+one of this machine.
 """
 
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
-from medusa_exp.config import Config, from_dict, to_dict
+from medusa_exp.config import TrainConfig
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
 
-Train = Callable[[Config, Path, Notes], dict[str, float]]
-"""Trains in this process, alone or as one of several, and returns the metrics."""
+Worker = Callable[[dict[str, Any], Path, Notes], dict[str, float]]
+"""Trains in this process, alone or as one of several: takes the config as a dict, the run directory
+and what to note in, and returns the metrics."""
 _ALIVE = "alive.lock"
-"""Beside the config; the stage holds it for as long as it waits."""
+"""Beside the job of torchrun's processes; the stage holds it for as long as it waits."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def train_in_processes(config: Config, out: Path, notes: Notes, module: str) -> dict[str, float]:
-    """Run the training in `train.devices` processes; return the metrics of the first.
+def train_in_processes(
+    module: str, config: dict[str, Any], out: Path, settings: TrainConfig, notes: Notes
+) -> dict[str, float]:
+    """Train in `train.devices` processes, which torchrun starts and ends all where one fails.
+
+    SIGTERM is passed on to them, SIGINT reaches them by itself: they write a checkpoint and end.
+    They do so too where this process is killed.
 
     Args:
+        module: that torchrun runs as a program; it calls `main`.
         config: of the run.
         out: its directory.
+        settings: its section `train`.
         notes: get those of the first process.
-        module: that torchrun starts; it calls `main`.
 
-    SIGTERM is passed on to them; SIGINT reaches them by itself.
+    Returns:
+        The metrics of the first process.
 
     Raises:
         UserError: as the training itself, or that a process died.
         Stopped: SIGTERM or SIGINT came.
     """
     with tempfile.TemporaryDirectory(prefix="medusa_exp-") as name:
-        saved, result = Path(name) / "config.json", Path(name) / "result.json"
-        write_json(saved, to_dict(config))
-        alive = FileLock(Path(name) / _ALIVE)
+        job, result = Path(name) / "job.json", Path(name) / "result.json"
+        write_json(job, {"config": config, "out": str(out), "result": str(result)})
         command = [
             *(sys.executable, "-m", "torch.distributed.run"),
-            *("--standalone", "--nproc-per-node", str(config.train.devices)),
-            *("-m", module, str(saved), str(out), str(result)),
+            *("--standalone", "--nproc-per-node", str(settings.devices)),
+            *("-m", module, str(job)),
         ]
-        with alive:
+        with FileLock(Path(name) / _ALIVE):
             code, number = _wait(subprocess.Popen(command))
         found = read_json(result, {})
     if number is not None:  # their own message is there, unless it came before they listened
@@ -83,14 +81,49 @@ def train_in_processes(config: Config, out: Path, notes: Notes, module: str) -> 
             "same run_dir goes on."
         )
         raise Stopped(found.get("error", plain), number)
-    if "error" in found:
-        raise UserError(found["error"])
-    if code or "metrics" not in found:
+    if not found or (code and "error" not in found):
         raise UserError(
-            f"train.strategy={config.train.strategy}: a process of the training died (torchrun "
+            f"train.strategy={settings.strategy}: a process of the training died (torchrun "
             f"gave {code}): what it said stands above. Where it was killed for memory, lower "
             "train.batch_tokens."
         )
+    return _take(found, notes)
+
+
+def main(worker: Worker, job_path: str) -> None:
+    """Train as one of torchrun's processes, and leave the result if it is the first."""
+    import torch
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from medusa_exp.tracking.terminal import quiet_libraries
+
+    is_first = rank_zero_only.rank == 0
+    level = logging.INFO if is_first else logging.ERROR
+    logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=level)
+    quiet_libraries(["train"])
+    _end_with_stage(Path(job_path).with_name(_ALIVE))
+    job = json.loads(Path(job_path).read_text())
+    if job["config"]["device"] != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun's word
+    found = _attempt(worker, job)
+    if is_first or "error" in found:
+        write_json(Path(job["result"]), found)
+    sys.exit(int("error" in found))
+
+
+def _attempt(worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
+    """Return what a worker has found, or the error that it ended with."""
+    notes = Notes()
+    try:
+        metrics = worker(job["config"], Path(job["out"]), notes)
+    except UserError as error:
+        return {"error": str(error)}
+    return {"metrics": metrics, "notes": notes.to_dict()}
+
+
+def _take(found: dict[str, Any], notes: Notes) -> dict[str, float]:
+    if "error" in found:
+        raise UserError(found["error"])
     notes.merge(found["notes"])
     return dict(found["metrics"])
 
@@ -129,40 +162,30 @@ def _end_with_stage(lock: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main(train: Train, config_path: str, out: str, result: str) -> None:
-    """Train as one of several processes, and leave the result if it is the first."""
-    import torch
-    from lightning.pytorch.utilities import rank_zero_only
+def train_on_ray(
+    worker: Worker,
+    config: dict[str, Any],
+    out: Path,
+    settings: TrainConfig,
+    notes: Notes,
+    *,
+    use_gpu: bool,
+) -> dict[str, float]:
+    """Train in `train.devices` workers that Ray Train places, a GPU or a core each.
 
-    from medusa_exp.tracking.terminal import quiet_libraries
+    Where one is lost, all start again from the run directory's last checkpoint, which therefore
+    lies on a disk that all share.
 
-    logging.basicConfig(
-        format="[%(asctime)s] %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO if rank_zero_only.rank == 0 else logging.ERROR,
-    )
-    quiet_libraries(["train"])
-    _end_with_stage(Path(config_path).with_name(_ALIVE))
-    config = from_dict(json.loads(Path(config_path).read_text()))
-    if config.device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun's word
-    found: dict[str, Any] = {}
-    code = 0
-    notes = Notes()
-    try:
-        found = {"metrics": train(config, Path(out), notes), "notes": notes.to_dict()}
-    except UserError as error:
-        found, code = {"error": str(error)}, 1
-    if rank_zero_only.rank == 0 or code:
-        write_json(Path(result), found)
-    sys.exit(code)
+    Args:
+        worker: what each of them runs, Lightning inside.
+        config: of the run.
+        out: its directory.
+        settings: its section `train`.
+        notes: get those of the first worker.
+        use_gpu: does each take a GPU?
 
-
-_RESULT = "result.json"
-
-
-def train_on_ray(config: Config, out: Path, notes: Notes, train: Train) -> dict[str, float]:
-    """Run the training in `train.devices` workers; return the metrics of the first.
+    Returns:
+        The metrics of the first worker.
 
     Raises:
         UserError: as the training itself; Ray is not installed; or more workers were lost than
@@ -175,49 +198,42 @@ def train_on_ray(config: Config, out: Path, notes: Notes, train: Train) -> dict[
         raise UserError(
             f"train.strategy=ray needs Ray Train: pip install 'medusa-exp[ray]' ({error})."
         ) from error
-    from medusa_exp.model.loading import pick_device
-
-    if config.train.resume == "never":  # once, and not after each loss of a worker
+    if settings.resume == "never":  # once, and not after each loss of a worker
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     folder = (out / "ray").absolute()
     shutil.rmtree(folder, ignore_errors=True)
+    job = {
+        "config": config | {"train": config["train"] | {"resume": "auto"}},
+        "out": str(out.absolute()),
+        "result": str(folder / "result.json"),
+        "directory": str(Path.cwd()),
+        "worker": worker,
+    }
     trainer = TorchTrainer(
-        _train_as_worker,
-        train_loop_config={
-            "config": to_dict(config),
-            "out": str(out.absolute()),
-            "result": str(folder / _RESULT),
-            "directory": str(Path.cwd()),
-            "train": train,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=config.train.devices,
-            use_gpu=pick_device(config.device).type == "cuda",
-        ),
+        _train_as_ray_worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(num_workers=settings.devices, use_gpu=use_gpu),
         run_config=RunConfig(
             name=out.name,
             storage_path=str(folder),
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
         ),
     )
     try:
-        with ray_cluster():
+        with _ray_cluster():
             trainer.fit()
     except Exception as error:  # Ray's own, of several kinds: all say that the training is lost
         raise UserError(
             f"train.strategy=ray: the training failed, and {out / 'checkpoints'} has what there is "
             f"of it. The same command with the same run_dir goes on. Ray said: {error}"
         ) from error
-    found = read_json(folder / _RESULT, {})
+    found = read_json(folder / "result.json", {})
     shutil.rmtree(folder, ignore_errors=True)
-    if "error" in found:
-        raise UserError(found["error"])
-    notes.merge(found["notes"])
-    return dict(found["metrics"])
+    return _take(found, notes)
 
 
-def _train_as_worker(job: dict[str, Any]) -> None:
-    """Train as one of several workers, and leave the result if it is the first."""
+def _train_as_ray_worker(job: dict[str, Any]) -> None:
+    """Train as one of Ray's workers, and leave the result if it is the first."""
     from lightning.pytorch.utilities import rank_zero_only
     from ray.train import get_context
 
@@ -229,19 +245,11 @@ def _train_as_worker(job: dict[str, Any]) -> None:
         return
     rank_zero_only.rank = get_context().get_world_rank()
     quiet_libraries(["train"])
-    config = from_dict(job["config"])
-    config.train.resume = "auto"
-    found: dict[str, Any] = {}
-    notes = Notes()
-    try:
-        metrics = job["train"](config, Path(job["out"]), notes)
-        found = {"metrics": metrics, "notes": notes.to_dict()}
-    except UserError as error:
-        found = {"error": str(error)}
+    found = _attempt(job["worker"], job)
+    if rank_zero_only.rank == 0 or "error" in found:
         write_json(result, found)
-        raise
-    if rank_zero_only.rank == 0:
-        write_json(result, found)
+    if "error" in found:
+        raise UserError(found["error"])
 
 
 def ray_parts(*, find_unused_parameters: bool) -> tuple[Any, Any]:
@@ -252,18 +260,17 @@ def ray_parts(*, find_unused_parameters: bool) -> tuple[Any, Any]:
     return strategy, RayLightningEnvironment()
 
 
-Work = Callable[[str], str]
-
-
 def map_on_ray(
-    make: Callable[..., Work],
-    arguments: dict[str, Any],
-    items: Sequence[str],
+    make: Callable[[], Callable[[Item], Result]],
+    items: Iterable[Item],
     *,
     num_workers: int,
     use_gpu: bool,
-) -> Iterator[str]:
-    """Yield what `make(**arguments)` returns for each item, in the order in which they are done.
+) -> Iterator[Result]:
+    """Yield what `make()` returns for each item, in the order in which they are done.
+
+    Each worker calls `make` once (it may load a model, on a GPU of its own where there is one), and
+    is given item after item. All of them are pickled.
 
     Raises:
         UserError: Ray is not installed, or what the work raises.
@@ -273,27 +280,48 @@ def map_on_ray(
     except ImportError as error:
         raise UserError(f"Ray Data is needed: pip install 'medusa-exp[ray]' ({error}).") from error
 
-    with ray_cluster():
+    with _ray_cluster():
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the caller has one
         context.execution_options.verbose_progress = False
+        rows = [{"item": pickle.dumps(item)} for item in items]
         # An item a block: what is done is written down item by item.
-        dataset = ray.data.from_items([{"item": i} for i in items], override_num_blocks=len(items))
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         done = dataset.map(
-            _Worker,
-            fn_constructor_args=(make, arguments, str(Path.cwd())),
+            _MapWorker,
+            fn_constructor_args=(make, str(Path.cwd())),
             concurrency=num_workers,
             num_cpus=1,
             num_gpus=1 if use_gpu else 0,
         )
         for row in done.iter_rows():
-            if row["error"]:
-                raise UserError(row["error"])
-            yield row["result"]
+            found = pickle.loads(row["found"])
+            if isinstance(found, UserError):
+                raise found
+            yield found
+
+
+class _MapWorker:
+    """Makes what it works with at its first item: an error on the way then is an item's result."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], directory: str) -> None:
+        os.chdir(directory)  # paths of the config may be relative
+        self._make = make
+
+    @cached_property
+    def work(self) -> Callable[[Any], Any]:
+        return self._make()
+
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        try:
+            found = self.work(pickle.loads(row["item"]))
+        except UserError as error:
+            found = UserError(str(error))
+        return {"found": pickle.dumps(found)}
 
 
 @contextmanager
-def ray_cluster() -> Iterator[None]:
+def _ray_cluster() -> Iterator[None]:
     """Be connected to Ray: as before, or for so long."""
     import ray
 
@@ -305,21 +333,3 @@ def ray_cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-class _Worker:
-    """Makes what it works with at its first item: an error on the way then is an item's result."""
-
-    def __init__(self, make: Callable[..., Work], arguments: dict[str, Any], where: str) -> None:
-        os.chdir(where)  # paths of the config may be relative
-        self._make = partial(make, **arguments)
-
-    @cached_property
-    def work(self) -> Work:
-        return self._make()
-
-    def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        try:
-            return {"result": self.work(row["item"]), "error": ""}
-        except UserError as error:
-            return {"result": "", "error": str(error)}

@@ -1,21 +1,18 @@
-"""One training step of the heads, for Lightning.
+"""LightningModule of the heads: a training step, a validation, and the joint loss of Medusa-2.
 
-B batch, T time, D hidden, K heads, H the lm_head and the heads.
+Medusa-1 trains heads on a frozen backbone. In Medusa-2 adapters of the backbone learn with them,
+after Cai et al., "Medusa" (2024), section 2.2.2: L = L_LM + lambda_0 * L_heads (lambda_0 is
+`train.coefficient`). From the beginning to the end of a run of Medusa-2:
 
-Medusa-2: the backbone's adapters and the heads learn together.
-
-After Cai et al., "Medusa" (2024), section 2.2.2: L = L_LM + lambda_0 * L_heads (lambda_0 is
-`train.coefficient`). From the beginning to the end of a run:
-
-1. `setup.build_module` puts LoRA into the backbone's own layers, so that `backbone.hidden_states`
-   is the adapted backbone's from then on (`model/adapters.py`).
+1. `stages/train.py` puts LoRA into the backbone's own layers, so that `backbone.hidden_states` is
+   the adapted backbone's from then on (`model/adapters.py`).
 2. The first `train.lora.heads_only_fraction` of the steps: hidden states without a gradient, the
    heads' loss alone, a learning rate of zero for the adapters; lest the gradients of heads that
    know nothing spoil the backbone.
 3. The other steps: L. L_LM is cross entropy with the text, or, with
    `train.lora.self_distillation`, the divergence from the same backbone with its adapters off.
-4. Each validation has the backbone answer the held-out prompts anew, for its answers change.
-5. `setup.finish_joint` measures the backbone's held-out loss without and with adapters, writes
+4. Each validation has the backbone answer the held-out prompts anew, for its responses change.
+5. `stages/train.py` measures the backbone's held-out loss without and with adapters, writes
    `RUN_DIR/backbone`, and has the heads name that backbone as theirs.
 
 B batch, T time, D hidden, K heads, H the lm_head and the heads.
@@ -23,6 +20,7 @@ B batch, T time, D hidden, K heads, H the lm_head and the heads.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -30,6 +28,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from medusa_exp.config import TrainConfig
 from medusa_exp.data.batching import labelled_index
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
@@ -49,41 +48,87 @@ from medusa_exp.train.failures import check_loss
 from medusa_exp.train.optimizer import build_optimizer, scheduled
 
 
-class MedusaModule(L.LightningModule):
-    """Heads on a frozen backbone: Medusa-1.
+@dataclass(frozen=True)
+class JointLoss:
+    """What Medusa-2 trains besides the heads."""
 
-    The backbone is no submodule: it gets no gradient, is in no optimiser and in no checkpoint.
+    adapted: PreTrainedModel
+    """The backbone's model with adapters in it, which are all that is trained of it."""
+    learning_rate: float
+    heads_only_steps: int
+    """Steps at the beginning in which the heads learn alone."""
+    self_distillation: bool
+
+    def optimizer_group(self) -> dict[str, Any]:
+        """Return the optimizer's group of the adapters, which wait for the heads."""
+        return {
+            "params": [p for p in self.adapted.parameters() if p.requires_grad],
+            "lr": self.learning_rate,
+            "weight_decay": 0.0,
+            "waits": self.heads_only_steps,
+        }
+
+    def backbone_loss(
+        self, backbone: Backbone, batch: Batch, hidden_BTD: Tensor, chunk_rows: int
+    ) -> Tensor:
+        """Return the backbone's own loss on the trained tokens, summed, in nats."""
+        index_R = labelled_index(batch.is_trained_BT, batch.example_BT, 0)
+        targets = self._targets(backbone, batch)
+        inputs = (hidden_BTD.flatten(0, 1)[index_R],)
+        return chunked_loss(backbone.next_logits, targets, inputs, targets.at(index_R), chunk_rows)
+
+    def _targets(self, backbone: Backbone, batch: Batch) -> Targets:
+        if not self.self_distillation:
+            return TokenTargets(batch.input_ids_BT)
+        self.adapted.eval()  # a teacher does not drop out
+        with torch.no_grad(), self.adapted.disable_adapter():
+            teacher_BTD = backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
+        self.adapted.train()
+        return DistributionTargets(teacher_BTD, backbone.next_logits)
+
+
+class MedusaModule(L.LightningModule):
+    """Heads on a backbone: Medusa-1, or with `joint` Medusa-2.
+
+    The backbone is no submodule: what is frozen gets no gradient, and is in no optimizer and in no
+    checkpoint.
+
+    Args:
+        backbone: that the heads read.
+        heads: to train.
+        settings: the section `train` of the config.
+        max_steps: optimizer steps of the whole training.
+        responses: gives the backbone's responses to held-out prompts, at each validation.
+        max_rank: draft tokens of a head that val/accept_length considers.
+        key: `training_key` of the training, for its checkpoints.
+        joint: of Medusa-2.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         heads: MedusaHeads,
-        objective: Objective,
+        settings: TrainConfig,
         *,
-        answers: Callable[[], Sequence[HeldOutResponse]],
-        val_tree_nodes: int,
-        max_rank: int,
-        optimizer: str,
-        learning_rate: float,
-        weight_decay: float,
-        warmup_fraction: float,
         max_steps: int,
-        made_with: str,
+        responses: Callable[[], Sequence[HeldOutResponse]],
+        max_rank: int,
+        key: str,
+        joint: JointLoss | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = heads
-        self.objective = objective
-        self.answers = answers
-        self.val_tree_nodes = val_tree_nodes
-        self.max_rank = min(max_rank, backbone.vocab_size)
-        self.optimizer_name = optimizer
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_fraction = warmup_fraction
+        self.settings = settings
+        self.objective = Objective.of(settings)
         self.max_steps = max_steps
-        self.made_with = made_with
+        self.responses = responses
+        self.max_rank = min(max_rank, backbone.vocab_size)
+        self.key = key
+        self.joint = joint
+        if joint is not None:
+            self.adapted = joint.adapted.train()
+            self.strict_loading = False  # checkpoints have nothing that is frozen
         self.last_metrics: dict[str, Any] = {}
         """Of the last step and of the last validation."""
         self.last_val_step = 0
@@ -92,7 +137,7 @@ class MedusaModule(L.LightningModule):
         self._val_counts: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return a micro-batch's part of its optimiser step's loss, a mean over all its labels."""
+        """Return a micro-batch's part of its optimizer step's loss, a mean over all its labels."""
         place = batch_idx % self.trainer.accumulate_grad_batches
         if place == 0:
             self._totals = self._over_processes(torch.tensor(batch.group_labels)).tolist()
@@ -106,26 +151,17 @@ class MedusaModule(L.LightningModule):
         return self.trainer.accumulate_grad_batches * self.trainer.world_size * loss
 
     def batch_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
-        """Return what is minimised on a micro-batch, and sums of losses [1 + K], detached.
+        """Return what is minimized on a micro-batch, and sums of losses [1 + K], detached.
 
-        The first of the sums is the lm_head's, which is not trained here: zero.
+        The first of the sums is the lm_head's, zero where it is not trained.
 
         Args:
             batch: the micro-batch.
             totals: labels of the lm_head and of each head that the loss is a mean over.
         """
-        with torch.no_grad():
+        is_joint = self._is_joint()
+        with nullcontext() if is_joint else torch.no_grad():
             hidden_BTD = self.hidden_states(batch)
-        return self.heads_loss(batch, hidden_BTD, totals)
-
-    def largest_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
-        """Return `batch_loss` as it is in the steps that take most time and memory."""
-        return self.batch_loss(batch, totals)
-
-    def heads_loss(
-        self, batch: Batch, hidden_BTD: Tensor, totals: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Return the heads' part of `batch_loss`."""
         losses = medusa_losses(
             self.heads,
             self._heads_input(batch, hidden_BTD),
@@ -138,8 +174,47 @@ class MedusaModule(L.LightningModule):
         )
         loss = medusa_loss(losses, self.objective.decay, totals[1:])
         loss = self.objective.factor(self.global_step, self.max_steps) * loss
-        sums = [loss.new_zeros(()), *(head.loss_sum.detach() for head in losses)]
+        backbone_sum = loss.new_zeros(())
+        if is_joint:
+            assert self.joint is not None
+            rows = self.objective.chunk_rows
+            backbone_sum = self.joint.backbone_loss(self.backbone, batch, hidden_BTD, rows)
+            loss = loss + backbone_sum / max(totals[0], 1)
+        sums = [backbone_sum.detach(), *(head.loss_sum.detach() for head in losses)]
         return loss, torch.stack(sums)
+
+    def _is_joint(self) -> bool:
+        return self.joint is not None and self.global_step >= self.joint.heads_only_steps
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return hidden_BTD of a batch, read or computed."""
+        if batch.hidden_BTD is not None:
+            return batch.hidden_BTD
+        return self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
+
+    def _heads_input(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
+        example_BT = None if batch.positions_BT is None else batch.example_BT  # one a row
+        return heads_input(self.heads.prefix, hidden_BTD.float(), example_BT)
+
+    def _over_processes(self, counts_K: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return counts_K
+        return self.trainer.strategy.reduce(counts_K.to(self.device), reduce_op="sum")
+
+    def _log_step(self) -> None:
+        """Log the step's loss: the mean over the labels of all its micro-batches and processes."""
+        sums_H = self._over_processes(self._sums_H)
+        mean_H = sums_H / torch.tensor(self._totals, device=sums_H.device).clamp(min=1)
+        mean_K = mean_H[1:]
+        weight_K = self.objective.decay ** torch.arange(1, len(mean_K) + 1, device=mean_K.device)
+        found = {f"train/loss_head{k}": mean for k, mean in enumerate(mean_K, 1)}
+        if self._is_joint():
+            found["train/loss_backbone"] = mean_H[0]
+        loss = (weight_K * mean_K).sum()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict(found)
+        # As tensors: reading them would wait for the device.
+        self.last_metrics |= {"train/loss": loss, **found}
 
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
@@ -168,28 +243,37 @@ class MedusaModule(L.LightningModule):
         for name, sum_K in (("loss", loss_K), ("top1", top1_K), ("top5", top5_K)):
             mean_K = sum_K / labels_K.clamp(min=1)
             found |= {f"val/{name}_head{k}": float(x) for k, x in enumerate(mean_K, 1)}
-        if answers := self.answers():
+        if responses := self.responses():
             found["val/accept_length"], found["val/accept_length_chain"] = accept_lengths(
-                self.heads, answers, self.val_tree_nodes, self.max_rank
+                self.heads, responses, self.settings.val_tree_nodes, self.max_rank
             )
         self.log_dict(found)
         self.last_metrics |= found
         self.last_val_step = self.global_step
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The optimiser of all head parameters, with warm-up and cosine by the step."""
+        """The optimizer of all that is trained, with warm-up and cosine by the step."""
         optimizer = build_optimizer(
-            self.optimizer_name,
+            self.settings.optimizer,
             self.heads,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            adapters=self.adapter_group(),
+            learning_rate=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            adapters=self.joint.optimizer_group() if self.joint else None,
         )
-        return scheduled(optimizer, self.warmup_fraction, self.max_steps)
+        return scheduled(optimizer, self.settings.warmup_fraction, self.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint was made with (see `resume.py`), and what was measured."""
-        checkpoint["made_with"] = self.made_with
+        """Leave out what is frozen; say what the checkpoint was made with, and what was measured.
+
+        `made_with` is read by `checkpointing.checkpoint_to_resume`.
+        """
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {
+            name: value
+            for name, value in checkpoint["state_dict"].items()
+            if name in trained or name.startswith("heads.")
+        }
+        checkpoint["made_with"] = self.key
         metrics = {name: float(value) for name, value in self.last_metrics.items()}
         checkpoint["measured"] = {"metrics": metrics, "val_step": self.last_val_step}
 
@@ -197,128 +281,3 @@ class MedusaModule(L.LightningModule):
         """Take back what was measured: there may be no step left to measure."""
         measured = checkpoint["measured"]
         self.last_metrics, self.last_val_step = measured["metrics"], measured["val_step"]
-
-    def adapter_group(self) -> dict[str, Any] | None:
-        """Return the optimiser's group of what is trained besides the heads: nothing."""
-        return None
-
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """Return hidden_BTD of a batch, read or computed."""
-        if batch.hidden_BTD is not None:
-            return batch.hidden_BTD
-        return self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
-
-    def _heads_input(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
-        example_BT = None if batch.positions_BT is None else batch.example_BT  # one a row
-        return heads_input(self.heads.prefix, hidden_BTD.float(), example_BT)
-
-    def _over_processes(self, counts_K: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return counts_K
-        return self.trainer.strategy.reduce(counts_K.to(self.device), reduce_op="sum")
-
-    def _log_step(self) -> None:
-        """Log the step's loss: the mean over the labels of all its micro-batches and processes."""
-        sums_H = self._over_processes(self._sums_H)
-        mean_H = sums_H / torch.tensor(self._totals, device=sums_H.device).clamp(min=1)
-        self.log_means(mean_H[0], mean_H[1:])
-
-    def log_means(self, backbone: Tensor, mean_K: Tensor) -> None:
-        """Log the step's mean losses, of the lm_head and of each head."""
-        weight_K = self.objective.decay ** torch.arange(1, len(mean_K) + 1, device=mean_K.device)
-        found = {"train/loss": (weight_K * mean_K).sum()}
-        found |= {f"train/loss_head{k}": mean for k, mean in enumerate(mean_K, 1)}
-        self.log("train/loss", found["train/loss"], prog_bar=True)
-        self.log_dict({name: value for name, value in found.items() if name != "train/loss"})
-        self.last_metrics |= found  # as tensors: reading them would wait for the device
-
-
-class JointModule(MedusaModule):
-    """Heads on a backbone with adapters. Checkpoints hold what is trained, and nothing frozen."""
-
-    strict_loading = False
-
-    def __init__(
-        self,
-        *arguments: Any,
-        adapted: PreTrainedModel,
-        adapter_learning_rate: float,
-        heads_only_steps: int,
-        self_distillation: bool,
-        **options: Any,
-    ) -> None:
-        super().__init__(*arguments, **options)
-        self.adapted = adapted.train()
-        self.adapter_learning_rate = adapter_learning_rate
-        self.heads_only_steps = heads_only_steps
-        self.self_distillation = self_distillation
-
-    def batch_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the joint loss of a micro-batch, or the heads' alone at first."""
-        return self._loss(batch, totals, is_joint=self.global_step >= self.heads_only_steps)
-
-    def largest_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the joint loss, at whatever step."""
-        return self._loss(batch, totals, is_joint=self.heads_only_steps < self.max_steps)
-
-    def _loss(self, batch: Batch, totals: list[int], is_joint: bool) -> tuple[Tensor, Tensor]:
-        with nullcontext() if is_joint else torch.no_grad():
-            hidden_BTD = self.hidden_states(batch)
-        loss, sums_H = self.heads_loss(batch, hidden_BTD, totals)
-        if is_joint:
-            lm_sum = self._lm_loss(batch, hidden_BTD)
-            loss = loss + lm_sum / max(totals[0], 1)
-            sums_H[0] = lm_sum.detach()
-        return loss, sums_H
-
-    def log_means(self, backbone: Tensor, mean_K: Tensor) -> None:
-        """Log the backbone's own loss too, once it learns."""
-        super().log_means(backbone, mean_K)
-        if self.global_step >= self.heads_only_steps:
-            self.log("train/loss_backbone", backbone)
-            self.last_metrics["train/loss_backbone"] = backbone
-
-    def adapter_parameters(self) -> list[Tensor]:
-        """Return what of the backbone is trained."""
-        return [p for p in self.adapted.parameters() if p.requires_grad]
-
-    def adapter_group(self) -> dict[str, Any] | None:
-        """Return the optimiser's group of the adapters, which wait for the heads."""
-        return {
-            "params": self.adapter_parameters(),
-            "lr": self.adapter_learning_rate,
-            "weight_decay": 0.0,
-            "waits": self.heads_only_steps,
-        }
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen."""
-        super().on_save_checkpoint(checkpoint)
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {
-            name: value
-            for name, value in state.items()
-            if name in trained or name.startswith("heads.")
-        }
-
-    def _lm_loss(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
-        """Return the backbone's own loss on the trained tokens, summed."""
-        index_R = labelled_index(batch.is_trained_BT, batch.example_BT, 0)
-        targets = self._lm_targets(batch)
-        return chunked_loss(
-            self.backbone.next_logits,
-            targets,
-            (hidden_BTD.flatten(0, 1)[index_R],),
-            targets.at(index_R),
-            self.objective.chunk_rows,
-        )
-
-    def _lm_targets(self, batch: Batch) -> Targets:
-        if not self.self_distillation:
-            return TokenTargets(batch.input_ids_BT)
-        self.adapted.eval()  # a teacher does not drop out
-        with torch.no_grad(), self.adapted.disable_adapter():
-            teacher_BTD = self.hidden_states(batch)
-        self.adapted.train()
-        return DistributionTargets(teacher_BTD, self.backbone.next_logits)

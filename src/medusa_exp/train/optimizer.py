@@ -1,7 +1,4 @@
-"""Parameters of heads in, an optimiser out.
-
-The learning-rate schedule.
-"""
+"""Optimizers of the heads (AdamW, 8-bit AdamW, Muon), and the schedule of their learning rate."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -18,7 +15,7 @@ from medusa_exp.errors import UserError
 def warmup_cosine(optimizer: Optimizer, warmup_fraction: float, max_steps: int) -> LambdaLR:
     """Rise linearly over a share of the steps, then fall to zero along a cosine.
 
-    A group of the optimiser that `waits` so many steps has a rate of zero until then.
+    A group of the optimizer that `waits` so many steps has a rate of zero until then.
     """
     warmup_steps = max(1, round(warmup_fraction * max_steps))
 
@@ -33,13 +30,13 @@ def warmup_cosine(optimizer: Optimizer, warmup_fraction: float, max_steps: int) 
 
 
 def scheduled(optimizer: Optimizer, warmup_fraction: float, max_steps: int) -> dict[str, Any]:
-    """Return the optimiser with its schedule, stepped once an optimiser step, for Lightning."""
+    """Return the optimizer with its schedule, stepped once an optimizer step, for Lightning."""
     schedule = warmup_cosine(optimizer, warmup_fraction, max_steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}
-"""Of an optimiser, for each parameter in float32, at most."""
+"""Of an optimizer, for each parameter in float32, at most."""
 _INNER = ("blocks.", "prefix.")
 """Parts of the heads that lead from hidden states to hidden states."""
 
@@ -72,18 +69,18 @@ def build_optimizer(
 
 
 class MuonAndAdamW(Optimizer):
-    """Two optimisers as one, which is what Lightning steps, schedules and saves."""
+    """Two optimizers as one, which is what Lightning steps, schedules and saves."""
 
     def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
         self.parts = {"muon": muon, "adamw": adamw}
         self.defaults: dict[str, Any] = {}
         self.state: Any = {}
         self._share_groups()
-        for key in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-            setattr(self, key, {})
+        self._optimizer_step_pre_hooks: Any = {}  # private: torch 2.13
+        self._optimizer_step_post_hooks: Any = {}  # private: torch 2.13
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Run the closure, then both optimisers."""
+        """Run the closure, then both optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

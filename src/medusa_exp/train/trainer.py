@@ -1,12 +1,4 @@
-"""How both training stages set up Lightning: device, precision, bars, history, checkpoints.
-
-A frozen backbone of which each process keeps a part: `train.strategy=fsdp`.
-
-Heads are small, and every process has them whole; the backbone is what takes memory. torch's
-fully_shard keeps 1/n of each layer's weights in each of n processes, and gathers a layer for as
-long as it runs. Embedding, final norm and lm_head, which are used outside of layers, stay whole.
-While it is loaded, and answers held-out prompts, every process has the whole model.
-"""
+"""Lightning's Trainer as both training stages use it, its precision, and FSDP for the backbone."""
 
 import logging
 import os
@@ -26,68 +18,18 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.loading import pick_device
 from medusa_exp.runs.files import publish
 from medusa_exp.tracking.history import HistoryLogger, StepLogger
 from medusa_exp.train.callbacks import StepProgress
 
 log = logging.getLogger(__name__)
 
-
-def shard_layers(backbone: Backbone) -> dict[str, int]:
-    """Leave each process its part of every layer of a backbone that all of them have loaded.
-
-    To be called by all processes, at the same point.
-
-    Returns:
-        Bytes of the backbone: `whole`, and `kept` by this process.
-
-    Raises:
-        UserError: the model has no list of its layers.
-    """
-    if not distributed.is_initialized():  # Lightning would do it later, and finds it done
-        distributed.init_process_group("nccl" if backbone.device.type == "cuda" else "gloo")
-    backbone.remember_fingerprints()
-    before = local_bytes(backbone)
-    mesh = init_device_mesh(backbone.device.type, (distributed.get_world_size(),))
-    for layer in layers_of(backbone):
-        fully_shard(layer, mesh=mesh)
-    kept = local_bytes(backbone)
-    log.info("each process keeps %.1f MB of the backbone's %.1f MB", kept / 1e6, before / 1e6)
-    return {"whole": before, "kept": kept}
-
-
-def layers_of(backbone: Backbone) -> nn.ModuleList:
-    """Return the backbone's decoder layers.
-
-    Raises:
-        UserError: it has no list of them.
-    """
-    for module in backbone.body.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == backbone.num_layers:
-            return module
-    raise UserError(
-        f"train.strategy=fsdp: {backbone.name} has no list of its {backbone.num_layers} layers: "
-        "set train.strategy=ddp."
-    )
-
-
-def local_bytes(backbone: Backbone) -> int:
-    """Return the bytes of the weights that this process keeps."""
-    total = 0
-    for parameter in backbone.model.parameters():
-        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        total += own.numel() * own.element_size()
-    return total
-
-
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What `pick_precision` may return -> the dtype of autocast; others have none."""
 LOG_EVERY = 10
-"""Optimiser steps between lines of the history."""
+"""Optimizer steps between lines of the history."""
 _EXPECTED_WARNINGS = (
     # Batches are made in memory: worker processes would only add start-up time and copies.
     ".*does not have many workers.*",
@@ -100,20 +42,8 @@ _EXPECTED_WARNINGS = (
 )
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own file format, written so that a killed process leaves no half checkpoint."""
-
-    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        """Write under a temporary name, make sure of it, and rename."""
-        # Lightning's own would hold the whole file in memory, and then in the temporary folder.
-        with publish(Path(path)) as partial, partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-
 def build_trainer(
-    config: Config,
+    device: torch.device,
     out: Path,
     stage: str,
     log_step: StepLogger | None = None,
@@ -129,7 +59,7 @@ def build_trainer(
     plugins: Sequence[ClusterEnvironment] = (),
     callbacks: Sequence[L.Callback] = (),
 ) -> L.Trainer:
-    """Build a Trainer that counts in optimiser steps.
+    """Build a Trainer that counts in optimizer steps.
 
     Without `val_every` nothing is validated; nothing is saved but by a callback.
     """
@@ -138,7 +68,7 @@ def build_trainer(
     is_watched = Console().is_terminal  # else Lightning's bar shows nothing before the end
     bar = RichProgressBar(refresh_rate=5) if is_watched else StepProgress(f"{stage}ing")
     return L.Trainer(
-        accelerator=pick_device(config.device).type,
+        accelerator=device.type,
         devices=devices,
         strategy=strategy,
         use_distributed_sampler=False,  # `Batches` shares them out
@@ -162,13 +92,73 @@ def build_trainer(
     )
 
 
-def pick_precision(config: Config, device: torch.device) -> str:
-    """Return Lightning's word for the arithmetic of training.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own file format, written so that a killed process leaves no half checkpoint."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        """Write under a temporary name, make sure of it, and rename."""
+        # Lightning's own would hold the whole file in memory, and then in the temporary folder.
+        with publish(Path(path)) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Return Lightning's word for the arithmetic of training, given `dtype.precision`.
 
     `auto` is bf16-mixed where the hardware has bf16; else 16-mixed on a GPU, 32-true on a CPU.
     """
-    if config.dtype.precision != "auto":
-        return config.dtype.precision
+    if precision != "auto":
+        return precision
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    return "bf16-mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "32-true"
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # private: torch 2.13
+    return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def shard_layers(backbone: Backbone) -> dict[str, int]:
+    """Leave each process its part of every layer of a frozen backbone that all have loaded (FSDP).
+
+    Heads are small, and every process has them whole; the backbone is what takes memory. Each of n
+    processes keeps 1/n of each layer's weights, and gathers a layer for as long as it runs.
+    Embedding, final norm and lm_head, which are used outside of layers, stay whole. While it is
+    loaded, and while it answers held-out prompts, every process has the whole model.
+
+    To be called by all processes, at the same point.
+
+    Returns:
+        Bytes of the backbone: `whole`, and `kept` by this process.
+
+    Raises:
+        UserError: the model has no list of its layers.
+    """
+    if not distributed.is_initialized():  # Lightning would do it later, and finds it done
+        distributed.init_process_group("nccl" if backbone.device.type == "cuda" else "gloo")
+    backbone.remember_fingerprints()
+    before = _local_bytes(backbone)
+    mesh = init_device_mesh(backbone.device.type, (distributed.get_world_size(),))
+    for layer in _layers_of(backbone):
+        fully_shard(layer, mesh=mesh)
+    kept = _local_bytes(backbone)
+    log.info("each process keeps %.1f MB of the backbone's %.1f MB", kept / 1e6, before / 1e6)
+    return {"whole": before, "kept": kept}
+
+
+def _layers_of(backbone: Backbone) -> nn.ModuleList:
+    for module in backbone.body.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == backbone.num_layers:
+            return module
+    raise UserError(
+        f"train.strategy=fsdp: {backbone.name} has no list of its {backbone.num_layers} layers: "
+        "set train.strategy=ddp."
+    )
+
+
+def _local_bytes(backbone: Backbone) -> int:
+    """Return the bytes of the weights that this process keeps."""
+    total = 0
+    for parameter in backbone.model.parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        total += local.numel() * local.element_size()
+    return total
