@@ -1,4 +1,4 @@
-// Keep the accepted nodes of each row's tree in the key-value cache, in place.
+// Keep the accepted nodes of each row's tree in the KV cache, in place.
 //
 // In:  the cache's tensors (keys and values of every layer, each [B, H, T, head]), path_BL and
 //      num_accepted_B of the verdict, the column where each row's tree begins, and the one where its

@@ -1,26 +1,24 @@
-// Greedy verification: which guesses are what step-by-step greedy decoding would have said.
+// Greedy verification: accept the draft tokens that step-by-step greedy decoding would have chosen.
 //
 // In:  logits_BNV after each node, tokens_BN, parents_BN (tree.cuh, Arguments).
 // Out: path_BL, num_accepted_B, next_token_B. The token after a node is its argmax, the lowest where
 //      several tie. Of children that hold it, the first is accepted; the token after the last
 //      accepted node is the next token. Equal to decode/verify.py, rule greedy.
-// Floor: the bytes of the rows of nodes with children, and of one more, at the memory's bandwidth
-//      (22 + 1 rows of V = 128256 in bfloat16: 2.0 us at 3.0 TB/s); lazy: of the rows on the path.
+// Floor: the bytes of the rows on the path at the memory's bandwidth (3 rows of V = 128256 in
+//      bfloat16: 0.26 us at 3.0 TB/s), and a trip to memory for each row, one after the other.
 //      No exponential is taken: about 3 instructions a logit.
 
-#define NEEDS_SUMS false
 #include "tree.cuh"
 
 struct Scratch {};
 
-template <bool IS_LAZY, int CLUSTER>
+template <int CLUSTER>
 __device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch&, int sequence) {
     const Tree& tree = shared.tree;
     const int lane = threadIdx.x & 31, num_nodes = (int)a.num_nodes;
-    load_tokens<false>(a, shared.tree, sequence);
-    if (!IS_LAZY) merge_splits<false>(a, shared.tree, sequence, 0.0f);
+    load_tree<false, CLUSTER>(a, shared.tree, sequence);
     int turn = 0;
-    const int length = descend<false, IS_LAZY, CLUSTER>(
+    const int length = descend<false, CLUSTER>(
         a, shared, sequence, turn, 0.0f, [&](int node, const Statistics& row) {
 #pragma unroll 1
             for (int first = node + 1; first < num_nodes; first += 32) {
@@ -36,4 +34,4 @@ __device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch
         write_verdict(a, tree, sequence, length, tree.row[tree.path[length - 1]].argmax);
 }
 
-#include "forms.cuh"
+#include "entries.cuh"

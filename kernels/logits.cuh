@@ -1,4 +1,4 @@
-// Logits in; what is known of a row of them, or of a part of one, out.
+// Statistics of logits: largest, argmax, sum of exponentials, entropy; of a row, or of a part of one.
 //
 // Compile with one of -DLOGIT_FLOAT32, -DLOGIT_FLOAT16, -DLOGIT_BFLOAT16. No header is needed.
 // NaN counts as minus infinity. V vocabulary.

@@ -1,4 +1,4 @@
-// The attention mask and the positions of a step that checks trees of guesses.
+// The attention mask and positions of a step that verifies a draft tree.
 //
 // In:  parents_BN, the number of cached tokens of each row, the columns P before the tree.
 // Out: mask_BNK, K = P + N: a node sees its row's cached tokens, its ancestors and itself; with a

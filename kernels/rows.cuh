@@ -1,4 +1,4 @@
-// A row of logits in; its statistics in every thread, out.
+// Statistics of one row of logits, known to every thread of a block or of a cluster of blocks.
 //
 // One warp streams a slice of a row; the warps of a block, or of a cluster of blocks, take one slice
 // each. Every logit is read once, 16 bytes a load, four loads in flight in each thread: a block of
@@ -8,7 +8,7 @@
 #include "logits.cuh"
 
 constexpr int LOADS = 4;         // in flight in each thread
-constexpr int MAX_SLICES = 256;  // parts of a row whose sums are known: 32 warps, 8 blocks
+constexpr int MAX_SLICES = 256;  // of a row, one to a warp: 32 warps, 8 blocks
 
 // ---- streaming ------------------------------------------------------------------------------
 
@@ -144,15 +144,15 @@ __device__ __forceinline__ Statistics count_infinite(const Logit* row, int begin
     return s;
 }
 
-// All threads of the block (or cluster) call this; all get the statistics of row[begin, end).
+// All threads of the block (or cluster) call this; all get the statistics of the row.
 // Afterwards slices.of[turn] has those of the warps' slices.
 template <bool SUMS, int CLUSTER>
-__device__ __forceinline__ Statistics row_statistics(Slices& slices, int& turn, const Logit* row, int begin,
-                                                     int end, float scale) {
+__device__ __forceinline__ Statistics row_statistics(Slices& slices, int& turn, const Logit* row,
+                                                     int vocab_size, float scale) {
     const int num_warps = blockDim.x >> 5;
     const int slot = cluster_rank<CLUSTER>() * num_warps + (threadIdx.x >> 5);
-    const int length = slice_length(end - begin, CLUSTER * num_warps);
-    const int from = min(begin + slot * length, end), to = min(from + length, end);
+    const int length = slice_length(vocab_size, CLUSTER * num_warps);
+    const int from = min(slot * length, vocab_size), to = min(from + length, vocab_size);
     turn ^= 1;
     Statistics s = exchange<SUMS, CLUSTER>(slices, stream<SUMS>(row, from, to, scale), turn, scale);
     if (SUMS && s.largest == POSITIVE_INFINITY) {

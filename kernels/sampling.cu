@@ -1,18 +1,15 @@
-// Target-only sampling: lossless verification of guesses that are not random.
+// Target-only sampling: lossless verification of draft tokens that are not random.
 //
-// In:  logits_BNV after each node, tokens_BN, parents_BN, the temperature, and a number in [0, 1) for
-//      each node: uniforms_BN, or drawn here by Philox4x32-10 from a seed, the number of the call,
-//      the sequence and the node (tree.cuh, Arguments).
+// In:  logits_BNV after each node, tokens_BN, parents_BN, the temperature, and uniforms_BN, a number in
+//      [0, 1) for each node (tree.cuh, Arguments).
 // Out: path_BL, num_accepted_B, next_token_B. The token after a node is drawn from p = softmax(logits /
 //      temperature) with the children's tokens first in the order of the draw: child c is accepted
 //      where u < p(c) + the elder children's; if none is, the next token is drawn with what is left
-//      of u from the other tokens. Its law is p, whatever is guessed. Equal to
+//      of u from the other tokens. Its law is p, whatever the draft is. Equal to
 //      decode/verify.py, rule sampling without top_k and top_p.
 // Floor: as greedy.cu. The draw reads one slice of one row again, from the L2 cache: its mass
 //      is known, the rest of the row's too, so that nothing is summed twice.
 
-#define NEEDS_SUMS true
-#include "philox.cuh"
 #include "tree.cuh"
 
 struct Scratch {
@@ -27,17 +24,11 @@ struct Scratch {
 };
 
 __device__ __forceinline__ void load_uniforms(const Arguments& a, Scratch& scratch, int sequence) {
-    for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x) {
-        if (a.uniforms_BN) {
-            scratch.uniform[n] = a.uniforms_BN[sequence * a.uniforms_stride_b + n];
-        } else {
-            const unsigned word = philox(a.philox[0], a.philox[1 + sequence], sequence, n);
-            scratch.uniform[n] = (float)(word >> 8) * 0x1p-24f;
-        }
-    }
+    for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x)
+        scratch.uniform[n] = a.uniforms_BN[sequence * a.uniforms_stride_b + n];
 }
 
-// ---- accepting a guess -----------------------------------------------------------------------
+// ---- accepting a draft token -------------------------------------------------------------------
 
 // The child that is drawn after a node, or -1. The first warp calls this.
 __device__ __forceinline__ int choose_child(const Arguments& a, const Tree& tree, Scratch& scratch, int node,
@@ -212,17 +203,16 @@ __device__ __forceinline__ int draw(const Rest& rest, Scratch& scratch, const St
 
 // ---- the walk ---------------------------------------------------------------------------------
 
-template <bool IS_LAZY, int CLUSTER>
+template <int CLUSTER>
 __device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch& scratch, int sequence) {
     Tree& tree = shared.tree;
     const float scale = (float)a.scale;
     const int num_nodes = (int)a.num_nodes, vocab_size = (int)a.vocab_size;
     load_uniforms(a, scratch, sequence);
     if (threadIdx.x == 0) scratch.num_taken = 0;
-    load_tokens<true>(a, tree, sequence);
-    if (!IS_LAZY) merge_splits<true>(a, tree, sequence, scale);
+    load_tree<true, CLUSTER>(a, tree, sequence);
     int turn = 0;
-    const int path_length = descend<true, IS_LAZY, CLUSTER>(
+    const int path_length = descend<true, CLUSTER>(
         a, shared, sequence, turn, scale, [&](int node, const Statistics& row) {
             return choose_child(a, tree, scratch, node, row, scale);
         });
@@ -230,23 +220,14 @@ __device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch
     for (int n = node + 1 + threadIdx.x; n < num_nodes; n += blockDim.x)
         if (tree.parent[n] == node && tree.token[n] >= 0 && !tree.is_copy[n])
             scratch.taken[atomicAdd(&scratch.num_taken, 1)] = tree.token[n];
-    int num_slices = CLUSTER * (int)(blockDim.x >> 5);
-    Statistics* slices = shared.slices.of[turn];
-    if (!IS_LAZY && tree.has_children[node]) {  // other blocks read this row
-        num_slices = (int)a.num_splits;
-        const long long place = (sequence * a.num_nodes + node) * num_slices;
-        for (int i = threadIdx.x; i < num_slices; i += blockDim.x)
-            slices[i] = load_fresh(a.partials_BNS + place + i);
-    }
+    const int num_slices = CLUSTER * (int)(blockDim.x >> 5);
     __syncthreads();
     const Rest rest = {row_of(a, sequence, node), vocab_size, tree.row[node].largest, scale};
     const float place = fmaxf(scratch.uniform[node] - scratch.spent, 0.0f);
-    int token = draw(rest, scratch, slices, num_slices, slice_length(vocab_size, num_slices),
-                     place * tree.row[node].sum);
+    int token = draw(rest, scratch, shared.slices.of[turn], num_slices,
+                     slice_length(vocab_size, num_slices), place * tree.row[node].sum);
     if (token < 0) token = tree.row[node].argmax;
-    if (cluster_rank<CLUSTER>() > 0) return;
-    write_verdict(a, tree, sequence, path_length, token);
-    if (threadIdx.x == 0 && !a.uniforms_BN) a.philox[1 + sequence] += 1;
+    if (cluster_rank<CLUSTER>() == 0) write_verdict(a, tree, sequence, path_length, token);
 }
 
-#include "forms.cuh"
+#include "entries.cuh"

@@ -1,15 +1,11 @@
-// Trees of guesses in; what is common to the three rules of verification, out.
+// What the three rules of verification share: arguments, the draft tree, the walk, the entries' form.
 //
-// A rule comes in three forms. All read only rows that matter: the rows of nodes that have
-// children (of the 64 nodes of the Medusa authors' tree, 22), and a leaf's row if the path ends there.
-//   rows + walk   two launches: `rows` reads all nodes with children, (splits, N, B) blocks; then
-//                 `walk`, a block a sequence, merges the splits and walks.
-//   fused         the same in one launch: a sequence's last block to finish walks for it.
-//   lazy          one launch, a block (or a cluster of blocks) a sequence: it reads the root's row,
-//                 chooses a child, reads that child's row, and so on. For large batches.
+// A block, or a cluster of blocks, takes a sequence. It reads the root's row of logits, chooses a
+// child, reads that child's row, and so on: only rows on the path are read (typical.cu: the rows of
+// all nodes that are accepted and have children). README.md in this folder is the contract.
 //
 // Whatever the input, a walk goes from a node to one with a higher number: it ends.
-// B batch, N nodes, V vocabulary, L path length, S splits of a row.
+// B batch, N tree nodes, V vocabulary, L path length.
 
 #pragma once
 #include "rows.cuh"
@@ -24,15 +20,12 @@ struct Arguments {
     long long tokens_stride_b;
     const long long* parents_BN;  // -1 of the root and of padding
     long long parents_stride_b;
-    const float* uniforms_BN;  // in [0, 1); null: drawn here (sampling.cu)
+    const float* uniforms_BN;  // in [0, 1); of sampling.cu alone, else null
     long long uniforms_stride_b;
-    long long* philox;         // a seed, then each sequence's number of calls so far
-    Statistics* partials_BNS;  // workspace
-    unsigned* counters_B;      // workspace of `fused`: zero before and after
     long long* path_BL;        // out: nodes from the root down, then -1
     long long* num_accepted_B;  // out: nodes of the path without the root
     long long* next_token_B;    // out
-    long long num_nodes, vocab_size, path_length, num_splits;
+    long long num_nodes, vocab_size, path_length;
     double scale;           // log2(e) / temperature
     double epsilon, alpha;  // of typical.cu
 };
@@ -40,13 +33,10 @@ struct Arguments {
 struct Tree {
     int parent[MAX_NODES];  // -1 where there is none that stands before the node
     int token[MAX_NODES];   // -1 where the vocabulary has none such
-    unsigned char has_children[MAX_NODES];  // the root counts as if: its row is always needed
-    unsigned char is_copy[MAX_NODES];       // an elder sibling has this token
-    float logit[MAX_NODES];                 // of the node's token, after its parent
-    Statistics row[MAX_NODES];              // of the nodes whose row is known
-    int path[MAX_NODES + 1];  // with -1 behind its end
-    int num_rows;             // nodes with children
-    int is_last;  // of `fused`: did the sequence's other blocks finish before this one?
+    unsigned char is_copy[MAX_NODES];  // an elder sibling has this token
+    float logit[MAX_NODES];            // of the node's token, after its parent
+    Statistics row[MAX_NODES];         // of the nodes whose row is known
+    int path[MAX_NODES + 1];           // with -1 behind its end
 };
 
 // What every block has of its own, in shared memory.
@@ -59,38 +49,22 @@ __device__ __forceinline__ const Logit* row_of(const Arguments& a, int sequence,
     return a.logits_BNV + sequence * a.logits_stride_b + node * a.logits_stride_n;
 }
 
-// Read parents; find which nodes have children, and how many do. All threads call this.
-__device__ __forceinline__ void load_parents(const Arguments& a, Tree& tree, int sequence) {
+// Read parents, tokens and, for the rules that need them, the tokens' logits; find copies. All threads
+// call this, and a barrier has to come before is_copy is used.
+template <bool SUMS, int CLUSTER>
+__device__ __forceinline__ void load_tree(const Arguments& a, Tree& tree, int sequence) {
     const int num_nodes = (int)a.num_nodes;
     const long long* parents_N = a.parents_BN + sequence * a.parents_stride_b;
-    for (int n = threadIdx.x; n < num_nodes; n += blockDim.x) {
-        const long long parent = parents_N[n];
-        tree.parent[n] = parent >= 0 && parent < n ? (int)parent : -1;
-        tree.has_children[n] = n == 0;
-    }
-    if (threadIdx.x == 0) tree.num_rows = 0;
-    __syncthreads();
-    for (int n = threadIdx.x; n < num_nodes; n += blockDim.x)
-        if (tree.parent[n] >= 0) tree.has_children[tree.parent[n]] = 1;
-    __syncthreads();
-    for (int n = threadIdx.x; n < num_nodes; n += blockDim.x)
-        if (tree.has_children[n]) atomicAdd(&tree.num_rows, 1);
-}
-
-// Read tokens and, for the rules that need them, their logits; find copies. After load_parents, and
-// with a barrier to come before they are used; so is merge_splits.
-template <bool SUMS>
-__device__ __forceinline__ void load_tokens(const Arguments& a, Tree& tree, int sequence) {
-    const int num_nodes = (int)a.num_nodes;
     const long long* tokens_N = a.tokens_BN + sequence * a.tokens_stride_b;
     for (int n = threadIdx.x; n < num_nodes; n += blockDim.x) {
-        const long long token = tokens_N[n];
+        const long long parent = parents_N[n], token = tokens_N[n];
+        tree.parent[n] = parent >= 0 && parent < n ? (int)parent : -1;
         tree.token[n] = token >= 0 && token < a.vocab_size ? (int)token : -1;
         tree.is_copy[n] = 0;
         if (SUMS && tree.parent[n] >= 0 && tree.token[n] >= 0)
             tree.logit[n] = to_float(row_of(a, sequence, tree.parent[n])[tree.token[n]]);
     }
-    __syncthreads();
+    cluster_sync<CLUSTER>();  // of the cluster: before one block writes to another, both must run
 #pragma unroll 1
     for (int pair = threadIdx.x; SUMS && pair < num_nodes * num_nodes; pair += blockDim.x) {
         const int n = pair / num_nodes, elder = pair % num_nodes;
@@ -99,35 +73,14 @@ __device__ __forceinline__ void load_tokens(const Arguments& a, Tree& tree, int 
     }
 }
 
-// Read what other blocks wrote, past the cache of this multiprocessor.
-__device__ __forceinline__ Statistics load_fresh(const Statistics* at) {
-    const int4 words = __ldcg((const int4*)at);
-    return {__int_as_float(words.x), __int_as_float(words.y), __int_as_float(words.z), words.w};
-}
-
-// Merge the splits of every row that was read, a thread a row. After load_parents.
-template <bool SUMS>
-__device__ __forceinline__ void merge_splits(const Arguments& a, Tree& tree, int sequence, float scale) {
-    for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x) {
-        if (!tree.has_children[n]) continue;
-        const Statistics* partials_S =
-            a.partials_BNS + (sequence * a.num_nodes + n) * a.num_splits;
-        Statistics row = nothing();
-#pragma unroll 2
-        for (int split = 0; split < (int)a.num_splits; ++split)
-            row = merge<SUMS>(row, load_fresh(partials_S + split), scale);
-        tree.row[n] = finished(row);
-    }
-}
-
-// A guess's probability after its parent, whose row is known.
+// A draft token's probability after its parent, whose row is known.
 __device__ __forceinline__ float probability(const Tree& tree, int n, const Statistics& row,
                                              float scale) {
     if (tree.token[n] < 0 || tree.is_copy[n]) return 0.0f;
     return mass_of(tree.logit[n], tree.token[n], row.largest, scale) / row.sum;
 }
 
-// Is n a guess that stands after `node`?
+// Is n a child of `node`?
 __device__ __forceinline__ bool is_child(const Tree& tree, int n, int num_nodes, int node) {
     return n < num_nodes && tree.parent[n] == node;
 }
@@ -137,26 +90,23 @@ template <bool SUMS, int CLUSTER>
 __device__ __forceinline__ Statistics read_row(const Arguments& a, Shared& shared, int sequence,
                                                int node, int& turn, float scale) {
     const Statistics row = finished(row_statistics<SUMS, CLUSTER>(
-        shared.slices, turn, row_of(a, sequence, node), 0, (int)a.vocab_size, scale));
+        shared.slices, turn, row_of(a, sequence, node), (int)a.vocab_size, scale));
     if (threadIdx.x == 0) shared.tree.row[node] = row;
     return row;
 }
 
 // Go down from the root; all threads call this. choose(node, row) is called by the first warp and
 // returns, in all of its lanes, a child, or -1 to end. Returns how many nodes of tree.path are the
-// path; the last one's row is in tree.row, and if it was not known before, its slices' statistics are
-// in shared.slices.of[turn].
-template <bool SUMS, bool IS_LAZY, int CLUSTER, class Choose>
+// path; the last one's row is in tree.row, its slices' statistics in shared.slices.of[turn].
+template <bool SUMS, int CLUSTER, class Choose>
 __device__ __forceinline__ int descend(const Arguments& a, Shared& shared, int sequence, int& turn,
                                        float scale, Choose choose) {
     Tree& tree = shared.tree;
     if (threadIdx.x == 0) tree.path[0] = 0;
-    __syncthreads();  // after load_tokens and merge_splits, too
+    __syncthreads();  // after load_tree, too
     for (int length = 1;; ++length) {
         const int node = tree.path[length - 1];
-        Statistics row = tree.row[node];
-        if (IS_LAZY || !tree.has_children[node])
-            row = read_row<SUMS, CLUSTER>(a, shared, sequence, node, turn, scale);
+        const Statistics row = read_row<SUMS, CLUSTER>(a, shared, sequence, node, turn, scale);
         if (threadIdx.x < 32) {
             const int child = choose(node, row);
             if (threadIdx.x == 0) tree.path[length] = length < (int)a.path_length ? child : -1;

@@ -1,20 +1,20 @@
 // Typical acceptance (Medusa, section 2.3.1): LOSSY by design.
 //
 // In:  logits_BNV after each node, tokens_BN, parents_BN, the temperature, epsilon, alpha (tree.cuh).
-// Out: path_BL, num_accepted_B, next_token_B. A guess is accepted if its probability after its parent
+// Out: path_BL, num_accepted_B, next_token_B. A draft token is accepted if its probability after its parent
 //      is above min(epsilon, alpha * exp(-entropy)). Of the paths of accepted nodes the longest
 //      counts, of these the likeliest, of these the one whose end comes first. The token after it
 //      is the argmax. Equal to decode/verify.py, rule typical.
-// Floor: as greedy.cu; lazy: the rows of accepted nodes with children, and of one more. Largest, sum
-//      and entropy come from one pass: about 10 instructions a logit, one of them an exponential.
+// Floor: as greedy.cu, of the rows of accepted nodes with children, and of one more. Largest, sum and
+//      entropy come from one pass: about 10 instructions a logit, one of them an exponential.
 
-#define NEEDS_SUMS true
 #include "tree.cuh"
 
 constexpr float LN_2 = 0.69314718f;
 
 struct Scratch {
-    unsigned char is_accepted[MAX_NODES];  // of lazy: and all its ancestors are
+    unsigned char has_children[MAX_NODES];  // the root counts as if: its row is always needed
+    unsigned char is_accepted[MAX_NODES];   // and all its ancestors are
     float log_p[MAX_NODES];
     int end, length;
 };
@@ -41,20 +41,23 @@ __device__ __forceinline__ void judge(const Arguments& a, const Tree& tree, Scra
     scratch.log_p[n] = logf(p);
 }
 
-// Judge the guesses after every node that matters. All threads call this.
-template <bool IS_LAZY, int CLUSTER>
+// Find which nodes have children. After load_tree; a barrier has to come before they are used.
+__device__ __forceinline__ void find_parents(const Arguments& a, const Tree& tree, Scratch& scratch) {
+    for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x)
+        scratch.has_children[n] = scratch.is_accepted[n] = n == 0;
+    __syncthreads();
+    for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x)
+        if (tree.parent[n] >= 0) scratch.has_children[tree.parent[n]] = 1;
+}
+
+// Judge the children of every accepted node. All threads call this.
+template <int CLUSTER>
 __device__ __forceinline__ void judge_all(const Arguments& a, Shared& shared, Scratch& scratch, int sequence,
                           float scale, int& turn) {
-    Tree& tree = shared.tree;
+    const Tree& tree = shared.tree;
     const int num_nodes = (int)a.num_nodes;
-    for (int n = threadIdx.x; n < num_nodes; n += blockDim.x) {
-        scratch.is_accepted[n] = n == 0;
-        const int parent = tree.parent[n];
-        if (!IS_LAZY && parent >= 0) judge(a, tree, scratch, n, tree.row[parent], scale);
-    }
-    __syncthreads();
-    for (int node = 0; IS_LAZY && node < num_nodes; ++node) {
-        if (!scratch.is_accepted[node] || !tree.has_children[node]) continue;
+    for (int node = 0; node < num_nodes; ++node) {
+        if (!scratch.is_accepted[node] || !scratch.has_children[node]) continue;
         const Statistics row =
             read_row<true, CLUSTER>(a, shared, sequence, node, turn, scale);
         for (int n = node + 1 + threadIdx.x; n < num_nodes; n += blockDim.x)
@@ -97,22 +100,22 @@ __device__ __forceinline__ void choose_path(const Arguments& a, Tree& tree, Scra
     }
 }
 
-template <bool IS_LAZY, int CLUSTER>
+template <int CLUSTER>
 __device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch& scratch, int sequence) {
     Tree& tree = shared.tree;
     const float scale = (float)a.scale;
     int turn = 0;
-    load_tokens<true>(a, tree, sequence);
-    if (!IS_LAZY) merge_splits<true>(a, tree, sequence, scale);
+    load_tree<true, CLUSTER>(a, tree, sequence);
+    find_parents(a, tree, scratch);
     __syncthreads();
-    judge_all<IS_LAZY, CLUSTER>(a, shared, scratch, sequence, scale, turn);
+    judge_all<CLUSTER>(a, shared, scratch, sequence, scale, turn);
     if (threadIdx.x < 32) choose_path(a, tree, scratch);
     __syncthreads();
     int next_token = tree.row[scratch.end].argmax;
-    if (!tree.has_children[scratch.end])
+    if (!scratch.has_children[scratch.end])
         next_token = read_row<false, CLUSTER>(a, shared, sequence, scratch.end, turn, scale).argmax;
     if (cluster_rank<CLUSTER>() == 0)
         write_verdict(a, tree, sequence, scratch.length, next_token);
 }
 
-#include "forms.cuh"
+#include "entries.cuh"

@@ -76,23 +76,23 @@ def test_a_launch_goes_to_the_stream_of_the_moment_and_compiles_once(cupy):
     assert (kernels.device, kernels.num_processors, kernels.has_clusters) == (CUDA, 132, True)
     told = np.zeros(1, ARGUMENTS)
     for _ in range(2):
-        kernels.launch("greedy.cu", ("LOGIT_FLOAT16",), "fused", (1, 2, 3), 64, told)
-    kernels.launch("greedy.cu", ("LOGIT_FLOAT16",), "lazy_2", (2, 1, 3), 64, told)
+        kernels.launch("greedy.cu", ("LOGIT_FLOAT16",), "verify_1", (1, 2, 3), 64, told)
+    kernels.launch("greedy.cu", ("LOGIT_FLOAT16",), "verify_2", (2, 1, 3), 64, told)
     assert cupy.codes == [(source_of("greedy.cu"), ("-DLOGIT_FLOAT16",))]
     assert [call[-1] for call in cupy.calls] == [100, 101, 102]
-    assert cupy.calls[0][:4] == ("fused", (1, 2, 3), (64, 1, 1), (told,))
+    assert cupy.calls[0][:4] == ("verify_1", (1, 2, 3), (64, 1, 1), (told,))
 
 
 def test_a_compile_error_shows_the_compilers_log(cupy):
     cupy.log = "greedy.cu(1): error: what is this?"
     with pytest.raises(RuntimeError, match=r"(?s)does not compile for sm_90.*what is this\?"):
-        CupyKernels(CUDA).launch("greedy.cu", (), "fused", (1, 1, 1), 32, np.zeros(1, ARGUMENTS))
+        CupyKernels(CUDA).launch("greedy.cu", (), "verify_1", (1, 1, 1), 32, np.zeros(1, ARGUMENTS))
 
 
 def test_machine_code_of_the_wheel_is_preferred(cupy, monkeypatch, tmp_path):
     found = tmp_path / "greedy.fatbin"
     monkeypatch.setattr(runtime, "find_prebuilt", lambda *module: found)
-    CupyKernels(CUDA).launch("greedy.cu", (), "fused", (1, 1, 1), 32, np.zeros(1, ARGUMENTS))
+    CupyKernels(CUDA).launch("greedy.cu", (), "verify_1", (1, 1, 1), 32, np.zeros(1, ARGUMENTS))
     assert cupy.paths == [str(found)]
 
 

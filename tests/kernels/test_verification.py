@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
-from kernel_checks import PLANS, assert_equal, cases_of, check_verification, judged
+from kernel_checks import CONFIGS, assert_equal, cases_of, check_verification, judged
 from kernel_shim import ORDERS, ShimError, ShimKernels
 
-from medusa_exp.decode.cuda.verify import KernelVerify, Plan
+from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
 
 CASES, CHUNKS = int(os.environ.get("KERNEL_TEST_CASES", "350")), 7
 """Of each rule; fewer under a sanitizer."""
@@ -31,24 +31,20 @@ def test_edges_are_the_specifications(shim, rule):
 @pytest.mark.parametrize("vocab", [4099, 32000, 262144])
 @pytest.mark.parametrize("rule", RULES)
 def test_large_vocabularies(shim, rule, vocab):
-    for seed, plan in enumerate(
-        (
-            Plan("two", splits=7, threads=128, walk_threads=128),
-            Plan("fused", splits=3, threads=128),
-            Plan("lazy", threads=64, cluster=4),
-        )
+    for seed, config in enumerate(
+        (LaunchConfig(threads=128), LaunchConfig(2, threads=96), LaunchConfig(4, threads=64))
     ):
         case = make_case(1000 + seed, rule, vocab, nodes=3)
         assert not is_borderline(case)
-        assert_equal(judged(shim, plan, case), case.expected())
+        assert_equal(judged(shim, config, case), case.expected())
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("plan", PLANS[:3])
-def test_the_largest_tree_and_a_large_batch(shim, rule, plan):
+@pytest.mark.parametrize("config", CONFIGS[:3])
+def test_the_largest_tree_and_a_large_batch(shim, rule, config):
     case = make_case(3, rule, vocab=7, nodes=256)
     assert not is_borderline(case)
-    assert_equal(judged(shim, plan, case), case.expected())
+    assert_equal(judged(shim, config, case), case.expected())
     case = make_case(5, rule, vocab=2, nodes=2)
     assert not is_borderline(case)
     wide = {
@@ -62,14 +58,14 @@ def test_the_largest_tree_and_a_large_batch(shim, rule, plan):
         case.parents_BN.repeat(100, 1),
         wide,
     )
-    assert_equal(judged(shim, plan, case), case.expected())
+    assert_equal(judged(shim, config, case), case.expected())
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("rule", RULES)
-def test_the_same_call_again(shim, rule, plan):
-    """Counters are back at zero, nothing of the last call is left: what a CUDA graph relies on."""
-    verifier = KernelVerify(shim, plan)
+def test_the_same_call_again(shim, rule, config):
+    """Nothing of the last call is left: what a CUDA graph relies on."""
+    verifier = KernelVerify(shim, config)
     shim.order = "random"
     cases = [make_case(seed, rule, vocab=111, nodes=9) for seed in range(40)]
     cases = [c for c in cases if c.logits_BNV.shape[:2] == (2, 9) and not is_borderline(c)]
@@ -82,9 +78,9 @@ def test_the_same_call_again(shim, rule, plan):
         assert_equal(found, case.expected())
 
 
-@pytest.mark.parametrize("plan", PLANS[:4])
+@pytest.mark.parametrize("config", CONFIGS[:4])
 @pytest.mark.parametrize("rule", RULES)
-def test_nonsense_has_an_end(shim, rule, plan):
+def test_nonsense_has_an_end(shim, rule, config):
     """Parents in circles, tokens of no vocabulary, depths that are too small: a defined outcome."""
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -96,7 +92,7 @@ def test_nonsense_has_an_end(shim, rule, plan):
         if rule == "sampling":
             options["uniforms_BN"] = torch.from_numpy(rng.random((2, 12))).float()
         case = Case(rule, logits_BNV, tokens_BN, parents_BN, options)
-        verdict = judged(shim, plan, case)
+        verdict = judged(shim, config, case)
         depth = min(options["max_depth"], 11)
         assert verdict.path_BL.shape == (2, depth + 1)
         assert ((verdict.next_token_B >= 0) & (verdict.next_token_B < 5)).all()
@@ -109,8 +105,8 @@ def test_nonsense_has_an_end(shim, rule, plan):
                 assert 0 <= tokens_BN[b, node] < 5
 
 
-@pytest.mark.parametrize("plan", PLANS[:4])
-def test_tokens_without_probability_are_never_drawn(shim, plan):
+@pytest.mark.parametrize("config", CONFIGS[:4])
+def test_tokens_without_probability_are_never_drawn(shim, config):
     """Not even by a uniform of exactly 0, or by one so near to 1 that rounding leaves nothing."""
     logits_BNV = torch.full((4, 3, 300), -math.inf)
     logits_BNV[:, :, [40, 41, 170]] = torch.tensor([1.0, 0.0, 0.5])
@@ -120,7 +116,7 @@ def test_tokens_without_probability_are_never_drawn(shim, plan):
     case = Case(
         "sampling", logits_BNV, tokens_BN, parents_BN, {"uniforms_BN": uniforms_BN.contiguous()}
     )
-    verdict = judged(shim, plan, case)
+    verdict = judged(shim, config, case)
     assert verdict.path_BL.tolist() == [[0, 2, -1], [0, -1, -1], [0, 1, -1], [0, -1, -1]]
     assert verdict.next_token_B.tolist() == [40, 41, 40, 170]
 
@@ -150,55 +146,10 @@ def test_a_guess_that_was_rejected_is_not_drawn_in_a_gap(shim, seed, uniform, or
         torch.tensor([[-1, 0]]),
         {"uniforms_BN": torch.full((1, 2), uniform)},
     )
-    verdict = judged(shim, Plan("lazy", threads=32), case, order)
+    verdict = judged(shim, LaunchConfig(threads=32), case, order)
     assert verdict.num_accepted_B.tolist() == [0]
     assert verdict.next_token_B.item() != likeliest
     assert np.isfinite(logits_V[verdict.next_token_B.item()])
-
-
-def philox4x32(counter: list[int], key: list[int]) -> list[int]:
-    """Ten rounds, as in the paper (Salmon et al. 2011), in integers of any size."""
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [b >> 32 ^ c[1] ^ k[0], b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k[1], a & 0xFFFFFFFF]
-        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
-
-
-def test_the_reference_of_the_random_numbers():
-    """Known answers that the authors publish with their code."""
-    assert philox4x32([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    ones = 0xFFFFFFFF
-    assert philox4x32([ones] * 4, [ones] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
-
-
-@pytest.mark.parametrize("plan", PLANS[:4])
-def test_random_numbers_drawn_in_the_kernel(shim, plan):
-    """The same as when they are passed in; every call and every sequence has its own."""
-    batch, nodes = 3, 6
-    seed, calls = 0x123456789ABCDEF, [0, 5, 2**33 + 1]
-    philox = torch.tensor([seed, *calls])
-    logits_BNV = torch.randn(batch, nodes, 111, generator=torch.manual_seed(0))
-    tokens_BN = logits_BNV.argmax(-1)
-    parents_BN = torch.tensor([[-1, 0, 0, 1, 1, 3]]).expand(batch, nodes)
-    verifier = KernelVerify(shim, plan)
-    for step in range(5):
-        words = [
-            [
-                philox4x32(
-                    [n, b, (calls[b] + step) & 0xFFFFFFFF, (calls[b] + step) >> 32],
-                    [seed & 0xFFFFFFFF, seed >> 32],
-                )[0]
-                for n in range(nodes)
-            ]
-            for b in range(batch)
-        ]
-        uniforms_BN = torch.tensor([[(word >> 8) / 2**24 for word in row] for row in words])
-        case = Case("sampling", logits_BNV, tokens_BN, parents_BN, {"uniforms_BN": uniforms_BN})
-        drawn = verifier(logits_BNV, tokens_BN, parents_BN, rule="sampling", philox=philox)
-        assert_equal(drawn, judged(shim, plan, case))
-        assert philox.tolist() == [seed, *(call + step + 1 for call in calls)]
 
 
 def test_the_shim_sees_a_barrier_that_not_all_reach(tmp_path):

@@ -16,29 +16,27 @@ from torch import Tensor
 
 from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.cuda.step import CacheCommit, build_mask
-from medusa_exp.decode.cuda.verify import KernelVerify, Plan
+from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.verify import Verdict
 
-PLANS = (
-    Plan("two", splits=3, threads=64, walk_threads=64),
-    Plan("fused", splits=2, threads=64),
-    Plan("lazy", threads=96),
-    Plan("lazy", threads=64, cluster=2),
-    Plan("two", splits=1, threads=32, walk_threads=96),
-    Plan("fused", splits=5, threads=96),
-    Plan("lazy", threads=32, cluster=8),
-    Plan("two", splits=32, threads=32, walk_threads=32),
-    Plan("lazy", threads=32, cluster=4),
+CONFIGS = (
+    LaunchConfig(threads=96),
+    LaunchConfig(2, threads=64),
+    LaunchConfig(8, threads=32),
+    LaunchConfig(threads=32),
+    LaunchConfig(4, threads=32),
+    LaunchConfig(2, threads=96),
+    LaunchConfig(threads=64),
 )
 COMMITS = ((torch.bfloat16, 16, 16), (torch.float32, 5, 4), (torch.float16, 3, 2))
 """Type and head size of a cache, and the bytes that a thread moves at a time."""
 
 
-def judged(shim: ShimKernels, plan: Plan, case: Case, order: str = "random", seed: int = 0):
+def judged(shim: ShimKernels, config: LaunchConfig, case: Case, order: str = "random", seed: int = 0):
     """Return the kernels' verdict, its tensors copied."""
     shim.order, shim.seed = order, seed
-    found = KernelVerify(shim, plan)(
+    found = KernelVerify(shim, config)(
         case.logits_BNV, case.tokens_BN, case.parents_BN, rule=case.rule, **case.options
     )
     return Verdict(*(getattr(found, field.name).clone() for field in dataclasses.fields(found)))
@@ -61,10 +59,10 @@ def cases_of(rule: str, seeds: range) -> list[tuple[Case, Verdict]]:
 def check_verification(
     shim: ShimKernels, cases: Iterable[tuple[Case, Verdict]], orders: Iterable[str] = tuple(ORDERS)
 ) -> None:
-    """Fail unless the kernels judge as expected, in one form of theirs after the other."""
+    """Fail unless the kernels judge as expected, launched in one way after the other."""
     for number, (case, expected) in enumerate(cases):
         for order in orders:
-            assert_equal(judged(shim, PLANS[number % len(PLANS)], case, order, number), expected)
+            assert_equal(judged(shim, CONFIGS[number % len(CONFIGS)], case, order, number), expected)
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ SOURCES = ROOT / "kernels"
 GXX = shutil.which("g++")
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 FLAGS = ("-std=c++20", "-O1", "-g", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")
-CLUSTERS = {f"lazy_{size}": size for size in (1, 2, 4, 8)}
+CLUSTERS = {f"verify_{size}": size for size in (1, 2, 4, 8)}
 
 
 class ShimError(Exception):

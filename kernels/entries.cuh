@@ -1,0 +1,24 @@
+// The entries of a rule's file, which has defined walk(arguments, shared, scratch, sequence).
+//
+// entry      grid         block       needs
+// verify_C   (C, 1, B)    32..1024    C > 1: sm_90 (a cluster of C blocks a sequence)
+
+#pragma once
+#include "tree.cuh"
+
+// __launch_bounds__(..., 1): one block a multiprocessor is enough. Without the 1, ptxas spills to make
+// room for two.
+#define ENTRY(CLUSTER, ATTRIBUTE)                                                                  \
+    extern "C" __global__ void __launch_bounds__(1024, 1) ATTRIBUTE verify_##CLUSTER(              \
+        const __grid_constant__ Arguments a) {                                                     \
+        __shared__ Shared shared;                                                                  \
+        __shared__ Scratch scratch;                                                                \
+        walk<CLUSTER>(a, shared, scratch, blockIdx.z);                                             \
+    }
+
+ENTRY(1, )
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+ENTRY(2, __cluster_dims__(2, 1, 1))
+ENTRY(4, __cluster_dims__(4, 1, 1))
+ENTRY(8, __cluster_dims__(8, 1, 1))
+#endif
