@@ -25,9 +25,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # figures are of one core; build
 from first_batch import MARK, open_examples, plan
 from masks import mask_rows
 from measuring import Row, best_seconds, machine, show, write
-from references import read_with_tasks
+from rivals.references import read_with_tasks
+from rivals.vicuna_like import train_tokenizer
 from sharegpt_like import ODD, sharegpt_like, usable_conversations
-from vicuna_like import train_tokenizer
 
 from medusa_exp.data import read_conversations
 from medusa_exp.data.tokenized import Tokenized

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import Row, best_seconds
-from references import SummedMask, mask_by_lengths
+from rivals.references import SummedMask, mask_by_lengths
 from sharegpt_like import usable_conversations
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 

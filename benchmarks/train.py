@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from measuring import Row, best_seconds, machine, show, write
-from plain_training import MEMORY_MARK, plain_epoch
+from rivals.plain_training import MEMORY_MARK, plain_epoch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp.config import Config
@@ -179,7 +179,11 @@ def memory_rows(work: Path) -> list[Row]:
     """Peak memory of one loss with its gradients, in processes of their own."""
     found = {}
     for form in ("recompute", "at_once", "plain"):
-        command = [sys.executable, str(Path(__file__).with_name("plain_training.py")), form]
+        command = [
+            sys.executable,
+            str(Path(__file__).parent / "rivals" / "plain_training.py"),
+            form,
+        ]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         [line] = [line for line in output.splitlines() if line.startswith(MEMORY_MARK)]
         found[form] = json.loads(line.removeprefix(MEMORY_MARK))

@@ -1,1 +1,1 @@
-"""CUDA C++ source of the kernels, shipped as medusa_exp.kernels; README.md here is their contract."""
+"""CUDA C++ source of the kernels, shipped as medusa_exp.kernels; see README.md here."""

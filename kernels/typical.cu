@@ -41,7 +41,7 @@ __device__ __forceinline__ void judge(const Arguments& a, const Tree& tree, Scra
     scratch.log_p[n] = logf(p);
 }
 
-// Find which nodes have children. After load_tree; a barrier has to come before they are used.
+// Find which nodes have children: known of the root at once, of the others after the next barrier.
 __device__ __forceinline__ void find_parents(const Arguments& a, const Tree& tree, Scratch& scratch) {
     for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x)
         scratch.has_children[n] = scratch.is_accepted[n] = n == 0;
@@ -56,7 +56,7 @@ __device__ __forceinline__ void judge_all(const Arguments& a, Shared& shared, Sc
                           float scale, int& turn) {
     const Tree& tree = shared.tree;
     const int num_nodes = (int)a.num_nodes;
-    for (int node = 0; node < num_nodes; ++node) {
+    for (int node = 0; node < num_nodes; ++node) {  // the root's row is read by all: a barrier
         if (!scratch.is_accepted[node] || !scratch.has_children[node]) continue;
         const Statistics row =
             read_row<true, CLUSTER>(a, shared, sequence, node, turn, scale);
@@ -107,7 +107,6 @@ __device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch
     int turn = 0;
     load_tree<true, CLUSTER>(a, tree, sequence);
     find_parents(a, tree, scratch);
-    __syncthreads();
     judge_all<CLUSTER>(a, shared, scratch, sequence, scale, turn);
     if (threadIdx.x < 32) choose_path(a, tree, scratch);
     __syncthreads();

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import RULES, exact_cases, is_borderline, make_case
+from kernel_cases import RULES, cases_alike, exact_cases
 from kernel_checks import assert_equal
+from kernel_device import compare_step, compare_verification, configs_of, moved
+
+from medusa_exp.decode.cuda.verify import KernelVerify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,30 +28,16 @@ def on_cpu(verdict):
 
 
 def test_the_kernels_are_right_on_the_device(kernels):
-    from gpu_checks import check_step, check_verification
-
-    found = check_verification(kernels, 40)
+    found = compare_verification(kernels, 40)
     assert found["mismatches"] == [] and found["compared"] > 500
-    assert check_step(kernels) == "equal"
+    assert compare_step(kernels) == "equal"
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, rule):
-    from gpu_checks import moved, plans_of
-
-    from medusa_exp.decode.cuda.verify import KernelVerify
-
-    cases = [make_case(seed, rule, vocab=1000, nodes=9) for seed in range(40)]
-    first, *others = (
-        case
-        for case in cases
-        if not is_borderline(case)
-        and case.logits_BNV.shape == (2, 9, 1000)
-        and (case.logits_BNV.dtype, "max_depth" in case.options) == (torch.bfloat16, False)
-        and case.options.get("temperature", 1.0) == cases[0].options.get("temperature", 1.0)
-    )
-    for plan in plans_of(kernels):
-        case, verifier = moved(first, kernels.device), KernelVerify(kernels, plan)
+    first, *others = cases_alike(rule, 4)
+    for config in configs_of(kernels):
+        case, verifier = moved(first, kernels.device), KernelVerify(kernels, config)
 
         def call(case=case, verifier=verifier):
             return verifier(
@@ -60,10 +49,6 @@ def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, rule)
         with torch.cuda.graph(graph):
             verdict = call()
         for other in (first, *others):
-            if {"epsilon", "alpha"} & set(other.options) and any(
-                other.options[key] != first.options[key] for key in ("epsilon", "alpha")
-            ):
-                continue
             there = moved(other, kernels.device)
             for name in ("logits_BNV", "tokens_BN", "parents_BN"):
                 getattr(case, name).copy_(getattr(there, name))
@@ -75,10 +60,6 @@ def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, rule)
 
 
 def test_a_call_follows_torch_to_another_stream(kernels):
-    from gpu_checks import moved
-
-    from medusa_exp.decode.cuda.verify import KernelVerify
-
     [case] = exact_cases("greedy")
     there, verifier = moved(case, kernels.device), KernelVerify(kernels)
     stream = torch.cuda.Stream()

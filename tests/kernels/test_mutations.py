@@ -45,8 +45,8 @@ FAULTS = [
     # a barrier less
     ("greedy", "tree.cuh", f"{BARRIER}\n        if (tree.path", "if (tree.path"),
     ("sampling", "sampling.cu", f"{BARRIER}\n    float total", "float total"),
-    ("typical", "typical.cu", f"choose_path(a, tree, scratch);\n    {BARRIER}", "choose_path(a, tree, scratch);"),
-    ("typical", "typical.cu", f"find_parents(a, tree, scratch);\n    {BARRIER}", "find_parents(a, tree, scratch);"),
+    ("typical", "typical.cu", f"n == 0;\n    {BARRIER}", "n == 0;"),
+    ("typical", "typical.cu", f"scratch);\n    {BARRIER}", "scratch);"),
     ("sampling", "tree.cuh", "cluster_sync<CLUSTER>();  // of the cluster", "// of the cluster"),
     ("mask", "mask.cu", f"{BARRIER}\n    if (threadIdx", "if (threadIdx"),
 ]

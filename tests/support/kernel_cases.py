@@ -82,6 +82,19 @@ def make_case(seed: int, rule: str, vocab: int | None = None, nodes: int | None 
     return Case(rule, logits_BNV, torch.from_numpy(tokens), torch.from_numpy(parents), options)
 
 
+def cases_alike(rule: str, number: int) -> list[Case]:
+    """Return cases that one captured call can take: of one shape, type and set of numbers."""
+
+    def kind(case: Case) -> tuple[Any, ...]:
+        numbers = {name: value for name, value in case.options.items() if name != "uniforms_BN"}
+        return case.logits_BNV.shape, case.logits_BNV.dtype, numbers
+
+    made = (make_case(seed, rule, vocab=1000, nodes=9) for seed in itertools.count())
+    clear = (case for case in made if not is_borderline(case) and "max_depth" not in case.options)
+    first = next(case for case in clear if case.logits_BNV.shape[:2] == (2, 9))
+    return [first, *itertools.islice((c for c in clear if kind(c) == kind(first)), number - 1)]
+
+
 def exact_cases(rule: str) -> list[Case]:
     """Return cases that stand exactly on an edge, where `<` and `<=` differ."""
     logits_BNV = torch.zeros(1, 4, 8)

@@ -33,7 +33,9 @@ COMMITS = ((torch.bfloat16, 16, 16), (torch.float32, 5, 4), (torch.float16, 3, 2
 """Type and head size of a cache, and the bytes that a thread moves at a time."""
 
 
-def judged(shim: ShimKernels, config: LaunchConfig, case: Case, order: str = "random", seed: int = 0):
+def judged(
+    shim: ShimKernels, config: LaunchConfig, case: Case, order: str = "random", seed: int = 0
+):
     """Return the kernels' verdict, its tensors copied."""
     shim.order, shim.seed = order, seed
     found = KernelVerify(shim, config)(
@@ -62,7 +64,9 @@ def check_verification(
     """Fail unless the kernels judge as expected, launched in one way after the other."""
     for number, (case, expected) in enumerate(cases):
         for order in orders:
-            assert_equal(judged(shim, CONFIGS[number % len(CONFIGS)], case, order, number), expected)
+            assert_equal(
+                judged(shim, CONFIGS[number % len(CONFIGS)], case, order, number), expected
+            )
 
 
 @dataclasses.dataclass

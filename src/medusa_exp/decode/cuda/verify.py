@@ -39,7 +39,7 @@ ARGUMENTS = struct_of(
 """struct Arguments of kernels/tree.cuh."""
 _LOG2_E = 1.4426950408889634
 _SHORT_ROW = 128 << 10
-"""Bytes of a row of logits that two blocks read as fast as eight; between 32,000 and 128,256 in bf16."""
+"""Bytes of a row that two blocks read as fast as eight: between V = 32,000 and 128,256 in bf16."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A point of the grid: every form of the kernels and every baseline, judged and timed.
+"""Verification at a point of the grid: every launch and every rival, judged and timed.
 
 What fails is written down, and the rest goes on. B batch, N tree nodes, V vocabulary.
 """
@@ -8,12 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from gpu_baselines import compiled, eager, options_of
-from gpu_points import Inputs, Point, figures, floors_us, forms_of, make_inputs
-from gpu_timing import measure, num_copies
+from gpu.points import Inputs, Point, configs_of, figures, floors_us, make_inputs, name_of
+from gpu.timing import measure, num_copies
+from rivals.verification import compiled, eager, options_of
 
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import KernelVerify, Plan, plan_for
+from medusa_exp.decode.cuda.verify import KernelVerify, launch_config
 from medusa_exp.decode.verify import Verdict, probabilities, verify
 
 NEAR = 1e-6
@@ -32,7 +32,7 @@ def measure_point(
         kernels: where to run.
         point: what.
         cache_bytes: size of the device's L2 cache.
-        split_walk: baseline c; None leaves it out.
+        split_walk: the rival `split`; None leaves it out.
     """
     inputs = make_inputs(point, kernels.device)
     copies = [inputs]
@@ -52,33 +52,32 @@ def measure_point(
         except Exception as error:
             failed[name] = told(error)
 
-    shape = (point.batch, point.nodes, point.vocab)
-    chosen = plan_for(shape, point.itemsize, kernels)
-    for plan in forms_of(chosen, shape, point.itemsize, kernels):
-        add(name_of(plan), ours(point, KernelVerify(kernels, plan)))
+    chosen = launch_config(point.batch, point.vocab * point.itemsize, kernels)
+    for config in configs_of(chosen, kernels):
+        add(name_of(config), ours(point, KernelVerify(kernels, config)))
     few = {"repeats": 3, "at_least": 5}
-    add("a", lambda copy: eager(point, copy), **few)
+    add("eager", lambda copy: eager(point, copy), **few)
     if split_walk is not None and point.rule != "typical":
-        add("c", lambda copy: split_walk(point, copy), **few)
+        add("split", lambda copy: split_walk(point, copy), **few)
     entry = figures(point, floors_us(point, inputs.tree, inputs.accepted_B), times)
-    return {**entry, "chosen_form": name_of(chosen), "differs": differs, "failed": failed}
+    return {**entry, "chosen_config": name_of(chosen), "differs": differs, "failed": failed}
 
 
 def measure_compiled(
     kernels: Kernels, point: Point, entries: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the times of baseline b, whose compilation takes long, beside those of the grid."""
+    """Return the times of the rival `compiled`, which takes long, beside those of the grid."""
     try:
         call = compiled(point, make_inputs(point, kernels.device))
         times = measure([call], repeats=3, at_least=5, with_graph=False)
     except Exception as error:
         return {**asdict(point), "failed": told(error)}
-    result = {**asdict(point), "times_us": {"b": times}}
+    result = {**asdict(point), "times_us": {"compiled": times}}
     place = asdict(point).items()
     for entry in entries:
-        if place <= entry.items() and "best_form" in entry:
-            time_us = entry["times_us"][entry["best_form"]]["graph_warm"]
-            result["times_as_fast_as_b_warm"] = times["eager_warm"] / time_us
+        if place <= entry.items() and "best_config" in entry:
+            time_us = entry["times_us"][entry["best_config"]]["graph_warm"]
+            result["times_as_fast_as_compiled_warm"] = times["eager_warm"] / time_us
     return result
 
 
@@ -90,11 +89,6 @@ def ours(point: Point, verifier: KernelVerify) -> Method:
         return lambda: verifier(copy.logits_BNV, copy.tokens_BN, copy.parents_BN, **options)
 
     return method
-
-
-def name_of(plan: Plan) -> str:
-    """Return what a form is called in the JSON."""
-    return f"{plan.form} {plan.splits} {plan.threads} {plan.cluster}"
 
 
 def told(error: Exception) -> str:

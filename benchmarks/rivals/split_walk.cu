@@ -1,4 +1,4 @@
-// The form that serving engines use, written to be compared with: torch has made the argmax or the
+// Verification in the way of serving engines, to be compared with: torch has made the argmax or the
 // probabilities of every row; one thread a sequence walks.
 
 struct Arguments {

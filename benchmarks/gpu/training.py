@@ -1,7 +1,7 @@
-"""Online training of heads on a 7B-shaped Llama of random weights: how much of the GPU it uses.
+"""Online training of heads on a 7B-shaped Llama of random weights: its share of the GPU's rate.
 
 What is timed is the stage's own training, Lightning and all: the frozen backbone in bfloat16, the
-labels that it would say itself, the loss of all heads and the optimiser. The rate is compared with
+labels that it predicts itself, the loss of all heads and the optimiser. The rate is compared with
 that of a large bfloat16 matrix product on the same device, just before.
 
 T tokens of a document, D hidden, V vocabulary, K heads.

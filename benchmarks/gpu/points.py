@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures: the grid, made-up inputs, and the bytes that must be read.
+"""The grid of verification: its points, made-up inputs, and the bytes that must be read.
 
 Nothing here needs a GPU. B batch, N tree nodes, V vocabulary.
 """
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import Plan
+from medusa_exp.decode.cuda.verify import LaunchConfig
 from medusa_exp.tree import Tree
 
 BATCHES = (1, 4, 8, 16, 32, 64)
 VOCABS = (32000, 128256, 151936)
 NODES = (16, 64)
 RULES = ("greedy", "sampling", "typical")
+RIVALS = ("eager", "compiled", "split")
+"""See rivals/verification.py."""
 BANDWIDTH = 3.0e12
 """Bytes a second that floors are stated at: what an H100's memory gives."""
 
@@ -54,7 +56,7 @@ def tree_of(nodes: int) -> Tree:
 
 @dataclass
 class Inputs:
-    """Arguments of `verify`, and how many guesses will come true."""
+    """Arguments of `verify`, and how many draft tokens will be accepted."""
 
     logits_BNV: Tensor
     tokens_BN: Tensor
@@ -72,11 +74,11 @@ def make_inputs(point: Point, device: torch.device, seed: int = 0) -> Inputs:
     logits_BNV = torch.randn(*shape, point.vocab, generator=generator, device=device, dtype=dtype)
     tokens_BN = torch.randint(point.vocab, shape, generator=generator, device=device)
     tree = tree_of(point.nodes)
-    for node, parent in enumerate(tree.parents[1:], 1):  # a guess is wrong
+    for node, parent in enumerate(tree.parents[1:], 1):  # a draft token is wrong
         logits_BNV[torch.arange(point.batch), parent, tokens_BN[:, node]] = -30.0
     choice = torch.randint(point.nodes, (point.batch,), generator=torch.manual_seed(seed))
     for row, node in enumerate(choice.tolist()):
-        while node > 0:  # but these are right: the guess has nearly all of the probability
+        while node > 0:  # but these are right: the token has nearly all of the probability
             logits_BNV[row, tree.parents[node], tokens_BN[row, node]] = 30.0
             node = tree.parents[node]
     return Inputs(
@@ -89,31 +91,23 @@ def make_inputs(point: Point, device: torch.device, seed: int = 0) -> Inputs:
     )
 
 
-def forms_of(
-    chosen: Plan, shape: tuple[int, int, int], itemsize: int, kernels: Kernels
-) -> list[Plan]:
-    """Return the layouts worth trying at a shape; the one that would be chosen comes first."""
-    batch, _, vocab = shape
-    several = max(1, min(16, vocab * itemsize // 16384))
-    plans = [
-        chosen,
-        Plan("two", splits=max(1, min(several, 264 // (22 * batch) or 1))),
-        Plan("fused", splits=max(1, min(several, 264 // (22 * batch) or 1))),
-        Plan("fused", splits=max(1, several // 2), threads=512),
-        Plan("lazy", threads=1024),
-    ]
-    if kernels.has_clusters:
-        plans += [
-            Plan("lazy", threads=512, cluster=size) for size in (2, 4, 8) if size * batch <= 264
-        ]
-    return list(dict.fromkeys(plans))
+def configs_of(chosen: LaunchConfig, kernels: Kernels) -> list[LaunchConfig]:
+    """Return the launches worth trying; the one that would be chosen comes first."""
+    sizes = (1, 2, 4, 8) if kernels.has_clusters else (1,)
+    tried = [LaunchConfig(size, threads) for size in sizes for threads in (512, 1024)]
+    return list(dict.fromkeys([chosen, *tried]))
+
+
+def name_of(config: LaunchConfig) -> str:
+    """Return what a launch is called in the JSON."""
+    return f"{config.cluster} x {config.threads}"
 
 
 def floors_us(point: Point, tree: Tree, accepted_B: list[int]) -> dict[str, float]:
     """Return microseconds at `BANDWIDTH` for the rows of a point.
 
     all: every row. needed: those of nodes with children, and one more a sequence. path: those on
-    the accepted path, which a lazy walk reads.
+    the accepted path, which a walk reads.
     """
     internal = len(set(tree.parents) - {-1})
     row = point.vocab * point.itemsize / BANDWIDTH * 1e6
@@ -127,25 +121,25 @@ def floors_us(point: Point, tree: Tree, accepted_B: list[int]) -> dict[str, floa
 def figures(
     point: Point, floors: dict[str, float], times_us: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """Return a point's entry of the JSON: times, fractions of the floors, ratios to the baselines.
+    """Return a point's entry of the JSON: times, fractions of the floors, ratios to the rivals.
 
     Args:
         point: where.
         floors: of `floors_us`.
-        times_us: of each method (ours as form names, baselines as a, b, c), of each way to measure.
+        times_us: of each method (a launch by `name_of`, or one of RIVALS), of each way to measure.
     """
-    ours = [name for name in times_us if name not in ("a", "b", "c")]
+    ours = [name for name in times_us if name not in RIVALS]
     entry: dict[str, Any] = {**asdict(point), "floors_us": floors, "times_us": times_us}
     if not ours:
         return entry
     best = min(ours, key=lambda name: times_us[name]["graph_cold"])
     time = times_us[best]["graph_cold"]
     entry |= {
-        "best_form": best,
+        "best_config": best,
         "fraction_of_floor": {name: floor / time for name, floor in floors.items()},
         "times_as_fast_as": {
-            name: times_us[name]["eager_cold" if name != "c" else "graph_cold"] / time
-            for name in ("a", "b", "c")
+            name: times_us[name]["graph_cold" if name == "split" else "eager_cold"] / time
+            for name in RIVALS
             if name in times_us
         },
     }

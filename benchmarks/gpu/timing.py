@@ -1,4 +1,4 @@
-"""A call in; microseconds of it, out: eager and in a CUDA graph, with warm and with cold caches.
+"""Microseconds of a call: eager and in a CUDA graph, with warm and with cold caches.
 
 Cold: calls go round copies of the inputs that are together thrice as large as the L2 cache. The
 figure is the median over repeats of the time of a round, divided by its calls.

@@ -3,7 +3,7 @@ at every position at once. What the benchmark of training compares with.
 
 As a program it measures the memory of one loss:
 
-    python benchmarks/plain_training.py plain|recompute|at_once
+    python benchmarks/rivals/plain_training.py plain|recompute|at_once
 """
 
 import json

@@ -1,10 +1,10 @@
-"""The verification kernels on a GPU: are they right, and how fast; and how well training uses it.
+"""Everything that needs a GPU, in one call: the tests, the kernels' checks, and how fast all is.
 
-    python benchmarks/gpu.py [--minutes 8] [--cases 60] [--out FILE]
+    python benchmarks/gpu/run.py [--minutes 8] [--cases 60] [--out FILE]
 
 Needs a CUDA device, CuPy (pip install -e '.[cuda]') and the test group; g++ for the comparison with
 the shim, compute-sanitizer for its part. Writes one JSON file, benchmarks/results/gpu-<name>.json,
-after every part anew: what time runs out for is listed there. gpu_points.py has the grid.
+after every part anew: what time runs out for is listed there. points.py has the grid.
 """
 
 import argparse
@@ -22,11 +22,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_points import RULES, Point, points
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
+
+import kernel_device
+from gpu import decode_step, training, verification
+from gpu.points import RULES, Point, points
+from measuring import machine
+from rivals.verification import SplitWalk
+
+from medusa_exp.decode.cuda.runtime import CupyKernels
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZER_SECONDS = 45
-RESULTS = Path(__file__).parent / "results"
+TEST_SECONDS = 300
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 COMPILED_BATCHES = (8, 64, 1)
 """For one compilation serves all batches but 1."""
 
@@ -40,14 +52,10 @@ def main() -> None:
     parser.add_argument("--only-checks", action="store_true", help="a small case, for a sanitizer")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu.py needs a CUDA device, and torch sees none here.")
-    from medusa_exp.decode.cuda.runtime import CupyKernels
-
+        raise SystemExit("benchmarks/gpu/run.py needs a CUDA device, and torch sees none here.")
     kernels = CupyKernels(torch.device("cuda"))
     if arguments.only_checks:
-        import gpu_checks
-
-        found = gpu_checks.check_small(kernels)
+        found = kernel_device.compare_small(kernels)
         raise SystemExit(f"mismatches: {found}" if found else 0)
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = arguments.out or RESULTS / f"gpu-{name}.json"
@@ -68,6 +76,7 @@ class Benchmark:
             ("machine", _machine),
             ("verification", lambda: self._check(num_cases)),
             ("mask_and_commit", self._check_step),
+            ("tests", self._test),
             ("grid", self._grid),
             ("decode_step", self._decode_step),
             ("training", self._training),
@@ -95,14 +104,18 @@ class Benchmark:
         return time.monotonic() > self._end - reserve
 
     def _check(self, num_cases: int) -> dict[str, Any]:
-        import gpu_checks
-
-        return gpu_checks.check_verification(self.kernels, num_cases)
+        return kernel_device.compare_verification(self.kernels, num_cases)
 
     def _check_step(self) -> str:
-        import gpu_checks
+        return kernel_device.compare_step(self.kernels)
 
-        return gpu_checks.check_step(self.kernels)
+    def _test(self) -> dict[str, Any]:
+        """Run `pytest -m gpu`; return its exit status and its last lines."""
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short"]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_SECONDS, check=False
+        )
+        return {"exit_status": done.returncode, "report": done.stdout.splitlines()[-40:]}
 
     def _sanitize(self) -> dict[str, str]:
         tool = shutil.which("compute-sanitizer")
@@ -125,8 +138,6 @@ class Benchmark:
         return found
 
     def _grid(self) -> list[dict[str, Any]]:
-        from gpu_grid import measure_point, told
-
         entries: list[dict[str, Any]] = []
         self.found["grid"] = entries
         split_walk = self._split_walk()
@@ -136,26 +147,24 @@ class Benchmark:
                 self.found["left_out"].append(f"{point}")
                 continue
             try:
-                entries.append(measure_point(self.kernels, point, cache_bytes, split_walk))
+                entries.append(
+                    verification.measure_point(self.kernels, point, cache_bytes, split_walk)
+                )
             except Exception as error:
-                entries.append({**asdict(point), "failed": told(error)})
+                entries.append({**asdict(point), "failed": verification.told(error)})
             self.write()
             release()
         return entries
 
     def _split_walk(self) -> Any:
-        from gpu_baselines import SplitWalk
-        from gpu_grid import told
-
         try:
             return SplitWalk()
         except Exception as error:
-            self.found["left_out"].append(f"baseline c: {told(error)}")
+            self.found["left_out"].append(f"rival split: {verification.told(error)}")
             return None
 
     def _compiled(self) -> list[dict[str, Any]]:
         import torch._dynamo
-        from gpu_grid import measure_compiled
 
         torch._dynamo.config.recompile_limit = 64  # beyond it, calls would silently be eager
         grid = self.found["grid"] if isinstance(self.found.get("grid"), list) else []
@@ -165,20 +174,17 @@ class Benchmark:
             if self.is_over(reserve=60 if batch in (8, 1) else 20):  # these two compile anew
                 self.found["left_out"].append(f"torch.compile: {point}")
                 continue
-            entries.append(measure_compiled(self.kernels, point, grid))
+            entries.append(verification.measure_compiled(self.kernels, point, grid))
             release()
         return entries
 
     def _decode_step(self) -> list[dict[str, Any]]:
-        from gpu_step import measure_steps
-
-        return measure_steps(self.kernels, (1, 8), self.is_over)
+        backbone = decode_step.random_llama(self.kernels.device)
+        return decode_step.measure_steps(self.kernels, backbone, (1, 8), self.is_over)
 
     def _training(self) -> list[dict[str, Any]]:
-        from gpu_step import random_llama
-        from gpu_train import measure_training
-
-        return measure_training(random_llama(self.kernels.device), self.is_over)
+        backbone = decode_step.random_llama(self.kernels.device)
+        return training.measure_training(backbone, self.is_over)
 
 
 def release() -> None:
@@ -188,8 +194,6 @@ def release() -> None:
 
 
 def _machine() -> dict[str, Any]:
-    from measuring import machine
-
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
     tool = shutil.which("nvidia-smi")
     card = "no nvidia-smi"

@@ -1,7 +1,7 @@
-"""What the kernels are compared with, on the same inputs.
+"""What the verification kernels are compared with, on the same inputs.
 
-a: the specification in torch, eager. b: torch.compile of it. c: the split form of serving engines:
-argmax, or softmax, by torch, then a walk of one thread a sequence (split_walk.cu), then the draw.
+eager: the specification in torch. compiled: torch.compile of it. split: what serving engines do,
+argmax or softmax by torch, then a walk of one thread a sequence (split_walk.cu), then the draw.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_points import Inputs, Point
+from gpu.points import Inputs, Point
 
 from medusa_exp.decode.verify import Verdict, verify
 
@@ -30,20 +30,20 @@ def options_of(point: Point, inputs: Inputs) -> dict[str, Any]:
 
 
 def eager(point: Point, inputs: Inputs) -> Callable[[], Verdict]:
-    """Return baseline a."""
+    """Return the rival `eager`."""
     options = options_of(point, inputs)
     return lambda: verify(inputs.logits_BNV, inputs.tokens_BN, inputs.parents_BN, **options)
 
 
 def compiled(point: Point, inputs: Inputs) -> Callable[[], Verdict]:
-    """Return baseline b; one compilation serves all shapes of a rule."""
+    """Return the rival `compiled`; one compilation serves all shapes of a rule."""
     options = options_of(point, inputs)
     function = torch.compile(verify, dynamic=True)
     return lambda: function(inputs.logits_BNV, inputs.tokens_BN, inputs.parents_BN, **options)
 
 
 class SplitWalk:
-    """Baseline c."""
+    """The rival `split`."""
 
     def __init__(self) -> None:
         import cupy

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rivals.vicuna_like import ASSISTANT, vicuna_text
 from transformers import PreTrainedTokenizerBase
-from vicuna_like import ASSISTANT, vicuna_text
 
 from medusa_exp.data import Conversation
 

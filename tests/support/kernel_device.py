@@ -1,41 +1,34 @@
-"""Whether the kernels are right on a device: against the specification, and against the CPU shim.
+"""Checks of the kernels on a GPU: against the specification, and against the CPU shim.
 
-The cases are those of the kernels' tests, with all their oddities.
+The cases are those of the kernels' other tests, with all their oddities. tests/kernels/test_gpu.py
+asserts what is found; benchmarks/gpu/run.py writes it down.
 """
 
 import dataclasses
 import itertools
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
 from kernel_checks import COMMITS, check_commit, check_commit_within, check_mask, mask_cases
 from kernel_shim import GXX, ShimKernels
 
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import KernelVerify, Plan
+from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
 from medusa_exp.decode.verify import Verdict
 
 
-def plans_of(kernels: Kernels) -> list[Plan]:
-    """Return a layout for each form, of the sizes that are used on a device."""
-    plans = [
-        Plan("two", splits=3, threads=256, walk_threads=1024),
-        Plan("two", splits=32, threads=128, walk_threads=256),
-        Plan("fused", splits=4, threads=256),
-        Plan("fused", splits=1, threads=512),
-        Plan("lazy", threads=1024),
+def configs_of(kernels: Kernels) -> list[LaunchConfig]:
+    """Return launches of the sizes that are used on a device, and a small one."""
+    sizes = (1, 2, 4, 8) if kernels.has_clusters else (1,)
+    return [
+        LaunchConfig(1, 1024),
+        LaunchConfig(1, 128),
+        *(LaunchConfig(size, 512) for size in sizes),
     ]
-    if kernels.has_clusters:
-        plans += [Plan("lazy", threads=512, cluster=size) for size in (2, 4, 8)]
-    return plans
 
 
 def moved(case: Case, device: torch.device) -> Case:
@@ -52,13 +45,13 @@ def moved(case: Case, device: torch.device) -> Case:
     return Case(**changed)
 
 
-def check_verification(kernels: Kernels, num_cases: int) -> dict[str, Any]:
-    """Compare every form of every rule; return what was counted, mismatches by name."""
+def compare_verification(kernels: Kernels, num_cases: int) -> dict[str, Any]:
+    """Compare every launch of every rule; return what was counted, mismatches by name."""
     counted: Counter[str] = Counter()
     mismatches: list[str] = []
-    plans = plans_of(kernels)
+    configs = configs_of(kernels)
     with tempfile.TemporaryDirectory() as folder:
-        shim = KernelVerify(ShimKernels(Path(folder)), Plan("lazy", threads=64)) if GXX else None
+        shim = KernelVerify(ShimKernels(Path(folder)), LaunchConfig(threads=64)) if GXX else None
         for rule in RULES:
             cases = [*exact_cases(rule), *(make_case(seed, rule) for seed in range(num_cases))]
             for number, case in enumerate(cases):
@@ -66,14 +59,14 @@ def check_verification(kernels: Kernels, num_cases: int) -> dict[str, Any]:
                 counted["borderline"] += is_near
                 expected = case.expected()
                 there = moved(case, kernels.device)
-                for plan in plans:
-                    found = _judged(KernelVerify(kernels, plan), there)
+                for config in configs:
+                    found = _judged(KernelVerify(kernels, config), there)
                     counted["compared"] += not is_near
                     if not is_near and found != _told(expected):
-                        mismatches.append(f"{rule} {number} {plan}")
+                        mismatches.append(f"{rule} {number} {config}")
                 if shim is not None and number % 5 == 0:
                     counted["compared_with_shim"] += 1
-                    if _judged(shim, case) != _judged(KernelVerify(kernels, plans[0]), there):
+                    if _judged(shim, case) != _judged(KernelVerify(kernels, configs[0]), there):
                         mismatches.append(f"shim {rule} {number}")
     return {
         **counted,
@@ -82,20 +75,20 @@ def check_verification(kernels: Kernels, num_cases: int) -> dict[str, Any]:
     }
 
 
-def check_small(kernels: Kernels) -> list[str]:
-    """Judge a case of each rule in each form, for a sanitizer; return the mismatches."""
+def compare_small(kernels: Kernels) -> list[str]:
+    """Judge a case of each rule with each launch, for a sanitizer; return the mismatches."""
     mismatches = []
     for rule in RULES:
         some = (make_case(seed, rule, vocab=1000, nodes=9) for seed in itertools.count())
         case = next(case for case in some if not is_borderline(case))
         there = moved(case, kernels.device)
-        for plan in plans_of(kernels):
-            if _judged(KernelVerify(kernels, plan), there) != _told(case.expected()):
-                mismatches.append(f"{rule} {plan}")
+        for config in configs_of(kernels):
+            if _judged(KernelVerify(kernels, config), there) != _told(case.expected()):
+                mismatches.append(f"{rule} {config}")
     return mismatches
 
 
-def check_step(kernels: Kernels) -> str:
+def compare_step(kernels: Kernels) -> str:
     """Compare the mask and the commit with the torch code; return "equal" or what differs."""
     try:
         for architecture in ("llama", "mistral"):
