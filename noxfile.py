@@ -75,7 +75,7 @@ def kernels(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def mutations(session: nox.Session) -> None:
-    """Remove every barrier of the kernels in turn: the tests must notice. Some ten minutes."""
+    """Remove every barrier of the kernels in turn: the tests must notice. Two minutes."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))
     session.run("pytest", "-m", "slow", "tests/slow/test_barriers.py", *session.posargs)
 

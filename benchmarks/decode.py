@@ -20,7 +20,7 @@ from torch import nn
 from medusa_exp.config import Config, from_hydra, load_saved
 from medusa_exp.decode.loop import Limits, Response, decode_plain, decode_tree
 from medusa_exp.decode.settings import limits_of
-from medusa_exp.evaluate.methods import Answer, Method, timed
+from medusa_exp.evaluate.methods import Method, MethodResponse, timed
 from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
 from medusa_exp.model import Backbone, build_heads, load_heads
@@ -32,7 +32,7 @@ from medusa_exp.stages.session import Session
 from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.calibration import choose_tree
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
 _TINY_PROMPTS = 25
@@ -200,13 +200,16 @@ def speed(run: Run) -> list[Row]:
     trees |= {"medusa_63": run.tree("medusa_63"), "dynamic": run.tree("dynamic")}
 
     def method(tree: Tree | None) -> Method:
-        def decode(prompts: list[list[int]]) -> list[Answer]:
+        def decode(prompts: list[list[int]]) -> list[MethodResponse]:
             rows: list[Response] = (
                 decode_plain(backbone, prompts, limits)
                 if tree is None
                 else decode_tree(backbone, heads, tree, prompts, limits)
             )
-            return [Answer(row.tokens, len(row.accept_lengths), row.accept_lengths) for row in rows]
+            return [
+                MethodResponse(row.tokens, len(row.accept_lengths), row.accept_lengths)
+                for row in rows
+            ]
 
         return decode
 

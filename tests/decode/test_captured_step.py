@@ -1,6 +1,7 @@
 """Steps of fixed shapes, as a CUDA graph holds them, give what plain decoding gives."""
 
 import random
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -92,6 +93,12 @@ def fake_cuda(monkeypatch):
     """What a capture asks of torch.cuda, doing nothing; a list with the debug mode last set."""
     nothing = SimpleNamespace(wait_stream=lambda other: None, register_generator_state=id)
     modes = ["default"]
+
+    def set_mode(mode):
+        modes.append(mode)
+        if mode == "error":
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
     fakes = {
         "Stream": lambda: nothing,
         "current_stream": lambda: nothing,
@@ -99,7 +106,7 @@ def fake_cuda(monkeypatch):
         "CUDAGraph": lambda: nothing,
         "graph": lambda graph, pool: nullcontext(),
         "get_sync_debug_mode": lambda: modes[-1],
-        "set_sync_debug_mode": modes.append,
+        "set_sync_debug_mode": set_mode,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp import build_heads, generate
@@ -13,7 +12,8 @@ from medusa_exp.model.loading import load_backbone, load_ends
 from medusa_exp.model.source import ModelSpec
 from medusa_exp.tree import Tree
 
-KINDS = {"8bit": Linear8bitLt, "4bit": Linear4bit}
+nn = pytest.importorskip("bitsandbytes.nn")
+KINDS = {"8bit": nn.Linear8bitLt, "4bit": nn.Linear4bit}
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ The static steps of a backbone, kept from prompt to prompt: a capture takes many
 """
 
 import logging
+import warnings
 from collections.abc import Hashable
 from typing import Any, Protocol
 
@@ -275,7 +276,9 @@ class CapturedStep:
 
     def _runs_without_waiting(self) -> bool:
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
         try:
             self._run()
         except RuntimeError as error:

@@ -1,1 +1,1 @@
-"""Verification and the rest of a captured step as CUDA kernels, through CuPy."""
+"""CUDA kernels of a decoding step: verification, tree mask and KV-cache commit, through CuPy."""

@@ -1,7 +1,7 @@
-"""CUDA C++ source in; kernels that can be launched on torch's current stream, out.
+"""Compile, load and launch the CUDA kernels on torch's current stream.
 
-What was compiled ahead of time is taken where it fits (kernel_source.py); else CuPy compiles at
-first use, and keeps the outcome in its own cache on disk.
+Machine code compiled ahead of time is taken where it fits (source.py); else CuPy compiles at first
+use, and keeps the outcome in its own cache on disk.
 """
 
 from functools import cache
@@ -16,11 +16,11 @@ from medusa_exp.errors import UserError
 
 Grid = tuple[int, int, int]
 MAX_NODES = 256
-"""Of a tree that the kernels take, as kernels/tree.cuh and kernels/mask.cu have it."""
+"""Largest tree that the kernels take, as kernels/tree.cuh and kernels/mask.cu have it."""
 
 
 class Kernels(Protocol):
-    """Where kernels run. Tests run the same source on the CPU."""
+    """A device that launches kernels. Tests run the same source on the CPU."""
 
     device: torch.device
     num_processors: int
@@ -43,7 +43,7 @@ class Kernels(Protocol):
             defines: macros that the file is compiled with.
             entry: the kernel's name.
             grid: blocks along x, y, z.
-            threads: of a block.
+            threads: number of threads of a block.
             arguments: the struct, as a structured array of one element.
         """
         ...
@@ -56,7 +56,7 @@ def struct_of(integers: str, floats: str = "") -> np.dtype[Any]:
 
 
 class CupyKernels:
-    """Kernels on a CUDA device, by way of CuPy.
+    """Kernels on a CUDA device, launched through CuPy.
 
     Raises:
         UserError: CuPy is not installed, or finds no device.
@@ -95,7 +95,7 @@ class CupyKernels:
     ) -> None:
         """Launch an entry on torch's current stream; see `Kernels`."""
         function = self._functions.get((file, *defines, entry))
-        # Read at every call: a stream that was remembered would be missing from a captured graph.
+        # Read at every call: launches on a remembered stream would be missing from a captured graph.
         stream = SimpleNamespace(ptr=torch.cuda.current_stream(self.device).cuda_stream)
         if function is None:
             function = self._load(file, defines, entry)
@@ -130,5 +130,5 @@ class CupyKernels:
 
 @cache
 def kernels_on(device: torch.device) -> CupyKernels:
-    """Return the kernels of a device, compiled once for all that use them."""
+    """Return the kernels of a device, compiled once for all users of it."""
     return CupyKernels(device)

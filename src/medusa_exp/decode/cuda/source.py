@@ -1,8 +1,8 @@
-"""Where the kernels' source is, and what was compiled of it ahead of time.
+"""Source of the CUDA kernels, and the machine code compiled from it ahead of time.
 
 A wheel that was built with MEDUSA_EXP_CUDA_ARCHS has machine code beside the sources; prebuilt.json
-says of which text, and for which devices. setup.py, which writes it, reads this file too: so it
-imports nothing but the standard library.
+has the hash of the text each file was compiled from, and the devices it is for. setup.py, which
+writes it, loads this file without the package: it imports only the standard library.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ MODULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mask.cu", ()),
     *(("commit.cu", (f"UNIT_BYTES={size}",)) for size in (16, 4, 2)),
 )
-"""Every file and the macros with which it is compiled."""
+"""Every kernel file with the macros it is compiled with."""
 
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
 def folder() -> Traversable:
-    """Return where the sources are."""
+    """Return the folder of the sources."""
     return files("medusa_exp.kernels")
 
 
 def source_of(file: str, where: Traversable | Path | None = None) -> str:
-    """Return a kernel file with what it includes put in its place, each file once.
+    """Return a kernel file with each `#include` replaced by that file's text, each file once.
 
     The compiler then needs no include path, and CuPy's cache, which looks at this text alone,
     notices every change.
@@ -51,7 +51,7 @@ def source_of(file: str, where: Traversable | Path | None = None) -> str:
 
 
 def hash_of(source: str) -> str:
-    """Return what a prebuilt module is known by."""
+    """Return the hash that ties a prebuilt module to its source."""
     return hashlib.sha256(source.encode()).hexdigest()
 
 

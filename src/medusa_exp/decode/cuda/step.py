@@ -1,7 +1,7 @@
-"""What a decoding step does around the backbone, as kernels: the tree's mask, the cache's commit.
+"""Attention mask of the draft tree, and commit of accepted nodes to the KV cache, as CUDA kernels.
 
-As decode/masks.py and decode/cache.py do it, but from tensors on the device alone: nothing
-waits, and nothing is allocated by a call.
+The same results as decode/masks.py and decode/cache.py give, but from tensors on the device alone:
+no call waits for the host or allocates.
 
 B batch, N tree nodes, K columns of the mask, L path length.
 """
@@ -35,16 +35,16 @@ def build_mask(
     window: int | None = None,
     last_position: int | None = None,
 ) -> None:
-    """Write a step's attention mask and positions.
+    """Write a step's attention mask and positions; see kernels/mask.cu.
 
     Args:
-        kernels: where to run.
+        kernels: device to launch on.
         parents_BN: int64; any stride of B.
-        lengths_B: int64, each row's cached tokens.
+        lengths_B: int64, number of cached tokens of each row.
         mask_B1NK: bool, written; its first K - N columns are the cache's, its last the tree's.
         positions_BN: int64, written: cached tokens + depth.
-        window: of sliding attention: how many positions a node sees, itself included.
-        last_position: positions are at most this.
+        window: number of positions a node sees, itself included, in sliding-window attention.
+        last_position: largest position; later ones are clamped to it.
 
     Raises:
         ValueError: a tensor has the wrong device, type, shape or strides.
@@ -77,7 +77,7 @@ def build_mask(
 
 
 class CacheCommit:
-    """Keeps accepted nodes in a cache: tensors [B, H, T, head], keys and values of its layers.
+    """Keeps accepted nodes in a KV cache of tensors [B, H, T, head]; see kernels/commit.cu.
 
     Raises:
         ValueError: the tensors differ in type, shape or strides, or are not where the kernels are.
@@ -119,7 +119,7 @@ class CacheCommit:
         """Move column from_B + node to column to_B + i for the i-th node of each row's path.
 
         Args:
-            path_BL: int64, nodes from the root down; see `verification.Verdict`.
+            path_BL: int64, nodes from the root down; see `decode.verify.Verdict`.
             num_accepted_B: int64, nodes of the path without the root.
             from_B: int64, the column where each row's tree begins.
             to_B: int64, the column after each row's last token; not behind from_B.

@@ -72,14 +72,14 @@ def launch_config(batch: int, row_bytes: int, kernels: Kernels) -> LaunchConfig:
 
 
 def can_verify(logits_BNV: Tensor) -> bool:
-    """Say whether the kernels take logits of this type, shape and layout."""
+    """Return whether the kernels take logits of this type, shape and layout."""
     fits = logits_BNV.shape[1] <= MAX_NODES and logits_BNV.shape[2] <= MAX_VOCAB
     return fits and logits_BNV.dtype in DEFINES and logits_BNV.stride(2) == 1
 
 
 @dataclass
 class _Workspace:
-    """What calls of one shape share."""
+    """Outputs and launch of all calls of one shape."""
 
     verdict: Verdict
     config: LaunchConfig
@@ -87,10 +87,10 @@ class _Workspace:
 
 
 class KernelVerify:
-    """Calls the kernels with torch tensors.
+    """Verifies draft trees with the CUDA kernels; called as `decode.verify.verify` is.
 
     Args:
-        kernels: where they run.
+        kernels: device to launch on.
         config: how every call is launched; None chooses by shape.
     """
 
