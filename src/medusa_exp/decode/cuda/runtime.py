@@ -95,7 +95,7 @@ class CupyKernels:
     ) -> None:
         """Launch an entry on torch's current stream; see `Kernels`."""
         function = self._functions.get((file, *defines, entry))
-        # Read at every call: launches on a remembered stream would be missing from a captured graph.
+        # Read at every call: a remembered stream would make a captured graph miss the launches.
         stream = SimpleNamespace(ptr=torch.cuda.current_stream(self.device).cuda_stream)
         if function is None:
             function = self._load(file, defines, entry)
