@@ -4,6 +4,7 @@ from tiny_models import ARCHITECTURES, build_model
 from torch._dynamo.testing import CompileCounter
 
 from medusa_exp.config import ModelConfig
+from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, load_backbone
 from medusa_exp.model.loading import pick_device
@@ -81,6 +82,31 @@ def test_directories_that_hold_no_model(model_dir, spoil, message):
     with pytest.raises(UserError, match=message) as caught:
         load_backbone(spec_for(model_dir))
     assert str(model_dir) in str(caught.value)
+
+
+def test_a_model_without_sdpa_gets_eager_attention(tmp_path, caplog):
+    build_model("gemma2").save_pretrained(tmp_path / "model")
+    caplog.set_level("INFO")
+    spec = spec_for(tmp_path / "model")
+
+    for _ in range(2):
+        backbone = load_backbone(spec)
+
+    assert backbone.model.config._attn_implementation == "eager"
+    check_tree_attention(backbone)
+    assert caplog.text.count("has no sdpa attention: eager is used") == 1
+
+
+def test_who_names_sdpa_gets_no_other_attention(tmp_path, model_dir):
+    build_model("gemma2").save_pretrained(tmp_path / "gemma2")
+    wanted = {"attn_implementation": "sdpa"}
+
+    with pytest.raises(UserError, match=r"model\.path=.*does not support .*scaled_dot_product_att"):
+        load_backbone(ModelSpec(ModelConfig(path=str(tmp_path / "gemma2"), **wanted)))
+
+    for settings in ({}, wanted):  # the same model, and the same keys
+        spec = ModelSpec(ModelConfig(path=str(model_dir), **settings))
+        assert load_backbone(spec).model.config._attn_implementation == spec.attention == "sdpa"
 
 
 def test_paths_that_lead_nowhere(tmp_path):

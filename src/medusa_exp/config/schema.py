@@ -284,8 +284,9 @@ class ModelConfig:
     """Branch, tag or commit of a hub name."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
-    attn_implementation: str = choice("sdpa", "eager")
-    """Attention of transformers; a tree needs one that takes a 4-D mask: sdpa."""
+    attn_implementation: str = choice("auto", "sdpa", "eager")
+    """Attention of transformers, of those that take the 4-D mask of a tree: auto (sdpa, or eager
+    for a model that has no sdpa, such as Gemma 2 with its soft-capping), sdpa or eager."""
     quantization: str | None = choice("8bit", "4bit", default=None)
     """8bit or 4bit (NF4): the weights of linear layers but the lm_head, by bitsandbytes. The
     quantized model is then what heads are trained for and answers are compared with."""

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +27,9 @@ from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines, is_a
 from medusa_exp.model.tokenizer import load_tokenizer, num_ids
 
 log = logging.getLogger(__name__)
+
+_NO_SDPA = "through torch.nn.functional.scaled_dot_product_attention"
+"""In what transformers says of a model without sdpa."""
 
 
 def load_backbone(spec: ModelSpec, adapted: Path | None = None) -> Backbone:
@@ -88,15 +92,9 @@ def _read(
     spec: ModelSpec, more: Mapping[str, Any] = MappingProxyType({}), path: str | None = None
 ) -> PreTrainedModel:
     path = path or spec.model_path()
+    options = {**_placement(spec), **_quantized(spec), **spec.hub_options(), **more}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            output_loading_info=True,
-            dtype=spec.dtype,
-            attn_implementation=spec.model.attn_implementation,
-            use_safetensors=True,
-            **{**_placement(spec), **_quantized(spec), **spec.hub_options(), **more},
-        )
+        model, report = _from_pretrained(path, spec, options)
     except (*LOADING_ERRORS, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
     if report["missing_keys"]:  # transformers would go on with random values for them
@@ -112,6 +110,32 @@ def _read(
     if not _placement(spec):
         model = model.to(pick_device(spec.device))
     return model.eval().requires_grad_(False)
+
+
+def _from_pretrained(
+    path: str, spec: ModelSpec, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model and transformers' report; with eager attention where auto finds no other."""
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        path,
+        output_loading_info=True,
+        dtype=spec.dtype,
+        use_safetensors=True,
+        **options,
+    )
+    try:
+        return load(attn_implementation=spec.attention)
+    except ValueError as error:
+        if spec.model.attn_implementation != "auto" or _NO_SDPA not in str(error):
+            raise
+    _say_eager(path)
+    return load(attn_implementation="eager")
+
+
+@cache
+def _say_eager(path: str) -> None:
+    log.info("the model in %s has no sdpa attention: eager is used", path)
 
 
 def _placement(spec: ModelSpec) -> dict[str, Any]:

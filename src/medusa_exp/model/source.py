@@ -47,6 +47,15 @@ class ModelSpec:
         """Is a model named? Looking at data takes no more than a tokenizer."""
         return self.model.kind == "tiny" or self.model.path is not None
 
+    @property
+    def attention(self) -> str:
+        """Attention that transformers is asked for first, and that keys of caches name.
+
+        With attn_implementation=auto a model without it gets eager; its keys differ anyhow.
+        """
+        wanted = self.model.attn_implementation
+        return "sdpa" if wanted == "auto" else wanted
+
     def model_path(self) -> str:
         """Return the directory or hub name of the backbone.
 
