@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from medusa_exp.data.parsing import Message, RecordParser, content_digest
+from medusa_exp.data.parsing import Message, ChatParser, content_digest
 
 HI = {"from": "human", "value": "Hi"}
 HELLO = {"from": "gpt", "value": "Hello!"}
@@ -10,7 +10,7 @@ HELLO = {"from": "gpt", "value": "Hello!"}
 
 def parse(record, role_map=None):
     text = record if isinstance(record, bytes) else json.dumps(record).encode()
-    return RecordParser(role_map).parse(text)
+    return ChatParser(role_map).parse(text)
 
 
 def turns(found):
@@ -40,7 +40,7 @@ def turns(found):
 )
 def test_forms(record):
     assert turns(parse(record)) == [("user", "Hi"), ("assistant", "Hello!")]
-    assert turns(RecordParser().parse(record)) == turns(parse(record))  # the row of a table
+    assert turns(ChatParser().parse(record)) == turns(parse(record))  # the row of a table
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_what_is_no_id_is_replaced_by_the_record_s_hash(given):
     other = json.dumps({"id": given, "conversations": [HELLO, HI]}).encode()
     assert parse(other).id != first.id
     row = {"id": given, "conversations": [HI, HELLO]}
-    assert RecordParser().parse(row).id.startswith("sha256-")
+    assert ChatParser().parse(row).id.startswith("sha256-")
 
 
 def test_content_digest_is_of_roles_and_contents_alone():
@@ -207,10 +207,10 @@ def test_a_reply_that_is_only_to_be_read():
     asked = {"role": "user", "content": "Hi"}
     reason = "an assistant turn of weight 0, not to be trained"
     assert parse({"messages": [asked, unread]}) == reason
-    assert RecordParser().parse({"messages": [asked, unread]}) == reason
+    assert ChatParser().parse({"messages": [asked, unread]}) == reason
     assert turns(parse({"messages": [asked | {"weight": 0}, unread | {"weight": 1}]}))
 
 
 def test_a_row_and_the_same_record_are_read_alike():
     record = {"messages": [{"from": "", "role": "user", "value": "Hi"}, HELLO]}
-    assert turns(RecordParser().parse(record)) == turns(parse(record))
+    assert turns(ChatParser().parse(record)) == turns(parse(record))

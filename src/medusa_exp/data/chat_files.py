@@ -1,19 +1,15 @@
-"""A path in; the raw records of the file out, one by one.
+"""Chat files: find those that a path names, and yield their raw chats one by one.
 
 JSON list, JSON Lines, Parquet, and each of them in gzip or zstd, are told apart by content. JSON
-Lines and Parquet are streamed; a JSON list is mapped into memory, and its records are views of it.
-A file that cannot be read is a `DataError`; what is wrong with a record is not looked at here.
-
-A path in; the chat files that it names, out.
-
-The text of a JSON list in; its records, undecoded, out.
+Lines and Parquet are streamed; a JSON list is mapped into memory, and its chats are views of it.
+A file that cannot be read is a `DataError`; what is wrong with a chat is not looked at here.
 """
 
 import io
 import logging
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import glob
@@ -26,7 +22,7 @@ import pyarrow.parquet as pq
 
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.parsing import COLUMNS, RawRecord
+from medusa_exp.data.parsing import COLUMNS, RawChat
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +31,13 @@ _SUFFIXES = tuple(
     for kind in ("json", "jsonl", "ndjson", "parquet")
     for packed in ("", ".gz", ".zst")
 )
+_BLOCK = 1 << 20
+_ROWS = 256
+"""Rows of a table that are in memory as Python objects."""
+_BOM = b"\xef\xbb\xbf"
+
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_value = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -70,106 +73,39 @@ def find_files(path: str | Path) -> list[Path]:
     return found
 
 
-_decode = msgspec.json.Decoder(list[msgspec.Raw]).decode
-
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|NaN|Infinity', re.DOTALL)
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-_CONTROLS = bytes({*range(32)} - {*b"\r\n"})  # a line break means a missing quote
-_BLANKED = bytes.maketrans(_CONTROLS, b" " * len(_CONTROLS))
-
-
-def list_records(name: str, text: memoryview) -> Iterator[RawRecord]:
-    """Yield the records of a JSON list, each as a view of its text.
-
-    Raises:
-        DataError: it is no JSON list; says where.
-    """
-    try:
-        yield from _decode(text)
-        return
-    except (msgspec.DecodeError, RecursionError) as error:
-        mended = _without_oddities(text)
-        if mended is None:
-            raise faults.not_json(name, text, error) from error
-    yield from _records_as_in(name, mended, text)
-
-
-def _records_as_in(name: str, mended: bytearray, text: memoryview) -> Iterator[memoryview]:
-    """Yield the parts of `text` where `mended`, of the same length, has its records."""
-    try:
-        records = _decode(mended)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise faults.not_json(name, memoryview(mended), error) from error
-    end = 0
-    gap = re.compile(rb"\s*\[\s*")
-    for record in records:
-        start = gap.match(mended, end).end()  # type: ignore[union-attr]  # it has been parsed
-        end = start + len(memoryview(record))
-        yield text[start:end]
-        gap = re.compile(rb"\s*,\s*")
-
-
-def _without_oddities(text: memoryview) -> bytearray | None:
-    """Return a copy in which other characters stand where JSON allows none, None without any.
-
-    These are bare NaN and infinities (of Python's json), halves of surrogate pairs, and control
-    characters. For one of them msgspec refuses the whole list, even where it need not decode it.
-    """
-    mended = None
-    for token in _TOKEN.finditer(text):
-        found = token[0]
-        if not found.startswith(b'"'):
-            mended = mended or bytearray(text)
-            mended[slice(*token.span())] = b"0e".ljust(len(found), b"0")
-        elif _SURROGATE.search(found) or len(found.translate(None, _CONTROLS)) < len(found):
-            mended = mended or bytearray(text)
-            harmless = _SURROGATE.sub(rb"\\ufffd", found).translate(_BLANKED)
-            mended[slice(*token.span())] = harmless
-    return mended
-
-
-_BLOCK = 1 << 20
-_ROWS = 256
-"""Rows of a table that are in memory as Python objects."""
-
-_BOM = b"\xef\xbb\xbf"
-
-_decode_value = msgspec.json.Decoder(msgspec.Raw).decode
-
-
 @dataclass
 class ChatFile:
-    """An iterable over the raw records of a file."""
+    """An iterable over the raw chats of a file."""
 
     path: Path
     line: int = field(default=0, init=False)
-    """Line of the newest record, from 1; 0 where records are not lines."""
+    """Line of the newest chat, from 1; 0 where chats are not lines."""
 
     @property
     def name(self) -> str:
         """Return what errors call it."""
         return str(self.path)
 
-    def __iter__(self) -> Iterator[RawRecord]:
+    def __iter__(self) -> Iterator[RawChat]:
         self.line = 0
         try:
-            yield from self._records()
+            yield from self._chats()
         except DataError:
             raise
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise faults.unreadable(self.path, error) from error
 
-    def _records(self) -> Iterator[RawRecord]:
+    def _chats(self) -> Iterator[RawChat]:
         head = self._head()
         if error := faults.foreign(self.name, head):
             raise error
         if head.startswith(b"PAR1"):
             yield from self._rows()
         elif head.startswith(b"["):
-            yield from list_records(self.name, self._text())
+            yield from _whole_text(self.name, self._text(), _decode_list)
         elif _goes_on_over_lines(head):
             self.line = 1
-            yield _one_value(self.name, self._text())
+            yield _whole_text(self.name, self._text(), _decode_value)
         else:
             yield from self._lines()
 
@@ -308,8 +244,13 @@ def _is_cut_off(text: bytes) -> bool:
     return False
 
 
-def _one_value(name: str, text: memoryview) -> RawRecord:
+def _whole_text(name: str, text: memoryview, decode: Callable[[memoryview], Any]) -> Any:
+    """Decode the outermost JSON value; what it is made of are views of its text.
+
+    Raises:
+        DataError: it is no JSON, which knows no NaN, for one; says where.
+    """
     try:
-        return _decode_value(text)
+        return decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
         raise faults.not_json(name, text, error) from error

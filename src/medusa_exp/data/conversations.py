@@ -1,7 +1,7 @@
-"""Chat files in, `Conversation`s out.
+"""All conversations of some chat files: which are taken, and counts of what was left out and why.
 
-A record that cannot be used, or that the options leave out, is counted under a named reason; a file
-that cannot be read is a `DataError`.
+A raw chat that cannot be used, or that the options leave out, is counted under a named reason; a
+file that cannot be read is a `DataError`.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from medusa_exp.data.parsing import (
     NOT_OBJECT,
     NOT_UTF8,
     ROLES,
+    ChatParser,
     Conversation,
     Message,
-    RawRecord,
-    RecordParser,
+    RawChat,
     content_digest,
     decode_leniently,
     raw_bytes,
@@ -51,7 +51,7 @@ class ReadOptions:
     role_map: Mapping[str, str] = field(default_factory=dict)
     """Further names of roles: what stands in the file -> system, user, assistant or tool."""
     strict: bool = False
-    """Make the first record that cannot be used a DataError."""
+    """Make the first chat that cannot be used a DataError."""
     deduplicate: bool = False
     """Take conversations of the same roles and contents once."""
     min_turns: int = 1
@@ -109,7 +109,7 @@ class ReadOptions:
 class Reading:
     """An iterable over the conversations of some sources; iterating again reads again.
 
-    `dropped` (reason -> records) and `num_records` describe the newest iteration.
+    `dropped` (reason -> chats) and `num_records` describe the newest iteration.
     """
 
     def __init__(self, sources: Sequence[ChatFile | HubData], options: ReadOptions) -> None:
@@ -138,9 +138,9 @@ class Reading:
                     self.dropped[reason] += 1
 
     def _usable(self, source: ChatFile | HubData) -> Iterator[Conversation]:
-        """Yield what can be made of a source's records, and count the rest."""
-        parse = RecordParser(self.options.role_map).parse
-        faulty = _FaultyRecords(source)
+        """Yield what can be made of a source's raw chats, and count the rest."""
+        parse = ChatParser(self.options.role_map).parse
+        faulty = _FaultyChats(source)
         number = 0
         for number, raw in enumerate(source, 1):
             self.num_records += 1
@@ -157,37 +157,34 @@ class Reading:
 
 
 @dataclass
-class _FaultyRecords:
-    """Decides from a source's unusable records whether the source as a whole is to blame."""
+class _FaultyChats:
+    """Decides from a source's unusable chats whether the source as a whole is to blame."""
 
     source: ChatFile | HubData
     reasons: Counter[str] = field(default_factory=Counter)
-    first: RawRecord = b""
+    first: RawChat = b""
     first_line: int = 0
 
-    def add(self, raw: RawRecord, reason: str) -> None:
-        """Take note of an unusable record.
+    def add(self, raw: RawChat, reason: str) -> None:
+        """Take note of an unusable chat.
 
         Raises:
-            DataError: it is a merge-conflict marker, or shows that the file is not in UTF-8.
+            DataError: it shows that the file is not in UTF-8.
         """
         if not self.reasons:
             self.first, self.first_line = raw, self.source.line
         self.reasons[reason] += 1
-        error = None
-        if reason == NOT_JSON:
-            error = faults.conflict(self.source.name, raw_bytes(raw), self.source.line)
-        elif reason == NOT_UTF8 and self.reasons[reason] == 1 and isinstance(self.source, ChatFile):
+        is_first = self.reasons[reason] == 1
+        if reason == NOT_UTF8 and is_first and isinstance(self.source, ChatFile):
             again = ChatFile(self.source.path)
-            error = faults.wrong_encoding(again.name, map(raw_bytes, again))
-        if error:
-            raise error
+            if error := faults.wrong_encoding(again.name, map(raw_bytes, again)):
+                raise error
 
     def check(self, num_records: int) -> None:
         """Look at the whole, once it has been read.
 
         Raises:
-            DataError: no line is JSON, or the file is a single value that is no record.
+            DataError: no line is JSON, or the file is a single value that is no chat.
         """
         if not (self.first_line and sum(self.reasons.values()) == num_records):
             return

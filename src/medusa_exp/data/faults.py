@@ -1,4 +1,4 @@
-"""What a chat file is, where it is not chats, in; the `DataError` that says what to do, out."""
+"""What is wrong with a chat file that cannot be read, and what to do: messages of `DataError`."""
 
 import json
 import re
@@ -35,7 +35,12 @@ _WIDE = [
     (rb"[^\0]\0", "UTF-16LE"),
     (rb"\0[^\0]", "UTF-16BE"),
 ]
-_CONFLICT = re.compile(rb"^(<<<<<<<|\|\|\|\|\|\|\||=======|>>>>>>>)(?=[ \r\n]|\Z)", re.MULTILINE)
+_MORE_THAN_JSON = (
+    "invalid character",
+    "invalid utf-16 surrogate pair",
+    "unexpected end of hex esca",
+)
+"""In what msgspec says of NaN, control characters and halves of surrogate pairs."""
 
 
 class DataError(UserError):
@@ -67,22 +72,8 @@ def foreign(name: str, head: bytes) -> DataError | None:
     return None
 
 
-def conflict(name: str, text: bytes | memoryview, line: int | None = None) -> DataError | None:
-    """Return the error if there is a merge-conflict marker at the start of a line of `text`.
-
-    `line` is the number of the line, where `text` is but one.
-    """
-    found = _CONFLICT.search(text)
-    if not found:
-        return None
-    line = line or _place(text, found.start())[0]
-    return DataError(f"{name}, line {line}, is a merge-conflict marker: resolve the conflict.")
-
-
 def not_json(name: str, text: bytes | memoryview, error: Exception) -> DataError:
     """Return the error of a JSON list or object that `msgspec` refused."""
-    if marker := conflict(name, text):
-        return marker
     if isinstance(error, RecursionError):
         return DataError(f"{name} is nested too deeply. {_CHATS}")
     message, _, place = str(error).removeprefix("JSON is malformed: ").partition(" (byte ")
@@ -98,8 +89,11 @@ def not_json(name: str, text: bytes | memoryview, error: Exception) -> DataError
     if message == "trailing characters":
         position -= 1  # msgspec names the byte after the first of them
         message += " after the end of the first value (for one value a line, use `jq -c .`)"
+    advice = ""
+    if message.startswith(_MORE_THAN_JSON):
+        advice = " As JSON Lines, a chat a line, characters that Python's json writes are taken."
     line, column = _place(text, position)
-    return DataError(f"{name} is not valid JSON: {message}: line {line}, column {column}.")
+    return DataError(f"{name} is not valid JSON: {message}: line {line}, column {column}.{advice}")
 
 
 def no_json_line(name: str, line: int, text: bytes) -> DataError:

@@ -41,7 +41,7 @@ _LOOKED_AT = 32
 
 
 @dataclass(frozen=True)
-class Layout:
+class MaskedText:
     """A text of one training row, and the characters in it to train on, in order."""
 
     text: str
@@ -66,7 +66,7 @@ class _Turn:
         return self.before is None or text.startswith(self.before)
 
 
-def lay_out(messages: Sequence[Message], template: ChatTemplate) -> list[Layout]:
+def mask_text(messages: Sequence[Message], template: ChatTemplate) -> list[MaskedText]:
     """Render a conversation: as one text, or as one an assistant turn.
 
     One text, if every turn stands in it just as it does while it is the newest. Else (Qwen3 drops
@@ -85,7 +85,7 @@ def lay_out(messages: Sequence[Message], template: ChatTemplate) -> list[Layout]
         _look_for_differences(chat, whole, turns, template)
     if all(_stands_in(whole, turn) for turn in turns):
         spans = [_span(turn, turn.start + len(turn.reply), template) for turn in turns]
-        return [Layout(whole, _widened(spans, whole, tags, chat, turns, template))]
+        return [MaskedText(whole, _widened(spans, whole, tags, chat, turns, template))]
     return _turn_by_turn(chat, turns, whole, tags, template)
 
 
@@ -123,7 +123,7 @@ def _stands_in(whole: str, turn: _Turn) -> bool:
 
 def _turn_by_turn(
     chat: Chat, turns: list[_Turn], whole: str, tags: list[Span], template: ChatTemplate
-) -> list[Layout]:
+) -> list[MaskedText]:
     """Locate each reply in the text that ends with it.
 
     Exact also where the template strips or edits replies, or where later turns change earlier ones.
@@ -140,13 +140,13 @@ def _turn_by_turn(
     if not shown:
         raise DataError("the chat template shows no assistant turn.")
     if all(whole.startswith(text) for text, _ in served):
-        return [Layout(whole, _widened(spans, whole, tags, chat, shown, template))]
+        return [MaskedText(whole, _widened(spans, whole, tags, chat, shown, template))]
     template.note(
         "the chat template renders a turn differently once others follow it: every assistant turn "
         "becomes a row of its own, as it is served"
     )
     return [
-        Layout(text, _widened([span], text, own_tags, chat, [turn], template))
+        MaskedText(text, _widened([span], text, own_tags, chat, [turn], template))
         for turn, span, (text, own_tags) in zip(shown, spans, served, strict=True)
     ]
 
@@ -271,7 +271,7 @@ class MaskedTokens:
 def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[MaskedTokens]:
     """Render with the tokenizer's chat template: one sequence, or one an assistant turn.
 
-    `layout.lay_out` says when, and which characters are trained; this module's text says which
+    `layout.mask_text` says when, and which characters are trained; this module's text says which
     tokens. A lone surrogate is rendered as U+FFFD.
 
     Raises:
@@ -310,10 +310,10 @@ class Renderer:
         Rows are as `render` gives them, but cut, so that one may be without a trained token. Where
         each turn is a row, those after the first such one are empty: they begin as it does.
         """
-        results: list[list[Layout] | DataError] = []
+        results: list[list[MaskedText] | DataError] = []
         for conversation in conversations:
             try:
-                results.append(lay_out(conversation.messages, self.template))
+                results.append(mask_text(conversation.messages, self.template))
             except DataError as error:
                 results.append(DataError(f"conversation {conversation.id}: {error}"))
         # Conversations of several rows have each row's text again in the next: one by one.
@@ -324,7 +324,7 @@ class Renderer:
             for r in results
         ]
 
-    def _one_by_one(self, layouts: list[Layout]) -> list[MaskedTokens]:
+    def _one_by_one(self, layouts: list[MaskedText]) -> list[MaskedTokens]:
         rows: list[MaskedTokens] = []
         is_beyond = False
         for layout in layouts:
@@ -336,7 +336,7 @@ class Renderer:
             is_beyond = is_cut_off and self.tokenizer.truncation_side == "right"
         return rows
 
-    def _tokenize(self, layouts: list[Layout]) -> list[MaskedTokens]:
+    def _tokenize(self, layouts: list[MaskedText]) -> list[MaskedTokens]:
         if not layouts:
             return []
         encoded = self.tokenizer(
@@ -354,7 +354,7 @@ class Renderer:
             )
         ]
 
-    def _mask(self, layout: Layout, ids: list[int], encoding: Encoding) -> list[bool]:
+    def _mask(self, layout: MaskedText, ids: list[int], encoding: Encoding) -> list[bool]:
         """Return per token whether its last character lies in a span."""
         if self._swallowing and not self._swallowing.keys().isdisjoint(ids):
             return _by_ends(layout, self._own_ends(layout.text, ids, encoding))
@@ -397,7 +397,7 @@ class Renderer:
         return MaskedTokens(row.text, kept_ids, kept_mask, True, sum(mask) - sum(kept_mask))
 
 
-def _by_ends(layout: Layout, ends: list[int]) -> list[bool]:
+def _by_ends(layout: MaskedText, ends: list[int]) -> list[bool]:
     ends_T = np.array(ends, dtype=np.int64)
     starts, stops = np.array(layout.spans).T
     last_begun_T = np.searchsorted(starts, ends_T, side="left") - 1

@@ -1,9 +1,9 @@
-"""A raw record in; a `Conversation`, or the reason why there is none, out.
+"""Parse one raw chat: to a `Conversation`, or to the reason why it cannot be used.
 
-A record has ShareGPT's form {id, conversations: [{from, value}]}, OpenAI's {messages: [{role,
-content}]}, or a mix of the two. msgspec decodes and checks a record in one step; what it refuses
-is looked at again in Python, which takes what JSON has no room for (NaN, halves of surrogate
-pairs, control characters) and names what is wrong with the rest.
+A raw chat has ShareGPT's form {id, conversations: [{from, value}]}, OpenAI's {messages: [{role,
+content}]}, or a mix of the two. msgspec decodes and checks it in one step; what it refuses is
+looked at again in Python, which takes what JSON has no room for (NaN, halves of surrogate pairs,
+control characters) and names what is wrong with the rest.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ NOT_TEXT = "content is not text"
 NOT_TEXT_PART = "content has a part that is not text"
 NO_REPLY = "no assistant turn"
 
-RawRecord = msgspec.Raw | bytes | memoryview | dict[str, Any]
+RawChat = msgspec.Raw | bytes | memoryview | dict[str, Any]
 """JSON text, or the row of a table."""
 COLUMNS = ("conversations", "messages", "id", "system")
 """What is read of a table."""
@@ -69,28 +69,28 @@ class _Turn(msgspec.Struct, gc=False):
     weight: float = 1.0
 
 
-class _Record(msgspec.Struct, gc=False):
+class _Chat(msgspec.Struct, gc=False):
     conversations: list[_Turn] | None = None
     messages: list[_Turn] | None = None
     id: str | int | None = None
     system: str | None = None
 
 
-_decode = msgspec.json.Decoder(_Record).decode
+_decode = msgspec.json.Decoder(_Chat).decode
 
 
 class _Unusable(Exception):
     """Its text is the reason."""
 
 
-class RecordParser:
-    """Makes conversations of records; `role_map` adds to the names of roles that are known."""
+class ChatParser:
+    """Makes conversations of raw chats; `role_map` adds to the names of roles that are known."""
 
     def __init__(self, role_map: Mapping[str, str] | None = None) -> None:
         self._role_of = {**_ROLE_OF, **(role_map or {})}
 
-    def parse(self, raw: RawRecord) -> Conversation | str:
-        """Return a conversation, or why the record cannot be used."""
+    def parse(self, raw: RawChat) -> Conversation | str:
+        """Return a conversation, or why the chat cannot be used."""
         try:
             conversation = None if isinstance(raw, dict) else self._parse_strictly(raw)
             return conversation or self._parse_leniently(raw)
@@ -98,14 +98,14 @@ class RecordParser:
             return str(reason)
 
     def _parse_strictly(self, raw: msgspec.Raw | bytes | memoryview) -> Conversation | None:
-        """Return None where the record needs a closer look."""
+        """Return None where the chat needs a closer look."""
         try:
-            record = _decode(raw)
+            chat = _decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         role_of = self._role_of.get
         messages = []
-        for turn in record.conversations or record.messages or ():
+        for turn in chat.conversations or chat.messages or ():
             role = role_of(turn.source or turn.role)
             content = turn.content if turn.value is None else turn.value
             if role is None or content is None or turn.tool_calls or turn.function_call:
@@ -115,17 +115,17 @@ class RecordParser:
             messages.append(Message(role, content))
         if not messages:
             return None
-        record_id = _content_id(raw) if record.id in (None, "") else str(record.id)
-        return _checked(record_id, messages, record.system)
+        chat_id = _content_id(raw) if chat.id in (None, "") else str(chat.id)
+        return _checked(chat_id, messages, chat.system)
 
-    def _parse_leniently(self, raw: RawRecord) -> Conversation:
-        record = _decoded(raw)
-        messages = [self._message(turn) for turn in _turns(record)]
+    def _parse_leniently(self, raw: RawChat) -> Conversation:
+        chat = _decoded(raw)
+        messages = [self._message(turn) for turn in _turns(chat)]
         if not messages:
             raise _Unusable(NO_TURNS)
-        system = record.get("system")
-        record_id = _usable_id(record.get("id")) or _content_id(raw)
-        return _checked(record_id, messages, None if system is None else _text(system))
+        system = chat.get("system")
+        chat_id = _usable_id(chat.get("id")) or _content_id(raw)
+        return _checked(chat_id, messages, None if system is None else _text(system))
 
     def _message(self, turn: Any) -> Message:
         if not isinstance(turn, dict):
@@ -160,8 +160,8 @@ def content_digest(conversation: Conversation) -> bytes:
     return digest.digest()[:16]
 
 
-def raw_bytes(raw: RawRecord) -> bytes:
-    """Return the text of a record; of a row, its text as JSON."""
+def raw_bytes(raw: RawChat) -> bytes:
+    """Return the text of a raw chat; of a row, its text as JSON."""
     return msgspec.json.encode(raw) if isinstance(raw, dict) else bytes(raw)
 
 
@@ -175,7 +175,7 @@ def decode_leniently(text: bytes) -> Any:
     return json.loads(text.decode("utf-8", "surrogatepass").removeprefix("\ufeff"), strict=False)
 
 
-def _decoded(raw: RawRecord) -> Any:
+def _decoded(raw: RawChat) -> Any:
     try:
         return raw if isinstance(raw, dict) else decode_leniently(raw_bytes(raw))
     except UnicodeDecodeError as error:
@@ -186,10 +186,10 @@ def _decoded(raw: RawRecord) -> Any:
         raise _Unusable(TOO_DEEP) from error
 
 
-def _turns(record: Any) -> list[Any]:
-    if not isinstance(record, dict):
+def _turns(chat: Any) -> list[Any]:
+    if not isinstance(chat, dict):
         raise _Unusable(NOT_OBJECT)
-    values = (record.get("conversations"), record.get("messages"))
+    values = (chat.get("conversations"), chat.get("messages"))
     lists = [turns for turns in values if isinstance(turns, list)]
     if not lists:
         raise _Unusable(NO_LIST)
@@ -222,11 +222,11 @@ def _usable_id(value: Any) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", str(value))
 
 
-def _content_id(raw: RawRecord) -> str:
+def _content_id(raw: RawChat) -> str:
     return "sha256-" + hashlib.sha256(raw_bytes(raw).strip()).hexdigest()[:16]
 
 
-def _checked(record_id: str, messages: list[Message], system: str | None) -> Conversation:
+def _checked(chat_id: str, messages: list[Message], system: str | None) -> Conversation:
     """Return the conversation if there is something to train on."""
     if system and not system.isspace():
         first = Message("system", system)
@@ -234,5 +234,5 @@ def _checked(record_id: str, messages: list[Message], system: str | None) -> Con
             messages = [first, *messages]
     for message in messages:
         if message.role == "assistant" and message.content and not message.content.isspace():
-            return Conversation(record_id, messages)
+            return Conversation(chat_id, messages)
     raise _Unusable(NO_REPLY)

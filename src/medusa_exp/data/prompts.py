@@ -110,7 +110,7 @@ class Question:
     turns: tuple[str, ...]
 
 
-class _Record(msgspec.Struct):
+class _QuestionLine(msgspec.Struct):
     question_id: int | str
     turns: list[str]
     category: str = "all"
@@ -144,7 +144,7 @@ def read_questions(path: Path) -> list[Question]:
             Question(str(number), "all", (line,)) for number, line in enumerate(lines, 1) if line
         ]
     else:
-        decoder = msgspec.json.Decoder(_Record)
+        decoder = msgspec.json.Decoder(_QuestionLine)
         questions = [
             _question(decoder, line, f"{path}, line {number}")
             for number, line in enumerate(path.read_bytes().removeprefix(BOM).splitlines(), 1)
@@ -162,7 +162,7 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 text: {error}.") from error
 
 
-def _question(decoder: msgspec.json.Decoder[_Record], line: bytes, place: str) -> Question:
+def _question(decoder: msgspec.json.Decoder[_QuestionLine], line: bytes, place: str) -> Question:
     try:
         record = decoder.decode(line)
     except msgspec.MsgspecError as error:
