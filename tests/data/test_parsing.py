@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from medusa_exp.data.parsing import Message, ChatParser, content_digest
+from medusa_exp.data.parsing import ChatParser, Message, content_digest
 
 HI = {"from": "human", "value": "Hi"}
 HELLO = {"from": "gpt", "value": "Hello!"}

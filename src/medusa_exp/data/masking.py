@@ -1,16 +1,4 @@
-"""A conversation and a tokenizer in; token ids and what to train on out.
-
-The text is rendered once and tokenised once, and characters decide: `layout.py` says which of them
-are the assistant's. Token lengths are never added up: tokenising pieces apart gives other
-tokens than tokenising the whole.
-
-A token is trained when its last character is. So a token that reaches across the edge of a reply
-belongs to where it ends: the blank before a reply goes with the reply's first word, as it does when
-the model says it. The pieces of one character (byte fallback) all have that character's place and
-share its fate, and a token without any width is trained if it stands behind a reply's first
-character. Blanks that a special token takes along (Phi-3's marks do) are not the token's own.
-
-Messages in; rendered text, and which of its characters are the assistant's own, out.
+"""Which characters of a rendered conversation, and which of its tokens, are the assistant's own.
 
 Where a reply stands is found by rendering, never by searching for its words: the conversation up to
 an assistant turn is rendered once more with a word of ours in the reply's place. What stands before
@@ -21,6 +9,16 @@ Trained are the reply, as the template renders it, and the mark that ends its tu
 template writes after the reply up to its first special token, or, without one, up to trailing
 blanks. Nothing else: no role header, no empty reasoning that the template adds, no line break after
 the mark.
+
+The text is tokenized once, and a token is trained when its last character is. Token lengths are
+never added up: tokenizing pieces apart gives other tokens than tokenizing the whole. So a token
+that reaches across the edge of a reply belongs to where it ends: the blank before a reply goes with
+the reply's first word, as it does when the model says it. The pieces of one character (byte
+fallback) all have that character's place and share its fate, and a token without any width is
+trained if it stands behind a reply's first character. Blanks that a special token takes along
+(Phi-3's marks do) are not the token's own.
+
+T tokens of a text.
 """
 
 from collections.abc import Iterable, Sequence
@@ -42,10 +40,24 @@ _LOOKED_AT = 32
 
 @dataclass(frozen=True)
 class MaskedText:
-    """A text of one training row, and the characters in it to train on, in order."""
+    """The rendered text of one example, and the characters in it to train on, in order."""
 
     text: str
     spans: list[Span]
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """One training sequence of length T."""
+
+    text: str
+    input_ids: list[int]
+    is_trained: list[bool]
+    """Per token: is it the assistant's own output?"""
+    is_cut: bool = False
+    """Was it longer than a limit?"""
+    num_cut_off: int = 0
+    """Trained tokens that the cut has cost."""
 
 
 @dataclass(frozen=True)
@@ -254,25 +266,10 @@ def _ending(prompt: str, newest: str) -> str:
     return f" (it ends in {ending!r})" if newest and found else ""
 
 
-@dataclass(frozen=True)
-class MaskedTokens:
-    """One training sequence of length T."""
-
-    text: str
-    input_ids: list[int]
-    is_trained: list[bool]
-    """Per token: is it the assistant's own output?"""
-    is_cut: bool = False
-    """Was it longer than a limit?"""
-    num_cut_off: int = 0
-    """Trained tokens that the cut has cost."""
-
-
 def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[MaskedTokens]:
     """Render with the tokenizer's chat template: one sequence, or one an assistant turn.
 
-    `layout.mask_text` says when, and which characters are trained; this module's text says which
-    tokens. A lone surrogate is rendered as U+FFFD.
+    `mask_text` says when. A lone surrogate is rendered as U+FFFD.
 
     Raises:
         DataError: the template refuses the conversation, or hides where a reply begins.
@@ -284,7 +281,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 class Renderer:
-    """`render` for many conversations: the template is prepared once, texts are tokenised
+    """`render` for many conversations: the template is prepared once, texts are tokenized
     together."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
@@ -324,23 +321,23 @@ class Renderer:
             for r in results
         ]
 
-    def _one_by_one(self, layouts: list[MaskedText]) -> list[MaskedTokens]:
+    def _one_by_one(self, texts: list[MaskedText]) -> list[MaskedTokens]:
         rows: list[MaskedTokens] = []
         is_beyond = False
-        for layout in layouts:
+        for masked in texts:
             if is_beyond:  # without the work: a long conversation has its text again in every row
-                rows.append(MaskedTokens(layout.text, [], [], is_cut=True))
+                rows.append(MaskedTokens(masked.text, [], [], is_cut=True))
                 continue
-            rows += self._tokenize([layout])
+            rows += self._tokenize([masked])
             is_cut_off = self.max_length is not None and not any(rows[-1].is_trained)
             is_beyond = is_cut_off and self.tokenizer.truncation_side == "right"
         return rows
 
-    def _tokenize(self, layouts: list[MaskedText]) -> list[MaskedTokens]:
-        if not layouts:
+    def _tokenize(self, texts: list[MaskedText]) -> list[MaskedTokens]:
+        if not texts:
             return []
         encoded = self.tokenizer(
-            [layout.text for layout in layouts],
+            [masked.text for masked in texts],
             # The template has written every special token; adding them would double the BOS.
             add_special_tokens=False,
             return_attention_mask=False,
@@ -348,24 +345,24 @@ class Renderer:
             verbose=False,  # of length: that is this class's business
         )
         return [
-            self._cut(MaskedTokens(layout.text, ids, self._mask(layout, ids, encoding)))
-            for layout, ids, encoding in zip(
-                layouts, encoded.input_ids, encoded.encodings, strict=True
+            self._cut(MaskedTokens(masked.text, ids, self._mask(masked, ids, encoding)))
+            for masked, ids, encoding in zip(
+                texts, encoded.input_ids, encoded.encodings, strict=True
             )
         ]
 
-    def _mask(self, layout: MaskedText, ids: list[int], encoding: Encoding) -> list[bool]:
+    def _mask(self, masked: MaskedText, ids: list[int], encoding: Encoding) -> list[bool]:
         """Return per token whether its last character lies in a span."""
         if self._swallowing and not self._swallowing.keys().isdisjoint(ids):
-            return _by_ends(layout, self._own_ends(layout.text, ids, encoding))
+            return _by_ends(masked, self._own_ends(masked.text, ids, encoding))
         is_trained = [False] * len(ids)
-        for start, stop in layout.spans:
+        for start, stop in masked.spans:
             # The token of the character at which a span begins, or which follows it, is the first
             # whose last character lies there, or behind: this needs no list of offsets.
             first = encoding.char_to_token(start)
-            end = encoding.char_to_token(stop) if stop < len(layout.text) else len(ids)
-            if first is None or end is None:  # in no token: trimmed, or normalised away
-                return _by_ends(layout, [end for _, end in encoding.offsets])
+            end = encoding.char_to_token(stop) if stop < len(masked.text) else len(ids)
+            if first is None or end is None:  # in no token: trimmed, or normalized away
+                return _by_ends(masked, [end for _, end in encoding.offsets])
             is_trained[first:end] = [True] * (end - first)
         return is_trained
 
@@ -381,7 +378,7 @@ class Renderer:
         found = text.find(content, start, end)
         if found >= 0:
             return found + len(content)
-        return start + len(text[start:end].rstrip())  # normalised, it reads otherwise in the text
+        return start + len(text[start:end].rstrip())  # normalized, it reads otherwise in the text
 
     def _cut(self, row: MaskedTokens) -> MaskedTokens:
         limit = self.max_length
@@ -397,8 +394,8 @@ class Renderer:
         return MaskedTokens(row.text, kept_ids, kept_mask, True, sum(mask) - sum(kept_mask))
 
 
-def _by_ends(layout: MaskedText, ends: list[int]) -> list[bool]:
+def _by_ends(masked: MaskedText, ends: list[int]) -> list[bool]:
     ends_T = np.array(ends, dtype=np.int64)
-    starts, stops = np.array(layout.spans).T
+    starts, stops = np.array(masked.spans).T
     last_begun_T = np.searchsorted(starts, ends_T, side="left") - 1
     return ((last_begun_T >= 0) & (ends_T <= stops[last_begun_T])).tolist()

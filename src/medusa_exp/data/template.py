@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: messages in, text out, just as the model is served with it."""
+"""Render messages with a tokenizer's chat template, just as the model is served with it."""
 
 import hashlib
 import logging
@@ -55,7 +55,7 @@ class ChatTemplate:
         self.notes: set[str] = set()
         """What was met that users should know about this template."""
         self.looked_at: Counter[str] = Counter()
-        """How often `layout` has looked for a difference, by what it looked at."""
+        """How often `masking` has looked for a difference, by what it looked at."""
         if "strftime_now" in self.source:
             self.note("the chat template writes the date of the rendering into every text")
 

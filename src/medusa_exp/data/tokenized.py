@@ -1,13 +1,9 @@
-"""Config and tokenizer in; the tokenised data set out, from the cache where it is there.
+"""The data set as token ids: a cache entry, opened, or made by several processes.
 
-A cache entry is a directory of `documents.arrow` and `summary.json`, which counts what became of
-every record. It appears under its name only when it is whole; of several processes that want the
-same entry, one builds it and the others wait. Its name is a hash of all that decides its content.
-
-Conversations in; the Arrow file of their documents, and counts of what became of them, out.
-
-Rendering and tokenising run in several processes where there is enough to do; the order of the file
-is the order of the conversations, whatever their number.
+An entry is a directory of `documents.arrow`, the examples of all splits (a conversation each, or
+one of its turns), and `summary.json`, which counts what became of every raw chat. Rendering and
+tokenizing run in several processes where there is enough to do; the order of the file is the order
+of the conversations, whatever their number.
 """
 
 import logging
@@ -41,29 +37,36 @@ from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import content_key, read_json, sha256_file, write_json
 from medusa_exp.runs.progress import ProgressBar
 
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raise it when the same chats, tokenizer and template give other examples: caches are then built
+anew. (tests/golden/renderings.json tells of most such changes.)"""
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec", "pyarrow")
+"""Whose versions may change what is read, rendered or tokenized."""
+_EXAMPLES, _SUMMARY = "documents.arrow", "summary.json"
 _CHUNK = 256
-"""Conversations that are rendered, tokenised and written together."""
+"""Conversations that are rendered, tokenized and written together."""
 _SERIAL_CHUNKS = 12
 """With fewer chunks than these, starting processes takes longer than the work."""
 
+# Names of outcomes, as summary.json and messages have them.
 KEPT = "kept records"
 REFUSED = "refused by the chat template"
 UNTRAINED = "no assistant token left"
 CUT = "cut to the length limit"
 LOST_ROWS = "assistant turns beyond the length limit"
-"""Of kept records in which every assistant turn is a row."""
+"""Of kept chats in which every assistant turn is an example."""
 LOST_TOKENS = "trained tokens beyond the length limit"
-"""Of rows that are kept."""
+"""Of examples that are kept."""
 
 Sourced = tuple[str, Conversation]
 """A conversation and the name of its source."""
 Result = tuple[int, pa.RecordBatch, "Tally"]
-"""Of a chunk: how many conversations it had, their documents, and what became of them."""
-Document = tuple[np.ndarray, np.ndarray, str, str]
-"""A row of the file: input_ids, is_trained, conversation_id, source."""
-
-
+"""Of a chunk: how many conversations it had, their examples, and what became of them."""
 Work = Callable[[list[Sourced]], Result]
+_ArrowRow = tuple[np.ndarray, np.ndarray, str, str]
+"""input_ids, is_trained, conversation_id and source of an example."""
 
 
 @dataclass
@@ -84,6 +87,210 @@ class Tally:
         self.notes |= other.notes
 
 
+@dataclass(frozen=True)
+class Tokenized:
+    """Examples of all splits, and what became of every raw chat."""
+
+    dataset: DatasetConfig
+    table: pa.Table
+    summary: dict[str, Any]
+    """`key`, `sources` {name: {outcome: number}}, `examples` {outcome: the first such error} and
+    `notes` on the template."""
+    max_length: int
+    is_new: bool
+    """Was it built by this call?"""
+
+    def all(self) -> Examples:
+        """Return the examples of all splits."""
+        return Examples(self.table)
+
+    def split(self, name: str) -> Examples:
+        """Return the examples of train, val or test; those of train with their sources' weights.
+
+        Raises:
+            DataError: there is none.
+        """
+        if not len(rows := self.rows(name)):
+            raise empty_split(name, self.summary["sources"])
+        return select(self.table, rows, self.dataset, name)
+
+    def rows(self, name: str) -> np.ndarray:
+        """Return the numbers of the examples of train, val or test."""
+        return rows_of_split(self.table, self.dataset, name)
+
+    def log(self) -> None:
+        """Say what was kept, what was not, and why."""
+        for name, outcomes in self.summary["sources"].items():
+            log.info(
+                "data: %s: %d of %d records kept: %d documents, %d tokens, %.1f %% of them trained",
+                name,
+                outcomes[KEPT],
+                outcomes["records"],
+                outcomes["documents"],
+                outcomes["tokens"],
+                100 * outcomes["trained tokens"] / max(1, outcomes["tokens"]),
+            )
+            for reason, count in sorted(outcomes["dropped"].items()):
+                log.warning("data: %s: dropped: %s: %d", name, reason, count)
+            if outcomes[CUT]:
+                log.warning("data: %s: cut to %d tokens: %d", name, self.max_length, outcomes[CUT])
+            for what in (LOST_ROWS, LOST_TOKENS):
+                if outcomes[what]:
+                    log.warning("data: %s: %s: %d", name, what, outcomes[what])
+        for outcome, example in self.summary["examples"].items():
+            log.warning("data: for example, %s: %s", outcome, example)
+        for note in [] if self.is_new else self.summary["notes"]:  # building has logged them
+            log.warning("data: %s", note)
+
+
+def rows_of_split(table: pa.Table, dataset: DatasetConfig, name: str) -> np.ndarray:
+    """Return the numbers of a table's examples that belong to train, val or test."""
+    ids = table["conversation_id"].to_pylist()
+    return np.flatnonzero([split_of(i, dataset) == name for i in ids])
+
+
+def select(table: pa.Table, rows: np.ndarray, dataset: DatasetConfig, split: str) -> Examples:
+    """Return examples of a table; those of train with the weights of their sources."""
+    if split != "train" or not dataset.sources:
+        return Examples(table, rows)
+    names = table["source"].take(pa.array(rows)).to_pylist()
+    return Examples(table, rows, np.array([dataset.sources[name].weight for name in names]))
+
+
+def load_tokenized(
+    sources: list[Source],
+    dataset: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    cache_dir: str | Path,
+    run_dir: Path | None = None,
+) -> Tokenized:
+    """Open the data set's cache entry, which is built first if it is not there.
+
+    Args:
+        sources: of the data set.
+        dataset: says how they are split, weighed and worked through.
+        tokenizer: whose chat template renders them.
+        max_length: in tokens, to which examples are cut.
+        cache_dir: holds the entry.
+        run_dir: a run that may have begun with the same examples under an older key.
+
+    Raises:
+        DataError: naming the file, or why not one token of the data set can be trained on.
+        UserError: the entry cannot be written.
+    """
+    key = _key(sources, tokenizer, max_length)
+    try:
+        with entry(cache_dir, "tokenised", key, _is_whole) as (path, unwritten):
+            if unwritten:
+                unwritten.mkdir()
+                summary = _build(unwritten, sources, dataset, tokenizer, max_length)
+                write_json(unwritten / _SUMMARY, {"key": key, "format": FORMAT, **summary})
+    except OSError as error:
+        raise UserError(
+            f"the tokenised data could not be written under cache_dir={cache_dir}: "
+            f"{error.strerror or error}."
+        ) from error
+    summary = read_json(path / _SUMMARY)
+    if (older := _key_before_formats(run_dir, sources, summary)) is not None:
+        summary["key"] = older
+        del summary["format"]
+    return Tokenized(dataset, open_examples(path / _EXAMPLES), summary, max_length, bool(unwritten))
+
+
+def _key_before_formats(
+    run_dir: Path | None, sources: list[Source], summary: dict[str, Any]
+) -> str | None:
+    """Return the key that this run knows the same examples by, if it began before FORMAT did.
+
+    Its checkpoint, hidden states and regenerated responses are named by it. Keys then had a hash of
+    our code.
+    """
+    if run_dir is None:
+        return None
+    noted = read_json(run_dir / "data.json", {})
+    if "key" not in noted or "format" in noted or noted["sources"] != summary["sources"]:
+        return None
+    known = set(read_json(run_dir / "run.json", {}).get("data", {}).values())
+    found = {sha256_file(path) for path in files_of(sources)}
+    return noted["key"] if found == known else None
+
+
+def _is_whole(path: Path) -> bool:
+    if not (path / _SUMMARY).is_file():
+        return False
+    try:
+        open_examples(path / _EXAMPLES)
+    except (OSError, pa.ArrowInvalid):  # damaged since: to be built again
+        return False
+    return True
+
+
+def _key(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """Name all that decides what the examples are: text, template, tokenizer, limits, format."""
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    data = [source.identity() for source in sources]
+    return content_key(data, describe(tokenizer), max_length, versions, FORMAT)
+
+
+def _build(
+    directory: Path,
+    sources: list[Source],
+    dataset: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> dict[str, Any]:
+    """Write the examples and return the summary."""
+    total = sum(1 for _ in walk(sources))  # reading is far faster than what follows
+    workers = dataset.num_workers or _num_cores()
+    tally = write_examples(
+        directory / _EXAMPLES,
+        walk(sources),
+        total,
+        tokenizer,
+        max_length=max_length,
+        num_workers=workers,
+        strict=dataset.strict,
+    )
+    found = {source.name: _outcomes(source, tally) for source in sources}
+    if not any(outcomes["documents"] for outcomes in found.values()):
+        raise nothing_to_train_on(found, tally.examples)
+    return {"sources": found, "examples": tally.examples, "notes": sorted(tally.notes)}
+
+
+def _num_cores() -> int:
+    """Count the cores that this process may use: in a container, fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _outcomes(source: Source, tally: Tally) -> dict[str, Any]:
+    """Return what became of a source's raw chats: kept and dropped add up to all of them."""
+    outcomes = counts(source)
+    number = {what: n for (name, what), n in tally.counts.items() if name == source.name}
+    dropped = {reason: number[reason] for reason in (REFUSED, UNTRAINED) if number.get(reason)}
+    outcomes["dropped"].update(dropped)
+    for what in (KEPT, "documents", "tokens", "trained tokens", CUT, LOST_ROWS, LOST_TOKENS):
+        outcomes[what] = number.get(what, 0)
+    return outcomes
+
+
+def nothing_to_train_on(found: dict[str, dict[str, Any]], examples: dict[str, str]) -> DataError:
+    """Return the error of a data set without a trained token."""
+    whys = [
+        f"{name}: {outcomes['records']} records; "
+        + "; ".join(f"{reason}: {n}" for reason, n in outcomes["dropped"].items())
+        for name, outcomes in found.items()
+    ]
+    example = "".join(f" For example, {what}: {error}." for what, error in examples.items())
+    return DataError(
+        f"no token of the data set is an assistant's ({', '.join(whys)}): nothing to train on."
+        + example
+    )
+
+
 def write_examples(
     path: Path,
     conversations: Iterator[Sourced],
@@ -94,9 +301,9 @@ def write_examples(
     num_workers: int,
     strict: bool = False,
 ) -> Tally:
-    """Render, tokenise, cut and write; what cannot be used is counted.
+    """Render, tokenize, cut and write; what cannot be used is counted.
 
-    Documents are cut to `max_length` whole tokens, on the tokenizer's truncation side.
+    Examples are cut to `max_length` whole tokens, on the tokenizer's truncation side.
 
     Raises:
         DataError: with `strict`, the first conversation that the template refuses.
@@ -104,11 +311,11 @@ def write_examples(
     tally = Tally()
     renderer = Renderer(tokenizer, max_length)
     chunks = iter(lambda: list(islice(conversations, _CHUNK)), [])
-    work = partial(_documents, renderer, strict)
-    bar = ProgressBar("tokenising conversations", total)
+    work = partial(_tokenize, renderer, strict)
+    bar = ProgressBar("tokenizing conversations", total)
     with pa.ipc.new_file(str(path), SCHEMA) as file, bar:
-        for num_conversations, documents, part in _in_order(work, chunks, num_workers):
-            file.write_batch(documents)
+        for num_conversations, examples, part in _in_order(work, chunks, num_workers):
+            file.write_batch(examples)
             tally.add(part)
             for note in part.notes:  # a worker's log is not seen
                 renderer.template.note(note)
@@ -116,10 +323,10 @@ def write_examples(
     return tally
 
 
-def _documents(renderer: Renderer, strict: bool, chunk: list[Sourced]) -> Result:
-    """Tokenise a chunk: the work of one process."""
+def _tokenize(renderer: Renderer, strict: bool, chunk: list[Sourced]) -> Result:
+    """Render and tokenize a chunk: the work of one process."""
     tally = Tally()
-    kept: list[Document] = []
+    kept: list[_ArrowRow] = []
     results = renderer.render_many(conversation for _, conversation in chunk)
     for (source, conversation), rows in zip(chunk, results, strict=True):
         if isinstance(rows, DataError):
@@ -146,8 +353,8 @@ def _documents(renderer: Renderer, strict: bool, chunk: list[Sourced]) -> Result
     return len(chunk), _record_batch(kept), tally
 
 
-def _record_batch(documents: list[Document]) -> pa.RecordBatch:
-    ids, masks, conversation_ids, sources = zip(*documents, strict=True) if documents else [()] * 4
+def _record_batch(rows: list[_ArrowRow]) -> pa.RecordBatch:
+    ids, masks, conversation_ids, sources = zip(*rows, strict=True) if rows else [()] * 4
     columns = [
         _ragged(ids, pa.int32()),
         _ragged(masks, pa.uint8()),
@@ -213,218 +420,3 @@ def _end_with(parent: int) -> None:
 def _run_worker(chunk: list[Sourced]) -> Result:
     assert _work is not None
     return _work(chunk)
-
-
-log = logging.getLogger(__name__)
-
-_DOCUMENTS, _SUMMARY = "documents.arrow", "summary.json"
-FORMAT = 1
-"""Raise it when the same chats, tokenizer and template give other documents: caches are then built
-anew. (tests/golden/renderings.json tells of most such changes.)"""
-_LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec", "pyarrow")
-"""Whose versions may change what is read, rendered or tokenised."""
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """Documents of all splits, and what became of every record."""
-
-    dataset: DatasetConfig
-    table: pa.Table
-    summary: dict[str, Any]
-    """`key`, `sources` {name: {outcome: number}}, `examples` {outcome: the first such error} and
-    `notes` on the template."""
-    max_length: int
-    is_new: bool
-    """Was it built by this call?"""
-
-    def all(self) -> Examples:
-        """Return the documents of all splits."""
-        return Examples(self.table)
-
-    def split(self, name: str) -> Examples:
-        """Return the documents of train, val or test; those of train with their sources' weights.
-
-        Raises:
-            DataError: there is none.
-        """
-        if not len(rows := self.rows(name)):
-            raise empty_split(name, self.summary["sources"])
-        return select(self.table, rows, self.dataset, name)
-
-    def rows(self, name: str) -> np.ndarray:
-        """Return the numbers of the documents of train, val or test."""
-        return rows_of_split(self.table, self.dataset, name)
-
-    def log(self) -> None:
-        """Say what was kept, what was not, and why."""
-        for name, outcomes in self.summary["sources"].items():
-            log.info(
-                "data: %s: %d of %d records kept: %d documents, %d tokens, %.1f %% of them trained",
-                name,
-                outcomes[KEPT],
-                outcomes["records"],
-                outcomes["documents"],
-                outcomes["tokens"],
-                100 * outcomes["trained tokens"] / max(1, outcomes["tokens"]),
-            )
-            for reason, count in sorted(outcomes["dropped"].items()):
-                log.warning("data: %s: dropped: %s: %d", name, reason, count)
-            if outcomes[CUT]:
-                log.warning("data: %s: cut to %d tokens: %d", name, self.max_length, outcomes[CUT])
-            for what in (LOST_ROWS, LOST_TOKENS):
-                if outcomes[what]:
-                    log.warning("data: %s: %s: %d", name, what, outcomes[what])
-        for outcome, example in self.summary["examples"].items():
-            log.warning("data: for example, %s: %s", outcome, example)
-        for note in [] if self.is_new else self.summary["notes"]:  # building has logged them
-            log.warning("data: %s", note)
-
-
-def rows_of_split(table: pa.Table, dataset: DatasetConfig, name: str) -> np.ndarray:
-    """Return the numbers of a table's documents that belong to train, val or test."""
-    ids = table["conversation_id"].to_pylist()
-    return np.flatnonzero([split_of(i, dataset) == name for i in ids])
-
-
-def select(table: pa.Table, rows: np.ndarray, dataset: DatasetConfig, split: str) -> Examples:
-    """Return documents of a table; those of train with the weights of their sources."""
-    if split != "train" or not dataset.sources:
-        return Examples(table, rows)
-    names = table["source"].take(pa.array(rows)).to_pylist()
-    return Examples(table, rows, np.array([dataset.sources[name].weight for name in names]))
-
-
-def load_tokenized(
-    sources: list[Source],
-    dataset: DatasetConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    cache_dir: str | Path,
-    run_dir: Path | None = None,
-) -> Tokenized:
-    """Open the data set's cache entry, which is built first if it is not there.
-
-    Args:
-        sources: of the data set.
-        dataset: says how they are split, weighed and worked through.
-        tokenizer: whose chat template renders them.
-        max_length: in tokens, to which documents are cut.
-        cache_dir: holds the entry.
-        run_dir: a run that may have begun with the same documents under an older key.
-
-    Raises:
-        DataError: naming the file, or why not one token of the data set can be trained on.
-        UserError: the entry cannot be written.
-    """
-    key = _key(sources, tokenizer, max_length)
-    try:
-        with entry(cache_dir, "tokenised", key, _is_whole) as (path, unwritten):
-            if unwritten:
-                unwritten.mkdir()
-                summary = _build(unwritten, sources, dataset, tokenizer, max_length)
-                write_json(unwritten / _SUMMARY, {"key": key, "format": FORMAT, **summary})
-    except OSError as error:
-        raise UserError(
-            f"the tokenised data could not be written under cache_dir={cache_dir}: "
-            f"{error.strerror or error}."
-        ) from error
-    summary = read_json(path / _SUMMARY)
-    if (older := _key_before_formats(run_dir, sources, summary)) is not None:
-        summary["key"] = older
-        del summary["format"]
-    return Tokenized(
-        dataset, open_examples(path / _DOCUMENTS), summary, max_length, bool(unwritten)
-    )
-
-
-def _key_before_formats(
-    run_dir: Path | None, sources: list[Source], summary: dict[str, Any]
-) -> str | None:
-    """Return the key that this run knows the same documents by, if it began before FORMAT did.
-
-    Its checkpoint, hidden states and own answers are named by it. Keys then had a hash of our code.
-    """
-    if run_dir is None:
-        return None
-    noted = read_json(run_dir / "data.json", {})
-    if "key" not in noted or "format" in noted or noted["sources"] != summary["sources"]:
-        return None
-    known = set(read_json(run_dir / "run.json", {}).get("data", {}).values())
-    found = {sha256_file(path) for path in files_of(sources)}
-    return noted["key"] if found == known else None
-
-
-def _is_whole(path: Path) -> bool:
-    if not (path / _SUMMARY).is_file():
-        return False
-    try:
-        open_examples(path / _DOCUMENTS)
-    except (OSError, pa.ArrowInvalid):  # damaged since: to be built again
-        return False
-    return True
-
-
-def _key(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    """Name all that decides what the documents are: text, template, tokenizer, limits, format."""
-    versions = {name: metadata.version(name) for name in _LIBRARIES}
-    data = [source.identity() for source in sources]
-    return content_key(data, describe(tokenizer), max_length, versions, FORMAT)
-
-
-def _build(
-    directory: Path,
-    sources: list[Source],
-    dataset: DatasetConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> dict[str, Any]:
-    """Write the documents and return the summary."""
-    total = sum(1 for _ in walk(sources))  # reading is far faster than what follows
-    workers = dataset.num_workers or _num_cores()
-    tally = write_examples(
-        directory / _DOCUMENTS,
-        walk(sources),
-        total,
-        tokenizer,
-        max_length=max_length,
-        num_workers=workers,
-        strict=dataset.strict,
-    )
-    found = {source.name: _outcomes(source, tally) for source in sources}
-    if not any(outcomes["documents"] for outcomes in found.values()):
-        raise nothing_to_train_on(found, tally.examples)
-    return {"sources": found, "examples": tally.examples, "notes": sorted(tally.notes)}
-
-
-def _num_cores() -> int:
-    """Count the cores that this process may use: in a container, fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _outcomes(source: Source, tally: Tally) -> dict[str, Any]:
-    """Return what became of a source's records: kept and dropped add up to all of them."""
-    outcomes = counts(source)
-    number = {what: n for (name, what), n in tally.counts.items() if name == source.name}
-    dropped = {reason: number[reason] for reason in (REFUSED, UNTRAINED) if number.get(reason)}
-    outcomes["dropped"].update(dropped)
-    for what in (KEPT, "documents", "tokens", "trained tokens", CUT, LOST_ROWS, LOST_TOKENS):
-        outcomes[what] = number.get(what, 0)
-    return outcomes
-
-
-def nothing_to_train_on(found: dict[str, dict[str, Any]], examples: dict[str, str]) -> DataError:
-    """Return the error of a data set without a trained token."""
-    whys = [
-        f"{name}: {outcomes['records']} records; "
-        + "; ".join(f"{reason}: {n}" for reason, n in outcomes["dropped"].items())
-        for name, outcomes in found.items()
-    ]
-    example = "".join(f" For example, {what}: {error}." for what, error in examples.items())
-    return DataError(
-        f"no token of the data set is an assistant's ({', '.join(whys)}): nothing to train on."
-        + example
-    )
