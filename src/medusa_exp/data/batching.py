@@ -1,12 +1,10 @@
-"""Lengths of documents in; which of them make a batch, in an order that only the seed decides, out.
+"""Batches of one pass over the examples, and which of their positions have a label for a head.
 
-A batch is a list of rows, a row a list of documents. `padded`: documents of similar length, one a
-row, filled up with padding. `packed`: several documents a row, which neither see each other nor
-label each other.
+A batch is a list of rows, a row a list of examples, in an order that only the seed decides.
+`padded`: examples of similar length, one a row, filled up with padding. `packed`: several examples
+a row, which neither see each other nor label each other.
 
-Which positions of a batch have a label for a head.
-
-B batch, T time, K heads, R labelled positions.
+B batch, T time, K heads, R labeled positions.
 """
 
 from bisect import bisect_left, insort
@@ -19,43 +17,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-
-def is_labelled(is_trained_BT: Tensor, example_BT: Tensor, head: int) -> Tensor:
-    """Return [B, T], True where head k learns (k = 0: the backbone's own lm_head).
-
-    That is at position t where token t+1+k is the assistant's and of the same document.
-    """
-    shift = 1 + head
-    is_labelled_BT = torch.zeros_like(is_trained_BT)
-    is_labelled_BT[:, :-shift] = is_trained_BT[:, shift:] & (
-        example_BT[:, shift:] == example_BT[:, :-shift]
-    )
-    return is_labelled_BT
-
-
-def labelled_index(is_trained_BT: Tensor, example_BT: Tensor, head: int) -> Tensor:
-    """Return index_R, the flat positions b * T + t that `is_labelled` has, in order."""
-    return is_labelled(is_trained_BT, example_BT, head).flatten().nonzero()[:, 0]
-
-
-def label_counts(is_trained_BT: Tensor, example_BT: Tensor, num_heads: int) -> Tensor:
-    """Return how many labels the lm_head and each head have in a batch [1 + K]."""
-    heads = range(num_heads + 1)
-    return torch.stack([is_labelled(is_trained_BT, example_BT, k).sum() for k in heads])
-
-
 _GROUP_BATCHES = 32
-"""Batches' worth of documents that are sorted by length together: enough that padding is small, few
+"""Batches' worth of examples that are sorted by length together: enough that padding is small, few
 enough that a batch's content stays random."""
 _GROUP_ROWS = 256
-"""Rows' worth of documents that are packed together, at least: the last row of each group stays
+"""Rows' worth of examples that are packed together, at least: the last row of each group stays
 half empty."""
 _LENGTH_STEP = 64
 """Rows are padded to multiples of this. Few shapes mean few kernels to prepare: oneDNN and CUDA
 libraries set up each new shape at a cost, and keep what they set up in memory."""
 
 Row = list[int]
-"""Numbers of the documents in it."""
+"""Numbers of the examples in it."""
 Epoch = list[list[Row]]
 """The batches of one pass."""
 
@@ -68,14 +41,14 @@ def padded_length(length: int) -> int:
 def padded_epoch(
     lengths: np.ndarray, *, batch_tokens: int, seed: int, epoch: int, weights: np.ndarray
 ) -> Epoch:
-    """Batch documents of similar length, at most `batch_tokens` with padding; one a row.
+    """Batch examples of similar length, at most `batch_tokens` with padding; one a row.
 
     Args:
-        lengths: tokens of each document.
-        batch_tokens: a longer document makes a batch alone.
+        lengths: tokens of each example.
+        batch_tokens: a longer example makes a batch alone.
         seed: decides the order, together with the epoch.
         epoch: number of the pass.
-        weights: how often each document stands in a pass; 1.5 is once or twice, by chance.
+        weights: how often each example stands in a pass; 1.5 is once or twice, by chance.
     """
     rng = np.random.default_rng([seed, epoch])
     batches: Epoch = []
@@ -94,10 +67,10 @@ def packed_epoch(
     epoch: int,
     weights: np.ndarray,
 ) -> Epoch:
-    """Batch rows of several documents: the longest first, each into the fullest row that takes it.
+    """Batch rows of several examples: the longest first, each into the fullest row that takes it.
 
     Args:
-        lengths: tokens of each document, none longer than `row_tokens`.
+        lengths: tokens of each example, none longer than `row_tokens`.
         batch_tokens: tokens of a batch, which has one row at least.
         row_tokens: tokens of a row.
         seed: decides the order, together with the epoch.
@@ -174,7 +147,7 @@ def epoch_planner(
 def _groups(
     lengths: np.ndarray, weights: np.ndarray, group_tokens: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """Yield the documents of a pass in random order, so many tokens at a time."""
+    """Yield the examples of a pass in random order, so many tokens at a time."""
     times = np.floor(weights + rng.random(len(lengths))).astype(np.int64)
     order = rng.permutation(np.repeat(np.arange(len(lengths)), times))
     if len(order):
@@ -185,7 +158,7 @@ def _groups(
 def _cut(by_length: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator[list[Row]]:
     batch: list[Row] = []
     for index in by_length.tolist():
-        # Sorted upwards: the newest document is the longest, and sets the padded length.
+        # Sorted upwards: the newest example is the longest, and sets the padded length.
         padded = (len(batch) + 1) * padded_length(int(lengths[index]))
         if batch and padded > batch_tokens:
             yield batch
@@ -195,17 +168,41 @@ def _cut(by_length: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Itera
         yield batch
 
 
-def _best_fit(documents: list[int], lengths: list[int], row_tokens: int) -> list[Row]:
+def _best_fit(examples: list[int], lengths: list[int], row_tokens: int) -> list[Row]:
     rows: list[Row] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for document, length in zip(documents, lengths, strict=True):
+    for example, length in zip(examples, lengths, strict=True):
         place = bisect_left(room, (length, 0))
         if place < len(room):
             free, row = room.pop(place)
-            rows[row].append(document)
+            rows[row].append(example)
         else:
             free, row = row_tokens, len(rows)
-            rows.append([document])
+            rows.append([example])
         if free > length:
             insort(room, (free - length, row))
     return rows
+
+
+def is_labelled(is_trained_BT: Tensor, example_BT: Tensor, head: int) -> Tensor:
+    """Return [B, T], True where head k learns (k = 0: the backbone's own lm_head).
+
+    That is at position t where token t+1+k is the assistant's and of the same example.
+    """
+    shift = 1 + head
+    is_labelled_BT = torch.zeros_like(is_trained_BT)
+    is_labelled_BT[:, :-shift] = is_trained_BT[:, shift:] & (
+        example_BT[:, shift:] == example_BT[:, :-shift]
+    )
+    return is_labelled_BT
+
+
+def labelled_index(is_trained_BT: Tensor, example_BT: Tensor, head: int) -> Tensor:
+    """Return index_R, the flat positions b * T + t that `is_labelled` has, in order."""
+    return is_labelled(is_trained_BT, example_BT, head).flatten().nonzero()[:, 0]
+
+
+def label_counts(is_trained_BT: Tensor, example_BT: Tensor, num_heads: int) -> Tensor:
+    """Return how many labels the lm_head and each head have in a batch [1 + K]."""
+    heads = range(num_heads + 1)
+    return torch.stack([is_labelled(is_trained_BT, example_BT, k).sum() for k in heads])

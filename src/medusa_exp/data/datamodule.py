@@ -1,6 +1,6 @@
-"""Tokenised documents in; batches of tensors out, for Lightning.
+"""Batches of tensors from tokenized examples, as a Lightning DataModule.
 
-Shapes: B rows, T positions.
+B rows of a batch, T positions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,17 +21,17 @@ from medusa_exp.data.feature_cache import Features
 
 @dataclass
 class Batch:
-    """Rows of one or several documents, filled up with padding on the right."""
+    """Rows of one or several examples, filled up with padding on the right."""
 
     input_ids_BT: Tensor
     is_trained_BT: Tensor
     """Never at padding."""
     example_BT: Tensor
-    """Number of the row's document that a token belongs to, from 1; 0 at padding."""
+    """Number of the row's example that a token belongs to, from 1; 0 at padding."""
     positions_BT: Tensor | None
-    """Places within the document. None where each row has but one, for which they just count on."""
+    """Places within the example. None where each row has but one, for which they just count on."""
     numbers: list[int] = field(default_factory=list)
-    """Of its documents, row by row, in the order of the data set that it was taken from."""
+    """Of its examples, row by row, in the order of the data set that it was taken from."""
     group_labels: list[int] = field(default_factory=list)
     """Labels of the lm_head and of each head in all micro-batches of the same optimiser step, on
     this process."""
@@ -51,9 +51,9 @@ def collate(
     row_tokens: int | None = None,
     numbers: Sequence[Row] = (),
 ) -> Batch:
-    """Put documents one after the other into rows, and fill up to the next multiple of 64.
+    """Put examples one after the other into rows, and fill up to the next multiple of 64.
 
-    But not beyond `row_tokens`, unless a document is longer: a model may have no more positions.
+    But not beyond `row_tokens`, unless an example is longer: a model may have no more positions.
     """
     longest = max(sum(len(example.input_ids) for example in row) for row in rows)
     width = padded_length(longest)
@@ -80,7 +80,7 @@ def collate(
 
 
 class _BatchesByNumbers(Dataset[Batch]):
-    """Batches by the numbers of their documents, as a `BatchSampler` names them."""
+    """Batches by the numbers of their examples, as a `BatchSampler` names them."""
 
     def __init__(
         self, examples: Sequence[Example], features: Features | None, row_tokens: int
@@ -90,8 +90,8 @@ class _BatchesByNumbers(Dataset[Batch]):
         self.row_tokens = row_tokens
 
     def __getitem__(self, rows: list[Row]) -> Batch:
-        documents = [[self.examples[number] for number in row] for row in rows]
-        batch = collate(documents, self.row_tokens, rows)
+        examples = [[self.examples[number] for number in row] for row in rows]
+        batch = collate(examples, self.row_tokens, rows)
         if self.features is not None:
             batch.hidden_BTD, batch.teacher_BT = self.features.rows(
                 rows, batch.example_BT, batch.is_trained_BT, batch.input_ids_BT
@@ -119,11 +119,11 @@ class Batches(L.LightningDataModule):
         """Plan batches.
 
         Args:
-            train: documents to walk through, again and again.
-            val: documents to validate on, one pass at most.
+            train: examples to walk through, again and again.
+            val: examples to validate on, one pass at most.
             batching: padded or packed.
             batch_tokens: tokens of a batch, padding included.
-            row_tokens: the length limit of documents.
+            row_tokens: the length limit of examples.
             seed: decides the order.
             val_batches: validation batches, at most.
             accumulate: batches to an optimiser step, to know where a resumed run stands.
@@ -137,7 +137,7 @@ class Batches(L.LightningDataModule):
         self.accumulate = accumulate
         self.num_heads = num_heads
         self.features = features
-        # A row need not be longer than a batch, unless a document is.
+        # A row need not be longer than a batch, unless an example is.
         row = max(min(row_tokens, batch_tokens), int(train.lengths.max(initial=1)))
         self.row_tokens = row_tokens
         self._train_epoch = epoch_planner(
@@ -155,7 +155,7 @@ class Batches(L.LightningDataModule):
             )
 
     def batches_per_epoch(self) -> int:
-        """Count the batches of the first pass over the training documents; later ones are alike."""
+        """Count the batches of the first pass over the training examples; later ones are alike."""
         return len(self._train_epoch(0))
 
     def train_dataloader(self) -> "Grouped":

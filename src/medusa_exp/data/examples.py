@@ -1,4 +1,4 @@
-"""The Arrow file of tokenised documents: how it is written, and read through a memory map."""
+"""The Arrow file of tokenized examples: its schema, and how it is read through a memory map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a document, cut to the length limit, and which of them are trained."""
+    """Token ids of an example, cut to the length limit, and which of them are trained."""
 
     input_ids: np.ndarray
     is_trained: np.ndarray
 
 
 class Examples(Sequence[Example]):
-    """Some rows of an Arrow table of documents; only what is asked for is read from disk."""
+    """Some rows of an Arrow table of examples; only what is asked for is read from disk."""
 
     def __init__(
         self, table: pa.Table, rows: np.ndarray | None = None, weights: np.ndarray | None = None
@@ -44,7 +44,7 @@ class Examples(Sequence[Example]):
         self._table = table
         self._rows = np.arange(len(table)) if rows is None else rows
         self.lengths = self._input_ids.lengths[self._rows]
-        """Tokens of each document."""
+        """Tokens of each example."""
         self.weights = np.ones(len(self._rows)) if weights is None else weights
 
     def __len__(self) -> int:
@@ -61,11 +61,11 @@ class Examples(Sequence[Example]):
         return Example(self._input_ids[row], self._is_trained[row].view(bool))
 
     def strings(self, column: str) -> list[str]:
-        """Return `conversation_id` or `source` of each document."""
+        """Return `conversation_id` or `source` of each example."""
         return self._table[column].take(pa.array(self._rows)).to_pylist()
 
     def num_trained(self) -> np.ndarray:
-        """Count the trained tokens of each document: this reads all masks."""
+        """Count the trained tokens of each example: this reads all masks."""
         return np.array([int(self._is_trained[int(row)].sum()) for row in self._rows])
 
 

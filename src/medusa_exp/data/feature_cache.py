@@ -1,12 +1,12 @@
-"""The backbone's hidden states of a list of documents, kept on disk and read through a memory map.
+"""The backbone's hidden states of a list of examples, kept on disk and read through a memory map.
 
 A directory of `.npy` files: `hidden` [P, D] and `own` [P] of all stored positions, `starts` [N + 1]
-and `checks` [N], where a document's positions begin and the crc32 of their bytes, and
-`summary.json`. Which positions of a document are stored follows from its mask of trained tokens:
+and `checks` [N], where an example's positions begin and the crc32 of their bytes, and
+`summary.json`. Which positions of an example are stored follows from its mask of trained tokens:
 those from which a head may learn, or at which the backbone says what a head is to say; or all of
 them, where heads look back.
 
-N documents, P positions, B batch, T time, D hidden.
+N examples, P positions, B batch, T time, D hidden.
 """
 
 import zlib
@@ -38,7 +38,7 @@ def stored_positions(is_trained: np.ndarray, stores_all: bool) -> np.ndarray:
 
 
 class Features:
-    """Hidden states and the backbone's own next tokens at the stored positions of documents."""
+    """Hidden states and the backbone's own next tokens at the stored positions of examples."""
 
     def __init__(self, path: Path) -> None:
         """Open a directory.
@@ -60,7 +60,7 @@ class Features:
             raise self._damaged("hidden.npy")
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return a document's (hidden_PD, own_P): own is what the backbone says after the position.
+        """Return an example's (hidden_PD, own_P): own is what the backbone says after the position.
 
         Raises:
             UserError: the bytes on disk have changed since they were written.
@@ -119,5 +119,5 @@ class Features:
 
 
 def check(hidden_PD: np.ndarray, teacher_P: np.ndarray) -> int:
-    """Return the crc32 of a document's stored bytes."""
+    """Return the crc32 of an example's stored bytes."""
     return zlib.crc32(teacher_P.tobytes(), zlib.crc32(hidden_PD.tobytes()))
