@@ -9,6 +9,7 @@ from medusa_exp.config import Config, ModelConfig, TrainConfig
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.settings import limits_of
+from medusa_exp.model.source import ModelSpec
 from medusa_exp.stages.regenerate import key_of_responses
 from medusa_exp.train.acceptance import responses_key
 from medusa_exp.train.checkpointing import training_key
@@ -26,7 +27,7 @@ DOCUMENTS = SimpleNamespace(summary={"key": "documents"})
 
 
 def keys(config: Config) -> dict[str, str]:
-    attention = config.model.attn_implementation
+    attention = ModelSpec(config.model).attention  # the default is named as it always was
     limits = limits_of(config, BACKBONE, TOKENIZER)
     settings = FeatureSettings(config.dtype.precision, config.head.prefix_attention)
     known = {"data_key": "data", "backbone": BACKBONE}

@@ -224,7 +224,6 @@ def test_ends_are_those_of_the_whole_model(tmp_path, tokenizer, architecture):
     tokenizer.save_pretrained(tmp_path / "model")
     config = Config(device="cpu")
     config.model.path = str(tmp_path / "model")
-    config.model.attn_implementation = "eager"  # Gemma 2 has no other
     whole = Backbone(model)
     ends = load_ends(session_of(config).spec, whole.identity(), whole.weights_fingerprint())
     assert torch.equal(ends.lm_head.weight, model.get_output_embeddings().weight)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sessions import session_of
+from tiny_models import build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.config import Config
@@ -52,6 +53,16 @@ def test_the_backbone_is_bit_unchanged_and_in_no_checkpoint(config, tmp_path, mo
     assert all(torch.equal(after[name], fresh[name]) for name in after)
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert all(name.startswith("heads.") for name in saved["state_dict"])
+
+
+@pytest.mark.parametrize("features", ["online", "cache"])
+def test_a_model_without_sdpa_is_trained_on(config, tmp_path, tokenizer, features):
+    model = build_model("gemma2")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    config.train.features = features
+
+    assert run(config, tmp_path / "run")["train/steps"] == 12
 
 
 def test_training_without_validation(config, tmp_path):

@@ -193,7 +193,7 @@ def open_inputs(session: Session) -> Inputs:
         backbone.check_next_logits()
     prompts = _held_out_prompts(session, tokenizer, backbone)
     limits = limits_of(config, backbone, tokenizer)
-    key = responses_key(prompts, limits, backbone, config.model.attn_implementation)
+    key = responses_key(prompts, limits, backbone, session.spec.attention)
     responses = held_out_responses(config.cache_dir, key, prompts, limits, backbone, opener.whole)
     changes = config.train.kind == "medusa2" or config.train.compile
     if changes or config.train.strategy == "fsdp" or not backbone.has_body:
@@ -219,7 +219,7 @@ class _BackboneOpener:
     @cached_property
     def ends(self) -> Backbone:
         """Without its layers, if it is known from before and hidden states are cached."""
-        known = known_fingerprints(self.note, self.config.model.attn_implementation)
+        known = known_fingerprints(self.note, self.session.spec.attention)
         if self.config.train.features == "cache" and known is not None:
             return load_ends(self.session.spec, *known)
         return self._whole
@@ -232,7 +232,7 @@ class _BackboneOpener:
     def _whole(self) -> Backbone:
         backbone = self.session.backbone(is_adapted=False)
         check_tree_attention(backbone)
-        note_fingerprints(self.note, backbone, self.config.model.attn_implementation)
+        note_fingerprints(self.note, backbone, self.session.spec.attention)
         return backbone
 
 
@@ -271,7 +271,7 @@ def _open_features(
             settings,
             data_key=data_key,
             backbone=backbone,
-            attn_implementation=config.model.attn_implementation,
+            attn_implementation=opener.session.spec.attention,
         )
         for split in documents
     }
