@@ -32,7 +32,6 @@ from medusa_exp.data.examples import SCHEMA, Examples
 from medusa_exp.data.feature_cache import Features
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.loss import medusa_loss, medusa_losses
-from medusa_exp.runs.files import content_key
 from medusa_exp.stages.train import Inputs, build_module
 from medusa_exp.train.precompute import FeatureSettings, open_features
 from medusa_exp.train.trainer import build_trainer
@@ -169,9 +168,9 @@ def open_fresh(case: Case) -> None:
 def features_of(case: Case, key: str) -> dict[str, Features]:
     """Return the hidden states of the documents, from the cache where they lie under the key."""
     backbone, settings = case.inputs.backbone, FeatureSettings("bf16-mixed", batch_tokens=2048)
-    keys = {split: content_key(split, key) for split in case.inputs.documents}
+    config, documents = case.config, case.inputs.documents
     return open_features(
-        case.config.cache_dir, case.inputs.documents, keys, settings, backbone, lambda: backbone
+        config.cache_dir, documents, config.dataset, key, settings, backbone, lambda: backbone
     )
 
 

@@ -29,16 +29,13 @@ DOCUMENTS = SimpleNamespace(summary={"key": "documents"})
 def keys(config: Config) -> dict[str, str]:
     attention = ModelSpec(config.model).attention  # the default is named as it always was
     limits = limits_of(config, BACKBONE, TOKENIZER)
-    settings = FeatureSettings(config.dtype.precision, config.head.prefix_attention)
-    known = {"data_key": "data", "backbone": BACKBONE}
+    settings = FeatureSettings(config.dtype.precision, attention, config.head.prefix_attention)
     sections = (config.head, config.train, config.dataset)
     note = fingerprint_note("cache", "files", config.tokenizer, config.model.quantization)
     return {
-        "training": training_key(*sections, seed=config.seed, **known),
+        "training": training_key(*sections, seed=config.seed, data_key="data", backbone=BACKBONE),
         "regenerated": key_of_responses(config, DOCUMENTS, BACKBONE, TOKENIZER),
-        "features": features_key(
-            "train", config.dataset, settings, attn_implementation=attention, **known
-        ),
+        "features": features_key("train", config.dataset, "data", settings, BACKBONE),
         "responses": responses_key([Prompt("a", "b", "c", [1, 2])], limits, BACKBONE, attention),
         "backbone": note.stem,
     }

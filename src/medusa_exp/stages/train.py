@@ -60,7 +60,6 @@ from medusa_exp.train.launch import main, ray_parts, train_in_processes, train_o
 from medusa_exp.train.module import JointLoss, MedusaModule
 from medusa_exp.train.precompute import (
     FeatureSettings,
-    features_key,
     fingerprint_note,
     known_fingerprints,
     note_fingerprints,
@@ -260,23 +259,15 @@ def _open_features(
     backbone = opener.ends
     settings = FeatureSettings(
         pick_precision(config.dtype.precision, backbone.device),
+        opener.session.spec.attention,
         config.head.prefix_attention,
         config.train.batch_tokens,
         config.train.feature_workers,
     )
-    keys = {
-        split: features_key(
-            split,
-            config.dataset,
-            settings,
-            data_key=data_key,
-            backbone=backbone,
-            attn_implementation=opener.session.spec.attention,
-        )
-        for split in documents
-    }
     load = partial(load_backbone, opener.session.spec) if settings.num_workers else opener.whole
-    return open_features(config.cache_dir, documents, keys, settings, backbone, load)
+    return open_features(
+        config.cache_dir, documents, config.dataset, data_key, settings, backbone, load
+    )
 
 
 def _held_out_prompts(

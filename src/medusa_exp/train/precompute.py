@@ -53,6 +53,8 @@ class FeatureSettings:
 
     precision: str
     """As `pick_precision` has it."""
+    attn_implementation: str | None = None
+    """As the backbone was loaded with."""
     stores_all: bool = False
     """Store all positions, for heads with prefix attention, and not only those with a label."""
     batch_tokens: int = 4096
@@ -69,7 +71,8 @@ class FeatureSettings:
 def open_features(
     cache_dir: str,
     documents: dict[str, Examples],
-    keys: dict[str, str],
+    dataset: DatasetConfig,
+    data_key: str,
     settings: FeatureSettings,
     ends: Backbone,
     load: Callable[[], Backbone],
@@ -79,7 +82,8 @@ def open_features(
     Args:
         cache_dir: where they are kept.
         documents: of each split.
-        keys: `features_key` of each split.
+        dataset: how it is split.
+        data_key: names all documents.
         settings: how they are computed.
         ends: the backbone, perhaps without its layers.
         load: returns it with them; each worker calls it too, and then it is pickled.
@@ -89,7 +93,7 @@ def open_features(
     """
     found = {}
     for split, examples in documents.items():
-        key = keys[split]
+        key = features_key(split, dataset, data_key, settings, ends)
         with entry(cache_dir, "features", key) as (path, partial_path):
             if partial_path is not None:
                 _write(partial_path, key, examples, settings, ends, load)
@@ -106,11 +110,9 @@ def open_features(
 def features_key(
     split: str,
     dataset: DatasetConfig,
-    settings: FeatureSettings,
-    *,
     data_key: str,
+    settings: FeatureSettings,
     backbone: Backbone,
-    attn_implementation: str | None,
 ) -> str:
     """Name all that decides the hidden states of a split."""
     return content_key(
@@ -119,7 +121,7 @@ def features_key(
         data_key,
         [dataset.val_fraction, dataset.test_fraction],
         backbone.weights_fingerprint(),
-        [str(backbone.model.dtype), attn_implementation],
+        [str(backbone.model.dtype), settings.attn_implementation],
         settings.precision,
         [metadata.version(name) for name in ("torch", "transformers")],
     )
