@@ -14,7 +14,7 @@ from tiny_models import build_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp.config import Config
-from medusa_exp.data.batching import is_labelled
+from medusa_exp.data.batching import is_labeled
 from medusa_exp.data.feature_cache import Features, stored_positions
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, load_heads
@@ -49,7 +49,7 @@ def test_stored_are_the_positions_that_any_head_learns_from():
         trained_BT = torch.from_numpy(is_trained)[None]
         anywhere = torch.zeros(size, dtype=torch.bool)
         for head in range(min(17, size - 1)):
-            anywhere |= is_labelled(trained_BT, one_BT, head)[0]
+            anywhere |= is_labeled(trained_BT, one_BT, head)[0]
         assert stored_positions(is_trained, False).tolist() == anywhere.nonzero()[:, 0].tolist()
 
 
@@ -66,7 +66,7 @@ def test_a_batch_has_the_states_and_choices_of_the_backbone(cached, tmp_path, ba
             teacher_BT = teacher_labels(made.backbone, online_BTD, batch)
         stored_BT = torch.zeros_like(batch.is_trained_BT)
         for head in range(17):
-            stored_BT |= is_labelled(batch.is_trained_BT, batch.example_BT, head)
+            stored_BT |= is_labeled(batch.is_trained_BT, batch.example_BT, head)
         torch.testing.assert_close(batch.hidden_BTD[stored_BT], online_BTD[stored_BT])
         assert not batch.hidden_BTD[~stored_BT].any() and stored_BT.any()
         assert torch.equal(batch.teacher_BT, teacher_BT)

@@ -1,4 +1,4 @@
-"""Chat transcripts in, tokens with a training mask out."""
+"""From chat files to batches of tokens, with a mask of what is trained."""
 
 from medusa_exp.data.conversations import (
     Conversation,

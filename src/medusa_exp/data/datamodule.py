@@ -33,7 +33,7 @@ class Batch:
     numbers: list[int] = field(default_factory=list)
     """Of its examples, row by row, in the order of the data set that it was taken from."""
     group_labels: list[int] = field(default_factory=list)
-    """Labels of the lm_head and of each head in all micro-batches of the same optimiser step, on
+    """Labels of the lm_head and of each head in all micro-batches of the same optimizer step, on
     this process."""
     hidden_BTD: Tensor | None = None
     """The backbone's hidden states, where they are at hand."""
@@ -126,8 +126,8 @@ class Batches(L.LightningDataModule):
             row_tokens: the length limit of examples.
             seed: decides the order.
             val_batches: validation batches, at most.
-            accumulate: batches to an optimiser step, to know where a resumed run stands.
-            num_heads: whose labels are counted for each optimiser step.
+            accumulate: batches to an optimizer step, to know where a resumed run stands.
+            num_heads: whose labels are counted for each optimizer step.
             features: hidden states of `train` and `val`, where they are at hand.
         """
         super().__init__()
@@ -180,7 +180,7 @@ class Batches(L.LightningDataModule):
 
 
 class Grouped:
-    """Micro-batches that know how many labels their optimiser step has: its loss is a mean over
+    """Micro-batches that know how many labels their optimizer step has: its loss is a mean over
     all of them, and the step's last micro-batch is not there yet when the first one is run."""
 
     def __init__(self, loader: DataLoader[Batch], accumulate: int, num_heads: int) -> None:

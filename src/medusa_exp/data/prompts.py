@@ -1,9 +1,7 @@
-"""Conversations in; prompts to answer out.
+"""Prompts for decoding: from conversations, or from a file of questions.
 
-Files of questions in; what to ask, turn by turn, out.
-
-Two forms: the question.jsonl of MT-bench and Spec-Bench (`question_id`, `category`, `turns`), and
-plain text, a question a line.
+A file of questions has one of two forms: the question.jsonl of MT-bench and Spec-Bench
+(`question_id`, `category`, `turns`), or plain text, a question a line.
 """
 
 import logging

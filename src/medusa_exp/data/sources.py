@@ -1,4 +1,4 @@
-"""Config in; the conversations of its data set, and the split of each, out."""
+"""The data set: its named sources, their conversations, and the split that each belongs to."""
 
 import hashlib
 import logging
@@ -114,7 +114,7 @@ def walk(sources: list[Source]) -> Iterator[tuple[str, Conversation]]:
 
 
 def counts(source: Source) -> dict[str, Any]:
-    """Return what the newest walk found in a source: records, and dropped by reason."""
+    """Return what the newest walk found in a source: raw chats, and those dropped by reason."""
     reading = source.reading
     return {"records": reading.num_records, "dropped": dict(reading.dropped)}
 

@@ -1,4 +1,4 @@
-"""Heads to and from `heads/config.json` and `heads/model.safetensors`."""
+"""Save and load heads: `heads/config.json` and `heads/model.safetensors`."""
 
 import os
 import shutil

@@ -149,7 +149,7 @@ def _placement(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _quantized(spec: ModelSpec) -> dict[str, Any]:
-    """Return how transformers is to quantise the weights of linear layers."""
+    """Return how transformers is to quantize the weights of linear layers."""
     bits = spec.model.quantization
     if bits is None:
         return {}
@@ -158,7 +158,7 @@ def _quantized(spec: ModelSpec) -> dict[str, Any]:
             f"model.quantization={bits} needs bitsandbytes: pip install bitsandbytes, or leave it "
             "out."
         )
-    # NF4 with its constants quantised too: QLoRA (Dettmers et al. 2023), section 3. transformers
+    # NF4 with its constants quantized too: QLoRA (Dettmers et al. 2023), section 3. transformers
     # leaves the lm_head as it is, which is what heads and logits need.
     quantized = BitsAndBytesConfig(
         load_in_8bit=bits == "8bit",

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, kl_div, pad
 from torch.utils.checkpoint import checkpoint
 
 from medusa_exp.config import TrainConfig
-from medusa_exp.data.batching import is_labelled, labelled_index
+from medusa_exp.data.batching import is_labeled, labeled_index
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
@@ -100,7 +100,7 @@ class Objective:
 
         if self.loss == "kl":
             return DistributionTargets(hidden_BTD, next_logits)
-        is_wanted_BT = is_labelled(batch.is_trained_BT, batch.example_BT, 0)
+        is_wanted_BT = is_labeled(batch.is_trained_BT, batch.example_BT, 0)
         return TopTargets(hidden_BTD, is_wanted_BT, next_logits, self.top_k)
 
     def factor(self, step: int, max_steps: int) -> float:
@@ -121,7 +121,7 @@ def teacher_labels(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tens
     Decoding compares draft tokens with this, not with the data: where a text takes a turn that the
     backbone would not take, its token is noise to the heads.
     """
-    index_R = labelled_index(batch.is_trained_BT, batch.example_BT, 0)
+    index_R = labeled_index(batch.is_trained_BT, batch.example_BT, 0)
     hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
     labels = batch.input_ids_BT.flatten().clone()
     labels[index_R + 1] = teacher_argmax(backbone.next_logits, hidden_RD)
@@ -170,7 +170,7 @@ def medusa_losses(
     """
     results = []
     for k in range(heads.num_heads):
-        index_R = labelled_index(is_trained_BT, example_BT, k + 1)
+        index_R = labeled_index(is_trained_BT, example_BT, k + 1)
         inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
         # The head at index k is head k+1: at t it predicts what follows token t+k+1.
         wanted = targets.at(index_R + k + 1)
@@ -206,7 +206,7 @@ def head_labels(
     input_ids_BT: Tensor, is_trained_BT: Tensor, example_BT: Tensor, head: int
 ) -> tuple[Tensor, Tensor]:
     """Return (index_R, labels_R) of a head: its label at t is token t+1+head."""
-    index_R = labelled_index(is_trained_BT, example_BT, head)
+    index_R = labeled_index(is_trained_BT, example_BT, head)
     return index_R, input_ids_BT.flatten()[index_R + 1 + head]
 
 

@@ -1,9 +1,8 @@
-"""Config in; a tokenizer that renders chats and fits the backbone out; and its files.
+"""Load a tokenizer that renders chats and fits the backbone; save it beside the heads.
 
-What the config says goes on top of what the tokenizer's own files say, and is then looked for in
-what the tokenizer does: transformers 5 takes several options without a word and without effect.
-
-What the config changes in a tokenizer that is loaded: its chat template and special tokens.
+What the config says (chat template, special tokens, BOS and EOS, sides) goes on top of what the
+tokenizer's own files say, and is then looked for in what the tokenizer does: transformers 5 takes
+several options without a word and without effect.
 """
 
 import hashlib
@@ -29,10 +28,110 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines
 from medusa_exp.runs.files import write_json
 
+log = logging.getLogger(__name__)
+
+SOURCE_FILE = "tokenizer_source.json"
 _JINJA = re.compile(r"\{[{%]")
 
 Frame = tuple[list[str], list[str]]
 """The tokens that a tokenizer puts before a text, and behind it."""
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with the options of the config, and check that it is of use.
+
+    Raises:
+        UserError: it cannot be loaded, cannot do what an option asks for, has no chat template or
+            one that is no Jinja, or has tokens that the model has no row for.
+    """
+    path = spec.tokenizer_path()
+    tokenizer = _read(spec, path)
+    choose_chat_template(tokenizer, spec.tokenizer.chat_template, path)
+    check_chat_template(tokenizer, path)
+    _check_vocabulary(tokenizer, path)
+    set_special_tokens(tokenizer, spec.tokenizer)
+    if spec.has_model:
+        _check_fit(tokenizer, spec, path)
+    return tokenizer
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the highest id plus one: the rows that a model needs (`len` overlooks gaps)."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    """Return the sha256 of what decides a text's ids and of the chat template.
+
+    With the version of transformers and the text this names the tokens, whatever the config said.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for last_call in ("padding", "truncation"):  # what the last call was asked for
+        backend.pop(last_call, None)
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    return {
+        "backend_sha256": _sha256(json.dumps(backend, sort_keys=True)),
+        "chat_template_sha256": None if template is None else _sha256(template),
+    }
+
+
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, directory: str | Path
+) -> None:
+    """Write the tokenizer beside the heads, for `AutoTokenizer.from_pretrained(directory)`.
+
+    `tokenizer_source.json` beside it says what it was made of.
+    """
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.partial-") as name:
+        partial = Path(name)
+        tokenizer.save_pretrained(partial)
+        _pin_class(tokenizer, partial / "tokenizer_config.json")
+        write_json(partial / SOURCE_FILE, _source(tokenizer, spec))
+        for file in sorted(partial.iterdir()):  # chat_templates/ is a directory
+            if (target / file.name).is_dir():
+                shutil.rmtree(target / file.name)
+            file.replace(target / file.name)
+
+
+def _read(spec: ModelSpec, path: str) -> PreTrainedTokenizerBase:
+    settings = spec.tokenizer
+    chosen = _tokenizer_class(settings.tokenizer_class)
+    is_own = spec.has_model and path == spec.model_path()
+    options: dict[str, Any] = spec.hub_options() if is_own else {}
+    if chosen is not AutoTokenizer:  # means "no rebuilding" to a class of transformers
+        options.pop("trust_remote_code", None)
+    # As arguments, and not set on the tokenizer: only these does save_pretrained write down.
+    for key in ("model_max_length", "padding_side", "truncation_side"):
+        if (value := getattr(settings, key)) is not None:
+            options[key] = value
+    try:
+        return chosen.from_pretrained(path, **options)
+    except Exception as error:  # the reader in Rust raises bare Exceptions
+        raise UserError(
+            f"the tokenizer in {path} cannot be loaded: {first_lines(error)}"
+        ) from error
+
+
+def _tokenizer_class(name: str) -> Any:
+    if name == "auto":
+        return AutoTokenizer
+    try:
+        found = getattr(transformers, name, None)
+    except ImportError:  # transformers knows it, but not how to import it here
+        found = None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
+        raise UserError(
+            f"tokenizer.tokenizer_class={name} is no tokenizer class of transformers: use auto, "
+            "PreTrainedTokenizerFast, or a class such as LlamaTokenizer or Qwen2Tokenizer."
+        )
+    if not issubclass(found, PreTrainedTokenizerFast):
+        raise UserError(
+            f"tokenizer.tokenizer_class={name} is not a fast one, which character offsets need: "
+            "use auto or PreTrainedTokenizerFast."
+        )
+    return found
 
 
 def choose_chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None, path: str) -> None:
@@ -88,6 +187,16 @@ def _check_template(template: str, what: str) -> None:
 
 def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """transformers makes an empty vocabulary of files that it cannot use, and says nothing."""
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"the tokenizer in {path} has no tokens but {' '.join(tokenizer.all_special_tokens)}: "
+            f"{type(tokenizer).__name__} found no vocabulary in its files. A tokenizer.json there, "
+            "or another tokenizer.tokenizer_class, would help."
+        )
 
 
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: TokenizerConfig) -> None:
@@ -188,118 +297,6 @@ def _byte_level(processor: Any) -> list[Any]:
     is_several = isinstance(processor, processors.Sequence)
     parts = list(processor) if is_several else [processor]
     return [part for part in parts if isinstance(part, processors.ByteLevel)]
-
-
-log = logging.getLogger(__name__)
-
-SOURCE_FILE = "tokenizer_source.json"
-
-
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with the options of the config, and check that it is of use.
-
-    Raises:
-        UserError: it cannot be loaded, cannot do what an option asks for, has no chat template or
-            one that is no Jinja, or has tokens that the model has no row for.
-    """
-    path = spec.tokenizer_path()
-    tokenizer = _read(spec, path)
-    choose_chat_template(tokenizer, spec.tokenizer.chat_template, path)
-    check_chat_template(tokenizer, path)
-    _check_vocabulary(tokenizer, path)
-    set_special_tokens(tokenizer, spec.tokenizer)
-    if spec.has_model:
-        _check_fit(tokenizer, spec, path)
-    return tokenizer
-
-
-def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the highest id plus one: the rows that a model needs (`len` overlooks gaps)."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
-    """Return the sha256 of what decides a text's ids and of the chat template.
-
-    With the version of transformers and the text this names the tokens, whatever the config said.
-    """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for last_call in ("padding", "truncation"):  # what the last call was asked for
-        backend.pop(last_call, None)
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
-    return {
-        "backend_sha256": _sha256(json.dumps(backend, sort_keys=True)),
-        "chat_template_sha256": None if template is None else _sha256(template),
-    }
-
-
-def save_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, directory: str | Path
-) -> None:
-    """Write the tokenizer beside the heads, for `AutoTokenizer.from_pretrained(directory)`.
-
-    `tokenizer_source.json` beside it says what it was made of.
-    """
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.partial-") as name:
-        partial = Path(name)
-        tokenizer.save_pretrained(partial)
-        _pin_class(tokenizer, partial / "tokenizer_config.json")
-        write_json(partial / SOURCE_FILE, _source(tokenizer, spec))
-        for file in sorted(partial.iterdir()):  # chat_templates/ is a directory
-            if (target / file.name).is_dir():
-                shutil.rmtree(target / file.name)
-            file.replace(target / file.name)
-
-
-def _read(spec: ModelSpec, path: str) -> PreTrainedTokenizerBase:
-    settings = spec.tokenizer
-    chosen = _tokenizer_class(settings.tokenizer_class)
-    is_own = spec.has_model and path == spec.model_path()
-    options: dict[str, Any] = spec.hub_options() if is_own else {}
-    if chosen is not AutoTokenizer:  # means "no rebuilding" to a class of transformers
-        options.pop("trust_remote_code", None)
-    # As arguments, and not set on the tokenizer: only these does save_pretrained write down.
-    for key in ("model_max_length", "padding_side", "truncation_side"):
-        if (value := getattr(settings, key)) is not None:
-            options[key] = value
-    try:
-        return chosen.from_pretrained(path, **options)
-    except Exception as error:  # the reader in Rust raises bare Exceptions
-        raise UserError(
-            f"the tokenizer in {path} cannot be loaded: {first_lines(error)}"
-        ) from error
-
-
-def _tokenizer_class(name: str) -> Any:
-    if name == "auto":
-        return AutoTokenizer
-    try:
-        found = getattr(transformers, name, None)
-    except ImportError:  # transformers knows it, but not how to import it here
-        found = None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
-        raise UserError(
-            f"tokenizer.tokenizer_class={name} is no tokenizer class of transformers: use auto, "
-            "PreTrainedTokenizerFast, or a class such as LlamaTokenizer or Qwen2Tokenizer."
-        )
-    if not issubclass(found, PreTrainedTokenizerFast):
-        raise UserError(
-            f"tokenizer.tokenizer_class={name} is not a fast one, which character offsets need: "
-            "use auto or PreTrainedTokenizerFast."
-        )
-    return found
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """transformers makes an empty vocabulary of files that it cannot use, and says nothing."""
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        raise UserError(
-            f"the tokenizer in {path} has no tokens but {' '.join(tokenizer.all_special_tokens)}: "
-            f"{type(tokenizer).__name__} found no vocabulary in its files. A tokenizer.json there, "
-            "or another tokenizer.tokenizer_class, would help."
-        )
 
 
 def _check_fit(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, path: str) -> None:

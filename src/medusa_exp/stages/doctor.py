@@ -1,6 +1,6 @@
-"""Rows and a model in; what does not fit together, and what to do about it, out.
+"""The doctor of stage inspect: do data, chat template and model fit together, and what if not?
 
-Conversations in; their rows token by token: which role wrote each, and is it trained, out.
+Looks at rows of conversations token by token: which role wrote each, and whether it is trained.
 """
 
 from collections import Counter
@@ -21,6 +21,9 @@ from medusa_exp.model.scoring import Agreement, measure_agreement
 
 TEMPLATE = "template"
 """The role of what no message says: headers, marks, blanks."""
+_OWN_WORDS, _NEAR = 0.85, 0.7
+"""Shares of trained tokens that are the model's first choice. Rules of thumb: greedy answers of the
+model itself score near 1, and heads can at best predict what the model would say."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,6 @@ def _pieces(text: str, offsets: list[tuple[int, int]]) -> list[str]:
     return pieces
 
 
-_OWN_WORDS, _NEAR = 0.85, 0.7
-"""Shares of trained tokens that are the model's first choice. Rules of thumb: greedy answers of the
-model itself score near 1, and heads can at best guess what the model would say."""
-
-
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at."""
@@ -169,7 +167,7 @@ def examine(
         tokenizer: with the chat template that they are trained with.
         conversations: some of the data set.
         rows: the same, rendered.
-        examples: documents for the model to read.
+        examples: what the model reads.
         notes: what rendering found out about the template.
     """
     agreement = measure_agreement(backbone, examples, "reading replies")

@@ -1,9 +1,7 @@
-"""Stage inspect: a data set, a tokenizer and, if given, a model in; what is trained on out.
+"""Stage inspect: count, sample and examine what heads would be trained on; print and write it.
 
-Writes `data.json` (all counts), `data_samples.jsonl` (rows cut into trained and other text) and
-prints both; W&B gets the samples as a table.
-
-What stage inspect found, in the terminal.
+Of a data set, a tokenizer and, if one is given, a model. Writes `data.json` (all counts) and
+`data_samples.jsonl` (rows cut into trained and other text); W&B gets the samples as a table.
 """
 
 from dataclasses import asdict
@@ -36,7 +34,104 @@ from medusa_exp.stages.session import Session
 _SHOWN_CHARS = 1200
 """Of a sample's text; the rest lies in data_samples.jsonl."""
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
-"""Around trained text where there is no colour."""
+"""Around trained text where there is no color."""
+
+
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
+    """Count, sample, examine; print and write it."""
+    session = session or Session(config, out)
+    tokenizer = session.tokenizer()
+    backbone = session.backbone() if session.spec.has_model else None
+    limit = min(config.dataset.max_length, backbone.max_length if backbone else 2**30)
+    tokenized = session.tokenized(tokenizer, limit)
+    sampled = _sampled(session.sources(), tokenized, config.inspect.num_conversations)
+    rows = sample_rows(sampled, tokenizer, tokenized.summary["notes"])
+    found: dict[str, Any] = {
+        **tokenized.summary,
+        "max_length": limit,
+        "lengths": _lengths(tokenized),
+        "roles": count_roles(rows),
+        "num_sampled": len(sampled),
+        "checks": count_runs(rows),
+    }
+    if backbone:
+        findings, agreement = examine(
+            config,
+            backbone,
+            tokenizer,
+            [conversation for _, conversation in sampled],
+            rows,
+            _spread(tokenized.split("train"), config.inspect.num_documents),
+            tokenized.summary["notes"],
+        )
+        found["doctor"] = [asdict(finding) for finding in findings]
+        found["agreement"] = asdict(agreement)
+    samples = [_sample(row) for row in rows[: config.inspect.num_samples]]
+    write_json(out / "data.json", found)
+    write_jsonl(out / "data_samples.jsonl", samples)
+    print_all(found, samples)
+    return _metrics(found)
+
+
+def _sampled(
+    sources: list[Source], tokenized: Tokenized, number: int
+) -> list[tuple[str, Conversation]]:
+    """Return so many conversations, evenly spread over the data set."""
+    outcomes = tokenized.summary["sources"].values()
+    reasons = (REFUSED, UNTRAINED)
+    read = sum(o[KEPT] + sum(o["dropped"].get(r, 0) for r in reasons) for o in outcomes)
+    places = set(np.linspace(0, read - 1, min(number, read)).round().astype(int).tolist())
+    return [sourced for place, sourced in enumerate(walk(sources)) if place in places]
+
+
+def _lengths(tokenized: Tokenized) -> dict[str, dict[str, float]]:
+    """Return the spread of examples' lengths and of their trained tokens."""
+    table = tokenized.all()
+    spread = {}
+    for name, numbers in (("tokens", table.lengths), ("trained tokens", table.num_trained())):
+        marks = np.quantile(numbers, (0, 0.05, 0.5, 0.95, 1)).tolist()
+        spread[name] = dict(zip(("min", "5 %", "median", "95 %", "max"), marks, strict=True))
+    return spread
+
+
+def _sample(row: Row) -> dict[str, Any]:
+    """Return a row as runs of text, with what is trained told apart from the rest."""
+    tokens = zip(row.pieces, row.rendered.is_trained, strict=True)
+    runs = groupby(tokens, key=lambda token: token[1])
+    return {
+        "conversation_id": row.conversation_id,
+        "source": row.source,
+        "num_tokens": len(row.pieces),
+        "num_trained": sum(row.rendered.is_trained),
+        "runs": [["".join(piece for piece, _ in run), is_trained] for is_trained, run in runs],
+    }
+
+
+def _spread(examples: Examples, count: int) -> list[Example]:
+    """Return examples from all over a data set: its sources stand one after the other."""
+    places = np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int)
+    return [examples[int(place)] for place in places]
+
+
+def _metrics(found: dict[str, Any]) -> dict[str, float]:
+    sources = found["sources"].values()
+
+    def total(what: str) -> int:
+        return sum(outcomes[what] for outcomes in sources)
+
+    metrics = {
+        "data/records": total("records"),
+        "data/kept_records": total(KEPT),
+        "data/documents": total("documents"),
+        "data/tokens": total("tokens"),
+        "data/trained_fraction": total("trained tokens") / total("tokens"),
+        "data/cut_documents": total(CUT),
+    }
+    if "agreement" in found:
+        metrics["doctor/nats_per_token"] = found["agreement"]["nats_per_token"]
+        metrics["doctor/top1"] = found["agreement"]["top1"]
+        metrics["doctor/problems"] = sum(not finding["is_fine"] for finding in found["doctor"])
+    return metrics
 
 
 def print_all(found: dict[str, Any], samples: list[dict[str, Any]]) -> None:
@@ -119,100 +214,3 @@ def _doctor_table(findings: list[dict[str, Any]]) -> Table:
         mark = "[green]ok" if finding["is_fine"] else "[bold red]look"
         table.add_row(mark, finding["name"], escape(finding["sentence"]))
     return table
-
-
-def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
-    """Count, sample, examine; print and write it."""
-    session = session or Session(config, out)
-    tokenizer = session.tokenizer()
-    backbone = session.backbone() if session.spec.has_model else None
-    limit = min(config.dataset.max_length, backbone.max_length if backbone else 2**30)
-    documents = session.tokenized(tokenizer, limit)
-    sampled = _sampled(session.sources(), documents, config.inspect.num_conversations)
-    rows = sample_rows(sampled, tokenizer, documents.summary["notes"])
-    found: dict[str, Any] = {
-        **documents.summary,
-        "max_length": limit,
-        "lengths": _lengths(documents),
-        "roles": count_roles(rows),
-        "num_sampled": len(sampled),
-        "checks": count_runs(rows),
-    }
-    if backbone:
-        findings, agreement = examine(
-            config,
-            backbone,
-            tokenizer,
-            [conversation for _, conversation in sampled],
-            rows,
-            _spread(documents.split("train"), config.inspect.num_documents),
-            documents.summary["notes"],
-        )
-        found["doctor"] = [asdict(finding) for finding in findings]
-        found["agreement"] = asdict(agreement)
-    samples = [_sample(row) for row in rows[: config.inspect.num_samples]]
-    write_json(out / "data.json", found)
-    write_jsonl(out / "data_samples.jsonl", samples)
-    print_all(found, samples)
-    return _metrics(found)
-
-
-def _sampled(
-    sources: list[Source], documents: Tokenized, number: int
-) -> list[tuple[str, Conversation]]:
-    """Return so many conversations, evenly spread over the data set."""
-    outcomes = documents.summary["sources"].values()
-    reasons = (REFUSED, UNTRAINED)
-    read = sum(o[KEPT] + sum(o["dropped"].get(r, 0) for r in reasons) for o in outcomes)
-    places = set(np.linspace(0, read - 1, min(number, read)).round().astype(int).tolist())
-    return [sourced for place, sourced in enumerate(walk(sources)) if place in places]
-
-
-def _lengths(documents: Tokenized) -> dict[str, dict[str, float]]:
-    """Return the spread of documents' lengths and of their trained tokens."""
-    table = documents.all()
-    spread = {}
-    for name, numbers in (("tokens", table.lengths), ("trained tokens", table.num_trained())):
-        marks = np.quantile(numbers, (0, 0.05, 0.5, 0.95, 1)).tolist()
-        spread[name] = dict(zip(("min", "5 %", "median", "95 %", "max"), marks, strict=True))
-    return spread
-
-
-def _sample(row: Row) -> dict[str, Any]:
-    """Return a row as runs of text, with what is trained told apart from the rest."""
-    tokens = zip(row.pieces, row.rendered.is_trained, strict=True)
-    runs = groupby(tokens, key=lambda token: token[1])
-    return {
-        "conversation_id": row.conversation_id,
-        "source": row.source,
-        "num_tokens": len(row.pieces),
-        "num_trained": sum(row.rendered.is_trained),
-        "runs": [["".join(piece for piece, _ in run), is_trained] for is_trained, run in runs],
-    }
-
-
-def _metrics(found: dict[str, Any]) -> dict[str, float]:
-    sources = found["sources"].values()
-
-    def total(what: str) -> int:
-        return sum(outcomes[what] for outcomes in sources)
-
-    metrics = {
-        "data/records": total("records"),
-        "data/kept_records": total(KEPT),
-        "data/documents": total("documents"),
-        "data/tokens": total("tokens"),
-        "data/trained_fraction": total("trained tokens") / total("tokens"),
-        "data/cut_documents": total(CUT),
-    }
-    if "agreement" in found:
-        metrics["doctor/nats_per_token"] = found["agreement"]["nats_per_token"]
-        metrics["doctor/top1"] = found["agreement"]["top1"]
-        metrics["doctor/problems"] = sum(not finding["is_fine"] for finding in found["doctor"])
-    return metrics
-
-
-def _spread(documents: Examples, count: int) -> list[Example]:
-    """Return documents from all over a data set: its sources stand one after the other."""
-    places = np.linspace(0, len(documents) - 1, min(count, len(documents))).astype(int)
-    return [documents[int(place)] for place in places]

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_exp.config import TrainConfig
-from medusa_exp.data.batching import labelled_index
+from medusa_exp.data.batching import labeled_index
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
@@ -72,7 +72,7 @@ class JointLoss:
         self, backbone: Backbone, batch: Batch, hidden_BTD: Tensor, chunk_rows: int
     ) -> Tensor:
         """Return the backbone's own loss on the trained tokens, summed, in nats."""
-        index_R = labelled_index(batch.is_trained_BT, batch.example_BT, 0)
+        index_R = labeled_index(batch.is_trained_BT, batch.example_BT, 0)
         targets = self._targets(backbone, batch)
         inputs = (hidden_BTD.flatten(0, 1)[index_R],)
         return chunked_loss(backbone.next_logits, targets, inputs, targets.at(index_R), chunk_rows)
