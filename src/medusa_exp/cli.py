@@ -3,14 +3,13 @@
     python -m medusa_exp +experiment=NAME [key=value ...]      a new run
     python -m medusa_exp stages=[NAME] run_dir=DIR [...]       stages of an existing run
     python -m medusa_exp -m +experiment=NAME key=1,2 [...]     a sweep: many runs
-    python -m medusa_exp +experiment=rerun rerun.source=DIR    a run done again
+    python -m medusa_exp +experiment=rerun rerun.source=DIR    a run done again, and compared
 
-The second and the last form start from the run's saved config; see `config/continuation.py`,
-`runs/compare.py`.
+The second and the last form start from the run's saved config; see `config/continuation.py`.
 
 What happens, in order: `main` puts the saved overrides of an existing run before the new ones;
 Hydra composes the config and, in a sweep, hands out the jobs; for each job `_hydra_main` asks
-`sweep` whether it is done already, `_resolve` makes the checked config, and `run_stages` runs its
+`sweep` whether it is done already, `_checked_config` makes its config, and `run_stages` runs its
 stages, records what each left and mirrors it to W&B.
 """
 
@@ -28,12 +27,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from medusa_exp.config import Config, continuation, from_hydra, register
 from medusa_exp.errors import Stopped, UserError
-from medusa_exp.runs import compare, sweep
-from medusa_exp.tracking.sweep_report import write_comparison
+from medusa_exp.runs import sweep
 
 log = logging.getLogger(__name__)
 
@@ -79,15 +77,6 @@ def main() -> None:
             _print_sweeps()
 
 
-def _print_sweeps() -> None:
-    """Print the jobs of the sweep that this process started, if it did, and where its page is."""
-    for sweep_dir, jobs in sweep.started().items():
-        if jobs:
-            from medusa_exp.tracking.terminal import print_jobs
-
-            print_jobs(sweep_dir, jobs)
-
-
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
     """Let SIGTERM end the process as an exception does: what is open is closed on the way."""
@@ -102,19 +91,29 @@ def _sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _print_sweeps() -> None:
+    """Print the jobs of the sweep that this process started, if it did, and where its page is."""
+    for sweep_dir, jobs in sweep.started().items():
+        if jobs:
+            from medusa_exp.tracking.terminal import print_jobs
+
+            print_jobs(sweep_dir, jobs)
+
+
 @hydra.main(version_base="1.3", config_path="pkg://medusa_exp.conf", config_name="config")
 def _hydra_main(composed: DictConfig) -> float | None:
-    hydra_config = HydraConfig.get()
-    out = Path(hydra_config.runtime.output_dir)
+    from medusa_exp.tracking.sweep_report import write_comparison
+
+    job = HydraConfig.get()
+    out = Path(job.runtime.output_dir)
 
     def run() -> float | None:
-        overrides = continuation.new_overrides(out, hydra_config)
-        command = ["python", "-m", "medusa_exp", *overrides]
-        return run_stages(_resolve(composed, out), out, command)
+        command = ["python", "-m", "medusa_exp", *continuation.new_overrides(out, job)]
+        return run_stages(_checked_config(composed, out), out, command)
 
     try:
-        if hydra_config.mode == RunMode.MULTIRUN:
-            return sweep.run_once(out, hydra_config, run, _objective(composed), write_comparison)
+        if job.mode == RunMode.MULTIRUN:
+            return sweep.run_once(out, job, run, composed.objective, write_comparison)
         value = run()
         sweep.refresh(out, write_comparison)
         return value
@@ -125,34 +124,18 @@ def _hydra_main(composed: DictConfig) -> float | None:
         raise _Problem(str(error)) from error
 
 
-def _objective(composed: DictConfig) -> str:
-    """Return the metric that this job is to give: of a run done again, the one of that run."""
-    if composed.rerun.source is None:
-        return str(composed.objective)
-    try:
-        return str(compare.source_config(composed, HydraConfig.get()).objective)
-    except UserError:  # the job itself says so, and its record has it
-        return str(composed.objective)
+def _checked_config(composed: DictConfig, out: Path) -> Config:
+    """Return the config of this job.
 
-
-def _resolve(composed: DictConfig, out: Path) -> Config:
-    """Return the checked config of this job."""
-    if composed.rerun.source is None or continuation.continues(out, HydraConfig.get()):
-        chosen = continuation.effective_config(composed, out, HydraConfig.get())
-    else:
-        chosen = compare.source_config(composed, HydraConfig.get())
-        OmegaConf.save(chosen, out / continuation.SAVED)  # it is this run's config from now on
-    config = from_hydra(chosen)
+    Raises:
+        UserError: stages are none, unknown, or not for the jobs of a sweep.
+    """
+    job = HydraConfig.get()
+    is_sweep = job.mode == RunMode.MULTIRUN
+    config = from_hydra(continuation.effective_config(composed, out, job))
     config.run_dir = str(out)
-    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    _check_stages(config, is_sweep)
     if is_sweep and config.logger.group is None:
-        config.logger.group = f"{config.name}/{Path(HydraConfig.get().sweep.dir).name}"
-    return config
-
-
-def _check_stages(config: Config, is_sweep: bool) -> None:
-    """Raise a UserError where stages are none, unknown, or not for the jobs of a sweep."""
+        config.logger.group = f"{config.name}/{Path(job.sweep.dir).name}"
     if not config.stages:
         raise UserError(f"stages is empty: name some of {', '.join(STAGES)}.")
     for stage in config.stages:
@@ -164,10 +147,11 @@ def _check_stages(config: Config, is_sweep: bool) -> None:
             "other in one process, and each would take all devices. Leave out -m, or set "
             "train.strategy=auto."
         )
+    return config
 
 
 def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
-    """Run the stages of one job, and return the metric that a sweep optimises.
+    """Run the stages of one job, and return the metric that a sweep optimizes.
 
     Writes `run.json` and `metrics.json` after every stage, so that a failure keeps what was done.
 
@@ -180,6 +164,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
         The value of `config.objective`, None where no stage has measured it.
     """
     from medusa_exp.model.checkpoint import adopt_heads
+    from medusa_exp.runs.compare import compare_with_source
     from medusa_exp.runs.record import RunRecord
     from medusa_exp.stages.session import Session
     from medusa_exp.tracking.terminal import print_summary, quiet_libraries
@@ -199,6 +184,5 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
             record.merge_metrics(name, metrics)
             tracker.stage_done(name)
     print_summary(out, config.stages, record.run["stages"], record.metrics)
-    if config.rerun.source is not None:
-        compare.print_comparison(compare.compare(Path(config.rerun.source).expanduser(), out))
+    compare_with_source(config.rerun.source, out)
     return record.metrics.get(config.objective)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medusa_exp.runs.compare import compare, print_comparison
+from medusa_exp.runs.compare import compare, compare_with_source, main, print_comparison
 from medusa_exp.runs.files import read_json, write_json
 
 
@@ -23,16 +23,27 @@ def test_what_is_said_of_two_runs(tmp_path, capsys, old, new, said, differing, o
         write_json(tmp_path / name / "metrics.json", metrics)
     found = compare(tmp_path / "old", tmp_path / "new")
     assert (found["differing"], found["only_one_has"]) == (differing, only_one_has)
+    assert not (tmp_path / "new" / "rerun.json").exists()
+    main([str(tmp_path / "old"), str(tmp_path / "new")])
+    printed = capsys.readouterr().out
+    assert said in " ".join(printed.split())
+    compare_with_source(str(tmp_path / "old"), tmp_path / "new")
     assert read_json(tmp_path / "new" / "rerun.json") == found
-    print_comparison(found)
-    assert said in " ".join(capsys.readouterr().out.split())
+    assert capsys.readouterr().out == printed
+
+
+def test_what_is_no_run_directory_is_said(tmp_path):
+    with pytest.raises(SystemExit, match=r"is no run directory: it has no metrics\.json"):
+        main([str(tmp_path), str(tmp_path)])
+    with pytest.raises(SystemExit, match="give two run directories"):
+        main([str(tmp_path)])
 
 
 def test_later_calls_of_the_old_run_are_told(tmp_path, capsys):
     for name in ("old/.hydra-2", "new"):
         (tmp_path / name).mkdir(parents=True)
     print_comparison(compare(tmp_path / "old", tmp_path / "new"))
-    assert "its numbers may be of those calls (.hydra-2)" in capsys.readouterr().out
+    assert "was called again later (.hydra-2), and its numbers" in capsys.readouterr().out
 
 
 def test_another_calibrated_tree_is_named_as_a_cause(tmp_path, capsys):

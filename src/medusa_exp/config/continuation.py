@@ -18,12 +18,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from medusa_exp.config import load_saved
+from medusa_exp.config import Config, load_saved
 from medusa_exp.errors import UserError
 
 SAVED = Path(".hydra/config.yaml")
 _BEGUN = "run.json"
 """Without it no stage ever began in a directory: its config was refused, and is none to keep."""
+_OF_RERUN = ("experiment", "rerun.source", "run_dir", "sweep_dir")
+"""Keys that say how a run is done again, not what is done."""
 _OVERRIDES = Path(".hydra/overrides.yaml")
 
 
@@ -63,13 +65,42 @@ def _is_sweep(argv: list[str], overrides: list[str]) -> bool:
 
 
 def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -> DictConfig:
-    """Return the config of this job: `composed`, or the run's saved one with what is new on top."""
-    if not continues(out, hydra_config):
-        return composed
-    config = load_saved(out / SAVED)
-    overlay(config, composed, map(key_of, new_overrides(out, hydra_config)))
-    OmegaConf.save(config, out / str(hydra_config.output_subdir) / SAVED.name)
+    """Return the config of this job: `composed`, or a saved one with what is new on top.
+
+    That is the one of the run that goes on in `out`, or of the one that `rerun.source` names.
+
+    Raises:
+        UserError: there is no such run, or today's schema does not know its config.
+    """
+    if continues(out, hydra_config):
+        config = load_saved(out / SAVED)
+        overlay(config, composed, map(key_of, new_overrides(out, hydra_config)))
+        OmegaConf.save(config, out / str(hydra_config.output_subdir) / SAVED.name)
+    elif composed.rerun.source is not None:
+        source = Path(composed.rerun.source).expanduser()
+        if not (source / SAVED).is_file():
+            raise UserError(
+                f"rerun.source={source} is no run directory: it has no .hydra/config.yaml."
+            )
+        config = load_saved(source / SAVED)
+        keys = [key_of(override) for override in new_overrides(out, hydra_config)]
+        overlay(config, composed, [*(key for key in keys if key not in _OF_RERUN), "rerun"])
+        OmegaConf.save(config, out / SAVED)  # it is this run's config from now on
+    else:
+        config = composed
     return config
+
+
+def saved_objective(source: str | None) -> str:
+    """Return the metric by which a run that is done again is judged: that of the run itself.
+
+    The default where there is no such run: the job itself says so, and its record has it.
+    """
+    path = Path(source).expanduser() / SAVED if source else SAVED
+    try:
+        return str(load_saved(path).objective) if source and path.is_file() else Config.objective
+    except UserError:
+        return Config.objective
 
 
 def overlay(config: DictConfig, composed: DictConfig, keys: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from medusa_exp.config import named_variables
+from medusa_exp.config import continuation, named_variables
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import content_key, read_json, write_json
 from medusa_exp.runs.jobs import JOB, held, is_done, read_jobs
@@ -46,6 +46,8 @@ def register() -> None:
     """Make known what `conf/config.yaml` asks of Hydra for sweeps."""
     OmegaConf.register_new_resolver("medusa_exp.job_id", content_key, replace=True)
     OmegaConf.register_new_resolver("medusa_exp.hydra_subdir", _hydra_subdir, replace=True)
+    name = "medusa_exp.saved_objective"
+    OmegaConf.register_new_resolver(name, continuation.saved_objective, replace=True)
     target = f"{__name__}.{_StartedSweeps.__name__}"
     node = {"started_sweeps": {"_target_": target}}
     ConfigStore.instance().store(group="hydra/callbacks", name="started_sweeps", node=node)
