@@ -1,4 +1,4 @@
-"""Jobs of a sweep as they stand on disk: `job.json` in a directory, and a lock beside it."""
+"""How each job of a sweep stands on disk: `job.json` in its directory, and a lock beside it."""
 
 import logging
 from collections import Counter
@@ -13,28 +13,9 @@ from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json
 
 log = logging.getLogger(__name__)
-
 JOB = "job.json"
 _LOCK = ".job.lock"
 _FIELDS = {"number", "overrides", "objective", "status", "value"}
-
-
-@contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Hold a job for this process; wait while another does it.
-
-    A sweep that was killed may leave processes that go on with their jobs.
-    """
-    lock = FileLock(out / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("another process is at %s: waiting for it", out)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_jobs(sweep_dir: Path) -> dict[str, dict[str, Any]]:
@@ -49,14 +30,6 @@ def read_jobs(sweep_dir: Path) -> dict[str, dict[str, Any]]:
         if job["status"] == "running" and not _is_held(sweep_dir / name):
             job["status"] = "interrupted"
     return dict(sorted(jobs.items(), key=lambda item: (item[1]["number"], item[0])))
-
-
-def objective_of(jobs: Iterable[dict[str, Any]]) -> str:
-    """Return the metric that most jobs have a value of: a later call may have named another."""
-    given = list(jobs)
-    names = Counter(job["objective"] for job in given if job["value"] is not None)
-    names.update(dict.fromkeys((job["objective"] for job in given), 0))
-    return names.most_common(1)[0][0] if names else ""
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -79,6 +52,32 @@ def _is_held(out: Path) -> bool:
         return True
 
 
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold a job for this process; wait while another does it.
+
+    A sweep that was killed may leave processes that go on with their jobs.
+    """
+    lock = FileLock(out / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("another process is at %s: waiting for it", out)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def is_done(out: Path) -> bool:
     """Say whether the job of this directory was done."""
     return bool(read_json(out / JOB, {}).get("status") == "done")
+
+
+def objective_of(jobs: Iterable[dict[str, Any]]) -> str:
+    """Return the metric that most jobs have a value of: a later call may have named another."""
+    given = list(jobs)
+    names = Counter(job["objective"] for job in given if job["value"] is not None)
+    names.update(dict.fromkeys((job["objective"] for job in given), 0))
+    return names.most_common(1)[0][0] if names else ""

@@ -1,6 +1,7 @@
-"""What a run was made of and what came out: `run.json` and `metrics.json`, merged by stage.
+"""The record of a run: `run.json` and `metrics.json`, merged by stage.
 
-What a run runs on: versions of packages, the checkout, the device, and memory used so far.
+`run.json` says what the run was made of (code, machine, data, cache entries) and how each stage
+ended; `metrics.json` has the numbers that the stages found.
 """
 
 import logging
@@ -24,116 +25,8 @@ from medusa_exp.runs.files import publish, read_json, sha256_file, write_json
 if TYPE_CHECKING:
     import torch
 
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def checkout() -> tuple[dict[str, Any], str]:
-    """Return commit, remote and whether anything is uncommitted, of the checkout that this package
-    runs from; and the diff of what is. The commit is None where there is no checkout."""
-    # An installed package may lie inside somebody else's checkout: only a tracked file is ours.
-    commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", __file__) else None
-    if commit is None:
-        return {"commit": None, "dirty": False}, ""
-    remote = (_git("remote", "get-url", "origin") or "").strip()
-    diff = _git("diff", "HEAD") or ""
-    known = {"remote": shareable_text(remote)} if remote else {}
-    return {"commit": commit.strip(), "dirty": bool(diff), **known}, diff
-
-
-def _git(*arguments: str) -> str | None:
-    call = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def device_name(device: str) -> str:
-    """Return the GPU's name, or the processor's and how many threads torch uses of it.
-
-    Args:
-        device: as in the config: auto, cpu or cuda.
-    """
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        return f"cuda: {torch.cuda.get_device_name()}"
-    number = torch.get_num_threads()
-    return f"cpu: {cpu_name()}, {number} thread{'' if number == 1 else 's'}"
-
-
-def cpu_name() -> str:
-    """Return what the processor is called."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def peak_memory_bytes(device: "torch.device | None" = None) -> int:
-    """Return the most memory that this process has had of a GPU, if it is one, or else of the
-    machine."""
-    if device is not None and device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
-
-
 log = logging.getLogger(__name__)
-
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
-
-
-class Notes:
-    """What a stage tells of itself while it runs: into a run's record, or kept for another process.
-
-    `run` has what concerns the whole run (`cache_keys`, `data`), `entry` what the stage is alone.
-    """
-
-    def __init__(
-        self,
-        run: dict[str, Any] | None = None,
-        entry: dict[str, Any] | None = None,
-        save: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.run = {"cache_keys": {}, "data": {}} if run is None else run
-        self.entry = {} if entry is None else entry
-        self._save = save
-
-    def add(self, **values: Any) -> None:
-        """Add to the stage's entry."""
-        self.entry.update(values)
-        self._save()
-
-    def add_inputs(self, files: Iterable[Path] = (), **cache_keys: str) -> None:
-        """Add the hashes of data files that the stage reads, and the cache entries that it uses."""
-        self.run["data"].update({str(path): sha256_file(path) for path in files})
-        self.run["cache_keys"].update(cache_keys)
-        self._save()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all notes, for `merge` in another process."""
-        return {"entry": self.entry, **{key: self.run[key] for key in ("cache_keys", "data")}}
-
-    def merge(self, found: dict[str, Any]) -> None:
-        """Add what `to_dict` gave elsewhere."""
-        self.entry.update(found["entry"])
-        for key in ("cache_keys", "data"):
-            self.run[key].update(found[key])
-        self._save()
 
 
 class RunRecord:
@@ -218,3 +111,109 @@ class RunRecord:
         self.run["device"] = device_name(self.config.device)
         self.run["peak_memory_bytes"] = peak_memory_bytes()
         write_json(self.out / "run.json", self.run)
+
+
+class Notes:
+    """What a stage tells of itself while it runs: into a run's record, or kept for another process.
+
+    `run` has what concerns the whole run (`cache_keys`, `data`), `entry` what the stage is alone.
+    """
+
+    def __init__(
+        self,
+        run: dict[str, Any] | None = None,
+        entry: dict[str, Any] | None = None,
+        save: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.run = {"cache_keys": {}, "data": {}} if run is None else run
+        self.entry = {} if entry is None else entry
+        self._save = save
+
+    def add(self, **values: Any) -> None:
+        """Add to the stage's entry."""
+        self.entry.update(values)
+        self._save()
+
+    def add_inputs(self, files: Iterable[Path] = (), **cache_keys: str) -> None:
+        """Add the hashes of data files that the stage reads, and the cache entries that it uses."""
+        self.run["data"].update({str(path): sha256_file(path) for path in files})
+        self.run["cache_keys"].update(cache_keys)
+        self._save()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all notes, for `merge` in another process."""
+        return {"entry": self.entry, **{key: self.run[key] for key in ("cache_keys", "data")}}
+
+    def merge(self, found: dict[str, Any]) -> None:
+        """Add what `to_dict` gave elsewhere."""
+        self.entry.update(found["entry"])
+        for key in ("cache_keys", "data"):
+            self.run[key].update(found[key])
+        self._save()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def checkout() -> tuple[dict[str, Any], str]:
+    """Return commit, remote and whether anything is uncommitted, of the checkout that this package
+    runs from; and the diff of what is. The commit is None where there is no checkout."""
+    # An installed package may lie inside somebody else's checkout: only a tracked file is ours.
+    commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", __file__) else None
+    if commit is None:
+        return {"commit": None, "dirty": False}, ""
+    remote = (_git("remote", "get-url", "origin") or "").strip()
+    diff = _git("diff", "HEAD") or ""
+    known = {"remote": shareable_text(remote)} if remote else {}
+    return {"commit": commit.strip(), "dirty": bool(diff), **known}, diff
+
+
+def _git(*arguments: str) -> str | None:
+    call = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device_name(device: str) -> str:
+    """Return the GPU's name, or the processor's and how many threads torch uses of it.
+
+    Args:
+        device: as in the config: auto, cpu or cuda.
+    """
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return f"cuda: {torch.cuda.get_device_name()}"
+    number = torch.get_num_threads()
+    return f"cpu: {cpu_name()}, {number} thread{'' if number == 1 else 's'}"
+
+
+def cpu_name() -> str:
+    """Return what the processor is called."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: "torch.device | None" = None) -> int:
+    """Return the most memory that this process has had of a GPU, if it is one, or else of the
+    machine."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

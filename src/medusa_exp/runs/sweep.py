@@ -1,4 +1,4 @@
-"""Jobs of a sweep (`-m`, `+sweep=NAME`): each known by its overrides, each done once.
+"""The jobs of a sweep (`-m`, `+sweep=NAME`): each known by its overrides, each done once.
 
 A job's directory is named by a hash of its overrides, not by its number. The same command with the
 same `sweep_dir` therefore finds its jobs again: it passes over those that are done and goes on with
@@ -26,6 +26,22 @@ from medusa_exp.runs.metric_table import as_objective
 log = logging.getLogger(__name__)
 
 
+def register() -> None:
+    """Make known what `conf/config.yaml` asks of Hydra for sweeps."""
+    OmegaConf.register_new_resolver("medusa_exp.job_id", content_key, replace=True)
+    OmegaConf.register_new_resolver("medusa_exp.hydra_subdir", _hydra_subdir, replace=True)
+    name = "medusa_exp.saved_objective"
+    OmegaConf.register_new_resolver(name, continuation.saved_objective, replace=True)
+    target = f"{__name__}.{_StartedSweeps.__name__}"
+    node = {"started_sweeps": {"_target_": target}}
+    ConfigStore.instance().store(group="hydra/callbacks", name="started_sweeps", node=node)
+
+
+def _hydra_subdir(out: str) -> str | None:
+    """Return where Hydra writes down a job's config: nowhere if the job is done already."""
+    return None if is_done(Path(out)) else ".hydra"
+
+
 class _StartedSweeps(Callback):
     """Remembers the directory of the sweep that this process starts.
 
@@ -42,20 +58,35 @@ class _StartedSweeps(Callback):
         self.directories.append(Path(str(config.hydra.sweep.dir)))
 
 
-def register() -> None:
-    """Make known what `conf/config.yaml` asks of Hydra for sweeps."""
-    OmegaConf.register_new_resolver("medusa_exp.job_id", content_key, replace=True)
-    OmegaConf.register_new_resolver("medusa_exp.hydra_subdir", _hydra_subdir, replace=True)
-    name = "medusa_exp.saved_objective"
-    OmegaConf.register_new_resolver(name, continuation.saved_objective, replace=True)
-    target = f"{__name__}.{_StartedSweeps.__name__}"
-    node = {"started_sweeps": {"_target_": target}}
-    ConfigStore.instance().store(group="hydra/callbacks", name="started_sweeps", node=node)
+def _check_search(sweeper: Any, objective: str, stages: Sequence[str]) -> None:
+    """Refuse a search that would find nothing, or the worst, before its first job.
+
+    Raises:
+        UserError: no stage measures the objective; or Optuna, which minimizes unless it is told
+            otherwise, would go the wrong way.
+    """
+    metric = as_objective(objective)
+    if "direction" not in sweeper:  # it looks for nothing
+        return
+    if metric.stage not in stages:
+        raise UserError(
+            f"objective={objective} is a metric of stage {metric.stage}, which stages="
+            f"[{','.join(stages)}] leaves out: the search would have nothing to go by."
+        )
+    given = str(sweeper.direction).rpartition(".")[2]
+    wanted, hint = "minimize", ""
+    if metric.better == "larger":
+        wanted, hint = "maximize", ", or take hydra/sweeper=optuna_maximize"
+    if metric.better and given in ("minimize", "maximize") and given != wanted:
+        raise UserError(
+            f"hydra.sweeper.direction={given} with objective={objective} looks for the worst: "
+            f"set hydra.sweeper.direction={wanted}{hint}."
+        )
 
 
-def _hydra_subdir(out: str) -> str | None:
-    """Return where Hydra writes down a job's config: nowhere if the job is done already."""
-    return None if is_done(Path(out)) else ".hydra"
+def started() -> dict[Path, dict[str, dict[str, Any]]]:
+    """Return the jobs, by directory, of the sweeps that this process started."""
+    return {sweep_dir: read_jobs(sweep_dir) for sweep_dir in _StartedSweeps.directories}
 
 
 def run_once(
@@ -113,6 +144,14 @@ def _warned(value: float | None, objective: str) -> float | None:
     return value
 
 
+def refresh(out: Path, write_page: Callable[[Path], object]) -> None:
+    """Have a sweep know what a later call of one of its jobs' runs has found."""
+    if is_done(out):
+        with held(out):
+            _update_value(out, read_json(out / JOB)["objective"])
+        _update_page(out.parent, write_page)  # with its other figures
+
+
 def _update_value(out: Path, objective: str) -> bool:
     """Write down the objective of a job that is done, and say whether that is news.
 
@@ -125,48 +164,9 @@ def _update_value(out: Path, objective: str) -> bool:
     return is_news
 
 
-def refresh(out: Path, write_page: Callable[[Path], object]) -> None:
-    """Have a sweep know what a later call of one of its jobs' runs has found."""
-    if is_done(out):
-        with held(out):
-            _update_value(out, read_json(out / JOB)["objective"])
-        _update_page(out.parent, write_page)  # with its other figures
-
-
 def _update_page(sweep_dir: Path, write_page: Callable[[Path], object]) -> None:
     """Bring the sweep's page up to date; no fault of it is one of the job's."""
     try:
         write_page(sweep_dir)
     except Exception:
         log.warning("%s is not up to date", sweep_dir / "report.html", exc_info=True)
-
-
-def _check_search(sweeper: Any, objective: str, stages: Sequence[str]) -> None:
-    """Refuse a search that would find nothing, or the worst, before its first job.
-
-    Raises:
-        UserError: no stage measures the objective; or Optuna, which minimizes unless it is told
-            otherwise, would go the wrong way.
-    """
-    metric = as_objective(objective)
-    if "direction" not in sweeper:  # it looks for nothing
-        return
-    if metric.stage not in stages:
-        raise UserError(
-            f"objective={objective} is a metric of stage {metric.stage}, which stages="
-            f"[{','.join(stages)}] leaves out: the search would have nothing to go by."
-        )
-    given = str(sweeper.direction).rpartition(".")[2]
-    wanted, hint = "minimize", ""
-    if metric.better == "larger":
-        wanted, hint = "maximize", ", or take hydra/sweeper=optuna_maximize"
-    if metric.better and given in ("minimize", "maximize") and given != wanted:
-        raise UserError(
-            f"hydra.sweeper.direction={given} with objective={objective} looks for the worst: "
-            f"set hydra.sweeper.direction={wanted}{hint}."
-        )
-
-
-def started() -> dict[Path, dict[str, dict[str, Any]]]:
-    """Return the jobs, by directory, of the sweeps that this process started."""
-    return {sweep_dir: read_jobs(sweep_dir) for sweep_dir in _StartedSweeps.directories}

@@ -1,13 +1,7 @@
-"""What the sections of the report show, each from the files that were read.
+"""The report of a run: `report.html`, one self-contained page made from the run directory's files.
 
-A function below turns them into what the template shows in the section of its name, or into None
-where the file is not there yet; the template then names the stage that writes it.
-
-Templates to self-contained pages: scripts and styles stand inside, nothing is loaded.
-
-The report of a run: files of the run directory in, one self-contained `report.html` out.
-
-`content.py` turns what was read into what the template shows. The page loads nothing: scripts and
+A function below gives what the template shows in the section of its name, or None where the file is
+not there yet; the template then names the stage that writes it. The page loads nothing: scripts and
 styles are inline, and its content security policy forbids more. It is made to be passed on: the
 home directory is $HOME or ~ in it, and data files are names without their folders.
 """
@@ -26,23 +20,69 @@ from medusa_exp.config.privacy import by_name, shareable, shell_command
 from medusa_exp.runs.files import publish, read_json, read_jsonl
 from medusa_exp.runs.metric_table import METRICS, PARTS_OF_TIME, Metric, metric_of
 from medusa_exp.tracking import charts
-from medusa_exp.tracking.charts import MEASURES
+from medusa_exp.tracking.charts import MEASURES, Row
 
 MAX_CURVE_POINTS = 300
 """More points of a line are thinned evenly; the last one always stays."""
-
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:pad|bos|eos|unk|start_of_turn|end_of_turn)>")
 _OF_HEADS = "_head{head}"
 """End of the names of what is measured of each head: lines of one panel."""
 
-Row = dict[str, Any]
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` from the files of the run directory, and return its path.
+
+    A file that is absent costs its section, not the report.
+
+    Raises:
+        UserError: a file is not valid JSON.
+    """
+    page = render("report.html.jinja", _content(run_dir))
+    with publish(run_dir / "report.html") as partial:
+        partial.write_text(page, encoding="utf-8")
+    return run_dir / "report.html"
 
 
-def of_smallest_batch(records: Iterable[Row]) -> list[Row]:
-    """Keep Medusa's records of the smallest batch size: there is one for each prompt."""
-    ours = [record for record in records if record["method"] == "tree"]
-    smallest = min((record["batch_size"] for record in ours), default=1)
-    return [record for record in ours if record["batch_size"] == smallest]
+def _content(run_dir: Path) -> Row:
+    metrics = {
+        name: value
+        for name, value in read_json(run_dir / "metrics.json", {}).items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+    run = read_json(run_dir / "run.json", {})
+    run["data"] = by_name(run.get("data", {}))
+    calibrated = read_json(run_dir / "calibration.json")
+    all_records = read_jsonl(run_dir / "records.jsonl")
+    records = of_smallest_batch(all_records)
+    return {
+        "run": shareable(run),
+        "m": metrics,
+        "headline": headline(metrics, records),
+        "samples": read_jsonl(run_dir / "samples.jsonl"),
+        "methods": methods(metrics, all_records),
+        "categories": categories(metrics, records),
+        "heads": heads(metrics),
+        "rank_chart": charts.rank_chart(calibrated["rank_share"]) if calibrated else None,
+        "tree": tree(read_json(run_dir / "tree.json"), calibrated),
+        "calibration": calibration(calibrated),
+        "lengths": lengths(records),
+        "depths": depths(metrics),
+        "parts_of_time": parts_of_time(metrics),
+        "curves": curves(read_jsonl(run_dir / "history.jsonl")),
+        "command": shell_command(run.get("command", [])),
+        "later_commands": _later_commands(run),
+        "run_dir": shell_command([f"run_dir={run_dir}"]),
+    }
+
+
+def _later_commands(run: Row) -> dict[str, str]:
+    """Return stage -> command of the stages that another call than the first has made."""
+    made_by = {stage: entry.get("command") for stage, entry in run.get("stages", {}).items()}
+    return {
+        stage: shell_command(command)
+        for stage, command in made_by.items()
+        if command not in (None, run.get("command")) and stage != "report"
+    }
 
 
 def headline(metrics: Row, records: list[Row]) -> Row | None:
@@ -78,15 +118,11 @@ def _stats(metrics: Row) -> list[tuple[Metric, str]]:
     ]
 
 
-def text_parts(piece: str) -> list[tuple[str, str]]:
-    """Split a token's text into (kind, text), kind special, newline or text.
-
-    Special tokens and line ends are marked on the page, where they would not be seen else.
-    """
-    if _SPECIAL.fullmatch(piece.strip()):
-        return [("special", piece.strip())]
-    parts = [("newline" if part == "\n" else "text", part) for part in re.split("(\n)", piece)]
-    return [part for part in parts if part[1]]
+def of_smallest_batch(records: Iterable[Row]) -> list[Row]:
+    """Keep Medusa's records of the smallest batch size: there is one for each prompt."""
+    ours = [record for record in records if record["method"] == "tree"]
+    smallest = min((record["batch_size"] for record in ours), default=1)
+    return [record for record in ours if record["batch_size"] == smallest]
 
 
 def methods(metrics: Row, records: Iterable[Row]) -> list[Row]:
@@ -99,26 +135,6 @@ def methods(metrics: Row, records: Iterable[Row]) -> list[Row]:
         if known:
             rows.append({"method": method, "batch_size": size, **known})
     return sorted(rows, key=lambda row: (row["batch_size"], -row.get("speedup", 0)))
-
-
-def depths(metrics: Row) -> list[Row]:
-    """Return, for each depth of the tree, the share of steps that accept a guess there."""
-    return [
-        {"depth": depth, "share": metrics[f"eval/accepted_depth{depth}"]}
-        for depth in _numbers(metrics, "eval/accepted_depth")
-    ]
-
-
-def _numbers(metrics: Row, name: str) -> list[int]:
-    """Return 1, 2, 3 ..., as far as there is a metric of this name with the number."""
-    return list(takewhile(lambda number: f"{name}{number}" in metrics, count(1)))
-
-
-def parts_of_time(metrics: Row) -> list[Row]:
-    """Return, for each part of a decoding step, its share of the time."""
-    shares = {what: metrics.get(f"eval/time/{part}") for part, what in PARTS_OF_TIME.items()}
-    known = [{"part": what, "share": share} for what, share in shares.items() if share is not None]
-    return sorted(known, key=lambda row: -row["share"])
 
 
 def categories(metrics: Row, records: list[Row]) -> Row | None:
@@ -206,6 +222,26 @@ def lengths(records: list[Row]) -> Row | None:
     return {"total": len(committed), "chart": charts.length_chart(committed), **averages}
 
 
+def depths(metrics: Row) -> list[Row]:
+    """Return, for each depth of the tree, the share of steps that accept a guess there."""
+    return [
+        {"depth": depth, "share": metrics[f"eval/accepted_depth{depth}"]}
+        for depth in _numbers(metrics, "eval/accepted_depth")
+    ]
+
+
+def _numbers(metrics: Row, name: str) -> list[int]:
+    """Return 1, 2, 3 ..., as far as there is a metric of this name with the number."""
+    return list(takewhile(lambda number: f"{name}{number}" in metrics, count(1)))
+
+
+def parts_of_time(metrics: Row) -> list[Row]:
+    """Return, for each part of a decoding step, its share of the time."""
+    shares = {what: metrics.get(f"eval/time/{part}") for part, what in PARTS_OF_TIME.items()}
+    known = [{"part": what, "share": share} for what, share in shares.items() if share is not None]
+    return sorted(known, key=lambda row: -row["share"])
+
+
 def curves(history: list[Row]) -> Row | None:
     """Group the history as stage -> panels; the last line of a (stage, step, metric) counts."""
     values = {
@@ -284,57 +320,12 @@ def _scripts() -> str:
     return bundle.replace("</script", "<\\/script")
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` from the files of the run directory, and return its path.
+def text_parts(piece: str) -> list[tuple[str, str]]:
+    """Split a token's text into (kind, text), kind special, newline or text.
 
-    A file that is absent costs its section, not the report.
-
-    Raises:
-        UserError: a file is not valid JSON.
+    Special tokens and line ends are marked on the page, where they would not be seen else.
     """
-    page = render("report.html.jinja", _content(run_dir))
-    with publish(run_dir / "report.html") as partial:
-        partial.write_text(page, encoding="utf-8")
-    return run_dir / "report.html"
-
-
-def _content(run_dir: Path) -> Row:
-    metrics = {
-        name: value
-        for name, value in read_json(run_dir / "metrics.json", {}).items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
-    run = read_json(run_dir / "run.json", {})
-    run["data"] = by_name(run.get("data", {}))
-    calibrated = read_json(run_dir / "calibration.json")
-    all_records = read_jsonl(run_dir / "records.jsonl")
-    records = of_smallest_batch(all_records)
-    return {
-        "run": shareable(run),
-        "m": metrics,
-        "headline": headline(metrics, records),
-        "samples": read_jsonl(run_dir / "samples.jsonl"),
-        "methods": methods(metrics, all_records),
-        "categories": categories(metrics, records),
-        "heads": heads(metrics),
-        "rank_chart": charts.rank_chart(calibrated["rank_share"]) if calibrated else None,
-        "tree": tree(read_json(run_dir / "tree.json"), calibrated),
-        "calibration": calibration(calibrated),
-        "lengths": lengths(records),
-        "depths": depths(metrics),
-        "parts_of_time": parts_of_time(metrics),
-        "curves": curves(read_jsonl(run_dir / "history.jsonl")),
-        "command": shell_command(run.get("command", [])),
-        "later_commands": _later_commands(run),
-        "run_dir": shell_command([f"run_dir={run_dir}"]),
-    }
-
-
-def _later_commands(run: Row) -> dict[str, str]:
-    """Return stage -> command of the stages that another call than the first has made."""
-    made_by = {stage: entry.get("command") for stage, entry in run.get("stages", {}).items()}
-    return {
-        stage: shell_command(command)
-        for stage, command in made_by.items()
-        if command not in (None, run.get("command")) and stage != "report"
-    }
+    if _SPECIAL.fullmatch(piece.strip()):
+        return [("special", piece.strip())]
+    parts = [("newline" if part == "\n" else "text", part) for part in re.split("(\n)", piece)]
+    return [part for part in parts if part[1]]

@@ -1,8 +1,9 @@
-"""An offline W&B run uploaded while it is written: `logger.mode=online`.
+"""The upload of a W&B run while it is written: `logger.mode=online`.
 
-W&B's own `wandb beta sync --live` does it, in a process of its own. What the network or the server
-does, it does to that process: the run writes to its file and waits for nothing. (In W&B's mode
-online, each table and artifact asks the server first, for 20 s where none answers, and is lost.)
+W&B's own `wandb beta sync --live` does it, in a process of its own: what a dead network or server
+does, it does to that process, while the run writes to its file and waits for nothing. (In W&B's
+mode online, each table and artifact asks the server first, for 20 s where none answers, and is
+lost.)
 
     python -m medusa_exp.tracking.upload RUN_FOLDER        ends when its standard input does
 """
@@ -31,62 +32,6 @@ _PATIENCE = 1.0
 """Seconds that W&B's program has to end by itself where it is told to."""
 
 
-class Upload:
-    """The upload of one run."""
-
-    def __init__(self, folder: Path) -> None:
-        """Start it.
-
-        Args:
-            folder: of the run, with its .wandb file.
-        """
-        self.folder = folder
-        command = [sys.executable, "-m", __name__, str(folder)]
-        environment = dict(os.environ)
-        environment.pop("WANDB_SERVICE", None)  # else W&B's program joins this process' writer
-        with (folder / LOG).open("w") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,  # it closes with this process, however that ends
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the run
-            )
-
-    def finish(self) -> None:
-        """Wait until all is uploaded; not at all where there is no way to the server."""
-        deadline = time.monotonic() + _LONGEST_WAIT
-        try:
-            while self._process.poll() is None and _is_reachable():
-                if time.monotonic() > deadline:
-                    break
-                self._look()
-        finally:
-            self._end()
-        text = (self.folder / LOG).read_text(encoding="utf-8", errors="replace")
-        url = re.search(r"View run at (\S+)", text)
-        if self._process.returncode == 0:
-            log.info("W&B: %s", url[1] if url else self.folder)
-        else:
-            log.warning(
-                "not all has reached W&B (%s); `wandb sync %s` uploads it",
-                (text.strip().splitlines() or ["no answer"])[-1],
-                self.folder,
-            )
-
-    def _look(self) -> None:
-        try:
-            self._process.wait(_BETWEEN_LOOKS)
-        except subprocess.TimeoutExpired:
-            return
-
-    def _end(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def require_login() -> None:
     """Ask for a key where a person can answer; no server is asked.
 
@@ -104,6 +49,44 @@ def require_login() -> None:
             f"logger.mode=online: {error} Run `wandb login`, or set logger.mode=offline and use "
             "`wandb sync` later."
         ) from error
+
+
+class Upload:
+    """The upload of the run in a folder, which has its .wandb file; it starts at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        environment = dict(os.environ)
+        environment.pop("WANDB_SERVICE", None)  # else W&B's program joins this process' writer
+        with (folder / LOG).open("w") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(folder)],
+                stdin=subprocess.PIPE,  # it closes with this process, however that ends
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the run
+            )
+
+    def finish(self) -> None:
+        """Wait until all is uploaded; not at all where there is no way to the server."""
+        deadline = time.monotonic() + _LONGEST_WAIT
+        try:
+            while self._process.poll() is None and _is_reachable() and time.monotonic() < deadline:
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_BETWEEN_LOOKS)
+        finally:
+            self._process.communicate()  # closes its standard input, and waits
+        said = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
+        url = re.search(r"View run at (\S+)", said)
+        if self._process.returncode == 0:
+            log.info("W&B: %s", url[1] if url else self.folder)
+        else:
+            log.warning(
+                "not all has reached W&B (%s); `wandb sync %s` uploads it",
+                said.splitlines()[-1] if said else "no answer",
+                self.folder,
+            )
 
 
 def _is_reachable() -> bool:

@@ -1,10 +1,7 @@
-"""What W&B shows of a stage besides its numbers: each row below is made from the stage's files.
+"""What W&B shows of a stage besides its numbers: tables, histograms, pictures and curves.
 
-Tables, histograms, pictures, and curves over heads, depths and sizes of trees.
-
-The report's charts as pictures: Vega-Lite specifications in, a PNG out.
-
-The page of the report gives its charts colours by CSS; here they get its light ones.
+All is made from the stage's files. The report's charts become PNGs, in the colors that its page
+gives them by CSS in a light scheme.
 """
 
 import io
@@ -16,6 +13,7 @@ from typing import Any
 from medusa_exp.config.privacy import shareable
 from medusa_exp.runs.files import read_json, read_jsonl
 from medusa_exp.tracking import run_report
+from medusa_exp.tracking.charts import Row
 
 _INK, _SOFT, _LINE = "#1c2422", "#59635f", "#dfe3e0"
 _ACCENT, _SECOND, _RAMP = "#0b6b66", "#74857f", ["#eef5f3", "#0b6b66"]
@@ -39,19 +37,6 @@ _THEME: dict[str, Any] = {
     },
 }
 _WIDTH = 720
-
-
-def png(*charts: dict[str, Any]) -> bytes:
-    """Draw charts of `charts.py` below one another."""
-    import vl_convert
-
-    sized = [{**chart, "width": _WIDTH} for chart in charts]
-    drawing: bytes = vl_convert.vegalite_to_png({"vconcat": sized}, config=_THEME, scale=2)
-    return drawing
-
-
-Row = dict[str, Any]
-
 _RUN_MARK = " | "
 """Between what two decoding steps gave."""
 
@@ -62,7 +47,7 @@ def media(out: Path, stage: str) -> Iterator[Row]:
         yield from _MEDIA[stage](out)
 
 
-def _of_data(out: Path) -> Iterator[Row]:
+def _data_rows(out: Path) -> Iterator[Row]:
     found = read_json(out / "data.json", {})
     tables = {"data/dropped": table(_outcomes(found))}
     if samples := read_jsonl(out / "data_samples.jsonl"):
@@ -84,14 +69,14 @@ def _outcomes(found: Row) -> list[Row]:
     ]
 
 
-def _of_train(out: Path) -> Iterator[Row]:
-    yield from _of_data(out)
+def _train_rows(out: Path) -> Iterator[Row]:
+    yield from _data_rows(out)
     heads = run_report.heads(read_json(out / "metrics.json", {}))
     for row in heads["rows"] if heads else []:
         yield {f"by_head/{name}": value for name, value in row.items() if value is not None}
 
 
-def _of_calibration(out: Path) -> Iterator[Row]:
+def _calibration_rows(out: Path) -> Iterator[Row]:
     measured = read_json(out / "calibration.json")
     plain = measured["plain_expected_seconds"]
     for point in measured["curve"]:
@@ -105,7 +90,7 @@ def _of_calibration(out: Path) -> Iterator[Row]:
     assert curve is not None
     yield {
         "images/calibration": _image(*curve["charts"].values()),
-        "images/tree": _tree(out),
+        "images/tree": _tree_image(out),
         "calibrate/rank_share": table(
             [
                 {"head": head, "rank": rank, "share": share}
@@ -116,7 +101,7 @@ def _of_calibration(out: Path) -> Iterator[Row]:
     }
 
 
-def _of_evaluation(out: Path) -> Iterator[Row]:
+def _evaluation_rows(out: Path) -> Iterator[Row]:
     import wandb
 
     records = read_jsonl(out / "records.jsonl")
@@ -128,14 +113,22 @@ def _of_evaluation(out: Path) -> Iterator[Row]:
         yield {f"by_batch/{name}": value for name, value in row.items()}
     ours = run_report.of_smallest_batch(records)
     yield {
-        "eval/accept_lengths": wandb.Histogram(np_histogram=_counts(ours)),
+        "eval/accept_lengths": wandb.Histogram(np_histogram=_histogram(ours)),
         "eval/records": table(records),
-        "eval/samples": table([_sample(row) for row in read_jsonl(out / "samples.jsonl")]),
-        "images/tree": _tree(out),
+        "eval/samples": table([_sample_row(row) for row in read_jsonl(out / "samples.jsonl")]),
+        "images/tree": _tree_image(out),
     }
 
 
-def _counts(records: list[Row]) -> tuple[list[int], list[float]]:
+_MEDIA: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "inspect": _data_rows,
+    "train": _train_rows,
+    "calibrate": _calibration_rows,
+    "evaluate": _evaluation_rows,
+}
+
+
+def _histogram(records: list[Row]) -> tuple[list[int], list[float]]:
     """Return numpy's form of a histogram: steps that gave 1, 2, 3 ... tokens, and edges of bins."""
     lengths = [length for record in records for length in record["accept_lengths"]]
     sizes = range(1, 1 + max(lengths))
@@ -144,7 +137,7 @@ def _counts(records: list[Row]) -> tuple[list[int], list[float]]:
     ]
 
 
-def _sample(sample: Row) -> Row:
+def _sample_row(sample: Row) -> Row:
     runs = ["".join(step) for step in sample["steps"]]
     return {
         **{name: sample[name] for name in ("prompt_id", "category", "prompt")},
@@ -152,19 +145,6 @@ def _sample(sample: Row) -> Row:
         "accepted_runs": _RUN_MARK.join(runs),
         "accept_lengths": [len(step) for step in sample["steps"]],
     }
-
-
-def _tree(out: Path) -> Any:
-    drawn = run_report.tree(read_json(out / "tree.json"), read_json(out / "calibration.json"))
-    assert drawn is not None
-    return _image(drawn["chart"])
-
-
-def _image(*charts: Row) -> Any:
-    import wandb
-    from PIL import Image
-
-    return wandb.Image(Image.open(io.BytesIO(png(*charts))))
 
 
 def table(rows: list[Row]) -> Any:
@@ -181,9 +161,23 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
-_MEDIA: dict[str, Callable[[Path], Iterator[Row]]] = {
-    "inspect": _of_data,
-    "train": _of_train,
-    "calibrate": _of_calibration,
-    "evaluate": _of_evaluation,
-}
+def _tree_image(out: Path) -> Any:
+    drawn = run_report.tree(read_json(out / "tree.json"), read_json(out / "calibration.json"))
+    assert drawn is not None
+    return _image(drawn["chart"])
+
+
+def _image(*charts: Row) -> Any:
+    import wandb
+    from PIL import Image
+
+    return wandb.Image(Image.open(io.BytesIO(png(*charts))))
+
+
+def png(*charts: dict[str, Any]) -> bytes:
+    """Draw charts of `charts.py` below one another."""
+    import vl_convert
+
+    sized = [{**chart, "width": _WIDTH} for chart in charts]
+    drawing: bytes = vl_convert.vegalite_to_png({"vconcat": sized}, config=_THEME, scale=2)
+    return drawing

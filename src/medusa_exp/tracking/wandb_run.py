@@ -1,8 +1,7 @@
-"""Opening and closing the W&B run of a run directory: one run, whatever stages and calls it has.
+"""The W&B run of a run directory: opened, told of each finished stage, finished.
 
-What W&B is told about metrics: what each is drawn against, and which of its values is best.
-
-A finished stage, as its files have it, into the open W&B run.
+It is one run, whatever stages and calls the run directory has. It is written offline, in mode
+online too, and uploaded meanwhile: see `upload.py`.
 """
 
 import logging
@@ -25,6 +24,119 @@ from medusa_exp.tracking.upload import Upload, require_login
 from medusa_exp.tracking.wandb_artifacts import log_artifacts
 from medusa_exp.tracking.wandb_media import media
 
+log = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 1.0
+"""What kill -9 may cost; W&B's own 15 s would also be the delay of what `wandb leet` shows."""
+_DRAWN_BY_STEP = ("pretrain", "train")
+"""Stages whose metrics are in W&B's history already, at their steps."""
+
+
+@contextmanager
+def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any]:
+    """Yield the run of this directory, the one of earlier calls where there was one; finish it.
+
+    Args:
+        config: of this call.
+        out: the run directory.
+        record: run.json; its `wandb` keeps what makes a later call go on with the same run.
+
+    Raises:
+        UserError: mode online, and nobody is logged in.
+    """
+    import wandb
+
+    is_online = config.logger.mode == "online"
+    if is_online:
+        require_login()
+    known = record.setdefault("wandb", {})
+    known.setdefault("id", uuid4().hex[:8])
+    shown = _shared_config(config, out)
+    known.setdefault("job_type", shown["logger"]["job_type"] or "+".join(config.stages))
+    if shown["logger"]["group"]:  # a sweep's; a later call of its job would not know it
+        known["group"] = shown["logger"]["group"]
+    with _staging_in(out):
+        run: Any = wandb.init(
+            mode="offline",
+            **_identity(config, shown, out, known),
+            config={**shown, "provenance": provenance(record)},
+            settings=_settings(record),
+        )
+        known["id"] = run.id  # that of its own agent, in a sweep of W&B's
+        upload = Upload(Path(run.dir).parent) if is_online else None
+        try:
+            define_metrics(run)
+            yield run
+        except BaseException as error:
+            _finish(run, upload, error)
+            raise
+        _finish(run, upload, None)
+
+
+def _identity(
+    config: Config, shown: dict[str, Any], out: Path, known: dict[str, str]
+) -> dict[str, Any]:
+    """Return how the run is called; where it goes has to be said as it is, all else as `shown`."""
+    return {
+        "id": known["id"],
+        "resume": "allow",
+        "project": config.logger.project,
+        "entity": config.logger.entity,
+        "group": known.get("group"),
+        "job_type": known["job_type"],
+        "name": f"{shown['name']}/{out.name}",
+        "tags": shown["logger"]["tags"] or None,
+        "notes": shown["logger"]["notes"],
+        "dir": out,
+    }
+
+
+def _shared_config(config: Config, out: Path) -> dict[str, Any]:
+    calls = [path for path in out.glob(".hydra*/config.yaml") if path.parent.name != ".hydra"]
+    newest = max(calls, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
+    saved = newest or out / ".hydra" / "config.yaml"
+    return shareable(to_shareable(config, saved))
+
+
+def provenance(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json says of code and machine, for W&B's config; data files by name alone."""
+    names = ("command", "git", "versions", "device", "cache_keys")
+    known = {name: record[name] for name in names if name in record}
+    return shareable({**known, "data": by_name(record.get("data", {}))})
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Return W&B's settings: no file name, host, user or variable of this machine is collected.
+
+    Its own metadata has all of them (SLURM's variables too); `provenance` is sent in its place.
+    """
+    git = record.get("git", {})
+    return {
+        "console": "off",
+        "silent": True,
+        "x_disable_meta": True,
+        "x_transaction_log_flush_interval": _FLUSH_SECONDS,
+        "host": "",
+        "disable_git": True,  # its git state is the current directory's, not this package's
+        "git_commit": git.get("commit"),
+        "git_remote_url": shareable(git.get("remote")),
+    }
+
+
+@contextmanager
+def _staging_in(out: Path) -> Iterator[None]:
+    """Let W&B keep what waits for its upload in the run directory, not in the user's home."""
+    name = "WANDB_DATA_DIR"  # W&B has no setting for it
+    before = os.environ.get(name)
+    os.environ[name] = str(out / "wandb")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
 
 def define_metrics(run: Any) -> None:
     """Give an open W&B run its axes and best values.
@@ -42,24 +154,6 @@ def define_metrics(run: Any) -> None:
             pattern = re.sub(r"\{\w+\}", "*", metric.name)
             better = "max" if metric.better == "larger" else "min"
             run.define_metric(pattern, step_metric=AXES["val"], summary=better)
-
-
-def best_values(history: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Return `best/<metric>` of every metric of a validation in the rows of history.jsonl."""
-    best: dict[str, float] = {}
-    for row in history:
-        for name, value in row.items():
-            metric = metric_of(name)
-            if metric is not None and metric.has_best and math.isfinite(value):
-                choose = max if metric.better == "larger" else min
-                best[f"best/{name}"] = choose(value, best.get(f"best/{name}", value))
-    return best
-
-
-log = logging.getLogger(__name__)
-
-_DRAWN_BY_STEP = ("pretrain", "train")
-"""Stages whose metrics are in W&B's history already, at their steps."""
 
 
 def mirror(
@@ -109,51 +203,16 @@ def history_row(row: dict[str, Any]) -> dict[str, Any]:
     return {f"{row['stage']}/step": row["step"], **metrics}
 
 
-_FLUSH_SECONDS = 1.0
-"""What kill -9 may cost; W&B's own 15 s would also be the delay of what `wandb leet` shows."""
-
-
-@contextmanager
-def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any]:
-    """Yield the run of this directory, the one of earlier calls where there was one; finish it.
-
-    It is written offline in mode online too, and uploaded meanwhile (see `upload.py`).
-
-    Args:
-        config: of this call.
-        out: the run directory.
-        record: run.json; its `wandb` keeps what makes a later call go on with the same run.
-
-    Raises:
-        UserError: mode online, and nobody is logged in.
-    """
-    import wandb
-
-    is_online = config.logger.mode == "online"
-    if is_online:
-        require_login()
-    known = record.setdefault("wandb", {})
-    known.setdefault("id", uuid4().hex[:8])
-    shown = _shared_config(config, out)
-    known.setdefault("job_type", shown["logger"]["job_type"] or "+".join(config.stages))
-    if shown["logger"]["group"]:  # a sweep's; a later call of its job would not know it
-        known["group"] = shown["logger"]["group"]
-    with _staging_in(out):
-        run: Any = wandb.init(
-            mode="offline",
-            **_identity(config, shown, out, known),
-            config={**shown, "provenance": provenance(record)},
-            settings=_settings(record),
-        )
-        known["id"] = run.id  # that of its own agent, in a sweep of W&B's
-        upload = Upload(Path(run.dir).parent) if is_online else None
-        try:
-            define_metrics(run)
-            yield run
-        except BaseException as error:
-            _finish(run, upload, error)
-            raise
-        _finish(run, upload, None)
+def best_values(history: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Return `best/<metric>` of every metric of a validation in the rows of history.jsonl."""
+    best: dict[str, float] = {}
+    for row in history:
+        for name, value in row.items():
+            metric = metric_of(name)
+            if metric is not None and metric.has_best and math.isfinite(value):
+                choose = max if metric.better == "larger" else min
+                best[f"best/{name}"] = choose(value, best.get(f"best/{name}", value))
+    return best
 
 
 def _finish(run: Any, upload: Upload | None, error: BaseException | None) -> None:
@@ -178,68 +237,3 @@ def _exit_code(error: BaseException | None) -> int:
     if error is None or (type(error) is SystemExit and not error.code):
         return 0
     return 255 if isinstance(error, KeyboardInterrupt | Stopped) else 1
-
-
-def provenance(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what run.json says of code and machine, for W&B's config; data files by name alone."""
-    names = ("command", "git", "versions", "device", "cache_keys")
-    known = {name: record[name] for name in names if name in record}
-    return shareable({**known, "data": by_name(record.get("data", {}))})
-
-
-@contextmanager
-def _staging_in(out: Path) -> Iterator[None]:
-    """Let W&B keep what waits for its upload in the run directory, not in the user's home."""
-    name = "WANDB_DATA_DIR"  # W&B has no setting for it
-    before = os.environ.get(name)
-    os.environ[name] = str(out / "wandb")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _identity(
-    config: Config, shown: dict[str, Any], out: Path, known: dict[str, str]
-) -> dict[str, Any]:
-    """Return how the run is called; where it goes has to be said as it is, all else as `shown`."""
-    return {
-        "id": known["id"],
-        "resume": "allow",
-        "project": config.logger.project,
-        "entity": config.logger.entity,
-        "group": known.get("group"),
-        "job_type": known["job_type"],
-        "name": f"{shown['name']}/{out.name}",
-        "tags": shown["logger"]["tags"] or None,
-        "notes": shown["logger"]["notes"],
-        "dir": out,
-    }
-
-
-def _shared_config(config: Config, out: Path) -> dict[str, Any]:
-    calls = [path for path in out.glob(".hydra*/config.yaml") if path.parent.name != ".hydra"]
-    newest = max(calls, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
-    saved = newest or out / ".hydra" / "config.yaml"
-    return shareable(to_shareable(config, saved))
-
-
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """Return W&B's settings: no file name, host, user or variable of this machine is collected.
-
-    Its own metadata has all of them (SLURM's variables too); `provenance` is sent in its place.
-    """
-    git = record.get("git", {})
-    return {
-        "console": "off",
-        "silent": True,
-        "x_disable_meta": True,
-        "x_transaction_log_flush_interval": _FLUSH_SECONDS,
-        "host": "",
-        "disable_git": True,  # its git state is the current directory's, not this package's
-        "git_commit": git.get("commit"),
-        "git_remote_url": shareable(git.get("remote")),
-    }
