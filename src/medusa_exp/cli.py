@@ -17,8 +17,6 @@ import importlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -68,27 +66,18 @@ def main() -> None:
         sys.argv[1:] = continuation.arguments(sys.argv[1:])
     except UserError as error:
         sys.exit(str(error))
-    with _sigterm_as_exit():
-        try:
-            _hydra_main()
-        except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)
-        finally:
-            _print_sweeps()
-
-
-@contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM end the process as an exception does: what is open is closed on the way."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, _leave)
     try:
-        yield
+        _hydra_main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        _print_sweeps()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End the process as an exception does: what is open is closed on the way."""
+    sys.exit(128 + number)
 
 
 def _print_sweeps() -> None:

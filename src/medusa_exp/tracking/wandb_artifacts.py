@@ -1,10 +1,10 @@
 """A run's files as versioned artifacts of W&B, and which of them it was made from.
 
-    data set -> own answers -> hidden states -> heads, tree -> evaluation, report
+    data set -> regenerated responses -> hidden states -> heads, tree -> evaluation, report
 
 What a stage starts from is an input of the run, what it makes an output; an artifact's metadata
 names by their hashes what it was made from, so that the chain can be followed within one run too.
-Data sets, answers and hidden states are large, and may be private: theirs hold hashes and counts.
+Data sets, responses and hidden states are large, and may be private: theirs hold hashes and counts.
 """
 
 import json
@@ -63,11 +63,9 @@ def _of_train(config: Config, out: Path) -> Iterator[Item]:
     for item in _inputs(config, out):
         made_from[item.name] = item.facts
         yield item
-    numbers = {
-        name: value
-        for name, value in read_json(out / "metrics.json", {}).items()
-        if name.startswith(("train/", "val/"))
-    }
+    names = read_json(out / "run.json")["stages"]["train"].get("metrics", [])
+    found = read_json(out / "metrics.json", {})
+    numbers = {name: found[name] for name in names if name in found}
     yield _heads(out, made_from=made_from, metrics=numbers)
 
 
@@ -142,7 +140,7 @@ def _log(run: Any, config: Config, out: Path, item: Item) -> None:
         artifact.add_file(staged, name=entry, policy="immutable", skip_cache=True)
     # `use_artifact` does just this to a new artifact; but it waits for the server, and refuses to
     # work offline, where the record of it would be uploaded by `wandb sync` like any other.
-    run._log_artifact(
+    run._log_artifact(  # private: wandb 0.31
         artifact,
         aliases=["latest", run.id],
         is_user_created=True,
