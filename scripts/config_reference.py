@@ -52,7 +52,8 @@ def _sections(section: type, place: str) -> Iterator[str]:
 
 
 def _section_in(hint: Any) -> type | None:
-    found = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
+    parts = (hint, *get_args(hint))
+    found = [part for part in parts if isinstance(part, type) and is_dataclass(part)]
     return found[0] if found else None
 
 
