@@ -81,6 +81,8 @@ def test_a_finished_sweep_is_ranked_by_another_metric_without_running_again(swee
     )
     assert mistaken.returncode == 1
     assert "objective=train/los is no metric of any stage: did you mean" in mistaken.stderr
+    other = medusa_exp(*command, "objective=eval/speedup", cwd=workplace)
+    assert other.stdout.count("objective=eval/speedup is no metric that these stages measure") == 2
     result = medusa_exp(*command, "objective=train/loss", cwd=workplace)
     assert result.returncode == 0 and result.stdout.count("done already") == 2, result.stderr
     done = [jobs[0], jobs[2]]
