@@ -1,7 +1,7 @@
 """The ahead-of-time CUDA build; all else about the build is in pyproject.toml.
 
 With MEDUSA_EXP_CUDA_ARCHS="80;90" set, nvcc compiles every kernel for these devices, into files
-that lie beside the sources in the wheel; prebuilt.json says of what text they were made. Without it
+that lie beside the sources in the wheel; prebuilt.json has the hashes of their text. Without it
 no compiler is needed, and the kernels are compiled at first use.
 """
 

@@ -131,7 +131,7 @@ GAPS = (
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("seed", "uniform"), GAPS)
-def test_a_guess_that_was_rejected_is_not_drawn_in_a_gap(shim, seed, uniform, order):
+def test_a_draft_token_that_was_rejected_is_not_drawn_in_a_gap(shim, seed, uniform, order):
     rng = np.random.default_rng(seed)
     logits_V = rng.normal(0, 1, 32).astype(np.float32)
     logits_V[rng.random(32) < 0.6] = -np.inf
