@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from medusa_exp.config import Config, ModelConfig, TrainConfig
+from medusa_exp.config import Config, ModelConfig, TrainConfig, from_dict, to_dict
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.settings import limits_of
@@ -85,6 +85,9 @@ def test_old_words_are_said_once_and_are_the_same_training(plain, caplog):
         plain.train = TrainConfig(labels="own", text="own")
     assert (plain.train.labels, plain.train.text) == ("teacher", "regenerated")
     assert keys(plain) == new
+    saved = to_dict(plain)
+    saved["train"] |= {"labels": "own", "text": "own"}  # as runs of earlier versions have it
+    assert from_dict(saved) == plain
     assert [message.partition(" ")[0] for message in caplog.messages] == [
         "train.text=own",
         "train.labels=own",
