@@ -17,20 +17,17 @@ from measuring import Row, machine, show, write
 from rich.progress import track
 from torch import nn
 
-from medusa_exp.config import Config, from_hydra, load_saved
-from medusa_exp.decode.loop import Limits, Response, decode_plain, decode_tree
-from medusa_exp.decode.settings import limits_of
-from medusa_exp.evaluate.methods import Method, MethodResponse, timed
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
+from medusa_exp.evaluate.methods import Method, build_methods, timed
 from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
-from medusa_exp.model import Backbone, build_heads, load_heads
-from medusa_exp.model.heads import stack_heads
+from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.loss import TokenTargets, medusa_loss, medusa_losses
 from medusa_exp.runs.files import read_json
 from medusa_exp.stages.evaluate import load_prompts
 from medusa_exp.stages.session import Session
-from medusa_exp.tree import Tree, chain
-from medusa_exp.tree.calibration import choose_tree
+from medusa_exp.tree import Tree
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
@@ -58,27 +55,21 @@ class Run:
     """A finished run: its model, heads, trees and prompts."""
 
     def __init__(self, out: Path, num_prompts: int) -> None:
-        self.out = out
-        self.config: Config = from_hydra(load_saved(out / ".hydra" / "config.yaml"))
-        self.config.run_dir = str(out)
-        self.config.evaluate.num_prompts = num_prompts
-        session = Session(self.config, out)
-        self.backbone = session.backbone()
-        self.heads = stack_heads(load_heads(out / "heads", self.backbone), self.backbone)
-        tokenizer = session.tokenizer()
-        self.limits = limits_of(self.config, self.backbone, tokenizer)
+        self.out, self.session = out, Session.of_run(out)
+        self.session.config.evaluate.num_prompts = num_prompts
+        self.decoder = self.session.decoder(is_tree_known=False)
         found = load_prompts(
-            session,
-            tokenizer,
-            self.backbone.max_length,
-            lambda ids: decode_plain(self.backbone, [ids], self.limits)[0].tokens,
+            self.session,
+            self.session.tokenizer(),
+            self.decoder.backbone.max_length,
+            lambda ids: self.decoder.decode_plain([ids], rule=GREEDY)[0].tokens,
         )
         self.prompts = [prompt.input_ids for prompt in found]
 
     def tree(self, kind: str) -> Tree:
         """Return the tree that `tree=kind` names."""
-        self.config.tree.kind = kind
-        return choose_tree(self.config, self.out, self.heads.num_heads)
+        self.session.config.tree.kind = kind
+        return self.session.tree(self.decoder)
 
 
 def identity() -> Row:
@@ -99,7 +90,7 @@ def identity() -> Row:
         tree = random_tree(rng, heads.num_heads)
         for prompts in batches(rng, batch_size):
             limits = Limits(_NEW_TOKENS, {rng.randrange(VOCAB_SIZE)})
-            ours = decode_tree(backbone, heads, tree, prompts, limits)
+            ours = Decoder(backbone, heads, tree).decode(prompts, limits)
             for prompt, answer in zip(prompts, ours, strict=True):
                 [plain] = decode_plain(backbone, [prompt], limits)
                 answers += 1
@@ -165,16 +156,16 @@ def train_on_own_answers(backbone: Backbone, heads: nn.Module, rng: random.Rando
 
 def near_ties(run: Run) -> Row:
     """In bfloat16, look at every answer that differs from plain decoding's."""
-    model = run.backbone.model
+    model = run.decoder.backbone.model
     dtype = model.dtype
     model.to(torch.bfloat16)
     tree = run.tree("calibrated")
     found = []
     for prompt in track(run.prompts, "bfloat16"):
-        [plain] = decode_plain(run.backbone, [prompt], run.limits)
-        [ours] = decode_tree(run.backbone, run.heads, tree, [prompt], run.limits)
+        [plain] = run.decoder.decode_plain([prompt], rule=GREEDY)
+        [ours] = run.decoder.decode([prompt], tree=tree, rule=GREEDY)
         difference = find_difference(
-            run.backbone, prompt, plain.tokens, ours.tokens, tree.num_checked
+            run.decoder.backbone, prompt, plain.tokens, ours.tokens, tree.num_checked
         )
         found += [difference] if difference else []
     model.to(dtype)
@@ -195,32 +186,20 @@ def near_ties(run: Run) -> Row:
 
 def speed(run: Run) -> list[Row]:
     """Compare trees on the same heads, and the fastest with what its steps would allow."""
-    backbone, heads, limits = run.backbone, run.heads, run.limits
-    trees = {"calibrated": run.tree("calibrated"), "chain": chain(heads.num_heads)}
-    trees |= {"medusa_63": run.tree("medusa_63"), "dynamic": run.tree("dynamic")}
-
-    def method(tree: Tree | None) -> Method:
-        def decode(prompts: list[list[int]]) -> list[MethodResponse]:
-            rows: list[Response] = (
-                decode_plain(backbone, prompts, limits)
-                if tree is None
-                else decode_tree(backbone, heads, tree, prompts, limits)
-            )
-            return [
-                MethodResponse(row.tokens, len(row.accept_lengths), row.accept_lengths)
-                for row in rows
-            ]
-
-        return decode
-
-    methods = {"plain": method(None), **{name: method(tree) for name, tree in trees.items()}}
+    decoder = run.decoder
+    decoder.rule = GREEDY
+    trees = {name: run.tree(name) for name in ("calibrated", "chain", "medusa_63", "dynamic")}
+    methods: dict[str, Method] = {}
+    for name, decoder.tree in trees.items():
+        built = build_methods(decoder, baselines=[])
+        methods |= {"plain": built["plain"], name: built["tree"]}
     seconds, steps = dict.fromkeys(methods, 0.0), dict.fromkeys(methods, 0)
     tokens = 0
     for number, prompt in enumerate(track(run.prompts, "speed")):
         names = list(methods)
         names = names[number % len(names) :] + names[: number % len(names)]
         for name in names:
-            [answer], taken = timed(methods[name], [prompt], backbone.device)
+            [answer], taken = timed(methods[name], [prompt], decoder.backbone.device)
             seconds[name] += taken
             steps[name] += answer.num_steps
             tokens += len(answer.tokens) if name == "plain" else 0
@@ -228,9 +207,9 @@ def speed(run: Run) -> list[Row]:
     others = {name: speedups[name] for name in ("chain", "medusa_63", "dynamic")}
     fixed_best = max(others["chain"], others["medusa_63"])
     sample = run.prompts[:8]
-    shares = shares_of_time(backbone, methods["calibrated"], sample)
+    decoder.tree = trees["calibrated"]
+    shares = shares_of_time(decoder, sample)
     share = 1 - sum(shares[part] for part in BACKBONES)
-    guessing = share_of_heads(run, methods["calibrated"], sample)
     return [
         Row(
             "speed-up, calibrated tree",
@@ -247,30 +226,12 @@ def speed(run: Run) -> list[Row]:
         Row(
             "achieved / bound of backbone and heads",
             "",
-            1 - share + guessing,
+            1 - share + shares["heads"],
             "0.9",
-            1 - share + guessing >= 0.9,
-            details={"outside the backbone": share, "of which heads": guessing},
+            1 - share + shares["heads"] >= 0.9,
+            details={"outside the backbone": share, "of which drafting": shares["heads"]},
         ),
     ]
-
-
-def share_of_heads(run: Run, method: Method, prompts: list[list[int]]) -> float:
-    """Return the share of a method's time that the heads take."""
-    forward, inside = run.heads.forward, 0.0
-
-    def timed_forward(*arguments: object) -> torch.Tensor:
-        nonlocal inside
-        logits, seconds = timed(lambda _: forward(*arguments), [], run.backbone.device)
-        inside += seconds
-        return logits  # type: ignore[return-value]
-
-    run.heads.forward = timed_forward  # type: ignore[method-assign]
-    try:
-        total = sum(timed(method, [prompt], run.backbone.device)[1] for prompt in prompts)
-    finally:
-        del run.heads.forward
-    return inside / total
 
 
 def prediction(run: Run) -> Row:

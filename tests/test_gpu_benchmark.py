@@ -180,8 +180,8 @@ def test_steps_are_those_of_the_product(monkeypatch, shim):
     times = dict.fromkeys(("eager_warm", "eager_cold", "graph_warm", "graph_cold"), 1.0)
     monkeypatch.setattr(decode_step, "measure", lambda calls: [call() for call in calls] and times)
     made = []
-    monkeypatch.setattr(step.CapturedStep, "advance", _noting(step.CapturedStep.advance, made))
-    monkeypatch.setattr(step.EagerStep, "advance", _noting(step.EagerStep.advance, made))
+    for kind in (step.CapturedStep, step.EagerStep):
+        monkeypatch.setattr(kind, "__call__", _noting(kind.__call__, made))
     backbone = Backbone(build_model("llama").eval())
     found = decode_step.measure_steps(shim, backbone, (1, 2), lambda: False)
     assert [(entry["batch"], entry["nodes"]) for entry in found] == [
@@ -199,10 +199,10 @@ def test_steps_are_those_of_the_product(monkeypatch, shim):
     assert left_out["left_out"] == "no time left"
 
 
-def _noting(advance, made):
+def _noting(call, made):
     def noted(self):
         made.append(self)
-        return advance(self)
+        return call(self)
 
     return noted
 

@@ -112,6 +112,5 @@ def test_hydra_stays_above():
     assert [m for m in found if _package(m) not in HYDRA] == []
 
 
-@pytest.mark.xfail(reason="the house is being rebuilt", strict=True)
 def test_no_test_tools_in_the_product():
     assert [p for p in SOURCE.rglob("*.py") if "unittest" in p.read_text()] == []

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.verify import KernelVerify
-from medusa_exp.decode.loop import Limits, decode_tree
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.verify import verify
 from medusa_exp.model import Backbone, build_heads
@@ -87,11 +88,8 @@ def step_us(
     """Return the median of microseconds of a step after PAST tokens and some."""
     prompts = torch.randint(backbone.vocab_size, (batch, PAST)).tolist()
     limits = Limits(STEPS * (1 + tree_of(nodes).depth))
-    before, backbone.decodes_statically = backbone.decodes_statically, is_captured
-    try:
-        responses = decode_tree(backbone, heads, tree_of(nodes), prompts, limits, rule)
-    finally:
-        backbone.decodes_statically = before
+    decoder = Decoder(backbone, heads, tree_of(nodes), rule, cuda_graph=is_captured)
+    responses = decoder.decode(prompts, limits)
     longest = max(responses, key=lambda response: len(response.step_seconds))
     return statistics.median(longest.step_seconds[WARM_UP:STEPS]) * 1e6
 

@@ -17,19 +17,21 @@ import importlib
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from medusa_exp.config import Config, continuation, from_hydra, register
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs import sweep
+from medusa_exp.runs.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,42 @@ def _print_sweeps() -> None:
             print_jobs(sweep_dir, jobs)
 
 
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """Compose and check a config as the command line does: `compose(["+experiment=smoke"])`.
+
+    References to environment variables are resolved in what it returns, and `run` saves them so.
+
+    Raises:
+        UserError: naming the key and what it may be.
+    """
+    try:
+        with hydra.initialize_config_module("medusa_exp.conf", version_base="1.3"):
+            return from_hydra(hydra.compose("config", list(overrides)))
+    except HydraException as error:
+        raise UserError(str(error)) from error
+
+
+def run(config: Config, out: str | Path) -> dict[str, float]:
+    """Run an experiment from Python: the stages of a composed config, in a run directory.
+
+    Returns:
+        What its metrics.json holds.
+
+    Raises:
+        UserError: a stage is unknown, or the config does not fit data, model or machine.
+    """
+    out = Path(out)
+    config.run_dir = str(out)
+    _check_stages(config, is_sweep=False)
+    saved = out / continuation.SAVED
+    if not saved.exists():
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(config), saved)
+    run_stages(config, out, ["medusa_exp.run", str(out)])
+    metrics: dict[str, float] = read_json(out / "metrics.json")
+    return metrics
+
+
 @hydra.main(version_base="1.3", config_path="pkg://medusa_exp.conf", config_name="config")
 def _hydra_main(composed: DictConfig) -> float | None:
     from medusa_exp.tracking.sweep_report import write_comparison
@@ -125,6 +163,12 @@ def _checked_config(composed: DictConfig, out: Path) -> Config:
     config.run_dir = str(out)
     if is_sweep and config.logger.group is None:
         config.logger.group = f"{config.name}/{Path(job.sweep.dir).name}"
+    _check_stages(config, is_sweep)
+    return config
+
+
+def _check_stages(config: Config, is_sweep: bool) -> None:
+    """Raise a UserError where stages are none, unknown, or not for the jobs of a sweep."""
     if not config.stages:
         raise UserError(f"stages is empty: name some of {', '.join(STAGES)}.")
     for stage in config.stages:
@@ -136,7 +180,6 @@ def _checked_config(composed: DictConfig, out: Path) -> Config:
             "other in one process, and each would take all devices. Leave out -m, or set "
             "train.strategy=auto."
         )
-    return config
 
 
 def run_stages(config: Config, out: Path, command: list[str]) -> float | None:

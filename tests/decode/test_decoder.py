@@ -1,10 +1,12 @@
-"""The one function to call from Python."""
+"""The decoder, and `generate`: what is called from Python."""
 
 import pytest
 import torch
+from tiny_models import build_model
 
-from medusa_exp import build_heads, generate
+from medusa_exp import Decoder, build_heads, generate
 from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.model import Backbone
 from medusa_exp.tree import Tree, chain
 
 IDS = torch.tensor([[4, 5, 6]])
@@ -56,3 +58,55 @@ def test_an_argument_that_has_no_such_value_is_refused(backbone, arguments, mess
     given = {"heads": heads, "input_ids": IDS, "tree": chain(2), "max_new_tokens": 4, **arguments}
     with pytest.raises(ValueError, match=message):
         generate(backbone.model, **given)
+
+
+def test_a_model_in_training_is_refused(backbone):
+    decoder = Decoder(backbone, build_heads(backbone, num_heads=2), chain(2))
+    backbone.model.train()
+    with pytest.raises(ValueError, match="in training mode"):
+        decoder.generate(IDS, max_new_tokens=4)
+
+
+def test_a_decoders_limits_are_those_of_a_call_that_names_none(backbone):
+    heads = build_heads(backbone, num_heads=2)
+    [expected] = decode_plain(backbone, [[4, 5, 6]], Limits(9))
+    decoder = Decoder(backbone.model, heads, chain(2), limits=Limits(9))
+    assert decoder.generate(IDS).sequences == [expected.tokens]
+    assert decoder.generate(IDS, max_new_tokens=3).sequences == [expected.tokens[:3]]
+    stop = expected.tokens[4]
+    end = expected.tokens.index(stop) + 1
+    assert decoder.generate(IDS, eos_token_id=stop).sequences == [expected.tokens[:end]]
+    assert [r.tokens for r in decoder.decode_plain([[4, 5, 6]])] == [expected.tokens]
+
+
+def test_steps_are_streamed_as_text_and_as_tokens(tokenizer):
+    backbone = Backbone(build_model("llama", vocab_size=len(tokenizer)))
+    heads = build_heads(backbone, num_heads=2)
+    decoder = Decoder(backbone, heads, chain(2), limits=Limits(12), tokenizer=tokenizer)
+    ids = tokenizer("hello").input_ids
+    [plain] = decode_plain(backbone, [ids], Limits(12))
+    for prompt in ("hello", ids, torch.tensor([ids])):
+        steps = list(decoder.stream(prompt))
+        assert [token for step in steps for token in step.tokens] == plain.tokens
+        assert sum(step.num_tokens for step in steps) == 12
+        text = tokenizer.decode(plain.tokens, skip_special_tokens=True)
+        assert "".join(step.text for step in steps) == text.rstrip("\ufffd")
+    mute = Decoder(backbone, heads, chain(2), limits=Limits(12))
+    assert {step.text for step in mute.stream(ids)} == {""}
+    with pytest.raises(ValueError, match="a prompt of text needs"):
+        list(mute.stream("hello"))
+
+
+def test_a_tree_needs_heads_and_plain_decoding_none(backbone):
+    decoder = Decoder(backbone)
+    assert len(decoder.decode_plain([[4, 5]], Limits(3))[0].tokens) == 3
+    with pytest.raises(ValueError, match="no heads or no tree"):
+        decoder.decode([[4, 5]], Limits(3))
+
+
+def test_wrapping_a_model_leaves_nothing_on_it(backbone):
+    heads = build_heads(backbone, num_heads=2, prefix_attention=True)
+    before = dict(vars(backbone))
+    for cuda_graph in (False, True):
+        Decoder(backbone, heads, chain(2), cuda_graph=cuda_graph).decode([[4, 5]], Limits(5))
+    assert vars(backbone) == before

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import build_model
 
-from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import chain
 
@@ -20,5 +21,5 @@ def test_equal_to_plain_decoding_on_the_device(architecture):
     heads = build_heads(backbone, num_heads=3)
     prompts = [[3, 1, 4], [1], [5, 9, 2, 6]]
     plain = decode_plain(backbone, prompts, Limits(40))
-    ours = decode_tree(backbone, heads, chain(3), prompts, Limits(40))
+    ours = Decoder(backbone, heads, chain(3)).decode(prompts, Limits(40))
     assert [answer.tokens for answer in ours] == [answer.tokens for answer in plain]

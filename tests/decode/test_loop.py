@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
+from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import DynamicTreeDrafter, FixedTreeDrafter
-from medusa_exp.decode.loop import Limits, Responses, decode_plain, decode_tree, tree_steps
+from medusa_exp.decode.loop import Limits, Responses, decode_plain
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
@@ -69,7 +70,7 @@ def test_equal_to_plain_decoding(architecture):
         limits = Limits(rng.randint(1, 40), {number})
         one_by_one = [decode_plain(backbone, [prompt], limits)[0] for prompt in prompts]
         together = decode_plain(backbone, prompts, limits)
-        ours = decode_tree(backbone, heads, tree, prompts, limits)
+        ours = Decoder(backbone, heads, tree).decode(prompts, limits)
         for single, plain, answer in zip(one_by_one, together, ours, strict=True):
             assert answer.tokens == plain.tokens == single.tokens
             assert sum(answer.accept_lengths) == len(answer.tokens)
@@ -87,7 +88,7 @@ def test_a_tree_picked_anew_at_each_step(backbone, num_nodes):
     limits = Limits(30)
     answers = Responses(len(prompts), limits)
     drafter = DynamicTreeDrafter(heads, choices, num_nodes, backbone.device)
-    for _ in tree_steps(backbone, drafter, prompts, answers):
+    for _ in Decoder(backbone, heads).steps(prompts, answers, drafter):
         pass
     assert [a.tokens for a in answers.rows] == answer_plainly(backbone, prompts, limits)
 
@@ -128,7 +129,7 @@ def test_stub_heads(backbone, mood, expected):
 def decode_with_oracle(backbone, heads, prompt, limits):
     answers = Responses(1, limits)
     drafter = FixedTreeDrafter(heads, chain(3), backbone.device)
-    for [tokens] in tree_steps(backbone, drafter, [prompt], answers):
+    for [tokens] in Decoder(backbone, heads).steps([prompt], answers, drafter):
         heads.saw(tokens)
     return answers.rows[0]
 
@@ -162,7 +163,7 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(backbone):
 def test_max_new_tokens_is_exact(backbone, max_new_tokens):
     heads = build_heads(backbone, num_heads=3)
     for prompts in ([[1, 2]], [[1, 2], [3]]):
-        ours = decode_tree(backbone, heads, chain(3), prompts, Limits(max_new_tokens))
+        ours = Decoder(backbone, heads, chain(3)).decode(prompts, Limits(max_new_tokens))
         assert [len(answer.tokens) for answer in ours] == [max_new_tokens] * len(prompts)
 
 
@@ -172,7 +173,7 @@ def test_an_answer_up_to_the_last_position(architecture):
     backbone = Backbone(build_model(architecture))
     heads = build_heads(backbone, num_heads=4)
     prompt = random_prompt(random.Random(2), backbone.max_length - 12)
-    [ours] = decode_tree(backbone, heads, chain(4), [prompt], Limits(12))
+    [ours] = Decoder(backbone, heads, chain(4)).decode([prompt], Limits(12))
     assert [ours.tokens] == answer_plainly(backbone, [prompt], Limits(12))
 
 
@@ -183,7 +184,7 @@ def test_rows_end_at_different_times_from_the_first_step_on(backbone):
     stops = {alone[0][0], alone[2][9], alone[3][20]}  # the first row has but one token
     expected = [answer_plainly(backbone, [p], Limits(30, stops))[0] for p in prompts]
     tree = random_tree(random.Random(0), depth=3, num_ranks=5, size=12)
-    ours = decode_tree(backbone, heads, tree, prompts, Limits(30, stops))
+    ours = Decoder(backbone, heads, tree).decode(prompts, Limits(30, stops))
     assert [answer.tokens for answer in ours] == expected
     assert len(ours[0].tokens) == 1 and len({len(answer.tokens) for answer in ours}) > 2
 

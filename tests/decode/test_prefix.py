@@ -8,8 +8,8 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
 from medusa_exp.decode import loop
-from medusa_exp.decode.drafting import build_drafter
-from medusa_exp.decode.loop import Limits, Responses, decode_plain, tree_steps
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits, Responses, decode_plain
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.heads import heads_input
 from medusa_exp.tree import Tree
@@ -28,7 +28,7 @@ def heads_for(backbone, kind="medusa"):
 
 
 class Listener:
-    """A proposer that keeps what it is given."""
+    """A drafter that keeps what it is given."""
 
     def __init__(self, drafter):
         self.drafter, self.heard = drafter, []
@@ -41,20 +41,20 @@ class Listener:
         return self.drafter(root_B, hidden_BD)
 
 
-@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("has_fixed_shapes", [False, True])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_each_step_reads_what_the_whole_text_gives(architecture, is_static):
+def test_each_step_reads_what_the_whole_text_gives(architecture, has_fixed_shapes):
     backbone = Backbone(build_model(architecture))
     heads = heads_for(backbone)
     rng = random.Random(architecture)
     prompt = [rng.randrange(VOCAB_SIZE) for _ in range(9)]
     limits = Limits(50)
     [plain] = decode_plain(backbone, [prompt], limits)
-    backbone.decodes_statically = is_static
     answers = Responses(1, limits)
-    listener = Listener(build_drafter(heads, TREE, backbone.device))
+    decoder = Decoder(backbone, heads, TREE, cuda_graph=has_fixed_shapes)
+    listener = Listener(decoder.drafter())
 
-    for _ in tree_steps(backbone, listener, [prompt], answers):
+    for _ in decoder.steps([prompt], answers, listener):
         pass
 
     [answer] = answers.rows
@@ -75,9 +75,10 @@ def test_rows_of_a_batch_read_their_own_texts(backbone, monkeypatch):
     rng = random.Random(1)
     prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(n)] for n in (3, 17, 30)]
     answers = Responses(3, Limits(30, {7}))
-    listener = Listener(build_drafter(heads, TREE, backbone.device))
+    decoder = Decoder(backbone, heads, TREE)
+    listener = Listener(decoder.drafter())
 
-    for _ in tree_steps(backbone, listener, prompts, answers):
+    for _ in decoder.steps(prompts, answers, listener):
         pass
 
     texts = [torch.tensor([p + a.tokens]) for p, a in zip(prompts, answers.rows, strict=True)]

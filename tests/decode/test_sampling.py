@@ -5,7 +5,8 @@ import torch
 from tiny_models import build_model
 
 from medusa_exp.decode import generate
-from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
@@ -31,7 +32,7 @@ def test_sampled_continuations_have_the_law_of_plain_sampling(filters):
     num, rule = 20_000, AcceptanceRule("sampling", seed=3, **filters)
     counts = []
     for decode in (
-        lambda prompts: decode_tree(backbone, heads, tree, prompts, Limits(3), rule),
+        lambda prompts: Decoder(backbone, heads, tree, rule).decode(prompts, Limits(3)),
         lambda prompts: decode_plain(backbone, prompts, Limits(3), rule),
     ):
         said = (answer.tokens for answer in decode([[1, 2, 3]] * num))

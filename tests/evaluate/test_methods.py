@@ -1,5 +1,6 @@
 import torch
 
+from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.evaluate.methods import build_methods, hf_generate, timed
@@ -12,15 +13,8 @@ BASELINES = ["chain", "hf_generate", "prompt_lookup"]
 
 def methods_of(backbone, limits, rule=None, baselines=BASELINES, batch_size=1):
     heads = build_heads(backbone, num_heads=2)
-    return build_methods(
-        backbone,
-        heads,
-        chain(1),
-        limits,
-        rule or AcceptanceRule(),
-        baselines=baselines,
-        batch_size=batch_size,
-    )
+    decoder = Decoder(backbone, heads, chain(1), rule or AcceptanceRule(), limits=limits)
+    return build_methods(decoder, baselines=baselines, batch_size=batch_size)
 
 
 def test_all_methods_say_the_same_and_count_their_steps(backbone):

@@ -2,7 +2,8 @@ import pytest
 import torch
 from tiny_models import build_model
 
-from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree
@@ -36,6 +37,6 @@ def test_in_bfloat16_every_difference_is_a_near_tie(architecture):
     for _ in range(25):
         prompt = torch.randint(1, 64, (12,), generator=generator).tolist()
         [plain] = decode_plain(backbone, [prompt], Limits(40))
-        [ours] = decode_tree(backbone, heads, tree, [prompt], Limits(40))
+        [ours] = Decoder(backbone, heads, tree).decode([prompt], Limits(40))
         found = find_difference(backbone, prompt, plain.tokens, ours.tokens, len(tree))
         assert found is None or found.is_near_tie, found

@@ -4,7 +4,8 @@ import pytest
 from tiny_models import build_model
 
 from medusa_exp.decode import step
-from medusa_exp.decode.loop import Limits, decode_tree
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree
 
@@ -16,13 +17,13 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
 def test_the_kernels_decode_what_torch_decodes(monkeypatch, architecture, shim):
     backbone = Backbone(build_model(architecture))
     heads = build_heads(backbone, num_heads=3)
-    backbone.decodes_statically = True
-    expected = [a.tokens for a in decode_tree(backbone, heads, TREE, PROMPTS, Limits(40, {7}))]
-    backbone.static_steps = None
+    limits = Limits(40, {7})
+    by_torch = Decoder(backbone, heads, TREE, cuda_graph=True)
+    expected = [a.tokens for a in by_torch.decode(PROMPTS, limits)]
     launched = []
     monkeypatch.setattr(shim, "launch", _spy(shim.launch, launched))
     monkeypatch.setattr(step, "step_kernels", lambda name, device: shim)
-    ours = decode_tree(backbone, heads, TREE, PROMPTS, Limits(40, {7}))
+    ours = Decoder(backbone, heads, TREE, cuda_graph=True).decode(PROMPTS, limits)
     assert [a.tokens for a in ours] == expected
     wants_dict = architecture == "gemma2"  # of masks, by kind of layer
     assert set(launched) == {"commit"} | (set() if wants_dict else {"tree_mask"})

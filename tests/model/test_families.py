@@ -6,7 +6,8 @@ from tiny_models import build_model
 
 from medusa_exp.config.schema import HeadConfig, words_of
 from medusa_exp.decode import generate
-from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
 from medusa_exp.model.heads import FAMILIES as KINDS
 from medusa_exp.model.heads import StackedHeads, heads_input, stack_heads
@@ -95,7 +96,7 @@ def test_a_decoded_answer_is_the_backbones(backbone, family):
     prompts = [[5, 9, 3], [1], [7, 7, 2, 60, 11]]
     limits = Limits(24)
     plain = decode_plain(backbone, prompts, limits)
-    answers = decode_tree(backbone, stack_heads(heads, backbone), tree, prompts, limits)
+    answers = Decoder(backbone, heads, tree).decode(prompts, limits)
     assert [a.tokens for a in answers] == [a.tokens for a in plain]
     ids_1T = torch.tensor([prompts[0]])
     generated = generate(backbone, heads, ids_1T, tree=tree, max_new_tokens=24)
@@ -109,7 +110,7 @@ def test_replay_counts_the_steps_that_decoding_takes(backbone, family, shape):
     tree = chain(3) if shape == "chain" else Tree.from_paths(paths)
     prompt = [5, 9, 3]
     [plain] = decode_plain(backbone, [prompt], Limits(60))
-    [answer] = decode_tree(backbone, stack_heads(heads, backbone), tree, [prompt], Limits(60))
+    [answer] = Decoder(backbone, heads, tree).decode([prompt], Limits(60))
     ids = torch.tensor([prompt + plain.tokens])
     read_1TD = heads_input(heads.prefix, backbone.hidden_states(ids))
     hidden_PD = read_1TD[0, len(prompt) - 1 : -1]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_exp.decode.loop import Limits, decode_plain, decode_tree
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model import build_heads
 from medusa_exp.stages import calibrate
 from medusa_exp.stages.calibrate import head_ranks, thinned
@@ -54,15 +55,16 @@ def test_replay_by_hand():
 
 def test_replay_counts_the_steps_that_decoding_takes(backbone):
     """The prediction of tokens per step is exact on the answers that it was made from."""
-    heads = build_heads(backbone, num_heads=3)
     rng = random.Random(0)
     tree = Tree.from_paths([[0], [0, 0], [1], [2], [1, 0], [0, 0, 0], [3], [0, 1]])
+    heads = build_heads(backbone, num_heads=3)
+    decoder = Decoder(backbone, heads, tree)
     for _ in range(6):
         prompt = [rng.randrange(64) for _ in range(rng.randint(1, 20))]
         limits = Limits(rng.randint(1, 60), {7})
-        [answer] = decode_plain(backbone, [prompt], limits)
-        ranks_PK = head_ranks(backbone, heads, prompt, answer.tokens, max_rank=5)
-        [ours] = decode_tree(backbone, heads, tree, [prompt], limits)
+        [plain] = decode_plain(backbone, [prompt], limits)
+        ranks_PK = head_ranks(backbone, heads, prompt, plain.tokens, max_rank=5)
+        [ours] = decoder.decode([prompt], limits)
         assert num_steps([ranks_PK], tree) == len(ours.accept_lengths)
 
 

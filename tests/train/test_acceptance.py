@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from medusa_exp.config import Config
-from medusa_exp.decode.loop import Limits, decode_tree
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
 from medusa_exp.stages import train
@@ -40,7 +41,7 @@ def test_the_chains_steps_are_those_that_decoding_takes(config, tmp_path):
     assert prompts
     limits = Limits(16, made.backbone.eos_token_ids | {made.tokenizer.eos_token_id})
     asked = [prompt.input_ids for prompt in prompts]
-    decoded = decode_tree(made.backbone, heads, chain(3), asked, limits)
+    decoded = Decoder(made.backbone, heads, chain(3)).decode(asked, limits)
     tokens = [answer.tokens for answer in decoded]
     assert [answer.tokens_P.tolist() for answer in made.responses] == tokens
     steps = sum(len(answer.accept_lengths) for answer in decoded)

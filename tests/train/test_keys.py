@@ -8,9 +8,9 @@ import torch
 from medusa_exp.config import Config, ModelConfig, TrainConfig, from_dict, to_dict
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.data.prompts import Prompt
-from medusa_exp.decode.settings import limits_of
 from medusa_exp.model.source import ModelSpec
 from medusa_exp.stages.regenerate import key_of_responses
+from medusa_exp.stages.session import limits_of
 from medusa_exp.train.acceptance import responses_key
 from medusa_exp.train.checkpointing import training_key
 from medusa_exp.train.precompute import FeatureSettings, features_key, fingerprint_note

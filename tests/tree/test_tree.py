@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from medusa_exp.config import Config, TreeConfig
+from medusa_exp.config import TreeConfig
 from medusa_exp.errors import UserError
 from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.calibration import choose_tree
@@ -73,7 +73,7 @@ def test_a_path_without_its_parent():
 
 
 def test_the_references_tree(tmp_path):
-    tree = choose_tree(Config(tree=TreeConfig(kind="medusa_63")), tmp_path, num_heads=4)
+    tree = choose_tree(TreeConfig(kind="medusa_63"), tmp_path, num_heads=4)
     assert len(tree) == 64
     assert tree.depth == 4
     assert len(set(range(64)) - set(tree.parents)) == 42  # leaves
@@ -81,9 +81,9 @@ def test_the_references_tree(tmp_path):
 
 def test_a_tree_deeper_than_the_heads(tmp_path):
     with pytest.raises(UserError, match=r"tree=medusa_63 is 4 guesses deep, and there are 2"):
-        choose_tree(Config(tree=TreeConfig(kind="medusa_63")), tmp_path, num_heads=2)
+        choose_tree(TreeConfig(kind="medusa_63"), tmp_path, num_heads=2)
 
 
 def test_no_calibration_yet(tmp_path):
     with pytest.raises(UserError, match="run stage calibrate"):
-        choose_tree(Config(), tmp_path, num_heads=2)
+        choose_tree(TreeConfig(), tmp_path, num_heads=2)

@@ -1,6 +1,6 @@
-"""Tree decoding that gives what plain decoding gives, in fewer steps."""
+"""Speculative decoding over trees of draft tokens: what plain decoding gives, in fewer steps."""
 
-from medusa_exp.decode.decoder import Generation, generate
+from medusa_exp.decode.decoder import Decoder, Generation, generate
 from medusa_exp.decode.verify import Verdict, verify
 
-__all__ = ["Generation", "Verdict", "generate", "verify"]
+__all__ = ["Decoder", "Generation", "Verdict", "generate", "verify"]

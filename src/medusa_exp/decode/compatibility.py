@@ -1,10 +1,13 @@
-"""A backbone in; nothing out, or the reason why it cannot be decoded with trees of guesses.
+"""Check that a model supports tree attention: a 4-D mask and positions of our own.
 
 N tree nodes, T tokens, V vocabulary.
 """
 
+from weakref import WeakSet
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.masks import StepMask
@@ -16,26 +19,28 @@ _PROMPT = [1, 2, 3]
 _TOKENS = [4, 5, 6, 7, 5]
 _TREE = Tree((-1, 0, 0, 1, 2), (-1, 0, 1, 0, 0))
 _PATH = [0, 2, 4]
-"""What is kept of the tree. Neither of its guesses stands where a plain token would: a model that
+"""What is accepted of the tree. Neither draft token stands where a plain token would: a model that
 takes the place in the call for the position, or sees all that is before it, is found out."""
 _NEXT = 6
 _TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}
 """Of the spread of logits. A wrong mask or position moves them by about their whole spread."""
 _HALF_TOLERANCE = 0.25
 """Of the half types, which round more away."""
+_PASSED: WeakSet[PreTrainedModel] = WeakSet()
+"""Models that have been checked."""
 
 
 @torch.inference_mode()
 def check_tree_attention(backbone: Backbone) -> None:
     """Check a small tree with a branch, and the step after it, against plain forward calls.
 
-    Whether an architecture heeds a mask and positions of our own cannot be seen from its config:
-    some ignore them without a word. Done once for each backbone.
+    Whether an architecture obeys a mask and positions of our own cannot be seen from its config:
+    some ignore them silently. Done once for each model.
 
     Raises:
         UserError: this model ignores or refuses them.
     """
-    if backbone.is_checked_for_trees:
+    if backbone.model in _PASSED:
         return
     config = backbone.model.config.get_text_config()
     if "local" in (getattr(config, "attention_layers", None) or ()):
@@ -57,11 +62,11 @@ def check_tree_attention(backbone: Backbone) -> None:
             f"{backbone.name} cannot be decoded with trees: it does not heed an attention mask or "
             f"positions of our own (its logits are off by {difference:.3g})."
         )
-    backbone.is_checked_for_trees = True
+    _PASSED.add(backbone.model)
 
 
 def _by_tree(backbone: Backbone) -> Tensor:
-    """Return logits after the tree's last node on the path, and after the token behind it."""
+    """Return logits_2V after the path's last node, and after the token that follows the path."""
     device, rows = backbone.device, backbone.vocab_size
     capacity = len(_PROMPT) + len(_TOKENS) + 1
     cache, mask = GrowingCache(backbone.num_layers, capacity, 1), StepMask(backbone.model, capacity)
@@ -89,6 +94,7 @@ def _step(
 
 
 def _plainly(backbone: Backbone) -> Tensor:
+    """Return the same logits_2V by one call on the tokens of the path, without a cache."""
     tokens = [*_PROMPT, *(_TOKENS[node] for node in _PATH), _NEXT]
     ids_1T = torch.tensor([tokens], device=backbone.device) % backbone.vocab_size
     return backbone.model(input_ids=ids_1T, use_cache=False).logits[0, -2:].float()

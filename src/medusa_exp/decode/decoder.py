@@ -1,17 +1,44 @@
-"""The one function to call from Python."""
+"""The decoder: a model, its heads and a draft tree, ready to generate.
 
+`Decoder` owns what decoding keeps from prompt to prompt: the stacked heads, the drafter of each
+tree, the backbone as heads with prefix attention see it, and the captured steps. `generate` is the
+one call for those who want no object.
+
+B rows, T prompt tokens, N tokens of one forward, D hidden, V vocabulary.
+"""
+
+import importlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from medusa_exp.decode.compatibility import check_tree_attention
-from medusa_exp.decode.loop import Limits, decode_tree
+from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter
+from medusa_exp.decode.loop import (
+    GREEDY,
+    Limits,
+    Response,
+    Responses,
+    find_room,
+    plain_steps,
+    tree_steps,
+)
+from medusa_exp.decode.masks import FULL, MODELS
 from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.step import UNOBSERVED, CapturedSteps, EagerStep, Observer, Step
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.tree import Tree
+from medusa_exp.model.heads import MedusaHeads, PrefixAttention, stack_heads
+from medusa_exp.tree import Tree, chain
+
+_NEW_TOKENS = 128
+"""Of a response, where no limits are given."""
 
 
 @dataclass
@@ -24,6 +51,297 @@ class Generation:
     """Tokens committed at each step of each row; a row's sum is its length."""
     num_steps: int
     """Backbone steps of the batch: those of the row that took most."""
+
+
+@dataclass
+class StreamedStep:
+    """What one step adds to a response."""
+
+    text: str
+    """Empty without a tokenizer; half of a character comes with the next step."""
+    tokens: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step committed."""
+        return len(self.tokens)
+
+
+class Decoder:
+    """Decodes prompts over a draft tree, or plainly, with one model and its heads.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode, or a `Backbone`.
+        heads: any module with `heads(hidden_BD) -> logits_BKV`; without them only plain decoding.
+        tree: the draft tokens that a step checks; not deeper than there are heads. Methods that
+            decode over a tree take another one as `tree=`.
+        rule: which draft tokens are accepted.
+        limits: where responses end; by default at the model's own stop tokens, or after 128 tokens.
+        tokenizer: turns text into tokens and back, for `stream`.
+        cuda_graph: take steps of fixed shapes, which on a GPU are captured as CUDA graphs. None
+            does so where the whole model lies on one CUDA device.
+        observer: is told of the parts of steps over trees.
+
+    Raises:
+        UserError: the model cannot be decoded with trees, because it ignores or refuses an
+            attention mask or positions that are not its own. Asked once for each model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Backbone,
+        heads: nn.Module | None = None,
+        tree: Tree | None = None,
+        rule: AcceptanceRule = GREEDY,
+        *,
+        limits: Limits | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        cuda_graph: bool | None = None,
+        observer: Observer = UNOBSERVED,
+    ) -> None:
+        self.backbone = model if isinstance(model, Backbone) else Backbone(model)
+        if heads is not None:
+            check_tree_attention(self.backbone)
+        if isinstance(heads, MedusaHeads) and not heads.is_sequential:
+            heads = stack_heads(heads, self.backbone)
+        self.heads, self.tree, self.rule = heads, tree, rule
+        self.limits = limits or Limits(_NEW_TOKENS, self.backbone.eos_token_ids)
+        self.tokenizer, self.observer = tokenizer, observer
+        can_capture = self.backbone.device.type == "cuda" and not self.backbone.is_spread
+        self.uses_fixed_shapes = can_capture if cuda_graph is None else cuda_graph
+        prefix = getattr(heads, "prefix", None)
+        self._prefixed = PrefixedBackbone(self.backbone, prefix, observer) if prefix else None
+        self._captured: dict[bool, CapturedSteps] = {}
+        """Of the backbone with the heads' prefix attention (True), and of the bare one."""
+        self._drafters: dict[Tree, Drafter] = {}
+
+    @classmethod
+    def from_run(cls, run: str | Path, *, device: str | None = None) -> "Decoder":
+        """Load the model, heads, tree, acceptance rule and limits of a run directory.
+
+        Args:
+            run: directory of a run that has trained heads.
+            device: as the key `device`; the run's own by default.
+
+        Raises:
+            UserError: there is no such run, or it lacks heads or a tree.
+        """
+        # By name, because the stages, which know how a run is opened, stand above this package.
+        stages = importlib.import_module("medusa_exp.stages.session")
+        decoder: Decoder = stages.Session.of_run(Path(run), device).decoder()
+        return decoder
+
+    def observed(self, observer: Observer, *, cuda_graph: bool) -> "Decoder":
+        """Return the same decoder with an observer, and with captured steps of its own."""
+        return Decoder(
+            self.backbone,
+            self.heads,
+            self.tree,
+            self.rule,
+            limits=self.limits,
+            tokenizer=self.tokenizer,
+            cuda_graph=cuda_graph,
+            observer=observer,
+        )
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+    ) -> Generation:
+        """Continue prompts as the model alone would, in fewer steps.
+
+        Args:
+            input_ids: prompts [B, T].
+            attention_mask: [B, T], False or 0 at padding, left or right.
+            max_new_tokens: at most so many a row; that of `limits` by default.
+            eos_token_id: ids that end a row; those of `limits` by default.
+
+        Raises:
+            ValueError: the model is in training mode, where its dropout would change what it says;
+                or an argument has no such value.
+            UserError: a row is empty, or longer than the model's positions.
+        """
+        if self.backbone.model.training:
+            raise ValueError("the model is in training mode: call model.eval() first.")
+        limits = self.limits
+        if max_new_tokens is not None:
+            limits = replace(limits, max_new_tokens=max_new_tokens)
+        if eos_token_id is not None:
+            ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+            limits = replace(limits, stop_ids=ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        _check(input_ids, mask, limits.max_new_tokens, self.backbone.vocab_size)
+        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        responses = self.decode(prompts, limits)
+        return Generation(
+            [response.tokens for response in responses],
+            [response.accept_lengths for response in responses],
+            max(len(response.accept_lengths) for response in responses),
+        )
+
+    def stream(self, prompt: str | list[int] | Tensor) -> Iterator[StreamedStep]:
+        """Yield what each step adds to the response to one prompt, text or token ids.
+
+        Raises:
+            ValueError: the prompt is text, and there is no tokenizer.
+            UserError: the prompt is empty, or leaves no room for a response.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("a prompt of text needs Decoder(..., tokenizer=...).")
+            prompt = self.tokenizer(prompt).input_ids
+        ids = [int(token) for token in torch.as_tensor(prompt).flatten()]
+        tokens: list[int] = []
+        shown = ""
+        for [added] in self.steps([ids], Responses(1, self.limits)):
+            tokens += added
+            whole = ""
+            if self.tokenizer is not None:
+                # Text depends on its neighbors: a step's is what the whole gains by it.
+                whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                whole = whole.rstrip("\ufffd")  # half of a character comes with the next step
+            yield StreamedStep(whole[len(shown) :], added)
+            shown = whole
+
+    def decode(
+        self,
+        prompts: list[list[int]],
+        limits: Limits | None = None,
+        *,
+        tree: Tree | None = None,
+        rule: AcceptanceRule | None = None,
+    ) -> list[Response]:
+        """Decode a batch of prompts over a tree, one accepted path a step and row; see `steps`."""
+        responses = Responses(len(prompts), limits or self.limits)
+        for _ in self.steps(prompts, responses, self.drafter(tree), rule):
+            pass
+        return responses.rows
+
+    def decode_plain(
+        self,
+        prompts: list[list[int]],
+        limits: Limits | None = None,
+        *,
+        rule: AcceptanceRule | None = None,
+    ) -> list[Response]:
+        """Decode a batch of prompts without heads, one token a step and row.
+
+        With fixed shapes a step is that of a tree which is only a root, captured like any other.
+        """
+        responses = Responses(len(prompts), limits or self.limits)
+        if self.uses_fixed_shapes:
+            root_only = FixedTreeDrafter(nn.Identity(), chain(0), self.backbone.device)
+            steps = self.steps(prompts, responses, root_only, rule)
+        else:
+            steps = plain_steps(self.backbone, prompts, responses, rule or self.rule)
+        for _ in steps:
+            pass
+        return responses.rows
+
+    def steps(
+        self,
+        prompts: list[list[int]],
+        responses: Responses,
+        drafter: Drafter | None = None,
+        rule: AcceptanceRule | None = None,
+    ) -> Iterator[list[list[int]]]:
+        """Yield the tokens that each step adds to each row, and gather them in `responses`.
+
+        Raises:
+            UserError: a prompt is empty or leaves no room for a response, or the tree asks for
+                draft tokens that the heads do not have.
+        """
+        drafter = drafter or self.drafter()
+        length, last = find_room(self.backbone, prompts, responses.limits)
+        step = self._step(drafter, rule or self.rule, len(prompts), length)
+        yield from tree_steps(step, prompts, responses, last)
+
+    def drafter(self, tree: Tree | None = None) -> Drafter:
+        """Return what fills a tree with draft tokens: this decoder's tree by default.
+
+        Raises:
+            ValueError: there are no heads, or there is no tree.
+            UserError: these heads cannot fill such a tree.
+        """
+        tree = tree or self.tree
+        if self.heads is None or tree is None:
+            raise ValueError("there are no heads or no tree: use Decoder(model, heads, tree).")
+        if tree not in self._drafters:
+            self._drafters[tree] = build_drafter(self.heads, tree, self.backbone.device)
+        return self._drafters[tree]
+
+    def _step(self, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int) -> Step:
+        """Return a step over an empty cache, for prompts and responses of this length together."""
+        backbone = self.backbone
+        if drafter.prefix is not None:
+            assert self._prefixed is not None
+            backbone = self._prefixed
+        if not self.uses_fixed_shapes:
+            return EagerStep(backbone, drafter, rule, num_rows, length, self.observer)
+        is_prefixed = drafter.prefix is not None
+        if is_prefixed not in self._captured:
+            self._captured[is_prefixed] = CapturedSteps(backbone, self.observer)
+        return self._captured[is_prefixed].get(drafter, rule, num_rows, length)
+
+
+class PrefixedBackbone(Backbone):
+    """A backbone for heads with prefix attention: its hidden states are those that they read.
+
+    The layer of attention that the heads bring along becomes the last one. Its keys and values lie
+    in the same cache, as one layer more, so that what commits accepted nodes commits these too.
+    """
+
+    def __init__(
+        self, backbone: Backbone, prefix: PrefixAttention, observer: Observer = UNOBSERVED
+    ) -> None:
+        super().__init__(backbone.model)
+        self.prefix, self._observer = prefix, observer
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return super().num_layers + 1
+
+    def forward(
+        self,
+        input_ids_BN: Tensor,
+        cache: Cache,
+        *,
+        mask: Any = None,
+        position_ids_BN: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (logits_BNV, hidden_BND) as `Backbone.forward`, but of states that heads read."""
+        full = mask[FULL] if isinstance(mask, dict) else mask
+        mask = mask.get(MODELS, mask) if isinstance(mask, dict) else mask
+        whole: list[Tensor] = []
+        handle = self.body.register_forward_hook(
+            lambda _, inputs, output: whole.append(output.last_hidden_state)
+        )
+        try:
+            logits_BNV, _ = super().forward(
+                input_ids_BN, cache, mask=mask, position_ids_BN=position_ids_BN, keep=keep
+            )
+        finally:
+            handle.remove()
+        with self._observer.part("heads"):
+            hidden_BND = self.prefix(
+                whole[0].to(self.device),
+                position_ids_BN,
+                _as_boolean(full),
+                cache,
+                super().num_layers,
+            )
+        return logits_BNV, hidden_BND if keep is None else hidden_BND[:, keep]
+
+
+def _as_boolean(mask_B1NK: Tensor | None) -> Tensor | None:
+    """Return where to look, of a mask that may hold 0 there and very little elsewhere."""
+    return mask_B1NK == 0 if mask_B1NK is not None and mask_B1NK.is_floating_point() else mask_B1NK
 
 
 def generate(
@@ -40,7 +358,7 @@ def generate(
     eos_token_id: int | list[int] | None = None,
     seed: int | None = None,
 ) -> Generation:
-    """Continue prompts as the model alone would, in fewer steps.
+    """Continue prompts once, without a `Decoder` to keep; see `Decoder.generate`.
 
     At temperature 0 the tokens are those of plain greedy decoding; above it, they are draws from
     the same distribution as plain sampling's.
@@ -49,7 +367,7 @@ def generate(
         model: a causal language model of transformers.
         heads: any module with `heads(hidden_BD) -> logits_BKV`.
         input_ids: prompts [B, T].
-        tree: the guesses that a step checks; not deeper than there are heads.
+        tree: the draft tokens that a step checks; not deeper than there are heads.
         attention_mask: [B, T], False or 0 at padding, left or right.
         max_new_tokens: at most so many a row.
         temperature: 0 is greedy.
@@ -59,38 +377,23 @@ def generate(
         seed: of the draws; None draws anew each time.
 
     Raises:
-        ValueError: the model is in training mode, where its dropout would speak along; or an
-            argument has no such value.
-        UserError: a row is empty, or longer than the model's positions; or the model cannot be
-            decoded with trees.
+        ValueError: as `Decoder.generate`, or the rule has no such value.
+        UserError: as `Decoder` and `Decoder.generate`.
     """
-    if model.training if isinstance(model, PreTrainedModel) else model.model.training:
-        raise ValueError("the model is in training mode: call model.eval() first.")
-    backbone = model if isinstance(model, Backbone) else Backbone(model)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    _check(input_ids, mask, max_new_tokens, temperature, backbone.vocab_size)
-    check_tree_attention(backbone)
-    ids = eos_token_id if eos_token_id is not None else list(backbone.eos_token_ids)
-    limits = Limits(max_new_tokens, [ids] if isinstance(ids, int) else ids)
-    rule = AcceptanceRule()
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more, and finite.")
+    rule = GREEDY
     if temperature > 0:
         rule = AcceptanceRule("sampling", temperature, top_k, top_p, seed=seed)
-    prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-    answers = decode_tree(backbone, heads, tree, prompts, limits, rule)
-    return Generation(
-        [answer.tokens for answer in answers],
-        [answer.accept_lengths for answer in answers],
-        max(len(answer.accept_lengths) for answer in answers),
+    return Decoder(model, heads, tree, rule, cuda_graph=False).generate(
+        input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
     )
 
 
-def _check(
-    input_ids: Tensor,
-    mask: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    vocab_size: int,
-) -> None:
+def _check(input_ids: Tensor, mask: Tensor, max_new_tokens: int, vocab_size: int) -> None:
     if input_ids.ndim != 2 or not len(input_ids):
         raise ValueError(f"input_ids must be [B, T], not of shape {list(input_ids.shape)}.")
     if mask.shape != input_ids.shape:
@@ -105,5 +408,3 @@ def _check(
         raise ValueError(f"input_ids must be integers from 0 to {vocab_size - 1}.")
     if max_new_tokens != int(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more, and whole.")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more, and finite.")

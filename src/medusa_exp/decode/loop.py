@@ -1,12 +1,12 @@
-"""Decoding a batch of prompts: plain, and with trees of guesses. Twins, side by side.
+"""The decode loop: prefill, then steps until every row of the batch has ended.
 
-Each is a generator of steps, so that tokens can be shown as they come; `decode_plain` and
-`decode_tree` run it to its end. The rows of a batch have prompts of any lengths and end when they
-end; the work of a step shrinks with them.
+Plain decoding and tree decoding are twins, side by side: `plain_steps` and `tree_steps` are
+generators that yield the tokens of each step, so that they can be shown as they come. What happens
+inside a step of tree decoding is in `decode/step.py`; `decode.decoder.Decoder` puts the two
+together. The rows of a batch have prompts of any lengths and end at different times, and the work
+of a step shrinks with them.
 
-B rows, T prompt tokens, E ends of prompts among some of them, N tree nodes, D hidden, V vocabulary.
-
-What a batch of answers has come to: tokens, where each ends, and how long steps took.
+B rows, T prompt tokens, E ends of prompts among some of them, D hidden, V vocabulary.
 """
 
 import time
@@ -14,28 +14,29 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medusa_exp.decode.cache import FixedCache, GrowingCache
-from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter
 from medusa_exp.decode.masks import StepMask
-from medusa_exp.decode.prefix import with_prefix
 from medusa_exp.decode.rule import AcceptanceRule, Verifier
-from medusa_exp.decode.step import CapturedSteps, EagerStep, Step, positions
+from medusa_exp.decode.step import UNOBSERVED, Observer, Step, positions
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.tree import Tree, chain
+
+GREEDY = AcceptanceRule()
+_PREFILL_TOKENS = 4096
+"""Prompt tokens of a batch that are run at a time: bounds the memory of activations."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Where an answer ends."""
+    """Where a response ends."""
 
     max_new_tokens: int
     stop_ids: Collection[int] = ()
-    """A token that ends the answer, and still belongs to it."""
+    """A token that ends the response, and still belongs to it."""
     stop_strings: Sequence[str] = ()
-    """Text that ends the answer: the token with which it is complete is the last."""
+    """Text that ends the response: the token with which it is complete is the last."""
     decode_text: Callable[[list[int]], str] | None = None
     """Tokens to text, for `stop_strings`."""
 
@@ -46,7 +47,7 @@ class Limits:
 
 @dataclass
 class Response:
-    """An answer: its tokens, a stop token included, and how they came about.
+    """The tokens generated for a prompt, a stop token included, and how they came about.
 
     One entry a backbone step in the two lists; the first step is the prompt's.
     """
@@ -57,7 +58,7 @@ class Response:
 
 
 class Responses:
-    """The answers to a batch of prompts; rows end at different times."""
+    """The responses to a batch of prompts; rows end at different times."""
 
     def __init__(self, num_rows: int, limits: Limits) -> None:
         self.rows = [Response() for _ in range(num_rows)]
@@ -69,22 +70,22 @@ class Responses:
         self._stop_ids = frozenset(limits.stop_ids)
         self._clock = time.perf_counter()
 
-    def commit(self, said: list[list[int]]) -> list[list[int]]:
-        """Add a step's tokens, up to each answer's end; return those of every row, active or not.
+    def commit(self, tokens_of_active: list[list[int]]) -> list[list[int]]:
+        """Add a step's tokens, up to the end of each response; return those of every row.
 
         Args:
-            said: tokens of each active row, in their order.
+            tokens_of_active: tokens of each active row, in their order.
         """
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         added: list[list[int]] = [[] for _ in self.rows]
         self.kept = []
-        for place, (row, tokens) in enumerate(zip(self.active, said, strict=True)):
-            answer = self.rows[row]
-            kept, is_done = self._until_end(answer.tokens, tokens)
-            answer.tokens += kept
-            answer.accept_lengths.append(len(kept))
-            answer.step_seconds.append(seconds)
+        for place, (row, tokens) in enumerate(zip(self.active, tokens_of_active, strict=True)):
+            response = self.rows[row]
+            kept, is_done = self._until_end(response.tokens, tokens)
+            response.tokens += kept
+            response.accept_lengths.append(len(kept))
+            response.step_seconds.append(seconds)
             added[row] = kept
             if not is_done:
                 self.kept.append(place)
@@ -108,33 +109,12 @@ class Responses:
         return any(text in tail for text in self.limits.stop_strings)
 
 
-GREEDY = AcceptanceRule()
-_PREFILL_TOKENS = 4096
-"""Prompt tokens of a batch that are run at a time: bounds the memory of activations."""
-
-
 def decode_plain(
     backbone: Backbone, prompts: list[list[int]], limits: Limits, rule: AcceptanceRule = GREEDY
 ) -> list[Response]:
     """Decode one token a step and row; see `plain_steps`."""
     responses = Responses(len(prompts), limits)
     for _ in plain_steps(backbone, prompts, responses, rule):
-        pass
-    return responses.rows
-
-
-def decode_tree(
-    backbone: Backbone,
-    heads: nn.Module,
-    tree: Tree,
-    prompts: list[list[int]],
-    limits: Limits,
-    rule: AcceptanceRule = GREEDY,
-) -> list[Response]:
-    """Decode one accepted path a step and row; see `tree_steps`."""
-    responses = Responses(len(prompts), limits)
-    drafter = build_drafter(heads, tree, backbone.device)
-    for _ in tree_steps(backbone, drafter, prompts, responses, rule):
         pass
     return responses.rows
 
@@ -146,16 +126,12 @@ def plain_steps(
     responses: Responses,
     rule: AcceptanceRule = GREEDY,
 ) -> Iterator[list[list[int]]]:
-    """Yield the tokens that each step adds to each row.
+    """Yield the tokens that each step adds to each row, without heads.
 
     Raises:
-        UserError: a prompt is empty, or leaves no room for an answer.
+        UserError: a prompt is empty, or leaves no room for a response.
     """
-    if backbone.decodes_statically:  # as a tree that is only a root: captured like any other
-        root_only = FixedTreeDrafter(nn.Identity(), chain(0), backbone.device)
-        yield from tree_steps(backbone, root_only, prompts, responses, rule)
-        return
-    length, last = _room(backbone, prompts, responses.limits)
+    length, last = find_room(backbone, prompts, responses.limits)
     cache = GrowingCache(backbone.num_layers, length + 1, len(prompts))
     mask = StepMask(backbone.model, length + 1)
     verifier = Verifier(rule, backbone.device)
@@ -180,46 +156,37 @@ def plain_steps(
 
 @torch.inference_mode()
 def tree_steps(
-    backbone: Backbone,
-    drafter: Drafter,
-    prompts: list[list[int]],
-    responses: Responses,
-    rule: AcceptanceRule = GREEDY,
+    step: Step, prompts: list[list[int]], responses: Responses, last: int
 ) -> Iterator[list[list[int]]]:
     """Yield the tokens that each step adds to each row: as `plain_steps`, in fewer steps.
 
-    With the rules greedy and sampling what comes out is the same, or has the same law. Each step
-    checks a tree whose root is the token that is certain but not yet in the cache.
+    With the rules greedy and sampling what comes out is the same, or has the same distribution.
 
-    Raises:
-        UserError: as `plain_steps`.
+    Args:
+        step: with an empty cache, large enough for prompts and responses.
+        prompts: token ids.
+        responses: where tokens go.
+        last: the last position that the model has for them; see `find_room`.
     """
-    length, last = _room(backbone, prompts, responses.limits)
-    is_static, backbone = backbone.decodes_statically, with_prefix(backbone, drafter.prefix)
-    step: Step
-    if is_static:
-        backbone.static_steps = backbone.static_steps or CapturedSteps()
-        step = backbone.static_steps.get(backbone, drafter, rule, len(prompts), length)
-    else:
-        capacity = length + drafter.num_nodes
-        cache = GrowingCache(backbone.num_layers, capacity, len(prompts))
-        verifier = Verifier(rule, backbone.device)
-        mask = StepMask(backbone.model, capacity, keeps_full=drafter.prefix is not None)
-        step = EagerStep(backbone, drafter, verifier, cache, mask)
-    logits_B1V, hidden_BD = _prefill(backbone, prompts, step.cache)
+    logits_B1V, hidden_BD = _prefill(step.backbone, prompts, step.cache, step.observer)
     if not responses.active:
         return
-    root_B = step.verifier.next_token(logits_B1V)
+    with step.observer.part("verification"):
+        root_B = step.verifier.next_token(logits_B1V)
     yield responses.commit([[token] for token in root_B.tolist()])
     step.begin(root_B, hidden_BD, last)
-    step.keep(responses.kept)
+    step.keep_rows(responses.kept)
     while responses.active:
-        yield responses.commit(step.advance())
-        step.keep(responses.kept)
+        yield responses.commit(step())
+        step.keep_rows(responses.kept)
 
 
-def _room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> tuple[int, int]:
-    """Return the length that the longest answer may come to, and the last position there is."""
+def find_room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> tuple[int, int]:
+    """Return the length that prompt and response may come to, and the last position there is.
+
+    Raises:
+        UserError: a prompt is empty, or leaves no room for a response.
+    """
     longest = max(map(len, prompts))
     if not min(map(len, prompts)):
         raise UserError("the prompt has no token: there is nothing to continue.")
@@ -234,7 +201,10 @@ def _room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> tuple
 
 
 def _prefill(
-    backbone: Backbone, prompts: list[list[int]], cache: GrowingCache | FixedCache
+    backbone: Backbone,
+    prompts: list[list[int]],
+    cache: GrowingCache | FixedCache,
+    observer: Observer = UNOBSERVED,
 ) -> tuple[Tensor, Tensor]:
     """Run the prompts, some columns at a time; return logits_B1V and hidden_BD of their ends.
 
@@ -251,7 +221,8 @@ def _prefill(
         # Logits are for the ends of prompts alone; where none ends, of one column.
         ends = sorted({n - 1 - start for n in lengths if start < n <= stop}) or [0]
         keep = torch.tensor(ends, device=backbone.device)
-        logits_BEV, hidden_BED = backbone.forward(ids_BT[:, start:stop], cache, keep=keep)
+        with observer.part("prompt"):
+            logits_BEV, hidden_BED = backbone.forward(ids_BT[:, start:stop], cache, keep=keep)
         for row, length in enumerate(lengths):
             if start < length <= stop:
                 place = ends.index(length - 1 - start)

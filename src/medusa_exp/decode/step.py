@@ -1,25 +1,30 @@
-"""A step of tree decoding: propose, run the backbone on the tree, verify, commit.
+"""One step of tree decoding: draft, run the backbone on the tree, verify, commit.
 
-Two ways with one interface. `EagerStep` has tensors of the sizes that are needed, and looks at
-the outcome on the host to know them. `static_step.CapturedStep` has the same sizes at every step.
+This is the loop body of speculative decoding with Medusa heads (arXiv 2401.10774, section 2):
 
-B rows, N tree nodes, L path length, D hidden.
+1. Draft. From the backbone's last hidden state the heads propose draft tokens. They fill a tree
+   whose root is the one token that is certain but not yet in the KV cache.
+2. Forward. The target model runs once over all nodes; a mask lets each node see the cached tokens
+   of its row, its ancestors and itself, and its position is its depth behind them.
+3. Verify. The acceptance rule picks a path of nodes from the root down, and the backbone's own next
+   token after it.
+4. Commit. Keys and values of that path move to where the row ends in the cache, those of all other
+   nodes are given up; the next token is the root of the next step.
 
-A step of tree decoding whose shapes never change, so that a CUDA graph can hold it whole.
+Two classes do this, with the same numbers in their comments. `EagerStep` has tensors of the sizes
+that are needed, and looks at the outcome on the host to know them. `CapturedStep` has the same
+sizes at every step, so that a CUDA graph holds it whole: how far each row is, which rows go on,
+roots and hidden states all lie in tensors that are written in place. On a GPU it is captured once
+and replayed; elsewhere the same code runs as it is. `CapturedSteps` keeps such steps from prompt to
+prompt, because a capture takes the time of many steps.
 
-The cache has room for prompt and answer, and columns of its own for the tree behind them. How far
-each row is, which rows go on, roots and hidden states: all lie in tensors that are written in
-place, and nothing is asked of the host but to read the outcome. On a GPU the step is captured once
-and replayed; elsewhere the same code runs as it is.
-
-B rows, N tree nodes, V vocabulary, D hidden. Columns are those of the cache before the tree's.
-
-The static steps of a backbone, kept from prompt to prompt: a capture takes many steps' time.
+B rows, N tree nodes, L path length, D hidden, V vocabulary.
 """
 
 import logging
 import warnings
 from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -34,13 +39,58 @@ from medusa_exp.decode.verify import Verdict
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 
+log = logging.getLogger(__name__)
+
+_WARM_UPS = 3
+"""Runs before capture: libraries choose and allocate at their first calls."""
+_COLUMNS = 256
+"""Capacities are multiples of it, so that prompts of many lengths share a step."""
+_MAX_CACHES = 4
+
+
+class Observer(Protocol):
+    """Is told of the parts of a step as they run; `evaluate.step_profile` times them."""
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Enclose a part: one of `runs.metric_table.PARTS_OF_TIME`. Parts may be nested."""
+        ...
+
+    def captured(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Hear that the parts since the last capture are in this graph, and have not run yet."""
+        ...
+
+    def replayed(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Hear that this graph has run to its end on the device."""
+        ...
+
+
+class NoObserver:
+    """The observer of all decoding that is not being profiled: does nothing."""
+
+    _nothing = nullcontext()
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Enclose a part."""
+        return self._nothing
+
+    def captured(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Hear of a capture."""
+
+    def replayed(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Hear of a replay."""
+
+
+UNOBSERVED = NoObserver()
+
 
 class Step(Protocol):
     """Decodes one accepted path a row at each call."""
 
+    backbone: Backbone
     cache: Any
     """To be filled with the prompts before `begin`."""
     verifier: Verifier
+    observer: Observer
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
         """Begin after the prompts.
@@ -52,11 +102,11 @@ class Step(Protocol):
         """
         ...
 
-    def advance(self) -> list[list[int]]:
+    def __call__(self) -> list[list[int]]:
         """Return the tokens that each active row commits."""
         ...
 
-    def keep(self, places: list[int]) -> None:
+    def keep_rows(self, places: list[int]) -> None:
         """Go on with some of the active rows alone."""
         ...
 
@@ -68,84 +118,61 @@ class EagerStep:
         self,
         backbone: Backbone,
         drafter: Drafter,
-        verifier: Verifier,
-        cache: GrowingCache,
-        mask: StepMask,
+        rule: AcceptanceRule,
+        num_rows: int,
+        length: int,
+        observer: Observer = UNOBSERVED,
     ) -> None:
-        self.backbone, self.drafter, self.verifier = backbone, drafter, verifier
-        self.cache, self.mask = cache, mask
+        """Prepare for prompts and responses of this length together; see `Step`."""
+        self.backbone, self.drafter, self.observer = backbone, drafter, observer
+        capacity = length + drafter.num_nodes
+        self.cache = GrowingCache(backbone.num_layers, capacity, num_rows)
+        self.verifier = Verifier(rule, backbone.device)
+        self.mask = StepMask(backbone.model, capacity, keeps_full=drafter.prefix is not None)
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
         """Begin after the prompts; see `Step`."""
         self.root_B, self.hidden_BD, self.last = root_B, hidden_BD, last
 
-    def advance(self) -> list[list[int]]:
+    def __call__(self) -> list[list[int]]:
         """Return the tokens that each row commits; see `Step`."""
-        draft = self.drafter(self.root_B, self.hidden_BD)
-        logits_BNV, hidden_BND = self.backbone.forward(
-            draft.tokens_BN,
-            self.cache,
-            mask=self.mask.at(self.cache.lengths, draft.ancestors_BNN, draft.depths_BN),
-            position_ids_BN=positions(self.cache.lengths, draft.depths_BN, self.last),
-        )
-        verdict = self.verifier(
-            logits_BNV, draft.tokens_BN, draft.parents_BN, self.drafter.depth, draft.nodes
-        )
-        self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_BND, verdict)
+        part, lengths = self.observer.part, self.cache.lengths
+        # 1. Draft
+        with part("heads"):
+            draft = self.drafter(self.root_B, self.hidden_BD)
+        # 2. Forward
+        with part("mask"):
+            mask = self.mask.at(lengths, draft.ancestors_BNN, draft.depths_BN)
+        position_BN = positions(lengths, draft.depths_BN, self.last)
+        with part("backbone"):
+            logits_BNV, hidden_BND = self.backbone.forward(
+                draft.tokens_BN, self.cache, mask=mask, position_ids_BN=position_BN
+            )
+        # 3. Verify
+        with part("verification"):
+            verdict = self.verifier(
+                logits_BNV, draft.tokens_BN, draft.parents_BN, self.drafter.depth, draft.nodes
+            )
+        # 4. Commit
+        self.root_B, self.hidden_BD = verdict.next_token_B, _at_end(hidden_BND, verdict)
         # The step's one wait for the device.
-        said, paths = read_outcome(outcome(draft, verdict).tolist())
-        self.cache.commit(paths)
-        return said
+        tokens, paths = _read_outcome(_outcome(draft, verdict).tolist())
+        with part("cache"):
+            self.cache.commit(paths)
+        return tokens
 
-    def keep(self, places: list[int]) -> None:
+    def keep_rows(self, places: list[int]) -> None:
         """Drop the other rows from the cache and from the step's tensors; see `Step`."""
         if len(places) == len(self.root_B) or not places:
             return
-        self.cache.keep_rows(places)
+        with self.observer.part("cache"):
+            self.cache.keep_rows(places)
         index = torch.tensor(places, device=self.root_B.device)
         self.root_B, self.hidden_BD = self.root_B[index], self.hidden_BD[index]
 
 
-def positions(lengths: list[int], depths_BN: Tensor, last: int) -> Tensor:
-    """Return position_BN of each node, of which the model has none after `last`.
-
-    Guesses beyond it are clamped: none of them can be accepted, for answers end before.
-    """
-    lengths_B1 = torch.tensor(lengths, device=depths_BN.device)[:, None]
-    return (lengths_B1 + depths_BN).clamp(max=last)
-
-
-def at_end(hidden_BND: Tensor, verdict: Verdict) -> Tensor:
-    """Return hidden_BD of the last node of each path."""
-    last_B1 = verdict.path_BL.gather(1, verdict.num_accepted_B[:, None])
-    return hidden_BND.gather(1, last_B1[..., None].expand(-1, 1, hidden_BND.shape[2]))[:, 0]
-
-
-def outcome(draft: Draft, verdict: Verdict) -> Tensor:
-    """Return [B, 2 + 2 L]: next token, guesses accepted, path, and the tokens on it."""
-    said_BL = draft.tokens_BN.gather(1, verdict.path_BL.clamp(min=0))
-    heads = (verdict.next_token_B[:, None], verdict.num_accepted_B[:, None])
-    return torch.cat([*heads, verdict.path_BL, said_BL], 1)
-
-
-def read_outcome(rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return each row's tokens, and its path, of what `outcome` holds."""
-    said, paths = [], []
-    for next_token, accepted, *rest in rows:
-        width = len(rest) // 2
-        paths.append(rest[: accepted + 1])
-        said.append([*rest[width + 1 : width + 1 + accepted], next_token])
-    return said, paths
-
-
-log = logging.getLogger(__name__)
-
-_WARM_UPS = 3
-"""Runs before capture: libraries choose and allocate at their first calls."""
-
-
 class CapturedStep:
-    """Decodes one accepted path a row at each call; rows that have ended run along unheeded."""
+    """A step of fixed shapes; rows that have ended run along, and nothing of them is kept."""
 
     def __init__(
         self,
@@ -157,20 +184,22 @@ class CapturedStep:
         *,
         kernels: Kernels | None = None,
         pool: Any = None,
+        observer: Observer = UNOBSERVED,
     ) -> None:
         """Prepare for any prompts that fit into the cache: see `begin`.
 
         Args:
             backbone: runs on the trees.
-            propose: makes the trees.
-            judge: tells what of them comes true.
+            drafter: makes the trees.
+            verifier: tells what of them is accepted.
             cache: of as many rows as there are prompts.
             mask: of the backbone, for this cache.
             kernels: that write the mask and keep accepted nodes; None leaves it to torch.
             pool: of the memory that a captured graph works in.
+            observer: is told of the parts.
         """
         self.backbone, self.drafter, self.verifier = backbone, drafter, verifier
-        self.cache, self.mask, self.kernels = cache, mask, kernels
+        self.cache, self.mask, self.kernels, self.observer = cache, mask, kernels, observer
         num_rows, device = len(cache.lengths_B), backbone.device
         self.root_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.hidden_BD = torch.zeros(
@@ -187,15 +216,15 @@ class CapturedStep:
         self._active: list[int] = []
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
-        """Begin after prompts that are in the cache; see `step.Step`."""
+        """Begin after prompts that are in the cache; see `Step`."""
         self.root_B.copy_(root_B)
         self.hidden_BD.copy_(hidden_BD)
         self.last.fill_(last)
         self.is_active_B.fill_(True)
         self._active = list(range(len(root_B)))
 
-    def advance(self) -> list[list[int]]:
-        """Return the tokens that each active row commits; see `step.Step`."""
+    def __call__(self) -> list[list[int]]:
+        """Return the tokens that each active row commits; see `Step`."""
         if self._is_capturable and self._graph is None:
             self._graph = self._capture()
             self._is_capturable = self._graph is not None
@@ -204,11 +233,38 @@ class CapturedStep:
         else:
             self._run()
         rows = self.outcome.tolist()  # the step's one wait for the device
-        said, _ = read_outcome([rows[row] for row in self._active])
-        return said
+        if self._graph is not None:
+            self.observer.replayed(self._graph)
+        tokens, _ = _read_outcome([rows[row] for row in self._active])
+        return tokens
 
-    def keep(self, places: list[int]) -> None:
-        """Go on with some of the active rows alone; see `step.Step`."""
+    def _run(self) -> None:
+        part, cache = self.observer.part, self.cache
+        # 1. Draft
+        with part("heads"):
+            draft = self.drafter(self.root_B, self.hidden_BD)
+        # 2. Forward
+        with part("mask"):
+            mask, position_BN = self._mask_and_positions(draft)
+        position_BN = torch.minimum(position_BN, self.last)
+        with part("backbone"):
+            logits_BNV, hidden_BND = self.backbone.forward(
+                draft.tokens_BN, cache, mask=mask, position_ids_BN=position_BN
+            )
+        # 3. Verify
+        with part("verification"):
+            verdict = self.verifier(
+                logits_BNV, draft.tokens_BN, draft.parents_BN, self.drafter.depth, draft.nodes
+            )
+        # 4. Commit
+        self.outcome.copy_(_outcome(draft, verdict))
+        with part("cache"):
+            cache.commit(verdict, self.is_active_B, self.kernels)
+        self.hidden_BD.copy_(_at_end(hidden_BND, verdict))
+        self.root_B.copy_(verdict.next_token_B)
+
+    def keep_rows(self, places: list[int]) -> None:
+        """Go on with some of the active rows alone; see `Step`."""
         if len(places) < len(self._active):
             self._active = [self._active[place] for place in places]
             self._mark_active()
@@ -216,24 +272,6 @@ class CapturedStep:
     def _mark_active(self) -> None:
         is_active = [row in set(self._active) for row in range(len(self.root_B))]
         self.is_active_B.copy_(torch.tensor(is_active))
-
-    def _run(self) -> None:
-        cache = self.cache
-        draft = self.drafter(self.root_B, self.hidden_BD)
-        mask, position_BN = self._mask_and_positions(draft)
-        logits_BNV, hidden_BND = self.backbone.forward(
-            draft.tokens_BN,
-            cache,
-            mask=mask,
-            position_ids_BN=torch.minimum(position_BN, self.last),
-        )
-        verdict = self.verifier(
-            logits_BNV, draft.tokens_BN, draft.parents_BN, self.drafter.depth, draft.nodes
-        )
-        self.outcome.copy_(outcome(draft, verdict))
-        cache.commit(verdict, self.is_active_B, self.kernels)
-        self.hidden_BD.copy_(at_end(hidden_BND, verdict))
-        self.root_B.copy_(verdict.next_token_B)
 
     def _mask_and_positions(self, draft: Draft) -> tuple[Any, Tensor]:
         lengths_B, columns = self.cache.lengths_B, self.cache.capacity
@@ -257,6 +295,7 @@ class CapturedStep:
             self.verifier.register(graph)
             with torch.cuda.graph(graph, pool=self._pool):
                 self._run()
+            self.observer.captured(graph)
         for tensor, before in zip(state, saved, strict=True):
             tensor.copy_(before)
         self.verifier.set_state(draws)
@@ -295,35 +334,33 @@ class CapturedStep:
         return True
 
 
-_COLUMNS = 256
-"""Capacities are multiples of it, so that prompts of many lengths share a step."""
-_MAX_CACHES = 4
-
 _Shape = tuple[int, int]
 """Rows, and columns before the tree's."""
 
 
 class CapturedSteps:
-    """Makes a step for rows and a length once.
+    """The captured steps of a backbone, each made once.
 
     Steps of as many rows and columns share a cache, and all share one pool of memory: one runs at
     a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backbone: Backbone, observer: Observer = UNOBSERVED) -> None:
+        self.backbone, self.observer = backbone, observer
         self._caches: dict[_Shape, FixedCache] = {}
         self._steps: dict[tuple[_Shape, Hashable], CapturedStep] = {}
         self._pool: Any = None
 
     def get(
-        self, backbone: Backbone, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int
+        self, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int
     ) -> CapturedStep:
-        """Return a step over an empty cache, for prompts and answers of this length together."""
+        """Return a step over an empty cache, for prompts and responses of this length together."""
         if drafter.num_nodes > MAX_NODES:
             raise UserError(
                 f"the tree has {drafter.num_nodes} nodes, and a captured step has room for "
                 f"{MAX_NODES}: take a smaller tree, or set decode.cuda_graph=false."
             )
+        backbone = self.backbone
         if self._pool is None and backbone.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
         shape = self._shape(num_rows, length)
@@ -334,18 +371,16 @@ class CapturedSteps:
             )
         key = (shape, (drafter.key, rule, backbone.model.dtype))
         if key not in self._steps:
+            is_prefixed = drafter.prefix is not None
             self._steps[key] = CapturedStep(
                 backbone,
                 drafter,
                 Verifier(rule, backbone.device),
                 self._caches[shape],
-                StepMask(
-                    backbone.model,
-                    shape[1] + MAX_NODES,
-                    keeps_full=drafter.prefix is not None,
-                ),
+                StepMask(backbone.model, shape[1] + MAX_NODES, keeps_full=is_prefixed),
                 kernels=step_kernels(rule.verifier, backbone.device),
                 pool=self._pool,
+                observer=self.observer,
             )
         step = self._steps[key]
         step.cache.empty()
@@ -368,3 +403,35 @@ class CapturedSteps:
         oldest = next(iter(self._caches))
         del self._caches[oldest]
         self._steps = {key: step for key, step in self._steps.items() if key[0] != oldest}
+
+
+def positions(lengths: list[int], depths_BN: Tensor, last: int) -> Tensor:
+    """Return position_BN of each node, of which the model has none after `last`.
+
+    Draft tokens beyond it are clamped: none can be accepted, because responses end before.
+    """
+    lengths_B1 = torch.tensor(lengths, device=depths_BN.device)[:, None]
+    return (lengths_B1 + depths_BN).clamp(max=last)
+
+
+def _at_end(hidden_BND: Tensor, verdict: Verdict) -> Tensor:
+    """Return hidden_BD of the last node of each path."""
+    last_B1 = verdict.path_BL.gather(1, verdict.num_accepted_B[:, None])
+    return hidden_BND.gather(1, last_B1[..., None].expand(-1, 1, hidden_BND.shape[2]))[:, 0]
+
+
+def _outcome(draft: Draft, verdict: Verdict) -> Tensor:
+    """Return [B, 2 + 2 L]: next token, draft tokens accepted, path, and the tokens on it."""
+    on_path_BL = draft.tokens_BN.gather(1, verdict.path_BL.clamp(min=0))
+    first = (verdict.next_token_B[:, None], verdict.num_accepted_B[:, None])
+    return torch.cat([*first, verdict.path_BL, on_path_BL], 1)
+
+
+def _read_outcome(rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return each row's tokens, and its path, of what `_outcome` holds."""
+    tokens, paths = [], []
+    for next_token, accepted, *rest in rows:
+        width = len(rest) // 2
+        paths.append(rest[: accepted + 1])
+        tokens.append([*rest[width + 1 : width + 1 + accepted], next_token])
+    return tokens, paths

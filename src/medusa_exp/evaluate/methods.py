@@ -1,6 +1,6 @@
-"""The ways to answer a prompt that are measured side by side.
+"""The decoding methods that are measured side by side: plain, tree, chain and two of transformers.
 
-All of them stop at the same tokens and count tokens from ids.
+All of them stop at the same tokens, and tokens are counted from ids.
 """
 
 import time
@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig
 
-from medusa_exp.decode.loop import GREEDY, Limits, Response, decode_plain, decode_tree
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import GREEDY, Response
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.tree import Tree, chain
+from medusa_exp.tree import chain
 
 
 @dataclass(frozen=True)
 class MethodResponse:
-    """What a method says to a prompt."""
+    """The response of a method to a prompt."""
 
     tokens: list[int]
     num_steps: int
@@ -30,41 +29,30 @@ class MethodResponse:
 
 
 Method = Callable[[list[list[int]]], list[MethodResponse]]
-"""From a batch of prompts to their answers."""
+"""From a batch of prompts to their responses."""
 
 LOOKUP_TOKENS = 10
 """Tokens that prompt lookup copies at a time: what the documentation of transformers suggests. It
-runs so many positions beyond an answer's end."""
+runs so many positions beyond the end of a response."""
 _SINGLE = ("hf_generate", "prompt_lookup")
 
 
 def build_methods(
-    backbone: Backbone,
-    heads: nn.Module,
-    tree: Tree,
-    limits: Limits,
-    rule: AcceptanceRule,
-    *,
-    baselines: list[str],
-    batch_size: int = 1,
+    decoder: Decoder, *, baselines: list[str], batch_size: int = 1
 ) -> dict[str, Method]:
     """Return name -> method: plain and tree, and those of the baselines that fit.
 
     Methods of transformers are run greedily, one prompt at a time, and know no stop strings of
     ours.
     """
+    backbone, limits, rule = decoder.backbone, decoder.limits, decoder.rule
     options: Any = {"max_new_tokens": limits.max_new_tokens, "stop_ids": limits.stop_ids}
     plain_rule = GREEDY if rule.name == "typical" else rule
-
-    def over(a_tree: Tree) -> Method:
-        return lambda prompts: _responses(
-            decode_tree(backbone, heads, a_tree, prompts, limits, rule)
-        )
-
+    tree, all_heads = decoder.tree, chain(decoder.heads.num_heads)  # type: ignore[union-attr]
     methods: dict[str, Method] = {
-        "plain": lambda prompts: _responses(decode_plain(backbone, prompts, limits, plain_rule)),
-        "tree": over(tree),
-        "chain": over(chain(heads.num_heads)),
+        "plain": lambda prompts: _responses(decoder.decode_plain(prompts, rule=plain_rule)),
+        "tree": lambda prompts: _responses(decoder.decode(prompts, tree=tree)),
+        "chain": lambda prompts: _responses(decoder.decode(prompts, tree=all_heads)),
         "hf_generate": lambda prompts: [hf_generate(backbone, ids, **options) for ids in prompts],
         "prompt_lookup": lambda prompts: [
             hf_generate(backbone, ids, **options, prompt_lookup_num_tokens=LOOKUP_TOKENS)
@@ -119,12 +107,12 @@ def hf_generate(
 def timed(
     method: Method, prompts: list[list[int]], device: torch.device
 ) -> tuple[list[MethodResponse], float]:
-    """Return the answers and their wall time together in seconds, the prompts' step included."""
+    """Return the responses and their wall time together in seconds, the prompts' step included."""
     synchronize(device)
     start = time.perf_counter()
-    answers = method(prompts)
+    responses = method(prompts)
     synchronize(device)
-    return answers, time.perf_counter() - start
+    return responses, time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

@@ -82,14 +82,6 @@ class Backbone:
             raise UserError(f"{_name(model)} is no decoder-only language model with an lm_head.")
         self.body: nn.Module = model.get_decoder()
         self._run_body: Callable[..., Any] = self.body
-        self.decodes_statically = False
-        """Do decoding steps have tensors of fixed shapes? On a GPU they are captured as CUDA graphs
-        then; see `decode.static_step`."""
-        self.static_steps: Any = None
-        self.prefixed: Any = None
-        """As heads with prefix attention see it; see `decode.prefix`."""
-        self.is_checked_for_trees = False
-        """Set by `decode.check.check_tree_attention`."""
         self.has_body = True
         self._fingerprints: tuple[str, str] | None = None
 

@@ -15,9 +15,9 @@ from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.examples import Example
 from medusa_exp.data.masking import MaskedTokens, Renderer
 from medusa_exp.data.template import ChatTemplate, to_chat
-from medusa_exp.decode.settings import stop_ids
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.scoring import Agreement, measure_agreement
+from medusa_exp.stages.session import stop_ids_of
 
 TEMPLATE = "template"
 """The role of what no message says: headers, marks, blanks."""
@@ -175,7 +175,7 @@ def examine(
         _vocabulary(backbone, tokenizer),
         _prompt(conversations, rows, tokenizer),
         _bos(rows, tokenizer),
-        _eos(rows, tokenizer, stop_ids(config, backbone, tokenizer)),
+        _eos(rows, tokenizer, stop_ids_of(config, backbone, tokenizer)),
         *(Finding("chat template", False, f"{note}.") for note in notes),
         _own_words(agreement),
     ]

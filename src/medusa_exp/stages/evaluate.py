@@ -1,11 +1,8 @@
-"""Stage evaluate: heads, tree and held-out prompts in; records.jsonl and samples.jsonl out.
+"""Stage evaluate: decode held-out prompts by every method in turn, and compare.
 
-A batch of prompts and several methods in; what each said, and how long it took, out.
-
-Config in; the prompts that the evaluation answers out.
-
-Held-out prompts of the data set, or those of a file: chats, questions of MT-bench's or Spec-Bench's
-form, or plain text.
+Prompts are those of the test split, or of a file: chats, questions of MT-bench's or Spec-Bench's
+form, or plain text. Written: records.jsonl, a record a prompt and method; samples.jsonl, some
+responses cut into steps; and the metrics made of both.
 """
 
 import logging
@@ -17,130 +14,109 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
 from medusa_exp.data import DataError, Message, read_conversations
 from medusa_exp.data.prompts import Prompt, Question, is_question_file, prompts_of, read_questions
 from medusa_exp.data.template import ChatTemplate
-from medusa_exp.decode.compatibility import check_tree_attention
-from medusa_exp.decode.loop import Limits, decode_plain
-from medusa_exp.decode.settings import limits_of, rule_of
+from medusa_exp.decode.loop import GREEDY
 from medusa_exp.errors import UserError
 from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Method, MethodResponse, build_methods, timed
 from medusa_exp.evaluate.metrics import Record, summarize
 from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.checkpoint import load_heads
-from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.runs.files import write_jsonl
 from medusa_exp.runs.progress import track
 from medusa_exp.stages.session import Session
-from medusa_exp.tree import Tree
-from medusa_exp.tree.calibration import choose_tree
-
-Timed = tuple[list[MethodResponse], float]
-"""Answers to a batch, and the seconds they took together."""
-
-
-def answer_in_turn(
-    methods: dict[str, Method],
-    batch: list[Prompt],
-    number: int,
-    repeats: int,
-    device: torch.device,
-) -> dict[str, Timed]:
-    """Let every method answer; who begins changes from batch to batch."""
-    names = list(methods)
-    first = number % len(names)
-    prompts = [prompt.input_ids for prompt in batch]
-    answers: dict[str, Timed] = {}
-    for _ in range(repeats):
-        for name in names[first:] + names[:first]:
-            found, seconds = timed(methods[name], prompts, device)
-            if name not in answers or seconds < answers[name][1]:
-                answers[name] = (found, seconds)
-    return answers
-
-
-def records_of(
-    batch: list[Prompt],
-    answers: dict[str, Timed],
-    batch_size: int,
-    rule: str,
-    backbone: Backbone,
-    num_nodes: int,
-) -> list[Record]:
-    """Return a record a prompt and method; a batch's seconds are shared out among its prompts.
-
-    Args:
-        batch: the prompts.
-        answers: of each method, plain among them, in the order of the prompts.
-        batch_size: that was asked for; the last batch may be smaller.
-        rule: one of `verification.RULES`; draws of sampling are not compared.
-        backbone: tells whether a first difference is a near-tie, where the rule is greedy.
-        num_nodes: tokens that the tree has run at a time.
-    """
-    plain, plain_seconds = answers["plain"]
-    is_random = rule == "sampling"
-    records = []
-    for name, (found, seconds) in answers.items():
-        for prompt, answer, expected in zip(batch, found, plain, strict=True):
-            record = {
-                "prompt_id": prompt.prompt_id,
-                "category": prompt.category,
-                "method": name,
-                "batch_size": batch_size,
-                "new_tokens": len(answer.tokens),
-                "steps": answer.num_steps,
-                "accept_lengths": answer.accept_lengths,
-                "seconds": seconds / len(batch),
-                "baseline_seconds": plain_seconds / len(batch),
-                "baseline_new_tokens": len(expected.tokens),
-                "identical": None if is_random else answer.tokens == expected.tokens,
-            }
-            if name == "tree" and record["identical"] is False and rule == "greedy":
-                difference = find_difference(
-                    backbone, prompt.input_ids, expected.tokens, answer.tokens, num_nodes
-                )
-                record["difference"] = asdict(difference) if difference else None
-            records.append(record)
-    return records
-
-
-def sample_of(
-    prompt: Prompt, answer: MethodResponse, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """Return the answer's text cut into steps and these into tokens."""
-    pieces = []
-    text = ""
-    for end in range(1, len(answer.tokens) + 1):
-        # A token's text depends on its neighbours: it is what the whole gains by it.
-        longer = tokenizer.decode(answer.tokens[:end], skip_special_tokens=False)
-        if longer.endswith("\ufffd"):  # half of a character: it comes with the next token
-            pieces.append("")
-            continue
-        pieces.append(longer[len(text) :])
-        text = longer
-    steps, start = [], 0
-    for length in answer.accept_lengths or ():
-        steps.append(pieces[start : start + length])
-        start += length
-    return {
-        "prompt_id": prompt.prompt_id,
-        "category": prompt.category,
-        "prompt": prompt.text,
-        "steps": steps,
-    }
-
 
 log = logging.getLogger(__name__)
 
+_MAX_SAMPLES = 12
+_TIMED_PROMPTS = 8
+"""Prompts on which it is measured where time goes."""
+
+Timed = tuple[list[MethodResponse], float]
+"""Responses to a batch, and the seconds they took together."""
 Respond = Callable[[list[int]], list[int]]
-"""From a prompt's tokens to those of its answer."""
+"""From a prompt's tokens to those of its response."""
+
+
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
+    """Decode the prompts with every method, in turn, and compare."""
+    session = session or Session(config, out)
+    decoder = session.decoder(is_tree_known=False)
+    backbone, tokenizer = decoder.backbone, session.tokenizer()
+    prompts = load_prompts(
+        session,
+        tokenizer,
+        # Prompt lookup drafts beyond the end of a response, without regard to the last position.
+        backbone.max_length - LOOKUP_TOKENS,
+        lambda ids: decoder.decode_plain([ids], rule=GREEDY)[0].tokens,
+    )
+    records: list[Record] = []
+    samples: list[dict[str, Any]] = []
+    shares: dict[str, float] = {}
+    num_nodes = 0
+    for batch_size in sorted(config.evaluate.batch_sizes):
+        decoder.tree = tree = session.tree(decoder, batch_size)
+        methods = build_methods(decoder, baselines=config.evaluate.baselines, batch_size=batch_size)
+        _warm_up(methods, prompts, config.evaluate.warmup_prompts, batch_size)
+        if not shares:
+            tree.save(out / "tree.json")
+            num_nodes = tree.num_checked
+            timed_prompts = [prompt.input_ids for prompt in prompts[:_TIMED_PROMPTS]]
+            shares = shares_of_time(decoder, timed_prompts)
+        for batch, responses in _responses(config, methods, prompts, batch_size, backbone):
+            records += records_of(
+                batch, responses, batch_size, config.decode.rule, backbone, tree.num_checked
+            )
+            if len(samples) < _MAX_SAMPLES:
+                samples.append(sample_of(batch[0], responses["tree"][0][0], tokenizer))
+    write_jsonl(out / "records.jsonl", records)
+    write_jsonl(out / "samples.jsonl", samples)
+    return {
+        **summarize(records),
+        "eval/num_nodes": float(num_nodes),
+        **{f"eval/time/{part}": share for part, share in shares.items()},
+        "eval/outside_backbone_fraction": 1 - sum(shares[part] for part in BACKBONES),
+        "eval/is_lossless": float(config.decode.rule != "typical"),
+        **_agreement(session, backbone, tokenizer),
+    }
+
+
+def _warm_up(
+    methods: dict[str, Method], prompts: list[Prompt], num_prompts: int, batch_size: int
+) -> None:
+    """Decode some prompts in batches of the sizes that will be timed, the last one's too.
+
+    On a GPU a step is captured anew for each number of rows.
+    """
+    ids = [prompt.input_ids for prompt in prompts]
+    sizes = {min(batch_size, len(ids)), len(ids) % batch_size} - {0}
+    for method in methods.values():
+        for size in sizes:
+            for start in range(0, num_prompts, size):
+                method((ids[start:] + ids)[:size])
+
+
+def _responses(
+    config: Config,
+    methods: dict[str, Method],
+    prompts: list[Prompt],
+    batch_size: int,
+    backbone: Backbone,
+) -> Iterator[tuple[list[Prompt], dict[str, Timed]]]:
+    """Yield each batch of prompts with every method's responses."""
+    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    what = f"answering test prompts, {batch_size} at a time"
+    for number, batch in enumerate(track(batches, what)):
+        yield (
+            batch,
+            respond_in_turn(methods, batch, number, config.evaluate.repeats, backbone.device),
+        )
 
 
 def load_prompts(
@@ -151,11 +127,11 @@ def load_prompts(
     Args:
         session: whose `evaluate.path` names a file; None stands for the test split.
         tokenizer: whose chat template makes prompts.
-        max_positions: of a prompt and its answer.
-        respond: plain decoding: a question's later turns follow its answers to the earlier ones.
+        max_positions: of a prompt and its response.
+        respond: plain decoding: later turns of a question follow the responses to the earlier ones.
 
     Raises:
-        UserError: there is no such file, or no prompt leaves room for an answer.
+        UserError: there is no such file, or no prompt leaves room for a response.
         DataError: the file cannot be read.
     """
     config, count = session.config, session.config.evaluate.num_prompts
@@ -208,8 +184,8 @@ def _of_questions(
             prompt_id = f"{question.question_id}#{turn}"
             prompts.append(Prompt(prompt_id, question.category, prompt_text, ids))
             if turn + 1 < len(question.turns):
-                said = tokenizer.decode(respond(ids), skip_special_tokens=True)
-                messages.append(Message("assistant", said))
+                response = tokenizer.decode(respond(ids), skip_special_tokens=True)
+                messages.append(Message("assistant", response))
     for reason, number in left_out.items():
         log.warning("evaluate.path: prompts left out: %s: %d", reason, number)
     if not prompts:
@@ -217,101 +193,95 @@ def _of_questions(
     return prompts
 
 
-_MAX_SAMPLES = 12
-_TIMED_PROMPTS = 8
-"""Prompts on which it is measured where time goes."""
-
-
-def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
-    """Answer the prompts with every method, in turn, and compare."""
-    session = session or Session(config, out)
-    backbone = session.backbone()
-    tokenizer = session.tokenizer()
-    heads = stack_heads(load_heads(out / "heads", backbone), backbone)
-    check_tree_attention(backbone)
-    limits = limits_of(config, backbone, tokenizer)
-    prompts = load_prompts(
-        session,
-        tokenizer,
-        # Prompt lookup guesses beyond the end of an answer, without regard to the last position.
-        backbone.max_length - LOOKUP_TOKENS,
-        lambda ids: decode_plain(backbone, [ids], limits)[0].tokens,
-    )
-    records: list[Record] = []
-    samples: list[dict[str, Any]] = []
-    shares: dict[str, float] = {}
-    num_nodes = 0
-    for batch_size in sorted(config.evaluate.batch_sizes):
-        tree = choose_tree(config, out, heads.num_heads, batch_size)
-        methods = _methods(config, backbone, heads, tree, limits, batch_size)
-        _warm_up(methods, prompts, config.evaluate.warmup_prompts, batch_size)
-        if not shares:
-            tree.save(out / "tree.json")
-            num_nodes = tree.num_checked
-            timed_prompts = [prompt.input_ids for prompt in prompts[:_TIMED_PROMPTS]]
-            shares = shares_of_time(backbone, methods["tree"], timed_prompts)
-        for batch, answers in _responses(config, methods, prompts, batch_size, backbone):
-            records += records_of(
-                batch, answers, batch_size, config.decode.rule, backbone, tree.num_checked
-            )
-            if len(samples) < _MAX_SAMPLES:
-                samples.append(sample_of(batch[0], answers["tree"][0][0], tokenizer))
-    write_jsonl(out / "records.jsonl", records)
-    write_jsonl(out / "samples.jsonl", samples)
-    return {
-        **summarize(records),
-        "eval/num_nodes": float(num_nodes),
-        **{f"eval/time/{part}": share for part, share in shares.items()},
-        "eval/outside_backbone_fraction": 1 - sum(shares[part] for part in BACKBONES),
-        "eval/is_lossless": float(config.decode.rule != "typical"),
-        **_agreement(session, backbone, tokenizer),
-    }
-
-
-def _methods(
-    config: Config, backbone: Backbone, heads: nn.Module, tree: Tree, limits: Limits, size: int
-) -> dict[str, Method]:
-    return build_methods(
-        backbone,
-        heads,
-        tree,
-        limits,
-        rule_of(config),
-        baselines=config.evaluate.baselines,
-        batch_size=size,
-    )
-
-
-def _warm_up(
-    methods: dict[str, Method], prompts: list[Prompt], num_prompts: int, batch_size: int
-) -> None:
-    """Answer some prompts in batches of the sizes that will be timed, the last one's too.
-
-    On a GPU a step is captured anew for each number of rows.
-    """
-    asked = [prompt.input_ids for prompt in prompts]
-    sizes = {min(batch_size, len(asked)), len(asked) % batch_size} - {0}
-    for method in methods.values():
-        for size in sizes:
-            for start in range(0, num_prompts, size):
-                method((asked[start:] + asked)[:size])
-
-
-def _responses(
-    config: Config,
+def respond_in_turn(
     methods: dict[str, Method],
-    prompts: list[Prompt],
+    batch: list[Prompt],
+    number: int,
+    repeats: int,
+    device: torch.device,
+) -> dict[str, Timed]:
+    """Let every method respond; which one begins changes from batch to batch."""
+    names = list(methods)
+    first = number % len(names)
+    prompts = [prompt.input_ids for prompt in batch]
+    responses: dict[str, Timed] = {}
+    for _ in range(repeats):
+        for name in names[first:] + names[:first]:
+            found, seconds = timed(methods[name], prompts, device)
+            if name not in responses or seconds < responses[name][1]:
+                responses[name] = (found, seconds)
+    return responses
+
+
+def records_of(
+    batch: list[Prompt],
+    responses: dict[str, Timed],
     batch_size: int,
+    rule: str,
     backbone: Backbone,
-) -> Iterator[tuple[list[Prompt], dict[str, Timed]]]:
-    """Yield each batch of prompts with every method's answers."""
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    what = f"answering test prompts, {batch_size} at a time"
-    for number, batch in enumerate(track(batches, what)):
-        yield (
-            batch,
-            answer_in_turn(methods, batch, number, config.evaluate.repeats, backbone.device),
-        )
+    num_nodes: int,
+) -> list[Record]:
+    """Return a record a prompt and method; a batch's seconds are shared out among its prompts.
+
+    Args:
+        batch: the prompts.
+        responses: of each method, plain among them, in the order of the prompts.
+        batch_size: that was asked for; the last batch may be smaller.
+        rule: one of `decode.verify.RULES`; draws of sampling are not compared.
+        backbone: tells whether a first difference is a near-tie, where the rule is greedy.
+        num_nodes: tokens that the tree has run at a time.
+    """
+    plain, plain_seconds = responses["plain"]
+    is_random = rule == "sampling"
+    records = []
+    for name, (found, seconds) in responses.items():
+        for prompt, response, expected in zip(batch, found, plain, strict=True):
+            record = {
+                "prompt_id": prompt.prompt_id,
+                "category": prompt.category,
+                "method": name,
+                "batch_size": batch_size,
+                "new_tokens": len(response.tokens),
+                "steps": response.num_steps,
+                "accept_lengths": response.accept_lengths,
+                "seconds": seconds / len(batch),
+                "baseline_seconds": plain_seconds / len(batch),
+                "baseline_new_tokens": len(expected.tokens),
+                "identical": None if is_random else response.tokens == expected.tokens,
+            }
+            if name == "tree" and record["identical"] is False and rule == "greedy":
+                difference = find_difference(
+                    backbone, prompt.input_ids, expected.tokens, response.tokens, num_nodes
+                )
+                record["difference"] = asdict(difference) if difference else None
+            records.append(record)
+    return records
+
+
+def sample_of(
+    prompt: Prompt, response: MethodResponse, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Return the response's text cut into steps and these into tokens."""
+    pieces = []
+    text = ""
+    for end in range(1, len(response.tokens) + 1):
+        # A token's text depends on its neighbours: it is what the whole gains by it.
+        longer = tokenizer.decode(response.tokens[:end], skip_special_tokens=False)
+        if longer.endswith("\ufffd"):  # half of a character: it comes with the next token
+            pieces.append("")
+            continue
+        pieces.append(longer[len(text) :])
+        text = longer
+    steps, start = [], 0
+    for length in response.accept_lengths or ():
+        steps.append(pieces[start : start + length])
+        start += length
+    return {
+        "prompt_id": prompt.prompt_id,
+        "category": prompt.category,
+        "prompt": prompt.text,
+        "steps": steps,
+    }
 
 
 def _agreement(

@@ -27,9 +27,9 @@ from medusa_exp.config import Config
 from medusa_exp.data.examples import SCHEMA, Example, Examples
 from medusa_exp.data.tokenized import Tokenized
 from medusa_exp.decode.compatibility import check_tree_attention
-from medusa_exp.decode.loop import Limits, Response, decode_plain, decode_tree
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits, Response, decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
-from medusa_exp.decode.settings import limits_of, rule_of
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
@@ -37,7 +37,7 @@ from medusa_exp.model.heads import stack_heads
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import drop_torn_line, read_json, read_jsonl, write_json
 from medusa_exp.runs.progress import ProgressBar
-from medusa_exp.stages.session import Session
+from medusa_exp.stages.session import Session, limits_of, rule_of
 from medusa_exp.train.failures import explain_memory
 from medusa_exp.train.launch import map_on_ray
 from medusa_exp.train.regenerated import (
@@ -262,10 +262,7 @@ class Regenerator:
 
 
 def _in_training_dtype(config: Config, backbone: Backbone) -> Backbone:
-    """Return the backbone in the dtype of the training's autocast; tensors that have it are shared.
-
-    Its steps are run one by one, since captured ones would not shrink as responses end.
-    """
+    """Return the backbone in the training's autocast dtype; tensors that have it are shared."""
     model = backbone.model
     dtype = AUTOCAST.get(pick_precision(config.dtype.precision, backbone.device))
     if dtype and config.model.quantization is None:
@@ -284,7 +281,9 @@ def _decoder(config: Config, out: Path, backbone: Backbone) -> Decode:
         return lambda prompts, limits, rule: decode_plain(backbone, prompts, limits, rule)
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
     tree = Tree.load(out / "tree.json")
-    return lambda prompts, limits, rule: decode_tree(backbone, heads, tree, prompts, limits, rule)
+    # Steps of fixed shapes would not shrink as responses end.
+    decoder = Decoder(backbone, heads, tree, cuda_graph=False)
+    return lambda prompts, limits, rule: decoder.decode(prompts, limits, rule=rule)
 
 
 def _write(directory: Path, lines: list[dict[str, Any]], examples: Examples) -> None:

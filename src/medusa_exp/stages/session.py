@@ -9,16 +9,24 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config
+from medusa_exp.config import Config, from_hydra, load_saved
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.sources import Source, dataset_key, files_of, load_split, open_sources
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.checkpoint import load_heads
+from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.source import ModelSpec, adapted_path, tiny_dir
 from medusa_exp.model.tokenizer import load_tokenizer
 from medusa_exp.runs.record import Notes
 from medusa_exp.tracking.history import StepLogger
+from medusa_exp.tree import Tree
+from medusa_exp.tree.calibration import choose_tree
 
 
 class Session:
@@ -35,6 +43,20 @@ class Session:
         self.notes = Notes()
         """Of the stage that is running."""
         self._backbone: tuple[Path | None, Backbone] | None = None
+
+    @classmethod
+    def of_run(cls, run: Path, device: str | None = None) -> "Session":
+        """Open a run directory by its saved config.
+
+        Raises:
+            UserError: it is none, or it is of another version.
+        """
+        saved = run / ".hydra" / "config.yaml"
+        if not saved.is_file():
+            raise UserError(f"{run} is no run directory: it has no .hydra/config.yaml.")
+        config = from_hydra(load_saved(saved))
+        config.run_dir, config.device = str(run), device or config.device
+        return cls(config, run)
 
     def sources(self) -> list[Source]:
         """Open the data set, and note what it is made of."""
@@ -104,13 +126,7 @@ class Session:
         place = adapted_path(config.run_dir) if is_joint else None
         if self._backbone is None or self._backbone[0] != place:
             self.forget_backbone()
-            backbone = load_backbone(spec, place)
-            backbone.decodes_statically = (
-                backbone.device.type == "cuda"
-                and config.decode.cuda_graph
-                and not backbone.is_spread
-            )
-            self._backbone = place, backbone
+            self._backbone = place, load_backbone(spec, place)
         return self._backbone[1]
 
     def forget_backbone(self) -> None:
@@ -118,3 +134,76 @@ class Session:
         if self._backbone is not None:
             self._backbone = None
             torch.cuda.empty_cache()  # for other processes too
+
+    def decoder(self, *, is_tree_known: bool = True) -> Decoder:
+        """Load what decodes as this run says: backbone, heads, tree, acceptance rule and limits.
+
+        Args:
+            is_tree_known: false leaves the tree out, for who will choose one.
+
+        Raises:
+            UserError: the run has no heads or no tree, or its model cannot be decoded with trees.
+        """
+        backbone, tokenizer = self.backbone(), self.tokenizer()
+        decoder = Decoder(
+            backbone,
+            stack_heads(load_heads(self.out / "heads", backbone), backbone),
+            rule=rule_of(self.config),
+            limits=limits_of(self.config, backbone, tokenizer),
+            tokenizer=tokenizer,
+            cuda_graph=None if self.config.decode.cuda_graph else False,
+        )
+        if is_tree_known:
+            decoder.tree = self.tree(decoder)
+        return decoder
+
+    def tree(self, decoder: Decoder, batch_size: int = 1) -> Tree:
+        """Return the tree that the config names, for these heads and so many rows at a time."""
+        assert decoder.heads is not None
+        return choose_tree(self.config.tree, self.out, decoder.heads.num_heads, batch_size)
+
+
+def stop_ids_of(
+    config: Config, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Return the ids that end a response: the model's, the tokenizer's and decode.stop_ids.
+
+    Raises:
+        UserError: a configured id is no token of the model.
+    """
+    for token in config.decode.stop_ids:
+        if not 0 <= token < backbone.vocab_size:
+            raise UserError(
+                f"decode.stop_ids={token} is no token: the model has {backbone.vocab_size}."
+            )
+    of_tokenizer = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    return frozenset(backbone.eos_token_ids | of_tokenizer | set(config.decode.stop_ids))
+
+
+def limits_of(config: Config, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> Limits:
+    """Return where responses end.
+
+    Raises:
+        UserError: as `stop_ids_of`.
+    """
+    return Limits(
+        config.decode.max_new_tokens,
+        stop_ids_of(config, backbone, tokenizer),
+        config.decode.stop_strings,
+        tokenizer.decode,
+    )
+
+
+def rule_of(config: Config) -> AcceptanceRule:
+    """Return how tokens are chosen."""
+    decode = config.decode
+    return AcceptanceRule(
+        decode.rule,
+        decode.temperature,
+        decode.top_k,
+        decode.top_p,
+        decode.epsilon,
+        decode.alpha,
+        seed=config.seed,
+        verifier=decode.verifier,
+    )

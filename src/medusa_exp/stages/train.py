@@ -28,7 +28,6 @@ from medusa_exp.data.examples import Examples
 from medusa_exp.data.feature_cache import Features
 from medusa_exp.data.prompts import Prompt, prompts_of
 from medusa_exp.decode.compatibility import check_tree_attention
-from medusa_exp.decode.settings import limits_of
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.backbone import Backbone
@@ -40,7 +39,7 @@ from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
 from medusa_exp.stages.regenerate import key_of_responses
-from medusa_exp.stages.session import Session
+from medusa_exp.stages.session import Session, limits_of
 from medusa_exp.tracking.history import StepLogger
 from medusa_exp.train.acceptance import (
     HeldOutResponse,

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from medusa_exp.config import Config, TreeConfig
+from medusa_exp.config import TreeConfig
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json, sha256_file, write_json
 from medusa_exp.tree.search import node_shares, num_steps
@@ -253,7 +253,7 @@ def summarize(
     )
 
 
-def choose_tree(config: Config, out: Path, num_heads: int, batch_size: int = 1) -> Tree:
+def choose_tree(settings: TreeConfig, out: Path, num_heads: int, batch_size: int = 1) -> Tree:
     """Return the tree that `tree` names, for so many rows at a time.
 
     A calibrated one is read from calibration.json, not from tree.json, which holds whatever tree
@@ -262,17 +262,17 @@ def choose_tree(config: Config, out: Path, num_heads: int, batch_size: int = 1) 
     Raises:
         UserError: there is no calibration yet, no such tree, or it is deeper than there are heads.
     """
-    kind = config.tree.kind
+    kind = settings.kind
     if kind == "chain":
         tree = chain(num_heads)
     elif kind == "custom":
-        tree = _custom(config.tree)
+        tree = _custom(settings)
     elif kind == "medusa_63":
         file = resources.files("medusa_exp.tree") / "medusa_63.json"
         with resources.as_file(file) as path:
             tree = Tree.load(path)
     else:
-        calibration, num_nodes = load_calibration(out), config.tree.num_nodes
+        calibration, num_nodes = load_calibration(out), settings.num_nodes
         curve = calibration.of_batch_size(batch_size)
         if kind == "dynamic":
             tree = _dynamic(calibration.choices, num_nodes or curve.num_nodes)
