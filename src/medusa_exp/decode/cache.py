@@ -1,12 +1,12 @@
-"""A key-value cache of fixed size that keeps the accepted nodes of each row's tree in place.
+"""KV caches in which each row keeps the accepted nodes of its tree, and no others.
 
-B rows, H key-value heads, T columns, N tree nodes. Every row has its tokens in the first columns, a
-column a position. A tree is written behind the longest row, for all rows in the same columns; what
-is accepted then moves to where its row ends.
+Every row has its tokens in the first columns, a column a position. A tree is written behind the
+longest row, for all rows in the same columns; `commit` moves what is accepted to its row's end.
+`GrowingCache` knows the lengths of rows on the host. The shapes of `FixedCache` never change, and
+lengths lie on the device: a CUDA graph can hold a step over it.
 
-A key-value cache whose shapes never change: for steps that a CUDA graph can hold.
-
-B rows, H key-value heads, C columns of prompts and answers, N columns of a tree, L path length.
+B rows, H key-value heads, T columns, C columns of prompts and responses, N columns of a tree, L
+path length.
 """
 
 from collections.abc import Hashable

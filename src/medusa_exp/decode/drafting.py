@@ -1,15 +1,12 @@
-"""Certain tokens and hidden states in, trees of guesses out.
+"""Drafters: the heads' draft tokens, filled into the tree that a step checks.
 
-B rows, D hidden, V vocabulary, K heads, N tree nodes, R ranks, M nodes to choose from.
+`FixedTreeDrafter` fills the same tree at every step, `DynamicTreeDrafter` picks the likeliest nodes
+of a larger one, and `SequentialDrafter` is for heads that see the draft tokens before theirs: it
+fills one depth after the other.
 
-What a step checks, and what makes it: drafts, which are trees of guesses, and proposers.
-
-B rows, D hidden, N tree nodes.
-
-Trees of guesses by heads that see what was drafted before them: one depth after the other.
-
-B rows, D hidden, N tree nodes, M nodes of one depth that have children, J tokens from the root to a
-node, Q = B x M states that a head reads, W tokens that the heads know, R ranks.
+B rows, D hidden, V vocabulary, K heads, N tree nodes, R ranks. Of a dynamic tree, M nodes to choose
+from. Of sequential heads, M nodes of one depth that have children, J tokens from the root to a
+node, Q = B x M states that a head reads, W tokens of the head vocabulary.
 """
 
 from collections.abc import Hashable
@@ -28,7 +25,7 @@ from medusa_exp.tree import Tree, chain
 
 @dataclass(frozen=True)
 class Draft:
-    """A tree for each row; what is the same in all rows has B = 1."""
+    """A tree of draft tokens for each row; what is the same in all rows has B = 1."""
 
     tokens_BN: Tensor
     parents_BN: Tensor
@@ -48,7 +45,7 @@ class Drafter(Protocol):
     num_nodes: int
     depth: int
     key: Hashable
-    """Equal for proposers that do the same."""
+    """Equal for drafters that do the same."""
     prefix: PrefixAttention | None
     """What the hidden states that it is given have to go through."""
 
@@ -64,7 +61,7 @@ class Drafter(Protocol):
 
 
 def check_fit(depth: int, num_ranks: int, num_heads: int, vocab_size: int) -> None:
-    """Raise a UserError where a tree asks for guesses that there are not."""
+    """Raise a UserError where a tree asks for draft tokens that the heads do not have."""
     if depth > num_heads:
         raise UserError(f"the tree is {depth} guesses deep, and there are {num_heads} heads.")
     if num_ranks > vocab_size:
@@ -76,7 +73,7 @@ _NO_CHANCE = -1e4
 
 
 class FixedTreeDrafter:
-    """Fills the same tree with the heads' guesses at every step."""
+    """Fills the same tree with the heads' draft tokens at every step."""
 
     def __init__(self, heads: nn.Module, tree: Tree, device: torch.device) -> None:
         self.num_nodes, self.depth = len(tree), tree.depth
@@ -91,7 +88,7 @@ class FixedTreeDrafter:
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots; see `draft.Drafter`."""
+        """Return trees below the roots; see `Drafter`."""
         tokens_BN = root_B[:, None]
         if self.depth:
             logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
@@ -108,7 +105,7 @@ class FixedTreeDrafter:
 class DynamicTreeDrafter:
     """Picks, at every step and for every row, the likeliest nodes of a larger tree.
 
-    A node is as likely as the product of its guesses' probabilities; parents are likelier than
+    A node is as likely as the product of the probabilities on its path; parents are likelier than
     their children, so that the N likeliest nodes are a tree, and the best one of N nodes if the
     heads' probabilities are right and their errors independent. (EAGLE-2, arXiv 2406.16858, ranks
     its drafts by the same product.)
@@ -136,13 +133,13 @@ class DynamicTreeDrafter:
         self._depth_M = torch.from_numpy(choices.depths).to(device)
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots; see `draft.Drafter`."""
+        """Return trees below the roots; see `Drafter`."""
         logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
         top = logits_BKV.double().log_softmax(-1).topk(self._num_ranks, dim=-1)
         tokens_BM = torch.cat([root_B[:, None], top.indices.flatten(1)], 1)[:, self._place_M]
         # Minus infinity times 0, and NaN, would make every score of the row NaN.
         values_BKR = top.values.nan_to_num(nan=_NO_CHANCE).clamp(min=_NO_CHANCE)
-        # A root is certain. Equal numbers (a guess of probability 1) must leave parents first.
+        # A root is certain. Equal numbers (one of probability 1) must leave parents first.
         zero_B1 = values_BKR.new_zeros(len(root_B), 1)
         step_BM = torch.cat([zero_B1, values_BKR.flatten(1)], 1)[:, self._place_M] - 1e-9
         score_BM = step_BM @ self._ancestors_MM.T.to(step_BM.dtype)
@@ -165,7 +162,7 @@ def build_drafter(heads: nn.Module, tree: Tree, device: torch.device) -> Drafter
     """Return what makes drafts of a tree: the same at every step, or some picked nodes of it.
 
     Raises:
-        UserError: nodes are to be picked, and each head waits for the guesses of the one before.
+        UserError: nodes are to be picked, and each head waits for the one before.
     """
     if getattr(heads, "is_sequential", False):
         if tree.num_picked is not None:
@@ -177,7 +174,7 @@ def build_drafter(heads: nn.Module, tree: Tree, device: torch.device) -> Drafter
 
 
 def _places(tree: Tree, num_ranks: int) -> np.ndarray:
-    """Return where each node's token stands in [root, head 1's guesses, head 2's, ...]."""
+    """Return where each node's token stands in [root, head 1's draft tokens, head 2's, ...]."""
     place_N = 1 + (tree.depths - 1) * num_ranks + np.array(tree.ranks)
     place_N[0] = 0
     return place_N
@@ -211,7 +208,7 @@ class _Depth:
 
 
 class SequentialDrafter:
-    """Fills the same tree at every step, each guess with those before it in view.
+    """Fills the same tree at every step, each draft token with those before it in view.
 
     See `draft.Drafter`.
     """
@@ -220,7 +217,7 @@ class SequentialDrafter:
         """Plan the tree's depths.
 
         Raises:
-            UserError: it asks for guesses that the heads lack.
+            UserError: it asks for draft tokens that the heads lack.
         """
         check_fit(tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.vocab_size)
         self.num_nodes, self.depth = len(tree), tree.depth
@@ -233,7 +230,7 @@ class SequentialDrafter:
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
-        """Return trees below the roots; see `draft.Drafter`."""
+        """Return trees below the roots; see `Drafter`."""
         tokens_BN = root_B[:, None].repeat(1, self.num_nodes)
         hidden_BD = hidden_BD.to(self._heads.dtype)
         for k, plan in enumerate(self._depths):

@@ -1,8 +1,12 @@
-"""Attention masks of a decoding step, in the form that the backbone's architecture wants.
+"""Tree attention masks of a decoding step, in the form that the backbone's architecture wants.
 
 Two traps: eager attention takes a boolean mask silently wrong (it wants a float one), and models
 with several kinds of layers want a dict of masks. Float masks suit all: sdpa on a CPU makes one of
 a boolean mask anyway, in every layer. On a GPU sdpa takes a boolean one, which a kernel writes.
+
+Another attention function (a kernel for trees, FlexAttention) is one more form that `StepMask`
+returns: say in `__init__` for which `_attn_implementation` it is, beside `takes_boolean`, and make
+it in `over`, from which `decode/step.py` takes whatever the model is given.
 
 B rows, N tree nodes, P columns of the cache before the tree, K = P + N columns in all. A row with
 fewer than P tokens leaves columns unused between its own and the tree's.

@@ -1,9 +1,7 @@
-"""How the next token is chosen: the settings of `verify`, and the random numbers that it needs.
+"""The acceptance rule and the verifier that applies it: settings, random numbers, implementation.
 
-decode.verifier and a device in; the function that judges trees of guesses, out.
-
-The torch code is the specification; the kernels do the same faster. B batch, N tree nodes, V
-vocabulary.
+The torch code of `decode/verify.py` is the specification; the kernels of `decode/cuda/verify.py` do
+the same faster. B batch, N tree nodes, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -22,7 +20,7 @@ IMPLEMENTATIONS = ("auto", "torch", "cupy")
 
 
 def pick_verify(name: str, device: torch.device, *, is_filtered: bool) -> Callable[..., Verdict]:
-    """Return `verification.verify`, or what does the same by kernels.
+    """Return `decode.verify.verify`, or what does the same by kernels.
 
     Args:
         name: torch, cupy, or auto: the kernels on a CUDA device where CuPy is installed and they
@@ -50,7 +48,7 @@ def pick_verify(name: str, device: torch.device, *, is_filtered: bool) -> Callab
 
 
 def step_kernels(name: str, device: torch.device) -> Kernels | None:
-    """Return the kernels that do what a step does besides judging, where it judges by kernels."""
+    """Return kernels for the mask and the cache of a step, where it verifies by kernels too."""
     if device.type != "cuda" or name == "torch" or (name == "auto" and find_spec("cupy") is None):
         return None
     return kernels_on(device)
@@ -67,16 +65,18 @@ def _kernels_where_they_can(device: torch.device) -> Callable[..., Verdict]:
 
     verify_by_kernels = _kernels(device)
 
-    def judge(logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, **options: Any) -> Verdict:
+    def verify_where_they_can(
+        logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, **options: Any
+    ) -> Verdict:
         function = verify_by_kernels if can_verify(logits_BNV) else verify
         return function(logits_BNV, tokens_BN, parents_BN, **options)
 
-    return judge
+    return verify_where_they_can
 
 
 @dataclass(frozen=True)
 class AcceptanceRule:
-    """The arguments of `verification.verify` that stay the same from step to step."""
+    """The arguments of `decode.verify.verify` that stay the same from step to step."""
 
     name: str = "greedy"
     temperature: float = 1.0
@@ -87,7 +87,7 @@ class AcceptanceRule:
     seed: int | None = None
     """Of sampling; None draws anew each time."""
     verifier: str = "auto"
-    """Who applies the rule: one of `verifier.IMPLEMENTATIONS`."""
+    """Who applies the rule: one of IMPLEMENTATIONS."""
 
     def __post_init__(self) -> None:
         if self.name not in RULES:

@@ -1,19 +1,13 @@
-"""Which guesses of a tree come true: the specification in torch.
+"""Verification in torch, the specification: which draft tokens of a tree are accepted.
 
 Three rules, one signature. `greedy` and `sampling` are lossless: what is committed is distributed
-as if the backbone had said it token by token. `typical` is Medusa's acceptance, which is not.
+as if the backbone had generated it token by token. `typical` is Medusa's acceptance, which is not.
+`verify_on_cpu` does the same, greedy by a walk over Python lists: where tensors lie in the host's
+memory anyway, one pass over a few dozen nodes takes a fraction of what two dozen small tensor
+operations take to be called. The kernels' twin is `decode/cuda/verify.py`.
 
 A logit that is NaN counts as minus infinity. B batch, N tree nodes, V vocabulary, L path length. No
-operation waits for the device.
-
-Logits in; the distribution that sampling draws from, out. The same for plain and tree decoding.
-
-V vocabulary.
-
-Verification on a CPU: greedy by a walk over Python lists, the specification's twin.
-
-Where tensors lie in the host's memory anyway, one pass over a tree of a few dozen nodes takes a
-fraction of what two dozen small tensor operations take to be called.
+operation of `verify` waits for the device.
 """
 
 from dataclasses import dataclass
@@ -67,7 +61,7 @@ class Verdict:
     path_BL: Tensor
     """Node numbers from the root (node 0) down, then -1."""
     num_accepted_B: Tensor
-    """Guesses accepted: the path's nodes without the root."""
+    """Draft tokens accepted: the path's nodes without the root."""
     next_token_B: Tensor
     """The backbone's own token after the path."""
 
@@ -87,18 +81,18 @@ def verify(
     max_depth: int | None = None,
     nodes: "Nodes | None" = None,
 ) -> Verdict:
-    """Find the path of guesses that come true, and the token that follows it.
+    """Find the path of draft tokens that are accepted, and the token that follows it.
 
     greedy: the token after a node is its argmax, the lowest id where several tie. The outcome is
     that of step-by-step greedy decoding on the same logits.
 
     sampling: the token after a node is drawn from the backbone's distribution there by one uniform
     number, with the children's tokens first in the order of the draw. It is child c with
-    probability p(c) and any other token x with p(x): the law of what comes out is p, whatever is
-    guessed, and no lossless rule accepts more of guesses that are not random.
+    probability p(c) and any other token x with p(x): what comes out is distributed by p, whatever
+    is drafted, and no lossless rule accepts more of drafts that are not random.
 
-    typical: a guess is accepted if p(guess) > min(epsilon, alpha * exp(-entropy)) after its parent;
-    of the accepted paths the longest counts, of these the likeliest, of these the first. The token
+    typical: a draft token x is accepted if p(x) > min(epsilon, alpha * exp(-entropy)) after its
+    parent; of the accepted paths the longest counts, of these the likeliest, of these the first. The token
     after it is the argmax. (Medusa, section 2.3.1, with the defaults of the reference.) Lossy.
 
     Of siblings that hold the same token, the first counts.
@@ -289,7 +283,7 @@ def verify_on_cpu(
     max_depth: int | None = None,
     **options: Any,
 ) -> Verdict:
-    """Find the path of guesses that come true; see `verification.verify`, which does the rest."""
+    """Find the path of accepted draft tokens; see `verify`, which does the other rules."""
     if rule == "greedy":
         return verify_greedy(logits_BNV, tokens_BN, parents_BN, max_depth)
     return verify(logits_BNV, tokens_BN, parents_BN, rule=rule, max_depth=max_depth, **options)
@@ -298,7 +292,7 @@ def verify_on_cpu(
 def verify_greedy(
     logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, max_depth: int | None = None
 ) -> Verdict:
-    """Return what `verification.verify` returns with the rule greedy; tensors are on the CPU."""
+    """Return what `verify` returns with the rule greedy; tensors are on the CPU."""
     num_nodes = tokens_BN.shape[1]
     width = 1 + (num_nodes - 1 if max_depth is None else max_depth)
     targets = without_nan(logits_BNV).argmax(-1).tolist()

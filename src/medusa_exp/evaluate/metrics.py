@@ -1,4 +1,4 @@
-"""Records in, numbers out."""
+"""Metrics of an evaluation, made from the records of its prompts and methods."""
 
 from collections.abc import Iterable
 from typing import Any

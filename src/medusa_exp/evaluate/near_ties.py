@@ -1,4 +1,4 @@
-"""Two answers that differ in; whether arithmetic alone explains it, out.
+"""Near ties: does rounding alone explain that tree decoding and plain decoding differ?
 
 In float32 tree decoding and plain decoding say the same tokens. In lower precision the logits of a
 token depend on how many tokens are run beside it, so that two tokens that nearly tie may change

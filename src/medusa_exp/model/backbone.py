@@ -1,8 +1,8 @@
-"""A causal language model of transformers, frozen, as the rest of the project sees it.
+"""The backbone: the frozen target model, with the hidden states and logits that heads need.
+
+`fingerprint_of` and `weights_fingerprint_of` name the model, in whatever dtype it is loaded.
 
 B batch, T time, N tokens of one forward, D hidden, V vocabulary.
-
-Which model this is: hashes of weights, the same in whatever dtype they are loaded.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def fingerprint_of(backbone: "Backbone") -> str:
 
 
 def weights_fingerprint_of(backbone: "Backbone") -> str:
-    """Return a sha256 over a sample of every parameter: what the model's answers depend on.
+    """Return a sha256 over a sample of every parameter: what the model's responses depend on.
 
     A sample, since reading all of a large model takes minutes, and training or merging leaves no
     tensor's values as they were. In bfloat16, as `fingerprint_of`.
@@ -145,7 +145,7 @@ class Backbone:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        """Ids that end an answer, of the generation config and else of the model's."""
+        """Ids that end a response, of the generation config and else of the model's."""
         config = self.model.generation_config or self.model.config
         ids = config.eos_token_id if config.eos_token_id is not None else []
         return set(ids if isinstance(ids, list) else [ids])
@@ -206,7 +206,7 @@ class Backbone:
         return fingerprint_of(self)
 
     def weights_fingerprint(self) -> str:
-        """Return a sha256 over a sample of every parameter: what the model's answers depend on.
+        """Return a sha256 over a sample of every parameter: what the model's responses depend on.
 
         A sample, since reading all of a large model takes minutes, and training or merging leaves
         no tensor's values as they were. In bfloat16, as `identity`.

@@ -1,4 +1,4 @@
-"""The tree of guesses that one decoding step checks."""
+"""The draft tree that one decoding step checks."""
 
 from medusa_exp.tree.tree import Tree, chain
 

@@ -1,10 +1,7 @@
-"""What calibration.json holds: which tree is fastest at which batch size, and its promise.
+"""Calibration: from ranks of accepted tokens and step times to the fastest tree at each batch size.
 
-Ranks of what came true, and times of steps, in; the fastest tree and what it promises, out.
-
-K heads, P positions.
-
-Which tree a run decodes with.
+`choose` holds trees against each other, `Calibration` is what calibration.json holds, and
+`choose_tree` says which tree a run decodes with. K heads, P positions.
 """
 
 from dataclasses import asdict, dataclass, replace

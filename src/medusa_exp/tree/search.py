@@ -1,7 +1,7 @@
-"""Ranks of what came true in; the best tree of every size out.
+"""Search for the best draft tree of each size, from the ranks at which each head was right.
 
-An answer's ranks_PK say, at each of its P positions, which guess of head k was the token that
-came. With them a decoding run can be replayed for any tree, without the model: exactly in float32;
+The ranks_PK of a response say, at each of its P positions, which draft token of head k was
+right. With them a decoding run can be replayed for any tree, without the model: exactly in float32;
 in lower precision the shape of a step's batch moves logits a little, and now and then a rank.
 
 The reference counts at all positions alike. Decoding does not visit them alike: it jumps over what

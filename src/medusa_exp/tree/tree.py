@@ -1,7 +1,7 @@
-"""A tree of guesses: which head's which guess follows which.
+"""The draft tree: which rank of which head follows which.
 
-N nodes. Node 0 is the root, the token already certain; a node at depth d holds a guess of head d,
-and its rank says which one (0 = the likeliest). Parents stand before their children.
+N nodes. Node 0 is the root, the token already certain; a node at depth d holds a draft token of
+head d, and its rank says which one (0 = the likeliest). Parents stand before their children.
 """
 
 from collections.abc import Iterable, Sequence
