@@ -11,7 +11,7 @@ Record = dict[str, Any]
 def summarize(records: list[Record]) -> dict[str, float]:
     """Return the run's `eval/...` metrics from the records of all prompts and methods.
 
-    A ratio is of sums over the same prompts, so that long answers count for what they are. The
+    A ratio is of sums over the same prompts, so that long responses count for what they are. The
     names without a method are of the tree at the smallest batch size.
     """
     sizes = sorted({record["batch_size"] for record in records})
@@ -63,7 +63,7 @@ def _figures(records: list[Record]) -> dict[str, float]:
 def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, float] | None:
     """Return the 95 % bootstrap interval of the speed-up: prompts are drawn anew, with repeats.
 
-    Prompts that were answered together share their seconds, and are drawn together. One batch alone
+    Prompts that were decoded together share their seconds, and are drawn together. One batch alone
     says nothing of how others would do: None.
 
     Args:
@@ -86,7 +86,7 @@ def accepted_by_depth(records: list[Record]) -> dict[str, float]:
     """Return, for each depth, the share of steps that accept a guess there.
 
     The prompt's step has no guesses. One more than the sum of them is the tokens a later step gives
-    (less what the last step of an answer has to spare).
+    (less what the last step of a response has to spare).
     """
     lengths = [length for record in records for length in record["accept_lengths"][1:]]
     return {
@@ -118,7 +118,7 @@ def tokens_per_step(records: list[Record]) -> float:
 def speedup(records: list[Record]) -> float:
     """Return the tokens a second of these records over those of plain decoding.
 
-    Where answers are identical this is the ratio of wall times; an answer that ends sooner is not
+    Where responses are identical this is the ratio of wall times; a response that ends sooner is not
     for that a faster one.
     """
     return tokens_per_second(records) / (
@@ -127,5 +127,5 @@ def speedup(records: list[Record]) -> float:
 
 
 def identical_fraction(records: list[Record]) -> float:
-    """Return the share of answers that are plain decoding's, token for token."""
+    """Return the share of responses that are plain decoding's, token for token."""
     return sum(record["identical"] for record in records) / len(records)

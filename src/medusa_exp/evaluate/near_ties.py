@@ -20,12 +20,12 @@ _WINDOW = 32
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two answers to a prompt part."""
+    """Where two responses to a prompt part."""
 
     position: int
     """Tokens that they have in common."""
     margin: float
-    """Plain decoding's logit of its own token, less that of the other answer's."""
+    """Plain decoding's logit of its own token, less that of the other response's."""
     noise: float
     """Largest difference of any logit, there and shortly before, between running the same tokens
     one at a time, several at a time, and beside guesses."""
@@ -37,13 +37,13 @@ class Difference:
 def find_difference(
     backbone: Backbone, prompt: list[int], plain: list[int], other: list[int], num_nodes: int
 ) -> Difference | None:
-    """Look at the first token that differs; None where the answers are the same.
+    """Look at the first token that differs; None where the responses are the same.
 
     Args:
         backbone: the model that gave both.
         prompt: token ids.
-        plain: the answer decoded one token at a time.
-        other: the answer decoded over a tree.
+        plain: the response decoded one token at a time.
+        other: the response decoded over a tree.
         num_nodes: tokens that the tree has run at a time.
     """
     if plain == other:
