@@ -93,7 +93,8 @@ def verify(
 
     typical: a draft token x is accepted if p(x) > min(epsilon, alpha * exp(-entropy)) after its
     parent; of the accepted paths the longest counts, of these the likeliest, of these the first.
-    The token after it is the argmax. (Medusa, section 2.3.1, with the defaults of the reference.) Lossy.
+    The token after it is the argmax. (Medusa, section 2.3.1, with the defaults of the reference.)
+    Lossy.
 
     Of siblings that hold the same token, the first counts.
 
