@@ -2,7 +2,7 @@
 //
 // In:  the cache's tensors (keys and values of every layer, each [B, H, T, head]), path_BL and
 //      num_accepted_B of the verdict, the column where each row's tree begins, and the one where its
-//      accepted tokens go, which is no later.
+//      accepted tokens go, which is no later; a negative one leaves the row as it is.
 // Out: column to_B[b] + i of row b is what column from_B[b] + path_BL[b][i] was, for i up to
 //      num_accepted_B[b]; in all tensors.
 // Floor: the bytes of the moved columns, read once and written once. A column of a 7B model (32 layers

@@ -16,7 +16,7 @@ constexpr int MAX_NODES = 256;
 struct Arguments {
     const Logit* logits_BNV;
     long long logits_stride_b, logits_stride_n;
-    const long long* tokens_BN;  // of the root, nobody's business
+    const long long* tokens_BN;  // the root's is never read
     long long tokens_stride_b;
     const long long* parents_BN;  // -1 of the root and of padding
     long long parents_stride_b;

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, or the user's wish."""
+"""Exceptions: UserError, a wrong input or setting, and Stopped, a signal."""
 
 
 class UserError(ValueError):
@@ -14,4 +14,4 @@ class Stopped(UserError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.number = number
-        """Of the signal."""
+        """Number of the signal."""

@@ -5,7 +5,7 @@ import torch
 from kernel_checks import COMMITS, check_commit, check_commit_within, check_mask, mask_cases
 from kernel_shim import ORDERS
 
-from medusa_exp.decode.cuda.step import CacheCommit, build_mask
+from medusa_exp.decode.cuda.mask_and_commit import CacheCommit, build_mask
 
 
 @pytest.mark.parametrize("order", ORDERS)

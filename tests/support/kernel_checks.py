@@ -15,7 +15,7 @@ from tiny_models import build_model
 from torch import Tensor
 
 from medusa_exp.decode.cache import GrowingCache
-from medusa_exp.decode.cuda.step import CacheCommit, build_mask
+from medusa_exp.decode.cuda.mask_and_commit import CacheCommit, build_mask
 from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.verify import Verdict

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from medusa_exp.decode.cuda.mask_and_commit import CacheCommit
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.step import CacheCommit
 from medusa_exp.decode.verify import Verdict
 
 
@@ -134,7 +134,7 @@ class _FixedLayer(CacheLayerMixin):
         stop = self.start + key_states.shape[2]
         self.keys[:, :, self.start : stop] = key_states
         self.values[:, :, self.start : stop] = value_states
-        if self.start < self.capacity:  # of prompts: a tree is written over the one before
+        if self.start < self.capacity:  # prompts advance; a tree overwrites the one before
             self.start = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 

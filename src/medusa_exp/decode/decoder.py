@@ -38,7 +38,7 @@ from medusa_exp.model.heads import MedusaHeads, PrefixAttention, stack_heads
 from medusa_exp.tree import Tree, chain
 
 _NEW_TOKENS = 128
-"""Of a response, where no limits are given."""
+"""Default limit of new tokens."""
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Decoder:
         prefix = getattr(heads, "prefix", None)
         self._prefixed = PrefixedBackbone(self.backbone, prefix, observer) if prefix else None
         self._captured: dict[bool, CapturedSteps] = {}
-        """Of the backbone with the heads' prefix attention (True), and of the bare one."""
+        """Captured steps by whether the backbone includes the heads' prefix attention."""
         self._drafters: dict[Tree, Drafter] = {}
 
     @classmethod
@@ -186,6 +186,9 @@ class Decoder:
     def stream(self, prompt: str | list[int] | Tensor) -> Iterator[StreamedStep]:
         """Yield what each step adds to the response to one prompt, text or token ids.
 
+        Text is tokenized as it is: no chat template is applied. For a chat, pass the token ids of
+        `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`.
+
         Raises:
             ValueError: the prompt is text, and there is no tokenizer.
             UserError: the prompt is empty, or leaves no room for a response.
@@ -215,7 +218,7 @@ class Decoder:
         tree: Tree | None = None,
         rule: AcceptanceRule | None = None,
     ) -> list[Response]:
-        """Decode a batch of prompts over a tree, one accepted path a step and row; see `steps`."""
+        """Decode prompts over a tree, one accepted path per step for each row; see `steps`."""
         responses = Responses(len(prompts), limits or self.limits)
         for _ in self.steps(prompts, responses, self.drafter(tree), rule):
             pass
@@ -228,7 +231,7 @@ class Decoder:
         *,
         rule: AcceptanceRule | None = None,
     ) -> list[Response]:
-        """Decode a batch of prompts without heads, one token a step and row.
+        """Decode a batch of prompts without heads, one token per step for each row.
 
         With fixed shapes a step is that of a tree which is only a root, captured like any other.
         """
@@ -359,6 +362,9 @@ def generate(
     seed: int | None = None,
 ) -> Generation:
     """Continue prompts once, without a `Decoder` to keep; see `Decoder.generate`.
+
+    Steps are not captured as CUDA graphs, because a capture costs more than one call gains. For
+    speed, keep a `Decoder`.
 
     At temperature 0 the tokens are those of plain greedy decoding; above it, they are draws from
     the same distribution as plain sampling's.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medusa_exp.decode.verify import Nodes
+from medusa_exp.decode.verify import TreeRelations
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads, PrefixAttention, StackedHeads
 from medusa_exp.tree import Tree, chain
@@ -29,7 +29,7 @@ class Draft:
 
     tokens_BN: Tensor
     parents_BN: Tensor
-    nodes: Nodes
+    nodes: TreeRelations
     """What verification wants to know of the parents."""
     depths_BN: Tensor
 
@@ -60,7 +60,7 @@ class Drafter(Protocol):
         ...
 
 
-def check_fit(depth: int, num_ranks: int, num_heads: int, vocab_size: int) -> None:
+def check_tree_fits_heads(depth: int, num_ranks: int, num_heads: int, vocab_size: int) -> None:
     """Raise a UserError where a tree asks for draft tokens that the heads do not have."""
     if depth > num_heads:
         raise UserError(f"the tree is {depth} guesses deep, and there are {num_heads} heads.")
@@ -84,7 +84,7 @@ class FixedTreeDrafter:
         self._place_N = torch.from_numpy(_places(tree, self._num_ranks)).to(device)
         self._parents_1N = torch.tensor([tree.parents], device=device)
         ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
-        self._nodes = Nodes(self._parents_1N, self.depth, ancestors_1NN)
+        self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
@@ -153,7 +153,7 @@ class DynamicTreeDrafter:
         return Draft(
             tokens_BM.gather(1, node_BN),
             parents_BN,
-            Nodes(parents_BN, self.depth, ancestors_BNN),
+            TreeRelations(parents_BN, self.depth, ancestors_BNN),
             self._depth_M[node_BN],
         )
 
@@ -190,7 +190,7 @@ def _head_logits(heads: nn.Module, hidden_BD: Tensor, depth: int, num_ranks: int
             raise ValueError(
                 f"heads(hidden_BD) must return [B, K, V], not {list(logits_BKV.shape)}."
             )
-    check_fit(depth, num_ranks, *logits_BKV.shape[1:])
+    check_tree_fits_heads(depth, num_ranks, *logits_BKV.shape[1:])
     return logits_BKV[:, :depth]
 
 
@@ -219,14 +219,16 @@ class SequentialDrafter:
         Raises:
             UserError: it asks for draft tokens that the heads lack.
         """
-        check_fit(tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.vocab_size)
+        check_tree_fits_heads(
+            tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.vocab_size
+        )
         self.num_nodes, self.depth = len(tree), tree.depth
         self._heads, self.prefix = heads, heads.prefix
         self.key: Hashable = (id(heads), tree)
         self._depths = [_plan(tree, depth, device) for depth in range(1, tree.depth + 1)]
         self._parents_1N = torch.tensor([tree.parents], device=device)
         ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
-        self._nodes = Nodes(self._parents_1N, self.depth, ancestors_1NN)
+        self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:

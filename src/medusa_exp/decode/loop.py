@@ -1,10 +1,11 @@
 """The decode loop: prefill, then steps until every row of the batch has ended.
 
-Plain decoding and tree decoding are twins, side by side: `plain_steps` and `tree_steps` are
-generators that yield the tokens of each step, so that they can be shown as they come. What happens
-inside a step of tree decoding is in `decode/step.py`; `decode.decoder.Decoder` puts the two
-together. The rows of a batch have prompts of any lengths and end at different times, and the work
-of a step shrinks with them.
+Plain decoding and speculative decoding over draft trees are twins, side by side: `plain_steps` and
+`tree_steps` are generators that yield the tokens of each step, so that they can be shown as they
+come. What happens inside a step of tree decoding is in `decode/step.py`; `decode.decoder.Decoder`
+puts the two together. With CUDA graphs it decodes plainly by `tree_steps` too, over a tree that is
+only a root, so that the baseline is captured in the same way. The rows of a batch have prompts of
+any lengths and end at different times, and the work of a step shrinks with them.
 
 B rows, T prompt tokens, E ends of prompts among some of them, D hidden, V vocabulary.
 """
@@ -112,7 +113,7 @@ class Responses:
 def decode_plain(
     backbone: Backbone, prompts: list[list[int]], limits: Limits, rule: AcceptanceRule = GREEDY
 ) -> list[Response]:
-    """Decode one token a step and row; see `plain_steps`."""
+    """Decode one token per step for each row; see `plain_steps`."""
     responses = Responses(len(prompts), limits)
     for _ in plain_steps(backbone, prompts, responses, rule):
         pass

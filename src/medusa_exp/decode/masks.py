@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from medusa_exp.decode.cuda.mask_and_commit import build_mask
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.step import build_mask
 from medusa_exp.errors import UserError
 
 FULL = "full_attention"

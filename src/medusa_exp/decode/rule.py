@@ -1,4 +1,4 @@
-"""The acceptance rule and the verifier that applies it: settings, random numbers, implementation.
+"""Acceptance rule and verifier, and the choice between torch, CPU and CUDA verification.
 
 The torch code of `decode/verify.py` is the specification; the kernels of `decode/cuda/verify.py` do
 the same faster. B batch, N tree nodes, V vocabulary.
@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
-from medusa_exp.decode.verify import RULES, Nodes, Verdict, verify, verify_on_cpu, without_nan
+from medusa_exp.decode.verify import (
+    RULES,
+    TreeRelations,
+    Verdict,
+    verify,
+    verify_on_cpu,
+    without_nan,
+)
 from medusa_exp.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "torch", "cupy")
@@ -85,7 +92,7 @@ class AcceptanceRule:
     epsilon: float = 0.09
     alpha: float = 0.3
     seed: int | None = None
-    """Of sampling; None draws anew each time."""
+    """Seed of sampling; None draws anew each time."""
     verifier: str = "auto"
     """Who applies the rule: one of IMPLEMENTATIONS."""
 
@@ -160,7 +167,7 @@ class Verifier:
         tokens_BN: Tensor,
         parents_BN: Tensor,
         max_depth: int,
-        nodes: Nodes | None = None,
+        nodes: TreeRelations | None = None,
     ) -> Verdict:
         """Return the verdict on a step's trees; see `verify`."""
         uniforms_BN = None

@@ -84,7 +84,7 @@ UNOBSERVED = NoObserver()
 
 
 class Step(Protocol):
-    """Decodes one accepted path a row at each call."""
+    """Decodes one accepted path of each row at each call."""
 
     backbone: Backbone
     cache: Any

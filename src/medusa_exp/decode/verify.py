@@ -79,7 +79,7 @@ def verify(
     epsilon: float = 0.09,
     alpha: float = 0.3,
     max_depth: int | None = None,
-    nodes: "Nodes | None" = None,
+    nodes: "TreeRelations | None" = None,
 ) -> Verdict:
     """Find the path of draft tokens that are accepted, and the token that follows it.
 
@@ -100,7 +100,8 @@ def verify(
 
     Args:
         logits_BNV: the backbone's logits after each node.
-        tokens_BN: each node's token; the root's is never compared.
+        tokens_BN: each node's token, 0..V-1; the root's is never compared. (The kernels also take
+            tokens beyond V, and never accept them.)
         parents_BN: each node's parent, standing before it; -1 for the root, and for padding.
         rule: one of `RULES`.
         temperature: divides the logits for sampling and typical; above 0.
@@ -121,16 +122,16 @@ def verify(
         raise ValueError(f"rule={rule} needs a temperature above 0; at 0, use rule=greedy.")
     if rule == "sampling" and uniforms_BN is None:
         raise ValueError("rule=sampling needs uniforms_BN, a number in [0, 1) for each node.")
-    given = Given(logits_BNV, tokens_BN, nodes or Nodes(parents_BN, max_depth))
+    trees = TreeBatch(logits_BNV, tokens_BN, nodes or TreeRelations(parents_BN, max_depth))
     if rule == "greedy":
-        return _greedy(given)
+        return _greedy(trees)
     if rule == "typical":
-        return _typical(given, probabilities(logits_BNV, temperature), epsilon, alpha)
+        return _typical(trees, probabilities(logits_BNV, temperature), epsilon, alpha)
     assert uniforms_BN is not None
-    return _sampling(given, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
+    return _sampling(trees, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
 
 
-class Nodes:
+class TreeRelations:
     """What every rule asks of the trees of a batch, whatever their tokens.
 
     Where all rows have the same tree, B may be 1: it can then be kept from step to step.
@@ -195,29 +196,29 @@ class Nodes:
 
 
 @dataclass
-class Given:
+class TreeBatch:
     """A batch of trees with their tokens, and the backbone's logits on them."""
 
     logits_BNV: Tensor
     tokens_BN: Tensor
-    nodes: Nodes
+    nodes: TreeRelations
 
     def argmax(self) -> Tensor:
         """Return the likeliest token after each node [B, N]."""
         return without_nan(self.logits_BNV).argmax(-1)
 
 
-def _greedy(given: Given) -> Verdict:
-    nodes, target_BN = given.nodes, given.argmax()
-    is_right_BN = (given.tokens_BN == nodes.at_parent(target_BN)) & nodes.is_child_BN
+def _greedy(trees: TreeBatch) -> Verdict:
+    nodes, target_BN = trees.nodes, trees.argmax()
+    is_right_BN = (trees.tokens_BN == nodes.at_parent(target_BN)) & nodes.is_child_BN
     is_on_path_BN = nodes.reached(nodes.without_elder(is_right_BN))
     next_token_B1 = target_BN.gather(1, nodes.last(is_on_path_BN))
     return nodes.verdict(is_on_path_BN, next_token_B1[:, 0])
 
 
-def _sampling(given: Given, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
-    nodes = given.nodes
-    p_BN = _child_probability(given, p_BNV)
+def _sampling(trees: TreeBatch, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
+    nodes = trees.nodes
+    p_BN = _child_probability(trees, p_BNV)
     # A parent's interval [0, 1) holds its children first: n ends where the sum up to it does.
     is_elder_BNN = nodes.is_elder_BNN.to(p_BN.dtype).expand(len(p_BN), -1, -1)
     end_BN = torch.einsum("bnm,bm->bn", is_elder_BNN, p_BN) + p_BN
@@ -229,7 +230,7 @@ def _sampling(given: Given, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
     likeliest_B = rest_BV.argmax(-1)
     # Padding rewrites a token that is nobody's: it adds nothing to `taken`.
     taken_BV = torch.zeros_like(rest_BV).scatter_add_(
-        1, given.tokens_BN, is_child_BN.to(rest_BV.dtype)
+        1, trees.tokens_BN, is_child_BN.to(rest_BV.dtype)
     )
     rest_BV = rest_BV.masked_fill(taken_BV > 0, 0.0)
     place_B1 = uniforms_BN.gather(1, last_B1) - (end_BN * is_child_BN).amax(1, keepdim=True)
@@ -241,11 +242,11 @@ def _sampling(given: Given, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
     return nodes.verdict(is_on_path_BN, next_token_B)
 
 
-def _typical(given: Given, p_BNV: Tensor, epsilon: float, alpha: float) -> Verdict:
-    nodes = given.nodes
+def _typical(trees: TreeBatch, p_BNV: Tensor, epsilon: float, alpha: float) -> Verdict:
+    nodes = trees.nodes
     entropy_BN = torch.special.entr(p_BNV).sum(-1)
     threshold_BN = (alpha * (-entropy_BN).exp()).clamp(max=epsilon)
-    p_BN = _child_probability(given, p_BNV)
+    p_BN = _child_probability(trees, p_BNV)
     is_reached_BN = nodes.reached(p_BN > nodes.at_parent(threshold_BN))
     way_BNN = nodes.ancestors_BNN.expand(len(p_BN), -1, -1)
     length_BN = way_BNN.sum(-1).masked_fill(~is_reached_BN, 0)
@@ -254,15 +255,15 @@ def _typical(given: Given, p_BNV: Tensor, epsilon: float, alpha: float) -> Verdi
     score_BN = torch.einsum("bnm,bm->bn", way_BNN.to(step_BN.dtype), step_BN)
     end_B1 = score_BN.masked_fill(~is_longest_BN, -torch.inf).argmax(1, keepdim=True)
     is_on_path_BN = way_BNN.gather(1, end_B1[..., None].expand(-1, 1, nodes.size))[:, 0]
-    return nodes.verdict(is_on_path_BN, given.argmax().gather(1, end_B1)[:, 0])
+    return nodes.verdict(is_on_path_BN, trees.argmax().gather(1, end_B1)[:, 0])
 
 
-def _child_probability(given: Given, p_BNV: Tensor) -> Tensor:
+def _child_probability(trees: TreeBatch, p_BNV: Tensor) -> Tensor:
     """Return [B, N], each node's probability after its parent: 0 for the root, padding and copies.
 
     A copy is a node whose token an elder sibling holds.
     """
-    nodes, tokens_BN = given.nodes, given.tokens_BN
+    nodes, tokens_BN = trees.nodes, trees.tokens_BN
     is_same_BNN = tokens_BN[:, :, None] == tokens_BN[:, None, :]
     is_copy_BN = (nodes.is_elder_BNN & is_same_BNN).any(-1)
     place_BN = nodes.parent_BN * p_BNV.shape[2] + tokens_BN

@@ -1,1 +1,1 @@
-"""The honest measurement: what the heads gain, and whether any output changed."""
+"""Evaluation: decoding methods, their metrics, near ties, and where the time of a step goes."""

@@ -1,1 +1,1 @@
-"""One module a stage, each with `run(config, out) -> metrics`: the recipe, top to bottom."""
+"""The recipe of each stage, top to bottom: one module each, `run(config, out, session) -> metrics`."""

@@ -1,4 +1,4 @@
-"""Stage report: the run directory's files in, report.html out."""
+"""Stage report: write report.html from the files of the run directory."""
 
 import logging
 from pathlib import Path

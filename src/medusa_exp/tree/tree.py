@@ -1,4 +1,4 @@
-"""The draft tree: which rank of which head follows which.
+"""Draft tree: parents and ranks of its nodes; its mask, and its file.
 
 N nodes. Node 0 is the root, the token already certain; a node at depth d holds a draft token of
 head d, and its rank says which one (0 = the likeliest). Parents stand before their children.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, struct_of
-from medusa_exp.decode.verify import RULES, Nodes, Verdict
+from medusa_exp.decode.verify import RULES, TreeRelations, Verdict
 
 DEFINES = {
     torch.float32: ("LOGIT_FLOAT32",),
@@ -113,7 +113,7 @@ class KernelVerify:
         epsilon: float = 0.09,
         alpha: float = 0.3,
         max_depth: int | None = None,
-        nodes: Nodes | None = None,
+        nodes: TreeRelations | None = None,
     ) -> Verdict:
         """Find the path of accepted draft tokens; see `decode.verify.verify`.
 
