@@ -1,1 +1,1 @@
-"""The recipe of each stage, top to bottom: one module each, `run(config, out, session) -> metrics`."""
+"""The recipes of the stages, one module each: `run(config, out, session) -> metrics`."""
