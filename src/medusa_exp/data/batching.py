@@ -9,6 +9,7 @@ B batch, T time, K heads, R labeled positions.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache, partial
 from itertools import chain, count, islice
 
@@ -69,13 +70,8 @@ def packed_epoch(
 ) -> Epoch:
     """Batch rows of several examples: the longest first, each into the fullest row that takes it.
 
-    Args:
-        lengths: tokens of each example, none longer than `row_tokens`.
-        batch_tokens: tokens of a batch, which has one row at least.
-        row_tokens: tokens of a row.
-        seed: decides the order, together with the epoch.
-        epoch: number of the pass.
-        weights: as in `padded_epoch`.
+    No example is longer than `row_tokens`, and a batch has one row at least. The other arguments
+    are those of `padded_epoch`.
     """
     assert not len(lengths) or int(lengths.max()) <= row_tokens
     rng = np.random.default_rng([seed, epoch])
@@ -89,6 +85,7 @@ def packed_epoch(
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+@dataclass(eq=False)
 class BatchSampler(Sampler[list[Row]]):
     """Walks through epochs until this process has had `num_batches`.
 
@@ -97,20 +94,12 @@ class BatchSampler(Sampler[list[Row]]):
     what the interrupted one would have seen.
     """
 
-    def __init__(
-        self,
-        epoch_of: Callable[[int], Epoch],
-        num_batches: int,
-        *,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.epoch_of = epoch_of
-        self.num_batches = num_batches
-        self.start = start
-        self.rank = rank
-        self.world = world
+    epoch_of: Callable[[int], Epoch]
+    num_batches: int
+    _: KW_ONLY
+    start: int = 0
+    rank: int = 0
+    world: int = 1
 
     def __len__(self) -> int:
         """Count the skipped batches too: a resumed Lightning loop goes on counting."""

@@ -44,24 +44,17 @@ _HUB = "hub:"
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """Which conversations are taken, and how roles are named: keys of the config's dataset."""
+    """Which conversations are taken, and how roles are named: as the config's dataset has it."""
 
     hub_split: str = "train"
-    """Split of a hub's data set; of no meaning for files."""
     role_map: Mapping[str, str] = field(default_factory=dict)
-    """Further names of roles: what stands in the file -> system, user, assistant or tool."""
     strict: bool = False
-    """Make the first chat that cannot be used a DataError."""
     deduplicate: bool = False
-    """Take conversations of the same roles and contents once."""
     min_turns: int = 1
-    """Fewest messages besides system ones."""
     max_turns: int | None = None
     min_chars: int = 0
-    """Fewest characters of all contents together."""
     max_chars: int | None = None
     sample_fraction: float = 1.0
-    """Share of the conversations to take, by a hash of `seed` and the id: in any order the same."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -131,7 +124,9 @@ class Reading:
             for conversation in self._usable(source):
                 reason = self.options.reason_against(conversation)
                 if reason is None and self.options.deduplicate:
-                    reason = _remember(content_digest(conversation), seen)
+                    digest = content_digest(conversation)
+                    reason = "duplicate" if digest in seen else None
+                    seen.add(digest)
                 if reason is None:
                     yield conversation
                 else:
@@ -207,23 +202,12 @@ def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any)
         DataError: there is no such file, or an option has no such value. Faults inside a file are
             raised when it is iterated.
     """
-    several = [paths] if isinstance(paths, str | Path) else paths
     chosen = ReadOptions(**options)
-    sources: dict[str, ChatFile | HubData] = {}
-    for place in several:
+    sources: list[ChatFile | HubData] = []
+    for place in [paths] if isinstance(paths, str | Path) else paths:
         if str(place).startswith(_HUB):
-            found: list[ChatFile] | list[HubData] = [
-                HubData(str(place).removeprefix(_HUB), chosen.hub_split)
-            ]
+            sources.append(HubData(str(place).removeprefix(_HUB), chosen.hub_split))
         else:
-            found = [ChatFile(path) for path in find_files(place)]
-        sources |= {source.name: source for source in found}  # a file named twice is read once
-    return Reading(list(sources.values()), chosen)
-
-
-def _remember(digest: bytes, seen: set[bytes]) -> str | None:
-    """Return the reason against a conversation that was seen before."""
-    if digest in seen:
-        return "duplicate"
-    seen.add(digest)
-    return None
+            sources += map(ChatFile, find_files(place))
+    once = {source.name: source for source in sources}  # a file named twice is read once
+    return Reading(list(once.values()), chosen)

@@ -47,9 +47,7 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Sequence[Example]],
-    row_tokens: int | None = None,
-    numbers: Sequence[Row] = (),
+    rows: Sequence[Sequence[Example]], row_tokens: int | None = None, numbers: Sequence[Row] = ()
 ) -> Batch:
     """Put examples one after the other into rows, and fill up to the next multiple of 64.
 
@@ -79,15 +77,13 @@ def collate(
     )
 
 
+@dataclass(eq=False)
 class _BatchesByNumbers(Dataset[Batch]):
     """Batches by the numbers of their examples, as a `BatchSampler` names them."""
 
-    def __init__(
-        self, examples: Sequence[Example], features: Features | None, row_tokens: int
-    ) -> None:
-        self.examples = examples
-        self.features = features
-        self.row_tokens = row_tokens
+    examples: Sequence[Example]
+    features: Features | None
+    row_tokens: int
 
     def __getitem__(self, rows: list[Row]) -> Batch:
         examples = [[self.examples[number] for number in row] for row in rows]
@@ -168,25 +164,33 @@ class Batches(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        loader = _loader(self.train, self.features.get("train"), sampler, self.row_tokens)
-        return Grouped(loader, self.accumulate, self.num_heads)
+        return Grouped(self._loader("train", sampler), self.accumulate, self.num_heads)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """The same batches at every validation, on every process."""
         if self.val is None or self._val_epoch is None:
             return []
         sampler = BatchSampler(self._val_epoch, min(self.val_batches, len(self._val_epoch(0))))
-        return _loader(self.val, self.features.get("val"), sampler, self.row_tokens)
+        return self._loader("val", sampler)
+
+    def _loader(self, split: str, sampler: BatchSampler) -> DataLoader[Batch]:
+        """Load in this process: filling tensors is far cheaper than the step they feed."""
+        return DataLoader(
+            _BatchesByNumbers(getattr(self, split), self.features.get(split), self.row_tokens),
+            sampler=sampler,
+            batch_size=None,
+            generator=torch.Generator(),  # else each walk draws one of everybody's random numbers
+        )
 
 
+@dataclass(eq=False)
 class Grouped:
     """Micro-batches that know how many labels their optimizer step has: its loss is a mean over
     all of them, and the step's last micro-batch is not there yet when the first one is run."""
 
-    def __init__(self, loader: DataLoader[Batch], accumulate: int, num_heads: int) -> None:
-        self.loader = loader
-        self.accumulate = accumulate
-        self.num_heads = num_heads
+    loader: DataLoader[Batch]
+    accumulate: int
+    num_heads: int
 
     def __len__(self) -> int:
         """Count micro-batches."""
@@ -195,26 +199,8 @@ class Grouped:
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
         while group := list(islice(batches, self.accumulate)):
-            counts = [
-                label_counts(batch.is_trained_BT, batch.example_BT, self.num_heads)
-                for batch in group
-            ]
-            totals = torch.stack(counts).sum(0).tolist()
+            labels = [label_counts(b.is_trained_BT, b.example_BT, self.num_heads) for b in group]
+            totals = torch.stack(labels).sum(0).tolist()
             for batch in group:
                 batch.group_labels = totals
                 yield batch
-
-
-def _loader(
-    examples: Sequence[Example],
-    features: Features | None,
-    sampler: BatchSampler,
-    row_tokens: int,
-) -> DataLoader[Batch]:
-    """Build a loader in this process: filling tensors is far cheaper than the step they feed."""
-    return DataLoader(
-        _BatchesByNumbers(examples, features, row_tokens),
-        sampler=sampler,
-        batch_size=None,
-        generator=torch.Generator(),  # else each walk draws one of everybody's random numbers
-    )

@@ -164,10 +164,9 @@ def _turn_by_turn(
 
 
 def _upto(chat: Chat, turn: _Turn, template: ChatTemplate) -> str | None:
-    try:
+    with suppress(DataError):  # such a conversation cannot end there: the turn is not left out
         return template.render([chat[: turn.index]])[0]
-    except DataError:  # such a conversation cannot end there: then the turn is not left out
-        return None
+    return None
 
 
 def _reply_at_the_end(text: str, turn: _Turn, chat: Chat, template: ChatTemplate) -> Span:
@@ -354,7 +353,8 @@ class Renderer:
     def _mask(self, masked: MaskedText, ids: list[int], encoding: Encoding) -> list[bool]:
         """Return per token whether its last character lies in a span."""
         if self._swallowing and not self._swallowing.keys().isdisjoint(ids):
-            return _by_ends(masked, self._own_ends(masked.text, ids, encoding))
+            tokens = zip(ids, encoding.offsets, strict=True)
+            return _by_ends(masked, [self._own_end(masked.text, i, *at) for i, at in tokens])
         is_trained = [False] * len(ids)
         for start, stop in masked.spans:
             # The token of the character at which a span begins, or which follows it, is the first
@@ -366,15 +366,11 @@ class Renderer:
             is_trained[first:end] = [True] * (end - first)
         return is_trained
 
-    def _own_ends(self, text: str, ids: list[int], encoding: Encoding) -> list[int]:
-        """Return where each token ends, without the blanks that some take along."""
-        return [
-            self._own_end(text, i, start, end) if i in self._swallowing else end
-            for i, (start, end) in zip(ids, encoding.offsets, strict=True)
-        ]
-
     def _own_end(self, text: str, token: int, start: int, end: int) -> int:
-        content = self._swallowing[token]
+        """Return where a token ends, without the blanks that some take along."""
+        content = self._swallowing.get(token)
+        if content is None:
+            return end
         found = text.find(content, start, end)
         if found >= 0:
             return found + len(content)

@@ -9,7 +9,7 @@ import re
 from codecs import BOM_UTF8 as BOM
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -96,7 +96,7 @@ def _merge_many_categories(prompts: list[Prompt]) -> list[Prompt]:
     """Put all in one category where ids are names rather than numbered kinds."""
     if len({prompt.category for prompt in prompts}) <= _MAX_CATEGORIES:
         return prompts
-    return [Prompt(p.prompt_id, "all", p.text, p.input_ids) for p in prompts]
+    return [replace(prompt, category="all") for prompt in prompts]
 
 
 @dataclass(frozen=True)

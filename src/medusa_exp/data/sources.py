@@ -53,7 +53,11 @@ def open_sources(dataset: DatasetConfig, cache_dir: str | Path) -> list[Source]:
         DataError: dataset.path or a source's path is not set or leads nowhere.
     """
     if dataset.kind == "synthetic":
-        return [_open("synthetic", str(_generated(dataset, Path(cache_dir))), {})]
+        name = f"{dataset_key(dataset)}.json"
+        with entry(cache_dir, "synthetic", name) as (generated, unwritten):
+            if unwritten:
+                synthetic.write_dataset(unwritten, dataset.num_conversations, dataset.seed)
+        return [Source("synthetic", {}, read_conversations(generated))]
     if dataset.sources and dataset.path:
         raise DataError("dataset.path and dataset.sources are both set: use one of them.")
     paths = {name: source.path for name, source in dataset.sources.items()}
@@ -66,7 +70,10 @@ def open_sources(dataset: DatasetConfig, cache_dir: str | Path) -> list[Source]:
         paths = {dataset.kind: dataset.path}
     if dataset.kind == "hub":
         paths = {name: f"hub:{path}" for name, path in paths.items()}
-    return [_open(name, path, _options(dataset)) for name, path in paths.items()]
+    options = {option.name: getattr(dataset, option.name) for option in fields(ReadOptions)}
+    return [
+        Source(name, options, read_conversations(path, **options)) for name, path in paths.items()
+    ]
 
 
 def files_of(sources: list[Source]) -> list[Path]:
@@ -85,11 +92,7 @@ def load_split(sources: list[Source], dataset: DatasetConfig, split: str) -> lis
     Raises:
         DataError: naming the file and why nothing of it can be used.
     """
-    chosen = [
-        conversation
-        for _, conversation in walk(sources)
-        if split_of(conversation.id, dataset) == split
-    ]
+    chosen = [chat for _, chat in walk(sources) if split_of(chat.id, dataset) == split]
     if not chosen:
         raise empty_split(split, {source.name: counts(source) for source in sources})
     return chosen
@@ -138,18 +141,3 @@ def split_of(conversation_id: str, dataset: DatasetConfig) -> str:
     if place < dataset.test_fraction:
         return "test"
     return "val" if place < dataset.test_fraction + dataset.val_fraction else "train"
-
-
-def _generated(dataset: DatasetConfig, cache_dir: Path) -> Path:
-    with entry(cache_dir, "synthetic", f"{dataset_key(dataset)}.json") as (path, unwritten):
-        if unwritten:
-            synthetic.write_dataset(unwritten, dataset.num_conversations, dataset.seed)
-    return path
-
-
-def _open(name: str, path: str, options: dict[str, Any]) -> Source:
-    return Source(name, options, read_conversations(path, **options))
-
-
-def _options(dataset: DatasetConfig) -> dict[str, Any]:
-    return {option.name: getattr(dataset, option.name) for option in fields(ReadOptions)}

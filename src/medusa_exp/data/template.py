@@ -74,15 +74,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses one of them; its own words.
         """
-        return [text for text, _ in self._render(chats, add_generation_prompt)]
-
-    def render_tagged(self, chats: Sequence[Chat]) -> list[tuple[str, list[Span]]]:
-        """Return the text of each chat and what generation tags mark in it: nothing without tags.
-
-        Raises:
-            DataError: as `render`.
-        """
-        return self._render(chats, False)
+        return [text for text, _ in self.render_tagged(chats, add_generation_prompt)]
 
     def has_words(self, text: str) -> bool:
         """Is there more in a text than blanks and special tokens?"""
@@ -94,9 +86,14 @@ class ChatTemplate:
             self.notes.add(what)
             log.warning("data: %s", what)
 
-    def _render(
-        self, chats: Sequence[Chat], add_generation_prompt: bool
+    def render_tagged(
+        self, chats: Sequence[Chat], add_generation_prompt: bool = False
     ) -> list[tuple[str, list[Span]]]:
+        """Return the text of each chat and what generation tags mark in it: nothing without tags.
+
+        Raises:
+            DataError: as `render`.
+        """
         try:
             texts, tags = render_jinja_template(
                 list(chats),

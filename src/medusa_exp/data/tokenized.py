@@ -242,20 +242,12 @@ def _build(
     max_length: int,
 ) -> dict[str, Any]:
     """Write the examples and return the summary."""
-    total = sum(1 for _ in walk(sources))  # reading is far faster than what follows
-    workers = dataset.num_workers or _num_cores()
-    tally = write_examples(
-        directory / _EXAMPLES,
-        walk(sources),
-        total,
-        tokenizer,
-        max_length=max_length,
-        num_workers=workers,
-        strict=dataset.strict,
+    tally = _write_examples(
+        directory / _EXAMPLES, sources, dataset, Renderer(tokenizer, max_length)
     )
     found = {source.name: _outcomes(source, tally) for source in sources}
     if not any(outcomes["documents"] for outcomes in found.values()):
-        raise nothing_to_train_on(found, tally.examples)
+        raise _nothing_to_train_on(found, tally.examples)
     return {"sources": found, "examples": tally.examples, "notes": sorted(tally.notes)}
 
 
@@ -277,7 +269,7 @@ def _outcomes(source: Source, tally: Tally) -> dict[str, Any]:
     return outcomes
 
 
-def nothing_to_train_on(found: dict[str, dict[str, Any]], examples: dict[str, str]) -> DataError:
+def _nothing_to_train_on(found: dict[str, dict[str, Any]], examples: dict[str, str]) -> DataError:
     """Return the error of a data set without a trained token."""
     whys = [
         f"{name}: {outcomes['records']} records; "
@@ -291,30 +283,23 @@ def nothing_to_train_on(found: dict[str, dict[str, Any]], examples: dict[str, st
     )
 
 
-def write_examples(
-    path: Path,
-    conversations: Iterator[Sourced],
-    total: int,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    num_workers: int,
-    strict: bool = False,
+def _write_examples(
+    path: Path, sources: list[Source], dataset: DatasetConfig, renderer: Renderer
 ) -> Tally:
     """Render, tokenize, cut and write; what cannot be used is counted.
 
-    Examples are cut to `max_length` whole tokens, on the tokenizer's truncation side.
-
     Raises:
-        DataError: with `strict`, the first conversation that the template refuses.
+        DataError: with dataset.strict, the first conversation that the template refuses.
     """
     tally = Tally()
-    renderer = Renderer(tokenizer, max_length)
+    total = sum(1 for _ in walk(sources))  # reading is far faster than what follows
+    conversations = walk(sources)
     chunks = iter(lambda: list(islice(conversations, _CHUNK)), [])
-    work = partial(_tokenize, renderer, strict)
+    work = partial(_tokenize, renderer, dataset.strict)
     bar = ProgressBar("tokenizing conversations", total)
+    workers = dataset.num_workers or _num_cores()
     with pa.ipc.new_file(str(path), SCHEMA) as file, bar:
-        for num_conversations, examples, part in _in_order(work, chunks, num_workers):
+        for num_conversations, examples, part in _in_order(work, chunks, workers):
             file.write_batch(examples)
             tally.add(part)
             for note in part.notes:  # a worker's log is not seen
@@ -378,8 +363,7 @@ def _in_order(work: Work, chunks: Iterator[list[Sourced]], num_workers: int) -> 
         yield from map(work, chunks)
         return
     # spawn: a forked copy of a process with torch's and the tokenizer's threads may hang.
-    context = get_context("spawn")
-    start = (work, os.getpid())
+    context, start = get_context("spawn"), (work, os.getpid())
     try:
         with ProcessPoolExecutor(num_workers, context, _start_worker, start) as pool:
             running = deque(

@@ -82,8 +82,7 @@ def mark(backbone: Backbone, adapted: PreTrainedModel) -> None:
     digest = hashlib.sha256()
     for name, value in sorted(adapted.named_parameters()):
         if "lora_" in name:
-            digest.update(name.encode())
-            digest.update(value.detach().float().cpu().numpy().tobytes())
+            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     backbone.model.config.medusa_adapter = digest.hexdigest()
 
 

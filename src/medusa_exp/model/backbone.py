@@ -18,51 +18,7 @@ from transformers.cache_utils import Cache
 from medusa_exp.errors import UserError
 
 _SAMPLE = 4096
-"""Values of a parameter that `weights_fingerprint_of` reads, about."""
-
-
-def fingerprint_of(backbone: "Backbone") -> str:
-    """Return a sha256 over dimensions, final norm and lm_head: what heads are trained for.
-
-    Weights count as bfloat16.
-    """
-    config = backbone.model.config.get_text_config()
-    shape = [
-        config.model_type,
-        backbone.hidden_size,
-        backbone.vocab_size,
-        config.num_hidden_layers,
-    ]
-    shape += [getattr(backbone.model.config, "medusa_adapter", None)] * backbone.is_adapted
-    digest = hashlib.sha256(json.dumps(shape).encode())
-    # What is neither a list of layers nor an embedding: the final norm, and projections.
-    final = [module for module in backbone.body.children() if _is_final(module)]
-    for module in [*final, backbone.lm_head]:
-        for name, parameter in sorted(module.named_parameters()):
-            digest.update(name.encode() + _bytes(parameter.detach()))
-    return digest.hexdigest()
-
-
-def weights_fingerprint_of(backbone: "Backbone") -> str:
-    """Return a sha256 over a sample of every parameter: what the model's responses depend on.
-
-    A sample, since reading all of a large model takes minutes, and training or merging leaves no
-    tensor's values as they were. In bfloat16, as `fingerprint_of`.
-    """
-    digest = hashlib.sha256(backbone.identity().encode())
-    for name, parameter in sorted(backbone.model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = _bytes(flat[:: max(1, len(flat) // _SAMPLE)])
-        digest.update(f"{name} {list(parameter.shape)}".encode() + sample)
-    return digest.hexdigest()
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes()
-
-
-def _is_final(module: nn.Module) -> bool:
-    return not isinstance(module, nn.ModuleList | nn.Embedding)
+"""Values of a parameter that `Backbone.weights_fingerprint` reads, about."""
 
 
 class Backbone:
@@ -79,7 +35,7 @@ class Backbone:
         self.model = model
         self.lm_head: nn.Module = model.get_output_embeddings()
         if self.lm_head is None or model.config.is_encoder_decoder:
-            raise UserError(f"{_name(model)} is no decoder-only language model with an lm_head.")
+            raise UserError(f"{self.name} is no decoder-only language model with an lm_head.")
         self.body: nn.Module = model.get_decoder()
         self._run_body: Callable[..., Any] = self.body
         self.has_body = True
@@ -88,7 +44,9 @@ class Backbone:
     @property
     def name(self) -> str:
         """What errors call it."""
-        return _name(self.model)
+        name = self.model.config.name_or_path  # empty where it came from a config alone
+        kind = type(self.model).__name__
+        return f"model.path={name} ({kind})" if name else kind
 
     @property
     def device(self) -> torch.device:
@@ -123,9 +81,8 @@ class Backbone:
     @property
     def max_length(self) -> int:
         """Positions the model was made for."""
-        return (
-            getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
-        )
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or 2**20
 
     def max_length_from(self, prompt_length: int) -> int:
         """Positions that a prompt of so many tokens may be continued to, in one cache.
@@ -136,9 +93,8 @@ class Backbone:
         config = self.model.config.get_text_config()
         rope = getattr(config, "rope_parameters", None) or {}
         is_long = isinstance(rope, dict) and rope.get("rope_type") == "longrope"
-        trained = getattr(config, "original_max_position_embeddings", None) or rope.get(
-            "original_max_position_embeddings"
-        )
+        key = "original_max_position_embeddings"
+        trained = getattr(config, key, None) or rope.get(key)
         if is_long and trained and prompt_length <= trained:
             return min(self.max_length, int(trained))
         return self.max_length
@@ -203,7 +159,16 @@ class Backbone:
         """
         if self._fingerprints is not None:
             return self._fingerprints[0]
-        return fingerprint_of(self)
+        config = self.model.config.get_text_config()
+        shape = [config.model_type, self.hidden_size, self.vocab_size, config.num_hidden_layers]
+        shape += [getattr(self.model.config, "medusa_adapter", None)] * self.is_adapted
+        digest = hashlib.sha256(json.dumps(shape).encode())
+        for module in [*self.body.children(), self.lm_head]:
+            # Of the body, what is neither layers nor an embedding: the final norm, and projections.
+            if not isinstance(module, nn.ModuleList | nn.Embedding):
+                for name, parameter in sorted(module.named_parameters()):
+                    digest.update(name.encode() + _bytes(parameter.detach()))
+        return digest.hexdigest()
 
     def weights_fingerprint(self) -> str:
         """Return a sha256 over a sample of every parameter: what the model's responses depend on.
@@ -213,7 +178,12 @@ class Backbone:
         """
         if self._fingerprints is not None:
             return self._fingerprints[1]
-        return weights_fingerprint_of(self)
+        digest = hashlib.sha256(self.identity().encode())
+        for name, parameter in sorted(self.model.named_parameters()):
+            flat = parameter.detach().flatten()
+            sample = _bytes(flat[:: max(1, len(flat) // _SAMPLE)])
+            digest.update(f"{name} {list(parameter.shape)}".encode() + sample)
+        return digest.hexdigest()
 
     def remember_fingerprints(self) -> None:
         """Note which model this is, before its weights are taken apart."""
@@ -245,7 +215,7 @@ class Backbone:
         _, read_BTD = self._with_lm_head_input(input_ids=ids_BT, use_cache=False)
         if not torch.allclose(read_BTD, self.hidden_states(ids_BT), rtol=1e-2, atol=1e-3):
             raise UserError(
-                f"{_name(self.model)}: what its lm_head reads is not its last hidden state; "
+                f"{self.name}: what its lm_head reads is not its last hidden state; "
                 "heads cannot be trained on this architecture."
             )
 
@@ -261,7 +231,7 @@ class Backbone:
         bare_BTV = self.next_logits(read_BTD).float().softmax(-1)
         if not torch.allclose(logits_BTV.float().softmax(-1), bare_BTV, rtol=1e-2, atol=1e-3):
             raise UserError(
-                f"{_name(self.model)} changes the logits of its lm_head once more: heads cannot be "
+                f"{self.name} changes the logits of its lm_head once more: heads cannot be "
                 "trained on its distribution. Set train.loss=ce."
             )
 
@@ -278,11 +248,10 @@ class Backbone:
         alone_BTD = self.hidden_states(ids_BT)
         if not torch.allclose(packed_BTD[:, 4:], alone_BTD, rtol=1e-2, atol=1e-3):
             raise UserError(
-                f"{_name(self.model)} lets documents of a packed row see each other: set "
+                f"{self.name} lets documents of a packed row see each other: set "
                 "train.batching=padded."
             )
 
 
-def _name(model: PreTrainedModel) -> str:
-    name = model.config.name_or_path  # empty where it came from a config alone
-    return f"model.path={name} ({type(model).__name__})" if name else type(model).__name__
+def _bytes(values: Tensor) -> bytes:
+    return values.to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes()

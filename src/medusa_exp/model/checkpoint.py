@@ -88,8 +88,7 @@ def _link(source: str, target: str) -> None:
 
 def check_fit(heads: MedusaHeads, backbone: Backbone, place: Path) -> None:
     """Raise a UserError that says in what the heads' backbone differs from this one."""
-    config = heads.config
-    name = backbone.model.config.name_or_path
+    config, name = heads.config, backbone.model.config.name_or_path
     for what, theirs, ours in (
         ("hidden size", config.hidden_size, backbone.hidden_size),
         ("vocabulary", config.vocab_size, backbone.vocab_size),

@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from medusa_exp.errors import UserError
@@ -37,9 +32,7 @@ def load_backbone(spec: ModelSpec, adapted: Path | None = None) -> Backbone:
 
     With tokenizer.resize_embedding it gets a row for each token that is new to it.
 
-    Args:
-        spec: names the model.
-        adapted: what training has made of it (train=medusa2): adapters, or a whole model.
+    `adapted` is what training has made of the model (train=medusa2): adapters, or a whole model.
 
     Raises:
         UserError: the model cannot be loaded; says which, and what transformers said.
@@ -58,22 +51,14 @@ def load_backbone(spec: ModelSpec, adapted: Path | None = None) -> Backbone:
 def load_ends(spec: ModelSpec, identity: str, weights_fingerprint: str) -> Backbone:
     """Load what stands at a backbone's two ends (embedding, final norm, lm_head), and no layer.
 
-    Enough to train heads where the backbone's hidden states are at hand.
-
-    Args:
-        spec: names the model.
-        identity: `Backbone.identity()` of the whole model.
-        weights_fingerprint: `Backbone.weights_fingerprint()` of the whole model.
+    Enough to train heads where the backbone's hidden states are at hand. `identity` and
+    `weights_fingerprint` are what `Backbone` has under these names for the whole model.
 
     Raises:
         UserError: as `load_backbone`.
     """
     spec = replace(spec, model=replace(spec.model, device_map=None))  # they are small
-    path = spec.model_path()
-    try:
-        model_config = AutoConfig.from_pretrained(path, **spec.hub_options())
-    except LOADING_ERRORS as error:
-        raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
+    model_config = spec.model_config()
     text_config = model_config.get_text_config()
     text_config.num_hidden_layers = 0
     if getattr(text_config, "layer_types", None):

@@ -82,11 +82,11 @@ class Objective:
 
     def labels_of(self, backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
         """Return labels_BT: at each trained position, the token that heads are to predict there."""
-        if self.labels == "teacher":
-            if batch.teacher_BT is not None:
-                return batch.teacher_BT
-            return teacher_labels(backbone, hidden_BTD, batch)
-        return batch.input_ids_BT
+        if self.labels == "data":
+            return batch.input_ids_BT
+        if batch.teacher_BT is not None:
+            return batch.teacher_BT
+        return teacher_labels(backbone, hidden_BTD, batch)
 
     def targets(
         self, backbone: Backbone, heads: MedusaHeads, hidden_BTD: Tensor, batch: Batch
@@ -106,12 +106,8 @@ class Objective:
     def factor(self, step: int, max_steps: int) -> float:
         """Return what the heads' loss is multiplied by at an optimizer step (from 0)."""
         progress = min(1.0, (step + 1) / max_steps)
-        share = {
-            "constant": 1.0,
-            "linear": progress,
-            "sine": math.sin(0.5 * math.pi * progress),
-        }[self.coefficient_schedule]
-        return self.coefficient * share
+        shares = {"constant": 1.0, "linear": progress, "sine": math.sin(0.5 * math.pi * progress)}
+        return self.coefficient * shares[self.coefficient_schedule]
 
 
 @torch.no_grad()
@@ -159,7 +155,7 @@ def medusa_losses(
     Only labelled rows are projected, and at most `chunk_rows` x W logits exist at once.
 
     Args:
-        heads: K of them, of any family.
+        heads: of any family.
         hidden_BTD: what they read: `heads_input` of the backbone's hidden states.
         targets: what they are to predict, in the head vocabulary.
         is_trained_BT: which tokens are the assistant's.
@@ -186,14 +182,7 @@ def head_arguments(
 ) -> tuple[Tensor, ...]:
     """Return what `head_logits` takes besides k: (hidden_RD,), and draft_RJ if it is sequential.
 
-    Such heads see the text's own tokens as their draft tokens.
-
-    Args:
-        heads: of any family.
-        k: which head.
-        index_R: flat positions b * T + t.
-        hidden_BTD: what the heads read.
-        input_ids_BT: the text.
+    Such heads see the text's own tokens as their draft tokens. index_R: flat positions b * T + t.
     """
     hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
     if not heads.is_sequential:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from medusa_exp.config import DatasetConfig, ModelConfig, PretrainConfig, TokenizerConfig
@@ -95,6 +96,18 @@ class ModelSpec:
             return self.model_path()
         return _place("tokenizer.path", self.tokenizer.path)
 
+    def model_config(self) -> Any:
+        """Return the backbone's config, in transformers' form.
+
+        Raises:
+            UserError: it cannot be loaded; or as `model_path`.
+        """
+        path = self.model_path()
+        try:
+            return AutoConfig.from_pretrained(path, **self.hub_options())
+        except LOADING_ERRORS as error:
+            raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
+
     def hub_options(self) -> dict[str, Any]:
         """Return the arguments of `from_pretrained` that concern where the model comes from."""
         options: dict[str, Any] = {"trust_remote_code": self.model.trust_remote_code}
@@ -110,10 +123,9 @@ class ModelSpec:
         """
         directory = Path(self.model_path())
         if not directory.is_dir():
+            options = {**self.hub_options(), "local_files_only": True}
             try:
-                found = cached_file(
-                    str(directory), "config.json", local_files_only=True, **self.hub_options()
-                )
+                found = cached_file(str(directory), "config.json", **options)
             except LOADING_ERRORS:
                 return None
             directory = Path(found).parent
@@ -137,13 +149,7 @@ def tiny_dir(
 ) -> Path:
     """Return where the model that stage pretrain makes of these lies, or will lie, in the cache.
 
-    Args:
-        data_files: of the data set.
-        dataset: how it is split and cut.
-        pretrain: the model's shape and its training.
-        vocab_size: of the tokenizer that is trained.
-        seed: of the run.
-        cache_dir: of the run.
+    `dataset` says how the files are split and cut; `vocab_size` is the trained tokenizer's.
     """
     made_of = [
         [sha256_file(path) for path in data_files],

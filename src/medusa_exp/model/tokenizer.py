@@ -19,13 +19,13 @@ from typing import Any
 import transformers
 from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken, processors
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from medusa_exp.config import TokenizerConfig
 from medusa_exp.data.template import check_chat_template
 from medusa_exp.errors import UserError
-from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines
+from medusa_exp.model.source import ModelSpec, first_lines
 from medusa_exp.runs.files import write_json
 
 log = logging.getLogger(__name__)
@@ -301,11 +301,7 @@ def _byte_level(processor: Any) -> list[Any]:
 
 def _check_fit(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, path: str) -> None:
     model = spec.model_path()
-    try:
-        model_config = AutoConfig.from_pretrained(model, **spec.hub_options())
-    except LOADING_ERRORS as error:
-        raise UserError(f"model.path={model} cannot be loaded: {first_lines(error)}") from error
-    rows = model_config.get_text_config().vocab_size
+    rows = spec.model_config().get_text_config().vocab_size
     outside = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     if outside and not spec.tokenizer.resize_embedding:
         names = ", ".join(repr(token) for _, token in outside[:8]) + ", ..." * (len(outside) > 8)

@@ -140,24 +140,20 @@ def expected_seconds(ranks: list[np.ndarray], tree: Tree | None, timing: Timing)
 def choose(ranks: list[np.ndarray], timing: Timing) -> Curve:
     """Return the curve of one batch size, its fastest tree, and what this promises.
 
-    Args:
-        ranks: ranks_PK of each answer.
-        timing: of the trees to choose from.
+    `ranks` are ranks_PK of each answer; the trees to choose from are those that were timed.
     """
     num_tokens = sum(map(len, ranks))
-    points = []
-    for tree, step_seconds in timing.by_tree.items():
-        seconds = expected_seconds(ranks, tree, timing)
-        points.append(
-            Point(
-                num_nodes=len(tree),
-                tokens_per_step=num_tokens / num_steps(ranks, tree),
-                step_seconds=step_seconds,
-                expected_seconds=seconds,
-                tokens_per_second=num_tokens / seconds,
-                tree=tree,
-            )
+    points = [
+        Point(
+            num_nodes=len(tree),
+            tokens_per_step=num_tokens / num_steps(ranks, tree),
+            step_seconds=step_seconds,
+            expected_seconds=(seconds := expected_seconds(ranks, tree, timing)),
+            tokens_per_second=num_tokens / seconds,
+            tree=tree,
         )
+        for tree, step_seconds in timing.by_tree.items()
+    ]
     plain_seconds = expected_seconds(ranks, None, timing)
     return Curve(
         batch_size=timing.batch_size,
@@ -194,45 +190,33 @@ def correct(curve: Curve, seconds: dict[Tree | None, float], ranks: list[np.ndar
     times = {point.tree: point.step_seconds for point in curve.curve}
     timing = Timing(1, times, curve.plain_step_seconds, curve.prefill_seconds)
     factor = {tree: took / expected_seconds(ranks, tree, timing) for tree, took in seconds.items()}
-    points = [
-        _slowed(point, factor[point.tree]) if point.tree in factor else point
+    rehearsed = [
+        replace(
+            point,
+            expected_seconds=point.expected_seconds * factor[point.tree],
+            tokens_per_second=point.tokens_per_second / factor[point.tree],
+            is_rehearsed=True,
+        )
         for point in curve.curve
+        if point.tree in factor
     ]
+    by_tree = {point.tree: point for point in rehearsed}
     plain_seconds = curve.plain_expected_seconds * factor[None]
-    rehearsed = [point for point in points if point.is_rehearsed]
     return replace(
         curve,
         plain_expected_seconds=plain_seconds,
-        curve=points,
+        curve=[by_tree.get(point.tree, point) for point in curve.curve],
         **_chosen(rehearsed, plain_seconds),
     )
 
 
-def _slowed(point: Point, factor: float) -> Point:
-    return replace(
-        point,
-        expected_seconds=point.expected_seconds * factor,
-        tokens_per_second=point.tokens_per_second / factor,
-        is_rehearsed=True,
-    )
-
-
 def summarize(
-    curves: list[Curve],
-    ranks: list[np.ndarray],
-    max_rank: int,
-    *,
-    choices: Tree,
-    heads_sha256: str,
+    curves: list[Curve], ranks: list[np.ndarray], max_rank: int, *, choices: Tree, heads_sha256: str
 ) -> Calibration:
     """Return the calibration's record.
 
-    Args:
-        curves: from the smallest batch on.
-        ranks: ranks_PK of each answer.
-        max_rank: what a guess that is not among the first ones has.
-        choices: see `Calibration`.
-        heads_sha256: see `Calibration`.
+    `curves` go from the smallest batch on; `ranks` are ranks_PK of each answer, in which a guess
+    that is not among the first ones has `max_rank`; the rest as in `Calibration`.
     """
     ranks_PK = np.concatenate(ranks)
     slower = [curve.batch_size for curve in curves if curve.predicted_speedup <= 1]
@@ -272,7 +256,8 @@ def choose_tree(settings: TreeConfig, out: Path, num_heads: int, batch_size: int
         calibration, num_nodes = load_calibration(out), settings.num_nodes
         curve = calibration.of_batch_size(batch_size)
         if kind == "dynamic":
-            tree = _dynamic(calibration.choices, num_nodes or curve.num_nodes)
+            choices, wanted = calibration.choices, num_nodes or curve.num_nodes
+            tree = replace(choices, num_picked=min(wanted, len(choices)))
         else:
             tree = curve.tree if num_nodes is None else curve.up_to(num_nodes)
     if tree.depth > num_heads:
@@ -281,10 +266,6 @@ def choose_tree(settings: TreeConfig, out: Path, num_heads: int, batch_size: int
             "head.num_heads and train again, or choose another tree."
         )
     return tree
-
-
-def _dynamic(choices: Tree, num_nodes: int) -> Tree:
-    return Tree(choices.parents, choices.ranks, min(num_nodes, len(choices)))
 
 
 def _custom(settings: TreeConfig) -> Tree:
