@@ -113,7 +113,7 @@ def train(case: Case, mode: str, steps: int, out: Path) -> dict[str, float]:
     config.logger = LoggerConfig(mode=mode)
     out.mkdir(parents=True)
     clocks = Clocks(steps)
-    with Tracker(config, out, RunRecord(out, config, [])):
+    with Tracker(RunRecord(out, config, [])):
         heads = build_heads(case.inputs.backbone, num_heads=config.head.num_heads)
         module = build_module(config, case.inputs, heads, steps)
         trainer = build_trainer(

@@ -129,8 +129,6 @@ def run(config: Config, out: str | Path) -> dict[str, float]:
 
 @hydra.main(version_base="1.3", config_path="pkg://medusa_exp.conf", config_name="config")
 def _hydra_main(composed: DictConfig) -> float | None:
-    from medusa_exp.tracking.sweep_report import write_comparison
-
     job = HydraConfig.get()
     out = Path(job.runtime.output_dir)
 
@@ -140,9 +138,9 @@ def _hydra_main(composed: DictConfig) -> float | None:
 
     try:
         if job.mode == RunMode.MULTIRUN:
-            return sweep.run_once(out, job, run, composed.objective, write_comparison)
+            return sweep.run_once(out, job, run, composed.objective, _write_page)
         value = run()
-        sweep.refresh(out, write_comparison)
+        sweep.refresh(out, _write_page)
         return value
     except Stopped as stopped:  # as an error it would end a job, and a sweep would go on
         print(stopped, file=sys.stderr)
@@ -151,12 +149,13 @@ def _hydra_main(composed: DictConfig) -> float | None:
         raise _Problem(str(error)) from error
 
 
-def _checked_config(composed: DictConfig, out: Path) -> Config:
-    """Return the config of this job.
+def _write_page(sweep_dir: Path) -> None:
+    from medusa_exp.tracking.sweep_report import write_comparison
 
-    Raises:
-        UserError: stages are none, unknown, or not for the jobs of a sweep.
-    """
+    write_comparison(sweep_dir)
+
+
+def _checked_config(composed: DictConfig, out: Path) -> Config:
     job = HydraConfig.get()
     is_sweep = job.mode == RunMode.MULTIRUN
     config = from_hydra(continuation.effective_config(composed, out, job))
@@ -183,17 +182,10 @@ def _check_stages(config: Config, is_sweep: bool) -> None:
 
 
 def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
-    """Run the stages of one job, and return the metric that a sweep optimizes.
+    """Run the stages of one job; return the value of `config.objective`, None where none has it.
 
     Writes `run.json` and `metrics.json` after every stage, so that a failure keeps what was done.
-
-    Args:
-        config: the checked config of the job.
-        out: its run directory.
-        command: how it was called, without what was saved with the run; for the record.
-
-    Returns:
-        The value of `config.objective`, None where no stage has measured it.
+    `command` is, for the record, how it was called, without what was saved with the run.
     """
     from medusa_exp.model.checkpoint import adopt_heads
     from medusa_exp.runs.compare import compare_with_source
@@ -207,7 +199,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     if config.heads_from is not None:
         adopt_heads(config.heads_from, out)
     record = RunRecord(out, config, command)
-    with Tracker(config, out, record) as tracker:
+    with Tracker(record) as tracker:
         session = Session(config, out, tracker.log_step)
         for name in config.stages:
             log.info("stage %s", name)
@@ -215,6 +207,6 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
                 metrics = importlib.import_module(STAGES[name]).run(config, out, session)
             record.merge_metrics(name, metrics)
             tracker.stage_done(name)
-    print_summary(out, config.stages, record.run["stages"], record.metrics)
+    print_summary(record)
     compare_with_source(config.rerun.source, out)
     return record.metrics.get(config.objective)

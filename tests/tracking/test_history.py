@@ -29,6 +29,6 @@ def test_a_run_goes_on_where_wandb_does_not_start(tmp_path, monkeypatch, caplog)
 
     monkeypatch.setattr(wandb_run, "_settings", fail)
     config = Config(name="x", device="cpu")
-    with Tracker(config, tmp_path, RunRecord(tmp_path, config, [])) as tracker:
+    with Tracker(RunRecord(tmp_path, config, [])) as tracker:
         tracker.stage_done("train")
     assert "W&B did not start" in caplog.text and "no space left" in caplog.text

@@ -145,10 +145,10 @@ def test_tree_layout_puts_parents_between_their_children():
     assert [node["path"] for node in nodes] == ["root", "0", "1", "0 > 1", "0 > 0"]
 
 
-def test_importing_is_light():
+def test_a_command_loads_what_draws_only_where_it_draws():
     code = (
-        "import sys, medusa_exp.tracking.run_report\n"
-        "assert not {'altair', 'jinja2', 'vl_convert', 'torch'} & set(sys.modules)"
+        "import sys, medusa_exp.cli, medusa_exp.tracking.terminal, medusa_exp.tracking.tracker\n"
+        "assert not {'altair', 'jinja2', 'vl_convert', 'wandb', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from medusa_exp.config import Config
+from medusa_exp.runs.record import RunRecord
 from medusa_exp.tracking.terminal import headlines, print_summary
 
 
@@ -48,5 +50,7 @@ def test_no_report_of_an_earlier_call_is_offered_as_this_one(
     out.mkdir()
     if is_older:
         (out / "report.html").touch()
-    print_summary(out, [stage], {stage: {"seconds": 1.0}}, {})
+    record = RunRecord(out, Config(name="x", stages=[stage], device="cpu"), [])
+    record.run["stages"][stage] = {"seconds": 1.0}
+    print_summary(record)
     assert capsys.readouterr().out.rstrip().endswith(said)

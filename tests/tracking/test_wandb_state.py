@@ -60,7 +60,7 @@ def test_a_run_ends_in_the_state_it_deserves(tmp_path, error, exit_code, state):
     config = config_of()
     with (
         pytest.raises(type(error)) if error else nullcontext(),
-        Tracker(config, tmp_path, record_of(tmp_path, config)) as tracker,
+        Tracker(record_of(tmp_path, config)) as tracker,
     ):
         assert wandb.run is tracker.run and os.environ["WANDB_DATA_DIR"] == f"{tmp_path}/wandb"
         if error is not None:
@@ -78,7 +78,7 @@ from pathlib import Path
 from tracking.test_wandb_state import Tracker, config_of, record_of, write_json
 out, config = Path({out!r}), config_of()
 record = record_of(out, config)
-with Tracker(config, out, record) as tracker:
+with Tracker(record) as tracker:
     write_json(out / "run.json", record.run)
     tracker.run.log({{"train/step": 1, "train/loss": 4.0}})
     tracker.run.log({{"train/step": 2, "train/loss": 3.0, "the_last": 1}})
@@ -96,7 +96,7 @@ def test_after_a_kill_the_same_run_goes_on(tmp_path):
     killed = subprocess.run([sys.executable, "-c", script], timeout=120, env=environment)
     assert killed.returncode == -signal.SIGKILL
     config = config_of()
-    with Tracker(config, tmp_path, record_of(tmp_path, config)) as tracker:
+    with Tracker(record_of(tmp_path, config)) as tracker:
         tracker.run.log({"train/step": 3, "train/loss": 2.0})
     first, second = (written.records(file) for file in written.run_files(tmp_path))
     ids = {of_type(found, "run")[0]["run_id"] for found in (first, second)}
@@ -115,7 +115,7 @@ def test_a_job_stays_in_its_sweep_s_group(tmp_path):
         config = config_of()
         config.logger.group = group
         record = record_of(tmp_path, config)
-        with Tracker(config, tmp_path, record):
+        with Tracker(record):
             write_json(tmp_path / "run.json", record.run)
         time.sleep(1.0)  # W&B names its folders by the second
     found = [of_type(written.records(file), "run")[0] for file in written.run_files(tmp_path)]
@@ -129,7 +129,7 @@ from pathlib import Path
 from tracking.test_wandb_state import Tracker, config_of, record_of, write_json
 out, config = Path({out!r}), config_of()
 record = record_of(out, config)
-with Tracker(config, out, record):
+with Tracker(record):
     write_json(out / "run.json", record.run)
 """
 
@@ -149,7 +149,7 @@ def test_an_agent_of_a_wandb_sweep_finds_its_run(tmp_path):
 
 def test_disabled_writes_and_imports_nothing(tmp_path):
     config = config_of("disabled")
-    with Tracker(config, tmp_path, record_of(tmp_path, config)) as tracker:
+    with Tracker(record_of(tmp_path, config)) as tracker:
         tracker.stage_done("chat")
     assert tracker.run is None and not (tmp_path / "wandb").exists()
 
@@ -162,7 +162,7 @@ def test_what_other_processes_trained_is_drawn_too(tmp_path):
         tmp_path / "history.jsonl", [{"stage": "pretrain", "step": 1, "pretrain/loss": 9.0}]
     )
     rows = [{"stage": "train", "step": step, "train/loss": 5.0 - step} for step in (1, 2)]
-    with Tracker(config, tmp_path, record) as tracker:
+    with Tracker(record) as tracker:
         with (tmp_path / "history.jsonl").open("a") as file:
             file.writelines(f"{row}\n".replace("'", '"') for row in rows)
         write_json(tmp_path / "data.json", {})
@@ -179,7 +179,7 @@ def test_a_picture_that_fails_costs_no_number(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(wandb_run, "media", fail)
     config = config_of()
-    with Tracker(config, tmp_path, record_of(tmp_path, config)) as tracker:
+    with Tracker(record_of(tmp_path, config)) as tracker:
         tracker.stage_done("chat")
     assert "artifact of stage chat is missing" in caplog.text
     found = written.state(only_file(tmp_path))
@@ -210,7 +210,7 @@ def server(account):
 def test_online_all_is_there_when_the_run_ends(tmp_path, server, caplog):
     caplog.set_level(logging.INFO)
     config = config_of("online")
-    with Tracker(config, tmp_path, record_of(tmp_path, config)) as tracker:
+    with Tracker(record_of(tmp_path, config)) as tracker:
         tracker.run.log({"train/step": 1, "train/loss": 4.0})
         tracker.stage_done("chat")
     assert server.lines[0]["train/loss"] == 4.0
@@ -224,7 +224,7 @@ def test_online_a_dead_network_costs_a_warning(tmp_path, server, caplog, is_dead
     if is_dead_from_the_start:
         server.stop()
     config = config_of("online")
-    with Tracker(config, tmp_path, record_of(tmp_path, config)) as tracker:
+    with Tracker(record_of(tmp_path, config)) as tracker:
         tracker.run.log({"train/step": 1, "train/loss": 4.0})
         if not is_dead_from_the_start:
             server.stop()
@@ -240,7 +240,7 @@ def test_online_without_a_key_is_refused(tmp_path, account):
     config = config_of("online")
     with (
         pytest.raises(UserError, match=r"logger.mode=online: .*logger.mode=offline"),
-        Tracker(config, tmp_path, record_of(tmp_path, config)),
+        Tracker(record_of(tmp_path, config)),
     ):
         pass
     assert not (tmp_path / "wandb").exists()

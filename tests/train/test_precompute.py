@@ -190,7 +190,7 @@ def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("medusa_exp.train.precompute.write_features", dies)
+        patch.setattr("medusa_exp.train.precompute._fill", dies)
         with pytest.raises(KeyboardInterrupt):
             open_inputs(Session(cached, tmp_path))
     assert not list((tmp_path / "cache" / "features").glob("*/hidden.npy"))

@@ -5,14 +5,13 @@ content (`runs.files.content_key`). Of several processes that want it, one makes
 wait; one that is killed leaves nothing that counts as an entry.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
-from medusa_exp.runs.files import publish
+from medusa_exp.runs.files import publish, remove
 
 
 @contextmanager
@@ -39,15 +38,7 @@ def entry(
         if is_whole(path):  # another process has made it meanwhile
             yield path, None
             return
-        _remove_leftovers(path)
+        for leftover in path.parent.glob(f".{path.name}.partial-*"):  # of killed processes
+            remove(leftover)
         with publish(path) as partial:
             yield path, partial
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes have left half made."""
-    for partial in path.parent.glob(f".{path.name}.partial-*"):
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink()

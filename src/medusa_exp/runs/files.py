@@ -44,10 +44,15 @@ def publish(path: Path) -> Iterator[Path]:
             "another run_dir or cache_dir."
         ) from error
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, which another process may be removing too."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _open_to_readers(partial: Path) -> None:

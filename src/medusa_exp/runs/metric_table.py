@@ -160,9 +160,7 @@ METRICS = (
     ),
     _count("eval/num_prompts", "prompts that were answered"),
     _loss(
-        "eval/backbone_nats_per_token",
-        "backbone's held-out loss, nats per token",
-        is_headline=True,
+        "eval/backbone_nats_per_token", "backbone's held-out loss, nats per token", is_headline=True
     ),
     _share("eval/backbone_top1", "held-out tokens that the backbone puts first"),
     # stage calibrate

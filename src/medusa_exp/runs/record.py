@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -36,17 +36,14 @@ class RunRecord:
     """
 
     def __init__(self, out: Path, config: Config, command: list[str]) -> None:
-        self.out = out
-        self.config = config
-        self.command = command
+        self.out, self.config, self.command = out, config, command
         self.metrics: dict[str, float] = read_json(out / "metrics.json", {})
-        self.run: dict[str, Any] = read_json(out / "run.json", {})
-        self.run.setdefault("name", config.name)
-        self.run.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
-        self.run.setdefault("stages", {})
-        self.run.setdefault("data", {})
-        self.run.setdefault("cache_keys", {})
-        self.run.setdefault("command", command)
+        self.run: dict[str, Any] = {
+            "name": config.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            **{"stages": {}, "data": {}, "cache_keys": {}, "command": command},
+            **read_json(out / "run.json", {}),
+        }
         self._metric_names: dict[str, list[str]] = {
             name: entry.get("metrics", []) for name, entry in self.run["stages"].items()
         }
@@ -156,10 +153,8 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of those packages that are installed."""
     found = {}
     for package in packages:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -185,11 +180,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def device_name(device: str) -> str:
-    """Return the GPU's name, or the processor's and how many threads torch uses of it.
-
-    Args:
-        device: as in the config: auto, cpu or cuda.
-    """
+    """Return the GPU's name; without one, or for `cpu`, the processor's and torch's threads."""
     import torch
 
     if device != "cpu" and torch.cuda.is_available():

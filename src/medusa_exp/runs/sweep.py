@@ -99,14 +99,7 @@ def run_once(
     """Run a job and write down how it ended, or return what it returned when it was done.
 
     A job that was done is not done again where the metric asked for is another one: that is looked
-    up in its `metrics.json`.
-
-    Args:
-        out: the job's directory.
-        hydra_config: of this job.
-        run: does the job.
-        objective: name of the metric that it returns.
-        write_page: brings the page of the sweep in this directory up to date.
+    up in its `metrics.json`. `write_page` brings the page of the sweep in a directory up to date.
     """
     with held(out):
         if is_done(out):

@@ -59,10 +59,7 @@ def sample_rows(
         source, conversation = sourced[number]
         for rendered in [] if isinstance(result, DataError) else result:
             offsets = tokenizer(
-                rendered.text,
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                verbose=False,
+                rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             ).offset_mapping
             written = _writers(rendered.text, conversation)
             roles = [written[end - 1] if end else TEMPLATE for _, end in offsets]
@@ -161,14 +158,8 @@ def examine(
 ) -> tuple[list[Finding], Agreement]:
     """Look at all that makes heads good in training and bad in serving.
 
-    Args:
-        config: of the run.
-        backbone: the model that heads are to be trained on.
-        tokenizer: with the chat template that they are trained with.
-        conversations: some of the data set.
-        rows: the same, rendered.
-        examples: what the model reads.
-        notes: what rendering found out about the template.
+    `rows` are conversations of the data set rendered, `examples` what the model is to read, and
+    `notes` what rendering found out about the template.
     """
     agreement = measure_agreement(backbone, examples, "reading replies")
     findings = [

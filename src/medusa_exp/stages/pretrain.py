@@ -66,22 +66,14 @@ def _is_whole(path: Path) -> bool:
 
 
 def _pretrain(
-    config: Config,
-    out: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    session: Session,
+    config: Config, out: Path, tokenizer: PreTrainedTokenizerFast, session: Session
 ) -> tuple[LlamaForCausalLM, float]:
     settings = config.model.pretrain
     limit = min(config.dataset.max_length, settings.max_position_embeddings)
     documents = session.tokenized(tokenizer, limit)
     documents.log()
     model = build_llama(settings, len(tokenizer), tokenizer.eos_token_id)
-    module = LanguageModelModule(
-        model,
-        learning_rate=settings.learning_rate,
-        warmup_fraction=settings.warmup_fraction,
-        max_steps=settings.max_steps,
-    )
+    module = LanguageModelModule(model, settings)
     batches = Batches(
         documents.split("train"),
         None,
@@ -148,19 +140,9 @@ def build_llama(settings: PretrainConfig, vocab_size: int, eos_token_id: int) ->
 class LanguageModelModule(L.LightningModule):
     """Plain next-token training on all tokens, prompts too."""
 
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        *,
-        learning_rate: float,
-        warmup_fraction: float,
-        max_steps: int,
-    ) -> None:
+    def __init__(self, model: LlamaForCausalLM, settings: PretrainConfig) -> None:
         super().__init__()
-        self.model = model
-        self.learning_rate = learning_rate
-        self.warmup_fraction = warmup_fraction
-        self.max_steps = max_steps
+        self.model, self.settings = model, settings
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean cross entropy over real tokens."""
@@ -172,22 +154,17 @@ class LanguageModelModule(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with warm-up and cosine."""
         optimizer = torch.optim.AdamW(
             self.model.parameters(),
-            lr=self.learning_rate,
+            lr=self.settings.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=0.1,
             fused=True,
         )
-        return scheduled(optimizer, self.warmup_fraction, self.max_steps)
+        return scheduled(optimizer, self.settings.warmup_fraction, self.settings.max_steps)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Clip by norm; Lightning's own clipping takes a fused optimizer for one that unscales."""
-        assert gradient_clip_val is not None
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)

@@ -78,8 +78,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             log.info("the regenerated responses are in the cache: %s", path)
         else:
             answered_path = path.with_name(f".{key}.answers.jsonl")
-            regenerated = _regenerated(config, out, answered_path, documents, backbone, tokenizer)
-            _write(partial_path, regenerated, documents.all())
+            _write(partial_path, _regenerated(session, answered_path, documents), documents.all())
     if partial_path is not None:
         answered_path.unlink()
     summary = read_json(path / SUMMARY)
@@ -108,19 +107,13 @@ def key_of_responses(
     )
 
 
-def _regenerated(
-    config: Config,
-    out: Path,
-    path: Path,
-    documents: Tokenized,
-    backbone: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[dict[str, Any]]:
+def _regenerated(session: Session, path: Path, documents: Tokenized) -> list[dict[str, Any]]:
     """Answer documents and write each to the file at `path`, which an interrupted call left begun.
 
     Returns:
         The `Document`s as dicts, in the order of their rows.
     """
+    config, settings = session.config, session.config.regenerate
     examples, rows = documents.all(), _chosen(config, documents)
     drop_torn_line(path)
     done = {line["row"] for line in read_jsonl(path)}
@@ -130,16 +123,15 @@ def _regenerated(
     todo = [document_of(row, examples[row]) for row in ordered]
     if done:
         log.info("%d of %d documents have their responses already", len(done), len(rows))
-    size = config.regenerate.batch_size
+    size = settings.batch_size
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
     answered: Iterator[list[Document]]
-    if config.regenerate.workers:
-        make = partial(Regenerator.load, config, out.absolute(), documents.max_length)
-        use_gpu, workers = backbone.device.type == "cuda", config.regenerate.workers
-        answered = map_on_ray(make, batches, num_workers=workers, use_gpu=use_gpu)
+    if settings.workers:
+        make = partial(Regenerator.load, config, session.out.absolute(), documents.max_length)
+        use_gpu = session.backbone(is_adapted=False).device.type == "cuda"
+        answered = map_on_ray(make, batches, num_workers=settings.workers, use_gpu=use_gpu)
     else:
-        regenerator = Regenerator(config, out, documents.max_length, backbone, tokenizer)
-        answered = map(regenerator, batches)
+        answered = map(Regenerator(session, documents.max_length), batches)
     bar = ProgressBar("regenerating responses", len(rows), len(done))
     with path.open("a", encoding="utf-8") as file, bar:
         for batch in answered:
@@ -152,10 +144,7 @@ def _regenerated(
 
 def _chosen(config: Config, documents: Tokenized) -> list[int]:
     """Return the numbers of the documents to answer."""
-    wanted = {
-        "train": config.regenerate.num_documents,
-        "val": config.regenerate.num_val_documents,
-    }
+    wanted = {"train": config.regenerate.num_documents, "val": config.regenerate.num_val_documents}
     rng = np.random.default_rng(config.seed)
     chosen = [rng.permutation(documents.rows(split))[:n] for split, n in wanted.items()]
     return sorted(np.concatenate(chosen).tolist())
@@ -230,27 +219,20 @@ def _next_turn(
 class Regenerator:
     """Answers batches of documents; each process that does has one, with a backbone of its own."""
 
-    def __init__(
-        self,
-        config: Config,
-        out: Path,
-        max_length: int,
-        backbone: Backbone,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
+    def __init__(self, session: Session, max_length: int) -> None:
+        config, backbone = session.config, session.backbone(is_adapted=False)
         self.config, self.max_length = config, max_length
         self.backbone = _in_training_dtype(config, backbone)
         self.limits = replace(
-            limits_of(config, backbone, tokenizer), max_new_tokens=config.regenerate.max_new_tokens
+            limits_of(config, backbone, session.tokenizer()),
+            max_new_tokens=config.regenerate.max_new_tokens,
         )
-        self.decode = _decoder(config, out, self.backbone)
+        self.decode = _decoder(config, session.out, self.backbone)
 
     @classmethod
     def load(cls, config: Config, out: Path, max_length: int) -> "Regenerator":
         """Make one in a process that has no backbone yet."""
-        session = Session(config, out)
-        backbone, tokenizer = session.backbone(is_adapted=False), session.tokenizer()
-        return cls(config, out, max_length, backbone, tokenizer)
+        return cls(Session(config, out), max_length)
 
     def __call__(self, batch: list[Document]) -> list[Document]:
         """Answer each turn of each document, and return them."""

@@ -1,13 +1,10 @@
 """Stage report: write report.html from the files of the run directory."""
 
-import logging
 from pathlib import Path
 
 from medusa_exp.config import Config
 from medusa_exp.stages.session import Session
 from medusa_exp.tracking.run_report import write_report
-
-log = logging.getLogger(__name__)
 
 
 def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:

@@ -40,7 +40,6 @@ from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
 from medusa_exp.stages.regenerate import key_of_responses
 from medusa_exp.stages.session import Session, limits_of
-from medusa_exp.tracking.history import StepLogger
 from medusa_exp.train.acceptance import (
     HeldOutResponse,
     held_out_responses,
@@ -55,7 +54,7 @@ from medusa_exp.train.checkpointing import (
     training_key,
 )
 from medusa_exp.train.failures import BadLoss, explain_memory, memory_of_training
-from medusa_exp.train.launch import main, ray_parts, train_in_processes, train_on_ray
+from medusa_exp.train.launch import Job, main, ray_parts, train_in_processes, train_on_ray
 from medusa_exp.train.module import JointLoss, MedusaModule
 from medusa_exp.train.precompute import (
     FeatureSettings,
@@ -86,11 +85,11 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             if settings.strategy == "auto":
                 return train(session)
             session.forget_backbone()  # each process loads its own
-            job = to_dict(config), out, settings, session.notes
+            job = Job(to_dict(config), out, settings, session.notes)
             if settings.strategy == "ray":
                 use_gpu = pick_device(config.device).type == "cuda"
-                return train_on_ray(train_as_worker, *job, use_gpu=use_gpu)
-            return train_in_processes(__spec__.name, *job)
+                return train_on_ray(train_as_worker, job, use_gpu=use_gpu)
+            return train_in_processes(__spec__.name, job)
     except Timeout as error:
         raise UserError(
             f"another process is training in {out}: wait for it, or choose another run_dir."
@@ -115,10 +114,10 @@ def train(session: Session) -> dict[str, float]:
         max_steps = _num_steps(config, batches)
         log.info("%s; %d steps", heads.describe(), max_steps)
         module = build_module(config, inputs, heads, max_steps)
-        metrics = fit(config, out, module, batches, session)
+        metrics = fit(session, module, batches)
         if rank_zero_only.rank == 0:
             if module.joint is not None:
-                metrics |= finish_joint(config, out, module, inputs)
+                metrics |= finish_joint(session, module, module.joint, inputs)
             save_heads(heads, out / "heads")
             save_tokenizer(inputs.tokenizer, session.spec, out / "heads")
             log.info("heads written to %s", out / "heads")
@@ -192,7 +191,9 @@ def open_inputs(session: Session) -> Inputs:
     prompts = _held_out_prompts(session, tokenizer, backbone)
     limits = limits_of(config, backbone, tokenizer)
     key = responses_key(prompts, limits, backbone, session.spec.attention)
-    responses = held_out_responses(config.cache_dir, key, prompts, limits, backbone, opener.whole)
+    responses = held_out_responses(
+        config.cache_dir, key, prompts, limits, backbone, lambda: opener.whole
+    )
     changes = config.train.kind == "medusa2" or config.train.compile
     if changes or config.train.strategy == "fsdp" or not backbone.has_body:
         session.forget_backbone()
@@ -220,14 +221,11 @@ class _BackboneOpener:
         known = known_fingerprints(self.note, self.session.spec.attention)
         if self.config.train.features == "cache" and known is not None:
             return load_ends(self.session.spec, *known)
-        return self._whole
-
-    def whole(self) -> Backbone:
-        """With its layers, and checked before anything long begins."""
-        return self._whole
+        return self.whole
 
     @cached_property
-    def _whole(self) -> Backbone:
+    def whole(self) -> Backbone:
+        """With its layers, and checked before anything long begins."""
         backbone = self.session.backbone(is_adapted=False)
         check_tree_attention(backbone)
         note_fingerprints(self.note, backbone, self.session.spec.attention)
@@ -263,7 +261,9 @@ def _open_features(
         config.train.batch_tokens,
         config.train.feature_workers,
     )
-    load = partial(load_backbone, opener.session.spec) if settings.num_workers else opener.whole
+    load: Callable[[], Backbone] = lambda: opener.whole  # noqa: E731
+    if settings.num_workers:
+        load = partial(load_backbone, opener.session.spec)
     return open_features(
         config.cache_dir, documents, config.dataset, data_key, settings, backbone, load
     )
@@ -331,13 +331,8 @@ def build_module(
     joint = None
     responses: Callable[[], list[HeldOutResponse]] = lambda: inputs.responses  # noqa: E731
     if settings.kind == "medusa2":
-        lora = settings.lora
-        joint = JointLoss(
-            adapted=add_adapters(backbone, lora),
-            learning_rate=lora.learning_rate,
-            heads_only_steps=round(lora.heads_only_fraction * max_steps),
-            self_distillation=lora.self_distillation,
-        )
+        heads_only_steps = round(settings.lora.heads_only_fraction * max_steps)
+        joint = JointLoss(add_adapters(backbone, settings.lora), settings.lora, heads_only_steps)
         # What it answers changes with it.
         limits = limits_of(config, backbone, inputs.tokenizer)
         responses = partial(respond_to_prompts, inputs.prompts, limits, backbone)
@@ -353,29 +348,23 @@ def build_module(
     )
 
 
-def fit(
-    config: Config, out: Path, module: MedusaModule, batches: Batches, session: Session
-) -> dict[str, float]:
+def fit(session: Session, module: MedusaModule, batches: Batches) -> dict[str, float]:
     """Train, validate and keep the heads that are wanted; return the metrics.
 
     Raises:
         UserError: a loss is NaN or infinite.
     """
-    settings = config.train
+    out, settings = session.out, session.config.train
     checkpoint, step = checkpoint_to_resume(out, module.key, settings.resume)
     session.notes.add(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
     best = BestHeads(out / "checkpoints", settings.patience)
     average = EMAHeads(settings.average, module) if settings.average else None
     # In this order: the average leaves the heads' place after the best have been kept.
-    callbacks = [
-        best,
-        *([average] if average else []),
-        checkpoints,
-        TrainingPreview(settings.optimizer, average is not None),
-    ]
+    callbacks = [best, *([average] if average else []), checkpoints]
+    callbacks.append(TrainingPreview(settings.optimizer, average is not None))
     was_deterministic = torch.are_deterministic_algorithms_enabled()
-    trainer = _trainer(config, out, module, bool(batches.val), callbacks, session.log_step)
+    trainer = _trainer(session, module, bool(batches.val), callbacks)
     try:
         trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
         steps = trainer.global_step
@@ -395,12 +384,11 @@ def fit(
 
 
 def finish_joint(
-    config: Config, out: Path, module: MedusaModule, inputs: Inputs
+    session: Session, module: MedusaModule, joint: JointLoss, inputs: Inputs
 ) -> dict[str, float]:
     """Measure what the adapted backbone has become, write it, and name it in the heads."""
-    assert module.joint is not None
     module.eval()
-    backbone, adapted = inputs.backbone, module.joint.adapted
+    out, backbone, adapted = session.out, inputs.backbone, joint.adapted
     metrics = {}
     if "val" in inputs.documents:
         examples = inputs.documents["val"][:_NUM_DOCUMENTS]
@@ -411,26 +399,21 @@ def finish_joint(
             "train/backbone_nats_before": before.nats_per_token,
             "train/backbone_nats_after": after.nats_per_token,
         }
-    save_adapted(adapted, backbone, inputs.tokenizer, out, config.train.lora.output)
+    save_adapted(adapted, backbone, inputs.tokenizer, out, joint.settings.output)
     module.heads.config.backbone = str(out / "backbone")
     module.heads.config.backbone_identity = backbone.identity()
     return metrics
 
 
 def _trainer(
-    config: Config,
-    out: Path,
-    module: MedusaModule,
-    validates: bool,
-    callbacks: list[L.Callback],
-    log_step: StepLogger | None,
+    session: Session, module: MedusaModule, validates: bool, callbacks: list[L.Callback]
 ) -> L.Trainer:
-    settings = config.train
+    config, settings = session.config, session.config.train
     return build_trainer(
         pick_device(config.device),
-        out,
+        session.out,
         "train",
-        log_step,
+        session.log_step,
         max_steps=module.max_steps,
         precision=pick_precision(config.dtype.precision, module.backbone.device),
         **_devices(config),
@@ -469,15 +452,12 @@ def _explained(error: BadLoss, batches: Batches, checkpoint: Path) -> UserError:
     ids = batches.train.strings("conversation_id")
     named = ", ".join(ids[number] for number in error.documents[:8])
     more = f" and {len(error.documents) - 8} more" if len(error.documents) > 8 else ""
-    is_saved = checkpoint.is_file()
+    hint = "The heads were broken before that."
+    if checkpoint.is_file():
+        hint = f"{checkpoint} is from before: another dtype goes on from it, another rate cannot."
     return UserError(
         f"{error}, on conversations {named}{more}: try dtype=fp32, or lower train.learning_rate "
-        "and set train.resume=never. "
-        + (
-            f"{checkpoint} is from before: another dtype goes on from it, another rate cannot."
-            if is_saved
-            else "The heads were broken before that."
-        )
+        f"and set train.resume=never. {hint}"
     )
 
 

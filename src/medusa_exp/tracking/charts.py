@@ -2,23 +2,23 @@
 
 No colour stands here. A mark names its role (`style="reference"`) or one of the page's ranges
 (`category`, `ramp`), and the page gives them colours, light or dark: see `page.html.jinja`.
-Altair is imported where it is used, so that importing this module costs nothing.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import altair as alt
+
 Row = dict[str, Any]
 Spec = dict[str, Any]
 
+_PERCENT = alt.Axis(format=".0%", tickCount=5)
 MEASURES = {"speedup": "speed-up", "tokens_per_step": "tokens per step"}
 
 
 def category_chart(rows: Sequence[Row]) -> Spec:
     """Draw `speedup` and `tokens_per_step` of every `category`, joined by a line."""
-    import altair as alt
-
     points = [
         {"category": row["category"], "measure": label, "value": row[key]}
         for row in rows
@@ -26,12 +26,8 @@ def category_chart(rows: Sequence[Row]) -> Spec:
         if row.get(key) is not None
     ]
     y = alt.Y("category:N", title=None, sort=[row["category"] for row in rows])
-    x = alt.X(
-        "value:Q",
-        title="times plain decoding",
-        scale=alt.Scale(zero=False),
-        axis=alt.Axis(tickCount=6),
-    )
+    scale, axis = alt.Scale(zero=False), alt.Axis(tickCount=6)
+    x = alt.X("value:Q", title="times plain decoding", scale=scale, axis=axis)
     base = alt.Chart(inline_data(points))
     dots = base.mark_point(filled=True, size=110, opacity=1).encode(
         x=x,
@@ -46,12 +42,10 @@ def category_chart(rows: Sequence[Row]) -> Spec:
 
 def accuracy_chart(rows: Sequence[Row]) -> Spec:
     """Draw a bar for every row of `head`, `kind` ("top-1", "top-5") and `share` (0..1)."""
-    import altair as alt
-
     base = alt.Chart(inline_data(rows)).encode(
         x=alt.X("head:N", title=None, sort=None, axis=alt.Axis(labelAngle=0)),
         xOffset=alt.XOffset("kind:N"),
-        y=alt.Y("share:Q", title=None, axis=_percent(), scale=alt.Scale(domain=[0, 1])),
+        y=alt.Y("share:Q", title=None, axis=_PERCENT, scale=alt.Scale(domain=[0, 1])),
     )
     bars = base.mark_bar(cornerRadiusEnd=2).encode(
         color=alt.Color("kind:N", title=None),
@@ -63,8 +57,6 @@ def accuracy_chart(rows: Sequence[Row]) -> Spec:
 
 def rank_chart(rank_share: Sequence[Sequence[float]]) -> Spec:
     """Draw how often each guess of each head is right, heads down and ranks across."""
-    import altair as alt
-
     cells = [
         {"head": f"head {head}", "rank": rank, "share": share, "percent": f"{100 * share:.0f}"}
         for head, shares in enumerate(rank_share, 1)
@@ -87,18 +79,17 @@ def tree_chart(
     `probability` of a node is that of a decoding step committing it; without it all nodes have
     one colour. Raises nothing for a tree of one node.
     """
-    import altair as alt
-
     nodes = tree_layout(parents, ranks, probability)
     num_leaves = 1 + max(node["row"] for node in nodes)
+    depth = max(node["depth"] for node in nodes)
     row_height = min(30.0, max(15.0, 560 / num_leaves))
     x = alt.X(
         "depth:Q",
         title=None,
-        scale=alt.Scale(domain=[-0.3, max(node["depth"] for node in nodes) + 0.3], nice=False),
+        scale=alt.Scale(domain=[-0.3, depth + 0.3], nice=False),
         axis=alt.Axis(
             orient="top",
-            values=list(range(1 + max(node["depth"] for node in nodes))),
+            values=list(range(1 + depth)),
             labelExpr="datum.value == 0 ? 'root' : 'head ' + datum.value",
             grid=False,
             domain=False,
@@ -153,8 +144,6 @@ def tree_layout(
 
 def calibration_chart(curve: Sequence[Row], field: str, title: str, chosen: int) -> Spec:
     """Draw `field` of the calibration curve against the number of nodes, and mark the choice."""
-    import altair as alt
-
     x = alt.X("num_nodes:Q", title="nodes in the tree", axis=alt.Axis(tickMinStep=1))
     y = alt.Y(f"{field}:Q", title=None, scale=alt.Scale(zero=False))
     tooltip = [alt.Tooltip("num_nodes:Q", title="nodes"), alt.Tooltip(f"{field}:Q", format=",.2f")]
@@ -169,8 +158,6 @@ def calibration_chart(curve: Sequence[Row], field: str, title: str, chosen: int)
 
 def length_chart(lengths: Sequence[int]) -> Spec:
     """Draw the share of decoding steps that committed 1, 2, 3, ... tokens."""
-    import altair as alt
-
     counts = Counter(lengths)
     rows = [
         {"tokens": tokens, "steps": counts[tokens], "share": counts[tokens] / len(lengths)}
@@ -178,7 +165,7 @@ def length_chart(lengths: Sequence[int]) -> Spec:
     ]
     base = alt.Chart(inline_data(rows)).encode(
         x=alt.X("tokens:O", title="tokens committed in a step", axis=alt.Axis(labelAngle=0)),
-        y=alt.Y("share:Q", title="share of steps", axis=_percent()),
+        y=alt.Y("share:Q", title="share of steps", axis=_PERCENT),
     )
     bars = base.mark_bar(cornerRadiusEnd=2).encode(
         tooltip=["tokens:O", "steps:Q", alt.Tooltip("share:Q", format=".1%")]
@@ -189,9 +176,7 @@ def length_chart(lengths: Sequence[int]) -> Spec:
 
 def curve_chart(rows: Sequence[Row], title: str, is_share: bool = False) -> Spec:
     """Draw lines of `value` against `step`, one for each `series`, colours in order of `rows`."""
-    import altair as alt
-
-    axis = _percent() if is_share else alt.Axis(tickCount=5)
+    axis = _PERCENT if is_share else alt.Axis(tickCount=5)
     y = alt.Y("value:Q", title=None, axis=axis, scale=alt.Scale(zero=False))
     names = list(dict.fromkeys(row["series"] for row in rows))
     legend = alt.Legend() if len(names) > 1 else None
@@ -207,27 +192,15 @@ def curve_chart(rows: Sequence[Row], title: str, is_share: bool = False) -> Spec
 
 def inline_data(rows: Sequence[Row]) -> Any:
     """Return rows as what a chart takes its data from."""
-    import altair as alt
-
     return alt.Data(values=list(rows))
 
 
-def _percent() -> Any:
-    import altair as alt
-
-    return alt.Axis(format=".0%", tickCount=5)
-
-
 def _reference(x: float) -> Any:
-    import altair as alt
-
     return alt.Chart(inline_data([{"x": x}])).mark_rule(style="reference").encode(x="x:Q")
 
 
 def _ramp(field: str) -> Any:
     """Colour by a share; the square root keeps small shares apart."""
-    import altair as alt
-
     return alt.Color(f"{field}:Q", scale=alt.Scale(type="sqrt", domain=[0, 1]), legend=None)
 
 

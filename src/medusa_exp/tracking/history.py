@@ -19,7 +19,6 @@ from medusa_exp.runs.files import drop_torn_line
 
 log = logging.getLogger(__name__)
 
-
 StepLogger = Callable[[str, int | None, dict[str, float]], None]
 """Takes a stage's name, its step and the metrics of that step."""
 
@@ -36,13 +35,11 @@ class HistoryLogger(Logger):
 
     @property
     def name(self) -> str:
-        """The stage."""
         return self.stage
 
     @property
     def version(self) -> str:
-        """Of no use here; Lightning wants one."""
-        return ""
+        return ""  # of no use here; Lightning wants one
 
     @rank_zero_only  # of several processes, the first
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from functools import cache
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+
+import jinja2
+import vl_convert
 
 from medusa_exp.config.privacy import by_name, shareable, shell_command
 from medusa_exp.runs.files import publish, read_json, read_jsonl
@@ -37,18 +39,11 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: a file is not valid JSON.
     """
-    page = render("report.html.jinja", _content(run_dir))
-    with publish(run_dir / "report.html") as partial:
-        partial.write_text(page, encoding="utf-8")
-    return run_dir / "report.html"
+    return render("report.html.jinja", _content(run_dir), run_dir / "report.html")
 
 
 def _content(run_dir: Path) -> Row:
-    metrics = {
-        name: value
-        for name, value in read_json(run_dir / "metrics.json", {}).items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    metrics = finite_numbers(read_json(run_dir / "metrics.json", {}))
     run = read_json(run_dir / "run.json", {})
     run["data"] = by_name(run.get("data", {}))
     calibrated = read_json(run_dir / "calibration.json")
@@ -72,6 +67,15 @@ def _content(run_dir: Path) -> Row:
         "command": shell_command(run.get("command", [])),
         "later_commands": _later_commands(run),
         "run_dir": shell_command([f"run_dir={run_dir}"]),
+    }
+
+
+def finite_numbers(metrics: Row) -> Row:
+    """Return the metrics that can be drawn and compared."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and math.isfinite(value)
     }
 
 
@@ -111,11 +115,10 @@ def headline(metrics: Row, records: list[Row]) -> Row | None:
 
 def _stats(metrics: Row) -> list[tuple[Metric, str]]:
     """Return (metric, label) of the figures beside the speed-up."""
+    measured = [row for row in METRICS if row.name in metrics]
     texts: defaultdict[str, str] = defaultdict(lambda: "\u2013")
-    texts |= {row.name: row.form % metrics[row.name] for row in METRICS if row.name in metrics}
-    return [
-        (row, row.stat.format_map(texts)) for row in METRICS if row.stat and row.name in metrics
-    ]
+    texts |= {row.name: row.form % metrics[row.name] for row in measured}
+    return [(row, row.stat.format_map(texts)) for row in measured if row.stat]
 
 
 def of_smallest_batch(records: Iterable[Row]) -> list[Row]:
@@ -169,12 +172,7 @@ def heads(metrics: Row) -> Row | None:
 
 
 def tree(used: Row | None, measured: Row | None) -> Row | None:
-    """Return the tree's drawing, with each node's probability where calibration knows it.
-
-    Args:
-        used: tree.json.
-        measured: calibration.json.
-    """
+    """Draw tree.json, with each node's probability where calibration.json knows it."""
     if used is None:
         return None
     parents, probability = used["parents"], (measured or {}).get("node_probability", [])
@@ -296,26 +294,23 @@ def _thinned(line: list[Row]) -> list[Row]:
     return [*line[:-1:stride], line[-1]]
 
 
-def render(template: str, values: dict[str, Any]) -> str:
-    """Return the page of a template in this directory; what is put in is escaped."""
-    import jinja2
-
+def render(template: str, values: Row, path: Path) -> Path:
+    """Write the page of a template in this directory; what is put in is escaped."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["text_parts"] = text_parts
     environment.filters["breakable"] = lambda name: re.findall(r"[^._/]*[._/]?", name)[:-1]
-    return environment.get_template(template).render(values, scripts=_scripts())
+    page = environment.get_template(template).render(values, scripts=_scripts())
+    with publish(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
 
 
 @cache
 def _scripts() -> str:
     """Return Vega, Vega-Lite and vegaEmbed as one script that can stand inside a page."""
-    import vl_convert
-
     bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks too much
     return bundle.replace("</script", "<\\/script")
 

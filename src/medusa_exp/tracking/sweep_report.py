@@ -1,21 +1,21 @@
 """The report of a sweep: `report.html`, one self-contained page made from its jobs' files."""
 
 import logging
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import altair as alt
 from filelock import FileLock
 
 from medusa_exp.config.continuation import split_override
 from medusa_exp.config.privacy import shareable, shell_command
 from medusa_exp.errors import UserError
-from medusa_exp.runs.files import publish, read_json
+from medusa_exp.runs.files import read_json
 from medusa_exp.runs.jobs import objective_of, read_jobs
 from medusa_exp.runs.metric_table import METRICS, is_larger_better
 from medusa_exp.tracking.charts import Row, Spec, inline_data, spec_of
-from medusa_exp.tracking.run_report import render
+from medusa_exp.tracking.run_report import finite_numbers, render
 
 log = logging.getLogger(__name__)
 _LONGEST_LABEL = 110
@@ -28,10 +28,8 @@ def write_comparison(sweep_dir: Path) -> Path:
     Jobs write it one after another, each from what all have left so far.
     """
     with FileLock(sweep_dir / ".report.lock"):
-        page = render("comparison.html.jinja", shareable(content(sweep_dir)))
-        with publish(sweep_dir / "report.html") as partial:
-            partial.write_text(page, encoding="utf-8")
-    return sweep_dir / "report.html"
+        shown = shareable(content(sweep_dir))
+        return render("comparison.html.jinja", shown, sweep_dir / "report.html")
 
 
 def content(sweep_dir: Path) -> Row:
@@ -68,11 +66,7 @@ def content(sweep_dir: Path) -> Row:
 
 def _job_row(sweep_dir: Path, name: str, job: Row, objective: str) -> Row:
     run = _read_or_empty(sweep_dir / name / "run.json")
-    metrics = {
-        key: value
-        for key, value in _read_or_empty(sweep_dir / name / "metrics.json").items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    metrics = finite_numbers(_read_or_empty(sweep_dir / name / "metrics.json"))
     is_ours = job["objective"] == objective
     has_page = (sweep_dir / name / "report.html").is_file()
     return {
@@ -150,8 +144,6 @@ def coordinates_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) 
         keys: of `settings`, that the jobs differ in.
         objective: the name of `value`.
     """
-    import altair as alt
-
     places = _value_axis(rows, objective)[1]
     shades = places if is_larger_better(objective) else [1 - place for place in places]
     axes = [_ordinal_axis(rows, key) for key in keys] + [_value_axis(rows, objective)]
@@ -179,42 +171,30 @@ def coordinates_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) 
         axis=alt.Axis(orient="top", labelAngle=0, labelLimit=170, domain=False),
     )
     y = alt.Y("position:Q", axis=None, scale=alt.Scale(domain=[-0.04, 1.04], nice=False))
-    lines = (
-        alt.Chart(inline_data(points))
-        .mark_line()
-        .encode(
-            x=x,
-            y=y,
-            detail="job:N",
-            opacity=alt.Opacity("shade:Q", scale=alt.Scale(range=[0.2, 1]), legend=None),
-            strokeWidth=alt.StrokeWidth("shade:Q", scale=alt.Scale(range=[1, 3]), legend=None),
-            tooltip=alt.Tooltip("text:N", title="job"),
-        )
+    lines = alt.Chart(inline_data(points)).encode(
+        x=x,
+        y=y,
+        detail="job:N",
+        opacity=alt.Opacity("shade:Q", scale=alt.Scale(range=[0.2, 1]), legend=None),
+        strokeWidth=alt.StrokeWidth("shade:Q", scale=alt.Scale(range=[1, 3]), legend=None),
+        tooltip=alt.Tooltip("text:N", title="job"),
     )
-    rules = alt.Chart(inline_data(labels)).mark_rule(style="edge").encode(x=x)
-    texts = (
-        alt.Chart(inline_data(labels))
-        .mark_text(dx=6, dy=-7, align="left", limit=_LONGEST_LABEL)
-        .encode(x=x, y=y, text="label:N")
-    )
-    return spec_of(rules + lines + texts, height=300)
+    base = alt.Chart(inline_data(labels)).encode(x=x)
+    rules, texts = base.mark_rule(style="edge"), base.encode(y=y, text="label:N")
+    texts = texts.mark_text(dx=6, dy=-7, align="left", limit=_LONGEST_LABEL)
+    return spec_of(rules + lines.mark_line() + texts, height=300)
 
 
 def effects_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) -> dict[str, Spec]:
     """Draw, for each key, the objective of every job against the key's value, and the best."""
-    import altair as alt
-
     charts = {}
+    labels = [job_label(row, keys, objective) for row in rows]
     better = "max" if is_larger_better(objective) else "min"
     for key in keys:
         order = _in_order({row["settings"].get(key, "") for row in rows})
         points = [
-            {
-                "setting": row["settings"].get(key, ""),
-                "value": row["value"],
-                "text": job_label(row, keys, objective),
-            }
-            for row in rows
+            {"setting": row["settings"].get(key, ""), "value": row["value"], "text": label}
+            for row, label in zip(rows, labels, strict=True)
         ]
         x = alt.X("setting:O", title=key, sort=order, axis=alt.Axis(labelAngle=0, labelLimit=120))
         y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))

@@ -11,25 +11,18 @@ from rich.text import Text
 
 from medusa_exp.runs.jobs import objective_of
 from medusa_exp.runs.metric_table import METRICS, fields
+from medusa_exp.runs.record import RunRecord
 
 
-def print_summary(
-    out: Path, stages: list[str], entries: dict[str, Any], metrics: dict[str, float]
-) -> None:
-    """Print the time of each stage, the numbers that matter most, and where the files lie.
-
-    Args:
-        out: the run directory.
-        stages: those of this call.
-        entries: run.json's `stages`, by name.
-        metrics: all of metrics.json, of earlier calls too.
-    """
+def print_summary(record: RunRecord) -> None:
+    """Print the time of this call's stages, the run's most important numbers, where files lie."""
+    out, stages = record.out, record.config.stages
     console = Console()
     times = Table("stage", "seconds", title=None)
     for stage in stages:
-        times.add_row(stage, f"{entries[stage]['seconds']:.1f}")
+        times.add_row(stage, f"{record.run['stages'][stage]['seconds']:.1f}")
     figures = Table("figure", "value")
-    for label, value in headlines(metrics):
+    for label, value in headlines(record.metrics):
         figures.add_row(label, value)
     console.print(times)
     if figures.row_count:

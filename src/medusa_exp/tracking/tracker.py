@@ -4,10 +4,8 @@ import csv
 import logging
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import publish, read_json, read_jsonl
 from medusa_exp.runs.record import RunRecord
@@ -22,10 +20,8 @@ class Tracker:
     when a stage is done.
     """
 
-    def __init__(self, config: Config, out: Path, record: RunRecord) -> None:
-        self.config = config
-        self.out = out
-        self.record = record
+    def __init__(self, record: RunRecord) -> None:
+        self.record, self.config, self.out = record, record.config, record.out
         self.run: Any = None
         self._exit = ExitStack()
         self._known_metrics = set(record.metrics)
@@ -44,9 +40,8 @@ class Tracker:
         from medusa_exp.tracking.wandb_artifacts import log_code
         from medusa_exp.tracking.wandb_run import wandb_run
 
-        opened = wandb_run(self.config, self.out, self.record.run)
         try:
-            self.run = opening.enter_context(opened)
+            self.run = opening.enter_context(wandb_run(self.record))
         except UserError:
             raise
         except Exception:  # the files are the record: no mirror's fault may end a run
@@ -67,29 +62,22 @@ class Tracker:
             return
         from medusa_exp.tracking.wandb_run import mirror
 
-        unseen = self._history()[self._num_rows :] if self._trains_elsewhere(stage) else []
-        dropped = self._known_metrics - set(self.record.metrics)
         try:
-            mirror(self.run, self.config, self.out, stage, self.record, dropped, unseen)
+            if stage == "train" and self.config.train.strategy != "auto":
+                # Other processes have written the history, but have no W&B run.
+                for row in self._history()[self._num_rows :]:
+                    self.log_step(row.pop("stage"), row.pop("step"), row)
+            mirror(self.run, self.record, stage, self._known_metrics - set(self.record.metrics))
         except Exception:
             log.warning("W&B lacks what stage %s left in %s", stage, self.out, exc_info=True)
         self._known_metrics = set(self.record.metrics)
         self._num_rows = len(self._history())
 
-    def _trains_elsewhere(self, stage: str) -> bool:
-        """Other processes write the history, but have no W&B run."""
-        return stage == "train" and self.config.train.strategy != "auto"
-
     def _history(self) -> list[dict[str, Any]]:
         return read_jsonl(self.out / "history.jsonl")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._exit.__exit__(kind, error, traceback)
+    def __exit__(self, *error: Any) -> None:
+        self._exit.__exit__(*error)
 
 
 def _write_csv(out: Path) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import wandb
+
 from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import shareable, shareable_text
 from medusa_exp.runs.files import read_json, sha256_file
@@ -126,11 +128,10 @@ def _heads_sha256(out: Path) -> str | None:
 
 
 def _log(run: Any, config: Config, out: Path, item: Item) -> None:
-    import wandb
-
     name = re.sub(r"[^\w.-]", "_", f"{config.name}-{item.name}")
     artifact = wandb.Artifact(name, item.kind, metadata=shareable(item.metadata))
-    staging = _staging(out)
+    (out / "wandb" / "staged").mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=out / "wandb" / "staged"))
     if item.facts:
         path = staging / f"{item.name}.json"
         path.write_text(json.dumps(shareable(item.facts), indent=1, sort_keys=True))
@@ -141,17 +142,8 @@ def _log(run: Any, config: Config, out: Path, item: Item) -> None:
     # `use_artifact` does just this to a new artifact; but it waits for the server, and refuses to
     # work offline, where the record of it would be uploaded by `wandb sync` like any other.
     run._log_artifact(  # private: wandb 0.31
-        artifact,
-        aliases=["latest", run.id],
-        is_user_created=True,
-        use_after_commit=item.is_input,
+        artifact, aliases=["latest", run.id], is_user_created=True, use_after_commit=item.is_input
     )
-
-
-def _staging(out: Path) -> Path:
-    place = out / "wandb" / "staged"
-    place.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=place))
 
 
 def _staged(source: Path, place: Path, out: Path) -> Path:

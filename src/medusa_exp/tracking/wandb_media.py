@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import vl_convert
+import wandb
+from PIL import Image
+
 from medusa_exp.config.privacy import shareable
 from medusa_exp.runs.files import read_json, read_jsonl
 from medusa_exp.tracking import run_report
@@ -88,22 +92,19 @@ def _calibration_rows(out: Path) -> Iterator[Row]:
         }
     curve = run_report.calibration(measured)
     assert curve is not None
+    shares = [
+        {"head": head, "rank": rank, "share": share}
+        for head, of_head in enumerate(measured["rank_share"], 1)
+        for rank, share in enumerate(of_head)
+    ]
     yield {
         "images/calibration": _image(*curve["charts"].values()),
         "images/tree": _tree_image(out),
-        "calibrate/rank_share": table(
-            [
-                {"head": head, "rank": rank, "share": share}
-                for head, shares in enumerate(measured["rank_share"], 1)
-                for rank, share in enumerate(shares)
-            ]
-        ),
+        "calibrate/rank_share": table(shares),
     }
 
 
 def _evaluation_rows(out: Path) -> Iterator[Row]:
-    import wandb
-
     records = read_jsonl(out / "records.jsonl")
     metrics = read_json(out / "metrics.json", {})
     for row in run_report.depths(metrics):
@@ -132,9 +133,8 @@ def _histogram(records: list[Row]) -> tuple[list[int], list[float]]:
     """Return numpy's form of a histogram: steps that gave 1, 2, 3 ... tokens, and edges of bins."""
     lengths = [length for record in records for length in record["accept_lengths"]]
     sizes = range(1, 1 + max(lengths))
-    return [lengths.count(size) for size in sizes], [
-        size - 0.5 for size in [*sizes, len(sizes) + 1]
-    ]
+    edges = [size - 0.5 for size in [*sizes, len(sizes) + 1]]
+    return [lengths.count(size) for size in sizes], edges
 
 
 def _sample_row(sample: Row) -> Row:
@@ -149,8 +149,6 @@ def _sample_row(sample: Row) -> Row:
 
 def table(rows: list[Row]) -> Any:
     """Return a W&B table; columns are all keys in order of appearance, lists become JSON text."""
-    import wandb
-
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[_cell(row.get(name)) for name in names] for row in rows]
     return wandb.Table(columns=names, data=cells)
@@ -168,16 +166,11 @@ def _tree_image(out: Path) -> Any:
 
 
 def _image(*charts: Row) -> Any:
-    import wandb
-    from PIL import Image
-
     return wandb.Image(Image.open(io.BytesIO(png(*charts))))
 
 
 def png(*charts: dict[str, Any]) -> bytes:
     """Draw charts of `charts.py` below one another."""
-    import vl_convert
-
     sized = [{**chart, "width": _WIDTH} for chart in charts]
     drawing: bytes = vl_convert.vegalite_to_png({"vconcat": sized}, config=_THEME, scale=2)
     return drawing

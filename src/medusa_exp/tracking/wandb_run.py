@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import wandb
+
 from medusa_exp.config import Config, to_shareable
 from medusa_exp.config.privacy import by_name, shareable
 from medusa_exp.errors import Stopped
@@ -33,23 +35,19 @@ _DRAWN_BY_STEP = ("pretrain", "train")
 
 
 @contextmanager
-def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any]:
+def wandb_run(record: RunRecord) -> Iterator[Any]:
     """Yield the run of this directory, the one of earlier calls where there was one; finish it.
 
-    Args:
-        config: of this call.
-        out: the run directory.
-        record: run.json; its `wandb` keeps what makes a later call go on with the same run.
+    In run.json, `wandb` keeps what makes a later call go on with the same run.
 
     Raises:
         UserError: mode online, and nobody is logged in.
     """
-    import wandb
-
+    config, out = record.config, record.out
     is_online = config.logger.mode == "online"
     if is_online:
         require_login()
-    known = record.setdefault("wandb", {})
+    known = record.run.setdefault("wandb", {})
     known.setdefault("id", uuid4().hex[:8])
     shown = _shared_config(config, out)
     known.setdefault("job_type", shown["logger"]["job_type"] or "+".join(config.stages))
@@ -59,8 +57,8 @@ def wandb_run(config: Config, out: Path, record: dict[str, Any]) -> Iterator[Any
         run: Any = wandb.init(
             mode="offline",
             **_identity(config, shown, out, known),
-            config={**shown, "provenance": provenance(record)},
-            settings=_settings(record),
+            config={**shown, "provenance": provenance(record.run)},
+            settings=_settings(record.run),
         )
         known["id"] = run.id  # that of its own agent, in a sweep of W&B's
         upload = Upload(Path(run.dir).parent) if is_online else None
@@ -156,36 +154,16 @@ def define_metrics(run: Any) -> None:
             run.define_metric(pattern, step_metric=AXES["val"], summary=better)
 
 
-def mirror(
-    run: Any,
-    config: Config,
-    out: Path,
-    stage: str,
-    record: RunRecord,
-    dropped: set[str],
-    unseen: list[dict[str, Any]],
-) -> None:
-    """Log what a stage left.
-
-    Args:
-        run: the open W&B run.
-        config: of this call.
-        out: the run directory.
-        stage: the stage that is done.
-        record: with the metrics of all stages.
-        dropped: metrics that an earlier call gave and that are no more.
-        unseen: rows of history.jsonl that another process wrote.
-    """
-    for row in unseen:
-        run.log(history_row(row))
+def mirror(run: Any, record: RunRecord, stage: str, dropped: set[str]) -> None:
+    """Log what a stage left; `dropped` are metrics of an earlier call that are no more."""
     if stage not in _DRAWN_BY_STEP:
         names = record.run["stages"][stage]["metrics"]
         run.log({name: record.metrics[name] for name in names})
     try:
-        for media_row in media(out, stage):
+        for media_row in media(record.out, stage):
             run.log(media_row)
-        if config.logger.artifacts:
-            log_artifacts(run, config, out, stage)
+        if record.config.logger.artifacts:
+            log_artifacts(run, record.config, record.out, stage)
     except Exception:  # the files are the record: no mirror's fault may end a run
         log.warning(
             "W&B: a table, picture or artifact of stage %s is missing", stage, exc_info=True
@@ -193,14 +171,8 @@ def mirror(
     for name in dropped:
         del run.summary[name]
     # Last, for these take the place of what W&B made of the history.
-    run.summary.update({**best_values(read_jsonl(out / "history.jsonl")), **record.metrics})
+    run.summary.update({**best_values(read_jsonl(record.out / "history.jsonl")), **record.metrics})
     run.config.update({"provenance": provenance(record.run)}, allow_val_change=True)
-
-
-def history_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of history.jsonl as `run.log` takes it."""
-    metrics = {name: value for name, value in row.items() if name not in ("stage", "step")}
-    return {f"{row['stage']}/step": row["step"], **metrics}
 
 
 def best_values(history: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -74,13 +74,7 @@ def held_out_responses(
 ) -> list[HeldOutResponse]:
     """Return the backbone's responses to held-out prompts, from the cache where it has them.
 
-    Args:
-        cache_dir: where they are kept.
-        key: `responses_key` of them.
-        prompts: what is to be answered.
-        limits: what ends a response.
-        ends: the backbone, perhaps without its layers.
-        body: loads it with them.
+    `ends` is the backbone, perhaps without its layers; `body` loads it with them.
     """
     if not prompts:
         return []

@@ -48,19 +48,13 @@ class EMAHeads(L.Callback):
         self._is_swapped = False
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follow the weights, where the micro-batch was the last of its step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.average.update_parameters(self.trained)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Validate the average."""
         self.swap(True)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -78,13 +72,11 @@ class EMAHeads(L.Callback):
             self._is_swapped = is_wanted
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
         assert not self._is_swapped
         return {"average": [p.detach() for p in self.average.parameters()]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
         for average, saved in zip(self.average.parameters(), state_dict["average"], strict=True):
             average.copy_(saved)
 
@@ -96,15 +88,12 @@ class BestHeads(L.Callback):
     later, and looks anew. The file that the newest checkpoint names is kept until a newer one names
     another: on a device that does not repeat itself, the second look may find less.
 
-    Args:
-        directory: of the checkpoints.
-        patience: early stopping: the training ends after so many validations in a row that were no
-            better; None never ends it.
+    With `patience`, early stopping: the training ends after so many validations in a row that were
+    no better.
     """
 
     def __init__(self, directory: Path, patience: int | None = None) -> None:
-        self.directory = directory
-        self.patience = patience
+        self.directory, self.patience = directory, patience
         self._saved_step = 0
         self.value: float | None = None
         self.step = 0
@@ -113,7 +102,6 @@ class BestHeads(L.Callback):
         """Of the best validation."""
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Compare."""
         value = trainer.callback_metrics.get(METRIC)
         if value is None:
             return
@@ -124,17 +112,14 @@ class BestHeads(L.Callback):
             found = trainer.callback_metrics.items()
             self.metrics = {name: float(x) for name, x in found if name.startswith("val/")}
             if trainer.is_global_zero:
-                self._write(module)
+                with publish(self._file(self.step)) as partial:
+                    save_file(_trained(module), partial)
+                self._tidy()
             return
         self.num_worse += 1
         if self.patience is not None and self.num_worse >= self.patience:
             log.info("%s was best at step %d: training stops early", METRIC, self.step)
             trainer.should_stop = True
-
-    def _write(self, module: L.LightningModule) -> None:
-        with publish(self._file(self.step)) as partial:
-            save_file(_trained(module), partial)
-        self._tidy()
 
     def _tidy(self) -> None:
         for path in self.directory.glob("best-*.safetensors"):
@@ -166,13 +151,11 @@ class BestHeads(L.Callback):
         self._tidy()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
         self._saved_step = self.step
         names = ("value", "step", "num_worse", "metrics")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
         for name, value in state_dict.items():
             setattr(self, name, value)
         self._saved_step = self.step
@@ -203,12 +186,7 @@ class TrainingPreview(L.Callback):
         self._phases = [(start, end) for start, end in phases if end - start > PREVIEW_STEPS]
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: MedusaModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: L.Trainer, module: MedusaModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Start the clock after the first step, and log after the tenth."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not trainer.is_global_zero:
@@ -270,24 +248,18 @@ class StepProgress(L.Callback):
         self._done = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Begin where the training does."""
         if trainer.is_global_zero:
             self._done = trainer.global_step
             bar = ProgressBar(self.what, trainer.max_steps, self._done)
             self._bar = self._open.enter_context(bar)
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any, **more: Any) -> None:
-        """Go on by the steps made."""
         if self._bar is not None and (made := trainer.global_step - self._done):
             self._bar.advance(made)
             self._done += made
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_end(self, *arguments: Any) -> None:
         """Show how far it came."""
         self._open.close()
 
-    def on_exception(
-        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Show how far it came."""
-        self._open.close()
+    on_exception = on_train_end

@@ -17,7 +17,6 @@ of types that torch.load takes with weights_only=True.
 import logging
 import pickle
 import random
-import shutil
 import signal
 from pathlib import Path
 from types import FrameType
@@ -31,7 +30,7 @@ from medusa_exp.config import DatasetConfig, HeadConfig, TrainConfig
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import ADAPTED
-from medusa_exp.runs.files import content_key, settings_in_key
+from medusa_exp.runs.files import content_key, remove, settings_in_key
 from medusa_exp.train.failures import BadLoss
 
 log = logging.getLogger(__name__)
@@ -66,15 +65,13 @@ class Checkpoints(L.Callback):
     """
 
     def __init__(self, path: Path, every: int) -> None:
-        self.path = path
-        self.every = every
+        self.path, self.every = path, every
         self.resumed_from: int | None = None
         self._random_state: dict[str, Any] | None = None
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Listen to signals."""
         for number in _SIGNALS:
             try:
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -215,12 +212,9 @@ def training_key(
 
 
 def checkpoint_to_resume(out: Path, key: str, resume: str) -> tuple[Path | None, int]:
-    """Return the checkpoint to resume from, and its step; none is step 0.
+    """Return the checkpoint of the training with this key, and its step; none is step 0.
 
-    Args:
-        out: the run directory.
-        key: `training_key` of this training.
-        resume: auto, or never, which removes older checkpoints.
+    `resume` is auto, or never, which removes older checkpoints.
 
     Raises:
         UserError: the checkpoint there is damaged, or was made with other settings.
@@ -228,9 +222,8 @@ def checkpoint_to_resume(out: Path, key: str, resume: str) -> tuple[Path | None,
     _drop_unfinished(out)
     path = out / "checkpoints" / CHECKPOINT
     if resume == "never":
-        shutil.rmtree(path.parent, ignore_errors=True)
-        return None, 0
-    if not path.is_file():
+        remove(path.parent)
+    if resume == "never" or not path.is_file():
         return None, 0
     checkpoint = _read(path)
     if checkpoint.get("made_with") != key:
@@ -249,10 +242,7 @@ def _drop_unfinished(out: Path) -> None:
     """
     for pattern in ("checkpoints/.*.partial-*", ".heads.partial-*", f".{ADAPTED}.partial-*"):
         for unfinished in out.glob(pattern):
-            if unfinished.is_dir():
-                shutil.rmtree(unfinished, ignore_errors=True)  # another process may be quicker
-            else:
-                unfinished.unlink(missing_ok=True)
+            remove(unfinished)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -42,35 +43,38 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def train_in_processes(
-    module: str, config: dict[str, Any], out: Path, settings: TrainConfig, notes: Notes
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Job:
+    """A training that other processes make; the first of them gives its metrics and notes."""
+
+    config: dict[str, Any]
+    """Of the run."""
+    out: Path
+    """Its directory."""
+    settings: TrainConfig
+    """The section `train` of the config."""
+    notes: Notes
+    """Get those of the first process."""
+
+
+def train_in_processes(module: str, job: Job) -> dict[str, float]:
     """Train in `train.devices` processes, which torchrun starts and ends all where one fails.
 
     SIGTERM is passed on to them, SIGINT reaches them by itself: they write a checkpoint and end.
-    They do so too where this process is killed.
-
-    Args:
-        module: that torchrun runs as a program; it calls `main`.
-        config: of the run.
-        out: its directory.
-        settings: its section `train`.
-        notes: get those of the first process.
-
-    Returns:
-        The metrics of the first process.
+    They do so too where this process is killed. `module`, which torchrun runs as a program, calls
+    `main`.
 
     Raises:
         UserError: as the training itself, or that a process died.
         Stopped: SIGTERM or SIGINT came.
     """
     with tempfile.TemporaryDirectory(prefix="medusa_exp-") as name:
-        job, result = Path(name) / "job.json", Path(name) / "result.json"
-        write_json(job, {"config": config, "out": str(out), "result": str(result)})
+        path, result = Path(name) / "job.json", Path(name) / "result.json"
+        write_json(path, {"config": job.config, "out": str(job.out), "result": str(result)})
         command = [
             *(sys.executable, "-m", "torch.distributed.run"),
-            *("--standalone", "--nproc-per-node", str(settings.devices)),
-            *("-m", module, str(job)),
+            *("--standalone", "--nproc-per-node", str(job.settings.devices)),
+            *("-m", module, str(path)),
         ]
         with FileLock(Path(name) / _ALIVE):
             code, number = _wait(subprocess.Popen(command))
@@ -83,11 +87,11 @@ def train_in_processes(
         raise Stopped(found.get("error", plain), number)
     if not found or (code and "error" not in found):
         raise UserError(
-            f"train.strategy={settings.strategy}: a process of the training died (torchrun "
+            f"train.strategy={job.settings.strategy}: a process of the training died (torchrun "
             f"gave {code}): what it said stands above. Where it was killed for memory, lower "
             "train.batch_tokens."
         )
-    return _take(found, notes)
+    return _take(found, job.notes)
 
 
 def main(worker: Worker, job_path: str) -> None:
@@ -162,30 +166,11 @@ def _end_with_stage(lock: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def train_on_ray(
-    worker: Worker,
-    config: dict[str, Any],
-    out: Path,
-    settings: TrainConfig,
-    notes: Notes,
-    *,
-    use_gpu: bool,
-) -> dict[str, float]:
+def train_on_ray(worker: Worker, job: Job, *, use_gpu: bool) -> dict[str, float]:
     """Train in `train.devices` workers that Ray Train places, a GPU or a core each.
 
     Where one is lost, all start again from the run directory's last checkpoint, which therefore
     lies on a disk that all share.
-
-    Args:
-        worker: what each of them runs, Lightning inside.
-        config: of the run.
-        out: its directory.
-        settings: its section `train`.
-        notes: get those of the first worker.
-        use_gpu: does each take a GPU?
-
-    Returns:
-        The metrics of the first worker.
 
     Raises:
         UserError: as the training itself; Ray is not installed; or more workers were lost than
@@ -198,12 +183,13 @@ def train_on_ray(
         raise UserError(
             f"train.strategy=ray needs Ray Train: pip install 'medusa-exp[ray]' ({error})."
         ) from error
+    settings, out = job.settings, job.out
     if settings.resume == "never":  # once, and not after each loss of a worker
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     folder = (out / "ray").absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    job = {
-        "config": config | {"train": config["train"] | {"resume": "auto"}},
+    for_worker = {
+        "config": job.config | {"train": job.config["train"] | {"resume": "auto"}},
         "out": str(out.absolute()),
         "result": str(folder / "result.json"),
         "directory": str(Path.cwd()),
@@ -211,7 +197,7 @@ def train_on_ray(
     }
     trainer = TorchTrainer(
         _train_as_ray_worker,
-        train_loop_config=job,
+        train_loop_config=for_worker,
         scaling_config=ScalingConfig(num_workers=settings.devices, use_gpu=use_gpu),
         run_config=RunConfig(
             name=out.name,
@@ -229,7 +215,7 @@ def train_on_ray(
         ) from error
     found = read_json(folder / "result.json", {})
     shutil.rmtree(folder, ignore_errors=True)
-    return _take(found, notes)
+    return _take(found, job.notes)
 
 
 def _train_as_ray_worker(job: dict[str, Any]) -> None:

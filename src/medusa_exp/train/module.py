@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_exp.config import TrainConfig
+from medusa_exp.config import LoraSettings, TrainConfig
 from medusa_exp.data.batching import labeled_index
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
@@ -54,16 +54,15 @@ class JointLoss:
 
     adapted: PreTrainedModel
     """The backbone's model with adapters in it, which are all that is trained of it."""
-    learning_rate: float
+    settings: LoraSettings
     heads_only_steps: int
     """Steps at the beginning in which the heads learn alone."""
-    self_distillation: bool
 
     def optimizer_group(self) -> dict[str, Any]:
         """Return the optimizer's group of the adapters, which wait for the heads."""
         return {
             "params": [p for p in self.adapted.parameters() if p.requires_grad],
-            "lr": self.learning_rate,
+            "lr": self.settings.learning_rate,
             "weight_decay": 0.0,
             "waits": self.heads_only_steps,
         }
@@ -78,7 +77,7 @@ class JointLoss:
         return chunked_loss(backbone.next_logits, targets, inputs, targets.at(index_R), chunk_rows)
 
     def _targets(self, backbone: Backbone, batch: Batch) -> Targets:
-        if not self.self_distillation:
+        if not self.settings.self_distillation:
             return TokenTargets(batch.input_ids_BT)
         self.adapted.eval()  # a teacher does not drop out
         with torch.no_grad(), self.adapted.disable_adapter():
@@ -117,14 +116,10 @@ class MedusaModule(L.LightningModule):
         joint: JointLoss | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.heads = heads
-        self.settings = settings
+        self.backbone, self.heads, self.settings = backbone, heads, settings
         self.objective = Objective.of(settings)
-        self.max_steps = max_steps
-        self.responses = responses
+        self.max_steps, self.responses, self.key = max_steps, responses, key
         self.max_rank = min(max_rank, backbone.vocab_size)
-        self.key = key
         self.joint = joint
         if joint is not None:
             self.adapted = joint.adapted.train()
@@ -153,11 +148,8 @@ class MedusaModule(L.LightningModule):
     def batch_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
         """Return what is minimized on a micro-batch, and sums of losses [1 + K], detached.
 
-        The first of the sums is the lm_head's, zero where it is not trained.
-
-        Args:
-            batch: the micro-batch.
-            totals: labels of the lm_head and of each head that the loss is a mean over.
+        The first of the sums is the lm_head's, zero where it is not trained. `totals` counts the
+        labels of the lm_head and of each head that the loss is a mean over.
         """
         is_joint = self._is_joint()
         with nullcontext() if is_joint else torch.no_grad():
@@ -217,7 +209,6 @@ class MedusaModule(L.LightningModule):
         self.last_metrics |= {"train/loss": loss, **found}
 
     def on_validation_epoch_start(self) -> None:
-        """Start counting anew."""
         self._val_counts = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -268,10 +259,9 @@ class MedusaModule(L.LightningModule):
         `made_with` is read by `checkpointing.checkpoint_to_resume`.
         """
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {
-            name: value
-            for name, value in checkpoint["state_dict"].items()
-            if name in trained or name.startswith("heads.")
+            n: v for n, v in state if n in trained or n.startswith("heads.")
         }
         checkpoint["made_with"] = self.key
         metrics = {name: float(value) for name, value in self.last_metrics.items()}

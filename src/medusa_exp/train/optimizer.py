@@ -1,7 +1,7 @@
 """Optimizers of the heads (AdamW, 8-bit AdamW, Muon), and the schedule of their learning rate."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,21 +51,29 @@ def build_optimizer(
 ) -> Optimizer:
     """Build adamw, adamw_8bit or muon; biases do not decay.
 
-    Args:
-        name: which.
-        heads: whose parameters are trained.
-        learning_rate: of the heads.
-        weight_decay: of their matrices.
-        adapters: a group of parameters besides them, with its own `lr`.
+    Muon is for the matrices between hidden states; projections onto tokens have AdamW beside it.
+    `adapters` is a group of parameters besides the heads', with its own `lr`.
 
     Raises:
         UserError: it needs what is not installed.
     """
+    hidden: dict[str, Tensor] = {}
     named = dict(heads.named_parameters())
     if name == "muon":
-        return _muon(named, learning_rate, weight_decay, adapters)
-    groups = _groups(named.values(), weight_decay) + ([adapters] if adapters else [])
-    return _adam_class(name)(groups, lr=learning_rate)
+        hidden = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith(_INNER)}
+    others = _groups([p for n, p in named.items() if n not in hidden], weight_decay)
+    others += [adapters] if adapters else []
+    if name != "muon":
+        return _adam_class(name)(others, lr=learning_rate)
+    if not hidden:
+        raise UserError("train.optimizer=muon: heads with head.num_layers=0 have no matrix for it.")
+    muon = torch.optim.Muon(
+        hidden.values(),
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        adjust_lr_fn="match_rms_adamw",  # so that one learning rate suits both
+    )
+    return MuonAndAdamW(muon, AdamW(others, lr=learning_rate)) if others else muon
 
 
 class MuonAndAdamW(Optimizer):
@@ -90,16 +98,13 @@ class MuonAndAdamW(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of both."""
         for part in self.parts.values():
             part.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of both, by name."""
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
         for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
         self._share_groups()
@@ -109,31 +114,7 @@ class MuonAndAdamW(Optimizer):
         self.param_groups = [g for part in self.parts.values() for g in part.param_groups]
 
 
-def _muon(
-    named: dict[str, Tensor],
-    learning_rate: float,
-    weight_decay: float,
-    adapters: dict[str, Any] | None,
-) -> Optimizer:
-    """Use Muon for the matrices between hidden states, AdamW for projections onto tokens."""
-    hidden = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith(_INNER)}
-    if not hidden:
-        raise UserError("train.optimizer=muon: heads with head.num_layers=0 have no matrix for it.")
-    others = _groups([p for n, p in named.items() if n not in hidden], weight_decay)
-    others += [adapters] if adapters else []
-    muon = torch.optim.Muon(
-        hidden.values(),
-        lr=learning_rate,
-        weight_decay=weight_decay,
-        adjust_lr_fn="match_rms_adamw",  # so that one learning rate suits both
-    )
-    if not others:
-        return muon
-    return MuonAndAdamW(muon, AdamW(others, lr=learning_rate))
-
-
-def _groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    parameters = list(parameters)
+def _groups(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.config import DatasetConfig, TokenizerConfig
-from medusa_exp.data.batching import Row, epoch_planner
+from medusa_exp.data.batching import epoch_planner
 from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example, Examples
 from medusa_exp.data.feature_cache import FORMAT, Features, check, stored_positions
@@ -77,7 +77,7 @@ def open_features(
     ends: Backbone,
     load: Callable[[], Backbone],
 ) -> dict[str, Features]:
-    """Return the hidden states of documents, which are made where there are none.
+    """Return the hidden states of each split's documents, which are made where there are none.
 
     Args:
         cache_dir: where they are kept.
@@ -108,11 +108,7 @@ def open_features(
 
 
 def features_key(
-    split: str,
-    dataset: DatasetConfig,
-    data_key: str,
-    settings: FeatureSettings,
-    backbone: Backbone,
+    split: str, dataset: DatasetConfig, data_key: str, settings: FeatureSettings, backbone: Backbone
 ) -> str:
     """Name all that decides the hidden states of a split."""
     return content_key(
@@ -135,13 +131,17 @@ def _write(
     ends: Backbone,
     load: Callable[[], Backbone],
 ) -> None:
+    """Write all files of an entry, once the disk is found to have room for them."""
     positions = [len(stored_positions(e.is_trained, settings.stores_all)) for e in examples]
     starts = np.concatenate([[0], np.cumsum(positions)]).astype(np.int64)
     size = int(starts[-1]) * (ends.hidden_size * settings.dtype.itemsize + 4)
     _check_room(path.parent, size)
     log.info("writing %.2f GB of hidden states", size / 1e9)
     path.mkdir()
-    write_features(path, examples, starts, settings, ends, load)
+    _create(path / "hidden.npy", settings.dtype, (int(starts[-1]), ends.hidden_size))
+    _create(path / "own.npy", np.dtype(np.int32), (int(starts[-1]),))
+    np.save(path / "starts.npy", starts)
+    np.save(path / "checks.npy", _fill(path, examples, settings, ends, load))
     summary: dict[str, Any] = {
         "key": key,
         "stores_all": settings.stores_all,
@@ -161,34 +161,25 @@ def _check_room(directory: Path, size: int) -> None:
         )
 
 
-def write_features(
+def _fill(
     directory: Path,
     examples: Examples,
-    starts: np.ndarray,
     settings: FeatureSettings,
     ends: Backbone,
     load: Callable[[], Backbone],
-) -> None:
+) -> np.ndarray:
     """Run the documents through the backbone, those of similar length together.
 
-    Args:
-        directory: where the files are written.
-        examples: the documents, N of them.
-        starts: [N + 1], where the states of each begin.
-        settings: how they are computed.
-        ends: the backbone, perhaps without its layers.
-        load: returns it with them.
+    Returns:
+        The check of each document's bytes.
     """
-    shape = (int(starts[-1]), ends.hidden_size)
-    _create(directory / "hidden.npy", settings.dtype, shape)
-    _create(directory / "own.npy", np.dtype(np.int32), shape[:1])
-    np.save(directory / "starts.npy", starts)
     planner = epoch_planner(
         "padded", examples.lengths, batch_tokens=settings.batch_tokens, row_tokens=0, seed=0
     )
-    batches = _batches(examples, planner(0))
+    # Documents by their numbers in the split; one in each row of the plan.
+    batches = ({number: examples[number] for [number] in batch} for batch in planner(0))
     # A model may have no position for padding beyond the longest document.
-    make = partial(FeatureWriter.load, directory, settings, int(examples.lengths.max()), load)
+    make = partial(FeatureWriter, directory, settings, int(examples.lengths.max()), load)
     writer = None if settings.num_workers else make()
     if writer is None:
         use_gpu = ends.device.type == "cuda"
@@ -203,7 +194,7 @@ def write_features(
             bar.advance(len(found))
     if writer is not None:
         writer.flush()
-    np.save(directory / "checks.npy", checks)
+    return checks
 
 
 def _create(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -217,43 +208,23 @@ def _create(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-Numbered = dict[int, Example]
-"""Documents by their numbers in the split."""
-
-
-def _batches(examples: Examples, plan: list[list[Row]]) -> Iterator[Numbered]:
-    for batch in plan:
-        yield {number: examples[number] for [number] in batch}  # one in each row
-
-
 class FeatureWriter:
     """Writes the states of documents; each process that does has one, with a backbone of its own.
 
-    Args:
-        directory: of the files, which are there.
-        settings: how the states are computed.
-        longest: tokens of the longest document.
-        backbone: with its layers.
+    `directory` has the files already; the `longest` document has so many tokens.
     """
 
     def __init__(
-        self, directory: Path, settings: FeatureSettings, longest: int, backbone: Backbone
+        self, directory: Path, settings: FeatureSettings, longest: int, load: Callable[[], Backbone]
     ) -> None:
-        self.settings, self.longest, self.backbone = settings, longest, backbone
+        self.settings, self.longest, self.backbone = settings, longest, load()
         self.starts = np.load(directory / "starts.npy")
         self.hidden_PD = np.load(directory / "hidden.npy", mmap_mode="r+")
         self.teacher_P = np.load(directory / "own.npy", mmap_mode="r+")
 
-    @classmethod
-    def load(
-        cls, directory: Path, settings: FeatureSettings, longest: int, load: Callable[[], Backbone]
-    ) -> "FeatureWriter":
-        """Make one in a process that has no backbone yet."""
-        return cls(directory, settings, longest, load())
-
     @torch.no_grad()
-    def __call__(self, documents: Numbered) -> dict[int, int]:
-        """Write the states of documents; return the check of each one's bytes."""
+    def __call__(self, documents: dict[int, Example]) -> dict[int, int]:
+        """Write the states of numbered documents; return the check of each one's bytes."""
         device, autocast = self.backbone.device.type, AUTOCAST.get(self.settings.precision)
         with torch.autocast(device, autocast) if autocast else nullcontext():
             states = self._states(list(documents.values()))
@@ -296,11 +267,8 @@ def fingerprint_note(
 ) -> Path | None:
     """Return where the fingerprints of a backbone are noted, to know it without its layers.
 
-    Args:
-        cache_dir: the cache.
-        files: fingerprint of the model's files; None where there are none.
-        tokenizer: which may give the embedding new rows.
-        quantization: makes other weights of the same files.
+    `files` is the fingerprint of the model's files, None where there are none. A tokenizer may give
+    the embedding new rows, and quantization makes other weights of the same files.
     """
     if files is None:
         return None

@@ -71,14 +71,7 @@ def regenerated_key(
 ) -> str:
     """Name all that decides the responses. Batches are left out: they only move near-ties.
 
-    Args:
-        settings: how much is answered.
-        dataset: how documents are split.
-        documents_key: names the tokenized documents.
-        backbone: that answers.
-        rule: by which it chooses tokens; see `regeneration_rule`.
-        limits: what ends a response.
-        precision: as `pick_precision` has it.
+    `documents_key` names the tokenized documents, `precision` is as `pick_precision` has it.
     """
     return content_key(
         documents_key,

@@ -157,8 +157,6 @@ def _layers_of(backbone: Backbone) -> nn.ModuleList:
 
 def _local_bytes(backbone: Backbone) -> int:
     """Return the bytes of the weights that this process keeps."""
-    total = 0
-    for parameter in backbone.model.parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        total += local.numel() * local.element_size()
-    return total
+    parameters = backbone.model.parameters()
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+    return sum(p.numel() * p.element_size() for p in local)
