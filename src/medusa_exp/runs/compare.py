@@ -30,15 +30,10 @@ def compare(old: Path, new: Path) -> Found:
     Raises:
         UserError: a file is not valid JSON.
     """
-    old_metrics, new_metrics = (read_json(run / "metrics.json", {}) for run in (old, new))
-    names = sorted({*old_metrics, *new_metrics})
-    metrics = {name: [old_metrics.get(name), new_metrics.get(name)] for name in names}
+    metrics = _pairs(*(read_json(run / "metrics.json", {}) for run in (old, new)))
     both = {name: pair for name, pair in metrics.items() if None not in pair}
     trees = [read_json(run / "tree.json") for run in (old, new)]
-    made_of = [_made_of(read_json(run / "run.json", {})) for run in (old, new)]
-    pairs = {
-        name: [one.get(name) for one in made_of] for name in sorted({*made_of[0], *made_of[1]})
-    }
+    made_of = _pairs(*(_made_of(read_json(run / "run.json", {})) for run in (old, new)))
     return {
         "source": str(old),
         "metrics": metrics,
@@ -46,8 +41,12 @@ def compare(old: Path, new: Path) -> Found:
         "only_one_has": [name for name in metrics if name not in both],
         "is_other_tree": None not in trees and trees[0] != trees[1],
         "later_calls": sorted(path.name for path in old.glob(".hydra-*")),
-        "provenance": {name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
+        "provenance": {name: pair for name, pair in made_of.items() if pair[0] != pair[1]},
     }
+
+
+def _pairs(old: Found, new: Found) -> dict[str, list[Any]]:
+    return {name: [old.get(name), new.get(name)] for name in sorted({*old, *new})}
 
 
 def compare_with_source(source: str | None, out: Path) -> None:

@@ -58,16 +58,10 @@ def held(out: Path) -> Iterator[None]:
 
     A sweep that was killed may leave processes that go on with their jobs.
     """
-    lock = FileLock(out / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    if _is_held(out):
         log.warning("another process is at %s: waiting for it", out)
-        lock.acquire()
-    try:
+    with FileLock(out / _LOCK):
         yield
-    finally:
-        lock.release()
 
 
 def is_done(out: Path) -> bool:
