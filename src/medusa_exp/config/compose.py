@@ -68,8 +68,6 @@ def to_dict(config: Config) -> dict[str, Any]:
 def to_shareable(config: Config, saved: Path) -> dict[str, Any]:
     """Return the config as `to_dict` does, without what came from environment variables.
 
-    Args:
-        config: the config.
-        saved: as Hydra composed it, where such a value is still `${oc.env:NAME}`.
+    `saved` is the config as Hydra composed it, where such a value is still `${oc.env:NAME}`.
     """
     return without_environment(to_dict(config), saved)

@@ -9,6 +9,7 @@ that tries a failed job again is no later call: it composes the job anew, `.hydr
 """
 
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def arguments(argv: list[str]) -> list[str]:
                 f"{override} does not go with run_dir={run_dir}, a run that exists: "
                 "an experiment belongs to a new run; override single keys or groups instead."
             )
-    named = {key_of(override) for override in new}
+    named = set(map(key_of, new))
     kept = [override for override in saved if key_of(override) not in named]
     # A job of a sweep has saved the sweep's overrides too; it is one run from now on.
     ours = ["hydra.mode=RUN", f"hydra.output_subdir={_next_subdir(run_dir)}"]
@@ -72,22 +73,20 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
     Raises:
         UserError: there is no such run, or today's schema does not know its config.
     """
+    keys = map(key_of, new_overrides(out, hydra_config))
     if continues(out, hydra_config):
         config = load_saved(out / SAVED)
-        overlay(config, composed, map(key_of, new_overrides(out, hydra_config)))
+        overlay(config, composed, keys)
         OmegaConf.save(config, out / str(hydra_config.output_subdir) / SAVED.name)
-    elif composed.rerun.source is not None:
-        source = Path(composed.rerun.source).expanduser()
-        if not (source / SAVED).is_file():
-            raise UserError(
-                f"rerun.source={source} is no run directory: it has no .hydra/config.yaml."
-            )
-        config = load_saved(source / SAVED)
-        keys = [key_of(override) for override in new_overrides(out, hydra_config)]
-        overlay(config, composed, [*(key for key in keys if key not in _OF_RERUN), "rerun"])
-        OmegaConf.save(config, out / SAVED)  # it is this run's config from now on
-    else:
-        config = composed
+        return config
+    if composed.rerun.source is None:
+        return composed
+    source = Path(composed.rerun.source).expanduser()
+    if not (source / SAVED).is_file():
+        raise UserError(f"rerun.source={source} is no run directory: it has no .hydra/config.yaml.")
+    config = load_saved(source / SAVED)
+    overlay(config, composed, [*(key for key in keys if key not in _OF_RERUN), "rerun"])
+    OmegaConf.save(config, out / SAVED)  # it is this run's config from now on
     return config
 
 
@@ -203,7 +202,5 @@ def _overrides(argv: list[str]) -> list[str]:
 
 
 def _next_subdir(run_dir: Path) -> str:
-    number = 2
-    while (run_dir / f".hydra-{number}").exists():
-        number += 1
-    return f".hydra-{number}"
+    names = (f".hydra-{number}" for number in count(2))
+    return next(name for name in names if not (run_dir / name).exists())

@@ -24,12 +24,10 @@ _USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
-    """Return a config with `${oc.env:NAME}` wherever an environment variable had a part.
+    """Return a resolved config with `${oc.env:NAME}` wherever an environment variable had a part.
 
-    Args:
-        plain: the config, resolved.
-        saved: the same as Hydra composed it, with its references. They are followed rather than
-            sent, so that a value which refers to another key is the value that the run had.
+    `saved` is the same as Hydra composed it, with its references. They are followed rather than
+    sent, so that a value which refers to another key is the value that the run had.
     """
     if not saved.is_file():
         return plain
@@ -41,9 +39,7 @@ def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
 def named_variables(text: str, out: Path) -> str:
     """Return `text` with `${oc.env:NAME}` for what the variables in a run's config stand for.
 
-    Args:
-        text: such as a message, which quotes a value of the config.
-        out: the run directory.
+    A text is such as a message, which quotes a value of the config; `out` is the run directory.
     """
     saved = "".join(path.read_text(encoding="utf-8") for path in out.glob(".hydra*/config.yaml"))
     values = {name: os.environ.get(name, "") for name in _REFERENCE.findall(saved)}

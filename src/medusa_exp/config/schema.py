@@ -108,17 +108,13 @@ def check(section: Any, place: str) -> None:
             limit.check(f"{place}.{key.name}" if place else key.name, one)
 
 
+@cache  # so that it is said once
 def _new_word(key: str, value: str, word: str) -> str:
-    """Return `word` for the old word `own`, which is said once; other values stay."""
+    """Return `word` for the old word `own`; other values stay."""
     if value != "own":
         return value
-    _say_renamed(key, word)
-    return word
-
-
-@cache
-def _say_renamed(key: str, word: str) -> None:
     log.info("%s=own is an old word: it is called %s now", key, word)
+    return word
 
 
 @dataclass

@@ -73,10 +73,6 @@ class _Turn:
     after: str
     """What ends the turn."""
 
-    def follows_in(self, text: str) -> bool:
-        """Does a text of the conversation up to this turn begin with what stands before it?"""
-        return self.before is None or text.startswith(self.before)
-
 
 def mask_text(messages: Sequence[Message], template: ChatTemplate) -> list[MaskedText]:
     """Render a conversation: as one text, or as one an assistant turn.
@@ -178,7 +174,8 @@ def _reply_at_the_end(text: str, turn: _Turn, chat: Chat, template: ChatTemplate
             m for m in template.mark.finditer(text) if not template.has_words(text[m.start() :])
         ]
         start, end = turn.start, marks[0].end() if marks else len(text.rstrip())
-    if turn.follows_in(text) and start <= end:
+    is_after = turn.before is None or text.startswith(turn.before)
+    if is_after and start <= end:
         return start, end
     # The template took the reply apart (reasoning): all that follows the prompt is the reply.
     prompt = _prompt(chat, turn, template)

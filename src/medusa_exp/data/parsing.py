@@ -232,7 +232,6 @@ def _checked(chat_id: str, messages: list[Message], system: str | None) -> Conve
         first = Message("system", system)
         if messages[0] != first:
             messages = [first, *messages]
-    for message in messages:
-        if message.role == "assistant" and message.content and not message.content.isspace():
-            return Conversation(chat_id, messages)
-    raise _Unusable(NO_REPLY)
+    if not any(m.role == "assistant" and m.content.strip() for m in messages):
+        raise _Unusable(NO_REPLY)
+    return Conversation(chat_id, messages)

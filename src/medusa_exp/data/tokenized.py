@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ Result = tuple[int, pa.RecordBatch, "Tally"]
 """Of a chunk: how many conversations it had, their examples, and what became of them."""
 Work = Callable[[list[Sourced]], Result]
 _ArrowRow = tuple[np.ndarray, np.ndarray, str, str]
-"""input_ids, is_trained, conversation_id and source of an example."""
+"""An example, in the order of `SCHEMA`."""
 
 
 @dataclass
@@ -168,13 +168,9 @@ def load_tokenized(
 ) -> Tokenized:
     """Open the data set's cache entry, which is built first if it is not there.
 
-    Args:
-        sources: of the data set.
-        dataset: says how they are split, weighed and worked through.
-        tokenizer: whose chat template renders them.
-        max_length: in tokens, to which examples are cut.
-        cache_dir: holds the entry.
-        run_dir: a run that may have begun with the same examples under an older key.
+    Examples are cut to `max_length` whole tokens, on the tokenizer's truncation side. `dataset`
+    says how they are split, weighed and worked through; the run in `run_dir` may have begun with
+    the same examples under an older key.
 
     Raises:
         DataError: naming the file, or why not one token of the data set can be trained on.
@@ -339,20 +335,8 @@ def _tokenize(renderer: Renderer, strict: bool, chunk: list[Sourced]) -> Result:
 
 
 def _record_batch(rows: list[_ArrowRow]) -> pa.RecordBatch:
-    ids, masks, conversation_ids, sources = zip(*rows, strict=True) if rows else [()] * 4
-    columns = [
-        _ragged(ids, pa.int32()),
-        _ragged(masks, pa.uint8()),
-        pa.array(conversation_ids, pa.string()),
-        pa.array(sources, pa.string()),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
-
-
-def _ragged(arrays: Sequence[np.ndarray], dtype: pa.DataType) -> pa.LargeListArray:
-    offsets = np.cumsum([0, *map(len, arrays)])
-    values = np.concatenate(arrays) if len(arrays) else np.zeros(0)
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, dtype))
+    columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
+    return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), SCHEMA)
 
 
 def _in_order(work: Work, chunks: Iterator[list[Sourced]], num_workers: int) -> Iterator[Result]:

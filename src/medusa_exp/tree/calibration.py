@@ -180,12 +180,8 @@ def correct(curve: Curve, seconds: dict[Tree | None, float], ranks: list[np.ndar
     """Choose anew among the trees that were rehearsed, by what they took rather than should have.
 
     The rehearsal is of some prompts; what it says about these, in proportion to what was expected
-    of these, is carried over to all of them.
-
-    Args:
-        curve: of `choose`, for batch size 1.
-        seconds: of `rehearse`.
-        ranks: ranks_PK of the answers to the rehearsed prompts.
+    of these, is carried over to all of them. `curve` is that of `choose` for batch size 1,
+    `seconds` those of `rehearse`, and `ranks` are ranks_PK of the answers to the rehearsed prompts.
     """
     times = {point.tree: point.step_seconds for point in curve.curve}
     timing = Timing(1, times, curve.plain_step_seconds, curve.prefill_seconds)

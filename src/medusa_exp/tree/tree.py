@@ -97,12 +97,10 @@ class Tree:
 
     def save(self, path: Path) -> None:
         """Write what `load` reads."""
-        write_json(path, self.to_json())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `save` writes."""
         value: dict[str, Any] = {"parents": list(self.parents), "ranks": list(self.ranks)}
-        return value if self.num_picked is None else {**value, "num_picked": self.num_picked}
+        if self.num_picked is not None:
+            value["num_picked"] = self.num_picked
+        write_json(path, value)
 
     @property
     def num_checked(self) -> int:

@@ -73,10 +73,8 @@ def heads_input(
 ) -> Tensor:
     """Return what heads read in place of the hidden states of whole rows: [B, T, D].
 
-    Args:
-        prefix: of the heads; None, and they read the states themselves.
-        hidden_BTD: from each row's beginning.
-        example_BT: number of the example that each position belongs to, in packed rows.
+    The states go from each row's beginning; without a prefix heads read them themselves. In packed
+    rows `example_BT` is the number of the example that each position belongs to.
     """
     if prefix is None:
         return hidden_BTD
