@@ -56,3 +56,13 @@ def test_another_calibrated_tree_is_named_as_a_cause(tmp_path, capsys):
     assert found["differing"] == ["eval/tokens_per_step"]
     print_comparison(found)
     assert "decoded over another tree than then" in capsys.readouterr().out
+
+
+def test_keys_of_the_same_data_in_another_format_are_no_difference(tmp_path):
+    for name, key, data in (("old", "0c5e", {}), ("new", "91af", {"format": 1})):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "data.json", data)
+        keys = {"dataset": key, "tokenised": key, "regenerated": key}
+        write_json(tmp_path / name / "run.json", {"data": {"a": "7d"}, "cache_keys": keys})
+    found = compare(tmp_path / "old", tmp_path / "new")
+    assert found["provenance"] == {"regenerated": ["0c5e", "91af"]}

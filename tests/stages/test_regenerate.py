@@ -154,6 +154,15 @@ def test_training_takes_own_answers_and_asks_for_them(exact, tmp_path):
         train.run(exact, tmp_path / "run")
 
 
+def test_both_stages_note_the_responses_that_they_use(exact, tmp_path):
+    exact.train.text = "regenerated"
+    session = Session(exact, tmp_path)
+    regenerate.run(exact, tmp_path, session)
+    key = session.notes.run["cache_keys"].pop("regenerated")
+    train.run(exact, tmp_path, session)
+    assert session.notes.run["cache_keys"]["regenerated"] == key
+
+
 def test_where_memory_ends_the_message_says_what_to_lower(exact, tmp_path, monkeypatch):
     def greedy(*arguments):
         torch.empty(2**48)

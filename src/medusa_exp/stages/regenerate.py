@@ -68,6 +68,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     documents = session.tokenized(tokenizer, limit)
     documents.log()
     key = key_of_responses(config, documents, backbone, tokenizer)
+    session.notes.add_inputs(regenerated=key)
     advice = (
         f"lower regenerate.batch_size (now {config.regenerate.batch_size}) or "
         "regenerate.max_new_tokens; the same command goes on where it stopped"

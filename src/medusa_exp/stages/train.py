@@ -245,6 +245,7 @@ def _open_documents(
         write_json(out / "data.json", {**same, **tokenized.summary})
     if config.train.text == "regenerated":
         key = key_of_responses(config, tokenized, backbone, tokenizer)
+        session.notes.add_inputs(regenerated=key)
         return key, open_regenerated(config.cache_dir, key, config.dataset)
     splits = ("train", "val") if config.dataset.val_fraction else ("train",)
     return tokenized.summary["key"], {split: tokenized.split(split) for split in splits}
