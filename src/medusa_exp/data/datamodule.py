@@ -31,7 +31,7 @@ class Batch:
     positions_BT: Tensor | None
     """Places within the example. None where each row has but one, for which they just count on."""
     numbers: list[int] = field(default_factory=list)
-    """Of its examples, row by row, in the order of the data set that it was taken from."""
+    """Numbers of the batch's examples in their data set, row by row."""
     group_labels: list[int] = field(default_factory=list)
     """Labels of the lm_head and of each head in all micro-batches of the same optimizer step, on
     this process."""

@@ -30,7 +30,7 @@ class Source:
 
     name: str
     options: dict[str, Any]
-    """Of `read_conversations`."""
+    """Options of `read_conversations`."""
     reading: Reading
 
     def identity(self) -> list[Any]:

@@ -56,14 +56,14 @@ REFUSED = "refused by the chat template"
 UNTRAINED = "no assistant token left"
 CUT = "cut to the length limit"
 LOST_ROWS = "assistant turns beyond the length limit"
-"""Of kept chats in which every assistant turn is an example."""
+"""Counted where a template makes an example of every assistant turn."""
 LOST_TOKENS = "trained tokens beyond the length limit"
-"""Of examples that are kept."""
+"""Counted in the examples that are kept."""
 
 Sourced = tuple[str, Conversation]
 """A conversation and the name of its source."""
 Result = tuple[int, pa.RecordBatch, "Tally"]
-"""Of a chunk: how many conversations it had, their examples, and what became of them."""
+"""What a process returns of a chunk: number of conversations, their examples, their fates."""
 Work = Callable[[list[Sourced]], Result]
 _ArrowRow = tuple[np.ndarray, np.ndarray, str, str]
 """An example, in the order of `SCHEMA`."""

@@ -23,9 +23,9 @@ _PATH = [0, 2, 4]
 takes the place in the call for the position, or sees all that is before it, is found out."""
 _NEXT = 6
 _TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}
-"""Of the spread of logits. A wrong mask or position moves them by about their whole spread."""
+"""Largest difference, in spreads of the logits: a wrong mask moves them by about a whole one."""
 _HALF_TOLERANCE = 0.25
-"""Of the half types, which round more away."""
+"""The same for the half types, which round more away."""
 _PASSED: WeakSet[PreTrainedModel] = WeakSet()
 """Models that have been checked."""
 

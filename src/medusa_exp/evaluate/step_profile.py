@@ -70,7 +70,7 @@ class Stopwatch:
         self._open: list[str] = []
         self._since = 0.0
         self._marks: list[tuple[str | None, torch.cuda.Event]] = []
-        """Of the capture under way: the part that ends at an event; None ends nothing."""
+        """Events of the capture under way, and the part that ends at each; None ends nothing."""
         self._marks_of: dict[Hashable, list[tuple[str | None, torch.cuda.Event]]] = {}
 
     def restart(self) -> None:

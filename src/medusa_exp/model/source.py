@@ -37,7 +37,7 @@ class ModelSpec:
     model: ModelConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     dtype: str = "auto"
-    """Of the backbone's weights; auto is as its own config says."""
+    """Type of the backbone's weights; auto is as its own config says."""
     device: str = "auto"
     """auto (cuda where there is one), cpu or cuda."""
     tiny: Path | None = None

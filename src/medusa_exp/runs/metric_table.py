@@ -1,4 +1,4 @@
-"""METRICS: every number that a stage measures, declared once, a row a metric.
+"""METRICS: every number that a stage measures, declared once, one row for each.
 
 Whatever shows, ranks or compares metrics reads this table: the terminal, the reports of runs and
 sweeps, W&B and its dashboard, and docs/reference/metrics.md. A new metric is returned from its

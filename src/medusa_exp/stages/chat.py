@@ -21,7 +21,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.stages.session import Session
 
 _STYLES = ("bold cyan", "bold magenta")
-"""Of runs of tokens that one step committed, in turn; a single token is plain."""
+"""Styles of the tokens that one step committed, in turn; a single token is plain."""
 
 
 def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:

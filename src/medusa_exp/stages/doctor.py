@@ -33,7 +33,7 @@ class Row:
     conversation_id: str
     source: str
     number: int
-    """Of its conversation, among those that were sampled."""
+    """Number of its conversation among those that were sampled."""
     rendered: MaskedTokens
     roles: list[str]
     """Per token: system, user, assistant, tool or template."""

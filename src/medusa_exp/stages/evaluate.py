@@ -1,8 +1,8 @@
 """Stage evaluate: decode held-out prompts by every method in turn, and compare.
 
 Prompts are those of the test split, or of a file: chats, questions of MT-bench's or Spec-Bench's
-form, or plain text. Written: records.jsonl, a record a prompt and method; samples.jsonl, some
-responses cut into steps; and the metrics made of both.
+form, or plain text. Written: records.jsonl, a record for each prompt and method; samples.jsonl,
+some responses cut into steps; and the metrics made of both.
 """
 
 import logging
@@ -221,7 +221,7 @@ def records_of(
     backbone: Backbone,
     num_nodes: int,
 ) -> list[Record]:
-    """Return a record a prompt and method; a batch's seconds are shared out among its prompts.
+    """Return a record for each prompt and method; a batch's seconds are shared among its prompts.
 
     Args:
         batch: the prompts.

@@ -25,7 +25,7 @@ from medusa_exp.stages.doctor import Row, count_roles, count_runs, examine, samp
 from medusa_exp.stages.session import Session
 
 _SHOWN_CHARS = 1200
-"""Of a sample's text; the rest lies in data_samples.jsonl."""
+"""Characters of a sample that are printed; data_samples.jsonl has all of it."""
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
 """Around trained text where there is no color."""
 

@@ -54,7 +54,7 @@ from medusa_exp.tree import Tree
 log = logging.getLogger(__name__)
 
 RECORD = "regenerated.json"
-"""Of a run directory: what its stage regenerate has made or found."""
+"""File of a run directory: what its stage regenerate has made or found."""
 Decode = Callable[[list[list[int]], Limits, AcceptanceRule], list[Response]]
 
 

@@ -41,7 +41,7 @@ class Session:
     def __init__(self, config: Config, out: Path, log_step: StepLogger | None = None) -> None:
         self.config, self.out, self.log_step = config, out, log_step
         self.notes = Notes()
-        """Of the stage that is running."""
+        """Notes for run.json of the running stage."""
         self._backbone: tuple[Path | None, Backbone] | None = None
 
     @classmethod

@@ -132,7 +132,7 @@ class Inputs:
     """Without its layers where no step needs them."""
     tokenizer: PreTrainedTokenizerBase
     documents: dict[str, Examples]
-    """Of `train`, and of `val` if there is a validation."""
+    """Examples by split: `train`, and `val` if there is a validation."""
     data_key: str
     """Names all documents: those of the data, or with regenerated responses in them."""
     row_tokens: int

@@ -1,4 +1,4 @@
-"""The charts of the report: plain rows in, Vega-Lite specifications (JSON dicts) out.
+"""Charts of the reports: Vega-Lite specifications (JSON dicts) made from plain rows.
 
 No colour stands here. A mark names its role (`style="reference"`) or one of the page's ranges
 (`category`, `ramp`), and the page gives them colours, light or dark: see `page.html.jinja`.

@@ -311,7 +311,7 @@ def render(template: str, values: Row, path: Path) -> Path:
 @cache
 def _scripts() -> str:
     """Return Vega, Vega-Lite and vegaEmbed as one script that can stand inside a page."""
-    bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks too much
+    bundle: str = vl_convert.javascript_bundle()
     return bundle.replace("</script", "<\\/script")
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run, and what it is spared."""
+"""Terminal output: tables at the end of a run or sweep; libraries that are silenced."""
 
 import logging
 from collections.abc import Iterator

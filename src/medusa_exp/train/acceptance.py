@@ -39,7 +39,7 @@ class HeldOutResponse:
 
     tokens_P: Tensor
     hidden_TD: Tensor
-    """Of prompt and response; the last P are those that the response's tokens were chosen from."""
+    """States of prompt and response; the last P gave the tokens of the response."""
 
 
 def accept_lengths(

@@ -99,7 +99,7 @@ class BestHeads(L.Callback):
         self.step = 0
         self.num_worse = 0
         self.metrics: dict[str, float] = {}
-        """Of the best validation."""
+        """Metrics of the best validation."""
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         value = trainer.callback_metrics.get(METRIC)

@@ -1,4 +1,4 @@
-"""Work in more than one process: a training by torchrun or on Ray, a map over items on Ray.
+"""Launch a training with torchrun or on Ray, and map work over Ray workers.
 
     train.strategy=ddp, fsdp                          `train_in_processes`, on this machine
     train.strategy=ray                                `train_on_ray`, on the machines of a cluster
@@ -48,7 +48,7 @@ class Job:
     """A training that other processes make; the first of them gives its metrics and notes."""
 
     config: dict[str, Any]
-    """Of the run."""
+    """Config of the run, as `config.to_dict` gives it."""
     out: Path
     """Its directory."""
     settings: TrainConfig

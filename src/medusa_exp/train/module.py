@@ -125,7 +125,7 @@ class MedusaModule(L.LightningModule):
             self.adapted = joint.adapted.train()
             self.strict_loading = False  # checkpoints have nothing that is frozen
         self.last_metrics: dict[str, Any] = {}
-        """Of the last step and of the last validation."""
+        """Metrics of the last step and of the last validation."""
         self.last_val_step = 0
         self._sums_H = torch.zeros(1 + heads.num_heads)
         self._totals: list[int] = []

@@ -36,7 +36,7 @@ def scheduled(optimizer: Optimizer, warmup_fraction: float, max_steps: int) -> d
 
 
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}
-"""Of an optimizer, for each parameter in float32, at most."""
+"""Upper bound of an optimizer's state in bytes for each float32 parameter."""
 _INNER = ("blocks.", "prefix.")
 """Parts of the heads that lead from hidden states to hidden states."""
 

@@ -64,7 +64,7 @@ class FeatureSettings:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the states on disk: numpy has no bfloat16, for which int16 stands."""
+        """Type of the states on disk; int16 holds the bits of bfloat16, which numpy lacks."""
         return np.dtype(np.float32 if self.precision == "32-true" else np.int16)
 
 

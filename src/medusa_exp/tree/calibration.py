@@ -39,7 +39,7 @@ class Point:
     tokens_per_step: float
     step_seconds: float
     expected_seconds: float
-    """Of all answers together, each in a full batch."""
+    """Seconds of all held-out responses together, each in a full batch."""
     tokens_per_second: float
     tree: Tree
     is_rehearsed: bool = False
@@ -56,7 +56,7 @@ class Curve:
     plain_expected_seconds: float
     curve: list[Point]
     num_nodes: int
-    """Of the chosen tree, as what follows."""
+    """Nodes of the chosen tree, which the fields below describe."""
     tree: Tree
     predicted_tokens_per_step: float
     predicted_speedup: float

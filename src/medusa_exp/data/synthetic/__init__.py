@@ -1,4 +1,4 @@
-"""A seed in; a chat data set of our own, in ShareGPT's form, out.
+"""Generator of the synthetic chat data set, in ShareGPT's form.
 
 It stands in for a user's transcripts where there are none: many small tasks with right answers,
 worded in many ways. As in real assistants' text, much of an answer follows from how it began (code,

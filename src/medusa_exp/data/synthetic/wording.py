@@ -1,4 +1,4 @@
-"""Words and phrases that several families draw from."""
+"""Words and phrases that several kinds of tasks draw from."""
 
 import random
 

@@ -75,7 +75,7 @@ def _zero_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
 
 
 def stacked_linear(layers: Iterable[nn.Module], dtype: torch.dtype) -> Stacked:
-    """Return the batched product of one linear layer a head."""
+    """Return the batched product of one linear layer of each head."""
     layers = list(layers)
     weight_KIO = torch.stack([layer.weight.detach().T for layer in layers]).to(dtype).contiguous()
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
 _THETA = 10_000.0
-"""Of rotary positions: Su et al., "RoFormer" (2021), section 3.2.2."""
+"""Base of the rotary positions: Su et al., "RoFormer" (2021), section 3.2.2."""
 
 
 class PrefixAttention(nn.Module):
