@@ -36,7 +36,7 @@ def test_a_run_that_was_done_is_evaluated_again(place):
 
 def test_a_training_that_was_killed_goes_on(place):
     run = read(place / "half/run.json")
-    run["data"]["of/another/call.json"] = "0" * 64  # such as stage inspect with other data
+    run["data"]["of/another/call.json"] = "0" * 64  # such as stage evaluate with other data
     (place / "half/run.json").write_text(json.dumps(run))
     done = medusa_exp("stages=[train]", "run_dir=half", cwd=place)
     assert done.returncode == 0, done.stderr

@@ -45,8 +45,8 @@ STAGES = {
     "chat": "medusa_exp.stages.chat",
     "report": "medusa_exp.stages.report",
 }
-"""Stage -> module whose `run(config, out) -> metrics` does it. Imported only when it runs: the
-command line itself must answer without torch."""
+"""Stage -> module whose `run(config, out, session) -> metrics` does it. Imported only when it runs:
+the command line itself must answer without torch."""
 
 
 # The one thing done at import: a launcher's processes load this module and nothing else of ours

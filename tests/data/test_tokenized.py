@@ -11,6 +11,9 @@ from sessions import session_of
 from medusa_exp.config import Config, DatasetConfig, SourceConfig
 from medusa_exp.data import DataError, read_conversations, render, tokenized
 from medusa_exp.errors import UserError
+from medusa_exp.runs.files import sha256_file, write_json
+from medusa_exp.runs.record import RunRecord
+from medusa_exp.stages.session import Session
 
 
 @pytest.fixture
@@ -256,3 +259,25 @@ def test_an_empty_split_says_what_to_raise(config, tokenizer):
         data.split("val")
     assert len(data.split("train")) + len(data.split("test")) == 40
     assert np.all(data.split("train").weights == 1)
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_an_older_key_holds_for_the_same_files_alone(
+    config, tokenizer, sharegpt_file, tmp_path, is_same
+):
+    """A run from before formats had numbers is known by its key, not one of other data."""
+    out = tmp_path / "run"
+    out.mkdir()
+    config.run_dir = str(out)
+    sources = Session(config, out).tokenized(tokenizer, 100).summary["sources"]
+    write_json(out / "data.json", {"key": "older", "sources": sources})
+    write_json(out / "run.json", {"data": {"a": sha256_file(sharegpt_file), "b": "0"}})
+    session = Session(config, out)
+    if not is_same:  # the same chats in another order: all counts are equal
+        config.dataset.path = str(tmp_path / "other.json")
+        chats = json.loads(sharegpt_file.read_text())
+        Path(config.dataset.path).write_text(json.dumps(chats[::-1]))
+    with RunRecord(out, config, []).stage("train") as session.notes:  # notes what it opens
+        found = session.tokenized(tokenizer, 100).summary
+    assert (found["key"] == "older") == is_same
+    assert ("format" in found) != is_same

@@ -1,5 +1,7 @@
 """The history goes on without W&B."""
 
+import sys
+
 from medusa_exp.config import Config
 from medusa_exp.runs.files import read_jsonl
 from medusa_exp.runs.record import RunRecord
@@ -32,3 +34,12 @@ def test_a_run_goes_on_where_wandb_does_not_start(tmp_path, monkeypatch, caplog)
     with Tracker(RunRecord(tmp_path, config, [])) as tracker:
         tracker.stage_done("train")
     assert "W&B did not start" in caplog.text and "no space left" in caplog.text
+
+
+def test_a_run_goes_on_where_wandb_cannot_be_imported(tmp_path, monkeypatch, caplog):
+    for name in [name for name in sys.modules if name.startswith("medusa_exp.tracking.wandb_")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with Tracker(RunRecord(tmp_path, Config(name="x", device="cpu"), [])) as tracker:
+        tracker.stage_done("train")
+    assert "W&B did not start" in caplog.text

@@ -39,7 +39,7 @@ def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
 def named_variables(text: str, out: Path) -> str:
     """Return `text` with `${oc.env:NAME}` for what the variables in a run's config stand for.
 
-    A text is such as a message, which quotes a value of the config; `out` is the run directory.
+    `text` may be a message that quotes a value of the config; `out` is the run directory.
     """
     saved = "".join(path.read_text(encoding="utf-8") for path in out.glob(".hydra*/config.yaml"))
     values = {name: os.environ.get(name, "") for name in _REFERENCE.findall(saved)}

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -165,12 +165,14 @@ def load_tokenized(
     *,
     cache_dir: str | Path,
     run_dir: Path | None = None,
+    known_data: Collection[str] = (),
 ) -> Tokenized:
     """Open the data set's cache entry, which is built first if it is not there.
 
     Examples are cut to `max_length` whole tokens, on the tokenizer's truncation side. `dataset`
     says how they are split, weighed and worked through; the run in `run_dir` may have begun with
-    the same examples under an older key.
+    the same examples under an older key, if `known_data`, the hashes of the files that it has read
+    so far, has those of all sources.
 
     Raises:
         DataError: naming the file, or why not one token of the data set can be trained on.
@@ -189,14 +191,17 @@ def load_tokenized(
             f"{error.strerror or error}."
         ) from error
     summary = read_json(path / _SUMMARY)
-    if (older := _key_before_formats(run_dir, sources, summary)) is not None:
+    if (older := _key_before_formats(run_dir, known_data, sources, summary)) is not None:
         summary["key"] = older
         del summary["format"]
     return Tokenized(dataset, open_examples(path / _EXAMPLES), summary, max_length, bool(unwritten))
 
 
 def _key_before_formats(
-    run_dir: Path | None, sources: list[Source], summary: dict[str, Any]
+    run_dir: Path | None,
+    known_data: Collection[str],
+    sources: list[Source],
+    summary: dict[str, Any],
 ) -> str | None:
     """Return the key that this run knows the same examples by, if it began before FORMAT did.
 
@@ -208,9 +213,8 @@ def _key_before_formats(
     noted = read_json(run_dir / "data.json", {})
     if "key" not in noted or "format" in noted or noted["sources"] != summary["sources"]:
         return None
-    known = set(read_json(run_dir / "run.json", {}).get("data", {}).values())
     found = {sha256_file(path) for path in files_of(sources)}
-    return noted["key"] if found <= known else None  # other calls may have read other files
+    return noted["key"] if found <= set(known_data) else None
 
 
 def _is_whole(path: Path) -> bool:

@@ -35,7 +35,7 @@ def compare(old: Path, new: Path) -> Found:
     trees = [read_json(run / "tree.json") for run in (old, new)]
     made_of = _pairs(*(_made_of(read_json(run / "run.json", {})) for run in (old, new)))
     formats = [read_json(run / "data.json", {}).get("format") for run in (old, new)]
-    for name in ("dataset", "tokenised") if formats[0] != formats[1] else ():
+    for name in ("dataset", "tokenised", "regenerated") if formats[0] != formats[1] else ():
         made_of.pop(name, None)  # keys of the same data differ from format to format
     return {
         "source": str(old),

@@ -23,6 +23,7 @@ from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.source import ModelSpec, adapted_path, tiny_dir
 from medusa_exp.model.tokenizer import load_tokenizer
+from medusa_exp.runs.files import read_json
 from medusa_exp.runs.record import Notes
 from medusa_exp.tracking.history import StepLogger
 from medusa_exp.tree import Tree
@@ -40,6 +41,8 @@ class Session:
 
     def __init__(self, config: Config, out: Path, log_step: StepLogger | None = None) -> None:
         self.config, self.out, self.log_step = config, out, log_step
+        # As the call begins: what its own stages open is noted there too.
+        self._known_data = frozenset(read_json(out / "run.json", {}).get("data", {}).values())
         self.notes = Notes()
         """Notes for run.json of the running stage."""
         self._backbone: tuple[Path | None, Backbone] | None = None
@@ -80,6 +83,7 @@ class Session:
             max_length,
             cache_dir=config.cache_dir,
             run_dir=Path(config.run_dir) if config.run_dir else None,
+            known_data=self._known_data,
         )
         self.notes.add_inputs(tokenised=found.summary["key"])
         return found

@@ -37,10 +37,10 @@ class Tracker:
         return self
 
     def _open_wandb(self, opening: ExitStack) -> None:
-        from medusa_exp.tracking.wandb_artifacts import log_code
-        from medusa_exp.tracking.wandb_run import wandb_run
-
         try:
+            from medusa_exp.tracking.wandb_artifacts import log_code
+            from medusa_exp.tracking.wandb_run import wandb_run
+
             self.run = opening.enter_context(wandb_run(self.record))
         except UserError:
             raise
