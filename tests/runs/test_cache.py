@@ -69,7 +69,7 @@ def _make(root: Path, number: int) -> None:
 
 
 def test_of_several_processes_one_makes_it(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # under spawn, nobody could import this module
     processes = [context.Process(target=_make, args=(tmp_path, number)) for number in range(2)]
     for process in processes:
         process.start()
