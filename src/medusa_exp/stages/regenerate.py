@@ -121,12 +121,12 @@ def _regenerated(session: Session, path: Path, documents: Tokenized) -> list[dic
     # Of about the same length, that is, with responses of about the same length, so that few rows
     # of a batch wait for the others; the longest first, which need most memory.
     ordered = sorted(set(rows) - done, key=lambda row: (-examples.lengths[row], row))
-    todo = [document_of(row, examples[row]) for row in ordered]
+    todo = [asdict(document_of(row, examples[row])) for row in ordered]
     if done:
         log.info("%d of %d documents have their responses already", len(done), len(rows))
     size = settings.batch_size
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
-    answered: Iterator[list[Document]]
+    answered: Iterator[list[dict[str, Any]]]
     if settings.workers:
         make = partial(Regenerator.load, config, session.out.absolute(), documents.max_length)
         use_gpu = session.backbone(is_adapted=False).device.type == "cuda"
@@ -136,7 +136,7 @@ def _regenerated(session: Session, path: Path, documents: Tokenized) -> list[dic
     bar = ProgressBar("regenerating responses", len(rows), len(done))
     with path.open("a", encoding="utf-8") as file, bar:
         for batch in answered:
-            file.write("".join(json.dumps(asdict(document)) + "\n" for document in batch))
+            file.write("".join(json.dumps(document) + "\n" for document in batch))
             file.flush()
             os.fsync(file.fileno())
             bar.advance(len(batch))
@@ -235,13 +235,14 @@ class Regenerator:
         """Make one in a process that has no backbone yet."""
         return cls(Session(config, out), max_length)
 
-    def __call__(self, batch: list[Document]) -> list[Document]:
-        """Answer each turn of each document, and return them."""
+    def __call__(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answer each turn of each `Document`; they come and go as dicts, as in the file."""
+        documents = [Document(**document) for document in batch]
         # A draw of its own for each batch, whatever was answered before.
         rule = regeneration_rule(rule_of(self.config))
-        rule = replace(rule, seed=self.config.seed + batch[0].row)
-        answer(batch, self.decode, self.limits, rule, self.max_length, self.backbone)
-        return batch
+        rule = replace(rule, seed=self.config.seed + documents[0].row)
+        answer(documents, self.decode, self.limits, rule, self.max_length, self.backbone)
+        return [asdict(document) for document in documents]
 
 
 def _in_training_dtype(config: Config, backbone: Backbone) -> Backbone:

@@ -12,7 +12,6 @@ one of this machine.
 import json
 import logging
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock
 
@@ -39,8 +38,6 @@ Worker = Callable[[dict[str, Any], Path, Notes], dict[str, float]]
 and what to note in, and returns the metrics."""
 _ALIVE = "alive.lock"
 """Beside the job of torchrun's processes; the stage holds it for as long as it waits."""
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -247,16 +244,16 @@ def ray_parts(*, find_unused_parameters: bool) -> tuple[Any, Any]:
 
 
 def map_on_ray(
-    make: Callable[[], Callable[[Item], Result]],
-    items: Iterable[Item],
+    make: Callable[[], Callable[[Any], Any]],
+    items: Iterable[Any],
     *,
     num_workers: int,
     use_gpu: bool,
-) -> Iterator[Result]:
+) -> Iterator[Any]:
     """Yield what `make()` returns for each item, in the order in which they are done.
 
     Each worker calls `make` once (it may load a model, on a GPU of its own where there is one), and
-    is given item after item. All of them are pickled.
+    is given item after item. Items and results are plain values, which go as JSON.
 
     Raises:
         UserError: Ray is not installed, or what the work raises.
@@ -270,7 +267,7 @@ def map_on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the caller has one
         context.execution_options.verbose_progress = False
-        rows = [{"item": pickle.dumps(item)} for item in items]
+        rows = [{"item": json.dumps(item)} for item in items]
         # An item a block: what is done is written down item by item.
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         done = dataset.map(
@@ -281,10 +278,9 @@ def map_on_ray(
             num_gpus=1 if use_gpu else 0,
         )
         for row in done.iter_rows():
-            found = pickle.loads(row["found"])
-            if isinstance(found, UserError):
-                raise found
-            yield found
+            if row["error"]:
+                raise UserError(row["error"])
+            yield json.loads(row["found"])
 
 
 class _MapWorker:
@@ -298,12 +294,11 @@ class _MapWorker:
     def work(self) -> Callable[[Any], Any]:
         return self._make()
 
-    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
         try:
-            found = self.work(pickle.loads(row["item"]))
+            return {"found": json.dumps(self.work(json.loads(row["item"]))), "error": ""}
         except UserError as error:
-            found = UserError(str(error))
-        return {"found": pickle.dumps(found)}
+            return {"found": "", "error": str(error)}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +86,7 @@ def open_features(
         data_key: names all documents.
         settings: how they are computed.
         ends: the backbone, perhaps without its layers.
-        load: returns it with them; each worker calls it too, and then it is pickled.
+        load: returns it with them; each worker calls it too, to which Ray sends it.
 
     Raises:
         UserError: the disk is too small, or what lies there is damaged or of another model.
@@ -180,21 +180,43 @@ def _fill(
     batches = ({number: examples[number] for [number] in batch} for batch in planner(0))
     # A model may have no position for padding beyond the longest document.
     make = partial(FeatureWriter, directory, settings, int(examples.lengths.max()), load)
+    written: Iterator[list[tuple[int, int]]]
     writer = None if settings.num_workers else make()
     if writer is None:
-        use_gpu = ends.device.type == "cuda"
-        written = map_on_ray(make, batches, num_workers=settings.num_workers, use_gpu=use_gpu)
+        plain = ([_plain(number, one) for number, one in batch.items()] for batch in batches)
+        work, use_gpu = partial(_writes_plain, make), ends.device.type == "cuda"
+        written = map_on_ray(work, plain, num_workers=settings.num_workers, use_gpu=use_gpu)
     else:
         written = map(writer, batches)
     checks = np.zeros(len(examples), np.uint32)
     with ProgressBar("hidden states of documents", len(examples)) as bar:
         for found in written:
-            for number, value in found.items():
+            for number, value in found:
                 checks[number] = value
             bar.advance(len(found))
     if writer is not None:
         writer.flush()
     return checks
+
+
+def _plain(number: int, document: Example) -> list[Any]:
+    """Return a numbered document as JSON can have it."""
+    return [number, document.input_ids.tolist(), document.is_trained.tolist()]
+
+
+def _writes_plain(make: Callable[[], "FeatureWriter"]) -> Callable[[list[Any]], Any]:
+    """Return what writes the states of documents that `_plain` has made."""
+    writer = make()
+
+    def write(documents: list[Any]) -> list[tuple[int, int]]:
+        return writer(
+            {
+                number: Example(np.array(ids, np.int32), np.array(is_trained, bool))
+                for number, ids, is_trained in documents
+            }
+        )
+
+    return write
 
 
 def _create(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -223,17 +245,17 @@ class FeatureWriter:
         self.teacher_P = np.load(directory / "own.npy", mmap_mode="r+")
 
     @torch.no_grad()
-    def __call__(self, documents: dict[int, Example]) -> dict[int, int]:
-        """Write the states of numbered documents; return the check of each one's bytes."""
+    def __call__(self, documents: dict[int, Example]) -> list[tuple[int, int]]:
+        """Write the states of numbered documents; return number and check of each one's bytes."""
         device, autocast = self.backbone.device.type, AUTOCAST.get(self.settings.precision)
         with torch.autocast(device, autocast) if autocast else nullcontext():
             states = self._states(list(documents.values()))
-        found = {}
+        found = []
         for number, (states_LD, choices_L) in zip(documents, states, strict=True):
             place = slice(self.starts[number], self.starts[number + 1])
             self.hidden_PD[place] = _as_stored(states_LD, self.hidden_PD.dtype)
             self.teacher_P[place] = choices_L.cpu().numpy()
-            found[number] = check(self.hidden_PD[place], self.teacher_P[place])
+            found.append((number, check(self.hidden_PD[place], self.teacher_P[place])))
         if self.settings.num_workers:  # they may be read on another machine
             self.flush()
         return found
