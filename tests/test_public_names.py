@@ -18,6 +18,7 @@ from medusa_exp import (
     load_heads,
     run,
 )
+from medusa_exp.config import from_hydra, load_saved
 from medusa_exp.errors import UserError
 
 
@@ -79,3 +80,20 @@ def test_what_cannot_be_composed_or_opened(tmp_path):
         compose(["head.num_heads=-1"])
     with pytest.raises(UserError, match="is no run directory"):
         Decoder.from_run(tmp_path)
+
+
+def test_a_run_of_python_saves_the_names_of_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_PLACE", "/secret/place")
+    monkeypatch.setenv("SECRET_TAG", "secret-tag")
+    arguments = ["model.path=${oc.env:SECRET_PLACE}", "logger.tags=['${oc.env:SECRET_TAG}']"]
+    config = compose([*arguments, "stages=[report]", "logger=none", "device=cpu"])
+    assert config.model.path == "/secret/place"
+    config.train.max_steps = 7
+    run(config, tmp_path / "run")
+    saved = (tmp_path / "run/.hydra/config.yaml").read_text()
+    assert "${oc.env:SECRET_PLACE}" in saved and "max_steps: 7" in saved
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    for file in files:  # a diff of the checkout may have this very test
+        assert file.name == "uncommitted.diff" or b"secret" not in file.read_bytes(), file
+    config.sweep_dir = ""  # made of the clock, and of no use to a later call
+    assert from_hydra(load_saved(tmp_path / "run/.hydra/config.yaml")) == config

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,7 +29,7 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from medusa_exp.config import Config, continuation, from_hydra, register
+from medusa_exp.config import Config, continuation, from_hydra, register, to_dict
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs import sweep
 from medusa_exp.runs.files import read_json
@@ -94,16 +95,20 @@ def _print_sweeps() -> None:
 def compose(overrides: Sequence[str] = ()) -> Config:
     """Compose and check a config as the command line does: `compose(["+experiment=smoke"])`.
 
-    References to environment variables are resolved in what it returns, and `run` saves them so.
+    References to environment variables are resolved in what it returns. `run` saves a section as it
+    was composed, with its references, unless it was changed meanwhile.
 
     Raises:
         UserError: naming the key and what it may be.
     """
     try:
         with hydra.initialize_config_module("medusa_exp.conf", version_base="1.3"):
-            return from_hydra(hydra.compose("config", list(overrides)))
+            composed = hydra.compose("config", list(overrides))
+            config = from_hydra(composed)
     except HydraException as error:
         raise UserError(str(error)) from error
+    vars(config)["_composed"] = composed
+    return config
 
 
 def run(config: Config, out: str | Path) -> dict[str, float]:
@@ -121,10 +126,20 @@ def run(config: Config, out: str | Path) -> dict[str, float]:
     saved = out / continuation.SAVED
     if not saved.exists():
         saved.parent.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(config), saved)
+        OmegaConf.save(OmegaConf.create(_as_composed(config)), saved)
     run_stages(config, out, ["medusa_exp.run", str(out)])
     metrics: dict[str, float] = read_json(out / "metrics.json")
     return metrics
+
+
+def _as_composed(config: Config) -> dict[str, Any]:
+    """Return the config as plain values, and what is still as `compose` gave it with references."""
+    plain = to_dict(config)
+    if (composed := vars(config).get("_composed")) is not None:
+        written: Any = OmegaConf.to_container(composed, resolve=False)
+        before = to_dict(from_hydra(composed))
+        plain |= {key: written[key] for key in plain if plain[key] == before[key]}
+    return plain
 
 
 @hydra.main(version_base="1.3", config_path="pkg://medusa_exp.conf", config_name="config")
