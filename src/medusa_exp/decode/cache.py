@@ -21,25 +21,26 @@ from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.verify import Verdict
 
 
-def empty_columns(states: Tensor, num_columns: int) -> Tensor:
-    """Return room for as many columns of keys or values as these [B, H, T, head size]."""
-    # Zeros: a column of no row is masked, but 0 x NaN would not be.
-    return states.new_zeros(*states.shape[:2], num_columns, states.shape[3])
+class _Layer(CacheLayerMixin):
+    """One layer's keys and values [B, H, num_columns, head size], made at the first call.
 
-
-class _GrowingLayer(CacheLayerMixin):
-    """One layer's keys and values [B, H, capacity, head size], of which `length` are in use."""
+    Calls that begin before column `capacity` advance; a later one is overwritten by the next.
+    """
 
     is_sliding = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, num_columns: int, capacity: int) -> None:
         super().__init__()
-        self.capacity = capacity
-        self.length = 0
+        self.num_columns, self.capacity = num_columns, capacity
+        self.start = 0
+        """Where the next call writes; it sees all columns up to there and its own."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = empty_columns(key_states, self.capacity)
-        self.values = empty_columns(value_states, self.capacity)
+        # Zeros: a column of no row is masked, but 0 x NaN would not be.
+        self.keys, self.values = (
+            states.new_zeros(*states.shape[:2], self.num_columns, states.shape[3])
+            for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(
@@ -47,20 +48,22 @@ class _GrowingLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[2]
-        assert self.length <= self.capacity, "the cache is smaller than the decoding loop thinks"
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        stop = self.start + key_states.shape[2]
+        assert stop <= self.num_columns, "the cache is smaller than the decoding loop thinks"
+        self.keys[:, :, self.start : stop] = key_states
+        self.values[:, :, self.start : stop] = value_states
+        if self.start < self.capacity:
+            self.start = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self.start
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.start + query_length, 0
 
     def get_max_length(self) -> int:
-        return self.capacity
+        return self.num_columns
 
 
 class GrowingCache(Cache):
@@ -70,14 +73,14 @@ class GrowingCache(Cache):
     """
 
     def __init__(self, num_layers: int, capacity: int, num_rows: int) -> None:
-        super().__init__(layers=[_GrowingLayer(capacity) for _ in range(num_layers)])
+        super().__init__(layers=[_Layer(capacity, capacity) for _ in range(num_layers)])
         self.lengths = [0] * num_rows
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Say how many tokens each row has; columns behind the longest row are free again."""
         self.lengths = lengths
         for layer in self.layers:
-            layer.length = max(lengths)
+            layer.start = max(lengths)
 
     def commit(self, paths: list[list[int]]) -> None:
         """Keep the accepted nodes of the tree that was last written, and drop the others.
@@ -110,44 +113,6 @@ class GrowingCache(Cache):
         self.set_lengths([self.lengths[row] for row in rows])
 
 
-class _FixedLayer(CacheLayerMixin):
-    """One layer's keys and values [B, H, C + N + 1, head size]; the last column is for waste."""
-
-    is_sliding = False
-
-    def __init__(self, capacity: int, num_columns: int) -> None:
-        super().__init__()
-        self.capacity, self.num_columns = capacity, num_columns
-        self.start = 0
-        """Where the next call writes; it sees all columns up to there and its own."""
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = empty_columns(key_states, self.num_columns)
-        self.values = empty_columns(value_states, self.num_columns)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        stop = self.start + key_states.shape[2]
-        self.keys[:, :, self.start : stop] = key_states
-        self.values[:, :, self.start : stop] = value_states
-        if self.start < self.capacity:  # prompts advance; a tree overwrites the one before
-            self.start = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-    def get_seq_length(self) -> int:
-        return self.start
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.start + query_length, 0
-
-    def get_max_length(self) -> int:
-        return self.num_columns
-
-
 class FixedCache(Cache):
     """Keys and values of all layers; how many tokens each row has lies on the device."""
 
@@ -157,7 +122,8 @@ class FixedCache(Cache):
         """Make room for prompts and answers, and for trees of at most so many nodes."""
         super().__init__(layers=[])
         self.capacity, self.waste = capacity, capacity + num_nodes
-        self.layers = [_FixedLayer(capacity, self.waste + 1) for _ in range(num_layers)]
+        # One column more than the tree has: what nobody keeps is moved there.
+        self.layers = [_Layer(self.waste + 1, capacity) for _ in range(num_layers)]
         self.lengths_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._row_B1 = torch.arange(num_rows, device=device)[:, None]
         self._tree_start_B = torch.full_like(self.lengths_B, capacity)
