@@ -7,13 +7,13 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "medusa_exp"
 LAYERS = (
-    {"errors"},
+    {"errors", "identity"},
     {"config"},
     {"runs"},
     {"data", "tree", "tracking"},
     {"model"},
     {"decode"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "serving"},
     {"stages"},
     {"cli"},
     {"__main__"},

@@ -6,7 +6,6 @@ B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from medusa_exp.errors import UserError
+from medusa_exp.identity import bfloat16_bytes, identity_of
 
 _SAMPLE = 4096
 """Values of a parameter that `Backbone.weights_fingerprint` reads, about."""
@@ -159,16 +159,7 @@ class Backbone:
         """
         if self._fingerprints is not None:
             return self._fingerprints[0]
-        config = self.model.config.get_text_config()
-        shape = [config.model_type, self.hidden_size, self.vocab_size, config.num_hidden_layers]
-        shape += [getattr(self.model.config, "medusa_adapter", None)] * self.is_adapted
-        digest = hashlib.sha256(json.dumps(shape).encode())
-        for module in [*self.body.children(), self.lm_head]:
-            # Of the body, what is neither layers nor an embedding: the final norm, and projections.
-            if not isinstance(module, nn.ModuleList | nn.Embedding):
-                for name, parameter in sorted(module.named_parameters()):
-                    digest.update(name.encode() + _bytes(parameter.detach()))
-        return digest.hexdigest()
+        return identity_of(self.model)
 
     def weights_fingerprint(self) -> str:
         """Return a sha256 over a sample of every parameter: what the model's responses depend on.
@@ -181,7 +172,7 @@ class Backbone:
         digest = hashlib.sha256(self.identity().encode())
         for name, parameter in sorted(self.model.named_parameters()):
             flat = parameter.detach().flatten()
-            sample = _bytes(flat[:: max(1, len(flat) // _SAMPLE)])
+            sample = bfloat16_bytes(flat[:: max(1, len(flat) // _SAMPLE)])
             digest.update(f"{name} {list(parameter.shape)}".encode() + sample)
         return digest.hexdigest()
 
@@ -251,7 +242,3 @@ class Backbone:
                 f"{self.name} lets documents of a packed row see each other: set "
                 "train.batching=padded."
             )
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes()
