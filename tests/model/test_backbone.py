@@ -42,9 +42,9 @@ def test_hidden_states_pass_their_check(architecture):
     Backbone(build_model(architecture)).check_hidden_states()
 
 
-def test_a_model_that_scales_before_its_lm_head_is_refused():
+def test_a_model_that_bends_its_states_before_its_lm_head_is_refused():
     backbone = Backbone(build_model("llama"))
-    backbone.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 2,), prepend=True)
+    backbone.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].tanh(),), prepend=True)
     with pytest.raises(UserError, match="is not its last hidden state"):
         backbone.check_hidden_states()
 

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from medusa_exp import build_heads, generate
 from medusa_exp.errors import UserError
+from medusa_exp.model import Backbone
 from medusa_exp.tree import Tree
 
 V, NEW_TOKENS = 64, 40
@@ -186,6 +187,21 @@ def test_trees_say_what_model_generate_says(name):
             eos_token_id=[],
         )
         assert found.sequences == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*DECODED, "gemma2", "hyperclovax", "cohere2_moe", "phi"])
+def test_the_models_logits_follow_from_its_hidden_states(name):
+    """Scales, caps and biases included, also where the first rows of the lm_head are zeros."""
+    model = build(name, DECODED.get(name, GROUPED if name != "phi" else {}))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:9] = 0
+        backbone = Backbone(model)
+        backbone.check_next_logits()
+        ids_1T = torch.arange(11, 31)[None]
+        logits_TV = model(ids_1T).logits[0]
+        found_TV = backbone.next_logits(backbone.hidden_states(ids_1T)[0])
+    torch.testing.assert_close(found_TV, logits_TV, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

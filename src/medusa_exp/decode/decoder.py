@@ -333,7 +333,7 @@ class PrefixedBackbone(Backbone):
             handle.remove()
         with self._observer.part("heads"):
             hidden_BND = self.prefix(
-                whole[0].to(self.device),
+                self.as_read(whole[0].to(self.device)),
                 position_ids_BN,
                 _as_boolean(full),
                 cache,

@@ -6,26 +6,38 @@ B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from medusa_exp.errors import UserError
 from medusa_exp.identity import bfloat16_bytes, identity_of
 
 _SAMPLE = 4096
 """Values of a parameter that `Backbone.weights_fingerprint` reads, about."""
+_LOGIT_SIZES = (0.1, 1.0, 10.0, 100.0)
+"""Largest logits of the states that are tried on an lm_head: a cap shows at the large ones, a scale
+at all, and at the small ones a cap does not hide the scale."""
+_LENGTHS = (3, 8)
+"""Of the texts on which a model is compared with our reading of it."""
+_SPECIAL = ("bos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
 
 
 class Backbone:
     """A model with the two things Medusa needs of it: last hidden states, and logits on a tree.
 
-    The hidden state is what the model hands to its `lm_head`, whatever the architecture. Wrapping a
-    model changes nothing about it.
+    The hidden state is what the model hands to its `lm_head`, whatever the architecture: some
+    scale what their layers give (MiniCPM). What comes behind the `lm_head` is the model's too:
+    Granite, Cohere and their kin scale the logits, Gemma caps them. Wrapping a model changes
+    nothing about it.
 
     Raises:
         UserError: it is no decoder-only language model.
@@ -37,6 +49,8 @@ class Backbone:
         if self.lm_head is None or model.config.is_encoder_decoder:
             raise UserError(f"{self.name} is no decoder-only language model with an lm_head.")
         self.body: nn.Module = model.get_decoder()
+        if self.body is model:  # Llama 4 takes its text model for the decoder
+            self.body = model.model
         self._run_body: Callable[..., Any] = self.body
         self.has_body = True
         self._fingerprints: tuple[str, str] | None = None
@@ -114,15 +128,76 @@ class Backbone:
         """
         assert self.has_body, "only the ends of this model were loaded"
         output = self._run_body(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False)
-        return output.last_hidden_state.to(self.device)
+        return self.as_read(output.last_hidden_state.to(self.device))
+
+    def as_read(self, body_BTD: Tensor) -> Tensor:
+        """Return what `lm_head` is given of what the layers and the final norm make."""
+        return body_BTD if self.hidden_scale == 1 else body_BTD * self.hidden_scale
+
+    @cached_property
+    def hidden_scale(self) -> float:
+        """What the model multiplies its last hidden state by before its `lm_head`; mostly 1."""
+        with torch.inference_mode():
+            body_ND, read_ND = self._around_scale(_LENGTHS[0])
+        return _factor(body_ND, read_ND)
 
     def compile(self, backend: str = "inductor") -> None:
         """Let torch compile what makes `hidden_states`, at its first call, for all lengths."""
         self._run_body = torch.compile(self.body, dynamic=True, backend=backend)
 
     def next_logits(self, hidden_RD: Tensor) -> Tensor:
-        """Return what `lm_head` makes of hidden states: logits_RV, in its dtype."""
-        return self.lm_head(hidden_RD.to(self.lm_head.weight.dtype)).to(hidden_RD.device)
+        """Return the model's logits_RV for hidden states, in its dtype: scaled and capped as its.
+
+        Where anything comes behind the `lm_head`, the model's own code does all of it.
+        """
+        hidden_RD, device = hidden_RD.to(self.lm_head.weight.dtype), hidden_RD.device
+        make = self.lm_head if self._is_bare else self._logits_by_model
+        return make(hidden_RD).to(device)
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """How many times its `lm_head`'s are the model's logits, where they are small; mostly 1.
+
+        Heads that start as a copy of the `lm_head`, or share it, are to be as sharp as the model.
+        """
+        bare_RV, own_RV = self._logits_of_states
+        return 1.0 if self._is_bare else _factor(bare_RV[0], own_RV[0])
+
+    @cached_property
+    def _is_bare(self) -> bool:
+        """Are the model's logits those of its `lm_head` alone?"""
+        bare_RV, own_RV = self._logits_of_states
+        tolerance = max(1e-4, 2 * torch.finfo(self.lm_head.weight.dtype).eps)
+        return _is_close(bare_RV, own_RV, tolerance)
+
+    @cached_property
+    @torch.inference_mode()
+    def _logits_of_states(self) -> tuple[Tensor, Tensor]:
+        """Return logits_RV of made-up hidden states, by the `lm_head` and by the model's code.
+
+        Twice the same where that code does not run without the layers: whether the `lm_head` is all
+        there is, `check_next_logits` sees in the model as a whole.
+        """
+        weight = self.lm_head.weight
+        draws = torch.Generator().manual_seed(0)
+        states_RD = torch.randn(len(_LOGIT_SIZES), self.hidden_size, generator=draws)
+        states_RD = states_RD.to(weight.device, weight.dtype)
+        largest_R1 = self.lm_head(states_RD).float().abs().amax(-1, keepdim=True)
+        sizes_R1 = torch.tensor(_LOGIT_SIZES, device=weight.device)[:, None]
+        states_RD = (states_RD * (sizes_R1 / largest_R1.clamp(min=1e-6))).to(weight.dtype)
+        bare_RV = self.lm_head(states_RD)
+        try:
+            own_RV = self._logits_by_model(states_RD)
+        except Exception:  # of code that wants more of its layers than hidden states
+            return bare_RV, bare_RV
+        return bare_RV, own_RV if own_RV.shape == bare_RV.shape else bare_RV
+
+    def _logits_by_model(self, hidden_RD: Tensor) -> Tensor:
+        """Let the model's own code go on from hidden states: its layers are left out."""
+        output = _OnlyHiddenStates(last_hidden_state=hidden_RD[None] / self.hidden_scale)
+        ids_1R = torch.zeros(1, len(hidden_RD), dtype=torch.long, device=self.device)
+        with _answering(self.body, output):
+            return self.model(input_ids=ids_1R, use_cache=False).logits[0]
 
     def forward(
         self,
@@ -202,43 +277,113 @@ class Backbone:
         Raises:
             UserError: this architecture changes the last hidden state once more before its lm_head.
         """
-        ids_BT = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        _, read_BTD = self._with_lm_head_input(input_ids=ids_BT, use_cache=False)
-        if not torch.allclose(read_BTD, self.hidden_states(ids_BT), rtol=1e-2, atol=1e-3):
-            raise UserError(
-                f"{self.name}: what its lm_head reads is not its last hidden state; "
-                "heads cannot be trained on this architecture."
-            )
+        for length in _LENGTHS:
+            body_ND, read_ND = self._around_scale(length)
+            if not _is_close(self.as_read(body_ND), read_ND, self._tolerance):
+                raise UserError(
+                    f"{self.name}: what its lm_head reads is not its last hidden state; "
+                    "heads cannot be trained on this architecture."
+                )
 
     @torch.inference_mode()
     def check_next_logits(self) -> None:
-        """Compare the model's distribution with what its `lm_head` alone makes of hidden states.
+        """Compare the model's log-probabilities with those of `next_logits` at its hidden states.
 
         Raises:
-            UserError: this architecture scales or caps logits afterwards.
+            UserError: what this architecture does to its logits cannot be told from them alone.
         """
-        ids_BT = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        logits_BTV, read_BTD = self._with_lm_head_input(input_ids=ids_BT, use_cache=False)
-        bare_BTV = self.next_logits(read_BTD).float().softmax(-1)
-        if not torch.allclose(logits_BTV.float().softmax(-1), bare_BTV, rtol=1e-2, atol=1e-3):
-            raise UserError(
-                f"{self.name} changes the logits of its lm_head once more: heads cannot be "
-                "trained on its distribution. Set train.loss=ce."
+        for length in _LENGTHS:
+            logits_1NV, read_1ND = self._with_lm_head_input(
+                input_ids=self._distinct_tokens(length), use_cache=False
             )
+            expected_NV, found_NV = logits_1NV[0].float(), self.next_logits(read_1ND[0]).float()
+            # As sharp as the logits are large: the errors of both stand beside each other so.
+            size = float(expected_NV.abs().amax())
+            is_same = expected_NV.shape == found_NV.shape and _is_close(
+                expected_NV.log_softmax(-1), found_NV.log_softmax(-1), self._tolerance, size
+            )
+            if not is_same:
+                raise UserError(
+                    f"{self.name} makes something of the logits of its lm_head that its hidden "
+                    "states do not tell: heads cannot be trained on its distribution. Set "
+                    "train.loss=ce and train.labels=data."
+                )
 
     @torch.inference_mode()
     def check_packing(self) -> None:
-        """Compare a document's hidden states alone and behind another one.
+        """Compare documents' hidden states alone and behind another one.
 
         Raises:
             UserError: this architecture lets packed documents see each other.
         """
-        ids_BT = torch.arange(1, 5, device=self.device)[None]
-        packed_BT, positions_BT = ids_BT.repeat(1, 2), torch.arange(4, device=self.device).repeat(2)
-        packed_BTD = self.hidden_states(packed_BT, positions_BT[None])
-        alone_BTD = self.hidden_states(ids_BT)
-        if not torch.allclose(packed_BTD[:, 4:], alone_BTD, rtol=1e-2, atol=1e-3):
-            raise UserError(
-                f"{self.name} lets documents of a packed row see each other: set "
-                "train.batching=padded."
-            )
+        tokens_1T = self._distinct_tokens(sum(_LENGTHS))
+        documents = tokens_1T.split(_LENGTHS, dim=1)
+        positions = [torch.arange(length, device=self.device)[None] for length in _LENGTHS]
+        packed_BTD = self.hidden_states(tokens_1T, torch.cat(positions, 1))
+        for document_1T, packed_1ND in zip(documents, packed_BTD.split(_LENGTHS, 1), strict=True):
+            if not _is_close(packed_1ND, self.hidden_states(document_1T), 4 * self._tolerance):
+                raise UserError(
+                    f"{self.name} lets documents of a packed row see each other: set "
+                    "train.batching=padded."
+                )
+
+    @property
+    def _tolerance(self) -> float:
+        """How far, in parts of the largest value, two ways to the same values may differ."""
+        return max(1e-4, 8 * torch.finfo(self.model.dtype).eps)
+
+    def _distinct_tokens(self, length: int) -> Tensor:
+        """Return ids_1N from all over the vocabulary, none special: rows of zeros hide much."""
+        config = self.model.config.get_text_config()
+        special = {getattr(config, name, None) for name in _SPECIAL}
+        special |= self.eos_token_ids
+        ordinary = [token for token in range(self.vocab_size) if token not in special]
+        tokens = Random(length).sample(ordinary, min(length, len(ordinary)))
+        return torch.tensor([(tokens * length)[:length]], device=self.device)
+
+    def _around_scale(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the body's own last hidden states of a text, and what `lm_head` reads of them."""
+        ids_1N = self._distinct_tokens(length)
+        body_1ND = self._run_body(input_ids=ids_1N, use_cache=False).last_hidden_state
+        _, read_1ND = self._with_lm_head_input(input_ids=ids_1N, use_cache=False)
+        return body_1ND[0].to(self.device), read_1ND[0]
+
+
+class _OnlyHiddenStates(BaseModelOutputWithPast):
+    """What a model's layers would have returned, of which only the hidden states are there."""
+
+    def __getattr__(self, name: str) -> None:
+        """Be without whatever else this architecture's layers return."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _answering(module: nn.Module, output: Any) -> Iterator[None]:
+    """Let a module return this instead of running."""
+    before = module.__dict__.get("forward")  # accelerate puts one there
+    module.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _factor(before: Tensor, after: Tensor) -> float:
+    """Return c where after = c * before, by least squares; 1 if near it.
+
+    To four digits, so that it is the same in every dtype.
+    """
+    before, after = before.double(), after.double()
+    square = float((before * before).sum())
+    factor = float((before * after).sum()) / square if square else 1.0
+    return 1.0 if abs(factor - 1) < 2e-3 else float(f"{factor:.4g}")
+
+
+def _is_close(one: Tensor, other: Tensor, tolerance: float, size: float = 0.0) -> bool:
+    """Say whether values differ by no more than that part of the largest; NaN is never close."""
+    one, other = one.float(), other.float()
+    largest = max(size, float(one.abs().amax()))
+    return bool((one - other).abs().amax() <= tolerance * largest + 1e-6)

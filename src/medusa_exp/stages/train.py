@@ -186,7 +186,8 @@ def open_inputs(session: Session) -> Inputs:
         session.notes.add(features={split: found.path.name for split, found in features.items()})
     elif config.train.batching == "packed":
         backbone.check_packing()
-    if config.train.loss != "ce":
+    reads_text_alone = config.train.loss == "ce" and config.train.labels == "data"
+    if config.train.kind == "medusa2" or not reads_text_alone:
         backbone.check_next_logits()
     prompts = _held_out_prompts(session, tokenizer, backbone)
     limits = limits_of(config, backbone, tokenizer)

@@ -100,7 +100,7 @@ class MedusaHeads(PreTrainedModel):
 
     def attach(self, backbone: Backbone) -> "MedusaHeads":
         """Give the heads what they share with the backbone, and neither train nor save."""
-        self.lm_heads.attach(backbone.lm_head)
+        self.lm_heads.attach(backbone)
         if self.is_sequential:
             self._embedding = (backbone.model.get_input_embeddings(),)
         return self
@@ -218,9 +218,9 @@ def build_heads(
 ) -> MedusaHeads:
     """Build fresh float32 heads that fit a backbone, on its device.
 
-    Every projection starts as the backbone's lm_head, or as near to it as it can, so that at step 0
-    each head predicts what the backbone predicts one place earlier: far better than random, and
-    soon better than that.
+    Every projection starts as the backbone's lm_head, scaled as its logits are, or as near to it as
+    it can, so that at step 0 each head predicts what the backbone predicts one place earlier: far
+    better than random, and soon better than that.
 
     Args:
         model: the backbone.
@@ -261,7 +261,7 @@ def build_heads(
         backbone_identity=backbone.identity(),
     )
     heads = MedusaHeads(config).float().to(backbone.device)
-    heads.lm_heads.start(lm_head, token_counts)
+    heads.lm_heads.start(backbone, token_counts)
     return heads.attach(backbone)
 
 

@@ -8,8 +8,9 @@ A block starts as the identity. It is a module with
 A projection maps a head's last block to logits. It is a module with
 
     forward(k, x_RD) -> logits_RW     of the head at index k (0 is head 1)
-    start(lm_head, token_counts_V)    make it as near to the backbone's lm_head as it can be
-    attach(lm_head)                   give it what it shares with the backbone, and does not save
+    start(backbone, token_counts_V)   make it as near to the backbone's lm_head as it can be, with
+                                      logits of the same size as the backbone's
+    attach(backbone)                  give it what it shares with the backbone, and does not save
     parameters_of(k)                  what the head at index k has of its own
     stacked(dtype) -> (x_KBD, count) -> logits_KBW    all heads at once, for decoding
     token_map                         token ids of the head vocabulary, or None: all V tokens
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads.config import MedusaHeadsConfig
 
 Stacked = Callable[[Tensor, int], Tensor]
@@ -66,6 +68,15 @@ class GroundedBlock(nn.Module):
         return x + self.skip(embedded) + silu(self.linear(torch.cat([x, embedded], -1)))
 
 
+def _scaled_lm_head(backbone: Backbone) -> tuple[Tensor, Tensor | None]:
+    """Return the lm_head's matrix and its bias, if it has one, scaled as the logits are."""
+    lm_head, scale = backbone.lm_head, backbone.logit_scale
+    weight_VD, bias_V = lm_head.weight, getattr(lm_head, "bias", None)
+    if scale == 1:
+        return weight_VD, bias_V
+    return weight_VD * scale, None if bias_V is None else bias_V * scale
+
+
 def _zero_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
     linear = nn.Linear(inputs, outputs, bias=bias)
     nn.init.zeros_(linear.weight)
@@ -95,8 +106,8 @@ class Projection(Protocol):
     token_map: Tensor | None
 
     def __call__(self, k: int, x_RD: Tensor) -> Tensor: ...
-    def start(self, lm_head: nn.Module, token_counts_V: Tensor | None) -> None: ...
-    def attach(self, lm_head: nn.Module) -> None: ...
+    def start(self, backbone: Backbone, token_counts_V: Tensor | None) -> None: ...
+    def attach(self, backbone: Backbone) -> None: ...
     def parameters_of(self, k: int) -> list[nn.Parameter]: ...
     def stacked(self, dtype: torch.dtype) -> Stacked: ...
 
@@ -117,15 +128,15 @@ class UntiedProjections(nn.ModuleList):
         return self[k](x_RD)
 
     @torch.no_grad()
-    def start(self, lm_head: nn.Module, token_counts_V: Tensor | None) -> None:
+    def start(self, backbone: Backbone, token_counts_V: Tensor | None) -> None:
         """Copy the lm_head, bias and all."""
-        bias = getattr(lm_head, "bias", None)
+        weight_VD, bias_V = _scaled_lm_head(backbone)
         for projection in self:
-            projection.weight.copy_(lm_head.weight)
-            if bias is not None:
-                projection.bias.copy_(bias)
+            projection.weight.copy_(weight_VD)
+            if bias_V is not None:
+                projection.bias.copy_(bias_V)
 
-    def attach(self, lm_head: nn.Module) -> None:
+    def attach(self, backbone: Backbone) -> None:
         """Nothing is shared."""
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
@@ -145,18 +156,18 @@ class TiedProjection(nn.Module):
     def __init__(self, config: MedusaHeadsConfig) -> None:
         super().__init__()
         self._shared: tuple[nn.Module, ...] = ()  # in a tuple, lest it become a submodule
+        self._scale = 1.0
 
     def forward(self, k: int, x_RD: Tensor) -> Tensor:
         """Return logits_RV."""
-        weight_VD, bias_V = self._weights()
-        return linear(x_RD.to(weight_VD.dtype), weight_VD, bias_V)
+        return self._project(x_RD, *self._weights())
 
-    def start(self, lm_head: nn.Module, token_counts_V: Tensor | None) -> None:
+    def start(self, backbone: Backbone, token_counts_V: Tensor | None) -> None:
         """Nothing is its own."""
 
-    def attach(self, lm_head: nn.Module) -> None:
+    def attach(self, backbone: Backbone) -> None:
         """Share the lm_head."""
-        self._shared = (lm_head,)
+        self._shared, self._scale = (backbone.lm_head,), backbone.logit_scale
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
         """Nothing is its own."""
@@ -165,11 +176,11 @@ class TiedProjection(nn.Module):
     def stacked(self, dtype: torch.dtype) -> Stacked:
         """Return one product, for which the matrix is read once."""
         weight_VD, bias_V = self._weights()
+        return lambda x_KBD, count: self._project(x_KBD, weight_VD, bias_V)
 
-        def project(x_KBD: Tensor, count: int) -> Tensor:
-            return linear(x_KBD.to(weight_VD.dtype), weight_VD, bias_V)
-
-        return project
+    def _project(self, x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        logits = linear(x.to(weight_VD.dtype), weight_VD, bias_V)
+        return logits if self._scale == 1 else logits * self._scale
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:
         if not self._shared:
@@ -209,14 +220,14 @@ class LowRankProjections(nn.Module):
         return self.up[k](self.down[k](x_RD) if len(self.down) else x_RD)
 
     @torch.no_grad()
-    def start(self, lm_head: nn.Module, token_counts_V: Tensor | None) -> None:
+    def start(self, backbone: Backbone, token_counts_V: Tensor | None) -> None:
         """Take the lm_head's rows of the most frequent tokens, and the best factors of them.
 
         The best factors are those of its singular vectors: here of the eigenvectors of W'W, which
         is small where there are many tokens.
         """
-        weight_WD = lm_head.weight.float()
-        bias = getattr(lm_head, "bias", None)
+        weight_WD, bias = _scaled_lm_head(backbone)
+        weight_WD = weight_WD.float()
         if self.token_map is not None:
             assert token_counts_V is not None
             order_V = token_counts_V.argsort(descending=True, stable=True)
@@ -234,7 +245,7 @@ class LowRankProjections(nn.Module):
             if bias is not None:
                 up.bias.copy_(bias)
 
-    def attach(self, lm_head: nn.Module) -> None:
+    def attach(self, backbone: Backbone) -> None:
         """Nothing is shared."""
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
