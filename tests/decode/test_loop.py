@@ -106,7 +106,7 @@ def test_plain_decoding_equals_model_generate(architecture):
 def test_a_prompt_in_pieces(backbone, length, monkeypatch):
     prompts = [random_prompt(random.Random(length), n) for n in (length, 3, 8)]
     whole = answer_plainly(backbone, prompts, Limits(9))
-    monkeypatch.setattr("medusa_exp.decode.loop._PREFILL_TOKENS", 12)  # 4 of each row
+    monkeypatch.setattr("medusa_exp.decode.loop.PREFILL_TOKENS", 12)  # 4 of each row
     assert answer_plainly(backbone, prompts, Limits(9)) == whole
 
 

@@ -70,7 +70,7 @@ def test_each_step_reads_what_the_whole_text_gives(architecture, has_fixed_shape
 
 
 def test_rows_of_a_batch_read_their_own_texts(backbone, monkeypatch):
-    monkeypatch.setattr(loop, "_PREFILL_TOKENS", 24)  # prompts in several pieces
+    monkeypatch.setattr(loop, "PREFILL_TOKENS", 24)  # prompts in several pieces
     heads = heads_for(backbone, "hydra")
     rng = random.Random(1)
     prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(n)] for n in (3, 17, 30)]

@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM
 from medusa_exp.cli import run_stages
 from medusa_exp.config import Config, RegenerateConfig
 from medusa_exp.data.examples import open_examples
-from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.slots import Slots
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.checkpoint import save_heads
+from medusa_exp.runs.files import Appender
 from medusa_exp.stages import regenerate, train
 from medusa_exp.stages.regenerate import Document, answer
 from medusa_exp.stages.session import Session
@@ -34,11 +37,10 @@ def backbone() -> Backbone:
 
 
 def answered(backbone: Backbone, documents: list[Document], *, stop_ids=(), max_length=100):
-    def decode(prompts, limits, rule):
-        return decode_plain(backbone, prompts, limits, rule)
-
-    limits = Limits(6, stop_ids)
-    answer(documents, decode, limits, GREEDY, max_length, backbone)
+    decoder = Decoder(backbone)
+    slots = decoder.slots(2, max_length, decoder.root_only())
+    found = list(answer(documents, slots, Limits(6, stop_ids), max_length, seed=0))
+    assert {id(document) for document in found} == {id(document) for document in documents}
     return documents
 
 
@@ -105,17 +107,16 @@ def test_a_killed_stage_goes_on_without_a_gap_or_a_copy(exact, tmp_path, monkeyp
     regenerate.run(exact, out)
     whole = documents_of(exact, out)
     shutil.rmtree(tmp_path / "cache" / "regenerated")
-    calls = 0
+    append, calls = Appender.append, []
 
-    def stops(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == 3:
+    def stops(file, document):
+        append(file, document)
+        calls.append(document)
+        if len(calls) == 8:
             raise KeyboardInterrupt
-        return decode_plain(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(regenerate, "decode_plain", stops)
+        patch.setattr(Appender, "append", stops)
         with pytest.raises(KeyboardInterrupt):
             regenerate.run(exact, out)
     [log] = (tmp_path / "cache/regenerated").glob(".*.answers.jsonl")
@@ -167,7 +168,7 @@ def test_where_memory_ends_the_message_says_what_to_lower(exact, tmp_path, monke
     def greedy(*arguments):
         torch.empty(2**48)
 
-    monkeypatch.setattr(regenerate, "decode_plain", greedy)
+    monkeypatch.setattr(Slots, "decode", greedy)
     with pytest.raises(UserError, match=r"out of memory .* lower regenerate\.batch_size \(now 4\)"):
         regenerate.run(exact, tmp_path / "run")
 

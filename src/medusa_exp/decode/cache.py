@@ -43,6 +43,14 @@ class _Layer(CacheLayerMixin):
         )
         self.is_initialized = True
 
+    def allocate(self, like: "_Layer", num_rows: int) -> None:
+        """Make room for so many rows of such keys and values as another layer holds."""
+        self.keys, self.values = (
+            states.new_zeros(num_rows, states.shape[1], self.num_columns, states.shape[3])
+            for states in (like.keys, like.values)
+        )
+        self.is_initialized = True
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -64,6 +72,19 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.num_columns
+
+    def put(self, rows: list[int], other: "_Layer", num_columns: int) -> None:
+        """Replace what is in some rows by the first columns of another layer's rows."""
+        index = torch.tensor(rows, device=self.keys.device)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            # All columns: a NaN that the row's last prompt left would be one of this prompt too.
+            mine[index] = 0
+            mine[index, :, :num_columns] = theirs[:, :, :num_columns]
+
+    def move(self, rows: list[int], to: list[int]) -> None:
+        """Copy rows to where other rows are."""
+        for states in (self.keys, self.values) if rows else ():
+            states[torch.tensor(to)] = states[torch.tensor(rows)]
 
 
 class GrowingCache(Cache):
@@ -104,6 +125,30 @@ class GrowingCache(Cache):
                     states[rows_M, :, to_M] = states[rows_M, :, from_M]
         self.set_lengths([n + len(path) for n, path in zip(self.lengths, paths, strict=True)])
 
+    def put(self, rows: list[int], prompts: "GrowingCache") -> None:
+        """Replace what is in some rows by the rows of another cache."""
+        _allocate(self, prompts, len(self.lengths))
+        for mine, theirs in zip(self.layers, prompts.layers, strict=True):
+            mine.put(rows, theirs, max(prompts.lengths))
+        lengths = list(self.lengths)
+        for row, length in zip(rows, prompts.lengths, strict=True):
+            lengths[row] = length
+        self.set_lengths(lengths)
+
+    def forget(self, row: int) -> None:
+        """Say that a row has no tokens."""
+        self.set_lengths([0 if number == row else n for number, n in enumerate(self.lengths)])
+
+    def shrink(self, num_rows: int, rows: list[int], to: list[int]) -> None:
+        """Copy rows to where others are, and drop all behind the first so many, without a copy."""
+        lengths = list(self.lengths)
+        for row, place in zip(rows, to, strict=True):
+            lengths[place] = lengths[row]
+        for layer in self.layers:
+            layer.move(rows, to)
+            layer.keys, layer.values = layer.keys[:num_rows], layer.values[:num_rows]
+        self.set_lengths(lengths[:num_rows])
+
     def keep_rows(self, rows: list[int]) -> None:
         """Drop all rows but these."""
         index = torch.tensor(rows)
@@ -138,6 +183,38 @@ class FixedCache(Cache):
         self.lengths_B.copy_(torch.tensor(lengths))
         self._set_start(self.capacity)
 
+    def view(self, num_rows: int, capacity: int, num_nodes: int) -> "FixedCache":
+        """Return a smaller cache in the memory of this one; both have the same first columns."""
+        part = FixedCache(
+            len(self.layers), capacity, num_nodes, num_rows, device=self.lengths_B.device
+        )
+        for mine, theirs in zip(self.layers, part.layers, strict=True):
+            assert mine.is_initialized and theirs.num_columns <= mine.num_columns
+            theirs.keys, theirs.values = (
+                states[:num_rows, :, : theirs.num_columns] for states in (mine.keys, mine.values)
+            )
+            theirs.is_initialized = True
+        part._set_start(capacity)
+        return part
+
+    def allocate(self, like: GrowingCache) -> None:
+        """Make room at once for such keys and values as another cache holds."""
+        _allocate(self, like, len(self.lengths_B))
+
+    def put(self, rows: list[int], prompts: GrowingCache) -> None:
+        """Replace what is in some rows by the rows of another cache."""
+        for mine, theirs in zip(self.layers, prompts.layers, strict=True):
+            mine.put(rows, theirs, max(prompts.lengths))
+        device = self.lengths_B.device
+        self.lengths_B[torch.tensor(rows, device=device)] = torch.tensor(
+            prompts.lengths, device=device
+        )
+
+    def move(self, rows: list[int], to: list[int]) -> None:
+        """Copy keys and values of rows to where others are."""
+        for layer in self.layers:
+            layer.move(rows, to)
+
     def _set_start(self, column: int) -> None:
         for layer in self.layers:
             layer.start = column
@@ -171,3 +248,21 @@ class FixedCache(Cache):
         for states in self._tensors():
             found.setdefault((states.shape, states.stride(), states.dtype), []).append(states)
         return list(found.values())
+
+
+def _allocate(cache: Cache, like: Cache, num_rows: int) -> None:
+    for mine, theirs in zip(cache.layers, like.layers, strict=True):
+        if not mine.is_initialized:
+            mine.allocate(theirs, num_rows)
+
+
+def copy_of(cache: Cache, rows: list[int], lengths: list[int], num_columns: int) -> GrowingCache:
+    """Return a cache of the first tokens of some rows of one, with room for so many columns."""
+    copy = GrowingCache(len(cache.layers), num_columns, len(rows))
+    _allocate(copy, cache, len(rows))
+    for mine, theirs in zip(copy.layers, cache.layers, strict=True):
+        index = torch.tensor(rows, device=theirs.keys.device)
+        for to, states in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            to[:, :, : max(lengths)] = states[index, :, : max(lengths)]
+    copy.set_lengths(lengths)
+    return copy

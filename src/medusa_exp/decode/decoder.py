@@ -32,6 +32,7 @@ from medusa_exp.decode.loop import (
 )
 from medusa_exp.decode.masks import FULL, MODELS
 from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.slots import CapturedSlots, EagerSlots, Slots
 from medusa_exp.decode.step import UNOBSERVED, CapturedSteps, EagerStep, Observer, Step
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, PrefixAttention, stack_heads
@@ -113,6 +114,7 @@ class Decoder:
         self._prefixed = PrefixedBackbone(self.backbone, prefix, observer) if prefix else None
         self._captured: dict[bool, CapturedSteps] = {}
         """Captured steps by whether the backbone includes the heads' prefix attention."""
+        self._captured_slots: dict[bool, CapturedSlots] = {}
         self._drafters: dict[Tree, Drafter] = {}
 
     @classmethod
@@ -237,8 +239,7 @@ class Decoder:
         """
         responses = Responses(len(prompts), limits or self.limits)
         if self.uses_fixed_shapes:
-            root_only = FixedTreeDrafter(nn.Identity(), chain(0), self.backbone.device)
-            steps = self.steps(prompts, responses, root_only, rule)
+            steps = self.steps(prompts, responses, self.root_only(), rule)
         else:
             steps = plain_steps(self.backbone, prompts, responses, rule or self.rule)
         for _ in steps:
@@ -263,6 +264,36 @@ class Decoder:
         step = self._step(drafter, rule or self.rule, len(prompts), length)
         yield from tree_steps(step, prompts, responses, last)
 
+    def slots(
+        self,
+        num_slots: int,
+        num_columns: int,
+        drafter: Drafter | None = None,
+        rule: AcceptanceRule | None = None,
+    ) -> Slots:
+        """Return what answers a stream of requests, so many at a time, by drafts of the tree.
+
+        `root_only()` as the drafter decodes plainly. With captured steps, one stream at a time.
+
+        Args:
+            num_slots: requests at a time.
+            num_columns: the most tokens of a request (`Request.room`).
+            drafter: that of this decoder's tree by default.
+            rule: this decoder's by default.
+        """
+        drafter, rule = drafter or self.drafter(), rule or self.rule
+        backbone, is_prefixed = self._backbone_of(drafter), drafter.prefix is not None
+        if not self.uses_fixed_shapes:
+            return Slots(EagerSlots(backbone, drafter, rule, num_columns, self.observer), num_slots)
+        if is_prefixed not in self._captured_slots:
+            self._captured_slots[is_prefixed] = CapturedSlots(backbone, self.observer)
+        source = self._captured_slots[is_prefixed]
+        return Slots(source.open(drafter, rule, num_slots, num_columns), num_slots)
+
+    def root_only(self) -> Drafter:
+        """Return the drafter that drafts nothing: steps over it decode plainly."""
+        return FixedTreeDrafter(nn.Identity(), chain(0), self.backbone.device)
+
     def drafter(self, tree: Tree | None = None) -> Drafter:
         """Return what fills a tree with draft tokens: this decoder's tree by default.
 
@@ -279,16 +310,20 @@ class Decoder:
 
     def _step(self, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int) -> Step:
         """Return a step over an empty cache, for prompts and responses of this length together."""
-        backbone = self.backbone
-        if drafter.prefix is not None:
-            assert self._prefixed is not None
-            backbone = self._prefixed
+        backbone = self._backbone_of(drafter)
         if not self.uses_fixed_shapes:
             return EagerStep(backbone, drafter, rule, num_rows, length, self.observer)
         is_prefixed = drafter.prefix is not None
         if is_prefixed not in self._captured:
             self._captured[is_prefixed] = CapturedSteps(backbone, self.observer)
         return self._captured[is_prefixed].get(drafter, rule, num_rows, length)
+
+    def _backbone_of(self, drafter: Drafter) -> Backbone:
+        """Return the backbone whose hidden states a drafter reads."""
+        if drafter.prefix is None:
+            return self.backbone
+        assert self._prefixed is not None
+        return self._prefixed
 
 
 class PrefixedBackbone(Backbone):

@@ -25,7 +25,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 
 GREEDY = AcceptanceRule()
-_PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 4096
 """Prompt tokens of a batch that are run at a time: bounds the memory of activations."""
 
 
@@ -45,6 +45,28 @@ class Limits:
         if self.stop_strings and self.decode_text is None:
             raise ValueError("stop_strings need decode_text, the tokenizer's decode.")
 
+    def until_end(self, before: list[int], tokens: list[int]) -> tuple[list[int], bool]:
+        """Return those of new tokens that belong to the response, and whether it has ended.
+
+        Args:
+            before: the response so far.
+            tokens: what a step adds.
+        """
+        room = self.max_new_tokens - len(before)
+        for place, token in enumerate(tokens[:room], 1):
+            if token in self.stop_ids or self._is_stop_text(before + tokens[:place]):
+                return tokens[:place], True
+        return tokens[:room], len(tokens) >= room
+
+    def _is_stop_text(self, tokens: list[int]) -> bool:
+        if not self.stop_strings:
+            return False
+        assert self.decode_text is not None
+        # A stop string may begin anywhere before: but not more tokens back than it has bytes.
+        longest = max(len(text.encode()) for text in self.stop_strings)
+        tail = self.decode_text(tokens[-longest - 1 :])
+        return any(text in tail for text in self.stop_strings)
+
 
 @dataclass
 class Response:
@@ -56,6 +78,7 @@ class Response:
     tokens: list[int] = field(default_factory=list)
     accept_lengths: list[int] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    """Of each step of the whole batch; in slots, this response's share of them."""
 
 
 class Responses:
@@ -68,7 +91,6 @@ class Responses:
         """Rows that go on, in order."""
         self.kept: list[int] = list(range(num_rows))
         """Which of those that were active before the last step still are, by their place there."""
-        self._stop_ids = frozenset(limits.stop_ids)
         self._clock = time.perf_counter()
 
     def commit(self, tokens_of_active: list[list[int]]) -> list[list[int]]:
@@ -83,7 +105,7 @@ class Responses:
         self.kept = []
         for place, (row, tokens) in enumerate(zip(self.active, tokens_of_active, strict=True)):
             response = self.rows[row]
-            kept, is_done = self._until_end(response.tokens, tokens)
+            kept, is_done = self.limits.until_end(response.tokens, tokens)
             response.tokens += kept
             response.accept_lengths.append(len(kept))
             response.step_seconds.append(seconds)
@@ -92,22 +114,6 @@ class Responses:
                 self.kept.append(place)
         self.active = [self.active[place] for place in self.kept]
         return added
-
-    def _until_end(self, before: list[int], tokens: list[int]) -> tuple[list[int], bool]:
-        room = self.limits.max_new_tokens - len(before)
-        for place, token in enumerate(tokens[:room], 1):
-            if token in self._stop_ids or self._is_stop_text(before + tokens[:place]):
-                return tokens[:place], True
-        return tokens[:room], len(tokens) >= room
-
-    def _is_stop_text(self, tokens: list[int]) -> bool:
-        if not self.limits.stop_strings:
-            return False
-        assert self.limits.decode_text is not None
-        # A stop string may begin anywhere before: but not more tokens back than it has bytes.
-        longest = max(len(text.encode()) for text in self.limits.stop_strings)
-        tail = self.limits.decode_text(tokens[-longest - 1 :])
-        return any(text in tail for text in self.limits.stop_strings)
 
 
 def decode_plain(
@@ -138,7 +144,7 @@ def plain_steps(
     verifier = Verifier(rule, backbone.device)
     one_111 = torch.ones(1, 1, 1, dtype=torch.bool, device=backbone.device)
     depth_11 = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
-    logits_B1V, _ = _prefill(backbone, prompts, cache)
+    logits_B1V, _ = prefill(backbone, prompts, cache)
     while responses.active:
         token_B = verifier.next_token(logits_B1V)
         yield responses.commit([[token] for token in token_B.tolist()])
@@ -169,7 +175,7 @@ def tree_steps(
         responses: where tokens go.
         last: the last position that the model has for them; see `find_room`.
     """
-    logits_B1V, hidden_BD = _prefill(step.backbone, prompts, step.cache, step.observer)
+    logits_B1V, hidden_BD = prefill(step.backbone, prompts, step.cache, step.observer)
     if not responses.active:
         return
     with step.observer.part("verification"):
@@ -201,7 +207,7 @@ def find_room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> t
     return length, limit - 1
 
 
-def _prefill(
+def prefill(
     backbone: Backbone,
     prompts: list[list[int]],
     cache: GrowingCache | FixedCache,
@@ -215,7 +221,7 @@ def _prefill(
     longest = max(lengths)
     ids_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     ids_BT = ids_BT.to(backbone.device)
-    columns = max(1, _PREFILL_TOKENS // len(prompts))
+    columns = max(1, PREFILL_TOKENS // len(prompts))
     at_end: dict[int, tuple[Tensor, Tensor]] = {}
     for start in range(0, longest, columns):
         stop = min(start + columns, longest)
@@ -230,4 +236,55 @@ def _prefill(
                 at_end[row] = logits_BEV[row, place], hidden_BED[row, place]
     cache.set_lengths(lengths)
     logits, hidden = zip(*(at_end[row] for row in range(len(prompts))), strict=True)
+    return torch.stack(logits)[:, None], torch.stack(hidden)
+
+
+def extend(
+    backbone: Backbone,
+    added: list[list[int]],
+    cache: GrowingCache,
+    mask: StepMask,
+    last: int,
+    observer: Observer = UNOBSERVED,
+) -> tuple[Tensor, Tensor]:
+    """Run more tokens of each row, behind those that it has; return what `prefill` does.
+
+    Args:
+        backbone: whose cache it is.
+        added: at least one token for each row.
+        cache: rows may have any lengths; with room for the longest and all that is added.
+        mask: of the backbone, for as many columns.
+        last: the last position that the model has.
+        observer: is told of this part.
+    """
+    longest = max(map(len, added))
+    columns = max(1, PREFILL_TOKENS // len(added))
+    at_end: dict[int, tuple[Tensor, Tensor]] = {}
+    for start in range(0, longest, columns):
+        pieces = [tokens[start : start + columns] for tokens in added]
+        # As over a tree without branches, of which each row keeps its own tokens.
+        width = max(map(len, pieces))
+        ids_BT = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces])
+        depth_1T = torch.arange(width, device=backbone.device)[None]
+        sees_1TT = depth_1T[:, None, :] <= depth_1T[:, :, None]
+        ends = sorted({len(piece) - 1 for piece in pieces if piece})
+        with observer.part("prompt"):
+            logits_BEV, hidden_BED = backbone.forward(
+                ids_BT.to(backbone.device),
+                cache,
+                mask=mask.over(
+                    torch.tensor(cache.lengths, device=backbone.device),
+                    max(cache.lengths),
+                    sees_1TT,
+                    depth_1T,
+                ),
+                position_ids_BN=positions(cache.lengths, depth_1T, last),
+                keep=torch.tensor(ends, device=backbone.device),
+            )
+        cache.commit([list(range(len(piece))) for piece in pieces])
+        for row, piece in enumerate(pieces):
+            if piece:  # of a row's pieces, the last counts
+                place = ends.index(len(piece) - 1)
+                at_end[row] = logits_BEV[row, place], hidden_BED[row, place]
+    logits, hidden = zip(*(at_end[row] for row in range(len(added))), strict=True)
     return torch.stack(logits)[:, None], torch.stack(hidden)

@@ -124,6 +124,9 @@ class Verifier:
         self.rule = rule
         self._verify = pick_verify(rule.verifier, device, is_filtered=rule.is_filtered)
         self._generator = torch.Generator(device)
+        self.uniforms_BN: Tensor | None = None
+        """Numbers that all samples are drawn by, where a caller writes its own here; None draws
+        them by the rule's seed."""
         self.restart()
         self._options: dict[str, Any] = {
             "rule": rule.name,
@@ -151,15 +154,16 @@ class Verifier:
 
     def register(self, graph: torch.cuda.CUDAGraph) -> None:
         """Let a CUDA graph draw anew from this generator at each replay."""
-        if self.rule.name == "sampling":
+        if self.rule.name == "sampling" and self.uniforms_BN is None:
             graph.register_generator_state(self._generator)
 
-    def next_token(self, logits_B1V: Tensor) -> Tensor:
+    def next_token(self, logits_B1V: Tensor, uniforms_B1: Tensor | None = None) -> Tensor:
         """Choose the token after a single one: what `verify` says of a tree that is only a root."""
         if self.rule.name != "sampling":  # by a shorter way: this is the step of the baseline
             return without_nan(logits_B1V)[:, 0].argmax(-1)
         nothing_B1 = torch.zeros(len(logits_B1V), 1, dtype=torch.long, device=logits_B1V.device)
-        return self(logits_B1V, nothing_B1, nothing_B1 - 1, max_depth=0).next_token_B
+        verdict = self(logits_B1V, nothing_B1, nothing_B1 - 1, max_depth=0, uniforms_BN=uniforms_B1)
+        return verdict.next_token_B
 
     def __call__(
         self,
@@ -168,10 +172,12 @@ class Verifier:
         parents_BN: Tensor,
         max_depth: int,
         nodes: TreeRelations | None = None,
+        uniforms_BN: Tensor | None = None,
     ) -> Verdict:
         """Return the verdict on a step's trees; see `verify`."""
-        uniforms_BN = None
-        if self.rule.name == "sampling":
+        if uniforms_BN is None:
+            uniforms_BN = self.uniforms_BN
+        if self.rule.name == "sampling" and uniforms_BN is None:
             uniforms_BN = torch.rand(
                 tokens_BN.shape, generator=self._generator, device=tokens_BN.device
             )

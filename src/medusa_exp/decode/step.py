@@ -91,6 +91,10 @@ class Step(Protocol):
     """To be filled with the prompts before `begin`."""
     verifier: Verifier
     observer: Observer
+    root_B: Tensor
+    hidden_BD: Tensor
+    active: list[int]
+    """Rows that a call decodes, in order."""
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
         """Begin after the prompts.
@@ -108,6 +112,10 @@ class Step(Protocol):
 
     def keep_rows(self, places: list[int]) -> None:
         """Go on with some of the active rows alone."""
+        ...
+
+    def activate(self, rows: list[int]) -> None:
+        """Decode these rows from now on; the others rest, and their tokens stay in the cache."""
         ...
 
 
@@ -133,6 +141,11 @@ class EagerStep:
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
         """Begin after the prompts; see `Step`."""
         self.root_B, self.hidden_BD, self.last = root_B, hidden_BD, last
+        self.active = list(range(len(root_B)))
+
+    def activate(self, rows: list[int]) -> None:
+        """Decode these rows from now on; see `Step`."""
+        self.active = rows
 
     def __call__(self) -> list[list[int]]:
         """Return the tokens that each row commits; see `Step`."""
@@ -157,9 +170,12 @@ class EagerStep:
         self.root_B, self.hidden_BD = verdict.next_token_B, _at_end(hidden_BND, verdict)
         # The step's one wait for the device.
         tokens, paths = _read_outcome(_outcome(draft, verdict).tolist())
+        if len(self.active) < len(paths):
+            is_active = set(self.active)
+            paths = [path if row in is_active else [] for row, path in enumerate(paths)]
         with part("cache"):
             self.cache.commit(paths)
-        return tokens
+        return [tokens[row] for row in self.active]
 
     def keep_rows(self, places: list[int]) -> None:
         """Drop the other rows from the cache and from the step's tensors; see `Step`."""
@@ -169,6 +185,7 @@ class EagerStep:
             self.cache.keep_rows(places)
         index = torch.tensor(places, device=self.root_B.device)
         self.root_B, self.hidden_BD = self.root_B[index], self.hidden_BD[index]
+        self.active = list(range(len(places)))
 
 
 class CapturedStep:
@@ -213,7 +230,7 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_capturable = backbone.device.type == "cuda"
         self._pool = pool
-        self._active: list[int] = []
+        self.active: list[int] = []
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
         """Begin after prompts that are in the cache; see `Step`."""
@@ -221,13 +238,22 @@ class CapturedStep:
         self.hidden_BD.copy_(hidden_BD)
         self.last.fill_(last)
         self.is_active_B.fill_(True)
-        self._active = list(range(len(root_B)))
+        self.active = list(range(len(root_B)))
 
-    def __call__(self) -> list[list[int]]:
-        """Return the tokens that each active row commits; see `Step`."""
+    def activate(self, rows: list[int]) -> None:
+        """Decode these rows from now on; see `Step`."""
+        self.active = rows
+        self._mark_active()
+
+    def prepare(self) -> None:
+        """Capture the step, if it can be and has not been yet."""
         if self._is_capturable and self._graph is None:
             self._graph = self._capture()
             self._is_capturable = self._graph is not None
+
+    def __call__(self) -> list[list[int]]:
+        """Return the tokens that each active row commits; see `Step`."""
+        self.prepare()
         if self._graph is not None:
             self._graph.replay()
         else:
@@ -235,7 +261,7 @@ class CapturedStep:
         rows = self.outcome.tolist()  # the step's one wait for the device
         if self._graph is not None:
             self.observer.replayed(self._graph)
-        tokens, _ = _read_outcome([rows[row] for row in self._active])
+        tokens, _ = _read_outcome([rows[row] for row in self.active])
         return tokens
 
     def _run(self) -> None:
@@ -265,12 +291,12 @@ class CapturedStep:
 
     def keep_rows(self, places: list[int]) -> None:
         """Go on with some of the active rows alone; see `Step`."""
-        if len(places) < len(self._active):
-            self._active = [self._active[place] for place in places]
-            self._mark_active()
+        if len(places) < len(self.active):
+            self.activate([self.active[place] for place in places])
 
     def _mark_active(self) -> None:
-        is_active = [row in set(self._active) for row in range(len(self.root_B))]
+        active = set(self.active)
+        is_active = [row in active for row in range(len(self.root_B))]
         self.is_active_B.copy_(torch.tensor(is_active))
 
     def _mask_and_positions(self, draft: Draft) -> tuple[Any, Tensor]:
@@ -355,11 +381,7 @@ class CapturedSteps:
         self, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int
     ) -> CapturedStep:
         """Return a step over an empty cache, for prompts and responses of this length together."""
-        if drafter.num_nodes > MAX_NODES:
-            raise UserError(
-                f"the tree has {drafter.num_nodes} nodes, and a captured step has room for "
-                f"{MAX_NODES}: take a smaller tree, or set decode.cuda_graph=false."
-            )
+        check_room(drafter)
         backbone = self.backbone
         if self._pool is None and backbone.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
@@ -403,6 +425,15 @@ class CapturedSteps:
         oldest = next(iter(self._caches))
         del self._caches[oldest]
         self._steps = {key: step for key, step in self._steps.items() if key[0] != oldest}
+
+
+def check_room(drafter: Drafter) -> None:
+    """Raise a UserError where a tree is too large for a captured step."""
+    if drafter.num_nodes > MAX_NODES:
+        raise UserError(
+            f"the tree has {drafter.num_nodes} nodes, and a captured step has room for "
+            f"{MAX_NODES}: take a smaller tree, or set decode.cuda_graph=false."
+        )
 
 
 def positions(lengths: list[int], depths_BN: Tensor, last: int) -> Tensor:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.errors import UserError
+
+_SYNC_SECONDS = 1.0
 
 
 @contextmanager
@@ -130,6 +133,33 @@ def drop_torn_line(path: Path) -> None:
     if path.is_file() and not (data := path.read_bytes()).endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(data.rfind(b"\n") + 1)
+
+
+class Appender:
+    """Appends JSON values to a file, a line each: `with Appender(path) as file`.
+
+    What is appended outlives this process at once, and the machine a second later at most.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> "Appender":
+        self._file = self._path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with self._file:
+            os.fsync(self._file.fileno())
+
+    def append(self, value: Any) -> None:
+        """Append a line."""
+        self._file.write(json.dumps(value) + "\n")
+        self._file.flush()
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
 
 def sha256_file(path: Path) -> str:

@@ -8,13 +8,12 @@ is, token for token: nothing is rendered or tokenized again. Responses lie in th
 of all that decides them (`train/regenerated.py`).
 """
 
-import json
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,14 @@ from medusa_exp.data.examples import SCHEMA, Example, Examples
 from medusa_exp.data.tokenized import Tokenized
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits, Response, decode_plain
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.slots import Request, Slots, bucket
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.runs.cache import entry
-from medusa_exp.runs.files import drop_torn_line, read_json, read_jsonl, write_json
+from medusa_exp.runs.files import Appender, drop_torn_line, read_json, read_jsonl, write_json
 from medusa_exp.runs.progress import ProgressBar
 from medusa_exp.stages.session import Session, limits_of, rule_of
 from medusa_exp.train.failures import explain_memory
@@ -55,7 +54,8 @@ log = logging.getLogger(__name__)
 
 RECORD = "regenerated.json"
 """File of a run directory: what its stage regenerate has made or found."""
-Decode = Callable[[list[list[int]], Limits, AcceptanceRule], list[Response]]
+_ROUNDS = 4
+"""How many times the documents that a worker answers at a time it is given."""
 
 
 def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
@@ -118,29 +118,51 @@ def _regenerated(session: Session, path: Path, documents: Tokenized) -> list[dic
     examples, rows = documents.all(), _chosen(config, documents)
     drop_torn_line(path)
     done = {line["row"] for line in read_jsonl(path)}
-    # Of about the same length, that is, with responses of about the same length, so that few rows
-    # of a batch wait for the others; the longest first, which need most memory.
-    ordered = sorted(set(rows) - done, key=lambda row: (-examples.lengths[row], row))
-    todo = [asdict(document_of(row, examples[row])) for row in ordered]
+    new_tokens = settings.max_new_tokens
+    rooms = {
+        row: room_of(document_of(row, examples[row]), new_tokens, documents.max_length)
+        for row in rows
+        if row not in done
+    }
+    # The longest first, which need most memory. Beyond that, by the length of the data's own
+    # responses: when no more come in, those that are left should not be the longest.
+    ordered = sorted(rooms, key=lambda row: (-bucket(rooms[row]), -examples.lengths[row], row))
     if done:
         log.info("%d of %d documents have their responses already", len(done), len(rows))
-    size = settings.batch_size
-    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
-    answered: Iterator[list[dict[str, Any]]]
-    if settings.workers:
-        make = partial(Regenerator.load, config, session.out.absolute(), documents.max_length)
-        use_gpu = session.backbone(is_adapted=False).device.type == "cuda"
-        answered = map_on_ray(make, batches, num_workers=settings.workers, use_gpu=use_gpu)
-    else:
-        answered = map(Regenerator(session, documents.max_length), batches)
     bar = ProgressBar("regenerating responses", len(rows), len(done))
-    with path.open("a", encoding="utf-8") as file, bar:
-        for batch in answered:
-            file.write("".join(json.dumps(document) + "\n" for document in batch))
-            file.flush()
-            os.fsync(file.fileno())
-            bar.advance(len(batch))
+    with Appender(path) as file, bar:
+        for document in _answered(session, documents, ordered, rooms):
+            file.append(document)
+            bar.advance()
     return sorted(read_jsonl(path), key=lambda line: line["row"])
+
+
+def _answered(
+    session: Session, documents: Tokenized, rows: list[int], rooms: dict[int, int]
+) -> Iterator[dict[str, Any]]:
+    """Yield documents, as dicts, as they are answered here or by workers."""
+    settings, examples = session.config.regenerate, documents.all()
+    todo = (document_of(row, examples[row]) for row in rows)
+    if not rows:
+        return
+    if not settings.workers:
+        regenerator = Regenerator(session, documents.max_length, rooms[rows[0]])
+        yield from map(asdict, regenerator.answer(todo))
+        return
+    make = partial(
+        Regenerator.load,
+        session.config,
+        session.out.absolute(),
+        documents.max_length,
+        rooms[rows[0]],
+    )
+    size = settings.batch_size
+    # Several times what is answered at a time: while the last of them end, slots stand idle.
+    size = max(size, min(_ROUNDS * size, -(-len(rows) // (_ROUNDS * settings.workers))))
+    items = [[asdict(document) for document in islice(todo, size)] for _ in rows[::size]]
+    use_gpu = session.backbone(is_adapted=False).device.type == "cuda"
+    for batch in map_on_ray(make, items, num_workers=settings.workers, use_gpu=use_gpu):
+        yield from batch
 
 
 def _chosen(config: Config, documents: Tokenized) -> list[int]:
@@ -165,6 +187,30 @@ class Document:
     outcome: str = "whole"
     """Or why later turns are missing: `unfinished` or `no room`."""
 
+    def next_turn(self, new_tokens: int, limit: int) -> bool:
+        """Append what stands before the next turn, if there is one with room for a response.
+
+        Args:
+            new_tokens: most of a response.
+            limit: most tokens of the document up to the end of that response.
+        """
+        turn = len(self.answers)
+        if self.outcome != "whole" or turn == len(self.contexts):
+            return False
+        if len(self.tokens) + len(self.contexts[turn]) + new_tokens > limit:
+            self.outcome = "no room"
+            return False
+        self.tokens += self.contexts[turn]
+        return True
+
+    def take(self, tokens: list[int], limits: Limits) -> None:
+        """Append a response; without an end within the limit it is the document's last."""
+        start = len(self.tokens)
+        self.tokens += tokens
+        self.answers.append((start, len(self.tokens)))
+        if len(tokens) == limits.max_new_tokens and tokens[-1] not in limits.stop_ids:
+            self.outcome = "unfinished"
+
 
 def document_of(row: int, example: Example) -> Document:
     """Take a document's turns apart: what is trained is to be answered anew, the rest stays."""
@@ -174,75 +220,92 @@ def document_of(row: int, example: Example) -> Document:
     return Document(row, [ids[a:b] for a, b in zip([0, *stops], starts, strict=False)])
 
 
+def room_of(document: Document, new_tokens: int, max_length: int) -> int:
+    """Return the most tokens that a document and its responses may come to."""
+    turns = len(document.contexts)
+    return min(max_length, sum(map(len, document.contexts)) + turns * new_tokens)
+
+
 def answer(
-    batch: list[Document],
-    decode: Decode,
-    limits: Limits,
-    rule: AcceptanceRule,
-    max_length: int,
-    backbone: Backbone,
-) -> None:
-    """Let the backbone answer each turn of some documents, one turn of all of them after another.
+    documents: Iterable[Document], slots: Slots, limits: Limits, max_length: int, seed: int
+) -> Iterator[Document]:
+    """Let the backbone answer each turn of some documents; yield each when that is done.
 
     A document ends early with a response that finds no end within the limit, or before one that
-    would not fit into `max_length` tokens.
+    would not fit into `max_length` tokens. Each turn has draws of its own, whatever is answered
+    beside it or was before.
     """
-    for turn in range(max(len(document.contexts) for document in batch)):
-        asked = list(_next_turn(batch, turn, limits.max_new_tokens, max_length, backbone))
-        if not asked:
-            break
-        for document, response in zip(
-            asked, decode([document.tokens for document in asked], limits, rule), strict=True
-        ):
-            start = len(document.tokens)
-            document.tokens += response.tokens
-            document.answers.append((start, len(document.tokens)))
-            is_cut = len(response.tokens) == limits.max_new_tokens
-            if is_cut and response.tokens[-1] not in limits.stop_ids:
-                document.outcome = "unfinished"
+    backbone, new_tokens = slots.source.backbone, limits.max_new_tokens
+    without_room: list[Document] = []
 
+    def next_request(document: Document) -> Request | None:
+        turn = len(document.answers)
+        if turn < len(document.contexts):
+            length = len(document.tokens) + len(document.contexts[turn])
+            limit = min(max_length, backbone.max_length_from(length))
+            if document.next_turn(new_tokens, limit):
+                room = room_of(document, new_tokens, limit)
+                draws = (seed, document.row, turn)
+                return Request(list(document.tokens), limits, room, draws, document)
+        return None
 
-def _next_turn(
-    batch: list[Document], turn: int, new_tokens: int, max_length: int, backbone: Backbone
-) -> Iterator[Document]:
-    """Yield the documents that have such a turn and room for it, their next context appended."""
-    for document in batch:
-        if document.outcome != "whole" or turn >= len(document.contexts):
-            continue
-        length = len(document.tokens) + len(document.contexts[turn])
-        if length + new_tokens > min(max_length, backbone.max_length_from(length)):
-            document.outcome = "no room"
-            continue
-        document.tokens += document.contexts[turn]
-        yield document
+    def requests() -> Iterator[Request]:
+        for document in documents:
+            if request := next_request(document):
+                yield request
+            else:
+                without_room.append(document)
+
+    for finished in slots.decode(requests()):
+        document: Document = finished.request.tag
+        document.take(finished.response.tokens, limits)
+        finished.next = next_request(document)
+        if finished.next is None:
+            yield document
+    yield from without_room
 
 
 class Regenerator:
-    """Answers batches of documents; each process that does has one, with a backbone of its own."""
+    """Answers documents; each process that does has one, with a backbone of its own."""
 
-    def __init__(self, session: Session, max_length: int) -> None:
+    def __init__(self, session: Session, max_length: int, num_columns: int) -> None:
+        """Prepare for documents.
+
+        Args:
+            session: of the run.
+            max_length: most tokens of a document.
+            num_columns: most that those to come may have.
+        """
         config, backbone = session.config, session.backbone(is_adapted=False)
-        self.config, self.max_length = config, max_length
-        self.backbone = _in_training_dtype(config, backbone)
+        self.config, self.max_length, self.num_columns = config, max_length, num_columns
+        backbone = _in_training_dtype(config, backbone)
         self.limits = replace(
             limits_of(config, backbone, session.tokenizer()),
             max_new_tokens=config.regenerate.max_new_tokens,
         )
-        self.decode = _decoder(config, session.out, self.backbone)
+        self.rule = regeneration_rule(rule_of(config))
+        self.decoder = _decoder(config, session.out, backbone)
 
     @classmethod
-    def load(cls, config: Config, out: Path, max_length: int) -> "Regenerator":
+    def load(cls, config: Config, out: Path, max_length: int, num_columns: int) -> "Regenerator":
         """Make one in a process that has no backbone yet."""
-        return cls(Session(config, out), max_length)
+        return cls(Session(config, out), max_length, num_columns)
+
+    def answer(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Yield documents when each of their turns is answered, those first that end first."""
+        settings, decoder = self.config.regenerate, self.decoder
+        drafter = decoder.drafter() if settings.use_heads else decoder.root_only()
+        slots = decoder.slots(settings.batch_size, self.num_columns, drafter, self.rule)
+        yield from answer(documents, slots, self.limits, self.max_length, self.config.seed)
+        log.info(
+            "slots stood idle in %.1f %% of %d steps' rows",
+            100 * slots.idle_share,
+            slots.slot_steps,
+        )
 
     def __call__(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Answer each turn of each `Document`; they come and go as dicts, as in the file."""
-        documents = [Document(**document) for document in batch]
-        # A draw of its own for each batch, whatever was answered before.
-        rule = regeneration_rule(rule_of(self.config))
-        rule = replace(rule, seed=self.config.seed + documents[0].row)
-        answer(documents, self.decode, self.limits, rule, self.max_length, self.backbone)
-        return [asdict(document) for document in documents]
+        """Answer documents that come and go as dicts, as in the file."""
+        return [asdict(found) for found in self.answer(Document(**given) for given in batch)]
 
 
 def _in_training_dtype(config: Config, backbone: Backbone) -> Backbone:
@@ -259,15 +322,13 @@ def _in_training_dtype(config: Config, backbone: Backbone) -> Backbone:
     return Backbone(model)
 
 
-def _decoder(config: Config, out: Path, backbone: Backbone) -> Decode:
-    """Return plain decoding, or decoding with the heads and the tree that the run already has."""
+def _decoder(config: Config, out: Path, backbone: Backbone) -> Decoder:
+    """Return a decoder, with the heads and the tree of the run where they are to help."""
+    cuda_graph = None if config.decode.cuda_graph else False
     if not config.regenerate.use_heads:
-        return lambda prompts, limits, rule: decode_plain(backbone, prompts, limits, rule)
+        return Decoder(backbone, cuda_graph=cuda_graph)
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
-    tree = Tree.load(out / "tree.json")
-    # Steps of fixed shapes would not shrink as responses end.
-    decoder = Decoder(backbone, heads, tree, cuda_graph=False)
-    return lambda prompts, limits, rule: decoder.decode(prompts, limits, rule=rule)
+    return Decoder(backbone, heads, Tree.load(out / "tree.json"), cuda_graph=cuda_graph)
 
 
 def _write(directory: Path, lines: list[dict[str, Any]], examples: Examples) -> None:

@@ -24,6 +24,8 @@ KIND = "regenerated"
 DOCUMENTS, SUMMARY = "documents.arrow", "summary.json"
 _IN_KEY = ("num_documents", "num_val_documents", "max_new_tokens")
 _NOT_IN_KEY = ("batch_size", "use_heads", "workers")
+_DRAWS = 2
+"""Counts the ways in which samples have been drawn: 2 is by the seed, the document and its turn."""
 _RULE_IN_KEY = "name temperature top_k top_p epsilon alpha seed verifier".split()
 
 
@@ -82,6 +84,7 @@ def regenerated_key(
         [sorted(limits.stop_ids), list(limits.stop_strings)],
         str(AUTOCAST.get(precision, backbone.model.dtype)),
         [metadata.version(name) for name in ("torch", "transformers")],
+        *([_DRAWS] if rule.name == "sampling" else []),
     )
 
 

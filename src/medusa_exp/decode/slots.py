@@ -1,0 +1,475 @@
+"""Continuous batching: many prompts decoded in a fixed number of slots.
+
+A slot is a row of the KV cache. When the response in it ends, the next prompt takes its place, so
+that a large batch stays full until prompts run out; from then on the batch shrinks. `Slots` is the
+scheduler: it says which request is in which row and when prompts are run. Steps are those of
+`decode/step.py`: eager ones, whose batch shrinks row by row, or captured ones, of one fixed shape
+for each of few sizes (the batch shrinks by halves), all of them over parts of one cache's memory.
+
+What a request is answered with depends on nothing beside it in the batch (but for rounding): it
+brings the seed of its own draws.
+
+B rows, R rows among them, N nodes of a draft tree, D hidden, V vocabulary.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medusa_exp.decode.cache import FixedCache, GrowingCache, copy_of
+from medusa_exp.decode.drafting import Drafter
+from medusa_exp.decode.loop import PREFILL_TOKENS, Limits, Response, extend, find_room, prefill
+from medusa_exp.decode.masks import StepMask
+from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
+from medusa_exp.decode.step import UNOBSERVED, CapturedStep, EagerStep, Observer, Step, check_room
+from medusa_exp.model.backbone import Backbone
+
+log = logging.getLogger(__name__)
+
+_GATHERED = 16
+"""One of so many slots may stand idle until several prompts can be run together."""
+_COLUMNS = 256
+
+
+@dataclass
+class Request:
+    """A prompt to be answered."""
+
+    prompt: list[int]
+    limits: Limits
+    room: int = 0
+    """Most tokens that prompt and response may come to, with what follows them in the slot."""
+    seed: Sequence[int] | None = None
+    """Of this response's draws, where it is sampled; None draws anew each time."""
+    tag: Any = None
+    """The caller's own."""
+
+    def __post_init__(self) -> None:
+        self.room = max(self.room, len(self.prompt) + self.limits.max_new_tokens)
+
+
+@dataclass
+class Finished:
+    """A request with its response."""
+
+    request: Request
+    response: Response
+    next: Request | None = None
+    """To be set by who takes this: goes on in the same slot. What its prompt has in common with
+    what is there is not run again."""
+
+
+@dataclass
+class _Slot:
+    request: Request
+    row: int = -1
+    response: Response = field(default_factory=Response)
+    prefix: int = 0
+    """Tokens of the prompt that are in the row already."""
+    cached: int = 0
+    """Tokens in the row."""
+    is_running: bool = False
+    draws: np.random.Generator | None = None
+
+
+class StepSource(Protocol):
+    """Makes the steps that `Slots` takes."""
+
+    backbone: Backbone
+    drafter: Drafter
+    rule: AcceptanceRule
+    observer: Observer
+    num_columns: int
+    """Most that a request may have."""
+
+    def num_rows(self, count: int) -> int:
+        """Return the rows of the smallest step for so many requests."""
+        ...
+
+    def fit(
+        self, step: Step | None, num_rows: int, num_columns: int, rows: list[int], to: list[int]
+    ) -> Step:
+        """Return a step of that size; some rows of the one before have moved to others."""
+        ...
+
+    def free(self, step: Step, row: int) -> None:
+        """Forget what is in a row."""
+        ...
+
+
+class Slots:
+    """Answers a stream of requests, a number of them at a time."""
+
+    def __init__(self, source: StepSource, num_slots: int) -> None:
+        self.source, self.num_slots = source, num_slots
+        self.slot_steps = self.busy_slot_steps = 0
+        """Rows of all steps, and those of them in which a response was being decoded."""
+        self._live: list[_Slot] = []
+        self._queue: deque[Request] = deque()
+        self._is_exhausted = False
+        self._size = 0, 0
+        self._step: Step
+        self._mask: StepMask | None = None
+
+    @property
+    def idle_share(self) -> float:
+        """Share of the rows of all steps in which nothing was decoded."""
+        return 1 - self.busy_slot_steps / max(1, self.slot_steps)
+
+    @torch.inference_mode()
+    def decode(self, requests: Iterable[Request]) -> Iterator[Finished]:
+        """Yield responses as they end.
+
+        Captured steps are of the size that the longest request at hand needs: with the longest
+        first, there are few sizes.
+
+        Raises:
+            UserError: a prompt is empty or leaves no room for a response, or the tree asks for
+                draft tokens that the heads do not have.
+        """
+        requests = iter(requests)
+        self._clock = perf_counter()
+        while True:
+            is_time = self._admit(requests)
+            if not self._live:
+                return
+            self._arrange()
+            for group in self._groups() if is_time else ():
+                yield from self._commit(group, self._prefill(group))
+            if running := self._running():
+                yield from self._commit(running, self._run_step(running))
+
+    def _running(self) -> list[_Slot]:
+        return sorted((slot for slot in self._live if slot.is_running), key=lambda slot: slot.row)
+
+    def _admit(self, requests: Iterator[Request]) -> bool:
+        """Take requests for free slots, if it is time to run prompts; return whether it is."""
+        num_running = sum(slot.is_running for slot in self._live)
+        num_rows = self._size[0]
+        if num_running and (num_rows - num_running) * _GATHERED < num_rows:
+            return False
+        while len(self._live) < self.num_slots:
+            if not self._queue:
+                self._queue.extend(next(([request] for request in requests), []))
+            self._is_exhausted = not self._queue
+            if self._is_exhausted or not self._may_join(self._queue[0]):
+                break
+            self._live.append(self._slot_of(self._queue.popleft()))
+        return True
+
+    def _may_join(self, request: Request) -> bool:
+        """Have all requests in the slots the same last position? See `Backbone.max_length_from`."""
+        _, last = find_room(self.source.backbone, [request.prompt], request.limits)
+        if not self._live:
+            self._size, self._last = (0, 0), last  # from now on this one
+        return last == self._last
+
+    def _slot_of(self, request: Request, row: int = -1, prefix: int = 0) -> _Slot:
+        assert request.room <= self.source.num_columns, "a request longer than was said"
+        slot = _Slot(request, row, prefix=prefix)
+        if self.source.rule.name == "sampling":
+            slot.draws = np.random.default_rng(request.seed)
+        return slot
+
+    def _arrange(self) -> None:
+        """Have a step of the size that is needed, and a row of it for each request."""
+        num_rows = self.num_slots
+        if self._is_exhausted:
+            num_rows = self.source.num_rows(len(self._live))
+        size = num_rows, max(slot.request.room for slot in self._live)
+        used = {slot.row for slot in self._live}
+        free = (row for row in range(num_rows) if row not in used)
+        if size != self._size:
+            moved = [slot for slot in self._live if slot.row >= num_rows]
+            rows, to = [slot.row for slot in moved], [next(free) for _ in moved]
+            self._resize(size, rows, to)
+            for slot, row in zip(moved, to, strict=True):
+                slot.row = row
+            self._step.activate([slot.row for slot in self._running()])
+        for slot in self._live:
+            slot.row = next(free) if slot.row < 0 else slot.row
+
+    def _resize(self, size: tuple[int, int], rows: list[int], to: list[int]) -> None:
+        source, is_new = self.source, not self._size[0]
+        step = source.fit(None if is_new else self._step, *size, rows, to)
+        if is_new:
+            device, dtype = source.backbone.device, source.backbone.model.dtype
+            root_B = torch.zeros(size[0], dtype=torch.long, device=device)
+            hidden_BD = torch.zeros(
+                size[0], source.backbone.hidden_size, dtype=dtype, device=device
+            )
+            step.begin(root_B, hidden_BD, self._last)
+        if source.rule.name == "sampling":
+            shape = size[0], source.drafter.num_nodes
+            self._uniforms_BN = np.zeros(shape, np.float32)
+            given = step.verifier.uniforms_BN
+            if given is None or given.shape != shape:
+                step.verifier.uniforms_BN = torch.zeros(shape, device=source.backbone.device)
+        self._step, self._size = step, size
+
+    def _groups(self) -> Iterator[list[_Slot]]:
+        """Yield what waits by what can be run together: similar lengths, in bounded memory."""
+        waiting = [slot for slot in self._live if not slot.is_running]
+        waiting.sort(key=lambda slot: (slot.prefix > 0, slot.prefix - len(slot.request.prompt)))
+        group: list[_Slot] = []
+        for slot in waiting:
+            if group:
+                longest = len(group[0].request.prompt) - group[0].prefix
+                is_alike = (group[0].prefix > 0) == (slot.prefix > 0)
+                if not is_alike or (len(group) + 1) * longest > PREFILL_TOKENS:
+                    yield group
+                    group = []
+            group.append(slot)
+        if group:
+            yield group
+
+    def _prefill(self, group: list[_Slot]) -> list[list[int]]:
+        """Run prompts and put them into their rows; return the token after each."""
+        step, backbone = self._step, self.source.backbone
+        prompts, rows = [slot.request.prompt for slot in group], [slot.row for slot in group]
+        prefixes = [slot.prefix for slot in group]
+        added = [prompt[slot.prefix :] for prompt, slot in zip(prompts, group, strict=True)]
+        longest = max(map(len, added))
+        if max(prefixes):
+            if self._mask is None:
+                keeps_full = self.source.drafter.prefix is not None
+                columns = self.source.num_columns
+                self._mask = StepMask(backbone.model, columns, keeps_full=keeps_full)
+            cache = copy_of(step.cache, rows, prefixes, max(prefixes) + longest)
+            logits_R1V, hidden_RD = extend(
+                backbone, added, cache, self._mask, self._last, step.observer
+            )
+        else:
+            cache = GrowingCache(backbone.num_layers, longest, len(group))
+            logits_R1V, hidden_RD = prefill(backbone, prompts, cache, step.observer)
+        with step.observer.part("verification"):
+            root_R = step.verifier.next_token(logits_R1V, self._first_draws(group))
+        index = torch.tensor(rows, device=root_R.device)
+        with step.observer.part("cache"):
+            step.cache.put(rows, cache)
+        step.root_B[index], step.hidden_BD[index] = root_R, hidden_RD
+        for slot in group:
+            slot.cached, slot.is_running = len(slot.request.prompt), True
+        step.activate([slot.row for slot in self._running()])
+        return [[token] for token in root_R.tolist()]
+
+    def _first_draws(self, group: list[_Slot]) -> Tensor | None:
+        if self.source.rule.name != "sampling":
+            return None
+        draws = [slot.draws.random(1, np.float32) for slot in group if slot.draws]
+        return torch.from_numpy(np.stack(draws)).to(self.source.backbone.device)
+
+    def _run_step(self, running: list[_Slot]) -> list[list[int]]:
+        if self.source.rule.name == "sampling":
+            given = self._step.verifier.uniforms_BN
+            assert given is not None
+            for slot in running:
+                assert slot.draws is not None
+                slot.draws.random(dtype=np.float32, out=self._uniforms_BN[slot.row])
+            given.copy_(torch.from_numpy(self._uniforms_BN))
+        tokens = self._step()
+        for slot, added in zip(running, tokens, strict=True):
+            slot.cached += len(added)
+        self.slot_steps += self._size[0]
+        self.busy_slot_steps += len(running)
+        return tokens
+
+    def _commit(self, slots: list[_Slot], tokens: list[list[int]]) -> Iterator[Finished]:
+        """Add tokens to the responses; yield those that end, and give their slots away."""
+        seconds = (perf_counter() - self._clock) / len(slots)
+        self._clock = perf_counter()
+        ended = []
+        for slot, added in zip(slots, tokens, strict=True):
+            response = slot.response
+            kept, is_done = slot.request.limits.until_end(response.tokens, added)
+            response.tokens += kept
+            response.accept_lengths.append(len(kept))
+            response.step_seconds.append(seconds)
+            if is_done:
+                slot.is_running = False
+                ended.append(slot)
+        if ended:
+            self._step.activate([slot.row for slot in self._running()])
+        for slot in ended:
+            finished = Finished(slot.request, slot.response)
+            yield finished
+            self._clock = perf_counter()  # what the caller does meanwhile is no response's time
+            self._replace(slot, finished.next)
+
+    def _replace(self, slot: _Slot, request: Request | None) -> None:
+        self._live.remove(slot)
+        if request is not None:
+            _, last = find_room(self.source.backbone, [request.prompt], request.limits)
+            if last == self._last:
+                prefix = self._in_common(slot, request.prompt)
+                self._live.append(self._slot_of(request, slot.row, prefix))
+                return
+            self._queue.append(request)
+        self.source.free(self._step, slot.row)
+
+    def _in_common(self, slot: _Slot, prompt: list[int]) -> int:
+        """Return how many tokens of a prompt are in a slot's row already."""
+        known = slot.request.prompt + slot.response.tokens
+        if prompt[: len(known)] != known:
+            return 0
+        return min(slot.cached, len(known), len(prompt) - 1)
+
+
+class EagerSlots:
+    """Eager steps: the batch is as large as there are requests."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        drafter: Drafter,
+        rule: AcceptanceRule,
+        num_columns: int,
+        observer: Observer = UNOBSERVED,
+    ) -> None:
+        self.backbone, self.drafter, self.rule = backbone, drafter, rule
+        self.num_columns, self.observer = num_columns, observer
+
+    def num_rows(self, count: int) -> int:
+        """Return the rows of a step for so many requests; see `StepSource`."""
+        return count
+
+    def fit(
+        self, step: Step | None, num_rows: int, num_columns: int, rows: list[int], to: list[int]
+    ) -> Step:
+        """Return a step of that size; see `StepSource`."""
+        if step is None:
+            return EagerStep(
+                self.backbone, self.drafter, self.rule, num_rows, self.num_columns, self.observer
+            )
+        if num_rows < len(step.root_B):
+            step.cache.shrink(num_rows, rows, to)
+            _move((step.root_B, step.hidden_BD), rows, to)
+            step.root_B, step.hidden_BD = step.root_B[:num_rows], step.hidden_BD[:num_rows]
+        return step
+
+    def free(self, step: Step, row: int) -> None:
+        """Forget what is in a row; see `StepSource`."""
+        step.cache.forget(row)
+
+
+class CapturedSlots:
+    """Captured steps of few sizes, over parts of the memory of one cache.
+
+    Kept from stream to stream, because a capture takes the time of many steps.
+    """
+
+    def __init__(self, backbone: Backbone, observer: Observer = UNOBSERVED) -> None:
+        self.backbone, self.observer = backbone, observer
+        self._base: FixedCache | None = None
+        self._steps: dict[Hashable, CapturedStep] = {}
+        self._pool: Any = None
+        if backbone.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def open(
+        self, drafter: Drafter, rule: AcceptanceRule, num_slots: int, num_columns: int
+    ) -> "CapturedSlots":
+        """Make room for so many requests of at most so many tokens; return what has it."""
+        check_room(drafter)
+        self.drafter, self.rule = drafter, rule
+        self.num_slots, self.num_columns = num_slots, -(-num_columns // _COLUMNS) * _COLUMNS
+        base, nodes = self._base, drafter.num_nodes
+        if base is None or not (
+            len(base.lengths_B) >= num_slots and base.waste >= self.num_columns + nodes
+        ):
+            self._base, self._steps = None, {}  # before there is another
+            self._base = FixedCache(
+                self.backbone.num_layers, self.num_columns, nodes, num_slots, self.backbone.device
+            )
+            self._base.allocate(one_column(self.backbone))
+        return self
+
+    def num_rows(self, count: int) -> int:
+        """Return the rows of a step for so many requests; see `StepSource`."""
+        return min(rows for rows in halves(self.num_slots) if rows >= count)
+
+    @torch.inference_mode()
+    def prepare(self, num_columns: int) -> None:
+        """Make the steps of all numbers of rows, so that none is made later."""
+        for num_rows in halves(self.num_slots):
+            step = self._get(num_rows, num_columns)
+            step.activate([])
+            step.prepare()
+
+    def fit(
+        self, step: Step | None, num_rows: int, num_columns: int, rows: list[int], to: list[int]
+    ) -> Step:
+        """Return a step of that size; see `StepSource`."""
+        other = self._get(num_rows, num_columns)
+        if step is not None and other is not step:
+            assert isinstance(step, CapturedStep) and self._base is not None
+            self._base.move(rows, to)
+            _move((step.root_B, step.hidden_BD, step.cache.lengths_B), rows, to)
+            other.root_B.copy_(step.root_B[:num_rows])
+            other.hidden_BD.copy_(step.hidden_BD[:num_rows])
+            other.cache.lengths_B.copy_(step.cache.lengths_B[:num_rows])
+            other.last.copy_(step.last)
+        return other
+
+    def free(self, step: Step, row: int) -> None:
+        """Forget what is in a row; see `StepSource`. No other row looks there."""
+
+    def _get(self, num_rows: int, num_columns: int) -> CapturedStep:
+        backbone, drafter, rule, base = self.backbone, self.drafter, self.rule, self._base
+        assert base is not None
+        columns = min(bucket(num_columns), self.num_columns)
+        key = (num_rows, columns, drafter.key, rule)
+        if key not in self._steps:
+            cache = base.view(num_rows, columns, drafter.num_nodes)
+            width, is_prefixed = columns + drafter.num_nodes, drafter.prefix is not None
+            self._steps[key] = CapturedStep(
+                backbone,
+                drafter,
+                Verifier(rule, backbone.device),
+                cache,
+                StepMask(backbone.model, width, keeps_full=is_prefixed),
+                kernels=step_kernels(rule.verifier, backbone.device),
+                pool=self._pool,
+                observer=self.observer,
+            )
+            if rule.name == "sampling":
+                self._steps[key].verifier.uniforms_BN = torch.zeros(
+                    num_rows, drafter.num_nodes, device=backbone.device
+                )
+        return self._steps[key]
+
+
+def halves(number: int) -> list[int]:
+    """Return a number, its half, and so on down to 1, rounded up."""
+    found = [number]
+    while found[-1] > 1:
+        found.append(-(-found[-1] // 2))
+    return found
+
+
+def bucket(length: int) -> int:
+    """Return the columns for requests of a length: 256, 384, 512, 768, 1024 and so on."""
+    columns = _COLUMNS
+    while columns < length:
+        columns = columns * 3 // 2 if columns & (columns - 1) == 0 else columns // 3 * 4
+    return columns
+
+
+def _move(tensors: Iterable[Tensor], rows: list[int], to: list[int]) -> None:
+    for tensor in tensors if rows else ():
+        tensor[torch.tensor(to)] = tensor[torch.tensor(rows)]
+
+
+@torch.inference_mode()
+def one_column(backbone: Backbone) -> GrowingCache:
+    """Return the keys and values of one token: what a column of a row is, in every layer."""
+    cache = GrowingCache(backbone.num_layers, 1, 1)
+    backbone.forward(torch.zeros(1, 1, dtype=torch.long, device=backbone.device), cache)
+    return cache
