@@ -1,6 +1,7 @@
 """Load the backbone: weights, dtype, quantization, device; each checked before it takes long."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
@@ -23,6 +24,10 @@ from medusa_exp.model.tokenizer import load_tokenizer, num_ids
 
 log = logging.getLogger(__name__)
 
+_NO_SAFETENSORS = re.compile(
+    r"no file named model\.safetensors|does not appear to have .*safetensors"
+)
+"""In what transformers says of a directory, or of a name on the hub."""
 _NO_SDPA = "through torch.nn.functional.scaled_dot_product_attention"
 """In what transformers says of a model without sdpa."""
 
@@ -81,6 +86,8 @@ def _read(
     try:
         model, report = _from_pretrained(path, spec, options)
     except (*LOADING_ERRORS, RuntimeError, SafetensorError) as error:
+        if _NO_SAFETENSORS.search(first_lines(error)):
+            raise UserError(_conversion(path, spec)) from error
         raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
     if report["missing_keys"]:  # transformers would go on with random values for them
         names = ", ".join(sorted(report["missing_keys"])[:4])
@@ -95,6 +102,16 @@ def _read(
     if not _placement(spec):
         model = model.to(pick_device(spec.device))
     return model.eval().requires_grad_(False)
+
+
+def _conversion(path: str, spec: ModelSpec) -> str:
+    """Say what to do with a checkpoint that may have been saved before there were safetensors."""
+    revision = f" --revision {spec.model.revision}" if spec.model.revision else ""
+    return (
+        f"model.path={path} cannot be loaded: it has no safetensors. If it has pytorch_model.bin, whose "
+        "format can hold code to run and is not opened here, convert it once: python -m "
+        f"medusa_exp.model.convert {path} OUT{revision}; then set model.path=OUT."
+    )
 
 
 def _from_pretrained(

@@ -12,6 +12,7 @@ import re
 import shutil
 from dataclasses import asdict
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +32,10 @@ from medusa_exp.runs.files import write_json
 log = logging.getLogger(__name__)
 
 SOURCE_FILE = "tokenizer_source.json"
+_SENTENCEPIECE = (
+    "it has no tokenizer.json, only a SentencePiece model, which takes a library to read: pip "
+    "install 'medusa-exp[sentencepiece]'."
+)
 _JINJA = re.compile(r"\{[{%]")
 
 Frame = tuple[list[str], list[str]]
@@ -109,8 +114,11 @@ def _read(spec: ModelSpec, path: str) -> PreTrainedTokenizerBase:
     try:
         return chosen.from_pretrained(path, **options)
     except Exception as error:  # the reader in Rust raises bare Exceptions
+        remedy = "" if find_spec("sentencepiece") else _SENTENCEPIECE
+        is_old = "tiktoken" in str(error) or "sentencepiece" in str(error).lower()
         raise UserError(
-            f"the tokenizer in {path} cannot be loaded: {first_lines(error)}"
+            f"the tokenizer in {path} cannot be loaded: "
+            + (remedy if is_old and remedy else first_lines(error))
         ) from error
 
 
