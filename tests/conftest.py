@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
-from chat_files import TEMPLATE, conversation_record
+from chat_files import conversation_record
 from hypothesis import settings
 from kernel_shim import GXX, ShimKernels
+from served_models import byte_tokenizer
 from tiny_models import build_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from medusa_exp.config import Config, DatasetConfig, ModelConfig, TrainConfig
@@ -29,17 +29,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: one token a byte, and one a mark."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|end|>",
-        extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
-        chat_template=TEMPLATE,
-    )
+    return byte_tokenizer()
 
 
 @pytest.fixture
