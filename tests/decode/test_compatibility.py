@@ -1,10 +1,14 @@
 """Which architectures can be decoded with trees: those that heed a mask and positions of ours."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from medusa_exp.data.batching import epoch_planner
+from medusa_exp.data.datamodule import collate
+from medusa_exp.data.examples import Example
 from medusa_exp.decode import generate
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.decoder import Decoder
@@ -60,8 +64,8 @@ def test_an_encoder_decoder_is_refused():
         Backbone(T5ForConditionalGeneration(config))
 
 
-def test_longrope_stays_on_one_side_of_its_boundary():
-    """Phi-3's positions turn differently once a sequence passes the length of pre-training."""
+def longrope():
+    """Return a Phi-3 whose positions turn differently from length 41 on."""
     half = 4  # of the head size
     config = AutoConfig.for_model(
         "phi3",
@@ -86,7 +90,11 @@ def test_longrope_stays_on_one_side_of_its_boundary():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)
-    backbone = Backbone(model)
+    return Backbone(model)
+
+
+def test_longrope_stays_on_one_side_of_its_boundary():
+    backbone = longrope()
     heads = build_heads(backbone, num_heads=4)
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
@@ -97,3 +105,47 @@ def test_longrope_stays_on_one_side_of_its_boundary():
             assert ours.tokens == plain.tokens
     with pytest.raises(UserError, match="40 positions for it"):
         decode_plain(backbone, [[1] * 20], Limits(21))
+
+
+def test_prompts_of_both_sides_of_a_longrope_boundary_in_one_batch():
+    backbone = longrope()
+    heads = build_heads(backbone, num_heads=2)
+    decoder = Decoder(backbone, heads, chain(2), limits=Limits(12))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 64, (n,), generator=generator).tolist() for n in (50, 9, 28, 60)]
+    alone = [decode_plain(backbone, [prompt], Limits(12))[0].tokens for prompt in prompts]
+    assert [response.tokens for response in decoder.decode(prompts)] == alone
+    assert [response.tokens for response in decoder.decode_plain(prompts)] == alone
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_no_batch_has_documents_of_both_sides_of_a_longrope_boundary(batching):
+    backbone = longrope()
+    rng = np.random.default_rng(0)
+    lengths = [*rng.integers(20, 41, 20), 40, 41, *rng.integers(41, 100, 20)]
+    documents = [Example(rng.integers(1, 64, n), np.ones(n, bool)) for n in lengths]
+    plan = epoch_planner(batching, lengths, batch_tokens=256, row_tokens=100, seed=0, boundary=40)(
+        0
+    )
+    assert sorted(number for batch in plan for row in batch for number in row) == [*range(42)]
+    for rows in plan:
+        batch = collate([[documents[n] for n in row] for row in rows], 100, boundary=40)
+        with torch.inference_mode():
+            found_BTD = backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
+            for row, found_TD in zip(rows, found_BTD, strict=True):
+                start = 0
+                for number in row:
+                    stop = start + lengths[number]
+                    ids_1T = torch.from_numpy(documents[number].input_ids)[None]
+                    alone_TD = backbone.hidden_states(ids_1T)[0]
+                    torch.testing.assert_close(found_TD[start:stop], alone_TD, rtol=1e-3, atol=1e-3)
+                    start = stop
+
+
+def test_a_dynamic_rotary_is_used_as_far_as_it_does_not_stretch():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    rope["original_max_position_embeddings"] = 32
+    config = AutoConfig.for_model("llama", **SHAPE, rope_parameters=rope)
+    backbone = Backbone(AutoModelForCausalLM.from_config(config))
+    assert backbone.rotary_boundary is None
+    assert backbone.max_length == backbone.max_length_from(5) == 32

@@ -120,15 +120,35 @@ def epoch_planner(
     row_tokens: int,
     seed: int,
     weights: np.ndarray | None = None,
+    boundary: int | None = None,
 ) -> Callable[[int], Epoch]:
-    """Return the function from the number of a pass to its batches, for padded or packed."""
+    """Return the function from the number of a pass to its batches, for padded or packed.
+
+    No batch has examples of both sides of `boundary`: see `Backbone.rotary_boundary`.
+    """
     sizes = np.asarray(lengths)
     ones = np.ones(len(sizes)) if weights is None else weights
     plan = padded_epoch if batching == "padded" else partial(packed_epoch, row_tokens=row_tokens)
+    is_long = sizes > (boundary or np.inf)
+    sides = [np.flatnonzero(is_long == side) for side in (False, True)]
+    sides = [numbers for numbers in sides if len(numbers)] or sides[:1]
 
     @lru_cache(maxsize=2)  # planned once to count its batches, and once more to walk through them
     def epoch_of(epoch: int) -> Epoch:
-        return plan(sizes, batch_tokens=batch_tokens, seed=seed, epoch=epoch, weights=ones)
+        planned: Epoch = []
+        for numbers in sides:
+            batches = plan(
+                sizes[numbers],
+                batch_tokens=batch_tokens,
+                seed=seed,
+                epoch=epoch,
+                weights=ones[numbers],
+            )
+            planned += [[numbers[row].tolist() for row in batch] for batch in batches]
+        if len(sides) == 1:
+            return planned
+        order = np.random.default_rng([seed, epoch]).permutation(len(planned))
+        return [planned[place] for place in order]
 
     return epoch_of
 

@@ -47,15 +47,19 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Sequence[Example]], row_tokens: int | None = None, numbers: Sequence[Row] = ()
+    rows: Sequence[Sequence[Example]],
+    row_tokens: int | None = None,
+    numbers: Sequence[Row] = (),
+    boundary: int | None = None,
 ) -> Batch:
     """Put examples one after the other into rows, and fill up to the next multiple of 64.
 
     But not beyond `row_tokens`, unless an example is longer: a model may have no more positions.
+    Nor beyond `boundary` for the padding alone: see `Backbone.rotary_boundary`.
     """
     longest = max(sum(len(example.input_ids) for example in row) for row in rows)
-    width = padded_length(longest)
-    shape = (len(rows), width if row_tokens is None else min(width, max(longest, row_tokens)))
+    limits = [max(longest, limit) for limit in (row_tokens, boundary) if limit is not None]
+    shape = (len(rows), min([padded_length(longest), *limits]))
     ids_BT, is_trained_BT = np.zeros(shape, np.int64), np.zeros(shape, bool)
     example_BT, positions_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for b, row in enumerate(rows):
@@ -84,10 +88,11 @@ class _BatchesByNumbers(Dataset[Batch]):
     examples: Sequence[Example]
     features: Features | None
     row_tokens: int
+    boundary: int | None
 
     def __getitem__(self, rows: list[Row]) -> Batch:
         examples = [[self.examples[number] for number in row] for row in rows]
-        batch = collate(examples, self.row_tokens, rows)
+        batch = collate(examples, self.row_tokens, rows, self.boundary)
         if self.features is not None:
             batch.hidden_BTD, batch.teacher_BT = self.features.rows(
                 rows, batch.example_BT, batch.is_trained_BT, batch.input_ids_BT
@@ -111,6 +116,7 @@ class Batches(L.LightningDataModule):
         accumulate: int = 1,
         num_heads: int = 0,
         features: Mapping[str, Features] = MappingProxyType({}),
+        boundary: int | None = None,
     ) -> None:
         """Plan batches.
 
@@ -125,6 +131,7 @@ class Batches(L.LightningDataModule):
             accumulate: batches to an optimizer step, to know where a resumed run stands.
             num_heads: whose labels are counted for each optimizer step.
             features: hidden states of `train` and `val`, where they are at hand.
+            boundary: a length of examples whose sides share no batch: `Backbone.rotary_boundary`.
         """
         super().__init__()
         self.train = train
@@ -135,7 +142,7 @@ class Batches(L.LightningDataModule):
         self.features = features
         # A row need not be longer than a batch, unless an example is.
         row = max(min(row_tokens, batch_tokens), int(train.lengths.max(initial=1)))
-        self.row_tokens = row_tokens
+        self.row_tokens, self.boundary = row_tokens, boundary
         self._train_epoch = epoch_planner(
             batching,
             train.lengths,
@@ -143,11 +150,17 @@ class Batches(L.LightningDataModule):
             row_tokens=row,
             seed=seed,
             weights=train.weights,
+            boundary=boundary,
         )
         self._val_epoch = None
         if val is not None and len(val):
             self._val_epoch = epoch_planner(
-                "padded", val.lengths, batch_tokens=batch_tokens, row_tokens=row, seed=seed
+                "padded",
+                val.lengths,
+                batch_tokens=batch_tokens,
+                row_tokens=row,
+                seed=seed,
+                boundary=boundary,
             )
 
     def batches_per_epoch(self) -> int:
@@ -176,7 +189,9 @@ class Batches(L.LightningDataModule):
     def _loader(self, split: str, sampler: BatchSampler) -> DataLoader[Batch]:
         """Load in this process: filling tensors is far cheaper than the step they feed."""
         return DataLoader(
-            _BatchesByNumbers(getattr(self, split), self.features.get(split), self.row_tokens),
+            _BatchesByNumbers(
+                getattr(self, split), self.features.get(split), self.row_tokens, self.boundary
+            ),
             sampler=sampler,
             batch_size=None,
             generator=torch.Generator(),  # else each walk draws one of everybody's random numbers

@@ -8,7 +8,7 @@ import logging
 import re
 from codecs import BOM_UTF8 as BOM
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,10 @@ from medusa_exp.errors import UserError
 log = logging.getLogger(__name__)
 
 _MAX_CATEGORIES = 16
+HasRoom = Callable[[int], bool]
+"""Says whether the model has positions for a prompt of so many tokens and a response to it."""
+NO_ROOM = "no room before the model's positions turn otherwise"
+"""Why a prompt shorter than the model's limit is left out (LongRoPE)."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,11 @@ def prompts_of(
     *,
     max_tokens: int,
     num_prompts: int,
+    has_room: HasRoom = lambda _: True,
 ) -> list[Prompt]:
     """Return prompts for the first assistant turns whose prompts have at most `max_tokens`.
+
+    Of a length, too, that leaves room for a response (`has_room`).
 
     Raises:
         UserError: no turn's has.
@@ -53,6 +60,8 @@ def prompts_of(
         for prompt in _of_conversation(conversation, tokenizer, template, left_out):
             if len(prompt.input_ids) > max_tokens:
                 left_out[f"more than {max_tokens} tokens"] += 1
+            elif not has_room(len(prompt.input_ids)):
+                left_out[NO_ROOM] += 1
             elif len(prompts) < num_prompts:
                 prompts.append(prompt)
         if len(prompts) == num_prompts:

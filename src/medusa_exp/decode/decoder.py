@@ -9,7 +9,7 @@ B rows, T prompt tokens, N tokens of one forward, D hidden, V vocabulary.
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -221,10 +221,15 @@ class Decoder:
         rule: AcceptanceRule | None = None,
     ) -> list[Response]:
         """Decode prompts over a tree, one accepted path per step for each row; see `steps`."""
-        responses = Responses(len(prompts), limits or self.limits)
-        for _ in self.steps(prompts, responses, self.drafter(tree), rule):
-            pass
-        return responses.rows
+        drafter = self.drafter(tree)
+
+        def decode(some: list[list[int]]) -> list[Response]:
+            responses = Responses(len(some), limits or self.limits)
+            for _ in self.steps(some, responses, drafter, rule):
+                pass
+            return responses.rows
+
+        return self._by_rotary(prompts, decode)
 
     def decode_plain(
         self,
@@ -237,14 +242,33 @@ class Decoder:
 
         With fixed shapes a step is that of a tree which is only a root, captured like any other.
         """
-        responses = Responses(len(prompts), limits or self.limits)
-        if self.uses_fixed_shapes:
-            steps = self.steps(prompts, responses, self.root_only(), rule)
-        else:
-            steps = plain_steps(self.backbone, prompts, responses, rule or self.rule)
-        for _ in steps:
-            pass
-        return responses.rows
+
+        def decode(some: list[list[int]]) -> list[Response]:
+            responses = Responses(len(some), limits or self.limits)
+            if self.uses_fixed_shapes:
+                steps = self.steps(some, responses, self.root_only(), rule)
+            else:
+                steps = plain_steps(self.backbone, some, responses, rule or self.rule)
+            for _ in steps:
+                pass
+            return responses.rows
+
+        return self._by_rotary(prompts, decode)
+
+    def _by_rotary(
+        self, prompts: list[list[int]], decode: Callable[[list[list[int]]], list[Response]]
+    ) -> list[Response]:
+        """Decode prompts of the two sides of `Backbone.rotary_boundary` apart; most models have
+        one side."""
+        boundary = self.backbone.rotary_boundary
+        is_long = [boundary is not None and len(prompt) > boundary for prompt in prompts]
+        if len(set(is_long)) < 2:
+            return decode(prompts)
+        found: dict[int, Response] = {}
+        for side in (False, True):
+            places = [place for place, one in enumerate(is_long) if one == side]
+            found |= zip(places, decode([prompts[place] for place in places]), strict=True)
+        return [found[place] for place in range(len(prompts))]
 
     def steps(
         self,

@@ -94,9 +94,25 @@ class Backbone:
 
     @property
     def max_length(self) -> int:
-        """Positions the model was made for."""
+        """Positions the model was made for; of those that a dynamic rotary stretches, the first.
+
+        Beyond these every further token turns all keys anew, those in the cache excepted.
+        """
         config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or 2**20
+        limits = [getattr(config, "max_position_embeddings", None) or 2**20]
+        limits += [self._original_length(rope) for rope in self._rotaries("dynamic")]
+        return min(limits)
+
+    @property
+    def rotary_boundary(self) -> int | None:
+        """Length beyond which a sequence has another rotary (LongRoPE); None where none has.
+
+        Which of the two a forward takes depends on its longest row: no rows of both sides may
+        share it.
+        """
+        return min(
+            (self._original_length(rope) for rope in self._rotaries("longrope")), default=None
+        )
 
     def max_length_from(self, prompt_length: int) -> int:
         """Positions that a prompt of so many tokens may be continued to, in one cache.
@@ -104,14 +120,21 @@ class Backbone:
         LongRoPE turns all keys differently once a sequence passes the length of pre-training: what
         is in the cache does not suit what follows. A prompt beyond that length is not concerned.
         """
-        config = self.model.config.get_text_config()
-        rope = getattr(config, "rope_parameters", None) or {}
-        is_long = isinstance(rope, dict) and rope.get("rope_type") == "longrope"
-        key = "original_max_position_embeddings"
-        trained = getattr(config, key, None) or rope.get(key)
-        if is_long and trained and prompt_length <= trained:
-            return min(self.max_length, int(trained))
+        boundary = self.rotary_boundary
+        if boundary is not None and prompt_length <= boundary:
+            return min(self.max_length, boundary)
         return self.max_length
+
+    def _rotaries(self, kind: str) -> list[dict[str, Any]]:
+        """Return the rotary parameters of this kind, of the model or of a kind of its layers."""
+        found = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
+        by_layer = [rope for rope in found.values() if isinstance(rope, dict)]
+        return [rope for rope in [found, *by_layer] if rope.get("rope_type") == kind]
+
+    def _original_length(self, rope: dict[str, Any]) -> int:
+        config, key = self.model.config.get_text_config(), "original_max_position_embeddings"
+        whole = getattr(config, "max_position_embeddings", None) or 2**20
+        return int(getattr(config, key, None) or rope.get(key) or whole)
 
     @property
     def eos_token_ids(self) -> set[int]:

@@ -108,8 +108,8 @@ def _conversion(path: str, spec: ModelSpec) -> str:
     """Say what to do with a checkpoint that may have been saved before there were safetensors."""
     revision = f" --revision {spec.model.revision}" if spec.model.revision else ""
     return (
-        f"model.path={path} cannot be loaded: it has no safetensors. If it has pytorch_model.bin, whose "
-        "format can hold code to run and is not opened here, convert it once: python -m "
+        f"model.path={path} cannot be loaded: it has no safetensors. If it has pytorch_model.bin, "
+        "whose format can hold code to run and is not opened here, convert it once: python -m "
         f"medusa_exp.model.convert {path} OUT{revision}; then set model.path=OUT."
     )
 

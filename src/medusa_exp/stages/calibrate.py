@@ -139,6 +139,7 @@ def _heldout_prompts(session: Session, decoder: Decoder) -> list[list[int]]:
         session.split("val"),
         decoder.tokenizer,
         max_tokens=session.prompt_tokens(decoder.backbone.max_length),
+        has_room=session.has_room(decoder.backbone),
         num_prompts=session.config.tree.num_prompts,
     )
     return [prompt.input_ids for prompt in prompts]

@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
 from medusa_exp.data import DataError, Message, read_conversations
-from medusa_exp.data.prompts import Prompt, Question, is_question_file, prompts_of, read_questions
+from medusa_exp.data.prompts import (
+    NO_ROOM,
+    HasRoom,
+    Prompt,
+    Question,
+    is_question_file,
+    prompts_of,
+    read_questions,
+)
 from medusa_exp.data.template import ChatTemplate
 from medusa_exp.decode.loop import GREEDY
 from medusa_exp.errors import UserError
@@ -55,6 +64,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         # Prompt lookup drafts beyond the end of a response, without regard to the last position.
         backbone.max_length - LOOKUP_TOKENS,
         lambda ids: decoder.decode_plain([ids], rule=GREEDY)[0].tokens,
+        session.has_room(backbone, LOOKUP_TOKENS),
     )
     records: list[Record] = []
     samples: list[dict[str, Any]] = []
@@ -120,7 +130,11 @@ def _responses(
 
 
 def load_prompts(
-    session: Session, tokenizer: PreTrainedTokenizerBase, max_positions: int, respond: Respond
+    session: Session,
+    tokenizer: PreTrainedTokenizerBase,
+    max_positions: int,
+    respond: Respond,
+    has_room: HasRoom = lambda _: True,
 ) -> list[Prompt]:
     """Return `evaluate.num_prompts` prompts, or as many as there are.
 
@@ -129,27 +143,32 @@ def load_prompts(
         tokenizer: whose chat template makes prompts.
         max_positions: of a prompt and its response.
         respond: plain decoding: later turns of a question follow the responses to the earlier ones.
+        has_room: as `Session.has_room`.
 
     Raises:
         UserError: there is no such file, or no prompt leaves room for a response.
         DataError: the file cannot be read.
     """
     config, count = session.config, session.config.evaluate.num_prompts
-    max_tokens = session.prompt_tokens(max_positions)
+    choose = partial(
+        prompts_of,
+        tokenizer=tokenizer,
+        max_tokens=session.prompt_tokens(max_positions),
+        num_prompts=count,
+        has_room=has_room,
+    )
     if config.evaluate.path is None:
-        return prompts_of(
-            session.split("test"), tokenizer, max_tokens=max_tokens, num_prompts=count
-        )
+        return choose(session.split("test"))
     path = Path(config.evaluate.path)
     if not path.exists():
         raise UserError(f"evaluate.path={path} does not exist.")
     if path.is_file() and is_question_file(path):
         questions = _spread(read_questions(path), count)
         room = max_positions - config.decode.max_new_tokens
-        return _of_questions(questions, tokenizer, room, respond)
+        return _of_questions(questions, tokenizer, room, respond, has_room)
     reading = read_conversations(path)
     try:
-        return prompts_of(reading, tokenizer, max_tokens=max_tokens, num_prompts=count)
+        return choose(reading)
     finally:  # where no prompt is left, that is why
         for reason, number in reading.dropped.items():
             log.warning("evaluate.path: dropped: %s: %d", reason, number)
@@ -163,7 +182,11 @@ def _spread(questions: list[Question], num_prompts: int) -> list[Question]:
 
 
 def _of_questions(
-    questions: list[Question], tokenizer: PreTrainedTokenizerBase, room: int, respond: Respond
+    questions: list[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+    respond: Respond,
+    has_room: HasRoom,
 ) -> list[Prompt]:
     template = ChatTemplate(tokenizer)
     left_out: Counter[str] = Counter()
@@ -178,8 +201,9 @@ def _of_questions(
                 left_out["refused by the chat template"] += len(question.turns) - turn
                 break
             ids = tokenizer(prompt_text, add_special_tokens=False, verbose=False).input_ids
-            if len(ids) > room:
-                left_out[f"more than {room} tokens"] += len(question.turns) - turn
+            if len(ids) > room or not has_room(len(ids)):
+                reason = f"more than {room} tokens" if len(ids) > room else NO_ROOM
+                left_out[reason] += len(question.turns) - turn
                 break
             prompt_id = f"{question.question_id}#{turn}"
             prompts.append(Prompt(prompt_id, question.category, prompt_text, ids))

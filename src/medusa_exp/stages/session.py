@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config, from_hydra, load_saved
 from medusa_exp.data.conversations import Conversation
+from medusa_exp.data.prompts import HasRoom
 from medusa_exp.data.sources import Source, dataset_key, files_of, load_split, open_sources
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
 from medusa_exp.decode.decoder import Decoder
@@ -92,6 +93,14 @@ class Session:
         """Return the tokens that decode.max_new_tokens leaves to a prompt of the data set."""
         config = self.config
         return min(config.dataset.max_length, max_positions) - config.decode.max_new_tokens
+
+    def has_room(self, backbone: Backbone, spare: int = 0) -> HasRoom:
+        """Return what says whether a prompt of some length leaves room for a response.
+
+        Of which `spare` tokens more may be drafted than are kept.
+        """
+        new_tokens = self.config.decode.max_new_tokens + spare
+        return lambda length: length + new_tokens <= backbone.max_length_from(length)
 
     @cached_property
     def tiny(self) -> Path:

@@ -166,6 +166,7 @@ class Inputs:
             accumulate=settings.accumulate,
             num_heads=config.head.num_heads,
             features=self.features,
+            boundary=self.backbone.rotary_boundary,
         )
 
 
@@ -283,6 +284,7 @@ def _held_out_prompts(
             session.split("val"),
             tokenizer,
             max_tokens=session.prompt_tokens(backbone.max_length),
+            has_room=session.has_room(backbone),
             num_prompts=config.train.val_prompts,
         )
     except UserError as error:

@@ -174,7 +174,12 @@ def _fill(
         The check of each document's bytes.
     """
     planner = epoch_planner(
-        "padded", examples.lengths, batch_tokens=settings.batch_tokens, row_tokens=0, seed=0
+        "padded",
+        examples.lengths,
+        batch_tokens=settings.batch_tokens,
+        row_tokens=0,
+        seed=0,
+        boundary=ends.rotary_boundary,
     )
     # Documents by their numbers in the split; one in each row of the plan.
     batches = ({number: examples[number] for [number] in batch} for batch in planner(0))
@@ -268,7 +273,8 @@ class FeatureWriter:
     def _states(self, documents: list[Example]) -> list[tuple[Tensor, Tensor]]:
         """Return hidden states and the backbone's next tokens at stored positions of each."""
         backbone = self.backbone
-        collated = collate([[document] for document in documents], self.longest)
+        rows = [[document] for document in documents]
+        collated = collate(rows, self.longest, boundary=backbone.rotary_boundary)
         hidden_BTD = backbone.hidden_states(collated.input_ids_BT.to(backbone.device))
         found = []
         for hidden_TD, document in zip(hidden_BTD, documents, strict=True):
