@@ -123,36 +123,28 @@ def test_rows_of_zeros_stand_for_tokens_that_heads_do_not_know(backbone, tmp_pat
     assert [note.name for note in notes] == ["truncated vocabulary"]
 
 
-@pytest.mark.parametrize("format_", [*FORMATS, "modelopt"])
+@pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("family", IMPORTED_AS_THEY_WERE)
 def test_what_was_exported_is_imported_bit_for_bit(backbone, tmp_path, family, format_):
-    heads = save_moved(backbone, family, tmp_path / "heads")
-    place = tmp_path / format_
-    if format_ == "modelopt":
-        place = as_modelopt(backbone, family, tmp_path)
-        if family == "tied":
-            pytest.skip("a tied head is not of this format")
-    else:
-        exported(backbone, family, format_, tmp_path)
-    found = import_heads(place, lambda: 64)
+    exported(backbone, family, format_, tmp_path)
+    heads = load_heads(tmp_path / "heads")
+    found = import_heads(tmp_path / format_, lambda: 64)
     assert found.num_heads == 3 and found.config.num_layers == heads.config.num_layers
     assert torch.equal(logits_of(found, backbone), logits_of(heads, backbone))
+    assert found.config.backbone_identity == backbone.identity()
     if format_ == "vllm":
-        assert found.config.backbone_identity == backbone.identity()
         assert found.config.kind == heads.config.kind
 
 
-def as_modelopt(backbone, family, tmp_path):
-    """Write heads as ModelOpt has them: MLC's names under another word."""
-    if family == "tied":
-        return tmp_path
-    exported(backbone, family, "mlc", tmp_path)
-    place = tmp_path / "modelopt"
-    (tmp_path / "mlc").rename(place)
-    tensors = load_file(place / "model.safetensors")
-    named = {re.sub("^medusa_head", "medusa_heads", name): t for name, t in tensors.items()}
-    save_file(named, place / "model.safetensors")
-    return place
+def test_heads_of_modelopt_are_imported(backbone, tmp_path):
+    exported(backbone, "no bias", "mlc", tmp_path)
+    file = tmp_path / "mlc" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({re.sub("^medusa_head", "medusa_heads", n): t for n, t in tensors.items()}, file)
+    found = import_heads(tmp_path / "mlc", no_vocab_size)
+    ours = load_heads(tmp_path / "heads")
+    assert read_heads(tmp_path / "mlc").format == "modelopt"
+    assert torch.equal(logits_of(found, backbone), logits_of(ours, backbone))
 
 
 @pytest.mark.parametrize("family", ["both", "frequent", "rank", "hydra", "hydra, prefix"])
