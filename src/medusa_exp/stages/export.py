@@ -87,12 +87,14 @@ def open_target(session: Session) -> tuple[Backbone, str]:
                 adapted,
             )
         return load_backbone(spec, adapted), str(adapted.resolve())
+    path = Path(spec.model_path())
+    place = str(path.resolve() if path.exists() else path)  # for other working directories
     if spec.model.quantization is not None:
-        return load_backbone(spec), spec.model_path()
+        return load_backbone(spec), place
     num_layers = spec.model_config().get_text_config().num_hidden_layers
     ends = load_ends(spec, "", "")
     ends.leave_out_body(identity_of(ends.model, num_layers), "")
-    return ends, spec.model_path()
+    return ends, place
 
 
 def _calibration(out: Path) -> Calibration | None:
