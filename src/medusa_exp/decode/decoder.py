@@ -54,6 +54,11 @@ class Generation:
     """Backbone steps of the batch: those of the row that took most."""
 
 
+OnStep = Callable[[list[list[int]]], None]
+"""Is told the tokens that a step adds to each row: none, for a row that has ended. What it raises
+ends the decoding."""
+
+
 @dataclass
 class StreamedStep:
     """What one step adds to a response."""
@@ -153,6 +158,7 @@ class Decoder:
         attention_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
         eos_token_id: int | list[int] | None = None,
+        on_step: OnStep | None = None,
     ) -> Generation:
         """Continue prompts as the model alone would, in fewer steps.
 
@@ -161,6 +167,7 @@ class Decoder:
             attention_mask: [B, T], False or 0 at padding, left or right.
             max_new_tokens: at most so many a row; that of `limits` by default.
             eos_token_id: ids that end a row; those of `limits` by default.
+            on_step: is called after each step with the tokens that it adds to each row.
 
         Raises:
             ValueError: the model is in training mode, where its dropout would change what it says;
@@ -178,7 +185,7 @@ class Decoder:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         _check(input_ids, mask, limits.max_new_tokens, self.backbone.vocab_size)
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-        responses = self.decode(prompts, limits)
+        responses = self.decode(prompts, limits, on_step=on_step)
         return Generation(
             [response.tokens for response in responses],
             [response.accept_lengths for response in responses],
@@ -219,14 +226,19 @@ class Decoder:
         *,
         tree: Tree | None = None,
         rule: AcceptanceRule | None = None,
+        seed: int | None = None,
+        on_step: OnStep | None = None,
     ) -> list[Response]:
         """Decode prompts over a tree, one accepted path per step for each row; see `steps`."""
         drafter = self.drafter(tree)
 
-        def decode(some: list[list[int]]) -> list[Response]:
-            responses = Responses(len(some), limits or self.limits)
-            for _ in self.steps(some, responses, drafter, rule):
-                pass
+        def decode(places: list[int]) -> list[Response]:
+            responses = Responses(len(places), limits or self.limits)
+            some = [prompts[place] for place in places]
+            for added in self.steps(some, responses, drafter, rule, seed):
+                if on_step is not None:
+                    by_place = dict(zip(places, added, strict=True))
+                    on_step([by_place.get(place, []) for place in range(len(prompts))])
             return responses.rows
 
         return self._by_rotary(prompts, decode)
@@ -243,8 +255,9 @@ class Decoder:
         With fixed shapes a step is that of a tree which is only a root, captured like any other.
         """
 
-        def decode(some: list[list[int]]) -> list[Response]:
-            responses = Responses(len(some), limits or self.limits)
+        def decode(places: list[int]) -> list[Response]:
+            responses = Responses(len(places), limits or self.limits)
+            some = [prompts[place] for place in places]
             if self.uses_fixed_shapes:
                 steps = self.steps(some, responses, self.root_only(), rule)
             else:
@@ -256,18 +269,18 @@ class Decoder:
         return self._by_rotary(prompts, decode)
 
     def _by_rotary(
-        self, prompts: list[list[int]], decode: Callable[[list[list[int]]], list[Response]]
+        self, prompts: list[list[int]], decode: Callable[[list[int]], list[Response]]
     ) -> list[Response]:
         """Decode prompts of the two sides of `Backbone.rotary_boundary` apart; most models have
         one side."""
         boundary = self.backbone.rotary_boundary
         is_long = [boundary is not None and len(prompt) > boundary for prompt in prompts]
         if len(set(is_long)) < 2:
-            return decode(prompts)
+            return decode(list(range(len(prompts))))
         found: dict[int, Response] = {}
         for side in (False, True):
             places = [place for place, one in enumerate(is_long) if one == side]
-            found |= zip(places, decode([prompts[place] for place in places]), strict=True)
+            found |= zip(places, decode(places), strict=True)
         return [found[place] for place in range(len(prompts))]
 
     def steps(
@@ -276,8 +289,11 @@ class Decoder:
         responses: Responses,
         drafter: Drafter | None = None,
         rule: AcceptanceRule | None = None,
+        seed: int | None = None,
     ) -> Iterator[list[list[int]]]:
         """Yield the tokens that each step adds to each row, and gather them in `responses`.
+
+        `seed` is of this answer's draws, in place of the rule's: captured steps belong to a rule.
 
         Raises:
             UserError: a prompt is empty or leaves no room for a response, or the tree asks for
@@ -286,6 +302,8 @@ class Decoder:
         drafter = drafter or self.drafter()
         length, last = find_room(self.backbone, prompts, responses.limits)
         step = self._step(drafter, rule or self.rule, len(prompts), length)
+        if seed is not None:
+            step.verifier.restart(seed)
         yield from tree_steps(step, prompts, responses, last)
 
     def slots(
@@ -419,6 +437,7 @@ def generate(
     top_p: float | None = None,
     eos_token_id: int | list[int] | None = None,
     seed: int | None = None,
+    on_step: OnStep | None = None,
 ) -> Generation:
     """Continue prompts once, without a `Decoder` to keep; see `Decoder.generate`.
 
@@ -440,6 +459,7 @@ def generate(
         top_p: draw from the likeliest tokens that together have this probability.
         eos_token_id: ids that end a row; the model's own by default.
         seed: of the draws; None draws anew each time.
+        on_step: is called after each step with the tokens that it adds to each row.
 
     Raises:
         ValueError: as `Decoder.generate`, or the rule has no such value.
@@ -455,6 +475,7 @@ def generate(
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_id,
+        on_step=on_step,
     )
 
 

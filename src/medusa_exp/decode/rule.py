@@ -137,12 +137,13 @@ class Verifier:
             "alpha": rule.alpha,
         }
 
-    def restart(self) -> None:
-        """Begin the draws of the seed anew."""
-        if self.rule.seed is None:
+    def restart(self, seed: int | None = None) -> None:
+        """Begin the draws of a seed anew: of the rule's by default."""
+        seed = self.rule.seed if seed is None else seed
+        if seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(self.rule.seed)
+            self._generator.manual_seed(seed)
 
     def get_state(self) -> Tensor:
         """Return where the draws stand."""

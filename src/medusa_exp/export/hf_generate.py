@@ -1,0 +1,136 @@
+"""Export for plain transformers: a model directory whose `generate` decodes with our trees.
+
+It stands alone: the target's own files, the heads, the tree, and `custom_generate/generate.py`,
+which transformers loads in place of its `generate` where `trust_remote_code` is on. So
+`transformers serve DIR --trust-remote-code` is a server of the OpenAI API with these heads.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from medusa_exp.errors import UserError
+from medusa_exp.model.checkpoint import WEIGHTS
+from medusa_exp.model.source import is_adapters
+from medusa_exp.runs.files import publish
+
+log = logging.getLogger(__name__)
+
+GENERATE = '''"""`model.generate` with Medusa heads, in place of transformers' own."""
+
+
+def generate(inputs=None, generation_config=None, *, model, **arguments):
+    """Take what `model.generate` takes; heads/ and tree.json lie beside this folder."""
+    try:
+        from medusa_exp.serving.hf_generate import generate as with_heads
+    except ImportError as error:
+        raise ImportError(
+            "this directory decodes with Medusa heads: pip install 'medusa-exp[serve]', or load "
+            f"it without trust_remote_code to decode plainly ({error})"
+        ) from error
+    return with_heads(model, inputs=inputs, generation_config=generation_config, **arguments)
+'''
+_NOT_TAKEN = {
+    *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"),
+    *(".md", ".png", ".gitattributes"),
+}
+"""Weights in other formats than safetensors, and what is about the model and not of it."""
+_SERVER_NEEDS = ("fastapi", "uvicorn", "openai", "pydantic", "python_multipart", "accelerate")
+
+
+def write(heads: Path, tree: Path, target: str, out: Path, *, with_code: bool = False) -> None:
+    """Write the directory, whole or not at all.
+
+    Files are linked hard where the file system can, since they are never written into: the
+    directory then takes no room for the weights. Elsewhere they are copied, which is said.
+
+    Args:
+        heads: directory of heads, as `save_heads` writes it, perhaps with a tokenizer.
+        tree: file of the tree; without it the heads' guesses form a chain.
+        target: the backbone's directory, or its hub name where it is in the cache.
+        out: the directory to make; an old one there is replaced.
+        with_code: take the target's own Python files too, which it is loaded by
+            (`model.trust_remote_code`).
+
+    Raises:
+        UserError: there is no such model here, or it is adapters without their model.
+    """
+    source = _directory(target)
+    with publish(out) as partial:
+        partial.mkdir(parents=True, exist_ok=True)
+        copied = sum(_place(file, partial / file.name) for file in _files(source, with_code))
+        (partial / "heads").mkdir()
+        for file in sorted(heads.iterdir()):
+            if file.name in ("config.json", WEIGHTS):
+                copied += _place(file, partial / "heads" / file.name)
+            elif file.is_file():  # the tokenizer of the run, with its own template or tokens
+                (partial / file.name).unlink(missing_ok=True)
+                copied += _place(file, partial / file.name)
+        if tree.is_file():
+            shutil.copy2(tree, partial / "tree.json")
+        (partial / "custom_generate").mkdir()
+        (partial / "custom_generate" / "generate.py").write_text(GENERATE, encoding="utf-8")
+    if copied:
+        log.info(
+            "%s lies on another file system than what it is made of: %.2f GB were copied, not "
+            "linked",
+            *(out, copied / 1e9),
+        )
+    if missing := missing_for_server():
+        log.info(
+            "transformers serve needs %s, which are not installed here: pip install "
+            "'medusa-exp[serve]'",
+            ", ".join(missing),
+        )
+
+
+def missing_for_server() -> list[str]:
+    """Return the packages that `transformers serve` needs and this environment lacks."""
+    return [name.replace("_", "-") for name in _SERVER_NEEDS if find_spec(name) is None]
+
+
+def _directory(target: str) -> Path:
+    path = Path(target).expanduser()
+    if not path.is_dir():
+        try:
+            path = Path(cached_file(target, "config.json", local_files_only=True)).parent
+        except OSError as error:
+            raise UserError(f"the model {target} is not on this machine: {error}") from error
+    if is_adapters(path):
+        raise UserError(
+            f"{path} holds adapters, no model: train with train.lora.output=merged, which writes "
+            "a model that can be served."
+        )
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{path} holds no weights in safetensors.")
+    return path
+
+
+def _files(source: Path, with_code: bool) -> Iterator[Path]:
+    for file in sorted(source.iterdir()):
+        is_wanted = file.suffix not in _NOT_TAKEN and not file.name.startswith(".")
+        if file.is_file() and is_wanted and (with_code or file.suffix != ".py"):
+            yield file
+
+
+def _place(source: Path, target: Path) -> int:
+    """Link a file, or copy it where that cannot be; return the bytes that were copied.
+
+    Small ones are always copied: they are the ones that people edit.
+    """
+    source = source.resolve()  # a hub's cache holds links
+    size = source.stat().st_size
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source, target)
+            return 0
+        except OSError:
+            shutil.copy2(source, target)
+            return size
+    shutil.copy2(source, target)
+    return 0
