@@ -13,7 +13,7 @@ LAYERS = (
     {"data", "tree", "tracking"},
     {"model"},
     {"decode"},
-    {"train", "evaluate", "serving", "export"},
+    {"train", "evaluate", "serving"},
     {"stages"},
     {"cli"},
     {"__main__"},

@@ -533,9 +533,39 @@ class RegenerateConfig:
     use_heads: bool = False
     """Decode with the heads and the tree that the run directory has already: the same responses,
     sooner where batches are small."""
+    server: str | None = None
+    """URL of a running engine (vLLM, SGLang) that answers instead of this process, as
+    http://localhost:8000; several with commas between them, in quotes. See `serving`."""
+    server_concurrency: int = at_least(1, default=64)
+    """Documents that are on their way to engines at a time."""
 
     def __post_init__(self) -> None:
         check(self, "regenerate")
+        if self.server is not None and (self.workers or self.use_heads):
+            raise UserError(
+                "regenerate.server leaves the work to engines: regenerate.workers and "
+                "regenerate.use_heads are for answering without one. Leave them out."
+            )
+
+
+@dataclass
+class ServingConfig:
+    """Running engines that stages ask: those of `regenerate.server` and `evaluate.server`.
+
+    They get prompts as token ids at /v1/completions, and are refused where they answer otherwise
+    than the backbone.
+    """
+
+    model: str | None = None
+    """Name under which an engine serves the model; by default, its only one."""
+    key_variable: str | None = None
+    """Name of the environment variable that holds the key which an engine asks for, if it does."""
+    patience: float = at_least(1, default=300.0)
+    """Seconds that an engine may take for an answer. One that does not answer is asked again, for
+    twice as long."""
+
+    def __post_init__(self) -> None:
+        check(self, "serving")
 
 
 @dataclass
@@ -628,29 +658,24 @@ class EvaluateConfig:
     )
     """Further methods beside plain decoding: chain (the likeliest token of every head), and, at
     batch size 1, hf_generate and prompt_lookup."""
+    server: str | None = None
+    """URL of a running engine that serves the backbone with these heads: it is measured from
+    outside, on the same prompts. See `serving`."""
+    server_plain: str | None = None
+    """URL of one that serves the backbone without heads, for the speed-up that users of the first
+    have."""
+    server_concurrency: list[int] = at_least(1, default=[1, 8, 32])
+    """Prompts that are on their way to an engine at a time; each number is measured."""
 
     def __post_init__(self) -> None:
         check(self, "evaluate")
         if len(set(self.batch_sizes)) < len(self.batch_sizes):  # its prompts would count twice
             raise UserError(f"evaluate.batch_sizes={self.batch_sizes} names a size twice.")
-
-
-@dataclass
-class ExportConfig:
-    """The heads in the format of a serving engine, which stage export writes and reads back."""
-
-    format: str = choice("vllm", "vllm_medusa", "tgi", "mlc")
-    """vllm (vLLM with this package beside it: all kinds of heads), vllm_medusa (vLLM up to 0.32),
-    tgi (FasterDecoding's names, which Text Generation Inference reads) or mlc (MLC-LLM)."""
-    out: str | None = None
-    """Directory to write; by default export/FORMAT in the run directory."""
-    dtype: str = choice("auto", "float32", "bfloat16", "float16")
-    """Type of the stored tensors: auto (as trained, float32), float32, bfloat16 or float16."""
-    license: str | None = None
-    """License that the model card names, an identifier of the hub; by default, unknown."""
-
-    def __post_init__(self) -> None:
-        check(self, "export")
+        if self.server_plain is not None and self.server is None:
+            raise UserError(
+                "evaluate.server_plain is what evaluate.server, the engine with heads, is compared "
+                "with: set that too."
+            )
 
 
 @dataclass
@@ -696,8 +721,8 @@ class Config:
     """What runs share: generated and tokenized data, hidden states, regenerated responses,
     pretrained tiny models; each under a hash of what made it."""
     heads_from: str | None = None
-    """A run directory, or its heads/, whose heads this run decodes with, instead of training some;
-    or a directory of heads in the format of FasterDecoding, vLLM, TGI, MLC-LLM or ModelOpt."""
+    """A run directory, or its heads/, whose heads this run decodes with, instead of training some.
+    """
     device: str = choice("auto", "cpu", "cuda")
     """auto (cuda where there is one), cpu or cuda."""
     seed: int = 0
@@ -716,7 +741,7 @@ class Config:
     tree: TreeConfig = field(default_factory=TreeConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:

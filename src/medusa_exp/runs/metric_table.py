@@ -20,6 +20,8 @@ _FIELDS = {
     "depth": r"\d+",
     "method": r"\w+",
     "batch_size": r"\d+",
+    "concurrency": r"\d+",
+    "position": r"\d+",
     "category": ".+",
 }
 """What may stand in braces in a name -> what it stands for, as a regular expression."""
@@ -85,6 +87,7 @@ _share = partial(Metric, better="larger", unit="share", digits=1)
 _tokens = partial(Metric, better="larger")
 _loss = partial(Metric, better="smaller", digits=3)
 _count = partial(Metric, digits=0)
+_ms = partial(Metric, better="smaller", is_timed=True)
 
 METRICS = (
     # stage evaluate
@@ -159,6 +162,31 @@ METRICS = (
         "answers of a method identical to plain decoding",
     ),
     _count("eval/num_prompts", "prompts that were answered"),
+    _ratio(
+        "eval/server/c{concurrency}/speedup",
+        "speed-up of an engine with the heads, over the one without",
+    ),
+    _rate("eval/server/c{concurrency}/tokens_per_second", "tokens per second of the engine"),
+    _ms("eval/server/c{concurrency}/ms_per_token", "milliseconds per token of the engine"),
+    _share(
+        "eval/server/c{concurrency}/identical_fraction",
+        "answers of the engine identical to plain decoding here",
+    ),
+    _tokens(
+        "eval/server/tokens_per_step",
+        "tokens per step by the engine's own counters",
+        is_headline=True,
+        stat="tokens per step by the engine's own counters "
+        "(predicted here: {eval/server/predicted_tokens_per_step})",
+    ),
+    _tokens("eval/server/predicted_tokens_per_step", "tokens per step predicted for the engine"),
+    _share("eval/server/accepted_position{position}", "steps of the engine that accept a position"),
+    _share("eval/server/predicted_accepted_position{position}", "the same, as it is predicted"),
+    _rate("eval/server_plain/c{concurrency}/tokens_per_second", "that of the engine without heads"),
+    _ms("eval/server_plain/c{concurrency}/ms_per_token", "that of the engine without heads"),
+    _share(
+        "eval/server_plain/c{concurrency}/identical_fraction", "that of the engine without heads"
+    ),
     _loss(
         "eval/backbone_nats_per_token", "backbone's held-out loss, nats per token", is_headline=True
     ),

@@ -31,10 +31,12 @@ class ProgressBar:
     def __init__(self, what: str, total: int | None, completed: int = 0) -> None:
         remaining = TimeRemainingColumn(elapsed_when_finished=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+        tokens = TextColumn("{task.fields[tokens]}")
         # On stderr: what is redirected should hold results.
-        self._rich = Progress(*columns, remaining, console=Console(stderr=True))
-        self._task = self._rich.add_task(what, total=total, completed=completed)
-        self._last_line = time.monotonic()
+        self._rich = Progress(*columns, tokens, remaining, console=Console(stderr=True))
+        self._task = self._rich.add_task(what, total=total, completed=completed, tokens="")
+        self._start = self._last_line = time.monotonic()
+        self._tokens = 0
 
     def __enter__(self) -> "ProgressBar":
         self._rich.start()
@@ -43,10 +45,14 @@ class ProgressBar:
     def __exit__(self, *error: Any) -> None:
         self._rich.stop()
 
-    def advance(self, number: float = 1) -> None:
-        """Count so many more as done."""
+    def advance(self, number: float = 1, tokens: int = 0) -> None:
+        """Count so many more as done, and the tokens that they gave, if it is tokens they give."""
         self._rich.advance(self._task, number)
         now = time.monotonic()
+        self._tokens += tokens
+        if tokens:
+            speed = self._tokens / max(now - self._start, 1e-3)
+            self._rich.update(self._task, tokens=f"{speed:,.0f} tokens/s")
         if not self._rich.console.is_terminal and now - self._last_line >= BETWEEN_LINES:
             self._last_line = now
             log.info("%s", describe(self._rich.tasks[0]))
@@ -66,7 +72,8 @@ def describe(task: Task) -> str:
     done = f"{task.description}: {task.completed:,.0f}{total}"
     left = task.time_remaining
     time_left = "" if left is None else f"{timedelta(seconds=int(left))} left"
-    return ", ".join(filter(None, (done, rate(task.finished_speed or task.speed), time_left)))
+    speed, tokens = rate(task.finished_speed or task.speed), task.fields.get("tokens")
+    return ", ".join(filter(None, (done, speed, tokens, time_left)))
 
 
 def rate(speed: float | None) -> str:

@@ -39,6 +39,7 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.runs.files import write_jsonl
 from medusa_exp.runs.progress import track
+from medusa_exp.stages.engines import measure_servers
 from medusa_exp.stages.session import Session
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     records: list[Record] = []
     samples: list[dict[str, Any]] = []
     shares: dict[str, float] = {}
+    plain: list[list[int]] = []
     num_nodes = 0
     for batch_size in sorted(config.evaluate.batch_sizes):
         decoder.tree = tree = session.tree(decoder, batch_size)
@@ -83,12 +85,18 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             records += records_of(
                 batch, responses, batch_size, config.decode.rule, backbone, tree.num_checked
             )
+            if len(plain) < len(prompts):  # of the first batch size
+                plain += [response.tokens for response in responses["plain"][0]]
             if len(samples) < _MAX_SAMPLES:
                 samples.append(sample_of(batch[0], responses["tree"][0][0], tokenizer))
     write_jsonl(out / "records.jsonl", records)
     write_jsonl(out / "samples.jsonl", samples)
+    served: dict[str, float] = {}
+    if config.evaluate.server is not None:
+        served = measure_servers(session, decoder, prompts, plain)
     return {
         **summarize(records),
+        **served,
         "eval/num_nodes": float(num_nodes),
         **{f"eval/time/{part}": share for part, share in shares.items()},
         "eval/outside_backbone_fraction": 1 - sum(shares[part] for part in BACKBONES),

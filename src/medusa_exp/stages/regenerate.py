@@ -28,14 +28,24 @@ from medusa_exp.data.tokenized import Tokenized
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slots import Request, Slots, bucket
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.runs.cache import entry
-from medusa_exp.runs.files import Appender, drop_torn_line, read_json, read_jsonl, write_json
+from medusa_exp.runs.files import (
+    Appender,
+    content_key,
+    drop_torn_line,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 from medusa_exp.runs.progress import ProgressBar
+from medusa_exp.serving.client import answers
+from medusa_exp.stages.engines import open_engines
 from medusa_exp.stages.session import Session, limits_of, rule_of
 from medusa_exp.train.failures import explain_memory
 from medusa_exp.train.launch import map_on_ray
@@ -56,6 +66,8 @@ RECORD = "regenerated.json"
 """File of a run directory: what its stage regenerate has made or found."""
 _ROUNDS = 4
 """How many times the documents that a worker answers at a time it is given."""
+_SOME = 64
+"""Documents from which the prompts are taken by which engines are known."""
 
 
 def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
@@ -133,17 +145,20 @@ def _regenerated(session: Session, path: Path, documents: Tokenized) -> list[dic
     with Appender(path) as file, bar:
         for document in _answered(session, documents, ordered, rooms):
             file.append(document)
-            bar.advance()
+            bar.advance(tokens=sum(stop - start for start, stop in document["answers"]))
     return sorted(read_jsonl(path), key=lambda line: line["row"])
 
 
 def _answered(
     session: Session, documents: Tokenized, rows: list[int], rooms: dict[int, int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield documents, as dicts, as they are answered here or by workers."""
+    """Yield documents, as dicts, as they are answered here, by workers or by engines."""
     settings, examples = session.config.regenerate, documents.all()
     todo = (document_of(row, examples[row]) for row in rows)
     if not rows:
+        return
+    if settings.server is not None:
+        yield from map(asdict, _answered_by_engines(session, documents, rows, settings.server))
         return
     if not settings.workers:
         regenerator = Regenerator(session, documents.max_length, rooms[rows[0]])
@@ -163,6 +178,13 @@ def _answered(
     use_gpu = session.backbone(is_adapted=False).device.type == "cuda"
     for batch in map_on_ray(make, items, num_workers=settings.workers, use_gpu=use_gpu):
         yield from batch
+
+
+def _limits_and_rule(session: Session, backbone: Backbone) -> tuple[Limits, AcceptanceRule]:
+    """Return where regenerated responses end, and how their tokens are chosen."""
+    limits = limits_of(session.config, backbone, session.tokenizer())
+    limits = replace(limits, max_new_tokens=session.config.regenerate.max_new_tokens)
+    return limits, regeneration_rule(rule_of(session.config))
 
 
 def _chosen(config: Config, documents: Tokenized) -> list[int]:
@@ -203,6 +225,15 @@ class Document:
         self.tokens += self.contexts[turn]
         return True
 
+    def prompt(self, limits: Limits, max_length: int, backbone: Backbone) -> list[int] | None:
+        """Begin the next turn, and return what it is to follow; None where the document ends."""
+        turn = len(self.answers)
+        if turn == len(self.contexts):
+            return None
+        length = len(self.tokens) + len(self.contexts[turn])
+        limit = min(max_length, backbone.max_length_from(length))
+        return list(self.tokens) if self.next_turn(limits.max_new_tokens, limit) else None
+
     def take(self, tokens: list[int], limits: Limits) -> None:
         """Append a response; without an end within the limit it is the document's last."""
         start = len(self.tokens)
@@ -235,19 +266,17 @@ def answer(
     would not fit into `max_length` tokens. Each turn has draws of its own, whatever is answered
     beside it or was before.
     """
-    backbone, new_tokens = slots.source.backbone, limits.max_new_tokens
+    backbone = slots.source.backbone
     without_room: list[Document] = []
 
     def next_request(document: Document) -> Request | None:
-        turn = len(document.answers)
-        if turn < len(document.contexts):
-            length = len(document.tokens) + len(document.contexts[turn])
-            limit = min(max_length, backbone.max_length_from(length))
-            if document.next_turn(new_tokens, limit):
-                room = room_of(document, new_tokens, limit)
-                draws = (seed, document.row, turn)
-                return Request(list(document.tokens), limits, room, draws, document)
-        return None
+        prompt = document.prompt(limits, max_length, backbone)
+        if prompt is None:
+            return None
+        limit = min(max_length, backbone.max_length_from(len(prompt)))
+        room = room_of(document, limits.max_new_tokens, limit)
+        draws = (seed, document.row, len(document.answers))
+        return Request(prompt, limits, room, draws, document)
 
     def requests() -> Iterator[Request]:
         for document in documents:
@@ -265,6 +294,36 @@ def answer(
     yield from without_room
 
 
+def _answered_by_engines(
+    session: Session, documents: Tokenized, rows: list[int], urls: str
+) -> Iterator[Document]:
+    """Yield documents as running engines answer them; each turn follows the answer before."""
+    config, examples, max_length = session.config, documents.all(), documents.max_length
+    backbone = _in_training_dtype(config, session.backbone(is_adapted=False))
+    limits, rule = _limits_and_rule(session, backbone)
+    some = (document_of(row, examples[row]) for row in rows[-_SOME:])  # the shortest
+    engines = open_engines(
+        urls,
+        config.serving,
+        backbone,
+        [document.contexts[0] for document in some if document.contexts],
+        limits=limits,
+        rule=rule,
+        max_length=max_length,
+    )
+
+    async def answer_turns(document: Document) -> Document:
+        while (prompt := document.prompt(limits, max_length, backbone)) is not None:
+            draws = int(content_key(config.seed, document.row, len(document.answers)), 16)
+            document.take(await engines.respond(prompt, draws % 2**31), limits)
+        return document
+
+    todo = (document_of(row, examples[row]) for row in rows)
+    yield from answers(engines, answer_turns, todo, config.regenerate.server_concurrency)
+    known = [[engine.url, engine.model, engine.fingerprint] for engine in engines.engines]
+    session.notes.add(engines=known)
+
+
 class Regenerator:
     """Answers documents; each process that does has one, with a backbone of its own."""
 
@@ -279,11 +338,7 @@ class Regenerator:
         config, backbone = session.config, session.backbone(is_adapted=False)
         self.config, self.max_length, self.num_columns = config, max_length, num_columns
         backbone = _in_training_dtype(config, backbone)
-        self.limits = replace(
-            limits_of(config, backbone, session.tokenizer()),
-            max_new_tokens=config.regenerate.max_new_tokens,
-        )
-        self.rule = regeneration_rule(rule_of(config))
+        self.limits, self.rule = _limits_and_rule(session, backbone)
         self.decoder = _decoder(config, session.out, backbone)
 
     @classmethod

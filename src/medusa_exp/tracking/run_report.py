@@ -55,6 +55,7 @@ def _content(run_dir: Path) -> Row:
         "headline": headline(metrics, records),
         "samples": read_jsonl(run_dir / "samples.jsonl"),
         "methods": methods(metrics, all_records),
+        "served": served(metrics, read_json(run_dir / "serving.json", {})),
         "categories": categories(metrics, records),
         "heads": heads(metrics),
         "rank_chart": charts.rank_chart(calibrated["rank_share"]) if calibrated else None,
@@ -138,6 +139,32 @@ def methods(metrics: Row, records: Iterable[Row]) -> list[Row]:
         if known:
             rows.append({"method": method, "batch_size": size, **known})
     return sorted(rows, key=lambda row: (row["batch_size"], -row.get("speedup", 0)))
+
+
+def served(metrics: Row, about: Row) -> Row | None:
+    """Return what was measured of running engines: a row a concurrency, a row a position."""
+    names = {"server": "", "server_plain": "plain_"}
+    levels: defaultdict[int, Row] = defaultdict(dict)
+    for name, value in metrics.items():
+        if found := re.fullmatch(r"eval/(server|server_plain)/c(\d+)/(\w+)", name):
+            server, concurrency, figure = found.groups()
+            levels[int(concurrency)][f"{names[server]}{figure}"] = value
+    if not levels:
+        return None
+    positions = [
+        {
+            "position": position,
+            "measured": metrics[f"eval/server/accepted_position{position}"],
+            "predicted": metrics.get(f"eval/server/predicted_accepted_position{position}"),
+        }
+        for position in _numbers(metrics, "eval/server/accepted_position")
+    ]
+    return {
+        "levels": [{"concurrency": number, **levels[number]} for number in sorted(levels)],
+        "positions": positions,
+        "has_plain": any("plain_tokens_per_second" in row for row in levels.values()),
+        **{key: about.get("heads", {}).get(key) for key in ("model", "fingerprint")},
+    }
 
 
 def categories(metrics: Row, records: list[Row]) -> Row | None:

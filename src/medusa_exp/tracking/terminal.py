@@ -80,7 +80,7 @@ def quiet_libraries(stages: list[str]) -> None:
         import lightning.pytorch  # it sets up its logging when it is imported
 
     transformers_logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric", "httpx"):
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx2", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
     lightning = logging.getLogger("lightning.pytorch")
     lightning.handlers.clear()  # Hydra's handlers print what is passed on

@@ -6,6 +6,7 @@ Stage regenerate writes them; training and the feature cache read them.
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -23,10 +24,10 @@ KIND = "regenerated"
 """Directory of the cache."""
 DOCUMENTS, SUMMARY = "documents.arrow", "summary.json"
 _IN_KEY = ("num_documents", "num_val_documents", "max_new_tokens")
-_NOT_IN_KEY = ("batch_size", "use_heads", "workers")
+_NOT_IN_KEY = ("batch_size", "use_heads", "workers", "server", "server_concurrency")
 _DRAWS = 2
 """Counts the ways in which samples have been drawn: 2 is by the seed, the document and its turn."""
-_RULE_IN_KEY = "name temperature top_k top_p epsilon alpha seed verifier".split()
+_RULE_IN_KEY = "name temperature top_k top_p epsilon alpha seed".split()
 
 
 def open_regenerated(cache_dir: str, key: str, dataset: DatasetConfig) -> dict[str, Examples]:
@@ -39,8 +40,8 @@ def open_regenerated(cache_dir: str, key: str, dataset: DatasetConfig) -> dict[s
     if not has_responses(path):
         raise UserError(
             "train.text=regenerated: there are no responses of this backbone to this data set yet: "
-            "put stage regenerate before train, with the same regenerate.* and decode.*, or set "
-            "train.text=data."
+            "put stage regenerate before train, with the same regenerate.* (regenerate.server too: "
+            "an engine's responses are kept apart) and decode.*, or set train.text=data."
         )
     try:
         table = open_examples(path / DOCUMENTS)
@@ -73,17 +74,26 @@ def regenerated_key(
 ) -> str:
     """Name all that decides the responses. Batches are left out: they only move near-ties.
 
+    An engine's responses have a name of their own, since its arithmetic is its own: whoever trains
+    on them says `regenerate.server` too. Which engine it was, and where, does not count: each is
+    held against this backbone before it is asked. Nor does what computes here, of which that
+    depends in process: so the stage may run with device=cpu beside an engine that has the GPU.
+
     `documents_key` names the tokenized documents, `precision` is as `pick_precision` has it.
     """
+    names, arithmetic = set(_RULE_IN_KEY), list[Any](["engine"])
+    if settings.server is None:
+        names.add("verifier")
+        dtype = str(AUTOCAST.get(precision, backbone.model.dtype))
+        arithmetic = [dtype, [metadata.version(name) for name in ("torch", "transformers")]]
     return content_key(
         documents_key,
         [dataset.val_fraction, dataset.test_fraction],
         backbone.weights_fingerprint(),
         settings_in_key(settings, _IN_KEY, but=_NOT_IN_KEY),
-        settings_in_key(regeneration_rule(rule), _RULE_IN_KEY),
+        settings_in_key(regeneration_rule(rule), names, but={"verifier"}),
         [sorted(limits.stop_ids), list(limits.stop_strings)],
-        str(AUTOCAST.get(precision, backbone.model.dtype)),
-        [metadata.version(name) for name in ("torch", "transformers")],
+        *arithmetic,
         *([_DRAWS] if rule.name == "sampling" else []),
     )
 

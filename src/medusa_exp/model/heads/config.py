@@ -4,11 +4,7 @@ from transformers import PreTrainedConfig
 
 
 class MedusaHeadsConfig(PreTrainedConfig):
-    """Shape of the heads, and which backbone they belong to; transformers makes it a dataclass.
-
-    Imported heads may say nothing of their backbone: `backbone_identity` is then empty. Those that
-    are tied to a matrix which came with them have its digest in `lm_head_sha256`.
-    """
+    """Shape of the heads, and which backbone they belong to; transformers makes it a dataclass."""
 
     model_type = "medusa"
 
@@ -25,4 +21,3 @@ class MedusaHeadsConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     backbone: str = ""
     backbone_identity: str = ""
-    lm_head_sha256: str = ""
