@@ -13,7 +13,7 @@ LAYERS = (
     {"data", "tree", "tracking"},
     {"model"},
     {"decode"},
-    {"train", "evaluate", "serving"},
+    {"train", "evaluate", "serving", "export"},
     {"stages"},
     {"cli"},
     {"__main__"},

@@ -43,6 +43,7 @@ STAGES = {
     "train": "medusa_exp.stages.train",
     "calibrate": "medusa_exp.stages.calibrate",
     "evaluate": "medusa_exp.stages.evaluate",
+    "export": "medusa_exp.stages.export",
     "chat": "medusa_exp.stages.chat",
     "report": "medusa_exp.stages.report",
 }
@@ -202,7 +203,6 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     Writes `run.json` and `metrics.json` after every stage, so that a failure keeps what was done.
     `command` is, for the record, how it was called, without what was saved with the run.
     """
-    from medusa_exp.model.checkpoint import adopt_heads
     from medusa_exp.runs.compare import compare_with_source
     from medusa_exp.runs.record import RunRecord
     from medusa_exp.stages.session import Session
@@ -212,7 +212,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
         quiet_libraries(config.stages)
     if config.heads_from is not None:
-        adopt_heads(config.heads_from, out)
+        Session(config, out).adopt_heads(config.heads_from)
     record = RunRecord(out, config, command)
     with Tracker(record) as tracker:
         session = Session(config, out, tracker.log_step)

@@ -679,6 +679,24 @@ class EvaluateConfig:
 
 
 @dataclass
+class ExportConfig:
+    """The heads in the format of a serving engine, which stage export writes and reads back."""
+
+    format: str = choice("vllm", "vllm_medusa", "tgi", "mlc")
+    """vllm (vLLM with this package beside it: all kinds of heads), vllm_medusa (vLLM up to 0.32),
+    tgi (FasterDecoding's names, which Text Generation Inference reads) or mlc (MLC-LLM)."""
+    out: str | None = None
+    """Directory to write; by default export/FORMAT in the run directory."""
+    dtype: str = choice("auto", "float32", "bfloat16", "float16")
+    """Type of the stored tensors: auto (as trained, float32), float32, bfloat16 or float16."""
+    license: str | None = None
+    """License that the model card names, an identifier of the hub; by default, unknown."""
+
+    def __post_init__(self) -> None:
+        check(self, "export")
+
+
+@dataclass
 class LoggerConfig:
     """Tracking beside the run directory's own files, which are always written."""
 
@@ -721,8 +739,8 @@ class Config:
     """What runs share: generated and tokenized data, hidden states, regenerated responses,
     pretrained tiny models; each under a hash of what made it."""
     heads_from: str | None = None
-    """A run directory, or its heads/, whose heads this run decodes with, instead of training some.
-    """
+    """A run directory, or its heads/, whose heads this run decodes with, instead of training some;
+    or a directory of heads in the format of FasterDecoding, vLLM, TGI, MLC-LLM or ModelOpt."""
     device: str = choice("auto", "cpu", "cuda")
     """auto (cuda where there is one), cpu or cuda."""
     seed: int = 0
@@ -741,6 +759,7 @@ class Config:
     tree: TreeConfig = field(default_factory=TreeConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 

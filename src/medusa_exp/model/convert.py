@@ -47,7 +47,7 @@ def convert(model: str, out: str | Path, revision: str | None = None) -> Path:
     source = _source(model, revision)
     tensors: dict[str, Tensor] = {}
     for path in _files(source):
-        tensors |= _read(path)
+        tensors |= read_pickle(path)
         log.info("read %s, sha256 %s", path, sha256_file(path))
     with publish(out) as partial:
         partial.mkdir()
@@ -90,7 +90,8 @@ def _files(source: Path) -> list[Path]:
     return found
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a pickle; raise a UserError where it holds anything else."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # of a pickle that is damaged, or that names code

@@ -3,6 +3,7 @@
 Here the whole `Config` is taken apart; what loads data and models knows of its own settings alone.
 """
 
+import logging
 from functools import cached_property
 from pathlib import Path
 
@@ -11,24 +12,30 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config, from_hydra, load_saved
 from medusa_exp.data.conversations import Conversation
-from medusa_exp.data.prompts import HasRoom
+from medusa_exp.data.prompts import HasRoom, prompts_of
 from medusa_exp.data.sources import Source, dataset_key, files_of, load_split, open_sources
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
+from medusa_exp.export import importing
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
-from medusa_exp.model.heads import stack_heads
+from medusa_exp.model.heads import MedusaHeads, stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.source import ModelSpec, adapted_path, tiny_dir
 from medusa_exp.model.tokenizer import load_tokenizer
-from medusa_exp.runs.files import read_json
+from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
 from medusa_exp.tracking.history import StepLogger
 from medusa_exp.tree import Tree
 from medusa_exp.tree.calibration import choose_tree
+
+log = logging.getLogger(__name__)
+
+_IMPORTED, _TRIED_PROMPTS = "imported_heads.json", 10
+"""Where it is noted what imported heads are worth, and prompts on which that is measured."""
 
 
 class Session:
@@ -158,9 +165,12 @@ class Session:
             UserError: the run has no heads or no tree, or its model cannot be decoded with trees.
         """
         backbone, tokenizer = self.backbone(), self.tokenizer()
+        heads = load_heads(self.out / "heads", backbone)
+        if not heads.config.backbone_identity:
+            self._try_imported(heads, backbone, tokenizer)
         decoder = Decoder(
             backbone,
-            stack_heads(load_heads(self.out / "heads", backbone), backbone),
+            stack_heads(heads, backbone),
             rule=rule_of(self.config),
             limits=limits_of(self.config, backbone, tokenizer),
             tokenizer=tokenizer,
@@ -169,6 +179,55 @@ class Session:
         if is_tree_known:
             decoder.tree = self.tree(decoder)
         return decoder
+
+    def adopt_heads(self, heads_from: str) -> None:
+        """Put the heads that the config names into the run directory.
+
+        Raises:
+            UserError: there are none, they lack something, or the run directory has others.
+        """
+
+        def vocab_size() -> int:
+            return int(self.spec.model_config().get_text_config().vocab_size)
+
+        importing.adopt(heads_from, self.out, vocab_size)
+
+    def _try_imported(
+        self, heads: MedusaHeads, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Say once what heads are worth that do not say for which weights they were trained.
+
+        Raises:
+            UserError: they are tied to another lm_head.
+        """
+        importing.check_origin(heads, backbone, self.out / "heads")
+        record = self.out / _IMPORTED
+        if record.is_file():
+            return
+        limits = limits_of(self.config, backbone, tokenizer)
+        try:
+            prompts = prompts_of(
+                self.split("val"),
+                tokenizer,
+                max_tokens=self.prompt_tokens(backbone.max_length),
+                has_room=self.has_room(backbone),
+                num_prompts=_TRIED_PROMPTS,
+            )
+        except UserError as error:
+            log.warning("what the imported heads are worth here is not known: %s", error)
+            return
+        ids = [prompt.input_ids for prompt in prompts]
+        tokens = [decode_plain(backbone, [one], limits)[0].tokens for one in ids]
+        responses = list(zip(ids, tokens, strict=True))
+        shares = importing.measure_first_choices(heads, backbone, responses)
+        log.info(
+            "imported heads, for %s: on %d prompts the first choice of each head is this "
+            "backbone's token for %s",
+            heads.config.backbone or "a model not named",
+            len(ids),
+            importing.as_text(shares),
+        )
+        write_json(record, {"first_choices": shares, "num_prompts": len(ids)})
 
     def tree(self, decoder: Decoder, batch_size: int = 1) -> Tree:
         """Return the tree that the config names, for these heads and so many rows at a time."""

@@ -4,7 +4,11 @@ from transformers import PreTrainedConfig
 
 
 class MedusaHeadsConfig(PreTrainedConfig):
-    """Shape of the heads, and which backbone they belong to; transformers makes it a dataclass."""
+    """Shape of the heads, and which backbone they belong to; transformers makes it a dataclass.
+
+    Imported heads may say nothing of their backbone: `backbone_identity` is then empty. Those that
+    are tied to a matrix which came with them have its digest in `lm_head_sha256`.
+    """
 
     model_type = "medusa"
 
@@ -21,3 +25,4 @@ class MedusaHeadsConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     backbone: str = ""
     backbone_identity: str = ""
+    lm_head_sha256: str = ""

@@ -1,0 +1,206 @@
+"""What stands beside exported heads: the model card, the command that serves them, their settings.
+
+vLLM drafts one token of every head in a row, a chain. From the run's records and calibration come
+the two settings that it takes of measurements: how many tokens to draft at which batch size
+(`num_speculative_tokens_per_batch_size`), and which share of drafts it should accept at each
+position (`synthetic_acceptance_rates`, by which its counters can be compared, or load be tried).
+"""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medusa_exp.tree.calibration import Calibration, Curve
+
+Record = dict[str, Any]
+"""A line of records.jsonl: stage evaluate's."""
+SETTINGS = "speculative_config.json"
+_METHODS = {"vllm": "mtp", "vllm_medusa": "medusa"}
+"""Format -> vLLM's word for how such heads draft."""
+_NEEDS = {
+    "vllm": "vLLM, and `pip install medusa-exp` beside it, whose plugin reads these heads.",
+    "vllm_medusa": "vLLM 0.32 or earlier: later ones have no medusa method.",
+    "tgi": "Text Generation Inference. It drafts for at most 128 tokens at a time.",
+    "mlc": "MLC-LLM, and the target converted for it. Not tried by this project.",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says of the run that the heads come from."""
+
+    title: str
+    target: str
+    """Directory or hub name of the target."""
+    is_on_hub: bool
+    license: str
+    trained: dict[str, Any]
+    """How the heads were trained: words and figures."""
+    measured: list[tuple[str, str]]
+    """What was measured, and its value."""
+    hardware: str
+
+
+def chain_rates(
+    records: Sequence[Record], calibration: Calibration | None, num_heads: int
+) -> tuple[list[float], str] | None:
+    """Return the share of drafts accepted up to each position of a chain, and where it is from.
+
+    Measured by method `chain` of stage evaluate where that ran; else from the calibration, whose
+    tree need not hold the whole chain: what it lacks is estimated by the heads' own shares.
+    """
+    chains = [record for record in records if record["method"] == "chain"]
+    smallest = min((record["batch_size"] for record in chains), default=1)
+    lengths = [
+        length
+        for record in chains
+        if record["batch_size"] == smallest
+        for length in record["accept_lengths"][1:]
+    ]
+    if lengths:
+        counts = [sum(length > k for length in lengths) for k in range(1, num_heads + 1)]
+        return [count / len(lengths) for count in counts], "measured over a chain"
+    if calibration is None:
+        return None
+    by_path = dict(zip(calibration.tree.paths, calibration.node_probability, strict=True))
+    rates, last = [], 1.0
+    for k in range(num_heads):
+        last = min(last, by_path.get((0,) * (k + 1), last * calibration.rank_share[k][0]))
+        rates.append(last)
+    return rates, "estimated from the calibration"
+
+
+def schedule(calibration: Calibration, rates: Sequence[float]) -> list[list[int]]:
+    """Return [first batch size, last, tokens to draft] for all sizes that were calibrated.
+
+    What drafts most tokens a second by the steps' times of this project's own decoding on the
+    machine of the calibration; a chain of n tokens takes as long as a tree of n + 1 nodes. An
+    engine keeps the last entry for larger batches.
+    """
+    curves = sorted(calibration.batch_sizes, key=lambda curve: curve.batch_size)
+    firsts = [1, *(curve.batch_size for curve in curves[1:])]
+    lasts = [*(first - 1 for first in firsts[1:]), curves[-1].batch_size]
+    return [
+        [first, max(first, last), _fastest(curve, rates)]
+        for first, last, curve in zip(firsts, lasts, curves, strict=True)
+    ]
+
+
+def _fastest(curve: Curve, rates: Sequence[float]) -> int:
+    seconds = {point.num_nodes: point.step_seconds for point in curve.curve if point.num_nodes > 1}
+    seconds[1] = curve.plain_step_seconds
+    nodes = sorted(seconds)
+    longest = min(len(rates), nodes[-1] - 1)  # beyond the largest tree nothing was timed
+    tokens = 1 + np.concatenate([[0], np.cumsum(rates)])[: longest + 1]
+    took = np.interp(np.arange(1, longest + 2), nodes, [seconds[number] for number in nodes])
+    return int(np.argmax(tokens / took))
+
+
+def settings(
+    format_: str, num_heads: int, records: Sequence[Record], calibration: Calibration | None
+) -> dict[str, Any] | None:
+    """Return vLLM's speculative settings without the model, and beside them what was measured."""
+    if format_ not in _METHODS:
+        return None
+    found: dict[str, Any] = {
+        "speculative_config": {"method": _METHODS[format_], "num_speculative_tokens": num_heads}
+    }
+    if (of_chain := chain_rates(records, calibration, num_heads)) is not None:
+        rates, source = of_chain
+        found["synthetic_acceptance_rates"] = [round(rate, 4) for rate in rates]
+        found["synthetic_acceptance_rates_are"] = source
+        if calibration is not None:
+            found["num_speculative_tokens_per_batch_size"] = schedule(calibration, rates)
+    return found
+
+
+def command(format_: str, target: str, place: str, num_heads: int) -> str:
+    """Return the command that serves an export, of several lines where an engine asks for them."""
+    if format_ in _METHODS:
+        spoken = {
+            "model": place,
+            "method": _METHODS[format_],
+            "num_speculative_tokens": num_heads,
+        }
+        return f"vllm serve {shlex.quote(target)} --speculative-config {_quoted(spoken)}"
+    if format_ == "tgi":
+        return f"text-generation-launcher --model-id {shlex.quote(place)}"
+    kind = "--model-type medusa --quantization q0f32"
+    place = shlex.quote(place)
+    return "\n".join(
+        (
+            f"mlc_llm convert_weight {place} {kind} -o heads-mlc",
+            f"mlc_llm gen_config {place} {kind} --conv-template LM -o heads-mlc",
+            "mlc_llm serve TARGET-mlc --additional-models heads-mlc --speculative-mode medusa",
+        )
+    )
+
+
+def _quoted(value: dict[str, Any]) -> str:
+    return shlex.quote(json.dumps(value))
+
+
+def card(format_: str, facts: Facts, num_heads: int, found: dict[str, Any] | None) -> str:
+    """Return README.md of an export; paths of this machine are not in it."""
+    target = facts.target if facts.is_on_hub else "TARGET"
+    base = f"base_model: {facts.target}\nbase_model_relation: adapter\n" * facts.is_on_hub
+    named = facts.target if facts.is_on_hub else f"`{Path(facts.target).name}` (a local directory)"
+    parts = [
+        f"---\nlibrary_name: medusa-exp\nlicense: {facts.license}\n{base}"
+        "tags:\n- speculative-decoding\n- medusa\n---\n",
+        f"# {facts.title}\n",
+        f"{num_heads} Medusa heads for {named}, in the format `{format_}` of medusa_exp. They "
+        "propose tokens that the target checks: its greedy answers stay what they are.\n",
+        "## Serve\n",
+        f"Needs {_NEEDS[format_]}\n",
+        f"```\n{command(format_, target, 'DIR', num_heads)}\n```\n",
+        _about_settings(found),
+        "## How they were trained\n",
+        _table(("setting", "value"), facts.trained.items()),
+        "## Measured\n",
+        _measured(facts),
+        "## Files\n",
+        "The heads were read back from these files by a reading of the format alone, and their "
+        "logits are those of the trained heads. `config.json` names the target's weights "
+        "(`medusa_backbone_identity`) and each head (`medusa_heads_sha256`); "
+        "`python -m medusa_exp.export.check DIR --target TARGET` compares all that.\n",
+        "The license of the target holds for the target; whether it reaches these heads is for "
+        "you to find out.\n"
+        if facts.license == "unknown"
+        else "",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _measured(facts: Facts) -> str:
+    if not facts.measured:
+        return "Nothing yet: stage evaluate of the run had not been done.\n"
+    table = _table(("figure", "value"), facts.measured)
+    how = f"By medusa_exp's own decoding over a tree, on {facts.hardware}; not in this engine."
+    return f"{how}\n\n{table}"
+
+
+def _about_settings(found: dict[str, Any] | None) -> str:
+    if found is None or "synthetic_acceptance_rates" not in found:
+        return ""
+    rates = ", ".join(f"{rate:.1%}" for rate in found["synthetic_acceptance_rates"])
+    text = (
+        f"Share of drafts accepted up to each position: {rates} "
+        f"({found['synthetic_acceptance_rates_are']}). The engine's counters should be near it.\n"
+    )
+    if "num_speculative_tokens_per_batch_size" in found:
+        text += (
+            f"\n`{SETTINGS}` has `num_speculative_tokens_per_batch_size`, how many tokens pay at "
+            "which batch size: from step times of medusa_exp on its machine. Measure yours.\n"
+        )
+    return text
+
+
+def _table(head: tuple[str, str], rows: Any) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)]) + "\n"

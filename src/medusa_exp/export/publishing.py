@@ -1,0 +1,158 @@
+"""Let an export out only if its files, read back independently, are our heads: bit for bit.
+
+R rows, T positions, D hidden, V vocabulary, K heads.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from medusa_exp.errors import UserError
+from medusa_exp.export.formats import DTYPES, FORMATS, Source, write
+from medusa_exp.export.reading import Reading, config_text, read_heads
+from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.checkpoint import WEIGHTS, load_heads
+from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.runs.files import publish
+
+_ROWS, _POSITIONS = 16, 5
+_ROUNDING = 1e-5
+"""Relative error of a product of two factors that a format makes one matrix, in float32."""
+
+
+def open_source(
+    heads: Path, backbone: Backbone, target: str, dtype: str = "auto"
+) -> tuple[Source, MedusaHeads]:
+    """Return heads to export, and the same as modules: in the dtype to store, but held in float32.
+
+    Args:
+        heads: directory of heads/.
+        backbone: theirs, or its ends, on the CPU.
+        target: directory or hub name by which an engine loads it.
+        dtype: of the stored tensors: auto (as they are) or a name of `DTYPES`.
+    """
+    loaded = load_heads(heads)
+    tensors = load_file(heads / WEIGHTS)
+    if dtype != "auto":
+        tensors = {
+            name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
+    loaded.load_state_dict(tensors)
+    target_config = backbone.model.config.get_text_config()
+    source = Source(
+        loaded.config, tensors, backbone.lm_head, backbone.logit_scale, target, target_config
+    )
+    return source, loaded.float().attach(backbone).eval()
+
+
+def export(
+    source: Source,
+    ours: MedusaHeads,
+    backbone: Backbone,
+    format_: str,
+    out: Path,
+    add: Callable[[Path, Reading], None] = lambda place, reading: None,
+) -> Reading:
+    """Write heads in a format, read them back, compare, and publish.
+
+    Args:
+        source: as of `open_source`.
+        ours: likewise.
+        backbone: the target, or its ends.
+        format_: a name of `formats.FORMATS`.
+        out: the directory to make; an old one there is replaced.
+        add: writes what stands beside the heads into the directory that is about to be published.
+
+    Raises:
+        UserError: the format cannot hold these heads, or the read-back is not the same heads.
+    """
+    with publish(out) as partial:
+        write(source, format_, partial)
+        reading = read_heads(partial)
+        compare(reading, ours, backbone, tolerance=_tolerance(source, format_))
+        note_fingerprints(reading)
+        add(partial, reading)
+    reading.place = out
+    return reading
+
+
+def _tolerance(source: Source, format_: str) -> float:
+    """Return 0, or the relative error where a format makes one large matrix of what is saved."""
+    is_scaled = source.is_tied and source.logit_scale != 1
+    is_product = source.config.kind == "medusa_lowrank" or is_scaled
+    if not is_product or FORMATS[format_].reads_all:
+        return 0.0
+    return max(_ROUNDING, *(torch.finfo(t.dtype).eps for t in source.floats()))
+
+
+def note_fingerprints(reading: Reading) -> None:
+    """Write into the config by which digest each head is known: a swap is then seen."""
+    path = reading.place / "config.json"
+    digests = [reading.head_sha256(k) for k in range(len(reading.heads))]
+    config = {**json.loads(path.read_text("utf-8")), "medusa_heads_sha256": digests}
+    path.write_text(config_text(config), encoding="utf-8")
+
+
+@torch.no_grad()
+def compare(reading: Reading, ours: MedusaHeads, backbone: Backbone, tolerance: float = 0) -> None:
+    """Hold a reading's logits against ours, on random states.
+
+    Tokens that ours never propose may have the logit 0 instead of minus infinity.
+
+    Raises:
+        UserError: something in it is missing or too much, or logits differ; says which and where.
+    """
+    if reading.faults:
+        texts = "; ".join(fault.text for fault in reading.faults)
+        raise UserError(f"the export does not read back: {texts}. Nothing was published.")
+    if len(reading.heads) != ours.num_heads:
+        raise UserError(
+            f"the export reads back as {len(reading.heads)} heads of {ours.num_heads}: nothing was "
+            "published."
+        )
+    states_RTD, drafted_RK = random_inputs(ours)
+    embedding = backbone.model.get_input_embeddings()
+    read_RD = reading.prefixed(states_RTD)[:, -1]
+    own_RD = (states_RTD if ours.prefix is None else ours.prefix(states_RTD))[:, -1]
+    for k in range(ours.num_heads):
+        wanted_RV = ours.over_vocabulary(ours.head_logits(k, own_RD, drafted_RK))
+        embedded_RJD = embedding(drafted_RK[:, : k + 1]) if ours.is_sequential else None
+        found_RV = reading.logits(k, read_RD, embedded_RJD, backbone.lm_head, backbone.logit_scale)
+        if not _are_same(found_RV, wanted_RV, tolerance):
+            raise UserError(
+                f"the export does not read back: logits of head {k + 1} differ from ours by up to "
+                f"{_difference(found_RV, wanted_RV):.3g}. Nothing was published."
+            )
+
+
+def random_inputs(heads: MedusaHeads) -> tuple[Tensor, Tensor]:
+    """Return random states_RTD and tokens_RK: always the same ones."""
+    config, generator = heads.config, torch.Generator().manual_seed(0)
+    shape = (_ROWS, _POSITIONS, config.hidden_size)
+    states_RTD = torch.randn(shape, generator=generator)
+    drafted_RK = torch.randint(config.vocab_size, (_ROWS, config.num_heads), generator=generator)
+    return states_RTD, drafted_RK
+
+
+def _are_same(found_RV: Tensor, wanted_RV: Tensor, tolerance: float) -> bool:
+    if found_RV.shape != wanted_RV.shape:
+        return False
+    is_known_RV = wanted_RV.isfinite()
+    unknown = found_RV[~is_known_RV]
+    if not ((unknown == 0) | unknown.isneginf()).all():
+        return False
+    found, wanted = found_RV[is_known_RV].float(), wanted_RV[is_known_RV].float()
+    if not tolerance:
+        return torch.equal(found, wanted)
+    return bool((found - wanted).norm() <= tolerance * wanted.norm())
+
+
+def _difference(found_RV: Tensor, wanted_RV: Tensor) -> float:
+    if found_RV.shape != wanted_RV.shape:
+        return float("inf")
+    return float((found_RV - wanted_RV).nan_to_num(0.0).abs().max())

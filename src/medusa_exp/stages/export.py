@@ -1,0 +1,136 @@
+"""Stage export: write the run's heads in the format of an engine, read back and compared.
+
+Beside the heads stand the tree, the calibration and what an engine takes of it, a model card, and
+in the card the command that serves them.
+"""
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from medusa_exp.config import Config
+from medusa_exp.config.privacy import shareable_text
+from medusa_exp.errors import UserError
+from medusa_exp.export import card
+from medusa_exp.export.formats import why_not
+from medusa_exp.export.publishing import export, open_source
+from medusa_exp.export.reading import Reading
+from medusa_exp.identity import identity_of
+from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.checkpoint import check_fit, load_heads
+from medusa_exp.model.loading import load_backbone, load_ends
+from medusa_exp.model.source import adapted_path, is_adapters
+from medusa_exp.runs.files import read_json, read_jsonl, write_json
+from medusa_exp.stages.session import Session
+from medusa_exp.tracking.terminal import headlines
+from medusa_exp.tree.calibration import CALIBRATION, Calibration, load_calibration
+
+log = logging.getLogger(__name__)
+
+_BESIDE = ("tree.json", CALIBRATION)
+
+
+def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
+    """Export the heads; it adds no number."""
+    session = session or Session(config, out)
+    format_, heads = config.export.format, out / "heads"
+    place = Path(config.export.out).expanduser() if config.export.out else out / "export" / format_
+    _check_place(place, out)
+    if reason := why_not(load_heads(heads).config, format_):
+        _refuse(format_, reason)
+    backbone, target = open_target(session)
+    check_fit(load_heads(heads), backbone, heads)
+    source, ours = open_source(heads, backbone, target, config.export.dtype)
+    number = ours.num_heads
+
+    def add(partial: Path, reading: Reading) -> None:
+        found = card.settings(format_, number, read_jsonl(out / "records.jsonl"), _calibration(out))
+        if found is not None:
+            write_json(partial / card.SETTINGS, found)
+        for name in _BESIDE:
+            if (out / name).is_file():
+                shutil.copy2(out / name, partial / name)
+        text = card.card(format_, facts_of(config, out, target), number, found)
+        (partial / "README.md").write_text(text, encoding="utf-8")
+
+    export(source, ours, backbone, format_, place, add)
+    session.notes.add(format=format_, directory=str(place))
+    log.info("exported to %s: read back, and its logits are those of the run's heads", place)
+    log.info("serve with:\n%s", card.command(format_, target, str(place.resolve()), number))
+    return {}
+
+
+def _check_place(place: Path, out: Path) -> None:
+    """Refuse directories that are not an export's: what is there would be replaced."""
+    is_export = "medusa_heads_sha256" in read_json(place / "config.json", {})
+    if place.resolve() == out.resolve() or (place.exists() and not is_export):
+        if place.is_dir() and not any(place.iterdir()):
+            return
+        raise UserError(
+            f"export.out={place} is there already, and holds no export: name a new directory."
+        )
+
+
+def open_target(session: Session) -> tuple[Backbone, str]:
+    """Return the two ends of the heads' backbone, on the CPU, and where an engine finds the model.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    config, spec = session.config, replace(session.spec, device="cpu")
+    if config.train.kind == "medusa2" and (adapted := adapted_path(config.run_dir)) is not None:
+        if is_adapters(adapted):
+            log.warning(
+                "these heads belong to the model with the adapters in %s: an engine needs it "
+                "merged (train.lora.output=merged)",
+                adapted,
+            )
+        return load_backbone(spec, adapted), str(adapted.resolve())
+    path = Path(spec.model_path())
+    place = str(path.resolve() if path.exists() else path)  # for other working directories
+    if spec.model.quantization is not None:
+        return load_backbone(spec), place
+    num_layers = spec.model_config().get_text_config().num_hidden_layers
+    ends = load_ends(spec, "", "")
+    ends.leave_out_body(identity_of(ends.model, num_layers), "")
+    return ends, place
+
+
+def _calibration(out: Path) -> Calibration | None:
+    """Return the run's calibration, if it has one of these heads."""
+    try:
+        return load_calibration(out)
+    except UserError as error:
+        log.info("no calibration goes with the export: %s", error)
+        return None
+
+
+def facts_of(config: Config, out: Path, target: str) -> card.Facts:
+    """Return what the card says of a run."""
+    record, head, train = read_json(out / "run.json", {}), config.head, config.train
+    trained = {
+        "heads": f"{head.num_heads} of kind {head.kind}, {head.num_layers} residual blocks each",
+        "data": config.dataset.kind if not config.dataset.path else Path(config.dataset.path).name,
+        "text": train.text,
+        "labels, loss": f"{train.labels}, {train.loss}",
+        "backbone": "frozen" if train.kind == "medusa1" else "adapted together with the heads",
+        "steps": read_json(out / "metrics.json", {}).get("train/steps", "unknown"),
+        "commit of medusa_exp": record.get("git", {}).get("commit") or "unknown",
+    }
+    if config.heads_from is not None:
+        trained = {"heads": f"taken from {Path(config.heads_from).name}: see there"}
+    is_on_hub = not Path(target).expanduser().exists()
+    return card.Facts(
+        title=f"Medusa heads of {config.name}",
+        target=target if is_on_hub else shareable_text(target),
+        is_on_hub=is_on_hub,
+        license=config.export.license or "unknown",
+        trained=trained,
+        measured=list(headlines(read_json(out / "metrics.json", {}))),
+        hardware=record.get("device", "an unknown machine"),
+    )
+
+
+def _refuse(format_: str, reason: str) -> None:
+    raise UserError(f"export.format={format_} cannot hold the heads of this run: {reason}.")

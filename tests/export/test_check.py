@@ -1,0 +1,260 @@
+"""The linter names each planted fault, and finds none in what is right."""
+
+import json
+import re
+
+import pytest
+import torch
+from exported import FAMILIES, exported
+from safetensors.torch import load_file, save_file
+from tiny_models import build_model
+
+from medusa_exp.errors import UserError
+from medusa_exp.export import check as linter
+from medusa_exp.export.check import check, first_choices, main
+from medusa_exp.export.convert import convert
+from medusa_exp.export.convert import main as convert_main
+from medusa_exp.export.faults import all_faults
+from medusa_exp.export.formats import FORMATS
+from medusa_exp.export.importing import import_heads
+from medusa_exp.export.reading import read_heads
+from medusa_exp.model import Backbone, load_heads
+
+
+@pytest.fixture
+def native(backbone, tmp_path):
+    """Heads in vLLM's own format, as (directory, edit): edit changes config and tensors."""
+    exported(backbone, "medusa", "vllm_medusa", tmp_path)
+    return tmp_path / "vllm_medusa"
+
+
+def edit(place, of_config=None, of_tensors=None, without=()):
+    """Change what stands in a directory: keys of the config, tensors by name."""
+    file, path = place / "config.json", next(place.glob("*.safetensors"))
+    config = {**json.loads(file.read_text()), **(of_config or {})}
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    tensors = load_file(path)
+    kept = {name: t for name, t in tensors.items() if not any(part in name for part in without)}
+    changed = {**kept, **(of_tensors(kept) if of_tensors else {})}
+    save_file({name: tensor.clone().contiguous() for name, tensor in changed.items()}, path)
+
+
+def names(place, **options):
+    return {fault.name for fault in check(str(place), **options)[1] if fault.is_error}
+
+
+def test_bias_dropped(native):
+    edit(native, {"medusa_fc_bias": None})
+    assert "bias dropped" in names(native)  # vLLM would pass over them: nothing else tells
+    edit(native, {"medusa_fc_bias": True}, without=["bias"])
+    assert "bias dropped" in names(native)
+
+
+def test_projections_missing(native):
+    edit(native, without=["lm_heads"])
+    assert "projections missing" in names(native)
+
+
+def test_one_projection_missing(native):
+    edit(native, without=["lm_heads.1"])
+    assert "projections missing" in names(native)
+
+
+def test_heads_swapped(native):
+    def swapped(tensors):
+        number = {"0": "1", "1": "0", "2": "2"}
+        return {
+            re.sub(r"(?<=blocks\.|_heads\.)\d", lambda found: number[found[0]], name): tensor
+            for name, tensor in tensors.items()
+        }
+
+    edit(native, of_tensors=swapped)
+    _, faults = check(str(native))
+    assert [fault.name for fault in faults] == ["heads swapped"] * 2
+    assert faults[0].text == "head 1 is what was exported as head 2"
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_wrong_head_count(native, number):
+    edit(native, {"num_heads": number})
+    assert names(native) == {"wrong head count"}
+
+
+def test_a_key_that_vllm_takes_for_the_head_count(native):
+    edit(native, {"num_attention_heads": 4})
+    assert names(native) == {"wrong head count"}
+
+
+def test_transposed(native):
+    edit(native, of_tensors=lambda t: {"blocks.1.layers.0.weight": t["blocks.1.layers.0.weight"].T})
+    _, faults = check(str(native))
+    assert [(f.name, f.text) for f in faults] == [
+        ("transposed", "the blocks of head 2 are transposed")
+    ]
+
+
+def test_a_transposed_projection_is_seen_by_its_shape(native):
+    edit(native, {"medusa_heads_sha256": None}, lambda t: {"lm_heads.0.weight": torch.ones(32, 64)})
+    assert "transposed" in names(native)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.bfloat16])
+def test_wrong_dtype(native, dtype):
+    edit(native, of_tensors=lambda t: {"lm_heads.1.weight": t["lm_heads.1.weight"].to(dtype)})
+    assert "wrong dtype" in names(native)
+
+
+@pytest.mark.parametrize("how", ["rows", "config", "unused map"])
+def test_truncated_vocabulary(native, how):
+    if how == "config":
+        edit(native, {"truncated_vocab_size": 40})
+    elif how == "rows":
+        edit(native, None, lambda t: {n: w[:40] for n, w in t.items() if "lm_heads" in n})
+    else:
+        edit(native, None, lambda t: {"token_map": torch.arange(64)})
+    assert "truncated vocabulary" in names(native)
+
+
+def test_truncated_vocabulary_of_our_own(backbone, tmp_path):
+    exported(backbone, "frequent", "vllm", tmp_path)
+    assert names(tmp_path / "vllm") == set()
+    edit(tmp_path / "vllm", without=["token_map"])
+    assert "truncated vocabulary" in names(tmp_path / "vllm")
+
+
+def test_tied_without_matrix(backbone, tmp_path):
+    exported(backbone, "tied", "vllm_medusa", tmp_path)
+    assert names(tmp_path / "vllm_medusa") == set()
+    edit(tmp_path / "vllm_medusa", without=["lm_head"])
+    assert names(tmp_path / "vllm_medusa") == {"tied without matrix"}
+
+
+def test_stray_tensors(native):
+    edit(native, None, lambda t: {"blocks.0.gate": torch.ones(2)})
+    assert names(native) == {"stray tensors"}
+
+
+def test_shards_missing(native):
+    (native / "model.safetensors").rename(native / "model-00001-of-00002.safetensors")
+    assert names(native) == {"shards missing"}
+    (native / "model-00001-of-00002.safetensors").rename(native / "model.safetensors")
+    index = {"weight_map": {"a": "model.safetensors", "b": "more.safetensors"}}
+    (native / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert names(native) == {"shards missing"}
+
+
+def test_a_file_that_is_cut_off(native):
+    whole = (native / "model.safetensors").read_bytes()
+    (native / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert names(native) == {"shards missing"}
+
+
+def test_pickle(native, capsys):
+    tensors = load_file(native / "model.safetensors")
+    torch.save(tensors, native / "medusa_lm_head.pt")
+    assert names(native) == {"pickle"}
+    (native / "model.safetensors").unlink()
+    assert names(native) == {"pickle"}
+    with pytest.raises(UserError, match=r"medusa_exp\.export\.convert .*medusa_lm_head\.pt"):
+        import_heads(native, lambda: 64)
+    assert convert_main([str(native / "medusa_lm_head.pt")]) == 0
+    assert "medusa_lm_head.safetensors: 9 tensors" in capsys.readouterr().out
+    assert import_heads(native, lambda: 64).num_heads == 3
+
+
+class Code:
+    """What runs when it is unpickled."""
+
+    def __reduce__(self):
+        return (eval, ("1 + 1",))
+
+
+def test_a_pickle_with_code_is_not_loaded(tmp_path):
+    torch.save({"a": Code()}, tmp_path / "heads.pt")
+    with pytest.raises(UserError, match="holds more than tensors"):
+        convert(tmp_path / "heads.pt", tmp_path / "heads.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["heads.pt"]
+
+
+@pytest.fixture
+def targets(tmp_path):
+    """Directories of two targets of one shape, and the first as a backbone."""
+    for seed in (0, 1):
+        build_model("llama", seed=seed).save_pretrained(tmp_path / f"target{seed}")
+    return tmp_path / "target0", tmp_path / "target1", Backbone(build_model("llama"))
+
+
+def test_other_target(targets, tmp_path):
+    right, wrong, backbone = targets
+    exported(backbone, "medusa", "vllm_medusa", tmp_path)
+    assert "other target" not in names(tmp_path / "vllm_medusa", target=str(right), device="cpu")
+    _, faults = check(str(tmp_path / "vllm_medusa"), str(wrong), "cpu")
+    assert [fault.name for fault in faults] == ["other target"]
+    assert "identity" in faults[0].text
+
+
+def test_heads_tied_to_the_matrix_of_another_target(targets, tmp_path):
+    _, wrong, backbone = targets
+    exported(backbone, "tied", "vllm_medusa", tmp_path)
+    edit(tmp_path / "vllm_medusa", {"medusa_backbone_identity": None})
+    assert names(tmp_path / "vllm_medusa", target=str(wrong), device="cpu") == {"other target"}
+
+
+@pytest.mark.parametrize("wrong", [(1, 2, 3), (1, 3, 2)])
+def test_order_is_seen_on_the_targets_own_text(backbone, monkeypatch, wrong):
+    # Which offset of the text each head is right about, as `first_choices` would find.
+    right_KJ = torch.full((3, 4), 0.02)
+    for k, offset in enumerate(wrong):
+        right_KJ[k, offset] = 0.5
+    monkeypatch.setattr(linter, "first_choices", lambda reading, backbone: right_KJ)
+    found = {fault.name for fault in linter._acceptance(None, backbone)}
+    assert found == (set() if wrong == (1, 2, 3) else {"heads swapped"})
+
+
+@pytest.mark.parametrize("family", ["medusa", "tied", "both", "hydra", "hydra, prefix"])
+def test_first_choices_are_those_of_our_heads(backbone, tmp_path, family):
+    reading = exported(backbone, family, "vllm", tmp_path)
+    heads = load_heads(tmp_path / "heads", backbone)
+    shares = first_choices(reading, backbone)
+    assert shares.shape == (3, 4) and (shares >= 0).all() and (shares <= 1).all()
+    assert heads.num_heads == 3
+
+
+def test_fresh_heads_predict_the_next_token_and_not_their_own(backbone, tmp_path):
+    """A fresh head says what the lm_head says: offset 0, which is no head's."""
+    from medusa_exp.export.publishing import export, open_source
+    from medusa_exp.model import build_heads, save_heads
+
+    save_heads(build_heads(backbone, num_heads=2), tmp_path / "heads")
+    source, ours = open_source(tmp_path / "heads", backbone, "org/target")
+    reading = export(source, ours, backbone, "vllm_medusa", tmp_path / "out")
+    shares = first_choices(reading, backbone)
+    assert shares[:, 0].tolist() == [1.0, 1.0]
+    faults = list(linter._acceptance(reading, backbone))
+    assert {fault.name for fault in faults} <= {"heads swapped", "accepts nothing"} and faults
+    assert "the backbone's own next token" in faults[0].text
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_no_fault_is_found_where_there_is_none(backbone, tmp_path, format_):
+    for family in FAMILIES:
+        if format_ == "vllm" or family in ("medusa", "no bias", "no blocks", "tied", "tied, deep"):
+            exported(backbone, family, format_, tmp_path / family)
+            assert all_faults(read_heads(tmp_path / family / format_)) == []
+
+
+def test_the_command_line(native, capsys):
+    assert main([str(native)]) == 0
+    out = capsys.readouterr().out
+    assert "vLLM's own format (up to 0.32): 3 heads of 1 blocks" in out and "no error found" in out
+    edit(native, {"num_heads": 5})
+    assert main([str(native)]) == 1
+    assert "error: wrong head count: the config says 5 heads" in capsys.readouterr().out
+    assert main([str(native / "nowhere")]) == 1
+    assert "is no directory of heads" in capsys.readouterr().err
+
+
+def test_directories_of_something_else(tmp_path, backbone):
+    assert names(tmp_path) == {"no heads"}
+    backbone.model.save_pretrained(tmp_path / "model")
+    assert names(tmp_path / "model") == {"no heads"}

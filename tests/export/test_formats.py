@@ -1,0 +1,196 @@
+"""Every family in every format that can hold it: read back as the same heads, or refused."""
+
+import json
+import re
+
+import pytest
+import torch
+from exported import FAMILIES, exported, logits_of, save_moved
+from safetensors.torch import load_file, save_file
+from tiny_models import build_model
+
+from medusa_exp.config.schema import ExportConfig, words_of
+from medusa_exp.errors import UserError
+from medusa_exp.export import formats, publishing
+from medusa_exp.export.faults import all_faults
+from medusa_exp.export.formats import FORMATS, table, why_not
+from medusa_exp.export.importing import adopt, import_heads
+from medusa_exp.export.reading import read_heads
+from medusa_exp.model import Backbone, load_heads
+from medusa_exp.model.heads import MedusaHeadsConfig
+
+ONLY_VLLM = {"hydra", "medusa, prefix", "hydra, prefix"}
+IMPORTED_AS_THEY_WERE = ("medusa", "no bias", "no blocks", "tied")
+
+
+def no_vocab_size():
+    raise AssertionError("the directory says it")
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_is_the_same_heads_or_is_refused(backbone, tmp_path, family, format_):
+    if family in ONLY_VLLM and format_ != "vllm":
+        with pytest.raises(UserError, match=f"export.format={format_} cannot hold heads of kind"):
+            exported(backbone, family, format_, tmp_path)
+        assert not (tmp_path / format_).exists()
+        return
+    reading = exported(backbone, family, format_, tmp_path)
+    assert reading.format == format_ and len(reading.heads) == 3
+    again = read_heads(tmp_path / format_)
+    assert [fault for fault in all_faults(again) if fault.is_error] == []
+    assert again.declared.backbone_identity == backbone.identity()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["medusa", "tied", "both", "hydra, prefix"])
+def test_a_smaller_type_is_the_same_heads_rounded(backbone, tmp_path, family, dtype):
+    for format_ in FORMATS:
+        heads = load_heads_config(backbone, family, tmp_path)
+        if why_not(heads, format_) is None:
+            reading = exported(backbone, family, format_, tmp_path, dtype)
+            assert reading.heads[0].blocks[0].weight.dtype == getattr(torch, dtype)
+
+
+def load_heads_config(backbone, family, place):
+    save_moved(backbone, family, place / "heads")
+    return load_heads(place / "heads").config
+
+
+def test_an_lm_head_with_a_bias_goes_to_vllm_alone(tmp_path):
+    backbone = Backbone(build_model("phi"))
+    for family in ("medusa", "tied", "both", "hydra"):
+        exported(backbone, family, "vllm", tmp_path / family)
+        with pytest.raises(UserError, match=r"no bias, and the target's lm_head has one|run side"):
+            exported(backbone, family, "tgi", tmp_path / family)
+
+
+def test_the_table_names_every_format_and_reason():
+    rows = {(family, format_): says for family, format_, says in table()}
+    assert {format_ for _, format_ in rows} == set(FORMATS)
+    assert rows["medusa", "mlc"] == "yes" and "drafted" in rows["hydra", "tgi"]
+    assert rows["hydra", "vllm"] == "yes"
+    assert {*FORMATS} <= {*words_of(ExportConfig, "format")}
+
+
+def test_the_config_for_vllm_is_what_its_plugin_reads(backbone, tmp_path):
+    exported(backbone, "hydra, prefix", "vllm", tmp_path)
+    config = json.loads((tmp_path / "vllm" / "config.json").read_text())
+    assert config["architectures"] == ["MedusaExpMTP", "DeepSeekMTPModel"]
+    assert config["model_type"] == "step3p5_mtp" and config["n_predict"] == 3
+    assert config["num_nextn_predict_layers"] == 3 and config["num_hidden_layers"] == 1
+    assert config["max_position_embeddings"] == 128 and config["num_attention_heads"] == 4
+    assert config["medusa_kind"] == "hydra" and config["medusa_prefix_attention"] is True
+    ours = load_file(tmp_path / "heads" / "model.safetensors")
+    theirs = load_file(tmp_path / "vllm" / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def _lose_bias(config, tensors):
+    return {name: t for name, t in tensors.items() if not name.endswith("bias")}
+
+
+def _lose_matrix(config, tensors):
+    return {name: t for name, t in tensors.items() if name != "lm_heads.1.weight"}
+
+
+def _swap(config, tensors):
+    other = {"lm_heads.0.weight": "lm_heads.1.weight", "lm_heads.1.weight": "lm_heads.0.weight"}
+    return {other.get(name, name): t for name, t in tensors.items()}
+
+
+def _transpose(config, tensors):
+    return {n: t.T.contiguous() if "layers" in n and t.ndim == 2 else t for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("fault", [_lose_bias, _lose_matrix, _swap, _transpose])
+def test_a_writer_that_is_wrong_publishes_nothing(backbone, tmp_path, monkeypatch, fault):
+    def wrong(source):
+        config, tensors = formats._vllm_medusa(source)
+        return config, fault(config, tensors)
+
+    broken = formats.Format(wrong, "model.safetensors", reads_all=False)
+    monkeypatch.setitem(formats.FORMATS, "vllm_medusa", broken)
+    with pytest.raises(UserError, match=r"does not read back"):
+        exported(backbone, "medusa", "vllm_medusa", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["heads"]
+
+
+def test_rows_of_zeros_stand_for_tokens_that_heads_do_not_know(backbone, tmp_path):
+    reading = exported(backbone, "both", "vllm_medusa", tmp_path)
+    assert not reading.heads[0].out[40:].any() and reading.heads[0].out[:40].any(1).all()
+    notes = [fault for fault in all_faults(reading) if not fault.is_error]
+    assert [note.name for note in notes] == ["truncated vocabulary"]
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("family", IMPORTED_AS_THEY_WERE)
+def test_what_was_exported_is_imported_bit_for_bit(backbone, tmp_path, family, format_):
+    exported(backbone, family, format_, tmp_path)
+    heads = load_heads(tmp_path / "heads")
+    found = import_heads(tmp_path / format_, lambda: 64)
+    assert found.num_heads == 3 and found.config.num_layers == heads.config.num_layers
+    assert torch.equal(logits_of(found, backbone), logits_of(heads, backbone))
+    assert found.config.backbone_identity == backbone.identity()
+    if format_ == "vllm":
+        assert found.config.kind == heads.config.kind
+
+
+def test_heads_of_modelopt_are_imported(backbone, tmp_path):
+    exported(backbone, "no bias", "mlc", tmp_path)
+    file = tmp_path / "mlc" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({re.sub("^medusa_head", "medusa_heads", n): t for n, t in tensors.items()}, file)
+    found = import_heads(tmp_path / "mlc", no_vocab_size)
+    ours = load_heads(tmp_path / "heads")
+    assert read_heads(tmp_path / "mlc").format == "modelopt"
+    assert torch.equal(logits_of(found, backbone), logits_of(ours, backbone))
+
+
+@pytest.mark.parametrize("family", ["both", "frequent", "rank", "hydra", "hydra, prefix"])
+def test_our_own_export_keeps_what_others_cannot(backbone, tmp_path, family):
+    heads = save_moved(backbone, family, tmp_path / "heads")
+    exported(backbone, family, "vllm", tmp_path)
+    found = import_heads(tmp_path / "vllm", no_vocab_size)
+    ours, theirs = heads.state_dict(), found.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for key in MedusaHeadsConfig.__annotations__:
+        if key != "model_type":
+            assert getattr(found.config, key) == getattr(heads.config, key), key
+
+
+def test_heads_are_adopted_once_and_others_refused(backbone, tmp_path):
+    exported(backbone, "medusa", "tgi", tmp_path)
+    run = tmp_path / "run"
+    for _ in range(2):
+        adopt(str(tmp_path / "tgi"), run, no_vocab_size)
+    assert isinstance(load_heads(run / "heads", backbone).config, MedusaHeadsConfig)
+    exported(backbone, "no bias", "vllm_medusa", tmp_path)
+    with pytest.raises(UserError, match="other heads than those in"):
+        adopt(str(tmp_path / "vllm_medusa"), run, no_vocab_size)
+
+
+def test_heads_without_a_matrix_take_the_vocabulary_of_the_model(backbone, tmp_path):
+    exported(backbone, "tied", "tgi", tmp_path)
+    config = tmp_path / "tgi" / "config.json"
+    bare = {"medusa_num_heads": 3, "medusa_num_layers": 1, "base_model_name_or_path": "org/x"}
+    config.write_text(json.dumps(bare))
+    heads = import_heads(tmp_path / "tgi", lambda: 64)
+    assert heads.config.kind == "medusa_tied" and heads.config.vocab_size == 64
+    assert heads.config.backbone == "org/x" and heads.config.backbone_identity == ""
+
+
+def test_what_would_be_lost_is_not_imported(backbone, tmp_path):
+    exported(backbone, "medusa", "tgi", tmp_path)
+    file = tmp_path / "tgi" / "medusa_lm_head.safetensors"
+    save_file({**load_file(file), "0.0.gate.weight": torch.ones(2)}, file)
+    with pytest.raises(UserError, match=r"cannot be imported: 1 tensors are no part of this"):
+        import_heads(tmp_path / "tgi", lambda: 64)
+
+
+def test_the_comparison_needs_bit_equality(backbone, tmp_path):
+    reading = exported(backbone, "medusa", "tgi", tmp_path)
+    _, ours = publishing.open_source(tmp_path / "heads", backbone, "org/target")
+    reading.heads[1].blocks[0].bias[3] += 1e-4
+    with pytest.raises(UserError, match="logits of head 2 differ"):
+        publishing.compare(reading, ours, backbone)
