@@ -40,7 +40,7 @@ def test_every_iteration_reads_and_counts_anew(tmp_path):
         assert found.messages == [Message("user", "Hi"), Message("assistant", "Hello!")]
         assert reading.num_records == 5
         assert reading.dropped == {
-            "no list of conversations or messages": 2,
+            "no known form of chat": 2,
             "no turns": 1,
             "not a JSON object": 1,
         }
@@ -171,7 +171,7 @@ def test_a_folder_as_from_the_hub(tmp_path):
 def test_a_hub_data_set_without_chats(tmp_path):
     (tmp_path / "data").mkdir()
     write_lines(tmp_path / "data" / "train.jsonl", [{"text": "x"}])
-    with pytest.raises(DataError, match=r"no column conversations or messages; .* text"):
+    with pytest.raises(DataError, match=r"no known form of chat: its columns are text"):
         ids(f"hub:{tmp_path}/data")
 
 

@@ -3,9 +3,10 @@ from collections import Counter
 
 import pytest
 
-from medusa_exp.config import DatasetConfig, SourceConfig
+from medusa_exp.config import DatasetConfig, PretrainConfig, SourceConfig
 from medusa_exp.data import DataError, read_conversations
 from medusa_exp.data.sources import files_of, load_split, open_sources, split_of, walk
+from medusa_exp.model.source import tiny_dir
 
 
 def test_splits_are_disjoint_complete_and_of_the_asked_size():
@@ -82,3 +83,20 @@ def test_a_conversation_in_two_sources_is_taken_once(sharegpt_file, tmp_path):
     opened = open_sources(DatasetConfig(sources=sources), "no cache")
     assert {name for name, _ in walk(opened)} == {"a"}
     assert opened[1].reading.dropped == {"duplicate": 40}
+
+
+def test_how_records_are_read_is_in_the_keys_of_what_is_made_of_them(sharegpt_file, tmp_path):
+    """But only where it is set: what was cached before these keys keeps its name."""
+    names = set()
+    for options in ({}, {"form": "messages"}, {"columns": {"messages": "conversations"}}):
+        dataset = DatasetConfig(path=str(sharegpt_file), **options)
+        [source] = open_sources(dataset, tmp_path)
+        *_, read_as = source.identity()
+        assert options.items() <= read_as.items()
+        assert ("form" in read_as, "columns" in read_as) == (
+            "form" in options,
+            "columns" in options,
+        )
+        made_of = {"vocab_size": 300, "seed": 0, "cache_dir": tmp_path}
+        names.add(tiny_dir(files_of([source]), dataset, PretrainConfig(), **made_of).name)
+    assert len(names) == 3

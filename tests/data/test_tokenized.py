@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import re
 import time
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def test_what_is_left_without_a_trained_token_is_counted(config, tokenizer, tmp_
     outcomes = session_of(config).tokenized(tokenizer, 50).summary["sources"]["sharegpt"]
     assert outcomes["dropped"] == {"no assistant token left": 1}
     assert outcomes["records"] == outcomes["kept records"] + 1 == 28
-    with pytest.raises(DataError, match=r"28 records; no assistant token left: 28.*conversation"):
+    with pytest.raises(
+        DataError, match=r"28 records; 28 of 28 were cut .*conversation long .* needs 95 tokens"
+    ):
         session_of(config).tokenized(tokenizer, 8)
 
 
@@ -152,7 +155,9 @@ def test_strict_holds_for_the_template_too(config, tokenizer):
         + tokenizer.chat_template
     )
     config.dataset.strict = True
-    with pytest.raises(DataError, match=r"conversation sums-7: .*no sevens"):
+    with pytest.raises(
+        DataError, match=r"conversation sums-7 \(.*chat\.json, record 8\): .*no sevens"
+    ):
         session_of(config).tokenized(tokenizer, 100)
 
 
@@ -281,3 +286,24 @@ def test_an_older_key_holds_for_the_same_files_alone(
         found = session.tokenized(tokenizer, 100).summary
     assert (found["key"] == "older") == is_same
     assert ("format" in found) != is_same
+
+
+def test_what_is_cut_before_the_first_reply_says_how_long_it_must_be(config, tokenizer):
+    tokenizer.chat_template = "{{ 'be brief ' * 60 }}" + tokenizer.chat_template
+    needed = 0
+    for max_length in (120, 130):
+        with pytest.raises(DataError) as caught:
+            session_of(config).tokenized(tokenizer, max_length)
+        words = rf"40 of 40 were cut before the first reply, at {max_length} tokens, and the "
+        found = re.search(
+            rf"{words}shortest needs (\d+)\).*Raise dataset\.max_length", str(caught.value)
+        )
+        assert found, caught.value
+        assert "no assistant token left: 40" not in str(caught.value)
+        assert needed in (0, int(found[1]))
+        needed = int(found[1])
+    with pytest.raises(DataError):
+        session_of(config).tokenized(tokenizer, needed - 1)
+    session_of(config).tokenized(tokenizer, needed)
+    tokenizer.truncation_side = "left"  # what follows the reply is cut last
+    session_of(config).tokenized(tokenizer, 120)

@@ -29,6 +29,10 @@ def test_counts_and_samples_without_a_model(config, tmp_path, capsys):
     assert metrics["data/records"] == 41 and metrics["data/kept_records"] == 40
     found = json.loads((tmp_path / "data.json").read_text())
     assert found["sources"]["sharegpt"]["dropped"] == {"no turns": 1}
+    assert found["forms"] == {"sharegpt": {"messages": 40}}
+    name = f"conversation sums-0 ({config.dataset.path}, record 1)"
+    turns = [["user", "What is 0 + 1?"], ["assistant", "0 + 1 = 1."]]
+    assert found["first_chat"] == {"name": name, "turns": turns, "num_more": 0}
     roles = found["roles"]["sharegpt"]
     assert roles["assistant"]["trained tokens"] == roles["assistant"]["tokens"] > 0
     assert roles["user"]["trained tokens"] == 0 < roles["user"]["tokens"]
@@ -48,6 +52,7 @@ def test_counts_and_samples_without_a_model(config, tmp_path, capsys):
     ]
     shown = capsys.readouterr().out
     assert "\u27e60 + 1 = 1.<|end|>\u27e7" in shown and "dropped: no turns" in shown
+    assert "the first chat as it was read" in shown and "of the form messages" in shown
     assert "doctor" not in found
 
 

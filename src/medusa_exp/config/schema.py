@@ -138,12 +138,36 @@ class DatasetConfig:
     """sharegpt (read `path` or `sources`), hub (the same, from a data set of the Hugging Face hub)
     or synthetic (generate `num_conversations`, then read that file)."""
     path: str | None = None
-    """A file, a folder or a glob of chats in ShareGPT's or OpenAI's form: JSON, JSON Lines, either
-    with gzip or zstd, or Parquet. With kind=hub: owner/name."""
+    """A file, a folder or a glob of chats: JSON, JSON Lines, Parquet, CSV or TSV, each also in
+    gzip, zstd, zip or tar.gz. With kind=hub: owner/name."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several sources instead of one path: name -> {path, weight}."""
     hub_split: str = "train"
     """Split of the hub's data set that conversations are taken from."""
+    form: str = choice(
+        "auto",
+        "messages",
+        "conversation",
+        "prompt",
+        "instruction",
+        "question",
+        "input",
+        "user",
+        "chosen",
+        "contents",
+        "body",
+        "winner",
+        "mapping",
+        "replies",
+        "data",
+        "text",
+        "list",
+    )
+    """Form of the records: auto (told by their keys, one by one) or a row of the table in
+    docs/guide/data.md, which is named by a key of the form."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Keys of records of any other form: {user: KEY, assistant: KEY, system: KEY}, or {messages:
+    KEY}. A key may be a path, as answers.text.0."""
     role_map: dict[str, str] = field(default_factory=dict)
     """Further names of roles: what stands in the file -> system, user, assistant or tool."""
     strict: bool = False

@@ -1,40 +1,40 @@
 """Chat files: find those that a path names, and yield their raw chats one by one.
 
-JSON list, JSON Lines, Parquet, and each of them in gzip or zstd, are told apart by content. JSON
-Lines and Parquet are streamed; a JSON list is mapped into memory, and its chats are views of it.
-A file that cannot be read is a `DataError`; what is wrong with a chat is not looked at here.
+JSON list, JSON Lines, an object of lists, Parquet, and each of them in gzip, zstd, zip or tar, are
+told apart by content; CSV and TSV by name. JSON Lines and tables are streamed; a JSON list is
+mapped into memory, and its chats are views of it. A file that cannot be read is a `DataError`; what
+is wrong with a chat is not looked at here.
 """
 
-import io
 import logging
-import mmap
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medusa_exp.data import faults
+from medusa_exp.data.contents import (
+    ARCHIVES,
+    BLOCK,
+    SUFFIXES,
+    Content,
+    content_of,
+    members_of,
+)
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.parsing import COLUMNS, RawChat
+from medusa_exp.data.forms import is_turn
+from medusa_exp.data.parsing import RawChat
+from medusa_exp.data.tables import records_of_object, rows_of_text
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = tuple(
-    f".{kind}{packed}"
-    for kind in ("json", "jsonl", "ndjson", "parquet")
-    for packed in ("", ".gz", ".zst")
-)
-_BLOCK = 1 << 20
 _ROWS = 256
 """Rows of a table that are in memory as Python objects."""
-_BOM = b"\xef\xbb\xbf"
 
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_value = msgspec.json.Decoder(msgspec.Raw).decode
@@ -56,14 +56,11 @@ def find_files(path: str | Path) -> list[Path]:
             for p in sorted(place.rglob("*"))
             if p.is_file() and not any(n.startswith(".") for n in p.relative_to(place).parts)
         ]
-        found = [p for p in files if p.name.lower().endswith(_SUFFIXES)]
-        if passed_over := [str(p.relative_to(place)) for p in files if p not in found]:
-            named = ", ".join(passed_over[:5]) + (" ..." if len(passed_over) > 5 else "")
-            log.warning("data: %s: %d files passed over: %s", place, len(passed_over), named)
+        found = [p for p in files if p.name.lower().endswith((*SUFFIXES, *ARCHIVES))]
+        others = [str(p.relative_to(place)) for p in files if p not in set(found)]
         if not found:
-            raise DataError(
-                f"{place} holds no *.json, *.jsonl, *.ndjson or *.parquet, plain or as .gz or .zst."
-            )
+            raise faults.no_chat_files(str(place), others)
+        faults.say_passed_over(str(place), others)
         return found
     # Path.glob would need the pattern cut from its root.
     matches = glob(str(place), recursive=True)  # noqa: PTH207
@@ -75,79 +72,113 @@ def find_files(path: str | Path) -> list[Path]:
 
 @dataclass
 class ChatFile:
-    """An iterable over the raw chats of a file."""
+    """A file of chats, or an archive of such files."""
 
     path: Path
-    line: int = field(default=0, init=False)
-    """Line of the newest chat, from 1; 0 where chats are not lines."""
+    is_named: bool = True
+    """Was it named by itself, and not found in a folder?"""
 
     @property
     def name(self) -> str:
         """Return what errors call it."""
         return str(self.path)
 
+    def parts(self, columns: tuple[str, ...]) -> Iterator["Part"]:
+        """Yield what is read by itself: the file, or the members of an archive in turn.
+
+        `columns` are those that are read of a table, where it has them.
+        """
+        with faults.of_reading(self.path):
+            content = content_of(self.path)
+            head = content.head()
+            members = members_of(content, head)
+            if members is None:
+                yield Part(content, columns, self.is_named)
+                return
+            for member in members:
+                yield Part(member, columns, is_named=False)
+
+
+@dataclass
+class Part:
+    """An iterable over the raw chats of a file, or of one member of an archive."""
+
+    content: Content
+    columns: tuple[str, ...]
+    is_named: bool
+    line: int = field(default=0, init=False)
+    """Line of the newest chat, from 1; 0 where chats are not lines."""
+    keys: tuple[str, ...] = field(default=(), init=False)
+    """All columns, where it is a table."""
+
+    @property
+    def name(self) -> str:
+        """Return what errors call it."""
+        return self.content.name
+
     def __iter__(self) -> Iterator[RawChat]:
         self.line = 0
-        try:
+        with faults.of_reading(self.name):
             yield from self._chats()
-        except DataError:
-            raise
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise faults.unreadable(self.path, error) from error
 
     def _chats(self) -> Iterator[RawChat]:
-        head = self._head()
+        head = self.content.head()
         if error := faults.foreign(self.name, head):
             raise error
         if head.startswith(b"PAR1"):
             yield from self._rows()
-        elif head.startswith(b"["):
-            yield from _whole_text(self.name, self._text(), _decode_list)
+        elif is_text_table(self.name):
+            yield from self._rows_of_text()
+        elif head.startswith(b"[") and not _is_whole_line(head):
+            yield from self._items()
         elif _goes_on_over_lines(head):
             self.line = 1
-            yield _whole_text(self.name, self._text(), _decode_value)
+            yield from _records(
+                self.name, _whole_text(self.name, self.content.whole(), _decode_value)
+            )
         else:
             yield from self._lines()
 
-    def _head(self) -> bytes:
-        """Return the beginning, without byte-order mark and white space."""
-        with _open(self.path) as file:
-            head = file.read(_BLOCK).removeprefix(_BOM).lstrip()
-            while not head:
-                block = file.read(_BLOCK)
-                if not block:
-                    raise faults.empty(self.name)
-                head = block.lstrip()
-        return head
+    def _items(self) -> Iterator[RawChat]:
+        text = self.content.whole()
+        items = _whole_text(self.name, text, _decode_list)
+        if items and is_turn(_decoded(items[0])):
+            yield text  # the turns of one chat
+        else:
+            yield from items
 
-    def _lines(self) -> Iterator[bytes]:
-        with _open(self.path) as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(_BOM)
-                if line and not line.isspace():
-                    self.line = number
-                    yield line
+    def _lines(self) -> Iterator[RawChat]:
+        lines = self.content.lines()
+        first = next(lines, None)
+        second = next(lines, None)
+        if first is None:
+            return
+        self.line = first[0]
+        if second is None:
+            yield from _records(self.name, first[1])
+            return
+        yield first[1]
+        self.line = second[0]
+        yield second[1]
+        for number, line in lines:
+            self.line = number
+            yield line
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        place = self.path if _compression(self.path) is None else pa.BufferReader(self._text())
-        with pq.ParquetFile(place, buffer_size=_BLOCK, pre_buffer=False) as table:
-            columns = chat_columns(self.name, table.schema_arrow.names)
+        content = self.content
+        is_mapped = content.path is not None and content.compression() is None
+        place = content.path if is_mapped else pa.BufferReader(content.whole())
+        with pq.ParquetFile(place, buffer_size=BLOCK, pre_buffer=False) as table:
+            self.keys = tuple(table.schema_arrow.names)
+            columns = chosen_columns(self.name, self.keys, self.columns)
             for batch in table.iter_batches(_ROWS, columns=columns):
                 yield from batch.to_pylist()
 
-    def _text(self) -> memoryview:
-        """Return the whole content, mapped where it stands in the file as it is."""
-        if _compression(self.path) is None:
-            with self.path.open("rb") as file:
-                text = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        else:
-            data = bytearray()  # grows in place, where joined blocks would need it all twice
-            with _open(self.path) as file:
-                while block := file.read(_BLOCK):
-                    data += block
-            text = memoryview(data).toreadonly()
-        return text[len(_BOM) :] if text[: len(_BOM)] == _BOM else text
+    def _rows_of_text(self) -> Iterator[dict[str, Any]]:
+        with self.content.open() as file:
+            for line, row in rows_of_text(self.name, file):
+                self.line, self.keys = line, tuple(row)
+                yield row
 
 
 @dataclass
@@ -156,12 +187,20 @@ class HubData:
 
     path: str
     split: str
+    is_named: bool = True
     line: int = field(default=0, init=False)
+    keys: tuple[str, ...] = field(default=(), init=False)
+    columns: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def name(self) -> str:
         """Return what errors call it."""
         return f"hub:{self.path}"
+
+    def parts(self, columns: tuple[str, ...]) -> Iterator["HubData"]:
+        """Yield itself; `columns` are those that are read, where it has them."""
+        self.columns = columns
+        yield self
 
     def fingerprint(self) -> str:
         """Name the content, as the library does: it changes with the revision or the files."""
@@ -169,7 +208,8 @@ class HubData:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         table = self._load()
-        table = table.select_columns(chat_columns(self.name, table.column_names))
+        self.keys = tuple(table.column_names)
+        table = table.select_columns(chosen_columns(self.name, self.keys, self.columns))
         for batch in table.with_format("arrow").iter(_ROWS):
             yield from batch.to_pylist()
 
@@ -189,41 +229,21 @@ class HubData:
             ) from error
 
 
-def chat_columns(name: str, columns: list[str]) -> list[str]:
+def chosen_columns(name: str, present: tuple[str, ...], wanted: tuple[str, ...]) -> list[str]:
     """Return the columns of a table that are to be read.
 
     Raises:
-        DataError: none of them has chats; names them all.
+        NoChats: there is none; names them all.
     """
-    chosen = [column for column in COLUMNS if column in columns]
-    if not {"conversations", "messages"} & set(chosen):
-        raise faults.no_chat_column(name, columns)
+    chosen = [column for column in wanted if column in present]
+    if not chosen:
+        raise faults.no_form(name, present, "columns")
     return chosen
 
 
-def _compression(path: Path) -> str | None:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic[:2] == b"\x1f\x8b":
-        return "gzip"
-    # The second is zstd's too: a frame to be skipped, as some tools write first.
-    is_zstd = magic == b"\x28\xb5\x2f\xfd" or re.match(rb"[\x50-\x5f]\x2a\x4d\x18", magic)
-    return "zstd" if is_zstd else None
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading what it holds once it is unpacked."""
-    compression = _compression(path)
-    with path.open("rb", buffering=_BLOCK) as file:
-        if compression is None:
-            yield file
-            return
-        with (
-            pa.CompressedInputStream(file, compression) as stream,
-            io.BufferedReader(stream, _BLOCK) as unpacked,
-        ):
-            yield unpacked
+def is_text_table(name: str) -> bool:
+    """Tell CSV and TSV, packed or not, by the name."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith((".csv", ".tsv"))
 
 
 def _goes_on_over_lines(head: bytes) -> bool:
@@ -254,3 +274,31 @@ def _whole_text(name: str, text: memoryview, decode: Callable[[memoryview], Any]
         return decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
         raise faults.not_json(name, text, error) from error
+
+
+def _is_whole_line(head: bytes) -> bool:
+    """Tell lists a line from one list, which may well stand in one line too."""
+    line, newline, rest = head.partition(b"\n")
+    if not newline or not rest.strip():
+        return False
+    try:
+        _decode_value(line)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
+
+
+def _records(name: str, text: Any) -> Iterator[RawChat]:
+    """Yield the chats of a file that is one JSON value, which may be an object of them."""
+    found = records_of_object(name, text)
+    if found is None:
+        yield text
+    else:
+        yield from found
+
+
+def _decoded(text: Any) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return None

@@ -5,25 +5,29 @@ file that cannot be read is a `DataError`.
 """
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from medusa_exp.data import faults
-from medusa_exp.data.chat_files import ChatFile, HubData, find_files
-from medusa_exp.data.faults import DataError
+from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
+from medusa_exp.data.faults import DataError, NoChats
+from medusa_exp.data.forms import FORMS, ROLES, Ambiguous
 from medusa_exp.data.parsing import (
-    NO_LIST,
+    NO_FORM,
+    NOT_A_TURN,
     NOT_JSON,
     NOT_OBJECT,
     NOT_UTF8,
-    ROLES,
+    UNKNOWN_ROLE,
     ChatParser,
     Conversation,
     Message,
     RawChat,
+    columns_to_read,
     content_digest,
     decode_leniently,
     raw_bytes,
@@ -39,6 +43,8 @@ __all__ = [
     "read_conversations",
 ]
 
+log = logging.getLogger(__name__)
+
 _HUB = "hub:"
 
 
@@ -47,6 +53,8 @@ class ReadOptions:
     """Which conversations are taken, and how roles are named: as the config's dataset has it."""
 
     hub_split: str = "train"
+    form: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
     role_map: Mapping[str, str] = field(default_factory=dict)
     strict: bool = False
     deduplicate: bool = False
@@ -61,6 +69,9 @@ class ReadOptions:
         for name, role in self.role_map.items():
             if role not in ROLES:
                 raise DataError(f"dataset.role_map: {name}={role}: use one of {', '.join(ROLES)}.")
+        if self.form != "auto" and self.form not in FORMS:
+            raise DataError(f"dataset.form={self.form}: use auto or one of {', '.join(FORMS)}.")
+        self._check_columns()
         for what in ("turns", "chars"):
             least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
             if not (isinstance(least, int) and least >= 0):
@@ -73,6 +84,21 @@ class ReadOptions:
         share = self.sample_fraction
         if not (isinstance(share, int | float) and 0 <= share <= 1):
             raise DataError(f"dataset.sample_fraction={share} must be a number from 0 to 1.")
+
+    def _check_columns(self) -> None:
+        known = ("user", "assistant", "system", "messages")
+        for name in self.columns:
+            if name not in known:
+                raise DataError(f"dataset.columns: {name}: use {', '.join(known)}.")
+        if not self.columns:
+            return
+        if self.form != "auto":
+            raise DataError("dataset.form and dataset.columns are both set: use one of them.")
+        if ("assistant" in self.columns) == ("messages" in self.columns):
+            raise DataError(
+                "dataset.columns needs the key of the assistant's texts, as in '{user: question, "
+                "assistant: answer}', or that of lists of messages, as in '{messages: dialog}'."
+            )
 
     def reason_against(self, conversation: Conversation) -> str | None:
         """Return why a conversation is left out, or None. Copies are not looked for here."""
@@ -102,15 +128,19 @@ class ReadOptions:
 class Reading:
     """An iterable over the conversations of some sources; iterating again reads again.
 
-    `dropped` (reason -> chats) and `num_records` describe the newest iteration.
+    `dropped` (reason -> chats), `examples` (reason -> the first such chat), `forms` (name of a form
+    -> chats that have it) and `num_records` describe the newest iteration.
     """
 
     def __init__(self, sources: Sequence[ChatFile | HubData], options: ReadOptions) -> None:
         self.options = options
         self.paths = [source.path for source in sources if isinstance(source, ChatFile)]
         self.dropped: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.forms: Counter[str] = Counter()
         self.num_records = 0
         self._sources = sources
+        self._said: set[str] = set()
 
     def fingerprints(self) -> list[str]:
         """Name the content of what is not in files: see `paths` for those."""
@@ -118,60 +148,115 @@ class Reading:
 
     def __iter__(self) -> Iterator[Conversation]:
         self.dropped.clear()
+        self.examples.clear()
+        self.forms.clear()
         self.num_records = 0
         seen: set[bytes] = set()
-        for source in self._sources:
-            for conversation in self._usable(source):
-                reason = self.options.reason_against(conversation)
-                if reason is None and self.options.deduplicate:
-                    digest = content_digest(conversation)
-                    reason = "duplicate" if digest in seen else None
-                    seen.add(digest)
-                if reason is None:
-                    yield conversation
-                else:
-                    self.dropped[reason] += 1
+        for conversation in self._all():
+            reason = self.options.reason_against(conversation)
+            if reason is None and self.options.deduplicate:
+                digest = content_digest(conversation)
+                reason = "duplicate" if digest in seen else None
+                seen.add(digest)
+            if reason is None:
+                yield conversation
+            else:
+                self.dropped[reason] += 1
 
-    def _usable(self, source: ChatFile | HubData) -> Iterator[Conversation]:
+    def _all(self) -> Iterator[Conversation]:
+        """Yield the chats of all files that have any.
+
+        Raises:
+            NoChats: none has, or one that was named by itself.
+        """
+        passed_over: dict[str, NoChats] = {}
+        have_chats = False
+        for source in self._sources:
+            try:
+                for part in source.parts(columns_to_read(self.options.form, self.options.columns)):
+                    try:
+                        yield from self._usable(part)
+                        have_chats = True
+                    except NoChats as error:
+                        if part.is_named:
+                            raise
+                        passed_over[part.name] = error
+            except NoChats as error:
+                if source.is_named:
+                    raise
+                passed_over[source.name] = error
+        if passed_over and not have_chats:
+            raise next(iter(passed_over.values()))
+        for name in passed_over.keys() - self._said:
+            log.warning("data: passed over, for it holds no chats: %s", passed_over[name])
+        self._said.update(passed_over)
+
+    def _usable(self, source: Part | HubData) -> Iterator[Conversation]:
         """Yield what can be made of a source's raw chats, and count the rest."""
-        parse = ChatParser(self.options.role_map).parse
+        options = self.options
+        parser = ChatParser(options.role_map, options.form, options.columns, source.name)
+        parse = parser.parse
         faulty = _FaultyChats(source)
         number = 0
-        for number, raw in enumerate(source, 1):
-            self.num_records += 1
-            found = parse(raw)
-            if not isinstance(found, str):
-                yield found
-                continue
-            faulty.add(raw, found)
-            if self.options.strict:
-                line = f" (line {source.line})" if source.line else ""
-                raise DataError(f"{source.name}, record {number}{line}: {found}.")
-            self.dropped[found] += 1
+        try:
+            for number, raw in enumerate(source, 1):
+                self.num_records += 1
+                found = parse(raw, number)
+                if not isinstance(found, str):
+                    yield found
+                    continue
+                place = _place(source, number)
+                faulty.add(raw, found, parser.detail)
+                detail = f": {parser.detail}" if parser.detail else ""
+                if options.strict:
+                    raise DataError(f"{place}: {found}{detail}.")
+                self.dropped[found] += 1
+                self.examples.setdefault(found, f"{place}{detail}")
+        except Ambiguous as ways:
+            raise faults.ambiguous(_place(source, number), str(ways)) from ways
+        finally:
+            self._count_forms(parser, number - faulty.num_chats)
         faulty.check(number)
+
+    def _count_forms(self, parser: ChatParser, number: int) -> None:
+        """Count the forms of so many chats; most readings know but the first."""
+        self.forms.update(parser.found)
+        if (direct := number - parser.found.total()) > 0:
+            self.forms["messages"] += direct
+
+
+def _place(source: Part | HubData, number: int) -> str:
+    line = f" (line {source.line})" if source.line else ""
+    return f"{source.name}, record {number}{line}"
 
 
 @dataclass
 class _FaultyChats:
     """Decides from a source's unusable chats whether the source as a whole is to blame."""
 
-    source: ChatFile | HubData
+    source: Part | HubData
     reasons: Counter[str] = field(default_factory=Counter)
     first: RawChat = b""
     first_line: int = 0
+    first_detail: str = ""
 
-    def add(self, raw: RawChat, reason: str) -> None:
+    @property
+    def num_chats(self) -> int:
+        """Return how many there are."""
+        return self.reasons.total()
+
+    def add(self, raw: RawChat, reason: str, detail: str) -> None:
         """Take note of an unusable chat.
 
         Raises:
             DataError: it shows that the file is not in UTF-8.
         """
         if not self.reasons:
-            self.first, self.first_line = raw, self.source.line
+            self.first, self.first_line, self.first_detail = raw, self.source.line, detail
         self.reasons[reason] += 1
         is_first = self.reasons[reason] == 1
-        if reason == NOT_UTF8 and is_first and isinstance(self.source, ChatFile):
-            again = ChatFile(self.source.path)
+        if reason == NOT_UTF8 and is_first and isinstance(self.source, Part):
+            again = replace(self.source)
             if error := faults.wrong_encoding(again.name, map(raw_bytes, again)):
                 raise error
 
@@ -179,23 +264,38 @@ class _FaultyChats:
         """Look at the whole, once it has been read.
 
         Raises:
-            DataError: no line is JSON, or the file is a single value that is no chat.
+            DataError: no line is JSON.
+            NoChats: none of the records is a chat.
         """
-        if not (self.first_line and sum(self.reasons.values()) == num_records):
+        if not num_records or self.num_chats < num_records:
             return
-        text = raw_bytes(self.first)
-        if self.reasons[NOT_JSON] == num_records:
-            raise faults.no_json_line(self.source.name, self.first_line, text)
-        if num_records == 1 and self.reasons.keys() & {NO_LIST, NOT_OBJECT}:
-            raise faults.single_value(self.source.name, decode_leniently(text))
+        name = self.source.name
+        if self.first_line and self.reasons[NOT_JSON] == num_records:
+            raise faults.no_json_line(name, self.first_line, raw_bytes(self.first))
+        if self.reasons[NOT_JSON] or self.reasons[NOT_UTF8]:
+            return
+        reason = max(self.reasons, key=lambda reason: self.reasons[reason])
+        if reason == NO_FORM:
+            is_table = bool(self.source.keys)
+            keys = self.source.keys or tuple(_decoded(self.first) or ())
+            raise faults.no_form(name, keys, "columns" if is_table else "keys")
+        if reason == NOT_OBJECT:
+            raise faults.single_value(name, _decoded(self.first))
+        if reason in (UNKNOWN_ROLE, NOT_A_TURN):
+            raise faults.no_usable_turn(name, reason, self.first_detail)
+
+
+def _decoded(raw: RawChat) -> Any:
+    return raw if isinstance(raw, dict) else decode_leniently(raw_bytes(raw))
 
 
 def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any) -> Reading:
     """Open chat files for reading.
 
     Args:
-        paths: a file, a folder (all of its *.json, *.jsonl, *.ndjson and *.parquet, at any depth,
-            also as *.gz and *.zst), a glob, or hub:<owner>/<name>; or several of these.
+        paths: a file, a folder (all of its *.json, *.jsonl, *.ndjson, *.parquet, *.csv and *.tsv,
+            at any depth, also as *.gz and *.zst, and archives of them), a glob, or
+            hub:<owner>/<name>; or several of these.
         options: as the fields of `ReadOptions`.
 
     Raises:
@@ -208,6 +308,7 @@ def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any)
         if str(place).startswith(_HUB):
             sources.append(HubData(str(place).removeprefix(_HUB), chosen.hub_split))
         else:
-            sources += map(ChatFile, find_files(place))
+            is_named = not Path(place).expanduser().is_dir()
+            sources += [ChatFile(path, is_named) for path in find_files(place)]
     once = {source.name: source for source in sources}  # a file named twice is read once
     return Reading(list(once.values()), chosen)

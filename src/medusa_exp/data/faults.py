@@ -1,13 +1,19 @@
 """What is wrong with a chat file that cannot be read, and what to do: messages of `DataError`."""
 
 import json
+import logging
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from medusa_exp.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _CHATS = (
     "Chats are a JSON list or JSON Lines of records like "
@@ -17,7 +23,7 @@ _CHATS = (
 # The first bytes of what is often found under the name of a chat file.
 _FOREIGN = [
     (rb"version https://git-lfs", "is a Git LFS pointer, not the data: run `git lfs pull`."),
-    (rb"PK\x03\x04", "is a zip archive: unpack it and name the file inside."),
+    (rb"PK\x03\x04", "is a zip archive in an archive: unpack it and name the file inside."),
     (rb"BZh\d", "is compressed with bzip2: unpack it (bunzip2), or use gzip or zstd."),
     (rb"\xfd7zXZ", "is compressed with xz: unpack it (unxz), or use gzip or zstd."),
     (rb"ARROW1\0\0", "is an Arrow file: save it as Parquet, or name its data set as hub:<folder>."),
@@ -47,18 +53,55 @@ class DataError(UserError):
     """Chat data that cannot be used; names the file or the record."""
 
 
+class NoChats(DataError):
+    """A file that can be read, but holds no chats."""
+
+
 def empty(name: str) -> DataError:
     """Return the error of a file without a byte, or with nothing but white space."""
     return DataError(f"{name} is empty. {_CHATS}")
 
 
-def unreadable(path: Path, error: Exception) -> DataError:
+def unreadable(path: Path | str, error: Exception) -> DataError:
     """Return the error of a file that the system does not give, or whose compression is broken."""
     if isinstance(error, OSError) and error.strerror:
         return DataError(f"{path} cannot be read: {error.strerror}. Check the path and its rights.")
     if "runcated" in str(error):
         return DataError(f"{path} is cut off in its compressed data: copy or download it again.")
-    return DataError(f"{path} is damaged ({error}): copy or download it again.")
+    return damaged(str(path), error)
+
+
+def damaged(name: str, error: Exception) -> DataError:
+    """Return the error of a file whose packing or form is broken."""
+    return DataError(f"{name} is damaged ({error}): copy or download it again.")
+
+
+@contextmanager
+def of_reading(name: Path | str) -> Iterator[None]:
+    """Turn what may go wrong in reading a file into a `DataError`."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise unreadable(name, error) from error
+
+
+def no_chat_files(name: str, others: Sequence[str]) -> NoChats:
+    """Return the error of a folder or an archive without a file that may hold chats."""
+    held = f" It holds {_named(others)}." if others else ""
+    return NoChats(
+        f"{name} holds no *.json, *.jsonl, *.ndjson, *.parquet, *.csv or *.tsv, plain or as .gz or "
+        f".zst, and no *.zip or *.tar.gz of them.{held}"
+    )
+
+
+def say_passed_over(name: str, others: Sequence[str]) -> None:
+    """Log which files of a folder or an archive are not read."""
+    if others:
+        log.warning("data: %s: %d files passed over: %s", name, len(others), _named(others))
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def foreign(name: str, head: bytes) -> DataError | None:
@@ -108,19 +151,53 @@ def no_json_line(name: str, line: int, text: bytes) -> DataError:
     )
 
 
-def single_value(name: str, value: Any) -> DataError:
+def single_value(name: str, value: Any) -> NoChats:
     """Return the error of a file that is one JSON value, but no record and no list."""
-    if not isinstance(value, dict):
-        kind = {str: "text", bool: "boolean", type(None): "null"}.get(type(value), "number")
-        return DataError(f"{name} holds one JSON value ({kind}) and no chats. {_CHATS}")
-    lists = [key for key, inner in value.items() if isinstance(inner, list)]
-    if not lists:
-        return DataError(f"{name} holds one JSON value: an object without a list. {_CHATS}")
-    return DataError(
-        f"{name} holds one JSON value: an object, not a list. Its lists are under "
-        f"{', '.join(lists)}: take out the one with the chats, "
-        f"as with `jq {_filter(lists[0])} {shlex.quote(name)} > {_mended(name)}`{_unpacked(name)}."
+    kind = {str: "text", bool: "boolean", type(None): "null"}.get(type(value), "number")
+    return NoChats(f"{name} holds one JSON value ({kind}) and no chats. {_CHATS}")
+
+
+_REMEDY = (
+    "If they are chats, say what their texts stand under, as in "
+    "'dataset.columns={user: KEY, assistant: KEY, system: KEY}' or 'dataset.columns={messages: "
+    "KEY}', or what dataset.form they have."
+)
+
+
+def no_form(name: str, keys: Sequence[str], what: str = "keys") -> NoChats:
+    """Return the error of a file none of whose records has a form that is known."""
+    shown = ", ".join(map(str, keys[:30])) + (" ..." if len(keys) > 30 else "")
+    one = ""
+    if {"role", "content"} <= set(keys):
+        one = (
+            " Each record seems to be one message: gather those of a chat in a list, as "
+            '{"messages": [{"role": ..., "content": ...}, ...]}.'
+        )
+    return NoChats(
+        f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one} {_REMEDY}"
     )
+
+
+def no_usable_turn(name: str, reason: str, detail: str) -> NoChats:
+    """Return the error of a file all of whose records fail for want of turns that are known."""
+    return NoChats(
+        f"{name} has no chat that can be read: {reason}: {detail}. Say whose a role is, as in "
+        "'dataset.role_map={narrator: system}', or what the texts stand under, as in "
+        "'dataset.columns={user: KEY, assistant: KEY}'."
+    )
+
+
+def ambiguous(place: str, ways: str) -> DataError:
+    """Return the error of a record that can be read in several ways."""
+    return DataError(
+        f"{place} can be read by {ways}, which do not say the same. Choose: dataset.form names a "
+        "form, 'dataset.columns={user: KEY, assistant: KEY}' the keys."
+    )
+
+
+def wrong_bytes(name: str, text: bytes) -> DataError:
+    """Return the error of a text that is not UTF-8."""
+    return _wrong_encoding(name, _single_byte_encoding(text))
 
 
 def wrong_encoding(name: str, records: Iterable[bytes]) -> DataError | None:
@@ -148,14 +225,6 @@ def wrong_encoding(name: str, records: Iterable[bytes]) -> DataError | None:
     return _wrong_encoding(name, _single_byte_encoding(sample))
 
 
-def no_chat_column(name: str, columns: list[str]) -> DataError:
-    """Return the error of a table without chats."""
-    return DataError(
-        f"{name} has no column conversations or messages; its columns are {', '.join(columns)}. "
-        f"Rename the one with the chats."
-    )
-
-
 def _single_byte_encoding(sample: bytes) -> str:
     """Return the likelier of two: only cp1252 has letters and quotes from 0x80 to 0x9f."""
     try:
@@ -179,12 +248,7 @@ def _mended(name: str) -> str:
 
 
 def _unpacked(name: str) -> str:
-    return " once it is unpacked" if name.endswith((".gz", ".zst")) else ""
-
-
-def _filter(key: str) -> str:
-    """Return what jq takes a key out with, whatever characters it has."""
-    return shlex.quote(f".[{json.dumps(key)}]")
+    return " once it is unpacked" if name.endswith((".gz", ".zst")) or "!" in name else ""
 
 
 def _comma_before(text: bytes | memoryview, position: int) -> int:

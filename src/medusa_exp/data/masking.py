@@ -58,6 +58,8 @@ class MaskedTokens:
     """Was it longer than a limit?"""
     num_cut_off: int = 0
     """Trained tokens that the cut has cost."""
+    num_needed: int = 0
+    """The limit at which one trained token would be left, where the cut has cost them all."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,7 @@ class Renderer:
             try:
                 results.append(mask_text(conversation.messages, self.template))
             except DataError as error:
-                results.append(DataError(f"conversation {conversation.id}: {error}"))
+                results.append(DataError(f"{conversation.described()}: {error}"))
         # Conversations of several rows have each row's text again in the next: one by one.
         single = [r[0] for r in results if isinstance(r, list) and len(r) == 1]
         rows = iter(self._tokenize(single))
@@ -380,11 +382,15 @@ class Renderer:
         ids, mask = row.input_ids, row.is_trained
         if self.tokenizer.truncation_side == "right":
             kept_ids, kept_mask = ids[:limit], mask[:limit]
+            needed = mask.index(True) + 1 if any(mask) else 0
         else:
             keep = int(ids[0] == self.tokenizer.bos_token_id)
             tail = len(ids) - (limit - keep)
             kept_ids, kept_mask = ids[:keep] + ids[tail:], mask[:keep] + mask[tail:]
-        return MaskedTokens(row.text, kept_ids, kept_mask, True, sum(mask) - sum(kept_mask))
+            needed = keep + mask[::-1].index(True) + 1 if any(mask) else 0
+        num_cut_off = sum(mask) - sum(kept_mask)
+        needed = 0 if any(kept_mask) else needed
+        return MaskedTokens(row.text, kept_ids, kept_mask, True, num_cut_off, needed)
 
 
 def _by_ends(masked: MaskedText, ends: list[int]) -> list[bool]:

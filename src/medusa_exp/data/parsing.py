@@ -1,33 +1,37 @@
 """Parse one raw chat: to a `Conversation`, or to the reason why it cannot be used.
 
-A raw chat has ShareGPT's form {id, conversations: [{from, value}]}, OpenAI's {messages: [{role,
-content}]}, or a mix of the two. msgspec decodes and checks it in one step; what it refuses is
-looked at again in Python, which takes what JSON has no room for (NaN, halves of surrogate pairs,
-control characters) and names what is wrong with the rest.
+Most raw chats have ShareGPT's form {id, conversations: [{from, value}]}, OpenAI's {messages:
+[{role, content}]}, or a mix of the two: msgspec decodes and checks them in one step. What it
+refuses is looked at again in Python, which knows all `FORMS`, takes what JSON has no room for (NaN,
+halves of surrogate pairs, control characters) and names what is wrong with the rest.
 """
 
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-ROLES = ("system", "user", "assistant", "tool")
-_NAMES = {
-    "user": "user human prompter",
-    "assistant": "assistant gpt chatgpt bing bard model bot function_call",
-    "system": "system developer",
-    "tool": "tool function observation function_response tool_response ipython",
-}
-_ROLE_OF = {name: role for role, names in _NAMES.items() for name in names.split()}
+from medusa_exp.data.forms import (
+    FORMS,
+    ROLE_OF,
+    Ambiguous,
+    Chat,
+    Form,
+    Unusable,
+    by_columns,
+    columns_of,
+    id_in,
+)
 
 NOT_UTF8 = "not valid UTF-8"
 NOT_JSON = "not valid JSON"
 TOO_DEEP = "nested too deeply"
 NOT_OBJECT = "not a JSON object"
-NO_LIST = "no list of conversations or messages"
+NO_FORM = "no known form of chat"
 NO_TURNS = "no turns"
 NOT_A_TURN = "a turn is not an object with a role and a content"
 UNKNOWN_ROLE = "unknown role"
@@ -40,8 +44,8 @@ NO_REPLY = "no assistant turn"
 
 RawChat = msgspec.Raw | bytes | memoryview | dict[str, Any]
 """JSON text, or the row of a table."""
-COLUMNS = ("conversations", "messages", "id", "system")
-"""What is read of a table."""
+_OF_ID = ("conversations", "messages", "id", "system")
+"""What the id of a row without one is made of, where it has the first form."""
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -56,6 +60,15 @@ class Conversation(msgspec.Struct, frozen=True):
 
     id: str
     messages: list[Message]
+    source: str = ""
+    """The file, or the member of an archive, that it stands in."""
+    number: int = 0
+    """Its place there, from 1."""
+
+    def described(self) -> str:
+        """Return what messages call it."""
+        place = f" ({self.source}, record {self.number})" if self.number else ""
+        return f"conversation {self.id}{place}"
 
 
 # The defaults are no values of their type: an explicit null is refused, a missing field is not.
@@ -77,27 +90,59 @@ class _Chat(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(_Chat).decode
-
-
-class _Unusable(Exception):
-    """Its text is the reason."""
+_decode_keys = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_LOOKED_AT = 100
+"""Records of a source that are looked at for keys of another form beside their messages."""
+_OTHER_KEYS = {key for name, form in FORMS.items() if name != "messages" for key in form.keys}
 
 
 class ChatParser:
-    """Makes conversations of raw chats; `role_map` adds to the names of roles that are known."""
+    """Makes conversations of the raw chats of one source."""
 
-    def __init__(self, role_map: Mapping[str, str] | None = None) -> None:
-        self._role_of = {**_ROLE_OF, **(role_map or {})}
+    def __init__(
+        self,
+        role_map: Mapping[str, str] | None = None,
+        form: str = "auto",
+        columns: Mapping[str, str] | None = None,
+        source: str = "",
+    ) -> None:
+        """Choose what is read.
 
-    def parse(self, raw: RawChat) -> Conversation | str:
-        """Return a conversation, or why the chat cannot be used."""
+        Args:
+            role_map: adds to the names of roles that are known.
+            form: one of `FORMS`, or auto, which takes the one that a raw chat fits.
+            columns: as `by_columns` has them; then nothing else is read.
+            source: the name of the source, for messages.
+        """
+        self._role_of = {**ROLE_OF, **(role_map or {})}
+        self._forms = forms_of(form, columns)
+        self._is_direct = "messages" in self._forms
+        self._num_looked_at = _LOOKED_AT if len(self._forms) > 1 else 0
+        self._source = source
+        self.found: Counter[str] = Counter()
+        """Name of a form -> raw chats that were read in it, but for the first form."""
+        self.detail = ""
+        """What showed why the newest raw chat could not be used."""
+
+    def parse(self, raw: RawChat, number: int = 0) -> Conversation | str:
+        """Return a conversation, or why the chat cannot be used.
+
+        Raises:
+            Ambiguous: it can be read in several ways.
+        """
         try:
-            conversation = None if isinstance(raw, dict) else self._parse_strictly(raw)
-            return conversation or self._parse_leniently(raw)
-        except _Unusable as reason:
+            if self._is_direct and not isinstance(raw, dict):
+                conversation = self._parse_strictly(raw, number)
+                if conversation is not None:
+                    return conversation
+            return self._parse_leniently(raw, number)
+        except Unusable as reason:
+            self.detail = reason.detail
             return str(reason)
 
-    def _parse_strictly(self, raw: msgspec.Raw | bytes | memoryview) -> Conversation | None:
+    def _parse_strictly(
+        self, raw: msgspec.Raw | bytes | memoryview, number: int
+    ) -> Conversation | None:
         """Return None where the chat needs a closer look."""
         try:
             chat = _decode(raw)
@@ -115,40 +160,84 @@ class ChatParser:
             messages.append(Message(role, content))
         if not messages:
             return None
+        if number <= self._num_looked_at and not _OTHER_KEYS.isdisjoint(_decode_keys(raw)):
+            return None
         chat_id = _content_id(raw) if chat.id in (None, "") else str(chat.id)
-        return _checked(chat_id, messages, chat.system)
+        return Conversation(chat_id, _checked(messages, chat.system), self._source, number)
 
-    def _parse_leniently(self, raw: RawChat) -> Conversation:
-        chat = _decoded(raw)
-        messages = [self._message(turn) for turn in _turns(chat)]
-        if not messages:
-            raise _Unusable(NO_TURNS)
-        system = chat.get("system")
-        chat_id = _usable_id(chat.get("id")) or _content_id(raw)
-        return _checked(chat_id, messages, None if system is None else _text(system))
+    def _parse_leniently(self, raw: RawChat, number: int) -> Conversation:
+        record = _decoded(raw)
+        name, messages = self._read(record)
+        if name == "messages":
+            given = record.get("id")
+            raw = {k: v for k, v in raw.items() if k in _OF_ID} if isinstance(raw, dict) else raw
+        else:
+            given = id_in(record)
+            self.found[name] += 1
+        chat_id = _usable_id(given) or _content_id(raw)
+        return Conversation(chat_id, messages, self._source, number)
+
+    def _read(self, record: Any) -> tuple[str, list[Message]]:
+        """Return the messages of a record and the name of its form."""
+        fitting = {name: chat for name, form in self._forms.items() if (chat := form.read(record))}
+        if not fitting:
+            if not isinstance(record, dict):
+                raise Unusable(NOT_OBJECT)
+            raise Unusable(NO_FORM, f"its keys are {', '.join(map(str, record))}")
+        found: dict[str, list[Message]] = {}
+        for name, chat in fitting.items():
+            try:
+                found[name] = self._messages(chat)
+            except Unusable:
+                if len(fitting) == 1:
+                    raise
+        if not found:
+            self._messages(next(iter(fitting.values())))
+        first, *others = found
+        if any(found[other] != found[first] for other in others):
+            raise Ambiguous(f"the forms {' and '.join(found)}")
+        return first, found[first]
+
+    def _messages(self, chat: Chat) -> list[Message]:
+        if not chat.turns:
+            raise Unusable(NO_TURNS)
+        messages = [self._message(turn) for turn in chat.turns]
+        return _checked(messages, None if chat.system is None else _text(chat.system))
 
     def _message(self, turn: Any) -> Message:
         if not isinstance(turn, dict):
-            raise _Unusable(NOT_A_TURN)
+            raise Unusable(NOT_A_TURN, f"it is {turn!r:.60}")
         # A table has a null where a form has no such field.
         name = turn.get("from") or turn.get("role")
         content = turn.get("content") if turn.get("value") is None else turn.get("value")
         if turn.get("tool_calls") or turn.get("function_call"):
             # Without them, a turn would end where the model calls a tool.
-            raise _Unusable(TOOL_CALLS)
+            raise Unusable(TOOL_CALLS)
         if not (turn.keys() & {"from", "role"} and turn.keys() & {"value", "content"}):
-            raise _Unusable(NOT_A_TURN)
+            raise Unusable(NOT_A_TURN, f"its keys are {', '.join(map(str, turn))}")
         role = None
         if isinstance(name, str):
             role = self._role_of.get(name) or self._role_of.get(name.lower())
         if role is None:
-            raise _Unusable(UNKNOWN_ROLE)
+            raise Unusable(UNKNOWN_ROLE, f"the role is {name!r}")
         if content is None:
-            raise _Unusable(NULL)
+            raise Unusable(NULL)
         if role == "assistant" and turn.get("weight") == 0:
             # OpenAI's form marks so what is only to be read: masks know no such turns.
-            raise _Unusable(NOT_TO_TRAIN)
+            raise Unusable(NOT_TO_TRAIN)
         return Message(role, _text(content))
+
+
+def forms_of(form: str, columns: Mapping[str, str] | None) -> dict[str, Form]:
+    """Return the forms that are looked for."""
+    if columns:
+        return {"columns": by_columns(columns)}
+    return FORMS if form == "auto" else {form: FORMS[form]}
+
+
+def columns_to_read(form: str, columns: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Return what is read of a table: names of columns, in the order that they are asked for."""
+    return columns_of(forms_of(form, columns))
 
 
 def content_digest(conversation: Conversation) -> bytes:
@@ -176,24 +265,20 @@ def decode_leniently(text: bytes) -> Any:
 
 
 def _decoded(raw: RawChat) -> Any:
+    if isinstance(raw, dict):
+        return raw
     try:
-        return raw if isinstance(raw, dict) else decode_leniently(raw_bytes(raw))
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return decode_leniently(raw_bytes(raw))
     except UnicodeDecodeError as error:
-        raise _Unusable(NOT_UTF8) from error
+        raise Unusable(NOT_UTF8) from error
     except ValueError as error:
-        raise _Unusable(NOT_JSON) from error
+        raise Unusable(NOT_JSON) from error
     except RecursionError as error:
-        raise _Unusable(TOO_DEEP) from error
-
-
-def _turns(chat: Any) -> list[Any]:
-    if not isinstance(chat, dict):
-        raise _Unusable(NOT_OBJECT)
-    values = (chat.get("conversations"), chat.get("messages"))
-    lists = [turns for turns in values if isinstance(turns, list)]
-    if not lists:
-        raise _Unusable(NO_LIST)
-    return lists[0] or lists[-1]
+        raise Unusable(TOO_DEEP) from error
 
 
 def _text(content: Any) -> str:
@@ -201,9 +286,9 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     if content is None:
-        raise _Unusable(NULL)
+        raise Unusable(NULL)
     if not isinstance(content, list):
-        raise _Unusable(NOT_TEXT)
+        raise Unusable(NOT_TEXT)
     return "".join(_part_text(part) for part in content)
 
 
@@ -211,7 +296,7 @@ def _part_text(part: Any) -> str:
     if isinstance(part, dict) and part.get("type") == "text":
         part = part.get("text")
     if not isinstance(part, str):
-        raise _Unusable(NOT_TEXT_PART)
+        raise Unusable(NOT_TEXT_PART)
     return part
 
 
@@ -226,12 +311,12 @@ def _content_id(raw: RawChat) -> str:
     return "sha256-" + hashlib.sha256(raw_bytes(raw).strip()).hexdigest()[:16]
 
 
-def _checked(chat_id: str, messages: list[Message], system: str | None) -> Conversation:
-    """Return the conversation if there is something to train on."""
+def _checked(messages: list[Message], system: str | None) -> list[Message]:
+    """Return the messages, after the system text, if there is something to train on."""
     if system and not system.isspace():
         first = Message("system", system)
         if messages[0] != first:
             messages = [first, *messages]
     if not any(m.role == "assistant" and m.content.strip() for m in messages):
-        raise _Unusable(NO_REPLY)
-    return Conversation(chat_id, messages)
+        raise Unusable(NO_REPLY)
+    return messages

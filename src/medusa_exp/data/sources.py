@@ -19,9 +19,24 @@ from medusa_exp.data.conversations import (
 )
 from medusa_exp.data.faults import unreadable
 from medusa_exp.runs.cache import entry
-from medusa_exp.runs.files import content_key, sha256_file
+from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
 
 log = logging.getLogger(__name__)
+
+
+_IN_KEY = (
+    "hub_split",
+    "role_map",
+    "strict",
+    "deduplicate",
+    "min_turns",
+    "max_turns",
+    "min_chars",
+    "max_chars",
+    "sample_fraction",
+    "seed",
+)
+"""Options that always count in the key of a cache; those that came later do where they are set."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,8 @@ class Source:
     def identity(self) -> list[Any]:
         """Return what names its content, for the key of a cache."""
         files = [_sha256(path) for path in self.reading.paths]
-        return [self.name, files, self.reading.fingerprints(), self.options]
+        options = settings_in_key(self.reading.options, _IN_KEY)
+        return [self.name, files, self.reading.fingerprints(), options]
 
 
 def _sha256(path: Path) -> str:
@@ -128,9 +144,12 @@ def empty_split(split: str, found: dict[str, dict[str, Any]]) -> DataError:
     for name, outcome in found.items():
         reasons = "; ".join(f"{reason}: {n}" for reason, n in outcome["dropped"].items())
         whys.append(f"{name}: {outcome['records']} records ({reasons or 'none dropped'})")
+    advice = f"raise dataset.{split}_fraction"
+    if split == "train":
+        advice = "lower dataset.val_fraction and dataset.test_fraction"
     return DataError(
         f"the data set has no conversation for split {split}: {', '.join(whys)}. Check the file, "
-        f"or raise dataset.{split}_fraction."
+        f"or {advice}."
     )
 
 

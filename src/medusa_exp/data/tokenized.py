@@ -54,6 +54,8 @@ _SERIAL_CHUNKS = 12
 KEPT = "kept records"
 REFUSED = "refused by the chat template"
 UNTRAINED = "no assistant token left"
+TOO_SHORT = "cut before the first reply"
+"""Of those without an assistant's token: what the others lack has another cause."""
 CUT = "cut to the length limit"
 LOST_ROWS = "assistant turns beyond the length limit"
 """Counted where a template makes an example of every assistant turn."""
@@ -79,12 +81,22 @@ class Tally:
     """Outcome -> the first conversation's error."""
     notes: set[str] = field(default_factory=set)
     """What was found out about the template."""
+    too_short: dict[str, list[int]] = field(default_factory=dict)
+    """Source -> number of conversations that were cut before their first reply, and the fewest
+    tokens that one of them needs."""
+
+    def add_too_short(self, source: str, number: int, needed: int) -> None:
+        """Count conversations that were cut before their first reply."""
+        counted, fewest = self.too_short.get(source, (0, needed))
+        self.too_short[source] = [counted + number, min(fewest, needed)]
 
     def add(self, other: "Tally") -> None:
         """Add the numbers of a later part."""
         self.counts += other.counts
         self.examples = {**other.examples, **self.examples}
         self.notes |= other.notes
+        for source, (number, needed) in other.too_short.items():
+            self.add_too_short(source, number, needed)
 
 
 @dataclass(frozen=True)
@@ -246,9 +258,12 @@ def _build(
         directory / _EXAMPLES, sources, dataset, Renderer(tokenizer, max_length)
     )
     found = {source.name: _outcomes(source, tally) for source in sources}
+    examples = dict(tally.examples)
+    for source in sources:
+        examples = {**source.reading.examples, **examples}
     if not any(outcomes["documents"] for outcomes in found.values()):
-        raise _nothing_to_train_on(found, tally.examples)
-    return {"sources": found, "examples": tally.examples, "notes": sorted(tally.notes)}
+        raise _nothing_to_train_on(found, examples, tally.too_short, max_length)
+    return {"sources": found, "examples": examples, "notes": sorted(tally.notes)}
 
 
 def _num_cores() -> int:
@@ -269,16 +284,32 @@ def _outcomes(source: Source, tally: Tally) -> dict[str, Any]:
     return outcomes
 
 
-def _nothing_to_train_on(found: dict[str, dict[str, Any]], examples: dict[str, str]) -> DataError:
+def _nothing_to_train_on(
+    found: dict[str, dict[str, Any]],
+    examples: dict[str, str],
+    too_short: dict[str, list[int]],
+    max_length: int,
+) -> DataError:
     """Return the error of a data set without a trained token."""
-    whys = [
-        f"{name}: {outcomes['records']} records; "
-        + "; ".join(f"{reason}: {n}" for reason, n in outcomes["dropped"].items())
-        for name, outcomes in found.items()
-    ]
+    whys = []
+    for name, outcomes in found.items():
+        number, needed = too_short.get(name, (0, 0))
+        dropped = {**outcomes["dropped"]}
+        dropped[UNTRAINED] = dropped.get(UNTRAINED, 0) - number
+        reasons = [f"{reason}: {n}" for reason, n in dropped.items() if n]
+        if number:
+            reasons.append(
+                f"{number} of {outcomes['records']} were cut before the first reply, at "
+                f"{max_length} tokens, and the shortest needs {needed}"
+            )
+        whys.append(f"{name}: {outcomes['records']} records; {'; '.join(reasons)}")
     example = "".join(f" For example, {what}: {error}." for what, error in examples.items())
+    advice = ""
+    if too_short:
+        advice = " Raise dataset.max_length, or shorten what the chat template puts first."
     return DataError(
         f"no token of the data set is an assistant's ({', '.join(whys)}): nothing to train on."
+        + advice
         + example
     )
 
@@ -326,7 +357,11 @@ def _tokenize(renderer: Renderer, strict: bool, chunk: list[Sourced]) -> Result:
             tally.counts[source, LOST_ROWS] += len(rows) - len(usable)
             tally.counts[source, LOST_TOKENS] += sum(row.num_cut_off for row in usable)
         else:
-            tally.examples.setdefault(UNTRAINED, f"conversation {conversation.id}")
+            what = conversation.described()
+            if needed := max((row.num_needed for row in rows), default=0):
+                tally.add_too_short(source, 1, needed)
+                what += f" needs {needed} tokens"
+            tally.examples.setdefault(TOO_SHORT if needed else UNTRAINED, what)
         tally.counts[source, CUT] += sum(row.is_cut for row in usable)
         tally.counts[source, "documents"] += len(usable)
         for row in usable:

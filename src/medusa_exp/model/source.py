@@ -5,7 +5,7 @@ Checked as far as a look can; nothing is loaded here.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,9 @@ def tiny_dir(
         settings_in_key(pretrain, _OF_PRETRAINING),
         seed,
     ]
+    others = {key.name for key in fields(dataset)} - {"form", "columns"}
+    if read_as := settings_in_key(dataset, (), but=others):
+        made_of.append(read_as)  # models from before these keys keep their names
     return Path(cache_dir) / "pretrained" / content_key(made_of)
 
 

@@ -26,6 +26,7 @@ from medusa_exp.stages.session import Session
 
 _SHOWN_CHARS = 1200
 """Characters of a sample that are printed; data_samples.jsonl has all of it."""
+_SHOWN_TURNS = 8
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
 """Around trained text where there is no color."""
 
@@ -37,10 +38,13 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     backbone = session.backbone() if session.spec.has_model else None
     limit = min(config.dataset.max_length, backbone.max_length if backbone else 2**30)
     tokenized = session.tokenized(tokenizer, limit)
-    sampled = _sampled(session.sources(), tokenized, config.inspect.num_conversations)
+    sources = session.sources()
+    sampled = _sampled(sources, tokenized, config.inspect.num_conversations)
     rows = sample_rows(sampled, tokenizer, tokenized.summary["notes"])
     found: dict[str, Any] = {
         **tokenized.summary,
+        "forms": {source.name: dict(source.reading.forms) for source in sources},
+        "first_chat": _first_chat(sampled[0][1]),
         "max_length": limit,
         "lengths": _lengths(tokenized),
         "roles": count_roles(rows),
@@ -75,6 +79,17 @@ def _sampled(
     read = sum(o[KEPT] + sum(o["dropped"].get(r, 0) for r in reasons) for o in outcomes)
     places = set(np.linspace(0, read - 1, min(number, read)).round().astype(int).tolist())
     return [sourced for place, sourced in enumerate(walk(sources)) if place in places]
+
+
+def _first_chat(conversation: Conversation) -> dict[str, Any]:
+    """Return a chat as it was understood, before any template."""
+    turns = []
+    for message in conversation.messages[:_SHOWN_TURNS]:
+        is_cut = len(message.content) > _SHOWN_CHARS
+        text = message.content[:_SHOWN_CHARS] + (" ..." if is_cut else "")
+        turns.append([message.role, text.encode("utf-8", "replace").decode()])
+    num_more = len(conversation.messages) - len(turns)
+    return {"name": conversation.described(), "turns": turns, "num_more": num_more}
 
 
 def _lengths(tokenized: Tokenized) -> dict[str, dict[str, float]]:
@@ -130,6 +145,7 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
 def print_all(found: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     """Print samples first and tables last, where the eye is."""
     console = Console()
+    console.print(_chat_table(found["first_chat"]))
     for sample in samples:
         _print_sample(console, sample)
     console.print(_records_table(found))
@@ -162,10 +178,22 @@ def _print_sample(console: Console, sample: dict[str, Any]) -> None:
     console.print(text, soft_wrap=True)
 
 
+def _chat_table(chat: dict[str, Any]) -> Table:
+    title = f"the first chat as it was read: {escape(chat['name'])}"
+    table = Table("role", "content", title=title)
+    for role, content in chat["turns"]:
+        table.add_row(role, escape(content))
+    if chat["num_more"]:
+        table.add_row("...", f"{chat['num_more']} more turns")
+    return table
+
+
 def _records_table(found: dict[str, Any]) -> Table:
     table = Table("source", "outcome", "number", title="records")
     for name, outcomes in found["sources"].items():
         table.add_row(name, "read", str(outcomes["records"]))
+        for form, number in sorted(found["forms"][name].items()):
+            table.add_row("", f"of the form {form}", str(number))
         for reason, number in sorted(outcomes["dropped"].items()):
             table.add_row("", f"dropped: {reason}", str(number))
         table.add_row("", "kept", str(outcomes[KEPT]))

@@ -1,0 +1,233 @@
+"""What a chat file holds once it is unpacked: bytes of a file, or of a member of an archive.
+
+gzip and zstd are told by their first bytes, as are zip and tar. Nothing is written to disk, names
+of members are names only, and what unpacks to absurd sizes is refused.
+"""
+
+import io
+import mmap
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from medusa_exp.data import faults
+from medusa_exp.data.faults import DataError
+
+SUFFIXES = tuple(
+    f".{kind}{packed}"
+    for kind in ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")
+    for packed in ("", ".gz", ".zst")
+)
+"""Names of what may hold chats, in a folder or an archive."""
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst")
+BLOCK = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_FREELY_UNPACKED = 1 << 28
+"""Bytes that anything may unpack to."""
+_MOST_TIMES = 250
+"""Beyond them: how many times its packed size. Chats shrink to a fifth or a tenth."""
+
+
+@dataclass
+class _Budget:
+    """How much a file on the disk may unpack to, all of its members together."""
+
+    name: str
+    num_packed: int
+    num_unpacked: int = 0
+
+    def spend(self, number: int) -> None:
+        """Count unpacked bytes.
+
+        Raises:
+            DataError: there are more than the packed ones can be believed to hold.
+        """
+        self.num_unpacked += number
+        if self.num_unpacked > max(_FREELY_UNPACKED, _MOST_TIMES * self.num_packed):
+            raise DataError(
+                f"{self.name} unpacks to more than {_FREELY_UNPACKED >> 20} MiB and {_MOST_TIMES} "
+                "times its size: no chats do. If it is what you want, unpack it yourself."
+            )
+
+
+@dataclass(frozen=True)
+class Content:
+    """The bytes of a file or a member."""
+
+    name: str
+    """What messages call it."""
+    open_packed: Callable[[], BinaryIO]
+    budget: _Budget
+    path: Path | None = None
+    """Where it stands in a file as it is."""
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Open it for reading what it holds once it is unpacked."""
+        compression = self.compression()
+        with self.open_packed() as file:
+            if compression is None:
+                yield file
+                return
+            with (
+                pa.CompressedInputStream(file, compression) as stream,
+                io.BufferedReader(_Bounded(stream, self.budget), BLOCK) as unpacked,
+            ):
+                yield unpacked
+
+    def compression(self) -> str | None:
+        """Return gzip, zstd or None."""
+        with self.open_packed() as file:
+            magic = file.read(4)
+        if magic[:2] == b"\x1f\x8b":
+            return "gzip"
+        # The second is zstd's too: a frame to be skipped, as some tools write first.
+        is_zstd = magic == b"\x28\xb5\x2f\xfd" or re.match(rb"[\x50-\x5f]\x2a\x4d\x18", magic)
+        return "zstd" if is_zstd else None
+
+    def head(self) -> bytes:
+        """Return the beginning, without byte-order mark and white space.
+
+        Raises:
+            DataError: there is nothing else.
+        """
+        with self.open() as file:
+            head = file.read(BLOCK).removeprefix(_BOM).lstrip()
+            while not head:
+                block = file.read(BLOCK)
+                if not block:
+                    raise faults.empty(self.name)
+                head = block.lstrip()
+        return head
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield lines that are not blank, with their numbers from 1."""
+        with self.open() as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(_BOM)
+                if line and not line.isspace():
+                    yield number, line
+
+    def whole(self) -> memoryview:
+        """Return all of it, mapped where it stands in a file as it is."""
+        if self.path is not None and self.compression() is None:
+            with self.path.open("rb") as file:
+                text = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        else:
+            data = bytearray()  # grows in place, where joined blocks would need it all twice
+            with self.open() as file:
+                while block := file.read(BLOCK):
+                    data += block
+            text = memoryview(data).toreadonly()
+        return text[len(_BOM) :] if text[: len(_BOM)] == _BOM else text
+
+
+class _Bounded(io.RawIOBase):
+    """A stream of unpacked bytes that are counted."""
+
+    def __init__(
+        self, stream: Any, budget: _Budget, faults_of_stream: tuple[type[Exception], ...] = ()
+    ) -> None:
+        super().__init__()
+        self._stream, self._budget, self._faults = stream, budget, faults_of_stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        try:
+            data = self._stream.read(len(buffer))
+        except self._faults as error:
+            raise faults.damaged(self._budget.name, error) from error
+        self._budget.spend(len(data))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def content_of(path: Path) -> Content:
+    """Return the content of a file."""
+
+    def opened() -> BinaryIO:
+        return path.open("rb", buffering=BLOCK)
+
+    return Content(str(path), opened, _Budget(str(path), path.stat().st_size), path)
+
+
+def members_of(content: Content, head: bytes) -> Iterator[Content] | None:
+    """Return the chat files of an archive one by one, or None if it is none.
+
+    Each is to be read before the next is asked for.
+
+    Raises:
+        NoChats: (once asked for the first) the archive has none.
+        DataError: it is damaged, or locked by a password.
+    """
+    if content.path is None:
+        return None
+    if head.startswith(b"PK\x03\x04"):
+        return _zip_members(content)
+    return _tar_members(content) if head[257:262] == b"ustar" else None
+
+
+def _zip_members(content: Content) -> Iterator[Content]:
+    import zipfile
+    import zlib
+
+    damage = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+
+    def opened(info: zipfile.ZipInfo) -> BinaryIO:
+        return io.BufferedReader(_Bounded(archive.open(info), content.budget, damage), BLOCK)
+
+    with content.open_packed() as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except damage as error:
+            raise faults.damaged(content.name, error) from error
+        members = [info for info in archive.infolist() if not info.is_dir()]
+        chosen = [info for info in members if is_chat_file(info.filename)]
+        others = [info.filename for info in members if not is_chat_file(info.filename)]
+        if not chosen:
+            raise faults.no_chat_files(content.name, others)
+        faults.say_passed_over(content.name, others)
+        if any(info.flag_bits & 1 for info in chosen):
+            raise DataError(f"{content.name} is locked by a password: unpack it yourself.")
+        for info in chosen:
+            name = f"{content.name}!{info.filename}"
+            yield Content(name, partial(opened, info), content.budget)
+
+
+def _tar_members(content: Content) -> Iterator[Content]:
+    import tarfile
+
+    others: list[str] = []
+    is_empty = True
+    try:
+        with content.open() as file, tarfile.open(fileobj=file, mode="r|") as archive:
+            for info in archive:
+                if not info.isfile() or info.issparse() or not is_chat_file(info.name):
+                    others += [] if info.isdir() else [info.name]
+                    continue
+                is_empty = False
+                # A stream is read forwards only, and a content may be opened again.
+                data = archive.extractfile(info).read()  # type: ignore[union-attr]
+                name = f"{content.name}!{info.name}"
+                yield Content(name, partial(io.BytesIO, data), content.budget)
+    except tarfile.TarError as error:
+        raise faults.damaged(content.name, error) from error
+    if is_empty:
+        raise faults.no_chat_files(content.name, others)
+    faults.say_passed_over(content.name, others)
+
+
+def is_chat_file(name: str) -> bool:
+    """Tell by its name what may hold chats; hidden ones are caches and leftovers of systems."""
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
+    return name.lower().endswith(SUFFIXES) and not is_hidden

@@ -1,0 +1,99 @@
+"""Records of files that are not a list of them: CSV and TSV, and one object of lists or of objects.
+
+An object may hold lists of records (`{"train": [...], "test": [...]}`), columns (`{"prompt": [...],
+"completion": [...]}`, as pandas writes them too), or records by their ids.
+"""
+
+import csv
+import io
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
+
+import msgspec
+
+from medusa_exp.data import faults
+from medusa_exp.data.faults import DataError
+from medusa_exp.data.forms import is_turn
+from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser, RawChat
+
+log = logging.getLogger(__name__)
+
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+
+def rows_of_text(name: str, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of CSV or TSV, told apart by their header, with the line that each ends in.
+
+    Raises:
+        DataError: a row has more fields than there are columns, or it is not UTF-8.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # of the process: 131072 is no chat's limit
+    with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        try:
+            header = text.readline()
+            delimiter = max(",\t;", key=header.count)
+            columns = next(csv.reader([header], delimiter=delimiter))
+            for row in (reader := csv.reader(text, delimiter=delimiter)):
+                line = 1 + reader.line_num
+                if len(row) > len(columns):
+                    raise DataError(
+                        f"{name}, line {line}: a row of {len(row)} fields under {len(columns)} "
+                        f"columns ({', '.join(columns)}). Put texts with commas in quotes."
+                    )
+                if row:
+                    yield line, dict(zip(columns, row, strict=False))
+        except UnicodeDecodeError as error:
+            raise faults.wrong_bytes(name, error.object) from error
+        except csv.Error as error:
+            raise DataError(f"{name}, line {1 + reader.line_num}: {error}.") from error
+
+
+def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
+    """Return the records that the file's only JSON value holds, or None where it is one itself."""
+    try:
+        fields = _decode_object(text)
+        lists = {key: _decode_list(value) for key, value in fields.items() if _opens(value, b"[")}
+        if _is_chat({**fields, **{key: items[:1] for key, items in lists.items()}}):
+            return None
+        of_records = {key: items for key, items in lists.items() if items and _is_record(items[0])}
+        if of_records:
+            if len(of_records) > 1:
+                log.warning("data: %s: chats are read from its %s", name, ", ".join(of_records))
+            return [item for items in of_records.values() for item in items]
+        if len(lists) == len(fields) > 1 and len({len(items) for items in lists.values()}) == 1:
+            return _rows(lists)
+        objects = {k: _decode_object(v) for k, v in fields.items() if _opens(v, b"{")}
+        if not objects or len(objects) < len(fields):
+            return None
+        first, *others = objects.values()
+        if _is_chat(first):
+            return list(fields.values())
+        if len(objects) > 1 and all(other.keys() == first.keys() for other in others):
+            rows = _rows({key: list(values.values()) for key, values in objects.items()})
+            return rows if _is_chat(rows[0]) else None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        pass  # what is wrong with it is found where it is read as a chat
+    return None
+
+
+def _opens(value: msgspec.Raw, bracket: bytes) -> bool:
+    return bytes(memoryview(value)[:1]) == bracket
+
+
+def _rows(columns: dict[str, list[msgspec.Raw]]) -> list[bytes]:
+    """Turn columns of one length into rows."""
+    rows = zip(*columns.values(), strict=True)
+    return [msgspec.json.encode(dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def _is_chat(value: Any) -> bool:
+    raw = value if isinstance(value, bytes) else msgspec.json.encode(value)
+    return ChatParser().parse(raw) not in (NO_FORM, NOT_A_TURN)
+
+
+def _is_record(item: msgspec.Raw) -> bool:
+    value = msgspec.json.decode(item)
+    return isinstance(value, list) or (isinstance(value, dict) and not is_turn(value))

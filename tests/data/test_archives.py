@@ -1,0 +1,187 @@
+"""Chat files in archives, and beside files that hold no chats."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import pytest
+from chat_files import LINES, LIST, RECORDS, gzipped, parquet, write, zstd
+
+from medusa_exp.data import DataError, contents, read_conversations
+
+CSV = "question,answer\nWhat is 2+2?,It is 4.\n"
+MEMBERS = {
+    "../../chats/a.json": LIST,
+    "b.jsonl.gz": gzipped(LINES),
+    "c/d.csv": CSV.encode(),
+    "e.parquet": parquet(RECORDS),
+    "__MACOSX/a.json": b"not chats",
+    "c/.hidden.json": b"not chats",
+    "chat.html": b"<html>",
+    "user.json": b'{"id": "u-1", "email": "x@y.z"}',
+}
+IDS = {f"r-{number}" for number in range(5)}
+
+
+def zipped(members, **options):
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED, **options) as archive:
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
+    return sink.getvalue()
+
+
+def tarred(members):
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        link = tarfile.TarInfo("link.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def tar_gz(members):
+    return gzipped(tarred(members))
+
+
+def tar_zst(members):
+    return zstd(tarred(members))
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred, tar_gz, tar_zst])
+def test_members_of_archives(tmp_path, pack, caplog):
+    path = write(tmp_path / "a.zip", pack(MEMBERS))
+    reading = read_conversations(path)
+    for _ in range(2):
+        found = list(reading)
+        assert len(found) == 16 and {conversation.id for conversation in found} > IDS
+        assert found[10].source == f"{path}!c/d.csv" and found[10].number == 1
+    assert reading.paths == [path] and reading.num_records == 17
+    assert reading.forms == {"messages": 15, "question": 1}
+    assert reading.dropped == {"no known form of chat": 1}
+    assert caplog.text.count("passed over, for it holds no chats") == 1  # however often it is read
+    assert "user.json has no known form of chat: its keys are id, email" in caplog.text
+    assert "files passed over: __MACOSX/a.json, c/.hidden.json, chat.html" in caplog.text.replace(
+        "link.json, ", ""
+    )
+    assert list(tmp_path.iterdir()) == [path]  # nothing is unpacked to disk
+
+
+@pytest.mark.parametrize("pack", [zipped, tar_gz])
+def test_archives_that_cannot_be_read(tmp_path, pack):
+    def fault_of(data):
+        with pytest.raises(DataError) as caught:
+            list(read_conversations(write(tmp_path / "a.zip", data)))
+        assert str(tmp_path / "a.zip") in str(caught.value)
+        return str(caught.value)
+
+    assert "holds no *.json" in fault_of(pack({"README.md": b"x"}))
+    assert "README.md." in fault_of(pack({"README.md": b"x"}))
+    assert "its keys are id, email" in fault_of(pack({"user.json": MEMBERS["user.json"]}))
+    assert "a.json" in fault_of(pack({"a.json": LIST[:-20]}))
+    whole = pack({"a.json": json.dumps(RECORDS * 2000).encode()})
+    broken = bytearray(whole)
+    broken[len(whole) // 2] ^= 0xFF
+    assert "damaged" in fault_of(bytes(broken)) or "cut off" in fault_of(bytes(broken))
+    assert "a.zip is " in fault_of(whole[: len(whole) // 2])
+    inner = fault_of(pack({"a.json": zipped({"b.json": LIST})}))
+    assert "is a zip archive in an archive" in inner
+
+
+def test_an_archive_with_a_password(tmp_path):
+    data = bytearray(zipped({"a.json": LIST}))
+    data[6] |= 1  # of the member, and of the archive's list of them
+    data[data.index(b"PK\1\2") + 8] |= 1
+    with pytest.raises(DataError, match="locked by a password"):
+        list(read_conversations(write(tmp_path / "a.zip", bytes(data))))
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        gzipped,
+        zstd,
+        lambda data: zipped({"a.json": data}),
+        lambda data: zipped({f"{i}.jsonl": data[: len(data) // 8] for i in range(8)}),
+        lambda data: zipped({"a.json.gz": gzipped(data)}),
+        lambda data: tar_gz({"a.json": data}),
+    ],
+    ids=["gzip", "zstd", "zip", "several members", "gzip in zip", "tar.gz"],
+)
+def test_what_unpacks_to_absurd_sizes(tmp_path, pack, monkeypatch):
+    path = write(tmp_path / "a.json", pack(b'["' + b"x" * (1 << 22)))
+    with pytest.raises(DataError, match=r"is cut off|no line of it"):
+        list(read_conversations(path))
+    monkeypatch.setattr(contents, "_FREELY_UNPACKED", 1 << 20)
+    with pytest.raises(DataError, match=r"a\.json.* unpacks to more than 1 MiB and 250 times"):
+        list(read_conversations(path))
+
+
+def test_chats_that_are_packed_well_are_no_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(contents, "_FREELY_UNPACKED", 1 << 20)
+    path = write(
+        tmp_path / "a.jsonl.gz",
+        gzipped(
+            b"".join(
+                json.dumps(
+                    {
+                        "messages": [
+                            {"role": "user", "content": f"What is {i} + {i * i}?"},
+                            {"role": "assistant", "content": str(i + i * i)},
+                        ]
+                    }
+                ).encode()
+                + b"\n"
+                for i in range(20_000)
+            )
+        ),
+    )
+    assert len(list(read_conversations(path))) == 20_000
+
+
+def test_files_of_a_folder_without_chats_are_passed_over(tmp_path, caplog):
+    write(tmp_path / "a.jsonl", LINES)
+    write(tmp_path / "dataset_infos.json", json.dumps({"default": {"features": {"x": 1}}}))
+    write(tmp_path / "labels.csv", "name,label\nx,1\n")
+    write(tmp_path / "stats.parquet", parquet([{"n": 1}]))
+    reading = read_conversations(tmp_path)
+    assert len(list(reading)) == 5 and len(list(reading)) == 5
+    for name, keys in (("dataset_infos.json", "default"), ("labels.csv", "name, label")):
+        assert caplog.text.count(f"{name} has no known form of chat: its ") == 1
+        assert f" are {keys}. " in caplog.text
+    assert "its columns are n" in caplog.text
+    with pytest.raises(DataError, match="its keys are default"):  # named by itself
+        list(read_conversations(tmp_path / "dataset_infos.json"))
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(DataError, match="its keys are default"):  # nothing else is there
+        list(read_conversations(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ('question,answer\nx,"1,2",3\n', "line 2: a row of 3 fields under 2 columns"),
+        ("question,answer\nx,caf\u00e9\n".encode("latin-1"), "iconv -f ISO-8859-1"),
+        ("question,answer\nx,y\n".encode("utf-16"), "iconv -f UTF-16"),
+        ("", "is empty"),
+    ],
+)
+def test_tables_of_text_that_cannot_be_read(tmp_path, data, words):
+    with pytest.raises(DataError, match=words):
+        list(read_conversations(write(tmp_path / "a.csv", data)))
+
+
+def test_rows_of_csv(tmp_path):
+    rows = 'question,answer\r\n"Two\r\nlines, ""quoted""","' + "y" * 200_000 + '"\r\n\r\nx,z\r\n'
+    first, second = read_conversations(write(tmp_path / "a.csv", rows))
+    assert first.messages[0].content == 'Two\r\nlines, "quoted"'
+    assert len(first.messages[1].content) == 200_000 and second.messages[1].content == "z"
+    reading = read_conversations(
+        write(tmp_path / "b.csv.gz", gzipped(b"question,answer\nx\ny,z\n"))
+    )
+    assert len(list(reading)) == 1 and reading.dropped == {"no known form of chat": 1}

@@ -1,0 +1,450 @@
+"""Chats as data sets have them: one record of each form, by the name of a set that looks so."""
+
+import csv
+import io
+import json
+import random
+from collections import Counter
+
+import pytest
+from chat_files import parquet, write
+
+from medusa_exp.config import DatasetConfig
+from medusa_exp.config.schema import words_of
+from medusa_exp.data import DataError, read_conversations
+from medusa_exp.data.forms import FORMS, Ambiguous
+from medusa_exp.data.parsing import ChatParser
+
+Q, A = "What is 2+2?", "It is 4."
+ASK, REPLY = {"role": "user", "content": Q}, {"role": "assistant", "content": A}
+PAIR = [("user", Q), ("assistant", A)]
+BRIEF = [("system", "Be brief."), *PAIR]
+AGAIN = [*PAIR, ("user", "And 3+3?"), ("assistant", "6.")]
+MORE = [{"role": "user", "content": "And 3+3?"}, {"role": "assistant", "content": "6."}]
+
+
+def node(parent, role, *parts, **message):
+    content = {"content_type": "text", "parts": list(parts)}
+    return {
+        "message": {"author": {"role": role}, "content": content, "recipient": "all", **message},
+        "parent": parent,
+    }
+
+
+EXPORT = {
+    "title": "Sums",
+    "current_node": "short",
+    "mapping": {
+        "root": {"message": None, "parent": None},
+        "hidden": node(
+            "root", "system", "x", metadata={"is_visually_hidden_from_conversation": True}
+        ),
+        "short": node("hidden", "user", "Something else"),
+        "ask": node("hidden", "user", Q),
+        "thought": node("ask", "assistant", content={"content_type": "thoughts", "thoughts": []}),
+        "reply": node("thought", "assistant", A),
+        "loop": node("loop", "user", "never reached"),
+    },
+}
+
+
+def reply(text, role="assistant", rank=None, replies=(), **more):
+    return {"text": text, "role": role, "rank": rank, "replies": list(replies), **more}
+
+
+TREE = {
+    "message_tree_id": "t-1",
+    "prompt": reply(
+        Q,
+        "prompter",
+        replies=[
+            reply("No.", rank=1, replies=[reply("Why?", "prompter")]),
+            reply(A, rank=0),
+            reply("Gone.", rank=-1, deleted=True),
+        ],
+    ),
+}
+UNRANKED = {
+    "prompt": reply(
+        Q, "prompter", replies=[reply("No."), reply(A, replies=[reply("", "prompter")])]
+    )
+}
+HH = f"\n\nHuman: {Q}\n\nAssistant: {A}"
+
+READ = {
+    # name: (record, form, turns)
+    "sharegpt": ({"conversations": [{"from": "human", "value": Q}, REPLY]}, "messages", PAIR),
+    "openai fine-tuning": ({"messages": [ASK, REPLY]}, "messages", PAIR),
+    "messages as a text": ({"messages": json.dumps([ASK, REPLY])}, "messages", PAIR),
+    "lima": ({"conversations": [Q, A], "source": "x"}, "messages", PAIR),
+    "alpaca": (
+        {"instruction": Q, "input": "", "output": A, "text": "Below is"},
+        "instruction",
+        PAIR,
+    ),
+    "alpaca with input": (
+        {"instruction": "Add.", "input": "2, 2", "output": A},
+        "instruction",
+        [("user", "Add.\n\n2, 2"), ("assistant", A)],
+    ),
+    "alpaca with history": (
+        {"instruction": "And 3+3?", "input": "", "output": "6.", "history": [[Q, A]]},
+        "instruction",
+        AGAIN,
+    ),
+    "dolly": (
+        {"instruction": Q, "context": "Sums", "response": A, "category": "qa"},
+        "instruction",
+        [("user", f"{Q}\n\nSums"), ("assistant", A)],
+    ),
+    "orca": (
+        {"id": "1", "system_prompt": "Be brief.", "question": Q, "response": A},
+        "question",
+        BRIEF,
+    ),
+    "gsm8k": ({"question": Q, "answer": A}, "question", PAIR),
+    "metamath": ({"query": Q, "response": A, "original_question": "?"}, "question", PAIR),
+    "input and output": ({"input": Q, "output": A}, "input", PAIR),
+    "nemotron": ({"input": [ASK], "output": A, "system_prompt": "Be brief."}, "input", BRIEF),
+    "prompt and completion": ({"prompt": Q, "completion": A}, "prompt", PAIR),
+    "prompt and completion of messages": ({"prompt": [ASK], "completion": [REPLY]}, "prompt", PAIR),
+    "user and assistant": ({"user": Q, "assistant": A, "system": "Be brief."}, "user", BRIEF),
+    "hh-rlhf": ({"chosen": HH, "rejected": "\n\nHuman: x"}, "chosen", PAIR),
+    "full-hh-rlhf": (
+        {"prompt": HH.removesuffix(f" {A}"), "response": f" {A}", "chosen": f" {A}"},
+        "prompt",
+        PAIR,
+    ),
+    "ultrafeedback": (
+        {"prompt": Q, "chosen": [ASK, REPLY], "rejected": [ASK], "messages": [ASK, REPLY]},
+        "messages",
+        PAIR,
+    ),
+    "preference messages": ({"prompt": Q, "chosen": [ASK, REPLY], "score": 1.0}, "chosen", PAIR),
+    "preference with a prompt of messages": (
+        {"prompt": [{"role": "system", "content": "Be brief."}, ASK], "chosen": [REPLY]},
+        "chosen",
+        BRIEF,
+    ),
+    "orca dpo": (
+        {"system": "Be brief.", "question": Q, "chosen": A, "rejected": "5"},
+        "chosen",
+        BRIEF,
+    ),
+    "gemini": (
+        {
+            "systemInstruction": {"parts": [{"text": "Be brief."}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": "What is "}, {"text": "2+2?"}]},
+                {"role": "model", "parts": [{"text": A}]},
+            ],
+        },
+        "contents",
+        BRIEF,
+    ),
+    "openai batch": (
+        {"custom_id": "r-1", "method": "POST", "body": {"model": "m", "messages": [ASK, REPLY]}},
+        "body",
+        PAIR,
+    ),
+    "anthropic batch": (
+        {"custom_id": "r-1", "params": {"system": "Be brief.", "messages": [ASK, REPLY]}},
+        "body",
+        BRIEF,
+    ),
+    "lmsys-chat-1m": (
+        {"conversation_id": "c-1", "model": "m", "conversation": [ASK, REPLY], "turn": 1},
+        "conversation",
+        PAIR,
+    ),
+    "moss": ({"conversation": [{"human": Q, "assistant": A}]}, "conversation", PAIR),
+    "claude export": (
+        {
+            "uuid": "u-1",
+            "chat_messages": [{"sender": "human", "text": Q}, {"sender": "assistant", "text": A}],
+        },
+        "conversation",
+        PAIR,
+    ),
+    "arena": (
+        {"winner": "model_b", "conversation_a": [ASK, ASK], "conversation_b": [ASK, REPLY]},
+        "winner",
+        PAIR,
+    ),
+    "arena tie": (
+        {"winner": "tie", "conversation_a": [ASK, REPLY], "conversation_b": [ASK]},
+        "winner",
+        PAIR,
+    ),
+    "chatgpt export": (EXPORT, "mapping", PAIR),
+    "oasst tree": (TREE, "replies", PAIR),
+    "oasst tree without ranks": (UNRANKED, "replies", [*PAIR, ("user", "")]),
+    "ultrachat": ({"id": "0", "data": [Q, A, "And 3+3?", "6."]}, "data", AGAIN),
+    "guanaco": ({"text": f"### Human: {Q}### Assistant: {A}"}, "text", PAIR),
+    "list of messages": ([ASK, REPLY, *MORE], "list", AGAIN),
+}
+"""What is read."""
+
+
+def turns(conversation):
+    return [(message.role, message.content) for message in conversation.messages]
+
+
+def lines(records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def read(path, **options):
+    reading = read_conversations(path, **options)
+    return [turns(conversation) for conversation in reading], dict(reading.forms)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read(tmp_path, name):
+    record, form, expected = READ[name]
+    for data in (lines([record] * 3), json.dumps([record] * 3)):
+        path = write(tmp_path / "a.json", data)
+        for chosen in ("auto", form):
+            assert read(path, form=chosen) == ([expected] * 3, {form: 3})
+    if isinstance(record, dict) and form not in ("mapping", "replies"):
+        assert read(write(tmp_path / "a", parquet([record] * 3))) == ([expected] * 3, {form: 3})
+
+
+def table(record, delimiter):
+    text = io.StringIO()
+    rows = csv.DictWriter(text, list(record), delimiter=delimiter)
+    rows.writeheader()
+    rows.writerows(
+        {k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()} for _ in range(3)
+    )
+    return text.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, (record, *_) in READ.items() if isinstance(record, dict)]
+)
+def test_tables_of_text(tmp_path, name):
+    record, form, expected = READ[name]
+    for suffix, delimiter in (("csv", ","), ("csv", ";"), ("tsv", "\t")):
+        path = write(tmp_path / f"a.{suffix}", "\ufeff" + table(record, delimiter))
+        assert read(path) == ([expected] * 3, {form: 3})
+
+
+REFUSED = {
+    # name: (record, what the message has)
+    "squad": (
+        {"id": "1", "context": "c", "question": Q, "answers": {"text": [A], "answer_start": [0]}},
+        "keys are id, context, question, answers.*dataset.columns",
+    ),
+    "oasst1 rows": (
+        {"message_id": "1", "parent_id": None, "text": Q, "role": "prompter"},
+        "keys are message_id, parent_id, text, role",
+    ),
+    "messages as rows": (
+        {"conversation_id": "1", "role": "user", "content": Q},
+        "one message: gather those of a chat",
+    ),
+    "plain text": ({"text": "Once upon a time"}, "keys are text.*dataset.columns"),
+    "camel": ({"message_1": Q, "message_2": A}, "keys are message_1, message_2.*dataset.form"),
+    "two forms": (
+        {"prompt": Q, "completion": A, "messages": [ASK, *MORE]},
+        "record 1 .line 1. can be read by the forms messages and prompt.*dataset.form",
+    ),
+    "two replies": (
+        {"prompt": Q, "completion": A, "response": "5"},
+        "by the keys completion and response.*dataset.columns",
+    ),
+    "other roles": (
+        {"messages": [{"role": "narrator", "content": Q}, REPLY]},
+        "the role is 'narrator'.*dataset.role_map",
+    ),
+    "other turns": (
+        {"messages": [{"who": "user", "what": Q}]},
+        "its keys are who, what.*dataset.columns",
+    ),
+}
+"""What is refused, by a message that names the keys that are there, and the remedy."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(tmp_path, name):
+    record, words = REFUSED[name]
+    path = write(tmp_path / "a.jsonl", lines([record] * 3))
+    with pytest.raises(DataError, match=words) as caught:
+        list(read_conversations(path))
+    assert str(path) in str(caught.value)
+
+
+def test_a_form_that_is_named_is_not_looked_for(tmp_path):
+    record, _ = REFUSED["two forms"]
+    path = write(tmp_path / "a.jsonl", lines([record] * 2))
+    assert read(path, form="prompt") == ([PAIR] * 2, {"prompt": 2})
+    assert read(path, form="messages")[1] == {"messages": 2}
+    with pytest.raises(DataError, match="keys are prompt, completion, messages"):
+        read(path, form="contents")
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "expected"),
+    [
+        (REFUSED["camel"][0], {"user": "message_1", "assistant": "message_2"}, PAIR),
+        (REFUSED["squad"][0], {"user": "question", "assistant": "answers.text.0"}, PAIR),
+        (REFUSED["two replies"][0], {"user": "prompt", "assistant": "completion"}, PAIR),
+        (
+            {"a.b": Q, "c": {"d": A, "e": "Be brief."}},
+            {"user": "a.b", "assistant": "c.d", "system": "c.e"},
+            BRIEF,
+        ),
+        ({"talk": {"list": [ASK, REPLY]}}, {"messages": "talk.list"}, PAIR),
+        ({"story": A}, {"assistant": "story"}, PAIR[1:]),
+    ],
+)
+def test_columns(tmp_path, record, columns, expected):
+    path = write(tmp_path / "a.jsonl", lines([record] * 2))
+    assert read(path, columns=columns) == ([expected] * 2, {"columns": 2})
+    path = write(tmp_path / "a.parquet", parquet([record] * 2))
+    assert read(path, columns=columns) == ([expected] * 2, {"columns": 2})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"form": "sharegpt"}, "dataset.form=sharegpt: use auto or one of messages"),
+        ({"columns": {"bot": "x"}}, "dataset.columns: bot: use user, assistant"),
+        ({"columns": {"user": "x"}}, "dataset.columns needs the key of the assistant's"),
+        ({"columns": {"assistant": "x"}, "form": "list"}, "both set"),
+    ],
+)
+def test_bad_options(tmp_path, options, words):
+    path = write(tmp_path / "a.jsonl", lines([READ["gsm8k"][0]]))
+    with pytest.raises(DataError, match=words):
+        read_conversations(path, **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([ASK, REPLY], [PAIR]),
+        ([[ASK, REPLY], [ASK, REPLY, *MORE]], [PAIR, AGAIN]),
+        ({"messages": [ASK, REPLY]}, [PAIR]),
+        ({"conversations": [{"id": 1, "messages": [ASK, REPLY]}]}, [PAIR]),
+        ({"version": 2, "data": [{"question": Q, "answer": A}]}, [PAIR]),
+        (
+            {"train": [{"prompt": Q, "completion": A}], "test": [{"messages": [ASK, REPLY]}]},
+            [PAIR] * 2,
+        ),
+        ({"prompt": [Q, Q], "completion": [A, A]}, [PAIR] * 2),
+        ({"messages": [[ASK, REPLY], [ASK, REPLY, *MORE]]}, [PAIR, AGAIN]),
+        ({"prompt": {"0": Q, "1": Q}, "completion": {"0": A, "1": A}}, [PAIR] * 2),
+        ({"a": {"messages": [ASK, REPLY]}, "b": {"messages": [ASK, REPLY]}}, [PAIR] * 2),
+        (EXPORT, [PAIR]),
+        (TREE, [PAIR]),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_files_that_are_one_value(tmp_path, data, expected, indent):
+    assert read(write(tmp_path / "a.json", json.dumps(data, indent=indent)))[0] == expected
+
+
+def test_lists_of_messages_a_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines([[ASK, REPLY], [ASK, REPLY, *MORE]]))
+    assert read(path) == ([PAIR, AGAIN], {"list": 2})
+
+
+def test_forms_may_differ_within_a_file(tmp_path):
+    records = [
+        READ[name][0] for name in ("gsm8k", "alpaca", "openai fine-tuning", "list of messages")
+    ]
+    reading = read_conversations(write(tmp_path / "a.jsonl", lines([*records, {"x": 1}])))
+    assert len(list(reading)) == 4
+    assert reading.forms == {"question": 1, "instruction": 1, "messages": 1, "list": 1}
+    assert reading.dropped == {"no known form of chat": 1}
+    assert reading.examples == {
+        "no known form of chat": f"{tmp_path}/a.jsonl, record 5 (line 5): its keys are x"
+    }
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (
+            {"winner": "tie (bothbad)", "conversation_a": [ASK], "conversation_b": [ASK]},
+            "marked as bad",
+        ),
+        ({"conversation_a": [ASK], "conversation_b": [ASK]}, "without a winner"),
+        ({"question": Q, "answer": None}, "content is null"),
+        ({"question": Q, "answer": 4}, "content is not text"),
+        ({"question": Q, "answer": " "}, "no assistant turn"),
+        ({"conversation": []}, "no turns"),
+        (
+            {"contents": [{"parts": [{"text": Q}, {"inlineData": {}}]}]},
+            "content has a part that is not text",
+        ),
+        (
+            {"mapping": {"a": node(None, "assistant", "ls", recipient="bash")}},
+            "tool calls are not supported",
+        ),
+    ],
+)
+def test_reasons(tmp_path, record, reason):
+    reading = read_conversations(write(tmp_path / "a.jsonl", lines([record, READ["gsm8k"][0]])))
+    assert [turns(conversation) for conversation in reading] == [PAIR]
+    assert len(reading.dropped) == 1 and reason in next(iter(reading.dropped))
+
+
+def test_ids_and_origins(tmp_path):
+    records = [READ[name][0] for name in ("oasst tree", "lmsys-chat-1m", "gsm8k")]
+    path = write(tmp_path / "a.jsonl", lines(records))
+    first, second, third = read_conversations(path)
+    assert (first.id, second.id) == ("t-1", "c-1") and third.id.startswith("sha256-")
+    assert third.described() == f"conversation {third.id} ({path}, record 3)"
+
+
+def test_the_config_knows_all_forms():
+    assert words_of(DatasetConfig, "form") == ("auto", *FORMS)
+
+
+JUNK = (None, True, 7, 1.5, "", "x", "[", '{"a": [1]}', [], {}, [[]], ["x"], [None], {"x": None})
+
+
+def mutated(value, draw):
+    """Return a value some part of which is something else."""
+    if draw.random() < 0.15 or not isinstance(value, list | dict) or not value:
+        return draw.choice(JUNK)
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    key = draw.choice(list(copy)) if isinstance(copy, dict) else draw.randrange(len(copy))
+    if isinstance(copy, dict) and draw.random() < 0.1:
+        copy[draw.choice(["prompt", "messages", "parts", "role", "winner"])] = copy.pop(key)
+    else:
+        copy[key] = mutated(copy[key], draw)
+    return copy
+
+
+def test_no_record_is_a_traceback():
+    draw = random.Random(0)
+    outcomes = Counter()
+    parsers = [ChatParser(), *(ChatParser(form=form) for form in FORMS)]
+    parsers.append(ChatParser(columns={"user": "prompt.text.0", "assistant": "chosen.1.content"}))
+    for record, *_ in READ.values():
+        for _ in range(120):
+            changed = mutated(record, draw)
+            for parser in (parsers[0], draw.choice(parsers)):
+                try:
+                    found = parser.parse(json.dumps(changed).encode(), 1)
+                except Ambiguous:
+                    found = "ambiguous"
+                outcomes[found if isinstance(found, str) else "read"] += 1
+    assert outcomes["read"] > 1000 and len(outcomes) >= 10
+
+
+def test_deep_trees_and_circles(tmp_path):
+    nodes = {
+        str(i): node(str(i - 1) if i else None, ("user", "assistant")[i % 2], "x")
+        for i in range(3000)
+    }
+    tree = reply(A, replies=[])
+    for i in range(150):
+        tree = reply("x", ("assistant", "prompter")[i % 2], replies=[tree])
+    records = [{"mapping": nodes}, {"prompt": tree}]
+    first, second = read(write(tmp_path / "a.jsonl", lines(records)))[0]
+    assert len(first) == 3000 and len(second) == 151
