@@ -12,9 +12,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from medusa_exp import build_heads, generate
+from medusa_exp.decode.cache import GrowingCache
+from medusa_exp.decode.masks import StepMask
 from medusa_exp.errors import UserError
-from medusa_exp.model import Backbone
-from medusa_exp.tree import Tree
+from medusa_exp.model import Backbone, attention
+from medusa_exp.tree import Tree, chain
 
 V, NEW_TOKENS = 64, 40
 LENGTHS = (1, 7, 19, 30)
@@ -216,3 +218,52 @@ def test_what_trees_cannot_decode_is_refused(name):
             tree=Tree.from_paths([[0]]),
             max_new_tokens=4,
         )
+
+
+NOT_GROUPED = {"gpt_oss", "jetmoe", "vaultgemma"}
+"""Of the models with groups: those without sdpa (attention sinks, soft-capping), or with groups of
+their own making."""
+GROUPED_MODELS = {name for name, shape in DECODED.items() if shape.get("num_key_value_heads") == 2}
+GROUPED_MODELS = (GROUPED_MODELS | {"gpt_bigcode"}) - NOT_GROUPED
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DECODED)
+def test_grouped_attention_finds_what_sdpa_finds(name, monkeypatch):
+    """Steps of a batch of unequal rows, over trees and of single tokens, before and in windows."""
+    model = build(name, DECODED[name])
+    calls = []
+    real = attention._fold_mask
+    monkeypatch.setattr(attention, "_fold_mask", lambda *a: (calls.append(1), real(*a))[1])
+    found, expected = (
+        _logits_of_steps(Backbone(model, uses_grouped_attention=used)) for used in (True, False)
+    )
+    assert len(found) == len(expected) == 8
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.std().item())
+    assert bool(calls) == (name in GROUPED_MODELS)
+
+
+@torch.inference_mode()
+def _logits_of_steps(backbone: Backbone) -> list[torch.Tensor]:
+    """Run a prompt, then a tree and a single token in turn, over rows of 1 to 20 tokens."""
+    lengths, tree = [1, 4, 9, 20], Tree.from_paths([[0], [1], [0, 0], [0, 1], [0, 0, 0]])
+    capacity = max(lengths) + 8 * len(tree)
+    cache = GrowingCache(backbone.num_layers, capacity, len(lengths))
+    mask = StepMask(backbone.model, capacity)
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(3, V, (len(lengths), max(lengths)), generator=generator)
+    backbone.forward(ids_BT, cache)
+    cache.set_lengths(lengths)
+    found = []
+    for shape, path in [(tree, [0, 1, 3]), (chain(0), [0])] * 4:
+        depths_1N = torch.from_numpy(shape.depths)[None]
+        logits_BNV, _ = backbone.forward(
+            torch.randint(3, V, (len(lengths), len(shape)), generator=generator),
+            cache,
+            mask=mask.at(cache.lengths, torch.from_numpy(shape.mask)[None], depths_1N),
+            position_ids_BN=torch.tensor(cache.lengths)[:, None] + depths_1N,
+        )
+        cache.commit([path] * len(lengths))
+        found.append(logits_BNV)
+    return found

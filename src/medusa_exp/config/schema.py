@@ -306,7 +306,9 @@ class ModelConfig:
     """Run Python code that comes with the model. Off unless you trust its author."""
     attn_implementation: str = choice("auto", "sdpa", "eager")
     """Attention of transformers, of those that take the 4-D mask of a tree: auto (sdpa, or eager
-    for a model that has no sdpa, such as Gemma 2 with its soft-capping), sdpa or eager."""
+    for a model that has no sdpa, such as Gemma 2 with its soft-capping; steps of decoding read the
+    keys of grouped queries once, by a function of our own), sdpa or eager (as transformers has
+    them)."""
     quantization: str | None = choice("8bit", "4bit", default=None)
     """8bit or 4bit (NF4): the weights of linear layers but the lm_head, by bitsandbytes. The
     quantized model is then what heads are trained for and answers are compared with."""

@@ -378,7 +378,7 @@ class PrefixedBackbone(Backbone):
     def __init__(
         self, backbone: Backbone, prefix: PrefixAttention, observer: Observer = UNOBSERVED
     ) -> None:
-        super().__init__(backbone.model)
+        super().__init__(backbone.model, uses_grouped_attention=backbone.uses_grouped_attention)
         self.prefix, self._observer = prefix, observer
 
     @property

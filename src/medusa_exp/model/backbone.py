@@ -7,7 +7,7 @@ B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from random import Random
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from medusa_exp.errors import UserError
 from medusa_exp.identity import bfloat16_bytes, identity_of
+from medusa_exp.model.attention import GroupedAttention
 
 _SAMPLE = 4096
 """Values of a parameter that `Backbone.weights_fingerprint` reads, about."""
@@ -37,14 +38,15 @@ class Backbone:
     The hidden state is what the model hands to its `lm_head`, whatever the architecture: some
     scale what their layers give (MiniCPM). What comes behind the `lm_head` is the model's too:
     Granite, Cohere and their kin scale the logits, Gemma caps them. Wrapping a model changes
-    nothing about it.
+    nothing about it: `forward`, on a cache, uses `grouped_attention` in place of sdpa while it
+    runs, unless `uses_grouped_attention` is False.
 
     Raises:
         UserError: it is no decoder-only language model.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, *, uses_grouped_attention: bool = True) -> None:
+        self.model, self.uses_grouped_attention = model, uses_grouped_attention
         self.lm_head: nn.Module = model.get_output_embeddings()
         if self.lm_head is None or model.config.is_encoder_decoder:
             raise UserError(f"{self.name} is no decoder-only language model with an lm_head.")
@@ -52,6 +54,7 @@ class Backbone:
         if self.body is model:  # Llama 4 takes its text model for the decoder
             self.body = model.model
         self._run_body: Callable[..., Any] = self.body
+        self._grouped = GroupedAttention(model) if uses_grouped_attention else None
         self.has_body = True
         self._fingerprints: tuple[str, str] | None = None
 
@@ -241,14 +244,15 @@ class Backbone:
             position_ids_BN: None counts on from the cache.
             keep: numbers of the tokens whose logits and hidden states are wanted; None is all.
         """
-        return self._with_lm_head_input(
-            input_ids=input_ids_BN,
-            past_key_values=cache,
-            attention_mask=mask,
-            position_ids=position_ids_BN,
-            use_cache=True,
-            logits_to_keep=0 if keep is None else keep,
-        )
+        with self._grouped.used() if self._grouped is not None else nullcontext():
+            return self._with_lm_head_input(
+                input_ids=input_ids_BN,
+                past_key_values=cache,
+                attention_mask=mask,
+                position_ids=position_ids_BN,
+                use_cache=True,
+                logits_to_keep=0 if keep is None else keep,
+            )
 
     def identity(self) -> str:
         """Return a sha256 over dimensions, final norm and lm_head: what heads are trained for.

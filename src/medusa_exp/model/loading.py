@@ -48,7 +48,8 @@ def load_backbone(spec: ModelSpec, adapted: Path | None = None) -> Backbone:
         model = load_adapters(_read(spec), adapted).requires_grad_(False)
     else:
         model = _read(spec, path=str(adapted))
-    backbone = Backbone(model)
+    is_free = spec.model.attn_implementation == "auto"
+    backbone = Backbone(model, uses_grouped_attention=is_free)
     backbone.check_hidden_states()
     return backbone
 

@@ -374,7 +374,7 @@ def _in_training_dtype(config: Config, backbone: Backbone) -> Backbone:
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(cast, requires_grad=False) if is_parameter else cast
         model = deepcopy(model, memo)
-    return Backbone(model)
+    return Backbone(model, uses_grouped_attention=backbone.uses_grouped_attention)
 
 
 def _decoder(config: Config, out: Path, backbone: Backbone) -> Decoder:
