@@ -118,7 +118,7 @@ def grouped_attention(
     """
     num_heads, num_queries = query.shape[1:3]
     groups = num_heads // key.shape[1]
-    if groups == 1 or dropout or not _is_step(num_queries, attention_mask, kwargs):
+    if groups == 1 or dropout or not _is_step(query, attention_mask, kwargs):
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         found: tuple[Tensor, None] = sdpa(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -133,12 +133,13 @@ def grouped_attention(
     return found_BHNF.transpose(1, 2).contiguous(), None
 
 
-def _is_step(num_queries: int, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+def _is_step(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     """Are these the queries of a step, under a mask that all heads share?"""
+    num_queries = query.shape[2]
     if any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")):
         return False
-    if mask is None:
-        return num_queries == 1
+    if mask is None:  # torch's CPU kernel groups as well, and is slow at it in the half types alone
+        return num_queries == 1 and (query.is_cuda or query.dtype != torch.float32)
     is_shared = mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == num_queries
     return is_shared and num_queries <= _MOST_QUERIES
 
@@ -157,11 +158,15 @@ def _mask_of_groups(mask_B1NK: Tensor, groups: int, dtype: torch.dtype) -> Tenso
 def _fold_mask(mask_B1NK: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """Return [B, 1, G * N, K] of what is added to scores: the mask's rows once a query head.
 
-    Additive and aligned because torch makes it so of any other, in every layer.
+    Additive and aligned because torch makes it so of any other, in every layer. A single row stands
+    for all: [B, 1, 1, K].
     """
     batch, _, num_queries, columns = mask_B1NK.shape
+    groups = groups if num_queries > 1 else 1
     pad = -columns % _ALIGNED if mask_B1NK.is_cuda else 0
     is_boolean = mask_B1NK.dtype == torch.bool
+    if groups == 1 and not pad and not is_boolean:
+        return mask_B1NK
     folded_BGNK = mask_B1NK.new_zeros(
         batch, groups, num_queries, columns + pad, dtype=dtype if is_boolean else mask_B1NK.dtype
     )[..., :columns]
