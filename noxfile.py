@@ -154,6 +154,13 @@ def vllm(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def serve(session: nox.Session) -> None:
+    """Serve a model with heads by `transformers serve`, and ask it over HTTP. Two minutes."""
+    session.install(*CONSTRAINTS, "-e", ".[serve]", "pytest>=9", "hypothesis")
+    session.run("pytest", "-m", "slow", "tests/slow/test_hf_serve.py", *session.posargs)
+
+
+@nox.session(default=False)
 def browser(session: nox.Session) -> None:
     """Open the report and a sweep's page in a headless Chromium, which must be installed.
 

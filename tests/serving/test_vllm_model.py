@@ -52,7 +52,7 @@ def export(tmp_path, architecture="llama", num_heads=3, **family):
         for parameter in heads.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     save_heads(heads, tmp_path / "heads")
-    out = export_heads(tmp_path / "heads", backbone.model.config, tmp_path / "exported")
+    out = export_heads(tmp_path / "heads", backbone, tmp_path / "exported")
     return backbone, load_heads(tmp_path / "heads", backbone), out
 
 

@@ -33,6 +33,8 @@ FAMILIES = {
     "medusa_prefix": {"kind": "medusa", "prefix_attention": True},
     "hydra_prefix": {"kind": "hydra", "prefix_attention": True},
 }
+NATIVE = ("medusa", "medusa_no_bias", "projections", "tied", "rank", "frequent", "both")
+"""Families that vLLM's own format can hold, up to its version 0.32."""
 
 
 def build_target(place: Path, tokenizer, seed: int = 0) -> Backbone:
@@ -133,7 +135,10 @@ def build_served_models(place: Path) -> ServedModels:
     for name, family in FAMILIES.items():
         heads = overfit_heads(backbone, place / name / "heads", answers, **family)
         counts[name] = counts_of_chain(backbone, heads)
-        export_heads(place / name / "heads", backbone.model.config, place / name / "export")
+        export_heads(place / name / "heads", backbone, place / name / "export")
+        if name in NATIVE:
+            native = place / name / "native"
+            export_heads(place / name / "heads", backbone, native, "vllm_medusa")
     return ServedModels(place, backbone, answers, counts)
 
 

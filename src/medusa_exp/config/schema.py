@@ -708,9 +708,10 @@ class EvaluateConfig:
 class ExportConfig:
     """The heads in the format of a serving engine, which stage export writes and reads back."""
 
-    format: str = choice("vllm", "vllm_medusa", "tgi", "mlc")
+    format: str = choice("vllm", "vllm_medusa", "tgi", "mlc", "hf_generate")
     """vllm (vLLM with this package beside it: all kinds of heads), vllm_medusa (vLLM up to 0.32),
-    tgi (FasterDecoding's names, which Text Generation Inference reads) or mlc (MLC-LLM)."""
+    tgi (FasterDecoding's names, which Text Generation Inference reads), mlc (MLC-LLM) or
+    hf_generate (the whole model for transformers, whose generate decodes with the tree)."""
     out: str | None = None
     """Directory to write; by default export/FORMAT in the run directory."""
     dtype: str = choice("auto", "float32", "bfloat16", "float16")

@@ -27,7 +27,19 @@ _NEEDS = {
     "vllm_medusa": "vLLM 0.32 or earlier: later ones have no medusa method.",
     "tgi": "Text Generation Inference. It drafts for at most 128 tokens at a time.",
     "mlc": "MLC-LLM, and the target converted for it. Not tried by this project.",
+    "hf_generate": "transformers and `pip install 'medusa-exp[serve]'`. `model.generate` then "
+    "decodes with the tree wherever the model is loaded with `trust_remote_code=True`.",
 }
+_HEADS_ALONE = (
+    "The heads were read back from these files by a reading of the format alone, and their "
+    "logits are those of the trained heads. `config.json` names the target's weights "
+    "(`medusa_backbone_identity`) and each head (`medusa_heads_sha256`); "
+    "`python -m medusa_exp.export.check DIR --target TARGET` compares all that.\n"
+)
+_WHOLE_MODEL = (
+    "The target's own files, `heads/`, `tree.json`, and `custom_generate/generate.py`, a few lines "
+    "that call medusa_exp. Without `trust_remote_code` it is the target, and decodes plainly.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,8 @@ def command(format_: str, target: str, place: str, num_heads: int) -> str:
             "num_speculative_tokens": num_heads,
         }
         return f"vllm serve {shlex.quote(target)} --speculative-config {_quoted(spoken)}"
+    if format_ == "hf_generate":
+        return f"transformers serve {shlex.quote(place)} --trust-remote-code"
     if format_ == "tgi":
         return f"text-generation-launcher --model-id {shlex.quote(place)}"
     kind = "--model-type medusa --quantization q0f32"
@@ -165,10 +179,7 @@ def card(format_: str, facts: Facts, num_heads: int, found: dict[str, Any] | Non
         "## Measured\n",
         _measured(facts),
         "## Files\n",
-        "The heads were read back from these files by a reading of the format alone, and their "
-        "logits are those of the trained heads. `config.json` names the target's weights "
-        "(`medusa_backbone_identity`) and each head (`medusa_heads_sha256`); "
-        "`python -m medusa_exp.export.check DIR --target TARGET` compares all that.\n",
+        _WHOLE_MODEL if format_ == "hf_generate" else _HEADS_ALONE,
         "The license of the target holds for the target; whether it reaches these heads is for "
         "you to find out.\n"
         if facts.license == "unknown"

@@ -5,16 +5,18 @@ which transformers loads in place of its `generate` where `trust_remote_code` is
 `transformers serve DIR --trust-remote-code` is a server of the OpenAI API with these heads.
 """
 
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from transformers.utils import cached_file
 
 from medusa_exp.errors import UserError
+from medusa_exp.identity import identity_of_files
 from medusa_exp.model.checkpoint import WEIGHTS
 from medusa_exp.model.source import is_adapters
 from medusa_exp.runs.files import publish
@@ -43,7 +45,15 @@ _NOT_TAKEN = {
 _SERVER_NEEDS = ("fastapi", "uvicorn", "openai", "pydantic", "python_multipart", "accelerate")
 
 
-def write(heads: Path, tree: Path, target: str, out: Path, *, with_code: bool = False) -> None:
+def write(
+    heads: Path,
+    tree: Path,
+    target: str,
+    out: Path,
+    *,
+    with_code: bool = False,
+    add: Callable[[Path], None] = lambda place: None,
+) -> None:
     """Write the directory, whole or not at all.
 
     Files are linked hard where the file system can, since they are never written into: the
@@ -56,11 +66,14 @@ def write(heads: Path, tree: Path, target: str, out: Path, *, with_code: bool = 
         out: the directory to make; an old one there is replaced.
         with_code: take the target's own Python files too, which it is loaded by
             (`model.trust_remote_code`).
+        add: writes more into the directory that is about to be published.
 
     Raises:
-        UserError: there is no such model here, or it is adapters without their model.
+        UserError: there is no such model here, it is adapters without their model, or not the
+            model that the heads were trained for.
     """
     source = _directory(target)
+    _check_identity(source, heads)
     with publish(out) as partial:
         partial.mkdir(parents=True, exist_ok=True)
         copied = sum(_place(file, partial / file.name) for file in _files(source, with_code))
@@ -73,6 +86,7 @@ def write(heads: Path, tree: Path, target: str, out: Path, *, with_code: bool = 
                 copied += _place(file, partial / file.name)
         if tree.is_file():
             shutil.copy2(tree, partial / "tree.json")
+        add(partial)
         (partial / "custom_generate").mkdir()
         (partial / "custom_generate" / "generate.py").write_text(GENERATE, encoding="utf-8")
     if copied:
@@ -86,6 +100,17 @@ def write(heads: Path, tree: Path, target: str, out: Path, *, with_code: bool = 
             "transformers serve needs %s, which are not installed here: pip install "
             "'medusa-exp[serve]'",
             ", ".join(missing),
+        )
+
+
+def _check_identity(source: Path, heads: Path) -> None:
+    config = json.loads((heads / "config.json").read_text("utf-8"))
+    wanted, found = config["backbone_identity"], identity_of_files(str(source))
+    if found not in (None, wanted):
+        raise UserError(
+            f"the heads in {heads} were trained for {config['backbone']}, and the files in "
+            f"{source} are another model's. With tokenizer.resize_embedding the model that heads "
+            "are trained for has rows that its files lack: save that model first."
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from medusa_exp.config import Config
 from medusa_exp.config.privacy import shareable_text
 from medusa_exp.errors import UserError
-from medusa_exp.export import card
+from medusa_exp.export import card, hf_generate
 from medusa_exp.export.formats import why_not
 from medusa_exp.export.publishing import export, open_source
 from medusa_exp.export.reading import Reading
@@ -37,6 +37,9 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     format_, heads = config.export.format, out / "heads"
     place = Path(config.export.out).expanduser() if config.export.out else out / "export" / format_
     _check_place(place, out)
+    if format_ == "hf_generate":
+        _export_whole_model(config, out, session, place)
+        return {}
     if reason := why_not(load_heads(heads).config, format_):
         _refuse(format_, reason)
     backbone, target = open_target(session)
@@ -61,9 +64,33 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     return {}
 
 
+def _export_whole_model(config: Config, out: Path, session: Session, place: Path) -> None:
+    """Write a directory of the whole model, whose heads are the run's own files."""
+    if config.export.dtype != "auto":
+        raise UserError(
+            f"export.dtype={config.export.dtype}: export.format=hf_generate takes the heads' files "
+            "as they are, and loads them in the model's dtype. Leave it out."
+        )
+    backbone, target = open_target(session)
+    heads = load_heads(out / "heads")
+    check_fit(heads, backbone, out / "heads")
+
+    def add(partial: Path) -> None:
+        text = card.card("hf_generate", facts_of(config, out, target), heads.num_heads, None)
+        (partial / "README.md").write_text(text, encoding="utf-8")
+
+    with_code = config.model.trust_remote_code
+    parts = out / "heads", out / "tree.json"
+    hf_generate.write(*parts, target, place, with_code=with_code, add=add)
+    session.notes.add(format="hf_generate", directory=str(place))
+    command = card.command("hf_generate", target, str(place.resolve()), heads.num_heads)
+    log.info("exported to %s; serve with:\n%s", place, command)
+
+
 def _check_place(place: Path, out: Path) -> None:
     """Refuse directories that are not an export's: what is there would be replaced."""
     is_export = "medusa_heads_sha256" in read_json(place / "config.json", {})
+    is_export |= (place / "custom_generate" / "generate.py").is_file()
     if place.resolve() == out.resolve() or (place.exists() and not is_export):
         if place.is_dir() and not any(place.iterdir()):
             return

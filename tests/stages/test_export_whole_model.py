@@ -1,0 +1,56 @@
+"""Stage export with export.format=hf_generate: a model that decodes with the tree of its run."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from medusa_exp.config.schema import ExportConfig
+from medusa_exp.errors import UserError
+from medusa_exp.model import Backbone, build_heads, save_heads
+from medusa_exp.stages import export
+from medusa_exp.tree import Tree
+
+
+@pytest.fixture
+def out(config, tmp_path, monkeypatch):
+    """A run that has heads and a tree."""
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    backbone = Backbone(AutoModelForCausalLM.from_pretrained(config.model.path).eval())
+    out = tmp_path / "run"
+    save_heads(build_heads(backbone, num_heads=2), out / "heads")
+    Tree.from_paths([(0,), (1,), (0, 0)]).save(out / "tree.json")
+    config.run_dir = str(out)
+    config.export = ExportConfig(format="hf_generate")
+    return out
+
+
+def test_the_export_generates_and_can_be_written_again(config, out):
+    for _ in range(2):
+        export.run(config, out)
+    place = out / "export" / "hf_generate"
+    model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True).eval()
+    plain = AutoModelForCausalLM.from_pretrained(config.model.path).eval()
+    ids = torch.tensor([[5, 9, 3]])
+    options = {"max_new_tokens": 16, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    assert len(model._medusa_exp[1].tree) == 4
+    card = (place / "README.md").read_text("utf-8")
+    assert "transformers serve DIR --trust-remote-code" in card and str(out) not in card
+
+
+def test_other_models_and_types_are_refused(config, out, tmp_path):
+    config.export.dtype = "bfloat16"
+    with pytest.raises(UserError, match=r"export\.dtype=bfloat16"):
+        export.run(config, out)
+    config.export.dtype = "auto"
+    config.export.out = str(tmp_path / "model")
+    with pytest.raises(UserError, match="holds no export"):
+        export.run(config, out)
+    config.export.out = None
+    stranger = AutoModelForCausalLM.from_pretrained(config.model.path)
+    torch.nn.init.normal_(stranger.lm_head.weight)
+    stranger.save_pretrained(config.model.path)
+    with pytest.raises(UserError, match="identity"):
+        export.run(config, out)
