@@ -1,8 +1,11 @@
+import pytest
 import torch
 
+from medusa_exp.decode import memory
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.errors import UserError
 from medusa_exp.evaluate.methods import build_methods, hf_generate, timed
 from medusa_exp.model import build_heads
 from medusa_exp.tree import chain
@@ -14,7 +17,7 @@ BASELINES = ["chain", "hf_generate", "prompt_lookup"]
 def methods_of(backbone, limits, rule=None, baselines=BASELINES, batch_size=1):
     heads = build_heads(backbone, num_heads=2)
     decoder = Decoder(backbone, heads, chain(1), rule or AcceptanceRule(), limits=limits)
-    return build_methods(decoder, baselines=baselines, batch_size=batch_size)
+    return build_methods(decoder, baselines=baselines, batch_size=batch_size, longest=len(PROMPT))
 
 
 def test_all_methods_say_the_same_and_count_their_steps(backbone):
@@ -41,6 +44,22 @@ def test_what_runs_in_batches(backbone):
         [answer.tokens for answer in method(prompts)] for method in methods.values()
     )
     assert plain == tree == over_chain
+
+
+def test_many_prompts_share_the_seconds_of_their_steps(backbone):
+    methods = methods_of(backbone, Limits(10, {7}), batch_size=3)
+    prompts = [PROMPT[number:] for number in range(8)]
+    for method in methods.values():
+        found, seconds = timed(method, prompts, torch.device("cpu"))
+        shares = [answer.seconds for answer in found]
+        assert all(share > 0 for share in shares)
+        assert 0.5 * seconds < sum(shares) <= seconds
+
+
+def test_a_batch_without_room_is_refused(backbone, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000_000)
+    with pytest.raises(UserError, match=r"evaluate\.batch_sizes: 64 prompts .* room for \d+:"):
+        methods_of(backbone, Limits(10), batch_size=64)
 
 
 def test_a_lossy_rule_is_held_against_plain_greedy_decoding(backbone):

@@ -9,7 +9,7 @@ from medusa_exp.stages.evaluate import _warm_up
 
 @pytest.mark.parametrize(
     ("num_prompts", "batch_size", "expected"),
-    [(2, 1, [1, 1]), (2, 4, [2, 4]), (3, 5, [5]), (2, 64, [10]), (0, 4, [])],
+    [(2, 1, [1, 1]), (2, 4, [4]), (3, 5, [5]), (2, 64, [10]), (0, 4, [])],
 )
 def test_every_size_of_batch_that_is_timed_has_been_seen(num_prompts, batch_size, expected):
     prompts = [SimpleNamespace(input_ids=[number]) for number in range(10)]

@@ -2,11 +2,15 @@
 
 import gc
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import killed_answers
 import pytest
 import torch
 from sessions import session_of
@@ -16,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from medusa_exp.cli import run_stages
 from medusa_exp.config import Config, RegenerateConfig
 from medusa_exp.data.examples import open_examples
+from medusa_exp.decode import memory
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.slots import Slots
@@ -125,6 +130,44 @@ def test_a_killed_stage_goes_on_without_a_gap_or_a_copy(exact, tmp_path, monkeyp
     regenerate.run(exact, out)
     assert documents_of(exact, out) == whole
     assert not log.exists()
+
+
+@pytest.mark.parametrize("rule", ["greedy", "sampling"])
+def test_kills_leave_the_answers_of_an_unbroken_run(exact, tmp_path, rule):
+    exact.decode.rule, exact.regenerate.batch_size = rule, 3
+    regenerate.run(exact, tmp_path / "run")
+    whole = documents_of(exact, tmp_path / "run")
+    shutil.rmtree(tmp_path / "cache" / "regenerated")
+    (tmp_path / "config").write_bytes(pickle.dumps(exact))
+    script = Path(killed_answers.__file__)
+    command = [sys.executable, script, tmp_path / "config", tmp_path / "killed", "1", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    written = json.loads(done.stdout)
+    assert 0 < written[0] < written[1] < written[2] <= len(whole)
+    assert documents_of(exact, tmp_path / "killed") == whole
+
+
+def test_an_answer_does_not_hang_on_the_batch(exact, tmp_path):
+    exact.decode.rule = "sampling"
+    found = []
+    for size in (2, 5):
+        exact.regenerate.batch_size = size
+        exact.cache_dir = str(tmp_path / f"cache{size}")
+        regenerate.run(exact, tmp_path / "run")
+        found.append(documents_of(exact, tmp_path / "run"))
+    assert found[0] == found[1]
+
+
+def test_fewer_at_a_time_where_memory_is_short(exact, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 15_000_000)
+    exact.regenerate.batch_size = 1000
+    with caplog.at_level("WARNING"):
+        regenerate.run(exact, tmp_path / "run")
+    assert any("of 1000 prompts at a time" in line for line in caplog.messages)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
+    exact.cache_dir = str(tmp_path / "other")
+    with pytest.raises(UserError, match="no room to decode"):
+        regenerate.run(exact, tmp_path / "run")
 
 
 def test_heads_of_the_run_give_the_same_answers(exact, tmp_path):

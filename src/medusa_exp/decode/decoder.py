@@ -31,6 +31,7 @@ from medusa_exp.decode.loop import (
     tree_steps,
 )
 from medusa_exp.decode.masks import FULL, MODELS
+from medusa_exp.decode.memory import slots_with_room
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slots import CapturedSlots, EagerSlots, Slots
 from medusa_exp.decode.step import UNOBSERVED, CapturedSteps, EagerStep, Observer, Step
@@ -331,6 +332,12 @@ class Decoder:
             self._captured_slots[is_prefixed] = CapturedSlots(backbone, self.observer)
         source = self._captured_slots[is_prefixed]
         return Slots(source.open(drafter, rule, num_slots, num_columns), num_slots)
+
+    def slots_with_room(
+        self, wanted: int, num_columns: int, drafter: Drafter, rule: AcceptanceRule
+    ) -> int:
+        """Return how many of so many slots there is memory for; see `memory.slots_with_room`."""
+        return slots_with_room(self._backbone_of(drafter), drafter, rule, wanted, num_columns)
 
     def root_only(self) -> Drafter:
         """Return the drafter that drafts nothing: steps over it decode plainly."""

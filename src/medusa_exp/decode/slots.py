@@ -12,7 +12,6 @@ brings the seed of its own draws.
 B rows, R rows among them, N nodes of a draft tree, D hidden, V vocabulary.
 """
 
-import logging
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,11 +26,10 @@ from medusa_exp.decode.cache import FixedCache, GrowingCache, copy_of
 from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.loop import PREFILL_TOKENS, Limits, Response, extend, find_room, prefill
 from medusa_exp.decode.masks import StepMask
+from medusa_exp.decode.memory import one_column
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
 from medusa_exp.decode.step import UNOBSERVED, CapturedStep, EagerStep, Observer, Step, check_room
 from medusa_exp.model.backbone import Backbone
-
-log = logging.getLogger(__name__)
 
 _GATHERED = 16
 """One of so many slots may stand idle until several prompts can be run together."""
@@ -101,6 +99,10 @@ class StepSource(Protocol):
 
     def free(self, step: Step, row: int) -> None:
         """Forget what is in a row."""
+        ...
+
+    def prepare(self) -> None:
+        """Make the steps for requests of the most columns now, where that takes long."""
         ...
 
 
@@ -358,6 +360,9 @@ class EagerSlots:
         """Forget what is in a row; see `StepSource`."""
         step.cache.forget(row)
 
+    def prepare(self) -> None:
+        """Make steps now; see `StepSource`. Nothing is to be made."""
+
 
 class CapturedSlots:
     """Captured steps of few sizes, over parts of the memory of one cache.
@@ -396,10 +401,10 @@ class CapturedSlots:
         return min(rows for rows in halves(self.num_slots) if rows >= count)
 
     @torch.inference_mode()
-    def prepare(self, num_columns: int) -> None:
-        """Make the steps of all numbers of rows, so that none is made later."""
+    def prepare(self) -> None:
+        """Capture the steps of all numbers of rows; see `StepSource`."""
         for num_rows in halves(self.num_slots):
-            step = self._get(num_rows, num_columns)
+            step = self._get(num_rows, self.num_columns)
             step.activate([])
             step.prepare()
 
@@ -465,11 +470,3 @@ def bucket(length: int) -> int:
 def _move(tensors: Iterable[Tensor], rows: list[int], to: list[int]) -> None:
     for tensor in tensors if rows else ():
         tensor[torch.tensor(to)] = tensor[torch.tensor(rows)]
-
-
-@torch.inference_mode()
-def one_column(backbone: Backbone) -> GrowingCache:
-    """Return the keys and values of one token: what a column of a row is, in every layer."""
-    cache = GrowingCache(backbone.num_layers, 1, 1)
-    backbone.forward(torch.zeros(1, 1, dtype=torch.long, device=backbone.device), cache)
-    return cache

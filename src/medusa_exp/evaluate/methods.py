@@ -1,18 +1,26 @@
 """The decoding methods that are measured side by side: plain, tree, chain and two of transformers.
 
+At batch size 1 a method answers one prompt after another; at a larger one it is given all prompts
+at once, and answers so many at a time, a prompt in the place of each that ends (`decode.slots`).
+
 All of them stop at the same tokens, and tokens are counted from ids.
 """
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.loop import GREEDY, Response
+from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.slots import Request
+from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import chain
 
@@ -26,6 +34,9 @@ class MethodResponse:
     """Forward calls of the model, the prompt's included."""
     accept_lengths: list[int] | None
     """Tokens committed at each step, where that can be seen."""
+    seconds: float | None = None
+    """Of many prompts answered side by side: this one's share of each step, and of its prompt's.
+    The shares of all add up to the time that they took."""
 
 
 Method = Callable[[list[list[int]]], list[MethodResponse]]
@@ -38,9 +49,11 @@ _SINGLE = ("hf_generate", "prompt_lookup")
 
 
 def build_methods(
-    decoder: Decoder, *, baselines: list[str], batch_size: int = 1
+    decoder: Decoder, *, baselines: list[str], batch_size: int = 1, longest: int = 0
 ) -> dict[str, Method]:
     """Return name -> method: plain and tree, and those of the baselines that fit.
+
+    `longest` is the most tokens of a prompt, which batches of more than one make room for.
 
     Methods of transformers are run greedily, one prompt at a time, and know no stop strings of
     ours.
@@ -49,6 +62,29 @@ def build_methods(
     options: Any = {"max_new_tokens": limits.max_new_tokens, "stop_ids": limits.stop_ids}
     plain_rule = GREEDY if rule.name == "typical" else rule
     tree, all_heads = decoder.tree, chain(decoder.heads.num_heads)  # type: ignore[union-attr]
+    if batch_size > 1:
+        columns = longest + limits.max_new_tokens
+        drafters = {"plain": decoder.root_only(), "tree": decoder.drafter(tree)}
+        if "chain" in baselines:
+            drafters["chain"] = decoder.drafter(all_heads)
+        for drafter in drafters.values():
+            number = decoder.slots_with_room(batch_size, columns, drafter, rule)
+            if number < batch_size:
+                raise UserError(
+                    f"evaluate.batch_sizes: {batch_size} prompts at a time do not fit into the "
+                    f"free memory, which has room for {number}: name a smaller size."
+                )
+        return {
+            name: partial(
+                answer_in_slots,
+                decoder,
+                drafter,
+                plain_rule if name == "plain" else rule,
+                batch_size,
+                columns,
+            )
+            for name, drafter in drafters.items()
+        }
     methods: dict[str, Method] = {
         "plain": lambda prompts: _responses(decoder.decode_plain(prompts, rule=plain_rule)),
         "tree": lambda prompts: _responses(decoder.decode(prompts, tree=tree)),
@@ -59,9 +95,41 @@ def build_methods(
             for ids in prompts
         ],
     }
-    is_comparable = rule.name == "greedy" and not limits.stop_strings and batch_size == 1
+    is_comparable = rule.name == "greedy" and not limits.stop_strings
     chosen = [name for name in baselines if is_comparable or name not in _SINGLE]
     return {name: methods[name] for name in ("plain", "tree", *chosen)}
+
+
+def answer_in_slots(
+    decoder: Decoder,
+    drafter: Drafter,
+    rule: AcceptanceRule,
+    num_slots: int,
+    num_columns: int,
+    prompts: list[list[int]],
+) -> list[MethodResponse]:
+    """Answer prompts, so many at a time.
+
+    Raises:
+        UserError: memory is too small for so many at a time.
+    """
+    slots = decoder.slots(num_slots, num_columns, drafter, rule)
+    slots.source.prepare()
+    requests = (
+        # Of one room, so that captured steps are of few sizes.
+        Request(ids, decoder.limits, num_columns, _seed(rule, number), number)
+        for number, ids in enumerate(prompts)
+    )
+    found = {finished.request.tag: finished.response for finished in slots.decode(requests)}
+    rows = [found[number] for number in range(len(prompts))]
+    return [
+        replace(response, seconds=sum(row.step_seconds))
+        for response, row in zip(_responses(rows), rows, strict=True)
+    ]
+
+
+def _seed(rule: AcceptanceRule, number: int) -> tuple[int, int] | None:
+    return None if rule.seed is None else (rule.seed, number)
 
 
 @torch.inference_mode()

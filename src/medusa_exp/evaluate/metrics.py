@@ -63,11 +63,13 @@ def _figures(records: list[Record]) -> dict[str, float]:
 def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, float] | None:
     """Return the 95 % bootstrap interval of the speed-up: prompts are drawn anew, with repeats.
 
-    Prompts that were decoded together share their seconds, and are drawn together. One batch alone
+    Prompts that were answered side by side shared their steps: what slowed one slowed the others,
+    so that each says less than if it had been alone. As many as there were at a time, in the order
+    in which they began, ran at about the same time, and are drawn together. One such group alone
     says nothing of how others would do: None.
 
     Args:
-        records: of one method and batch size, in the order of their batches.
+        records: of one method and batch size, in the order of the prompts.
         draws: how often.
     """
     keys = ("new_tokens", "seconds", "baseline_new_tokens", "baseline_seconds")

@@ -74,7 +74,12 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     num_nodes = 0
     for batch_size in sorted(config.evaluate.batch_sizes):
         decoder.tree = tree = session.tree(decoder, batch_size)
-        methods = build_methods(decoder, baselines=config.evaluate.baselines, batch_size=batch_size)
+        methods = build_methods(
+            decoder,
+            baselines=config.evaluate.baselines,
+            batch_size=batch_size,
+            longest=max(len(prompt.input_ids) for prompt in prompts),
+        )
         _warm_up(methods, prompts, config.evaluate.warmup_prompts, batch_size)
         if not shares:
             tree.save(out / "tree.json")
@@ -87,8 +92,10 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             )
             if len(plain) < len(prompts):  # of the first batch size
                 plain += [response.tokens for response in responses["plain"][0]]
-            if len(samples) < _MAX_SAMPLES:
-                samples.append(sample_of(batch[0], responses["tree"][0][0], tokenizer))
+            for place in range(0, len(batch), batch_size):
+                if len(samples) < _MAX_SAMPLES:
+                    shown = batch[place], responses["tree"][0][place]
+                    samples.append(sample_of(*shown, tokenizer))
     write_jsonl(out / "records.jsonl", records)
     write_jsonl(out / "samples.jsonl", samples)
     served: dict[str, float] = {}
@@ -108,16 +115,14 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
 def _warm_up(
     methods: dict[str, Method], prompts: list[Prompt], num_prompts: int, batch_size: int
 ) -> None:
-    """Decode some prompts in batches of the sizes that will be timed, the last one's too.
-
-    On a GPU a step is captured anew for each number of rows.
-    """
-    ids = [prompt.input_ids for prompt in prompts]
-    sizes = {min(batch_size, len(ids)), len(ids) % batch_size} - {0}
-    for method in methods.values():
-        for size in sizes:
-            for start in range(0, num_prompts, size):
-                method((ids[start:] + ids)[:size])
+    """Decode some prompts, in as large a batch as will be timed."""
+    ids = [prompt.input_ids for prompt in prompts[: max(num_prompts, batch_size)]]
+    for method in methods.values() if num_prompts else ():
+        if batch_size == 1:
+            for prompt in ids:
+                method([prompt])
+        else:
+            method(ids)
 
 
 def _responses(
@@ -127,8 +132,9 @@ def _responses(
     batch_size: int,
     backbone: Backbone,
 ) -> Iterator[tuple[list[Prompt], dict[str, Timed]]]:
-    """Yield each batch of prompts with every method's responses."""
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    """Yield prompts with every method's responses: one by one, or all, answered side by side."""
+    size = 1 if batch_size == 1 else len(prompts)
+    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     what = f"answering test prompts, {batch_size} at a time"
     for number, batch in enumerate(track(batches, what)):
         yield (
@@ -232,12 +238,12 @@ def respond_in_turn(
     repeats: int,
     device: torch.device,
 ) -> dict[str, Timed]:
-    """Let every method respond; which one begins changes from batch to batch."""
+    """Let every method respond; which one begins changes from batch to batch, and repeat."""
     names = list(methods)
-    first = number % len(names)
     prompts = [prompt.input_ids for prompt in batch]
     responses: dict[str, Timed] = {}
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        first = (number + repeat * (len(batch) > 1)) % len(names)
         for name in names[first:] + names[:first]:
             found, seconds = timed(methods[name], prompts, device)
             if name not in responses or seconds < responses[name][1]:
@@ -253,21 +259,27 @@ def records_of(
     backbone: Backbone,
     num_nodes: int,
 ) -> list[Record]:
-    """Return a record for each prompt and method; a batch's seconds are shared among its prompts.
+    """Return a record for each prompt and method.
+
+    The seconds of prompts that were answered side by side are shared among them as `MethodResponse`
+    says, and add up to the wall time of all.
 
     Args:
         batch: the prompts.
         responses: of each method, plain among them, in the order of the prompts.
-        batch_size: that was asked for; the last batch may be smaller.
+        batch_size: so many at a time.
         rule: one of `decode.verify.RULES`; draws of sampling are not compared.
         backbone: tells whether a first difference is a near-tie, where the rule is greedy.
         num_nodes: tokens that the tree has run at a time.
     """
-    plain, plain_seconds = responses["plain"]
+    plain = responses["plain"][0]
+    plain_shares = _shares(*responses["plain"])
     is_random = rule == "sampling"
     records = []
     for name, (found, seconds) in responses.items():
-        for prompt, response, expected in zip(batch, found, plain, strict=True):
+        for prompt, response, expected, share, plain_share in zip(
+            batch, found, plain, _shares(found, seconds), plain_shares, strict=True
+        ):
             record = {
                 "prompt_id": prompt.prompt_id,
                 "category": prompt.category,
@@ -276,8 +288,8 @@ def records_of(
                 "new_tokens": len(response.tokens),
                 "steps": response.num_steps,
                 "accept_lengths": response.accept_lengths,
-                "seconds": seconds / len(batch),
-                "baseline_seconds": plain_seconds / len(batch),
+                "seconds": share,
+                "baseline_seconds": plain_share,
                 "baseline_new_tokens": len(expected.tokens),
                 "identical": None if is_random else response.tokens == expected.tokens,
             }
@@ -288,6 +300,14 @@ def records_of(
                 record["difference"] = asdict(difference) if difference else None
             records.append(record)
     return records
+
+
+def _shares(responses: list[MethodResponse], seconds: float) -> list[float]:
+    """Return the seconds of each response, so that they add up to those of all."""
+    parts = [response.seconds or 0.0 for response in responses]
+    if not sum(parts):
+        return [seconds / len(responses)] * len(responses)
+    return [seconds * part / sum(parts) for part in parts]
 
 
 def sample_of(

@@ -160,8 +160,9 @@ def _answered(
     if settings.server is not None:
         yield from map(asdict, _answered_by_engines(session, documents, rows, settings.server))
         return
+    longest = max(rooms[row] for row in rows)
     if not settings.workers:
-        regenerator = Regenerator(session, documents.max_length, rooms[rows[0]])
+        regenerator = Regenerator(session, documents.max_length, longest)
         yield from map(asdict, regenerator.answer(todo))
         return
     make = partial(
@@ -169,7 +170,7 @@ def _answered(
         session.config,
         session.out.absolute(),
         documents.max_length,
-        rooms[rows[0]],
+        longest,
     )
     size = settings.batch_size
     # Several times what is answered at a time: while the last of them end, slots stand idle.
@@ -340,6 +341,8 @@ class Regenerator:
         backbone = _in_training_dtype(config, backbone)
         self.limits, self.rule = _limits_and_rule(session, backbone)
         self.decoder = _decoder(config, session.out, backbone)
+        self.num_slots: int | None = None
+        """Documents at a time: as many as there is memory for."""
 
     @classmethod
     def load(cls, config: Config, out: Path, max_length: int, num_columns: int) -> "Regenerator":
@@ -350,7 +353,11 @@ class Regenerator:
         """Yield documents when each of their turns is answered, those first that end first."""
         settings, decoder = self.config.regenerate, self.decoder
         drafter = decoder.drafter() if settings.use_heads else decoder.root_only()
-        slots = decoder.slots(settings.batch_size, self.num_columns, drafter, self.rule)
+        if self.num_slots is None:
+            self.num_slots = decoder.slots_with_room(
+                settings.batch_size, self.num_columns, drafter, self.rule
+            )
+        slots = decoder.slots(self.num_slots, self.num_columns, drafter, self.rule)
         yield from answer(documents, slots, self.limits, self.max_length, self.config.seed)
         log.info(
             "slots stood idle in %.1f %% of %d steps' rows",

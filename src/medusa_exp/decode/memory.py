@@ -1,0 +1,116 @@
+"""How many slots of continuous batching the free memory has room for.
+
+Nearly all that a slot takes is its row of the KV cache; what a column of it takes is measured, on a
+run of one token, because architectures differ. D hidden, N nodes of a draft tree, V vocabulary.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from medusa_exp.decode.cache import GrowingCache
+from medusa_exp.decode.drafting import Drafter
+from medusa_exp.decode.loop import PREFILL_TOKENS
+from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.errors import UserError
+from medusa_exp.model.backbone import Backbone
+
+log = logging.getLogger(__name__)
+
+_USABLE = 0.9
+"""Share of the free memory that may be planned for: allocators leave gaps."""
+_STATES, _INNER_STATES = 8, 4
+"""Tensors as wide as D, and as an MLP, that a layer has at a time, about."""
+_MEMINFO = Path("/proc/meminfo")
+
+
+def slots_with_room(
+    backbone: Backbone, drafter: Drafter, rule: AcceptanceRule, wanted: int, num_columns: int
+) -> int:
+    """Return how many slots there is memory for, but at most so many as are wanted.
+
+    Args:
+        backbone: the drafter's.
+        drafter: makes the trees of a step.
+        rule: that verifies them.
+        wanted: slots.
+        num_columns: tokens of each.
+
+    Raises:
+        UserError: there is no room for one.
+    """
+    free = free_bytes(backbone.device)
+    if free is None:
+        return wanted
+    column = bytes_of_column(backbone)
+    of_slot = column * (num_columns + drafter.num_nodes + 1)
+    of_slot += _bytes_of_step(backbone, drafter, rule, num_columns)
+    of_prompts = column * max(PREFILL_TOKENS, num_columns) + _bytes_of_prompts(backbone)
+    number = int((_USABLE * free - of_prompts) // of_slot)
+    if number < 1:
+        raise UserError(
+            f"there is no room to decode {num_columns} tokens: {_gb(of_slot + of_prompts)} are "
+            f"needed, and {_gb(free)} of memory are free. Lower the most new tokens of a response "
+            "or dataset.max_length."
+        )
+    if number < wanted:
+        log.warning(
+            "memory has room for %d of %d prompts at a time: %s each for up to %d tokens, %s free",
+            number,
+            wanted,
+            _gb(of_slot),
+            num_columns,
+            _gb(free),
+        )
+    return min(number, wanted)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a GPU or of the host; None where it cannot be known."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    if not _MEMINFO.is_file():
+        return None
+    for line in _MEMINFO.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def bytes_of_column(backbone: Backbone) -> int:
+    """Return the bytes of one token's keys and values in all layers."""
+    layers = one_column(backbone).layers
+    return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+
+
+@torch.inference_mode()
+def one_column(backbone: Backbone) -> GrowingCache:
+    """Return the keys and values of one token: what a column of a row is, in every layer."""
+    cache = GrowingCache(backbone.num_layers, 1, 1)
+    backbone.forward(torch.zeros(1, 1, dtype=torch.long, device=backbone.device), cache)
+    return cache
+
+
+def _bytes_of_step(
+    backbone: Backbone, drafter: Drafter, rule: AcceptanceRule, num_columns: int
+) -> int:
+    """Return what a row's logits and its mask take, copies included."""
+    size, nodes = backbone.model.dtype.itemsize, drafter.num_nodes
+    of_logit = 2 * size + (0 if rule.name == "greedy" else 16)  # probabilities are float32
+    return nodes * (backbone.vocab_size * of_logit + 2 * size * (num_columns + nodes))
+
+
+def _bytes_of_prompts(backbone: Backbone) -> int:
+    """Return what the activations of a group of prompts take."""
+    width, config = backbone.hidden_size, backbone.model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    of_token = _STATES * width + _INNER_STATES * int(inner)
+    return PREFILL_TOKENS * of_token * backbone.model.dtype.itemsize
+
+
+def _gb(number: float) -> str:
+    return f"{number / 1e9:.2f} GB"
