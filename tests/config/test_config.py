@@ -147,3 +147,27 @@ def test_an_empty_stop_string_is_refused():
 def test_a_batch_size_is_measured_once():
     with pytest.raises(UserError, match=r"evaluate\.batch_sizes=\[1, 4, 1\] .* twice"):
         composed("evaluate.batch_sizes=[1,4,1]")
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "expected"),
+    [
+        (
+            "dataset.columns={user: q, assistant: a}",
+            "dataset",
+            "columns",
+            {"user": "q", "assistant": "a"},
+        ),
+        ("dataset.role_map={narrator: system}", "dataset", "role_map", {"narrator": "system"}),
+        ("dataset.role_map.narrator=system", "dataset", "role_map", {"narrator": "system"}),
+        ("+dataset.role_map={narrator: system}", "dataset", "role_map", {"narrator": "system"}),
+        (
+            "tokenizer.special_tokens={pad_token: x}",
+            "tokenizer",
+            "special_tokens",
+            {"pad_token": "x"},
+        ),
+    ],
+)
+def test_keys_that_users_choose_need_no_plus(override, section, key, expected):
+    assert getattr(getattr(composed(override), section), key) == expected

@@ -448,3 +448,40 @@ def test_deep_trees_and_circles(tmp_path):
     records = [{"mapping": nodes}, {"prompt": tree}]
     first, second = read(write(tmp_path / "a.jsonl", lines(records)))[0]
     assert len(first) == 3000 and len(second) == 151
+
+
+def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    records = [
+        {
+            "messages": [ASK, REPLY | {"reasoning_content": "Hm."}],
+            "tools": [{"x": 1}],
+            "null": None,
+        },
+        {"messages": [ASK, REPLY | {"name": ""}], "tools": [], "topic": "sums"},
+        {"question": Q, "answer": A, "topic": "sums", "system_prompt": "Be brief."},
+        [ASK | {"name": "Al"}, REPLY],
+        {"conversation": [{"human": Q, "assistant": A, "mood": "good"}], "winner": "x"},
+    ]
+    path = write(tmp_path / "a.jsonl", lines([records[1]] * 120 + records))
+    reading = read_conversations(path)
+    reading.look_at = 1000
+    expected = {
+        "messages[].reasoning_content": 1,
+        "tools": 1,
+        "topic": 122,
+        "[].name": 1,
+        "conversation[].mood": 1,
+        "winner": 1,
+    }
+    for _ in range(2):
+        assert len(list(reading)) == 125 and reading.num_looked_at == 125
+        assert reading.unused == expected
+    [line] = [r for r in caplog.records if "not used" in r.message]
+    assert line.levelname == "WARNING" and "125 records" in line.message
+    assert "topic (122)" in line.message and "messages[].reasoning_content (1)" in line.message
+    quick = read_conversations(path)
+    assert len(list(quick)) == 125 and quick.unused == {"topic": 100}  # of the first ones
+    plain = write(tmp_path / "b.jsonl", lines([{"messages": [ASK, REPLY], "id": "1"}]))
+    caplog.clear()
+    assert list(read_conversations(plain)) and not caplog.records

@@ -109,9 +109,22 @@ def test_what_is_no_question(tmp_path, tokenizer, name, text, message):
 def test_chats_that_are_all_dropped_are_told_of(tmp_path, tokenizer, caplog):
     path = tmp_path / "chat.jsonl"
     path.write_text('{"conversations": [{"from": "human", "value": 3}]}\n')
-    with pytest.raises(UserError, match="no held-out prompt is left"):
+    with pytest.raises(UserError, match="no held-out prompt is left") as caught:
         load(config_of(path), tokenizer)
     assert "evaluate.path: dropped: " in caplog.text
+    why = f"Dropped of 1 records: content is not text: 1 (as {path}, record 1 (line 1))."
+    assert str(caught.value).endswith(why) and "max_length" not in str(caught.value)
+
+
+def test_a_file_of_chats_is_read_as_the_data_set_is(tmp_path, tokenizer):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"q": "Hi", "a": "Hello"}\n' * 2 + '{"q": "Hi"}\n')
+    config = config_of(path)
+    config.dataset.columns = {"user": "q", "assistant": "a"}
+    assert len(load(config, tokenizer)) == 2
+    config.dataset.strict = True
+    with pytest.raises(DataError, match=r"record 3 .*its keys are q"):
+        load(config, tokenizer)
 
 
 def test_a_file_that_is_not_there(tmp_path, tokenizer):

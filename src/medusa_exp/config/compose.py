@@ -11,11 +11,22 @@ from medusa_exp.config.privacy import without_environment
 from medusa_exp.config.schema import Config
 from medusa_exp.errors import UserError
 
+_WITH_KEYS_OF_USERS = (
+    "dataset.columns",
+    "dataset.role_map",
+    "dataset.sources",
+    "tokenizer.special_tokens",
+)
+"""What a command line may give keys without a `+` before it: names that no schema can know."""
+
 
 def register() -> None:
     """Make the schema known to Hydra under the name that `conf/config.yaml` starts from."""
     store = ConfigStore.instance()
-    store.store(name="base_config", node=Config)
+    schema = OmegaConf.structured(Config)
+    for key in _WITH_KEYS_OF_USERS:
+        OmegaConf.set_struct(OmegaConf.select(schema, key), False)
+    store.store(name="base_config", node=schema)
     # For each group that --help lists, Hydra copies this store with all its nodes, a hundred times
     # in all and most of the time that it takes; it only reads the copies.
     store.__deepcopy__ = _only_store  # type: ignore[attr-defined]  # private: hydra 1.3

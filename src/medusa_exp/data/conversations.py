@@ -46,6 +46,12 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _HUB = "hub:"
+_LOOKED_AT = 100
+_MATTERING = {
+    *("reasoning_content", "reasoning", "thinking", "tools", "functions", "system_prompt"),
+    *("train", "loss", "mask", "images", "image", "videos", "audios"),
+}
+"""Keys that change what a template writes, or what is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +135,8 @@ class Reading:
     """An iterable over the conversations of some sources; iterating again reads again.
 
     `dropped` (reason -> chats), `examples` (reason -> the first such chat), `forms` (name of a form
-    -> chats that have it) and `num_records` describe the newest iteration.
+    -> chats that have it), `unused` (key that is not read -> chats, of the `num_looked_at` that
+    were looked at) and `num_records` describe the newest iteration.
     """
 
     def __init__(self, sources: Sequence[ChatFile | HubData], options: ReadOptions) -> None:
@@ -139,6 +146,10 @@ class Reading:
         self.examples: dict[str, str] = {}
         self.forms: Counter[str] = Counter()
         self.num_records = 0
+        self.unused: Counter[str] = Counter()
+        self.num_looked_at = 0
+        self.look_at = _LOOKED_AT
+        """Of each file, so many are looked at for keys that are not read."""
         self._sources = sources
         self._said: set[str] = set()
 
@@ -150,7 +161,8 @@ class Reading:
         self.dropped.clear()
         self.examples.clear()
         self.forms.clear()
-        self.num_records = 0
+        self.unused.clear()
+        self.num_records = self.num_looked_at = 0
         seen: set[bytes] = set()
         for conversation in self._all():
             reason = self.options.reason_against(conversation)
@@ -162,6 +174,31 @@ class Reading:
                 yield conversation
             else:
                 self.dropped[reason] += 1
+        self._say_unused()
+
+    def told(self) -> str:
+        """Say in a sentence what the newest iteration has dropped, and why."""
+        reasons = "; ".join(
+            f"{reason}: {number}"
+            + (f" (as {self.examples[reason]})" if reason in self.examples else "")
+            for reason, number in self.dropped.items()
+        )
+        return f"Dropped of {self.num_records} records: {reasons or 'none'}."
+
+    def _say_unused(self) -> None:
+        """Log, once, what is not read; as a warning, where it may change what is trained."""
+        if not self.unused or "unused" in self._said:
+            return
+        self._said.add("unused")
+        named = ", ".join(f"{key} ({number})" for key, number in self.unused.most_common(20))
+        matters = any(key.rpartition(".")[2] in _MATTERING for key in self.unused)
+        log.log(
+            logging.WARNING if matters else logging.INFO,
+            "data: keys that are not used, in %d records of %s looked at: %s",
+            self.num_looked_at,
+            self._sources[0].name + (" ..." if len(self._sources) > 1 else ""),
+            named,
+        )
 
     def _all(self) -> Iterator[Conversation]:
         """Yield the chats of all files that have any.
@@ -194,7 +231,9 @@ class Reading:
     def _usable(self, source: Part | HubData) -> Iterator[Conversation]:
         """Yield what can be made of a source's raw chats, and count the rest."""
         options = self.options
-        parser = ChatParser(options.role_map, options.form, options.columns, source.name)
+        parser = ChatParser(
+            options.role_map, options.form, options.columns, source.name, self.look_at
+        )
         parse = parser.parse
         faulty = _FaultyChats(source)
         number = 0
@@ -219,7 +258,9 @@ class Reading:
         faulty.check(number)
 
     def _count_forms(self, parser: ChatParser, number: int) -> None:
-        """Count the forms of so many chats; most readings know but the first."""
+        """Count the forms of so many chats, most of which have the first, and their unused keys."""
+        self.unused.update(parser.unused)
+        self.num_looked_at += parser.num_looked_at
         self.forms.update(parser.found)
         if (direct := number - parser.found.total()) > 0:
             self.forms["messages"] += direct

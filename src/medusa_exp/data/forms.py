@@ -50,6 +50,7 @@ _PAIRS = {
     "assistant": ("assistant", "gpt", "chatgpt", "bot"),
 }
 """Names of roles that are keys of texts themselves."""
+_ROLE_KEYS = ("system", *_PAIRS["user"], *_PAIRS["assistant"])
 
 
 class Unusable(Exception):
@@ -267,6 +268,32 @@ def id_in(record: Any) -> Any:
     return next((record[key] for key in _IDS if _get(record, key) not in (None, "")), None)
 
 
+def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
+    """Return the keys of a record and (`messages[].name`) of its turns that hold what is not read.
+
+    `keys` are those of its form.
+    """
+    turn_keys = {"from", "role", "value", "content", "tool_calls", "function_call", "weight"}
+    turn_keys |= set() if form == "messages" else {*_SPEAKERS, *_WORDS, *_ROLE_KEYS}
+    if isinstance(record, list):
+        return {f"[].{key}" for key in _beside(record, turn_keys)}
+    of_record = ("id", "system") if form == "messages" else (*_IDS, *_SYSTEMS)
+    found = _held(record, {*keys, *of_record})
+    for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
+        found |= {f"{key}[].{name}" for name in _beside(record[key], turn_keys)}
+    return found
+
+
+def _beside(turns: Any, used: set[str]) -> set[str]:
+    turns = turns if isinstance(turns, list) else []
+    return {key for turn in turns if isinstance(turn, dict) for key in _held(turn, used)}
+
+
+def _held(record: Record, used: set[str]) -> set[str]:
+    """Return keys that are not used and not empty: in a table, all records have all keys."""
+    return {k for k, v in record.items() if k not in used and v not in (None, "", [], {})}
+
+
 def is_turn(value: Any) -> bool:
     """Tell a message that stands for itself from a record."""
     if not isinstance(value, dict):
@@ -340,14 +367,10 @@ def _usual(item: Any) -> list[Any]:
     said = next((item[k] for k in ("value", "content", *_WORDS) if item.get(k) is not None), None)
     if role is not None and said is not None:
         return [{**item, "role": role, "content": _texts(said)}]
-    names = [key for key, value in item.items() if value is not None and _is_role_key(key)]
+    names = [key for key, value in item.items() if value is not None and key in _ROLE_KEYS]
     if role is None and names:
         return [{"role": key, "content": item[key]} for key in names]
     return [item]
-
-
-def _is_role_key(key: str) -> bool:
-    return key in ("system", *_PAIRS["user"], *_PAIRS["assistant"])
 
 
 def _texts(parts: Any) -> Any:

@@ -25,6 +25,7 @@ from medusa_exp.data.forms import (
     by_columns,
     columns_of,
     id_in,
+    unused_keys,
 )
 
 NOT_UTF8 = "not valid UTF-8"
@@ -90,9 +91,6 @@ class _Chat(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(_Chat).decode
-_decode_keys = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_LOOKED_AT = 100
-"""Records of a source that are looked at for keys of another form beside their messages."""
 _OTHER_KEYS = {key for name, form in FORMS.items() if name != "messages" for key in form.keys}
 
 
@@ -105,6 +103,7 @@ class ChatParser:
         form: str = "auto",
         columns: Mapping[str, str] | None = None,
         source: str = "",
+        num_looked_at: int = 100,
     ) -> None:
         """Choose what is read.
 
@@ -113,11 +112,16 @@ class ChatParser:
             form: one of `FORMS`, or auto, which takes the one that a raw chat fits.
             columns: as `by_columns` has them; then nothing else is read.
             source: the name of the source, for messages.
+            num_looked_at: raw chats, the first ones, that are looked at for keys that are not
+                used, and for those of another form beside their messages.
         """
         self._role_of = {**ROLE_OF, **(role_map or {})}
         self._forms = forms_of(form, columns)
         self._is_direct = "messages" in self._forms
-        self._num_looked_at = _LOOKED_AT if len(self._forms) > 1 else 0
+        self._num_looked_at = num_looked_at
+        self.num_looked_at = 0
+        self.unused: Counter[str] = Counter()
+        """Key -> number of those chats that hold something under it which is not read."""
         self._source = source
         self.found: Counter[str] = Counter()
         """Name of a form -> raw chats that were read in it, but for the first form."""
@@ -160,14 +164,19 @@ class ChatParser:
             messages.append(Message(role, content))
         if not messages:
             return None
-        if number <= self._num_looked_at and not _OTHER_KEYS.isdisjoint(_decode_keys(raw)):
-            return None
+        if number <= self._num_looked_at:
+            record = msgspec.json.decode(raw)
+            if len(self._forms) > 1 and not _OTHER_KEYS.isdisjoint(record):
+                return None
+            self._note_unused(record, "messages")
         chat_id = _content_id(raw) if chat.id in (None, "") else str(chat.id)
         return Conversation(chat_id, _checked(messages, chat.system), self._source, number)
 
     def _parse_leniently(self, raw: RawChat, number: int) -> Conversation:
         record = _decoded(raw)
         name, messages = self._read(record)
+        if number <= self._num_looked_at:
+            self._note_unused(record, name)
         if name == "messages":
             given = record.get("id")
             raw = {k: v for k, v in raw.items() if k in _OF_ID} if isinstance(raw, dict) else raw
@@ -176,6 +185,10 @@ class ChatParser:
             self.found[name] += 1
         chat_id = _usable_id(given) or _content_id(raw)
         return Conversation(chat_id, messages, self._source, number)
+
+    def _note_unused(self, record: Any, form: str) -> None:
+        self.num_looked_at += 1
+        self.unused.update(unused_keys(record, form, self._forms[form].keys))
 
     def _read(self, record: Any) -> tuple[str, list[Message]]:
         """Return the messages of a record and the name of its form."""

@@ -68,6 +68,8 @@ def prompts_of(
             break
     for reason, count in left_out.items():
         log.warning("data: prompts left out: %s: %d", reason, count)
+    if not prompts and not left_out:
+        raise UserError("no held-out prompt is left: no conversation has a turn to be answered.")
     if not prompts:
         why = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
         raise UserError(

@@ -92,6 +92,15 @@ def open_sources(dataset: DatasetConfig, cache_dir: str | Path) -> list[Source]:
     ]
 
 
+def reading_options(dataset: DatasetConfig) -> dict[str, Any]:
+    """Return how records are read and which are taken, for files beside the data set's own.
+
+    Neither a sample is taken of those, nor are they looked through for copies.
+    """
+    chosen = ("form", "columns", "role_map", "strict", "min_turns", "max_turns")
+    return {name: getattr(dataset, name) for name in (*chosen, "min_chars", "max_chars")}
+
+
 def files_of(sources: list[Source]) -> list[Path]:
     """Return the files of a data set; one of the hub's has none."""
     return [path for source in sources for path in source.reading.paths]

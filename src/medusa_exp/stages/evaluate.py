@@ -28,6 +28,7 @@ from medusa_exp.data.prompts import (
     prompts_of,
     read_questions,
 )
+from medusa_exp.data.sources import reading_options
 from medusa_exp.data.template import ChatTemplate
 from medusa_exp.decode.loop import GREEDY
 from medusa_exp.errors import UserError
@@ -180,10 +181,16 @@ def load_prompts(
         questions = _spread(read_questions(path), count)
         room = max_positions - config.decode.max_new_tokens
         return _of_questions(questions, tokenizer, room, respond, has_room)
-    reading = read_conversations(path)
+    reading = read_conversations(path, **reading_options(config.dataset))
     try:
         return choose(reading)
-    finally:  # where no prompt is left, that is why
+    except DataError:
+        raise
+    except UserError as error:
+        if not reading.dropped:
+            raise
+        raise UserError(f"evaluate.path={path}: {error} {reading.told()}") from error
+    finally:
         for reason, number in reading.dropped.items():
             log.warning("evaluate.path: dropped: %s: %d", reason, number)
 

@@ -27,6 +27,7 @@ from medusa_exp.stages.session import Session
 _SHOWN_CHARS = 1200
 """Characters of a sample that are printed; data_samples.jsonl has all of it."""
 _SHOWN_TURNS = 8
+_ALL = 2**62
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
 """Around trained text where there is no color."""
 
@@ -39,11 +40,14 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     limit = min(config.dataset.max_length, backbone.max_length if backbone else 2**30)
     tokenized = session.tokenized(tokenizer, limit)
     sources = session.sources()
+    for source in sources:
+        source.reading.look_at = _ALL
     sampled = _sampled(sources, tokenized, config.inspect.num_conversations)
     rows = sample_rows(sampled, tokenizer, tokenized.summary["notes"])
     found: dict[str, Any] = {
         **tokenized.summary,
         "forms": {source.name: dict(source.reading.forms) for source in sources},
+        "unused_keys": {source.name: dict(source.reading.unused) for source in sources},
         "first_chat": _first_chat(sampled[0][1]),
         "max_length": limit,
         "lengths": _lengths(tokenized),
@@ -145,6 +149,8 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
 def print_all(found: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     """Print samples first and tables last, where the eye is."""
     console = Console()
+    name = found["first_chat"]["name"]
+    console.print(f"the first chat as it was read: {name}", markup=False, soft_wrap=True)
     console.print(_chat_table(found["first_chat"]))
     for sample in samples:
         _print_sample(console, sample)
@@ -179,8 +185,7 @@ def _print_sample(console: Console, sample: dict[str, Any]) -> None:
 
 
 def _chat_table(chat: dict[str, Any]) -> Table:
-    title = f"the first chat as it was read: {escape(chat['name'])}"
-    table = Table("role", "content", title=title)
+    table = Table("role", "content")
     for role, content in chat["turns"]:
         table.add_row(role, escape(content))
     if chat["num_more"]:
@@ -196,6 +201,8 @@ def _records_table(found: dict[str, Any]) -> Table:
             table.add_row("", f"of the form {form}", str(number))
         for reason, number in sorted(outcomes["dropped"].items()):
             table.add_row("", f"dropped: {reason}", str(number))
+        for key, number in sorted(found["unused_keys"][name].items()):
+            table.add_row("", escape(f"have a key that is not used: {key}"), str(number))
         table.add_row("", "kept", str(outcomes[KEPT]))
         table.add_row(
             "", f"documents of at most {found['max_length']} tokens", str(outcomes["documents"])
