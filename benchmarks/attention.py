@@ -4,12 +4,15 @@
 
 A random Llama with 8 query heads on 2 of keys and values decodes the same prompts with both, in
 turns; steps over trees and of single tokens are the product's own. Prompts are of unequal lengths,
-so that single tokens need a mask too, as they do in any batch.
+so that single tokens need a mask too, as they do in any batch. Time is this process's on its cores,
+which other work on the machine stretches less than that of a clock: run it on one thread.
 """
 
 import argparse
 import random
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +22,7 @@ from rich.progress import track
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits, Response
+from medusa_exp.decode.loop import Limits, Responses, plain_steps
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree
 
@@ -62,10 +65,9 @@ def measure(dtype: torch.dtype, rows: int, nodes: int, columns: int, rounds: int
     tokens = {}
     for number in range(rounds):
         for side in list(_SIDES)[:: 1 if number % 2 else -1]:
-            found = _decode(decoders[side], prompts, nodes)
-            tokens[side] = [response.tokens for response in found]
-            # The first of them is the prompt's.
-            seconds[side].append(median(found[0].step_seconds[1:]))
+            responses = Responses(rows, Limits(_STEPS))
+            seconds[side].append(median(_step_seconds(decoders[side], prompts, responses)))
+            tokens[side] = [response.tokens for response in responses.rows]
     # The quietest round of each: the machine has other work.
     ours, theirs = (min(seconds[side]) for side in _SIDES)
     is_equal = tokens["grouped"] == tokens["sdpa"]
@@ -102,11 +104,14 @@ def _decoders(dtype: torch.dtype, nodes: int) -> Iterator[Decoder]:
         yield Decoder(backbone, build_heads(backbone, num_heads=2, kind="medusa_tied"), tree)
 
 
-def _decode(decoder: Decoder, prompts: list[list[int]], nodes: int) -> list[Response]:
-    limits = Limits(_STEPS)
-    if nodes == 1:
-        return decoder.decode_plain(prompts, limits)
-    return decoder.decode(prompts, limits)
+def _step_seconds(decoder: Decoder, prompts: list[list[int]], responses: Responses) -> list[float]:
+    """Decode; return the time of each step but the prompt's."""
+    if decoder.tree is None:
+        steps = plain_steps(decoder.backbone, prompts, responses)
+    else:
+        steps = decoder.steps(prompts, responses)
+    clock = [time.process_time() for _ in steps]
+    return [stop - start for start, stop in pairwise(clock)]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@ from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
 from medusa_exp.model.heads import FAMILIES as KINDS
-from medusa_exp.model.heads import StackedHeads, heads_input, stack_heads
+from medusa_exp.model.heads import (
+    StackedHeads,
+    advice_on_cost,
+    family_for,
+    heads_input,
+    stack_heads,
+)
 from medusa_exp.model.loss import (
     DistributionTargets,
     TokenTargets,
@@ -60,7 +66,7 @@ def batch_of(backbone):
 
 def test_every_kind_is_tested():
     assert {family["kind"] for family in FAMILIES.values()} == set(KINDS)
-    assert set(words_of(HeadConfig, "kind")) == set(KINDS)
+    assert set(words_of(HeadConfig, "kind")) == {*KINDS, "auto"}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi"])  # phi's lm_head has a bias
@@ -234,3 +240,42 @@ def test_the_forms_of_the_loss_have_the_same_gradients(backbone, family):
         found.append(torch.autograd.grad(loss, list(heads.parameters())))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "can_be_tied", "expected"),
+    [
+        ("auto", 100_000, True, "medusa"),
+        ("auto", 100_001, True, "medusa_tied"),
+        ("auto", 100_001, False, "medusa"),
+        ("hydra", 200_000, True, "hydra"),
+    ],
+)
+def test_auto_is_tied_above_100_000_tokens(kind, size, can_be_tied, expected):
+    assert family_for(kind, size, can_be_tied=can_be_tied) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_separate_projections_to_a_large_vocabulary_are_spoken_of(family):
+    backbone = Backbone(build_model("llama"))
+    heads = stack_heads(build_heads(backbone, num_heads=2, **family), backbone)
+    assert advice_on_cost(heads, 0.314) is None
+    heads.config.vocab_size = 128_256
+    advice = advice_on_cost(heads, 0.314)
+    if family["kind"] in ("medusa", "hydra"):
+        assert "31% of a step (eval/time/heads)" in advice and "128,256 tokens" in advice
+    else:
+        assert advice is None
+
+
+def test_sequential_heads_are_copied_into_another_dtype_with_what_they_share():
+    backbone = Backbone(build_model("llama"))
+    heads = moved(backbone, FAMILIES["hydra"])
+    copied = heads.copied(torch.bfloat16)
+    assert (copied.dtype, heads.dtype) == (torch.bfloat16, torch.float32)
+    assert copied._embedding[0] is backbone.model.get_input_embeddings()
+    assert backbone.model.dtype == torch.float32
+    drafted_RJ = torch.tensor([[1, 2]])
+    hidden_RD = torch.randn(1, backbone.hidden_size)
+    ours, theirs = (h.head_logits(1, hidden_RD.to(h.dtype), drafted_RJ) for h in (copied, heads))
+    assert torch.allclose(ours.float(), theirs, atol=0.05 * theirs.std().item())

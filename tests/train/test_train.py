@@ -16,6 +16,7 @@ from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
+from medusa_exp.model.heads import heads as heads_module
 from medusa_exp.model.loss import (
     Objective,
     TokenTargets,
@@ -198,6 +199,24 @@ def test_heads_go_on_from_what_was_saved_in_a_bf16_backbones_run_too(config, tmp
     run(config, tmp_path / "second")
     first, second = (load_heads(tmp_path / n / "heads").state_dict() for n in ("first", "second"))
     assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(100_000, "medusa"), (10, "medusa_tied")])
+def test_auto_heads_are_tied_where_the_vocabulary_is_large(
+    config, tmp_path, monkeypatch, caplog, limit, taken
+):
+    monkeypatch.setattr(heads_module, "LARGE_VOCABULARY", limit)
+    caplog.set_level("INFO")
+    config.head = Head(num_heads=2, kind="auto")
+    config.train.max_steps = 2
+    shared = session.Session(config, tmp_path)
+    train.run(config, tmp_path, shared)
+    assert load_heads(tmp_path / "heads").config.kind == taken
+    assert shared.notes.entry == {**shared.notes.entry, "head_kind": taken}
+    assert caplog.text.count(f"head.kind=auto: {taken}, for a vocabulary of ") == 1
+    config.head.kind = taken  # by its name it is the same training, which is done
+    assert run(config, tmp_path)["train/steps"] == 2
+    assert "resum" in caplog.text
 
 
 def test_off_a_terminal_a_training_says_how_far_it_is(

@@ -340,10 +340,11 @@ class HeadConfig:
     """The Medusa heads, which propose draft tokens."""
 
     # The names of `model.heads.FAMILIES`, written out: to import these takes torch, and seconds.
-    kind: str = choice("medusa", "medusa_tied", "medusa_lowrank", "hydra")
+    kind: str = choice("medusa", "medusa_tied", "medusa_lowrank", "hydra", "auto")
     """medusa (a vocabulary projection for each head), medusa_tied (the backbone's lm_head for all),
-    medusa_lowrank (projections of low `rank`, or of `num_tokens` frequent tokens) or hydra (each
-    head sees the tokens that are drafted before its own)."""
+    medusa_lowrank (projections of low `rank`, or of `num_tokens` frequent tokens), hydra (each head
+    sees the tokens that are drafted before its own) or auto (medusa_tied above 100,000 tokens of
+    vocabulary, else medusa)."""
     num_heads: int = between(1, 16, default=4)
     """K: head k predicts the token k places after the backbone's next one."""
     num_layers: int = between(0, 16, default=1)
@@ -366,7 +367,7 @@ class HeadConfig:
                 OneOf(("medusa_lowrank",)).check(f"head.kind (with head.{key})", self.kind)
         if self.kind == "medusa_lowrank" and self.rank is None and self.num_tokens is None:
             raise UserError("head.kind=medusa_lowrank needs head.rank or head.num_tokens.")
-        if self.kind in ("medusa_tied", "hydra"):
+        if self.kind in ("medusa_tied", "hydra", "auto"):
             NotBelow(1).check(f"head.num_layers (with head.kind={self.kind})", self.num_layers)
 
 

@@ -109,7 +109,7 @@ class Decoder:
         self.backbone = model if isinstance(model, Backbone) else Backbone(model)
         if heads is not None:
             check_tree_attention(self.backbone)
-        if isinstance(heads, MedusaHeads) and not heads.is_sequential:
+        if isinstance(heads, MedusaHeads):
             heads = stack_heads(heads, self.backbone)
         self.heads, self.tree, self.rule = heads, tree, rule
         self.limits = limits or Limits(_NEW_TOKENS, self.backbone.eos_token_ids)

@@ -135,10 +135,12 @@ class DynamicTreeDrafter:
     def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
         """Return trees below the roots; see `Drafter`."""
         logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
-        top = logits_BKV.double().log_softmax(-1).topk(self._num_ranks, dim=-1)
+        top = logits_BKV.topk(self._num_ranks, dim=-1)
+        log_sum_BK1 = logits_BKV.float().logsumexp(-1, keepdim=True)
+        log_p_BKR = top.values.double() - log_sum_BK1.double()
         tokens_BM = torch.cat([root_B[:, None], top.indices.flatten(1)], 1)[:, self._place_M]
         # Minus infinity times 0, and NaN, would make every score of the row NaN.
-        values_BKR = top.values.nan_to_num(nan=_NO_CHANCE).clamp(min=_NO_CHANCE)
+        values_BKR = log_p_BKR.nan_to_num(nan=_NO_CHANCE).clamp(min=_NO_CHANCE, max=0)
         # A root is certain. Equal numbers (one of probability 1) must leave parents first.
         zero_B1 = values_BKR.new_zeros(len(root_B), 1)
         step_BM = torch.cat([zero_B1, values_BKR.flatten(1)], 1)[:, self._place_M] - 1e-9

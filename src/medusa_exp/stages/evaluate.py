@@ -30,6 +30,7 @@ from medusa_exp.data.prompts import (
 )
 from medusa_exp.data.sources import reading_options
 from medusa_exp.data.template import ChatTemplate
+from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY
 from medusa_exp.errors import UserError
 from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Method, MethodResponse, build_methods, timed
@@ -37,6 +38,7 @@ from medusa_exp.evaluate.metrics import Record, summarize
 from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.heads import MedusaHeads, StackedHeads, advice_on_cost
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.runs.files import write_jsonl
 from medusa_exp.runs.progress import track
@@ -99,6 +101,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
                     samples.append(sample_of(*shown, tokenizer))
     write_jsonl(out / "records.jsonl", records)
     write_jsonl(out / "samples.jsonl", samples)
+    _advise(decoder, shares)
     served: dict[str, float] = {}
     if config.evaluate.server is not None:
         served = measure_servers(session, decoder, prompts, plain)
@@ -111,6 +114,14 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         "eval/is_lossless": float(config.decode.rule != "typical"),
         **_agreement(session, backbone, tokenizer),
     }
+
+
+def _advise(decoder: Decoder, shares: dict[str, float]) -> None:
+    """Say so where heads with separate projections to a large vocabulary are a part of the time."""
+    if isinstance(decoder.heads, MedusaHeads | StackedHeads) and "heads" in shares:
+        advice = advice_on_cost(decoder.heads, shares["heads"])
+        if advice is not None:
+            log.info(advice)
 
 
 def _warm_up(

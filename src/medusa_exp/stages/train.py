@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, find_heads, load_heads, save_heads
-from medusa_exp.model.heads import MedusaHeads, build_heads
+from medusa_exp.model.heads import MedusaHeads, build_heads, family_for
 from medusa_exp.model.loading import load_backbone, load_ends, pick_device
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.model.tokenizer import save_tokenizer
@@ -109,6 +109,7 @@ def train(session: Session) -> dict[str, float]:
     with explain_memory(memory_of_training(config.train)):
         L.seed_everything(config.seed, verbose=False)
         inputs = open_inputs(session)
+        config = with_family(session, inputs.backbone)
         heads = start_heads(config, inputs)
         batches = inputs.batches(config)
         max_steps = _num_steps(config, batches)
@@ -290,6 +291,18 @@ def _held_out_prompts(
     except UserError as error:
         log.warning("no val/accept_length: %s", error)
         return []
+
+
+def with_family(session: Session, backbone: Backbone) -> Config:
+    """Return the config with the family of heads that head.kind=auto stands for, and say which."""
+    config = session.config
+    if config.head.kind != "auto":
+        return config
+    size, is_whole = backbone.vocab_size, config.model.device_map is None
+    kind = family_for(config.head.kind, size, can_be_tied=is_whole)
+    log.info("head.kind=auto: %s, for a vocabulary of %s tokens", kind, f"{size:,}")
+    session.notes.add(head_kind=kind)
+    return replace(config, head=replace(config.head, kind=kind))
 
 
 def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:

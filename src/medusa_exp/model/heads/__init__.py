@@ -14,7 +14,9 @@ from medusa_exp.model.heads.heads import (
     FAMILIES,
     MedusaHeads,
     StackedHeads,
+    advice_on_cost,
     build_heads,
+    family_for,
     stack_heads,
 )
 from medusa_exp.model.heads.layers import ResBlock
@@ -27,7 +29,9 @@ __all__ = [
     "PrefixAttention",
     "ResBlock",
     "StackedHeads",
+    "advice_on_cost",
     "build_heads",
+    "family_for",
     "heads_input",
     "stack_heads",
 ]

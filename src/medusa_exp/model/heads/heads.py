@@ -51,6 +51,8 @@ FAMILIES = {
     "hydra": Family(UntiedProjections, is_sequential=True, min_layers=1),
 }
 """The families by `head.kind`."""
+LARGE_VOCABULARY = 100_000
+"""Tokens above which separate projections are most of what the heads read and hold."""
 _NOT_IN_HEAD_VOCAB = -100
 """Label of a token outside the head vocabulary; cross entropy ignores it."""
 
@@ -128,6 +130,12 @@ class MedusaHeads(PreTrainedModel):
             x_RD = block(x_RD)
         return self.lm_heads(k, x_RD)
 
+    def copied(self, dtype: torch.dtype) -> "MedusaHeads":
+        """Return a copy in another dtype, that shares with the backbone what these share."""
+        shared = {id(module): module for module in self._embedding}
+        copy: MedusaHeads = deepcopy(self, shared).to(dtype)
+        return copy
+
     def head_parameters(self, k: int) -> list[nn.Parameter]:
         """Return what the head at index k trains, and no other head."""
         return [*self.blocks[k].parameters(), *self.lm_heads.parameters_of(k)]
@@ -177,7 +185,7 @@ class StackedHeads(nn.Module):
     def __init__(self, heads: MedusaHeads, dtype: torch.dtype) -> None:
         super().__init__()
         assert not heads.is_sequential
-        self.num_heads, self.dtype = heads.num_heads, dtype
+        self.config, self.num_heads, self.dtype = heads.config, heads.num_heads, dtype
         self.prefix = deepcopy(heads.prefix).to(dtype) if heads.prefix is not None else None
         self.layers = [
             blocks[0].stacked(blocks, dtype) for blocks in zip(*heads.blocks, strict=True)
@@ -198,10 +206,40 @@ class StackedHeads(nn.Module):
 def stack_heads(heads: MedusaHeads, backbone: Backbone) -> StackedHeads | MedusaHeads:
     """Make heads ready for decoding with a backbone: on a GPU in its dtype, for half the reading.
 
-    Sequential heads are run one after the other, and come back as they are.
+    Elsewhere they keep theirs (`load_heads` gives them the backbone's): one row of the half types
+    is no faster on a CPU. Sequential heads are run one after the other, and come back as they are,
+    or as a copy in that dtype.
     """
     dtype = backbone.model.dtype if backbone.device.type == "cuda" else heads.dtype
-    return heads.to(dtype) if heads.is_sequential else StackedHeads(heads, dtype)
+    if not heads.is_sequential:
+        return StackedHeads(heads, dtype)
+    return heads if heads.dtype == dtype else heads.copied(dtype)
+
+
+def family_for(kind: str, vocab_size: int, *, can_be_tied: bool = True) -> str:
+    """Return the family that `head.kind` stands for: auto is medusa_tied for large vocabularies."""
+    if kind != "auto":
+        return kind
+    return "medusa_tied" if can_be_tied and vocab_size > LARGE_VOCABULARY else "medusa"
+
+
+def advice_on_cost(heads: MedusaHeads | StackedHeads, share: float) -> str | None:
+    """Say what a large vocabulary costs heads with separate projections; None where it does not.
+
+    Args:
+        heads: that were timed.
+        share: of a decoding step that they take.
+    """
+    config = heads.config
+    is_untied = FAMILIES[config.kind].projection is UntiedProjections
+    if not is_untied or config.vocab_size <= LARGE_VOCABULARY:
+        return None
+    return (
+        f"the heads take {share:.0%} of a step (eval/time/heads): each reads a projection of its "
+        f"own to {config.vocab_size:,} tokens. head=medusa_tied shares the backbone's lm_head, "
+        "head=medusa_lowrank with head.num_tokens=32768 drafts frequent tokens only: train with "
+        "one of them and compare eval/speedup"
+    )
 
 
 def build_heads(
