@@ -94,6 +94,19 @@ def test_every_format_by_its_word(finished, tmp_path, format_, caplog):
     } == {torch.bfloat16}
 
 
+def test_a_whole_model_that_transformers_serves(finished, tmp_path):
+    before = (tmp_path / "run" / "heads" / "config.json").read_bytes()
+    finished.export.format = "hf_generate"
+    for _ in range(2):
+        run(finished, tmp_path / "run")
+    place = tmp_path / "run" / "export" / "hf_generate"
+    assert (place / "custom_generate" / "generate.py").is_file() and (place / "heads").is_dir()
+    what, faults = check(str(place))
+    assert faults == [] and "heads of this project: 3 heads" in what
+    assert "transformers serve DIR --trust-remote-code" in (place / "README.md").read_text()
+    assert (tmp_path / "run" / "heads" / "config.json").read_bytes() == before
+
+
 def test_tied_heads_are_exported_with_the_targets_matrix(finished, tmp_path):
     save_heads(heads_of(finished, kind="medusa_tied"), tmp_path / "run" / "heads")
     (tmp_path / "run" / "calibration.json").unlink()
