@@ -33,6 +33,8 @@ ENGINES = {
 }
 _ROWS, _TOKENS = 12, 40
 """Greedy texts of the target on which heads are tried, and how long they are."""
+_CLEARLY = 1.5
+"""So many times as often has a head to be right at another place than its own to be misplaced."""
 _LEAST = 0.05
 """Share of right first choices below which a head is as good as none."""
 
@@ -106,10 +108,10 @@ def _acceptance(reading: Reading, backbone: Backbone) -> Iterator[Fault]:
     for k, right_J in enumerate(right_KJ.tolist()):
         own, best = right_J[k + 1], max(range(len(right_J)), key=lambda j: right_J[j])
         says = f"head {k + 1}'s first choice is right for {own:.0%} of tokens"
-        if best not in (0, k + 1) and right_J[best] > max(2 * own, _LEAST):
+        if best not in (0, k + 1) and right_J[best] > max(_CLEARLY * own, _LEAST):
             text = f"{says}, and for {right_J[best]:.0%} of those that head {best} should predict"
             yield Fault("heads swapped", f"{text}: they are out of order")
-        elif best == 0 and right_J[0] > max(2 * own, _LEAST):
+        elif best == 0 and right_J[0] > max(_CLEARLY * own, _LEAST):
             text = f"{says}, and for {right_J[0]:.0%} of those that the target itself predicts"
             yield Fault("one place off", f"{text}: the head is untrained, or counts places anew")
         elif own < _LEAST:
