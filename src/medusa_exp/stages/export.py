@@ -56,7 +56,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         text = card.card(format_, facts_of(config, out, target), number, found)
         (partial / "README.md").write_text(text, encoding="utf-8")
 
-    export(source, ours, backbone, format_, place, add)
+    export(source, ours, backbone, format_, place, add=add)
     session.notes.add(format=format_, directory=str(place))
     log.info("exported to %s: read back, and its logits are those of the run's heads", place)
     log.info("serve with:\n%s", card.command(format_, target, str(place.resolve()), number))
