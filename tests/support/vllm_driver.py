@@ -3,28 +3,33 @@
     python vllm_driver.py CASES.json RESULTS.json
 
 CASES: {"target", "prompts", "new_tokens", "cases": {name: {"speculative": {...}, ...options}}}.
-RESULTS: {name: {"tokens", "drafts", "accepted"} or {"error"}}, written after each case.
+VLLM_TEST_OPTIONS is JSON of more arguments of `LLM`, such as {"enforce_eager": false}.
+RESULTS: {name: {"tokens", "drafts", "accepted"} or {"error"}}, written after each case;
+and "loaded": which of OURS were.
 """
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
+
+OURS = {"lightning", "hydra", "omegaconf", "altair", "pyarrow", "wandb"}
+"""What this project needs and an engine should not load for it."""
 
 
 def serve(target, prompts, new_tokens, speculative=None, **options):
     from vllm import LLM, SamplingParams
 
-    engine = LLM(
-        model=target,
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_seqs=4,
-        disable_log_stats=False,
-        speculative_config=speculative,
-        **options,
-    )
+    always = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 4,
+        "disable_log_stats": False,
+    }
+    more = json.loads(os.environ.get("VLLM_TEST_OPTIONS", "{}"))
+    engine = LLM(model=target, speculative_config=speculative, **(always | options | more))
     # The CPU build answers wrongly above temperature 0 with any speculation: greedy only.
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     answers = engine.generate(
@@ -48,6 +53,7 @@ def main():
             results[name] = serve(work["target"], work["prompts"], work["new_tokens"], **case)
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
+        results["loaded"] = sorted(OURS & {module.split(".")[0] for module in sys.modules})
         out.write_text(json.dumps(results), "utf-8")
         gc.collect()
         cleanup_dist_env_and_memory()
