@@ -20,9 +20,10 @@ def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is(monkeypatch, capl
     monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
     caplog.set_level(logging.INFO)
     with progress.ProgressBar("regenerating answers", total=2000, completed=100) as bar:
-        bar.advance(200)
+        bar.advance(200, tokens=5000)
     assert caplog.messages[0].startswith("regenerating answers: 300 of 2,000")
     shown = capsys.readouterr().err
+    assert " tokens/s" in caplog.messages[0] and " tokens/s" in shown
     assert "300/2000" in shown and "\x1b" not in shown and "\r" not in shown
 
 

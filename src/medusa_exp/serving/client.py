@@ -142,6 +142,8 @@ class Engine:
             for probe in self.work.probes:
                 limits = Limits(len(probe.expected), self.work.limits.stop_ids)
                 found = await self._greedy(probe.prompt, limits)
+                if found and probe.expected[: len(found)] == found:  # it may have ended by itself
+                    continue
                 if not self.work.is_same(probe, found):
                     raise UserError(
                         f"{self.url} answers otherwise than the model of this run: after the "

@@ -70,6 +70,8 @@ def headlines(metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
         found = fields("eval/tree/b{batch_size}/speedup", name)
         if found and found["batch_size"] != "1":
             yield f"speed-up, {found['batch_size']} prompts at a time", f"{speedup:.2f}x"
+        if found := fields("eval/server/c{concurrency}/speedup", name):
+            yield f"speed-up in the engine, {found['concurrency']} on their way", f"{speedup:.2f}x"
 
 
 def quiet_libraries(stages: list[str]) -> None:
