@@ -155,6 +155,7 @@ def test_files_of_a_folder_without_chats_are_passed_over(tmp_path, caplog):
         assert caplog.text.count(f"{name} has no known form of chat: its ") == 1
         assert f" are {keys}. " in caplog.text
     assert "its columns are n" in caplog.text
+    assert len(list(read_conversations(f"{tmp_path}/*"))) == 5
     with pytest.raises(DataError, match="its keys are default"):  # named by itself
         list(read_conversations(tmp_path / "dataset_infos.json"))
     (tmp_path / "a.jsonl").unlink()

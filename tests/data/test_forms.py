@@ -131,6 +131,11 @@ READ = {
         "chosen",
         BRIEF,
     ),
+    "preference after messages": (
+        {"conversations": [ASK], "chosen": {"from": "gpt", "value": A}, "rejected": "5"},
+        "chosen",
+        PAIR,
+    ),
     "gemini": (
         {
             "systemInstruction": {"parts": [{"text": "Be brief."}]},
@@ -249,6 +254,10 @@ REFUSED = {
     "two forms": (
         {"prompt": Q, "completion": A, "messages": [ASK, *MORE]},
         "record 1 .line 1. can be read by the forms messages and prompt.*dataset.form",
+    ),
+    "preference without a prompt": (
+        {"chosen": A, "rejected": "5"},
+        "keys are chosen, rejected.*dataset.columns",
     ),
     "two replies": (
         {"prompt": Q, "completion": A, "response": "5"},

@@ -349,7 +349,7 @@ def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any)
         if str(place).startswith(_HUB):
             sources.append(HubData(str(place).removeprefix(_HUB), chosen.hub_split))
         else:
-            is_named = not Path(place).expanduser().is_dir()
+            is_named = Path(place).expanduser().is_file()
             sources += [ChatFile(path, is_named) for path in find_files(place)]
     once = {source.name: source for source in sources}  # a file named twice is read once
     return Reading(list(once.values()), chosen)

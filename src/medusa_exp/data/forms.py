@@ -128,14 +128,19 @@ def _user(record: Any) -> Chat | None:
 
 
 def _chosen(record: Any) -> Chat | None:
-    """Read the preferred answer of a pair, after the prompt if it does not begin with it."""
+    """Read the preferred answer of a pair, after its prompt, or messages, if not a whole chat."""
     chosen = _get(record, "chosen")
     if chosen is None:
         return None
     replies = _said(chosen, "assistant")
     asked = [key for key in _ASKED if _get(record, key) is not None]
-    if not asked or not _begins_with_reply(replies):
+    if not _is_reply(replies[0]):
         return Chat(replies, _system(record))
+    if not asked:
+        before = _messages(record)
+        if before is None or not before.turns or _is_reply(before.turns[-1]):
+            return None
+        return Chat([*before.turns, *replies], before.system)
     if asked != ["instruction", "input"]:
         _check_alike(record, asked)
     return Chat(_joined(record, asked[0], _CONTEXTS, replies), _system(record))
@@ -224,7 +229,7 @@ FORMS = {
     "question": Form(("question", "query", "context", *_REPLIES, "history"), _question),
     "input": Form(("input", *_REPLIES, "history"), _input),
     "user": Form((*_PAIRS["user"], *_PAIRS["assistant"], "history"), _user),
-    "chosen": Form(("chosen", *_ASKED, *_CONTEXTS), _chosen),
+    "chosen": Form(("chosen", *_ASKED, *_CONTEXTS, "conversations", "messages"), _chosen),
     "contents": Form(("contents",), _contents),
     "body": Form(_WRAPPERS, _body),
     "winner": Form(("conversation_a", "conversation_b", "winner"), _winner),
@@ -430,16 +435,14 @@ def _said(value: Any, role: str) -> list[Any]:
     """Return the turns of a list of messages or of a text, which may be a whole transcript."""
     is_parts = isinstance(value, list) and any(isinstance(v, dict) and "type" in v for v in value)
     of_messages = is_turn(value) or (isinstance(value, list) and not is_parts)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        inner = _unpacked(value)
-        of_messages = isinstance(inner, list) and bool(inner) and is_turn(inner[0])
+    if isinstance(value, str) and not isinstance(inner := _unpacked(value), str):
+        of_messages = is_turn(inner[0] if isinstance(inner, list) and inner else inner)
     turns = _turns(value) if of_messages else _transcript(value)
     return turns or [{"role": role, "content": value}]
 
 
-def _begins_with_reply(turns: list[Any]) -> bool:
-    first = turns[0]
-    role = (first.get("role") or first.get("from")) if isinstance(first, dict) else None
+def _is_reply(turn: Any) -> bool:
+    role = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
     return isinstance(role, str) and ROLE_OF.get(role.lower()) == "assistant"
 
 
@@ -451,7 +454,7 @@ _TRANSCRIPTS = (
 
 def _transcript(text: Any) -> list[Any]:
     """Return the turns of a text that begins with "Human:" or "### Human:", else none."""
-    if not isinstance(text, str):
+    if not isinstance(text, str) or not text[:100].lstrip().startswith(("Human:", "###")):
         return []
     for marks in _TRANSCRIPTS:
         pieces = marks.split(text)

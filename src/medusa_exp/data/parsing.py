@@ -91,7 +91,7 @@ class _Chat(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(_Chat).decode
-_OTHER_KEYS = {key for name, form in FORMS.items() if name != "messages" for key in form.keys}
+_OTHER_KEYS = {key for form in FORMS.values() for key in form.keys} - {*FORMS["messages"].keys}
 
 
 class ChatParser:
@@ -192,7 +192,14 @@ class ChatParser:
 
     def _read(self, record: Any) -> tuple[str, list[Message]]:
         """Return the messages of a record and the name of its form."""
-        fitting = {name: chat for name, form in self._forms.items() if (chat := form.read(record))}
+        if not isinstance(record, dict | list):
+            raise Unusable(NOT_OBJECT)
+        is_list = isinstance(record, list)
+        fitting = {
+            name: chat
+            for name, form in self._forms.items()
+            if (is_list or any(key in record for key in form.keys)) and (chat := form.read(record))
+        }
         if not fitting:
             if not isinstance(record, dict):
                 raise Unusable(NOT_OBJECT)
