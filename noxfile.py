@@ -127,6 +127,13 @@ def architectures(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def compiled(session: nox.Session) -> None:
+    """Compare compiled layers with eager ones on the same architectures; g++. Ten minutes."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    session.run("pytest", "-m", "slow", "tests/slow/test_compiled.py", *session.posargs)
+
+
+@nox.session(default=False)
 def sweeps(session: nox.Session) -> None:
     """Run small sweeps with every launcher and with Optuna, and a training on Ray. Four minutes."""
     session.install(*CONSTRAINTS, "-e", ".[ray,sweep,slurm]", *group("test"))

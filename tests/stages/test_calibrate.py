@@ -1,6 +1,7 @@
 import random
 from collections import Counter
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,3 +130,24 @@ def test_the_batch_size_at_which_no_tree_pays():
     assert [found.of_batch_size(n).batch_size for n in (1, 3, 4, 99)] == [1, 1, 4, 32]
     assert found.num_nodes == 2 and found.rank_share == [[1.0, 0.0, 0.0]] * 2
     assert summarize(curves[:2], answers, 3, **other).break_even_batch_size is None
+
+
+@pytest.mark.parametrize("has_fixed_shapes", [False, True])
+def test_captures_are_no_part_of_a_rehearsal(monkeypatch, has_fixed_shapes):
+    """A graph takes long at its first call for prompts of a length, and never again."""
+    clock, captured = [0.0], set()
+
+    def respond(prompts, tree=None):
+        [prompt] = prompts
+        shape = tree, len(prompt) > 2
+        if has_fixed_shapes and shape not in captured:
+            captured.add(shape)
+            clock[0] += 100
+        clock[0] += 5 if tree is None else 2
+
+    monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    decoder = SimpleNamespace(
+        uses_fixed_shapes=has_fixed_shapes, decode=respond, decode_plain=respond
+    )
+    found = calibrate.rehearse(decoder, [chain(1)], [[1], [1, 2, 3], [1, 2, 3, 4]])
+    assert found == {None: 15.0, chain(1): 6.0}

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from medusa_exp.stages.evaluate import _warm_up
+from medusa_exp.data.prompts import Prompt
+from medusa_exp.stages.evaluate import _warm_up, of_each_size
 
 
 @pytest.mark.parametrize(
@@ -16,3 +17,10 @@ def test_every_size_of_batch_that_is_timed_has_been_seen(num_prompts, batch_size
     seen: list[int] = []
     _warm_up({"tree": lambda batch: seen.append(len(batch))}, prompts, num_prompts, batch_size)
     assert sorted(seen) == expected
+
+
+def test_prompts_of_each_size_are_few():
+    lengths = [10, 300, 620, 1300, 20, 290]
+    prompts = [Prompt(str(n), "", "", [1] * n) for n in lengths]
+    found = [len(prompt.input_ids) for prompt in of_each_size(prompts, 10)]
+    assert found == [1300, 620, 300, 20]

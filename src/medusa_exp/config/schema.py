@@ -646,6 +646,10 @@ class DecodeConfig:
     cuda_graph: bool = True
     """On a GPU, capture a step (draft, backbone, verify, commit) as one CUDA graph and replay it;
     plain decoding too. false runs it op by op, in tensors that grow."""
+    compile: str = choice("auto", "true", "false")
+    """Compile a decoder layer (torch.compile) for all layers of captured steps, plain ones too:
+    true, false, or auto (on a GPU, where the steps of calibrate and evaluate, or of regenerate, are
+    many enough to pay for it). true on a CPU needs a C++ compiler."""
     verifier: str = choice("auto", "torch", "cupy")
     """torch, cupy (the CUDA kernels), or auto (the kernels wherever they can be used)."""
     max_new_tokens: int = at_least(1, default=128)
@@ -656,7 +660,13 @@ class DecodeConfig:
     """Texts that end an answer, with the token that completes them."""
 
     def __post_init__(self) -> None:
+        self.compile = str(self.compile).lower()  # `true` is a truth value of YAML, not a word
         check(self, "decode")
+        if self.compile == "true" and not self.cuda_graph:
+            raise UserError(
+                "decode.compile=true compiles steps of fixed shapes, which decode.cuda_graph=false "
+                "turns off: drop one of the two."
+            )
         if self.rule != "greedy":
             NotBelow(1e-3).check("decode.temperature", self.temperature)
         if "" in self.stop_strings:

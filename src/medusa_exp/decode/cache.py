@@ -197,6 +197,7 @@ class FixedCache(Cache):
         part._set_start(capacity)
         return part
 
+    @torch.inference_mode()  # as at a first call: else compiled layers would be compiled anew
     def allocate(self, like: GrowingCache) -> None:
         """Make room at once for such keys and values as another cache holds."""
         _allocate(self, like, len(self.lengths_B))

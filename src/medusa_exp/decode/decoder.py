@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from medusa_exp.decode.compatibility import check_tree_attention
+from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter
 from medusa_exp.decode.loop import (
     GREEDY,
@@ -87,11 +88,14 @@ class Decoder:
         tokenizer: turns text into tokens and back, for `stream`.
         cuda_graph: take steps of fixed shapes, which on a GPU are captured as CUDA graphs. None
             does so where the whole model lies on one CUDA device.
+        compiles: run the model's layers compiled within steps of fixed shapes, which are then taken
+            on a CPU too, plain ones included. Not where the model is spread over devices.
         observer: is told of the parts of steps over trees.
 
     Raises:
         UserError: the model cannot be decoded with trees, because it ignores or refuses an
-            attention mask or positions that are not its own. Asked once for each model.
+            attention mask or positions that are not its own. Asked once for each model. Or it is
+            to be compiled on a CPU, and there is no C++ compiler.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class Decoder:
         limits: Limits | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         cuda_graph: bool | None = None,
+        compiles: bool = False,
         observer: Observer = UNOBSERVED,
     ) -> None:
         self.backbone = model if isinstance(model, Backbone) else Backbone(model)
@@ -115,7 +120,10 @@ class Decoder:
         self.limits = limits or Limits(_NEW_TOKENS, self.backbone.eos_token_ids)
         self.tokenizer, self.observer = tokenizer, observer
         can_capture = self.backbone.device.type == "cuda" and not self.backbone.is_spread
-        self.uses_fixed_shapes = can_capture if cuda_graph is None else cuda_graph
+        self.compiles = compiles and not self.backbone.is_spread
+        self.uses_fixed_shapes = can_capture or self.compiles if cuda_graph is None else cuda_graph
+        layers = CompiledLayers(self.backbone) if self.compiles else None
+        self.layers: CompiledLayers | None = layers
         prefix = getattr(heads, "prefix", None)
         self._prefixed = PrefixedBackbone(self.backbone, prefix, observer) if prefix else None
         self._captured: dict[bool, CapturedSteps] = {}
@@ -149,6 +157,7 @@ class Decoder:
             limits=self.limits,
             tokenizer=self.tokenizer,
             cuda_graph=cuda_graph,
+            compiles=self.compiles,
             observer=observer,
         )
 
@@ -329,7 +338,7 @@ class Decoder:
         if not self.uses_fixed_shapes:
             return Slots(EagerSlots(backbone, drafter, rule, num_columns, self.observer), num_slots)
         if is_prefixed not in self._captured_slots:
-            self._captured_slots[is_prefixed] = CapturedSlots(backbone, self.observer)
+            self._captured_slots[is_prefixed] = CapturedSlots(backbone, self.observer, self.layers)
         source = self._captured_slots[is_prefixed]
         return Slots(source.open(drafter, rule, num_slots, num_columns), num_slots)
 
@@ -364,7 +373,7 @@ class Decoder:
             return EagerStep(backbone, drafter, rule, num_rows, length, self.observer)
         is_prefixed = drafter.prefix is not None
         if is_prefixed not in self._captured:
-            self._captured[is_prefixed] = CapturedSteps(backbone, self.observer)
+            self._captured[is_prefixed] = CapturedSteps(backbone, self.observer, self.layers)
         return self._captured[is_prefixed].get(drafter, rule, num_rows, length)
 
     def _backbone_of(self, drafter: Drafter) -> Backbone:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cache import FixedCache, GrowingCache, copy_of
+from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.loop import PREFILL_TOKENS, Limits, Response, extend, find_room, prefill
 from medusa_exp.decode.masks import StepMask
@@ -370,8 +371,13 @@ class CapturedSlots:
     Kept from stream to stream, because a capture takes the time of many steps.
     """
 
-    def __init__(self, backbone: Backbone, observer: Observer = UNOBSERVED) -> None:
-        self.backbone, self.observer = backbone, observer
+    def __init__(
+        self,
+        backbone: Backbone,
+        observer: Observer = UNOBSERVED,
+        layers: CompiledLayers | None = None,
+    ) -> None:
+        self.backbone, self.observer, self.layers = backbone, observer, layers
         self._base: FixedCache | None = None
         self._steps: dict[Hashable, CapturedStep] = {}
         self._pool: Any = None
@@ -398,15 +404,20 @@ class CapturedSlots:
 
     def num_rows(self, count: int) -> int:
         """Return the rows of a step for so many requests; see `StepSource`."""
-        return min(rows for rows in halves(self.num_slots) if rows >= count)
+        return min(rows for rows in self._sizes() if rows >= count)
 
     @torch.inference_mode()
     def prepare(self) -> None:
         """Capture the steps of all numbers of rows; see `StepSource`."""
-        for num_rows in halves(self.num_slots):
+        for num_rows in self._sizes():
             step = self._get(num_rows, self.num_columns)
             step.activate([])
             step.prepare()
+
+    def _sizes(self) -> list[int]:
+        sizes = halves(self.num_slots)
+        # A batch of one row would be compiled anew: not for the last response of a stream.
+        return sizes[:-1] if self.layers and len(sizes) > 1 else sizes
 
     def fit(
         self, step: Step | None, num_rows: int, num_columns: int, rows: list[int], to: list[int]
@@ -442,6 +453,7 @@ class CapturedSlots:
                 StepMask(backbone.model, width, keeps_full=is_prefixed),
                 kernels=step_kernels(rule.verifier, backbone.device),
                 pool=self._pool,
+                layers=self.layers,
                 observer=self.observer,
             )
             if rule.name == "sampling":

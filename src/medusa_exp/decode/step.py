@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cache import FixedCache, GrowingCache
+from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels
 from medusa_exp.decode.drafting import Draft, Drafter
 from medusa_exp.decode.masks import StepMask
@@ -201,6 +202,7 @@ class CapturedStep:
         *,
         kernels: Kernels | None = None,
         pool: Any = None,
+        layers: CompiledLayers | None = None,
         observer: Observer = UNOBSERVED,
     ) -> None:
         """Prepare for any prompts that fit into the cache: see `begin`.
@@ -213,10 +215,12 @@ class CapturedStep:
             mask: of the backbone, for this cache.
             kernels: that write the mask and keep accepted nodes; None leaves it to torch.
             pool: of the memory that a captured graph works in.
+            layers: of the backbone, compiled; None runs them as they are.
             observer: is told of the parts.
         """
         self.backbone, self.drafter, self.verifier = backbone, drafter, verifier
         self.cache, self.mask, self.kernels, self.observer = cache, mask, kernels, observer
+        self.layers = layers
         num_rows, device = len(cache.lengths_B), backbone.device
         self.root_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.hidden_BD = torch.zeros(
@@ -273,7 +277,8 @@ class CapturedStep:
         with part("mask"):
             mask, position_BN = self._mask_and_positions(draft)
         position_BN = torch.minimum(position_BN, self.last)
-        with part("backbone"):
+        compiled = self.layers.in_place(cache) if self.layers else nullcontext()
+        with part("backbone"), compiled:
             logits_BNV, hidden_BND = self.backbone.forward(
                 draft.tokens_BN, cache, mask=mask, position_ids_BN=position_BN
             )
@@ -371,8 +376,13 @@ class CapturedSteps:
     a time.
     """
 
-    def __init__(self, backbone: Backbone, observer: Observer = UNOBSERVED) -> None:
-        self.backbone, self.observer = backbone, observer
+    def __init__(
+        self,
+        backbone: Backbone,
+        observer: Observer = UNOBSERVED,
+        layers: CompiledLayers | None = None,
+    ) -> None:
+        self.backbone, self.observer, self.layers = backbone, observer, layers
         self._caches: dict[_Shape, FixedCache] = {}
         self._steps: dict[tuple[_Shape, Hashable], CapturedStep] = {}
         self._pool: Any = None
@@ -402,6 +412,7 @@ class CapturedSteps:
                 StepMask(backbone.model, shape[1] + MAX_NODES, keeps_full=is_prefixed),
                 kernels=step_kernels(rule.verifier, backbone.device),
                 pool=self._pool,
+                layers=self.layers,
                 observer=self.observer,
             )
         step = self._steps[key]

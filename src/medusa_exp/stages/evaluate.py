@@ -6,6 +6,7 @@ some responses cut into steps; and the metrics made of both.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -60,7 +61,7 @@ Respond = Callable[[list[int]], list[int]]
 def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Decode the prompts with every method, in turn, and compare."""
     session = session or Session(config, out)
-    decoder = session.decoder(is_tree_known=False)
+    decoder = session.decoder(is_tree_known=False, is_measured=True)
     backbone, tokenizer = decoder.backbone, session.tokenizer()
     prompts = load_prompts(
         session,
@@ -83,7 +84,10 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             batch_size=batch_size,
             longest=max(len(prompt.input_ids) for prompt in prompts),
         )
-        _warm_up(methods, prompts, config.evaluate.warmup_prompts, batch_size)
+        num_warm = config.evaluate.warmup_prompts
+        _warm_up(methods, prompts, num_warm, batch_size)
+        if num_warm and batch_size == 1 and decoder.uses_fixed_shapes:
+            _warm_up(methods, of_each_size(prompts, decoder.limits.max_new_tokens), 9, 1)
         if not shares:
             tree.save(out / "tree.json")
             num_nodes = tree.num_checked
@@ -135,6 +139,21 @@ def _warm_up(
                 method([prompt])
         else:
             method(ids)
+
+
+def of_each_size(prompts: list[Prompt], new_tokens: int) -> list[Prompt]:
+    """Return prompts for which steps of all sizes are captured, so that none is while it is timed.
+
+    A captured step of so many tokens also serves prompts that need as few as half of them.
+    """
+    found: list[Prompt] = []
+    least = math.inf
+    for prompt in sorted(prompts, key=lambda prompt: -len(prompt.input_ids)):
+        length = len(prompt.input_ids) + new_tokens
+        if 2 * length <= least:
+            found.append(prompt)
+            least = length
+    return found
 
 
 def _responses(

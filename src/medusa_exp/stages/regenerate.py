@@ -46,7 +46,7 @@ from medusa_exp.runs.files import (
 from medusa_exp.runs.progress import ProgressBar
 from medusa_exp.serving.client import answers
 from medusa_exp.stages.engines import open_engines
-from medusa_exp.stages.session import Session, limits_of, rule_of
+from medusa_exp.stages.session import Session, compiles, limits_of, rule_of
 from medusa_exp.train.failures import explain_memory
 from medusa_exp.train.launch import map_on_ray
 from medusa_exp.train.regenerated import (
@@ -162,7 +162,7 @@ def _answered(
         return
     longest = max(rooms[row] for row in rows)
     if not settings.workers:
-        regenerator = Regenerator(session, documents.max_length, longest)
+        regenerator = Regenerator(session, documents.max_length, longest, len(rows))
         yield from map(asdict, regenerator.answer(todo))
         return
     make = partial(
@@ -171,6 +171,7 @@ def _answered(
         session.out.absolute(),
         documents.max_length,
         longest,
+        len(rows) // settings.workers,
     )
     size = settings.batch_size
     # Several times what is answered at a time: while the last of them end, slots stand idle.
@@ -328,26 +329,31 @@ def _answered_by_engines(
 class Regenerator:
     """Answers documents; each process that does has one, with a backbone of its own."""
 
-    def __init__(self, session: Session, max_length: int, num_columns: int) -> None:
+    def __init__(
+        self, session: Session, max_length: int, num_columns: int, num_documents: int
+    ) -> None:
         """Prepare for documents.
 
         Args:
             session: of the run.
             max_length: most tokens of a document.
             num_columns: most that those to come may have.
+            num_documents: about how many will come.
         """
         config, backbone = session.config, session.backbone(is_adapted=False)
         self.config, self.max_length, self.num_columns = config, max_length, num_columns
         backbone = _in_training_dtype(config, backbone)
         self.limits, self.rule = _limits_and_rule(session, backbone)
-        self.decoder = _decoder(config, session.out, backbone)
+        self.decoder = _decoder(config, session.out, backbone, num_documents)
         self.num_slots: int | None = None
         """Documents at a time: as many as there is memory for."""
 
     @classmethod
-    def load(cls, config: Config, out: Path, max_length: int, num_columns: int) -> "Regenerator":
+    def load(
+        cls, config: Config, out: Path, max_length: int, num_columns: int, num_documents: int
+    ) -> "Regenerator":
         """Make one in a process that has no backbone yet."""
-        return cls(Session(config, out), max_length, num_columns)
+        return cls(Session(config, out), max_length, num_columns, num_documents)
 
     def answer(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Yield documents when each of their turns is answered, those first that end first."""
@@ -384,13 +390,18 @@ def _in_training_dtype(config: Config, backbone: Backbone) -> Backbone:
     return Backbone(model, uses_grouped_attention=backbone.uses_grouped_attention)
 
 
-def _decoder(config: Config, out: Path, backbone: Backbone) -> Decoder:
+def _decoder(config: Config, out: Path, backbone: Backbone, num_documents: int) -> Decoder:
     """Return a decoder, with the heads and the tree of the run where they are to help."""
-    cuda_graph = None if config.decode.cuda_graph else False
-    if not config.regenerate.use_heads:
-        return Decoder(backbone, cuda_graph=cuda_graph)
+    settings = config.regenerate
+    steps = num_documents * settings.max_new_tokens // settings.batch_size
+    options: Any = {
+        "cuda_graph": None if config.decode.cuda_graph else False,
+        "compiles": compiles(config, backbone, steps),
+    }
+    if not settings.use_heads:
+        return Decoder(backbone, **options)
     heads = stack_heads(load_heads(out / "heads", backbone), backbone)
-    return Decoder(backbone, heads, Tree.load(out / "tree.json"), cuda_graph=cuda_graph)
+    return Decoder(backbone, heads, Tree.load(out / "tree.json"), **options)
 
 
 def _write(directory: Path, lines: list[dict[str, Any]], examples: Examples) -> None:

@@ -1,0 +1,187 @@
+"""Decoder layers under torch.compile: one compilation serves all layers of a model, and all trees.
+
+A captured step still runs eager's kernels: beside the matrix products many small ones, for norms,
+rotary positions and sums, which torch.compile fuses. What is compiled is one layer, not the whole
+model ("regional compilation"): that takes seconds, and all layers of a kind share the outcome.
+
+Layers of a kind differ, for torch, in one thing: the number by which each finds its keys and
+values in the cache. So each is given a view of its own keys and values in the cache's stead, whose
+`update` does not look at that number. Sizes of batch, tree and cache are symbols. Where one is 1
+torch compiles anew, so that plain decoding (trees of one node) has a compilation of its own.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch._dynamo  # private: torch 2.13
+import torch.fx.experimental._config as shapes_config  # private: torch 2.13
+from torch import Tensor, nn
+from torch._dynamo.exc import (  # private: torch 2.13
+    FailOnRecompileLimitHit,
+    TorchDynamoException,
+)
+
+from medusa_exp.decode.cache import FixedCache
+from medusa_exp.errors import UserError
+from medusa_exp.model.backbone import Backbone
+
+log = logging.getLogger(__name__)
+
+_KINDS = 64
+"""Graphs of a process: kinds of layers, by whether batch and tree are 1. torch allows 8."""
+
+
+class CompiledLayers:
+    """The decoder layers of a backbone, compiled at their first calls within `in_place`."""
+
+    def __init__(self, backbone: Backbone, backend: str = "inductor") -> None:
+        """Prepare; nothing is compiled yet.
+
+        Args:
+            backbone: whose layers are meant. Elsewhere they run as they are.
+            backend: of torch.compile.
+
+        Raises:
+            UserError: the model lies on a CPU, and there is no C++ compiler.
+        """
+        if backend == "inductor" and backbone.device.type == "cpu":
+            _check_compiler()
+        self.name, self.layers = backbone.name, layers_of(backbone)
+        self.seconds = 0.0
+        """What compiling took."""
+        self.num_graphs = 0
+        """What it made: at most one for each kind of layer, by whether batch and tree are 1."""
+        self.is_refused = False
+        """Has it failed? Then all runs as without it."""
+        self._call, self._backend = _compiler(backend)
+        if not self.layers:
+            self._refuse("its decoder layers are not found, or are run by hooks")
+
+    @contextmanager
+    def in_place(self, cache: FixedCache) -> Iterator[None]:
+        """Let the model run its layers compiled, on a tree that goes into this cache."""
+        if self.is_refused:
+            yield
+            return
+        before = self.num_graphs
+        for layer, part in zip(self.layers, cache.layers, strict=False):
+            view = _LayerView(part.keys, part.values, part.num_columns - part.start)
+            layer.__dict__["forward"] = partial(self._run, layer, view, cache)
+        try:
+            with _settings():
+                yield
+        finally:
+            for layer in self.layers:
+                layer.__dict__.pop("forward", None)
+        if self.num_graphs > before:
+            log.info(
+                "compiled a decoder layer for all %d of %s: %d graphs, %.1f s so far",
+                *(len(self.layers), self.name, self.num_graphs, self.seconds),
+            )
+
+    def _run(
+        self, layer: nn.Module, view: "_LayerView", cache: FixedCache, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not self.is_refused:
+            viewed = tuple(view if value is cache else value for value in args)
+            named = {key: view if value is cache else value for key, value in kwargs.items()}
+            before, start = self._backend.num_graphs, time.perf_counter()
+            try:
+                return self._call(layer, viewed, named)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                # Raised before any of the layer has run.
+                self._refuse(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            finally:
+                if made := self._backend.num_graphs - before:
+                    self.num_graphs += made
+                    self.seconds += time.perf_counter() - start
+        return type(layer).forward(layer, *args, **kwargs)
+
+    def _refuse(self, reason: str) -> None:
+        self.is_refused = True
+        log.warning(
+            "%s: its layers are not compiled (%s): steps run as they are", self.name, reason
+        )
+
+
+def layers_of(backbone: Backbone) -> list[nn.Module]:
+    """Return the decoder layers of a model, in order; none where something else runs them."""
+    count = backbone.model.config.get_text_config().num_hidden_layers
+    for module in backbone.body.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return [] if any("forward" in layer.__dict__ for layer in module) else [*module]
+    return []
+
+
+class _LayerView:
+    """One layer's keys and values, as a compiled layer is given them instead of the whole cache."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        self.keys, self.values, self.room = keys, values, room
+
+    def update(
+        self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write a tree's keys and values into the last `room` columns; return all up to them."""
+        start = self.keys.shape[2] - self.room
+        stop = start + keys.shape[2]
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class _Backend:
+    """A backend of torch.compile that counts what it makes."""
+
+    def __init__(self, name: str) -> None:
+        self.num_graphs = 0
+        self._backend = torch._dynamo.lookup_backend(name)  # private: torch 2.13
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = self._backend(graph, inputs)
+        self.num_graphs += 1
+        return compiled
+
+
+@cache  # one for the process: what a model's decoders compile, others of it find
+def _compiler(backend: str) -> tuple[Callable[..., Any], _Backend]:
+    counting = _Backend(backend)
+    return torch.compile(_forward, backend=counting, fullgraph=True, dynamic=True), counting
+
+
+def _forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Set how torch generalizes, while layers may be compiled.
+
+    An epsilon, or a scale, is a constant. Sizes that happen to be equal, such as
+    those of the batch and of the heads, are still two sizes.
+    """
+    limits = {"recompile_limit": _KINDS, "fail_on_recompile_limit_hit": True}
+    with ExitStack() as stack:
+        stack.enter_context(
+            torch._dynamo.config.patch(specialize_float=True, **limits)  # private: torch 2.13
+        )
+        stack.enter_context(shapes_config.patch(use_duck_shape=False))  # private: torch 2.13
+        yield
+
+
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # private: torch 2.13
+    from torch._inductor.exc import InvalidCxxCompiler  # private: torch 2.13
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            "decode.compile=true needs a C++ compiler for a model on a CPU, and none is found: "
+            "install g++, or leave decode.compile at auto."
+        ) from error

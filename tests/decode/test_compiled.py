@@ -1,0 +1,93 @@
+"""Compiled layers say what the model's own say, and one compilation serves all of them."""
+
+import logging
+import random
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, build_model
+
+from medusa_exp.decode.compiled import CompiledLayers
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.slots import Request
+from medusa_exp.errors import UserError
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.tree import Tree, chain
+
+SMALL = Tree.from_paths([(0,), (1,), (0, 0)])
+LARGE = Tree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3)])
+
+
+@pytest.fixture
+def backbone():
+    torch._dynamo.reset()
+    yield Backbone(build_model("llama"))
+    torch._dynamo.reset()
+
+
+def compiling(backbone: Backbone) -> Decoder:
+    decoder = Decoder(backbone, build_heads(backbone, num_heads=3), LARGE, cuda_graph=True)
+    decoder.layers = CompiledLayers(backbone, "aot_eager")
+    return decoder
+
+
+def test_one_compilation_serves_all_layers_trees_and_batches(backbone, caplog):
+    decoder = compiling(backbone)
+    rng = random.Random(0)
+    caplog.set_level(logging.INFO)
+    for count in (3, 2):
+        prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(n * 5 + 1)] for n in range(count)]
+        expected = [a.tokens for a in decode_plain(backbone, prompts, Limits(12))]
+        found = {
+            name: [a.tokens for a in decoder.decode(prompts, Limits(12), tree=tree)]
+            for name, tree in {"small": SMALL, "chain": chain(3), "large": LARGE}.items()
+        }
+        found["plain"] = [a.tokens for a in decoder.decode_plain(prompts, Limits(12))]
+        assert found == dict.fromkeys(found, expected)
+        assert decoder.layers.num_graphs == 2  # of trees, and of single tokens
+    slots = decoder.slots(2, 64, decoder.root_only())
+    requests = [Request(prompt, Limits(12), tag=tuple(prompt)) for prompt in [*prompts, [7] * 9]]
+    answered = {f.request.tag: f.response.tokens for f in slots.decode(requests)}
+    assert [answered[tuple(prompt)] for prompt in prompts] == expected
+    assert decoder.layers.num_graphs == 2  # a batch that shrinks keeps two rows
+    assert not any("forward" in layer.__dict__ for layer in decoder.layers.layers)
+    assert decoder.layers.seconds > 0
+    said = [line for line in caplog.messages if "compiled a decoder layer for all 2" in line]
+    assert len(said) == 2 and "2 graphs" in said[-1]
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_is_named_once(backbone, monkeypatch, caplog):
+    norm = type(backbone.body.layers[0].input_layernorm)
+    forward = norm.forward
+
+    def printing(self, hidden):
+        torch._dynamo.graph_break()
+        return forward(self, hidden)
+
+    monkeypatch.setattr(norm, "forward", printing)
+    decoder = compiling(backbone)
+    expected = [a.tokens for a in decode_plain(backbone, [[3, 4, 5]], Limits(12))]
+    for _ in range(2):
+        assert [a.tokens for a in decoder.decode([[3, 4, 5]], Limits(12))] == expected
+    [warning] = [r.getMessage() for r in caplog.records if r.name.startswith("medusa_exp")]
+    assert "its layers are not compiled (Unsupported" in warning
+    assert decoder.layers.is_refused and decoder.layers.num_graphs == 0
+
+
+def test_layers_that_hooks_run_are_left_alone(backbone, caplog):
+    layer = backbone.body.layers[1]
+    layer.forward = layer.forward
+    layers = CompiledLayers(backbone, "aot_eager")
+    assert layers.is_refused and "run by hooks" in caplog.text
+
+
+def test_a_cpu_without_a_compiler_is_told(backbone, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def none():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(UserError, match=r"decode.compile=true needs a C\+\+ compiler"):
+        Decoder(backbone, compiles=True)
