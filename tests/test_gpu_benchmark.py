@@ -4,13 +4,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import kernel_device
 import pytest
 import torch
-from gpu import decode_step, run, training, verification
+from gpu import bars, correctness, decode_step, models, run, training, verification
 from gpu.points import Point, configs_of, figures, floors_us, make_inputs, points, tree_of
 from gpu.timing import num_copies
 from kernel_shim import GXX, ShimKernels
@@ -21,6 +22,7 @@ from medusa_exp.decode.cuda.verify import LaunchConfig, launch_config
 from medusa_exp.decode.verify import verify
 from medusa_exp.model import Backbone, build_heads
 
+SCALE = models.rehearsal()
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.py"
 
 
@@ -82,40 +84,54 @@ def test_copies_are_thrice_the_cache():
     assert num_copies(1, 50_000_000) == 64
 
 
-def test_what_fails_is_written_down_and_the_rest_goes_on(monkeypatch, tmp_path):
-    def fault(*args, **kwargs):
+def test_what_fails_is_written_down_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
+    def figures_of(name, scale, is_over):
+        yield "B=1, 1 nodes, compiled", 4.0
         raise RuntimeError("an illegal memory access was encountered")
 
-    def point(kernels, point, *rest):
-        return fault() if point == points()[1] else {"batch": point.batch, "rule": point.rule}
+    monkeypatch.setattr(run, "figures_of", figures_of)
 
-    out = tmp_path / "a.json"
-    benchmark = run.Benchmark(SimpleNamespace(device=0), out, minutes=8)
-    monkeypatch.setattr(benchmark, "_split_walk", lambda: None)
-    for name in ("_check", "_check_step", "_test", "_sanitize", "_decode_step", "_training"):
-        monkeypatch.setattr(benchmark, name, fault)
-    monkeypatch.setattr(verification, "measure_point", point)
-    monkeypatch.setattr(verification, "measure_compiled", lambda kernels, point, grid: len(grid))
-    monkeypatch.setattr(run, "_machine", fault)
-    monkeypatch.setattr(torch.cuda, "empty_cache", fault)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1)
-    )
-    benchmark.run(1)
-    found = json.loads(out.read_text())
-    for name in (
-        "machine",
-        "verification",
-        "mask_and_commit",
-        "tests",
-        "sanitizer",
-        "decode_step",
-        "training",
-    ):
-        assert "illegal memory access" in found[name]["failed"]
-    assert len(found["grid"]) == len(points())
-    assert ["failed" in entry for entry in found["grid"][:3]] == [False, True, False]
-    assert found["compiled"] == [len(points())] * 9
+    def part(name, seconds):
+        if name == "machine":
+            return {"failed": "ended after 65 s"}
+        with pytest.raises(RuntimeError):
+            run.write_part(name, SCALE, seconds, tmp_path / "part.json")
+        return json.loads((tmp_path / "part.json").read_text())
+
+    benchmark = run.Benchmark(tmp_path / "a.json", 8, is_rehearsal=True)
+    monkeypatch.setattr(benchmark, "run_part", part)
+    benchmark.run(["machine", "steps_7B"])
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert "illegal memory access" in found["steps_7B"]["failed"]
+    rows = {row["what"]: row for row in found["table"]}
+    assert rows["7B, B=1, plain"]["is_cleared"] and rows["7B, B=1, plain"]["now"] == 4.0
+    assert rows["quickstart, device=cuda, all stages"]["is_cleared"] is None
+    assert "not measured" in bars.shown(found["table"]).splitlines()[-1]
+    assert "ended after 65 s" in capsys.readouterr().out
+
+
+def test_without_time_no_part_begins(tmp_path):
+    found = run.Benchmark(tmp_path / "a.json", 0, is_rehearsal=True).run(["machine"])
+    assert found["machine"] == {"left_out": "no time left"}
+
+
+def test_a_bar_may_be_the_most_or_the_least():
+    most = bars.Bar("a", "ms", "7", lambda found: found["a"], 4)
+    least = bars.Bar("a", "x", "-", lambda found: found["a"], 4, is_most=False)
+    for bar, cleared in ((most, [True, True, False]), (least, [False, True, True])):
+        assert [bar.row({"a": now})["is_cleared"] for now in (3, 4, 5)] == cleared
+        assert bar.row({})["now"] is None
+
+
+def test_a_check_that_found_something_counts():
+    right = {
+        "steps": {"llama": []},
+        "training": {"equal": True},
+        "kernels": {"mismatches": [], "mask_and_commit": "equal"},
+    }
+    assert bars.faults({"correctness": right}) == 0
+    assert bars.faults({"correctness": {**right, "steps": {"llama": ["captured, B=1"]}}}) == 1
+    assert bars.faults({"correctness": {**right, "training": {"failed": "no hydra"}}}) == 1
 
 
 @pytest.fixture
@@ -172,39 +188,56 @@ def test_a_small_case_for_the_sanitizer(monkeypatch, shim):
     assert kernel_device.compare_small(shim) == []
 
 
-def test_steps_are_those_of_the_product(monkeypatch, shim):
-    """Captured steps (which run as they are on a CPU) are asked for, and eager ones; all decode."""
-    small = {"PAST": 20, "NODES": (1, 16), "STEPS": 6, "WARM_UP": 2}
-    for name, value in small.items():
-        monkeypatch.setattr(decode_step, name, value)
-    times = dict.fromkeys(("eager_warm", "eager_cold", "graph_warm", "graph_cold"), 1.0)
-    monkeypatch.setattr(decode_step, "measure", lambda calls: [call() for call in calls] and times)
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Compiling takes seconds, and has tests of its own."""
+    monkeypatch.setattr(decode_step, "CompiledLayers", lambda *given: None)
+
+
+def test_steps_are_those_of_the_product(monkeypatch, uncompiled):
     made = []
-    for kind in (step.CapturedStep, step.EagerStep):
-        monkeypatch.setattr(kind, "__call__", _noting(kind.__call__, made))
-    backbone = Backbone(build_model("llama").eval())
-    found = decode_step.measure_steps(shim, backbone, (1, 2), lambda: False)
-    assert [(entry["batch"], entry["nodes"]) for entry in found] == [
-        (1, 1),
-        (1, 16),
-        (2, 1),
-        (2, 16),
-    ]
-    for entry in found:
-        assert set(entry["step_us"]) == {"captured", "captured_torch", "eager"}
-        assert min(entry["step_us"].values()) > 0
-        assert entry["verification_share"] == 1 / entry["step_us"]["captured"]
-    assert {type(one) for one in made} == {step.CapturedStep, step.EagerStep}
-    [left_out, *_] = decode_step.measure_steps(shim, backbone, (1,), lambda: True)
-    assert left_out["left_out"] == "no time left"
+    call = step.CapturedStep.__call__
+    monkeypatch.setattr(step.CapturedStep, "__call__", lambda s: made.append(s) or call(s))
+    found = dict(decode_step.measure_steps("8B", SCALE, lambda: False))
+    for batch, nodes in ((1, 1), (1, 5), (2, 1), (2, 5)):
+        for way in ("compiled", "eager"):
+            assert found[f"B={batch}, {nodes} nodes, {way}"] > 0
+    assert {step.drafter.num_nodes for step in made} == {1, 5}
+    left_out = dict(decode_step.measure_steps("8B", SCALE, lambda: True))
+    assert left_out["left_out"] == "from B=1, 1 nodes on"
 
 
-def _noting(call, made):
-    def noted(self):
-        made.append(self)
-        return call(self)
+def test_heads_hit_as_often_as_is_asked(uncompiled):
+    found = dict(decode_step.measure_speedup("7B", SCALE, lambda: False, (0.7, 0.5, 0.4, 0.3)))
+    for way in ("compiled", "eager"):
+        ways = [found[f"{told}, {way}"] for told in ("plain", "chain", "16 nodes")]
+        plain, chain, tree = (figures["tokens_per_step"] for figures in ways)
+        assert plain == 1 < 1.2 < chain < tree < 4
+        assert all(figures["identical"] for figures in ways)
+    draws = torch.rand(20000, generator=torch.manual_seed(0))
+    shares = models.places(draws, 0.6).bincount() / len(draws)
+    assert shares.tolist() == pytest.approx([0.6, 0.2, 0.1, 0.05, 0.05], abs=0.02)
 
-    return noted
+
+def test_captured_steps_that_say_otherwise_are_named(monkeypatch):
+    monkeypatch.setattr(
+        correctness,
+        "CompiledLayers",
+        lambda *given: SimpleNamespace(in_place=lambda cache: nullcontext(), is_refused=False),
+    )
+    backbone = Backbone(build_model("llama"))
+    assert correctness.ways_that_differ(backbone, SCALE) == []
+    monkeypatch.setattr(step, "_at_end", lambda hidden_BND, verdict: hidden_BND[:, 0] * 0)
+    monkeypatch.setattr(step.CapturedStep, "_mask_and_positions", _blind)
+    differ = correctness.ways_that_differ(backbone, SCALE)
+    assert "captured, B=1" in differ and "eager tree, B=1" not in differ
+
+
+def _blind(self, draft):
+    """Positions that are one too high."""
+    lengths_B, columns = self.cache.lengths_B, self.cache.capacity
+    mask = self.mask.over(lengths_B, columns, draft.ancestors_BNN, draft.depths_BN)
+    return mask, lengths_B[:, None] + draft.depths_BN * 2
 
 
 def test_what_training_needs_is_counted_once():
@@ -212,33 +245,25 @@ def test_what_training_needs_is_counted_once():
     heads = build_heads(backbone, num_heads=2)
     config = backbone.model.config
     layers = sum(p.numel() for p in backbone.body.layers.parameters() if p.ndim == 2)
-    width, looked_at = config.hidden_size, training.LENGTH / 2
+    width, looked_at = config.hidden_size, 64 / 2
     of_a_token = 2 * layers + config.num_hidden_layers * 2 * 2 * looked_at * width
-    assert training.operations(backbone, heads, 3, 0) == 3 * of_a_token
+    assert training.operations(backbone, heads, 3, 0, 64) == 3 * of_a_token
     block, projection = width * width, width * VOCAB_SIZE
-    of_a_label = 2 * projection + 2 * (2 * 2 * block + 3 * 2 * projection)
-    assert training.operations(backbone, heads, 3, 5) == 3 * of_a_token + 5 * of_a_label
+    for kind, products in (("medusa", 3), ("medusa_tied", 2)):
+        heads = build_heads(backbone, num_heads=2, kind=kind)
+        of_a_label = 2 * projection + 2 * (2 * 2 * block + products * 2 * projection)
+        expected = 3 * of_a_token + 5 * of_a_label
+        assert training.operations(backbone, heads, 3, 5, 64) == expected
 
 
 def test_training_is_measured_after_its_first_steps(monkeypatch):
-    small = {"LENGTH": 64, "ROWS": 2, "NUM_HEADS": 2, "STEPS": 2, "MATRIX_SIZE": 64}
-    for name, value in small.items():
-        monkeypatch.setattr(training, name, value)
-    backbone = Backbone(build_model("llama").eval().requires_grad_(False))
-    found = training.measure_training(backbone, lambda: False)
-    assert [entry["loss_form"] for entry in found] == ["recompute", "at_once"]
-    for entry in found:
-        tokens = 2 * 2 * 64
-        needed = training.operations(
-            backbone, build_heads(backbone, num_heads=2), tokens, round(0.6 * tokens)
-        )
-        seconds = tokens / entry["tokens_per_second"]
-        assert 0 < seconds < 60
-        assert entry["teraflops"] == pytest.approx(needed / seconds / 1e12)
-        share = entry["teraflops"] / entry["matrix_product_teraflops"]
-        assert entry["share_of_matrix_product"] == pytest.approx(share)
-    [left_out, _] = training.measure_training(backbone, lambda: True)
-    assert left_out == {"loss_form": "recompute", "left_out": "no time left"}
+    monkeypatch.setattr(training, "STEPS", 2)
+    found = dict(training.measure_training("8B", ("medusa_tied",), SCALE, lambda: False))
+    figures, rate = found["medusa_tied"], found["matrix_product_teraflops"]
+    assert 0 < 2 * 2 * 64 / figures["tokens_per_second"] < 60
+    assert figures["share_of_matrix_product"] == pytest.approx(figures["teraflops"] / rate)
+    left_out = dict(training.measure_training("8B", ("medusa",), SCALE, lambda: True))
+    assert left_out["left_out"] == "medusa"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

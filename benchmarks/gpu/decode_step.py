@@ -1,107 +1,212 @@
-"""Decode steps of a 7B-shaped Llama of random weights, as the product runs them.
+"""Decoding as the product does it: milliseconds of a step, tokens a second, regeneration.
 
-A step is what `decode.loop` does between two waits for the device: draft, backbone on the tree,
-verification, commit. Its time is the median of `Response.step_seconds`, the first steps left out.
-It is measured captured in a CUDA graph with the kernels (the default on a GPU), captured with
-torch's verification, and eager; a tree of one node is plain decoding.
+A step is what happens between two waits for the device: draft, backbone on the tree, verification,
+commit. Its time is the median of `Response.step_seconds`, the first steps left out. A tree of one
+node is plain decoding. Nothing here is a step of its own making.
 """
 
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from gpu.points import Point, make_inputs, tree_of
-from gpu.timing import measure
+from gpu.models import Scale, heads_with_hit_rates, random_llama
+from gpu.points import tree_of
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import KernelVerify
+from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits
-from medusa_exp.decode.rule import AcceptanceRule
-from medusa_exp.decode.verify import verify
+from medusa_exp.decode.loop import Limits, Response
+from medusa_exp.evaluate.methods import synchronize
 from medusa_exp.model import Backbone, build_heads
+from medusa_exp.tree import chain
 
-PAST, VOCAB = 512, 32000
-NODES = (1, 16, 64)
-STEPS, WARM_UP = 24, 4
-WAYS = {
-    "captured": (True, AcceptanceRule()),
-    "captured_torch": (True, AcceptanceRule(verifier="torch")),
-    "eager": (False, AcceptanceRule()),
-}
+WARM_UP = 4
+KINDS = {"7B": "medusa", "8B": "medusa_tied"}
+"""Family of the heads: tied ones where the vocabulary is large."""
+HIT_RATES = (0.60, 0.40, 0.28, 0.20)
+"""First choices of Medusa-1's heads that are right, about: with them a tree of 64 nodes takes 2.4
+to 2.5 tokens a step, which is what Spec-Bench's leaderboard has for Medusa (2.39)."""
+
+IsOver = Callable[[], bool]
+Found = Iterator[tuple[str, Any]]
+"""Name and figures, as they come."""
 
 
-def random_llama(device: torch.device) -> Backbone:
-    """Return a model of Llama-2-7B's shape in bfloat16."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=4096,
+def decoder_of(
+    backbone: Backbone, heads: nn.Module | None, nodes: int, scale: Scale, compiles: bool
+) -> Decoder:
+    """Return a decoder with captured steps (on a CPU the same code uncaptured)."""
+    decoder = Decoder(backbone, heads, tree_of(nodes), cuda_graph=True)
+    if compiles:
+        decoder.layers = CompiledLayers(backbone, scale.backend)
+    return decoder
+
+
+def measure_steps(name: str, scale: Scale, is_over: IsOver) -> Found:
+    """Yield "B=1, 16 nodes, compiled" and the like, with milliseconds of a step."""
+    backbone = random_llama(scale.shapes[name], scale)
+    heads = build_heads(backbone, num_heads=tree_of(max(scale.nodes)).depth, kind=KINDS[name])
+    heads = heads.to(backbone.device)
+    decoders = {way: decoder_of(backbone, heads, 64, scale, way) for way in (True, False)}
+    yield "weights_gigabytes", _gigabytes(backbone)
+    for batch in scale.batches:
+        for nodes in scale.nodes:
+            for compiles, decoder in decoders.items():
+                if is_over():
+                    yield "left_out", f"from B={batch}, {nodes} nodes on"
+                    return
+                told = f"B={batch}, {nodes} nodes, {'compiled' if compiles else 'eager'}"
+                yield told, step_milliseconds(decoder, batch, nodes, scale)
+    compiled = decoders[True].layers
+    if compiled is not None:
+        yield "compilation_seconds", compiled.seconds
+        yield "compiled_graphs", compiled.num_graphs
+        yield "compiled_layers_refused", compiled.is_refused
+
+
+def step_milliseconds(decoder: Decoder, batch: int, nodes: int, scale: Scale) -> float:
+    """Return the median of a step after `scale.past` tokens and some."""
+    prompts = torch.randint(decoder.backbone.vocab_size, (batch, scale.past)).tolist()
+    tree = tree_of(nodes)
+    limits = Limits(scale.steps * (1 + tree.depth))
+    if nodes == 1:
+        responses = decoder.decode_plain(prompts, limits)
+    else:
+        responses = decoder.decode(prompts, limits, tree=tree)
+    longest = max(responses, key=lambda response: len(response.step_seconds))
+    return statistics.median(longest.step_seconds[WARM_UP : scale.steps]) * 1e3
+
+
+def measure_generate(name: str, scale: Scale, is_over: IsOver) -> Found:
+    """Yield milliseconds a token of transformers' `generate`: growing cache; static, compiled."""
+    backbone = random_llama(scale.shapes[name], scale)
+    ways: dict[str, dict[str, Any]] = {"dynamic": {}}
+    if not scale.is_rehearsal:  # which would want a C++ compiler
+        ways["static, compiled"] = {"cache_implementation": "static"}
+    for way, options in ways.items():
+        if is_over():
+            yield "left_out", way
+            return
+        start = time.perf_counter()
+        _generate(backbone, scale, 8, options)
+        yield f"{way}, first call, s", time.perf_counter() - start
+        yield way, _milliseconds_of_generate(backbone, scale, options)
+
+
+def _milliseconds_of_generate(backbone: Backbone, scale: Scale, options: dict[str, Any]) -> float:
+    short, long = 8, 8 + scale.steps
+    seconds = []
+    for new_tokens in (short, long):
+        _generate(backbone, scale, new_tokens, options)
+        start = time.perf_counter()
+        _generate(backbone, scale, new_tokens, options)
+        synchronize(backbone.device)
+        seconds.append(time.perf_counter() - start)
+    return (seconds[1] - seconds[0]) / (long - short) * 1e3
+
+
+@torch.inference_mode()
+def _generate(
+    backbone: Backbone, scale: Scale, new_tokens: int, options: dict[str, Any]
+) -> torch.Tensor:
+    ids_1T = torch.randint(backbone.vocab_size, (1, scale.past), device=backbone.device)
+    found: torch.Tensor = backbone.model.generate(
+        ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
     )
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return Backbone(model.eval().requires_grad_(False))
-
-
-def measure_steps(
-    kernels: Kernels, backbone: Backbone, batches: tuple[int, ...], is_over: Callable[[], bool]
-) -> list[dict[str, Any]]:
-    """Return figures for each batch size and tree size."""
-    heads = build_heads(backbone, num_heads=tree_of(max(NODES)).depth)
-    found: list[dict[str, Any]] = []
-    for batch in batches:
-        for nodes in NODES:
-            place = {"batch": batch, "past": PAST, "nodes": nodes, "vocab": backbone.vocab_size}
-            if is_over():
-                found.append({**place, "left_out": "no time left"})
-                continue
-            steps = {
-                name: step_us(backbone, heads, batch, nodes, *way) for name, way in WAYS.items()
-            }
-            alone = verification_us(kernels, batch, nodes, backbone.vocab_size)
-            share = alone["kernels"]["graph_warm"] / steps["captured"]
-            found.append(
-                {**place, "step_us": steps, "verification_us": alone, "verification_share": share}
-            )
     return found
 
 
-def step_us(
-    backbone: Backbone,
-    heads: nn.Module,
-    batch: int,
-    nodes: int,
-    is_captured: bool,
-    rule: AcceptanceRule,
-) -> float:
-    """Return the median of microseconds of a step after PAST tokens and some."""
-    prompts = torch.randint(backbone.vocab_size, (batch, PAST)).tolist()
-    limits = Limits(STEPS * (1 + tree_of(nodes).depth))
-    decoder = Decoder(backbone, heads, tree_of(nodes), rule, cuda_graph=is_captured)
-    responses = decoder.decode(prompts, limits)
-    longest = max(responses, key=lambda response: len(response.step_seconds))
-    return statistics.median(longest.step_seconds[WARM_UP:STEPS]) * 1e6
+def measure_speedup(
+    name: str, scale: Scale, is_over: IsOver, rates: Sequence[float] = HIT_RATES
+) -> Found:
+    """Yield tokens a second of heads with these hit rates: plainly, by a chain, by trees."""
+    backbone = random_llama(scale.shapes[name], scale)
+    heads = heads_with_hit_rates(backbone, rates)
+    yield "hit_rates", list(rates)
+    trees = {"plain": None, "chain": chain(len(rates)), "16 nodes": tree_of(16)}
+    trees["64 nodes"] = tree_of(64)
+    prompts = [torch.randint(backbone.vocab_size, (scale.past,)).tolist() for _ in range(3)]
+    for compiles in (True, False):
+        decoder = decoder_of(backbone, heads, 64, scale, compiles)
+        expected = [decoder.decode_plain([p], Limits(scale.new_tokens))[0].tokens for p in prompts]
+        for told, tree in trees.items():
+            if is_over():
+                yield "left_out", f"{told}, {'compiled' if compiles else 'eager'}"
+                return
+            limits = Limits(scale.new_tokens)
+
+            def respond(prompt: list[int], tree: Any = tree, limits: Limits = limits) -> Response:
+                if tree is None:
+                    return decoder.decode_plain([prompt], limits)[0]  # noqa: B023
+                return decoder.decode([prompt], limits, tree=tree)[0]  # noqa: B023
+
+            respond(prompts[0])  # captures
+            start = time.perf_counter()
+            responses = [respond(prompt) for prompt in prompts]
+            seconds = time.perf_counter() - start
+            tokens = sum(len(response.tokens) for response in responses)
+            yield (
+                f"{told}, {'compiled' if compiles else 'eager'}",
+                {
+                    "tokens_per_second": tokens / seconds,
+                    "tokens_per_step": tokens / sum(len(r.accept_lengths) for r in responses),
+                    "identical": [r.tokens for r in responses] == expected,
+                },
+            )
 
 
-def verification_us(
-    kernels: Kernels, batch: int, nodes: int, vocab_size: int
-) -> dict[str, dict[str, float]]:
-    """Return the time of the verification alone, on logits of the same shape."""
-    inputs = make_inputs(Point("greedy", batch, vocab_size, nodes), kernels.device)
-    arguments = (inputs.logits_BNV, inputs.tokens_BN, inputs.parents_BN)
-    by_kernels, depth = KernelVerify(kernels), inputs.tree.depth
-    return {
-        "kernels": measure([lambda: by_kernels(*arguments, max_depth=depth)]),
-        "torch": measure([lambda: verify(*arguments, max_depth=depth)]),
-    }
+def measure_regeneration(name: str, scale: Scale, is_over: IsOver) -> Found:
+    """Yield tokens a second of `regenerate`'s slots: plainly, and with heads.
+
+    Responses end where one token in two hundred does, or at the limit.
+    """
+    from medusa_exp.decode.slots import Request  # type: ignore[import-not-found]
+
+    backbone = random_llama(scale.shapes[name], scale)
+    heads = heads_with_hit_rates(backbone, HIT_RATES)
+    decoder = decoder_of(backbone, heads, 64, scale, True)
+    torch.manual_seed(1)
+    stop_ids = frozenset(torch.randperm(backbone.vocab_size)[: backbone.vocab_size // 200].tolist())
+    limits = Limits(scale.new_tokens, stop_ids)
+    lengths = torch.randint(scale.past // 8, scale.past, (scale.documents,)).tolist()
+    room = scale.past + scale.new_tokens
+    for told, drafter in (
+        ("plain", decoder.root_only()),
+        ("chain", decoder.drafter(chain(2))),
+        ("5 nodes", decoder.drafter(tree_of(5))),
+    ):
+        if is_over():
+            yield "left_out", told
+            return
+        start, tokens = time.perf_counter(), 0
+        slots = decoder.slots(scale.slots, room, drafter)
+        prompts = (torch.randint(backbone.vocab_size, (length,)).tolist() for length in lengths)
+        for finished in slots.decode(Request(prompt, limits, room) for prompt in prompts):
+            tokens += len(finished.response.tokens)
+        seconds = time.perf_counter() - start
+        yield (
+            told,
+            {
+                "tokens_per_second": tokens / seconds,
+                "seconds": seconds,
+                "idle_share": slots.idle_share,
+                "batch": scale.slots,
+            },
+        )
+
+
+def _gigabytes(backbone: Backbone) -> float:
+    """Return what a step reads of the weights: all but the embedding, unless it is the lm_head."""
+    weights = {id(p): p.nbytes for p in backbone.model.parameters()}
+    embedding = backbone.model.get_input_embeddings().weight
+    if embedding is not backbone.lm_head.weight:
+        del weights[id(embedding)]
+    return sum(weights.values()) / 1e9

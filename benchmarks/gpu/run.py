@@ -1,23 +1,24 @@
-"""Everything that needs a GPU, in one call: the tests, the kernels' checks, and how fast all is.
+"""Everything that needs a GPU, in one call: is it right, and how fast is the product on it?
 
-    python benchmarks/gpu/run.py [--minutes 8] [--cases 60] [--out FILE]
+    python benchmarks/gpu/run.py               at most eight minutes, then one table
+    python benchmarks/gpu/run.py --rehearse    the same on a CPU, tiny: does the script run?
+    python benchmarks/gpu/run.py --grid        verification at 108 points, every launch, rivals
+    python benchmarks/gpu/run.py --sanitize    the kernels under compute-sanitizer's four tools
 
-Needs a CUDA device, CuPy (pip install -e '.[cuda]') and the test group; g++ for the comparison with
-the shim, compute-sanitizer for its part. Writes one JSON file, benchmarks/results/gpu-<name>.json,
-after every part anew: what time runs out for is listed there. points.py has the grid.
+Needs what the product needs; CuPy for the kernels' part, g++ to compare them with the CPU's. Each
+part runs in a process of its own, so that none is lost by another's fault, and writes what it finds
+as it finds it. One JSON file: benchmarks/results/gpu-<name>.json. bars.py has the table's rows.
 """
 
 import argparse
-import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,192 +27,264 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
-import kernel_device
-from gpu import decode_step, training, verification
-from gpu.points import RULES, Point, points
-from measuring import machine
-from rivals.verification import SplitWalk
+from gpu.bars import shown, table
+from gpu.models import Scale, full, rehearsal
 
-from medusa_exp.decode.cuda.runtime import CupyKernels
-
-SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-SANITIZER_SECONDS = 45
-TEST_SECONDS = 300
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-COMPILED_BATCHES = (8, 64, 1)
-"""For one compilation serves all batches but 1."""
+PARTS = {
+    "machine": 20,
+    "correctness": 75,
+    "steps_7B": 85,
+    "steps_8B": 75,
+    "regeneration": 60,
+    "speedup": 40,
+    "training_7B": 30,
+    "training_8B": 45,
+    "kernels": 25,
+    "quickstart": 110,
+    "generate": 45,
+}
+"""Parts, and after how many seconds each begins nothing more: the first ones matter most."""
+GRACE = 45
+"""Seconds beyond its own after which a part is ended."""
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+MEASURED = re.compile(r"[^a-z0-9]+")
+
+IsOver = Callable[[], bool]
 
 
 def main() -> None:
-    """Measure, and write what was found."""
+    """Measure, write what was found, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop measuring after this")
-    parser.add_argument("--cases", type=int, default=60, help="made-up cases of each rule")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no part after this")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
-    parser.add_argument("--only-checks", action="store_true", help="a small case, for a sanitizer")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu/run.py needs a CUDA device, and torch sees none here.")
-    kernels = CupyKernels(torch.device("cuda"))
-    if arguments.only_checks:
-        found = kernel_device.compare_small(kernels)
-        raise SystemExit(f"mismatches: {found}" if found else 0)
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    out = arguments.out or RESULTS / f"gpu-{name}.json"
-    Benchmark(kernels, out, arguments.minutes).run(arguments.cases)
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, everything tiny")
+    parser.add_argument("--grid", action="store_true", help="the whole grid of verification alone")
+    parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # what one process does
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--small-case", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if not given.rehearse and not torch.cuda.is_available():
+        raise SystemExit(
+            "benchmarks/gpu/run.py needs a CUDA device, and torch sees none here. --rehearse runs "
+            "everything tiny, on the CPU."
+        )
+    scale = rehearsal() if given.rehearse else full()
+    if given.small_case:
+        raise SystemExit(small_case())
+    if given.part:
+        write_part(given.part, scale, given.seconds, given.out)
+        return
+    name = "rehearsal" if given.rehearse else torch.cuda.get_device_name().lower()
+    out = given.out or RESULTS / f"gpu-{MEASURED.sub('-', name).strip('-')}.json"
+    extra = [name for name in ("grid", "sanitize") if getattr(given, name)]
+    found = Benchmark(out, given.minutes, is_rehearsal=given.rehearse).run(extra or given.parts)
+    if not extra:
+        print(shown(found["table"]))
+    print(f"\n{out}")
 
 
 class Benchmark:
     """The parts, one after the other, as far as time allows."""
 
-    def __init__(self, kernels: Any, out: Path, minutes: float) -> None:
-        self.kernels, self.out = kernels, out
-        self._start, self._end = time.monotonic(), time.monotonic() + 60 * minutes
-        self.found: dict[str, Any] = {"command": sys.argv, "left_out": []}
+    def __init__(self, out: Path, minutes: float, *, is_rehearsal: bool) -> None:
+        self.out, self.is_rehearsal = out, is_rehearsal
+        self._end = time.monotonic() + 60 * minutes
+        self.found: dict[str, Any] = {"command": sys.argv, "seconds": {}}
 
-    def run(self, num_cases: int) -> None:
-        """Run all parts; what fails is written down, and the next part follows."""
-        parts: list[tuple[str, Callable[[], Any]]] = [
-            ("machine", _machine),
-            ("verification", lambda: self._check(num_cases)),
-            ("mask_and_commit", self._check_step),
-            ("tests", self._test),
-            ("grid", self._grid),
-            ("decode_step", self._decode_step),
-            ("training", self._training),
-            ("sanitizer", self._sanitize),
-            ("compiled", self._compiled),
-        ]
-        for name, part in parts:
+    def run(self, parts: list[str]) -> dict[str, Any]:
+        """Run parts in processes of their own; what fails is written down, and the next follows."""
+        for name in parts:
             begin = time.monotonic()
-            try:
-                self.found[name] = part()
-            except Exception as error:
-                self.found[name] = {"failed": f"{type(error).__name__}: {error}"}
-            release()
-            self.found.setdefault("seconds", {})[name] = round(time.monotonic() - begin, 1)
+            left = self._end - begin
+            seconds = min(PARTS.get(name, left), left)
+            if seconds < 5:
+                self.found[name] = {"left_out": "no time left"}
+                continue
+            self.found[name] = self.run_part(name, seconds)
+            self.found["seconds"][name] = round(time.monotonic() - begin, 1)
             self.write()
-            print(f"{name}: {self.found['seconds'][name]} s", flush=True)
+            fault = self.found[name].get("failed", "")
+            print(f"{name}: {self.found['seconds'][name]} s {fault[-200:]}", flush=True)
+        self.write()
+        return self.found
+
+    def run_part(self, name: str, seconds: float) -> dict[str, Any]:
+        """Run one part in a process of its own; return what it wrote, and how it failed."""
+        command = [sys.executable, __file__, "--part", name, "--seconds", str(seconds)]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "part.json"
+            command += ["--out", str(file)] + ["--rehearse"] * self.is_rehearsal
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=seconds + GRACE, check=False
+                )
+                fault = done.stderr[-2000:] if done.returncode else None
+            except subprocess.TimeoutExpired:
+                fault = f"ended after {seconds + GRACE:.0f} s"
+            found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        if fault is not None:
+            found.setdefault("failed", fault)
+        return found
 
     def write(self) -> None:
         """Write what was found so far."""
+        self.found["table"] = table(self.found)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(self.found, indent=1) + "\n", "utf-8")
 
-    def is_over(self, reserve: float = 0.0) -> bool:
-        """Say whether less than `reserve` seconds are left."""
-        return time.monotonic() > self._end - reserve
 
-    def _check(self, num_cases: int) -> dict[str, Any]:
-        return kernel_device.compare_verification(self.kernels, num_cases)
-
-    def _check_step(self) -> str:
-        return kernel_device.compare_step(self.kernels)
-
-    def _test(self) -> dict[str, Any]:
-        """Run `pytest -m gpu`; return its exit status and its last lines."""
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short"]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_SECONDS, check=False
-        )
-        return {"exit_status": done.returncode, "report": done.stdout.splitlines()[-40:]}
-
-    def _sanitize(self) -> dict[str, str]:
-        tool = shutil.which("compute-sanitizer")
-        if tool is None:
-            return {"left_out": "there is no compute-sanitizer"}
-        found = {}
-        for name in SANITIZER_TOOLS:
-            if self.is_over(reserve=SANITIZER_SECONDS):
-                found[name] = "no time left"
-                continue
-            command = [tool, "--tool", name, sys.executable, __file__, "--only-checks"]
-            try:
-                done = subprocess.run(
-                    command, capture_output=True, text=True, timeout=SANITIZER_SECONDS
-                )
-                lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
-                found[name] = " | ".join([f"exit status {done.returncode}", *lines[-3:]])
-            except subprocess.TimeoutExpired:
-                found[name] = f"took longer than {SANITIZER_SECONDS} s"
-        return found
-
-    def _grid(self) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = []
-        self.found["grid"] = entries
-        split_walk = self._split_walk()
-        cache_bytes = torch.cuda.get_device_properties(self.kernels.device).L2_cache_size
-        for point in points():
-            if self.is_over(reserve=280):  # what comes after wants its share
-                self.found["left_out"].append(f"{point}")
-                continue
-            try:
-                entries.append(
-                    verification.measure_point(self.kernels, point, cache_bytes, split_walk)
-                )
-            except Exception as error:
-                entries.append({**asdict(point), "failed": verification.told(error)})
-            self.write()
-            release()
-        return entries
-
-    def _split_walk(self) -> Any:
-        try:
-            return SplitWalk()
-        except Exception as error:
-            self.found["left_out"].append(f"rival split: {verification.told(error)}")
-            return None
-
-    def _compiled(self) -> list[dict[str, Any]]:
-        import torch._dynamo
-
-        torch._dynamo.config.recompile_limit = 64  # beyond it, calls would silently be eager
-        grid = self.found["grid"] if isinstance(self.found.get("grid"), list) else []
-        entries: list[dict[str, Any]] = []
-        for rule, batch in itertools.product(RULES, COMPILED_BATCHES):
-            point = Point(rule, batch, 128256, 64)
-            if self.is_over(reserve=60 if batch in (8, 1) else 20):  # these two compile anew
-                self.found["left_out"].append(f"torch.compile: {point}")
-                continue
-            entries.append(verification.measure_compiled(self.kernels, point, grid))
-            release()
-        return entries
-
-    def _decode_step(self) -> list[dict[str, Any]]:
-        backbone = decode_step.random_llama(self.kernels.device)
-        return decode_step.measure_steps(self.kernels, backbone, (1, 8), self.is_over)
-
-    def _training(self) -> list[dict[str, Any]]:
-        backbone = decode_step.random_llama(self.kernels.device)
-        return training.measure_training(backbone, self.is_over)
+def write_part(name: str, scale: Scale, seconds: float, out: Path) -> None:
+    """Run a part here, and write each figure when it comes; a fault is written, then raised."""
+    end, found = time.monotonic() + seconds, {}
+    try:
+        for key, figure in figures_of(name, scale, lambda: time.monotonic() > end):
+            found[key] = figure
+            out.write_text(json.dumps(found), "utf-8")
+    except Exception as error:
+        found["failed"] = f"{type(error).__name__}: {error}"
+        out.write_text(json.dumps(found), "utf-8")
+        raise
 
 
-def release() -> None:
-    """Give memory back; after a fault on the device even that fails, and nobody is to stop."""
-    with suppress(RuntimeError):
-        torch.cuda.empty_cache()
+def figures_of(name: str, scale: Scale, is_over: IsOver) -> Iterator[tuple[str, Any]]:
+    """Yield what a part finds."""
+    from gpu import decode_step, training, verification
+
+    if name == "machine":
+        yield from _machine(scale)
+    elif name == "correctness":
+        yield from _correctness(scale, is_over)
+    elif name.startswith("steps_"):
+        yield from decode_step.measure_steps(name.removeprefix("steps_"), scale, is_over)
+    elif name == "generate":
+        yield from decode_step.measure_generate("7B", scale, is_over)
+    elif name == "speedup":
+        yield from decode_step.measure_speedup("7B", scale, is_over)
+    elif name == "regeneration":
+        yield from decode_step.measure_regeneration("8B", scale, is_over)
+    elif name == "training_7B":
+        yield from training.measure_training("7B", ("medusa",), scale, is_over)
+    elif name == "training_8B":
+        kinds = ("medusa_tied", "medusa")
+        yield from training.measure_training("8B", kinds, scale, is_over)
+    elif name == "kernels":
+        yield from verification.measure_some(_kernels(scale), is_over)
+    elif name == "grid":
+        yield from verification.measure_grid(_kernels(scale), is_over)
+    elif name == "sanitize":
+        yield from _sanitized(is_over)
+    elif name == "quickstart":
+        yield from _quickstart(scale)
 
 
-def _machine() -> dict[str, Any]:
-    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-    tool = shutil.which("nvidia-smi")
-    card = "no nvidia-smi"
-    if tool is not None:
-        command = [tool, f"--query-gpu={query}", "--format=csv,noheader"]
-        card = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    import cupy
+def _correctness(scale: Scale, is_over: IsOver) -> Iterator[tuple[str, Any]]:
+    """Yield the three checks; one that fails costs no other."""
+    from gpu import correctness
 
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        **machine(),
-        "gpu": properties.name,
-        "gpu_query": f"{query}: {card}",
-        "processors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "cuda": torch.version.cuda,
-        "cupy": cupy.__version__,
+    checks: dict[str, Callable[[], Any]] = {
+        "kernels": lambda: correctness.check_kernels(scale, 20),
+        "training": lambda: correctness.check_training(scale),
+        "steps": lambda: dict(correctness.check_steps(scale, is_over)),
     }
+    for name, check in checks.items():
+        try:
+            yield name, check()
+        except Exception as error:
+            yield name, {"failed": f"{type(error).__name__}: {error}"[-2000:]}
+
+
+def _kernels(scale: Scale) -> Any:
+    from medusa_exp.decode.cuda.runtime import CupyKernels
+
+    return CupyKernels(scale.device)
+
+
+def _quickstart(scale: Scale) -> Iterator[tuple[str, Any]]:
+    """Run the README's quickstart on the device; a rehearsal runs the smoke experiment."""
+    experiment = "smoke" if scale.is_rehearsal else "quickstart"
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work) / "run"
+        settings = [f"run_dir={out}", f"cache_dir={work}/cache", "logger=csv"]
+        command = [sys.executable, "-m", "medusa_exp", f"+experiment={experiment}", *settings]
+        start = time.perf_counter()
+        done = subprocess.run(
+            [*command, f"device={scale.device.type}"], capture_output=True, text=True, check=False
+        )
+        yield "seconds", time.perf_counter() - start
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        metrics = json.loads((out / "metrics.json").read_text())
+        yield "stage_seconds", _seconds_of_stages(out)
+    yield "metrics", {k: v for k, v in metrics.items() if k.startswith(("eval/", "calibrate/"))}
+    predicted = metrics["calibrate/predicted_speedup"]
+    yield "measured_over_predicted", metrics["eval/speedup"] / predicted
+
+
+def _seconds_of_stages(out: Path) -> Any:
+    record = json.loads((out / "run.json").read_text())
+    return {name: stage.get("seconds") for name, stage in record.get("stages", {}).items()}
+
+
+def _machine(scale: Scale) -> Iterator[tuple[str, Any]]:
+    from measuring import machine
+
+    yield from machine().items()
+    if scale.device.type != "cuda":
+        return
+    properties = torch.cuda.get_device_properties(0)
+    yield "gpu", properties.name
+    yield "memory_gigabytes", properties.total_memory / 1e9
+    yield "cuda", torch.version.cuda
+    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+    if tool := shutil.which("nvidia-smi"):
+        command = [tool, f"--query-gpu={query}", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        yield "gpu_query", f"{query}: {done.stdout.strip()}"
+    yield "copy_terabytes_per_second", _copy_rate(scale.device) / 1e12
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Return bytes read and written a second by a copy within the device."""
+    source = torch.empty(2**31, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return 2 * source.nbytes / min(seconds)
+
+
+def small_case() -> str | int:
+    """Judge a case of each rule by each launch; return the exit status."""
+    import kernel_device
+
+    from medusa_exp.decode.cuda.runtime import CupyKernels
+
+    mismatches = kernel_device.compare_small(CupyKernels(torch.device("cuda")))
+    return f"mismatches: {mismatches}" if mismatches else 0
+
+
+def _sanitized(is_over: IsOver) -> Iterator[tuple[str, str]]:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        yield "left_out", "there is no compute-sanitizer"
+        return
+    for name in SANITIZER_TOOLS:
+        if is_over():
+            yield name, "no time left"
+            continue
+        command = [tool, "--tool", name, sys.executable, __file__, "--small-case"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+        yield name, " | ".join([f"exit status {done.returncode}", *lines[-3:]])
 
 
 if __name__ == "__main__":

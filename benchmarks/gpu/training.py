@@ -1,15 +1,15 @@
-"""Online training of heads on a 7B-shaped Llama of random weights: its share of the GPU's rate.
+"""Online training of heads on Llamas of random weights: its share of the GPU's matrix rate.
 
-What is timed is the stage's own training, Lightning and all: the frozen backbone in bfloat16, the
-labels that it predicts itself, the loss of all heads and the optimiser. The rate is compared with
-that of a large bfloat16 matrix product on the same device, just before.
+What is timed is the stage's own training with its defaults, Lightning and all: the frozen backbone
+in bfloat16, the labels that it predicts itself, the loss of all heads and the optimizer. The rate
+is compared with that of a large bfloat16 matrix product on the same device, just before.
 
 T tokens of a document, D hidden, V vocabulary, K heads.
 """
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import lightning as L
 import numpy as np
 import pyarrow as pa
 import torch
+from gpu.models import Scale, random_llama
 from torch import nn
 
 from medusa_exp.config import Config, HeadConfig
@@ -24,33 +25,32 @@ from medusa_exp.data.examples import SCHEMA, Examples
 from medusa_exp.evaluate.methods import synchronize
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.stages.train import Inputs, build_module
-from medusa_exp.train.trainer import build_trainer
+from medusa_exp.train.trainer import build_trainer, pick_precision
 
-LENGTH, NUM_HEADS, ROWS = 2048, 5, 4
-"""Tokens of each document, heads, and documents of a step."""
+NUM_HEADS = 5
 TRAINED_SHARE = 0.6
 WARM_UP_STEPS, STEPS = 3, 10
 MATRIX_SIZE = 8192
-BAR = 0.45
-"""What share of the matrix product's rate is to be reached at least."""
 
 
-def measure_training(backbone: Backbone, is_over: Callable[[], bool]) -> list[dict[str, Any]]:
-    """Return figures for both forms of the loss."""
-    rate = matrix_rate(backbone.device)
-    found: list[dict[str, Any]] = []
-    for form in ("recompute", "at_once"):
+def measure_training(
+    name: str, kinds: tuple[str, ...], scale: Scale, is_over: Callable[[], bool]
+) -> Iterator[tuple[str, Any]]:
+    """Yield figures for each of these families of heads."""
+    backbone = random_llama(scale.shapes[name], scale)
+    rate = matrix_rate(scale.device, 256 if scale.is_rehearsal else MATRIX_SIZE)
+    yield "matrix_product_teraflops", rate / 1e12
+    for kind in kinds:
         if is_over():
-            found.append({"loss_form": form, "left_out": "no time left"})
-            continue
+            yield "left_out", kind
+            return
         with tempfile.TemporaryDirectory() as work:
-            found.append({"loss_form": form, **_train(backbone, form, Path(work), rate)})
-    return found
+            yield kind, _train(backbone, kind, Path(work), rate, *scale.training)
 
 
-def matrix_rate(device: torch.device) -> float:
+def matrix_rate(device: torch.device, size: int = MATRIX_SIZE) -> float:
     """Return the floating-point operations a second of one large bfloat16 matrix product."""
-    a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=device, dtype=torch.bfloat16)
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     seconds = []
     for _ in range(8):
         synchronize(device)
@@ -58,36 +58,40 @@ def matrix_rate(device: torch.device) -> float:
         a @ b
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * MATRIX_SIZE**3 / min(seconds)
+    return 2 * size**3 / min(seconds)
 
 
-def operations(backbone: Backbone, heads: nn.Module, num_tokens: int, num_labels: int) -> float:
+def operations(
+    backbone: Backbone, heads: nn.Module, num_tokens: int, num_labels: int, length: int
+) -> float:
     """Return the floating-point operations that a step needs; what is computed twice counts once.
 
     Args:
         backbone: of which a forward pass is needed, of its lm_head at the labels alone.
-        heads: K of them, a block of D x D and a projection of D x V each.
+        heads: K of them, a block of D x D and a projection of D x V each, their own or not.
         num_tokens: of all documents of the step.
         num_labels: of the lm_head; each head has about as many.
+        length: tokens of a document.
     """
     layers = sum(m.weight.numel() for m in backbone.body.modules() if isinstance(m, nn.Linear))
     width, vocab = backbone.hidden_size, backbone.vocab_size
     # Two products of each token with all before it, half of the document on average.
-    attention = 2 * LENGTH * width * backbone.num_layers
+    attention = 2 * length * width * backbone.num_layers
     # The frozen states before a block want no gradient: two products there, three behind.
-    of_a_head = 2 * (2 * width * width + 3 * width * vocab)
+    has_own = any(parameter.shape == (vocab, width) for parameter in heads.parameters())
+    of_a_head = 2 * (2 * width * width + (3 if has_own else 2) * width * vocab)
     own_labels = 2 * width * vocab
     return num_tokens * (2 * layers + attention) + num_labels * (
         own_labels + len(heads.blocks) * of_a_head
     )
 
 
-def documents(number: int, vocab_size: int) -> Examples:
-    """Make documents of LENGTH random tokens, whose last TRAINED_SHARE is trained."""
+def documents(number: int, vocab_size: int, length: int) -> Examples:
+    """Make documents of `length` random tokens, whose last TRAINED_SHARE is trained."""
     rng = np.random.default_rng(0)
-    is_trained_T = (np.arange(LENGTH) >= (1 - TRAINED_SHARE) * LENGTH).astype(np.uint8)
+    is_trained_T = (np.arange(length) >= (1 - TRAINED_SHARE) * length).astype(np.uint8)
     columns = {
-        "input_ids": [rng.integers(0, vocab_size, LENGTH) for _ in range(number)],
+        "input_ids": [rng.integers(0, vocab_size, length) for _ in range(number)],
         "is_trained": [is_trained_T] * number,
         "conversation_id": [str(i) for i in range(number)],
         "source": ["made up"] * number,
@@ -112,32 +116,31 @@ class _Clock(L.Callback):
         self.seconds += time.perf_counter()
 
 
-def _train(backbone: Backbone, form: str, work: Path, rate: float) -> dict[str, Any]:
-    config = Config(device=backbone.device.type, head=HeadConfig(num_heads=NUM_HEADS))
-    config.train.batch_tokens, config.train.loss_form = ROWS * LENGTH, form
+def _train(
+    backbone: Backbone, kind: str, work: Path, rate: float, length: int, rows: int
+) -> dict[str, Any]:
+    config = Config(device=backbone.device.type, head=HeadConfig(num_heads=NUM_HEADS, kind=kind))
+    config.train.batch_tokens = rows * length
     steps = WARM_UP_STEPS + STEPS
-    made = {"train": documents(steps * ROWS, backbone.vocab_size)}
-    inputs = Inputs(backbone, None, made, "made up", LENGTH, {}, [], [])  # type: ignore
-    heads = build_heads(backbone, num_heads=NUM_HEADS)
+    made = {"train": documents(steps * rows, backbone.vocab_size, length)}
+    inputs = Inputs(backbone, None, made, "made up", length, {}, [], [])  # type: ignore
+    heads = build_heads(backbone, num_heads=NUM_HEADS, kind=kind)
     module = build_module(config, inputs, heads, steps)
     clock = _Clock()
     is_cuda = backbone.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
+    precision = pick_precision(config.dtype.precision, backbone.device)
     trainer = build_trainer(
-        backbone.device, work, "train", max_steps=steps, precision="bf16-mixed", callbacks=[clock]
+        backbone.device, work, "train", max_steps=steps, precision=precision, callbacks=[clock]
     )
     trainer.fit(module, inputs.batches(config))
-    num_tokens = STEPS * ROWS * LENGTH
-    needed = operations(backbone, heads, num_tokens, round(num_tokens * TRAINED_SHARE))
-    share = needed / clock.seconds / rate
+    num_tokens = STEPS * rows * length
+    needed = operations(backbone, heads, num_tokens, round(num_tokens * TRAINED_SHARE), length)
     return {
-        "shape": {"length": LENGTH, "heads": NUM_HEADS, "rows": ROWS, "steps": STEPS},
+        "shape": {"length": length, "heads": NUM_HEADS, "rows": rows, "steps": STEPS},
         "tokens_per_second": num_tokens / clock.seconds,
         "teraflops": needed / clock.seconds / 1e12,
-        "matrix_product_teraflops": rate / 1e12,
-        "share_of_matrix_product": share,
-        "bar": BAR,
-        "is_cleared": share >= BAR,
+        "share_of_matrix_product": needed / clock.seconds / rate,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
     }

@@ -3,14 +3,26 @@
 What fails is written down, and the rest goes on. B batch, N tree nodes, V vocabulary.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from gpu.points import Inputs, Point, configs_of, figures, floors_us, make_inputs, name_of
+from gpu.points import (
+    RULES,
+    Inputs,
+    Point,
+    configs_of,
+    figures,
+    floors_us,
+    make_inputs,
+    name_of,
+    points,
+)
 from gpu.timing import measure, num_copies
-from rivals.verification import compiled, eager, options_of
+from rivals.verification import SplitWalk, compiled, eager, options_of
 
 from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.verify import KernelVerify, launch_config
@@ -21,10 +33,70 @@ NEAR = 1e-6
 FIELDS = ("path_BL", "num_accepted_B", "next_token_B")
 
 Method = Callable[[Inputs], Callable[[], Verdict]]
+SOME = ((1, 32000), (1, 128256), (16, 128256), (64, 128256))
+"""Batch and vocabulary of a dozen points, with three rules and 64 nodes."""
+COMPILED_BATCHES = (8, 64, 1)
+"""For one compilation serves all batches but 1."""
+
+
+def measure_some(kernels: Kernels, is_over: Callable[[], bool]) -> Iterator[tuple[str, Any]]:
+    """Yield the time of the chosen launch at a dozen points: in a graph, with cold caches."""
+    cache_bytes = torch.cuda.get_device_properties(kernels.device).L2_cache_size
+    for (batch, vocab), rule in itertools.product(SOME, RULES):
+        if is_over():
+            yield "left_out", f"from {rule}, B={batch}, V={vocab} on"
+            return
+        entry = measure_point(kernels, Point(rule, batch, vocab, 64), cache_bytes, only_chosen=True)
+        time = entry["times_us"].get(entry["chosen_config"], {}).get("graph_cold")
+        yield f"{rule}, B={batch}, V={vocab}", {"microseconds": time, **entry}
+        release()
+
+
+def measure_grid(kernels: Kernels, is_over: Callable[[], bool]) -> Iterator[tuple[str, Any]]:
+    """Yield every point of the grid with every launch and rival, then torch.compile's times."""
+    cache_bytes = torch.cuda.get_device_properties(kernels.device).L2_cache_size
+    entries: list[dict[str, Any]] = []
+    split_walk = None
+    with suppress(Exception):  # without the compiler that it needs, there is one rival fewer
+        split_walk = SplitWalk()
+    for point in points():
+        if is_over():
+            yield "left_out", f"from {point} on"
+            return
+        try:
+            entries.append(measure_point(kernels, point, cache_bytes, split_walk))
+        except Exception as error:
+            entries.append({**asdict(point), "failed": told(error)})
+        yield "grid", entries
+        release()
+    yield "compiled", [*_compiled(kernels, entries, is_over)]
+
+
+def _compiled(
+    kernels: Kernels, entries: list[dict[str, Any]], is_over: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64  # beyond it, calls would silently be eager
+    for rule, batch in itertools.product(RULES, COMPILED_BATCHES):
+        if not is_over():
+            yield measure_compiled(kernels, Point(rule, batch, 128256, 64), entries)
+            release()
+
+
+def release() -> None:
+    """Give memory back; after a fault on the device even that fails, and nobody is to stop."""
+    with suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def measure_point(
-    kernels: Kernels, point: Point, cache_bytes: int, split_walk: Any = None
+    kernels: Kernels,
+    point: Point,
+    cache_bytes: int,
+    split_walk: Any = None,
+    *,
+    only_chosen: bool = False,
 ) -> dict[str, Any]:
     """Return a point's entry of the JSON.
 
@@ -33,6 +105,7 @@ def measure_point(
         point: what.
         cache_bytes: size of the device's L2 cache.
         split_walk: the rival `split`; None leaves it out.
+        only_chosen: leave out the launches that would not be chosen, and the rivals.
     """
     inputs = make_inputs(point, kernels.device)
     copies = [inputs]
@@ -53,10 +126,11 @@ def measure_point(
             failed[name] = told(error)
 
     chosen = launch_config(point.batch, point.vocab * point.itemsize, kernels)
-    for config in configs_of(chosen, kernels):
+    for config in [chosen] if only_chosen else configs_of(chosen, kernels):
         add(name_of(config), ours(point, KernelVerify(kernels, config)))
     few = {"repeats": 3, "at_least": 5}
-    add("eager", lambda copy: eager(point, copy), **few)
+    if not only_chosen:
+        add("eager", lambda copy: eager(point, copy), **few)
     if split_walk is not None and point.rule != "typical":
         add("split", lambda copy: split_walk(point, copy), **few)
     entry = figures(point, floors_us(point, inputs.tree, inputs.accepted_B), times)

@@ -1,0 +1,102 @@
+"""Is what a GPU says right? Kernels, captured and compiled steps, and training twice.
+
+Captured and compiled steps are compared with eager ones in float32, on tiny models.
+"""
+
+import hashlib
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gpu.models import Scale
+from tiny_models import VOCAB_SIZE, build_model
+
+from medusa_exp.decode.compiled import CompiledLayers
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.tree import Tree
+
+MODELS = ("llama", "qwen3", "mistral", "gemma2", "gpt_neox")
+TREE = Tree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3)])
+RUN_SECONDS = 120
+
+
+def check_kernels(scale: Scale, num_cases: int) -> dict[str, Any]:
+    """Compare the kernels with the specification, and with the CPU's where there is g++."""
+    import kernel_device
+
+    from medusa_exp.decode.cuda.runtime import CupyKernels
+
+    kernels = CupyKernels(scale.device)
+    found = kernel_device.compare_verification(kernels, num_cases)
+    return {**found, "mask_and_commit": kernel_device.compare_step(kernels)}
+
+
+def check_steps(scale: Scale, is_over: Callable[[], bool]) -> Iterator[tuple[str, Any]]:
+    """Yield, for each model, whether captured and compiled steps say what eager ones do."""
+    models = MODELS[:1] if scale.is_rehearsal else MODELS
+    for name in models:
+        if is_over():
+            yield "left_out", f"from {name} on"
+            return
+        backbone = Backbone(build_model(name).to(scale.device))
+        yield name, ways_that_differ(backbone, scale)
+
+
+def ways_that_differ(backbone: Backbone, scale: Scale) -> list[str]:
+    """Return which ways of decoding do not say what eager steps say; none is as it should be."""
+    rng = random.Random(0)
+    heads = build_heads(backbone, num_heads=3).to(backbone.device)
+    eager = Decoder(backbone, heads, TREE, cuda_graph=False)
+    captured = Decoder(backbone, heads, TREE, cuda_graph=True)
+    compiled = Decoder(backbone, heads, TREE, cuda_graph=True)
+    compiled.layers = CompiledLayers(backbone, scale.backend)
+    differ = []
+    for count in (1, 3):
+        prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(5 + 9 * n)] for n in range(count)]
+        limits = Limits(40, {7})
+        expected = [a.tokens for a in eager.decode_plain(prompts, limits)]
+        ways = {
+            "eager tree": eager.decode,
+            "captured": captured.decode,
+            "captured plain": captured.decode_plain,
+            "compiled": compiled.decode,
+            "compiled plain": compiled.decode_plain,
+        }
+        for told, way in ways.items():
+            for _ in range(2):  # captured, and replayed
+                if [a.tokens for a in way(prompts, limits)] != expected:
+                    differ.append(f"{told}, B={count}")
+    if compiled.layers.is_refused:
+        differ.append("compiled: its layers were not")
+    return differ
+
+
+def check_training(scale: Scale) -> dict[str, Any]:
+    """Train the smoke run's heads twice; return whether they are equal byte for byte."""
+    with tempfile.TemporaryDirectory() as work:
+        found = [_heads_of_a_run(Path(work), number, scale) for number in range(2)]
+    return {"sha256": found[0], "equal": found[0] == found[1]}
+
+
+def _heads_of_a_run(work: Path, number: int, scale: Scale) -> str:
+    out = work / str(number)
+    command = [sys.executable, "-m", "medusa_exp", "+experiment=smoke", "logger=none"]
+    settings = ["stages=[pretrain,train]", f"device={scale.device.type}", f"run_dir={out}"]
+    done = subprocess.run(
+        [*command, *settings, f"cache_dir={work / 'cache'}"],
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-1000:])
+    files = sorted((out / "heads").glob("*.safetensors"))
+    assert files, "the run left no heads"
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
