@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from medusa_exp.config.privacy import shareable_text
 from medusa_exp.errors import UserError
 from medusa_exp.export.reading import config_text
 from medusa_exp.model.heads import FAMILIES, MedusaHeadsConfig
@@ -229,7 +230,7 @@ def write(source: Source, format_: str, place: Path) -> None:
             f"Use one of {', '.join(possible)}, hf_generate."
         )
     config, tensors = FORMATS[format_].write(source)
-    config["medusa_backbone"] = source.config.backbone
+    config["medusa_backbone"] = shareable_text(source.config.backbone)
     config["medusa_backbone_identity"] = source.config.backbone_identity
     place.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
