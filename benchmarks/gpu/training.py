@@ -30,6 +30,8 @@ from medusa_exp.train.trainer import build_trainer, pick_precision
 NUM_HEADS = 5
 TRAINED_SHARE = 0.6
 WARM_UP_STEPS, STEPS = 3, 10
+PLANNED_STEPS = 10_000
+"""Of the training whose first steps these are: what pays in a long one is on."""
 MATRIX_SIZE = 8192
 
 
@@ -125,7 +127,7 @@ def _train(
     made = {"train": documents(steps * rows, backbone.vocab_size, length)}
     inputs = Inputs(backbone, None, made, "made up", length, {}, [], [])  # type: ignore
     heads = build_heads(backbone, num_heads=NUM_HEADS, kind=kind)
-    module = build_module(config, inputs, heads, steps)
+    module = build_module(config, inputs, heads, PLANNED_STEPS)
     clock = _Clock()
     is_cuda = backbone.device.type == "cuda"
     if is_cuda:
