@@ -71,7 +71,8 @@ def measure(dtype: torch.dtype, rows: int, nodes: int, columns: int, rounds: int
     # The quietest round of each: the machine has other work.
     ours, theirs = (min(seconds[side]) for side in _SIDES)
     is_equal = tokens["grouped"] == tokens["sdpa"]
-    bar = 1.0 if rows >= 8 else 0.95
+    # transformers groups single tokens itself, as of 5.23: there, as fast is enough.
+    bar = 1.0 if rows >= 8 and nodes > 1 else 0.95
     return Row(
         f"{str(dtype)[6:]}, {rows} rows, {nodes} nodes",
         "ms",
