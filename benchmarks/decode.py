@@ -17,6 +17,7 @@ from measuring import Row, machine, show, write
 from rich.progress import track
 from torch import nn
 
+from medusa_exp.data.batching import label_positions
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.evaluate.methods import Method, build_methods, timed
@@ -138,14 +139,14 @@ def train_on_own_answers(backbone: Backbone, heads: nn.Module, rng: random.Rando
     everything_BT = torch.ones_like(ids_BT)
     with torch.no_grad():
         hidden_BTD = backbone.hidden_states(ids_BT)
+    labeled = label_positions(everything_BT.bool(), everything_BT, heads.num_heads)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
     for _ in range(40):
         losses = medusa_losses(
             heads,
             hidden_BTD,
             TokenTargets(ids_BT),
-            everything_BT.bool(),
-            everything_BT,
+            labeled,
             ids_BT,
             chunk_rows=256,
         )

@@ -239,8 +239,8 @@ def bare_epoch(case: Case) -> Callable[[], None]:
             with torch.autocast("cpu", torch.bfloat16):
                 hidden_BTD = module.backbone.hidden_states(batch.input_ids_BT).detach()
                 targets = module.objective.targets(module.backbone, heads, hidden_BTD, batch)
-                masks = (batch.is_trained_BT, batch.example_BT, batch.input_ids_BT)
-                losses = medusa_losses(heads, hidden_BTD.float(), targets, *masks, chunk_rows=256)
+                rest = (batch.labeled, batch.input_ids_BT)
+                losses = medusa_losses(heads, hidden_BTD.float(), targets, *rest, chunk_rows=256)
                 loss = medusa_loss(losses, 0.8)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from medusa_exp.data.batching import label_positions
 from medusa_exp.model import Backbone, MedusaHeads, build_heads
 from medusa_exp.model.loss import TokenTargets, medusa_loss, medusa_losses
 from medusa_exp.stages.train import Inputs
@@ -85,9 +86,9 @@ def _loss(form: str, heads: MedusaHeads, hidden_1TD: Tensor, ids_1T: Tensor) -> 
         ]
         return torch.stack(losses).sum()
     one_1T = torch.ones_like(ids_1T)
-    masks = (one_1T.bool(), one_1T, ids_1T)
+    rest = (label_positions(one_1T.bool(), one_1T, _HEADS), ids_1T)
     targets = TokenTargets(ids_1T)
-    parts = medusa_losses(heads, hidden_1TD, targets, *masks, chunk_rows=256, form=form)
+    parts = medusa_losses(heads, hidden_1TD, targets, *rest, chunk_rows=256, form=form)
     return medusa_loss(parts, 1.0)
 
 

@@ -5,6 +5,7 @@ import torch
 from tiny_models import build_model
 
 from medusa_exp.config.schema import HeadConfig, words_of
+from medusa_exp.data.batching import label_positions
 from medusa_exp.decode import generate
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, decode_plain
@@ -61,7 +62,8 @@ def batch_of(backbone):
     torch.manual_seed(1)
     ids_BT = torch.randint(0, 64, (3, 20))
     hidden_BTD = backbone.hidden_states(ids_BT).detach()
-    return hidden_BTD, torch.rand(3, 20) < 0.6, torch.ones_like(ids_BT), ids_BT
+    labeled = label_positions(torch.rand(3, 20) < 0.6, torch.ones_like(ids_BT), 3)
+    return hidden_BTD, labeled, ids_BT
 
 
 def test_every_kind_is_tested():
@@ -140,7 +142,7 @@ def test_stacked_heads_are_the_same_heads(backbone, family):
 @pytest.mark.parametrize("loss", ["ce", "kl", "topk_kl"])
 def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss, form):
     heads = moved(backbone, family)
-    hidden_BTD, is_trained_BT, example_BT, ids_BT = batch_of(backbone)
+    hidden_BTD, labeled, ids_BT = batch_of(backbone)
 
     def next_logits(hidden_RD):
         return heads.from_head_vocab(backbone.next_logits(hidden_RD))
@@ -148,12 +150,10 @@ def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss, 
     targets = {
         "ce": lambda: TokenTargets(heads.to_head_vocab(ids_BT)),
         "kl": lambda: DistributionTargets(hidden_BTD, next_logits),
-        "topk_kl": lambda: TopTargets(hidden_BTD, torch.ones_like(is_trained_BT), next_logits, 5),
+        "topk_kl": lambda: TopTargets(hidden_BTD, torch.arange(ids_BT.numel()), next_logits, 5),
     }[loss]()
     read_BTD = heads_input(heads.prefix, hidden_BTD)
-    losses = medusa_losses(
-        heads, read_BTD, targets, is_trained_BT, example_BT, ids_BT, chunk_rows=8, form=form
-    )
+    losses = medusa_losses(heads, read_BTD, targets, labeled, ids_BT, chunk_rows=8, form=form)
     sum(part.loss_sum for part in losses).backward()
     assert all(part.loss_sum > 0 for part in losses)
     assert all(parameter.grad.any() for parameter in heads.parameters())
@@ -184,10 +184,10 @@ def test_frequent_tokens_are_known_and_others_never_guessed(backbone):
     logits_BKV = heads(torch.randn(6, 32))
     assert logits_BKV.shape == (6, 3, 64) and (logits_BKV[..., 40:] == -torch.inf).all()
     assert heads.to_head_vocab(torch.tensor([3, 39, 40, 63])).tolist() == [3, 39, -100, -100]
-    hidden_BTD, is_trained_BT, example_BT, ids_BT = batch_of(backbone)
+    hidden_BTD, labeled, ids_BT = batch_of(backbone)
     rare_BT = ids_BT.clamp(min=40)
     targets = TokenTargets(heads.to_head_vocab(rare_BT))
-    rest = (is_trained_BT, example_BT, ids_BT)
+    rest = (labeled, ids_BT)
     assert all(
         part.loss_sum == 0
         for part in medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=8)
@@ -225,14 +225,14 @@ def test_shapes_that_make_no_heads(backbone, wrong, message):
 
 def test_the_forms_of_the_loss_have_the_same_gradients(backbone, family):
     heads = moved(backbone, family)
-    hidden_BTD, is_trained_BT, example_BT, ids_BT = batch_of(backbone)
+    hidden_BTD, labeled, ids_BT = batch_of(backbone)
     found = []
     for form in ("recompute", "at_once"):
         losses = medusa_losses(
             heads,
             heads_input(heads.prefix, hidden_BTD),
             TokenTargets(heads.to_head_vocab(ids_BT)),
-            *(is_trained_BT, example_BT, ids_BT),
+            *(labeled, ids_BT),
             chunk_rows=8,
             form=form,
         )

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from medusa_exp.data.batching import label_positions
 from medusa_exp.model import build_heads
 from medusa_exp.model.loss import (
     DistributionTargets,
@@ -50,6 +51,10 @@ def example(backbone):
     return heads, hidden_BTD, ids_BT, torch.rand(4, 20) < 0.6
 
 
+def labeled(is_trained_BT):
+    return label_positions(is_trained_BT, is_trained_BT.new_ones(is_trained_BT.shape).long(), 3)
+
+
 @pytest.mark.parametrize("form", ["recompute", "at_once"])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
 def test_equals_the_plain_form_with_its_gradients(example, chunk_rows, form):
@@ -65,7 +70,7 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows, form):
     )
     parameters = list(heads.parameters())
     expected = torch.autograd.grad(plain, parameters)
-    inputs = (hidden_BTD, TokenTargets(ids_BT), is_trained_BT, torch.ones_like(ids_BT))
+    inputs = (hidden_BTD, TokenTargets(ids_BT), labeled(is_trained_BT))
     losses = medusa_losses(heads, *inputs, ids_BT, chunk_rows=chunk_rows, form=form)
     ours = medusa_loss(losses, 0.8)
     torch.testing.assert_close(ours, plain)
@@ -75,7 +80,7 @@ def test_equals_the_plain_form_with_its_gradients(example, chunk_rows, form):
 
 def test_counts(example):
     heads, hidden_BTD, ids_BT, is_trained_BT = example
-    inputs = (hidden_BTD, ids_BT, is_trained_BT, torch.ones_like(ids_BT))
+    inputs = (hidden_BTD, ids_BT, labeled(is_trained_BT))
     counts_K4 = medusa_counts(heads, *inputs, ids_BT, chunk_rows=5)
     losses = medusa_losses(
         heads, hidden_BTD, TokenTargets(ids_BT), *inputs[2:], ids_BT, chunk_rows=5
@@ -92,7 +97,7 @@ def test_counts(example):
 def test_no_label_gives_zero_not_nan(example):
     heads, hidden_BTD, ids_BT, _ = example
     none = torch.zeros_like(ids_BT, dtype=torch.bool)
-    inputs = (hidden_BTD, TokenTargets(ids_BT), none, torch.ones_like(ids_BT))
+    inputs = (hidden_BTD, TokenTargets(ids_BT), labeled(none))
     loss = medusa_loss(medusa_losses(heads, *inputs, ids_BT, chunk_rows=8), 0.8)
     loss.backward()
     assert loss == 0
@@ -110,12 +115,12 @@ def test_divergence_from_the_backbone(example, backbone, chunk_rows):
         head_RV = heads.head_logits(k - 1, hidden_BTD[:, : -1 - k][where_BS]).log_softmax(-1)
         expected.append((teacher_RV.exp() * (teacher_RV - head_RV)).sum())
         labels.append(len(head_RV))
-    rest = (is_trained_BT, torch.ones_like(ids_BT), ids_BT)
+    rest = (labeled(is_trained_BT), ids_BT)
     parameters = list(heads.parameters())
     gradients = torch.autograd.grad(torch.stack(expected).sum(), parameters)
-    is_wanted_BT = torch.ones_like(is_trained_BT)
+    everywhere = torch.arange(ids_BT.numel())
     full = DistributionTargets(hidden_BTD, backbone.next_logits)
-    top = TopTargets(hidden_BTD, is_wanted_BT, backbone.next_logits, backbone.vocab_size)
+    top = TopTargets(hidden_BTD, everywhere, backbone.next_logits, backbone.vocab_size)
     for targets in (full, top):  # all tokens are the likeliest ones
         losses = medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=chunk_rows)
         assert [loss.num_labels for loss in losses] == labels
@@ -130,9 +135,8 @@ def test_one_likeliest_token_is_a_label(example, backbone):
     heads, hidden_BTD, ids_BT, is_trained_BT = example
     teacher_BT = torch.zeros_like(ids_BT)
     teacher_BT[:, 1:] = backbone.lm_head(hidden_BTD[:, :-1]).argmax(-1)
-    rest = (is_trained_BT, torch.ones_like(ids_BT), ids_BT)
-    is_wanted_BT = is_trained_BT.roll(-1, 1)
-    top = TopTargets(hidden_BTD, is_wanted_BT, backbone.next_logits, 1)
+    rest = (labeled(is_trained_BT), ids_BT)
+    top = TopTargets(hidden_BTD, labeled(is_trained_BT)[0], backbone.next_logits, 1)
     one = medusa_losses(heads, hidden_BTD, top, *rest, chunk_rows=8)
     label = medusa_losses(heads, hidden_BTD, TokenTargets(teacher_BT), *rest, chunk_rows=8)
     for mine, theirs in zip(one, label, strict=True):
@@ -143,11 +147,10 @@ def test_totals_of_a_larger_batch(example):
     """Parts of a batch, each divided by the labels of all, sum up to the whole's loss."""
     heads, hidden_BTD, ids_BT, is_trained_BT = example
     is_trained_BT[0] = False  # a part without a label
-    example_BT = torch.ones_like(ids_BT)
 
     def losses(rows):
         targets = TokenTargets(ids_BT[rows])
-        rest = (is_trained_BT[rows], example_BT[rows], ids_BT[rows])
+        rest = (labeled(is_trained_BT[rows]), ids_BT[rows])
         return medusa_losses(heads, hidden_BTD[rows], targets, *rest, chunk_rows=8)
 
     whole = losses(slice(0, 4))

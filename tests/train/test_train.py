@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.config import Config
 from medusa_exp.config import HeadConfig as Head
-from medusa_exp.data.batching import label_counts
+from medusa_exp.data.batching import label_positions
 from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example
 from medusa_exp.errors import UserError
@@ -107,9 +107,8 @@ def test_the_loss_falls_on_eight_samples(config):
             mask_BT = torch.tensor(sample.is_trained)[None]
             one_BT = torch.ones_like(ids_BT)
             targets = TokenTargets(ids_BT)
-            losses = medusa_losses(
-                heads, hidden_BTD, targets, mask_BT, one_BT, ids_BT, chunk_rows=64
-            )
+            labeled = label_positions(mask_BT, one_BT, 2)
+            losses = medusa_losses(heads, hidden_BTD, targets, labeled, ids_BT, chunk_rows=64)
             total = total + medusa_loss(losses, 0.8)
         optimizer.zero_grad()
         total.backward()
@@ -144,8 +143,8 @@ def test_a_step_takes_the_mean_over_the_labels_of_all_its_micro_batches(
     for batch in batches:
         hidden_BTD = backbone.hidden_states(batch.input_ids_BT)
         targets = TokenTargets(teacher_labels(backbone, hidden_BTD, batch))
-        masks = (batch.is_trained_BT, batch.example_BT, batch.input_ids_BT)
-        losses = medusa_losses(heads, hidden_BTD, targets, *masks, chunk_rows=64)
+        rest = (label_positions(batch.is_trained_BT, batch.example_BT, 2), batch.input_ids_BT)
+        losses = medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=64)
         assert batch.group_labels == [sum(b) for b in zip(*map(counts, batches), strict=True)]
         for k, loss in enumerate(losses):
             total[k] = total[k] + loss.loss_sum / batch.group_labels[k + 1]
@@ -157,7 +156,7 @@ def test_a_step_takes_the_mean_over_the_labels_of_all_its_micro_batches(
 
 
 def counts(batch) -> list[int]:
-    return label_counts(batch.is_trained_BT, batch.example_BT, 2).tolist()
+    return [len(index_R) for index_R in label_positions(batch.is_trained_BT, batch.example_BT, 2)]
 
 
 @pytest.mark.parametrize("loss", ["kl", "topk_kl"])

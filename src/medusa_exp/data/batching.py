@@ -211,7 +211,9 @@ def labeled_index(is_trained_BT: Tensor, example_BT: Tensor, head: int) -> Tenso
     return is_labeled(is_trained_BT, example_BT, head).flatten().nonzero()[:, 0]
 
 
-def label_counts(is_trained_BT: Tensor, example_BT: Tensor, num_heads: int) -> Tensor:
-    """Return how many labels the lm_head and each head have in a batch [1 + K]."""
-    heads = range(num_heads + 1)
-    return torch.stack([is_labeled(is_trained_BT, example_BT, k).sum() for k in heads])
+def label_positions(is_trained_BT: Tensor, example_BT: Tensor, num_heads: int) -> list[Tensor]:
+    """Return index_R of the lm_head and of each head [1 + K].
+
+    How many there are has to be read: it is for tensors on the host, where nothing waits for it.
+    """
+    return [labeled_index(is_trained_BT, example_BT, k) for k in range(num_heads + 1)]

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from medusa_exp.data.batching import BatchSampler, Row, epoch_planner, label_counts, padded_length
+from medusa_exp.data.batching import (
+    BatchSampler,
+    Row,
+    epoch_planner,
+    label_positions,
+    padded_length,
+)
 from medusa_exp.data.examples import Example, Examples
 from medusa_exp.data.feature_cache import Features
 
@@ -32,6 +38,10 @@ class Batch:
     """Places within the example. None where each row has but one, for which they just count on."""
     numbers: list[int] = field(default_factory=list)
     """Numbers of the batch's examples in their data set, row by row."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each example, row by row."""
+    labeled: list[Tensor] = field(default_factory=list)
+    """Flat positions b * T + t [R] where the lm_head learns, and where each head does."""
     group_labels: list[int] = field(default_factory=list)
     """Labels of the lm_head and of each head in all micro-batches of the same optimizer step, on
     this process."""
@@ -42,8 +52,19 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Move to a device; Lightning calls this."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {k: send(v, device) for k, v in values.items() if isinstance(v, Tensor)}
+        if self.labeled:  # in one piece: a copy of its own for each would cost more than the bytes
+            sizes = [len(index_R) for index_R in self.labeled]
+            moved["labeled"] = list(send(torch.cat(self.labeled), device).split(sizes))
+        return Batch(**{**values, **moved})
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device, without waiting for what is to be done there before."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def collate(
@@ -51,11 +72,13 @@ def collate(
     row_tokens: int | None = None,
     numbers: Sequence[Row] = (),
     boundary: int | None = None,
+    num_heads: int = 0,
 ) -> Batch:
     """Put examples one after the other into rows, and fill up to the next multiple of 64.
 
     But not beyond `row_tokens`, unless an example is longer: a model may have no more positions.
     Nor beyond `boundary` for the padding alone: see `Backbone.rotary_boundary`.
+    `num_heads`: the heads whose labels are found, besides the lm_head's.
     """
     longest = max(sum(len(example.input_ids) for example in row) for row in rows)
     limits = [max(longest, limit) for limit in (row_tokens, boundary) if limit is not None]
@@ -72,12 +95,15 @@ def collate(
             positions_BT[b, place] = np.arange(len(example.input_ids))
             start = place.stop
     is_packed = any(len(row) > 1 for row in rows)
+    is_trained, example = torch.from_numpy(is_trained_BT), torch.from_numpy(example_BT)
     return Batch(
         torch.from_numpy(ids_BT),
-        torch.from_numpy(is_trained_BT),
-        torch.from_numpy(example_BT),
+        is_trained,
+        example,
         torch.from_numpy(positions_BT) if is_packed else None,
-        [number for row in numbers for number in row],
+        numbers=[number for row in numbers for number in row],
+        lengths=[len(example.input_ids) for row in rows for example in row],
+        labeled=label_positions(is_trained, example, num_heads),
     )
 
 
@@ -89,10 +115,11 @@ class _BatchesByNumbers(Dataset[Batch]):
     features: Features | None
     row_tokens: int
     boundary: int | None
+    num_heads: int
 
     def __getitem__(self, rows: list[Row]) -> Batch:
         examples = [[self.examples[number] for number in row] for row in rows]
-        batch = collate(examples, self.row_tokens, rows, self.boundary)
+        batch = collate(examples, self.row_tokens, rows, self.boundary, self.num_heads)
         if self.features is not None:
             batch.hidden_BTD, batch.teacher_BT = self.features.rows(
                 rows, batch.example_BT, batch.is_trained_BT, batch.input_ids_BT
@@ -129,7 +156,7 @@ class Batches(L.LightningDataModule):
             seed: decides the order.
             val_batches: validation batches, at most.
             accumulate: batches to an optimizer step, to know where a resumed run stands.
-            num_heads: whose labels are counted for each optimizer step.
+            num_heads: whose labels are found, and counted for each optimizer step.
             features: hidden states of `train` and `val`, where they are at hand.
             boundary: a length of examples whose sides share no batch: `Backbone.rotary_boundary`.
         """
@@ -177,7 +204,7 @@ class Batches(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        return Grouped(self._loader("train", sampler), self.accumulate, self.num_heads)
+        return Grouped(self._loader("train", sampler), self.accumulate)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """The same batches at every validation, on every process."""
@@ -188,10 +215,9 @@ class Batches(L.LightningDataModule):
 
     def _loader(self, split: str, sampler: BatchSampler) -> DataLoader[Batch]:
         """Load in this process: filling tensors is far cheaper than the step they feed."""
+        examples, features = getattr(self, split), self.features.get(split)
         return DataLoader(
-            _BatchesByNumbers(
-                getattr(self, split), self.features.get(split), self.row_tokens, self.boundary
-            ),
+            _BatchesByNumbers(examples, features, self.row_tokens, self.boundary, self.num_heads),
             sampler=sampler,
             batch_size=None,
             generator=torch.Generator(),  # else each walk draws one of everybody's random numbers
@@ -205,7 +231,6 @@ class Grouped:
 
     loader: DataLoader[Batch]
     accumulate: int
-    num_heads: int
 
     def __len__(self) -> int:
         """Count micro-batches."""
@@ -214,8 +239,8 @@ class Grouped:
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
         while group := list(islice(batches, self.accumulate)):
-            labels = [label_counts(b.is_trained_BT, b.example_BT, self.num_heads) for b in group]
-            totals = torch.stack(labels).sum(0).tolist()
+            counts = [[len(index_R) for index_R in batch.labeled] for batch in group]
+            totals = [sum(of_batches) for of_batches in zip(*counts, strict=True)]
             for batch in group:
                 batch.group_labels = totals
                 yield batch

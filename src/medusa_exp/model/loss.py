@@ -27,11 +27,13 @@ from torch.nn.functional import cross_entropy, kl_div, pad
 from torch.utils.checkpoint import checkpoint
 
 from medusa_exp.config import TrainConfig
-from medusa_exp.data.batching import is_labeled, labeled_index
+from medusa_exp.data.batching import labeled_index
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 
+_ROW_STEP = 256
+"""Rows of a chunk are a multiple of this, where there may be more: few shapes, little padding."""
 _ROWS = 1024
 """Rows whose logits of the backbone exist at one time."""
 NextLogits = Callable[[Tensor], Tensor]
@@ -100,8 +102,7 @@ class Objective:
 
         if self.loss == "kl":
             return DistributionTargets(hidden_BTD, next_logits)
-        is_wanted_BT = is_labeled(batch.is_trained_BT, batch.example_BT, 0)
-        return TopTargets(hidden_BTD, is_wanted_BT, next_logits, self.top_k)
+        return TopTargets(hidden_BTD, batch.labeled[0], next_logits, self.top_k)
 
     def factor(self, step: int, max_steps: int) -> float:
         """Return what the heads' loss is multiplied by at an optimizer step (from 0)."""
@@ -117,7 +118,7 @@ def teacher_labels(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tens
     Decoding compares draft tokens with this, not with the data: where a text takes a turn that the
     backbone would not take, its token is noise to the heads.
     """
-    index_R = labeled_index(batch.is_trained_BT, batch.example_BT, 0)
+    index_R = batch.labeled[0]
     hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
     labels = batch.input_ids_BT.flatten().clone()
     labels[index_R + 1] = teacher_argmax(backbone.next_logits, hidden_RD)
@@ -143,8 +144,7 @@ def medusa_losses(
     heads: MedusaHeads,
     hidden_BTD: Tensor,
     targets: Targets,
-    is_trained_BT: Tensor,
-    example_BT: Tensor,
+    labeled: Sequence[Tensor],
     input_ids_BT: Tensor,
     *,
     chunk_rows: int,
@@ -158,15 +158,14 @@ def medusa_losses(
         heads: of any family.
         hidden_BTD: what they read: `heads_input` of the backbone's hidden states.
         targets: what they are to predict, in the head vocabulary.
-        is_trained_BT: which tokens are the assistant's.
-        example_BT: the example of each token in its row; no label crosses from one to the next.
+        labeled: index_R of the lm_head and of each head, see `Batch`.
         input_ids_BT: the text, which sequential heads see.
         chunk_rows: C.
         form: recompute or at_once, see `chunked_loss`.
     """
     results = []
     for k in range(heads.num_heads):
-        index_R = labeled_index(is_trained_BT, example_BT, k + 1)
+        index_R = labeled[k + 1]
         inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
         # The head at index k is head k+1: at t it predicts what follows token t+k+1.
         wanted = targets.at(index_R + k + 1)
@@ -200,7 +199,7 @@ def head_labels(
 
 
 def medusa_loss(
-    losses: list[HeadLoss], decay: float, totals: Sequence[int] | None = None
+    losses: list[HeadLoss], decay: float, totals: Sequence[int | Tensor] | None = None
 ) -> Tensor:
     """Return the sum over heads of decay**head times its mean loss (Medusa, equation 1).
 
@@ -213,10 +212,15 @@ def medusa_loss(
     if totals is None:
         totals = [loss.num_labels for loss in losses]
     terms = [
-        decay**head * loss.loss_sum / max(total, 1)
+        decay**head * loss.loss_sum / at_least_one(total)
         for head, (loss, total) in enumerate(zip(losses, totals, strict=True), 1)
     ]
     return torch.stack(terms).sum()
+
+
+def at_least_one(total: int | Tensor) -> int | Tensor:
+    """Return the larger of a count and 1; one that lies on the device is not read for it."""
+    return total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
 
 
 @torch.no_grad()
@@ -224,8 +228,7 @@ def medusa_counts(
     heads: MedusaHeads,
     hidden_BTD: Tensor,
     labels_BT: Tensor,
-    is_trained_BT: Tensor,
-    example_BT: Tensor,
+    labeled: Sequence[Tensor],
     input_ids_BT: Tensor,
     *,
     chunk_rows: int,
@@ -238,14 +241,15 @@ def medusa_counts(
     counts_K4 = torch.zeros(heads.num_heads, 4, dtype=torch.float64, device=hidden_BTD.device)
     labels_BT = heads.to_head_vocab(labels_BT)
     for k in range(heads.num_heads):
-        index_R, labels_R = head_labels(labels_BT, is_trained_BT, example_BT, k + 1)
+        index_R = labeled[k + 1]
+        labels_R = labels_BT.flatten()[index_R + 2 + k]
         inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
         chunks = [part.split(chunk_rows) for part in (labels_R, *inputs)]
         for labels_C, *inputs_C in zip(*chunks, strict=True):
             logits_CW = heads.head_logits(k, *inputs_C).float()
             hits_C5 = logits_CW.topk(5).indices == labels_C[:, None]
             loss = cross_entropy(logits_CW, labels_C, reduction="sum")
-            labels = torch.tensor(len(labels_C), device=loss.device)
+            labels = loss.new_full((), len(labels_C))
             counts_K4[k] += torch.stack([loss, hits_C5[:, 0].sum(), hits_C5.sum(), labels])
     return counts_K4
 
@@ -291,14 +295,15 @@ class TopTargets:
     to 1. All heads share what is computed once for each position."""
 
     def __init__(
-        self, hidden_BTD: Tensor, is_wanted_BT: Tensor, next_logits: NextLogits, num_top: int
+        self, hidden_BTD: Tensor, index_R: Tensor, next_logits: NextLogits, num_top: int
     ) -> None:
-        """Read the backbone at the wanted positions."""
-        wanted = is_wanted_BT.flatten()
-        self.row = wanted.cumsum(0) - 1
+        """Read the backbone at these flat positions b * T + t."""
+        hidden_ID = hidden_BTD.flatten(0, 1)  # I = B * T
+        self.row = torch.zeros(len(hidden_ID), dtype=torch.long, device=index_R.device)
+        self.row[index_R] = torch.arange(len(index_R), device=index_R.device)
         tops = []
         with torch.no_grad():
-            for rows_RD in hidden_BTD.flatten(0, 1)[wanted].split(_ROWS):
+            for rows_RD in hidden_ID[index_R].split(_ROWS):
                 logits_RW = next_logits(rows_RD).float()
                 tops.append(logits_RW.topk(min(num_top, logits_RW.shape[-1])))
             self.tokens = torch.cat([top.indices for top in tops])
@@ -335,7 +340,7 @@ def chunked_loss(
         targets: what the rows are to predict.
         inputs: tensors with a row each.
         wanted: the rows of `targets`.
-        chunk_rows: C.
+        chunk_rows: the most that C may be.
         parameters: all that `logits_of` trains, for the form at_once. Where there is none, or a
             gradient of the inputs is wanted, logits are recomputed.
     """
@@ -346,6 +351,7 @@ def chunked_loss(
 
     # Every chunk has the same shape: each new one would cost the libraries a set-up of its own.
     number = len(inputs[0])
+    chunk_rows = _even_rows(number, chunk_rows)
     missing = -number % chunk_rows or (chunk_rows if not number else 0)
     is_real_R = torch.ones(number, device=inputs[0].device)
     padded = [
@@ -355,7 +361,16 @@ def chunked_loss(
     chunks = zip(*padded, strict=True)
     if parameters and not any(rows.requires_grad for rows in inputs):
         return _AtOnce.apply(chunk_loss, chunks, *parameters)
-    return torch.stack([checkpoint(chunk_loss, *c, use_reentrant=False) for c in chunks]).sum()
+    # Nothing here is drawn at random: there is no state to keep for the second time.
+    again = partial(checkpoint, chunk_loss, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([again(*chunk) for chunk in chunks]).sum()
+
+
+def _even_rows(number: int, most: int) -> int:
+    """Return the rows of chunks that are equally full: large ones would end in much padding."""
+    step = min(most, _ROW_STEP)
+    rows = -(-number // max(1, -(-number // most)))
+    return min(most, max(1, -(-rows // step)) * step)
 
 
 class _AtOnce(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """What can go wrong in the middle of a training, and what to do about it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,26 +20,33 @@ class BadLoss(Exception):
         """Numbers of the micro-batch's documents."""
 
 
-def check_loss(loss: Tensor, step: int, documents: list[int]) -> None:
+def check_losses(losses: Sequence[tuple[Tensor, list[int]]], step: int) -> None:
     """Stop every process of a training where one of them has a bad loss.
 
     One alone would leave the others waiting for its gradient, and the checkpoint unwritten.
 
+    Args:
+        losses: of the micro-batches of an optimizer step, with the numbers of their documents.
+        step: the number of steps before it.
+
     Raises:
         BadLoss: the first bad loss of any process, with the documents of its micro-batch.
     """
-    is_bad = ~loss.detach().isfinite()
+    values_A = torch.stack([loss for loss, _ in losses])
+    is_bad = ~values_A.isfinite().all()
     is_shared = distributed.is_initialized()
     if is_shared:
         is_bad = is_bad.float()
         distributed.all_reduce(is_bad)
     if not is_bad:
         return
-    found: list[tuple[float, list[int]]] = [(loss.item(), documents)]
+    mine = [(loss.item(), documents) for loss, documents in losses]
+    found = [mine]
     if is_shared:
         found *= distributed.get_world_size()
-        distributed.all_gather_object(found, (loss.item(), documents))
-    raise BadLoss(*next(each for each in found if not math.isfinite(each[0])), step)
+        distributed.all_gather_object(found, mine)
+    bad = (each for of_process in found for each in of_process if not math.isfinite(each[0]))
+    raise BadLoss(*next(bad), step)
 
 
 @contextmanager

@@ -29,8 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_exp.config import LoraSettings, TrainConfig
-from medusa_exp.data.batching import labeled_index
-from medusa_exp.data.datamodule import Batch
+from medusa_exp.data.datamodule import Batch, send
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.loss import (
@@ -38,13 +37,14 @@ from medusa_exp.model.loss import (
     Objective,
     Targets,
     TokenTargets,
+    at_least_one,
     chunked_loss,
     medusa_counts,
     medusa_loss,
     medusa_losses,
 )
 from medusa_exp.train.acceptance import HeldOutResponse, accept_lengths
-from medusa_exp.train.failures import check_loss
+from medusa_exp.train.failures import check_losses
 from medusa_exp.train.optimizer import build_optimizer, scheduled
 
 
@@ -71,7 +71,7 @@ class JointLoss:
         self, backbone: Backbone, batch: Batch, hidden_BTD: Tensor, chunk_rows: int
     ) -> Tensor:
         """Return the backbone's own loss on the trained tokens, summed, in nats."""
-        index_R = labeled_index(batch.is_trained_BT, batch.example_BT, 0)
+        index_R = batch.labeled[0]
         targets = self._targets(backbone, batch)
         inputs = (hidden_BTD.flatten(0, 1)[index_R],)
         return chunked_loss(backbone.next_logits, targets, inputs, targets.at(index_R), chunk_rows)
@@ -128,24 +128,44 @@ class MedusaModule(L.LightningModule):
         """Metrics of the last step and of the last validation."""
         self.last_val_step = 0
         self._sums_H = torch.zeros(1 + heads.num_heads)
-        self._totals: list[int] = []
+        self._totals: Sequence[int | Tensor] = []
+        self._losses: list[tuple[Tensor, list[int]]] = []
+        """Of the running step: each micro-batch's loss, and the numbers of its examples."""
+        self._step_metrics: dict[str, Tensor] = {}
         self._val_counts: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return a micro-batch's part of its optimizer step's loss, a mean over all its labels."""
+        """Return a micro-batch's part of its optimizer step's loss, a mean over all its labels.
+
+        Nothing here waits for the device, which is given the next work while it still has some.
+        """
         place = batch_idx % self.trainer.accumulate_grad_batches
         if place == 0:
-            self._totals = self._over_processes(torch.tensor(batch.group_labels)).tolist()
+            self._totals = self._step_totals(batch.group_labels)
             self._sums_H = torch.zeros(1 + self.heads.num_heads, device=self.device)
+            self._losses = []
         loss, sums_H = self.batch_loss(batch, self._totals)
-        check_loss(loss, self.global_step, batch.numbers)
+        self._losses.append((loss.detach(), batch.numbers))
         self._sums_H += sums_H
         if place == self.trainer.accumulate_grad_batches - 1:
             self._log_step()
         # Lightning takes means over the micro-batches of a step, and over processes.
         return self.trainer.accumulate_grad_batches * self.trainer.world_size * loss
 
-    def batch_loss(self, batch: Batch, totals: list[int]) -> tuple[Tensor, Tensor]:
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Look at the losses of a step's micro-batches once, before they change anything.
+
+        Raises:
+            BadLoss: one of them is NaN or infinite.
+        """
+        check_losses(self._losses, self.global_step)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Take over what was measured, where a step is made."""
+        self.last_metrics |= self._step_metrics
+        self._step_metrics = {}
+
+    def batch_loss(self, batch: Batch, totals: Sequence[int | Tensor]) -> tuple[Tensor, Tensor]:
         """Return what is minimized on a micro-batch, and sums of losses [1 + K], detached.
 
         The first of the sums is the lm_head's, zero where it is not trained. `totals` counts the
@@ -158,8 +178,7 @@ class MedusaModule(L.LightningModule):
             self.heads,
             self._heads_input(batch, hidden_BTD),
             self.objective.targets(self.backbone, self.heads, hidden_BTD.detach(), batch),
-            batch.is_trained_BT,
-            batch.example_BT,
+            batch.labeled,
             batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
             form=self.objective.form,
@@ -171,7 +190,7 @@ class MedusaModule(L.LightningModule):
             assert self.joint is not None
             rows = self.objective.chunk_rows
             backbone_sum = self.joint.backbone_loss(self.backbone, batch, hidden_BTD, rows)
-            loss = loss + backbone_sum / max(totals[0], 1)
+            loss = loss + backbone_sum / at_least_one(totals[0])
         sums = [backbone_sum.detach(), *(head.loss_sum.detach() for head in losses)]
         return loss, torch.stack(sums)
 
@@ -188,15 +207,23 @@ class MedusaModule(L.LightningModule):
         example_BT = None if batch.positions_BT is None else batch.example_BT  # one a row
         return heads_input(self.heads.prefix, hidden_BTD.float(), example_BT)
 
-    def _over_processes(self, counts_K: Tensor) -> Tensor:
+    def _step_totals(self, labels: list[int]) -> Sequence[int | Tensor]:
+        """Return the labels [1 + K] of a step in all processes; of several, on the device."""
         if self.trainer.world_size == 1:
-            return counts_K
-        return self.trainer.strategy.reduce(counts_K.to(self.device), reduce_op="sum")
+            return labels
+        return self._over_processes(send(torch.tensor(labels), self.device)).unbind()
+
+    def _over_processes(self, values_H: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return values_H
+        return self.trainer.strategy.reduce(values_H, reduce_op="sum")
 
     def _log_step(self) -> None:
         """Log the step's loss: the mean over the labels of all its micro-batches and processes."""
         sums_H = self._over_processes(self._sums_H)
-        mean_H = sums_H / torch.tensor(self._totals, device=sums_H.device).clamp(min=1)
+        totals = self._totals
+        totals_H = torch.stack(totals) if isinstance(totals, tuple) else torch.tensor(totals)
+        mean_H = sums_H / send(totals_H, sums_H.device).clamp(min=1)
         mean_K = mean_H[1:]
         weight_K = self.objective.decay ** torch.arange(1, len(mean_K) + 1, device=mean_K.device)
         found = {f"train/loss_head{k}": mean for k, mean in enumerate(mean_K, 1)}
@@ -206,7 +233,7 @@ class MedusaModule(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(found)
         # As tensors: reading them would wait for the device.
-        self.last_metrics |= {"train/loss": loss, **found}
+        self._step_metrics = {"train/loss": loss, **found}
 
     def on_validation_epoch_start(self) -> None:
         self._val_counts = None
@@ -218,8 +245,7 @@ class MedusaModule(L.LightningModule):
             self.heads,
             self._heads_input(batch, hidden_BTD),
             self.objective.labels_of(self.backbone, hidden_BTD, batch),
-            batch.is_trained_BT,
-            batch.example_BT,
+            batch.labeled,
             batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
         )
