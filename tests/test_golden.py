@@ -28,8 +28,11 @@ ROUNDS_ALIKE = {
     "WANDB_MODE": "offline",
     "COVERAGE_PROCESS_CONFIG": "",
 }
-TIMED = ("second", "speedup", "outside_backbone", "eval/time/", "baseline_vs_hf", "calibrate/")
-"""Texts inside the names of metrics that the clock decides."""
+TIMED = (
+    *("second", "speedup", "outside_backbone", "eval/time/", "baseline_vs_hf", "calibrate/"),
+    *("train/mfu", "train/peak_memory"),
+)
+"""Texts inside the names of metrics that the clock or the machine decides."""
 COMMON = ("+experiment=smoke", "dtype=fp32", "seed=0", "device=cpu", "head.num_heads=4")
 RUNS = {
     "chain": (*COMMON, "tree=chain"),

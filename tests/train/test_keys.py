@@ -13,6 +13,7 @@ from medusa_exp.stages.regenerate import key_of_responses
 from medusa_exp.stages.session import limits_of
 from medusa_exp.train.acceptance import responses_key
 from medusa_exp.train.checkpointing import training_key
+from medusa_exp.train.defaults import settle
 from medusa_exp.train.precompute import FeatureSettings, features_key, fingerprint_note
 
 BACKBONE = SimpleNamespace(
@@ -30,7 +31,8 @@ def keys(config: Config) -> dict[str, str]:
     attention = ModelSpec(config.model).attention  # the default is named as it always was
     limits = limits_of(config, BACKBONE, TOKENIZER)
     settings = FeatureSettings(config.dtype.precision, attention, config.head.prefix_attention)
-    sections = (config.head, config.train, config.dataset)
+    settled = settle(config.train, memory=None, vocabulary=100, trained=10)
+    sections = (config.head, settled, config.dataset)
     note = fingerprint_note("cache", "files", config.tokenizer, config.model.quantization)
     return {
         "training": training_key(*sections, seed=config.seed, data_key="data", backbone=BACKBONE),

@@ -17,6 +17,7 @@ from medusa_exp.config import TrainConfig
 from medusa_exp.data.datamodule import Batch, collate
 from medusa_exp.data.examples import Example
 from medusa_exp.model import Backbone, build_heads
+from medusa_exp.train.defaults import settle
 from medusa_exp.train.module import MedusaModule
 
 HEADS = 2
@@ -61,7 +62,7 @@ def module_of(head: dict, settings: TrainConfig) -> MedusaModule:
     module = MedusaModule(
         backbone,
         build_heads(backbone, num_heads=HEADS, **head),
-        settings,
+        settle(settings, memory=None, vocabulary=64, trained=1),
         max_steps=10,
         responses=list,
         max_rank=5,

@@ -456,19 +456,22 @@ class TrainConfig:
     little: optimizers even it out, but the gradient is clipped before they see it."""
     coefficient_schedule: str = choice("constant", "linear", "sine")
     """constant, or linear or sine: the coefficient rises from nearly 0 over the whole training."""
-    loss_chunk_rows: int = at_least(1, default=256)
-    """Rows whose logits exist at one time."""
-    loss_form: str = choice("recompute", "at_once")
-    """recompute (their logits are computed again in the backward pass) or at_once (gradients are
-    computed with the loss: a quarter less work; not for the backbone's part of kind=medusa2)."""
+    loss_chunk_rows: int | None = at_least(1, default=None)
+    """Rows whose logits exist at one time, at most. By default 256 on a CPU, and on a GPU as many
+    as fit into a sixteenth of its memory."""
+    loss_form: str = choice("auto", "recompute", "at_once")
+    """recompute (their logits are computed again in the backward pass), at_once (gradients are
+    computed with the loss: a quarter less work; not for the backbone's part of kind=medusa2, nor
+    with head.prefix_attention) or auto (at_once on a GPU, where it applies and memory is there)."""
     features: str = choice("online", "cache")
     """online (the backbone runs at every step) or cache (its hidden states of all documents are
     made once and read from `cache_dir`: for several trainings on the same documents)."""
     feature_workers: int = at_least(0, default=0)
     """With features=cache: processes of a Ray cluster that make the hidden states side by side, a
     GPU or a core each (see RAY_ADDRESS); 0 is this process alone."""
-    compile: bool = False
-    """Let torch.compile work on the frozen backbone: a minute once, for quicker steps on a GPU."""
+    compile: str = choice("auto", "true", "false")
+    """Let torch.compile work on the layers of the frozen backbone, for quicker steps: true, false,
+    or auto (on a GPU, where the training is longer than a few minutes)."""
     val_every: int = at_least(1, default=200)
     """Optimizer steps between validations; one more comes at the end."""
     val_batches: int = at_least(1, default=16)
@@ -501,18 +504,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.text = _new_word("train.text", self.text, "regenerated")
         self.labels = _new_word("train.labels", self.labels, "teacher")
+        self.compile = str(self.compile).lower()  # `true` is a truth value of YAML, not a word
         check(self, "train")
         if self.kind == "medusa2":  # its hidden states change from step to step
-            self._only("features", "online", "train.kind=medusa2")
-            self._only("compile", "False", "train.kind=medusa2")
+            self._only("features", "train.kind=medusa2", "online")
+            self._only("compile", "train.kind=medusa2", "auto", "false")
         if self.strategy == "fsdp":  # what is trained of the backbone would have to be sharded too
-            self._only("kind", "medusa1", "train.strategy=fsdp")
-            self._only("compile", "False", "train.strategy=fsdp")
+            self._only("kind", "train.strategy=fsdp", "medusa1")
+            self._only("compile", "train.strategy=fsdp", "auto", "false")
         if self.strategy == "auto":
             Between(1, 1).check("train.devices (with train.strategy=auto)", self.devices)
 
-    def _only(self, key: str, word: str, other: str) -> None:
-        OneOf((word,)).check(f"train.{key} (with {other})", str(getattr(self, key)))
+    def _only(self, key: str, other: str, *words: str) -> None:
+        OneOf(words).check(f"train.{key} (with {other})", getattr(self, key))
 
 
 @dataclass

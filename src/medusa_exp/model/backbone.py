@@ -53,7 +53,6 @@ class Backbone:
         self.body: nn.Module = model.get_decoder()
         if self.body is model:  # Llama 4 takes its text model for the decoder
             self.body = model.model
-        self._run_body: Callable[..., Any] = self.body
         self._grouped = GroupedAttention(model) if uses_grouped_attention else None
         self.has_body = True
         self._fingerprints: tuple[str, str] | None = None
@@ -153,7 +152,7 @@ class Backbone:
         of what stands before it in the row: transformers makes the mask from the positions.
         """
         assert self.has_body, "only the ends of this model were loaded"
-        output = self._run_body(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False)
+        output = self.body(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False)
         return self.as_read(output.last_hidden_state.to(self.device))
 
     def as_read(self, body_BTD: Tensor) -> Tensor:
@@ -167,9 +166,30 @@ class Backbone:
             body_ND, read_ND = self._around_scale(_LENGTHS[0])
         return _factor(body_ND, read_ND)
 
-    def compile(self, backend: str = "inductor") -> None:
-        """Let torch compile what makes `hidden_states`, at its first call, for all lengths."""
-        self._run_body = torch.compile(self.body, dynamic=True, backend=backend)
+    def layers(self) -> nn.ModuleList | None:
+        """Return the list of its `num_layers` layers; some architectures have none."""
+        lists = (m for m in self.body.modules() if isinstance(m, nn.ModuleList))
+        return next((found for found in lists if len(found) == self.num_layers), None)
+
+    @contextmanager
+    def compiled(self, backend: Any = "inductor") -> Iterator[None]:
+        """Have torch compile each layer at its first call, for as long as this lasts.
+
+        Layers are alike: what is compiled for one serves all, for rows of all lengths.
+
+        Raises:
+            UserError: the model has no list of its layers.
+        """
+        layers = self.layers()
+        if layers is None:
+            raise UserError(f"{self.name} has no list of its {self.num_layers} layers.")
+        for layer in layers:
+            layer.compile(dynamic=True, backend=backend)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._compiled_call_impl = None  # private: torch 2.13
 
     def next_logits(self, hidden_RD: Tensor) -> Tensor:
         """Return the model's logits_RV for hidden states, in its dtype: scaled and capped as its.

@@ -70,7 +70,8 @@ class Objective:
 
     @classmethod
     def of(cls, settings: TrainConfig) -> "Objective":
-        """Return what the section `train` asks for."""
+        """Return what the section `train` asks for, in which nothing is automatic any more."""
+        assert settings.loss_chunk_rows is not None and settings.loss_form != "auto"
         return cls(
             loss=settings.loss,
             labels=settings.labels,

@@ -224,6 +224,9 @@ METRICS = (
     _loss("train/backbone_nats_before", "backbone's held-out loss before it learned"),
     _loss("train/backbone_nats_after", "backbone's held-out loss after it learned"),
     _count("train/steps", "optimizer steps"),
+    _rate("train/tokens_per_second", "tokens per second of training, without padding"),
+    _share("train/mfu", "share of the device's matrix rate that training uses", is_timed=True),
+    Metric("train/peak_memory_gb", "peak memory of training, GB", better="smaller", is_timed=True),
     _count("train/best_step", "step of the heads that were kept"),
     # the other stages
     _loss("pretrain/loss", "pretraining loss"),

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -45,8 +45,13 @@ class ProgressBar:
     def __exit__(self, *error: Any) -> None:
         self._rich.stop()
 
-    def advance(self, number: float = 1, tokens: int = 0) -> None:
-        """Count so many more as done, and the tokens that they gave, if it is tokens they give."""
+    def advance(
+        self, number: float = 1, tokens: int = 0, more: Callable[[], str] = str
+    ) -> None:
+        """Count so many more as done, and the tokens that they gave, if it is tokens they give.
+
+        `more` says what else a line is to have.
+        """
         self._rich.advance(self._task, number)
         now = time.monotonic()
         self._tokens += tokens
@@ -55,7 +60,7 @@ class ProgressBar:
             self._rich.update(self._task, tokens=f"{speed:,.0f} tokens/s")
         if not self._rich.console.is_terminal and now - self._last_line >= BETWEEN_LINES:
             self._last_line = now
-            log.info("%s", describe(self._rich.tasks[0]))
+            log.info("%s", ", ".join(filter(None, (describe(self._rich.tasks[0]), more()))))
 
 
 def track(things: Sequence[T], what: str) -> Iterator[T]:

@@ -8,7 +8,8 @@ which runs all of it (`train/launch.py`).
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config, from_dict, to_dict
+from medusa_exp.config import Config, TrainConfig, from_dict, to_dict
 from medusa_exp.data.datamodule import Batches
 from medusa_exp.data.examples import Examples
 from medusa_exp.data.feature_cache import Features
@@ -51,7 +52,15 @@ from medusa_exp.train.checkpointing import (
     CHECKPOINT,
     Checkpoints,
     checkpoint_to_resume,
+    settled_before,
     training_key,
+)
+from medusa_exp.train.defaults import (
+    compiled_backbone,
+    describe,
+    gpu_memory,
+    settle,
+    settled_of,
 )
 from medusa_exp.train.failures import BadLoss, explain_memory, memory_of_training
 from medusa_exp.train.launch import Job, main, ray_parts, train_in_processes, train_on_ray
@@ -64,7 +73,8 @@ from medusa_exp.train.precompute import (
     open_features,
 )
 from medusa_exp.train.regenerated import open_regenerated
-from medusa_exp.train.trainer import build_trainer, pick_precision, shard_layers
+from medusa_exp.train.throughput import Operations, Throughput
+from medusa_exp.train.trainer import AUTOCAST, build_trainer, pick_precision, shard_layers
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +124,10 @@ def train(session: Session) -> dict[str, float]:
         batches = inputs.batches(config)
         max_steps = _num_steps(config, batches)
         log.info("%s; %d steps", heads.describe(), max_steps)
-        module = build_module(config, inputs, heads, max_steps)
+        taken = settled_before(out, config.train.resume)
+        module = build_module(config, inputs, heads, max_steps, taken)
+        log.info("%s", describe(module.settings))
+        session.notes.add(settled=settled_of(module.settings))
         metrics = fit(session, module, batches)
         if rank_zero_only.rank == 0:
             if module.joint is not None:
@@ -197,8 +210,7 @@ def open_inputs(session: Session) -> Inputs:
     responses = held_out_responses(
         config.cache_dir, key, prompts, limits, backbone, lambda: opener.whole
     )
-    changes = config.train.kind == "medusa2" or config.train.compile
-    if changes or config.train.strategy == "fsdp" or not backbone.has_body:
+    if config.train.kind == "medusa2" or config.train.strategy == "fsdp" or not backbone.has_body:
         session.forget_backbone()
     # With cached states one process may have come late enough to need no layer, and not another.
     if config.train.strategy == "fsdp" and config.train.features == "online":
@@ -331,10 +343,26 @@ def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
 
 
 def build_module(
-    config: Config, inputs: Inputs, heads: MedusaHeads, max_steps: int
+    config: Config,
+    inputs: Inputs,
+    heads: MedusaHeads,
+    max_steps: int,
+    taken: Mapping[str, Any] | None = None,
 ) -> MedusaModule:
-    """Return what Lightning trains."""
-    settings, backbone = config.train, inputs.backbone
+    """Return what Lightning trains; `taken` is what automatic settings were before it resumes."""
+    backbone = inputs.backbone
+    tokens = max_steps * config.train.accumulate * config.train.batch_tokens
+    settings = settle(
+        config.train,
+        memory=gpu_memory(backbone.device),
+        vocabulary=heads.config.num_tokens or backbone.vocab_size,
+        trained=sum(p.numel() for p in heads.parameters()),
+        has_prefix=heads.prefix is not None,
+        operations=operations_of(config.train, backbone, heads).of_tokens(
+            tokens, min(inputs.row_tokens, config.train.batch_tokens)
+        ),
+        taken=taken,
+    )
     key = training_key(
         config.head,
         settings,
@@ -343,8 +371,6 @@ def build_module(
         data_key=inputs.data_key,
         backbone=backbone,
     )
-    if settings.compile and settings.features == "online":
-        backbone.compile()
     joint = None
     responses: Callable[[], list[HeldOutResponse]] = lambda: inputs.responses  # noqa: E731
     if settings.kind == "medusa2":
@@ -379,11 +405,19 @@ def fit(session: Session, module: MedusaModule, batches: Batches) -> dict[str, f
     average = EMAHeads(settings.average, module) if settings.average else None
     # In this order: the average leaves the heads' place after the best have been kept.
     callbacks = [best, *([average] if average else []), checkpoints]
-    callbacks.append(TrainingPreview(settings.optimizer, average is not None))
+    precision = pick_precision(session.config.dtype.precision, module.backbone.device)
+    dtype = AUTOCAST.get(precision)
+    throughput = Throughput(
+        operations_of(settings, module.backbone, module.heads), dtype or torch.float32
+    )
+    preview = TrainingPreview(settings.optimizer, average is not None, throughput, module.settings)
+    callbacks += [throughput, preview]
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     trainer = _trainer(session, module, bool(batches.val), callbacks)
+    compiles = module.settings.compile == "true" and settings.features == "online"
     try:
-        trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+        with compiled_backbone(module.backbone, dtype) if compiles else nullcontext():
+            trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
         steps = trainer.global_step
         if batches.val and module.last_val_step != steps:
             trainer.validate(module, batches, verbose=False)
@@ -393,11 +427,18 @@ def fit(session: Session, module: MedusaModule, batches: Batches) -> dict[str, f
         raise _explained(error, batches, checkpoints.path) from error
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
-    metrics = {"train/steps": float(steps), **module.last_metrics}
+    metrics = {"train/steps": float(steps), **module.last_metrics, **throughput.metrics()}
     if settings.keep == "best" and best.value is not None:
         best.restore(module)
         metrics |= {**best.metrics, "train/best_step": best.step}
     return {name: float(value) for name, value in metrics.items()}
+
+
+def operations_of(settings: TrainConfig, backbone: Backbone, heads: MedusaHeads) -> Operations:
+    """Return what training these heads needs of the device."""
+    is_online = settings.features == "online"
+    asks = settings.loss != "ce" or (settings.labels == "teacher" and is_online)
+    return Operations.of(backbone, heads, runs_layers=is_online, asks_lm_head=asks)
 
 
 def finish_joint(

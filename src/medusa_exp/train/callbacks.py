@@ -15,13 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from medusa_exp.config import TrainConfig
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import publish
 from medusa_exp.runs.progress import ProgressBar
 from medusa_exp.runs.record import peak_memory_bytes
+from medusa_exp.train.defaults import gpu_memory
+from medusa_exp.train.failures import memory_of_training
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.train.optimizer import STATE_BYTES
+from medusa_exp.train.throughput import Throughput, synchronize
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,8 @@ METRIC = "val/accept_length"
 """What the best heads have most of."""
 PREVIEW_STEPS = 10
 """Optimizer steps from which the time of a training is estimated."""
+_FULL = 0.92
+"""Share of a GPU's memory above which a longer batch may be too much."""
 
 
 class EMAHeads(L.Callback):
@@ -172,7 +178,14 @@ class TrainingPreview(L.Callback):
     which both learn take longer: they are measured when they have begun.
     """
 
-    def __init__(self, optimizer: str, has_average: bool) -> None:
+    def __init__(
+        self,
+        optimizer: str,
+        has_average: bool,
+        throughput: Throughput,
+        settings: TrainConfig,
+    ) -> None:
+        self.throughput, self.settings = throughput, settings
         self.bytes_of_parameter = 4 + 4 + STATE_BYTES[optimizer] + 4 * has_average
         self._phases: list[tuple[int, int]] = []
         """First and last step of what is measured."""
@@ -197,18 +210,26 @@ class TrainingPreview(L.Callback):
                 self._start = _now(module.device)
             elif steps == PREVIEW_STEPS:
                 seconds = (_now(module.device) - self._start) / (PREVIEW_STEPS - 1)
+                left = seconds * (trainer.max_steps - trainer.global_step)
+                self.throughput.measure_rate(module.device, left)
                 self._log(trainer, module, batch, seconds, end - trainer.global_step)
 
     def _log(
         self, trainer: L.Trainer, module: MedusaModule, batch: Batch, seconds: float, steps: int
     ) -> None:
         number = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        peak, memory = peak_memory_bytes(module.device), gpu_memory(module.device)
         log.info(
-            "parameters trained: %.2f M, %s with gradients and optimizer; peak memory so far: %s",
+            "parameters trained: %.2f M, %s with gradients and optimizer; peak memory so far: %s%s",
             number / 1e6,
             _bytes(number * self.bytes_of_parameter),
-            _bytes(peak_memory_bytes(module.device)),
+            _bytes(peak),
+            f" of {_bytes(memory)}" if memory else "",
         )
+        if memory and peak > _FULL * memory:
+            log.warning(
+                "memory is nearly full. Where it ends, %s", memory_of_training(self.settings)
+            )
         tokens = trainer.accumulate_grad_batches * batch.input_ids_BT.numel()
         log.info(
             "a step (%s tokens with padding, %s labels of head 1) takes %.3g s: %s more%s, "
@@ -220,11 +241,14 @@ class TrainingPreview(L.Callback):
             "" if trainer.global_step + steps == trainer.max_steps else " of the heads alone",
             _duration(steps * seconds),
         )
+        if said := self.throughput.describe():
+            rate = self.throughput.rate
+            of_rate = "" if rate is None else f" (a matrix product: {rate / 1e12:.3g} TFLOP/s)"
+            log.info("%s%s", said, of_rate)
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 
@@ -245,6 +269,7 @@ class StepProgress(L.Callback):
         self.what = what
         self._open = ExitStack()
         self._bar: ProgressBar | None = None
+        self._throughput: Throughput | None = None
         self._done = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -252,10 +277,12 @@ class StepProgress(L.Callback):
             self._done = trainer.global_step
             bar = ProgressBar(self.what, trainer.max_steps, self._done)
             self._bar = self._open.enter_context(bar)
+            found = (c for c in trainer.callbacks if isinstance(c, Throughput))
+            self._throughput = next(found, None)
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any, **more: Any) -> None:
         if self._bar is not None and (made := trainer.global_step - self._done):
-            self._bar.advance(made)
+            self._bar.advance(made, more=self._throughput.describe if self._throughput else str)
             self._done += made
 
     def on_train_end(self, *arguments: Any) -> None:

@@ -7,7 +7,7 @@ puts it there:
     heads and optimizer in float32, schedule, steps    Lightning
     of Medusa-2, the adapters without what is frozen   MedusaModule.on_save_checkpoint
     random_state, of every library                     Checkpoints.on_save_checkpoint, here
-    made_with, the training key; measured              MedusaModule.on_save_checkpoint
+    made_with, the training key; measured; settled     MedusaModule.on_save_checkpoint
     best validation and early stopping; EMA            BestHeads, EMAHeads: state_dict
 
 The place in the data follows from the steps made (`data.datamodule.Batches`). All of it has to be
@@ -201,8 +201,13 @@ def training_key(
     data_key: str,
     backbone: Backbone,
 ) -> str:
-    """Name all that decides the steps of a training, but for when it is looked at and saved."""
+    """Name all that decides the steps of a training, but for when it is looked at and saved.
+
+    In `train` nothing is automatic any more, see `defaults.settle`.
+    """
     settings = settings_in_key(train, _IN_KEY, but=_NOT_IN_KEY)
+    assert settings["compile"] != "auto"
+    settings["compile"] = settings["compile"] == "true"  # as it was
     for name, word in _OLD_WORDS:
         settings[name] = "own" if settings[name] == word else settings[name]
     weights = {name: source.weight for name, source in dataset.sources.items()}
@@ -233,6 +238,18 @@ def checkpoint_to_resume(out: Path, key: str, resume: str) -> tuple[Path | None,
         )
     log.info("resuming from %s, step %d", path, checkpoint["global_step"])
     return path, int(checkpoint["global_step"])
+
+
+def settled_before(out: Path, resume: str) -> dict[str, Any]:
+    """Return what the training that is resumed has taken for automatic settings, if there is one.
+
+    Raises:
+        UserError: the checkpoint there is damaged.
+    """
+    path = out / "checkpoints" / CHECKPOINT
+    if resume == "never" or not path.is_file():
+        return {}
+    return dict(_read(path).get("settled", {}))
 
 
 def _drop_unfinished(out: Path) -> None:

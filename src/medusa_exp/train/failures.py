@@ -67,12 +67,13 @@ def explain_memory(advice: str) -> Iterator[None]:
 
 def memory_of_training(settings: TrainConfig) -> str:
     """Return what to lower where a training has too little memory."""
+    rows = settings.loss_chunk_rows or "chosen by the memory"
     return (
         f"lower train.batch_tokens (now {settings.batch_tokens}) and raise train.accumulate (now "
         f"{settings.accumulate}) by the same factor, which changes no result; or lower "
-        f"train.loss_chunk_rows (now {settings.loss_chunk_rows}), head.num_heads or "
-        "dataset.max_length. Where the model itself has no room, set model.quantization or "
-        "model.device_map"
+        f"train.loss_chunk_rows (now {rows}), head.num_heads or dataset.max_length, or set "
+        "train.loss_form=recompute or head=medusa_tied. Where the model itself has no room, set "
+        "model.quantization or model.device_map"
     )
 
 

@@ -44,6 +44,7 @@ from medusa_exp.model.loss import (
     medusa_losses,
 )
 from medusa_exp.train.acceptance import HeldOutResponse, accept_lengths
+from medusa_exp.train.defaults import settled_of
 from medusa_exp.train.failures import check_losses
 from medusa_exp.train.optimizer import build_optimizer, scheduled
 
@@ -171,7 +172,7 @@ class MedusaModule(L.LightningModule):
         The first of the sums is the lm_head's, zero where it is not trained. `totals` counts the
         labels of the lm_head and of each head that the loss is a mean over.
         """
-        is_joint = self._is_joint()
+        is_joint = self.is_joint()
         with nullcontext() if is_joint else torch.no_grad():
             hidden_BTD = self.hidden_states(batch)
         losses = medusa_losses(
@@ -194,7 +195,8 @@ class MedusaModule(L.LightningModule):
         sums = [backbone_sum.detach(), *(head.loss_sum.detach() for head in losses)]
         return loss, torch.stack(sums)
 
-    def _is_joint(self) -> bool:
+    def is_joint(self) -> bool:
+        """Say whether the backbone learns too, at this step."""
         return self.joint is not None and self.global_step >= self.joint.heads_only_steps
 
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -227,7 +229,7 @@ class MedusaModule(L.LightningModule):
         mean_K = mean_H[1:]
         weight_K = self.objective.decay ** torch.arange(1, len(mean_K) + 1, device=mean_K.device)
         found = {f"train/loss_head{k}": mean for k, mean in enumerate(mean_K, 1)}
-        if self._is_joint():
+        if self.is_joint():
             found["train/loss_backbone"] = mean_H[0]
         loss = (weight_K * mean_K).sum()
         self.log("train/loss", loss, prog_bar=True)
@@ -282,7 +284,7 @@ class MedusaModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen; say what the checkpoint was made with, and what was measured.
 
-        `made_with` is read by `checkpointing.checkpoint_to_resume`.
+        `made_with` and `settled` are read by `checkpointing`.
         """
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         state = checkpoint["state_dict"].items()
@@ -290,6 +292,7 @@ class MedusaModule(L.LightningModule):
             n: v for n, v in state if n in trained or n.startswith("heads.")
         }
         checkpoint["made_with"] = self.key
+        checkpoint["settled"] = settled_of(self.settings)
         metrics = {name: float(value) for name, value in self.last_metrics.items()}
         checkpoint["measured"] = {"metrics": metrics, "val_step": self.last_val_step}
 

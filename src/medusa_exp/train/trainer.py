@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from rich.console import Console
-from torch import distributed, nn
+from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -138,21 +138,17 @@ def shard_layers(backbone: Backbone) -> dict[str, int]:
     backbone.remember_fingerprints()
     before = _local_bytes(backbone)
     mesh = init_device_mesh(backbone.device.type, (distributed.get_world_size(),))
-    for layer in _layers_of(backbone):
+    layers = backbone.layers()
+    if layers is None:
+        raise UserError(
+            f"train.strategy=fsdp: {backbone.name} has no list of its {backbone.num_layers} "
+            "layers: set train.strategy=ddp."
+        )
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
     kept = _local_bytes(backbone)
     log.info("each process keeps %.1f MB of the backbone's %.1f MB", kept / 1e6, before / 1e6)
     return {"whole": before, "kept": kept}
-
-
-def _layers_of(backbone: Backbone) -> nn.ModuleList:
-    for module in backbone.body.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == backbone.num_layers:
-            return module
-    raise UserError(
-        f"train.strategy=fsdp: {backbone.name} has no list of its {backbone.num_layers} layers: "
-        "set train.strategy=ddp."
-    )
 
 
 def _local_bytes(backbone: Backbone) -> int:

@@ -1,0 +1,154 @@
+"""What the automatic settings of a training become: by the device, the backbone and the heads.
+
+All of it follows from what does not change from call to call, so that a training that resumes on
+the same machine takes the same; on another one it takes what its checkpoint was made with.
+
+D hidden, W tokens of the head vocabulary, T tokens of a row.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from medusa_exp.config import TrainConfig
+from medusa_exp.model.backbone import Backbone
+
+log = logging.getLogger(__name__)
+
+SETTLED = ("loss_chunk_rows", "loss_form", "compile")
+"""Keys of `train` that may be automatic."""
+_CPU_ROWS = 256
+_FEWEST_ROWS, _MOST_ROWS = 256, 8192
+"""Fewer keep a GPU waiting for gradients to be added up; more bring nothing."""
+_SHARE = 16
+"""Of a GPU's memory, one part in so many is for the logits of a chunk, or for another gradient."""
+_CLASS = 8 * 2**30
+"""Two devices of one kind differ a little in what memory they say they have."""
+_LOGIT_BYTES = {"ce": 12, "topk_kl": 12, "kl": 24}
+"""By loss: bytes that exist at one time for each logit of a chunk: the logits, their logarithms of
+the softmax and gradients in float32, or with less precise copies. tests/model/test_loss.py counts.
+"""
+_COMPILED_OPERATIONS = 3e16
+"""Floating-point operations of a training above which compiling, which takes some ten seconds,
+pays: two minutes of an H200, ten of a small GPU."""
+
+
+def gpu_memory(device: torch.device) -> int | None:
+    """Return the bytes of a GPU's memory, used ones too; None of a CPU."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def settle(
+    settings: TrainConfig,
+    *,
+    memory: int | None,
+    vocabulary: int,
+    trained: int,
+    has_prefix: bool = False,
+    operations: float = 0.0,
+    taken: Mapping[str, Any] | None = None,
+) -> TrainConfig:
+    """Return the settings with a value in place of each automatic one.
+
+    Args:
+        settings: the section `train` of the config.
+        memory: of the GPU in bytes, None on a CPU.
+        vocabulary: W.
+        trained: parameters of the heads.
+        has_prefix: do the heads have prefix attention?
+        operations: floating-point operations of the whole training.
+        taken: what the training that is resumed has taken, by the names in SETTLED.
+    """
+    chosen: dict[str, Any] = {
+        "loss_chunk_rows": chunk_rows(memory, vocabulary, settings.loss),
+        "loss_form": _form(settings, memory, trained, has_prefix),
+        "compile": str(_compiles(settings, memory, operations)).lower(),
+        **(taken or {}),
+    }
+    automatic = {
+        name: chosen[name] for name in SETTLED if getattr(settings, name) in (None, "auto")
+    }
+    return replace(settings, **automatic)
+
+
+def chunk_rows(memory: int | None, vocabulary: int, loss: str = "ce") -> int:
+    """Return the most rows whose logits exist at one time: a power of two."""
+    if memory is None:
+        return _CPU_ROWS
+    room = max(1, round(memory / _CLASS)) * _CLASS // _SHARE
+    rows = room // (vocabulary * _LOGIT_BYTES[loss])
+    return min(_MOST_ROWS, max(_FEWEST_ROWS, 1 << max(0, rows.bit_length() - 1)))
+
+
+def _form(settings: TrainConfig, memory: int | None, trained: int, has_prefix: bool) -> str:
+    """Return at_once on a GPU where it applies, and where there is room for what it keeps."""
+    if memory is None or has_prefix:
+        return "recompute"
+    # A head's gradients wait for the backward pass, beside those of the micro-batches before.
+    has_room = settings.accumulate == 1 or 4 * trained <= memory // _SHARE
+    return "at_once" if has_room else "recompute"
+
+
+def _compiles(settings: TrainConfig, memory: int | None, operations: float) -> bool:
+    is_possible = settings.kind == "medusa1" and settings.strategy != "fsdp"
+    runs_layers = settings.features == "online"
+    return memory is not None and is_possible and runs_layers and operations >= _COMPILED_OPERATIONS
+
+
+def settled_of(settings: TrainConfig) -> dict[str, Any]:
+    """Return the values of the keys in SETTLED."""
+    return {name: getattr(settings, name) for name in SETTLED}
+
+
+def describe(settings: TrainConfig) -> str:
+    """Say in a line what was taken."""
+    form = {
+        "at_once": "gradients with the loss",
+        "recompute": "logits computed again for gradients",
+    }
+    compiled = {"true": "the backbone's layers compiled", "false": "nothing compiled"}
+    return (
+        f"loss in chunks of at most {settings.loss_chunk_rows:,} rows, {form[settings.loss_form]}; "
+        f"{compiled[settings.compile]} (train.loss_chunk_rows, train.loss_form, train.compile)"
+    )
+
+
+@contextmanager
+def compiled_backbone(backbone: Backbone, autocast: torch.dtype | None) -> Iterator[bool]:
+    """Have torch compile the backbone's layers for as long as this lasts.
+
+    Where torch cannot, they run as they are, and a line says why.
+
+    Args:
+        backbone: frozen.
+        autocast: the dtype of training's autocast, if it has any.
+
+    Yields:
+        Are they compiled?
+    """
+    with ExitStack() as stack:
+        is_compiled = True
+        try:
+            stack.enter_context(backbone.compiled())
+            _try(backbone, autocast)
+        except Exception as error:  # of dynamo, of the compiler, of what it calls: there are many
+            stack.close()
+            said = [*str(error).splitlines(), type(error).__name__][0]
+            log.warning(
+                "train.compile: torch compiles no layer here, they run as they are: %s", said
+            )
+            is_compiled = False
+        yield is_compiled
+
+
+@torch.no_grad()
+def _try(backbone: Backbone, autocast: torch.dtype | None) -> None:
+    ids_BT = torch.zeros(2, 64, dtype=torch.long, device=backbone.device)
+    with torch.autocast(backbone.device.type, autocast, enabled=autocast is not None):
+        backbone.hidden_states(ids_BT)

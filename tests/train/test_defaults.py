@@ -1,0 +1,126 @@
+"""What automatic settings become, and that a training that resumes keeps them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from medusa_exp.config import TrainConfig
+from medusa_exp.errors import UserError
+from medusa_exp.stages import train
+from medusa_exp.train import defaults
+from medusa_exp.train.defaults import chunk_rows, settle
+
+GB = 2**30
+
+
+def run(config, out):
+    out.mkdir(exist_ok=True)
+    return train.run(config, out)
+
+
+def settled(out) -> dict:
+    return torch.load(out / "checkpoints/last.ckpt", weights_only=True)["settled"]
+
+
+@pytest.mark.parametrize(
+    ("memory", "vocabulary", "loss", "rows"),
+    [
+        (None, 128_256, "ce", 256),
+        (int(139.8 * GB), 32_000, "ce", 8192),
+        (int(139.8 * GB), 128_256, "ce", 4096),
+        (int(79.1 * GB), 128_256, "ce", 2048),
+        (int(79.6 * GB), 128_256, "ce", 2048),  # another driver on the same device
+        (int(79.1 * GB), 128_256, "kl", 1024),
+        (int(23.6 * GB), 128_256, "ce", 1024),
+        (int(11.6 * GB), 256_000, "kl", 256),
+        (2 * GB, 1000, "ce", 8192),
+    ],
+)
+def test_rows_of_a_chunk_by_memory(memory, vocabulary, loss, rows):
+    assert chunk_rows(memory, vocabulary, loss) == rows
+
+
+def test_what_is_automatic_and_what_is_not():
+    def taken(memory, **settings):
+        keys = {"vocabulary": 32_000, "trained": 10**9, "operations": 1e18}
+        found = settle(TrainConfig(**settings), memory=memory, **keys)
+        return found.loss_chunk_rows, found.loss_form, found.compile
+
+    assert taken(None) == (256, "recompute", "false")
+    assert taken(80 * GB) == (8192, "at_once", "true")
+    # Gradients of two micro-batches at one time: 4 GB are within a sixteenth of 80, not of 24.
+    assert taken(80 * GB, accumulate=2)[1] == "at_once"
+    assert taken(24 * GB, accumulate=2)[1] == "recompute"
+    assert taken(80 * GB, kind="medusa2")[2] == taken(80 * GB, features="cache")[2] == "false"
+    explicit = {"loss_chunk_rows": 7, "loss_form": "recompute", "compile": "false"}
+    assert taken(80 * GB, **explicit) == tuple(explicit.values())
+    assert taken(None, compile=True) == (256, "recompute", "true")  # as YAML and Python say it
+    short = settle(TrainConfig(), memory=80 * GB, vocabulary=9, trained=1, operations=1e15)
+    assert short.compile == "false"
+    prefix = settle(TrainConfig(), memory=80 * GB, vocabulary=9, trained=1, has_prefix=True)
+    assert prefix.loss_form == "recompute"
+
+
+def test_a_resumed_training_takes_what_its_checkpoint_was_made_with(config, tmp_path, monkeypatch):
+    """Here the machine becomes another one in between."""
+    config.train.max_steps = 2
+    monkeypatch.setattr(train, "gpu_memory", lambda device: 8 * GB)
+    run(config, tmp_path / "run")
+    assert settled(tmp_path / "run") == {
+        "loss_chunk_rows": 8192,
+        "loss_form": "at_once",
+        "compile": "false",
+    }
+    monkeypatch.undo()
+    run(config, tmp_path / "run")
+    assert settled(tmp_path / "run")["loss_chunk_rows"] == 8192
+    config.train.resume = "never"
+    run(config, tmp_path / "run")
+    assert settled(tmp_path / "run")["loss_form"] == "recompute"
+
+
+def test_what_was_taken_is_said_and_noted(config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config.train.max_steps = 1
+    (tmp_path / "run").mkdir()
+    session = train.Session(config, tmp_path / "run")
+    train.run(config, tmp_path / "run", session)
+    assert session.notes.entry["settled"]["loss_chunk_rows"] == 256
+    json.dumps(session.notes.entry["settled"])
+    assert "loss in chunks of at most 256 rows, logits computed again" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["eager", "broken"])
+def test_a_compiled_training_is_the_same(config, tmp_path, monkeypatch, caplog, backend):
+    """Where torch cannot compile, a line says so, and the training runs as it is."""
+    config.train.max_steps, config.dtype.precision = 3, "32-true"
+    plain = run(config, tmp_path / "plain")
+    calls = []
+
+    def broken(graph, inputs):
+        raise RuntimeError("there is no compiler")
+
+    def counted(graph, inputs):
+        calls.append(graph)
+        return graph
+
+    compiled = defaults.Backbone.compiled
+    chosen = {"eager": counted, "broken": broken}[backend]
+    monkeypatch.setattr(defaults.Backbone, "compiled", lambda self: compiled(self, chosen))
+    config.train.compile = "true"
+    found = run(config, tmp_path / "compiled")
+    assert found["train/loss"] == plain["train/loss"]
+    assert bool(calls) == (backend == "eager")
+    assert ("torch compiles no layer here" in caplog.text) == (backend == "broken")
+
+
+def test_a_model_without_a_list_of_layers_runs_as_it_is(caplog):
+    def compiled():
+        raise UserError("it has no list of its 2 layers.")
+
+    backbone = SimpleNamespace(compiled=compiled)
+    with defaults.compiled_backbone(backbone, None) as is_compiled:
+        assert not is_compiled
+    assert "it has no list of its 2 layers" in caplog.text
