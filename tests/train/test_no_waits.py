@@ -93,6 +93,7 @@ SETTINGS = [
 @pytest.mark.parametrize(("head", "settings", "is_packed"), SETTINGS)
 def test_a_micro_batch_reads_no_value(head, settings, is_packed):
     module = module_of(head, TrainConfig(**settings))
+    module.backbone.next_logits(module.backbone.hidden_states(torch.ones(1, 2).long()))  # once
     batch = batch_of(is_packed)
     seen = Seen()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, seen:

@@ -6,7 +6,7 @@ B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from random import Random
@@ -391,7 +391,7 @@ class Backbone:
     def _around_scale(self, length: int) -> tuple[Tensor, Tensor]:
         """Return the body's own last hidden states of a text, and what `lm_head` reads of them."""
         ids_1N = self._distinct_tokens(length)
-        body_1ND = self._run_body(input_ids=ids_1N, use_cache=False).last_hidden_state
+        body_1ND = self.body(input_ids=ids_1N, use_cache=False).last_hidden_state
         _, read_1ND = self._with_lm_head_input(input_ids=ids_1N, use_cache=False)
         return body_1ND[0].to(self.device), read_1ND[0]
 

@@ -45,9 +45,7 @@ class ProgressBar:
     def __exit__(self, *error: Any) -> None:
         self._rich.stop()
 
-    def advance(
-        self, number: float = 1, tokens: int = 0, more: Callable[[], str] = str
-    ) -> None:
+    def advance(self, number: float = 1, tokens: int = 0, more: Callable[[], str] = str) -> None:
         """Count so many more as done, and the tokens that they gave, if it is tokens they give.
 
         `more` says what else a line is to have.
