@@ -9,6 +9,7 @@ from medusa_exp.config import HeadConfig as Head
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads, load_heads
 from medusa_exp.stages import train
+from medusa_exp.train import optimizer as optimizer_module
 from medusa_exp.train.callbacks import EMAHeads
 from medusa_exp.train.checkpointing import random_state
 from medusa_exp.train.module import MedusaModule
@@ -80,6 +81,24 @@ def test_training_with_muon(config, tmp_path, kind):
     config.train.max_steps = 40
     assert run(config, tmp_path / "run")["val/loss_head1"] < first
     assert load_heads(tmp_path / "run" / "heads").config.kind == kind
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_fused_optimizer_takes_the_same_steps(config, tmp_path, monkeypatch, optimizer):
+    """It is for GPUs, and runs on a CPU too; its gradients are clipped all the same."""
+    config.train.optimizer, config.train.gradient_clip = optimizer, 1e-3
+    run(config, tmp_path / "plain")
+    monkeypatch.setattr(MedusaModule, "is_fused", True)
+    built = []
+    adamw = optimizer_module.AdamW
+    monkeypatch.setattr(
+        optimizer_module, "AdamW", lambda *a, **k: built.append(k["fused"]) or adamw(*a, **k)
+    )
+    run(config, tmp_path / "fused")
+    assert built == [True]
+    plain, fused = (load_heads(tmp_path / n / "heads").state_dict() for n in ("plain", "fused"))
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_muon_without_a_matrix_for_it(config, tmp_path):

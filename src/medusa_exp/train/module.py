@@ -278,8 +278,24 @@ class MedusaModule(L.LightningModule):
             learning_rate=self.settings.learning_rate,
             weight_decay=self.settings.weight_decay,
             adapters=self.joint.optimizer_group() if self.joint else None,
+            is_fused=self.is_fused,
         )
         return scheduled(optimizer, self.settings.warmup_fraction, self.max_steps)
+
+    @property
+    def is_fused(self) -> bool:
+        """Is the optimizer one kernel? On a GPU, where nobody scales gradients as for float16."""
+        return self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip by norm, as Lightning does, which takes a fused optimizer for one that unscales."""
+        if gradient_clip_val and self.is_fused:
+            clipped = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(clipped, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen; say what the checkpoint was made with, and what was measured.

@@ -48,11 +48,13 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     adapters: dict[str, Any] | None = None,
+    is_fused: bool = False,
 ) -> Optimizer:
     """Build adamw, adamw_8bit or muon; biases do not decay.
 
     Muon is for the matrices between hidden states; projections onto tokens have AdamW beside it.
-    `adapters` is a group of parameters besides the heads', with its own `lr`.
+    `adapters` is a group of parameters besides the heads', with its own `lr`. `is_fused`: AdamW as
+    one kernel, without a copy of all parameters on the way.
 
     Raises:
         UserError: it needs what is not installed.
@@ -63,8 +65,10 @@ def build_optimizer(
         hidden = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith(_INNER)}
     others = _groups([p for n, p in named.items() if n not in hidden], weight_decay)
     others += [adapters] if adapters else []
+    fused = {"fused": True} if is_fused else {}
     if name != "muon":
-        return _adam_class(name)(others, lr=learning_rate)
+        of_torch = fused if name == "adamw" else {}
+        return _adam_class(name)(others, lr=learning_rate, **of_torch)
     if not hidden:
         raise UserError("train.optimizer=muon: heads with head.num_layers=0 have no matrix for it.")
     muon = torch.optim.Muon(
@@ -73,7 +77,7 @@ def build_optimizer(
         weight_decay=weight_decay,
         adjust_lr_fn="match_rms_adamw",  # so that one learning rate suits both
     )
-    return MuonAndAdamW(muon, AdamW(others, lr=learning_rate)) if others else muon
+    return MuonAndAdamW(muon, AdamW(others, lr=learning_rate, **fused)) if others else muon
 
 
 class MuonAndAdamW(Optimizer):
