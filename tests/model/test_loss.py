@@ -1,6 +1,10 @@
+import weakref
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode  # private: torch 2.13
+from torch.utils._pytree import tree_leaves  # private: torch 2.13
 
 from medusa_exp.data.batching import label_positions
 from medusa_exp.model import build_heads
@@ -8,11 +12,14 @@ from medusa_exp.model.loss import (
     DistributionTargets,
     TokenTargets,
     TopTargets,
+    _even_rows,
+    chunked_loss,
     head_labels,
     medusa_counts,
     medusa_loss,
     medusa_losses,
 )
+from medusa_exp.train.defaults import LOGIT_BYTES
 
 #         u1  u2  a1  a2  end pad     two tokens of the user's, three of the assistant's
 IDS_BT = torch.tensor([[11, 12, 21, 22, 2, 0]])
@@ -158,3 +165,53 @@ def test_totals_of_a_larger_batch(example):
     parts = [medusa_loss(losses(slice(b, b + 1)), 0.8, totals) for b in range(4)]
     assert parts[0] == 0
     torch.testing.assert_close(sum(parts), medusa_loss(whole, 0.8))
+
+
+def test_chunks_are_equally_full():
+    """Five chunks of 1024 for 4,100 rows would compute a fifth of padding."""
+    assert _even_rows(4100, 4096) == 2304 and _even_rows(4096, 4096) == 4096
+    for number in (0, 1, 255, 256, 257, 1000, 4900, 20_000):
+        assert _even_rows(number, 256) == 256 and _even_rows(number, 7) == 7
+        for most in (1000, 1024, 8192):
+            rows = _even_rows(number, most)
+            count = max(1, -(-number // rows))
+            assert rows <= most and count == max(1, -(-number // most))
+            assert rows * count - number < 256 * count or most % 256 or not number
+
+
+class Held(TorchDispatchMode):
+    """Adds up the bytes of all tensors that exist at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes_of, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(found)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.bytes_of:
+                self.bytes_of[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.bytes_of.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.bytes_of.values()))
+        return found
+
+
+@pytest.mark.parametrize("form", ["recompute", "at_once"])
+@pytest.mark.parametrize("loss", ["ce", "kl", "topk_kl"])
+def test_bytes_of_a_logit(loss, form):
+    """By these, rows of a chunk are chosen."""
+    vocabulary, rows = 4000, 256
+    projection = torch.nn.Linear(8, vocabulary, bias=False)
+    frozen = torch.nn.Linear(8, vocabulary, bias=False).requires_grad_(False)
+    hidden_1TD, index_R = torch.randn(1, rows + 1, 8), torch.arange(rows)
+    targets = {
+        "ce": lambda: TokenTargets(torch.zeros(1, rows + 1, dtype=torch.long)),
+        "kl": lambda: DistributionTargets(hidden_1TD, frozen),
+        "topk_kl": lambda: TopTargets(hidden_1TD, torch.arange(rows + 1), frozen, 4),
+    }[loss]()
+    parameters = list(projection.parameters()) if form == "at_once" else []
+    with Held() as held, torch.autocast("cpu", torch.bfloat16):
+        read = (hidden_1TD[0, :rows],)
+        chunked_loss(projection, targets, read, targets.at(index_R), rows, parameters).backward()
+    assert 0.8 * LOGIT_BYTES[loss] < held.peak / (vocabulary * rows) < 1.1 * LOGIT_BYTES[loss]

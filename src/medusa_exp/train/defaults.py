@@ -28,7 +28,7 @@ _SHARE = 16
 """Of a GPU's memory, one part in so many is for the logits of a chunk, or for another gradient."""
 _CLASS = 8 * 2**30
 """Two devices of one kind differ a little in what memory they say they have."""
-_LOGIT_BYTES = {"ce": 12, "topk_kl": 12, "kl": 24}
+LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 24}
 """By loss: bytes that exist at one time for each logit of a chunk: the logits, their logarithms of
 the softmax and gradients in float32, or with less precise copies. tests/model/test_loss.py counts.
 """
@@ -82,7 +82,7 @@ def chunk_rows(memory: int | None, vocabulary: int, loss: str = "ce") -> int:
     if memory is None:
         return _CPU_ROWS
     room = max(1, round(memory / _CLASS)) * _CLASS // _SHARE
-    rows = room // (vocabulary * _LOGIT_BYTES[loss])
+    rows = room // (vocabulary * LOGIT_BYTES[loss])
     return min(_MOST_ROWS, max(_FEWEST_ROWS, 1 << max(0, rows.bit_length() - 1)))
 
 

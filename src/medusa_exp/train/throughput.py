@@ -155,7 +155,7 @@ class Throughput(L.Callback):
         """The device's matrix rate, in operations a second, once it is measured."""
         self._all, self._recent, self._step = _Work(), _Work(), _Work()
         self._last: float | None = None
-        self._peak = 0
+        self._device = torch.device("cpu")
 
     def measure_rate(self, device: torch.device, seconds_left: float) -> None:
         """Measure the matrix rate, for at most a hundredth of the time that the training takes."""
@@ -164,6 +164,8 @@ class Throughput(L.Callback):
             self._last = None
 
     def on_train_start(self, trainer: L.Trainer, module: MedusaModule) -> None:
+        """Forget what earlier stages needed of a GPU."""
+        self._device = module.device
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
 
@@ -183,10 +185,9 @@ class Throughput(L.Callback):
             for work in (self._all, self._recent):
                 work.add(self._step)
         self._last, self._step = now, _Work()
-        self._peak = peak_memory_bytes(module.device)
         if trainer.global_step % trainer.log_every_n_steps == 0 and self._recent.seconds:
             found = self._metrics(self._recent)
-            module.log_dict({name: float(value) for name, value in found.items()})
+            module.log_dict(found, prog_bar=True)
             self._recent = _Work()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -219,7 +220,7 @@ class Throughput(L.Callback):
         found = {"train/tokens_per_second": work.tokens / work.seconds}
         if self.rate is not None:
             found["train/mfu"] = work.operations / work.seconds / self.rate
-        return {**found, "train/peak_memory_gb": self._peak / 1e9}
+        return {**found, "train/peak_memory_gb": peak_memory_bytes(self._device) / 1e9}
 
 
 @dataclass
