@@ -12,6 +12,7 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.slots import Request
 from medusa_exp.decode.step import CapturedStep
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
@@ -134,6 +135,33 @@ def test_warming_up_before_a_capture_leaves_no_trace(monkeypatch, backbone, fake
     monkeypatch.setattr(step, "begin", begin_with_capture)
     again = decoder.decode([[3, 4]], Limits(30))[0].tokens
     assert again == expected
+
+
+@pytest.mark.parametrize("rule", ["greedy", "sampling"])
+def test_captures_between_the_steps_of_slots_leave_no_trace(monkeypatch, backbone, fake_cuda, rule):
+    """A step is captured when it is first taken, with other prompts in its rows already."""
+    requests = [
+        Request(prompt, Limits(4 + 5 * number), seed=(1, number), tag=number)
+        for number, prompt in enumerate(prompts_of(random.Random(6), 7))
+    ]
+
+    def tokens():
+        decoder = captured(backbone, AcceptanceRule(rule, temperature=2.0, seed=1))
+        slots = decoder.slots(4, 128)
+        return {done.request.tag: done.response.tokens for done in slots.decode(requests)}
+
+    expected, captures = tokens(), []
+    prepare, capture = CapturedStep.prepare, CapturedStep._capture
+
+    def prepares(step):
+        if step not in captures:
+            captures.append(step)
+            capture(step)
+        prepare(step)
+
+    monkeypatch.setattr(CapturedStep, "prepare", prepares)
+    assert tokens() == expected
+    assert len(captures) > 1
 
 
 def test_a_model_that_waits_for_the_host_runs_uncaptured(backbone, fake_cuda, caplog):

@@ -555,7 +555,8 @@ class RegenerateConfig:
     num_val_documents: int = at_least(1, default=64)
     """Documents of the validation split that are answered too, to validate heads on."""
     batch_size: int = at_least(1, default=64)
-    """Documents that are answered together."""
+    """Documents that are answered at a time, the next one in the place of each that is done; fewer
+    where memory has no room for so many."""
     workers: int = at_least(0, default=0)
     """Processes of a Ray cluster that answer side by side, a GPU or a core each (see RAY_ADDRESS);
     0 is this process alone."""
@@ -692,7 +693,8 @@ class EvaluateConfig:
     repeats: int = at_least(1, default=1)
     """Times each prompt is answered by each method; the fastest counts."""
     batch_sizes: list[int] = at_least(1, default=[1])
-    """Prompts that are answered together; every size is measured."""
+    """Prompts that are answered at a time, from 2 on the next one in the place of each that is
+    done; every size is measured."""
     baselines: list[str] = choice(
         *("chain", "hf_generate", "prompt_lookup"),
         default=["chain", "hf_generate", "prompt_lookup"],
