@@ -10,6 +10,7 @@ T tokens of a document, D hidden, V vocabulary, K heads.
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from medusa_exp.data.examples import SCHEMA, Examples
 from medusa_exp.evaluate.methods import synchronize
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.stages.train import Inputs, build_module
-from medusa_exp.train.trainer import build_trainer, pick_precision
+from medusa_exp.train.defaults import compiled_backbone, settled_of
+from medusa_exp.train.trainer import AUTOCAST, build_trainer, pick_precision
 
 NUM_HEADS = 5
 TRAINED_SHARE = 0.6
@@ -136,11 +138,17 @@ def _train(
     trainer = build_trainer(
         backbone.device, work, "train", max_steps=steps, precision=precision, callbacks=[clock]
     )
-    trainer.fit(module, inputs.batches(config))
+    compiles = module.settings.compile == "true"
+    layers = (
+        compiled_backbone(backbone, AUTOCAST.get(precision)) if compiles else nullcontext(False)
+    )
+    with layers as is_compiled:
+        trainer.fit(module, inputs.batches(config))
     num_tokens = STEPS * rows * length
     needed = operations(backbone, heads, num_tokens, round(num_tokens * TRAINED_SHARE), length)
     return {
         "shape": {"length": length, "heads": NUM_HEADS, "rows": rows, "steps": STEPS},
+        "settled": {**settled_of(module.settings), "is_compiled": is_compiled},
         "tokens_per_second": num_tokens / clock.seconds,
         "teraflops": needed / clock.seconds / 1e12,
         "share_of_matrix_product": needed / clock.seconds / rate,
