@@ -9,7 +9,16 @@ import random
 
 import pytest
 import torch
-from architectures import DECODED, GROUPED, NEW_TOKENS, REFUSED, Oracle, V, build
+from architectures import (
+    DECODED,
+    NEW_TOKENS,
+    RECURRENT,
+    REFUSED,
+    SCALED,
+    Oracle,
+    V,
+    build,
+)
 
 from medusa_exp import build_heads, generate
 from medusa_exp.decode.cache import GrowingCache
@@ -22,9 +31,9 @@ LENGTHS = (1, 7, 19, 30)
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-@pytest.mark.parametrize("name", DECODED)
-def test_trees_say_what_model_generate_says(name):
-    model = build(name, DECODED[name])
+@pytest.mark.parametrize("name", [*DECODED, *RECURRENT])
+def test_drafts_say_what_model_generate_says(name):
+    model = build(name, {**RECURRENT, **DECODED}[name])
     rng = random.Random(1)
     prompts = [[rng.randrange(3, V) for _ in range(length)] for length in LENGTHS]
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -40,6 +49,8 @@ def test_trees_say_what_model_generate_says(name):
         ids_BT[b, -len(prompt) :] = torch.tensor(prompt)
         mask_BT[b, -len(prompt) :] = 1
     tree = Tree.from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [2]])
+    if name in RECURRENT:
+        tree = chain(3)
     for heads in (build_heads(model, num_heads=3), Oracle(expected)):
         found = generate(
             model,
@@ -54,10 +65,10 @@ def test_trees_say_what_model_generate_says(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*DECODED, "gemma2", "hyperclovax", "cohere2_moe", "phi"])
+@pytest.mark.parametrize("name", [*DECODED, *RECURRENT, *SCALED])
 def test_the_models_logits_follow_from_its_hidden_states(name):
     """Scales, caps and biases included, also where the first rows of the lm_head are zeros."""
-    model = build(name, DECODED.get(name, GROUPED if name != "phi" else {}))
+    model = build(name, {**RECURRENT, **SCALED, **DECODED}[name])
     with torch.no_grad():
         model.get_output_embeddings().weight[:9] = 0
         backbone = Backbone(model)

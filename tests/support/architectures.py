@@ -86,11 +86,16 @@ DECODED = {
     "vaultgemma": {**WIDE, **WINDOW},
     "xglm": {},
 }
-REFUSED = {
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+RECURRENT = {
     "bamba": {**GROUPED, "mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "falcon": {"alibi": True},
     "falcon_h1": {**GROUPED, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "falcon_mamba": {},
     "granitemoehybrid": {
         **GROUPED,
         "layer_types": ["mamba", "attention"] * 2,
@@ -100,8 +105,19 @@ REFUSED = {
     },
     "jamba": {**GROUPED, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
     "lfm2": {**GROUPED, "full_attn_idxs": [1, 3]},
-    "llama4_text": {**WIDE, "attention_chunk_size": 16, "num_local_experts": 2},
+    "lfm2_moe": {**GROUPED, **EXPERTS, "full_attn_idxs": [1, 3]},
     "mamba": {},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2, "chunk_size": 8},
+    "qwen3_5_text": {**WIDE, **LINEAR},
+    "qwen3_next": {**WIDE, **EXPERTS, **LINEAR},
+}
+"""Models with recurrent layers, which take chains."""
+SCALED = {"cohere2_moe": GROUPED, "gemma2": GROUPED, "hyperclovax": GROUPED, "phi": {}}
+"""More that scale or cap logits, or have a bias."""
+REFUSED = {
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"alibi": True},
+    "llama4_text": {**WIDE, "attention_chunk_size": 16, "num_local_experts": 2},
     "minimax": {**WIDE, "num_local_experts": 2},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
     "openai-gpt": GPT2_LIKE,

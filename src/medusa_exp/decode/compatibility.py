@@ -1,5 +1,7 @@
 """Check that a model supports tree attention: a 4-D mask and positions of our own.
 
+Of one with recurrent layers, which takes chains alone: that rejected tokens leave no trace.
+
 N tree nodes, T tokens, V vocabulary.
 """
 
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 
 from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.masks import StepMask
+from medusa_exp.decode.recurrent import StateCache, is_recurrent, one_by_one
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import Tree, chain
@@ -34,6 +37,8 @@ _PASSED: WeakSet[PreTrainedModel] = WeakSet()
 def check_tree_attention(backbone: Backbone) -> None:
     """Check a small tree with a branch, and the step after it, against plain forward calls.
 
+    With recurrent layers a chain takes the tree's place.
+
     Whether an architecture obeys a mask and positions of our own cannot be seen from its config:
     some ignore them silently. Done once for each model.
 
@@ -42,27 +47,52 @@ def check_tree_attention(backbone: Backbone) -> None:
     """
     if backbone.model in _PASSED:
         return
+    recurrent = is_recurrent(backbone)
+    what = "chains" if recurrent else "trees"
     config = backbone.model.config.get_text_config()
     if "local" in (getattr(config, "attention_layers", None) or ()):
         raise UserError(f"{backbone.name} has windows that count rows of the cache, not positions.")
     try:
-        found_2V = _by_tree(backbone)
+        found_2V = _by_chain(backbone) if recurrent else _by_tree(backbone)
         expected_2V = _plainly(backbone)
     except UserError:
         raise
     except Exception as error:  # of whatever the model's own code does with what it does not know
         raise UserError(
-            f"{backbone.name} cannot be decoded with trees: it refuses an attention mask or a "
+            f"{backbone.name} cannot be decoded with {what}: it refuses an attention mask or a "
             f"cache of our own ({type(error).__name__}: {str(error)[:200]})."
         ) from error
     tolerance = _TOLERANCE.get(backbone.model.dtype, _HALF_TOLERANCE)
     difference = (found_2V - expected_2V).abs().max()
     if not difference <= tolerance * expected_2V.std() + 1e-6:
         raise UserError(
-            f"{backbone.name} cannot be decoded with trees: it does not heed an attention mask or "
-            f"positions of our own (its logits are off by {difference:.3g})."
+            f"{backbone.name} cannot be decoded with {what}: it does not heed an attention mask, "
+            f"positions or a state of our own (its logits are off by {difference:.3g})."
         )
     _PASSED.add(backbone.model)
+
+
+def _by_chain(backbone: Backbone) -> Tensor:
+    """Return logits_2V after the path's last token and the next, with a rejected draft between."""
+    device, rows, path = backbone.device, backbone.vocab_size, [_TOKENS[node] for node in _PATH]
+    cache = StateCache(backbone.model)
+
+    def run(tokens: list[int], kept: int) -> tuple[Tensor, dict[int, list[Tensor]]]:
+        start = cache.lengths[0]
+        positions_1N = torch.arange(start, start + len(tokens), device=device)[None]
+        with one_by_one(backbone, cache, kept) as states:
+            logits_1NV, _ = backbone.forward(
+                torch.tensor([tokens], device=device) % rows, cache, position_ids_BN=positions_1N
+            )
+        return logits_1NV[0].float(), states
+
+    backbone.forward(torch.tensor([_PROMPT], device=device) % rows, cache)
+    cache.set_lengths([len(_PROMPT)])
+    # Of this draft all but the first two tokens are rejected.
+    _, states = run([*path[:2], *reversed(_TOKENS)], 2)
+    cache.cut(len(_PROMPT) + 2, states)
+    logits_NV, _ = run([*path[2:], _NEXT], 0)
+    return logits_NV[-2:]
 
 
 def _by_tree(backbone: Backbone) -> Tensor:

@@ -33,9 +33,11 @@ from medusa_exp.decode.loop import (
 )
 from medusa_exp.decode.masks import FULL, MODELS
 from medusa_exp.decode.memory import slots_with_room
+from medusa_exp.decode.recurrent import ChainStep, check_chain, is_recurrent
 from medusa_exp.decode.rule import AcceptanceRule
-from medusa_exp.decode.slots import CapturedSlots, EagerSlots, Slots
+from medusa_exp.decode.slots import CapturedSlots, EagerSlots, OneByOne, Slots
 from medusa_exp.decode.step import UNOBSERVED, CapturedSteps, EagerStep, Observer, Step
+from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, PrefixAttention, stack_heads
 from medusa_exp.tree import Tree, chain
@@ -120,11 +122,18 @@ class Decoder:
         self.limits = limits or Limits(_NEW_TOKENS, self.backbone.eos_token_ids)
         self.tokenizer, self.observer = tokenizer, observer
         can_capture = self.backbone.device.type == "cuda" and not self.backbone.is_spread
-        self.compiles = compiles and not self.backbone.is_spread
-        self.uses_fixed_shapes = can_capture or self.compiles if cuda_graph is None else cuda_graph
+        self.is_recurrent = is_recurrent(self.backbone)
+        self.compiles = compiles and not self.backbone.is_spread and not self.is_recurrent
+        wanted = can_capture or self.compiles if cuda_graph is None else cuda_graph
+        self.uses_fixed_shapes = wanted and not self.is_recurrent
         layers = CompiledLayers(self.backbone) if self.compiles else None
         self.layers: CompiledLayers | None = layers
         prefix = getattr(heads, "prefix", None)
+        if prefix and self.is_recurrent:
+            raise UserError(
+                f"{self.backbone.name} has recurrent layers, whose cache has no room for a layer "
+                "of the heads: set head.prefix_attention=false and train again."
+            )
         self._prefixed = PrefixedBackbone(self.backbone, prefix, observer) if prefix else None
         self._captured: dict[bool, CapturedSteps] = {}
         """Captured steps by whether the backbone includes the heads' prefix attention."""
@@ -282,7 +291,9 @@ class Decoder:
         self, prompts: list[list[int]], decode: Callable[[list[int]], list[Response]]
     ) -> list[Response]:
         """Decode prompts of the two sides of `Backbone.rotary_boundary` apart; most models have
-        one side."""
+        one side. And one by one where the model has recurrent layers."""
+        if self.is_recurrent:
+            return [response for place in range(len(prompts)) for response in decode([place])]
         boundary = self.backbone.rotary_boundary
         is_long = [boundary is not None and len(prompt) > boundary for prompt in prompts]
         if len(set(is_long)) < 2:
@@ -322,7 +333,7 @@ class Decoder:
         num_columns: int,
         drafter: Drafter | None = None,
         rule: AcceptanceRule | None = None,
-    ) -> Slots:
+    ) -> Slots | OneByOne:
         """Return what answers a stream of requests, so many at a time, by drafts of the tree.
 
         `root_only()` as the drafter decodes plainly. With captured steps, one stream at a time.
@@ -334,6 +345,8 @@ class Decoder:
             rule: this decoder's by default.
         """
         drafter, rule = drafter or self.drafter(), rule or self.rule
+        if self.is_recurrent:
+            return OneByOne(self.backbone, drafter, rule, self.observer)
         backbone, is_prefixed = self._backbone_of(drafter), drafter.prefix is not None
         if not self.uses_fixed_shapes:
             return Slots(EagerSlots(backbone, drafter, rule, num_columns, self.observer), num_slots)
@@ -362,12 +375,16 @@ class Decoder:
         tree = tree or self.tree
         if self.heads is None or tree is None:
             raise ValueError("there are no heads or no tree: use Decoder(model, heads, tree).")
+        if self.is_recurrent:
+            check_chain(self.backbone, tree)
         if tree not in self._drafters:
             self._drafters[tree] = build_drafter(self.heads, tree, self.backbone.device)
         return self._drafters[tree]
 
     def _step(self, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int) -> Step:
         """Return a step over an empty cache, for prompts and responses of this length together."""
+        if self.is_recurrent:
+            return ChainStep(self.backbone, drafter, rule, self.observer)
         backbone = self._backbone_of(drafter)
         if not self.uses_fixed_shapes:
             return EagerStep(backbone, drafter, rule, num_rows, length, self.observer)

@@ -4,8 +4,9 @@ Plain decoding and speculative decoding over draft trees are twins, side by side
 `tree_steps` are generators that yield the tokens of each step, so that they can be shown as they
 come. What happens inside a step of tree decoding is in `decode/step.py`; `decode.decoder.Decoder`
 puts the two together. With CUDA graphs it decodes plainly by `tree_steps` too, over a tree that is
-only a root, so that the baseline is captured in the same way. The rows of a batch have prompts of
-any lengths and end at different times, and the work of a step shrinks with them.
+only a root, so that the baseline is captured in the same way; so it does with models that have
+recurrent layers (`decode/recurrent.py`), one row after the other. The rows of a batch have prompts
+of any lengths and end at different times, and the work of a step shrinks with them.
 
 B rows, T prompt tokens, E ends of prompts among some of them, D hidden, V vocabulary.
 """
@@ -15,14 +16,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medusa_exp.decode.cache import FixedCache, GrowingCache
+from medusa_exp.decode.drafting import FixedTreeDrafter
 from medusa_exp.decode.masks import StepMask
+from medusa_exp.decode.recurrent import ChainStep, StateCache, is_recurrent
 from medusa_exp.decode.rule import AcceptanceRule, Verifier
 from medusa_exp.decode.step import UNOBSERVED, Observer, Step, positions
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.tree import chain
 
 GREEDY = AcceptanceRule()
 PREFILL_TOKENS = 4096
@@ -120,10 +124,13 @@ def decode_plain(
     backbone: Backbone, prompts: list[list[int]], limits: Limits, rule: AcceptanceRule = GREEDY
 ) -> list[Response]:
     """Decode one token per step for each row; see `plain_steps`."""
-    responses = Responses(len(prompts), limits)
-    for _ in plain_steps(backbone, prompts, responses, rule):
-        pass
-    return responses.rows
+    rows: list[Response] = []
+    for batch in [[prompt] for prompt in prompts] if is_recurrent(backbone) else [prompts]:
+        responses = Responses(len(batch), limits)
+        for _ in plain_steps(backbone, batch, responses, rule):
+            pass
+        rows += responses.rows
+    return rows
 
 
 @torch.inference_mode()
@@ -139,6 +146,10 @@ def plain_steps(
         UserError: a prompt is empty, or leaves no room for a response.
     """
     length, last = find_room(backbone, prompts, responses.limits)
+    if is_recurrent(backbone):
+        root_only = FixedTreeDrafter(nn.Identity(), chain(0), backbone.device)
+        yield from tree_steps(ChainStep(backbone, root_only, rule), prompts, responses, last)
+        return
     cache = GrowingCache(backbone.num_layers, length + 1, len(prompts))
     mask = StepMask(backbone.model, length + 1)
     verifier = Verifier(rule, backbone.device)
@@ -210,7 +221,7 @@ def find_room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> t
 def prefill(
     backbone: Backbone,
     prompts: list[list[int]],
-    cache: GrowingCache | FixedCache,
+    cache: GrowingCache | FixedCache | StateCache,
     observer: Observer = UNOBSERVED,
 ) -> tuple[Tensor, Tensor]:
     """Run the prompts, some columns at a time; return logits_B1V and hidden_BD of their ends.
@@ -222,6 +233,8 @@ def prefill(
     ids_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     ids_BT = ids_BT.to(backbone.device)
     columns = max(1, PREFILL_TOKENS // len(prompts))
+    if isinstance(cache, StateCache):  # to go on from a state takes another way through a layer
+        columns = longest
     at_end: dict[int, tuple[Tensor, Tensor]] = {}
     for start in range(0, longest, columns):
         stop = min(start + columns, longest)

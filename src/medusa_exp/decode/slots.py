@@ -14,7 +14,7 @@ B rows, R rows among them, N nodes of a draft tree, D hidden, V vocabulary.
 
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -25,9 +25,19 @@ from torch import Tensor
 from medusa_exp.decode.cache import FixedCache, GrowingCache, copy_of
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter
-from medusa_exp.decode.loop import PREFILL_TOKENS, Limits, Response, extend, find_room, prefill
+from medusa_exp.decode.loop import (
+    PREFILL_TOKENS,
+    Limits,
+    Response,
+    Responses,
+    extend,
+    find_room,
+    prefill,
+    tree_steps,
+)
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.memory import one_column
+from medusa_exp.decode.recurrent import ChainStep
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
 from medusa_exp.decode.step import UNOBSERVED, CapturedStep, EagerStep, Observer, Step, check_room
 from medusa_exp.model.backbone import Backbone
@@ -111,7 +121,7 @@ class Slots:
     """Answers a stream of requests, a number of them at a time."""
 
     def __init__(self, source: StepSource, num_slots: int) -> None:
-        self.source, self.num_slots = source, num_slots
+        self.source, self.backbone, self.num_slots = source, source.backbone, num_slots
         self.slot_steps = self.busy_slot_steps = 0
         """Rows of all steps, and those of them in which a response was being decoded."""
         self._live: list[_Slot] = []
@@ -323,6 +333,43 @@ class Slots:
         if prompt[: len(known)] != known:
             return 0
         return min(slot.cached, len(known), len(prompt) - 1)
+
+
+class OneByOne:
+    """Answers a stream of requests in one slot: for models with recurrent layers.
+
+    Has of `Slots` what its callers use.
+    """
+
+    idle_share = 0.0
+
+    def __init__(
+        self, backbone: Backbone, drafter: Drafter, rule: AcceptanceRule, observer: Observer
+    ) -> None:
+        self.slot_steps = 0
+        self.backbone, self.drafter, self.rule, self.observer = backbone, drafter, rule, observer
+
+    @torch.inference_mode()
+    def decode(self, requests: Iterable[Request]) -> Iterator[Finished]:
+        """Yield responses as they end; see `Slots`."""
+        for request in requests:
+            asked: Request | None = request
+            while asked is not None:
+                finished = Finished(asked, self._respond(asked))
+                yield finished
+                asked = finished.next
+
+    def _respond(self, request: Request) -> Response:
+        rule = self.rule
+        if request.seed is not None:
+            seed = int(np.random.SeedSequence(request.seed).generate_state(1)[0])
+            rule = replace(rule, seed=seed)
+        step = ChainStep(self.backbone, self.drafter, rule, self.observer)
+        _, last = find_room(self.backbone, [request.prompt], request.limits)
+        responses = Responses(1, request.limits)
+        for _ in tree_steps(step, [request.prompt], responses, last):
+            self.slot_steps += 1
+        return responses.rows[0]
 
 
 class EagerSlots:

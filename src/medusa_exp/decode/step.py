@@ -168,9 +168,9 @@ class EagerStep:
                 logits_BNV, draft.tokens_BN, draft.parents_BN, self.drafter.depth, draft.nodes
             )
         # 4. Commit
-        self.root_B, self.hidden_BD = verdict.next_token_B, _at_end(hidden_BND, verdict)
+        self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_BND, verdict)
         # The step's one wait for the device.
-        tokens, paths = _read_outcome(_outcome(draft, verdict).tolist())
+        tokens, paths = read_outcome(outcome_of(draft, verdict).tolist())
         if len(self.active) < len(paths):
             is_active = set(self.active)
             paths = [path if row in is_active else [] for row, path in enumerate(paths)]
@@ -265,7 +265,7 @@ class CapturedStep:
         rows = self.outcome.tolist()  # the step's one wait for the device
         if self._graph is not None:
             self.observer.replayed(self._graph)
-        tokens, _ = _read_outcome([rows[row] for row in self.active])
+        tokens, _ = read_outcome([rows[row] for row in self.active])
         return tokens
 
     def _run(self) -> None:
@@ -288,10 +288,10 @@ class CapturedStep:
                 logits_BNV, draft.tokens_BN, draft.parents_BN, self.drafter.depth, draft.nodes
             )
         # 4. Commit
-        self.outcome.copy_(_outcome(draft, verdict))
+        self.outcome.copy_(outcome_of(draft, verdict))
         with part("cache"):
             cache.commit(verdict, self.is_active_B, self.kernels)
-        self.hidden_BD.copy_(_at_end(hidden_BND, verdict))
+        self.hidden_BD.copy_(at_end(hidden_BND, verdict))
         self.root_B.copy_(verdict.next_token_B)
 
     def keep_rows(self, places: list[int]) -> None:
@@ -456,21 +456,21 @@ def positions(lengths: list[int], depths_BN: Tensor, last: int) -> Tensor:
     return (lengths_B1 + depths_BN).clamp(max=last)
 
 
-def _at_end(hidden_BND: Tensor, verdict: Verdict) -> Tensor:
+def at_end(hidden_BND: Tensor, verdict: Verdict) -> Tensor:
     """Return hidden_BD of the last node of each path."""
     last_B1 = verdict.path_BL.gather(1, verdict.num_accepted_B[:, None])
     return hidden_BND.gather(1, last_B1[..., None].expand(-1, 1, hidden_BND.shape[2]))[:, 0]
 
 
-def _outcome(draft: Draft, verdict: Verdict) -> Tensor:
+def outcome_of(draft: Draft, verdict: Verdict) -> Tensor:
     """Return [B, 2 + 2 L]: next token, draft tokens accepted, path, and the tokens on it."""
     on_path_BL = draft.tokens_BN.gather(1, verdict.path_BL.clamp(min=0))
     first = (verdict.next_token_B[:, None], verdict.num_accepted_B[:, None])
     return torch.cat([*first, verdict.path_BL, on_path_BL], 1)
 
 
-def _read_outcome(rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return each row's tokens, and its path, of what `_outcome` holds."""
+def read_outcome(rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return each row's tokens, and its path, of what `outcome_of` holds."""
     tokens, paths = [], []
     for next_token, accepted, *rest in rows:
         width = len(rest) // 2

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.masks import StepMask
+from medusa_exp.decode.recurrent import StateCache, is_recurrent, one_by_one
 from medusa_exp.model.backbone import Backbone
 
 _WINDOW = 32
@@ -56,7 +57,8 @@ def find_difference(
     prefix = prompt + plain[:position]
     single_WV = _last_logits(backbone, prefix, 1)
     others = [_last_logits(backbone, prefix, n) for n in (num_nodes, len(prefix))]
-    others.append(_last_logits(backbone, prefix, 1, num_siblings=num_nodes - 1))
+    if not is_recurrent(backbone):  # whose drafts have no siblings
+        others.append(_last_logits(backbone, prefix, 1, num_siblings=num_nodes - 1))
     margin = float(single_WV[-1, plain[position]] - single_WV[-1, other[position]])
     noise = max(float((single_WV - other_WV).abs().max()) for other_WV in others)
     return Difference(position, margin, noise, margin <= 2 * noise)
@@ -69,6 +71,8 @@ def _last_logits(
 
     `num_siblings` copies of a token run beside it and are dropped again, as guesses are.
     """
+    if is_recurrent(backbone):
+        return _last_logits_by_state(backbone, ids, at_a_time)
     device = backbone.device
     ids_1T = torch.tensor([ids], device=device)
     start = 0 if at_a_time >= len(ids) else max(0, len(ids) - _WINDOW)
@@ -96,3 +100,17 @@ def _last_logits(
         cache.set_lengths([start])
         logits.append(logits_1NV[0, :count].float())
     return torch.cat(logits)[-_WINDOW:]
+
+
+def _last_logits_by_state(backbone: Backbone, ids: list[int], at_a_time: int) -> Tensor:
+    """Return the same of a model with recurrent layers, run so many at a time as a chain is."""
+    ids_1T = torch.tensor([ids], device=backbone.device)
+    cache = StateCache(backbone.model)
+    if at_a_time >= len(ids):
+        return backbone.forward(ids_1T, cache)[0][0, -_WINDOW:].float()
+    start = max(1, len(ids) - _WINDOW)
+    logits = [backbone.forward(ids_1T[:, :start], cache)[0][0]]
+    for step_1N in ids_1T[:, start:].split(at_a_time, 1):
+        with one_by_one(backbone, cache, 0):
+            logits.append(backbone.forward(step_1N, cache)[0][0])
+    return torch.cat(logits)[-_WINDOW:].float()

@@ -6,6 +6,7 @@ B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 """
 
 import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -267,12 +268,18 @@ class Backbone:
         with self._grouped.used() if self._grouped is not None else nullcontext():
             return self._with_lm_head_input(
                 input_ids=input_ids_BN,
-                past_key_values=cache,
+                **{self._cache_argument: cache},
                 attention_mask=mask,
                 position_ids=position_ids_BN,
                 use_cache=True,
                 logits_to_keep=0 if keep is None else keep,
             )
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        """Name by which the model takes its cache: that of models with nothing but states."""
+        parameters = inspect.signature(self.model.forward).parameters
+        return "cache_params" if "cache_params" in parameters else "past_key_values"
 
     def identity(self) -> str:
         """Return a sha256 over dimensions, final norm and lm_head: what heads are trained for.

@@ -41,7 +41,7 @@ from medusa_exp.tree.calibration import (
     summarize,
 )
 from medusa_exp.tree.search import best_tree
-from medusa_exp.tree.tree import Tree
+from medusa_exp.tree.tree import Tree, chain
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,12 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         head_ranks(backbone, heads, prompt, response, max_rank)
         for prompt, response in zip(prompts, responses, strict=True)
     ]
-    trees = grown_trees(ranks, config.tree.max_nodes, max_rank)
+    if decoder.is_recurrent:
+        trees = [
+            chain(depth) for depth in range(min(heads.num_heads, config.tree.max_nodes - 1) + 1)
+        ]
+    else:
+        trees = grown_trees(ranks, config.tree.max_nodes, max_rank)
     with_longest_response = prompts[int(np.argmax([len(response) for response in responses]))]
     curves = [
         _at_batch_size(decoder, ranks, trees, with_longest_response, size)

@@ -29,7 +29,7 @@ from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.rule import AcceptanceRule
-from medusa_exp.decode.slots import Request, Slots, bucket
+from medusa_exp.decode.slots import OneByOne, Request, Slots, bucket
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
@@ -260,7 +260,11 @@ def room_of(document: Document, new_tokens: int, max_length: int) -> int:
 
 
 def answer(
-    documents: Iterable[Document], slots: Slots, limits: Limits, max_length: int, seed: int
+    documents: Iterable[Document],
+    slots: Slots | OneByOne,
+    limits: Limits,
+    max_length: int,
+    seed: int,
 ) -> Iterator[Document]:
     """Let the backbone answer each turn of some documents; yield each when that is done.
 
@@ -268,7 +272,7 @@ def answer(
     would not fit into `max_length` tokens. Each turn has draws of its own, whatever is answered
     beside it or was before.
     """
-    backbone = slots.source.backbone
+    backbone = slots.backbone
     without_room: list[Document] = []
 
     def next_request(document: Document) -> Request | None:
