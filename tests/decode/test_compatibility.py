@@ -32,7 +32,6 @@ REFUSED = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
     "rwkv": {"num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64},
-    "mamba": {"num_hidden_layers": 2, "state_size": 4},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
 }
 

@@ -359,6 +359,8 @@ class Decoder:
         self, wanted: int, num_columns: int, drafter: Drafter, rule: AcceptanceRule
     ) -> int:
         """Return how many of so many slots there is memory for; see `memory.slots_with_room`."""
+        if self.is_recurrent:  # one at a time, whatever is wanted
+            return wanted
         return slots_with_room(self._backbone_of(drafter), drafter, rule, wanted, num_columns)
 
     def root_only(self) -> Drafter:

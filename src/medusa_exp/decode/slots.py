@@ -131,6 +131,10 @@ class Slots:
         self._step: Step
         self._mask: StepMask | None = None
 
+    def prepare(self) -> None:
+        """Make what steps need, so that none of it is made while requests are timed."""
+        self.source.prepare()
+
     @property
     def idle_share(self) -> float:
         """Share of the rows of all steps in which nothing was decoded."""
@@ -348,6 +352,9 @@ class OneByOne:
     ) -> None:
         self.slot_steps = 0
         self.backbone, self.drafter, self.rule, self.observer = backbone, drafter, rule, observer
+
+    def prepare(self) -> None:
+        """There is nothing to make beforehand."""
 
     @torch.inference_mode()
     def decode(self, requests: Iterable[Request]) -> Iterator[Finished]:

@@ -114,7 +114,7 @@ def answer_in_slots(
         UserError: memory is too small for so many at a time.
     """
     slots = decoder.slots(num_slots, num_columns, drafter, rule)
-    slots.source.prepare()
+    slots.prepare()
     requests = (
         # Of one room, so that captured steps are of few sizes.
         Request(ids, decoder.limits, num_columns, _seed(rule, number), number)
