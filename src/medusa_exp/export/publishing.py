@@ -56,7 +56,8 @@ def export(
     backbone: Backbone,
     format_: str,
     out: Path,
-    add: Callable[[Path, Reading], None] = lambda place, reading: None,
+    *,
+    add: Callable[[Path], None] = lambda place: None,
 ) -> Reading:
     """Write heads in a format, read them back, compare, and publish.
 
@@ -73,11 +74,21 @@ def export(
     """
     with publish(out) as partial:
         write(source, format_, partial)
-        reading = read_heads(partial)
-        compare(reading, ours, backbone, tolerance=_tolerance(source, format_))
-        note_fingerprints(reading)
-        add(partial, reading)
+        reading = read_back(partial, ours, backbone, _tolerance(source, format_))
+        add(partial)
     reading.place = out
+    return reading
+
+
+def read_back(place: Path, ours: MedusaHeads, backbone: Backbone, tolerance: float = 0) -> Reading:
+    """Read what was written, compare it with our heads, and note there by what each is known.
+
+    Raises:
+        UserError: it is not the same heads.
+    """
+    reading = read_heads(place)
+    compare(reading, ours, backbone, tolerance)
+    note_fingerprints(reading)
     return reading
 
 

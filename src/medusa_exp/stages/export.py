@@ -14,8 +14,7 @@ from medusa_exp.config.privacy import shareable_text
 from medusa_exp.errors import UserError
 from medusa_exp.export import card, hf_generate
 from medusa_exp.export.formats import why_not
-from medusa_exp.export.publishing import export, open_source
-from medusa_exp.export.reading import Reading
+from medusa_exp.export.publishing import export, open_source, read_back
 from medusa_exp.identity import identity_of
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, load_heads
@@ -47,7 +46,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     source, ours = open_source(heads, backbone, target, config.export.dtype)
     number = ours.num_heads
 
-    def add(partial: Path, reading: Reading) -> None:
+    def add(partial: Path) -> None:
         found = card.settings(format_, number, read_jsonl(out / "records.jsonl"), _calibration(out))
         if found is not None:
             write_json(partial / card.SETTINGS, found)
@@ -57,7 +56,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         text = card.card(format_, facts_of(config, out, target), number, found)
         (partial / "README.md").write_text(text, encoding="utf-8")
 
-    export(source, ours, backbone, format_, place, add)
+    export(source, ours, backbone, format_, place, add=add)
     session.notes.add(format=format_, directory=str(place))
     log.info("exported to %s: read back, and its logits are those of the run's heads", place)
     log.info("serve with:\n%s", card.command(format_, target, str(place.resolve()), number))
@@ -72,10 +71,11 @@ def _export_whole_model(config: Config, out: Path, session: Session, place: Path
             "as they are, and loads them in the model's dtype. Leave it out."
         )
     backbone, target = open_target(session)
-    heads = load_heads(out / "heads")
-    check_fit(heads, backbone, out / "heads")
+    check_fit(load_heads(out / "heads"), backbone, out / "heads")
+    _, heads = open_source(out / "heads", backbone, target)
 
     def add(partial: Path) -> None:
+        read_back(partial, heads, backbone)
         text = card.card("hf_generate", facts_of(config, out, target), heads.num_heads, None)
         (partial / "README.md").write_text(text, encoding="utf-8")
 
@@ -84,7 +84,8 @@ def _export_whole_model(config: Config, out: Path, session: Session, place: Path
     hf_generate.write(*parts, target, place, with_code=with_code, add=add)
     session.notes.add(format="hf_generate", directory=str(place))
     command = card.command("hf_generate", target, str(place.resolve()), heads.num_heads)
-    log.info("exported to %s; serve with:\n%s", place, command)
+    log.info("exported to %s: read back, and its logits are those of the run's heads", place)
+    log.info("serve with:\n%s", command)
 
 
 def _check_place(place: Path, out: Path) -> None:
