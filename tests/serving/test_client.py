@@ -153,6 +153,12 @@ REFUSED = {
         0
     ].update(token_ids=[64]),
     "without token ids": lambda asked, found: found.update(choices=[]),
+    "gives 2 answers": lambda asked, found: found["choices"].append(found["choices"][0]),
+    r"Expected `object`, got `null` - at `\$\.choices\[0\]`": lambda asked, found: found.update(
+        choices=[None]
+    ),
+    "Expected `int`, got `str`": lambda asked, found: found["choices"][0].update(token_ids=["a"]),
+    "does not say finish_reason": lambda asked, found: found["choices"][0].pop("finish_reason"),
 }
 
 
@@ -176,7 +182,8 @@ def test_an_engine_of_another_model_is_refused_at_once(work, engine, model):
 @pytest.mark.parametrize(
     ("models", "name", "message"),
     [
-        ([], None, "several models: .*: it serves none"),
+        ([], None, "has no model: it serves none"),
+        (None, None, r"otherwise than the API .*Expected `array`, got `null` - at `\$\.data`"),
         ([{"id": "a"}, {"id": "b"}], None, "set serving.model to one: it serves a, b"),
         ([{"id": "a"}], "tiny", "has no model tiny: it serves a"),
         ([{"id": "tiny", "max_model_len": 64}], "tiny", "takes 64 tokens, and 128 are needed"),
@@ -192,6 +199,7 @@ def test_a_key_is_sent_and_never_shown(engine, work, caplog):
     caplog.set_level("DEBUG", logger="medusa_exp")
     engine.key = "sk-very-secret"
     assert ask(engine.url, work, key="sk-very-secret")
+    engine.refusal = "Incorrect API key provided: sk-other-secret"
     with pytest.raises(UserError, match=r"401.*serving\.key_variable") as refused:
         ask(engine.url, work, key="sk-other-secret")
     dead = "http://me:hunter2@127.0.0.1:9"
@@ -201,10 +209,31 @@ def test_a_key_is_sent_and_never_shown(engine, work, caplog):
         assert secret not in f"{refused.value}{silent.value}{caplog.text}"
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "", "ftp://there", "http://", "http://[::"])
-def test_what_is_no_url_is_refused(work, url):
-    with pytest.raises(UserError, match="is no URL of a server"):
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("localhost:8000", "", "ftp://there", "http://", "http://[::"),
+        *("me:hunter2@host:80", "http://me:hunter/2@host", "http://host/v1?key=hunter2"),
+    ],
+)
+def test_what_is_no_url_is_refused_without_its_secrets(work, url):
+    with pytest.raises(UserError, match="is no URL of a server") as refused:
         ask(url, work)
+    assert "hunter" not in str(refused.value)
+
+
+def test_an_answer_in_drops_is_given_up(engine, work, model):
+    engine.faults = ["", "", "", "drip"]
+    start = time.monotonic()
+    assert ask(engine.url, replace(work, patience=1), PROMPTS[:1]) == [plainly(model, PROMPTS[0])]
+    assert time.monotonic() - start < 4
+
+
+def test_an_engine_that_wants_to_be_asked_at_once_has_a_moment(engine, work):
+    engine.faults = ["429"] * 1000
+    with pytest.raises(UserError, match="HTTP status 429"):
+        ask(engine.url, replace(work, patience=0.5), PROMPTS[:1])
+    assert len(engine.seen) < 12
 
 
 def test_what_is_answered_by_then_comes_before_an_error(engine, work, model):

@@ -33,8 +33,10 @@ class Engine:
         self.change: Callable[[Body, Body], None] = lambda asked, answer: None
         """Changes an answer before it is sent."""
         self.faults: list[str] = []
-        """What happens to the next completions: drop, cut, slow, or an HTTP status."""
+        """What happens to the next completions: drop, cut, slow, drip, or an HTTP status."""
         self.key: str | None = None
+        self.refusal = "Unauthorized"
+        """What it says to those who have another."""
         self.decoder = None
         """A `Decoder` with heads, greedy."""
         self.counters: Counter[str] = Counter()
@@ -104,7 +106,9 @@ class Engine:
 
     def _answer(self, handler: BaseHTTPRequestHandler, body: Body, fault: str) -> None:
         if self.key and handler.headers.get("authorization") != f"Bearer {self.key}":
-            send(handler, 401, {"error": "Unauthorized"})
+            send(handler, 401, {"error": self.refusal})
+        elif fault == "drip":
+            drip(handler)
         elif fault == "drop":
             handler.close_connection = True
             handler.connection.shutdown(socket.SHUT_RDWR)
@@ -171,6 +175,18 @@ class Engine:
         for position in range(drafted):
             of_position = f'{prefix}accepted_tokens_per_pos_total{{{labels},position="{position}"}}'
             self.counters[of_position] += position < accepted
+
+
+def drip(handler) -> None:
+    """Send white space of an answer that never ends."""
+    handler.send_response(200)
+    handler.send_header("content-length", "1000")
+    handler.end_headers()
+    with suppress(OSError):  # until the client has gone
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.1)
+    handler.close_connection = True
 
 
 def send(handler, status: int, answer: Body | str, headers=(), *, is_cut: bool = False) -> None:

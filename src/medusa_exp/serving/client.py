@@ -22,21 +22,31 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx2
+import msgspec
 from anyio.from_thread import start_blocking_portal
 
 from medusa_exp.config.privacy import shareable_text
 from medusa_exp.decode.loop import GREEDY, Limits
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
+from medusa_exp.serving.completions import (
+    HINTS,
+    PASSING,
+    Choice,
+    Completion,
+    Models,
+    endpoint,
+    sampling,
+    seconds_of,
+)
 
 log = logging.getLogger(__name__)
 
 _FIRST_REST, _LONGEST_REST = 0.25, 30.0
 """Seconds before an engine that has failed is asked again; they double with each failure."""
-_PASSING = {408, 429, 500, 502, 503, 504}
-"""HTTP statuses of an engine, or of what stands before it, that may answer another time."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Found = TypeVar("Found")
 
 
 class Unavailable(Exception):
@@ -98,6 +108,8 @@ class Engine:
     """Those, where the URL has them."""
     work: Work
     http: httpx2.AsyncClient
+    key: str | None = None
+    """What `http` sends for it: no message may have it."""
     model: str = ""
     """Its name for the model, once it has been asked."""
     fingerprint: str | None = None
@@ -154,24 +166,22 @@ class Engine:
             self.is_checked = True
 
     async def _find_model(self) -> str:
-        found = (await self._call("GET", "models")).get("data", [])
-        models = {entry["id"]: entry for entry in found if "id" in entry}
+        found = await self._call("GET", "models", Models)
+        models = {model.id: model for model in found.data}
         wanted = self.work.model or (next(iter(models)) if len(models) == 1 else None)
         if wanted not in models:
-            why = (
-                f"has no model {wanted}"
-                if wanted
-                else "has several models: set serving.model to one"
-            )
+            why = f"has no model {wanted or ''}".rstrip()
+            if models and not wanted:
+                why = "has several models: set serving.model to one"
             raise UserError(f"{self.url} {why}: it serves {', '.join(models) or 'none'}.")
-        length = models[wanted].get("max_model_len")
+        length = models[wanted].max_model_len
         if length is not None and length < self.work.max_length:
             raise UserError(
                 f"{self.url} takes {length} tokens, and {self.work.max_length} are needed: start "
                 f"it with a longer context (--max-model-len, --context-length), or lower "
                 "dataset.max_length."
             )
-        return str(wanted)
+        return models[wanted].id
 
     async def _check_end(self, prompt: list[int]) -> None:
         """Find out whether it returns the token that ends a response: make it end at once."""
@@ -204,17 +214,19 @@ class Engine:
             "frequency_penalty": 0.0,
             "presence_penalty": 0.0,
             "min_p": 0.0,
-            **_sampling(rule, seed),
+            **sampling(rule, seed),
         }
-        found = await self._call("POST", "completions", body)
-        self.fingerprint = found.get("system_fingerprint") or self.fingerprint
+        found = await self._call("POST", "completions", Completion, body)
+        self.fingerprint = found.system_fingerprint or self.fingerprint
         return self._read(found, ids, limits)
 
-    def _read(self, found: dict[str, Any], ids: list[int], limits: Limits) -> Answer:
+    def _read(self, found: Completion, ids: list[int], limits: Limits) -> Answer:
         """Take an answer apart, and refuse one that is not what was asked for."""
-        [choice] = found.get("choices") or [{}]
-        tokens = choice.get("token_ids")
-        echoed = choice.get("prompt_token_ids") or found.get("prompt_token_ids")
+        if len(found.choices) > 1:
+            raise UserError(f"{self.url} gives {len(found.choices)} answers where one was asked.")
+        choice = found.choices[0] if found.choices else Choice()
+        tokens, finish = choice.token_ids, choice.finish_reason
+        echoed = choice.prompt_token_ids or found.prompt_token_ids
         if tokens is None or echoed is None:
             raise UserError(
                 f"{self.url} answers without token ids, so it does not know return_token_ids: "
@@ -231,17 +243,21 @@ class Engine:
                 f"{self.url} says token {foreign[0]}, and the model of this run has "
                 f"{self.work.vocab_size}: it serves another."
             )
-        finish = choice.get("finish_reason")
+        if finish is None and not self.is_checked:
+            raise UserError(
+                f"{self.url} does not say finish_reason: it is neither vLLM nor SGLang."
+            )
         if finish not in ("stop", "length"):
             raise Unavailable(f"it ended a response by {finish!r}")
-        return Answer(tokens, self._withheld(choice, limits) if finish == "stop" else None)
+        withheld = self._withheld(tokens, choice, limits) if finish == "stop" else None
+        return Answer(tokens, withheld)
 
-    def _withheld(self, choice: dict[str, Any], limits: Limits) -> int | None:
+    def _withheld(self, tokens: list[int], choice: Choice, limits: Limits) -> int | None:
         """Return the token that has ended a response without being in it; None where there is none.
 
         vLLM names it in `stop_reason`, SGLang in `matched_stop`; a text there is a stop string.
         """
-        tokens, named = choice["token_ids"], choice.get("stop_reason", choice.get("matched_stop"))
+        named = choice.matched_stop if choice.stop_reason is None else choice.stop_reason
         if isinstance(named, str) or (tokens and tokens[-1] in limits.stop_ids):
             return None
         if isinstance(named, int):
@@ -261,31 +277,37 @@ class Engine:
         auth = self.auth or httpx2.USE_CLIENT_DEFAULT
         return await self.http.request(method, url, auth=auth, **options)
 
-    async def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    async def _call(self, method: str, path: str, kind: type[Found], body: Any = None) -> Found:
         try:
-            response = await self.request(method, f"{self.url}/{path}", json=body)
-        except httpx2.TimeoutException as error:
+            async with asyncio.timeout(self.work.patience):  # of all: answers may come in drops
+                response = await self.request(method, f"{self.url}/{path}", json=body)
+        except (TimeoutError, httpx2.TimeoutException) as error:
             raise Unavailable(f"{type(error).__name__}: no answer in time") from error
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise Unavailable(f"{type(error).__name__}: {error}", is_gone=True) from error
-        if response.status_code in _PASSING:
+        if response.status_code in PASSING:
             raise Unavailable(
                 f"HTTP status {response.status_code}",
-                _seconds(response.headers.get("retry-after")),
+                seconds_of(response.headers.get("retry-after")),
                 is_gone=response.status_code not in (408, 429),
             )
         if response.status_code != 200:
             raise UserError(
                 f"{self.url} refuses {method} {path} with HTTP status {response.status_code}: "
-                f"{_quoted(response.text)}{_HINTS.get(response.status_code, '')}"
+                f"{self._quoted(response.text)}{HINTS.get(response.status_code, '')}"
             )
         try:
-            found = response.json()
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"{self.url} answers {method} {path} with what is no JSON object.")
-        return found
+            return msgspec.json.decode(response.content, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UserError(
+                f"{self.url} answers {method} {path} otherwise than the API of OpenAI's servers "
+                f"does: {error}. Is it the URL of such a server?"
+            ) from error
+
+    def _quoted(self, text: str) -> str:
+        for secret in (self.key, self.auth and self.auth[1]):
+            text = text.replace(secret, "...") if secret else text
+        return shareable_text(" ".join(text.split())[:300])
 
 
 class Engines:
@@ -307,7 +329,7 @@ class Engines:
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,
         )
-        self.engines = [Engine(*_endpoint(url), work, self._http) for url in urls]
+        self.engines = [Engine(*endpoint(url), work, self._http, key) for url in urls]
 
     async def __aenter__(self) -> Self:
         return self
@@ -411,12 +433,6 @@ def answers(
                 future.cancel()
 
 
-_HINTS = {
-    401: " (set serving.key_variable to the name of an environment variable with the key)",
-    404: " (is it the URL of an OpenAI-compatible server, with or without /v1?)",
-}
-
-
 def _rest(engine: Engine, error: Unavailable, sent: float) -> None:
     """Leave an engine alone for a while, once for all requests that have failed together."""
     engine.is_checked &= not error.is_gone
@@ -425,49 +441,11 @@ def _rest(engine: Engine, error: Unavailable, sent: float) -> None:
     if not engine.failures:
         log.warning("%s does not answer (%s): it is asked again", engine.url, error)
     doubled = min(_LONGEST_REST, _FIRST_REST * 2**engine.failures)
-    seconds = error.rest if error.rest is not None else doubled * random.uniform(0.5, 1)
+    seconds = doubled * random.uniform(0.5, 1) if error.rest is None else error.rest
+    seconds = min(max(seconds, _FIRST_REST / 2), 2 * _LONGEST_REST)
     engine.failures, engine.fault = engine.failures + 1, str(error)
     engine.rested_at = time.monotonic()
-    engine.rests_until = engine.rested_at + min(seconds, 2 * _LONGEST_REST)
-
-
-def _sampling(rule: AcceptanceRule, seed: int) -> dict[str, Any]:
-    if rule.name == "greedy":
-        return {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
-    return {
-        "temperature": rule.temperature,
-        "top_p": rule.top_p or 1.0,
-        "top_k": rule.top_k or -1,
-        "seed": seed,
-    }
-
-
-def _endpoint(url: str) -> tuple[str, tuple[str, str] | None]:
-    """Return the URL up to and with /v1, and the user and password that it had.
-
-    They go apart from it: a URL is in messages and logs.
-
-    Raises:
-        UserError: it is none of a server.
-    """
-    try:
-        parsed = httpx2.URL(url.strip())
-    except httpx2.InvalidURL:
-        parsed = httpx2.URL("")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UserError(f"{shareable_text(url)!r} is no URL of a server: http://HOST:PORT is one.")
-    auth = (parsed.username, parsed.password) if parsed.userinfo else None
-    bare = str(parsed.copy_with(username="", password="")) if auth else str(parsed)
-    return bare.rstrip("/").removesuffix("/v1") + "/v1", auth
-
-
-def _seconds(text: str | None) -> float | None:
-    """Return the seconds of a Retry-After header; a date there is not worth the reading."""
-    return float(text) if text and text.isdecimal() else None
-
-
-def _quoted(text: str) -> str:
-    return shareable_text(" ".join(text.split())[:300])
+    engine.rests_until = engine.rested_at + seconds
 
 
 def _ids(ids: list[int]) -> str:
