@@ -16,9 +16,9 @@ from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.runs.files import read_json, read_jsonl
 from medusa_exp.runs.metric_table import metric_of
 from medusa_exp.serving.client import Probe
-from medusa_exp.serving.measurement import Drafts, positions_of, read_counters
+from medusa_exp.serving.measurement import Drafts, _between, of_answers, positions_of, read_counters
 from medusa_exp.stages import evaluate
-from medusa_exp.stages.engines import SERVING, SERVING_RECORDS, _is_same, open_engines
+from medusa_exp.stages.engines import SERVING, SERVING_RECORDS, _is_same, _levels, open_engines
 from medusa_exp.stages.session import Session
 from medusa_exp.tracking.run_report import write_report
 
@@ -84,6 +84,51 @@ def test_an_engine_that_tells_nothing_is_measured_for_its_speed(run, caplog):
     assert "eval/server/c4/speedup" not in metrics
 
 
+def test_an_engine_that_others_use_has_no_counters_of_its_own(run, caplog):
+    decoder = run.decoder()
+    with Engine(decoder.backbone) as engine:
+        engine.decoder = decoder
+        read = engine.get
+
+        def get(handler):
+            engine.count(2, 2)  # as if somebody else went on asking
+            read(handler)
+
+        engine.get = get
+        run.config.evaluate.server = engine.url
+        metrics = evaluate.run(run.config, run.out, run)
+    assert metrics["eval/server/c4/tokens_per_second"] > 0
+    assert "eval/server/tokens_per_step" not in metrics and "others use it too" in caplog.text
+
+
+def test_an_engine_that_does_not_answer_is_noticed_before_the_long_work(run):
+    run.config.evaluate.server, run.config.serving.patience = "http://127.0.0.1:9", 1
+    with pytest.raises(UserError, match="no answer for 2 seconds"):
+        evaluate.run(run.config, run.out, run)
+    assert not (run.out / "records.jsonl").exists()
+
+
+def test_no_more_prompts_are_said_to_be_on_their_way_than_there_are(caplog):
+    assert _levels([8, 1, 8], 8) == [1, 8] and not caplog.text
+    assert _levels([1, 4, 8, 32], 6) == [1, 4, 6]
+    assert "only 6 prompts" in caplog.text
+
+
+def test_counters_of_a_restarted_engine_are_of_nothing(caplog):
+    before = {"drafts": 10.0, "draft_tokens": 20.0, "accepted_tokens_per_pos@0": 3.0}
+    assert _between(before, {name: value + 5 for name, value in before.items()}).steps == 5
+    assert _between(before, {name: value - 1 for name, value in before.items()}) is None
+    assert "has been restarted" in caplog.text
+    assert _between(before, {}) is None and _between(None, before) is None
+    assert _between({}, before) == Drafts(10, 20, [3])
+
+
+def test_drafts_are_no_more_than_their_answers_can_have_had():
+    drafts = Drafts(10, 20, [5, 2])
+    assert of_answers(drafts, [[0] * 8, [0] * 5]) == drafts
+    assert of_answers(drafts, [[0] * 7, [0] * 5]) is None
+
+
 def test_counters_are_those_of_the_model_summed_over_processes():
     page = """
 # TYPE vllm:spec_decode_num_drafts_total counter
@@ -110,6 +155,9 @@ def test_a_plain_engine_alone_and_several_are_refused(run):
         replace(run.config.evaluate, server_plain="http://a")
     run.config.evaluate.server = "http://a,http://b"
     with pytest.raises(UserError, match=r"evaluate\.server takes one URL"):
+        evaluate.run(run.config, run.out, run)
+    run.config.evaluate.server = ","
+    with pytest.raises(UserError, match="',' names no engine"):
         evaluate.run(run.config, run.out, run)
 
 

@@ -6,6 +6,7 @@ tell how many steps it has drafted for, and how often it accepted each position 
 """
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -21,10 +22,14 @@ from medusa_exp.errors import UserError
 from medusa_exp.serving.client import Engine, Engines
 from medusa_exp.tree import chain
 
+log = logging.getLogger(__name__)
+
 _COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?(?:\{(.*)\})? (\S+)", re.M)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _SETTLED = 0.2
 """Seconds between two readings of the counters, which an engine updates after it has answered."""
+_MOST_READINGS = 25
+"""After so many, somebody else uses the engine."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Level:
     wall_seconds: float
     """Of all together."""
     drafts: Drafts | None
-    """None where the engine has no such counters, or has drafted nothing."""
+    """None where the engine has no such counters, or they are not of these answers alone."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -120,28 +125,31 @@ async def _measure(
     start = time.perf_counter()
     found = await asyncio.gather(*(respond(row) for row in range(len(prompts))))
     wall_seconds = time.perf_counter() - start
-    drafts = _between(before, await _counted(engine))
     answers, seconds = zip(*found, strict=True)
+    drafts = of_answers(_between(before, await _counted(engine)), list(answers))
     return Level(concurrency, list(answers), list(seconds), wall_seconds, drafts)
 
 
 async def _counted(engine: Engine) -> dict[str, float] | None:
-    """Return the counters of drafts once they have settled; None where the engine has none."""
-    seen: dict[str, float] | None = None
-    while (now := await _read_counters(engine)) != seen:
-        seen = now
+    """Return the counters of drafts once they have settled; None where the engine tells nothing."""
+    seen = await _read_counters(engine)
+    for _ in range(_MOST_READINGS):
         await asyncio.sleep(_SETTLED)
+        now = await _read_counters(engine)
+        if now == seen:
+            break
+        seen = now
     return seen
 
 
 async def _read_counters(engine: Engine) -> dict[str, float] | None:
     try:
         response = await engine.request("GET", f"{engine.url.removesuffix('/v1')}/metrics")
-    except httpx2.TransportError:
+    except httpx2.RequestError:
         return None
     if response.status_code != 200:
         return None
-    return read_counters(response.text, engine.model) or None
+    return read_counters(response.text, engine.model)
 
 
 def read_counters(text: str, model: str) -> dict[str, float]:
@@ -159,15 +167,38 @@ def read_counters(text: str, model: str) -> dict[str, float]:
 
 
 def _between(before: dict[str, float] | None, after: dict[str, float] | None) -> Drafts | None:
-    if after is None:
+    if before is None or after is None:
         return None
-    grown = {name: round(value - (before or {}).get(name, 0.0)) for name, value in after.items()}
+    grown = {name: round(value - before.get(name, 0.0)) for name, value in after.items()}
+    if min(grown.values(), default=0) < 0 or before.keys() - after.keys():
+        log.warning("the counters of an engine began anew meanwhile: it has been restarted")
+        return None
     if not grown.get("drafts"):
         return None
     prefix = "accepted_tokens_per_pos@"
     places = sorted(int(name.removeprefix(prefix)) for name in grown if name.startswith(prefix))
     accepted_K = [grown[f"{prefix}{place}"] for place in places]
     return Drafts(grown["drafts"], grown.get("draft_tokens", 0), accepted_K)
+
+
+def of_answers(drafts: Drafts | None, answers: Sequence[list[int]]) -> Drafts | None:
+    """Return the drafts, or None where these answers cannot have had so many.
+
+    A step gives what it accepts, and one token more. What is over at the end of an answer was
+    counted as well: at most a whole draft.
+    """
+    if drafts is None:
+        return None
+    most = sum(len(tokens) + len(drafts.accepted_K) for tokens in answers)
+    if drafts.steps + sum(drafts.accepted_K) <= most:
+        return drafts
+    log.warning(
+        "the engine has counted drafts of %d tokens, and answered with %d: others use it too. What "
+        "it accepts stays unknown, and its speed is shared",
+        drafts.steps + sum(drafts.accepted_K),
+        sum(map(len, answers)),
+    )
+    return None
 
 
 def predicted_drafts(

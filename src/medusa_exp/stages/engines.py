@@ -57,7 +57,7 @@ def open_engines(
         max_length: tokens that prompt and response may come to.
 
     Raises:
-        UserError: a URL is none, or there is no such environment variable.
+        UserError: a URL is none, there is none, or there is no such environment variable.
     """
     work = Work(
         limits,
@@ -70,6 +70,8 @@ def open_engines(
         settings.patience,
     )
     names = [url for url in urls.split(",") if url.strip()]
+    if not names:
+        raise UserError(f"{urls!r} names no engine: http://HOST:PORT is one.")
     return Engines(names, work, _key(settings.key_variable))
 
 
@@ -110,6 +112,38 @@ def _key(variable: str | None) -> str | None:
     return key
 
 
+def check_servers(session: Session, decoder: Decoder, prompts: list[Prompt]) -> None:
+    """Ask the engines that `evaluate` names for an answer, before there is long work to lose.
+
+    Raises:
+        UserError: one is not the engine that is needed, or does not answer.
+    """
+    for engines in _servers(session, decoder, prompts).values():
+        measure(engines, [prompts[0].input_ids], [], warmup=1, seed=0)
+
+
+def _servers(session: Session, decoder: Decoder, prompts: list[Prompt]) -> dict[str, Engines]:
+    """Return the engines that `evaluate` names: with heads, and perhaps without."""
+    settings, ids = session.config.evaluate, [prompt.input_ids for prompt in prompts]
+    urls = {"heads": settings.server, "plain": settings.server_plain}
+    found = {
+        name: open_engines(
+            url,
+            session.config.serving,
+            decoder.backbone,
+            ids,
+            limits=decoder.limits,
+            rule=regeneration_rule(decoder.rule),
+            max_length=max(map(len, ids)) + decoder.limits.max_new_tokens,
+        )
+        for name, url in urls.items()
+        if url is not None
+    }
+    if any(len(engines.engines) > 1 for engines in found.values()):
+        raise UserError("evaluate.server takes one URL, so that one engine is measured.")
+    return found
+
+
 def measure_servers(
     session: Session,
     decoder: Decoder,
@@ -126,33 +160,17 @@ def measure_servers(
         prompts: what the methods here have answered.
         expected: what plain decoding said here; not compared where tokens are drawn at random.
     """
-    rule = regeneration_rule(decoder.rule)
     settings, ids = session.config.evaluate, [prompt.input_ids for prompt in prompts]
-    urls = {"heads": settings.server, "plain": settings.server_plain}
+    rule = regeneration_rule(decoder.rule)
+    is_random = rule.name != "greedy"
+    concurrency = _levels(settings.server_concurrency, len(prompts))
     measured: dict[str, list[Level]] = {}
     about, records = {}, []
-    for name, url in urls.items():
-        if url is None:
-            continue
-        engines = open_engines(
-            url,
-            session.config.serving,
-            decoder.backbone,
-            ids,
-            limits=decoder.limits,
-            rule=rule,
-            max_length=max(map(len, ids)) + decoder.limits.max_new_tokens,
-        )
-        if len(engines.engines) > 1:
-            raise UserError("evaluate.server takes one URL, so that one engine is measured.")
+    for name, engines in _servers(session, decoder, prompts).items():
         [engine] = engines.engines
         log.info("measuring the engine at %s", engine.url)
         measured[name] = levels = measure(
-            engines,
-            ids,
-            sorted(settings.server_concurrency),
-            warmup=settings.warmup_prompts,
-            seed=session.config.seed,
+            engines, ids, concurrency, warmup=settings.warmup_prompts, seed=session.config.seed
         )
         drafts = {level.concurrency: level.drafts for level in levels}
         about[name] = {
@@ -161,12 +179,25 @@ def measure_servers(
             "fingerprint": engine.fingerprint,
             "drafts": {str(n): asdict(found) for n, found in drafts.items() if found},
         }
-        records += _records(name, levels, prompts, expected, is_random=rule.name != "greedy")
+        records += _records(name, levels, prompts, expected, is_random=is_random)
     predicted = _predicted(decoder, measured["heads"][0], ids, rule)
     about["heads"]["predicted_drafts"] = asdict(predicted) if predicted else None
     write_json(session.out / SERVING, about)
     write_jsonl(session.out / SERVING_RECORDS, records)
-    return _metrics(measured, predicted, expected, is_random=rule.name != "greedy")
+    return _metrics(measured, predicted, expected, is_random=is_random)
+
+
+def _levels(concurrency: list[int], num_prompts: int) -> list[int]:
+    """Return the numbers of prompts on their way, but for those of which there are not so many."""
+    found = sorted({min(level, num_prompts) for level in concurrency})
+    if max(concurrency) > num_prompts:
+        log.warning(
+            "evaluate.server_concurrency=%s: there are only %d prompts, so no more than those are "
+            "on their way",
+            concurrency,
+            num_prompts,
+        )
+    return found
 
 
 def _predicted(
@@ -176,8 +207,9 @@ def _predicted(
     assert decoder.heads is not None
     if level.drafts is None:
         log.warning(
-            "evaluate.server has no counters of drafts at /metrics, or drafts nothing: is it "
-            "started with a speculative config? What it accepts stays unknown."
+            "evaluate.server has no counters of drafts at /metrics that are of these prompts "
+            "alone, or drafts nothing: is it started with a speculative config? What it accepts "
+            "stays unknown."
         )
         return None
     number = positions_of(level.drafts, decoder.heads.num_heads)

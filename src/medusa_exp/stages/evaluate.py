@@ -43,7 +43,7 @@ from medusa_exp.model.heads import MedusaHeads, StackedHeads, advice_on_cost
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.runs.files import write_jsonl
 from medusa_exp.runs.progress import track
-from medusa_exp.stages.engines import measure_servers
+from medusa_exp.stages.engines import check_servers, measure_servers
 from medusa_exp.stages.session import Session
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         lambda ids: decoder.decode_plain([ids], rule=GREEDY)[0].tokens,
         session.has_room(backbone, LOOKUP_TOKENS),
     )
+    if config.evaluate.server is not None:
+        check_servers(session, decoder, prompts)
     records: list[Record] = []
     samples: list[dict[str, Any]] = []
     shares: dict[str, float] = {}
