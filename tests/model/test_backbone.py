@@ -2,13 +2,16 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_model
 from torch._dynamo.testing import CompileCounter
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from medusa_exp.config import ModelConfig
+from medusa_exp.decode import generate
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.errors import UserError
-from medusa_exp.model import Backbone, load_backbone
+from medusa_exp.model import Backbone, build_heads, load_backbone
 from medusa_exp.model.loading import pick_device
 from medusa_exp.model.source import ModelSpec
+from medusa_exp.tree import Tree
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -135,3 +138,63 @@ def test_compiled_it_gives_the_same_hidden_states(architecture):
             assert torch.equal(backbone.hidden_states(*given), hidden_BTD)
     assert backbone.num_layers > compiled.frame_count == 1  # for all layers and lengths
     assert all(layer._compiled_call_impl is None for layer in backbone.layers())
+
+
+TEXT_MODEL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+VISION = {"intermediate_size": 48, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+EYES = {**VISION, "hidden_size": 32, "num_hidden_layers": 1}
+QWEN_EYES = {"hidden_size": 32, "out_hidden_size": 32, "depth": 1, "num_heads": 4}
+TURNED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+PICTURED = {
+    "gemma3": {"text_config": {**TEXT_MODEL, "head_dim": 8}, "vision_config": EYES},
+    "mistral3": {
+        "text_config": {**TEXT_MODEL, "head_dim": 8, "model_type": "mistral"},
+        "vision_config": {**EYES, "model_type": "pixtral"},
+    },
+    "qwen2_5_vl": {
+        "text_config": {**TEXT_MODEL, "rope_parameters": TURNED},
+        "vision_config": QWEN_EYES,
+    },
+}
+
+
+def pictured(path, name):
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **PICTURED[name]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)  # else it says the same whatever it is asked
+    model.save_pretrained(path)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("name", PICTURED)
+def test_of_a_model_for_pictures_the_text_path_is_taken(tmp_path, name):
+    model = pictured(tmp_path / name, name)
+    backbone = load_backbone(spec_for(tmp_path / name))
+    backbone.check_next_logits()
+    ids_1T = torch.tensor([[5, 9, 4, 31, 7]])
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    said_1T = model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), **options)
+    heads, tree = build_heads(backbone, num_heads=2), Tree.from_paths([[0], [1], [0, 0]])
+    found = generate(backbone, heads, ids_1T, tree=tree, max_new_tokens=8)
+    assert found.sequences == [said_1T[0, 5:].tolist()]
+
+
+def test_a_body_that_gives_no_hidden_states_is_refused(monkeypatch):
+    backbone = Backbone(build_model("llama"))
+    monkeypatch.setattr(backbone, "body", backbone.model)  # as BLIP-2's is a whole language model
+    with pytest.raises(UserError, match=r"gives no hidden states .*last_hidden_state"):
+        backbone.check_hidden_states()

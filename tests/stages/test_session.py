@@ -1,5 +1,9 @@
-from medusa_exp.config import Config, DecodeConfig
-from medusa_exp.stages.session import stop_ids_of
+import pytest
+from transformers import Lfm2Config
+
+from medusa_exp.config import Config, DecodeConfig, HeadConfig, ModelConfig, TreeConfig
+from medusa_exp.errors import UserError
+from medusa_exp.stages.session import Session, stop_ids_of
 
 
 def test_stop_ids(backbone, tokenizer):
@@ -8,3 +12,32 @@ def test_stop_ids(backbone, tokenizer):
     assert stop_ids_of(config, backbone, tokenizer) == {5}
     backbone.model.generation_config.eos_token_id = [2, 3]
     assert stop_ids_of(config, backbone, tokenizer) == {2, 3, 5}
+
+
+@pytest.mark.parametrize(
+    ("tree", "head", "message"),
+    [
+        ({"kind": "medusa_63"}, {}, r"Set tree=chain or tree=calibrated"),
+        ({"kind": "dynamic"}, {}, r"Set tree=chain or tree=calibrated"),
+        ({"kind": "custom", "paths": [[0], [1]]}, {}, r"Set tree=chain or tree=calibrated"),
+        ({"kind": "chain"}, {"prefix_attention": True}, r"set head\.prefix_attention=false"),
+        ({"kind": "custom", "paths": [[0], [0, 0]]}, {}, None),
+        ({"kind": "chain"}, {}, None),
+        ({"kind": "calibrated"}, {}, None),
+    ],
+)
+def test_what_recurrent_layers_cannot_check_is_refused_before_anything_long(
+    tmp_path, tree, head, message
+):
+    layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    Lfm2Config(**layers).save_pretrained(tmp_path / "model")
+    config = Config(
+        model=ModelConfig(path=str(tmp_path / "model")),
+        tree=TreeConfig(**tree),
+        head=HeadConfig(**head),
+    )
+    if message is None:
+        Session(config, tmp_path).check_drafts()
+        return
+    with pytest.raises(UserError, match=message):
+        Session(config, tmp_path).check_drafts()

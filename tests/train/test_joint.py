@@ -3,11 +3,13 @@
 import pytest
 import torch
 from sessions import session_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.config import Config, LoraSettings
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.errors import UserError
-from medusa_exp.model import load_heads
+from medusa_exp.model import Backbone, load_heads
+from medusa_exp.model.adapters import add_adapters
 from medusa_exp.stages import train
 from medusa_exp.train.callbacks import TrainingPreview
 from medusa_exp.train.module import MedusaModule
@@ -172,3 +174,12 @@ def test_the_preview_is_of_the_steps_in_which_both_learn_too(config, tmp_path, m
     assert measured == [(3, 3), (9, 3)]
     said = [line for line in caplog.messages if line.startswith("a step (")]
     assert [" of the heads alone, " in line for line in said] == [True, False]
+
+
+def test_experts_that_are_adapted_without_dropout_alone():
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    experts = {"num_local_experts": 2, "intermediate_size": 16, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("mixtral", vocab_size=32, **shape, **experts)
+    backbone = Backbone(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UserError, match=r"Set train\.lora\.dropout=0\."):
+        add_adapters(backbone, LoraSettings(dropout=0.1))

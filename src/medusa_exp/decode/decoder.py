@@ -33,11 +33,10 @@ from medusa_exp.decode.loop import (
 )
 from medusa_exp.decode.masks import FULL, MODELS
 from medusa_exp.decode.memory import slots_with_room
-from medusa_exp.decode.recurrent import ChainStep, check_chain, is_recurrent
+from medusa_exp.decode.recurrent import ChainStep, check_chain, check_prefix, is_recurrent
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slots import CapturedSlots, EagerSlots, OneByOne, Slots
 from medusa_exp.decode.step import UNOBSERVED, CapturedSteps, EagerStep, Observer, Step
-from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, PrefixAttention, stack_heads
 from medusa_exp.tree import Tree, chain
@@ -129,11 +128,8 @@ class Decoder:
         layers = CompiledLayers(self.backbone) if self.compiles else None
         self.layers: CompiledLayers | None = layers
         prefix = getattr(heads, "prefix", None)
-        if prefix and self.is_recurrent:
-            raise UserError(
-                f"{self.backbone.name} has recurrent layers, whose cache has no room for a layer "
-                "of the heads: set head.prefix_attention=false and train again."
-            )
+        if self.is_recurrent:
+            check_prefix(self.backbone.name, prefix is not None)
         self._prefixed = PrefixedBackbone(self.backbone, prefix, observer) if prefix else None
         self._captured: dict[bool, CapturedSteps] = {}
         """Captured steps by whether the backbone includes the heads' prefix attention."""
@@ -378,7 +374,7 @@ class Decoder:
         if self.heads is None or tree is None:
             raise ValueError("there are no heads or no tree: use Decoder(model, heads, tree).")
         if self.is_recurrent:
-            check_chain(self.backbone, tree)
+            check_chain(self.backbone.name, tree)
         if tree not in self._drafters:
             self._drafters[tree] = build_drafter(self.heads, tree, self.backbone.device)
         return self._drafters[tree]

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -40,16 +40,30 @@ _MIXERS: WeakKeyDictionary[PreTrainedModel, dict[nn.Module, int]] = WeakKeyDicti
 
 def is_recurrent(backbone: Backbone) -> bool:
     """Does the model have layers that keep a state in place of keys and values?"""
-    layers = DynamicCache(config=backbone.model.config).layers
+    return has_recurrent_layers(backbone.model.config)
+
+
+def has_recurrent_layers(config: PretrainedConfig) -> bool:
+    """Say the same of a model that need not be loaded yet."""
+    layers = DynamicCache(config=config).layers
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
-def check_chain(backbone: Backbone, tree: Tree) -> None:
+def check_chain(name: str, tree: Tree) -> None:
     """Raise a UserError where a model with recurrent layers would have to check a branch."""
     if tree.num_picked is not None or list(tree.parents) != list(range(-1, len(tree) - 1)):
         raise UserError(
-            f"{backbone.name} has recurrent layers, whose state cannot hold the branches of a "
-            "tree: it takes chains of draft tokens. Set tree=chain or tree=calibrated."
+            f"{name} has recurrent layers, whose state cannot hold the branches of a tree: it "
+            "takes chains of draft tokens. Set tree=chain or tree=calibrated."
+        )
+
+
+def check_prefix(name: str, has_prefix: bool) -> None:
+    """Raise a UserError where heads would add a layer of attention to such a model."""
+    if has_prefix:
+        raise UserError(
+            f"{name} has recurrent layers, whose cache has no room for a layer of the heads: set "
+            "head.prefix_attention=false, and train again what has been trained with it."
         )
 
 

@@ -49,6 +49,11 @@ def add_adapters(backbone: Backbone, settings: LoraSettings) -> PreTrainedModel:
     try:
         adapted = get_peft_model(backbone.model, lora)
     except ValueError as error:
+        if "lora_dropout" in str(error):  # of experts whose weights lie in one tensor
+            raise UserError(
+                f"train.lora.dropout={settings.dropout}: {backbone.name} has weights that are "
+                "adapted without dropout alone. Set train.lora.dropout=0."
+            ) from error
         raise UserError(f"train.lora.layers={settings.layers}: {error}") from error
     if settings.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -329,10 +329,17 @@ class Backbone:
         """Compare `hidden_states`, which heads are trained on, with what `lm_head` reads.
 
         Raises:
-            UserError: this architecture changes the last hidden state once more before its lm_head.
+            UserError: this architecture changes the last hidden state once more before its lm_head,
+                or does not run on tokens alone.
         """
         for length in _LENGTHS:
-            body_ND, read_ND = self._around_scale(length)
+            try:
+                body_ND, read_ND = self._around_scale(length)
+            except Exception as error:  # of code that wants pictures, or another kind of body
+                raise UserError(
+                    f"{self.name} gives no hidden states for tokens alone, as a causal language "
+                    f"model does ({type(error).__name__}: {str(error)[:200]})."
+                ) from error
             if not _is_close(self.as_read(body_ND), read_ND, self._tolerance):
                 raise UserError(
                     f"{self.name}: what its lm_head reads is not its last hidden state; "

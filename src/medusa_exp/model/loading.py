@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from medusa_exp.errors import UserError
@@ -118,9 +125,16 @@ def _conversion(path: str, spec: ModelSpec) -> str:
 def _from_pretrained(
     path: str, spec: ModelSpec, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return the model and transformers' report; with eager attention where auto finds no other."""
+    """Return the model and transformers' report; with eager attention where auto finds no other.
+
+    A model for pictures and text is taken whole where its text model has no class of its own:
+    given nothing but text, it is a causal language model.
+    """
+    kind = type(options.get("config") or spec.model_config())
+    reads_pictures = kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    reads_pictures &= kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     load = partial(
-        AutoModelForCausalLM.from_pretrained,
+        (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_pretrained,
         path,
         output_loading_info=True,
         dtype=spec.dtype,

@@ -17,6 +17,7 @@ from medusa_exp.data.sources import Source, dataset_key, files_of, load_split, o
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.recurrent import check_chain, check_prefix, has_recurrent_layers
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.export import importing
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _IMPORTED, _TRIED_PROMPTS = "imported_heads.json", 10
 """Where it is noted what imported heads are worth, and prompts on which that is measured."""
+_BRANCHED, _A_FORK = ("medusa_63", "dynamic"), Tree.from_paths([[0], [1]])
+"""Trees that have branches whatever the heads are; the least that has."""
 _SAVED_OF_A_LAYER, _COMPILING = 50e-6, 10.0
 """Seconds that a compiled layer saves at each step, and that its compilation takes."""
 
@@ -168,6 +171,7 @@ class Session:
         Raises:
             UserError: the run has no heads or no tree, or its model cannot be decoded with trees.
         """
+        self.check_drafts()
         backbone, tokenizer = self.backbone(), self.tokenizer()
         heads = load_heads(self.out / "heads", backbone)
         if not heads.config.backbone_identity:
@@ -184,6 +188,22 @@ class Session:
         if is_tree_known:
             decoder.tree = self.tree(decoder)
         return decoder
+
+    def check_drafts(self) -> None:
+        """Ask before anything long whether the model can check what the config has it drafted.
+
+        Raises:
+            UserError: it has recurrent layers, and the tree has branches, or the heads attention.
+        """
+        config, spec = self.config, self.spec
+        if not has_recurrent_layers(spec.model_config()):
+            return
+        name = f"model.path={spec.model_path()}"
+        check_prefix(name, config.head.prefix_attention)
+        if config.tree.kind in _BRANCHED:
+            check_chain(name, _A_FORK)
+        if config.tree.kind == "custom":
+            check_chain(name, choose_tree(config.tree, self.out, config.head.num_heads))
 
     def adopt_heads(self, heads_from: str) -> None:
         """Put the heads that the config names into the run directory.

@@ -191,6 +191,7 @@ def open_inputs(session: Session) -> Inputs:
         UserError: the backbone cannot be decoded with trees, or something is not there.
     """
     config = session.config
+    session.check_drafts()
     opener = _BackboneOpener(session)
     backbone, tokenizer = opener.ends, session.tokenizer()
     row_tokens = min(config.dataset.max_length, backbone.max_length)
