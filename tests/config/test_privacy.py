@@ -45,6 +45,8 @@ def test_home_and_passwords_are_taken_out(monkeypatch):
     assert (
         shareable_text("git clone https://ada:pw@git.test/a@b") == "git clone https://git.test/a@b"
     )
+    assert shareable_text("s=http://a:p@w@x:1,http://b:q@y/z") == "s=http://x:1,http://y/z"
+    assert shareable_text("http://git.test?to=a@b") == "http://git.test?to=a@b"
 
 
 def test_a_command_can_be_pasted_into_a_shell_of_another_home(monkeypatch, tmp_path):

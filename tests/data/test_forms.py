@@ -166,7 +166,10 @@ READ = {
     "claude export": (
         {
             "uuid": "u-1",
-            "chat_messages": [{"sender": "human", "text": Q}, {"sender": "assistant", "text": A}],
+            "chat_messages": [
+                {"sender": "human", "text": Q, "content": [{"type": "text", "text": Q}]},
+                {"sender": "assistant", "text": A, "content": []},
+            ],
         },
         "conversation",
         PAIR,
@@ -233,6 +236,13 @@ def test_tables_of_text(tmp_path, name):
     for suffix, delimiter in (("csv", ","), ("csv", ";"), ("tsv", "\t")):
         path = write(tmp_path / f"a.{suffix}", "\ufeff" + table(record, delimiter))
         assert read(path) == ([expected] * 3, {form: 3})
+
+
+def test_a_row_that_is_too_short_has_nulls(tmp_path):
+    path = write(tmp_path / "a.csv", f"question,answer\n{Q}\n{Q},{A}\n{Q}\n")
+    reading = read_conversations(path)
+    assert [turns(conversation) for conversation in reading] == [PAIR]
+    assert reading.dropped == {"content is null": 2}
 
 
 REFUSED = {
@@ -384,6 +394,8 @@ def test_forms_may_differ_within_a_file(tmp_path):
         ({"question": Q, "answer": None}, "content is null"),
         ({"question": Q, "answer": 4}, "content is not text"),
         ({"question": Q, "answer": " "}, "no assistant turn"),
+        ({"question": Q, "answer": [A, "4"]}, "several answers to one question"),
+        ({"question": Q, "context": ["A", "B"], "answer": A}, "a context that is not text"),
         ({"conversation": []}, "no turns"),
         (
             {"contents": [{"parts": [{"text": Q}, {"inlineData": {}}]}]},

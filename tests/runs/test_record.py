@@ -35,6 +35,14 @@ def test_a_figure_that_is_no_number_is_told_and_left_out(tmp_path, caplog):
     assert "stage evaluate: not finite, and left out: a" in caplog.text
 
 
+def test_a_recorded_command_has_no_password(tmp_path):
+    record = RunRecord(tmp_path, Config(device="cpu"), ["evaluate.server=http://me:hunter2@host:1"])
+    with record.stage("evaluate"):
+        pass
+    text = (tmp_path / "run.json").read_text()
+    assert "evaluate.server=http://host:1" in text and "hunter2" not in text
+
+
 def test_an_error_says_the_variable_and_not_its_value(tmp_path, monkeypatch):
     """The report shows it, and is sent."""
     monkeypatch.setenv("PLACE", "/secret/place")

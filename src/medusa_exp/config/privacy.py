@@ -20,7 +20,7 @@ _RESOLVER = "oc.env"
 _REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 _SHORTEST = 4
 """Shorter values stand in any text by chance, and are no secrets."""
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
+_USER_INFO = re.compile(r"(?<=://)[^/\s?#]+@")
 
 
 def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
@@ -92,6 +92,11 @@ def shareable_text(text: str, home: str = "~") -> str:
     """Return `text` with `home` for the home directory and no user or token in a URL."""
     for path in _homes():
         text = re.sub(rf"{re.escape(path)}(?![\w.-])", lambda _: home, text)
+    return without_users(text)
+
+
+def without_users(text: str) -> str:
+    """Return `text` with no user, password or token in a URL."""
     return _USER_INFO.sub("", text)
 
 

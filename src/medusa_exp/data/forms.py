@@ -24,6 +24,8 @@ ROLE_OF = {name: role for role, names in _NAMES.items() for name in names.split(
 
 NO_WINNER = "two conversations without a winner"
 NO_ROOM = "a context beside messages, in none of which it has a place"
+NOT_A_CONTEXT = "a context that is not text"
+SEVERAL_ANSWERS = "several answers to one question"
 BOTH_BAD = "two conversations, both marked as bad"
 
 Record = dict[str, Any]
@@ -256,7 +258,7 @@ def by_columns(columns: Mapping[str, str]) -> Form:
         if found["assistant"] is None or ("user" in columns and found["user"] is None):
             return None
         asked = _said(found["user"], "user") if "user" in columns else []
-        return Chat([*asked, *_said(found["assistant"], "assistant")], found.get("system"))
+        return Chat([*asked, *_answered(found["assistant"])], found.get("system"))
 
     paths = columns.values()
     return Form((*paths, *(path.partition(".")[0] for path in paths)), read)
@@ -368,14 +370,20 @@ def _usual(item: Any) -> list[Any]:
         return [item]
     if item.keys() & {"value", "content"} and item.keys() & {"from", "role"}:
         return [item]
-    role = next((item[k] for k in ("from", "role", *_SPEAKERS) if item.get(k) is not None), None)
-    said = next((item[k] for k in ("value", "content", *_WORDS) if item.get(k) is not None), None)
+    role = _first(item, ("from", "role", *_SPEAKERS))
+    said = _first(item, ("value", "content", *_WORDS))
     if role is not None and said is not None:
         return [{**item, "role": role, "content": _texts(said)}]
     names = [key for key, value in item.items() if value is not None and key in _ROLE_KEYS]
     if role is None and names:
         return [{"role": key, "content": item[key]} for key in names]
     return [item]
+
+
+def _first(item: Record, keys: tuple[str, ...]) -> Any:
+    """Return what an item holds under the first of these keys that is not empty, or at all."""
+    found = [item[key] for key in keys if item.get(key) is not None]
+    return next((value for value in found if value not in ("", [])), next(iter(found), None))
 
 
 def _texts(parts: Any) -> Any:
@@ -402,8 +410,15 @@ def _pair(
         return None
     _check_alike(record, asks)
     _check_alike(record, given)
-    replies = _said(reply, "assistant")
+    replies = _answered(reply)
     return Chat(_joined(record, asks[0], contexts, replies), _system(record))
+
+
+def _answered(reply: Any) -> list[Any]:
+    """Return the turns of an answer; a list of texts is no chat where the question is apart."""
+    if _is_alternation(reply):
+        raise Unusable(SEVERAL_ANSWERS, f"they are {len(reply)}, the first {reply[0]!r:.60}")
+    return _said(reply, "assistant")
 
 
 def _check_alike(record: Record, keys: list[str]) -> None:
@@ -417,7 +432,9 @@ def _joined(record: Record, asked: str, contexts: tuple[str, ...], replies: list
     turns = _said(record[asked], "user")
     beside = [record.get(key) for key in contexts if key != asked]
     for text in beside:
-        if isinstance(text, str) and text.strip():
+        if not isinstance(text, str) and text:
+            raise Unusable(NOT_A_CONTEXT, f"it is {text!r:.60}")
+        if text and text.strip():
             if (content := _content(turns[-1])) is None:
                 raise Unusable(NO_ROOM)
             turns[-1] = {**turns[-1], "content": f"{content}\n\n{text}"}

@@ -44,7 +44,7 @@ def rows_of_text(name: str, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any
                         f"columns ({', '.join(columns)}). Put texts with commas in quotes."
                     )
                 if row:
-                    yield line, dict(zip(columns, row, strict=False))
+                    yield line, {**dict.fromkeys(columns), **dict(zip(columns, row, strict=False))}
         except UnicodeDecodeError as error:
             raise faults.wrong_bytes(name, error.object) from error
         except csv.Error as error:

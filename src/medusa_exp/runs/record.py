@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_exp.config import Config, named_variables
-from medusa_exp.config.privacy import shareable_text
+from medusa_exp.config.privacy import shareable_text, without_users
 from medusa_exp.runs.files import publish, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class RunRecord:
     """
 
     def __init__(self, out: Path, config: Config, command: list[str]) -> None:
+        command = [without_users(word) for word in command]
         self.out, self.config, self.command = out, config, command
         self.metrics: dict[str, float] = read_json(out / "metrics.json", {})
         self.run: dict[str, Any] = {
