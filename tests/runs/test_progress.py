@@ -34,3 +34,15 @@ def test_on_a_terminal_the_bar_is_enough(monkeypatch, caplog):
     monkeypatch.setattr(progress, "Console", lambda **_: terminal)
     assert list(progress.track("ab", "training")) == ["a", "b"]
     assert "2/2" in terminal.file.getvalue() and not caplog.messages
+
+
+def test_what_else_there_is_to_say_is_on_the_bar_and_in_the_line(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
+    caplog.set_level(logging.INFO)
+    for is_terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=is_terminal, width=160)
+        monkeypatch.setattr(progress, "Console", lambda console=console, **_: console)
+        with progress.ProgressBar("training", 2) as bar:
+            bar.advance(more=lambda: "57% of the matrix rate")
+        assert "57% of the matrix rate" in console.file.getvalue()
+    assert [line.endswith(", 57% of the matrix rate") for line in caplog.messages] == [True]

@@ -1,6 +1,7 @@
 """What automatic settings become, and that a training that resumes keeps them."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,23 @@ def test_a_resumed_training_takes_what_its_checkpoint_was_made_with(config, tmp_
     config.train.resume = "never"
     run(config, tmp_path / "run")
     assert settled(tmp_path / "run")["loss_form"] == "recompute"
+
+
+def test_a_cpu_that_goes_on_with_a_training_of_a_gpu_compiles_nothing(
+    config, tmp_path, monkeypatch
+):
+    config.train.max_steps = 2
+    monkeypatch.setattr(train, "gpu_memory", lambda device: 8 * GB)
+    monkeypatch.setattr(defaults, "_COMPILED_OPERATIONS", 0.0)
+    calls = []
+    monkeypatch.setattr(train, "compiled_backbone", lambda *given: calls.append(1) or nullcontext())
+    run(config, tmp_path / "run")
+    monkeypatch.setattr(train, "gpu_memory", lambda device: None)
+    run(config, tmp_path / "run")
+    assert settled(tmp_path / "run")["compile"] == "true" and not calls
+    config.train.compile = "true"
+    run(config, tmp_path / "run")
+    assert calls
 
 
 def test_what_was_taken_is_said_and_noted(config, tmp_path, caplog):

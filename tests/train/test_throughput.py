@@ -3,14 +3,17 @@
 import json
 from types import SimpleNamespace
 
+import architectures
 import pytest
 import torch
 from tiny_models import build_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from medusa_exp.config import LoraSettings
 from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example
 from medusa_exp.model import Backbone, build_heads
+from medusa_exp.model.adapters import add_adapters
 from medusa_exp.stages import train
 from medusa_exp.train import throughput
 from medusa_exp.train.throughput import Operations, Throughput, matrix_rate
@@ -56,6 +59,29 @@ def test_operations_of_a_backbone_are_those_that_torch_counts(architecture):
     # What torch counts of attention are all pairs, those too that a mask leaves out.
     every_pair = 2 * ROWS * (found.of_token + ROWS * found.of_pair)
     assert counter.get_total_flops() == pytest.approx(every_pair, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "granitemoe", "deepseek_v3"])
+def test_operations_of_experts_are_those_of_the_ones_that_a_token_is_sent_to(name):
+    """Experts that all share see every token."""
+    backbone = Backbone(architectures.build(name, architectures.DECODED[name]))
+    backbone.model.set_attn_implementation("eager")
+    backbone.model.set_experts_implementation("eager")
+    found = operations(backbone, build_heads(backbone, num_heads=1))
+    ids_BT = torch.randint(0, 40, (2, ROWS))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.hidden_states(ids_BT)
+    every_pair = 2 * ROWS * (found.of_token + ROWS * found.of_pair)
+    assert counter.get_total_flops() == pytest.approx(every_pair, rel=0.01)
+
+
+def test_adapters_hide_no_weight_and_count_none_twice(backbone):
+    pytest.importorskip("peft")
+    before = operations(backbone, build_heads(backbone, num_heads=1)).of_token
+    adapted = add_adapters(backbone, LoraSettings())
+    new = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    after = operations(backbone, build_heads(backbone, num_heads=1)).of_token
+    assert new and after == before + 2 * new
 
 
 def test_operations_of_a_batch(backbone):

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -31,10 +32,11 @@ class ProgressBar:
     def __init__(self, what: str, total: int | None, completed: int = 0) -> None:
         remaining = TimeRemainingColumn(elapsed_when_finished=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
-        tokens = TextColumn("{task.fields[tokens]}")
+        more = (TextColumn("{task.fields[tokens]}"), remaining, TextColumn("{task.fields[more]}"))
         # On stderr: what is redirected should hold results.
-        self._rich = Progress(*columns, tokens, remaining, console=Console(stderr=True))
-        self._task = self._rich.add_task(what, total=total, completed=completed, tokens="")
+        self._rich = Progress(*columns, *more, console=Console(stderr=True))
+        begin = partial(self._rich.add_task, what, total=total, completed=completed)
+        self._task = begin(tokens="", more="")
         self._start = self._last_line = time.monotonic()
         self._tokens = 0
 
@@ -48,9 +50,9 @@ class ProgressBar:
     def advance(self, number: float = 1, tokens: int = 0, more: Callable[[], str] = str) -> None:
         """Count so many more as done, and the tokens that they gave, if it is tokens they give.
 
-        `more` says what else a line is to have.
+        `more` says what else bar and line are to have.
         """
-        self._rich.advance(self._task, number)
+        self._rich.update(self._task, advance=number, more=more())
         now = time.monotonic()
         self._tokens += tokens
         if tokens:
@@ -58,7 +60,7 @@ class ProgressBar:
             self._rich.update(self._task, tokens=f"{speed:,.0f} tokens/s")
         if not self._rich.console.is_terminal and now - self._last_line >= BETWEEN_LINES:
             self._last_line = now
-            log.info("%s", ", ".join(filter(None, (describe(self._rich.tasks[0]), more()))))
+            log.info("%s", describe(self._rich.tasks[0]))
 
 
 def track(things: Sequence[T], what: str) -> Iterator[T]:
@@ -75,8 +77,9 @@ def describe(task: Task) -> str:
     done = f"{task.description}: {task.completed:,.0f}{total}"
     left = task.time_remaining
     time_left = "" if left is None else f"{timedelta(seconds=int(left))} left"
-    speed, tokens = rate(task.finished_speed or task.speed), task.fields.get("tokens")
-    return ", ".join(filter(None, (done, speed, tokens, time_left)))
+    speed = rate(task.finished_speed or task.speed)
+    tokens, more = (task.fields.get(name) for name in ("tokens", "more"))
+    return ", ".join(filter(None, (done, speed, tokens, time_left, more)))
 
 
 def rate(speed: float | None) -> str:

@@ -59,6 +59,7 @@ from medusa_exp.train.defaults import (
     compiled_backbone,
     describe,
     gpu_memory,
+    is_compiled_here,
     settle,
     settled_of,
 )
@@ -126,7 +127,8 @@ def train(session: Session) -> dict[str, float]:
         log.info("%s; %d steps", heads.describe(), max_steps)
         taken = settled_before(out, config.train.resume)
         module = build_module(config, inputs, heads, max_steps, taken)
-        log.info("%s", describe(module.settings))
+        is_compiled = is_compiled_here(config.train, module.settings, inputs.backbone.device)
+        log.info("%s", describe(module.settings, is_compiled=is_compiled))
         session.notes.add(settled=settled_of(module.settings))
         metrics = fit(session, module, batches)
         if rank_zero_only.rank == 0:
@@ -415,7 +417,7 @@ def fit(session: Session, module: MedusaModule, batches: Batches) -> dict[str, f
     callbacks += [throughput, preview]
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     trainer = _trainer(session, module, bool(batches.val), callbacks)
-    compiles = module.settings.compile == "true" and settings.features == "online"
+    compiles = is_compiled_here(settings, module.settings, module.backbone.device)
     try:
         with compiled_backbone(module.backbone, dtype) if compiles else nullcontext():
             trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)

@@ -101,21 +101,31 @@ def _compiles(settings: TrainConfig, memory: int | None, operations: float) -> b
     return memory is not None and is_possible and runs_layers and operations >= _COMPILED_OPERATIONS
 
 
+def is_compiled_here(asked: TrainConfig, settled: TrainConfig, device: torch.device) -> bool:
+    """Say whether the backbone's layers are to be compiled on this device.
+
+    What auto became on a GPU, where a training began, stays in its checkpoint's key; a CPU that
+    goes on with it compiles nothing for that.
+    """
+    is_meant = asked.compile == "true" or device.type == "cuda"
+    return settled.compile == "true" and settled.features == "online" and is_meant
+
+
 def settled_of(settings: TrainConfig) -> dict[str, Any]:
     """Return the values of the keys in SETTLED."""
     return {name: getattr(settings, name) for name in SETTLED}
 
 
-def describe(settings: TrainConfig) -> str:
-    """Say in a line what was taken."""
+def describe(settings: TrainConfig, *, is_compiled: bool) -> str:
+    """Say in a line what was taken, and whether it `is_compiled_here`."""
     form = {
         "at_once": "gradients with the loss",
         "recompute": "logits computed again for gradients",
     }
-    compiled = {"true": "the backbone's layers compiled", "false": "nothing compiled"}
+    compiled = "the backbone's layers" if is_compiled else "nothing"
     return (
         f"loss in chunks of at most {settings.loss_chunk_rows:,} rows, {form[settings.loss_form]}; "
-        f"{compiled[settings.compile]} (train.loss_chunk_rows, train.loss_form, train.compile)"
+        f"{compiled} compiled (train.loss_chunk_rows, train.loss_form, train.compile)"
     )
 
 

@@ -41,7 +41,8 @@ class Operations:
     all pairs of a row; a causal model sees half of them. A sliding window is not considered). Of a
     head 6 for each weight and each label: 2 forward, and 4 for the gradients of weight and input;
     but 4 in its first block, whose input is frozen, and 4 for an lm_head that it shares. Padding
-    needs nothing, nor does anything the second time.
+    needs nothing, nor does anything the second time. Left out of Medusa-2: the lm_head of the
+    backbone's own loss, and the teacher of self-distillation.
     """
 
     of_token: float
@@ -66,7 +67,9 @@ class Operations:
         head_dim = getattr(text, "head_dim", None) or backbone.hidden_size // max(
             1, text.num_attention_heads
         )
-        of_pair = 4.0 * text.num_attention_heads * head_dim * backbone.num_layers
+        # Of keys and of values, which latent attention (MLA) has of two widths.
+        widths = [getattr(text, name, None) or head_dim for name in ("qk_head_dim", "v_head_dim")]
+        of_pair = 2.0 * text.num_attention_heads * sum(widths) * backbone.num_layers
         of_token = 2.0 * _matrix_weights(backbone.body, text) if runs_layers else 0.0
         if heads.prefix is not None:
             of_token += 6.0 * sum(p.numel() for p in heads.prefix.parameters())
@@ -95,13 +98,18 @@ def _matrix_weights(body: nn.Module, config: Any) -> float:
     total = next((n for n in experts if n), 1)
     share = (getattr(config, "num_experts_per_tok", None) or total) / total
     for name, module in body.named_modules():
-        part = share if "expert" in name else 1.0
-        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        part = share if _is_routed(name, module) else 1.0
+        if hasattr(module, "in_features") and not any(module.children()):  # LoRA wraps a layer
             number += part * module.in_features * module.out_features  # packed ones, if quantized
         elif not isinstance(module, nn.Embedding):
             own = module.parameters(recurse=False)
             number += part * sum(p.numel() for p in own if p.ndim >= 2)
     return number
+
+
+def _is_routed(name: str, module: nn.Module) -> bool:
+    """Say whether a token may be sent past this part; shared experts see all tokens."""
+    return "experts" in name.split(".") or "Experts" in type(module).__name__
 
 
 def _of_head(heads: MedusaHeads, k: int, lm_head: float) -> float:
