@@ -91,7 +91,7 @@ def test_what_fails_is_written_down_and_the_rest_goes_on(monkeypatch, tmp_path, 
 
     monkeypatch.setattr(run, "figures_of", figures_of)
 
-    def part(name, seconds):
+    def part(name, seconds, most):
         if name == "machine":
             return {"failed": "ended after 65 s"}
         with pytest.raises(RuntimeError):
@@ -113,6 +113,40 @@ def test_what_fails_is_written_down_and_the_rest_goes_on(monkeypatch, tmp_path, 
 def test_without_time_no_part_begins(tmp_path):
     found = run.Benchmark(tmp_path / "a.json", 0, is_rehearsal=True).run(["machine"])
     assert found["machine"] == {"left_out": "no time left"}
+
+
+def test_all_parts_together_end_in_time(monkeypatch, tmp_path):
+    """Each may take what the ones before it have left, and none the seconds of those behind it."""
+    now, given = [0.0], {}
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    benchmark = run.Benchmark(tmp_path / "a.json", 8, is_rehearsal=True)
+
+    def part(name, seconds, most):
+        given[name] = seconds, most
+        now[0] += most - 40 if name == "steps_7B" else most
+        return {}
+
+    monkeypatch.setattr(benchmark, "run_part", part)
+    benchmark.run([*run.PARTS])
+    assert sum(run.PARTS.values()) == 8 * 60 and now[0] <= 8 * 60
+    assert given["steps_7B"] == (run.PARTS["steps_7B"],) * 2
+    assert given["steps_8B"] == (run.PARTS["steps_8B"], run.PARTS["steps_8B"] + 40)
+    assert given["generate"] == (run.PARTS["generate"],) * 2
+
+
+def test_a_part_is_ended_with_all_that_it_started(tmp_path):
+    child = "import time; time.sleep(60)"
+    parent = (
+        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
+    )
+    fault = run.fault_of([sys.executable, "-c", parent], tmp_path / "log", 2.0)
+    assert fault == "ended after 2 s"
+    state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+    failing = [sys.executable, "-c", "raise SystemExit('too little memory')"]
+    assert run.fault_of(failing, tmp_path / "log", 20.0) == "too little memory\n"
+    assert run.fault_of([sys.executable, "-c", ""], tmp_path / "log", 20.0) is None
 
 
 def test_a_bar_may_be_the_most_or_the_least():
@@ -227,7 +261,6 @@ def test_captured_steps_that_say_otherwise_are_named(monkeypatch):
     )
     backbone = Backbone(build_model("llama"))
     assert correctness.ways_that_differ(backbone, SCALE) == []
-    monkeypatch.setattr(step, "_at_end", lambda hidden_BND, verdict: hidden_BND[:, 0] * 0)
     monkeypatch.setattr(step.CapturedStep, "_mask_and_positions", _blind)
     differ = correctness.ways_that_differ(backbone, SCALE)
     assert "captured, B=1" in differ and "eager tree, B=1" not in differ

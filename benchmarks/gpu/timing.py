@@ -1,11 +1,15 @@
 """Microseconds of a call: eager and in a CUDA graph, with warm and with cold caches.
 
+Without a GPU, in a rehearsal, calls are what graphs are else, by the host's clock.
+
 Cold: calls go round copies of the inputs that are together thrice as large as the L2 cache. The
 figure is the median over repeats of the time of a round, divided by its calls.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,32 +37,38 @@ def measure(
     rounds = {"warm": [calls[0]] * at_least, "cold": filled}
     times: dict[str, float] = {}
     for heat, some in rounds.items():
-        times[f"eager_{heat}"] = _median_us(
-            lambda some=some: [call() for call in some], repeats
-        ) / len(some)
+        again = partial(_each, some)
+        times[f"eager_{heat}"] = _median_us(again, repeats) / len(some)
         if with_graph:
-            graph = _captured(some)
-            times[f"graph_{heat}"] = _median_us(graph.replay, repeats) / len(some)
-            del graph
+            replay = _captured(some) if torch.cuda.is_available() else again
+            times[f"graph_{heat}"] = _median_us(replay, repeats) / len(some)
+            del replay
     return times
 
 
-def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+def _each(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def _captured(calls: Sequence[Call]) -> Call:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
+        _each(calls[:2])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
+        _each(calls)
+    return graph.replay
 
 
 def _median_us(run: Call, repeats: int) -> float:
     run()
+    if not torch.cuda.is_available():
+        start_s = time.perf_counter()
+        run()
+        return (time.perf_counter() - start_s) * 1e6
     torch.cuda.synchronize()
     taken = []
     for _ in range(repeats):

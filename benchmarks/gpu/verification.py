@@ -4,7 +4,7 @@ What fails is written down, and the rest goes on. B batch, N tree nodes, V vocab
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -35,14 +35,20 @@ FIELDS = ("path_BL", "num_accepted_B", "next_token_B")
 Method = Callable[[Inputs], Callable[[], Verdict]]
 SOME = ((1, 32000), (1, 128256), (16, 128256), (64, 128256))
 """Batch and vocabulary of a dozen points, with three rules and 64 nodes."""
+FEW = ((1, 300), (2, 300))
+"""The same of a rehearsal."""
 COMPILED_BATCHES = (8, 64, 1)
 """For one compilation serves all batches but 1."""
 
 
-def measure_some(kernels: Kernels, is_over: Callable[[], bool]) -> Iterator[tuple[str, Any]]:
+def measure_some(
+    kernels: Kernels, is_over: Callable[[], bool], some: Sequence[tuple[int, int]] = SOME
+) -> Iterator[tuple[str, Any]]:
     """Yield the time of the chosen launch at a dozen points: in a graph, with cold caches."""
-    cache_bytes = torch.cuda.get_device_properties(kernels.device).L2_cache_size
-    for (batch, vocab), rule in itertools.product(SOME, RULES):
+    cache_bytes = 1
+    if kernels.device.type == "cuda":
+        cache_bytes = torch.cuda.get_device_properties(kernels.device).L2_cache_size
+    for (batch, vocab), rule in itertools.product(some, RULES):
         if is_over():
             yield "left_out", f"from {rule}, B={batch}, V={vocab} on"
             return
