@@ -15,12 +15,13 @@ from gpu import bars, correctness, decode_step, models, run, training, verificat
 from gpu.points import Point, configs_of, figures, floors_us, make_inputs, points, tree_of
 from gpu.timing import num_copies
 from kernel_shim import GXX, ShimKernels
-from tiny_models import VOCAB_SIZE, build_model
+from tiny_models import build_model
 
 from medusa_exp.decode import step
 from medusa_exp.decode.cuda.verify import LaunchConfig, launch_config
 from medusa_exp.decode.verify import verify
 from medusa_exp.model import Backbone, build_heads
+from medusa_exp.train.throughput import Operations
 
 SCALE = models.rehearsal()
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.py"
@@ -238,7 +239,7 @@ def test_steps_are_those_of_the_product(monkeypatch, uncompiled):
             assert found[f"B={batch}, {nodes} nodes, {way}"] > 0
     assert {step.drafter.num_nodes for step in made} == {1, 5}
     left_out = dict(decode_step.measure_steps("8B", SCALE, lambda: True))
-    assert left_out["left_out"] == "from B=1, 1 nodes on"
+    assert left_out["left_out"] == "from B=1, 1 nodes, compiled on"
 
 
 def test_heads_hit_as_often_as_is_asked(uncompiled):
@@ -273,28 +274,19 @@ def _blind(self, draft):
     return mask, lengths_B[:, None] + draft.depths_BN * 2
 
 
-def test_what_training_needs_is_counted_once():
-    backbone = Backbone(build_model("llama"))
-    heads = build_heads(backbone, num_heads=2)
-    config = backbone.model.config
-    layers = sum(p.numel() for p in backbone.body.layers.parameters() if p.ndim == 2)
-    width, looked_at = config.hidden_size, 64 / 2
-    of_a_token = 2 * layers + config.num_hidden_layers * 2 * 2 * looked_at * width
-    assert training.operations(backbone, heads, 3, 0, 64) == 3 * of_a_token
-    block, projection = width * width, width * VOCAB_SIZE
-    for kind, products in (("medusa", 3), ("medusa_tied", 2)):
-        heads = build_heads(backbone, num_heads=2, kind=kind)
-        of_a_label = 2 * projection + 2 * (2 * 2 * block + products * 2 * projection)
-        expected = 3 * of_a_token + 5 * of_a_label
-        assert training.operations(backbone, heads, 3, 5, 64) == expected
-
-
 def test_training_is_measured_after_its_first_steps(monkeypatch):
     monkeypatch.setattr(training, "STEPS", 2)
     found = dict(training.measure_training("8B", ("medusa_tied",), SCALE, lambda: False))
     figures, rate = found["medusa_tied"], found["matrix_product_teraflops"]
     assert 0 < 2 * 2 * 64 / figures["tokens_per_second"] < 60
     assert figures["share_of_matrix_product"] == pytest.approx(figures["teraflops"] / rate)
+    backbone = models.random_llama(SCALE.shapes["8B"], SCALE)
+    heads = build_heads(backbone, num_heads=training.NUM_HEADS, kind="medusa_tied")
+    of = Operations.of(backbone, heads, runs_layers=True, asks_lm_head=True)
+    counted = 2 * 2 * (64 * of.of_token + 64 * 65 / 2 * of.of_pair)  # 2 steps of 2 rows
+    labels = 2 * 2 * training.TRAINED_SHARE * 64 * sum(of.of_label)
+    needed = figures["teraflops"] * 1e12 * 2 * 2 * 64 / figures["tokens_per_second"]
+    assert needed == pytest.approx(counted + labels, rel=0.05)
     left_out = dict(training.measure_training("8B", ("medusa",), SCALE, lambda: True))
     assert left_out["left_out"] == "medusa"
 

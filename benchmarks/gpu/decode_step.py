@@ -8,6 +8,7 @@ node is plain decoding. Nothing here is a step of its own making.
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -46,20 +47,18 @@ def decoder_of(
 
 
 def measure_steps(name: str, scale: Scale, is_over: IsOver) -> Found:
-    """Yield "B=1, 16 nodes, compiled" and the like, with milliseconds of a step."""
+    """Yield "B=1, 16 nodes, compiled" and the like, and milliseconds of a step; eager ones last."""
     backbone = random_llama(scale.shapes[name], scale)
     heads = build_heads(backbone, num_heads=tree_of(max(scale.nodes)).depth, kind=KINDS[name])
     heads = heads.to(backbone.device)
     decoders = {way: decoder_of(backbone, heads, 64, scale, way) for way in (True, False)}
     yield "weights_gigabytes", _gigabytes(backbone)
-    for batch in scale.batches:
-        for nodes in scale.nodes:
-            for compiles, decoder in decoders.items():
-                if is_over():
-                    yield "left_out", f"from B={batch}, {nodes} nodes on"
-                    return
-                told = f"B={batch}, {nodes} nodes, {'compiled' if compiles else 'eager'}"
-                yield told, step_milliseconds(decoder, batch, nodes, scale)
+    for (compiles, decoder), batch, nodes in product(decoders.items(), scale.batches, scale.nodes):
+        told = f"B={batch}, {nodes} nodes, {'compiled' if compiles else 'eager'}"
+        if is_over():
+            yield "left_out", f"from {told} on"
+            break
+        yield told, step_milliseconds(decoder, batch, nodes, scale)
     compiled = decoders[True].layers
     if compiled is not None:
         yield "compilation_seconds", compiled.seconds

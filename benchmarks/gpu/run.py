@@ -87,6 +87,8 @@ def main() -> None:
     found = Benchmark(out, given.minutes, is_rehearsal=given.rehearse).run(extra or given.parts)
     if not extra:
         print(shown(found["table"]))
+    if given.rehearse:
+        print("\nA rehearsal: its figures say nothing, but that the script runs.")
     print(f"\n{out}")
 
 

@@ -2,7 +2,8 @@
 
 What is timed is the stage's own training with its defaults, Lightning and all: the frozen backbone
 in bfloat16, the labels that it predicts itself, the loss of all heads and the optimizer. The rate
-is compared with that of a large bfloat16 matrix product on the same device, just before.
+is compared with that of a large bfloat16 matrix product on the same device, just before, as
+`train/mfu` is.
 
 T tokens of a document, D hidden, V vocabulary, K heads.
 """
@@ -19,14 +20,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 from gpu.models import Scale, random_llama
-from torch import nn
 
 from medusa_exp.config import Config, HeadConfig
 from medusa_exp.data.examples import SCHEMA, Examples
-from medusa_exp.evaluate.methods import synchronize
 from medusa_exp.model import Backbone, build_heads
-from medusa_exp.stages.train import Inputs, build_module
+from medusa_exp.stages.train import Inputs, build_module, operations_of
 from medusa_exp.train.defaults import compiled_backbone, settled_of
+from medusa_exp.train.throughput import Operations, matrix_rate, synchronize
 from medusa_exp.train.trainer import AUTOCAST, build_trainer, pick_precision
 
 NUM_HEADS = 5
@@ -34,7 +34,6 @@ TRAINED_SHARE = 0.6
 WARM_UP_STEPS, STEPS = 3, 10
 PLANNED_STEPS = 10_000
 """Of the training whose first steps these are: what pays in a long one is on."""
-MATRIX_SIZE = 8192
 
 
 def measure_training(
@@ -42,7 +41,8 @@ def measure_training(
 ) -> Iterator[tuple[str, Any]]:
     """Yield figures for each of these families of heads."""
     backbone = random_llama(scale.shapes[name], scale)
-    rate = matrix_rate(scale.device, 256 if scale.is_rehearsal else MATRIX_SIZE)
+    rate = matrix_rate(scale.device, torch.bfloat16)
+    assert rate is not None, "there is no memory for a matrix product"
     yield "matrix_product_teraflops", rate / 1e12
     for kind in kinds:
         if is_over():
@@ -50,44 +50,6 @@ def measure_training(
             return
         with tempfile.TemporaryDirectory() as work:
             yield kind, _train(backbone, kind, Path(work), rate, *scale.training)
-
-
-def matrix_rate(device: torch.device, size: int = MATRIX_SIZE) -> float:
-    """Return the floating-point operations a second of one large bfloat16 matrix product."""
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(8):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
-def operations(
-    backbone: Backbone, heads: nn.Module, num_tokens: int, num_labels: int, length: int
-) -> float:
-    """Return the floating-point operations that a step needs; what is computed twice counts once.
-
-    Args:
-        backbone: of which a forward pass is needed, of its lm_head at the labels alone.
-        heads: K of them, a block of D x D and a projection of D x V each, their own or not.
-        num_tokens: of all documents of the step.
-        num_labels: of the lm_head; each head has about as many.
-        length: tokens of a document.
-    """
-    layers = sum(m.weight.numel() for m in backbone.body.modules() if isinstance(m, nn.Linear))
-    width, vocab = backbone.hidden_size, backbone.vocab_size
-    # Two products of each token with all before it, half of the document on average.
-    attention = 2 * length * width * backbone.num_layers
-    # The frozen states before a block want no gradient: two products there, three behind.
-    has_own = any(parameter.shape == (vocab, width) for parameter in heads.parameters())
-    of_a_head = 2 * (2 * width * width + (3 if has_own else 2) * width * vocab)
-    own_labels = 2 * width * vocab
-    return num_tokens * (2 * layers + attention) + num_labels * (
-        own_labels + len(heads.blocks) * of_a_head
-    )
 
 
 def documents(number: int, vocab_size: int, length: int) -> Examples:
@@ -104,9 +66,10 @@ def documents(number: int, vocab_size: int, length: int) -> Examples:
 
 
 class _Clock(L.Callback):
-    """Measures the steps after the first few."""
+    """Measures the steps after the first few, and counts what they need."""
 
-    seconds = 0.0
+    def __init__(self, operations: Operations) -> None:
+        self.needed_by, self.needed, self.seconds = operations, 0.0, 0.0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
@@ -114,6 +77,8 @@ class _Clock(L.Callback):
         if batch_idx == WARM_UP_STEPS:
             synchronize(module.device)
             self.seconds = -time.perf_counter()
+        if batch_idx >= WARM_UP_STEPS:
+            self.needed += self.needed_by.of_batch(batch)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         synchronize(module.device)
@@ -130,7 +95,7 @@ def _train(
     inputs = Inputs(backbone, None, made, "made up", length, {}, [], [])  # type: ignore
     heads = build_heads(backbone, num_heads=NUM_HEADS, kind=kind)
     module = build_module(config, inputs, heads, PLANNED_STEPS)
-    clock = _Clock()
+    clock = _Clock(operations_of(module.settings, backbone, heads))
     is_cuda = backbone.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -145,12 +110,11 @@ def _train(
     with layers as is_compiled:
         trainer.fit(module, inputs.batches(config))
     num_tokens = STEPS * rows * length
-    needed = operations(backbone, heads, num_tokens, round(num_tokens * TRAINED_SHARE), length)
     return {
         "shape": {"length": length, "heads": NUM_HEADS, "rows": rows, "steps": STEPS},
         "settled": {**settled_of(module.settings), "is_compiled": is_compiled},
         "tokens_per_second": num_tokens / clock.seconds,
-        "teraflops": needed / clock.seconds / 1e12,
-        "share_of_matrix_product": needed / clock.seconds / rate,
+        "teraflops": clock.needed / clock.seconds / 1e12,
+        "share_of_matrix_product": clock.needed / clock.seconds / rate,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
     }

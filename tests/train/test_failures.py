@@ -26,6 +26,28 @@ def test_an_infinite_loss_stops_the_run(config, tmp_path):
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
+def test_of_an_accumulated_step_the_bad_micro_batch_is_named(config, tmp_path, monkeypatch):
+    """Before the step: what is saved is what the steps before have made."""
+    config.train.accumulate, config.train.max_steps, config.train.checkpoint_every = 3, 6, 2
+    computed, named, batch_loss = [], [], train.MedusaModule.batch_loss
+
+    def broken(module, batch, totals):
+        computed.append(1)
+        loss, sums_H = batch_loss(module, batch, totals)
+        if len(computed) != 3 * 5 + 2:  # the second of the sixth step
+            return loss, sums_H
+        named.extend(batch.numbers)
+        return loss * torch.nan, sums_H
+
+    monkeypatch.setattr(train.MedusaModule, "batch_loss", broken)
+    with pytest.raises(UserError, match="the loss is nan at step 5, on conversations") as caught:
+        run(config, tmp_path / "run")
+    assert len(computed) == 3 * 6 and caught.value.__cause__.documents == named
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 5
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
 @pytest.mark.parametrize("step", [8, 12])
 def test_weights_that_a_step_has_broken_are_in_no_checkpoint(config, tmp_path, monkeypatch, step):
     """The loss is finite: it is the gradient that overflows."""
