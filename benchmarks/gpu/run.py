@@ -5,9 +5,9 @@
     python benchmarks/gpu/run.py --grid        verification at 108 points, every launch, rivals
     python benchmarks/gpu/run.py --sanitize    the kernels under compute-sanitizer's four tools
 
-Needs what the product needs; CuPy for the kernels' part, g++ to compare them with the CPU's. Each
-part runs in a process of its own, so that none is lost by another's fault, and writes what it finds
-as it finds it. One JSON file: benchmarks/results/gpu-<name>.json. bars.py has the table's rows.
+Needs what docs/guide/gpu.md says. Each part runs in a process of its own, so that none is lost by
+another's fault, and writes what it finds as it finds it. One JSON file:
+benchmarks/results/gpu-<name>.json. bars.py has the table's rows.
 """
 
 import argparse
