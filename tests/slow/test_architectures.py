@@ -2,14 +2,20 @@
 
 Tiny random models in float32, four prompts of unequal length in one batch. What cannot be decoded
 with trees must be refused, and never be answered wrongly. A version of transformers without an
-architecture skips it.
+architecture skips it. With MATRIX=FILE what was found is written there, for
+`scripts/architecture_matrix.py`.
 """
 
+import json
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from architectures import (
+    COMMON,
     DECODED,
     NEW_TOKENS,
     RECURRENT,
@@ -23,17 +29,50 @@ from architectures import (
 from medusa_exp import build_heads, generate
 from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.masks import StepMask
+from medusa_exp.decode.recurrent import StateCache
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, attention
 from medusa_exp.tree import Tree, chain
 
 LENGTHS = (1, 7, 19, 30)
+SHAPES = {**COMMON, **RECURRENT, **SCALED, **DECODED}
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    """Gather what was found of each architecture, by its name, and write it at the end."""
+    found = {name: {} for name in (*SHAPES, *(label(name) for name in REFUSED))}
+    yield found
+    if place := os.environ.get("MATRIX"):
+        whole = {"transformers": transformers.__version__, "architectures": found}
+        Path(place).write_text(json.dumps(whole, indent=2) + "\n")
+
+
+def label(refused: str) -> str:
+    """Name what is refused, by its settings too where others of its family are decoded."""
+    with_settings = f"{refused}, {'; '.join(f'{k}={v}' for k, v in REFUSED[refused].items())}"
+    return with_settings if refused in SHAPES else refused
+
+
+@pytest.fixture
+def folded(monkeypatch):
+    """Count the calls of grouped attention."""
+    calls = []
+    real = attention._fold_mask
+    monkeypatch.setattr(attention, "_fold_mask", lambda *a: (calls.append(1), real(*a))[1])
+    return calls
+
+
+def attention_of(model, folded) -> str:
+    if not any(hasattr(layer, "keys") for layer in StateCache(model).layers):
+        return "none"
+    return "grouped" if folded else model.config._attn_implementation
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-@pytest.mark.parametrize("name", [*DECODED, *RECURRENT])
-def test_drafts_say_what_model_generate_says(name):
-    model = build(name, {**RECURRENT, **DECODED}[name])
+@pytest.mark.parametrize("name", SHAPES)
+def test_drafts_say_what_model_generate_says(name, folded, matrix):
+    model = build(name, SHAPES[name])
     rng = random.Random(1)
     prompts = [[rng.randrange(3, V) for _ in range(length)] for length in LENGTHS]
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -62,13 +101,15 @@ def test_drafts_say_what_model_generate_says(name):
             eos_token_id=[],
         )
         assert found.sequences == expected
+    drafts = "chains" if name in RECURRENT else "trees"
+    matrix[name] |= {"drafts": drafts, "attention": attention_of(model, folded)}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*DECODED, *RECURRENT, *SCALED])
-def test_the_models_logits_follow_from_its_hidden_states(name):
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_models_logits_follow_from_its_hidden_states(name, matrix):
     """Scales, caps and biases included, also where the first rows of the lm_head are zeros."""
-    model = build(name, {**RECURRENT, **SCALED, **DECODED}[name])
+    model = build(name, SHAPES[name])
     with torch.no_grad():
         model.get_output_embeddings().weight[:9] = 0
         backbone = Backbone(model)
@@ -76,14 +117,35 @@ def test_the_models_logits_follow_from_its_hidden_states(name):
         ids_1T = torch.arange(11, 31)[None]
         logits_TV = model(ids_1T).logits[0]
         found_TV = backbone.next_logits(backbone.hidden_states(ids_1T)[0])
+        bare_TV = backbone.lm_head(backbone.hidden_states(ids_1T)[0])
     torch.testing.assert_close(found_TV, logits_TV, rtol=1e-4, atol=1e-4)
+    matrix[name]["has_own_logits"] = not torch.allclose(bare_TV, logits_TV, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SHAPES)
+def test_packed_documents_see_themselves_alone_or_are_refused(name, matrix):
+    backbone = Backbone(build(name, SHAPES[name]))
+    texts = [torch.arange(11, 11 + length)[None] for length in (6, 9)]
+    positions_1T = torch.cat([torch.arange(text.shape[1])[None] for text in texts], 1)
+    with torch.no_grad():
+        packed_1TD = backbone.hidden_states(torch.cat(texts, 1), positions_1T)
+        alone_1TD = torch.cat([backbone.hidden_states(text) for text in texts], 1)
+    is_same = torch.allclose(packed_1TD, alone_1TD, rtol=1e-3, atol=1e-3 * alone_1TD.abs().max())
+    if is_same:
+        backbone.check_packing()
+    else:
+        with pytest.raises(UserError, match=r"train\.batching=padded"):
+            backbone.check_packing()
+    matrix[name]["packing"] = is_same
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_trees_cannot_decode_is_refused(name):
+def test_what_trees_cannot_decode_is_refused(name, matrix):
     model = build(name, REFUSED[name])
-    with pytest.raises(UserError, match=r"cannot be decoded with trees|has layers of|has windows"):
+    expected = r"cannot be decoded with (trees|chains)|has layers of|has windows"
+    with pytest.raises(UserError, match=expected) as refusal:
         generate(
             model,
             torch.nn.Identity(),
@@ -91,6 +153,7 @@ def test_what_trees_cannot_decode_is_refused(name):
             tree=Tree.from_paths([[0]]),
             max_new_tokens=4,
         )
+    matrix[label(name)] |= {"drafts": "refused", "notes": str(refusal.value)}
 
 
 NOT_GROUPED = {"gpt_oss", "jetmoe", "vaultgemma"}
@@ -102,19 +165,16 @@ GROUPED_MODELS = (GROUPED_MODELS | {"gpt_bigcode"}) - NOT_GROUPED
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", DECODED)
-def test_grouped_attention_finds_what_sdpa_finds(name, monkeypatch):
+def test_grouped_attention_finds_what_sdpa_finds(name, folded):
     """Steps of a batch of unequal rows, over trees and of single tokens, before and in windows."""
     model = build(name, DECODED[name])
-    calls = []
-    real = attention._fold_mask
-    monkeypatch.setattr(attention, "_fold_mask", lambda *a: (calls.append(1), real(*a))[1])
     found, expected = (
         _logits_of_steps(Backbone(model, uses_grouped_attention=used)) for used in (True, False)
     )
     assert len(found) == len(expected) == 8
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.std().item())
-    assert bool(calls) == (name in GROUPED_MODELS)
+    assert bool(folded) == (name in GROUPED_MODELS)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Tiny random models of sixty architectures, and which of them trees can decode."""
+"""Tiny random models of seventy architectures, and which of them trees can decode."""
 
 import random
 
@@ -86,6 +86,16 @@ DECODED = {
     "vaultgemma": {**WIDE, **WINDOW},
     "xglm": {},
 }
+COMMON = {
+    "gpt2": GPT2_LIKE,
+    "gpt_neox": {},
+    "llama": GROUPED,
+    "mistral": {**GROUPED, **WINDOW},
+    "olmo2": GROUPED,
+    "phi3": GROUPED,
+    "qwen3": WIDE,
+}
+"""Decoded too, and in the tests of every day at that."""
 LINEAR = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -105,7 +115,7 @@ RECURRENT = {
     },
     "jamba": {**GROUPED, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
     "lfm2": {**GROUPED, "full_attn_idxs": [1, 3]},
-    "lfm2_moe": {**GROUPED, **EXPERTS, "full_attn_idxs": [1, 3]},
+    "lfm2_moe": {**GROUPED, **EXPERTS, "layer_types": ["conv", "full_attention"] * 2},
     "mamba": {},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2, "chunk_size": 8},
     "qwen3_5_text": {**WIDE, **LINEAR},

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Write docs/reference/architectures.md from what `nox -s architectures` has found.
+
+    MATRIX=found.json pytest -m slow tests/slow/test_architectures.py
+    python scripts/architecture_matrix.py found.json
+
+`nox -s architectures` does both.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "architectures.md"
+HEAD = """\
+# Architectures
+
+Written by `nox -s architectures` from what ran: tiny random models of each architecture, in float32
+on a CPU, with transformers {version}. Greedy answers to four prompts of unequal length are those of
+`model.generate`, token for token, with fresh heads and with guesses that are often right. A model
+that is not in the list is checked when it is loaded, in the same ways, before anything long. Of a
+model for pictures and text (Gemma 3, Mistral 3, Qwen-VL) the text path is decoded.
+
+- **drafts**: trees; chains alone, where layers keep a recurrent state; or refused, with the reason.
+- **attention** of decoding, by default: `sdpa`; *grouped*, the same without copies of the cache for
+  each query head; `eager`, where the architecture has no other; none.
+- **packing**: may `train.batching=packed` put several documents into a row? Else it is refused.
+- **logits**: is anything done to what the `lm_head` gives (scaled, capped)? The model's own code
+  does it then, for heads too.
+
+| architecture | drafts | attention | packing | logits | notes |
+|---|---|---|---|---|---|
+"""
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    """Return an architecture's row; one that this transformers lacks says so."""
+    if not found:
+        return f"| {name} | not tried | | | | not in this version of transformers |"
+    packing = {True: "yes", False: "no", None: ""}[found.get("packing")]
+    logits = {True: "scaled or capped", False: "plain", None: ""}[found.get("has_own_logits")]
+    notes = found.get("notes", "").replace("|", "\\|")
+    cells = (name, found.get("drafts", "FAILED"), found.get("attention", ""), packing, logits)
+    return f"| {' | '.join(cells)} | {notes} |"
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return the page."""
+    rows = [row(name, one) for name, one in sorted(found["architectures"].items())]
+    return HEAD.format(version=found["transformers"]) + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(json.loads(Path(sys.argv[1]).read_text("utf-8"))), encoding="utf-8")
