@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from exported import export_heads
 from fake_vllm import Engine, install
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model
-from vllm_exports import export_heads
 
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import build_drafter

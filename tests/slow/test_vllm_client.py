@@ -5,14 +5,13 @@ Greedy only, as in test_vllm.py. One engine has hydra heads, the other none.
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from chat_files import conversation_record
 from served_models import NUM_HEADS, NUM_NEW, PROMPTS
+from sessions import documents_of
 
 from medusa_exp.config import Config, DatasetConfig, ModelConfig, RegenerateConfig
-from medusa_exp.data.examples import open_examples
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.model import load_heads
@@ -94,9 +93,3 @@ def test_two_hundred_documents_are_those_of_this_process(vllm_models, vllm_url, 
     metrics = regenerate.run(config, tmp_path)
     assert documents_of(config, tmp_path) == expected
     assert metrics["regenerate/documents"] == 200 < metrics["regenerate/answers"]
-
-
-def documents_of(config: Config, out: Path) -> list[dict]:
-    key = json.loads((out / regenerate.RECORD).read_text())["key"]
-    path = Path(config.cache_dir) / "regenerated" / key / "documents.arrow"
-    return open_examples(path).to_pylist()

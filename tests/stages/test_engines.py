@@ -157,13 +157,14 @@ def test_a_plain_engine_alone_and_several_are_refused(run):
     with pytest.raises(UserError, match=r"evaluate\.server takes one URL"):
         evaluate.run(run.config, run.out, run)
     run.config.evaluate.server = ","
-    with pytest.raises(UserError, match="',' names no engine"):
+    with pytest.raises(UserError, match=r"evaluate\.server=, names no engine"):
         evaluate.run(run.config, run.out, run)
 
 
 def test_a_key_is_named_and_not_given(backbone, monkeypatch):
     def engines(variable):
         return open_engines(
+            "evaluate.server",
             "http://a",
             ServingConfig(key_variable=variable),
             backbone,

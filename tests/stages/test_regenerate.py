@@ -13,13 +13,12 @@ from pathlib import Path
 import killed_answers
 import pytest
 import torch
-from sessions import session_of
+from sessions import documents_of, session_of
 from tiny_models import VOCAB_SIZE, build_model
 from transformers import AutoModelForCausalLM
 
 from medusa_exp.cli import run_stages
-from medusa_exp.config import Config, RegenerateConfig
-from medusa_exp.data.examples import open_examples
+from medusa_exp.config import RegenerateConfig
 from medusa_exp.decode import memory
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, decode_plain
@@ -89,12 +88,6 @@ def exact(config, tmp_path):
     config.regenerate = RegenerateConfig(20, num_val_documents=4, batch_size=4, max_new_tokens=16)
     (tmp_path / "run").mkdir()
     return config
-
-
-def documents_of(config: Config, out: Path) -> list[dict]:
-    key = json.loads((out / regenerate.RECORD).read_text())["key"]
-    path = Path(config.cache_dir) / "regenerated" / key / "documents.arrow"
-    return open_examples(path).to_pylist()
 
 
 def test_the_stage_counts_what_it_wrote(exact, tmp_path):

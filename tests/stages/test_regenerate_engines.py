@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from chat_files import conversation_record
 from engine_stub import Engine
+from sessions import documents_of
 from tiny_models import build_model
 
 from medusa_exp.config import Config, RegenerateConfig
-from medusa_exp.data.examples import open_examples
 from medusa_exp.errors import UserError
 from medusa_exp.stages import regenerate, train
 from medusa_exp.stages.session import Session
@@ -48,12 +48,6 @@ def exact(config, tokenizer, sharegpt_file, tmp_path) -> Config:
 def engine(exact, tmp_path):
     with Engine(Session(exact, tmp_path / "run").backbone()) as engine:
         yield engine
-
-
-def documents_of(config: Config, out: Path) -> list[dict]:
-    key = json.loads((out / regenerate.RECORD).read_text())["key"]
-    path = Path(config.cache_dir) / "regenerated" / key / "documents.arrow"
-    return open_examples(path).to_pylist()
 
 
 @pytest.mark.parametrize("end", ["returned", "named"])

@@ -46,6 +46,13 @@ def exported(
     return export(source, ours, backbone, format_, place / format_)
 
 
+def export_heads(heads: Path, backbone: Backbone, out: Path, format_: str = "vllm") -> Path:
+    """Write a directory of heads, which `save_heads` has written, in a format."""
+    source, ours = open_source(heads, backbone, str(backbone.model.config.name_or_path))
+    export(source, ours, backbone, format_, out)
+    return out
+
+
 def logits_of(heads: MedusaHeads, backbone: Backbone) -> Tensor:
     """Return logits_KRV of all heads on some states, prefix attention left out."""
     torch.manual_seed(1)

@@ -12,7 +12,6 @@ import os
 import pickle
 import random
 import signal
-import socket
 import sys
 import time
 from collections import Counter
@@ -21,8 +20,9 @@ from pathlib import Path
 
 import torch
 from engine_stub import Engine
+from sessions import documents_of
+from vllm_server import free_port
 
-from medusa_exp.data.examples import open_examples
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone
 from medusa_exp.model.loading import load_backbone
@@ -60,12 +60,6 @@ def in_child(work: Callable[[], object]) -> int:
     os._exit(0)
 
 
-def documents_of(config, out: Path) -> list[dict]:
-    key = json.loads((out / regenerate.RECORD).read_text())["key"]
-    path = Path(config.cache_dir) / "regenerated" / key / "documents.arrow"
-    return open_examples(path).to_pylist()
-
-
 def answers_of(documents: list[dict]) -> dict[tuple[int, ...], list[int]]:
     """Return prompt -> response of every turn."""
     found = {}
@@ -81,12 +75,6 @@ def answers_of(documents: list[dict]) -> dict[tuple[int, ...], list[int]]:
 def num_answered(config) -> int:
     files = Path(config.cache_dir, "regenerated").glob(".*.answers.jsonl")
     return sum(path.read_bytes().count(b"\n") for path in files)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from chat_files import TEMPLATE
+from exported import export_heads
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from vllm_exports import export_heads
 
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, decode_plain

@@ -284,7 +284,8 @@ class Engine:
         except (TimeoutError, httpx2.TimeoutException) as error:
             raise Unavailable(f"{type(error).__name__}: no answer in time") from error
         except httpx2.RequestError as error:
-            raise Unavailable(f"{type(error).__name__}: {error}", is_gone=True) from error
+            fault = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise Unavailable(fault, is_gone=True) from error
         if response.status_code in PASSING:
             raise Unavailable(
                 f"HTTP status {response.status_code}",

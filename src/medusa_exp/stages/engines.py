@@ -36,6 +36,7 @@ SERVING, SERVING_RECORDS = "serving.json", "serving.jsonl"
 
 
 def open_engines(
+    key: str,
     urls: str,
     settings: ServingConfig,
     backbone: Backbone,
@@ -48,6 +49,7 @@ def open_engines(
     """Return the engines at some URLs, with commas between them; nothing is sent yet.
 
     Args:
+        key: of the config, that has the URLs.
         urls: of the engines.
         settings: what is said of all engines.
         backbone: in the dtype in which the engines are to have it.
@@ -71,7 +73,7 @@ def open_engines(
     )
     names = [url for url in urls.split(",") if url.strip()]
     if not names:
-        raise UserError(f"{urls!r} names no engine: http://HOST:PORT is one.")
+        raise UserError(f"{key}={urls} names no engine: http://HOST:PORT is one.")
     return Engines(names, work, _key(settings.key_variable))
 
 
@@ -125,9 +127,13 @@ def check_servers(session: Session, decoder: Decoder, prompts: list[Prompt]) -> 
 def _servers(session: Session, decoder: Decoder, prompts: list[Prompt]) -> dict[str, Engines]:
     """Return the engines that `evaluate` names: with heads, and perhaps without."""
     settings, ids = session.config.evaluate, [prompt.input_ids for prompt in prompts]
-    urls = {"heads": settings.server, "plain": settings.server_plain}
+    urls = {
+        "heads": ("evaluate.server", settings.server),
+        "plain": ("evaluate.server_plain", settings.server_plain),
+    }
     found = {
         name: open_engines(
+            key,
             url,
             session.config.serving,
             decoder.backbone,
@@ -136,11 +142,12 @@ def _servers(session: Session, decoder: Decoder, prompts: list[Prompt]) -> dict[
             rule=regeneration_rule(decoder.rule),
             max_length=max(map(len, ids)) + decoder.limits.max_new_tokens,
         )
-        for name, url in urls.items()
+        for name, (key, url) in urls.items()
         if url is not None
     }
-    if any(len(engines.engines) > 1 for engines in found.values()):
-        raise UserError("evaluate.server takes one URL, so that one engine is measured.")
+    for name, engines in found.items():
+        if len(engines.engines) > 1:
+            raise UserError(f"{urls[name][0]} takes one URL, so that one engine is measured.")
     return found
 
 

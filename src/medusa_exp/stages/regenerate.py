@@ -309,6 +309,7 @@ def _answered_by_engines(
     limits, rule = _limits_and_rule(session, backbone)
     some = (document_of(row, examples[row]) for row in rows[-_SOME:])  # the shortest
     engines = open_engines(
+        "regenerate.server",
         urls,
         config.serving,
         backbone,
