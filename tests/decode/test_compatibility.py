@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, build_model
+from tiny_models import ARCHITECTURES, build_longrope, build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.data.batching import epoch_planner
@@ -63,37 +63,8 @@ def test_an_encoder_decoder_is_refused():
         Backbone(T5ForConditionalGeneration(config))
 
 
-def longrope():
-    """Return a Phi-3 whose positions turn differently from length 41 on."""
-    half = 4  # of the head size
-    config = AutoConfig.for_model(
-        "phi3",
-        **SHAPE,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=None,
-        max_position_embeddings=128,
-        original_max_position_embeddings=40,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * half,
-            "long_factor": [4.0] * half,
-            "original_max_position_embeddings": 40,
-        },
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-    return Backbone(model)
-
-
 def test_longrope_stays_on_one_side_of_its_boundary():
-    backbone = longrope()
+    backbone = Backbone(build_longrope())
     heads = build_heads(backbone, num_heads=4)
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
@@ -107,7 +78,7 @@ def test_longrope_stays_on_one_side_of_its_boundary():
 
 
 def test_prompts_of_both_sides_of_a_longrope_boundary_in_one_batch():
-    backbone = longrope()
+    backbone = Backbone(build_longrope())
     heads = build_heads(backbone, num_heads=2)
     decoder = Decoder(backbone, heads, chain(2), limits=Limits(12))
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +90,7 @@ def test_prompts_of_both_sides_of_a_longrope_boundary_in_one_batch():
 
 @pytest.mark.parametrize("batching", ["padded", "packed"])
 def test_no_batch_has_documents_of_both_sides_of_a_longrope_boundary(batching):
-    backbone = longrope()
+    backbone = Backbone(build_longrope())
     rng = np.random.default_rng(0)
     lengths = [*rng.integers(20, 41, 20), 40, 41, *rng.integers(41, 100, 20)]
     documents = [Example(rng.integers(1, 64, n), np.ones(n, bool)) for n in lengths]

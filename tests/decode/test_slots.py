@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_longrope, build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.data import read_conversations
 from medusa_exp.decode import loop, memory
 from medusa_exp.decode import slots as slots_module
-from medusa_exp.decode.cache import GrowingCache
+from medusa_exp.decode.cache import GrowingCache, copy_of
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
@@ -101,10 +101,12 @@ def test_heads_with_prefix_attention(architecture, cuda_graph):
 
 
 @FORMS
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-@pytest.mark.parametrize("at_a_time", [4096, 24])
+@pytest.mark.parametrize(
+    ("architecture", "at_a_time"), [("llama", 4096), ("llama", 24), ("gemma2", 24), ("gpt2", 24)]
+)
 def test_a_next_turn_goes_on_in_its_slot(architecture, cuda_graph, at_a_time, monkeypatch):
-    """And what is in the slot already is not run again."""
+    """And what is in the slot already is not run again, but copied: a bounded part at a time."""
+    monkeypatch.setattr(memory, "PREFILL_TOKENS", at_a_time)
     monkeypatch.setattr(loop, "PREFILL_TOKENS", at_a_time)
     monkeypatch.setattr(slots_module, "PREFILL_TOKENS", at_a_time)
     backbone = Backbone(build_model(architecture))
@@ -114,12 +116,18 @@ def test_a_next_turn_goes_on_in_its_slot(architecture, cuda_graph, at_a_time, mo
         request.room = 126
     seen: dict[int, list[int]] = {request.tag: list(request.prompt) for request in requests}
     extended: list[int] = []
+    copied: list[tuple[int, int]] = []
 
     def counts(backbone, added, *rest):
         extended.extend(map(len, added))
         return loop.extend(backbone, added, *rest)
 
+    def notes(cache, rows, lengths, num_columns):
+        copied.append((len(rows), num_columns))
+        return copy_of(cache, rows, lengths, num_columns)
+
     monkeypatch.setattr(slots_module, "extend", counts)
+    monkeypatch.setattr(slots_module, "copy_of", notes)
     turns = 0
     for finished in decoder_of(backbone, cuda_graph).slots(3, 126).decode(requests):
         request = finished.request
@@ -134,6 +142,27 @@ def test_a_next_turn_goes_on_in_its_slot(architecture, cuda_graph, at_a_time, mo
             seen[request.tag] = prompt
     assert turns > 12
     assert len(extended) == turns - len(requests) and max(extended) <= 10
+    assert all(rows == 1 or rows * columns <= at_a_time for rows, columns in copied)
+
+
+@FORMS
+@pytest.mark.parametrize("rule", [GREEDY, AcceptanceRule("sampling", temperature=2.0, seed=0)])
+def test_next_turns_beyond_a_longrope_boundary_wait_until_the_batch_is_empty(cuda_graph, rule):
+    backbone = Backbone(build_longrope())
+    rng = random.Random(0)
+    first = prompts_of(rng, 6, longest=20)
+    new_tokens = [4, 9, 14, 19, 20, 20]
+    requests = [Request(first[n], Limits(new_tokens[n]), 90, tag=n) for n in range(6)]
+    turns = 0
+    for finished in decoder_of(backbone, cuda_graph, rule).slots(4, 90).decode(requests):
+        request, turns = finished.request, turns + 1
+        if rule is GREEDY:
+            [expected] = decode_plain(backbone, [request.prompt], request.limits)
+            assert finished.response.tokens == expected.tokens
+        if request.tag < 6:
+            prompt = [*request.prompt, *finished.response.tokens, *[7] * 40]
+            finished.next = Request(prompt, Limits(9), tag=6)
+    assert turns == 12
 
 
 @FORMS

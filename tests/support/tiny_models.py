@@ -46,8 +46,32 @@ def build_model(
     config = AutoConfig.for_model(architecture, **shape, **ARCHITECTURES[architecture])
     attention = "eager" if architecture == "gemma2" else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return _spread_out(model, spread).to(dtype).eval()
+
+
+def build_longrope():
+    """Build a Phi-3 whose positions turn differently from length 41 on."""
+    half = 4  # of the head size
+    config = AutoConfig.for_model(
+        "phi3",
+        **_SHAPE,
+        original_max_position_embeddings=40,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * half,
+            "long_factor": [4.0] * half,
+            "original_max_position_embeddings": 40,
+        },
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return _spread_out(model, 8).eval()
+
+
+def _spread_out(model, spread: float):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(spread)
-    return model.to(dtype).eval()
+    return model

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _USABLE = 0.9
 """Share of the free memory that may be planned for: allocators leave gaps."""
+_COPIED = 16
+"""One of so many columns of all slots may be copied at a time, to go on with next turns."""
 _STATES, _INNER_STATES = 8, 4
 """Tensors as wide as D, and as an MLP, that a layer has at a time, about."""
 _MEMINFO = Path("/proc/meminfo")
@@ -44,7 +46,7 @@ def slots_with_room(
     if free is None:
         return wanted
     column = bytes_of_column(backbone)
-    of_slot = column * (num_columns + drafter.num_nodes + 1)
+    of_slot = column * (num_columns + num_columns // _COPIED + drafter.num_nodes + 1)
     of_slot += _bytes_of_step(backbone, drafter, rule, num_columns)
     of_prompts = column * max(PREFILL_TOKENS, num_columns) + _bytes_of_prompts(backbone)
     number = int((_USABLE * free - of_prompts) // of_slot)
@@ -64,6 +66,14 @@ def slots_with_room(
             _gb(free),
         )
     return min(number, wanted)
+
+
+def columns_beside(num_slots: int, num_columns: int) -> int:
+    """Return how many columns prompts, or copies of rows, may take at a time beside the slots.
+
+    One prompt may take `num_columns` in any case.
+    """
+    return max(PREFILL_TOKENS, num_slots * num_columns // _COPIED)
 
 
 def free_bytes(device: torch.device) -> int | None:

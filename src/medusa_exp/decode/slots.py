@@ -36,7 +36,7 @@ from medusa_exp.decode.loop import (
     tree_steps,
 )
 from medusa_exp.decode.masks import StepMask
-from medusa_exp.decode.memory import one_column
+from medusa_exp.decode.memory import columns_beside, one_column
 from medusa_exp.decode.recurrent import ChainStep
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
 from medusa_exp.decode.step import UNOBSERVED, CapturedStep, EagerStep, Observer, Step, check_room
@@ -126,7 +126,8 @@ class Slots:
         """Rows of all steps, and those of them in which a response was being decoded."""
         self._live: list[_Slot] = []
         self._queue: deque[Request] = deque()
-        self._is_exhausted = False
+        self._is_draining = False
+        """Can nothing more join those in the slots?"""
         self._size = 0, 0
         self._step: Step
         self._mask: StepMask | None = None
@@ -175,8 +176,9 @@ class Slots:
         while len(self._live) < self.num_slots:
             if not self._queue:
                 self._queue.extend(next(([request] for request in requests), []))
-            self._is_exhausted = not self._queue
-            if self._is_exhausted or not self._may_join(self._queue[0]):
+            # The batch shrinks too while what is next waits until it is empty: it never grows.
+            self._is_draining = not self._queue or not self._may_join(self._queue[0])
+            if self._is_draining:
                 break
             self._live.append(self._slot_of(self._queue.popleft()))
         return True
@@ -198,7 +200,7 @@ class Slots:
     def _arrange(self) -> None:
         """Have a step of the size that is needed, and a row of it for each request."""
         num_rows = self.num_slots
-        if self._is_exhausted:
+        if self._is_draining:
             num_rows = self.source.num_rows(len(self._live))
         size = num_rows, max(slot.request.room for slot in self._live)
         used = {slot.row for slot in self._live}
@@ -235,12 +237,15 @@ class Slots:
         """Yield what waits by what can be run together: similar lengths, in bounded memory."""
         waiting = [slot for slot in self._live if not slot.is_running]
         waiting.sort(key=lambda slot: (slot.prefix > 0, slot.prefix - len(slot.request.prompt)))
+        columns = columns_beside(self.num_slots, self.source.num_columns)
         group: list[_Slot] = []
         for slot in waiting:
             if group:
-                longest = len(group[0].request.prompt) - group[0].prefix
+                added = len(group[0].request.prompt) - group[0].prefix
+                width = added + max(one.prefix for one in (*group, slot))
                 is_alike = (group[0].prefix > 0) == (slot.prefix > 0)
-                if not is_alike or (len(group) + 1) * longest > PREFILL_TOKENS:
+                most = min(PREFILL_TOKENS // added, columns // width)
+                if not is_alike or len(group) + 1 > most:
                     yield group
                     group = []
             group.append(slot)
