@@ -5,6 +5,7 @@ from medusa_exp.decode import memory
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.step import CapturedStep
 from medusa_exp.errors import UserError
 from medusa_exp.evaluate.methods import build_methods, hf_generate, timed
 from medusa_exp.model import build_heads
@@ -14,9 +15,9 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4, 1, 5, 9, 2, 6]
 BASELINES = ["chain", "hf_generate", "prompt_lookup"]
 
 
-def methods_of(backbone, limits, rule=None, baselines=BASELINES, batch_size=1):
+def methods_of(backbone, limits, rule=None, baselines=BASELINES, batch_size=1, **options):
     heads = build_heads(backbone, num_heads=2)
-    decoder = Decoder(backbone, heads, chain(1), rule or AcceptanceRule(), limits=limits)
+    decoder = Decoder(backbone, heads, chain(1), rule or AcceptanceRule(), limits=limits, **options)
     return build_methods(decoder, baselines=baselines, batch_size=batch_size, longest=len(PROMPT))
 
 
@@ -44,6 +45,26 @@ def test_what_runs_in_batches(backbone):
         [answer.tokens for answer in method(prompts)] for method in methods.values()
     )
     assert plain == tree == over_chain
+
+
+def test_no_step_is_made_again_while_methods_are_timed(backbone, monkeypatch):
+    """Of the larger trees the first calls come last: there is room for them from the start."""
+    made = []
+    init = CapturedStep.__init__
+
+    def notes(step, *arguments, **options):
+        made.append(step)
+        init(step, *arguments, **options)
+
+    monkeypatch.setattr(CapturedStep, "__init__", notes)
+    methods = methods_of(backbone, Limits(5), batch_size=2, cuda_graph=True)
+    for method in methods.values():
+        method([PROMPT, PROMPT[:3]])
+    warm = len(made)
+    assert warm == 2 * len(methods)  # of two rows and of one
+    for method in methods.values():
+        method([PROMPT, PROMPT[:3]])
+    assert len(made) == warm
 
 
 def test_many_prompts_share_the_seconds_of_their_steps(backbone):

@@ -74,6 +74,9 @@ def build_methods(
                     f"evaluate.batch_sizes: {batch_size} prompts at a time do not fit into the "
                     f"free memory, which has room for {number}: name a smaller size."
                 )
+        # The largest tree first: room that is made later for a larger one loses what is captured.
+        largest = max(drafters.values(), key=lambda drafter: drafter.num_nodes)
+        decoder.slots(batch_size, columns, largest, rule)
         return {
             name: partial(
                 answer_in_slots,
