@@ -20,8 +20,8 @@ from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, Response
 from medusa_exp.decode.slots import Request
-from medusa_exp.evaluate.methods import synchronize
 from medusa_exp.model import Backbone, build_heads
+from medusa_exp.runs.record import synchronize
 from medusa_exp.tree import chain
 
 WARM_UP = 4

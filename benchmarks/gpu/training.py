@@ -24,9 +24,10 @@ from gpu.models import Scale, random_llama
 from medusa_exp.config import Config, HeadConfig
 from medusa_exp.data.examples import SCHEMA, Examples
 from medusa_exp.model import Backbone, build_heads
+from medusa_exp.runs.record import synchronize
 from medusa_exp.stages.train import Inputs, build_module, operations_of
 from medusa_exp.train.defaults import compiled_backbone, settled_of
-from medusa_exp.train.throughput import Operations, matrix_rate, synchronize
+from medusa_exp.train.throughput import Operations, matrix_rate
 from medusa_exp.train.trainer import AUTOCAST, build_trainer, pick_precision
 
 NUM_HEADS = 5

@@ -22,6 +22,7 @@ from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slots import Request
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.runs.record import synchronize
 from medusa_exp.tree import chain
 
 
@@ -184,12 +185,6 @@ def timed(
     responses = method(prompts)
     synchronize(device)
     return responses, time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given, so that a clock can be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _responses(rows: list[Response]) -> list[MethodResponse]:

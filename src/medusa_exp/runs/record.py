@@ -200,6 +200,14 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def synchronize(device: "torch.device") -> None:
+    """Wait until the device has done all that it was given, so that a clock can be read."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
 def peak_memory_bytes(device: "torch.device | None" = None) -> int:
     """Return the most memory that this process has had of a GPU, if it is one, or else of the
     machine."""

@@ -21,7 +21,7 @@ from torch import nn
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
-from medusa_exp.runs.record import peak_memory_bytes
+from medusa_exp.runs.record import peak_memory_bytes, synchronize
 from medusa_exp.train.module import MedusaModule
 
 log = logging.getLogger(__name__)
@@ -142,12 +142,6 @@ def matrix_rate(
     except torch.OutOfMemoryError:
         return None
     return 2 * size**3 / best
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what a device still has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Throughput(L.Callback):
