@@ -167,6 +167,9 @@ def test_a_check_that_found_something_counts():
     assert bars.faults({"correctness": right}) == 0
     assert bars.faults({"correctness": {**right, "steps": {"llama": ["captured, B=1"]}}}) == 1
     assert bars.faults({"correctness": {**right, "training": {"failed": "no hydra"}}}) == 1
+    assert bars.faults({"correctness": {**right, "steps": {"llama": [], "left_out": "rest"}}}) == 0
+    with pytest.raises(KeyError):
+        bars.faults({"correctness": {**right, "steps": {"left_out": "from llama on"}}})
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,9 @@ def check_kernels(scale: Scale) -> dict[str, Any]:
 
     kernels = kernels_of(scale)
     if scale.is_rehearsal:
-        return {"mismatches": kernel_device.compare_small(kernels)}
-    found = kernel_device.compare_verification(kernels, NUM_CASES)
+        found = {"mismatches": kernel_device.compare_small(kernels)}
+    else:
+        found = kernel_device.compare_verification(kernels, NUM_CASES)
     return {**found, "mask_and_commit": kernel_device.compare_step(kernels)}
 
 
@@ -94,18 +97,20 @@ def ways_that_differ(backbone: Backbone, scale: Scale) -> list[str]:
 
 
 def check_training(scale: Scale) -> dict[str, Any]:
-    """Train the smoke run's heads twice; return whether they are equal byte for byte."""
+    """Train the smoke run's heads twice, at a time; return whether they are equal byte for byte."""
     with tempfile.TemporaryDirectory() as work:
-        found = [_heads_of_a_run(Path(work), number, scale) for number in range(2)]
+        places = [Path(work) / name for name in ("one", "other")]
+        with ThreadPoolExecutor() as pool:
+            found = [*pool.map(partial(_heads_of_a_run, scale), places)]
     return {"sha256": found[0], "equal": found[0] == found[1]}
 
 
-def _heads_of_a_run(work: Path, number: int, scale: Scale) -> str:
-    out = work / str(number)
+def _heads_of_a_run(scale: Scale, place: Path) -> str:
+    out = place / "run"
     command = [sys.executable, "-m", "medusa_exp", "+experiment=smoke", "logger=none"]
     settings = ["stages=[pretrain,train]", f"device={scale.device.type}", f"run_dir={out}"]
     done = subprocess.run(
-        [*command, *settings, f"cache_dir={work / 'cache'}"],
+        [*command, *settings, f"cache_dir={place / 'cache'}"],
         capture_output=True,
         text=True,
         timeout=RUN_SECONDS,
