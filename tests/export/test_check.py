@@ -1,6 +1,7 @@
 """The linter names each planted fault, and finds none in what is right."""
 
 import json
+import os
 import re
 
 import pytest
@@ -267,6 +268,101 @@ def test_the_command_line(native, capsys):
     assert "error: wrong head count: the config says 5 heads" in capsys.readouterr().out
     assert main([str(native / "nowhere")]) == 1
     assert "is no directory of heads" in capsys.readouterr().err
+
+
+def put(part, change):
+    """Return an edit of the first tensor whose name has this part."""
+
+    def edit_tensors(tensors):
+        name = next(name for name in sorted(tensors) if part in name)
+        return {name: change(tensors[name].clone())}
+
+    return edit_tensors
+
+
+def without_number(tensor):
+    tensor.view(-1)[3] = torch.nan
+    return tensor
+
+
+PLANTED = [
+    ("medusa", {}, put("weight", without_number), "not finite"),
+    ("medusa", {}, put("lm_heads.2", torch.zeros_like), "projections missing"),
+    ("medusa", {}, put("bias", lambda bias: bias[:-1]), "wrong shape"),
+    ("medusa", {}, put("bias", lambda bias: bias[0]), "wrong shape"),
+    ("medusa", {}, put("lm_heads", torch.flatten), "wrong shape"),
+    ("medusa", {}, put("blocks", lambda weight: weight[:0]), "wrong shape"),
+    ("medusa", {}, lambda ts: {"blocks.999999999.0.linear.bias": ts["blocks.0.0.linear.bias"]},
+     "stray tensors"),
+    ("medusa", {}, lambda ts: {n.replace("s.0", "s.1"): t for n, t in ts.items() if "s.0" in n},
+     "heads alike"),
+    ("medusa", {"hidden_size": 48}, None, "wrong hidden size"),
+    ("medusa", {"hidden_size": "wide", "medusa_heads_sha256": 5}, None, "wrong config"),
+    ("medusa", {"vocab_size": None}, None, "wrong config"),
+    ("medusa", {"n_predict": 2}, None, "wrong head count"),
+    ("medusa", {"architectures": ["LlamaForCausalLM"]}, None, "wrong architecture"),
+    ("medusa", {"medusa_kind": "hydra"}, None, "wrong family"),
+    ("medusa", {"medusa_kind": "nonsense"}, None, "wrong family"),
+    ("medusa", {"medusa_lm_head_bias": True}, None, "wrong family"),
+    ("hydra", {"architectures": ["MedusaExpMTP"]}, None, "wrong architecture"),
+    ("hydra", {}, put("1.0.skip", torch.t), "transposed"),
+    ("rank", {"medusa_rank": 8}, None, "wrong family"),
+    ("both", {}, put("token_map", lambda ids: ids.flip(0)), "truncated vocabulary"),
+    ("medusa, prefix", {"medusa_prefix_attention": False}, None, "wrong family"),
+    ("medusa, prefix", {"num_attention_heads": 5}, None, "wrong family"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "of_config", "of_tensors", "fault"), PLANTED)
+def test_what_the_plugin_would_not_load_or_get_wrong(
+    backbone, tmp_path, family, of_config, of_tensors, fault
+):
+    exported(backbone, family, "vllm", tmp_path)
+    edit(tmp_path / "vllm", of_config, of_tensors)
+    assert fault in names(tmp_path / "vllm")
+
+
+def test_a_part_of_the_prefix_attention_is_missing(backbone, tmp_path):
+    exported(backbone, "medusa, prefix", "vllm", tmp_path)
+    edit(tmp_path / "vllm", without=["prefix.k"])
+    assert "tensors missing" in names(tmp_path / "vllm")
+
+
+def test_a_shared_matrix_is_of_the_vocabulary(backbone, tmp_path):
+    exported(backbone, "tied", "vllm_medusa", tmp_path)
+    edit(tmp_path / "vllm_medusa", of_tensors=put("lm_head.weight", lambda matrix: matrix[:-3]))
+    assert "truncated vocabulary" in names(tmp_path / "vllm_medusa")
+
+
+def test_tensors_that_stand_in_two_files(native):
+    file = native / "model.safetensors"
+    (native / "other.safetensors").write_bytes(file.read_bytes())
+    assert "tensors twice" in names(native)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "loop", "folder"])
+def test_what_is_no_file_is_not_opened(native, kind):
+    file = native / "model.safetensors"
+    file.unlink()
+    {"pipe": os.mkfifo, "loop": lambda path: path.symlink_to(path), "folder": os.mkdir}[kind](file)
+    assert names(native) == {"shards missing"}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": {"a": 3}}'])
+def test_an_index_that_is_none(native, text):
+    (native / "model.safetensors.index.json").write_text(text)
+    assert names(native) == {"shards missing"}
+
+
+def test_tgi_takes_another_class_or_file_for_its_speculator(backbone, tmp_path):
+    exported(backbone, "medusa", "tgi", tmp_path)
+    place = tmp_path / "tgi"
+    edit(place, {"architectures": ["MedusaModel"]})
+    assert names(place) == {"wrong architecture"}
+    edit(place, {"architectures": None})
+    (place / "medusa_lm_head.safetensors").rename(place / "model.safetensors")
+    assert names(place) == set()
+    assert [fault.name for fault in check(str(place))[1]] == ["file misnamed"]
 
 
 def test_directories_of_something_else(tmp_path, backbone):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from medusa_exp.config import ModelConfig
 from medusa_exp.errors import UserError
+from medusa_exp.export.declared import Fault
 from medusa_exp.export.faults import all_faults
-from medusa_exp.export.reading import FORMATS, Fault, NoHeadsError, Reading, read_heads
+from medusa_exp.export.reading import FORMATS, NoHeadsError, Reading, read_heads
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.source import ModelSpec

@@ -8,16 +8,28 @@ from collections.abc import Iterator
 
 import torch
 
-from medusa_exp.export.reading import Fault, Head, Reading
+from medusa_exp.export.declared import Fault
+from medusa_exp.export.reading import Block, Head, Reading
+from medusa_exp.model.heads import FAMILIES
 
 _WITH_BIAS = ("tgi", "mlc")
 """Formats whose readers ask for a bias of every block."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_PREFIX = {"norm", "q", "k", "v", "out"}
+PLUGIN_KEYS = (
+    *("num_nextn_predict_layers", "n_predict", "hidden_size", "vocab_size", "num_attention_heads"),
+    *("medusa_kind", "medusa_num_layers", "medusa_bias", "medusa_lm_head_bias"),
+    "medusa_prefix_attention",
+)
+"""What the vLLM plugin asks of a config, but for what may be null."""
+_PLUGIN_CLASS, _TGI_FILE = "MedusaExpMTP", "medusa_lm_head.safetensors"
+_OWN = ("medusa_exp", "vllm")
+"""Formats whose configs name family and options as ours do."""
 
 
 def structural(reading: Reading) -> list[Fault]:
     """Return the faults of the tensors themselves."""
-    checks = (_missing, _projections, _shapes, _dtypes, _vocabulary)
+    checks = (_missing, _projections, _shapes, _dtypes, _values, _vocabulary)
     files = [fault for fault in reading.faults if fault.name != "pickle"]
     return [*files, *(fault for check in checks for fault in check(reading))]
 
@@ -25,7 +37,7 @@ def structural(reading: Reading) -> list[Fault]:
 def all_faults(reading: Reading) -> list[Fault]:
     """Return all faults that can be seen without the target."""
     pickles = [fault for fault in reading.faults if fault.name == "pickle"]
-    checks = (_config, _counts, _biases, _ties, _truncation, _fingerprints)
+    checks = (_config, _engine, _family, _counts, _biases, _ties, _truncation, _fingerprints)
     return [
         *pickles,
         *structural(reading),
@@ -38,6 +50,64 @@ def _config(reading: Reading) -> Iterator[Fault]:
         yield Fault("config missing", "there is no config.json: no engine knows what this is")
 
 
+def _engine(reading: Reading) -> Iterator[Fault]:
+    """Find that by which an engine looks for another class or file."""
+    names = reading.config.get("architectures", [])
+    if reading.format == "vllm":
+        if lacking := [key for key in PLUGIN_KEYS if key not in reading.config]:
+            yield Fault("wrong config", f"{', '.join(lacking)}: not in config.json")
+        elif reading.config["n_predict"] != reading.declared.num_heads:
+            text = f"n_predict is {reading.config['n_predict']}, and not num_nextn_predict_layers"
+            yield Fault("wrong head count", text)
+        if names[:1] != [_PLUGIN_CLASS]:
+            text = f"architectures is {names}, and the plugin's class is {_PLUGIN_CLASS}"
+            yield Fault("wrong architecture", text)
+        elif len(names) == 1 and _is_sequential(reading.declared.kind):
+            text = "behind the plugin's class, vLLM needs DeepSeekMTPModel for heads of hydra"
+            yield Fault("wrong architecture", text)
+    elif reading.format == "vllm_medusa" and names not in ([], ["MedusaModel"]):
+        yield Fault("wrong architecture", f"architectures is {names}: vLLM needs MedusaModel")
+    elif reading.format == "tgi" and names:
+        text = f"architectures is {names}: TGI then looks for another kind of speculator"
+        yield Fault("wrong architecture", text)
+    if reading.format == "tgi" and not (reading.place / _TGI_FILE).is_file():
+        yield Fault("file misnamed", f"there is no {_TGI_FILE}, which TGI loads", is_error=False)
+
+
+def _is_sequential(kind: str | None) -> bool:
+    return kind in FAMILIES and FAMILIES[kind].is_sequential
+
+
+def _family(reading: Reading) -> Iterator[Fault]:
+    """Compare the tensors with the family and the options that a config of ours names."""
+    if reading.format not in _OWN:
+        return
+    kind = reading.declared.kind
+    if kind not in FAMILIES:
+        yield Fault("wrong family", f"the config says {kind}, which is no family of heads")
+        return
+    starts = [head.blocks.get(0, Block()) for head in reading.heads]
+    if any((start.skip is not None) != _is_sequential(kind) for start in starts):
+        text = f"the config says {kind}, and heads have, or lack, what sees drafted tokens"
+        yield Fault("wrong family", text)
+    if reading.prefix and (reading.hidden_size or 0) % (reading.declared.attention_heads or 1):
+        number, size = reading.declared.attention_heads, reading.hidden_size
+        text = f"num_attention_heads is {number}, which does not divide the hidden size {size}"
+        yield Fault("wrong family", text)
+    first = reading.heads[0] if reading.heads else Head()
+    prefix = "medusa_" if reading.format == "vllm" else ""
+    for key, found in (
+        ("rank", 0 if first.down is None else len(first.down)),
+        ("num_tokens", 0 if reading.token_map is None else len(reading.token_map)),
+        ("prefix_attention", bool(reading.prefix)),
+        ("lm_head_bias", first.out_bias is not None),
+    ):
+        said = reading.config.get(prefix + key) or 0
+        if said != found and not (key == "lm_head_bias" and kind == "medusa_tied"):
+            text = f"the config says {prefix}{key}: {said}, and the tensors {found}"
+            yield Fault("wrong family", text)
+
+
 def _missing(reading: Reading) -> Iterator[Fault]:
     """Find blocks that a head lacks and others have."""
     for k, head in enumerate(reading.heads):
@@ -46,6 +116,10 @@ def _missing(reading: Reading) -> Iterator[Fault]:
             if block is None or block.weight is None:
                 text = f"head {k + 1} lacks the weight of block {number + 1}"
                 yield Fault("tensors missing", text)
+    if len({head.down is None for head in reading.heads}) > 1:
+        yield Fault("tensors missing", "some heads have a factor of low rank, and others lack it")
+    if reading.prefix and (lacking := sorted(_PREFIX - reading.prefix.keys())):
+        yield Fault("tensors missing", f"the prefix attention lacks {', '.join(lacking)}")
 
 
 def _projections(reading: Reading) -> Iterator[Fault]:
@@ -70,6 +144,9 @@ def _may_be_tied(reading: Reading) -> bool:
 
 def _counts(reading: Reading) -> Iterator[Fault]:
     declared, found = reading.declared, len(reading.heads)
+    if declared.hidden_size not in (None, reading.hidden_size):
+        text = f"the config says {declared.hidden_size}, and tensors are {reading.hidden_size} wide"
+        yield Fault("wrong hidden size", text)
     if declared.num_heads is not None and declared.num_heads != found:
         text = f"the config says {declared.num_heads} heads, and there are tensors of {found}"
         yield Fault("wrong head count", text)
@@ -101,22 +178,39 @@ def _shapes(reading: Reading) -> Iterator[Fault]:
     size = reading.hidden_size
     for k, head in enumerate(reading.heads):
         for number, block in sorted(head.blocks.items()):
-            if block.weight is None:
-                continue
-            inputs = (k + 2) if block.skip is not None else 1
-            wanted = (block.weight.shape[0], inputs * block.weight.shape[0])
-            if tuple(block.weight.shape) != wanted:
-                yield _wrong_shape(f"block {number + 1} of head {k + 1}", block.weight, wanted)
+            yield from _shapes_of_block(f"block {number + 1} of head {k + 1}", k, block, size)
         yield from _shape_of_projection(k, head, size)
+    if reading.shared is not None and size is not None and reading.shared.shape[1] != size:
+        yield _wrong_shape("lm_head.weight", reading.shared, (len(reading.shared), size))
+
+
+def _shapes_of_block(what: str, k: int, block: Block, size: int | None) -> Iterator[Fault]:
+    if block.weight is None:
+        return
+    inputs = (k + 2) if block.skip is not None else 1
+    rows = len(block.weight)
+    if tuple(block.weight.shape) != (rows, inputs * rows):
+        yield _wrong_shape(what, block.weight, (rows, inputs * rows))
+    elif rows != size:
+        yield Fault("wrong shape", f"{what} has {rows} rows, and the first block {size}")
+    if block.bias is not None and len(block.bias) != rows:
+        yield Fault("wrong shape", f"the bias of {what} has {len(block.bias)} values for {rows}")
+    if block.skip is not None and tuple(block.skip.shape) != (rows, (k + 1) * rows):
+        yield _wrong_shape(f"the skip of {what}", block.skip, (rows, (k + 1) * rows))
 
 
 def _shape_of_projection(k: int, head: Head, size: int | None) -> Iterator[Fault]:
     if head.out is None or size is None:
         return
     inputs = size if head.down is None else head.down.shape[0]
+    what = f"the projection of head {k + 1}"
     if head.out.shape[1] != inputs:
-        wanted = (head.out.shape[0], inputs)
-        yield _wrong_shape(f"the projection of head {k + 1}", head.out, wanted)
+        yield _wrong_shape(what, head.out, (head.out.shape[0], inputs))
+    if head.down is not None and head.down.shape[1] != size:
+        yield _wrong_shape(f"the factor before {what}", head.down, (len(head.down), size))
+    if head.out_bias is not None and len(head.out_bias) != len(head.out):
+        text = f"the bias of {what} has {len(head.out_bias)} values for {len(head.out)}"
+        yield Fault("wrong shape", text)
 
 
 def _wrong_shape(what: str, tensor: torch.Tensor, wanted: tuple[int, int]) -> Fault:
@@ -147,6 +241,20 @@ def _dtypes(reading: Reading) -> Iterator[Fault]:
         yield Fault("wrong dtype", "the token map holds no whole numbers")
 
 
+def _values(reading: Reading) -> Iterator[Fault]:
+    """Find tensors that hold no numbers, or nothing but zeros where they make the logits."""
+    for k, head in enumerate(reading.heads):
+        tensors = (head.out, head.out_bias, head.down, *_of_blocks(head))
+        if any(t is not None and t.dtype in _FLOATS and not t.isfinite().all() for t in tensors):
+            yield Fault("not finite", f"head {k + 1} has values that are not finite")
+        if head.out is not None and head.out.dtype in _FLOATS and not head.out.any():
+            text = f"the vocabulary projection of head {k + 1} is nothing but zeros"
+            yield Fault("projections missing", text)
+    others = (reading.shared, *reading.prefix.values())
+    if any(t is not None and t.dtype in _FLOATS and not t.isfinite().all() for t in others):
+        yield Fault("not finite", "what all heads share has values that are not finite")
+
+
 def _of_blocks(head: Head) -> list[torch.Tensor | None]:
     return [
         tensor
@@ -162,10 +270,13 @@ def _vocabulary(reading: Reading) -> Iterator[Fault]:
     if len(rows) > 1:
         yield Fault("truncated vocabulary", f"heads know {sorted(rows)} tokens each")
         return
+    vocabulary = declared.vocab_size
+    if not rows and reading.shared is not None and vocabulary not in (None, len(reading.shared)):
+        text = f"lm_head.weight has {len(reading.shared)} rows for {vocabulary} tokens"
+        yield Fault("truncated vocabulary", text)
     if not rows:
         return
     [number] = rows
-    vocabulary = declared.vocab_size
     if token_map is None:
         if vocabulary is not None and number != vocabulary:
             text = f"heads have {number} rows for {vocabulary} tokens, and no token map says which"
@@ -178,6 +289,8 @@ def _vocabulary(reading: Reading) -> Iterator[Fault]:
     elif len(ids.unique()) < len(ids) or ids.min() < 0 or ids.max() >= (vocabulary or 2**62):
         text = "the token map names a token twice, or one that the vocabulary lacks"
         yield Fault("truncated vocabulary", text)
+    elif reading.format in _OWN and (ids.diff() < 0).any():
+        yield Fault("truncated vocabulary", "the token map is not in order, as it was written")
 
 
 def _truncation(reading: Reading) -> Iterator[Fault]:
@@ -216,10 +329,15 @@ def _ties(reading: Reading) -> Iterator[Fault]:
 
 
 def _fingerprints(reading: Reading) -> Iterator[Fault]:
-    """Compare each head with what it was when it was exported."""
+    """Compare each head with what it was when it was exported, and with the others."""
     known = reading.declared.heads_sha256
+    digests = [reading.head_sha256(k) for k in range(len(reading.heads))]
+    for k, digest in enumerate(digests):
+        if digests.index(digest) < k:
+            text = f"head {k + 1} is the same as head {digests.index(digest) + 1}"
+            yield Fault("heads alike", f"{text}: a copy, or both are untrained")
     for k in range(min(len(known), len(reading.heads))):
-        found = reading.head_sha256(k)
+        found = digests[k]
         if found == known[k]:
             continue
         if found in known:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from medusa_exp.errors import UserError
+from medusa_exp.export.declared import Declared, Fault, declared_by, is_text, well_typed
 from medusa_exp.runs.files import read_json
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl")
@@ -75,15 +76,6 @@ class NoHeadsError(UserError):
         self.fault = fault
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Something in which a directory of heads is not what an engine takes it for."""
-
-    name: str
-    text: str
-    is_error: bool = True
-
-
 @dataclass
 class Block:
     """x + SiLU(Wx + b); with `skip`, x + Ve + SiLU(W[x, e] + b)."""
@@ -101,24 +93,6 @@ class Head:
     out: Tensor | None = None
     out_bias: Tensor | None = None
     down: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Declared:
-    """What a config says; None where it says nothing."""
-
-    num_heads: int | None = None
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    vocab_size: int | None = None
-    has_bias: bool | None = None
-    is_tied: bool | None = None
-    num_tokens: int | None = None
-    attention_heads: int = 1
-    kind: str | None = None
-    backbone: str = ""
-    backbone_identity: str = ""
-    heads_sha256: tuple[str, ...] = ()
 
 
 @dataclass
@@ -280,9 +254,9 @@ def read_heads(named: str | Path) -> Reading:
         some = ", ".join(sorted(names)[:3])
         text = f"{place} holds no Medusa heads that are known here: it has {some}, ..."
         raise NoHeadsError(text, "no heads")
-    reading = Reading(
-        place, format_, config, _declared(format_, config), [], None, None, {}, faults
-    )
+    config, of_config = well_typed(config)
+    declared = declared_by(format_, config)
+    reading = Reading(place, format_, config, declared, [], None, None, {}, [*faults, *of_config])
     _fill(reading, names)
     return reading
 
@@ -296,6 +270,9 @@ def _names_of(place: Path) -> tuple[dict[str, Path], list[Fault]]:
     faults = []
     pickles = sorted(path.name for path in place.iterdir() if path.suffix in PICKLES)
     files = sorted(place.glob("*.safetensors"))
+    if strange := [path for path in files if not path.is_file()]:  # to open a pipe would hang
+        text = f"{strange[0]} is no file, or a link to nothing: copy it again."
+        raise NoHeadsError(text, "shards missing")
     if pickles and not files:
         raise NoHeadsError(
             f"{place / pickles[0]} is a pickle, which can run code when it is loaded. Convert it, "
@@ -310,14 +287,18 @@ def _names_of(place: Path) -> tuple[dict[str, Path], list[Fault]]:
         faults.append(Fault("shards missing", f"there is no {', '.join(missing)}"))
     if not files:
         raise NoHeadsError(f"{place} holds no .safetensors file: no heads are in it.", "no heads")
-    names = {}
+    names: dict[str, Path] = {}
     for path in files:
         try:
             with safe_open(path, "pt") as opened:
-                names.update(dict.fromkeys(opened.keys(), path))
+                found = dict.fromkeys(opened.keys(), path)
         except (SafetensorError, OSError) as error:
             text = f"{path} cannot be read ({error}): copy it again."
             raise NoHeadsError(text, "shards missing") from error
+        if twice := sorted(names.keys() & found):
+            text = f"{twice[0]} stands in {names[twice[0]].name} and in {path.name}: delete one"
+            faults.append(Fault("tensors twice", text))
+        names |= found
     return names, faults
 
 
@@ -325,7 +306,11 @@ def _shards(place: Path, files: list[Path]) -> set[str]:
     """Return the names of the files that an index, or the numbers in other names, ask for."""
     expected: set[str] = set()
     for index in place.glob("*.safetensors.index.json"):
-        expected.update(read_json(index).get("weight_map", {}).values())
+        content = read_json(index, {})
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not all(map(is_text, weight_map.values())):
+            raise NoHeadsError(f"{index} has no weight_map: copy it again.", "shards missing")
+        expected.update(weight_map.values())
     for path in files:
         if found := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", path.name):
             stem, _, count = found.groups()
@@ -354,58 +339,6 @@ def _role(layout: dict[str, str], tensor: str) -> str | None:
     return next((role for role, name in layout.items() if re.fullmatch(name, tensor)), None)
 
 
-def _declared(format_: str, config: dict[str, Any]) -> Declared:
-    """Return what a config says, in the words of its format."""
-    get = config.get
-    common: dict[str, Any] = {
-        "hidden_size": get("hidden_size"),
-        "vocab_size": get("vocab_size"),
-        "backbone": get("medusa_backbone") or get("base_model_name_or_path") or "",
-        "backbone_identity": get("medusa_backbone_identity") or "",
-        "heads_sha256": tuple(get("medusa_heads_sha256") or ()),
-    }
-    if format_ == "medusa_exp":
-        common |= {
-            "backbone": get("backbone", ""),
-            "backbone_identity": get("backbone_identity", ""),
-        }
-    if format_ in ("medusa_exp", "vllm"):
-        prefix = "medusa_" if format_ == "vllm" else ""
-        defaults = {"num_layers": 1, "bias": True, "kind": "medusa", "num_tokens": None}
-        own = {key: get(f"{prefix}{key}", default) for key, default in defaults.items()}
-        heads = get("num_nextn_predict_layers") if prefix else get("num_heads", 4)
-        return Declared(
-            **common,
-            num_heads=heads,
-            num_layers=own["num_layers"],
-            has_bias=own["bias"],
-            is_tied=own["kind"] == "medusa_tied",
-            num_tokens=own["num_tokens"],
-            kind=own["kind"],
-            attention_heads=get("num_attention_heads", 1),
-        )
-    if format_ == "vllm_medusa":
-        return Declared(
-            **common,
-            num_heads=_last_number(config, "heads", 5),
-            num_layers=_last_number(config, "layers", 1),
-            has_bias=bool(get("medusa_fc_bias", False)),
-            is_tied=bool(get("original_lm_head", False)),
-            num_tokens=get("truncated_vocab_size"),
-        )
-    return Declared(
-        **common,
-        num_heads=get("medusa_num_heads", get("num_medusa_heads")),
-        num_layers=get("medusa_num_layers", get("num_medusa_layers")),
-    )
-
-
-def _last_number(config: dict[str, Any], what: str, default: int) -> int:
-    # As vLLM reads it: any key with `num` and this word in it, and the last one holds.
-    found = [value for key, value in config.items() if "num" in key and what in key]
-    return int(found[-1]) if found else default
-
-
 def _fill(reading: Reading, names: dict[str, Path]) -> None:
     """Put tensors where they belong; what belongs nowhere is a fault."""
     layout = _LAYOUTS[reading.format]
@@ -413,8 +346,14 @@ def _fill(reading: Reading, names: dict[str, Path]) -> None:
     late: list[tuple[str, dict[str, str], Tensor]] = []
     stray = []
     for name, role, found, tensor in _tensors(layout, names):
-        if role is None:
+        # There are no more heads than tensors: a larger number is no head's.
+        if role is None or int(found.get("k", 0)) >= len(names):
             stray.append(name)
+            continue
+        dims = 1 if role == "token_map" or found.get("part") in ("bias", "norm") else 2
+        if tensor.dim() != dims or not tensor.numel():
+            text = f"{name} has the shape {tuple(tensor.shape)}, and should have {dims} dimensions"
+            reading.faults.append(Fault("wrong shape", text))
             continue
         head = by_head.setdefault(int(found["k"]), Head()) if "k" in found else Head()
         if role == "block":
