@@ -226,6 +226,19 @@ def test_what_is_not_honored_is_refused(model, options, message):
         model.generate(PROMPT, **options)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": PROMPT[0]}, r"token ids: input_ids=, \[B, T\]"),
+        ({"input_ids": PROMPT[:0]}, r"token ids: input_ids=, \[B, T\]"),
+        ({"input_ids": PROMPT, "attention_mask": torch.ones(2, 9)}, "attention_mask has the shape"),
+    ],
+)
+def test_prompts_and_masks_have_two_dimensions(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        model.generate(**arguments, max_new_tokens=4)
+
+
 def test_a_streamer_takes_one_prompt(model):
     with pytest.raises(UserError, match="one prompt at a time"):
         model.generate(PROMPT.repeat(2, 1), max_new_tokens=2, streamer=Listener())

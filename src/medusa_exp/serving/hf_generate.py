@@ -90,13 +90,18 @@ def generate(
     if model.training:
         raise UserError("the model is in training mode: call model.eval() first.")
     config = _merged(model, generation_config, options)
-    if input_ids is None or not isinstance(input_ids, Tensor):
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not len(input_ids):
         raise UserError("generate needs the prompts' token ids: input_ids=, [B, T].")
     if streamer is not None and len(input_ids) > 1:
         raise UserError(f"a streamer takes one prompt at a time, and there are {len(input_ids)}.")
     rule = _rule(config)
     decoder = _decoder(model, heads, rule)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        raise UserError(
+            f"attention_mask has the shape {tuple(mask.shape)}, and input_ids "
+            f"{tuple(input_ids.shape)}: one value for each token."
+        )
     prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     limits = _limits(decoder.backbone, config, prompts, input_ids.shape[1], tokenizer)
     if rule is not GREEDY and seed is None:
