@@ -12,6 +12,7 @@ from tiny_models import build_model
 from medusa_exp.config.schema import ExportConfig, words_of
 from medusa_exp.errors import UserError
 from medusa_exp.export import formats, publishing
+from medusa_exp.export.check import check
 from medusa_exp.export.faults import all_faults
 from medusa_exp.export.formats import FORMATS, table, why_not
 from medusa_exp.export.importing import adopt, import_heads
@@ -194,3 +195,12 @@ def test_the_comparison_needs_bit_equality(backbone, tmp_path):
     reading.heads[1].blocks[0].bias[3] += 1e-4
     with pytest.raises(UserError, match="logits of head 2 differ"):
         publishing.compare(reading, ours, backbone)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("family", "format_"), [("tied", "mlc"), ("tied, deep", "tgi")])
+def test_tied_heads_are_stored_in_one_type(backbone, tmp_path, family, format_, dtype):
+    exported(backbone, family, format_, tmp_path, dtype)
+    _, faults = check(str(tmp_path / format_))
+    assert faults == []
+    assert import_heads(tmp_path / format_, no_vocab_size).num_heads == 3

@@ -117,6 +117,26 @@ def test_tied_heads_are_exported_with_the_targets_matrix(finished, tmp_path):
     assert torch.equal(written["lm_head.weight"], model.lm_head.weight)
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling", "in a file", "config", "code"])
+def test_a_place_that_is_no_exports_is_left_alone(finished, tmp_path, kind):
+    place, file = tmp_path / "place", tmp_path / "file"
+    file.write_text("5")
+    if kind in ("link", "dangling"):
+        place.symlink_to(tmp_path if kind == "link" else "nowhere")
+    elif kind == "in a file":
+        place = file / "place"
+    elif kind == "config":
+        place.mkdir()
+        (place / "config.json").write_text("5")
+    else:
+        (place / "custom_generate").mkdir(parents=True)
+        (place / "custom_generate" / "generate.py").write_text("of others")
+    finished.export.out = str(place)
+    with pytest.raises(UserError, match=r"export.out=.*: name a new directory"):
+        run(finished, tmp_path / "run")
+    assert file.read_text() == "5" and (kind != "code" or any(place.iterdir()))
+
+
 def test_what_is_refused(finished, tmp_path):
     out = tmp_path / "run"
     finished.export.out = str(out)

@@ -57,13 +57,17 @@ class Source:
                         yield k, number, part, tensor
 
     def matrix(self, k: int) -> Tensor:
-        """Return the matrix [V, D] of the head at index k."""
+        """Return the matrix [V, D] of the head at index k, in the dtype of the heads."""
         if self.is_tied:
-            weight_VD = self.lm_head.weight.detach().cpu()
-            return weight_VD if self.logit_scale == 1 else weight_VD * self.logit_scale
+            return self.shared_matrix().to(self.floats()[0].dtype)
         if self.config.kind == "medusa_lowrank":
             return _materialized(self, k)
         return self.tensors[f"lm_heads.{k}.weight"]
+
+    def shared_matrix(self) -> Tensor:
+        """Return the target's matrix [V, D], in its own dtype: by that it is known again."""
+        weight_VD = self.lm_head.weight.detach().cpu()
+        return weight_VD if self.logit_scale == 1 else weight_VD * self.logit_scale
 
 
 def _materialized(source: Source, k: int) -> Tensor:
@@ -128,7 +132,7 @@ def _vllm_medusa(source: Source) -> Written:
     tensors = {f"blocks.{k}.layers.{n}.{part}": tensor for k, n, part, tensor in source.blocks()}
     if source.is_tied:
         config["original_lm_head"] = True
-        tensors["lm_head.weight"] = source.matrix(0)
+        tensors["lm_head.weight"] = source.shared_matrix()
     else:
         tensors |= {f"lm_heads.{k}.weight": source.matrix(k) for k in range(heads.num_heads)}
     return config, tensors

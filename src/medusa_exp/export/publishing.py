@@ -93,12 +93,18 @@ def read_back(place: Path, ours: MedusaHeads, backbone: Backbone, tolerance: flo
 
 
 def _tolerance(source: Source, format_: str) -> float:
-    """Return 0, or the relative error where a format makes one large matrix of what is saved."""
+    """Return 0, or the relative error where a format makes one large matrix of what is saved.
+
+    Or where the matrix of tied heads is stored in their dtype, which is not the target's.
+    """
+    shared = source.lm_head.weight.dtype
     is_scaled = source.is_tied and source.logit_scale != 1
+    is_cast = source.is_tied and any(tensor.dtype != shared for tensor in source.floats())
     is_product = source.config.kind == "medusa_lowrank" or is_scaled
-    if not is_product or FORMATS[format_].reads_all:
+    if not (is_product or is_cast) or FORMATS[format_].reads_all:
         return 0.0
-    return max(_ROUNDING, *(torch.finfo(t.dtype).eps for t in source.floats()))
+    dtypes = {tensor.dtype for tensor in source.floats()} | ({shared} if is_cast else set())
+    return max(_ROUNDING, *(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def note_fingerprints(reading: Reading) -> None:
