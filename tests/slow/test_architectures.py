@@ -28,6 +28,8 @@ from architectures import (
 
 from medusa_exp import build_heads, generate
 from medusa_exp.decode.cache import GrowingCache
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.recurrent import StateCache
 from medusa_exp.errors import UserError
@@ -200,3 +202,31 @@ def _logits_of_steps(backbone: Backbone) -> list[torch.Tensor]:
         cache.commit([path] * len(lengths))
         found.append(logits_BNV)
     return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RECURRENT)
+def test_chains_of_every_length_one_and_three_at_a_time(name):
+    backbone = Backbone(build(name, RECURRENT[name]))
+    rng = random.Random(2)
+    prompts = [[rng.randrange(3, V) for _ in range(rng.randrange(1, 24))] for _ in range(25)]
+    limits = Limits(12)
+    expected = [response.tokens for response in decode_plain(backbone, prompts, limits)]
+    [said] = Decoder(backbone).decode_plain([prompts[0]], limits)
+    ids = torch.tensor([prompts[0]])
+    whole = backbone.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        pad_token_id=0,
+        max_new_tokens=12,
+        min_new_tokens=12,
+        do_sample=False,
+    )
+    assert said.tokens == expected[0] == whole[0, ids.shape[1] :].tolist()
+    for depth in (2, 3, 4, 5):
+        heads = build_heads(backbone, num_heads=depth)
+        decoder = Decoder(backbone, heads, chain(depth), limits=limits)
+        for size in (1, 3):
+            batches = [prompts[start : start + size] for start in range(0, 25, size)]
+            found = [row.tokens for batch in batches for row in decoder.decode(batch)]
+            assert found == expected
