@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from tiny_models import build_model
 from medusa_exp.errors import UserError
 from medusa_exp.export import check as linter
 from medusa_exp.export.check import check, first_choices, main
-from medusa_exp.export.convert import convert
-from medusa_exp.export.convert import main as convert_main
 from medusa_exp.export.faults import all_faults
 from medusa_exp.export.formats import FORMATS
 from medusa_exp.export.importing import import_heads
 from medusa_exp.export.publishing import export, open_source
 from medusa_exp.export.reading import read_heads
 from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
+from medusa_exp.model.convert import convert_file
+from medusa_exp.model.convert import main as convert_main
 
 
 @pytest.fixture
@@ -151,16 +152,19 @@ def test_a_file_that_is_cut_off(native):
     assert names(native) == {"shards missing"}
 
 
-def test_pickle(native, capsys):
+def test_pickle(native, monkeypatch):
     tensors = load_file(native / "model.safetensors")
     torch.save(tensors, native / "medusa_lm_head.pt")
     assert names(native) == {"pickle"}
     (native / "model.safetensors").unlink()
     assert names(native) == {"pickle"}
-    with pytest.raises(UserError, match=r"medusa_exp\.export\.convert .*medusa_lm_head\.pt"):
+    with pytest.raises(UserError, match=r"medusa_exp\.model\.convert .*medusa_lm_head\.pt"):
         import_heads(native, lambda: 64)
-    assert convert_main([str(native / "medusa_lm_head.pt")]) == 0
-    assert "medusa_lm_head.safetensors: 9 tensors" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["convert", str(native / "medusa_lm_head.pt")])
+    convert_main()
+    written = load_file(native / "medusa_lm_head.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
     assert import_heads(native, lambda: 64).num_heads == 3
 
 
@@ -174,7 +178,7 @@ class Code:
 def test_a_pickle_with_code_is_not_loaded(tmp_path):
     torch.save({"a": Code()}, tmp_path / "heads.pt")
     with pytest.raises(UserError, match="holds more than tensors"):
-        convert(tmp_path / "heads.pt", tmp_path / "heads.safetensors")
+        convert_file(tmp_path / "heads.pt", tmp_path / "heads.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["heads.pt"]
 
 

@@ -24,7 +24,7 @@ from medusa_exp.export.declared import Declared, Fault, declared_by, is_text, we
 from medusa_exp.runs.files import read_json
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl")
-CONVERT = "python -m medusa_exp.export.convert"
+CONVERT = "python -m medusa_exp.model.convert"
 
 
 def _numbered(prefix: str) -> dict[str, str]:

@@ -1,11 +1,13 @@
-"""Write the weights of an old checkpoint, pytorch_model.bin, as safetensors.
+"""Write old weights, of models (pytorch_model.bin) and of heads (.pt), as safetensors.
 
     python -m medusa_exp.model.convert MODEL OUT [--revision NAME]
+    python -m medusa_exp.model.convert FILE.pt [OUT]
 
-A .bin file is a pickle, and a pickle may name code to run. Here torch reads it with
-`weights_only=True`, which takes tensors and plain containers and refuses all else; what it holds
-goes into an ordinary model directory at OUT, beside the config and tokenizer of MODEL (a directory,
-or a name on the hub). The log has the sha256 of every file that was read and of every one written.
+Such a file is a pickle, and a pickle may name code to run. Here torch reads it with
+`weights_only=True`, which takes tensors and plain containers and refuses all else. Of a MODEL (a
+directory, or a name on the hub) they go into an ordinary model directory at OUT, beside its config
+and tokenizer; of a file alone, into one beside it. The log has the sha256 of every file that was
+read and of every one written.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_exp.errors import UserError
@@ -59,6 +62,25 @@ def convert(model: str, out: str | Path, revision: str | None = None) -> Path:
     for path in sorted(out.glob("*.safetensors")):
         log.info("wrote %s, sha256 %s", path, sha256_file(path))
     return out
+
+
+def convert_file(source: Path, target: Path) -> None:
+    """Write the tensors of one pickle as safetensors.
+
+    Tensors that share memory, as blocks of FasterDecoding's trainer do, are written for each name.
+
+    Raises:
+        UserError: it holds anything but tensors under names, or is damaged.
+    """
+    found = read_pickle(source)
+    log.info("read %s, sha256 %s", source, sha256_file(source))
+    with publish(target) as partial:
+        save_file(
+            {str(name): tensor.clone().contiguous() for name, tensor in found.items()},
+            partial,
+            metadata={"format": "pt"},
+        )
+    log.info("wrote %s, sha256 %s", target, sha256_file(target))
 
 
 def _source(model: str, revision: str | None) -> Path:
@@ -116,16 +138,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m medusa_exp.model.convert", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("model", help="directory with pytorch_model.bin, or a name on the hub")
-    parser.add_argument("out", type=Path, help="directory to make")
+    parser.add_argument(
+        "source", help="directory with pytorch_model.bin, name on the hub, or a file of heads"
+    )
+    parser.add_argument("out", type=Path, nargs="?", help="directory to make; or file to write")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    arguments = parser.parse_args()
+    asked = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    file = Path(asked.source).expanduser()
     try:
-        out = convert(arguments.model, arguments.out, arguments.revision)
+        if file.is_file():
+            convert_file(file, asked.out or file.with_suffix(".safetensors"))
+        elif asked.out is None:
+            parser.error("name a directory to make, OUT")
+        else:
+            out = convert(asked.source, asked.out, asked.revision)
+            log.info("done: set model.path=%s", out)
     except UserError as error:
         sys.exit(str(error))
-    log.info("done: set model.path=%s", out)
 
 
 if __name__ == "__main__":
