@@ -16,7 +16,8 @@ from medusa_exp.decode.cache import GrowingCache, copy_of
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
-from medusa_exp.decode.slots import CapturedSlots, Request, bucket, halves
+from medusa_exp.decode.slot_steps import CapturedSlots, bucket, halves
+from medusa_exp.decode.slots import Request
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain

@@ -35,7 +35,8 @@ from medusa_exp.decode.masks import FULL, MODELS
 from medusa_exp.decode.memory import slots_with_room
 from medusa_exp.decode.recurrent import ChainStep, check_chain, check_prefix, is_recurrent
 from medusa_exp.decode.rule import AcceptanceRule
-from medusa_exp.decode.slots import CapturedSlots, EagerSlots, OneByOne, Slots
+from medusa_exp.decode.slot_steps import CapturedSlots, EagerSlots
+from medusa_exp.decode.slots import OneByOne, Slots
 from medusa_exp.decode.step import UNOBSERVED, CapturedSteps, EagerStep, Observer, Step
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, PrefixAttention, stack_heads

@@ -29,7 +29,8 @@ from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.rule import AcceptanceRule
-from medusa_exp.decode.slots import OneByOne, Request, Slots, bucket
+from medusa_exp.decode.slot_steps import bucket
+from medusa_exp.decode.slots import OneByOne, Request, Slots
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
