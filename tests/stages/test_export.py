@@ -1,7 +1,9 @@
-"""Stage export, and heads of other formats that a run takes by heads_from."""
+"""Stage export, and heads that are not for this model: of other formats, for other weights."""
 
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from medusa_exp.errors import UserError
 from medusa_exp.export.card import chain_rates, command, schedule, settings
 from medusa_exp.export.check import check
-from medusa_exp.model import Backbone, build_heads, save_heads
+from medusa_exp.model import Backbone, build_heads, save_heads, save_tokenizer
 from medusa_exp.runs.files import write_json, write_jsonl
 from medusa_exp.stages.export import run
 from medusa_exp.tree import chain
@@ -216,3 +218,64 @@ def test_heads_tied_to_the_matrix_of_another_model_are_refused(config, tmp_path)
     session_of(config).adopt_heads(config.heads_from)
     with pytest.raises(UserError, match="tied to an lm_head that came with them"):
         session_of(config).decoder(is_tree_known=False)
+
+
+def fine_tuned(config, tmp_path):
+    """Let the config name a model of the same lm_head and final norm, with other layers."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.path)
+    with torch.no_grad():
+        model.get_decoder().layers[0].mlp.up_proj.weight.mul_(1.01)
+    place = tmp_path / "fine-tuned"
+    model.save_pretrained(place)
+    for file in Path(config.model.path).iterdir():
+        if not (place / file.name).exists():
+            shutil.copy(file, place)
+    config.model.path = str(place)
+
+
+def test_heads_for_other_weights_are_measured_or_refused(finished, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    record = tmp_path / "run" / "imported_heads.json"
+    session_of(finished).decoder(is_tree_known=False)
+    assert not record.exists() and not caplog.messages
+    fine_tuned(finished, tmp_path)
+    finished.decode.max_new_tokens = 8
+    session_of(finished).decoder(is_tree_known=False)
+    assert "were trained for other weights of" in caplog.text
+    assert "the first choice of each head is this backbone's token for" in caplog.text
+    assert len(json.loads(record.read_text())["first_choices"]) == 3
+    finished.heads_match = "strict"
+    with pytest.raises(UserError, match=r"other weights.*or set heads_match=warn"):
+        session_of(finished).decoder(is_tree_known=False)
+    caplog.clear()
+    finished.heads_match = "any"
+    session_of(finished).decoder(is_tree_known=False)
+    assert "other weights" not in caplog.text
+
+
+def test_heads_that_do_not_say_for_which_weights_are_taken(finished, tmp_path, caplog):
+    path = tmp_path / "run" / "heads" / "config.json"
+    said = json.loads(path.read_text())
+    del said["backbone_weights"]
+    path.write_text(json.dumps(said))
+    fine_tuned(finished, tmp_path)
+    finished.heads_match = "strict"
+    session_of(finished).decoder(is_tree_known=False)
+    assert "other weights" not in caplog.text
+
+
+def test_another_tokenizer_than_the_heads_were_trained_with_is_refused(finished, tmp_path, caplog):
+    session = session_of(finished)
+    save_tokenizer(session.tokenizer(), session.spec, tmp_path / "run" / "heads")
+    session.decoder(is_tree_known=False)
+    other = tmp_path / "other"
+    shutil.copytree(finished.model.path, other)
+    backend = json.loads((other / "tokenizer.json").read_text())
+    backend["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(backend))
+    finished.tokenizer.path = str(other)
+    with pytest.raises(UserError, match=r"with other tokens than this.*or heads_match=any"):
+        session_of(finished).decoder(is_tree_known=False)
+    finished.heads_match = "any"
+    session_of(finished).decoder(is_tree_known=False)
+    assert "with other tokens" in caplog.text

@@ -785,6 +785,10 @@ class Config:
     heads_from: str | None = None
     """A run directory, or its heads/, whose heads this run decodes with, instead of training some;
     or a directory of heads in the format of FasterDecoding, vLLM, TGI, MLC-LLM or ModelOpt."""
+    heads_match: str = choice("warn", "strict", "any")
+    """What if heads were trained for other weights of this model (a fine-tune, merged adapters), or
+    with another tokenizer: warn (say what they are worth here; refuse another tokenizer), strict
+    (refuse both) or any (go on)."""
     device: str = choice("auto", "cpu", "cuda")
     """auto (cuda where there is one), cpu or cuda."""
     seed: int = 0

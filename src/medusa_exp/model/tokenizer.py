@@ -27,11 +27,12 @@ from medusa_exp.config import TokenizerConfig
 from medusa_exp.data.template import check_chat_template
 from medusa_exp.errors import UserError
 from medusa_exp.model.source import ModelSpec, first_lines
-from medusa_exp.runs.files import write_json
+from medusa_exp.runs.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 SOURCE_FILE = "tokenizer_source.json"
+_LIBRARIES = ("transformers", "tokenizers")
 _SENTENCEPIECE = (
     "it has no tokenizer.json, only a SentencePiece model, which takes a library to read: pip "
     "install 'medusa-exp[sentencepiece]'."
@@ -78,6 +79,21 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
         "backend_sha256": _sha256(json.dumps(backend, sort_keys=True)),
         "chat_template_sha256": None if template is None else _sha256(template),
     }
+
+
+def differences(tokenizer: PreTrainedTokenizerBase, directory: Path) -> list[str]:
+    """Return in what a tokenizer differs from that saved beside heads: tokens, chat template.
+
+    Only where the same versions of the libraries have read both can it be told: others may write
+    the same tokenizer differently.
+    """
+    saved = read_json(directory / SOURCE_FILE, {})
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    if not isinstance(saved, dict) or saved.get("versions") != versions:
+        return []
+    now = fingerprint(tokenizer)
+    names = {"backend_sha256": "tokens", "chat_template_sha256": "chat template"}
+    return [name for key, name in names.items() if saved.get(key) != now[key]]
 
 
 def save_tokenizer(
@@ -345,7 +361,7 @@ def _source(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> dict[str, An
         "path": str(Path(path).resolve()) if Path(path).exists() else path,
         "revision": spec.model.revision if path == spec.model_path() else None,
         "class": type(tokenizer).__name__,
-        "versions": {name: metadata.version(name) for name in ("transformers", "tokenizers")},
+        "versions": {name: metadata.version(name) for name in _LIBRARIES},
         **fingerprint(tokenizer),
         "vocab_size": len(tokenizer),
         "overrides": {k: v for k, v in settings.items() if k != "path" and v != default[k]},

@@ -23,10 +23,10 @@ from medusa_exp.errors import UserError
 from medusa_exp.export import importing
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
-from medusa_exp.model.heads import MedusaHeads, stack_heads
+from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig, stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.source import ModelSpec, adapted_path, tiny_dir
-from medusa_exp.model.tokenizer import load_tokenizer
+from medusa_exp.model.tokenizer import differences, load_tokenizer
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
 from medusa_exp.tracking.history import StepLogger
@@ -174,8 +174,7 @@ class Session:
         self.check_drafts()
         backbone, tokenizer = self.backbone(), self.tokenizer()
         heads = load_heads(self.out / "heads", backbone)
-        if not heads.config.backbone_identity:
-            self._try_imported(heads, backbone, tokenizer)
+        self._check_origin(heads, backbone, tokenizer)
         decoder = Decoder(
             backbone,
             stack_heads(heads, backbone),
@@ -217,15 +216,44 @@ class Session:
 
         importing.adopt(heads_from, self.out, vocab_size)
 
-    def _try_imported(
+    def _check_origin(
         self, heads: MedusaHeads, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Say once what heads are worth that do not say for which weights they were trained.
+        """Compare what heads were trained for with what is here; see the key `heads_match`.
 
         Raises:
-            UserError: they are tied to another lm_head.
+            UserError: they are tied to another lm_head; or were trained with another tokenizer or
+                for other weights, which `heads_match` does not let pass.
         """
-        importing.check_origin(heads, backbone, self.out / "heads")
+        place, match = self.out / "heads", self.config.heads_match
+        if differing := differences(tokenizer, place):
+            what = " and ".join(differing)
+            message = f"the heads in {place} were trained with other {what} than this tokenizer's"
+            if "tokens" in differing and match != "any":
+                raise UserError(f"{message}: set tokenizer.path={place}, or heads_match=any.")
+            log.warning("%s: they may guess worse", message)
+        config = heads.config
+        if not config.backbone_identity:
+            importing.check_origin(heads, backbone, place)
+            self._try_heads("imported heads", heads, backbone, tokenizer)
+        elif _has_other_weights(config, backbone) and match != "any":
+            message = (
+                f"the heads in {place} were trained for other weights of {config.backbone} than "
+                f"{backbone.name} has: a fine-tune of it, or one with adapters merged"
+            )
+            if match == "strict":
+                raise UserError(f"{message}. Train heads for this model, or set heads_match=warn.")
+            log.warning("%s", message)
+            self._try_heads("heads for other weights", heads, backbone, tokenizer)
+
+    def _try_heads(
+        self,
+        what: str,
+        heads: MedusaHeads,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Say once what heads are worth that may have been trained for other weights."""
         record = self.out / _IMPORTED
         if record.is_file():
             return
@@ -239,15 +267,16 @@ class Session:
                 num_prompts=_TRIED_PROMPTS,
             )
         except UserError as error:
-            log.warning("what the imported heads are worth here is not known: %s", error)
+            log.warning("what the %s are worth here is not known: %s", what, error)
             return
         ids = [prompt.input_ids for prompt in prompts]
         tokens = [decode_plain(backbone, [one], limits)[0].tokens for one in ids]
         responses = list(zip(ids, tokens, strict=True))
         shares = importing.measure_first_choices(heads, backbone, responses)
         log.info(
-            "imported heads, for %s: on %d prompts the first choice of each head is this "
-            "backbone's token for %s",
+            "%s, for %s: on %d prompts the first choice of each head is this backbone's token for "
+            "%s",
+            what,
             heads.config.backbone or "a model not named",
             len(ids),
             importing.as_text(shares),
@@ -258,6 +287,14 @@ class Session:
         """Return the tree that the config names, for these heads and so many rows at a time."""
         assert decoder.heads is not None
         return choose_tree(self.config.tree, self.out, decoder.heads.num_heads, batch_size)
+
+
+def _has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:
+    """Say whether heads name other weights than these; of some models that cannot be told."""
+    is_comparable = config.backbone_weights and not getattr(backbone.model, "is_quantized", False)
+    if not is_comparable or backbone.is_adapted:  # adapted together with the heads
+        return False
+    return bool(config.backbone_weights != backbone.weights_fingerprint())
 
 
 def measured_steps(config: Config) -> int:

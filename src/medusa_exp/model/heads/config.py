@@ -6,8 +6,9 @@ from transformers import PreTrainedConfig
 class MedusaHeadsConfig(PreTrainedConfig):
     """Shape of the heads, and which backbone they belong to; transformers makes it a dataclass.
 
-    Imported heads may say nothing of their backbone: `backbone_identity` is then empty. Those that
-    are tied to a matrix which came with them have its digest in `lm_head_sha256`.
+    Imported heads may say nothing of their backbone: `backbone_identity` is then empty. So is
+    `backbone_weights`, a fingerprint of all its weights, in heads that were saved before there was
+    one. Those that are tied to a matrix which came with them have its digest in `lm_head_sha256`.
     """
 
     model_type = "medusa"
@@ -25,4 +26,5 @@ class MedusaHeadsConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     backbone: str = ""
     backbone_identity: str = ""
+    backbone_weights: str = ""
     lm_head_sha256: str = ""

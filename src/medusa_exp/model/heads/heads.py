@@ -280,7 +280,7 @@ def build_heads(
     check_shape(kind, num_layers, rank, num_tokens)
     if num_tokens is not None and token_counts is None:
         raise ValueError("num_tokens needs token_counts, to know which tokens are frequent.")
-    lm_head = backbone.lm_head
+    lm_head, is_quantized = backbone.lm_head, getattr(backbone.model, "is_quantized", False)
     config = MedusaHeadsConfig(
         kind=kind,
         num_heads=num_heads,
@@ -297,6 +297,7 @@ def build_heads(
         lm_head_bias=getattr(lm_head, "bias", None) is not None,
         backbone=str(backbone.model.config.name_or_path),
         backbone_identity=backbone.identity(),
+        backbone_weights="" if is_quantized else backbone.weights_fingerprint(),
     )
     heads = MedusaHeads(config).float().to(backbone.device)
     heads.lm_heads.start(backbone, token_counts)
