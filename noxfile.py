@@ -134,6 +134,14 @@ def architectures(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def commands(session: nox.Session) -> None:
+    """Train, calibrate and evaluate on each of these architectures, as a user does. 15 minutes."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    tests = "tests/slow/test_architectures_by_command.py"
+    session.run("pytest", "-m", "slow", *PARALLEL, tests, *session.posargs)
+
+
+@nox.session(default=False)
 def compiled(session: nox.Session) -> None:
     """Compare compiled layers with eager ones on the same architectures; g++. Ten minutes."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))
