@@ -138,7 +138,8 @@ def commands(session: nox.Session) -> None:
     """Train, calibrate and evaluate on each of these architectures, as a user does. 15 minutes."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))
     tests = "tests/slow/test_architectures_by_command.py"
-    session.run("pytest", "-m", "slow", *PARALLEL, tests, *session.posargs)
+    options = ("-m", "slow", *PARALLEL, "--dist=load")
+    session.run("pytest", *options, tests, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)

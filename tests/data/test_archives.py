@@ -185,4 +185,4 @@ def test_rows_of_csv(tmp_path):
     reading = read_conversations(
         write(tmp_path / "b.csv.gz", gzipped(b"question,answer\nx\ny,z\n"))
     )
-    assert len(list(reading)) == 1 and reading.dropped == {"no known form of chat": 1}
+    assert len(list(reading)) == 1 and reading.dropped == {"content is null": 1}

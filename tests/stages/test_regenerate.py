@@ -257,11 +257,10 @@ def test_a_command_loads_its_backbone_once(config, tmp_path, monkeypatch):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("changed", [{"kind": "medusa2"}, {"compile": True}, {"features": "cache"}])
+@pytest.mark.parametrize("changed", [{"kind": "medusa2"}, {"features": "cache"}])
 def test_a_backbone_that_is_changed_or_needed_no_more_is_let_go(
     config, tmp_path, monkeypatch, changed
 ):
-    monkeypatch.setattr(Backbone, "compile", lambda backbone: None)
     config.train = replace(config.train, max_steps=1, **changed)
     config.decode.max_new_tokens = 8
     if "features" in changed:

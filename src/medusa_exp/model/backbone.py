@@ -57,6 +57,9 @@ class Backbone:
         self._grouped = GroupedAttention(model) if uses_grouped_attention else None
         self.has_body = True
         self._fingerprints: tuple[str, str] | None = None
+        takes_states = "cache_params" in inspect.signature(model.forward).parameters
+        self._cache_argument = "cache_params" if takes_states else "past_key_values"
+        """Name by which the model takes its cache: models of nothing but states have their own."""
 
     @property
     def name(self) -> str:
@@ -274,12 +277,6 @@ class Backbone:
                 use_cache=True,
                 logits_to_keep=0 if keep is None else keep,
             )
-
-    @cached_property
-    def _cache_argument(self) -> str:
-        """Name by which the model takes its cache: that of models with nothing but states."""
-        parameters = inspect.signature(self.model.forward).parameters
-        return "cache_params" if "cache_params" in parameters else "past_key_values"
 
     def identity(self) -> str:
         """Return a sha256 over dimensions, final norm and lm_head: what heads are trained for.

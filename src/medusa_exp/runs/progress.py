@@ -32,7 +32,7 @@ class ProgressBar:
     def __init__(self, what: str, total: int | None, completed: int = 0) -> None:
         remaining = TimeRemainingColumn(elapsed_when_finished=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
-        more = (TextColumn("{task.fields[tokens]}"), remaining, TextColumn("{task.fields[more]}"))
+        more = (TextColumn("{task.fields[tokens]}"), remaining, _Rest())
         # On stderr: what is redirected should hold results.
         self._rich = Progress(*columns, *more, console=Console(stderr=True))
         begin = partial(self._rich.add_task, what, total=total, completed=completed)
@@ -89,6 +89,13 @@ def rate(speed: float | None) -> str:
     if speed < 1:
         return f"{1 / speed:.1f} s each"
     return f"{speed:.0f}/s" if speed >= 10 else f"{speed:.1f}/s"
+
+
+class _Rest(ProgressColumn):
+    """What else is to be said, as far as the terminal has room beside all the others."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["more"], no_wrap=True, overflow="ellipsis")
 
 
 class _Rate(ProgressColumn):
