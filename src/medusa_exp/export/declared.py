@@ -32,6 +32,7 @@ class Declared:
     kind: str | None = None
     backbone: str = ""
     backbone_identity: str = ""
+    backbone_weights: str = ""
     heads_sha256: tuple[str, ...] = ()
 
 
@@ -63,7 +64,7 @@ def _is_list_of_text(value: Any) -> bool:
 _TYPES = {
     "whole number": r"(medusa_)?(num_\w+|rank)|hidden_size|vocab_size|n_predict|"
     r"truncated_vocab_size",
-    "text": r"(medusa_)?(backbone(_identity)?|kind)|base_model_name_or_path|model_type",
+    "text": r"(medusa_)?(backbone(_identity|_weights)?|kind)|base_model_name_or_path|model_type",
     "list of texts": r"medusa_heads_sha256|architectures",
 }
 """What a value must be -> the keys that are read here."""
@@ -78,12 +79,14 @@ def declared_by(format_: str, config: dict[str, Any]) -> Declared:
         "vocab_size": get("vocab_size"),
         "backbone": get("medusa_backbone") or get("base_model_name_or_path") or "",
         "backbone_identity": get("medusa_backbone_identity") or "",
+        "backbone_weights": get("medusa_backbone_weights") or "",
         "heads_sha256": tuple(get("medusa_heads_sha256") or ()),
     }
     if format_ == "medusa_exp":
         common |= {
             "backbone": get("backbone", ""),
             "backbone_identity": get("backbone_identity", ""),
+            "backbone_weights": get("backbone_weights", ""),
         }
     if format_ in ("medusa_exp", "vllm"):
         prefix = "medusa_" if format_ == "vllm" else ""

@@ -236,6 +236,7 @@ def write(source: Source, format_: str, place: Path) -> None:
     config, tensors = FORMATS[format_].write(source)
     config["medusa_backbone"] = shareable_text(source.config.backbone)
     config["medusa_backbone_identity"] = source.config.backbone_identity
+    config["medusa_backbone_weights"] = source.config.backbone_weights
     place.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(_unshared(whole), place / FORMATS[format_].weights, metadata={"format": "pt"})

@@ -119,6 +119,7 @@ def _config_of(reading: Reading, vocab_size: Callable[[], int]) -> MedusaHeadsCo
         lm_head_bias=bool(reading.config.get("medusa_lm_head_bias", first.out_bias is not None)),
         backbone=declared.backbone,
         backbone_identity=declared.backbone_identity,
+        backbone_weights=declared.backbone_weights,
         lm_head_sha256="" if reading.shared is None else lm_head_sha256(reading.shared),
     )
 
