@@ -30,6 +30,7 @@ TOGETHER: list[tuple[str, dict[str, Any]]] = [
     ("HeadConfig", {"kind": "medusa_lowrank", "rank": 8}),
     ("HeadConfig", {"kind": "hydra", "rank": 32}),
     ("HeadConfig", {"kind": "hydra", "num_layers": 0}),
+    ("HeadConfig", {"kind": "recurrent", "num_layers": 0}),
     ("HeadConfig", {"kind": "medusa_tied", "num_layers": 0}),
     ("TrainConfig", {"kind": "medusa2", "features": "cache"}),
     ("TrainConfig", {"kind": "medusa2", "compile": "true"}),

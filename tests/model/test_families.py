@@ -38,6 +38,12 @@ FAMILIES = {
     "frequent": {"kind": "medusa_lowrank", "num_tokens": 40, "token_counts": COUNTS},
     "both": {"kind": "medusa_lowrank", "rank": 16, "num_tokens": 40, "token_counts": COUNTS},
     "hydra": {"kind": "hydra", "num_layers": 2},
+    "recurrent": {"kind": "recurrent", "num_layers": 2},
+    "recurrent, both": {
+        **{"kind": "recurrent", "rank": 16, "num_tokens": 40},
+        "token_counts": COUNTS,
+    },
+    "recurrent, prefix": {"kind": "recurrent", "prefix_attention": True},
     "medusa, prefix": {"kind": "medusa", "prefix_attention": True},
     "hydra, prefix": {"kind": "hydra", "prefix_attention": True},
 }
@@ -106,6 +112,9 @@ def test_a_decoded_answer_is_the_backbones(backbone, family):
     plain = decode_plain(backbone, prompts, limits)
     answers = Decoder(backbone, heads, tree).decode(prompts, limits)
     assert [a.tokens for a in answers] == [a.tokens for a in plain]
+    fixed = Decoder(backbone, heads, tree, cuda_graph=True).decode(prompts, limits)
+    assert [a.accept_lengths for a in fixed] == [a.accept_lengths for a in answers]
+    assert [a.tokens for a in fixed] == [a.tokens for a in plain]
     ids_1T = torch.tensor([prompts[0]])
     generated = generate(backbone, heads, ids_1T, tree=tree, max_new_tokens=24)
     assert generated.sequences == [plain[0].tokens]
@@ -216,6 +225,7 @@ def test_hydra_sees_the_tokens_before_its_own(backbone):
         ({"kind": "medusa_lowrank"}, "go together"),
         ({"kind": "medusa_lowrank", "num_tokens": 20}, "needs token_counts"),
         ({"kind": "medusa_tied", "num_layers": 0}, "needs num_layers"),
+        ({"kind": "recurrent", "num_layers": 0}, "needs num_layers"),
     ],
 )
 def test_shapes_that_make_no_heads(backbone, wrong, message):

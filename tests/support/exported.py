@@ -21,6 +21,7 @@ FAMILIES = {
     "frequent": {"kind": "medusa_lowrank", "num_tokens": 40, "token_counts": COUNTS},
     "both": {"kind": "medusa_lowrank", "rank": 16, "num_tokens": 40, "token_counts": COUNTS},
     "hydra": {"kind": "hydra", "num_layers": 2},
+    "recurrent": {"kind": "recurrent", "num_tokens": 40, "token_counts": COUNTS},
     "medusa, prefix": {"kind": "medusa", "prefix_attention": True},
     "hydra, prefix": {"kind": "hydra", "prefix_attention": True},
 }

@@ -81,6 +81,7 @@ SETTINGS = [
     ({}, {"loss": "kl"}, True),
     ({}, {"loss": "topk_kl", "top_k": 4, "coefficient_schedule": "sine"}, False),
     ({"kind": "hydra"}, {}, False),
+    ({"kind": "recurrent"}, {}, True),
     ({"kind": "medusa_tied", "prefix_attention": True}, {}, True),
     (
         {"kind": "medusa_lowrank", "num_tokens": 40, "token_counts": torch.arange(64, 0, -1)},

@@ -340,10 +340,11 @@ class HeadConfig:
     """The Medusa heads, which propose draft tokens."""
 
     # The names of `model.heads.FAMILIES`, written out: to import these takes torch, and seconds.
-    kind: str = choice("medusa", "medusa_tied", "medusa_lowrank", "hydra", "auto")
+    kind: str = choice("medusa", "medusa_tied", "medusa_lowrank", "hydra", "recurrent", "auto")
     """medusa (a vocabulary projection for each head), medusa_tied (the backbone's lm_head for all),
     medusa_lowrank (projections of low `rank`, or of `num_tokens` frequent tokens), hydra (each head
-    sees the tokens that are drafted before its own) or auto (medusa_tied above 100,000 tokens of
+    sees the tokens that are drafted before its own), recurrent (so does it, by one block that all
+    heads share, applied once for each token) or auto (medusa_tied above 100,000 tokens of
     vocabulary, else medusa)."""
     num_heads: int = between(1, 16, default=4)
     """K: head k predicts the token k places after the backbone's next one."""
@@ -352,10 +353,10 @@ class HeadConfig:
     bias: bool = True
     """Whether the residual blocks have biases."""
     rank: int | None = at_least(16, default=None)
-    """Rank of the projections of medusa_lowrank; null is full."""
+    """Rank of the projections of medusa_lowrank or recurrent; null is full."""
     num_tokens: int | None = at_least(16, default=None)
-    """Vocabulary of the heads of medusa_lowrank: the most frequent tokens of the training data;
-    others are never proposed. null is all."""
+    """Vocabulary of the heads of medusa_lowrank or recurrent: the most frequent tokens of the
+    training data; others are never proposed. null is all."""
     prefix_attention: bool = False
     """Put a layer of attention over all hidden states so far before the heads (of any kind, but it
     was found for hydra)."""
@@ -364,10 +365,11 @@ class HeadConfig:
         check(self, "head")
         for key in ("rank", "num_tokens"):
             if getattr(self, key) is not None:
-                OneOf(("medusa_lowrank",)).check(f"head.kind (with head.{key})", self.kind)
+                kinds = ("medusa_lowrank", "recurrent")
+                OneOf(kinds).check(f"head.kind (with head.{key})", self.kind)
         if self.kind == "medusa_lowrank" and self.rank is None and self.num_tokens is None:
             raise UserError("head.kind=medusa_lowrank needs head.rank or head.num_tokens.")
-        if self.kind in ("medusa_tied", "hydra", "auto"):
+        if self.kind in ("medusa_tied", "hydra", "recurrent", "auto"):
             NotBelow(1).check(f"head.num_layers (with head.kind={self.kind})", self.num_layers)
 
 

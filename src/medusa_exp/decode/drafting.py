@@ -168,7 +168,8 @@ def build_drafter(heads: nn.Module, tree: Tree, device: torch.device) -> Drafter
     """
     if getattr(heads, "is_sequential", False):
         if tree.num_picked is not None:
-            raise UserError("tree=dynamic: heads of kind=hydra cannot guess ahead of a choice.")
+            kind = heads.config.kind
+            raise UserError(f"tree=dynamic: heads of kind={kind} cannot guess ahead of a choice.")
         return SequentialDrafter(heads, tree, device)
     if tree.num_picked is None or tree.num_picked == 1:
         return FixedTreeDrafter(heads, tree if tree.num_picked is None else chain(0), device)
@@ -201,7 +202,9 @@ class _Depth:
     """How the nodes of one depth are drafted."""
 
     path_MJ: Tensor
-    """Nodes from the root to each parent."""
+    """Nodes from the root to each parent, which is the last of them."""
+    above_M: Tensor
+    """Place of each parent's own parent among the M of the depth before; the root has itself."""
     children_C: Tensor
     parent_C: Tensor
     """Place of each child's parent among the M."""
@@ -237,13 +240,19 @@ class SequentialDrafter:
         """Return trees below the roots; see `Drafter`."""
         tokens_BN = root_B[:, None].repeat(1, self.num_nodes)
         hidden_BD = hidden_BD.to(self._heads.dtype)
+        state_BMD = hidden_BD[:, None]
         for k, plan in enumerate(self._depths):
             drafted_BMJ = tokens_BN[:, plan.path_MJ]
-            num_parents = drafted_BMJ.shape[1]
-            hidden_QD = hidden_BD.repeat_interleave(num_parents, 0)
-            logits_QW = self._heads.head_logits(k, hidden_QD, drafted_BMJ.flatten(0, 1))
+            if self._heads.is_recurrent:
+                state_BMD = self._heads.advance(state_BMD[:, plan.above_M], drafted_BMJ[..., -1])
+                logits_QW = self._heads.lm_heads(k, state_BMD.flatten(0, 1))
+            else:
+                hidden_QD = hidden_BD.repeat_interleave(drafted_BMJ.shape[1], 0)
+                logits_QW = self._heads.head_logits(k, hidden_QD, drafted_BMJ.flatten(0, 1))
             top_QR = logits_QW.topk(plan.num_ranks).indices
-            top_BMR = top_QR.view(len(root_B), num_parents, -1)
+            if self._heads.token_map is not None:
+                top_QR = self._heads.token_map[top_QR]
+            top_BMR = top_QR.view(*drafted_BMJ.shape[:2], -1)
             tokens_BN[:, plan.children_C] = top_BMR[:, plan.parent_C, plan.rank_C]
         return Draft(
             tokens_BN,
@@ -256,10 +265,15 @@ class SequentialDrafter:
 def _plan(tree: Tree, depth: int, device: torch.device) -> _Depth:
     children = [node for node in range(len(tree)) if tree.depths[node] == depth]
     parents = sorted({tree.parents[node] for node in children})
+    nodes = range(len(tree))
+    before = sorted({max(tree.parents[n], 0) for n in nodes if tree.depths[n] == depth - 1})
     ranks = [tree.ranks[node] for node in children]
     return _Depth(
         torch.tensor(
             [tree.mask[parent].nonzero()[0].tolist() for parent in parents], device=device
+        ),
+        torch.tensor(
+            [before.index(max(tree.parents[parent], 0)) for parent in parents], device=device
         ),
         torch.tensor(children, device=device),
         torch.tensor([parents.index(tree.parents[node]) for node in children], device=device),

@@ -198,6 +198,8 @@ FORMATS = {
 
 def why_not(config: MedusaHeadsConfig, format_: str) -> str | None:
     """Return why these heads cannot be held by a format; None where they can."""
+    if FAMILIES[config.kind].is_recurrent:
+        return "it has a block for each head, and the heads of this kind share one"
     if FORMATS[format_].reads_all:
         return None
     if FAMILIES[config.kind].is_sequential:

@@ -256,6 +256,11 @@ def read_heads(named: str | Path) -> Reading:
         raise NoHeadsError(text, "no heads")
     config, of_config = well_typed(config)
     declared = declared_by(format_, config)
+    if declared.kind == "recurrent":
+        text = (
+            f"the heads in {place} share one block (kind=recurrent): no engine's format holds that"
+        )
+        raise NoHeadsError(f"{text}, and medusa_exp alone loads them.", "shared block")
     reading = Reading(place, format_, config, declared, [], None, None, {}, [*faults, *of_config])
     _fill(reading, names)
     return reading

@@ -40,9 +40,10 @@ class Operations:
     4 * heads * head_dim in each layer for each pair of a token and one that it sees (PaLM counts
     all pairs of a row; a causal model sees half of them. A sliding window is not considered). Of a
     head 6 for each weight and each label: 2 forward, and 4 for the gradients of weight and input;
-    but 4 in its first block, whose input is frozen, and 4 for an lm_head that it shares. Padding
-    needs nothing, nor does anything the second time. Left out of Medusa-2: the lm_head of the
-    backbone's own loss, and the teacher of self-distillation.
+    but 4 in its first block, whose input is frozen, and 4 for an lm_head that it shares. A head of
+    kind recurrent needs one step from the state of the head before it. Padding needs nothing, nor
+    does anything the second time. Left out of Medusa-2: the lm_head of the backbone's own loss, and
+    the teacher of self-distillation.
     """
 
     of_token: float
@@ -114,8 +115,11 @@ def _is_routed(name: str, module: nn.Module) -> bool:
 
 def _of_head(heads: MedusaHeads, k: int, lm_head: float) -> float:
     matrices = [p for p in heads.head_parameters(k) if p.ndim >= 2]
-    blocks = list(heads.blocks[k].children())
+    blocks = list(heads.blocks[0 if heads.is_recurrent else k].children())
     first = [p for p in blocks[0].parameters() if p.ndim >= 2] if blocks else matrices[:1]
+    if heads.is_recurrent:  # a state has a gradient, but for the first one; an embedding has none
+        start = blocks[0]
+        first = [start.skip.weight] if k else [start.skip.weight, start.inner.weight]
     shares = not heads.lm_heads.parameters_of(k)
     weights, frozen_input = (sum(p.numel() for p in some) for some in (matrices, first))
     return 6.0 * weights - 2.0 * frozen_input + 2 * lm_head * shares

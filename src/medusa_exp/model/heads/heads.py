@@ -23,7 +23,9 @@ from medusa_exp.model.heads.layers import (
     GroundedBlock,
     LowRankProjections,
     Projection,
+    RecurrentBlock,
     ResBlock,
+    SharedProjection,
     TiedProjection,
     UntiedProjections,
 )
@@ -40,6 +42,9 @@ class Family:
     """Makes a residual block of width D, with a bias or without."""
     is_sequential: bool = False
     """Does a head see the draft tokens before its own? Then its first block is a GroundedBlock."""
+    is_recurrent: bool = False
+    """Do all heads share their blocks, of which the first is a RecurrentBlock? Head k is what they
+    make of the hidden state in k steps, one for each token that it sees."""
     min_layers: int = 0
     """Blocks without which there would be nothing to train, or nothing that sees draft tokens."""
 
@@ -49,6 +54,7 @@ FAMILIES = {
     "medusa_tied": Family(TiedProjection, min_layers=1),
     "medusa_lowrank": Family(LowRankProjections),
     "hydra": Family(UntiedProjections, is_sequential=True, min_layers=1),
+    "recurrent": Family(SharedProjection, is_sequential=True, is_recurrent=True, min_layers=1),
 }
 """The families by `head.kind`."""
 LARGE_VOCABULARY = 100_000
@@ -70,15 +76,17 @@ class MedusaHeads(PreTrainedModel):
         super().__init__(config)
         size, bias = config.hidden_size, config.bias
         family = FAMILIES[config.kind]
-        self.is_sequential = family.is_sequential
+        self.is_sequential, self.is_recurrent = family.is_sequential, family.is_recurrent
         self.prefix: PrefixAttention | None = None
         """Attention over the backbone's hidden states that gives those which the heads read."""
         if config.prefix_attention:
             self.prefix = PrefixAttention(size, config.num_attention_heads)
         self.blocks = nn.ModuleList()
-        for k in range(config.num_heads):
+        for k in range(1 if self.is_recurrent else config.num_heads):
             blocks = [family.block(size, bias) for _ in range(config.num_layers)]
-            if self.is_sequential:
+            if self.is_recurrent:
+                blocks[0] = RecurrentBlock(size, bias)
+            elif self.is_sequential:
                 blocks[0] = GroundedBlock(size, k + 1, bias)
             self.blocks.append(nn.Sequential(*blocks))
         self.lm_heads: Projection = family.projection(config)
@@ -124,11 +132,28 @@ class MedusaHeads(PreTrainedModel):
         """
         if not self.is_sequential:
             return self.lm_heads(k, self.blocks[k](hidden_RD))
+        if self.is_recurrent:
+            for token_R in self._seen(drafted_RJ)[:, : k + 1].unbind(1):
+                hidden_RD = self.advance(hidden_RD, token_R)
+            return self.lm_heads(k, hidden_RD)
         first, *others = self.blocks[k]
         x_RD = first(hidden_RD, self._embedded(drafted_RJ, k + 1).to(hidden_RD.dtype))
         for block in others:
             x_RD = block(x_RD)
         return self.lm_heads(k, x_RD)
+
+    def advance(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """Return the states [..., D] after one token more [...], where `is_recurrent`.
+
+        The first state is the hidden state, the first token the root. `lm_heads` makes of the state
+        after k tokens the logits of head k.
+        """
+        [embedding] = self._embedding
+        first, *others = self.blocks[0]
+        state = first(state, embedding(tokens).detach().to(state.dtype))
+        for block in others:
+            state = block(state)
+        return state
 
     def copied(self, dtype: torch.dtype) -> "MedusaHeads":
         """Return a copy in another dtype, that shares with the backbone what these share."""
@@ -137,8 +162,11 @@ class MedusaHeads(PreTrainedModel):
         return copy
 
     def head_parameters(self, k: int) -> list[nn.Parameter]:
-        """Return what the head at index k trains, and no other head."""
-        return [*self.blocks[k].parameters(), *self.lm_heads.parameters_of(k)]
+        """Return what the head at index k trains; no other head does, unless they share it."""
+        return [
+            *self.blocks[0 if self.is_recurrent else k].parameters(),
+            *self.lm_heads.parameters_of(k),
+        ]
 
     def over_vocabulary(self, logits: Tensor) -> Tensor:
         """Map [..., W] to [..., V]: minus infinity for tokens outside the head vocabulary."""
@@ -159,14 +187,18 @@ class MedusaHeads(PreTrainedModel):
         """Pick from the backbone's logits those of the head vocabulary: [R, W]."""
         return logits_RV if self.token_map is None else logits_RV[:, self.token_map]
 
-    def _embedded(self, drafted_RJ: Tensor | None, number: int) -> Tensor:
+    def _seen(self, drafted_RJ: Tensor | None) -> Tensor:
         if not self._embedding or drafted_RJ is None:
             raise ValueError(
                 "these heads see the tokens drafted before them: load them with their backbone, by "
                 "load_heads(path, model), and decode with a tree."
             )
+        return drafted_RJ
+
+    def _embedded(self, drafted_RJ: Tensor | None, number: int) -> Tensor:
+        seen_RJ = self._seen(drafted_RJ)[:, :number]
         [embedding] = self._embedding
-        return embedding(drafted_RJ[:, :number]).detach().flatten(1)
+        return embedding(seen_RJ).detach().flatten(1)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave what the constructors made: transformers would draw every Linear anew."""
@@ -263,11 +295,11 @@ def build_heads(
     Args:
         model: the backbone.
         num_heads: K.
-        num_layers: residual blocks of each head; medusa_tied and hydra need one at least.
+        num_layers: residual blocks of each head; medusa_tied, hydra and recurrent need one.
         kind: a name of `FAMILIES`.
         bias: of the residual blocks.
-        rank: of medusa_lowrank's matrices; None is full.
-        num_tokens: size of medusa_lowrank's head vocabulary, the most frequent tokens; None is all.
+        rank: of the matrices of medusa_lowrank and recurrent; None is full.
+        num_tokens: size of the head vocabulary of these, the most frequent tokens; None is all.
         prefix_attention: put a layer of attention over all hidden states before the heads.
         token_counts: how often each token comes [V], for `num_tokens`.
 
@@ -309,5 +341,5 @@ def check_shape(kind: str, num_layers: int, rank: int | None, num_tokens: int | 
     if num_layers < (fewest := FAMILIES[kind].min_layers):
         raise ValueError(f"kind={kind} needs num_layers of {fewest} or more.")
     is_small = rank is not None or num_tokens is not None
-    if is_small != (kind == "medusa_lowrank"):
+    if kind != "recurrent" and is_small != (kind == "medusa_lowrank"):
         raise ValueError("rank or num_tokens, and kind=medusa_lowrank, go together.")

@@ -24,7 +24,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads.config import MedusaHeadsConfig
@@ -66,6 +66,40 @@ class GroundedBlock(nn.Module):
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
         """Map [..., D] and [..., J * D] to [..., D]."""
         return x + self.skip(embedded) + silu(self.linear(torch.cat([x, embedded], -1)))
+
+
+class RecurrentBlock(nn.Module):
+    """One step of a recurrence over draft tokens, the same at every depth: from the state s so far
+    and the embedding e of the token drafted last to the next state,
+
+        s + out(SiLU(gate z) * up z) + skip n(e),    z = [n(s), n(e)]
+
+    with n the normalization by the root of the mean square, lest it matter how large the embeddings
+    of a backbone are, or how far a state has come. `out` and `skip` are zero at the start, and the
+    step is the identity. Sharing over positions is that of the MLP speculator (Wertheimer et al.,
+    arXiv 2404.19124) and of FastMTP (arXiv 2509.18362); the gated network is Shazeer's SwiGLU
+    (arXiv 2002.05202). The state is as wide as the backbone's, so that the copied lm_head reads it.
+    """
+
+    WIDTH = 2
+    """Inner width, in multiples of D."""
+
+    def __init__(self, hidden_size: int, bias: bool = True) -> None:
+        super().__init__()
+        self.width = self.WIDTH * hidden_size
+        self.inner = nn.Linear(2 * hidden_size, 2 * self.width, bias=bias)  # gate and up in one
+        self.out = _zero_linear(self.width, hidden_size, bias=False)
+        self.skip = _zero_linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """Map states [..., D] and embeddings [..., D] to states [..., D]."""
+        e = _normed(embedded)
+        gate, up = self.inner(torch.cat([_normed(x), e], -1)).chunk(2, -1)
+        return x + self.out(silu(gate) * up) + self.skip(e)
+
+
+def _normed(x: Tensor) -> Tensor:
+    return rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def _scaled_lm_head(backbone: Backbone) -> tuple[Tensor, Tensor | None]:
@@ -201,11 +235,11 @@ class LowRankProjections(nn.Module):
 
     token_map: Tensor | None
 
-    def __init__(self, config: MedusaHeadsConfig) -> None:
+    def __init__(self, config: MedusaHeadsConfig, number: int | None = None) -> None:
         super().__init__()
         num_tokens = config.num_tokens or config.vocab_size
         width = config.rank or config.hidden_size
-        heads = range(config.num_heads)
+        heads = range(config.num_heads if number is None else number)
         self.down = nn.ModuleList(
             nn.Linear(config.hidden_size, width, bias=False) for _ in heads if config.rank
         )
@@ -259,3 +293,18 @@ class LowRankProjections(nn.Module):
             return up
         down = stacked_linear(self.down, dtype)
         return lambda x_KBD, count: up(down(x_KBD, count), count)
+
+
+class SharedProjection(LowRankProjections):
+    """One matrix, or its factors, for all heads."""
+
+    def __init__(self, config: MedusaHeadsConfig) -> None:
+        super().__init__(config, number=1)
+
+    def forward(self, k: int, x_RD: Tensor) -> Tensor:
+        """Return logits_RW."""
+        return super().forward(0, x_RD)
+
+    def parameters_of(self, k: int) -> list[nn.Parameter]:
+        """Return the same at each k."""
+        return super().parameters_of(0)
