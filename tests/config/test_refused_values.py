@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from medusa_exp import config as config_package
-from medusa_exp.config import Config
+from medusa_exp.config import Config, HeadConfig, TrainConfig
 from medusa_exp.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "refused_values.json"
@@ -83,6 +83,13 @@ def _note(found: dict[str, str], section: type, values: dict[str, Any], what: st
         found[what] = str(error)
     except Exception as error:
         pytest.fail(f"{what}: {error!r}")
+
+
+def test_own_drafts_are_for_heads_that_see_drafts():
+    train = TrainConfig(own_drafts_from=0.5)
+    assert Config(train=train, head=HeadConfig(kind="recurrent")).train is train
+    with pytest.raises(UserError, match=r"head.kind \(with train.own_drafts_from\)=medusa"):
+        Config(train=train)
 
 
 def test_every_refusal_is_worded_as_it_was():

@@ -8,6 +8,7 @@ from medusa_exp.config.schema import HeadConfig, words_of
 from medusa_exp.data.batching import label_positions
 from medusa_exp.decode import generate
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.drafting import SequentialDrafter
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
 from medusa_exp.model.heads import FAMILIES as KINDS
@@ -24,6 +25,7 @@ from medusa_exp.model.loss import (
     TopTargets,
     medusa_counts,
     medusa_losses,
+    with_own_drafts,
 )
 from medusa_exp.model.scoring import answer_ranks
 from medusa_exp.tree import Tree, chain
@@ -216,6 +218,15 @@ def test_hydra_sees_the_tokens_before_its_own(backbone):
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
     with pytest.raises(ValueError, match="decode with a tree"):
         heads(hidden_RD)
+
+
+@pytest.mark.parametrize("family", ["hydra", "recurrent", "recurrent, both"])
+def test_own_drafts_are_those_that_decoding_makes(backbone, family):
+    heads = moved(backbone, FAMILIES[family])
+    hidden_RD, text_RJ = torch.randn(7, 32), torch.randint(0, 64, (7, 3))
+    _, seen_RJ = with_own_drafts(heads, hidden_RD, text_RJ, chunk_rows=4)
+    draft = SequentialDrafter(heads, chain(3), backbone.device)(text_RJ[:, 0], hidden_RD)
+    assert torch.equal(seen_RJ, draft.tokens_BN[:, :3]) and not torch.equal(seen_RJ, text_RJ)
 
 
 @pytest.mark.parametrize(

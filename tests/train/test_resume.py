@@ -32,8 +32,11 @@ def run(config: Config, out: Path) -> dict[str, float]:
     return train.run(config, out)
 
 
-def test_resume_gives_the_same_loss_curve_and_the_same_heads(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["medusa", "recurrent"])
+def test_resume_gives_the_same_loss_curve_and_the_same_heads(config, tmp_path, monkeypatch, kind):
     """The interrupted run dies at step 9; its newest checkpoint is of step 8."""
+    if kind == "recurrent":
+        config.head.kind, config.train.own_drafts_from = kind, 0.5
     monkeypatch.setattr("medusa_exp.train.trainer.LOG_EVERY", 1)
     run(config, tmp_path / "whole")
     step = train.MedusaModule.training_step

@@ -453,6 +453,9 @@ class TrainConfig:
     place in the end; 0 keeps none."""
     decay: float = between(0.0, 1.0, default=0.8)
     """Weight of the heads' losses: head k's counts decay**k (Medusa, section 2.2.1)."""
+    own_drafts_from: float | None = between(0.0, 1.0, default=None)
+    """Share of the steps after which heads of kind hydra or recurrent see the tokens that they
+    draft themselves in place of the text's, as in drafts that go astray; null is never."""
     coefficient: float = between(0.0, 1e6, default=1.0)
     """Weight of the heads' loss (lambda_0 of Medusa-2). With kind=medusa1 a constant one does
     little: optimizers even it out, but the gradient is clipped before they see it."""
@@ -820,6 +823,9 @@ class Config:
                 "heads_from is for runs that train no heads: leave stage train out of stages, or "
                 "set train.heads_from to start the training from these heads."
             )
+        if self.train.own_drafts_from is not None:
+            kinds = ("hydra", "recurrent")
+            OneOf(kinds).check("head.kind (with train.own_drafts_from)", self.head.kind)
         if self.model.device_map is not None:  # one process has all the devices
             untied = (kind for kind in words_of(HeadConfig, "kind") if kind != "medusa_tied")
             for key, value, words in (

@@ -150,6 +150,7 @@ def medusa_losses(
     *,
     chunk_rows: int,
     form: str = "recompute",
+    sees_own_drafts: bool = False,
 ) -> list[HeadLoss]:
     """Compute every head's loss, summed, in nats.
 
@@ -163,11 +164,14 @@ def medusa_losses(
         input_ids_BT: the text, which sequential heads see.
         chunk_rows: C.
         form: recompute or at_once, see `chunked_loss`.
+        sees_own_drafts: sequential heads see, in place of the text, what they draft themselves.
     """
     results = []
     for k in range(heads.num_heads):
         index_R = labeled[k + 1]
         inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
+        if sees_own_drafts:
+            inputs = with_own_drafts(heads, *inputs, chunk_rows=chunk_rows)
         # The head at index k is head k+1: at t it predicts what follows token t+k+1.
         wanted = targets.at(index_R + k + 1)
         logits_of = partial(heads.head_logits, k)
@@ -189,6 +193,26 @@ def head_arguments(
         return (hidden_RD,)
     next_J = torch.arange(1, k + 2, device=index_R.device)
     return hidden_RD, input_ids_BT.flatten()[index_R[:, None] + next_J]
+
+
+@torch.no_grad()
+def with_own_drafts(
+    heads: MedusaHeads, hidden_RD: Tensor, drafted_RJ: Tensor, *, chunk_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Return (hidden_RD, drafted_RJ) with the heads' first choices in place of all but the root.
+
+    Scheduled sampling (Bengio et al., arXiv 1506.03099) with the likeliest token.
+    """
+    chosen = []
+    for hidden_CD, seen_CJ in zip(
+        hidden_RD.split(chunk_rows), drafted_RJ[:, :1].split(chunk_rows), strict=True
+    ):
+        for k in range(drafted_RJ.shape[1] - 1):
+            best_C = heads.head_logits(k, hidden_CD, seen_CJ).argmax(-1)
+            token_C = best_C if heads.token_map is None else heads.token_map[best_C]
+            seen_CJ = torch.cat([seen_CJ, token_C[:, None]], 1)
+        chosen.append(seen_CJ)
+    return hidden_RD, torch.cat(chosen)
 
 
 def head_labels(

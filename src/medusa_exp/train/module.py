@@ -183,6 +183,7 @@ class MedusaModule(L.LightningModule):
             batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
             form=self.objective.form,
+            sees_own_drafts=self.sees_own_drafts(),
         )
         loss = medusa_loss(losses, self.objective.decay, totals[1:])
         loss = self.objective.factor(self.global_step, self.max_steps) * loss
@@ -198,6 +199,11 @@ class MedusaModule(L.LightningModule):
     def is_joint(self) -> bool:
         """Say whether the backbone learns too, at this step."""
         return self.joint is not None and self.global_step >= self.joint.heads_only_steps
+
+    def sees_own_drafts(self) -> bool:
+        """Say whether heads see what they draft themselves, in place of the text, at this step."""
+        start = self.settings.own_drafts_from
+        return start is not None and self.global_step >= start * self.max_steps
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return hidden_BTD of a batch, read or computed."""
