@@ -30,7 +30,7 @@ def modules_cache(tmp_path_factory):
 def directory(tmp_path_factory):
     place = tmp_path_factory.mktemp("hf")
     backbone = build_target(place / "target", byte_tokenizer())
-    for kind in ("medusa", "hydra"):
+    for kind in ("medusa", "hydra", "recurrent"):
         torch.manual_seed(0)
         heads = build_heads(backbone, num_heads=3, kind=kind)
         save_heads(heads, place / kind / "heads")
@@ -96,7 +96,7 @@ def test_another_file_system_gets_copies_and_is_told(directory, tmp_path, monkey
     assert (tmp_path / "out" / "model.safetensors").stat().st_nlink == 1
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "recurrent"])
 def test_text_is_that_of_plain_greedy_decoding(directory, plain, kind):
     model = load(directory, kind)
     prompts = torch.tensor([[0, 0, 5, 9, 3], [7, 7, 2, 60, 11]])
