@@ -20,6 +20,8 @@ from medusa_exp.model.heads import (
     stack_heads,
 )
 from medusa_exp.model.loss import (
+    AcceptanceLoss,
+    AcceptanceTargets,
     DistributionTargets,
     TokenTargets,
     TopTargets,
@@ -150,7 +152,7 @@ def test_stacked_heads_are_the_same_heads(backbone, family):
 
 
 @pytest.mark.parametrize("form", ["recompute", "at_once"])
-@pytest.mark.parametrize("loss", ["ce", "kl", "topk_kl"])
+@pytest.mark.parametrize("loss", ["ce", "kl", "topk_kl", "lk"])
 def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss, form):
     heads = moved(backbone, family)
     hidden_BTD, labeled, ids_BT = batch_of(backbone)
@@ -158,10 +160,14 @@ def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss, 
     def next_logits(hidden_RD):
         return heads.from_head_vocab(backbone.next_logits(hidden_RD))
 
+    def next_log_probs(hidden_RD):
+        return heads.from_head_vocab(backbone.next_logits(hidden_RD).log_softmax(-1))
+
     targets = {
         "ce": lambda: TokenTargets(heads.to_head_vocab(ids_BT)),
         "kl": lambda: DistributionTargets(hidden_BTD, next_logits),
         "topk_kl": lambda: TopTargets(hidden_BTD, torch.arange(ids_BT.numel()), next_logits, 5),
+        "lk": lambda: AcceptanceTargets(hidden_BTD, next_log_probs, AcceptanceLoss("lk")),
     }[loss]()
     read_BTD = heads_input(heads.prefix, hidden_BTD)
     losses = medusa_losses(heads, read_BTD, targets, labeled, ids_BT, chunk_rows=8, form=form)

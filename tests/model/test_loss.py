@@ -9,9 +9,13 @@ from torch.utils._pytree import tree_leaves  # private: torch 2.13
 from medusa_exp.data.batching import label_positions
 from medusa_exp.model import build_heads
 from medusa_exp.model.loss import (
+    AcceptanceLoss,
+    AcceptanceTargets,
     DistributionTargets,
     TokenTargets,
+    TopAcceptanceTargets,
     TopTargets,
+    _ByLogits,
     _even_rows,
     chunked_loss,
     head_labels,
@@ -138,6 +142,96 @@ def test_divergence_from_the_backbone(example, backbone, chunk_rows):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def plain_acceptance(kind, p_RW, q_RW, decay=10.0):
+    """The formulas, of probabilities; p may sum to less than 1."""
+    alpha_R = torch.minimum(p_RW, q_RW).sum(-1)
+    if kind == "tv":
+        return 1 - alpha_R
+    if kind == "nla":
+        return -alpha_R.log()
+    reach_R1 = p_RW.sum(-1, keepdim=True)
+    kl_R = reach_R1[:, 0] * (p_RW / reach_R1 * (p_RW / reach_R1 / q_RW).log()).sum(-1)
+    share_R = (-decay * alpha_R).exp().detach()
+    return share_R * kl_R - (1 - share_R) * alpha_R.log()
+
+
+@pytest.mark.parametrize("reach", [1.0, 0.3])
+@pytest.mark.parametrize("kind", ["tv", "nla", "lk"])
+def test_acceptance_losses_and_their_gradients_in_float64(kind, reach):
+    torch.manual_seed(1)
+    logits_RW = (2 * torch.randn(6, 11, dtype=torch.float64)).requires_grad_()
+    p_RW = reach * (2 * torch.randn(6, 11, dtype=torch.float64)).softmax(-1)
+    form = AcceptanceLoss(kind, 3.0)
+    plain = plain_acceptance(kind, p_RW, logits_RW.softmax(-1), 3.0)
+    expected = torch.autograd.grad(plain.sum(), logits_RW)[0]
+    for found in (
+        _ByLogits.apply(logits_RW, p_RW.log(), form),
+        form.of(p_RW.log(), logits_RW.log_softmax(-1)),
+    ):
+        torch.testing.assert_close(found, plain)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), logits_RW)[0], expected)
+    if kind != "lk":  # its share is a number to autograd, and not to differences
+        assert torch.autograd.gradcheck(lambda x: _ByLogits.apply(x, p_RW.log(), form), logits_RW)
+
+
+def test_lk_of_a_constant_share_passes_gradcheck():
+    torch.manual_seed(2)
+    logits_RW = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    log_p_RW = torch.randn(4, 7, dtype=torch.float64).log_softmax(-1)
+    form = AcceptanceLoss("lk", 0.0)  # the share is 1: KL alone
+    assert torch.autograd.gradcheck(lambda x: _ByLogits.apply(x, log_p_RW, form), logits_RW)
+
+
+@pytest.mark.parametrize("kind", ["tv", "nla", "lk"])
+def test_acceptance_losses_stay_finite_where_nothing_is_accepted(kind):
+    logits_RW = torch.tensor([[300.0, 0.0, -300.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    log_p_RW = torch.tensor([[-300.0, -300.0, 0.0], [-300.0, -torch.inf, -300.0]])
+    form = AcceptanceLoss(kind)
+    for found in (
+        _ByLogits.apply(logits_RW, log_p_RW, form),
+        form.of(log_p_RW, logits_RW.log_softmax(-1)),
+    ):
+        assert found.isfinite().all()
+        assert torch.autograd.grad(found.sum(), logits_RW)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["recompute", "at_once"])
+@pytest.mark.parametrize("kind", ["tv", "nla", "lk"])
+@pytest.mark.parametrize("num_tokens", [None, 20])
+def test_acceptance_in_chunks_equals_the_plain_form(backbone, kind, num_tokens, form):
+    """Of heads with all tokens, and of heads that cannot reach what p has beyond theirs."""
+    torch.manual_seed(0)
+    counts = torch.arange(backbone.vocab_size) if num_tokens else None
+    options = {"kind": "medusa_lowrank", "num_tokens": num_tokens} if num_tokens else {}
+    heads = build_heads(backbone, num_heads=2, token_counts=counts, **options)
+    hidden_BTD = torch.randn(3, 12, backbone.hidden_size)
+    ids_BT, is_trained_BT = torch.randint(0, 9, (3, 12)), torch.rand(3, 12) < 0.7
+    index = label_positions(is_trained_BT, torch.ones_like(ids_BT), 2)
+    expected = []
+    for k in (1, 2):
+        where_BS = is_trained_BT[:, 1 + k :]
+        p_RV = backbone.next_logits(hidden_BTD[:, k:-1][where_BS]).detach().softmax(-1)
+        q_RW = heads.head_logits(k - 1, hidden_BTD[:, : -1 - k][where_BS]).softmax(-1)
+        expected.append(plain_acceptance(kind, heads.from_head_vocab(p_RV), q_RW).sum())
+    parameters = list(heads.parameters())
+    gradients = torch.autograd.grad(sum(expected), parameters)
+
+    def log_probs(hidden_RD):
+        return heads.from_head_vocab(backbone.next_logits(hidden_RD).log_softmax(-1))
+
+    loss, size = AcceptanceLoss(kind), num_tokens or backbone.vocab_size
+    for targets in (
+        AcceptanceTargets(hidden_BTD, log_probs, loss),
+        TopAcceptanceTargets(hidden_BTD, torch.arange(ids_BT.numel()), log_probs, size, loss),
+    ):
+        losses = medusa_losses(heads, hidden_BTD, targets, index, ids_BT, chunk_rows=5, form=form)
+        for found, value in zip(losses, expected, strict=True):
+            torch.testing.assert_close(found.loss_sum, value.detach())
+        ours = torch.autograd.grad(sum(found.loss_sum for found in losses), parameters)
+        for mine, theirs in zip(ours, gradients, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_one_likeliest_token_is_a_label(example, backbone):
     heads, hidden_BTD, ids_BT, is_trained_BT = example
     teacher_BT = torch.zeros_like(ids_BT)
@@ -198,17 +292,23 @@ class Held(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("form", ["recompute", "at_once"])
-@pytest.mark.parametrize("loss", ["ce", "kl", "topk_kl"])
+@pytest.mark.parametrize("loss", ["ce", "kl", "topk_kl", "tv", "lk"])
 def test_bytes_of_a_logit(loss, form):
     """By these, rows of a chunk are chosen."""
     vocabulary, rows = 4000, 256
     projection = torch.nn.Linear(8, vocabulary, bias=False)
     frozen = torch.nn.Linear(8, vocabulary, bias=False).requires_grad_(False)
     hidden_1TD, index_R = torch.randn(1, rows + 1, 8), torch.arange(rows)
+
+    def log_probs(hidden_RD):
+        return frozen(hidden_RD).float().log_softmax(-1)
+
     targets = {
         "ce": lambda: TokenTargets(torch.zeros(1, rows + 1, dtype=torch.long)),
         "kl": lambda: DistributionTargets(hidden_1TD, frozen),
         "topk_kl": lambda: TopTargets(hidden_1TD, torch.arange(rows + 1), frozen, 4),
+        "tv": lambda: AcceptanceTargets(hidden_1TD, log_probs, AcceptanceLoss("tv")),
+        "lk": lambda: AcceptanceTargets(hidden_1TD, log_probs, AcceptanceLoss("lk")),
     }[loss]()
     parameters = list(projection.parameters()) if form == "at_once" else []
     with Held() as held, torch.autocast("cpu", torch.bfloat16):

@@ -77,6 +77,7 @@ def test_a_batch_has_the_states_and_choices_of_the_backbone(cached, tmp_path, ba
     [
         ("ce", "padded", False),
         ("topk_kl", "padded", False),
+        ("lk", "padded", False),
         ("ce", "padded", True),
         ("ce", "packed", True),
     ],

@@ -159,9 +159,11 @@ def counts(batch) -> list[int]:
     return [len(index_R) for index_R in label_positions(batch.is_trained_BT, batch.example_BT, 2)]
 
 
-@pytest.mark.parametrize("loss", ["kl", "topk_kl"])
-def test_training_on_the_backbones_distribution(config, tmp_path, loss):
-    config.train.loss = loss
+@pytest.mark.parametrize(
+    ("loss", "teacher"), [("kl", "full"), ("topk_kl", "full"), ("lk", "full"), ("tv", "top_k")]
+)
+def test_training_on_the_backbones_distribution(config, tmp_path, loss, teacher):
+    config.train.loss, config.train.teacher = loss, teacher
     config.train.coefficient_schedule = "sine"
     metrics = run(config, tmp_path / "run")
     assert 0 < metrics["train/loss_head1"] < 20

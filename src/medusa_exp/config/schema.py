@@ -424,11 +424,19 @@ class TrainConfig:
     """teacher (the backbone's own argmax after the same text, which is what decoding checks draft
     tokens against; `own` is the old word for it) or data (the token that stands there). Used by
     loss=ce, and by validation."""
-    loss: str = choice("ce", "kl", "topk_kl")
+    loss: str = choice("ce", "kl", "topk_kl", "tv", "nla", "lk")
     """ce (cross entropy with the labels), kl (divergence from the backbone's own distribution) or
-    topk_kl (the same, from its `top_k` likeliest tokens alone: nearly as cheap as ce)."""
+    topk_kl (the same, from its `top_k` likeliest tokens alone: nearly as cheap as ce). For drafts
+    that are sampled, by their probability alpha to be accepted at temperature 1: tv (1 - alpha, the
+    total variation), nla (-log alpha) or lk (kl and nla, mixed by `lk_decay`)."""
+    teacher: str = choice("full", "top_k")
+    """With loss=tv, nla and lk: the backbone's full distribution, or its `top_k` likeliest tokens,
+    as if others were never accepted."""
     top_k: int = at_least(1, default=16)
-    """Tokens of loss=topk_kl."""
+    """Tokens of loss=topk_kl and of teacher=top_k."""
+    lk_decay: float = between(0.0, 1000.0, default=10.0)
+    """With loss=lk: the share of kl is exp(-lk_decay * alpha), so that it teaches what is hardly
+    accepted, and nla the rest."""
     batching: str = choice("padded", "packed")
     """padded (a document a row, rows of similar length) or packed (several documents a row, which
     do not see each other: almost no padding, but attention over longer rows)."""

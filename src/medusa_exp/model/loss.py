@@ -6,7 +6,8 @@ h_t is the backbone's last hidden state at position t. The backbone's own lm_hea
 head k the k-th token after that. (Medusa, Cai et al. 2024, equation 1; head_decay^k is lambda_k,
 and the config's `train.decay` is head_decay.) y is the text's token or the backbone's argmax
 (teacher labels); instead of cross entropy there may be the divergence from the backbone's
-distribution. The logits of all heads never exist at once.
+distribution, or what a draft token that is sampled from the head's has to be rejected for
+(`acceptance_loss`). The logits of all heads never exist at once.
 
 `head` counts from 1, as labels and metrics do (0 is the lm_head); `k` in code is an index, from 0,
 as the heads themselves do.
@@ -34,6 +35,8 @@ from medusa_exp.model.heads import MedusaHeads
 
 _ROW_STEP = 256
 """Rows of a chunk are a multiple of this, where there may be more: few shapes, little padding."""
+_TINY = 1e-30
+"""The least probability whose logarithm is taken: all of p may lie where no head can reach."""
 _ROWS = 1024
 """Rows whose logits of the backbone exist at one time."""
 NextLogits = Callable[[Tensor], Tensor]
@@ -62,6 +65,8 @@ class Objective:
     loss: str = "ce"
     labels: str = "teacher"
     top_k: int = 16
+    teacher: str = "full"
+    lk_decay: float = 10.0
     decay: float = 0.8
     coefficient: float = 1.0
     coefficient_schedule: str = "constant"
@@ -76,6 +81,8 @@ class Objective:
             loss=settings.loss,
             labels=settings.labels,
             top_k=settings.top_k,
+            teacher=settings.teacher,
+            lk_decay=settings.lk_decay,
             decay=settings.decay,
             coefficient=settings.coefficient,
             coefficient_schedule=settings.coefficient_schedule,
@@ -101,9 +108,18 @@ class Objective:
         def next_logits(hidden_RD: Tensor) -> Tensor:
             return heads.from_head_vocab(backbone.next_logits(hidden_RD))
 
+        def next_log_probs(hidden_RD: Tensor) -> Tensor:
+            return heads.from_head_vocab(backbone.next_logits(hidden_RD).float().log_softmax(-1))
+
         if self.loss == "kl":
             return DistributionTargets(hidden_BTD, next_logits)
-        return TopTargets(hidden_BTD, batch.labeled[0], next_logits, self.top_k)
+        index_R = batch.labeled[0]
+        if self.loss == "topk_kl":
+            return TopTargets(hidden_BTD, index_R, next_logits, self.top_k)
+        form = AcceptanceLoss(self.loss, self.lk_decay)
+        if self.teacher == "full":
+            return AcceptanceTargets(hidden_BTD, next_log_probs, form)
+        return TopAcceptanceTargets(hidden_BTD, index_R, next_log_probs, self.top_k, form)
 
     def factor(self, step: int, max_steps: int) -> float:
         """Return what the heads' loss is multiplied by at an optimizer step (from 0)."""
@@ -320,9 +336,18 @@ class TopTargets:
     to 1. All heads share what is computed once for each position."""
 
     def __init__(
-        self, hidden_BTD: Tensor, index_R: Tensor, next_logits: NextLogits, num_top: int
+        self,
+        hidden_BTD: Tensor,
+        index_R: Tensor,
+        next_logits: NextLogits,
+        num_top: int,
+        *,
+        is_truncated: bool = True,
     ) -> None:
-        """Read the backbone at these flat positions b * T + t."""
+        """Read the backbone at these flat positions b * T + t.
+
+        is_truncated: make the probabilities sum to 1. Else they are what `next_logits` says.
+        """
         hidden_ID = hidden_BTD.flatten(0, 1)  # I = B * T
         self.row = torch.zeros(len(hidden_ID), dtype=torch.long, device=index_R.device)
         self.row[index_R] = torch.arange(len(index_R), device=index_R.device)
@@ -332,7 +357,9 @@ class TopTargets:
                 logits_RW = next_logits(rows_RD).float()
                 tops.append(logits_RW.topk(min(num_top, logits_RW.shape[-1])))
             self.tokens = torch.cat([top.indices for top in tops])
-            self.log_probs = torch.cat([top.values.log_softmax(-1) for top in tops])
+            self.log_probs = torch.cat(
+                [top.values.log_softmax(-1) if is_truncated else top.values for top in tops]
+            )
 
     def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
         """Return (tokens_RJ, log_probs_RJ)."""
@@ -344,6 +371,136 @@ class TopTargets:
         tokens_CJ, log_probs_CJ = rows
         head_CJ = logits_CW.gather(1, tokens_CJ) - logits_CW.logsumexp(-1, keepdim=True)
         return (log_probs_CJ.exp() * (log_probs_CJ - head_CJ)).sum(-1)
+
+
+@dataclass(frozen=True)
+class AcceptanceLoss:
+    """A loss that falls with alpha = sum_v min(p_v, q_v), the probability that a draft token
+    sampled from a head's distribution q is accepted where the backbone's is p.
+
+        tv   1 - alpha, the total variation of p and q
+        nla  -log alpha
+        lk   share * KL(p || q) + (1 - share) * -log alpha, share = exp(-lk_decay * alpha)
+
+    tv has next to no gradient where a head knows nothing yet; KL has one. The share is a number of
+    each row, which is not differentiated. (nla and lk: model cards of the heads by nebius, 2026.)
+
+    Where heads propose X tokens of V alone (their own vocabulary, or the J likeliest of p), p sums
+    to S < 1: alpha is at most S, and KL(p || q) stands for S * KL(p / S || q).
+    """
+
+    kind: str
+    """tv, nla or lk."""
+    lk_decay: float = 10.0
+
+    def of(self, log_p_CX: Tensor, log_q_CX: Tensor) -> Tensor:
+        """Return the loss of each row, of probabilities as logarithms."""
+        p_CX = log_p_CX.exp()
+        alpha_C = torch.minimum(p_CX, log_q_CX.exp()).sum(-1)
+        return self.mix(alpha_C, self.share(alpha_C), self._kl(p_CX, (p_CX * log_q_CX).sum(-1)))
+
+    def share(self, alpha_C: Tensor) -> Tensor:
+        """Return the share of KL in the loss of each row."""
+        if self.kind != "lk":
+            return torch.zeros_like(alpha_C, requires_grad=False)
+        return (-self.lk_decay * alpha_C.detach()).exp()
+
+    def mix(self, alpha_C: Tensor, share_C: Tensor, kl_C: Tensor) -> Tensor:
+        """Return the loss of each row of its parts."""
+        if self.kind == "tv":
+            return 1 - alpha_C
+        return share_C * kl_C - (1 - share_C) * alpha_C.clamp(min=_TINY).log()
+
+    def of_logits(self, log_p_CW: Tensor, logits_CW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of each row, and its gradient by the logits [C, W].
+
+        With a = 1[q < p], d alpha / d logits = q * (a - sum_v a_v q_v), and d KL / d logits =
+        S * q - p. Left to autograd, twice as many tensors [C, W] would exist at one time.
+        """
+        p_CW, log_z_C = log_p_CW.exp(), logits_CW.logsumexp(-1)
+        reach_C = p_CW.sum(-1)
+        kl_C = self._kl(p_CW, (p_CW * logits_CW).sum(-1) - reach_C * log_z_C)
+        q_CW = (logits_CW - log_z_C[:, None]).exp_()
+        alpha_C = torch.minimum(p_CW, q_CW).sum(-1)
+        share_C = self.share(alpha_C)
+        # What alpha's gradient counts: 1, or that of its logarithm.
+        slope_C = (1 - share_C) / (1 if self.kind == "tv" else alpha_C.clamp(min=_TINY))
+        is_less_CW = q_CW < p_CW
+        less_C = (q_CW * is_less_CW).sum(-1)
+        gradient_CW = is_less_CW * -slope_C[:, None]
+        gradient_CW += (share_C * reach_C + slope_C * less_C)[:, None]
+        gradient_CW.mul_(q_CW).sub_(p_CW.mul_(share_C[:, None]))
+        return self.mix(alpha_C, share_C, kl_C), gradient_CW
+
+    def _kl(self, p_CX: Tensor, of_q_C: Tensor) -> Tensor:
+        """Return S * KL(p / S || q); of_q_C is sum_v p_v log q_v."""
+        if self.kind != "lk":
+            return of_q_C
+        reach_C = p_CX.sum(-1)
+        return (
+            torch.special.xlogy(p_CX, p_CX).sum(-1) - torch.special.xlogy(reach_C, reach_C) - of_q_C
+        )
+
+
+class _ByLogits(torch.autograd.Function):
+    """`AcceptanceLoss.of_logits`, which makes the gradient with the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_CW: Tensor, log_p_CW: Tensor, form: AcceptanceLoss) -> Tensor:
+        """Return the loss of each row."""
+        loss_C, gradient_CW = form.of_logits(log_p_CW, logits_CW)
+        ctx.save_for_backward(gradient_CW)
+        return loss_C
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient, times that of each row."""
+        [gradient_CW] = ctx.saved_tensors
+        return gradient_CW * grad_outputs[0][:, None], None, None
+
+
+class AcceptanceTargets:
+    """Losses that fall with what is accepted of sampled drafts, by the backbone's distribution."""
+
+    def __init__(
+        self, hidden_BTD: Tensor, next_log_probs: NextLogits, form: AcceptanceLoss
+    ) -> None:
+        """Take hidden states of the backbone, and what makes log-probabilities [R, W] of them."""
+        self.hidden = hidden_BTD.flatten(0, 1)
+        self.next_log_probs, self.form = next_log_probs, form
+
+    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
+        """Return (hidden_RD,): their probabilities are computed chunk by chunk."""
+        return (self.hidden[index_R],)
+
+    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
+        """Return the loss of each row."""
+        with torch.no_grad():
+            log_p_CW = self.next_log_probs(rows[0])
+        loss_C: Tensor = _ByLogits.apply(logits_CW, log_p_CW, self.form)
+        return loss_C
+
+
+class TopAcceptanceTargets(TopTargets):
+    """The same by the backbone's J likeliest tokens, as if others were never accepted."""
+
+    def __init__(
+        self,
+        hidden_BTD: Tensor,
+        index_R: Tensor,
+        next_log_probs: NextLogits,
+        num_top: int,
+        form: AcceptanceLoss,
+    ) -> None:
+        """Read the backbone at these flat positions b * T + t."""
+        super().__init__(hidden_BTD, index_R, next_log_probs, num_top, is_truncated=False)
+        self.form = form
+
+    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
+        """Return the loss of each row."""
+        tokens_CJ, log_p_CJ = rows
+        log_q_CJ = logits_CW.gather(1, tokens_CJ) - logits_CW.logsumexp(-1, keepdim=True)
+        return self.form.of(log_p_CJ, log_q_CJ)
 
 
 def chunked_loss(

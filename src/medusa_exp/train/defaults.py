@@ -28,7 +28,7 @@ _SHARE = 16
 """Of a GPU's memory, one part in so many is for the logits of a chunk, or for another gradient."""
 _CLASS = 8 * 2**30
 """Two devices of one kind differ a little in what memory they say they have."""
-LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 24}
+LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 24, "tv": 24, "nla": 24, "lk": 24}
 """By loss: bytes that exist at one time for each logit of a chunk: the logits, their logarithms of
 the softmax and gradients in float32, or with less precise copies. tests/model/test_loss.py counts.
 """
