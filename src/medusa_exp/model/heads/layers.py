@@ -69,8 +69,9 @@ class GroundedBlock(nn.Module):
 
 
 class RecurrentBlock(nn.Module):
-    """One step of a recurrence over draft tokens, the same at every depth: from the state s so far
-    and the embedding e of the token drafted last to the next state,
+    """One step of a recurrence over draft tokens, the same at every depth.
+
+    From the state s so far and the embedding e of the token drafted last it makes the next state,
 
         s + out(SiLU(gate z) * up z) + skip n(e),    z = [n(s), n(e)]
 
@@ -81,14 +82,10 @@ class RecurrentBlock(nn.Module):
     (arXiv 2002.05202). The state is as wide as the backbone's, so that the copied lm_head reads it.
     """
 
-    WIDTH = 2
-    """Inner width, in multiples of D."""
-
     def __init__(self, hidden_size: int, bias: bool = True) -> None:
         super().__init__()
-        self.width = self.WIDTH * hidden_size
-        self.inner = nn.Linear(2 * hidden_size, 2 * self.width, bias=bias)  # gate and up in one
-        self.out = _zero_linear(self.width, hidden_size, bias=False)
+        self.inner = nn.Linear(2 * hidden_size, 2 * hidden_size, bias=bias)  # gate and up in one
+        self.out = _zero_linear(hidden_size, hidden_size, bias=False)
         self.skip = _zero_linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
