@@ -213,8 +213,9 @@ def test_frequent_tokens_are_known_and_others_never_guessed(backbone):
     assert not counts_K4[:, :3].any() and (counts_K4[:, 3] > 0).all()
 
 
-def test_hydra_sees_the_tokens_before_its_own(backbone):
-    heads = moved(backbone, FAMILIES["hydra"])
+@pytest.mark.parametrize("family", ["hydra", "recurrent"])
+def test_sequential_heads_see_the_tokens_before_their_own(backbone, family):
+    heads = moved(backbone, FAMILIES[family])
     hidden_RD, drafted_RJ = torch.randn(1, 32), torch.tensor([[4, 5, 6]])
     other_RJ = torch.tensor([[4, 9, 6]])
     first, second = (
@@ -224,6 +225,13 @@ def test_hydra_sees_the_tokens_before_its_own(backbone):
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
     with pytest.raises(ValueError, match="decode with a tree"):
         heads(hidden_RD)
+
+
+def test_recurrent_heads_share_all_but_what_they_see(backbone):
+    one, four = (build_heads(backbone, num_heads=n, kind="recurrent") for n in (1, 4))
+    size = 32  # of inner, its bias, out, skip and the lm_head
+    parameters = 2 * size * 2 * size + 2 * size + 2 * size * size + 64 * size
+    assert {h.num_parameters() for h in (one, four)} == {parameters}
 
 
 @pytest.mark.parametrize("family", ["hydra", "recurrent", "recurrent, both"])
@@ -295,9 +303,10 @@ def test_separate_projections_to_a_large_vocabulary_are_spoken_of(family):
         assert advice is None
 
 
-def test_sequential_heads_are_copied_into_another_dtype_with_what_they_share():
+@pytest.mark.parametrize("family", ["hydra", "recurrent", "recurrent, both"])
+def test_sequential_heads_are_copied_into_another_dtype_with_what_they_share(family):
     backbone = Backbone(build_model("llama"))
-    heads = moved(backbone, FAMILIES["hydra"])
+    heads = moved(backbone, FAMILIES[family])
     copied = heads.copied(torch.bfloat16)
     assert (copied.dtype, heads.dtype) == (torch.bfloat16, torch.float32)
     assert copied._embedding[0] is backbone.model.get_input_embeddings()
