@@ -36,9 +36,9 @@ class Listener:
     def __getattr__(self, name):
         return getattr(self.drafter, name)
 
-    def __call__(self, root_B, hidden_BD):
+    def __call__(self, root_B, hidden_BD, uniforms_BU=None):
         self.heard += list(zip(root_B.tolist(), hidden_BD.clone(), strict=True))
-        return self.drafter(root_B, hidden_BD)
+        return self.drafter(root_B, hidden_BD, uniforms_BU)
 
 
 @pytest.mark.parametrize("has_fixed_shapes", [False, True])

@@ -23,13 +23,21 @@ def test_sampling_hangs_on_the_seed(backbone):
     assert sample(1) == sample(1) != sample(2)
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 4, "temperature": 0.8}, {"top_p": 0.8}])
-def test_sampled_continuations_have_the_law_of_plain_sampling(filters):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("medusa", {}),
+        ("medusa", {"top_k": 4, "temperature": 0.8}),
+        ("medusa", {"top_p": 0.8}),
+        ("hydra", {"draft": "sampled", "top_k": 4, "temperature": 0.8}),
+    ],
+)
+def test_sampled_continuations_have_the_law_of_plain_sampling(kind, options):
     """Chi-square over the first three tokens of 20,000 continuations."""
     backbone = Backbone(build_model("llama", vocab_size=5, spread=1.5))
-    heads = build_heads(backbone, num_heads=2)
+    heads = build_heads(backbone, num_heads=2, kind=kind)
     tree = Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0)])
-    num, rule = 20_000, AcceptanceRule("sampling", seed=3, **filters)
+    num, rule = 20_000, AcceptanceRule("sampling", seed=3, **options)
     counts = []
     for decode in (
         lambda prompts: Decoder(backbone, heads, tree, rule).decode(prompts, Limits(3)),

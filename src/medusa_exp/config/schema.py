@@ -656,6 +656,11 @@ class DecodeConfig:
     """With rule=sampling: draw from so many of the likeliest tokens alone."""
     top_p: float | None = between(1e-3, 1.0, default=None)
     """With rule=sampling: draw from the likeliest tokens that together have this probability."""
+    draft: str = choice("auto", "top", "sampled")
+    """With rule=sampling, what heads draft: top (their likeliest tokens, verified by the draw of
+    the next token), sampled (draws from their distributions, after the same temperature, top_k and
+    top_p, verified by rejection), or auto (what stage calibrate found to be faster at this
+    temperature; top before). The distribution is that of plain sampling with each."""
     epsilon: float = between(0.0, 1.0, default=0.09)
     """Typical acceptance: a draft token is accepted if its probability is above
     min(epsilon, alpha * exp(-entropy)). This is epsilon, the hard threshold."""
@@ -687,6 +692,16 @@ class DecodeConfig:
             )
         if self.rule != "greedy":
             NotBelow(1e-3).check("decode.temperature", self.temperature)
+        if self.draft == "sampled" and self.rule != "sampling":
+            raise UserError(
+                f"decode.draft=sampled goes with decode=sampling, not decode.rule={self.rule}: "
+                "set decode=sampling, or decode.draft=auto."
+            )
+        if self.draft == "sampled" and self.verifier == "cupy":
+            raise UserError(
+                "decode.verifier=cupy has no kernel for decode.draft=sampled: set "
+                "decode.verifier=auto, or decode.draft=top."
+            )
         if "" in self.stop_strings:
             raise UserError("decode.stop_strings has an empty one, which ends any answer: drop it.")
 

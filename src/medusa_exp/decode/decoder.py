@@ -9,7 +9,7 @@ B rows, T prompt tokens, N tokens of one forward, D hidden, V vocabulary.
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.compiled import CompiledLayers
-from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter
+from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter, key_of_draws
 from medusa_exp.decode.loop import (
     GREEDY,
     Limits,
@@ -135,7 +135,7 @@ class Decoder:
         self._captured: dict[bool, CapturedSteps] = {}
         """Captured steps by whether the backbone includes the heads' prefix attention."""
         self._captured_slots: dict[bool, CapturedSlots] = {}
-        self._drafters: dict[Tree, Drafter] = {}
+        self._drafters: dict[Hashable, Drafter] = {}
 
     @classmethod
     def from_run(cls, run: str | Path, *, device: str | None = None) -> "Decoder":
@@ -246,7 +246,7 @@ class Decoder:
         on_step: OnStep | None = None,
     ) -> list[Response]:
         """Decode prompts over a tree, one accepted path per step for each row; see `steps`."""
-        drafter = self.drafter(tree)
+        drafter = self.drafter(tree, rule)
 
         def decode(places: list[int]) -> list[Response]:
             responses = Responses(len(places), limits or self.limits)
@@ -317,7 +317,7 @@ class Decoder:
             UserError: a prompt is empty or leaves no room for a response, or the tree asks for
                 draft tokens that the heads do not have.
         """
-        drafter = drafter or self.drafter()
+        drafter = drafter or self.drafter(rule=rule)
         length, last = find_room(self.backbone, prompts, responses.limits)
         step = self._step(drafter, rule or self.rule, len(prompts), length)
         if seed is not None:
@@ -341,7 +341,7 @@ class Decoder:
             drafter: that of this decoder's tree by default.
             rule: this decoder's by default.
         """
-        drafter, rule = drafter or self.drafter(), rule or self.rule
+        drafter, rule = drafter or self.drafter(rule=rule), rule or self.rule
         if self.is_recurrent:
             return OneByOne(self.backbone, drafter, rule, self.observer)
         backbone, is_prefixed = self._backbone_of(drafter), drafter.prefix is not None
@@ -364,8 +364,8 @@ class Decoder:
         """Return the drafter that drafts nothing: steps over it decode plainly."""
         return FixedTreeDrafter(nn.Identity(), chain(0), self.backbone.device)
 
-    def drafter(self, tree: Tree | None = None) -> Drafter:
-        """Return what fills a tree with draft tokens: this decoder's tree by default.
+    def drafter(self, tree: Tree | None = None, rule: AcceptanceRule | None = None) -> Drafter:
+        """Return what fills a tree with draft tokens: by default this decoder's, for its rule.
 
         Raises:
             ValueError: there are no heads, or there is no tree.
@@ -376,9 +376,11 @@ class Decoder:
             raise ValueError("there are no heads or no tree: use Decoder(model, heads, tree).")
         if self.is_recurrent:
             check_chain(self.backbone.name, tree)
-        if tree not in self._drafters:
-            self._drafters[tree] = build_drafter(self.heads, tree, self.backbone.device)
-        return self._drafters[tree]
+        rule = rule or self.rule
+        key = (tree, key_of_draws(rule))
+        if key not in self._drafters:
+            self._drafters[key] = build_drafter(self.heads, tree, self.backbone.device, rule)
+        return self._drafters[key]
 
     def _step(self, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int) -> Step:
         """Return a step over an empty cache, for prompts and responses of this length together."""
@@ -467,6 +469,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    draft: str = "top",
     eos_token_id: int | list[int] | None = None,
     seed: int | None = None,
     on_step: OnStep | None = None,
@@ -489,6 +492,7 @@ def generate(
         temperature: 0 is greedy.
         top_k: draw from the k likeliest tokens alone.
         top_p: draw from the likeliest tokens that together have this probability.
+        draft: above temperature 0, the heads' likeliest tokens (top) or draws from them (sampled).
         eos_token_id: ids that end a row; the model's own by default.
         seed: of the draws; None draws anew each time.
         on_step: is called after each step with the tokens that it adds to each row.
@@ -501,7 +505,7 @@ def generate(
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more, and finite.")
     rule = GREEDY
     if temperature > 0:
-        rule = AcceptanceRule("sampling", temperature, top_k, top_p, seed=seed)
+        rule = AcceptanceRule("sampling", temperature, top_k, top_p, seed=seed, draft=draft)
     return Decoder(model, heads, tree, rule, cuda_graph=False).generate(
         input_ids,
         attention_mask=attention_mask,

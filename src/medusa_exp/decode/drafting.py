@@ -2,11 +2,13 @@
 
 `FixedTreeDrafter` fills the same tree at every step, `DynamicTreeDrafter` picks the likeliest nodes
 of a larger one, and `SequentialDrafter` is for heads that see the draft tokens before theirs: it
-fills one depth after the other.
+fills one depth after the other. Trees that stay the same take the heads' likeliest tokens, or draw
+(`decode/sampled.py`): a rank is then the place in the draw.
 
-B rows, D hidden, V vocabulary, K heads, N tree nodes, R ranks. Of a dynamic tree, M nodes to choose
-from. Of sequential heads, M nodes of one depth that have children, J tokens from the root to a
-node, Q = B x M states that a head reads, W tokens of the head vocabulary.
+B rows, D hidden, V vocabulary, K heads, N tree nodes, R ranks, U numbers to draw by. Of a
+dynamic tree, M nodes to choose from. Of sequential heads, M nodes of one depth that have children,
+J tokens from the root to a node, Q = B x M states that a head reads, W tokens of the head
+vocabulary.
 """
 
 from collections.abc import Hashable
@@ -17,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medusa_exp.decode.verify import TreeRelations
+from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.sampled import Drawn, children_of, draw, in_draw_order
+from medusa_exp.decode.verify import TreeRelations, probabilities
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeads, PrefixAttention, StackedHeads
 from medusa_exp.tree import Tree, chain
@@ -32,6 +36,8 @@ class Draft:
     nodes: TreeRelations
     """What verification wants to know of the parents."""
     depths_BN: Tensor
+    drawn: Drawn | None = None
+    """What the tokens were drawn from, where they were."""
 
     @property
     def ancestors_BNN(self) -> Tensor:
@@ -44,18 +50,23 @@ class Drafter(Protocol):
 
     num_nodes: int
     depth: int
+    num_uniforms: int
+    """Numbers that a step of sampling draws by: one a node, then those of the drafter's own."""
     key: Hashable
     """Equal for drafters that do the same."""
     prefix: PrefixAttention | None
     """What the hidden states that it is given have to go through."""
 
-    def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
+    def __call__(
+        self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
+    ) -> Draft:
         """Return trees below the roots.
 
         Args:
             root_B: the token that follows for sure.
             hidden_BD: the backbone's last hidden state one position before it, or what `prefix`
                 makes of that.
+            uniforms_BU: `num_uniforms` numbers in [0, 1), for what draws.
         """
         ...
 
@@ -72,14 +83,65 @@ _NO_CHANCE = -1e4
 """Log of a probability that is none. Sums over a path still tell 1e-9 apart in float64."""
 
 
+class _Draws:
+    """Draws the tokens of a tree that stays the same, after the rule's temperature and filters."""
+
+    def __init__(self, rule: AcceptanceRule, tree: Tree, device: torch.device) -> None:
+        self._filters = rule.temperature, rule.top_k, rule.top_p
+        self._num_nodes, self.num_ranks = len(tree), max(tree.ranks) + 1
+        self.number = tree.depth * self.num_ranks
+        children_NC, self._widths = children_of(tree)
+        self._children_NC = children_NC.to(device)
+
+    def of_depth(self, logits: Tensor, uniforms_BU: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """Return draws [B, M, R] and what they are from [B, M, W], of logits [B, M, W].
+
+        All nodes of a depth draw by the same numbers; depth 0 is that of head 1.
+        """
+        q_BMW = probabilities(logits, *self._filters)
+        start = self._num_nodes + depth * self.num_ranks
+        uniforms_BR = uniforms_BU[:, start : start + self.num_ranks]
+        uniforms_BMR = uniforms_BR[:, None].expand(-1, logits.shape[1], -1)
+        return draw(q_BMW, uniforms_BMR), q_BMW
+
+    def from_(self, q_BQW: Tensor, row_N: Tensor, token_map: Tensor | None = None) -> Drawn:
+        """Return the record of a step's draws."""
+        return Drawn(q_BQW, row_N, self._children_NC, self._widths, token_map)
+
+
+def _draws_of(
+    rule: AcceptanceRule | None, tree: Tree, device: torch.device
+) -> tuple[Tree, _Draws | None]:
+    """Return the tree as it is to be filled, and what draws its tokens; None takes the likeliest."""
+    if rule is None or rule.draft == "top" or not tree.depth:
+        return tree, None
+    tree = in_draw_order(tree)
+    return tree, _Draws(rule, tree, device)
+
+
+def key_of_draws(rule: AcceptanceRule | None) -> Hashable:
+    """Return what of a rule decides how a drafter drafts."""
+    if rule is None or rule.draft == "top":
+        return None
+    return rule.temperature, rule.top_k, rule.top_p
+
+
 class FixedTreeDrafter:
     """Fills the same tree with the heads' draft tokens at every step."""
 
-    def __init__(self, heads: nn.Module, tree: Tree, device: torch.device) -> None:
+    def __init__(
+        self,
+        heads: nn.Module,
+        tree: Tree,
+        device: torch.device,
+        rule: AcceptanceRule | None = None,
+    ) -> None:
+        tree, self._draws = _draws_of(rule, tree, device)
         self.num_nodes, self.depth = len(tree), tree.depth
+        self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
         self._heads = heads
         self.prefix = getattr(heads, "prefix", None) if self.depth else None
-        self.key: Hashable = (id(heads) if self.depth else None, tree)
+        self.key: Hashable = (id(heads) if self.depth else None, tree, key_of_draws(rule))
         self._num_ranks = max(tree.ranks) + 1
         self._place_N = torch.from_numpy(_places(tree, self._num_ranks)).to(device)
         self._parents_1N = torch.tensor([tree.parents], device=device)
@@ -87,19 +149,34 @@ class FixedTreeDrafter:
         self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
-    def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
+    def __call__(
+        self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
+    ) -> Draft:
         """Return trees below the roots; see `Drafter`."""
-        tokens_BN = root_B[:, None]
+        tokens_BN, drawn = root_B[:, None], None
         if self.depth:
             logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
-            draft_BKR = logits_BKV.topk(self._num_ranks, dim=-1).indices
+            if self._draws is None:
+                draft_BKR = logits_BKV.topk(self._num_ranks, dim=-1).indices
+            else:
+                draft_BKR, drawn = self._draw(logits_BKV, uniforms_BU)
             tokens_BN = torch.cat([tokens_BN, draft_BKR.flatten(1)], dim=1)[:, self._place_N]
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),
             self._nodes,
             self._depths_1N,
+            drawn,
         )
+
+    def _draw(self, logits_BKV: Tensor, uniforms_BU: Tensor | None) -> tuple[Tensor, Drawn]:
+        assert self._draws is not None and uniforms_BU is not None
+        by_depth = [
+            self._draws.of_depth(logits_BKV[:, k : k + 1], uniforms_BU, k)
+            for k in range(self.depth)
+        ]
+        draft, q = zip(*by_depth, strict=True)
+        return torch.cat(draft, 1), self._draws.from_(torch.cat(q, 1), self._depths_1N[0])
 
 
 class DynamicTreeDrafter:
@@ -123,6 +200,7 @@ class DynamicTreeDrafter:
             device: where to.
         """
         self.num_nodes, self.depth = min(num_nodes, len(choices)), choices.depth
+        self.num_uniforms = self.num_nodes
         self._heads = heads
         self.prefix = getattr(heads, "prefix", None)
         self.key: Hashable = (id(heads), choices, num_nodes)
@@ -132,7 +210,9 @@ class DynamicTreeDrafter:
         self._ancestors_MM = torch.from_numpy(choices.mask).to(device)
         self._depth_M = torch.from_numpy(choices.depths).to(device)
 
-    def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
+    def __call__(
+        self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
+    ) -> Draft:
         """Return trees below the roots; see `Drafter`."""
         logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
         top = logits_BKV.topk(self._num_ranks, dim=-1)
@@ -160,19 +240,33 @@ class DynamicTreeDrafter:
         )
 
 
-def build_drafter(heads: nn.Module, tree: Tree, device: torch.device) -> Drafter:
+def build_drafter(
+    heads: nn.Module, tree: Tree, device: torch.device, rule: AcceptanceRule | None = None
+) -> Drafter:
     """Return what makes drafts of a tree: the same at every step, or some picked nodes of it.
 
+    Args:
+        heads: that draft.
+        tree: the shape.
+        device: where to.
+        rule: says whether tokens are drawn, and how; None takes the likeliest.
+
     Raises:
-        UserError: nodes are to be picked, and each head waits for the one before.
+        UserError: nodes are to be picked, and each head waits for the one before, or their tokens
+            are to be drawn.
     """
+    if tree.num_picked is not None and rule is not None and rule.draft == "sampled":
+        raise UserError(
+            "tree=dynamic picks the likeliest nodes, and decode.draft=sampled draws them: a node "
+            "that was picked for its token is no draw. Set tree=calibrated, or decode.draft=top."
+        )
     if getattr(heads, "is_sequential", False):
         if tree.num_picked is not None:
             kind = heads.config.kind
             raise UserError(f"tree=dynamic: heads of kind={kind} cannot guess ahead of a choice.")
-        return SequentialDrafter(heads, tree, device)
+        return SequentialDrafter(heads, tree, device, rule)
     if tree.num_picked is None or tree.num_picked == 1:
-        return FixedTreeDrafter(heads, tree if tree.num_picked is None else chain(0), device)
+        return FixedTreeDrafter(heads, tree if tree.num_picked is None else chain(0), device, rule)
     return DynamicTreeDrafter(heads, tree, tree.num_picked, device)
 
 
@@ -218,8 +312,14 @@ class SequentialDrafter:
     See `draft.Drafter`.
     """
 
-    def __init__(self, heads: MedusaHeads, tree: Tree, device: torch.device) -> None:
-        """Plan the tree's depths.
+    def __init__(
+        self,
+        heads: MedusaHeads,
+        tree: Tree,
+        device: torch.device,
+        rule: AcceptanceRule | None = None,
+    ) -> None:
+        """Plan the tree's depths; `rule` as for `build_drafter`.
 
         Raises:
             UserError: it asks for draft tokens that the heads lack.
@@ -227,20 +327,29 @@ class SequentialDrafter:
         check_tree_fits_heads(
             tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.vocab_size
         )
+        tree, self._draws = _draws_of(rule, tree, device)
         self.num_nodes, self.depth = len(tree), tree.depth
+        self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
         self._heads, self.prefix = heads, heads.prefix
-        self.key: Hashable = (id(heads), tree)
+        self.key: Hashable = (id(heads), tree, key_of_draws(rule))
         self._depths = [_plan(tree, depth, device) for depth in range(1, tree.depth + 1)]
+        inner = sorted(set(tree.parents[1:]), key=lambda node: (tree.depths[node], node))
+        rows = [inner.index(node) if node in inner else 0 for node in range(len(tree))]
+        self._row_N = torch.tensor(rows, device=device)
+        """Where the distribution that a node's children are drawn from stands among all."""
         self._parents_1N = torch.tensor([tree.parents], device=device)
         ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
         self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
         self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
-    def __call__(self, root_B: Tensor, hidden_BD: Tensor) -> Draft:
+    def __call__(
+        self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
+    ) -> Draft:
         """Return trees below the roots; see `Drafter`."""
         tokens_BN = root_B[:, None].repeat(1, self.num_nodes)
         hidden_BD = hidden_BD.to(self._heads.dtype)
         state_BMD = hidden_BD[:, None]
+        found: list[Tensor] = []
         for k, plan in enumerate(self._depths):
             drafted_BMJ = tokens_BN[:, plan.path_MJ]
             if self._heads.is_recurrent:
@@ -249,16 +358,25 @@ class SequentialDrafter:
             else:
                 hidden_QD = hidden_BD.repeat_interleave(drafted_BMJ.shape[1], 0)
                 logits_QW = self._heads.head_logits(k, hidden_QD, drafted_BMJ.flatten(0, 1))
-            top_QR = logits_QW.topk(plan.num_ranks).indices
+            logits_BMW = logits_QW.view(*drafted_BMJ.shape[:2], -1)
+            if self._draws is None:
+                top_BMR = logits_BMW.topk(plan.num_ranks).indices
+            else:
+                assert uniforms_BU is not None
+                top_BMR, q_BMW = self._draws.of_depth(logits_BMW, uniforms_BU, k)
+                found.append(q_BMW)
             if self._heads.token_map is not None:
-                top_QR = self._heads.token_map[top_QR]
-            top_BMR = top_QR.view(*drafted_BMJ.shape[:2], -1)
+                top_BMR = self._heads.token_map[top_BMR]
             tokens_BN[:, plan.children_C] = top_BMR[:, plan.parent_C, plan.rank_C]
+        drawn = None
+        if self._draws is not None:
+            drawn = self._draws.from_(torch.cat(found, 1), self._row_N, self._heads.token_map)
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),
             self._nodes,
             self._depths_1N,
+            drawn,
         )
 
 

@@ -216,7 +216,8 @@ class ChainStep:
         part, cache, pending = self.observer.part, self.cache, self._pending
         # 1. Draft
         with part("heads"):
-            draft = self.drafter(self.root_B, self.hidden_BD)
+            uniforms_BU = self.verifier.draw(len(self.root_B), self.drafter.num_uniforms)
+            draft = self.drafter(self.root_B, self.hidden_BD, uniforms_BU)
         # 2. Forward
         start, kept = cache.lengths[0], len(pending)
         ids_1N = torch.cat([self.root_B.new_tensor([pending]), draft.tokens_BN], 1)
@@ -233,6 +234,8 @@ class ChainStep:
                 draft.parents_BN,
                 self.drafter.depth,
                 draft.nodes,
+                uniforms_BU,
+                draft.drawn,
             )
         # 4. Commit
         root = int(self.root_B)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
+from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import (
     RULES,
     TreeRelations,
@@ -24,6 +25,7 @@ from medusa_exp.decode.verify import (
 from medusa_exp.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "torch", "cupy")
+DRAFTS = ("top", "sampled")
 
 
 def pick_verify(name: str, device: torch.device, *, is_filtered: bool) -> Callable[..., Verdict]:
@@ -94,7 +96,9 @@ class AcceptanceRule:
     seed: int | None = None
     """Seed of sampling; None draws anew each time."""
     verifier: str = "auto"
-    """Who applies the rule: one of IMPLEMENTATIONS."""
+    """Who applies the rule: one of IMPLEMENTATIONS. Sampled drafts have torch alone so far."""
+    draft: str = "top"
+    """What sampling drafts: the heads' likeliest tokens, or draws from them (sampled)."""
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
@@ -102,6 +106,15 @@ class AcceptanceRule:
         if self.verifier not in IMPLEMENTATIONS:
             raise ValueError(
                 f"verifier={self.verifier} is not one of {', '.join(IMPLEMENTATIONS)}."
+            )
+        if self.draft not in DRAFTS:
+            raise ValueError(f"draft={self.draft} is not one of {', '.join(DRAFTS)}.")
+        if self.draft == "sampled" and self.name != "sampling":
+            raise ValueError(f"draft=sampled goes with rule=sampling, not rule={self.name}.")
+        if self.draft == "sampled" and self.verifier == "cupy":
+            raise UserError(
+                "decode.verifier=cupy has no kernel for decode.draft=sampled: set "
+                "decode.verifier=auto, or decode.draft=top."
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1.")
@@ -158,6 +171,13 @@ class Verifier:
         if self.rule.name == "sampling" and self.uniforms_BN is None:
             graph.register_generator_state(self._generator)
 
+    def draw(self, num_rows: int, number: int) -> Tensor | None:
+        """Return so many numbers in [0, 1) a row, which a step draws by; None where none does."""
+        if self.rule.name != "sampling" or self.uniforms_BN is not None:
+            return self.uniforms_BN
+        device = self._generator.device
+        return torch.rand(num_rows, number, generator=self._generator, device=device)
+
     def next_token(self, logits_B1V: Tensor, uniforms_B1: Tensor | None = None) -> Tensor:
         """Choose the token after a single one: what `verify` says of a tree that is only a root."""
         if self.rule.name != "sampling":  # by a shorter way: this is the step of the baseline
@@ -174,6 +194,7 @@ class Verifier:
         max_depth: int,
         nodes: TreeRelations | None = None,
         uniforms_BN: Tensor | None = None,
+        drawn: Drawn | None = None,
     ) -> Verdict:
         """Return the verdict on a step's trees; see `verify`."""
         if uniforms_BN is None:
@@ -182,12 +203,7 @@ class Verifier:
             uniforms_BN = torch.rand(
                 tokens_BN.shape, generator=self._generator, device=tokens_BN.device
             )
-        return self._verify(
-            logits_BNV,
-            tokens_BN,
-            parents_BN,
-            uniforms_BN=uniforms_BN,
-            max_depth=max_depth,
-            nodes=nodes,
-            **self._options,
-        )
+        options = dict(self._options, uniforms_BN=uniforms_BN, max_depth=max_depth, nodes=nodes)
+        if drawn is not None:
+            return verify(logits_BNV, tokens_BN, parents_BN, drawn=drawn, **options)
+        return self._verify(logits_BNV, tokens_BN, parents_BN, **options)

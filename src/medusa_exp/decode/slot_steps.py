@@ -188,7 +188,7 @@ class CapturedSlots:
             )
             if rule.name == "sampling":
                 self._steps[key].verifier.uniforms_BN = torch.zeros(
-                    num_rows, drafter.num_nodes, device=backbone.device
+                    num_rows, drafter.num_uniforms, device=backbone.device
                 )
         return self._steps[key]
 

@@ -195,7 +195,7 @@ class Slots:
             )
             step.begin(root_B, hidden_BD, self._last)
         if source.rule.name == "sampling":
-            shape = size[0], source.drafter.num_nodes
+            shape = size[0], source.drafter.num_uniforms
             self._uniforms_BN = np.zeros(shape, np.float32)
             given = step.verifier.uniforms_BN
             if given is None or given.shape != shape:

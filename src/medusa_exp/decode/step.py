@@ -153,7 +153,8 @@ class EagerStep:
         part, lengths = self.observer.part, self.cache.lengths
         # 1. Draft
         with part("heads"):
-            draft = self.drafter(self.root_B, self.hidden_BD)
+            uniforms_BU = self.verifier.draw(len(self.root_B), self.drafter.num_uniforms)
+            draft = self.drafter(self.root_B, self.hidden_BD, uniforms_BU)
         # 2. Forward
         with part("mask"):
             mask = self.mask.at(lengths, draft.ancestors_BNN, draft.depths_BN)
@@ -165,7 +166,13 @@ class EagerStep:
         # 3. Verify
         with part("verification"):
             verdict = self.verifier(
-                logits_BNV, draft.tokens_BN, draft.parents_BN, self.drafter.depth, draft.nodes
+                logits_BNV,
+                draft.tokens_BN,
+                draft.parents_BN,
+                self.drafter.depth,
+                draft.nodes,
+                uniforms_BU,
+                draft.drawn,
             )
         # 4. Commit
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_BND, verdict)
@@ -272,7 +279,8 @@ class CapturedStep:
         part, cache = self.observer.part, self.cache
         # 1. Draft
         with part("heads"):
-            draft = self.drafter(self.root_B, self.hidden_BD)
+            uniforms_BU = self.verifier.draw(len(self.root_B), self.drafter.num_uniforms)
+            draft = self.drafter(self.root_B, self.hidden_BD, uniforms_BU)
         # 2. Forward
         with part("mask"):
             mask, position_BN = self._mask_and_positions(draft)
@@ -285,7 +293,13 @@ class CapturedStep:
         # 3. Verify
         with part("verification"):
             verdict = self.verifier(
-                logits_BNV, draft.tokens_BN, draft.parents_BN, self.drafter.depth, draft.nodes
+                logits_BNV,
+                draft.tokens_BN,
+                draft.parents_BN,
+                self.drafter.depth,
+                draft.nodes,
+                uniforms_BU,
+                draft.drawn,
             )
         # 4. Commit
         self.outcome.copy_(outcome_of(draft, verdict))

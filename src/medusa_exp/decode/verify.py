@@ -2,6 +2,7 @@
 
 Three rules, one signature. `greedy` and `sampling` are lossless: what is committed is distributed
 as if the backbone had generated it token by token. `typical` is Medusa's acceptance, which is not.
+Drafts that were sampled (`drawn`) are verified by rejection; all others are taken as given.
 `verify_on_cpu` does the same, greedy by a walk over Python lists: where tensors lie in the host's
 memory anyway, one pass over a few dozen nodes takes a fraction of what two dozen small tensor
 operations take to be called. The kernels' twin is `decode/cuda/verify.py`.
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from medusa_exp.decode.sampled import Drawn, Rejection
 
 
 def probabilities(
@@ -80,6 +83,7 @@ def verify(
     alpha: float = 0.3,
     max_depth: int | None = None,
     nodes: "TreeRelations | None" = None,
+    drawn: Drawn | None = None,
 ) -> Verdict:
     """Find the path of draft tokens that are accepted, and the token that follows it.
 
@@ -89,7 +93,8 @@ def verify(
     sampling: the token after a node is drawn from the backbone's distribution there by one uniform
     number, with the children's tokens first in the order of the draw. It is child c with
     probability p(c) and any other token x with p(x): what comes out is distributed by p, whatever
-    is drafted, and no lossless rule accepts more of drafts that are not random.
+    is drafted, and no lossless rule accepts more of drafts that are not random. Of drafts that are,
+    more pass: with `drawn`, children are tried as `decode.sampled` says, by the same one number.
 
     typical: a draft token x is accepted if p(x) > min(epsilon, alpha * exp(-entropy)) after its
     parent; of the accepted paths the longest counts, of these the likeliest, of these the first.
@@ -112,6 +117,7 @@ def verify(
         alpha: of typical, the factor on exp(-entropy).
         max_depth: depth of the deepest tree; N - 1 unless the caller knows better.
         nodes: what has been prepared of `parents_BN` before.
+        drawn: for sampling, where the children were drawn from; None if they were not drawn.
 
     Raises:
         ValueError: the rule is not known, or lacks what it needs.
@@ -128,6 +134,8 @@ def verify(
     if rule == "typical":
         return _typical(trees, probabilities(logits_BNV, temperature), epsilon, alpha)
     assert uniforms_BN is not None
+    if drawn is not None:
+        return _rejection(trees, drawn, uniforms_BN, (temperature, top_k, top_p))
     return _sampling(trees, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
 
 
@@ -240,6 +248,63 @@ def _sampling(trees: TreeBatch, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
     final_B = torch.where(rest_BV > 0, token_V, -1).amax(-1)
     next_token_B = torch.where(final_B < 0, likeliest_B, drawn_B.minimum(final_B))
     return nodes.verdict(is_on_path_BN, next_token_B)
+
+
+def _rejection(
+    trees: TreeBatch,
+    drawn: Drawn,
+    uniforms_BN: Tensor,
+    filters: tuple[float, int | None, float | None],
+) -> Verdict:
+    """Walk down from the root, one depth after the other: a node is tried where its parent stood.
+
+    A node's number in [0, 1) falls into the interval of a child, or behind them all; these are as
+    long as children are likely to be accepted, in the order of the draw.
+    """
+    nodes, logits_BNV = trees.nodes, trees.logits_BNV
+    num_rows, _, vocab_size = logits_BNV.shape
+    at_B1 = torch.zeros(num_rows, 1, dtype=torch.long, device=logits_BNV.device)
+    is_open_B1 = torch.ones_like(at_B1, dtype=torch.bool)
+    is_on_path_BN = (nodes.number_N == 0).repeat(num_rows, 1)
+    next_token_B1 = torch.zeros_like(at_B1)
+    for width in (*drawn.widths, 0):
+        p_BV = probabilities(_at_node(logits_BNV, at_B1), *filters)
+        left = Rejection(p_BV, drawn.at(at_B1, vocab_size) if width else None)
+        uniform_B1 = uniforms_BN.gather(1, at_B1).to(p_BV.dtype)
+        child_BC = drawn.children_NC[at_B1[:, 0]]
+        passed_B1 = torch.full_like(at_B1, -1)
+        for place in range(width):
+            child_B1 = child_BC[:, place : place + 1]
+            left.attempt(trees.tokens_BN.gather(1, child_B1.clamp(min=0)), child_B1 >= 0)
+            is_hit_B1 = (passed_B1 < 0) & (child_B1 >= 0) & (uniform_B1 < 1 - left.open)
+            passed_B1 = torch.where(is_hit_B1, child_B1, passed_B1)
+        ends_B1 = is_open_B1 & (passed_B1 < 0)
+        # What is left of the number is uniform again.
+        place_B1 = (uniform_B1 - (1 - left.open)) / left.open
+        token_B1 = _token_at(left.rest(), place_B1, p_BV)
+        next_token_B1 = torch.where(ends_B1, token_B1, next_token_B1)
+        is_open_B1 = is_open_B1 & (passed_B1 >= 0)
+        at_B1 = torch.where(is_open_B1, passed_B1, at_B1)
+        is_on_path_BN = is_on_path_BN | ((nodes.number_N == at_B1) & is_open_B1)
+    return nodes.verdict(is_on_path_BN, next_token_B1[:, 0])
+
+
+def _token_at(weights_BV: Tensor, place_B1: Tensor, p_BV: Tensor) -> Tensor:
+    """Return the token [B, 1] at a place in [0, 1) of unnormalized weights.
+
+    Rounding may leave no weight at all: then p's likeliest token.
+    """
+    sums_BV = weights_BV.cumsum(-1)
+    place_B1 = place_B1.clamp(0, 1) * sums_BV[:, -1:]
+    drawn_B1 = torch.searchsorted(sums_BV, place_B1.contiguous(), right=True)
+    token_V = torch.arange(weights_BV.shape[1], device=weights_BV.device)
+    final_B1 = torch.where(weights_BV > 0, token_V, -1).amax(-1, keepdim=True)
+    likeliest_B1 = p_BV.argmax(-1, keepdim=True)
+    return torch.where(final_B1 < 0, likeliest_B1, drawn_B1.minimum(final_B1))
+
+
+def _at_node(logits_BNV: Tensor, node_B1: Tensor) -> Tensor:
+    return logits_BNV.gather(1, node_B1[..., None].expand(-1, 1, logits_BNV.shape[2]))[:, 0]
 
 
 def _typical(trees: TreeBatch, p_BNV: Tensor, epsilon: float, alpha: float) -> Verdict:

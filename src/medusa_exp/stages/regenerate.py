@@ -364,7 +364,7 @@ class Regenerator:
     def answer(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Yield documents when each of their turns is answered, those first that end first."""
         settings, decoder = self.config.regenerate, self.decoder
-        drafter = decoder.drafter() if settings.use_heads else decoder.root_only()
+        drafter = decoder.drafter(rule=self.rule) if settings.use_heads else decoder.root_only()
         if self.num_slots is None:
             self.num_slots = decoder.slots_with_room(
                 settings.batch_size, self.num_columns, drafter, self.rule

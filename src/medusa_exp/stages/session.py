@@ -349,7 +349,7 @@ def limits_of(config: Config, backbone: Backbone, tokenizer: PreTrainedTokenizer
 
 
 def rule_of(config: Config) -> AcceptanceRule:
-    """Return how tokens are chosen."""
+    """Return how tokens are chosen; decode.draft=auto is top, as before a calibration."""
     decode = config.decode
     return AcceptanceRule(
         decode.rule,
@@ -360,4 +360,5 @@ def rule_of(config: Config) -> AcceptanceRule:
         decode.alpha,
         seed=config.seed,
         verifier=decode.verifier,
+        draft="sampled" if decode.draft == "sampled" else "top",
     )

@@ -99,5 +99,11 @@ def regenerated_key(
 
 
 def regeneration_rule(rule: AcceptanceRule) -> AcceptanceRule:
-    """Return the rule of decoding, or greedy for a lossy one: responses are the backbone's own."""
-    return replace(GREEDY, seed=rule.seed) if rule.name == "typical" else rule
+    """Return the rule of decoding, or greedy for a lossy one: responses are the backbone's own.
+
+    Drafts are the likeliest tokens, whatever decode.draft says: the key of responses in the cache
+    does not tell drafts apart.
+    """
+    if rule.name == "typical":
+        return replace(GREEDY, seed=rule.seed)
+    return replace(rule, draft="top")
