@@ -112,7 +112,7 @@ class _Draws:
 def _draws_of(
     rule: AcceptanceRule | None, tree: Tree, device: torch.device
 ) -> tuple[Tree, _Draws | None]:
-    """Return the tree as it is to be filled, and what draws its tokens; None takes the likeliest."""
+    """Return the tree as it is to be filled, and what draws its tokens, if anything does."""
     if rule is None or rule.draft == "top" or not tree.depth:
         return tree, None
     tree = in_draw_order(tree)
