@@ -76,9 +76,10 @@ def kernels(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def mutations(session: nox.Session) -> None:
-    """Remove every barrier of the kernels in turn: the tests must notice. Two minutes."""
+    """Put faults into the kernels, barriers left out among them: the tests must notice."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))
-    session.run("pytest", "-m", "slow", "tests/slow/test_barriers.py", *session.posargs)
+    files = ("tests/kernels/test_mutations.py", "tests/slow/test_barriers.py")
+    session.run("pytest", "-m", "slow or not slow", *files, *session.posargs)
 
 
 @nox.session(default=False)
@@ -121,14 +122,17 @@ def masks(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def architectures(session: nox.Session) -> None:
-    """Compare trees with `model.generate` on tiny models of seventy architectures. Two minutes.
+    """Compare drafts with `model.generate` on tiny models of seventy architectures. Ten minutes.
 
     What was found is written to docs/reference/architectures.md, where all of it was tried.
     """
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))
-    found = Path(session.create_tmp()).resolve() / "found.json"
-    tests = ("pytest", "-m", "slow", "tests/slow/test_architectures.py", *session.posargs)
-    session.run(*tests, env={"MATRIX": str(found)})
+    found = Path(session.create_tmp()).resolve() / "found"
+    shutil.rmtree(found, ignore_errors=True)
+    found.mkdir()
+    options = ("-m", "slow", *PARALLEL, "--dist=load")
+    tests = ("pytest", *options, "tests/slow/test_architectures.py", *session.posargs)
+    session.run(*tests, env={**ONE_THREAD, "MATRIX": str(found)})
     if not session.posargs:
         session.run("python", "scripts/architecture_matrix.py", str(found))
 
@@ -151,7 +155,7 @@ def compiled(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def sweeps(session: nox.Session) -> None:
-    """Run small sweeps with every launcher and with Optuna, and a training on Ray. Four minutes."""
+    """Run small sweeps with every launcher and with Optuna, and a training on Ray. Ten minutes."""
     session.install(*CONSTRAINTS, "-e", ".[ray,sweep,slurm]", *group("test"))
     files = (
         "tests/slow/test_sweep_plugins.py",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write docs/reference/architectures.md from what `nox -s architectures` has found.
 
-    MATRIX=found.json pytest -m slow tests/slow/test_architectures.py
-    python scripts/architecture_matrix.py found.json
+    MATRIX=found pytest -m slow tests/slow/test_architectures.py
+    python scripts/architecture_matrix.py found
 
 `nox -s architectures` does both.
 """
@@ -45,11 +45,20 @@ def row(name: str, found: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} | {notes} |"
 
 
-def page(found: dict[str, Any]) -> str:
-    """Return the page."""
-    rows = [row(name, one) for name, one in sorted(found["architectures"].items())]
-    return HEAD.format(version=found["transformers"]) + "\n".join(rows) + "\n"
+def page(parts: list[dict[str, Any]]) -> str:
+    """Return the page, from what each of the processes has found."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for name, one in part["architectures"].items():
+            found[name] = {**found.get(name, {}), **one}
+    rows = [row(name, one) for name, one in sorted(found.items())]
+    return HEAD.format(version=parts[0]["transformers"]) + "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(json.loads(Path(sys.argv[1]).read_text("utf-8"))), encoding="utf-8")
+    files = sorted(Path(sys.argv[1]).glob("*.json"))
+    if not files:
+        sys.exit(
+            f"{sys.argv[1]} holds nothing that was found: run the tests with MATRIX={sys.argv[1]}"
+        )
+    PAGE.write_text(page([json.loads(file.read_text("utf-8")) for file in files]), encoding="utf-8")

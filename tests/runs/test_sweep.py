@@ -1,4 +1,7 @@
-"""Sweeps as a user meets them: jobs that fail, are killed, and are found again."""
+"""Sweeps as a user meets them: jobs that fail, are killed, and are found again.
+
+What takes long is marked slow; `nox -s sweeps` runs all of it.
+"""
 
 import json
 import signal
@@ -92,6 +95,7 @@ def test_a_finished_sweep_is_ranked_by_another_metric_without_running_again(swee
     assert "is the best train/loss" in text
 
 
+@pytest.mark.slow
 def test_a_sweep_knows_what_a_later_call_of_a_job_has_found(sweep, workplace):
     job = sweep[0][0]
     metrics = read(job / "metrics.json")
@@ -104,6 +108,7 @@ def test_a_sweep_knows_what_a_later_call_of_a_job_has_found(sweep, workplace):
     (job / "metrics.json").write_text(json.dumps(metrics))
 
 
+@pytest.mark.slow
 def test_heads_of_another_run_are_decoded_over_trees_of_several_sizes(sweep, workplace):
     result = medusa_exp(
         *SMOKE, "+sweep=tree_size", f"heads_from={sweep[0][2]}", "sweep_dir=trees",
@@ -120,6 +125,7 @@ def test_heads_of_another_run_are_decoded_over_trees_of_several_sizes(sweep, wor
     assert (jobs[0] / ".hydra-2").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_done_again_in_a_sweep_is_judged_as_it_was(sweep, workplace):
     again = ["+experiment=rerun", f"rerun.source={sweep[0][0]}", "logger=none"]
     result = medusa_exp("-m", *again, "seed=0", "sweep_dir=again", cwd=workplace)
@@ -129,6 +135,7 @@ def test_a_run_done_again_in_a_sweep_is_judged_as_it_was(sweep, workplace):
     assert job["value"] == read(sweep[0][0] / "metrics.json")["val/accept_length"]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_on_ray_does_every_job_once(workplace):
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     command = [

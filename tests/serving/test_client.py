@@ -96,7 +96,8 @@ def test_so_many_are_on_their_way_at_a_time_and_no_more(engine, work):
     assert 2 <= engine.most_at_once <= 5
 
 
-def test_an_engine_that_fails_is_asked_again(engine, work, model):
+def test_an_engine_that_fails_is_asked_again(engine, work, model, monkeypatch):
+    monkeypatch.setattr(client, "_LONGEST_REST", 1)
     engine.faults = ["drop", "503", "", "429", "cut", "", "drop", "slow", "429", "502", "cut"]
     expected = [plainly(model, prompt) for prompt in PROMPTS]
     assert ask(engine.url, work) == expected

@@ -2,7 +2,7 @@
 
 Tiny random models in float32, four prompts of unequal length in one batch. What cannot be decoded
 with trees must be refused, and never be answered wrongly. A version of transformers without an
-architecture skips it. With MATRIX=FILE what was found is written there, for
+architecture skips it. With MATRIX=DIR each process writes there what it has found, for
 `scripts/architecture_matrix.py`.
 """
 
@@ -47,7 +47,8 @@ def matrix():
     yield found
     if place := os.environ.get("MATRIX"):
         whole = {"transformers": transformers.__version__, "architectures": found}
-        Path(place).write_text(json.dumps(whole, indent=2) + "\n")
+        file = Path(place) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}.json"
+        file.write_text(json.dumps(whole, indent=2) + "\n")
 
 
 def label(refused: str) -> str:

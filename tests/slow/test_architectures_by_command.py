@@ -35,7 +35,7 @@ SMALL = (
 )
 
 
-def run_on(model, tokenizer, data, folder):
+def run_on(model, tokenizer, data, folder, stages=STAGES, *overrides):
     """Train, calibrate and evaluate on a model saved as a directory."""
     model.resize_token_embeddings(len(tokenizer))
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
@@ -45,10 +45,13 @@ def run_on(model, tokenizer, data, folder):
         [
             "+experiment=medusa1",
             f"model.path={folder / 'model'}",
+            # As it was made: transformers would give a Qwen2 a tokenizer with tokens of Qwen's own.
+            "tokenizer.tokenizer_class=PreTrainedTokenizerFast",
             f"dataset.path={data}",
             f"cache_dir={folder / 'cache'}",
-            STAGES,
+            stages,
             *SMALL,
+            *overrides,
         ]
     )
     return run(config, folder / "run")
@@ -72,3 +75,12 @@ def test_what_cannot_be_decoded_is_refused_before_its_training(
     with pytest.raises(UserError):
         run_on(model, tokenizer, sharegpt_file, tmp_path)
     assert not (tmp_path / "run" / "heads").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*DECODED, *RECURRENT, *SCALED])
+def test_medusa2_trains_the_backbone_too(name, tokenizer, sharegpt_file, tmp_path):
+    model = build(name, {**RECURRENT, **SCALED, **DECODED}[name])
+    metrics = run_on(model, tokenizer, sharegpt_file, tmp_path, "stages=[train]", "train=medusa2")
+    assert metrics["train/loss"] > 0
+    assert (tmp_path / "run/backbone/model.safetensors").exists()

@@ -176,10 +176,38 @@ def test_the_preview_is_of_the_steps_in_which_both_learn_too(config, tmp_path, m
     assert [" of the heads alone, " in line for line in said] == [True, False]
 
 
-def test_experts_that_are_adapted_without_dropout_alone():
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    experts = {"num_local_experts": 2, "intermediate_size": 16, "num_key_value_heads": 2}
-    config = AutoConfig.for_model("mixtral", vocab_size=32, **shape, **experts)
+ONE_LAYER = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1}
+EXPERTS = {
+    **ONE_LAYER,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 16,
+    "num_local_experts": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "said"),
+    [
+        ("mixtral", EXPERTS, "is adapted without dropout (train.lora.dropout=0.1 "),
+        ("phimoe", EXPERTS, ""),  # its router returns two tensors
+        ("mamba", ONE_LAYER, "is adapted without out_proj and conv1d"),
+    ],
+)
+def test_what_peft_refuses_of_an_architecture_is_left_out_and_said(kind, shape, said, caplog):
+    config = AutoConfig.for_model(kind, **shape)
     backbone = Backbone(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(UserError, match=r"Set train\.lora\.dropout=0\."):
-        add_adapters(backbone, LoraSettings(dropout=0.1))
+    plain = backbone.model(torch.arange(8)[None]).logits
+    with caplog.at_level("WARNING"):
+        adapted = add_adapters(backbone, LoraSettings(dropout=0.1)).train()
+    assert said in caplog.text
+    adapted(torch.arange(8)[None]).logits.sum().backward()
+    learning = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert any(p.grad is not None and p.grad.any() for p in learning)
+    assert torch.equal(adapted.eval()(torch.arange(8)[None]).logits, plain), "they start as nothing"
+
+
+def test_layers_that_are_named_are_not_left_out(caplog):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **ONE_LAYER))
+    with pytest.raises(UserError, match=r"train\.lora\.layers=\['out_proj'\]: .*Mamba"):
+        add_adapters(Backbone(model), LoraSettings(layers=["out_proj"]))

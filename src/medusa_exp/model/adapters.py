@@ -3,11 +3,15 @@
 The saved model lies in the run directory, in `backbone/`, and later stages decode with it.
 """
 
+import copy
 import hashlib
 import logging
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_exp.config import LoraSettings
@@ -16,7 +20,13 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import ADAPTED
 from medusa_exp.runs.files import publish
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 log = logging.getLogger(__name__)
+
+_OF_MAMBA = ["out_proj", "conv1d"]
+"""Modules that peft refuses on models of Mamba's kinds."""
 
 
 def add_adapters(backbone: Backbone, settings: LoraSettings) -> PreTrainedModel:
@@ -45,20 +55,59 @@ def add_adapters(backbone: Backbone, settings: LoraSettings) -> PreTrainedModel:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(settings.layers) or "all-linear",
+        exclude_modules=None if settings.layers else _layers_of_another_kind(backbone.model),
     )
-    try:
-        adapted = get_peft_model(backbone.model, lora)
-    except ValueError as error:
-        if "lora_dropout" in str(error):  # of experts whose weights lie in one tensor
-            raise UserError(
-                f"train.lora.dropout={settings.dropout}: {backbone.name} has weights that are "
-                "adapted without dropout alone. Set train.lora.dropout=0."
-            ) from error
-        raise UserError(f"train.lora.layers={settings.layers}: {error}") from error
+    while (fault := _try_without_weights(backbone.model, lora)) is not None:
+        if "lora_dropout" in fault and lora.lora_dropout:  # experts whose weights lie in one tensor
+            log.warning(
+                "%s is adapted without dropout (train.lora.dropout=%s is for layers alone, and its "
+                "experts are adapted by their weights)",
+                backbone.name,
+                lora.lora_dropout,
+            )
+            lora.lora_dropout = 0.0
+        elif "Mamba" in fault and not settings.layers and lora.exclude_modules != _OF_MAMBA:
+            log.warning(
+                "%s is adapted without %s: they enter its recurrence by their weights",
+                backbone.name,
+                " and ".join(_OF_MAMBA),
+            )
+            lora.exclude_modules = _OF_MAMBA
+        else:
+            raise UserError(f"train.lora.layers={settings.layers}: {fault}")
+    adapted = get_peft_model(backbone.model, lora)
     if settings.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
         backbone.model.enable_input_require_grads()
     return adapted
+
+
+def _layers_of_another_kind(model: PreTrainedModel) -> list[str] | None:
+    """Name the linear layers that an architecture has given a forward of its own.
+
+    A router of experts, for one, returns more than a product, and cannot be wrapped.
+    """
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and type(layer).__module__.startswith("transformers.models")
+    ] or None
+
+
+def _try_without_weights(model: PreTrainedModel, lora: "LoraConfig") -> str | None:
+    """Return what peft has against these adapters, None where it takes them.
+
+    Tried on a model of this config that has no memory: one that is refused stays half adapted.
+    """
+    from peft import get_peft_model
+
+    with torch.device("meta"):
+        trial = type(model)(copy.deepcopy(model.config))
+    try:
+        get_peft_model(trial, copy.deepcopy(lora))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def save_adapted(
@@ -111,3 +160,5 @@ def load_adapters(model: PreTrainedModel, path: Path) -> PreTrainedModel:
 def _ignore_expected_warnings() -> None:
     # peft 0.21 asks transformers 5.23 by names that it is about to give up.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+    # It converts its own pattern for fused experts to names that a model may not have.
+    warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
