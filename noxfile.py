@@ -166,6 +166,14 @@ def sweeps(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def launchers(session: nox.Session) -> None:
+    """Train under the variables of launchers, and in several processes. Five minutes."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    files = ("tests/train/test_ranks.py", "tests/train/test_launch.py")
+    session.run("pytest", "-m", "slow or not slow", *PARALLEL, *files, *session.posargs)
+
+
+@nox.session(default=False)
 def vllm(session: nox.Session) -> None:
     """Serve heads of all families with a real vLLM on the CPU. Ten minutes, and 3 GB to install."""
     # Not with our constraints: vLLM has its own. A build of others, for want of one by vLLM itself.

@@ -71,6 +71,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(str(error))
     signal.signal(signal.SIGTERM, _leave)
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, _leave)  # of SLURM, before a job's time is over
     try:
         _hydra_main()
     except KeyboardInterrupt:

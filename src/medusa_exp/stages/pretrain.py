@@ -25,6 +25,7 @@ from medusa_exp.model.loading import pick_device
 from medusa_exp.runs.cache import entry
 from medusa_exp.stages.session import Session
 from medusa_exp.train.optimizer import scheduled
+from medusa_exp.train.ranks import be_alone
 from medusa_exp.train.trainer import build_trainer, pick_precision
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def _pretrain(
     config: Config, out: Path, tokenizer: PreTrainedTokenizerFast, session: Session
 ) -> tuple[LlamaForCausalLM, float]:
     settings = config.model.pretrain
+    be_alone()
     limit = min(config.dataset.max_length, settings.max_position_embeddings)
     documents = session.tokenized(tokenizer, limit)
     documents.log()

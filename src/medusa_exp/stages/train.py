@@ -19,6 +19,7 @@ import lightning as L
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -73,6 +74,7 @@ from medusa_exp.train.precompute import (
     note_fingerprints,
     open_features,
 )
+from medusa_exp.train.ranks import be_alone, refuse_other_launchers
 from medusa_exp.train.regenerated import open_regenerated
 from medusa_exp.train.throughput import Operations, Throughput
 from medusa_exp.train.trainer import AUTOCAST, build_trainer, pick_precision, shard_layers
@@ -94,7 +96,10 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     try:
         with FileLock(out / _LOCK, timeout=0):
             if settings.strategy == "auto":
+                be_alone()
                 return train(session)
+            if settings.strategy != "ray":
+                refuse_other_launchers(settings.devices)
             session.forget_backbone()  # each process loads its own
             job = Job(to_dict(config), out, settings, session.notes)
             if settings.strategy == "ray":
@@ -497,7 +502,9 @@ def _devices(config: Config) -> dict[str, Any]:
         strategy, environment = ray_parts(find_unused_parameters=has_idle)
         return {"strategy": strategy, "devices": "auto", "plugins": [environment]}
     name = "ddp_find_unused_parameters_true" if has_idle else "ddp"
-    return {"strategy": name, "devices": settings.devices}
+    # Named, for Lightning would take the tasks of a SLURM allocation for these processes.
+    environment = TorchElasticEnvironment()
+    return {"strategy": name, "devices": settings.devices, "plugins": [environment]}
 
 
 def _num_steps(config: Config, batches: Batches) -> int:

@@ -36,7 +36,12 @@ from medusa_exp.train.failures import BadLoss
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "last.ckpt"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGUSR1", "SIGTERM", "SIGINT")
+    if hasattr(signal, name)  # Windows has no SIGUSR1
+]
+"""The first is what SLURM sends before a job's time is over, where it is asked to."""
 _IN_KEY = (
     *("kind", "lora", "heads_from", "max_steps", "epochs", "min_steps", "text", "labels", "loss"),
     *("top_k", "batching", "batch_tokens", "accumulate", "optimizer", "learning_rate"),
@@ -56,9 +61,9 @@ _HEAD_IN_KEY = "kind num_heads num_layers bias rank num_tokens prefix_attention"
 
 
 class Checkpoints(L.Callback):
-    """Writes `checkpoints/last.ckpt` every so many steps, at the end, and on SIGTERM and SIGINT.
+    """Writes `checkpoints/last.ckpt` every so many steps, at the end, and on a signal.
 
-    A second signal kills at once.
+    SIGTERM and SIGINT are such, and SIGUSR1 where nobody else listens to it. A second signal kills at once.
 
     Raises:
         Stopped: from inside the training, once the checkpoint that a signal asked for is written.
@@ -73,6 +78,8 @@ class Checkpoints(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for number in _SIGNALS:
+            if number not in (signal.SIGTERM, signal.SIGINT) and not _is_free(number):
+                continue  # a launcher listens, and ends the job in its own way
             try:
                 self._handlers[number] = signal.signal(number, self._on_signal)
             except ValueError:  # not in the main thread: somebody else listens
@@ -162,6 +169,13 @@ class Checkpoints(L.Callback):
             f"{self.path} has its state. The same command with the same run_dir goes on.",
             number,
         )
+
+
+def _is_free(number: int) -> bool:
+    """Say whether nobody listens to a signal, or the command line alone, which would end."""
+    handler = signal.getsignal(number)
+    of_ours = getattr(handler, "__module__", None) or ""
+    return handler == signal.SIG_DFL or of_ours.startswith("medusa_exp.")
 
 
 def _is_finite(module: L.LightningModule) -> bool:

@@ -57,7 +57,7 @@ class Job:
 def train_in_processes(module: str, job: Job) -> dict[str, float]:
     """Train in `train.devices` processes, which torchrun starts and ends all where one fails.
 
-    SIGTERM is passed on to them, SIGINT reaches them by itself: they write a checkpoint and end.
+    SIGTERM is passed on to them, SIGUSR1 as SIGTERM, SIGINT reaches them by itself: they write a checkpoint and end.
     They do so too where this process is killed. `module`, which torchrun runs as a program, calls
     `main`.
 
@@ -136,9 +136,10 @@ def _wait(process: "subprocess.Popen[bytes]") -> tuple[int, int | None]:
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal stopped_by
         stopped_by = number
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)  # torchrun knows no other
 
-    previous = signal.signal(signal.SIGTERM, forward)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, forward) for number in numbers}
     try:
         while True:
             try:
@@ -146,7 +147,8 @@ def _wait(process: "subprocess.Popen[bytes]") -> tuple[int, int | None]:
             except KeyboardInterrupt:  # theirs too: they write a checkpoint and end
                 stopped_by = signal.SIGINT
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         process.kill()
 
 

@@ -23,6 +23,7 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.runs.files import publish
 from medusa_exp.tracking.history import HistoryLogger, StepLogger
 from medusa_exp.train.callbacks import StepProgress
+from medusa_exp.train.ranks import alone
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def build_trainer(
 ) -> L.Trainer:
     """Build a Trainer that counts in optimizer steps.
 
-    Without `val_every` nothing is validated; nothing is saved but by a callback.
+    Without `val_every` nothing is validated; nothing is saved but by a callback. Without `plugins`
+    it is that of a lone process, whatever launcher the environment speaks of.
     """
     for expected in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
@@ -84,7 +86,7 @@ def build_trainer(
         logger=HistoryLogger(out, stage, log_step),
         callbacks=[bar, *callbacks],
         enable_progress_bar=is_watched,
-        plugins=[AtomicCheckpointIO(), *plugins],
+        plugins=[AtomicCheckpointIO(), *(plugins or [alone()])],
         enable_model_summary=False,
         enable_checkpointing=False,
         deterministic=deterministic,
