@@ -63,7 +63,8 @@ _HEAD_IN_KEY = "kind num_heads num_layers bias rank num_tokens prefix_attention"
 class Checkpoints(L.Callback):
     """Writes `checkpoints/last.ckpt` every so many steps, at the end, and on a signal.
 
-    SIGTERM and SIGINT are such, and SIGUSR1 where nobody else listens to it. A second signal kills at once.
+    SIGTERM and SIGINT are such, and SIGUSR1 where nobody else listens to it. A second signal kills
+    at once.
 
     Raises:
         Stopped: from inside the training, once the checkpoint that a signal asked for is written.

@@ -57,9 +57,9 @@ class Job:
 def train_in_processes(module: str, job: Job) -> dict[str, float]:
     """Train in `train.devices` processes, which torchrun starts and ends all where one fails.
 
-    SIGTERM is passed on to them, SIGUSR1 as SIGTERM, SIGINT reaches them by itself: they write a checkpoint and end.
-    They do so too where this process is killed. `module`, which torchrun runs as a program, calls
-    `main`.
+    SIGTERM is passed on to them, SIGUSR1 as SIGTERM, SIGINT reaches them by itself: they write a
+    checkpoint and end. They do so too where this process is killed. `module`, which torchrun runs
+    as a program, calls `main`.
 
     Raises:
         UserError: as the training itself, or that a process died.

@@ -38,7 +38,7 @@ _SIZES = (
 
 
 def be_alone() -> None:
-    """Make this process the first and only one, with a line where its environment says otherwise."""
+    """Make this process the only one, with a line where its environment says otherwise."""
     said = [f"{name}={os.environ[name]}" for name in _RANKS if _number(name) > 0]
     said += [
         f"{name}={os.environ[name]}" for name in (*_SIZES, "SLURM_NTASKS") if _number(name) > 1
@@ -49,15 +49,15 @@ def be_alone() -> None:
 
 
 def alone() -> ClusterEnvironment:
-    """Return Lightning's environment of a lone process: it looks for no launcher, requeues nothing."""
+    """Return Lightning's environment of a lone process: no launcher is looked for or told."""
     return LightningEnvironment()
 
 
 def refuse_other_launchers(devices: int) -> None:
-    """Raise a UserError where this is one of several processes that each would start `devices` more.
+    """Let no launcher's processes each start `devices` more.
 
     Raises:
-        UserError: naming the launcher's variable.
+        UserError: this is one of several; naming the launcher's variable.
     """
     for name in _SIZES:
         if _number(name) > 1:
