@@ -19,7 +19,7 @@ def test_every_job_and_every_failure_is_shown(tmp_path):
         "b/report.html",
     ], "the best in the headline, then the jobs that have a report"
     assert path.stat().st_size < 3_000_000
-    assert len(page.specs) == 3, "parallel coordinates, and a chart of each key"
+    assert len(page.specs) == 4, "costs, parallel coordinates, and a chart of each key"
     assert "3.05 to 3.45" in page.text, "the best job's interval"
     assert f"'stages=[evaluate,report]' run_dir={tmp_path}/b" in page.text
 
@@ -110,3 +110,15 @@ def test_a_sweep_of_one_job_has_no_charts(tmp_path):
 )
 def test_an_override_is_a_key_and_a_value(override, parts):
     assert split_override(override) == parts
+
+
+def test_a_point_says_what_a_step_makes_and_costs(tmp_path):
+    write_sweep(tmp_path)
+    write(tmp_path / "b" / "metrics.json", {"eval/tokens_per_step": 4.0})
+    assert content(tmp_path)["costs"] is None, "one job alone has both figures"
+    of_both = {"eval/speedup": 2.0, "eval/speedup_low": 1.9, "eval/speedup_high": 2.1}
+    for name, tokens in (("a", 3.0), ("b", 4.0)):
+        write(tmp_path / name / "metrics.json", {**of_both, "eval/tokens_per_step": tokens})
+    shown = content(tmp_path)["costs"]["data"]["values"]
+    assert {(row["tokens"], row["cost"]) for row in shown} == {(3.0, 1.5), (4.0, 2.0)}
+    assert 'id="costs"' in write_comparison(tmp_path).read_text(encoding="utf-8")

@@ -59,6 +59,7 @@ def content(sweep_dir: Path) -> Row:
         "values": _low_median_high([row["value"] for row in ranked]),
         "coordinates": coordinates_chart(ranked, keys, objective) if len(ranked) > 1 else None,
         "effects": effects_chart(ranked, keys, objective) if len(ranked) > 1 else None,
+        "costs": costs_chart(rows, keys),
         "shared": _shared_overrides(jobs.values()),
         "again": _command_again(sweep_dir, best) if best else None,
     }
@@ -205,6 +206,37 @@ def effects_chart(rows: Sequence[Row], keys: Sequence[str], objective: str) -> d
         best = base.mark_line(style="gap").encode(y=alt.Y(f"{better}(value):Q", title=None))
         charts[key] = spec_of(best + dots, height=200)
     return charts
+
+
+def costs_chart(rows: Sequence[Row], keys: Sequence[str]) -> Spec | None:
+    """Draw tokens per step against what a step costs, a point for each job that was evaluated.
+
+    The cost is that of a step with heads over one of plain decoding, which makes a token each:
+    their quotient is the speed-up. None where fewer than two jobs have been.
+    """
+    names = ("eval/tokens_per_step", "eval/speedup")
+    points = []
+    for row in rows:
+        tokens, speedup = (row["metrics"].get(name) for name in names)
+        if tokens and speedup:
+            label = " ".join(
+                f"{key}={row['settings'][key]}" for key in keys if key in row["settings"]
+            )
+            text = f"#{row['number']} {label}: {tokens:.2f} tokens, {speedup:.2f} times as fast"
+            points.append(
+                {"cost": tokens / speedup, "tokens": tokens, "setting": label, "text": text}
+            )
+    if len(points) < 2:
+        return None
+    loose = alt.Scale(zero=False, padding=20)
+    base = alt.Chart(inline_data(points)).encode(
+        x=alt.X("cost:Q", title="cost of a step (plain decoding: 1)", scale=loose),
+        y=alt.Y("tokens:Q", title="tokens per step", scale=loose),
+        tooltip=alt.Tooltip("text:N", title="job"),
+    )
+    dots = base.mark_point(filled=True, size=60, opacity=0.7)
+    texts = base.mark_text(dx=8, align="left", limit=3 * _LONGEST_LABEL).encode(text="setting:N")
+    return spec_of(dots + texts, height=300)
 
 
 def job_label(row: Row, keys: Sequence[str], objective: str) -> str:
