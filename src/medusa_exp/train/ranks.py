@@ -34,11 +34,11 @@ _SIZES = (
     "JSM_NAMESPACE_SIZE",
     "SLURM_STEP_NUM_TASKS",
 )
-"""Variables that only processes of a launcher have: SLURM_NTASKS stands in an allocation's shell."""
+"""Variables of a launcher's processes alone: SLURM_NTASKS stands in an allocation's shell too."""
 
 
 def be_alone() -> None:
-    """Make this process the only one, with a line where its environment says otherwise."""
+    """Make this process the only one; say so where its environment says otherwise."""
     said = [f"{name}={os.environ[name]}" for name in _RANKS if _number(name) > 0]
     said += [
         f"{name}={os.environ[name]}" for name in (*_SIZES, "SLURM_NTASKS") if _number(name) > 1
