@@ -10,6 +10,8 @@ from cli_runs import SMOKE, medusa_exp, read, snapshot
 from wandb_files import run_files
 from wandb_files import state as written_state
 
+from medusa_exp import run
+from medusa_exp.errors import UserError
 from medusa_exp.runs.metric_table import metric_of
 
 
@@ -235,3 +237,11 @@ def test_several_processes_in_a_sweep_are_refused(tmp_path):
     assert result.returncode == 1
     assert "train.strategy=ddp in a sweep (-m)" in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_a_stage_that_leaves_no_files_has_failed(config, tmp_path, monkeypatch):
+    config.stages = ["train"]
+    monkeypatch.setattr("medusa_exp.stages.train.run", lambda config, out, session: {})
+    with pytest.raises(UserError, match=r"stage train has ended without heads/config\.json and "):
+        run(config, tmp_path / "run")
+    assert read(tmp_path / "run/run.json")["stages"]["train"]["status"] == "failed"

@@ -33,6 +33,7 @@ from medusa_exp.config import Config, continuation, from_hydra, register, to_dic
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs import sweep
 from medusa_exp.runs.files import read_json
+from medusa_exp.tracking.wandb_variables import with_variables
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,16 @@ STAGES = {
 }
 """Stage -> module whose `run(config, out, session) -> metrics` does it. Imported only when it runs:
 the command line itself must answer without torch."""
+
+PROMISED = {
+    "inspect": ("data.json",),
+    "regenerate": ("regenerated.json",),
+    "train": ("heads/config.json", "heads/model.safetensors"),
+    "calibrate": ("calibration.json", "tree.json"),
+    "evaluate": ("records.jsonl", "tree.json"),
+    "report": ("report.html",),
+}
+"""Stage -> files of the run directory without which it has not done its work."""
 
 
 # The one thing done at import: a launcher's processes load this module and nothing else of ours
@@ -125,6 +136,7 @@ def run(config: Config, out: str | Path) -> dict[str, float]:
     """
     out = Path(out)
     config.run_dir = str(out)
+    config.logger = with_variables(config.logger)
     _check_stages(config, is_sweep=False)
     saved = out / continuation.SAVED
     if not saved.exists():
@@ -178,6 +190,7 @@ def _checked_config(composed: DictConfig, out: Path) -> Config:
     is_sweep = job.mode == RunMode.MULTIRUN
     config = from_hydra(continuation.effective_config(composed, out, job))
     config.run_dir = str(out)
+    config.logger = with_variables(config.logger, job.overrides.task)
     if is_sweep and config.logger.group is None:
         config.logger.group = f"{config.name}/{Path(job.sweep.dir).name}"
     _check_stages(config, is_sweep)
@@ -196,6 +209,15 @@ def _check_stages(config: Config, is_sweep: bool) -> None:
             f"train.strategy={config.train.strategy} in a sweep (-m): its jobs run one after the "
             "other in one process, and each would take all devices. Leave out -m, or set "
             "train.strategy=auto."
+        )
+
+
+def _check_promised(stage: str, out: Path) -> None:
+    """Raise a UserError where a stage has ended without what the next ones, and users, read."""
+    if missing := [name for name in PROMISED.get(stage, ()) if not (out / name).is_file()]:
+        raise UserError(
+            f"stage {stage} has ended without {' and '.join(missing)} in {out}: what was written "
+            "there is on another machine or disk, or was removed. See medusa_exp.log."
         )
 
 
@@ -222,6 +244,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
             log.info("stage %s", name)
             with record.stage(name) as session.notes:
                 metrics = importlib.import_module(STAGES[name]).run(config, out, session)
+                _check_promised(name, out)
             record.merge_metrics(name, metrics)
             tracker.stage_done(name)
     print_summary(record)

@@ -82,7 +82,7 @@ def _identity(
         "entity": config.logger.entity,
         "group": known.get("group"),
         "job_type": known["job_type"],
-        "name": f"{shown['name']}/{out.name}",
+        "name": os.environ.get("WANDB_NAME") or f"{shown['name']}/{out.name}",
         "tags": shown["logger"]["tags"] or None,
         "notes": shown["logger"]["notes"],
         "dir": out,
