@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from medusa_exp.config.privacy import without_environment
 from medusa_exp.config.schema import Config
+from medusa_exp.config.trust import check_hydra_nodes, load_yaml
 from medusa_exp.errors import UserError
 
 _WITH_KEYS_OF_USERS = (
@@ -22,6 +23,7 @@ _WITH_KEYS_OF_USERS = (
 
 def register() -> None:
     """Make the schema known to Hydra under the name that `conf/config.yaml` starts from."""
+    check_hydra_nodes()
     store = ConfigStore.instance()
     schema = OmegaConf.structured(Config)
     for key in _WITH_KEYS_OF_USERS:
@@ -65,8 +67,10 @@ def load_saved(path: Path) -> DictConfig:
     try:
         # Places that Hydra made of the clock: nobody else could read them.
         placed = {"run_dir": str(path.parents[1]), "sweep_dir": ""}
-        saved = OmegaConf.load(path)
+        saved = load_yaml(path)
         return OmegaConf.merge(OmegaConf.structured(Config), saved, placed)  # type: ignore
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{path} does not fit this version of medusa_exp: {error}") from error
 

@@ -16,10 +16,12 @@ from typing import Any
 from hydra._internal.utils import get_args_parser  # private: hydra 1.3
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from medusa_exp.config import Config, load_saved
+from medusa_exp.config.trust import check_override, check_saved, load_yaml
 from medusa_exp.errors import UserError
 
 SAVED = Path(".hydra/config.yaml")
@@ -73,10 +75,11 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
     Raises:
         UserError: there is no such run, or today's schema does not know its config.
     """
-    keys = map(key_of, new_overrides(out, hydra_config))
+    keys = [key_of(override) for override in new_overrides(out, hydra_config)]
     if continues(out, hydra_config):
         config = load_saved(out / SAVED)
         overlay(config, composed, keys)
+        check_saved(config, out / SAVED, keys)
         OmegaConf.save(config, out / str(hydra_config.output_subdir) / SAVED.name)
         return config
     if composed.rerun.source is None:
@@ -85,7 +88,9 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
     if not (source / SAVED).is_file():
         raise UserError(f"rerun.source={source} is no run directory: it has no .hydra/config.yaml.")
     config = load_saved(source / SAVED)
-    overlay(config, composed, [*(key for key in keys if key not in _OF_RERUN), "rerun"])
+    said = [*(key for key in keys if key not in _OF_RERUN), "rerun"]
+    overlay(config, composed, said)
+    check_saved(config, source / SAVED, said)
     OmegaConf.save(config, out / SAVED)  # it is this run's config from now on
     return config
 
@@ -97,7 +102,11 @@ def saved_objective(source: str | None) -> str:
     """
     path = Path(source).expanduser() / SAVED if source else SAVED
     try:
-        return str(load_saved(path).objective) if source and path.is_file() else Config.objective
+        if not (source and path.is_file()):
+            return Config.objective
+        config = load_saved(path)
+        check_saved(config, path)
+        return str(config.objective)
     except UserError:
         return Config.objective
 
@@ -153,8 +162,7 @@ def _refuse_hidden_run_dirs(argv: list[str]) -> None:
     """
     for override in _overrides(argv):
         key, _, value = override.lstrip("+").partition("=")
-        place = Path(value.strip("'\""))
-        if key in ("hydra.run.dir", "hydra.sweep.dir") and any(place.glob(f"**/{SAVED}")):
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and _has_runs(override):
             raise UserError(
                 f"{override}: there are runs in that directory. Name one of them by run_dir to go "
                 "on with it, or a sweep's by sweep_dir; or choose another directory."
@@ -163,14 +171,25 @@ def _refuse_hidden_run_dirs(argv: list[str]) -> None:
             raise UserError(f"{override}: give run_dir as a plain path, without ${{...}}.")
 
 
+def _has_runs(override: str) -> bool:
+    return any(Path(str(_parsed(override).value())).glob(f"**/{SAVED}"))
+
+
 def _run_dir(argv: list[str]) -> Path | None:
-    named = [a.split("=", 1)[1] for a in _overrides(argv) if a.lstrip("+").startswith("run_dir=")]
-    return Path(named[-1].strip("'\"")) if named else None
+    named = [a for a in _overrides(argv) if a.lstrip("+").startswith("run_dir=")]
+    # By Hydra's own parser: it may be in quotes, and a blank may have a backslash before it.
+    return Path(str(_parsed(named[-1]).value())) if named else None
 
 
 def _saved_overrides(run_dir: Path) -> list[str]:
     path = run_dir / _OVERRIDES
-    return OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else []  # type: ignore
+    saved: Any = OmegaConf.to_container(load_yaml(path), resolve=False) if path.is_file() else []
+    if not (isinstance(saved, list) and all(isinstance(one, str) for one in saved)):
+        raise UserError(f"{path} is no list of overrides, as Hydra saves it: restore it.")
+    for override in saved:
+        parsed = _parsed(override)
+        check_override(parsed.package, parsed.key_or_group, override, path)
+    return saved
 
 
 def key_of(override: str) -> str:
@@ -179,11 +198,14 @@ def key_of(override: str) -> str:
     Raises:
         UserError: Hydra cannot read it.
     """
+    return str(_parsed(override).key_or_group).lstrip("/")
+
+
+def _parsed(override: str) -> Override:
     try:
-        parsed = OverridesParser.create().parse_override(override)
+        return OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise UserError(f"{override} is no override that Hydra can read: {error}") from error
-    return str(parsed.key_or_group).lstrip("/")
 
 
 def split_override(override: str) -> tuple[str, str]:

@@ -3,8 +3,10 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Annotated, Literal
 
-from safetensors import SafetensorError
+import msgspec
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, PreTrainedModel
 
 from medusa_exp.errors import UserError
@@ -13,6 +15,7 @@ from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.runs.files import publish, sha256_file
 
 WEIGHTS = "model.safetensors"
+_MOST_HEADS, _MOST_CONFIG = 64, 1 << 20
 
 
 def save_heads(heads: MedusaHeads, path: Path) -> None:
@@ -30,21 +33,82 @@ def load_heads(path: str | Path, model: PreTrainedModel | Backbone | None = None
     place = Path(path)
     if not (place / "config.json").is_file():
         raise UserError(f"{place} holds no heads (config.json is missing): run stage train first.")
+    _check_files(place)
     try:
-        heads, report = AutoModel.from_pretrained(place, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        heads, report = AutoModel.from_pretrained(
+            place, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (TypeError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the heads in {place} cannot be loaded: {error}") from error
     if not isinstance(heads, MedusaHeads):
         raise UserError(f"{place} holds a {type(heads).__name__}, not Medusa heads.")
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise UserError(f"{place}/model.safetensors does not fit its config.json: {wrong[:4]}.")
+    check_weights(heads, place)
     if model is None:
         return heads
     backbone = model if isinstance(model, Backbone) else Backbone(model)
     check_fit(heads, backbone, place)
     heads.attach(backbone)
     return heads.to(backbone.device, backbone.lm_head.weight.dtype).eval()
+
+
+class _Shape(msgspec.Struct):
+    """What heads/config.json has to hold before anything is built by it; see MedusaHeadsConfig."""
+
+    model_type: Literal["medusa"]
+    kind: Literal["medusa", "medusa_tied", "medusa_lowrank", "hydra", "recurrent"]
+    num_heads: Annotated[int, msgspec.Meta(ge=1, le=_MOST_HEADS)]
+    hidden_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    num_layers: Annotated[int, msgspec.Meta(ge=0, le=_MOST_HEADS)] = 1
+    bias: bool = True
+    rank: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None = None
+    num_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)] | None = None
+    prefix_attention: bool = False
+    num_attention_heads: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)] = 1
+    lm_head_bias: bool = False
+    backbone: str = ""
+    backbone_identity: str = ""
+    backbone_weights: str = ""
+    lm_head_sha256: str = ""
+
+
+def _check_files(place: Path) -> None:
+    """Check what a directory of heads says of itself, before anything is built by it.
+
+    Raises:
+        UserError: config.json is not that of heads, or the weights are in no safetensors.
+    """
+    path = place / "config.json"
+    try:
+        if path.stat().st_size > _MOST_CONFIG:
+            raise UserError(f"{path} is larger than {_MOST_CONFIG >> 20} MiB: it is no config.")
+        msgspec.json.decode(path.read_bytes(), type=_Shape)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no config of heads: {error}. Restore it, or train the heads again."
+        ) from error
+    if not (place / WEIGHTS).is_file():
+        raise UserError(
+            f"{place} has no {WEIGHTS}: heads are read from safetensors alone, since other formats "
+            "can hold code to run. Copy that file there, or train the heads again."
+        )
+
+
+def check_weights(heads: MedusaHeads, place: Path) -> None:
+    """Raise a UserError where weights are integers, NaN or infinite: they would propose nothing."""
+    with safe_open(place / WEIGHTS, framework="pt") as file:
+        for name, weights in heads.named_parameters():
+            # As they are stored: loading has made floats of integers.
+            is_stored = name in file.keys()  # noqa: SIM118 - it is no dictionary
+            is_integer = is_stored and "F" not in str(file.get_slice(name).get_dtype())
+            if is_integer or not bool(weights.isfinite().all()):
+                raise UserError(
+                    f"{place / WEIGHTS}: the weights {name} are integers, or not all of them are "
+                    "finite numbers: restore the file, or train the heads again."
+                )
 
 
 def find_heads(key: str, named: str) -> Path:

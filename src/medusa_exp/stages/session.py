@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config, from_hydra, load_saved
+from medusa_exp.config.trust import check_saved
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.prompts import HasRoom, prompts_of
 from medusa_exp.data.sources import Source, dataset_key, files_of, load_split, open_sources
@@ -65,12 +66,14 @@ class Session:
         """Open a run directory by its saved config.
 
         Raises:
-            UserError: it is none, or it is of another version.
+            UserError: it is none, of another version, or asks for more than a saved run may.
         """
         saved = run / ".hydra" / "config.yaml"
         if not saved.is_file():
             raise UserError(f"{run} is no run directory: it has no .hydra/config.yaml.")
-        config = from_hydra(load_saved(saved))
+        written = load_saved(saved)
+        check_saved(written, saved)
+        config = from_hydra(written)
         config.run_dir, config.device = str(run), device or config.device
         return cls(config, run)
 

@@ -1,0 +1,154 @@
+"""What a saved run and an experiment's YAML may not say: both are data, which others may have made.
+
+A saved run is continued as it is described, but what reaches beyond it has to be said again on the
+command line: the model's own code, the environment, a place to write at outside, a key to send. No
+file may bring Hydra nodes that name code; Hydra's own plugins, and our one callback, stay.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from hydra._internal.config_loader_impl import ConfigLoaderImpl  # private: hydra 1.3
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
+
+from medusa_exp.errors import UserError
+
+_MOST_BYTES = 1 << 20
+_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
+_HARMLESS = ("now", "medusa_exp.saved_objective")
+_NAMES_CODE = ("_target_", "class", "()", "factory")
+"""Keys by which Hydra, or `logging.config`, find something to call."""
+_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.", "optuna.samplers.")
+_LOGGING = ("logging.StreamHandler", "logging.FileHandler", "colorlog.ColoredFormatter")
+_CALLBACK = "medusa_exp.runs.sweep._StartedSweeps"
+_OF_SHELL = re.compile(r"(PATH|LD_|DYLD_|PYTHON|GIT_|BASH_ENV|ENV$|HOME$)")
+"""Variables by which our own calls of git, or later processes, would run something else."""
+
+
+def load_yaml(path: Path) -> Any:
+    """Read YAML that a run has saved, as OmegaConf does.
+
+    Raises:
+        UserError: it is none, too large, or has aliases, which grow beyond any size when expanded.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: no run has saved it.")
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise UserError(f"{path} has YAML aliases (*name): no run has saved it.")
+        return OmegaConf.create(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read: {error}. Restore it.") from error
+
+
+def check_saved(config: DictConfig, path: Path, said: Collection[str] = ()) -> None:
+    """Check what a saved config, read from `path`, asks for beyond its own run.
+
+    Args:
+        config: as saved, with what this call says on top.
+        path: of its file.
+        said: keys and groups that this call names.
+
+    Raises:
+        UserError: it asks for something that this call does not; names the key.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    values = {key: value for key, value in _leaves(plain) if not _is_said(key, said)}
+    for key, value in values.items():
+        foreign = set(_RESOLVER.findall(value)) - set(_HARMLESS) if isinstance(value, str) else ()
+        if foreign:
+            raise UserError(
+                f"{path}: {key}={value} looks something up where it is read ({', '.join(foreign)}),"
+                f" which a saved run may not: say {key}=... again on this command line."
+            )
+    out, run_dir = values.get("export.out"), path.resolve().parents[1]
+    is_outside = bool(out) and not Path(str(out)).resolve().is_relative_to(run_dir)
+    asks = plain["regenerate"]["server"] or plain["evaluate"]["server"]
+    for key, is_refused, what in (
+        ("model.trust_remote_code", True, "would run Python code that comes with the model"),
+        ("export.out", is_outside and "export" in plain["stages"], "writes outside of the run"),
+        ("serving.key_variable", bool(asks), "would send that variable to a server"),
+    ):
+        if values.get(key) and is_refused:
+            raise UserError(
+                f"{path}: {key}={values[key]} {what}, which a saved run cannot decide: say "
+                f"{key}={values[key]} again on this command line if you want it, or another value."
+            )
+
+
+def _is_said(key: str, said: Collection[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in said)
+
+
+def check_override(package: str | None, key: str, override: str, path: Path) -> None:
+    """Raise a UserError where an override that was saved, in `path`, sets something of Hydra's."""
+    words = [*re.split(r"[./]", key.lstrip("/"))[:1], *(package or "").split(".")]
+    if "hydra" in words:
+        raise UserError(
+            f"{path}: {override} would set something of Hydra's, which can run code, and which no "
+            "run has saved there: take that line out, or start a new run."
+        )
+
+
+def check_hydra_nodes() -> None:
+    """Have every config that Hydra composes from now on checked, before Hydra acts by it."""
+    load: Callable[..., DictConfig] = ConfigLoaderImpl.load_configuration
+    if hasattr(load, "is_checked"):
+        return
+
+    def load_checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        config = load(self, *args, **kwargs)
+        if "hydra" in config:
+            _check_nodes(OmegaConf.to_container(config.hydra, resolve=False))
+        return config
+
+    load_checked.is_checked = True  # type: ignore[attr-defined]
+    ConfigLoaderImpl.load_configuration = load_checked  # type: ignore[method-assign]
+
+
+def _check_nodes(node: Any) -> None:
+    for key, value in _leaves(node):
+        place, _, name = key.rpartition(".")
+        section = place.split(".")[0]
+        text = value if isinstance(value, str) else ""
+        if name in _NAMES_CODE and text:
+            may = text.startswith(_PLUGINS) if section in ("launcher", "sweeper") else False
+            may |= text in _LOGGING and section in ("job_logging", "hydra_logging")
+            _refuse_unless(may or text == _CALLBACK, key, text, "names code to run")
+        if section in ("job_logging", "hydra_logging"):
+            _refuse_unless("ext://" not in text or text in _STREAMS, key, text, "names code to run")
+            is_own = text.startswith(_OWN_PLACES) and ".." not in text
+            _refuse_unless(name != "filename" or is_own, key, text, "writes outside of the run")
+        if key == "job.name":
+            _refuse_unless("/" not in text, key, text, "writes outside of the run")
+        if place == "job.env_set":
+            _refuse_unless(not _OF_SHELL.match(name), key, text, "changes which programs run")
+
+
+_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+_OWN_PLACES = ("${hydra.runtime.output_dir}/", "${hydra.sweep.dir}/")
+
+
+def _refuse_unless(is_fine: bool, key: str, value: str, what: str) -> None:
+    if not is_fine:
+        raise ConfigCompositionException(
+            f"hydra.{key}={value} {what}, which no config may: take it out of the YAML file or the "
+            "command line. Variables can be set in the shell."
+        )
+
+
+def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value of nested dictionaries and lists under its path, with dots."""
+    if isinstance(node, dict | list):
+        named = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in named:
+            yield from _leaves(value, f"{place}.{key}" if place else str(key))
+    else:
+        yield place, node
