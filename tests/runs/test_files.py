@@ -1,4 +1,6 @@
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +98,27 @@ def test_a_key_that_the_schema_gains_later_names_nothing_anew_at_its_default():
     assert settings_in_key(Section(), ["steps"], but=["devices"]) == {"steps": 3}
     changed = Section(later="on", devices=2)
     assert settings_in_key(changed, ["steps"], but=["devices"]) == {"steps": 3, "later": "on"}
+
+
+def test_contents_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    synced, at_rename = set(), []
+    sync, rename = os.fsync, Path.replace
+
+    def note_sync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def note_rename(path, target):
+        at_rename.append(
+            {p.name for p in [path, *path.rglob("*")] if p.stat().st_ino not in synced}
+        )
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    with publish(tmp_path / "dir") as partial:
+        (partial / "deep").mkdir(parents=True)
+        (partial / "deep" / "file").write_text("x")
+    write_json(tmp_path / "value.json", 1)
+    assert at_rename == [set(), set()]
+    assert tmp_path.stat().st_ino in synced, "and the name itself"

@@ -54,3 +54,22 @@ def test_an_error_says_the_variable_and_not_its_value(tmp_path, monkeypatch):
         raise UserError("evaluate.path=/secret/place/x does not exist: 1 try")
     error = read_json(tmp_path / "run.json")["stages"]["evaluate"]["error"]
     assert error == "UserError: evaluate.path=${oc.env:PLACE}/x does not exist: 1 try"
+
+
+def test_two_calls_at_once_keep_each_others_numbers(tmp_path):
+    config = Config(device="cpu")
+    one, two = (RunRecord(tmp_path, config, [name]) for name in ("one", "two"))
+    with one.stage("calibrate") as notes_one, two.stage("evaluate") as notes_two:
+        notes_one.add_inputs(tokenised="a")
+        notes_two.add_inputs(model="b")
+        two.merge_metrics("evaluate", {"eval/speedup": 2.0})
+        one.merge_metrics("calibrate", {"tree/num_nodes": 3.0})
+    assert read_json(tmp_path / "metrics.json") == {"eval/speedup": 2.0, "tree/num_nodes": 3.0}
+    run = read_json(tmp_path / "run.json")
+    assert {name: stage["status"] for name, stage in run["stages"].items()} == {
+        "calibrate": "done",
+        "evaluate": "done",
+    }
+    assert run["cache_keys"] == {"tokenised": "a", "model": "b"}
+    two.merge_metrics("evaluate", {})
+    assert read_json(tmp_path / "metrics.json") == {"tree/num_nodes": 3.0}

@@ -1,8 +1,10 @@
 """Files and directories that appear under their final name only when they are whole.
 
+Contents are on the disk before the name is, so that lost power leaves no empty file under it.
 A killed process may leave a hidden temporary sibling (`.name.partial-...`), never half an artefact.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -36,9 +38,11 @@ def publish(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _open_to_readers(partial)
+        _sync(partial)
         if partial.is_dir() and path.exists():
             shutil.rmtree(path)
         partial.replace(path)
+        _sync_one(path.parent)
     except Exception as error:
         if isinstance(error, UserError) or not _lacks_room(error, path.parent):
             raise
@@ -56,6 +60,28 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or all of a directory, on the disk: without, power lost leaves empty files."""
+    for written in path.rglob("*") if path.is_dir() else ():
+        if not written.is_symlink():
+            _sync_one(written)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # such as a directory that one may write to, and not list
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems have no sync of directories
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _open_to_readers(partial: Path) -> None:
@@ -103,7 +129,7 @@ def read_json(path: Path, default: Any = None) -> Any:
         return default
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}. Delete it or restore it.") from error
 
 

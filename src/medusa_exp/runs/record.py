@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import shareable_text, without_users
 from medusa_exp.runs.files import publish, read_json, sha256_file, write_json
@@ -25,12 +27,15 @@ from medusa_exp.runs.files import publish, read_json, sha256_file, write_json
 if TYPE_CHECKING:
     import torch
 
+_LOCK = ".record.lock"
 log = logging.getLogger(__name__)
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
 
 
 class RunRecord:
     """The two record files of a run directory; an existing record is continued.
+
+    Several calls may be at stages of one run at once: each writes its own, under a lock.
 
     `run` is the content of run.json and `metrics` that of metrics.json, as they were last written.
     """
@@ -48,6 +53,7 @@ class RunRecord:
         self._metric_names: dict[str, list[str]] = {
             name: entry.get("metrics", []) for name, entry in self.run["stages"].items()
         }
+        self._own: set[str] = set()
         self.run["seed"] = config.seed
         self.run["versions"] = {"python": platform.python_version(), **versions(_PACKAGES)}
         self.run["git"], diff = checkout()
@@ -71,6 +77,7 @@ class RunRecord:
         if name in self._metric_names:  # these are there until others replace them
             entry["metrics"] = self._metric_names[name]
         self.run["stages"][name] = entry
+        self._own.add(name)
         self._save()
         start = time.perf_counter()
         notes = Notes(self.run, entry, self._save)
@@ -96,19 +103,33 @@ class RunRecord:
         if broken := sorted(name for name, value in plain.items() if not math.isfinite(value)):
             log.warning("stage %s: not finite, and left out: %s", stage, ", ".join(broken))
             plain = {name: value for name, value in plain.items() if name not in broken}
-        entry = self.run["stages"].setdefault(stage, {})
-        for name in self._metric_names.get(stage, []):
-            self.metrics.pop(name, None)
+        entry, before = self.run["stages"].setdefault(stage, {}), self._metric_names.get(stage, [])
         entry["metrics"] = self._metric_names[stage] = sorted(plain)
+        self._own.add(stage)
         self._save()
-        self.metrics.update(plain)
-        write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
+        with self._locked():
+            self.metrics |= read_json(self.out / "metrics.json", {})
+            for name in before:
+                self.metrics.pop(name, None)
+            self.metrics.update(plain)
+            write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
         return plain
 
     def _save(self) -> None:
         self.run["device"] = device_name(self.config.device)
         self.run["peak_memory_bytes"] = peak_memory_bytes()
-        write_json(self.out / "run.json", self.run)
+        with self._locked():
+            # Another call may be at other stages of this run, and have written them meanwhile.
+            written, stages = read_json(self.out / "run.json", {}), self.run["stages"]
+            own = {name: stages[name] for name in stages if name in self._own}
+            stages.update({**written.get("stages", {}), **own})
+            for key in ("data", "cache_keys"):
+                self.run[key].update({**written.get(key, {}), **self.run[key]})
+            write_json(self.out / "run.json", self.run)
+
+    def _locked(self) -> FileLock:
+        self.out.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.out / _LOCK)
 
 
 class Notes:

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -23,6 +24,7 @@ from medusa_exp.data.datamodule import Batch, Batches
 from medusa_exp.errors import UserError
 from medusa_exp.model.loading import pick_device
 from medusa_exp.runs.cache import entry
+from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.stages.session import Session
 from medusa_exp.train.optimizer import scheduled
 from medusa_exp.train.ranks import be_alone
@@ -30,6 +32,8 @@ from medusa_exp.train.trainer import build_trainer, pick_precision
 
 log = logging.getLogger(__name__)
 
+_METRICS = "pretrain_metrics.json"
+"""Beside the model: its figures, for runs that find it in the cache."""
 _END = "<|end|>"
 _ROLE_MARKS = ["<|system|>", "<|user|>", "<|assistant|>"]
 _CHAT_TEMPLATE = """\
@@ -52,18 +56,26 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     with entry(config.cache_dir, "pretrained", name, _is_whole) as (path, partial):
         if partial is None:
             log.info("the pretrained model is in the cache: %s", path)
-            return {}
+            found: dict[str, float] = read_json(path / _METRICS, {})
+            return found
         L.seed_everything(config.seed, verbose=False)
         tokenizer = train_tokenizer(session.split("train"), config.tokenizer.vocab_size)
         model, loss = _pretrain(config, out, tokenizer, session)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        write_json(partial / _METRICS, metrics := {"pretrain/loss": loss})
     log.info("pretrained model written to %s", path)
-    return {"pretrain/loss": loss}
+    return metrics
 
 
 def _is_whole(path: Path) -> bool:
-    return (path / "config.json").is_file()
+    if not all((path / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return False
+    try:
+        with safe_open(path / "model.safetensors", framework="pt"):
+            return True  # its header is whole, and so many bytes are there as it says
+    except (OSError, SafetensorError):
+        return False
 
 
 def _pretrain(
