@@ -121,7 +121,8 @@ def test_no_variable_of_a_later_call_is_written_anywhere(run_dir, medusa_exp, se
     project = run_dir.parent
     if not (project / "copy").exists():
         shutil.copytree(run_dir, project / "copy")
-    medusa_exp(*call, "logger.notes=${oc.env:SECRET_CANARY}", "logger.tags=['${oc.env:HOME}']")
+    own = ("logger.notes=${oc.env:SECRET_CANARY}", "logger.tags=['${oc.env:HOME}']")
+    medusa_exp(*call, *own, "tree.path=${oc.env:SECRET_CANARY}")
     out = project / next(word[8:] for word in call if word.startswith("run_dir="))
     *_, newest = sorted(out.glob(".hydra*/config.yaml"), key=lambda path: path.stat().st_mtime)
     assert "notes: ${oc.env:SECRET_CANARY}\n" in newest.read_text()

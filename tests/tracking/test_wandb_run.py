@@ -142,6 +142,7 @@ def test_a_later_call_goes_on_with_the_same_run(home, run_dir, medusa_exp):
     medusa_exp(
         "stages=[evaluate]",
         "run_dir=later",
+        "tree.path=${oc.env:SECRET_CANARY}",
         "evaluate.num_prompts=1",
         "evaluate.baselines=[]",
     )

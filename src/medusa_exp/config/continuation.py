@@ -29,6 +29,10 @@ _BEGUN = "run.json"
 """Without it no stage ever began in a directory: its config was refused, and is none to keep."""
 _OF_RERUN = ("experiment", "rerun.source", "run_dir", "sweep_dir")
 """Keys that say how a run is done again, not what is done."""
+_GROUPS_ALONE = ("experiment", "sweep")
+"""Groups that are no keys."""
+_SAID: set[str] = set()
+"""Keys that this command line names, also those whose override was saved in just these words."""
 _OVERRIDES = Path(".hydra/overrides.yaml")
 
 
@@ -56,6 +60,7 @@ def arguments(argv: list[str]) -> list[str]:
                 "an experiment belongs to a new run; override single keys or groups instead."
             )
     named = set(map(key_of, new))
+    _SAID.update(named - set(_GROUPS_ALONE))
     kept = [override for override in saved if key_of(override) not in named]
     # A job of a sweep has saved the sweep's overrides too; it is one run from now on.
     ours = ["hydra.mode=RUN", f"hydra.output_subdir={_next_subdir(run_dir)}"]
@@ -78,8 +83,11 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
     keys = [key_of(override) for override in new_overrides(out, hydra_config)]
     if continues(out, hydra_config):
         config = load_saved(out / SAVED)
-        overlay(config, composed, keys)
-        check_saved(config, out / SAVED, keys)
+        # A group that is said again as it was changes nothing; a key may be said to be allowed.
+        written = OmegaConf.to_container(composed, resolve=False)
+        again = [key for key in sorted(_SAID) if not isinstance(_at(written, key.split(".")), dict)]
+        overlay(config, composed, [*keys, *again])
+        check_saved(config, out / SAVED, [*keys, *again])
         OmegaConf.save(config, out / str(hydra_config.output_subdir) / SAVED.name)
         return config
     if composed.rerun.source is None:
