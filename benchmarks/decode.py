@@ -24,7 +24,8 @@ from medusa_exp.evaluate.methods import Method, build_methods, timed
 from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
 from medusa_exp.model import Backbone, build_heads
-from medusa_exp.model.loss import TokenTargets, medusa_loss, medusa_losses
+from medusa_exp.model.loss import medusa_loss, medusa_losses
+from medusa_exp.model.targets import TokenTargets
 from medusa_exp.runs.files import read_json
 from medusa_exp.stages.evaluate import load_prompts
 from medusa_exp.stages.session import Session

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from medusa_exp.data.batching import label_positions
 from medusa_exp.model import Backbone, MedusaHeads, build_heads
-from medusa_exp.model.loss import TokenTargets, medusa_loss, medusa_losses
+from medusa_exp.model.loss import medusa_loss, medusa_losses
+from medusa_exp.model.targets import TokenTargets
 from medusa_exp.stages.train import Inputs
 
 MEMORY_MARK = "memory: "

@@ -20,16 +20,18 @@ from medusa_exp.model.heads import (
     stack_heads,
 )
 from medusa_exp.model.loss import (
-    AcceptanceLoss,
-    AcceptanceTargets,
-    DistributionTargets,
-    TokenTargets,
-    TopTargets,
     medusa_counts,
     medusa_losses,
     with_own_drafts,
 )
 from medusa_exp.model.scoring import answer_ranks
+from medusa_exp.model.targets import (
+    AcceptanceLoss,
+    AcceptanceTargets,
+    DistributionTargets,
+    TokenTargets,
+    TopTargets,
+)
 from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.search import num_steps
 

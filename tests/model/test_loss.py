@@ -9,6 +9,14 @@ from torch.utils._pytree import tree_leaves  # private: torch 2.13
 from medusa_exp.data.batching import label_positions
 from medusa_exp.model import build_heads
 from medusa_exp.model.loss import (
+    _even_rows,
+    chunked_loss,
+    head_labels,
+    medusa_counts,
+    medusa_loss,
+    medusa_losses,
+)
+from medusa_exp.model.targets import (
     AcceptanceLoss,
     AcceptanceTargets,
     DistributionTargets,
@@ -16,12 +24,6 @@ from medusa_exp.model.loss import (
     TopAcceptanceTargets,
     TopTargets,
     _ByLogits,
-    _even_rows,
-    chunked_loss,
-    head_labels,
-    medusa_counts,
-    medusa_loss,
-    medusa_losses,
 )
 from medusa_exp.train.defaults import LOGIT_BYTES
 
@@ -165,13 +167,15 @@ def test_acceptance_losses_and_their_gradients_in_float64(kind, reach):
     plain = plain_acceptance(kind, p_RW, logits_RW.softmax(-1), 3.0)
     expected = torch.autograd.grad(plain.sum(), logits_RW)[0]
     for found in (
-        _ByLogits.apply(logits_RW, p_RW.log(), form),
-        form.of(p_RW.log(), logits_RW.log_softmax(-1)),
+        _ByLogits.apply(logits_RW, p_RW.log(), form)[0],
+        form.of(p_RW.log(), logits_RW.log_softmax(-1))[0],
     ):
         torch.testing.assert_close(found, plain)
         torch.testing.assert_close(torch.autograd.grad(found.sum(), logits_RW)[0], expected)
     if kind != "lk":  # its share is a number to autograd, and not to differences
-        assert torch.autograd.gradcheck(lambda x: _ByLogits.apply(x, p_RW.log(), form), logits_RW)
+        assert torch.autograd.gradcheck(
+            lambda x: _ByLogits.apply(x, p_RW.log(), form)[0], logits_RW
+        )
 
 
 def test_lk_of_a_constant_share_passes_gradcheck():
@@ -179,7 +183,7 @@ def test_lk_of_a_constant_share_passes_gradcheck():
     logits_RW = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     log_p_RW = torch.randn(4, 7, dtype=torch.float64).log_softmax(-1)
     form = AcceptanceLoss("lk", 0.0)  # the share is 1: KL alone
-    assert torch.autograd.gradcheck(lambda x: _ByLogits.apply(x, log_p_RW, form), logits_RW)
+    assert torch.autograd.gradcheck(lambda x: _ByLogits.apply(x, log_p_RW, form)[0], logits_RW)
 
 
 @pytest.mark.parametrize("kind", ["tv", "nla", "lk"])
@@ -188,8 +192,8 @@ def test_acceptance_losses_stay_finite_where_nothing_is_accepted(kind):
     log_p_RW = torch.tensor([[-300.0, -300.0, 0.0], [-300.0, -torch.inf, -300.0]])
     form = AcceptanceLoss(kind)
     for found in (
-        _ByLogits.apply(logits_RW, log_p_RW, form),
-        form.of(log_p_RW, logits_RW.log_softmax(-1)),
+        _ByLogits.apply(logits_RW, log_p_RW, form)[0],
+        form.of(log_p_RW, logits_RW.log_softmax(-1))[0],
     ):
         assert found.isfinite().all()
         assert torch.autograd.grad(found.sum(), logits_RW)[0].isfinite().all()

@@ -79,6 +79,8 @@ SETTINGS = [
     ({}, {"loss_form": "at_once"}, True),
     ({}, {"labels": "data", "loss_chunk_rows": 8}, False),
     ({}, {"loss": "kl"}, True),
+    ({}, {"loss": "lk", "head_weights": "acceptance", "loss_form": "at_once"}, True),
+    ({}, {"loss": "kl", "head_weights": "acceptance"}, False),
     ({}, {"loss": "lk"}, False),
     ({}, {"loss": "nla", "teacher": "top_k", "loss_form": "at_once"}, True),
     ({}, {"loss": "topk_kl", "top_k": 4, "coefficient_schedule": "sine"}, False),

@@ -37,6 +37,7 @@ def test_resume_gives_the_same_loss_curve_and_the_same_heads(config, tmp_path, m
     """The interrupted run dies at step 9; its newest checkpoint is of step 8."""
     if kind == "recurrent":
         config.head.kind, config.train.own_drafts_from = kind, 0.5
+        config.train.loss, config.train.head_weights = "lk", "acceptance"
     monkeypatch.setattr("medusa_exp.train.trainer.LOG_EVERY", 1)
     run(config, tmp_path / "whole")
     step = train.MedusaModule.training_step

@@ -19,11 +19,11 @@ from medusa_exp.model import build_heads, load_heads
 from medusa_exp.model.heads import heads as heads_module
 from medusa_exp.model.loss import (
     Objective,
-    TokenTargets,
     medusa_loss,
     medusa_losses,
     teacher_labels,
 )
+from medusa_exp.model.targets import TokenTargets
 from medusa_exp.stages import session, train
 from medusa_exp.train.optimizer import warmup_cosine
 

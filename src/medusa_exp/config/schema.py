@@ -461,6 +461,10 @@ class TrainConfig:
     place in the end; 0 keeps none."""
     decay: float = between(0.0, 1.0, default=0.8)
     """Weight of the heads' losses: head k's counts decay**k (Medusa, section 2.2.1)."""
+    head_weights: str = choice("decay", "acceptance")
+    """decay (powers of `decay`) or acceptance (by what a head adds to the expected length of a
+    draft, as far as the training has come; their sum is that of the powers). It matters where heads
+    share parameters: head=recurrent, head.prefix_attention."""
     own_drafts_from: float | None = between(0.0, 1.0, default=None)
     """Share of the steps after which heads of kind hydra or recurrent see the tokens that they
     draft themselves in place of the text's, as in drafts that go astray; null is never."""

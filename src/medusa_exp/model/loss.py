@@ -7,7 +7,7 @@ head k the k-th token after that. (Medusa, Cai et al. 2024, equation 1; head_dec
 and the config's `train.decay` is head_decay.) y is the text's token or the backbone's argmax
 (teacher labels); instead of cross entropy there may be the divergence from the backbone's
 distribution, or what a draft token that is sampled from the head's has to be rejected for
-(`acceptance_loss`). The logits of all heads never exist at once.
+(`targets.py`). The logits of all heads never exist at once.
 
 `head` counts from 1, as labels and metrics do (0 is the lm_head); `k` in code is an index, from 0,
 as the heads themselves do.
@@ -20,11 +20,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, pad
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from medusa_exp.config import TrainConfig
@@ -32,30 +32,22 @@ from medusa_exp.data.batching import labeled_index
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.targets import (
+    ROWS,
+    AcceptanceLoss,
+    AcceptanceTargets,
+    DistributionTargets,
+    NextLogits,
+    Targets,
+    TokenTargets,
+    TopAcceptanceTargets,
+    TopTargets,
+)
 
 _ROW_STEP = 256
 """Rows of a chunk are a multiple of this, where there may be more: few shapes, little padding."""
-_TINY = 1e-30
-"""The least probability whose logarithm is taken: all of p may lie where no head can reach."""
-_ROWS = 1024
-"""Rows whose logits of the backbone exist at one time."""
-NextLogits = Callable[[Tensor], Tensor]
-"""From hidden_RD to the backbone's logits_RW of the head vocabulary."""
-
-
-class Targets(Protocol):
-    """What heads are to predict at a position: a token, or the backbone's distribution.
-
-    What is large belongs into `losses`, which runs chunk by chunk, twice; what is small into `at`.
-    """
-
-    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
-        """Return, with a row each, what follows the tokens at flat positions b * T + t."""
-        ...
-
-    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
-        """Return the loss of each of some rows of `at`, in nats."""
-        ...
+ChunkLoss = tuple[Tensor, Tensor | None]
+"""The loss of some rows, summed, and what is accepted of each, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,7 @@ class Objective:
     top_k: int = 16
     teacher: str = "full"
     lk_decay: float = 10.0
+    head_weights: str = "decay"
     decay: float = 0.8
     coefficient: float = 1.0
     coefficient_schedule: str = "constant"
@@ -83,12 +76,18 @@ class Objective:
             top_k=settings.top_k,
             teacher=settings.teacher,
             lk_decay=settings.lk_decay,
+            head_weights=settings.head_weights,
             decay=settings.decay,
             coefficient=settings.coefficient,
             coefficient_schedule=settings.coefficient_schedule,
             chunk_rows=settings.loss_chunk_rows,
             form=settings.loss_form,
         )
+
+    @property
+    def measures_acceptance(self) -> bool:
+        """Is it known at each step what is accepted of the heads' drafts?"""
+        return self.head_weights == "acceptance" or self.loss in ("tv", "nla", "lk")
 
     def labels_of(self, backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tensor:
         """Return labels_BT: at each trained position, the token that heads are to predict there."""
@@ -112,7 +111,8 @@ class Objective:
             return heads.from_head_vocab(backbone.next_logits(hidden_RD).float().log_softmax(-1))
 
         if self.loss == "kl":
-            return DistributionTargets(hidden_BTD, next_logits)
+            measures = self.measures_acceptance
+            return DistributionTargets(hidden_BTD, next_logits, measures_acceptance=measures)
         index_R = batch.labeled[0]
         if self.loss == "topk_kl":
             return TopTargets(hidden_BTD, index_R, next_logits, self.top_k)
@@ -145,7 +145,7 @@ def teacher_labels(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tens
 @torch.no_grad()
 def teacher_argmax(next_logits: NextLogits, hidden_RD: Tensor) -> Tensor:
     """Return the likeliest next token at each of these hidden states: tokens_R."""
-    chunks = [next_logits(hidden_CD).argmax(-1) for hidden_CD in hidden_RD.split(_ROWS)]
+    chunks = [next_logits(hidden_CD).argmax(-1) for hidden_CD in hidden_RD.split(ROWS)]
     return torch.cat(chunks)
 
 
@@ -155,6 +155,9 @@ class HeadLoss:
 
     loss_sum: Tensor
     num_labels: int
+    reached_sum: Tensor | None = None
+    """Where asked for: positions at which the draft tokens of this head and of all before it are
+    accepted, expected, if each head draws its own."""
 
 
 def medusa_losses(
@@ -167,6 +170,7 @@ def medusa_losses(
     chunk_rows: int,
     form: str = "recompute",
     sees_own_drafts: bool = False,
+    measures_acceptance: bool = False,
 ) -> list[HeadLoss]:
     """Compute every head's loss, summed, in nats.
 
@@ -181,8 +185,12 @@ def medusa_losses(
         chunk_rows: C.
         form: recompute or at_once, see `chunked_loss`.
         sees_own_drafts: sequential heads see, in place of the text, what they draft themselves.
+        measures_acceptance: fill in `reached_sum`.
     """
     results = []
+    # At each position the product of the acceptances so far: heads err at the same positions, and
+    # a product of their means would miss that.
+    reached_I = torch.ones_like(input_ids_BT, dtype=torch.float32).flatten()  # I = B * T
     for k in range(heads.num_heads):
         index_R = labeled[k + 1]
         inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
@@ -192,8 +200,16 @@ def medusa_losses(
         wanted = targets.at(index_R + k + 1)
         logits_of = partial(heads.head_logits, k)
         parameters = heads.head_parameters(k) if form == "at_once" else ()
-        loss_sum = chunked_loss(logits_of, targets, inputs, wanted, chunk_rows, parameters)
-        results.append(HeadLoss(loss_sum, len(index_R)))
+        loss_sum, accepted_R = loss_and_acceptance(
+            logits_of, targets, inputs, wanted, chunk_rows, parameters
+        )
+        result = HeadLoss(loss_sum, len(index_R))
+        if measures_acceptance:
+            assert accepted_R is not None
+            reached_R = reached_I[index_R] * accepted_R
+            reached_I = reached_I.index_copy(0, index_R, reached_R)
+            result.reached_sum = reached_R.sum()
+        results.append(result)
     return results
 
 
@@ -240,23 +256,52 @@ def head_labels(
 
 
 def medusa_loss(
-    losses: list[HeadLoss], decay: float, totals: Sequence[int | Tensor] | None = None
+    losses: list[HeadLoss],
+    weights: float | Sequence[float | Tensor],
+    totals: Sequence[int | Tensor] | None = None,
 ) -> Tensor:
-    """Return the sum over heads of decay**head times its mean loss (Medusa, equation 1).
+    """Return the sum over heads of a weight times the head's mean loss (Medusa, equation 1).
 
     Args:
         losses: of the heads on a batch.
-        decay: head_decay, whose powers are the lambdas.
+        weights: of the heads, the lambdas; or head_decay, whose powers they are.
         totals: what each head's sum is divided by, where this batch is a part of a larger one; by
             default its own labels. A head without a label contributes zero, not NaN.
     """
     if totals is None:
         totals = [loss.num_labels for loss in losses]
+    if isinstance(weights, float):
+        weights = decay_weights(weights, len(losses))
     terms = [
-        decay**head * loss.loss_sum / at_least_one(total)
-        for head, (loss, total) in enumerate(zip(losses, totals, strict=True), 1)
+        weight * loss.loss_sum / at_least_one(total)
+        for weight, loss, total in zip(weights, losses, totals, strict=True)
     ]
     return torch.stack(terms).sum()
+
+
+def decay_weights(decay: float, num_heads: int) -> list[float]:
+    """Return decay**head for each head, which counts from 1."""
+    return [decay**head for head in range(1, num_heads + 1)]
+
+
+def acceptance_weights(reached_K: Tensor, decay: float) -> Tensor:
+    """Return weights_K of the heads by what each adds to the expected length of a draft.
+
+    With alpha_k the acceptance of head k where all before it are accepted, a chain of drafts has
+    the expected length L = sum_i prod_{j<=i} alpha_j, and
+
+        dL / d log alpha_k = sum_{i>=k} prod_{j<=i} alpha_j
+
+    a weighted sum of -log alpha_k with these weights falls as L rises. They are scaled to the sum
+    of decay's powers, so that the same learning rate and clipping suit.
+
+    Args:
+        reached_K: the mean product of each head and those before it.
+        decay: head_decay.
+    """
+    gain_K = reached_K.flip(0).cumsum(0).flip(0)
+    total = sum(decay_weights(decay, len(reached_K)))
+    return gain_K * (total / gain_K.sum().clamp(min=torch.finfo(gain_K.dtype).tiny))
 
 
 def at_least_one(total: int | Tensor) -> int | Tensor:
@@ -295,214 +340,6 @@ def medusa_counts(
     return counts_K4
 
 
-class TokenTargets:
-    """Cross entropy with a token."""
-
-    def __init__(self, labels_BT: Tensor) -> None:
-        """Take, at each position, the token to be predicted there."""
-        self.labels = labels_BT.flatten()
-
-    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
-        """Return (labels_R,)."""
-        return (self.labels[index_R + 1],)
-
-    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
-        """Return the cross entropy of each row."""
-        return cross_entropy(logits_CW, rows[0], reduction="none")
-
-
-class DistributionTargets:
-    """KL divergence of a head's distribution from the backbone's."""
-
-    def __init__(self, hidden_BTD: Tensor, next_logits: NextLogits) -> None:
-        """Take the backbone's hidden states, and what makes logits of them."""
-        self.hidden = hidden_BTD.flatten(0, 1)
-        self.next_logits = next_logits
-
-    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
-        """Return (hidden_RD,): their logits are made chunk by chunk."""
-        return (self.hidden[index_R],)
-
-    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
-        """Return KL(backbone || head) of each row."""
-        with torch.no_grad():
-            teacher_CW = self.next_logits(rows[0]).float().softmax(-1)
-        # With probabilities and not their logarithms, torch takes 0 log 0 as 0.
-        return kl_div(logits_CW.log_softmax(-1), teacher_CW, reduction="none").sum(-1)
-
-
-class TopTargets:
-    """KL divergence from the backbone's J likeliest tokens, whose probabilities are made to sum
-    to 1. All heads share what is computed once for each position."""
-
-    def __init__(
-        self,
-        hidden_BTD: Tensor,
-        index_R: Tensor,
-        next_logits: NextLogits,
-        num_top: int,
-        *,
-        is_truncated: bool = True,
-    ) -> None:
-        """Read the backbone at these flat positions b * T + t.
-
-        is_truncated: make the probabilities sum to 1. Else they are what `next_logits` says.
-        """
-        hidden_ID = hidden_BTD.flatten(0, 1)  # I = B * T
-        self.row = torch.zeros(len(hidden_ID), dtype=torch.long, device=index_R.device)
-        self.row[index_R] = torch.arange(len(index_R), device=index_R.device)
-        tops = []
-        with torch.no_grad():
-            for rows_RD in hidden_ID[index_R].split(_ROWS):
-                logits_RW = next_logits(rows_RD).float()
-                tops.append(logits_RW.topk(min(num_top, logits_RW.shape[-1])))
-            self.tokens = torch.cat([top.indices for top in tops])
-            self.log_probs = torch.cat(
-                [top.values.log_softmax(-1) if is_truncated else top.values for top in tops]
-            )
-
-    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
-        """Return (tokens_RJ, log_probs_RJ)."""
-        row_R = self.row[index_R]
-        return self.tokens[row_R], self.log_probs[row_R]
-
-    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
-        """Return KL(truncated backbone || head) of each row."""
-        tokens_CJ, log_probs_CJ = rows
-        head_CJ = logits_CW.gather(1, tokens_CJ) - logits_CW.logsumexp(-1, keepdim=True)
-        return (log_probs_CJ.exp() * (log_probs_CJ - head_CJ)).sum(-1)
-
-
-@dataclass(frozen=True)
-class AcceptanceLoss:
-    """A loss that falls with alpha = sum_v min(p_v, q_v), the probability that a draft token
-    sampled from a head's distribution q is accepted where the backbone's is p.
-
-        tv   1 - alpha, the total variation of p and q
-        nla  -log alpha
-        lk   share * KL(p || q) + (1 - share) * -log alpha, share = exp(-lk_decay * alpha)
-
-    tv has next to no gradient where a head knows nothing yet; KL has one. The share is a number of
-    each row, which is not differentiated. (nla and lk: model cards of the heads by nebius, 2026.)
-
-    Where heads propose X tokens of V alone (their own vocabulary, or the J likeliest of p), p sums
-    to S < 1: alpha is at most S, and KL(p || q) stands for S * KL(p / S || q).
-    """
-
-    kind: str
-    """tv, nla or lk."""
-    lk_decay: float = 10.0
-
-    def of(self, log_p_CX: Tensor, log_q_CX: Tensor) -> Tensor:
-        """Return the loss of each row, of probabilities as logarithms."""
-        p_CX = log_p_CX.exp()
-        alpha_C = torch.minimum(p_CX, log_q_CX.exp()).sum(-1)
-        return self.mix(alpha_C, self.share(alpha_C), self._kl(p_CX, (p_CX * log_q_CX).sum(-1)))
-
-    def share(self, alpha_C: Tensor) -> Tensor:
-        """Return the share of KL in the loss of each row."""
-        if self.kind != "lk":
-            return torch.zeros_like(alpha_C, requires_grad=False)
-        return (-self.lk_decay * alpha_C.detach()).exp()
-
-    def mix(self, alpha_C: Tensor, share_C: Tensor, kl_C: Tensor) -> Tensor:
-        """Return the loss of each row of its parts."""
-        if self.kind == "tv":
-            return 1 - alpha_C
-        return share_C * kl_C - (1 - share_C) * alpha_C.clamp(min=_TINY).log()
-
-    def of_logits(self, log_p_CW: Tensor, logits_CW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of each row, and its gradient by the logits [C, W].
-
-        With a = 1[q < p], d alpha / d logits = q * (a - sum_v a_v q_v), and d KL / d logits =
-        S * q - p. Left to autograd, twice as many tensors [C, W] would exist at one time.
-        """
-        p_CW, log_z_C = log_p_CW.exp(), logits_CW.logsumexp(-1)
-        reach_C = p_CW.sum(-1)
-        kl_C = self._kl(p_CW, (p_CW * logits_CW).sum(-1) - reach_C * log_z_C)
-        q_CW = (logits_CW - log_z_C[:, None]).exp_()
-        alpha_C = torch.minimum(p_CW, q_CW).sum(-1)
-        share_C = self.share(alpha_C)
-        # What alpha's gradient counts: 1, or that of its logarithm.
-        slope_C = (1 - share_C) / (1 if self.kind == "tv" else alpha_C.clamp(min=_TINY))
-        is_less_CW = q_CW < p_CW
-        less_C = (q_CW * is_less_CW).sum(-1)
-        gradient_CW = is_less_CW * -slope_C[:, None]
-        gradient_CW += (share_C * reach_C + slope_C * less_C)[:, None]
-        gradient_CW.mul_(q_CW).sub_(p_CW.mul_(share_C[:, None]))
-        return self.mix(alpha_C, share_C, kl_C), gradient_CW
-
-    def _kl(self, p_CX: Tensor, of_q_C: Tensor) -> Tensor:
-        """Return S * KL(p / S || q); of_q_C is sum_v p_v log q_v."""
-        if self.kind != "lk":
-            return of_q_C
-        reach_C = p_CX.sum(-1)
-        return (
-            torch.special.xlogy(p_CX, p_CX).sum(-1) - torch.special.xlogy(reach_C, reach_C) - of_q_C
-        )
-
-
-class _ByLogits(torch.autograd.Function):
-    """`AcceptanceLoss.of_logits`, which makes the gradient with the loss."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_CW: Tensor, log_p_CW: Tensor, form: AcceptanceLoss) -> Tensor:
-        """Return the loss of each row."""
-        loss_C, gradient_CW = form.of_logits(log_p_CW, logits_CW)
-        ctx.save_for_backward(gradient_CW)
-        return loss_C
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient, times that of each row."""
-        [gradient_CW] = ctx.saved_tensors
-        return gradient_CW * grad_outputs[0][:, None], None, None
-
-
-class AcceptanceTargets:
-    """Losses that fall with what is accepted of sampled drafts, by the backbone's distribution."""
-
-    def __init__(
-        self, hidden_BTD: Tensor, next_log_probs: NextLogits, form: AcceptanceLoss
-    ) -> None:
-        """Take hidden states of the backbone, and what makes log-probabilities [R, W] of them."""
-        self.hidden = hidden_BTD.flatten(0, 1)
-        self.next_log_probs, self.form = next_log_probs, form
-
-    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
-        """Return (hidden_RD,): their probabilities are computed chunk by chunk."""
-        return (self.hidden[index_R],)
-
-    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
-        """Return the loss of each row."""
-        with torch.no_grad():
-            log_p_CW = self.next_log_probs(rows[0])
-        loss_C: Tensor = _ByLogits.apply(logits_CW, log_p_CW, self.form)
-        return loss_C
-
-
-class TopAcceptanceTargets(TopTargets):
-    """The same by the backbone's J likeliest tokens, as if others were never accepted."""
-
-    def __init__(
-        self,
-        hidden_BTD: Tensor,
-        index_R: Tensor,
-        next_log_probs: NextLogits,
-        num_top: int,
-        form: AcceptanceLoss,
-    ) -> None:
-        """Read the backbone at these flat positions b * T + t."""
-        super().__init__(hidden_BTD, index_R, next_log_probs, num_top, is_truncated=False)
-        self.form = form
-
-    def losses(self, logits_CW: Tensor, *rows: Tensor) -> Tensor:
-        """Return the loss of each row."""
-        tokens_CJ, log_p_CJ = rows
-        log_q_CJ = logits_CW.gather(1, tokens_CJ) - logits_CW.logsumexp(-1, keepdim=True)
-        return self.form.of(log_p_CJ, log_q_CJ)
-
-
 def chunked_loss(
     logits_of: Callable[..., Tensor],
     targets: Targets,
@@ -511,11 +348,24 @@ def chunked_loss(
     chunk_rows: int,
     parameters: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Return the loss of all rows, summed; only some of them have logits at a time.
+    """Return the loss alone of `loss_and_acceptance`."""
+    return loss_and_acceptance(logits_of, targets, inputs, wanted, chunk_rows, parameters)[0]
 
-    Two forms of one thing: `recompute` computes each chunk's logits again in the backward pass;
-    `at_once` computes each chunk's gradients with its loss, and keeps them for the backward pass: a
-    quarter less to compute, but only for the heads' own parameters.
+
+def loss_and_acceptance(
+    logits_of: Callable[..., Tensor],
+    targets: Targets,
+    inputs: tuple[Tensor, ...],
+    wanted: tuple[Tensor, ...],
+    chunk_rows: int,
+    parameters: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of all rows, summed, and each row's acceptance where the targets know it.
+
+    Only some of the rows have logits at a time. Two forms of one thing: `recompute` computes each
+    chunk's logits again in the backward pass; `at_once` computes each chunk's gradients with its
+    loss, and keeps them for the backward pass: a quarter less to compute, but only for the heads'
+    own parameters.
 
     Args:
         logits_of: from rows of `inputs` to logits_CW.
@@ -527,9 +377,10 @@ def chunked_loss(
             gradient of the inputs is wanted, logits are recomputed.
     """
 
-    def chunk_loss(is_real_C: Tensor, *rows: Tensor) -> Tensor:
+    def chunk_loss(is_real_C: Tensor, *rows: Tensor) -> ChunkLoss:
         logits_CW = logits_of(*rows[: len(inputs)]).float()  # they are bf16 under autocast
-        return (targets.losses(logits_CW, *rows[len(inputs) :]) * is_real_C).sum()
+        losses_C, accepted_C = targets.losses(logits_CW, *rows[len(inputs) :])
+        return (losses_C * is_real_C).sum(), accepted_C
 
     # Every chunk has the same shape: each new one would cost the libraries a set-up of its own.
     number = len(inputs[0])
@@ -542,10 +393,18 @@ def chunked_loss(
     ]
     chunks = zip(*padded, strict=True)
     if parameters and not any(rows.requires_grad for rows in inputs):
-        return _AtOnce.apply(chunk_loss, chunks, *parameters)
+        loss, accepted_R = _AtOnce.apply(chunk_loss, chunks, *parameters)
+        return loss, accepted_R if accepted_R is None else accepted_R[:number]
     # Nothing here is drawn at random: there is no state to keep for the second time.
     again = partial(checkpoint, chunk_loss, use_reentrant=False, preserve_rng_state=False)
-    return torch.stack([again(*chunk) for chunk in chunks]).sum()
+    losses, accepted = zip(*(again(*chunk) for chunk in chunks), strict=True)
+    accepted_R = _joined(accepted)
+    return torch.stack(losses).sum(), accepted_R if accepted_R is None else accepted_R[:number]
+
+
+def _joined(accepted: Sequence[Tensor | None]) -> Tensor | None:
+    known = [accepted_C for accepted_C in accepted if accepted_C is not None]
+    return torch.cat(known) if known else None
 
 
 def _even_rows(number: int, most: int) -> int:
@@ -561,25 +420,30 @@ class _AtOnce(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        chunk_loss: Callable[..., Tensor],
+        chunk_loss: Callable[..., ChunkLoss],
         chunks: Iterable[tuple[Tensor, ...]],
         *parameters: Tensor,
-    ) -> Tensor:
+    ) -> ChunkLoss:
         """Sum losses and gradients over the chunks."""
         losses: list[Tensor] = []
+        accepted: list[Tensor | None] = []
         sums: list[Tensor] = []
         for chunk in chunks:
             with torch.enable_grad():
-                loss = chunk_loss(*chunk)
+                loss, accepted_C = chunk_loss(*chunk)
             gradients = torch.autograd.grad(loss, parameters)
             losses.append(loss.detach())
+            accepted.append(accepted_C)
             if sums:
                 torch._foreach_add_(sums, gradients)  # private: torch 2.13
             else:
                 sums = [gradient.contiguous() for gradient in gradients]
         torch.clear_autocast_cache()  # else the next head finds this one's weights there too
         ctx.gradients = sums
-        return torch.stack(losses).sum()
+        accepted_R = _joined(accepted)
+        if accepted_R is not None:
+            ctx.mark_non_differentiable(accepted_R)
+        return torch.stack(losses).sum(), accepted_R
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -220,6 +220,10 @@ METRICS = (
     _loss("val/loss_head{head}", "held-out loss", has_best=True),
     _loss("train/loss", "training loss", is_headline=True),
     _loss("train/loss_head{head}", "training loss of a head"),
+    _share(
+        "train/accepted_head{head}",
+        "share of positions at which drawn drafts of a head and all before it are accepted",
+    ),
     _loss("train/loss_backbone", "training loss of the backbone, where it learns too"),
     _loss("train/backbone_nats_before", "backbone's held-out loss before it learned"),
     _loss("train/backbone_nats_after", "backbone's held-out loss after it learned"),

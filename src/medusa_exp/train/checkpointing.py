@@ -8,6 +8,7 @@ puts it there:
     of Medusa-2, the adapters without what is frozen   MedusaModule.on_save_checkpoint
     random_state, of every library                     Checkpoints.on_save_checkpoint, here
     made_with, the training key; measured; settled     MedusaModule.on_save_checkpoint
+    acceptance, the running mean of each head's        MedusaModule.on_save_checkpoint
     best validation and early stopping; EMA            BestHeads, EMAHeads: state_dict
 
 The place in the data follows from the steps made (`data.datamodule.Batches`). All of it has to be

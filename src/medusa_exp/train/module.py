@@ -33,20 +33,23 @@ from medusa_exp.data.datamodule import Batch, send
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.loss import (
-    DistributionTargets,
     Objective,
-    Targets,
-    TokenTargets,
+    acceptance_weights,
     at_least_one,
     chunked_loss,
+    decay_weights,
     medusa_counts,
     medusa_loss,
     medusa_losses,
 )
+from medusa_exp.model.targets import DistributionTargets, Targets, TokenTargets
 from medusa_exp.train.acceptance import HeldOutResponse, accept_lengths
 from medusa_exp.train.defaults import settled_of
 from medusa_exp.train.failures import check_losses
 from medusa_exp.train.optimizer import build_optimizer, scheduled
+
+_STEP_SHARE = 0.05
+"""Of a step, in the running mean of acceptance: some twenty steps count."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,14 @@ class MedusaModule(L.LightningModule):
         self.last_metrics: dict[str, Any] = {}
         """Metrics of the last step and of the last validation."""
         self.last_val_step = 0
-        self._sums_H = torch.zeros(1 + heads.num_heads)
+        self._sums: Tensor = self._no_sums()
         self._totals: Sequence[int | Tensor] = []
         self._losses: list[tuple[Tensor, list[int]]] = []
         """Of the running step: each micro-batch's loss, and the numbers of its examples."""
         self._step_metrics: dict[str, Tensor] = {}
+        self._step_reached_K: Tensor | None = None
+        self._reached_K: Tensor | None = None
+        """Running mean over the steps, where acceptance is measured: see `HeadLoss.reached_sum`."""
         self._val_counts: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -143,11 +149,11 @@ class MedusaModule(L.LightningModule):
         place = batch_idx % self.trainer.accumulate_grad_batches
         if place == 0:
             self._totals = self._step_totals(batch.group_labels)
-            self._sums_H = torch.zeros(1 + self.heads.num_heads, device=self.device)
+            self._sums = self._no_sums()
             self._losses = []
-        loss, sums_H = self.batch_loss(batch, self._totals)
+        loss, sums = self.batch_loss(batch, self._totals)
         self._losses.append((loss.detach(), batch.numbers))
-        self._sums_H += sums_H
+        self._sums += sums
         if place == self.trainer.accumulate_grad_batches - 1:
             self._log_step()
         # Lightning takes means over the micro-batches of a step, and over processes.
@@ -165,12 +171,17 @@ class MedusaModule(L.LightningModule):
         """Take over what was measured, where a step is made."""
         self.last_metrics |= self._step_metrics
         self._step_metrics = {}
+        if self._step_reached_K is not None:
+            before_K = self._step_reached_K if self._reached_K is None else self._reached_K
+            self._reached_K = before_K.to(self.device).lerp(self._step_reached_K, _STEP_SHARE)
+            self._step_reached_K = None
 
     def batch_loss(self, batch: Batch, totals: Sequence[int | Tensor]) -> tuple[Tensor, Tensor]:
         """Return what is minimized on a micro-batch, and sums of losses [1 + K], detached.
 
-        The first of the sums is the lm_head's, zero where it is not trained. `totals` counts the
-        labels of the lm_head and of each head that the loss is a mean over.
+        The first of the sums is the lm_head's, zero where it is not trained. Where acceptance is
+        measured, K `HeadLoss.reached_sum` follow. `totals` counts the labels of the lm_head and of
+        each head that the loss is a mean over.
         """
         is_joint = self.is_joint()
         with nullcontext() if is_joint else torch.no_grad():
@@ -184,8 +195,9 @@ class MedusaModule(L.LightningModule):
             chunk_rows=self.objective.chunk_rows,
             form=self.objective.form,
             sees_own_drafts=self.sees_own_drafts(),
+            measures_acceptance=self.objective.measures_acceptance,
         )
-        loss = medusa_loss(losses, self.objective.decay, totals[1:])
+        loss = medusa_loss(losses, self.head_weights(), totals[1:])
         loss = self.objective.factor(self.global_step, self.max_steps) * loss
         backbone_sum = loss.new_zeros(())
         if is_joint:
@@ -194,7 +206,19 @@ class MedusaModule(L.LightningModule):
             backbone_sum = self.joint.backbone_loss(self.backbone, batch, hidden_BTD, rows)
             loss = loss + backbone_sum / at_least_one(totals[0])
         sums = [backbone_sum.detach(), *(head.loss_sum.detach() for head in losses)]
+        sums += [head.reached_sum for head in losses if head.reached_sum is not None]
         return loss, torch.stack(sums)
+
+    def head_weights(self) -> Sequence[float | Tensor]:
+        """Return the weights of the heads' losses at this step.
+
+        By acceptance they are those of the steps before, the same for all micro-batches; at the
+        first step, of which nothing is known, they are powers of the decay.
+        """
+        if self.objective.head_weights == "decay" or self._reached_K is None:
+            return decay_weights(self.objective.decay, self.heads.num_heads)
+        reached_K = self._reached_K.to(self.device)
+        return acceptance_weights(reached_K, self.objective.decay).unbind()
 
     def is_joint(self) -> bool:
         """Say whether the backbone learns too, at this step."""
@@ -228,20 +252,34 @@ class MedusaModule(L.LightningModule):
 
     def _log_step(self) -> None:
         """Log the step's loss: the mean over the labels of all its micro-batches and processes."""
-        sums_H = self._over_processes(self._sums_H)
+        number = 1 + self.heads.num_heads
+        sums = self._over_processes(self._sums)
         totals = self._totals
         totals_H = torch.stack(totals) if isinstance(totals, tuple) else torch.tensor(totals)
-        mean_H = sums_H / send(totals_H, sums_H.device).clamp(min=1)
+        totals_H = send(totals_H, sums.device).clamp(min=1)
+        mean_H = sums[:number] / totals_H
         mean_K = mean_H[1:]
-        weight_K = self.objective.decay ** torch.arange(1, len(mean_K) + 1, device=mean_K.device)
         found = {f"train/loss_head{k}": mean for k, mean in enumerate(mean_K, 1)}
+        if self.objective.measures_acceptance:
+            self._step_reached_K = sums[number:] / totals_H[1:]
+            found |= {f"train/accepted_head{k}": x for k, x in enumerate(self._step_reached_K, 1)}
         if self.is_joint():
             found["train/loss_backbone"] = mean_H[0]
-        loss = (weight_K * mean_K).sum()
+        loss = (self._weights_of_metric(mean_K.device) * mean_K).sum()
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(found)
         # As tensors: reading them would wait for the device.
         self._step_metrics = {"train/loss": loss, **found}
+
+    def _weights_of_metric(self, device: torch.device) -> Tensor:
+        weights = self.head_weights()
+        if isinstance(weights, tuple):
+            return torch.stack(weights)
+        return self.objective.decay ** torch.arange(1, len(weights) + 1, device=device)
+
+    def _no_sums(self) -> Tensor:
+        sums_of_head = 2 if self.objective.measures_acceptance else 1
+        return torch.zeros(1 + sums_of_head * self.heads.num_heads, device=self.device)
 
     def on_validation_epoch_start(self) -> None:
         self._val_counts = None
@@ -317,8 +355,11 @@ class MedusaModule(L.LightningModule):
         checkpoint["settled"] = settled_of(self.settings)
         metrics = {name: float(value) for name, value in self.last_metrics.items()}
         checkpoint["measured"] = {"metrics": metrics, "val_step": self.last_val_step}
+        if self._reached_K is not None:
+            checkpoint["acceptance"] = self._reached_K.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what was measured: there may be no step left to measure."""
         measured = checkpoint["measured"]
         self.last_metrics, self.last_val_step = measured["metrics"], measured["val_step"]
+        self._reached_K = checkpoint.get("acceptance")

@@ -1,0 +1,117 @@
+"""What is accepted of drawn drafts, as the losses know it, and heads weighted by it."""
+
+import pytest
+import torch
+from tiny_models import build_model
+
+from medusa_exp.data.batching import label_positions
+from medusa_exp.data.datamodule import Batch
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.model.loss import (
+    Objective,
+    acceptance_weights,
+    decay_weights,
+    medusa_loss,
+    medusa_losses,
+)
+from medusa_exp.model.targets import DistributionTargets, TokenTargets
+
+LOSSES = [
+    ("ce", "full"),
+    ("kl", "full"),
+    ("topk_kl", "full"),
+    *((loss, teacher) for loss in ("tv", "nla", "lk") for teacher in ("full", "top_k")),
+]
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    backbone = Backbone(build_model("llama"))
+    shape = {"kind": "medusa_lowrank", "num_tokens": 40}
+    heads = build_heads(backbone, num_heads=3, token_counts=torch.arange(64, 0, -1), **shape)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    ids_BT = torch.randint(0, 64, (4, 20))
+    is_trained_BT, ones_BT = torch.rand(4, 20) < 0.7, torch.ones_like(ids_BT)
+    labeled = label_positions(is_trained_BT, ones_BT, 3)
+    batch = Batch(ids_BT, is_trained_BT, ones_BT, None, labeled=labeled)
+    return backbone, heads, batch, backbone.hidden_states(ids_BT)
+
+
+def trained_on(p_IV, heads, labels_I, loss, teacher):
+    """The distribution that a loss teaches at each position, of the head vocabulary."""
+    p_IW = p_IV[:, heads.token_map]
+    if loss == "ce":
+        labels_I = heads.to_head_vocab(labels_I)
+        hits_IW = torch.nn.functional.one_hot(labels_I.clamp(min=0), 40)
+        return hits_IW * (labels_I >= 0)[:, None]
+    if teacher == "top_k" or loss == "topk_kl":
+        p_IW = p_IW.where(p_IW >= p_IW.topk(7).values[:, -1:], 0.0)
+    return p_IW / p_IW.sum(-1, keepdim=True) if "kl" in loss else p_IW
+
+
+@pytest.mark.parametrize("form", ["recompute", "at_once"])
+@pytest.mark.parametrize(("loss", "teacher"), LOSSES)
+def test_what_is_accepted_comes_with_every_loss(case, loss, teacher, form):
+    """Of each row alpha = sum_v min(p, q), and of a head its product with those before, there."""
+    backbone, heads, batch, hidden_BTD = case
+    objective = Objective(loss=loss, teacher=teacher, top_k=7, head_weights="acceptance")
+    targets = objective.targets(backbone, heads, hidden_BTD, batch)
+    losses = medusa_losses(
+        heads,
+        hidden_BTD,
+        targets,
+        batch.labeled,
+        batch.input_ids_BT,
+        chunk_rows=6,
+        form=form,
+        measures_acceptance=objective.measures_acceptance,
+    )
+    hidden_ID = hidden_BTD.flatten(0, 1)
+    logits_IV = backbone.next_logits(hidden_ID).detach()
+    p_IW = trained_on(logits_IV.softmax(-1), heads, logits_IV.argmax(-1), loss, teacher)
+    reached_I = torch.ones(len(hidden_ID))
+    for k, (index_R, part) in enumerate(zip(batch.labeled[1:], losses, strict=True)):
+        q_RW = heads.head_logits(k, hidden_ID[index_R]).softmax(-1).detach()
+        reached_I[index_R] *= torch.minimum(p_IW[index_R + k + 1], q_RW).sum(-1)
+        torch.testing.assert_close(part.reached_sum, reached_I[index_R].sum())
+        assert 0 < part.reached_sum < part.num_labels and not part.reached_sum.requires_grad
+    sum(part.loss_sum for part in losses).backward()
+
+
+def test_of_a_token_it_is_the_probability_and_of_kl_only_where_asked_for():
+    torch.manual_seed(0)
+    logits_CW, hidden_BTD = torch.randn(3, 8), torch.randn(1, 3, 8)
+    tokens = TokenTargets(torch.tensor([[0, 5, -100, 2]]))  # -100: no head can say it
+    _, accepted_C = tokens.losses(logits_CW, *tokens.at(torch.arange(3)))
+    q_CW = logits_CW.softmax(-1)
+    torch.testing.assert_close(accepted_C, torch.stack([q_CW[0, 5], torch.zeros(()), q_CW[2, 2]]))
+    found = {}
+    for measures in (True, False):
+        full = DistributionTargets(hidden_BTD, torch.nn.Identity(), measures_acceptance=measures)
+        found[measures] = full.losses(logits_CW, *full.at(torch.arange(3)))
+    assert torch.equal(found[True][0], found[False][0]) and found[False][1] is None
+
+
+def test_weights_are_the_gradient_of_the_expected_length():
+    alpha_K = torch.tensor([0.8, 0.5, 0.3, 0.2], dtype=torch.float64, requires_grad=True)
+    length = alpha_K.cumprod(0).sum()
+    [slope_K] = torch.autograd.grad(length, alpha_K)
+    wanted_K = (slope_K * alpha_K).detach()  # by the logarithm of alpha
+    weights_K = acceptance_weights(alpha_K.detach().cumprod(0), 0.8)
+    torch.testing.assert_close(weights_K / weights_K[0], wanted_K / wanted_K[0])
+    assert float(weights_K.sum()) == pytest.approx(sum(decay_weights(0.8, 4)))
+    assert not acceptance_weights(torch.zeros(3), 0.8).isnan().any()
+
+
+def test_a_loss_is_weighted_by_given_weights(case):
+    backbone, heads, batch, hidden_BTD = case
+    targets = Objective(loss="nla").targets(backbone, heads, hidden_BTD, batch)
+    arguments = (heads, hidden_BTD, targets, batch.labeled, batch.input_ids_BT)
+    losses = medusa_losses(*arguments, chunk_rows=64)
+    means = [part.loss_sum / part.num_labels for part in losses]
+    weights = torch.tensor([0.5, 0.25, 0.0]).unbind()
+    torch.testing.assert_close(medusa_loss(losses, weights), means[0] / 2 + means[1] / 4)
+    assert losses[0].reached_sum is None
