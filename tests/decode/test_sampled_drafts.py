@@ -13,6 +13,7 @@ from medusa_exp.decode import verify
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import build_drafter
 from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.replay import _ranks
 from medusa_exp.decode.rule import AcceptanceRule, Verifier
 from medusa_exp.decode.sampled import Rejection, draw
 from medusa_exp.decode.slots import Request
@@ -273,3 +274,24 @@ def test_a_dynamic_tree_is_refused(backbone):
 def test_rules_that_cannot_be(options, error):
     with pytest.raises((ValueError, UserError), match=error):
         AcceptanceRule(**options)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_replayed_ranks_have_the_law_of_decoding(seed):
+    """The token that comes, drawn by p, and then its rank: against drawing and verifying."""
+    generator = torch.Generator().manual_seed(seed)
+    p_V, q_V = torch.softmax(1.5 * torch.randn(2, 6, generator=generator), -1)
+    count, number = 60_000, 3
+    p_BV, q_BV = p_V.expand(count, -1), q_V.expand(count, -1)
+    truth_B = torch.multinomial(p_V, count, replacement=True, generator=generator)
+    ranks_B = _ranks(p_BV, q_BV, truth_B, number, generator)
+    left, tokens_BR = Rejection(p_BV, q_BV), draw(q_BV, torch.rand(count, 3, generator=generator))
+    expected = torch.zeros(6, number)
+    for rank in range(number):
+        token_B1 = tokens_BR[:, rank : rank + 1]
+        accepted_B1 = left.attempt(token_B1, torch.ones_like(token_B1, dtype=torch.bool))
+        expected[:, rank] = torch.zeros(6).scatter_add_(0, token_B1[:, 0], accepted_B1[:, 0])
+    found = torch.zeros(6, number + 1)
+    found.index_put_((truth_B, ranks_B), torch.ones(count), accumulate=True)
+    assert ((found[:, :number] - expected) / count).abs().max() < 0.006
+    assert expected[:, 1].sum() > 0.02 * count

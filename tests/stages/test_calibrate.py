@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -7,13 +8,23 @@ import numpy as np
 import pytest
 import torch
 
+from medusa_exp.config import DecodeConfig
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model import build_heads
 from medusa_exp.stages import calibrate
 from medusa_exp.stages.calibrate import head_ranks, thinned
 from medusa_exp.tree import Tree, chain
-from medusa_exp.tree.calibration import Timing, choose, correct, summarize
+from medusa_exp.tree.calibration import (
+    Timing,
+    choose,
+    correct,
+    draft_of,
+    drawn_by,
+    faster,
+    save_calibration,
+    summarize,
+)
 from medusa_exp.tree.search import best_tree, grow, node_shares, num_steps, prefix_counts, replay
 
 
@@ -144,10 +155,47 @@ def test_captures_are_no_part_of_a_rehearsal(monkeypatch, has_fixed_shapes):
             captured.add(shape)
             clock[0] += 100
         clock[0] += 5 if tree is None else 2
+        return [SimpleNamespace(accept_lengths=[1] * len(prompt))]
 
     monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     decoder = SimpleNamespace(
         uses_fixed_shapes=has_fixed_shapes, decode=respond, decode_plain=respond
     )
-    found = calibrate.rehearse(decoder, [chain(1)], [[1], [1, 2, 3], [1, 2, 3, 4]])
+    found, steps = calibrate.rehearse(decoder, [chain(1)], [[1], [1, 2, 3], [1, 2, 3, 4]])
     assert found == {None: 15.0, chain(1): 6.0}
+    assert steps == {None: 8, chain(1): 8}
+
+
+def test_trees_of_draws_have_no_gap():
+    """A child is tried after its elder siblings, however much likelier it is to be accepted."""
+    value = Counter({(2,): 9, (1,): 3, (0,): 4, (2, 0): 5, (0, 1): 2})
+    assert grow(value, 9, is_drawn=True) == [(0,), (1,), (2,), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "expected"),
+    [
+        ({"draft": "auto"}, "calibrated", "sampled"),
+        ({"draft": "auto", "temperature": 0.7}, "calibrated", "top"),
+        ({"draft": "auto"}, "chain", "top"),
+        ({"draft": "top"}, "calibrated", "top"),
+        ({"draft": "sampled"}, "chain", "sampled"),
+        ({"rule": "greedy"}, "calibrated", "top"),
+    ],
+)
+def test_what_is_drafted_is_what_was_faster_at_this_temperature(
+    tmp_path, monkeypatch, settings, kind, expected
+):
+    ranks = [np.array([[0, 9], [0, 9], [9, 9]])]
+    curves = [
+        replace(choose(ranks, Timing(1, {chain(1): seconds}, 1.0, 1.0)), draft=draft)
+        for draft, seconds in (("top", 2.0), ("sampled", 1.5))
+    ]
+    best = faster(curves)
+    assert best.draft == "sampled" and best.tokens_per_second.keys() == {"top", "sampled"}
+    made_by = drawn_by(DecodeConfig(rule="sampling"))
+    calibration = summarize([best], ranks, 9, choices=chain(1), heads_sha256="x", drawn_by=made_by)
+    save_calibration(calibration, tmp_path)
+    monkeypatch.setattr("medusa_exp.tree.calibration.heads_sha256", lambda out: "x")
+    decode = DecodeConfig(**{"rule": "sampling", **settings})
+    assert draft_of(decode, kind, tmp_path) == expected

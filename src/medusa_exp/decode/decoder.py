@@ -265,19 +265,23 @@ class Decoder:
         limits: Limits | None = None,
         *,
         rule: AcceptanceRule | None = None,
+        seed: int | None = None,
     ) -> list[Response]:
         """Decode a batch of prompts without heads, one token per step for each row.
 
         With fixed shapes a step is that of a tree which is only a root, captured like any other.
+        `seed` is as for `steps`.
         """
+        rule = rule or self.rule
 
         def decode(places: list[int]) -> list[Response]:
             responses = Responses(len(places), limits or self.limits)
             some = [prompts[place] for place in places]
             if self.uses_fixed_shapes:
-                steps = self.steps(some, responses, self.root_only(), rule)
+                steps = self.steps(some, responses, self.root_only(), rule, seed)
             else:
-                steps = plain_steps(self.backbone, some, responses, rule or self.rule)
+                drawn = rule if seed is None else replace(rule, seed=seed)
+                steps = plain_steps(self.backbone, some, responses, drawn)
             for _ in steps:
                 pass
             return responses.rows

@@ -112,7 +112,7 @@ class Rejection:
         self._p, self._q = p, p if q is None else q
         self._factor = torch.zeros_like(p[..., :1])
         self._p_sum = p.sum(-1, keepdim=True)
-        self._left = None if q is None else q.clone()
+        self._q_left = None if q is None else q.clone()
         self.open = torch.ones_like(self._factor)
         """Probability that none of the children so far is accepted [..., 1]."""
 
@@ -126,10 +126,10 @@ class Rejection:
             token: [..., 1].
             is_child: [..., 1], False where there is none.
         """
-        assert self._left is not None
-        q_left = self._left.gather(-1, token)
+        assert self._q_left is not None
+        q_left = self._q_left.gather(-1, token)
         is_tried = is_child & (q_left > 0)
-        q_sum = self._left.sum(-1, keepdim=True)
+        q_sum = self._q_left.sum(-1, keepdim=True)
         p_of_token = (self._p.gather(-1, token) - self._factor * q_left).clamp(min=0)
         share = (p_of_token * q_sum / (self._p_sum * q_left)).nan_to_num(nan=0.0).clamp(max=1)
         share = torch.where(is_tried, share, 0.0)
@@ -138,8 +138,22 @@ class Rejection:
         added = (self._p_sum / q_sum).nan_to_num(nan=0.0, posinf=0.0)
         self._factor = self._factor + torch.where(is_tried, added, 0.0)
         self._p_sum = self.rest().sum(-1, keepdim=True)
-        self._left.scatter_(-1, token, torch.where(is_tried, 0.0, q_left))
+        self._q_left.scatter_(-1, token, torch.where(is_tried, 0.0, q_left))
         return accepted
+
+    def share_of(self, token: Tensor) -> Tensor:
+        """Return the probability that the next child is this token and accepted, of those of it
+        that the next draw of what is left of p would be [..., 1]; see `decode.replay`."""
+        assert self._q_left is not None
+        q_of_token = self._q_left.gather(-1, token) / self._q_left.sum(-1, keepdim=True)
+        p_of_token = self.rest().gather(-1, token) / self._p_sum
+        return (q_of_token / p_of_token).nan_to_num(nan=0.0, posinf=1.0).clamp(max=1)
+
+    def rejected(self) -> Tensor:
+        """Return how likely each token is to be the next child, and rejected [..., V]."""
+        assert self._q_left is not None
+        q = (self._q_left / self._q_left.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
+        return (q - (self.rest() / self._p_sum).nan_to_num(nan=0.0)).clamp(min=0)
 
     def rest(self) -> Tensor:
         """Return what is left of p, not normalized."""

@@ -1,12 +1,13 @@
 """Stage calibrate: measure acceptance and step times, and choose the draft tree that is fastest.
 
-1. The backbone responds to held-out prompts, and at each position we look up which draft token of
-   each head is right. What counts is its own greedy response, not the data's: that is what decoding
-   verifies.
+1. The backbone responds to held-out prompts, as decoding will, greedily or at its temperature, and
+   at each position we look up which draft token of each head is accepted (`decode/replay.py`).
+   What counts is its own response, not the data's: that is what decoding verifies.
 2. From these ranks the best tree of every size is grown, and its steps are counted
    (`tree/search.py`).
 3. Steps over these trees are timed on this device (`time_steps`), and the sizes that should be
    fastest are tried on some whole responses (`rehearse`): the fastest there wins.
+   Where tokens are sampled, both kinds of drafts are tried (decode.draft=auto).
 4. Larger batches are timed too: the more rows, the fewer nodes pay, until none does.
 
 K heads, P positions, C positions of a chunk, R ranks.
@@ -15,6 +16,7 @@ K heads, P positions, C positions of a chunk, R ranks.
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -25,7 +27,9 @@ from medusa_exp.config import Config
 from medusa_exp.data.prompts import prompts_of
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY, Limits
+from medusa_exp.decode.replay import drawn_ranks
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import MedusaHeads, StackedHeads, heads_input
 from medusa_exp.model.scoring import CHUNK, answer_ranks
 from medusa_exp.runs.progress import track
@@ -36,11 +40,13 @@ from medusa_exp.tree.calibration import (
     Timing,
     choose,
     correct,
+    drawn_by,
+    faster,
     heads_sha256,
     save_calibration,
     summarize,
 )
-from medusa_exp.tree.search import best_tree
+from medusa_exp.tree.search import best_tree, num_steps
 from medusa_exp.tree.tree import Tree, chain
 
 log = logging.getLogger(__name__)
@@ -60,40 +66,86 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     """Measure, choose, and write `calibration.json` and `tree.json`."""
     session = session or Session(config, out)
     decoder = session.decoder(is_tree_known=False, is_measured=True)
-    decoder.rule = GREEDY  # ranks are of greedy responses, whatever the rule of the evaluation
+    if config.decode.rule == "typical":  # whose responses are no draws of the model's
+        decoder.rule = GREEDY
     backbone, heads = decoder.backbone, decoder.heads
     assert isinstance(heads, MedusaHeads | StackedHeads)
     prompts = _heldout_prompts(session, decoder)
     responses = [
-        decoder.decode_plain([prompt])[0].tokens
-        for prompt in track(prompts, "responding to held-out prompts")
+        decoder.decode_plain([prompt], seed=config.seed + number)[0].tokens
+        for number, prompt in enumerate(track(prompts, "responding to held-out prompts"))
     ]
     max_rank = min(config.tree.max_rank, backbone.vocab_size)
-    ranks = [
-        head_ranks(backbone, heads, prompt, response, max_rank)
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    if decoder.is_recurrent:
-        trees = [
-            chain(depth) for depth in range(min(heads.num_heads, config.tree.max_nodes - 1) + 1)
-        ]
-    else:
-        trees = grown_trees(ranks, config.tree.max_nodes, max_rank)
     with_longest_response = prompts[int(np.argmax([len(response) for response in responses]))]
-    curves = [
-        _at_batch_size(decoder, ranks, trees, with_longest_response, size)
-        for size in sorted(set(config.tree.batch_sizes))
-    ]
-    if curves[0].batch_size == 1:  # prompts are rehearsed one at a time
-        curves[0] = _rehearsed(decoder, curves[0], prompts, ranks)
+    sizes = sorted(set(config.tree.batch_sizes))
+    ranks_of: dict[str, list[np.ndarray]] = {}
+    curves_of: dict[str, list[Curve]] = {}
+    largest: dict[str, Tree] = {}
+    for draft in _drafts(config):
+        decoder.rule = replace(decoder.rule, draft=draft)
+        ranks = _ranks_of(session, decoder, prompts, responses, max_rank)
+        if decoder.is_recurrent:
+            trees = [
+                chain(depth) for depth in range(min(heads.num_heads, config.tree.max_nodes - 1) + 1)
+            ]
+        else:
+            trees = grown_trees(ranks, config.tree.max_nodes, max_rank, is_drawn=draft == "sampled")
+        curves = [
+            _at_batch_size(decoder, ranks, trees, with_longest_response, size) for size in sizes
+        ]
+        if curves[0].batch_size == 1:  # prompts are rehearsed one at a time
+            curves[0] = _rehearsed(decoder, curves[0], prompts, ranks)
+        ranks_of[draft], curves_of[draft], largest[draft] = ranks, curves, trees[-1]
+    chosen = [faster(list(of_size)) for of_size in zip(*curves_of.values(), strict=True)]
     calibration = summarize(
-        curves, ranks, max_rank, choices=trees[-1], heads_sha256=heads_sha256(out)
+        chosen,
+        ranks_of[chosen[0].draft],
+        max_rank,
+        choices=largest[min(largest, key=lambda draft: draft != "top")],
+        heads_sha256=heads_sha256(out),
+        drawn_by=drawn_by(config.decode),
     )
     save_calibration(calibration, out)
+    if len(curves_of) > 1:
+        log.info("tokens per second by decode.draft: %s", chosen[0].tokens_per_second)
     tree = session.tree(decoder)
     tree.save(out / "tree.json")
     log.info("tree of %d nodes, depth %d", tree.num_checked, tree.depth)
     return _metrics(calibration)
+
+
+def _drafts(config: Config) -> list[str]:
+    """Return the kinds of drafts to try."""
+    decode = config.decode
+    if decode.rule != "sampling" or decode.draft == "top" or config.tree.kind == "dynamic":
+        return ["top"]
+    can_be_drawn = decode.verifier != "cupy"
+    return ["sampled"] if decode.draft == "sampled" else ["top", "sampled"][: 1 + can_be_drawn]
+
+
+def _ranks_of(
+    session: Session,
+    decoder: Decoder,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    max_rank: int,
+) -> list[np.ndarray]:
+    """Return ranks_PK of each response, of the drafts that the decoder's rule makes."""
+    backbone, heads, rule = decoder.backbone, decoder.heads, decoder.rule
+    assert isinstance(heads, MedusaHeads | StackedHeads)
+    pairs = list(zip(prompts, responses, strict=True))
+    if rule.draft == "top":
+        return [head_ranks(backbone, heads, *pair, max_rank) for pair in pairs]
+    unstacked = load_heads(session.out / "heads", backbone)
+    found = []
+    for number, (prompt, response) in enumerate(track(pairs, "replaying draws")):
+        ids_1T = torch.tensor([prompt + response], device=backbone.device)
+        with torch.inference_mode():
+            hidden_TD = backbone.hidden_states(ids_1T)[0, :-1]
+            of_prompt = replace(rule, seed=(rule.seed or 0) + number)
+            tokens_P = ids_1T[0, len(prompt) :]
+            found.append(drawn_ranks(backbone, unstacked, tokens_P, hidden_TD, of_prompt, max_rank))
+    return found
 
 
 @torch.inference_mode()
@@ -126,10 +178,14 @@ def head_ranks(
     return torch.cat(found).cpu().numpy()
 
 
-def grown_trees(ranks: list[np.ndarray], max_nodes: int, max_rank: int) -> list[Tree]:
-    """Return the best tree of each of some sizes, the smallest first."""
+def grown_trees(
+    ranks: list[np.ndarray], max_nodes: int, max_rank: int, *, is_drawn: bool = False
+) -> list[Tree]:
+    """Return the best tree of each of some sizes, the smallest first; see `best_tree`."""
     sizes = [*(size for size in _SIZES if size < max_nodes), max_nodes]
-    return list(dict.fromkeys(best_tree(ranks, size, max_rank) for size in sizes))
+    return list(
+        dict.fromkeys(best_tree(ranks, size, max_rank, is_drawn=is_drawn) for size in sizes)
+    )
 
 
 def thinned(trees: list[Tree]) -> list[Tree]:
@@ -185,32 +241,35 @@ def time_steps(
 
 def rehearse(
     decoder: Decoder, trees: Sequence[Tree], prompts: list[list[int]]
-) -> dict[Tree | None, float]:
-    """Decode prompts over each tree and plainly (None), in turn; return the seconds of each.
+) -> tuple[dict[Tree | None, float], dict[Tree | None, int]]:
+    """Decode prompts over each tree and plainly (None), in turn; return seconds and steps of each.
 
     Steps that are timed alone are warm; a whole response has cold ones, and much that is no step.
     Steps of fixed shapes are captured at their first call for prompts of about a length. That
     happens once, and is no part of a response: there each is decoded twice, and the second counts.
     """
     ways: list[Tree | None] = [None, *trees]
-    seconds = dict.fromkeys(ways, 0.0)
+    seconds, steps = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
     for number, prompt in enumerate(track(prompts, "rehearsing")):
         first = number % len(ways)  # who begins changes: the first pays for what is cold
         for way in ways[first:] + ways[:first]:
             if decoder.uses_fixed_shapes:
                 _respond(decoder, prompt, way)
             start = time.perf_counter()
-            _respond(decoder, prompt, way)
+            num_steps_taken = _respond(decoder, prompt, way)
             # It ends with tokens on the host: nothing is left to wait for.
             seconds[way] += time.perf_counter() - start
-    return seconds
+            steps[way] += num_steps_taken
+    return seconds, steps
 
 
-def _respond(decoder: Decoder, prompt: list[int], tree: Tree | None) -> None:
+def _respond(decoder: Decoder, prompt: list[int], tree: Tree | None) -> int:
+    """Return the steps that it took."""
     if tree is None:
-        decoder.decode_plain([prompt])
+        [response] = decoder.decode_plain([prompt])
     else:
-        decoder.decode([prompt], tree=tree)
+        [response] = decoder.decode([prompt], tree=tree)
+    return len(response.accept_lengths)
 
 
 def _at_batch_size(
@@ -228,7 +287,7 @@ def _at_batch_size(
     timing = time_steps(
         decoder, trees, prompt, batch_size=batch_size, rounds=rounds, new_tokens=new_tokens
     )
-    return choose(ranks, timing)
+    return replace(choose(ranks, timing), draft=decoder.rule.draft)
 
 
 def _rehearsed(
@@ -243,8 +302,12 @@ def _rehearsed(
         ranks: ranks_PK of the response to each prompt.
     """
     fastest = [point.tree for point in curve.fastest()[:_REHEARSED_TREES]]
-    seconds = rehearse(decoder, fastest, prompts[:_REHEARSED_PROMPTS])
-    return correct(curve, seconds, ranks[:_REHEARSED_PROMPTS])
+    rehearsed = ranks[:_REHEARSED_PROMPTS]
+    seconds, steps = rehearse(decoder, fastest, prompts[:_REHEARSED_PROMPTS])
+    if decoder.rule.name == "sampling":  # other draws, other responses: what a step took counts
+        expected = {tree: num_steps(rehearsed, tree or chain(0)) for tree in seconds}
+        seconds = {tree: took * expected[tree] / steps[tree] for tree, took in seconds.items()}
+    return correct(curve, seconds, rehearsed)
 
 
 def _metrics(calibration: Calibration) -> dict[str, float]:

@@ -80,6 +80,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     num_nodes = 0
     for batch_size in sorted(config.evaluate.batch_sizes):
         decoder.tree = tree = session.tree(decoder, batch_size)
+        decoder.rule = session.rule(batch_size)
         methods = build_methods(
             decoder,
             baselines=config.evaluate.baselines,

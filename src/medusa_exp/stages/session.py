@@ -4,6 +4,7 @@ Here the whole `Config` is taken apart; what loads data and models knows of its 
 """
 
 import logging
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
 from medusa_exp.tracking.history import StepLogger
 from medusa_exp.tree import Tree
-from medusa_exp.tree.calibration import choose_tree
+from medusa_exp.tree.calibration import choose_tree, draft_of
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ class Session:
             compiles=compiles(self.config, backbone, measured_steps(self.config) * is_measured),
         )
         if is_tree_known:
-            decoder.tree = self.tree(decoder)
+            decoder.tree, decoder.rule = self.tree(decoder), self.rule()
         return decoder
 
     def check_drafts(self) -> None:
@@ -285,6 +286,12 @@ class Session:
             importing.as_text(shares),
         )
         write_json(record, {"first_choices": shares, "num_prompts": len(ids)})
+
+    def rule(self, batch_size: int = 1) -> AcceptanceRule:
+        """Return how tokens are chosen and what is drafted, for so many rows at a time."""
+        config = self.config
+        draft = draft_of(config.decode, config.tree.kind, self.out, batch_size)
+        return replace(rule_of(config), draft=draft)
 
     def tree(self, decoder: Decoder, batch_size: int = 1) -> Tree:
         """Return the tree that the config names, for these heads and so many rows at a time."""

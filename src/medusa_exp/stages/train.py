@@ -30,6 +30,8 @@ from medusa_exp.data.examples import Examples
 from medusa_exp.data.feature_cache import Features
 from medusa_exp.data.prompts import Prompt, prompts_of
 from medusa_exp.decode.compatibility import check_tree_attention
+from medusa_exp.decode.loop import GREEDY
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.backbone import Backbone
@@ -41,7 +43,7 @@ from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
 from medusa_exp.stages.regenerate import key_of_responses
-from medusa_exp.stages.session import Session, limits_of
+from medusa_exp.stages.session import Session, limits_of, rule_of
 from medusa_exp.train.acceptance import (
     HeldOutResponse,
     held_out_responses,
@@ -214,9 +216,10 @@ def open_inputs(session: Session) -> Inputs:
         backbone.check_next_logits()
     prompts = _held_out_prompts(session, tokenizer, backbone)
     limits = limits_of(config, backbone, tokenizer)
-    key = responses_key(prompts, limits, backbone, session.spec.attention)
+    rule = validation_rule(config)
+    key = responses_key(prompts, limits, backbone, session.spec.attention, rule)
     responses = held_out_responses(
-        config.cache_dir, key, prompts, limits, backbone, lambda: opener.whole
+        config.cache_dir, key, prompts, limits, backbone, lambda: opener.whole, rule
     )
     if config.train.kind == "medusa2" or config.train.strategy == "fsdp" or not backbone.has_body:
         session.forget_backbone()
@@ -226,6 +229,14 @@ def open_inputs(session: Session) -> Inputs:
     return Inputs(
         backbone, tokenizer, documents, data_key, row_tokens, features, prompts, responses
     )
+
+
+def validation_rule(config: Config) -> AcceptanceRule:
+    """Return the rule that val/accept_length is of: that of decoding, or greedy for a lossy one.
+
+    decode.draft=auto counts the likeliest tokens, whose replay costs less.
+    """
+    return GREEDY if config.decode.rule == "typical" else rule_of(config)
 
 
 class _BackboneOpener:
@@ -386,7 +397,8 @@ def build_module(
         joint = JointLoss(add_adapters(backbone, settings.lora), settings.lora, heads_only_steps)
         # What it answers changes with it.
         limits = limits_of(config, backbone, inputs.tokenizer)
-        responses = partial(respond_to_prompts, inputs.prompts, limits, backbone)
+        rule = validation_rule(config)
+        responses = partial(respond_to_prompts, inputs.prompts, limits, backbone, rule)
     return MedusaModule(
         backbone,
         heads,
@@ -394,6 +406,7 @@ def build_module(
         max_steps=max_steps,
         responses=responses,
         max_rank=config.tree.max_rank,
+        rule=validation_rule(config),
         key=key,
         joint=joint,
     )

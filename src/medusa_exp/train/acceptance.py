@@ -10,7 +10,7 @@ P positions of a response, T of prompt and response but the last, D hidden, K he
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medusa_exp.data.prompts import Prompt
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
+from medusa_exp.decode.replay import drawn_ranks
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.scoring import answer_ranks
@@ -43,15 +45,35 @@ class HeldOutResponse:
 
 
 def accept_lengths(
-    heads: MedusaHeads, responses: Sequence[HeldOutResponse], num_nodes: int, max_rank: int
+    heads: MedusaHeads,
+    responses: Sequence[HeldOutResponse],
+    num_nodes: int,
+    max_rank: int,
+    rule: AcceptanceRule = GREEDY,
+    backbone: Backbone | None = None,
 ) -> tuple[float, float]:
     """Return the tokens per step of the best tree of so many nodes, and of the chain.
 
-    Prompts' steps are counted, as in eval/tokens_per_step.
+    Prompts' steps are counted, as in eval/tokens_per_step. `rule` is that by which the responses
+    were made; one that samples its drafts needs the backbone, perhaps without its layers.
     """
-    ranks = [response_ranks(heads, response, max_rank) for response in responses]
+    if is_drawn := rule.draft == "sampled":
+        assert backbone is not None
+        ranks = [
+            drawn_ranks(
+                backbone,
+                heads,
+                response.tokens_P,
+                response.hidden_TD,
+                replace(rule, seed=(rule.seed or 0) + number),
+                max_rank,
+            )
+            for number, response in enumerate(responses)
+        ]
+    else:
+        ranks = [response_ranks(heads, response, max_rank) for response in responses]
     num_tokens = sum(len(ranks_PK) for ranks_PK in ranks)
-    trees = (best_tree(ranks, num_nodes, max_rank), chain(heads.num_heads))
+    trees = (best_tree(ranks, num_nodes, max_rank, is_drawn=is_drawn), chain(heads.num_heads))
     of_best, of_chain = (num_tokens / num_steps(ranks, tree) for tree in trees)
     return of_best, of_chain
 
@@ -71,6 +93,7 @@ def held_out_responses(
     limits: Limits,
     ends: Backbone,
     body: Callable[[], Backbone],
+    rule: AcceptanceRule = GREEDY,
 ) -> list[HeldOutResponse]:
     """Return the backbone's responses to held-out prompts, from the cache where it has them.
 
@@ -80,12 +103,16 @@ def held_out_responses(
         return []
     with entry(cache_dir, "continuations", f"{key}.safetensors", _is_whole) as (path, partial):
         if partial is not None:
-            save_file(_as_tensors(respond_to_prompts(prompts, limits, body())), partial)
+            save_file(_as_tensors(respond_to_prompts(prompts, limits, body(), rule)), partial)
     return _from_tensors(load_file(path, device=str(ends.device)))
 
 
 def responses_key(
-    prompts: list[Prompt], limits: Limits, backbone: Backbone, attn_implementation: str | None
+    prompts: list[Prompt],
+    limits: Limits,
+    backbone: Backbone,
+    attn_implementation: str | None,
+    rule: AcceptanceRule = GREEDY,
 ) -> str:
     """Name all that decides the responses and their hidden states."""
     return content_key(
@@ -95,23 +122,28 @@ def responses_key(
         [limits.max_new_tokens, sorted(limits.stop_ids), list(limits.stop_strings)],
         [str(backbone.model.dtype), attn_implementation],
         [metadata.version(name) for name in ("torch", "transformers")],
+        *([_draws_of(rule)] if rule.name == "sampling" else []),
     )
 
 
 @torch.inference_mode()
 def respond_to_prompts(
-    prompts: list[Prompt], limits: Limits, backbone: Backbone
+    prompts: list[Prompt], limits: Limits, backbone: Backbone, rule: AcceptanceRule = GREEDY
 ) -> list[HeldOutResponse]:
-    """Let the backbone answer, greedily."""
+    """Let the backbone answer, greedily or by draws of the rule's seed."""
     if not prompts:
         return []
     asked = [prompt.input_ids for prompt in prompts]
     responses = []
-    for ids, response in zip(asked, decode_plain(backbone, asked, limits), strict=True):
+    for ids, response in zip(asked, decode_plain(backbone, asked, limits, rule), strict=True):
         whole_1T = torch.tensor([ids + response.tokens], device=backbone.device)
         hidden_TD = backbone.hidden_states(whole_1T)[0, :-1]
         responses.append(HeldOutResponse(whole_1T[0, len(ids) :], hidden_TD))
     return responses
+
+
+def _draws_of(rule: AcceptanceRule) -> list[float | int | None]:
+    return [rule.temperature, rule.top_k, rule.top_p, rule.seed]
 
 
 def _is_whole(path: Path) -> bool:

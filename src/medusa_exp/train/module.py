@@ -30,6 +30,8 @@ from transformers import PreTrainedModel
 
 from medusa_exp.config import LoraSettings, TrainConfig
 from medusa_exp.data.datamodule import Batch, send
+from medusa_exp.decode.loop import GREEDY
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.loss import (
@@ -103,6 +105,7 @@ class MedusaModule(L.LightningModule):
         max_steps: optimizer steps of the whole training.
         responses: gives the backbone's responses to held-out prompts, at each validation.
         max_rank: draft tokens of a head that val/accept_length considers.
+        rule: by which the responses were made, and drafts of them are accepted.
         key: `training_key` of the training, for its checkpoints.
         joint: of Medusa-2.
     """
@@ -116,6 +119,7 @@ class MedusaModule(L.LightningModule):
         max_steps: int,
         responses: Callable[[], Sequence[HeldOutResponse]],
         max_rank: int,
+        rule: AcceptanceRule = GREEDY,
         key: str,
         joint: JointLoss | None = None,
     ) -> None:
@@ -123,7 +127,7 @@ class MedusaModule(L.LightningModule):
         self.backbone, self.heads, self.settings = backbone, heads, settings
         self.objective = Objective.of(settings)
         self.max_steps, self.responses, self.key = max_steps, responses, key
-        self.max_rank = min(max_rank, backbone.vocab_size)
+        self.max_rank, self.rule = min(max_rank, backbone.vocab_size), rule
         self.joint = joint
         if joint is not None:
             self.adapted = joint.adapted.train()
@@ -308,7 +312,12 @@ class MedusaModule(L.LightningModule):
             found |= {f"val/{name}_head{k}": float(x) for k, x in enumerate(mean_K, 1)}
         if responses := self.responses():
             found["val/accept_length"], found["val/accept_length_chain"] = accept_lengths(
-                self.heads, responses, self.settings.val_tree_nodes, self.max_rank
+                self.heads,
+                responses,
+                self.settings.val_tree_nodes,
+                self.max_rank,
+                self.rule,
+                self.backbone,
             )
         self.log_dict(found)
         self.last_metrics |= found

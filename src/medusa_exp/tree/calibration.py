@@ -4,7 +4,8 @@
 `choose_tree` says which tree a run decodes with. K heads, P positions.
 """
 
-from dataclasses import asdict, dataclass, replace
+import logging
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from medusa_exp.config import TreeConfig
+from medusa_exp.config import DecodeConfig, TreeConfig
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json, sha256_file, write_json
 from medusa_exp.tree.search import node_shares, num_steps
 from medusa_exp.tree.tree import Tree, chain
+
+log = logging.getLogger(__name__)
 
 CALIBRATION = "calibration.json"
 
@@ -60,6 +63,10 @@ class Curve:
     tree: Tree
     predicted_tokens_per_step: float
     predicted_speedup: float
+    draft: str = field(default="top", kw_only=True)
+    """What the trees are filled with: the heads' likeliest tokens, or draws (decode.draft)."""
+    tokens_per_second: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """Of the best tree of each kind of draft that was tried."""
 
     def fastest(self) -> list[Point]:
         """Return the points, the fastest first."""
@@ -87,6 +94,8 @@ class Calibration(Curve):
     choices: Tree
     """The largest tree that was grown: what tree=dynamic picks from."""
     heads_sha256: str
+    drawn_by: dict[str, float | None] | None = field(default=None, kw_only=True)
+    """Temperature, top_k and top_p of the responses; None where they are greedy."""
 
     def of_batch_size(self, batch_size: int) -> Curve:
         """Return what was found for the next size at or below this one, else for the smallest."""
@@ -206,13 +215,68 @@ def correct(curve: Curve, seconds: dict[Tree | None, float], ranks: list[np.ndar
     )
 
 
+def faster(curves: list[Curve]) -> Curve:
+    """Return the faster of the curves of one batch size, each of another kind of draft."""
+    by_draft = {
+        curve.draft: max(
+            point.tokens_per_second for point in curve.curve if point.tree == curve.tree
+        )
+        for curve in curves
+    }
+    best = max(curves, key=lambda curve: by_draft[curve.draft])
+    return replace(best, tokens_per_second=by_draft)
+
+
+def draft_of(settings: DecodeConfig, kind_of_tree: str, out: Path, batch_size: int = 1) -> str:
+    """Return what is drafted, top or sampled, for so many rows at a time.
+
+    decode.draft=auto is what the run's calibration found to be faster, where it was made for this
+    temperature, top_k and top_p; top otherwise.
+    """
+    if settings.rule != "sampling" or settings.draft == "top":
+        return "top"
+    if settings.draft == "sampled":
+        return "sampled"
+    if kind_of_tree != "calibrated" or not (out / CALIBRATION).is_file():
+        return "top"
+    calibration = load_calibration(out)
+    if calibration.drawn_by != drawn_by(settings):
+        log.warning(
+            "%s is of %s, and decoding is of %s: the likeliest tokens are drafted "
+            "(decode.draft=auto) until stage calibrate has run again",
+            out / CALIBRATION,
+            calibration.drawn_by or "greedy responses",
+            drawn_by(settings),
+        )
+        return "top"
+    return calibration.of_batch_size(batch_size).draft
+
+
+def drawn_by(settings: DecodeConfig) -> dict[str, float | None] | None:
+    """Return `Calibration.drawn_by` of responses that are made as decoding makes them."""
+    if settings.rule != "sampling":
+        return None
+    return {
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+    }
+
+
 def summarize(
-    curves: list[Curve], ranks: list[np.ndarray], max_rank: int, *, choices: Tree, heads_sha256: str
+    curves: list[Curve],
+    ranks: list[np.ndarray],
+    max_rank: int,
+    *,
+    choices: Tree,
+    heads_sha256: str,
+    drawn_by: dict[str, float | None] | None = None,
 ) -> Calibration:
     """Return the calibration's record.
 
     `curves` go from the smallest batch on; `ranks` are ranks_PK of each answer, in which a guess
-    that is not among the first ones has `max_rank`; the rest as in `Calibration`.
+    that is not among the first ones has `max_rank`, of what the first curve drafts; the rest as in
+    `Calibration`.
     """
     ranks_PK = np.concatenate(ranks)
     slower = [curve.batch_size for curve in curves if curve.predicted_speedup <= 1]
@@ -227,6 +291,7 @@ def summarize(
         break_even_batch_size=min(slower, default=None),
         choices=choices,
         heads_sha256=heads_sha256,
+        drawn_by=drawn_by,
     )
 
 

@@ -34,13 +34,18 @@ def prefix_counts(ranks_PK: np.ndarray, max_rank: int) -> Counter[RankPath]:
     return counts
 
 
-def grow(value: Counter[RankPath], max_nodes: int) -> list[RankPath]:
+def grow(value: Counter[RankPath], max_nodes: int, *, is_drawn: bool = False) -> list[RankPath]:
     """Return the best tree's paths in the order in which they are added.
 
     The first n of them, with the root, are the tree of n + 1 nodes that accepts most guesses at
     the counted positions: a child never counts more than its parent, so taking the most valuable
     node next is optimal. Ties go to the shallower and then to the likelier guess.
+
+    Where ranks are places in a draw (`is_drawn`), a child is tried after its elder siblings, and
+    takes them with it: it is added after them.
     """
+    if is_drawn:
+        return _grow_in_order(value, max_nodes)
     children: dict[RankPath, list[RankPath]] = {}
     for path in value:
         children.setdefault(path[:-1], []).append(path)
@@ -52,6 +57,23 @@ def grow(value: Counter[RankPath], max_nodes: int) -> list[RankPath]:
         paths.append(path)
         for child in children.get(path, []):
             heapq.heappush(frontier, (-value[child], len(child), child))
+    return paths
+
+
+def _grow_in_order(value: Counter[RankPath], max_nodes: int) -> list[RankPath]:
+    frontier: list[tuple[int, int, RankPath]] = []
+
+    def offer(path: RankPath) -> None:
+        if value[path]:
+            heapq.heappush(frontier, (-value[path], len(path), path))
+
+    paths: list[RankPath] = []
+    offer((0,))
+    while frontier and len(paths) < max_nodes - 1:
+        _, _, path = heapq.heappop(frontier)
+        paths.append(path)
+        offer((*path, 0))
+        offer((*path[:-1], path[-1] + 1))
     return paths
 
 
@@ -79,15 +101,18 @@ def num_steps(answers: list[np.ndarray], tree: Tree) -> int:
     return sum(1 + len(replay(ranks_PK, tree)) for ranks_PK in answers)
 
 
-def best_tree(answers: list[np.ndarray], size: int, max_rank: int) -> Tree:
+def best_tree(
+    answers: list[np.ndarray], size: int, max_rank: int, *, is_drawn: bool = False
+) -> Tree:
     """Return the best tree of at most `size` nodes that a few rounds find.
 
-    Each round counts where the tree of the round before would stand, and grows a new one.
+    Each round counts where the tree of the round before would stand, and grows a new one. Ranks of
+    sampled drafts are places in a draw (`is_drawn`).
     """
     chosen = np.concatenate(answers)
     best, fewest = chain(0), num_steps(answers, chain(0))
     for _ in range(_ROUNDS):
-        tree = Tree.from_paths(grow(prefix_counts(chosen, max_rank), size))
+        tree = Tree.from_paths(grow(prefix_counts(chosen, max_rank), size, is_drawn=is_drawn))
         steps = num_steps(answers, tree)
         if steps < fewest:
             best, fewest = tree, steps
