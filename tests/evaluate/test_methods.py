@@ -1,5 +1,8 @@
+import logging
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_exp.decode import memory
 from medusa_exp.decode.decoder import Decoder
@@ -8,7 +11,7 @@ from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.step import CapturedStep
 from medusa_exp.errors import UserError
 from medusa_exp.evaluate.methods import build_methods, hf_generate, timed
-from medusa_exp.model import build_heads
+from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import chain
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4, 1, 5, 9, 2, 6]
@@ -35,6 +38,17 @@ def test_all_methods_say_the_same_and_count_their_steps(backbone):
         if answer.accept_lengths is not None:
             assert len(answer.accept_lengths) == answer.num_steps
             assert sum(answer.accept_lengths) == len(answer.tokens)
+
+
+def test_prompt_lookup_is_left_out_where_a_state_cannot_be_cut_back(caplog):
+    caplog.set_level(logging.INFO)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **shape)).eval()
+    methods = methods_of(Backbone(model), Limits(6))
+    answers = {name: method([PROMPT])[0].tokens for name, method in methods.items()}
+    assert list(answers) == ["plain", "tree", "chain", "hf_generate"]
+    assert len({tuple(tokens) for tokens in answers.values()}) == 1
+    assert "prompt_lookup is left out: MambaForCausalLM has recurrent layers" in caplog.messages
 
 
 def test_what_runs_in_batches(backbone):

@@ -6,6 +6,7 @@ at once, and answers so many at a time, a prompt in the place of each that ends 
 All of them stop at the same tokens, and tokens are counted from ids.
 """
 
+import logging
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -18,12 +19,15 @@ from transformers import GenerationConfig
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.loop import GREEDY, Response
+from medusa_exp.decode.recurrent import is_recurrent
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slots import Request
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.runs.record import synchronize
 from medusa_exp.tree import chain
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def build_methods(
     `longest` is the most tokens of a prompt, which batches of more than one make room for.
 
     Methods of transformers are run greedily, one prompt at a time, and know no stop strings of
-    ours.
+    ours. Prompt lookup cannot take back what a recurrent state has read: transformers refuses it.
     """
     backbone, limits, rule = decoder.backbone, decoder.limits, decoder.rule
     options: Any = {"max_new_tokens": limits.max_new_tokens, "stop_ids": limits.stop_ids}
@@ -101,6 +105,9 @@ def build_methods(
     }
     is_comparable = rule.name == "greedy" and not limits.stop_strings
     chosen = [name for name in baselines if is_comparable or name not in _SINGLE]
+    if "prompt_lookup" in chosen and is_recurrent(backbone):
+        log.info("prompt_lookup is left out: %s has recurrent layers", backbone.name)
+        chosen.remove("prompt_lookup")
     return {name: methods[name] for name in ("plain", "tree", *chosen)}
 
 
