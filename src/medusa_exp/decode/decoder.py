@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter, key_of_draws
+from medusa_exp.decode.lookup import LookupDrafter, check_draft
 from medusa_exp.decode.loop import (
     GREEDY,
     Limits,
@@ -383,7 +384,11 @@ class Decoder:
         rule = rule or self.rule
         key = (tree, key_of_draws(rule))
         if key not in self._drafters:
-            self._drafters[key] = build_drafter(self.heads, tree, self.backbone.device, rule)
+            drafter = build_drafter(self.heads, tree, self.backbone.device, rule)
+            if tree.num_lookup:
+                check_draft(rule)
+                drafter = LookupDrafter(drafter, tree.num_lookup, self.backbone.device)
+            self._drafters[key] = drafter
         return self._drafters[key]
 
     def _step(self, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int) -> Step:

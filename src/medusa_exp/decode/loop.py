@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from medusa_exp.decode.cache import FixedCache, GrowingCache
 from medusa_exp.decode.drafting import FixedTreeDrafter
+from medusa_exp.decode.lookup import Text
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.recurrent import ChainStep, StateCache, is_recurrent
 from medusa_exp.decode.rule import AcceptanceRule, Verifier
@@ -191,11 +192,20 @@ def tree_steps(
         return
     with step.observer.part("verification"):
         root_B = step.verifier.next_token(logits_B1V)
-    yield responses.commit([[token] for token in root_B.tolist()])
+    found = step.found
+    texts = [Text(prompt) for prompt in prompts] if found.width else []
+    added = responses.commit([[token] for token in root_B.tolist()])
+    yield added
     step.begin(root_B, hidden_BD, last)
     step.keep_rows(responses.kept)
     while responses.active:
-        yield responses.commit(step())
+        if texts:
+            for row in responses.active:
+                texts[row].extend(added[row])
+            wanted = [texts[row].continuation(found.width) for row in responses.active]
+            found.write(step.active, wanted)
+        added = responses.commit(step())
+        yield added
         step.keep_rows(responses.kept)
 
 

@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 )
 
 from medusa_exp.decode.drafting import Drafter
+from medusa_exp.decode.lookup import Found
 from medusa_exp.decode.rule import AcceptanceRule, Verifier
 from medusa_exp.decode.step import UNOBSERVED, Observer, at_end, outcome_of, read_outcome
 from medusa_exp.errors import UserError
@@ -51,6 +52,11 @@ def has_recurrent_layers(config: PretrainedConfig) -> bool:
 
 def check_chain(name: str, tree: Tree) -> None:
     """Raise a UserError where a model with recurrent layers would have to check a branch."""
+    if tree.num_lookup:
+        raise UserError(
+            f"{name} has recurrent layers, whose state cannot hold a looked-up branch beside the "
+            "heads' chain: set tree.lookup=0."
+        )
     if tree.num_picked is not None or list(tree.parents) != list(range(-1, len(tree) - 1)):
         raise UserError(
             f"{name} has recurrent layers, whose state cannot hold the branches of a tree: it "
@@ -201,6 +207,7 @@ class ChainStep:
     ) -> None:
         self.backbone, self.drafter, self.observer = backbone, drafter, observer
         self.verifier = Verifier(rule, backbone.device)
+        self.found = Found(drafter, 1, backbone.device)
         self.cache = StateCache(backbone.model)
         self._pending: list[int] = []
         """Tokens that were accepted, and that the state does not hold yet."""

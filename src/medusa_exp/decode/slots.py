@@ -23,6 +23,7 @@ from torch import Tensor
 
 from medusa_exp.decode.cache import GrowingCache, copy_of
 from medusa_exp.decode.drafting import Drafter
+from medusa_exp.decode.lookup import Text
 from medusa_exp.decode.loop import (
     PREFILL_TOKENS,
     Limits,
@@ -84,6 +85,10 @@ class _Slot:
     """Tokens in the row."""
     is_running: bool = False
     draws: np.random.Generator | None = None
+    looked_up: int = 0
+    """Tokens of the response that are in `text`."""
+    text: Text | None = None
+    """Where what may follow is looked up, if it is."""
 
 
 class Slots:
@@ -265,6 +270,9 @@ class Slots:
                 assert slot.draws is not None
                 slot.draws.random(dtype=np.float32, out=self._uniforms_BN[slot.row])
             given.copy_(torch.from_numpy(self._uniforms_BN))
+        if width := self._step.found.width:
+            wanted = [_look_up(slot, width) for slot in running]
+            self._step.found.write([slot.row for slot in running], wanted)
         tokens = self._step()
         for slot, added in zip(running, tokens, strict=True):
             slot.cached += len(added)
@@ -311,6 +319,15 @@ class Slots:
         if prompt[: len(known)] != known:
             return 0
         return min(slot.cached, len(known), len(prompt) - 1)
+
+
+def _look_up(slot: _Slot, length: int) -> list[int]:
+    """Return what may follow in a slot; called before each of its steps."""
+    if slot.text is None:
+        slot.text = Text(slot.request.prompt)
+    slot.text.extend(slot.response.tokens[slot.looked_up :])
+    slot.looked_up = len(slot.response.tokens)
+    return slot.text.continuation(length)
 
 
 class OneByOne:

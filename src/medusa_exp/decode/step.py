@@ -34,6 +34,7 @@ from medusa_exp.decode.cache import FixedCache, GrowingCache
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels
 from medusa_exp.decode.drafting import Draft, Drafter
+from medusa_exp.decode.lookup import Found
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
 from medusa_exp.decode.verify import Verdict
@@ -92,6 +93,8 @@ class Step(Protocol):
     """To be filled with the prompts before `begin`."""
     verifier: Verifier
     observer: Observer
+    found: Found
+    """What was looked up for each row, to be written before each call."""
     root_B: Tensor
     hidden_BD: Tensor
     active: list[int]
@@ -137,6 +140,7 @@ class EagerStep:
         capacity = length + drafter.num_nodes
         self.cache = GrowingCache(backbone.num_layers, capacity, num_rows)
         self.verifier = Verifier(rule, backbone.device)
+        self.found = Found(drafter, num_rows, backbone.device)
         self.mask = StepMask(backbone.model, capacity, keeps_full=drafter.prefix is not None)
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
@@ -154,7 +158,7 @@ class EagerStep:
         # 1. Draft
         with part("heads"):
             uniforms_BU = self.verifier.draw(len(self.root_B), self.drafter.num_uniforms)
-            draft = self.drafter(self.root_B, self.hidden_BD, uniforms_BU)
+            draft = self.found.draft(self.root_B, self.hidden_BD, uniforms_BU)
         # 2. Forward
         with part("mask"):
             mask = self.mask.at(lengths, draft.ancestors_BNN, draft.depths_BN)
@@ -229,6 +233,7 @@ class CapturedStep:
         self.cache, self.mask, self.kernels, self.observer = cache, mask, kernels, observer
         self.layers = layers
         num_rows, device = len(cache.lengths_B), backbone.device
+        self.found = Found(drafter, num_rows, device)
         self.root_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.hidden_BD = torch.zeros(
             num_rows, backbone.hidden_size, dtype=backbone.model.dtype, device=device
@@ -280,7 +285,7 @@ class CapturedStep:
         # 1. Draft
         with part("heads"):
             uniforms_BU = self.verifier.draw(len(self.root_B), self.drafter.num_uniforms)
-            draft = self.drafter(self.root_B, self.hidden_BD, uniforms_BU)
+            draft = self.found.draft(self.root_B, self.hidden_BD, uniforms_BU)
         # 2. Forward
         with part("mask"):
             mask, position_BN = self._mask_and_positions(draft)

@@ -205,6 +205,7 @@ class Session:
         check_prefix(name, config.head.prefix_attention)
         if config.tree.kind in _BRANCHED:
             check_chain(name, _A_FORK)
+        check_chain(name, Tree((-1,), (-1,), num_lookup=config.tree.lookup))
         if config.tree.kind == "custom":
             check_chain(name, choose_tree(config.tree, self.out, config.head.num_heads))
 

@@ -326,7 +326,7 @@ def choose_tree(settings: TreeConfig, out: Path, num_heads: int, batch_size: int
             f"tree={kind} is {tree.depth} guesses deep, and there are {num_heads} heads: raise "
             "head.num_heads and train again, or choose another tree."
         )
-    return tree
+    return replace(tree, num_lookup=settings.lookup)
 
 
 def _custom(settings: TreeConfig) -> Tree:

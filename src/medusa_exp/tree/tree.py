@@ -32,6 +32,9 @@ class Tree:
     num_picked: int | None = None
     """None: a step checks all nodes. Else the heads' probabilities pick so many of them, root
     included, anew at each step and for each row."""
+    num_lookup: int = 0
+    """Nodes that a step checks besides: a chain of tokens that are looked up in the text so far, in
+    place of being drafted by heads (`decode/lookup.py`)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parents", tuple(int(p) for p in self.parents))
@@ -51,6 +54,8 @@ class Tree:
             raise ValueError("two siblings share a rank.")
         if self.num_picked is not None and not 1 <= self.num_picked <= len(self):
             raise ValueError(f"num_picked={self.num_picked}: pick from 1 to {len(self)} nodes.")
+        if not isinstance(self.num_lookup, int) or self.num_lookup < 0:
+            raise ValueError(f"num_lookup={self.num_lookup} must be 0 or more, and whole.")
 
     @classmethod
     def from_paths(cls, paths: Iterable[Sequence[int]]) -> "Tree":
@@ -91,7 +96,12 @@ class Tree:
                 return cls.from_paths(value)
             if "paths" in value:
                 return cls.from_paths(value["paths"])
-            return cls(value["parents"], value["ranks"], value.get("num_picked"))
+            return cls(
+                value["parents"],
+                value["ranks"],
+                value.get("num_picked"),
+                value.get("num_lookup", 0),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} holds no tree: {error}") from error
 
@@ -100,12 +110,14 @@ class Tree:
         value: dict[str, Any] = {"parents": list(self.parents), "ranks": list(self.ranks)}
         if self.num_picked is not None:
             value["num_picked"] = self.num_picked
+        if self.num_lookup:
+            value["num_lookup"] = self.num_lookup
         write_json(path, value)
 
     @property
     def num_checked(self) -> int:
         """Nodes that a step checks: how many tokens the backbone is run on."""
-        return len(self) if self.num_picked is None else self.num_picked
+        return (len(self) if self.num_picked is None else self.num_picked) + self.num_lookup
 
     def __len__(self) -> int:
         return len(self.parents)
