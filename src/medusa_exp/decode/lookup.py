@@ -172,7 +172,5 @@ class Found:
     def draft(self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None) -> Draft:
         """Return what the drafter makes of this, and of what was found."""
         if isinstance(self._drafter, LookupDrafter):
-            return self._drafter(
-                root_B, hidden_BD, uniforms_BU, self.tokens_BL[: len(root_B)]
-            )
+            return self._drafter(root_B, hidden_BD, uniforms_BU, self.tokens_BL[: len(root_B)])
         return self._drafter(root_B, hidden_BD, uniforms_BU)
