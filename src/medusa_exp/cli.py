@@ -121,6 +121,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             config = from_hydra(composed)
     except HydraException as error:
         raise UserError(str(error)) from error
+    config.logger = with_variables(config.logger, overrides)
     vars(config)["_composed"] = composed
     return config
 
@@ -136,7 +137,6 @@ def run(config: Config, out: str | Path) -> dict[str, float]:
     """
     out = Path(out)
     config.run_dir = str(out)
-    config.logger = with_variables(config.logger)
     _check_stages(config, is_sweep=False)
     saved = out / continuation.SAVED
     if not saved.exists():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from medusa_exp import compose
 from medusa_exp.config import LoggerConfig
 from medusa_exp.errors import UserError
 from medusa_exp.tracking.wandb_variables import with_variables
@@ -51,6 +52,12 @@ def test_a_mode_that_is_none(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "shared")
     with pytest.raises(UserError, match=r"WANDB_MODE of the environment: logger\.mode=shared"):
         with_variables(LoggerConfig())
+
+
+def test_a_config_composed_in_python_heeds_what_is_said(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    found = compose(["logger=wandb", "logger.mode=offline"]).logger
+    assert (found.mode, found.project) == ("offline", "speed")
 
 
 def test_other_loggers_ask_for_none():

@@ -71,10 +71,11 @@ def prompts_of(
     if not prompts and not left_out:
         raise UserError("no held-out prompt is left: no conversation has a turn to be answered.")
     if not prompts:
+        longer = "" if {*left_out} == {NO_ROOM} else ", or raise dataset.max_length"
         why = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
         raise UserError(
             f"no held-out prompt is left ({why}). decode.max_new_tokens leaves {max_tokens} tokens "
-            "to a prompt: lower it, or raise dataset.max_length."
+            f"to a prompt: lower it{longer}."
         )
     return _merge_many_categories(prompts)
 

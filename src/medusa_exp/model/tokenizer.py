@@ -332,7 +332,9 @@ def _check_fit(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, path: str) -
         raise UserError(
             f"the tokenizer in {path} has {len(tokenizer)} entries, the model in {model} only "
             f"{rows}: no row for {names}. Set tokenizer.path to the model's own tokenizer, or "
-            "tokenizer.resize_embedding=true to add rows (heads then fit the enlarged model alone)."
+            "tokenizer.resize_embedding=true to add rows (heads then fit the larger model alone). "
+            "If its class adds them to what tokenizer.json has, take it as it stands by "
+            "tokenizer.tokenizer_class=PreTrainedTokenizerFast."
         )
     if 2 * len(tokenizer) < rows:
         log.warning(
