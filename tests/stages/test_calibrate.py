@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_exp.config import DecodeConfig
+from medusa_exp.config import DecodeConfig, TreeConfig
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model import build_heads
@@ -198,4 +198,6 @@ def test_what_is_drafted_is_what_was_faster_at_this_temperature(
     save_calibration(calibration, tmp_path)
     monkeypatch.setattr("medusa_exp.tree.calibration.heads_sha256", lambda out: "x")
     decode = DecodeConfig(**{"rule": "sampling", **settings})
-    assert draft_of(decode, kind, tmp_path) == expected
+    assert draft_of(decode, TreeConfig(kind=kind), tmp_path) == expected
+    looked_up = draft_of(decode, TreeConfig(kind=kind, lookup=2), tmp_path)
+    assert looked_up == (expected if decode.draft == "sampled" else "top")

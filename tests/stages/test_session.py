@@ -41,3 +41,9 @@ def test_what_recurrent_layers_cannot_check_is_refused_before_anything_long(
         return
     with pytest.raises(UserError, match=message):
         Session(config, tmp_path).check_drafts()
+
+
+def test_where_tokens_are_drawn_none_is_looked_up(tmp_path):
+    decode = DecodeConfig(rule="sampling", draft="sampled")
+    with pytest.raises(UserError, match=r"set tree\.lookup=0, or decode\.draft=top"):
+        Session(Config(decode=decode, tree=TreeConfig(lookup=2)), tmp_path).check_drafts()

@@ -116,10 +116,10 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
 
 def _drafts(config: Config) -> list[str]:
     """Return the kinds of drafts to try."""
-    decode = config.decode
-    if decode.rule != "sampling" or decode.draft == "top" or config.tree.kind == "dynamic":
+    decode, tree = config.decode, config.tree
+    if decode.rule != "sampling" or decode.draft == "top" or tree.kind == "dynamic":
         return ["top"]
-    can_be_drawn = decode.verifier != "cupy"
+    can_be_drawn = decode.verifier != "cupy" and not tree.lookup
     return ["sampled"] if decode.draft == "sampled" else ["top", "sampled"][: 1 + can_be_drawn]
 
 

@@ -18,6 +18,7 @@ from medusa_exp.data.prompts import HasRoom, prompts_of
 from medusa_exp.data.sources import Source, dataset_key, files_of, load_split, open_sources
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.lookup import check_draft
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.recurrent import check_chain, check_prefix, has_recurrent_layers
 from medusa_exp.decode.rule import AcceptanceRule
@@ -196,9 +197,12 @@ class Session:
         """Ask before anything long whether the model can check what the config has it drafted.
 
         Raises:
-            UserError: it has recurrent layers, and the tree has branches, or the heads attention.
+            UserError: it has recurrent layers, and the tree has branches, or the heads attention;
+                or some tokens are to be drawn, and others looked up.
         """
         config, spec = self.config, self.spec
+        if config.tree.lookup:
+            check_draft(rule_of(config))
         if not has_recurrent_layers(spec.model_config()):
             return
         name = f"model.path={spec.model_path()}"
@@ -291,7 +295,7 @@ class Session:
     def rule(self, batch_size: int = 1) -> AcceptanceRule:
         """Return how tokens are chosen and what is drafted, for so many rows at a time."""
         config = self.config
-        draft = draft_of(config.decode, config.tree.kind, self.out, batch_size)
+        draft = draft_of(config.decode, config.tree, self.out, batch_size)
         return replace(rule_of(config), draft=draft)
 
     def tree(self, decoder: Decoder, batch_size: int = 1) -> Tree:

@@ -227,17 +227,17 @@ def faster(curves: list[Curve]) -> Curve:
     return replace(best, tokens_per_second=by_draft)
 
 
-def draft_of(settings: DecodeConfig, kind_of_tree: str, out: Path, batch_size: int = 1) -> str:
+def draft_of(settings: DecodeConfig, tree: TreeConfig, out: Path, batch_size: int = 1) -> str:
     """Return what is drafted, top or sampled, for so many rows at a time.
 
     decode.draft=auto is what the run's calibration found to be faster, where it was made for this
-    temperature, top_k and top_p; top otherwise.
+    temperature, top_k and top_p; top otherwise, and beside tokens that are looked up.
     """
     if settings.rule != "sampling" or settings.draft == "top":
         return "top"
     if settings.draft == "sampled":
         return "sampled"
-    if kind_of_tree != "calibrated" or not (out / CALIBRATION).is_file():
+    if tree.kind != "calibrated" or tree.lookup or not (out / CALIBRATION).is_file():
         return "top"
     calibration = load_calibration(out)
     if calibration.drawn_by != drawn_by(settings):
