@@ -26,22 +26,27 @@ model for pictures and text (Gemma 3, Mistral 3, Qwen-VL) the text path is decod
 - **attention** of decoding, by default: `sdpa`; *grouped*, the same without copies of the cache for
   each query head; `eager`, where the architecture has no other; none.
 - **packing**: may `train.batching=packed` put several documents into a row? Else it is refused.
+- **bfloat16**: answers in this type are those of plain decoding, or differ where two tokens are as
+  good as equally likely, and nowhere else (*near ties*; four prompts).
+- **prefix**: may heads have `head.prefix_attention`? Else it is refused.
 - **logits**: is anything done to what the `lm_head` gives (scaled, capped)? The model's own code
   does it then, for heads too.
 
-| architecture | drafts | attention | packing | logits | notes |
-|---|---|---|---|---|---|
+| architecture | drafts | attention | packing | bfloat16 | prefix | logits | notes |
+|---|---|---|---|---|---|---|---|
 """
 
 
 def row(name: str, found: dict[str, Any]) -> str:
     """Return an architecture's row; one that this transformers lacks says so."""
     if not found:
-        return f"| {name} | not tried | | | | not in this version of transformers |"
-    packing = {True: "yes", False: "no", None: ""}[found.get("packing")]
+        return f"| {name} | not tried | | | | | | not in this version of transformers |"
+    words = {True: "yes", False: "no", None: ""}
+    packing, prefix = (words[found.get(key)] for key in ("packing", "prefix_attention"))
     logits = {True: "scaled or capped", False: "plain", None: ""}[found.get("has_own_logits")]
     notes = found.get("notes", "").replace("|", "\\|")
-    cells = (name, found.get("drafts", "FAILED"), found.get("attention", ""), packing, logits)
+    drafts, kernel = found.get("drafts", "FAILED"), found.get("attention", "")
+    cells = (name, drafts, kernel, packing, found.get("bfloat16", ""), prefix, logits)
     return f"| {' | '.join(cells)} | {notes} |"
 
 
