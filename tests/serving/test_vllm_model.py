@@ -65,8 +65,9 @@ def chain_draft(backbone, heads, tokens, num_tokens):
     return drafter(torch.tensor(tokens[-1:]), read_1TD[:, -1]).tokens_BN[0, 1:].tolist()
 
 
-def test_every_kind_is_tested():
-    assert {family["kind"] for family in FAMILIES.values()} == set(KINDS)
+def test_every_kind_that_engines_know_is_tested():
+    tested = {family["kind"] for family in FAMILIES.values()}
+    assert tested == set(KINDS) - {"recurrent"}, "export refuses the rest, see tests/export"
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
