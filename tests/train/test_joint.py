@@ -191,6 +191,7 @@ EXPERTS = {
     [
         ("mixtral", EXPERTS, "is adapted without dropout (train.lora.dropout=0.1 "),
         ("phimoe", EXPERTS, ""),  # its router returns two tensors
+        ("falcon", EXPERTS, ""),  # all its linear layers are of a class of its own
         ("mamba", ONE_LAYER, "is adapted without out_proj and conv1d"),
     ],
 )

@@ -57,6 +57,7 @@ def add_adapters(backbone: Backbone, settings: LoraSettings) -> PreTrainedModel:
         target_modules=list(settings.layers) or "all-linear",
         exclude_modules=None if settings.layers else _layers_of_another_kind(backbone.model),
     )
+    is_of_mamba = False
     while (fault := _try_without_weights(backbone.model, lora)) is not None:
         if "lora_dropout" in fault and lora.lora_dropout:  # experts whose weights lie in one tensor
             log.warning(
@@ -66,13 +67,13 @@ def add_adapters(backbone: Backbone, settings: LoraSettings) -> PreTrainedModel:
                 lora.lora_dropout,
             )
             lora.lora_dropout = 0.0
-        elif "Mamba" in fault and not settings.layers and lora.exclude_modules != _OF_MAMBA:
+        elif "Mamba" in fault and not settings.layers and not is_of_mamba:
             log.warning(
                 "%s is adapted without %s: they enter its recurrence by their weights",
                 backbone.name,
                 " and ".join(_OF_MAMBA),
             )
-            lora.exclude_modules = _OF_MAMBA
+            lora.exclude_modules, is_of_mamba = [*(lora.exclude_modules or []), *_OF_MAMBA], True
         else:
             raise UserError(f"train.lora.layers={settings.layers}: {fault}")
     adapted = get_peft_model(backbone.model, lora)
@@ -83,15 +84,30 @@ def add_adapters(backbone: Backbone, settings: LoraSettings) -> PreTrainedModel:
 
 
 def _layers_of_another_kind(model: PreTrainedModel) -> list[str] | None:
-    """Name the linear layers that an architecture has given a forward of its own.
+    """Name the linear layers whose forward is of an architecture's own, and gives no product.
 
-    A router of experts, for one, returns more than a product, and cannot be wrapped.
+    A router of experts, for one, returns more than that, and cannot be wrapped.
     """
-    return [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and type(layer).__module__.startswith("transformers.models")
-    ] or None
+    gives_product: dict[type, bool] = {nn.Linear: True}
+    others = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and type(layer).__module__.startswith("transformers."):
+            kind = type(layer)
+            if kind not in gives_product:
+                gives_product[kind] = _gives_product(layer)
+            others += [] if gives_product[kind] else [name]
+    return others or None
+
+
+def _gives_product(layer: nn.Linear) -> bool:
+    """Say whether a layer turns [1, in] into [1, out] and nothing else; tried without memory."""
+    weights = {name: value.to("meta") for name, value in layer.named_parameters()}
+    try:
+        states = torch.empty(1, layer.in_features, dtype=layer.weight.dtype, device="meta")
+        product = torch.func.functional_call(layer, weights, (states,))
+    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
+        return False
+    return isinstance(product, torch.Tensor) and product.shape == (1, layer.out_features)
 
 
 def _try_without_weights(model: PreTrainedModel, lora: "LoraConfig") -> str | None:
