@@ -73,3 +73,12 @@ def test_two_calls_at_once_keep_each_others_numbers(tmp_path):
     assert run["cache_keys"] == {"tokenised": "a", "model": "b"}
     two.merge_metrics("evaluate", {})
     assert read_json(tmp_path / "metrics.json") == {"tree/num_nodes": 3.0}
+
+
+def test_a_number_that_another_call_took_away_does_not_come_back(tmp_path):
+    config = Config(device="cpu")
+    RunRecord(tmp_path, config, []).merge_metrics("evaluate", {"eval/old": 1.0})
+    long, short = RunRecord(tmp_path, config, []), RunRecord(tmp_path, config, [])
+    short.merge_metrics("evaluate", {"eval/new": 2.0})
+    long.merge_metrics("train", {"train/loss": 3.0})
+    assert read_json(tmp_path / "metrics.json") == {"eval/new": 2.0, "train/loss": 3.0}

@@ -108,7 +108,8 @@ class RunRecord:
         self._own.add(stage)
         self._save()
         with self._locked():
-            self.metrics |= read_json(self.out / "metrics.json", {})
+            # Another call may have replaced its stages' numbers, and taken some away.
+            self.metrics = read_json(self.out / "metrics.json", {})
             for name in before:
                 self.metrics.pop(name, None)
             self.metrics.update(plain)
