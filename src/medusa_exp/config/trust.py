@@ -19,6 +19,7 @@ from medusa_exp.errors import UserError
 
 _MOST_BYTES = 1 << 20
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
+_REFERENCE = re.compile(r"\$\{[^${}:]*\}")
 _HARMLESS = ("now", "medusa_exp.saved_objective")
 _NAMES_CODE = ("_target_", "class", "()", "factory")
 """Keys by which Hydra, or `logging.config`, find something to call."""
@@ -62,18 +63,21 @@ def check_saved(config: DictConfig, path: Path, said: Collection[str] = ()) -> N
     plain: Any = OmegaConf.to_container(config, resolve=False)
     values = {key: value for key, value in _leaves(plain) if not _is_said(key, said)}
     for key, value in values.items():
-        foreign = set(_RESOLVER.findall(value)) - set(_HARMLESS) if isinstance(value, str) else ()
+        foreign = _resolvers(value) - set(_HARMLESS) if isinstance(value, str) else ()
         if foreign:
             raise UserError(
                 f"{path}: {key}={value} looks something up where it is read ({', '.join(foreign)}),"
                 f" which a saved run may not: say {key}=... again on this command line."
             )
     out, run_dir = values.get("export.out"), path.resolve().parents[1]
-    is_outside = bool(out) and not Path(str(out)).resolve().is_relative_to(run_dir)
+    # Neither is resolved here: a reference may be to anything.
+    is_outside = "${" in str(out) or not Path(str(out)).resolve().is_relative_to(run_dir)
+    stages = plain["stages"]
+    exports = "export" in stages or "${" in str(stages)
     asks = plain["regenerate"]["server"] or plain["evaluate"]["server"]
     for key, is_refused, what in (
         ("model.trust_remote_code", True, "would run Python code that comes with the model"),
-        ("export.out", is_outside and "export" in plain["stages"], "writes outside of the run"),
+        ("export.out", is_outside and exports, "writes outside of the run"),
         ("serving.key_variable", bool(asks), "would send that variable to a server"),
     ):
         if values.get(key) and is_refused:
@@ -81,6 +85,14 @@ def check_saved(config: DictConfig, path: Path, said: Collection[str] = ()) -> N
                 f"{path}: {key}={values[key]} {what}, which a saved run cannot decide: say "
                 f"{key}={values[key]} again on this command line if you want it, or another value."
             )
+
+
+def _resolvers(text: str) -> set[str]:
+    """Return what OmegaConf would look up by a function; parts of its name may be references."""
+    number = 1
+    while number:
+        text, number = _REFERENCE.subn("_", text)
+    return set(_RESOLVER.findall(text))
 
 
 def _is_said(key: str, said: Collection[str]) -> bool:
