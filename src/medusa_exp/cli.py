@@ -153,8 +153,25 @@ def _as_composed(config: Config) -> dict[str, Any]:
     if (composed := vars(config).get("_composed")) is not None:
         written: Any = OmegaConf.to_container(composed, resolve=False)
         before = to_dict(from_hydra(composed))
-        plain |= {key: written[key] for key in plain if plain[key] == before[key]}
+        plain = _unless_changed(plain, before, written)
     return plain
+
+
+def _unless_changed(now: Any, before: Any, written: Any) -> Any:
+    """Return what is `written` of each value that is `now` as it was `before`, else that of now.
+
+    Within sections too: what one key stands for must not be saved because its neighbor changed.
+    """
+    if now == before:
+        return written
+    if not all(isinstance(value, dict) for value in (now, before, written)):
+        return now
+    return {
+        key: _unless_changed(now[key], before[key], written[key])
+        if key in before and key in written
+        else now[key]
+        for key in now
+    }
 
 
 @hydra.main(version_base="1.3", config_path="pkg://medusa_exp.conf", config_name="config")

@@ -3,6 +3,7 @@
 import pytest
 
 from medusa_exp import compose
+from medusa_exp.cli import _as_composed
 from medusa_exp.config import LoggerConfig
 from medusa_exp.errors import UserError
 from medusa_exp.tracking.wandb_variables import with_variables
@@ -62,3 +63,11 @@ def test_a_config_composed_in_python_heeds_what_is_said(monkeypatch):
 
 def test_other_loggers_ask_for_none():
     assert with_variables(LoggerConfig(kind="csv")) == LoggerConfig(kind="csv")
+
+
+def test_what_a_neighbor_refers_to_is_not_saved(monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "speed")
+    monkeypatch.setenv("PRIVATE", "hidden")
+    config = compose(["logger=wandb", "logger.notes=${oc.env:PRIVATE}"])
+    saved = _as_composed(config)["logger"]
+    assert (saved["project"], saved["notes"]) == ("speed", "${oc.env:PRIVATE}")
