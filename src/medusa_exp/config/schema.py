@@ -639,7 +639,7 @@ class TreeConfig:
     lookup: int = between(0, 64, default=0)
     """Nodes added to the tree, of whatever kind: a branch of tokens that are looked up in the
     prompt and the answer so far, after the longest recent match. Pays where text repeats: edits,
-    summaries, retrieval. 0 looks nothing up."""
+    summaries, retrieval. 0 looks nothing up, unless the file of `path` says so."""
     num_prompts: int = at_least(1, default=32)
     """Held-out prompts that the backbone answers to count which draft tokens are accepted."""
     max_nodes: int = between(1, 256, default=64)

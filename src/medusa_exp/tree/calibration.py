@@ -302,7 +302,7 @@ def choose_tree(settings: TreeConfig, out: Path, num_heads: int, batch_size: int
     """Return the tree that `tree` names, for so many rows at a time.
 
     A calibrated one is read from calibration.json, not from tree.json, which holds whatever tree
-    was used last.
+    was used last. A file that tree=custom names may have looked-up nodes of its own.
 
     Raises:
         UserError: there is no calibration yet, no such tree, or it is deeper than there are heads.
@@ -329,7 +329,7 @@ def choose_tree(settings: TreeConfig, out: Path, num_heads: int, batch_size: int
             f"tree={kind} is {tree.depth} guesses deep, and there are {num_heads} heads: raise "
             "head.num_heads and train again, or choose another tree."
         )
-    return replace(tree, num_lookup=settings.lookup)
+    return replace(tree, num_lookup=settings.lookup or tree.num_lookup)
 
 
 def _custom(settings: TreeConfig) -> Tree:
