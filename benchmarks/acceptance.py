@@ -42,7 +42,6 @@ from torch import Tensor
 from medusa_exp.cli import compose
 from medusa_exp.cli import run as run_experiment
 from medusa_exp.config import Config
-from medusa_exp.data.prompts import prompts_of
 from medusa_exp.decode.loop import decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model import Backbone, MedusaHeads, load_heads
@@ -67,13 +66,7 @@ class Answers:
         """Let the backbone answer prompts of the test split."""
         config, backbone = session.config, session.backbone()
         tokenizer = session.tokenizer()
-        prompts = prompts_of(
-            session.split("test"),
-            tokenizer,
-            max_tokens=session.prompt_tokens(backbone.max_length),
-            has_room=session.has_room(backbone),
-            num_prompts=num_prompts,
-        )
+        prompts = session.prompts("test", backbone, tokenizer, num_prompts)
         asked = [prompt.input_ids for prompt in prompts]
         limits = limits_of(config, backbone, tokenizer)
         found = cls([], [])

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from medusa_exp.data.prompts import prompts_of
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.replay import drawn_ranks
@@ -122,13 +121,7 @@ def main() -> None:
     limits = replace(
         limits_of(session.config, backbone, tokenizer), max_new_tokens=given.new_tokens
     )
-    prompts = prompts_of(
-        session.split("val"),
-        tokenizer,
-        max_tokens=session.prompt_tokens(backbone.max_length),
-        has_room=session.has_room(backbone),
-        num_prompts=given.prompts,
-    )
+    prompts = session.prompts("val", backbone, tokenizer, given.prompts)
     counts = compare_drafts(
         decoder,
         heads,

@@ -32,7 +32,8 @@ from medusa_exp.data.examples import SCHEMA, Examples
 from medusa_exp.data.feature_cache import Features
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.loss import medusa_loss, medusa_losses
-from medusa_exp.stages.train import Inputs, build_module
+from medusa_exp.stages.train import build_module
+from medusa_exp.stages.training_inputs import Inputs
 from medusa_exp.train.precompute import FeatureSettings, open_features
 from medusa_exp.train.trainer import build_trainer
 

@@ -25,7 +25,8 @@ from medusa_exp.config import Config, HeadConfig
 from medusa_exp.data.examples import SCHEMA, Examples
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.runs.record import synchronize
-from medusa_exp.stages.train import Inputs, build_module, operations_of
+from medusa_exp.stages.train import build_module, operations_of
+from medusa_exp.stages.training_inputs import Inputs
 from medusa_exp.train.defaults import compiled_backbone, settled_of
 from medusa_exp.train.throughput import Operations, matrix_rate
 from medusa_exp.train.trainer import AUTOCAST, build_trainer, pick_precision

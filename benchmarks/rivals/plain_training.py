@@ -19,7 +19,7 @@ from medusa_exp.data.batching import label_positions
 from medusa_exp.model import Backbone, MedusaHeads, build_heads
 from medusa_exp.model.loss import medusa_loss, medusa_losses
 from medusa_exp.model.targets import TokenTargets
-from medusa_exp.stages.train import Inputs
+from medusa_exp.stages.training_inputs import Inputs
 
 MEMORY_MARK = "memory: "
 _LABELS, _WIDTH, _VOCABULARY, _HEADS = 1024, 256, 128_256, 5

@@ -10,8 +10,8 @@ from medusa_exp.data.batching import label_positions
 from medusa_exp.model import build_heads
 from medusa_exp.model.loss import (
     _even_rows,
-    chunked_loss,
     head_labels,
+    loss_and_acceptance,
     medusa_counts,
     medusa_loss,
     medusa_losses,
@@ -317,5 +317,6 @@ def test_bytes_of_a_logit(loss, form):
     parameters = list(projection.parameters()) if form == "at_once" else []
     with Held() as held, torch.autocast("cpu", torch.bfloat16):
         read = (hidden_1TD[0, :rows],)
-        chunked_loss(projection, targets, read, targets.at(index_R), rows, parameters).backward()
+        wanted = targets.at(index_R)
+        loss_and_acceptance(projection, targets, read, wanted, rows, parameters)[0].backward()
     assert 0.8 * LOGIT_BYTES[loss] < held.peak / (vocabulary * rows) < 1.1 * LOGIT_BYTES[loss]

@@ -16,7 +16,7 @@ from medusa_exp.runs.files import read_json, read_jsonl
 from medusa_exp.runs.record import RunRecord
 from medusa_exp.stages import regenerate, train
 from medusa_exp.stages.session import Session
-from medusa_exp.stages.train import open_inputs
+from medusa_exp.stages.training_inputs import open_inputs
 
 pytest.importorskip("ray.train")
 

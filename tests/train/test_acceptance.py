@@ -11,7 +11,7 @@ from medusa_exp.model import build_heads, load_heads
 from medusa_exp.stages import train
 from medusa_exp.stages.calibrate import head_ranks as calibrated_ranks
 from medusa_exp.stages.session import Session
-from medusa_exp.stages.train import open_inputs
+from medusa_exp.stages.training_inputs import open_inputs
 from medusa_exp.train.acceptance import accept_lengths, response_ranks
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.tree import chain

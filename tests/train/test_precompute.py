@@ -20,9 +20,9 @@ from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, load_heads
 from medusa_exp.model.loading import load_ends
 from medusa_exp.model.loss import teacher_labels
-from medusa_exp.stages import session, train
+from medusa_exp.stages import session, train, training_inputs
 from medusa_exp.stages.session import Session
-from medusa_exp.stages.train import open_inputs
+from medusa_exp.stages.training_inputs import open_inputs
 
 
 def run(config: Config, out):
@@ -243,7 +243,7 @@ def test_a_backbone_that_was_noted_before_trees_were_asked_about_is_asked(
     [note] = (tmp_path / "cache/backbones").glob("*.json")
     noted = json.loads(note.read_text())
     asked = []
-    monkeypatch.setattr(train, "check_tree_attention", asked.append)
+    monkeypatch.setattr(training_inputs, "check_tree_attention", asked.append)
     for old in (noted[:2], [*noted[:2], "eager"]):
         note.write_text(json.dumps(old))
         open_inputs(Session(cached, tmp_path))

@@ -12,12 +12,10 @@ import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.compiled import CompiledLayers
@@ -32,15 +30,15 @@ from medusa_exp.decode.loop import (
     plain_steps,
     tree_steps,
 )
-from medusa_exp.decode.masks import FULL, MODELS
 from medusa_exp.decode.memory import slots_with_room
+from medusa_exp.decode.prefixed import PrefixedBackbone
 from medusa_exp.decode.recurrent import ChainStep, check_chain, check_prefix, is_recurrent
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slot_steps import CapturedSlots, EagerSlots
 from medusa_exp.decode.slots import OneByOne, Slots
 from medusa_exp.decode.step import UNOBSERVED, CapturedSteps, EagerStep, Observer, Step
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.heads import MedusaHeads, PrefixAttention, stack_heads
+from medusa_exp.model.heads import MedusaHeads, stack_heads
 from medusa_exp.tree import Tree, chain
 
 _NEW_TOKENS = 128
@@ -409,62 +407,6 @@ class Decoder:
             return self.backbone
         assert self._prefixed is not None
         return self._prefixed
-
-
-class PrefixedBackbone(Backbone):
-    """A backbone for heads with prefix attention: its hidden states are those that they read.
-
-    The layer of attention that the heads bring along becomes the last one. Its keys and values lie
-    in the same cache, as one layer more, so that what commits accepted nodes commits these too.
-    """
-
-    def __init__(
-        self, backbone: Backbone, prefix: PrefixAttention, observer: Observer = UNOBSERVED
-    ) -> None:
-        super().__init__(backbone.model, uses_grouped_attention=backbone.uses_grouped_attention)
-        self.prefix, self._observer = prefix, observer
-
-    @property
-    def num_layers(self) -> int:
-        """Layers that keep keys and values."""
-        return super().num_layers + 1
-
-    def forward(
-        self,
-        input_ids_BN: Tensor,
-        cache: Cache,
-        *,
-        mask: Any = None,
-        position_ids_BN: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (logits_BNV, hidden_BND) as `Backbone.forward`, but of states that heads read."""
-        full = mask[FULL] if isinstance(mask, dict) else mask
-        mask = mask.get(MODELS, mask) if isinstance(mask, dict) else mask
-        whole: list[Tensor] = []
-        handle = self.body.register_forward_hook(
-            lambda _, inputs, output: whole.append(output.last_hidden_state)
-        )
-        try:
-            logits_BNV, _ = super().forward(
-                input_ids_BN, cache, mask=mask, position_ids_BN=position_ids_BN, keep=keep
-            )
-        finally:
-            handle.remove()
-        with self._observer.part("heads"):
-            hidden_BND = self.prefix(
-                self.as_read(whole[0].to(self.device)),
-                position_ids_BN,
-                _as_boolean(full),
-                cache,
-                super().num_layers,
-            )
-        return logits_BNV, hidden_BND if keep is None else hidden_BND[:, keep]
-
-
-def _as_boolean(mask_B1NK: Tensor | None) -> Tensor | None:
-    """Return where to look, of a mask that may hold 0 there and very little elsewhere."""
-    return mask_B1NK == 0 if mask_B1NK is not None and mask_B1NK.is_floating_point() else mask_B1NK
 
 
 def generate(

@@ -31,7 +31,14 @@ from transformers.cache_utils import (
 from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.lookup import Found
 from medusa_exp.decode.rule import AcceptanceRule, Verifier
-from medusa_exp.decode.step import UNOBSERVED, Observer, at_end, outcome_of, read_outcome
+from medusa_exp.decode.step import (
+    UNOBSERVED,
+    Observer,
+    at_end,
+    outcome_of,
+    read_outcome,
+    verdict_on,
+)
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import Tree
@@ -235,15 +242,8 @@ class ChainStep:
             )
         # 3. Verify
         with part("verification"):
-            verdict = self.verifier(
-                logits_1NV[:, kept:],
-                draft.tokens_BN,
-                draft.parents_BN,
-                self.drafter.depth,
-                draft.nodes,
-                uniforms_BU,
-                draft.drawn,
-            )
+            depth, drafted_1NV = self.drafter.depth, logits_1NV[:, kept:]
+            verdict = verdict_on(draft, drafted_1NV, self.verifier, depth, uniforms_BU)
         # 4. Commit
         root = int(self.root_B)
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_1ND[:, kept:], verdict)

@@ -169,15 +169,7 @@ class EagerStep:
             )
         # 3. Verify
         with part("verification"):
-            verdict = self.verifier(
-                logits_BNV,
-                draft.tokens_BN,
-                draft.parents_BN,
-                self.drafter.depth,
-                draft.nodes,
-                uniforms_BU,
-                draft.drawn,
-            )
+            verdict = verdict_on(draft, logits_BNV, self.verifier, self.drafter.depth, uniforms_BU)
         # 4. Commit
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_BND, verdict)
         # The step's one wait for the device.
@@ -297,15 +289,7 @@ class CapturedStep:
             )
         # 3. Verify
         with part("verification"):
-            verdict = self.verifier(
-                logits_BNV,
-                draft.tokens_BN,
-                draft.parents_BN,
-                self.drafter.depth,
-                draft.nodes,
-                uniforms_BU,
-                draft.drawn,
-            )
+            verdict = verdict_on(draft, logits_BNV, self.verifier, self.drafter.depth, uniforms_BU)
         # 4. Commit
         self.outcome.copy_(outcome_of(draft, verdict))
         with part("cache"):
@@ -479,6 +463,25 @@ def at_end(hidden_BND: Tensor, verdict: Verdict) -> Tensor:
     """Return hidden_BD of the last node of each path."""
     last_B1 = verdict.path_BL.gather(1, verdict.num_accepted_B[:, None])
     return hidden_BND.gather(1, last_B1[..., None].expand(-1, 1, hidden_BND.shape[2]))[:, 0]
+
+
+def verdict_on(
+    draft: Draft,
+    logits_BNV: Tensor,
+    verifier: Verifier,
+    max_depth: int,
+    uniforms_BU: Tensor | None,
+) -> Verdict:
+    """Return what a verifier says of a draft, by what the backbone says of its nodes."""
+    return verifier(
+        logits_BNV,
+        draft.tokens_BN,
+        draft.parents_BN,
+        max_depth,
+        draft.nodes,
+        uniforms_BU,
+        draft.drawn,
+    )
 
 
 def outcome_of(draft: Draft, verdict: Verdict) -> Tensor:

@@ -183,7 +183,7 @@ def medusa_losses(
         labeled: index_R of the lm_head and of each head, see `Batch`.
         input_ids_BT: the text, which sequential heads see.
         chunk_rows: C.
-        form: recompute or at_once, see `chunked_loss`.
+        form: recompute or at_once, see `loss_and_acceptance`.
         sees_own_drafts: sequential heads see, in place of the text, what they draft themselves.
         measures_acceptance: fill in `reached_sum`.
     """
@@ -338,18 +338,6 @@ def medusa_counts(
             labels = loss.new_full((), len(labels_C))
             counts_K4[k] += torch.stack([loss, hits_C5[:, 0].sum(), hits_C5.sum(), labels])
     return counts_K4
-
-
-def chunked_loss(
-    logits_of: Callable[..., Tensor],
-    targets: Targets,
-    inputs: tuple[Tensor, ...],
-    wanted: tuple[Tensor, ...],
-    chunk_rows: int,
-    parameters: Sequence[Tensor] = (),
-) -> Tensor:
-    """Return the loss alone of `loss_and_acceptance`."""
-    return loss_and_acceptance(logits_of, targets, inputs, wanted, chunk_rows, parameters)[0]
 
 
 def loss_and_acceptance(

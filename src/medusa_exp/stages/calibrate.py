@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from medusa_exp.config import Config
-from medusa_exp.data.prompts import prompts_of
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY, Limits
 from medusa_exp.decode.replay import drawn_ranks
@@ -196,13 +195,8 @@ def thinned(trees: list[Tree]) -> list[Tree]:
 
 def _heldout_prompts(session: Session, decoder: Decoder) -> list[list[int]]:
     assert decoder.tokenizer is not None
-    prompts = prompts_of(
-        session.split("val"),
-        decoder.tokenizer,
-        max_tokens=session.prompt_tokens(decoder.backbone.max_length),
-        has_room=session.has_room(decoder.backbone),
-        num_prompts=session.config.tree.num_prompts,
-    )
+    wanted = session.config.tree.num_prompts
+    prompts = session.prompts("val", decoder.backbone, decoder.tokenizer, wanted)
     return [prompt.input_ids for prompt in prompts]
 
 

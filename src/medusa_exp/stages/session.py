@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from medusa_exp.config import Config, from_hydra, load_saved
 from medusa_exp.config.trust import check_saved
 from medusa_exp.data.conversations import Conversation
-from medusa_exp.data.prompts import HasRoom, prompts_of
+from medusa_exp.data.prompts import HasRoom, Prompt, prompts_of
 from medusa_exp.data.sources import Source, dataset_key, files_of, load_split, open_sources
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
 from medusa_exp.decode.decoder import Decoder
@@ -110,6 +110,26 @@ class Session:
         """Return the tokens that decode.max_new_tokens leaves to a prompt of the data set."""
         config = self.config
         return min(config.dataset.max_length, max_positions) - config.decode.max_new_tokens
+
+    def prompts(
+        self,
+        split: str,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+        num_prompts: int,
+    ) -> list[Prompt]:
+        """Return prompts of a split's conversations that leave room for a response.
+
+        Raises:
+            UserError: none does.
+        """
+        return prompts_of(
+            self.split(split),
+            tokenizer,
+            max_tokens=self.prompt_tokens(backbone.max_length),
+            has_room=self.has_room(backbone),
+            num_prompts=num_prompts,
+        )
 
     def has_room(self, backbone: Backbone, spare: int = 0) -> HasRoom:
         """Return what says whether a prompt of some length leaves room for a response.
@@ -268,13 +288,7 @@ class Session:
             return
         limits = limits_of(self.config, backbone, tokenizer)
         try:
-            prompts = prompts_of(
-                self.split("val"),
-                tokenizer,
-                max_tokens=self.prompt_tokens(backbone.max_length),
-                has_room=self.has_room(backbone),
-                num_prompts=_TRIED_PROMPTS,
-            )
+            prompts = self.prompts("val", backbone, tokenizer, _TRIED_PROMPTS)
         except UserError as error:
             log.warning("what the %s are worth here is not known: %s", what, error)
             return

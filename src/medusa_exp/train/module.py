@@ -38,8 +38,8 @@ from medusa_exp.model.loss import (
     Objective,
     acceptance_weights,
     at_least_one,
-    chunked_loss,
     decay_weights,
+    loss_and_acceptance,
     medusa_counts,
     medusa_loss,
     medusa_losses,
@@ -80,7 +80,8 @@ class JointLoss:
         index_R = batch.labeled[0]
         targets = self._targets(backbone, batch)
         inputs = (hidden_BTD.flatten(0, 1)[index_R],)
-        return chunked_loss(backbone.next_logits, targets, inputs, targets.at(index_R), chunk_rows)
+        wanted, logits_of = targets.at(index_R), backbone.next_logits
+        return loss_and_acceptance(logits_of, targets, inputs, wanted, chunk_rows)[0]
 
     def _targets(self, backbone: Backbone, batch: Batch) -> Targets:
         if not self.settings.self_distillation:
