@@ -11,7 +11,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.heads import FAMILIES, MedusaHeads
 from medusa_exp.runs.files import publish, sha256_file
 
 WEIGHTS = "model.safetensors"
@@ -58,7 +58,7 @@ class _Shape(msgspec.Struct):
     """What heads/config.json has to hold before anything is built by it; see MedusaHeadsConfig."""
 
     model_type: Literal["medusa"]
-    kind: Literal["medusa", "medusa_tied", "medusa_lowrank", "hydra", "recurrent"]
+    kind: str
     num_heads: Annotated[int, msgspec.Meta(ge=1, le=_MOST_HEADS)]
     hidden_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
@@ -85,11 +85,16 @@ def _check_files(place: Path) -> None:
     try:
         if path.stat().st_size > _MOST_CONFIG:
             raise UserError(f"{path} is larger than {_MOST_CONFIG >> 20} MiB: it is no config.")
-        msgspec.json.decode(path.read_bytes(), type=_Shape)
+        shape = msgspec.json.decode(path.read_bytes(), type=_Shape)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(
             f"{path} is no config of heads: {error}. Restore it, or train the heads again."
         ) from error
+    if shape.kind not in FAMILIES:
+        raise UserError(
+            f"{path} is no config of heads: kind={shape.kind} is none of {', '.join(FAMILIES)}. "
+            "Restore it, or train the heads again."
+        )
     if not (place / WEIGHTS).is_file():
         raise UserError(
             f"{place} has no {WEIGHTS}: heads are read from safetensors alone, since other formats "
