@@ -215,7 +215,7 @@ def browser(session: nox.Session) -> None:
 @nox.session(default=False)
 def quickstart(session: nox.Session) -> None:
     """Train and judge heads of a tiny model from nothing, as the README does."""
-    session.install(*CONSTRAINTS, "-e", ".")
+    session.install(*CONSTRAINTS, "-e", ".[report,wandb]")
     session.run("python", "-m", "medusa_exp", "+experiment=quickstart", *session.posargs)
 
 
@@ -233,10 +233,13 @@ def wheel(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, str(built))
     session.chdir(away)
     session.run("medusa-exp", "--help", silent=True)
-    session.run("python", "-m", "medusa_exp", "+experiment=smoke")
+    session.run("python", "-m", "medusa_exp", "+experiment=smoke")  # without its report
     check_runs(session, away, 1)
+    session.install(*CONSTRAINTS, f"{built}[report]")
+    session.run("python", "-m", "medusa_exp", "+experiment=demo")
+    check_runs(session, away, 2)
     session.run("python", "-m", "medusa_exp", "-m", "+experiment=smoke", "head.num_heads=1,2")
-    check_runs(session, away, 3)
+    check_runs(session, away, 4)
 
 
 @nox.session(default=False)
@@ -268,7 +271,9 @@ def gpu(session: nox.Session) -> None:
 def minimums(session: nox.Session) -> None:
     """Run the tests with the oldest versions that pyproject.toml allows, torch excepted."""
     # torch stays as constrained: each of its versions is gigabytes, and comes in several builds.
-    bounded = (re.match(r"([\w-]+)>=([\d.]+)", text) for text in PROJECT["project"]["dependencies"])
+    extras = PROJECT["project"]["optional-dependencies"]
+    tested = [*PROJECT["project"]["dependencies"], *extras["report"], *extras["wandb"]]
+    bounded = (re.match(r"([\w-]+)>=([\d.]+)", text) for text in tested)
     oldest = {found[1]: found[2] for found in bounded if found and found[1] != "torch"}
     # Left free, since what transformers and lightning pin of these changes with their versions.
     free = {*oldest, "huggingface-hub", "pytorch-lightning", "safetensors", "tokenizers"}

@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from medusa_exp.config import Config, continuation, from_hydra, register, to_dict
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs import sweep
+from medusa_exp.runs.extras import lacking
 from medusa_exp.runs.files import read_json
 from medusa_exp.tracking.wandb_variables import with_variables
 
@@ -57,7 +58,6 @@ PROMISED = {
     "train": ("heads/config.json", "heads/model.safetensors"),
     "calibrate": ("calibration.json", "tree.json"),
     "evaluate": ("records.jsonl", "tree.json"),
-    "report": ("report.html",),
 }
 """Stage -> files of the run directory without which it has not done its work."""
 
@@ -197,6 +197,9 @@ def _hydra_main(composed: DictConfig) -> float | None:
 
 
 def _write_page(sweep_dir: Path) -> None:
+    if missing := lacking("report", "the page of a sweep"):
+        log.warning("%s", missing)
+        return
     from medusa_exp.tracking.sweep_report import write_comparison
 
     write_comparison(sweep_dir)

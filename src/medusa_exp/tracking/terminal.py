@@ -28,7 +28,7 @@ def print_summary(record: RunRecord) -> None:
     if figures.row_count:
         console.print(figures)
     report = out / "report.html"
-    if "report" in stages:
+    if "report" in stages and report.is_file():
         console.print(f"report: {report}", soft_wrap=True, markup=False)
         return
     console.print(f"run directory: {out}", soft_wrap=True, markup=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.errors import UserError
+from medusa_exp.runs.extras import lacking
 from medusa_exp.runs.files import publish, read_json, read_jsonl
 from medusa_exp.runs.record import RunRecord
 
@@ -37,6 +38,11 @@ class Tracker:
         return self
 
     def _open_wandb(self, opening: ExitStack) -> None:
+        if missing := lacking("wandb", "logger=wandb"):
+            if self.config.logger.mode == "online":
+                raise UserError(f"{missing}, or set logger=none.")
+            log.warning("%s. Without it, every number is in the files of %s", missing, self.out)
+            return
         try:
             from medusa_exp.tracking.wandb_artifacts import log_code
             from medusa_exp.tracking.wandb_run import wandb_run
