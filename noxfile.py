@@ -67,6 +67,22 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Build the site strictly into site/: dead links are errors. Executes its notebook."""
+    session.install(*CONSTRAINTS, "-e", ".[report]", *group("docs"))
+    environment = {"MEDUSA_EXP_EXECUTE_NOTEBOOKS": "true", "NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", "build", "--strict", *session.posargs, env=environment)
+
+
+@nox.session(default=False)
+def docs_commands(session: nox.Session) -> None:
+    """Execute every command and all Python of README and docs, on small settings. 15 minutes."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    tests = "tests/slow/test_docs_commands.py"
+    session.run("pytest", "-m", "slow", tests, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
 def kernels(session: nox.Session) -> None:
     """Run the tests of the CUDA kernels alone; they need g++, and no GPU."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"), *group("kernels"))

@@ -1,0 +1,106 @@
+"""README and docs name what exists: links, keys, metrics, figures; commands say how they run."""
+
+import re
+import tomllib
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import results_page
+from doc_commands import PAGES, ROOT, Block, _with, blocks, extras, overrides, spans
+
+from medusa_exp.config import Config
+from medusa_exp.runs.metric_table import METRICS, metric_of
+
+README = ROOT / "README.md"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+GROUPS = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+OPEN_KEYS = ("dataset.columns", "dataset.role_map", "dataset.sources", "tokenizer.special_tokens")
+"""Keys that take any key below them."""
+_LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def test_readme_is_short_and_says_what_people_search_for():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    assert "speculative decoding" in text.lower() and "Medusa heads" in text
+
+
+def test_every_block_says_whether_it_is_run():
+    assert [block.name for block in blocks() if block.mark is None] == []
+    assert [block.name for block in blocks() if block.mark == "not run" and not block.words] == []
+    assert len(blocks()) > 50
+
+
+def test_settings_of_a_mark_take_the_place_of_those_of_the_command():
+    command = "python -m medusa_exp -m a.b=1,2 'c=[x]' logger.mode=online"
+    changed = _with(command, ["d=4", "a.b=9", "logger=none"], ["a.b=1", "e=5"])
+    assert changed.split() == [*command.replace("a.b=1,2", "").split(), "d=4", "a.b=1", "e=5"]
+    assert _with("wandb login", ["d=4"], ["e=5"]) == "wandb login"
+    block = Block("p", 1, "sh", "", "run", "")
+    assert block.name == "p:1"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page: Path):
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    targets = [found[1] for found in _LINK.finditer(text) if "://" not in found[1]]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_results_are_what_the_script_writes():
+    why = "run python scripts/results_page.py"
+    assert results_page.PAGE.read_text(encoding="utf-8") == results_page.page(), why
+    text = README.read_text(encoding="utf-8")
+    assert text == results_page.with_table(text), why
+
+
+def test_every_figure_has_command_machine_date_and_commit():
+    for path in results_page.RESULTS.glob("*.json"):
+        found = results_page._read(path)
+        origins = found.get("runs") or [found.get("machine", {})]
+        for origin in origins:
+            assert {"commit"} <= set(origin), path
+            assert origin.get("date") or origin.get("time"), path
+            assert origin.get("device") or origin.get("gpu") or origin.get("cpu"), path
+
+
+def test_keys_that_pages_name_exist():
+    known = {*_keys(Config()), *GROUPS}
+    unknown = [
+        f"{page}: {key}"
+        for page, words in overrides()
+        for key in (word.partition("=")[0].lstrip("+") for word in words)
+        if key not in known and not key.startswith(("hydra", *OPEN_KEYS))
+    ]
+    assert unknown == []
+
+
+def test_metrics_that_pages_name_exist():
+    stages = {metric.name.partition("/")[0] for metric in METRICS}
+    named = [
+        (page, span)
+        for page, span in spans()
+        if re.fullmatch(r"[a-z]+/[a-z0-9_/]+", span) and span.partition("/")[0] in stages
+    ]
+    skipped = ("develop/add_a_", "reference/metrics")
+    wrong = [x for x in named if not metric_of(x[1]) and not any(s in x[0] for s in skipped)]
+    folders = [x for x in wrong if (ROOT / "src/medusa_exp" / x[1]).exists() or x[1][-1] == "/"]
+    assert [x for x in wrong if x not in folders] == []
+    assert len(named) > 30
+
+
+def test_extras_and_sessions_that_pages_name_exist():
+    assert set(extras()) <= set(PROJECT["project"]["optional-dependencies"])
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    sessions = set(re.findall(r"^def (\w+)\(session", noxfile, re.MULTILINE))
+    named = set(re.findall(r"nox -s (\w+)", "".join(p.read_text("utf-8") for p in PAGES)))
+    assert named <= sessions and len(named) > 8
+
+
+def _keys(section: object, prefix: str = ""):
+    for field in fields(section):  # type: ignore[arg-type]
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _keys(value, f"{prefix}{field.name}.")
+        yield f"{prefix}{field.name}"
