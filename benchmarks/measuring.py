@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 import medusa_exp
-from medusa_exp.runs.record import cpu_name, versions
+from medusa_exp.runs.machine import cpu_name, usable_cores
+from medusa_exp.runs.record import versions
 
 _PACKAGES = ("medusa-exp", "torch", "transformers", "tokenizers", "msgspec", "numpy", "pyarrow")
 
@@ -60,7 +61,7 @@ def machine() -> dict[str, Any]:
     """Describe what the numbers depend on; `load` says how busy the machine was beforehand."""
     return {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": usable_cores(),
         "load": [round(load, 2) for load in os.getloadavg()],
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "system": platform.platform(terse=True),

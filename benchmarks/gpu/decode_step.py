@@ -21,7 +21,7 @@ from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, Response
 from medusa_exp.decode.slots import Request
 from medusa_exp.model import Backbone, build_heads
-from medusa_exp.runs.record import synchronize
+from medusa_exp.runs.machine import synchronize
 from medusa_exp.tree import chain
 
 WARM_UP = 4

@@ -24,11 +24,11 @@ from gpu.models import Scale, random_llama
 from medusa_exp.config import Config, HeadConfig
 from medusa_exp.data.examples import SCHEMA, Examples
 from medusa_exp.model import Backbone, build_heads
-from medusa_exp.runs.record import synchronize
+from medusa_exp.runs.machine import matrix_rate, synchronize
 from medusa_exp.stages.train import build_module, operations_of
 from medusa_exp.stages.training_inputs import Inputs
 from medusa_exp.train.defaults import compiled_backbone, settled_of
-from medusa_exp.train.throughput import Operations, matrix_rate
+from medusa_exp.train.throughput import Operations
 from medusa_exp.train.trainer import AUTOCAST, build_trainer, pick_precision
 
 NUM_HEADS = 5
@@ -43,7 +43,7 @@ def measure_training(
 ) -> Iterator[tuple[str, Any]]:
     """Yield figures for each of these families of heads."""
     backbone = random_llama(scale.shapes[name], scale)
-    rate = matrix_rate(scale.device, torch.bfloat16)
+    rate = matrix_rate(scale.device, torch.bfloat16, 0.5)
     assert rate is not None, "there is no memory for a matrix product"
     yield "matrix_product_teraflops", rate / 1e12
     for kind in kinds:

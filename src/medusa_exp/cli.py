@@ -34,6 +34,7 @@ from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs import sweep
 from medusa_exp.runs.extras import lacking
 from medusa_exp.runs.files import read_json
+from medusa_exp.runs.machine import ensure_home
 from medusa_exp.tracking.wandb_variables import with_variables
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # no run ends for a bar that a terminal cannot show
             stream.reconfigure(errors="replace")
+    if said := ensure_home():
+        print(said, file=sys.stderr)
     try:
         sys.argv[1:] = continuation.arguments(sys.argv[1:])
     except UserError as error:
@@ -248,6 +251,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     `command` is, for the record, how it was called, without what was saved with the run.
     """
     from medusa_exp.runs.compare import compare_with_source
+    from medusa_exp.runs.machine import log_machine
     from medusa_exp.runs.record import RunRecord
     from medusa_exp.stages.session import Session
     from medusa_exp.tracking.terminal import print_summary, quiet_libraries
@@ -255,6 +259,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
 
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
         quiet_libraries(config.stages)
+    log_machine(config.device)
     if config.heads_from is not None:
         Session(config, out).adopt_heads(config.heads_from)
     record = RunRecord(out, config, command)

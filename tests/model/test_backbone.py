@@ -9,8 +9,8 @@ from medusa_exp.decode import generate
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads, load_backbone
-from medusa_exp.model.loading import pick_device
 from medusa_exp.model.source import ModelSpec
+from medusa_exp.runs.machine import pick_device
 from medusa_exp.tree import Tree
 
 

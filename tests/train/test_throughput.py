@@ -14,9 +14,10 @@ from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.adapters import add_adapters
+from medusa_exp.runs.machine import matrix_rate
 from medusa_exp.stages import train
 from medusa_exp.train import throughput
-from medusa_exp.train.throughput import Operations, Throughput, matrix_rate
+from medusa_exp.train.throughput import Operations, Throughput
 
 ROWS = 24
 FAMILIES = [

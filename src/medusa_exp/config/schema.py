@@ -326,10 +326,11 @@ class DtypeConfig:
     """Number formats. Heads and optimizer always hold their weights in float32."""
 
     backbone: str = choice("auto", "bfloat16", "float16", "float32")
-    """Weights of the backbone: auto (as its own config says), bfloat16, float16 or float32."""
+    """Weights of the backbone: auto (as its own config says; float32 on processors that have no
+    arithmetic for that), bfloat16, float16 or float32."""
     precision: str = choice("auto", "bf16-mixed", "16-mixed", "32-true")
     """Arithmetic of training, in Lightning's words: auto (bf16-mixed where the hardware has it,
-    else 16-mixed on a GPU and 32-true on a CPU), bf16-mixed, 16-mixed or 32-true."""
+    else 16-mixed on a CUDA GPU and 32-true on others), bf16-mixed, 16-mixed or 32-true."""
 
     def __post_init__(self) -> None:
         check(self, "dtype")
@@ -825,8 +826,9 @@ class Config:
     """What if heads were trained for other weights of this model (a fine-tune, merged adapters), or
     with another tokenizer: warn (say what they are worth here; refuse another tokenizer), strict
     (refuse both) or any (go on)."""
-    device: str = choice("auto", "cpu", "cuda")
-    """auto (cuda where there is one), cpu or cuda."""
+    device: str = choice("auto", "cpu", "cuda", "mps")
+    """auto (cuda where there is one, else cpu), cpu, cuda, or mps (Apple's GPUs; all in float32,
+    and untried)."""
     seed: int = 0
     """Seed of initial weights, order of training and sampling; the data have `dataset.seed`."""
     objective: str = "eval/speedup"
@@ -857,6 +859,13 @@ class Config:
         if self.train.own_drafts_from is not None:
             kinds = ("hydra", "recurrent")
             OneOf(kinds).check("head.kind (with train.own_drafts_from)", self.head.kind)
+        if self.device == "mps":
+            OneOf(("auto", "float32")).check(
+                "dtype.backbone (with device=mps)", self.dtype.backbone
+            )
+            OneOf(("auto", "32-true")).check(
+                "dtype.precision (with device=mps)", self.dtype.precision
+            )
         if self.model.device_map is not None:  # one process has all the devices
             untied = (kind for kind in words_of(HeadConfig, "kind") if kind != "medusa_tied")
             for key, value, words in (

@@ -35,6 +35,7 @@ from medusa_exp.data.template import describe
 from medusa_exp.errors import UserError
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import content_key, read_json, sha256_file, write_json
+from medusa_exp.runs.machine import usable_cores
 from medusa_exp.runs.progress import ProgressBar
 
 log = logging.getLogger(__name__)
@@ -266,13 +267,6 @@ def _build(
     return {"sources": found, "examples": examples, "notes": sorted(tally.notes)}
 
 
-def _num_cores() -> int:
-    """Count the cores that this process may use: in a container, fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _outcomes(source: Source, tally: Tally) -> dict[str, Any]:
     """Return what became of a source's raw chats: kept and dropped add up to all of them."""
     outcomes = counts(source)
@@ -328,7 +322,7 @@ def _write_examples(
     chunks = iter(lambda: list(islice(conversations, _CHUNK)), [])
     work = partial(_tokenize, renderer, dataset.strict)
     bar = ProgressBar("tokenizing conversations", total)
-    workers = dataset.num_workers or _num_cores()
+    workers = dataset.num_workers or usable_cores()
     with pa.ipc.new_file(str(path), SCHEMA) as file, bar:
         for num_conversations, examples, part in _in_order(work, chunks, workers):
             file.write_batch(examples)

@@ -5,8 +5,8 @@ run of one token, because architectures differ. D hidden, N nodes of a draft tre
 """
 
 import logging
-from pathlib import Path
 
+import psutil
 import torch
 
 from medusa_exp.decode.cache import GrowingCache
@@ -24,7 +24,6 @@ _COPIED = 16
 """One of so many columns of all slots may be copied at a time, to go on with next turns."""
 _STATES, _INNER_STATES = 8, 4
 """Tensors as wide as D, and as an MLP, that a layer has at a time, about."""
-_MEMINFO = Path("/proc/meminfo")
 
 
 def slots_with_room(
@@ -82,13 +81,7 @@ def free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
-    if not _MEMINFO.is_file():
-        return None
-    for line in _MEMINFO.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
+    return int(psutil.virtual_memory().available)
 
 
 def bytes_of_column(backbone: Backbone) -> int:

@@ -24,7 +24,7 @@ from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slots import Request
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.runs.record import synchronize
+from medusa_exp.runs.machine import synchronize
 from medusa_exp.tree import chain
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from itertools import pairwise
 import torch
 
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.runs.machine import synchronize
 from medusa_exp.runs.metric_table import PARTS_OF_TIME
-from medusa_exp.runs.record import synchronize
 
 log = logging.getLogger(__name__)
 

@@ -434,7 +434,7 @@ def _factor(before: Tensor, after: Tensor) -> float:
 
     To four digits, so that it is the same in every dtype.
     """
-    before, after = before.double(), after.double()
+    before, after = before.cpu().double(), after.cpu().double()  # Apple's GPUs have no float64
     square = float((before * before).sum())
     factor = float((before * after).sum()) / square if square else 1.0
     return 1.0 if abs(factor - 1) < 2e-3 else float(f"{factor:.4g}")

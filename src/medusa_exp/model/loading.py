@@ -28,6 +28,7 @@ from medusa_exp.model.adapters import load_adapters
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines, is_adapters
 from medusa_exp.model.tokenizer import load_tokenizer, num_ids
+from medusa_exp.runs.machine import has_arithmetic, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -137,17 +138,49 @@ def _from_pretrained(
         (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_pretrained,
         path,
         output_loading_info=True,
-        dtype=spec.dtype,
         use_safetensors=True,
         **options,
     )
+    config = options.get("config") or spec.model_config()
+    dtype, attention = _dtype_to_ask_for(spec, config.dtype), spec.attention
     try:
-        return load(attn_implementation=spec.attention)
+        found = load(dtype=dtype, attn_implementation=attention)
     except ValueError as error:
         if spec.model.attn_implementation != "auto" or _NO_SDPA not in str(error):
             raise
-    _say_eager(path)
-    return load(attn_implementation="eager")
+        _say_eager(path)
+        attention = "eager"
+        found = load(dtype=dtype, attn_implementation=attention)
+    stored = config.dtype or found[0].dtype
+    if config.dtype is None and (wanted := _dtype_to_ask_for(spec, stored)) != dtype:
+        dtype = wanted  # its files have what its config does not say
+        found = load(dtype=dtype, attn_implementation=attention)
+    if dtype == torch.float32:
+        _say_float32(path, str(stored).removeprefix("torch."), found[0].num_parameters())
+    return found
+
+
+def _dtype_to_ask_for(spec: ModelSpec, own: torch.dtype | None) -> str | torch.dtype:
+    """Return the weights' type, given what the model's config or files say of their own.
+
+    `auto` keeps their own, but for a half type that the device has no arithmetic for: float32 is
+    several times faster there, and exact.
+    """
+    if spec.dtype != "auto" or own is None or spec.model.quantization is not None:
+        return spec.dtype
+    is_half = own in (torch.bfloat16, torch.float16)
+    device = pick_device(spec.device)
+    return torch.float32 if is_half and not has_arithmetic(device, own) else "auto"
+
+
+@cache
+def _say_float32(path: str, stored: str, number: int) -> None:
+    log.info(
+        "the model in %s is stored in %s, for which there is no arithmetic here: it is loaded in "
+        "float32, which is several times faster, and takes %.2f GB instead of %.2f. "
+        "dtype.backbone=%s keeps it as it is",
+        *(path, stored, 4e-9 * number, 2e-9 * number, stored),
+    )
 
 
 @cache
@@ -208,18 +241,5 @@ def grow_embedding(model: PreTrainedModel, size: int) -> None:
 def _mean_row(rows: Tensor) -> Tensor:
     # Of values rounded to bfloat16, and rounded to it, since Backbone.identity() reads them so: it
     # must not depend on the dtype that the model is loaded in. In pieces, since float64 is large.
-    total = sum(piece.bfloat16().double().sum(0) for piece in rows.split(4096))
+    total = sum(piece.cpu().bfloat16().double().sum(0) for piece in rows.split(4096))
     return (total / len(rows)).bfloat16()
-
-
-def pick_device(device: str) -> torch.device:
-    """Return the device for `auto`, `cpu` or `cuda`.
-
-    Raises:
-        UserError: cuda was asked for and there is none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch sees no CUDA device here. Use device=auto or cpu.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)

@@ -319,12 +319,14 @@ def medusa_counts(
     *,
     chunk_rows: int,
 ) -> Tensor:
-    """Return, for validation, counts_K4 in float64: loss summed in nats, and the numbers of labels
-    that a head ranked first, that it ranked among its first five, and of all.
+    """Return, for validation, counts_K4 in float64 where there is: loss summed in nats, and the
+    numbers of labels that a head ranked first, that it ranked among its first five, and of all.
 
     A label outside the head vocabulary adds no loss, and is never hit.
     """
-    counts_K4 = torch.zeros(heads.num_heads, 4, dtype=torch.float64, device=hidden_BTD.device)
+    device = hidden_BTD.device
+    exact = torch.float32 if device.type == "mps" else torch.float64  # which that has not
+    counts_K4 = torch.zeros(heads.num_heads, 4, dtype=exact, device=device)
     labels_BT = heads.to_head_vocab(labels_BT)
     for k in range(heads.num_heads):
         index_R = labeled[k + 1]

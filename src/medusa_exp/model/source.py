@@ -37,9 +37,9 @@ class ModelSpec:
     model: ModelConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     dtype: str = "auto"
-    """Type of the backbone's weights; auto is as its own config says."""
+    """Type of the backbone's weights; auto is as its own config says, where that has arithmetic."""
     device: str = "auto"
-    """auto (cuda where there is one), cpu or cuda."""
+    """auto (cuda where there is one), cpu, cuda or mps."""
     tiny: Path | None = None
     """With model.kind=tiny: its directory, see `tiny_dir`."""
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
-
 from medusa_exp.runs.files import publish, remove
+from medusa_exp.runs.locks import locked
 
 
 @contextmanager
@@ -34,7 +33,7 @@ def entry(
         yield path, None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.stem}.lock")):
+    with locked(path.with_name(f".{path.stem}.lock")):
         if is_whole(path):  # another process has made it meanwhile
             yield path, None
             return

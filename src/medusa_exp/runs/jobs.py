@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json
+from medusa_exp.runs.locks import locked
 
 log = logging.getLogger(__name__)
 JOB = "job.json"
@@ -46,7 +47,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _is_held(out: Path) -> bool:
     try:
-        with FileLock(out / _LOCK).acquire(timeout=0):
+        with locked(out / _LOCK, timeout=0):
             return False
     except Timeout:
         return True
@@ -60,7 +61,7 @@ def held(out: Path) -> Iterator[None]:
     """
     if _is_held(out):
         log.warning("another process is at %s: waiting for it", out)
-    with FileLock(out / _LOCK):
+    with locked(out / _LOCK):
         yield
 
 

@@ -7,25 +7,20 @@ ended; `metrics.json` has the numbers that the stages found.
 import logging
 import math
 import platform
-import resource
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock
+from typing import Any
 
 from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import shareable_text, without_users
 from medusa_exp.runs.files import publish, read_json, sha256_file, write_json
-
-if TYPE_CHECKING:
-    import torch
+from medusa_exp.runs.locks import locked
+from medusa_exp.runs.machine import device_name, peak_memory_bytes
 
 _LOCK = ".record.lock"
 log = logging.getLogger(__name__)
@@ -128,9 +123,9 @@ class RunRecord:
                 self.run[key].update({**written.get(key, {}), **self.run[key]})
             write_json(self.out / "run.json", self.run)
 
-    def _locked(self) -> FileLock:
+    def _locked(self) -> AbstractContextManager[None]:
         self.out.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.out / _LOCK)
+        return locked(self.out / _LOCK)
 
 
 class Notes:
@@ -200,42 +195,3 @@ def _git(*arguments: str) -> str | None:
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def device_name(device: str) -> str:
-    """Return the GPU's name; without one, or for `cpu`, the processor's and torch's threads."""
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        return f"cuda: {torch.cuda.get_device_name()}"
-    number = torch.get_num_threads()
-    return f"cpu: {cpu_name()}, {number} thread{'' if number == 1 else 's'}"
-
-
-def cpu_name() -> str:
-    """Return what the processor is called."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def synchronize(device: "torch.device") -> None:
-    """Wait until the device has done all that it was given, so that a clock can be read."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-
-
-def peak_memory_bytes(device: "torch.device | None" = None) -> int:
-    """Return the most memory that this process has had of a GPU, if it is one, or else of the
-    machine."""
-    if device is not None and device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -22,9 +22,9 @@ from medusa_exp.config import Config, PretrainConfig
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.datamodule import Batch, Batches
 from medusa_exp.errors import UserError
-from medusa_exp.model.loading import pick_device
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import read_json, write_json
+from medusa_exp.runs.machine import pick_device
 from medusa_exp.stages.session import Session
 from medusa_exp.train.optimizer import scheduled
 from medusa_exp.train.ranks import be_alone

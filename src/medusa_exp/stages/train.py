@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -28,9 +28,10 @@ from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, find_heads, load_heads, save_heads
 from medusa_exp.model.heads import MedusaHeads, build_heads, family_for
-from medusa_exp.model.loading import pick_device
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.model.tokenizer import save_tokenizer
+from medusa_exp.runs.locks import locked
+from medusa_exp.runs.machine import pick_device
 from medusa_exp.runs.record import Notes
 from medusa_exp.stages.session import Session, limits_of
 from medusa_exp.stages.training_inputs import Inputs, open_inputs, validation_rule
@@ -76,7 +77,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     """
     session, settings = session or Session(config, out), config.train
     try:
-        with FileLock(out / _LOCK, timeout=0):
+        with locked(out / _LOCK, timeout=0):
             if settings.strategy == "auto":
                 be_alone()
                 return train(session)

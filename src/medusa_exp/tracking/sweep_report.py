@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import altair as alt
-from filelock import FileLock
 
 from medusa_exp.config.continuation import split_override
 from medusa_exp.config.privacy import shareable, shell_command
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json
 from medusa_exp.runs.jobs import objective_of, read_jobs
+from medusa_exp.runs.locks import locked
 from medusa_exp.runs.metric_table import METRICS, is_larger_better
 from medusa_exp.tracking.charts import Row, Spec, inline_data, spec_of
 from medusa_exp.tracking.run_report import finite_numbers, render
@@ -27,7 +27,7 @@ def write_comparison(sweep_dir: Path) -> Path:
 
     Jobs write it one after another, each from what all have left so far.
     """
-    with FileLock(sweep_dir / ".report.lock"):
+    with locked(sweep_dir / ".report.lock"):
         shown = shareable(content(sweep_dir))
         return render("comparison.html.jinja", shown, sweep_dir / "report.html")
 

@@ -19,8 +19,8 @@ from medusa_exp.config import TrainConfig
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import publish
+from medusa_exp.runs.machine import peak_memory_bytes, synchronize
 from medusa_exp.runs.progress import ProgressBar
-from medusa_exp.runs.record import peak_memory_bytes, synchronize
 from medusa_exp.train.defaults import gpu_memory
 from medusa_exp.train.failures import memory_of_training
 from medusa_exp.train.module import MedusaModule

@@ -26,11 +26,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from filelock import FileLock
-
 from medusa_exp.config import TrainConfig
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import read_json, write_json
+from medusa_exp.runs.locks import locked
 from medusa_exp.runs.record import Notes
 
 Worker = Callable[[dict[str, Any], Path, Notes], dict[str, float]]
@@ -73,7 +72,7 @@ def train_in_processes(module: str, job: Job) -> dict[str, float]:
             *("--standalone", "--nproc-per-node", str(job.settings.devices)),
             *("-m", module, str(path)),
         ]
-        with FileLock(Path(name) / _ALIVE):
+        with locked(Path(name) / _ALIVE):
             code, number = _wait(subprocess.Popen(command))
         found = read_json(result, {})
     if number is not None:  # their own message is there, unless it came before they listened
@@ -159,8 +158,8 @@ def _end_with_stage(lock: Path) -> None:
     """
 
     def watch() -> None:
-        FileLock(lock).acquire(poll_interval=0.5).lock.release()
-        os.kill(os.getpid(), signal.SIGTERM)
+        with locked(lock, poll_interval=0.5):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -21,15 +21,13 @@ from torch import nn
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
-from medusa_exp.runs.record import peak_memory_bytes, synchronize
+from medusa_exp.runs.machine import matrix_rate, peak_memory_bytes
 from medusa_exp.train.module import MedusaModule
 
 log = logging.getLogger(__name__)
 
-_SIZE = {"cuda": 8192, "cpu": 1024}
-"""Rows and columns of the matrices that are multiplied."""
 _SECONDS = 0.5
-"""That they are multiplied for; of a short training, a hundredth of its time."""
+"""That matrices are multiplied for; of a short training, a hundredth of its time."""
 
 
 @dataclass(frozen=True)
@@ -123,29 +121,6 @@ def _of_head(heads: MedusaHeads, k: int, lm_head: float) -> float:
     shares = not heads.lm_heads.parameters_of(k)
     weights, frozen_input = (sum(p.numel() for p in some) for some in (matrices, first))
     return 6.0 * weights - 2.0 * frozen_input + 2 * lm_head * shares
-
-
-def matrix_rate(
-    device: torch.device, dtype: torch.dtype, seconds: float = _SECONDS
-) -> float | None:
-    """Return the floating-point operations a second of a large matrix product.
-
-    None where there is no memory for it. Draws no random number that anybody else would get.
-    """
-    size = _SIZE.get(device.type, _SIZE["cpu"])
-    generator = torch.Generator(device).manual_seed(0)
-    try:
-        a, b = torch.randn(2, size, size, generator=generator, device=device).to(dtype)
-        best, end = float("inf"), time.perf_counter() + seconds
-        while time.perf_counter() < end or best == float("inf"):
-            synchronize(device)
-            start = time.perf_counter()
-            a @ b
-            synchronize(device)
-            best = min(best, time.perf_counter() - start)
-    except torch.OutOfMemoryError:
-        return None
-    return 2 * size**3 / best
 
 
 class Throughput(L.Callback):

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.runs.files import publish
+from medusa_exp.runs.machine import has_arithmetic
 from medusa_exp.tracking.history import HistoryLogger, StepLogger
 from medusa_exp.train.callbacks import StepProgress
 from medusa_exp.train.ranks import alone
@@ -109,14 +110,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def pick_precision(precision: str, device: torch.device) -> str:
     """Return Lightning's word for the arithmetic of training, given `dtype.precision`.
 
-    `auto` is bf16-mixed where the hardware has bf16; else 16-mixed on a GPU, 32-true on a CPU.
+    `auto` is bf16-mixed where the hardware has bf16; else 16-mixed on a CUDA GPU, and 32-true.
     """
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # private: torch 2.13
-    return "bf16-mixed" if has_bf16 else "32-true"
+    if has_arithmetic(device, torch.bfloat16):
+        return "bf16-mixed"
+    return "16-mixed" if device.type == "cuda" else "32-true"
 
 
 def shard_layers(backbone: Backbone) -> dict[str, int]:
