@@ -47,9 +47,11 @@ def test_later_calls_of_the_old_run_are_told(tmp_path, capsys):
 
 
 def test_another_calibrated_tree_is_named_as_a_cause(tmp_path, capsys):
-    for name, parents in (("old", [0, 1]), ("new", [0, 0, 1])):
+    for name, parents in (("old", [-1, 0]), ("new", [-1, 0, 1])):
         (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "tree.json", {"parents": parents})
+        write_json(
+            tmp_path / name / "tree.json", {"parents": parents, "ranks": [-1, 0, 0][: len(parents)]}
+        )
         metrics = {"eval/num_nodes": len(parents), "eval/tokens_per_step": 1 + len(parents) / 10}
         write_json(tmp_path / name / "metrics.json", metrics)
     found = compare(tmp_path / "old", tmp_path / "new")

@@ -76,7 +76,7 @@ def test_broken_json_names_its_file(tmp_path):
 
 
 def test_a_torn_line_is_cut_off_before_more_is_added(tmp_path):
-    path = tmp_path / "history.jsonl"
+    path = tmp_path / "lines.jsonl"
     path.write_text('{"a": 1}\n{"a":')
     assert read_jsonl(path) == [{"a": 1}]
     drop_torn_line(path)
@@ -84,7 +84,7 @@ def test_a_torn_line_is_cut_off_before_more_is_added(tmp_path):
         file.write('{"a": 2}\n')
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
     path.write_text('{"a":\n{"a": 2}\n')
-    with pytest.raises(UserError, match=r"history\.jsonl, line 1, is not valid JSON"):
+    with pytest.raises(UserError, match=r"lines\.jsonl, line 1, is not valid JSON"):
         read_jsonl(path)
 
 

@@ -17,7 +17,7 @@ def test_a_damaged_record_is_told_and_the_others_are_read(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert read_jobs(tmp_path) == {"a": RECORD}
     assert str(tmp_path / "b" / JOB) in caplog.text
-    assert f"{tmp_path / 'c' / JOB} is no record of a job" in caplog.text
+    assert f"{tmp_path / 'c' / JOB} is not what was written there" in caplog.text
 
 
 def test_a_job_that_nobody_holds_is_interrupted(tmp_path):

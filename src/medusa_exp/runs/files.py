@@ -7,20 +7,28 @@ A killed process may leave a hidden temporary sibling (`.name.partial-...`), nev
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from medusa_exp.errors import UserError
+from medusa_exp.runs.schemas import SCHEMAS, Schema
+
+log = logging.getLogger(__name__)
 
 _SYNC_SECONDS = 1.0
+_MOST_BYTES = 1 << 28
+"""Of a JSON file that is read back."""
 
 
 @contextmanager
@@ -123,35 +131,94 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, default: Any = None) -> Any:
-    """Read JSON, or return `default` where there is no such file."""
-    if not path.is_file():
-        return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}. Delete it or restore it.") from error
+def read_json(path: Path, default: Any = None, kind: Any = None) -> Any:
+    """Read JSON, or return `default` where there is no such file, or one that lost power emptied.
+
+    Args:
+        path: of the file.
+        default: what to return then.
+        kind: what msgspec is to check it against; left out, the row of `SCHEMAS` for such a name.
+
+    Raises:
+        UserError: it is not to be read, no JSON, or does not hold what it should; says what to do.
+    """
+    content = _content(path)
+    return default if content is None else _value(content, f"{path}", _schema(path, kind))
 
 
-def read_jsonl(path: Path) -> list[Any]:
+def read_jsonl(path: Path, kind: Any = None) -> list[Any]:
     """Read one JSON value a line; none where there is no such file.
 
     A torn last line, left by a killed writer, is passed over.
 
     Raises:
-        UserError: another line is no JSON; names file and line.
+        UserError: another line is no JSON, or not what it should be; names file and line.
     """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from error
+    schema = _schema(path, kind)
+    *whole, torn = (_content(path) or b"").split(b"\n")
+    rows = [
+        _value(line, f"{path}, line {number},", schema)
+        for number, line in enumerate(whole, 1)
+        if line.strip()
+    ]
+    with suppress(UserError):
+        rows += [_value(torn, "", schema)] if torn.strip() else []
     return rows
+
+
+def _content(path: Path) -> bytes | None:
+    """Return the bytes of a file that is ours; None where it is absent, or emptied by lost power.
+
+    Raises:
+        UserError: it is no file, too large, or may not be read.
+    """
+    try:
+        if not path.exists():
+            return None
+        if not path.is_file():
+            raise UserError(f"{path} is no file: move it away.")
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(
+                f"{path} is larger than {_MOST_BYTES >> 20} MiB: no run has written it. Move it "
+                "away."
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+    if content.strip(b"\0"):
+        return content
+    log.warning("%s is empty, as lost power leaves files: it counts as missing", path)
+    return None
+
+
+def _schema(path: Path, kind: Any) -> Schema:
+    known = SCHEMAS.get(path.name, Schema(Any, "Delete it or restore it", has_nan=True))
+    return known if kind is None else replace(known, kind=kind)
+
+
+def _value(content: bytes, place: str, schema: Schema) -> Any:
+    """Return the value of some JSON, checked."""
+    constant = None if schema.has_nan else _refuse_constant
+    try:
+        value = json.loads(content.decode("utf-8"), parse_constant=constant)
+        msgspec.convert(value, schema.kind)
+    except msgspec.ValidationError as error:
+        raise UserError(
+            f"{place} is not what was written there: {error}. {_sentence(schema.remedy)}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{place} is not valid JSON: {error}. {_sentence(schema.remedy)}"
+        ) from error
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def drop_torn_line(path: Path) -> None:

@@ -16,7 +16,6 @@ from medusa_exp.runs.locks import locked
 log = logging.getLogger(__name__)
 JOB = "job.json"
 _LOCK = ".job.lock"
-_FIELDS = {"number", "overrides", "objective", "status", "value"}
 
 
 def read_jobs(sweep_dir: Path) -> dict[str, dict[str, Any]]:
@@ -35,12 +34,9 @@ def read_jobs(sweep_dir: Path) -> dict[str, dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        job = read_json(path)
+        job: dict[str, Any] | None = read_json(path)
     except UserError as error:
         log.warning("%s", error)
-        return None
-    if not (isinstance(job, dict) and job.keys() >= _FIELDS):
-        log.warning("%s is no record of a job: delete it, or restore it", path)
         return None
     return job
 

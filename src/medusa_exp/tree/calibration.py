@@ -132,7 +132,7 @@ def load_calibration(out: Path) -> Calibration:
         return msgspec.convert(found, Calibration)
     except msgspec.ValidationError as error:
         raise UserError(
-            f"{path} is of another version ({error}): run stage calibrate again."
+            f"{path} is damaged or of another version ({error}): run stage calibrate again."
         ) from error
 
 

@@ -8,15 +8,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json, write_json
+from medusa_exp.runs.schemas import MOST_NODES, MOST_RANKS, Rank, TreeShape
 
 RankPath = tuple[int, ...]
 """Ranks from the first head on: (0, 2) is the third guess of head 2 after the first of head 1."""
+
+_Paths = Annotated[list[Annotated[list[Rank], Meta(max_length=64)]], Meta(max_length=MOST_NODES)]
+"""Of a file of paths."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ class Tree:
         ):
             if not 0 <= parent < node:
                 raise ValueError(f"node {node}: parent {parent} must stand before it.")
-            if rank < 0:
-                raise ValueError(f"node {node}: rank {rank} is negative.")
+            if not 0 <= rank < MOST_RANKS:
+                raise ValueError(f"node {node}: rank {rank} is negative, or beyond any vocabulary.")
         if len(set(self.paths)) != len(self.paths):
             raise ValueError("two siblings share a rank.")
         if self.num_picked is not None and not 1 <= self.num_picked <= len(self):
@@ -85,25 +91,24 @@ class Tree:
         Raises:
             UserError: the file is missing or holds no tree.
         """
-        value = read_json(path)
+        value = read_json(path, kind=Any)
         if value is None:
             raise UserError(
                 f"{path} does not exist: stage calibrate leaves a tree.json in its run directory. "
                 "Or choose tree=chain."
             )
         try:
+            if isinstance(value, dict) and "paths" in value:
+                value = value["paths"]
             if isinstance(value, list):
-                return cls.from_paths(value)
-            if "paths" in value:
-                return cls.from_paths(value["paths"])
-            return cls(
-                value["parents"],
-                value["ranks"],
-                value.get("num_picked"),
-                value.get("num_lookup", 0),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} holds no tree: {error}") from error
+                return cls.from_paths(msgspec.convert(value, _Paths))
+            found = msgspec.convert(value, TreeShape)
+            return cls(tuple(found.parents), tuple(found.ranks), found.num_picked, found.num_lookup)
+        except ValueError as error:
+            raise UserError(
+                f"{path} holds no tree: {error}. Restore it, run stage calibrate again, or choose "
+                "tree=chain."
+            ) from error
 
     def save(self, path: Path) -> None:
         """Write what `load` reads."""
