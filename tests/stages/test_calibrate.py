@@ -10,6 +10,7 @@ import torch
 
 from medusa_exp.config import DecodeConfig, TreeConfig
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.lookup import count_found
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model import build_heads
 from medusa_exp.stages import calibrate
@@ -18,6 +19,7 @@ from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.calibration import (
     Timing,
     choose,
+    choose_tree,
     correct,
     draft_of,
     drawn_by,
@@ -202,3 +204,62 @@ def test_what_is_drafted_is_what_was_faster_at_this_temperature(
     assert draft_of(decode, TreeConfig(kind=kind), tmp_path) == expected
     looked_up = draft_of(decode, TreeConfig(kind=kind, lookup=2), tmp_path)
     assert looked_up == (expected if decode.draft == "sampled" else "top")
+
+
+def test_replay_with_lookup_counts_the_steps_that_decoding_takes(backbone):
+    """Text that goes in circles, heads that guess badly, and trees of several shapes."""
+    rng = random.Random(0)
+    heads = build_heads(backbone, num_heads=3)
+    trees = [chain(0), chain(2), Tree.from_paths([[0], [0, 0], [1], [2], [1, 0], [0, 0, 0], [3]])]
+    saved = 0
+    for number in range(9):
+        prompt = [rng.randrange(64) for _ in range(6)] * 3
+        limits = Limits(rng.randint(20, 60), {7})
+        [plain] = decode_plain(backbone, [prompt], limits)
+        ranks_PK = head_ranks(backbone, heads, prompt, plain.tokens, max_rank=5)
+        tree = replace(trees[number % 3], num_lookup=rng.randint(1, 6))
+        found_P = count_found(prompt, plain.tokens, 9)
+        [ours] = Decoder(backbone, heads, tree).decode([prompt], limits)
+        assert ours.tokens == plain.tokens
+        assert num_steps([ranks_PK], tree, [found_P]) == len(ours.accept_lengths)
+        saved += num_steps([ranks_PK], trees[number % 3]) - len(ours.accept_lengths)
+    assert saved > 0
+
+
+def test_what_is_found_by_hand():
+    """After the response's 1 the text said 2 3 9; after its 2 it said 3 9."""
+    assert count_found([1, 2, 3, 9], [1, 2, 3, 4, 5], 8).tolist() == [2, 1, 0, 0, 0]
+    assert count_found([1, 2, 3, 9], [1, 2, 3, 4, 5], 1).tolist() == [1, 1, 0, 0, 0]
+    assert count_found([8], [5, 5, 5, 5], 8).tolist() == [3, 2, 1, 0]
+
+
+def test_looked_up_nodes_are_chosen_where_they_pay_and_only_there(tmp_path, monkeypatch):
+    """One answer that the text had before: two steps over sixteen nodes, if these cost little."""
+    ranks, found = [np.full((18, 1), 99)], [np.arange(17, -1, -1)]
+    alone, wider = chain(1), replace(chain(1), num_lookup=16)
+    monkeypatch.setattr("medusa_exp.tree.calibration.heads_sha256", lambda out: "x")
+    for seconds, num_lookup in ((3.0, 16), (20.0, 0)):
+        times = Timing(1, {chain(0): 1.0, alone: 1.1, wider: seconds}, plain=1.0, prefill=1.0)
+        curve = choose(ranks, times, found)
+        assert [point.num_nodes for point in curve.curve] == [1, 2]
+        assert [point.num_nodes for point in curve.with_lookup] == [18]
+        calibration = summarize([curve], ranks, 9, choices=chain(1), heads_sha256="x")
+        save_calibration(calibration, tmp_path)
+        chosen = choose_tree(TreeConfig(), tmp_path, num_heads=1)
+        assert chosen.num_lookup == num_lookup
+        assert choose_tree(TreeConfig(lookup=0), tmp_path, num_heads=1) == chain(0)
+        assert choose_tree(TreeConfig(lookup=3), tmp_path, num_heads=1).num_lookup == 3
+        rehearsed = correct(curve, {None: 36.0, wider: 2.0, chain(0): 35.0}, ranks, found)
+        assert rehearsed.tree == wider and rehearsed.predicted_speedup == pytest.approx(18.0)
+
+
+def test_looked_up_nodes_that_save_few_steps_are_not_timed():
+    ranks = [np.full((18, 1), 99)]
+    timing = Timing(1, {chain(0): 1.0, chain(1): 1.1}, plain=1.0, prefill=1.0)
+    trees = [chain(0), *(Tree.from_paths([[n] for n in range(m)]) for m in (3, 7, 15, 31))]
+    timing = replace(timing, by_tree={tree: 1 + 0.02 * len(tree) for tree in trees})
+    for found_P, is_timed in ((np.zeros(18), False), (np.arange(17, -1, -1), True)):
+        replayed = calibrate._Replayed(ranks, [found_P], None)
+        assert bool(replayed.with_lookup(timing)) == is_timed
+        assert calibrate._Replayed(ranks, [found_P], 4).with_lookup(timing) == []
+        assert calibrate._Replayed(ranks, None, None).with_lookup(timing) == []

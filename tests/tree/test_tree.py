@@ -89,7 +89,7 @@ def test_no_calibration_yet(tmp_path):
         choose_tree(TreeConfig(), tmp_path, num_heads=2)
 
 
-@pytest.mark.parametrize(("lookup", "expected"), [(0, 5), (2, 2)])
+@pytest.mark.parametrize(("lookup", "expected"), [(None, 5), (0, 0), (2, 2)])
 def test_a_custom_tree_keeps_the_looked_up_nodes_of_its_file(tmp_path, lookup, expected):
     """As when tree.path is the tree.json of another run: what it decoded with is not dropped."""
     Tree((-1, 0), (-1, 0), num_lookup=5).save(tmp_path / "tree.json")

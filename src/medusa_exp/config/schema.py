@@ -637,10 +637,11 @@ class TreeConfig:
     """
     batch_sizes: list[int] = at_least(1, default=[1, 4, 16])
     """Calibration finds the fastest tree for each; decoding uses that of the size next below."""
-    lookup: int = between(0, 64, default=0)
+    lookup: int | None = between(0, 64, default=None)
     """Nodes added to the tree, of whatever kind: a branch of tokens that are looked up in the
     prompt and the answer so far, after the longest recent match. Pays where text repeats: edits,
-    summaries, retrieval. 0 looks nothing up, unless the file of `path` says so."""
+    summaries, retrieval. By default as many as calibration found to be fastest, or as the file of
+    `path` says, and none for other trees. 0 looks nothing up."""
     num_prompts: int = at_least(1, default=32)
     """Held-out prompts that the backbone answers to count which draft tokens are accepted."""
     max_nodes: int = between(1, 256, default=64)

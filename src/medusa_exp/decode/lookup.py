@@ -15,6 +15,7 @@ B rows, N nodes of the heads' tree, C nodes of the chain, M = N + C, L = depth o
 
 from collections.abc import Hashable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,6 +79,25 @@ def check_draft(rule: AcceptanceRule) -> None:
             "decode.draft=sampled draws all tokens of a tree, and tree.lookup adds some that are "
             "not drawn: set tree.lookup=0, or decode.draft=top."
         )
+
+
+def count_found(prompt: list[int], response: list[int], at_most: int) -> np.ndarray:
+    """Return found_P: where token t of a response is certain, how many looked-up tokens come true.
+
+    Args:
+        prompt: token ids.
+        response: of P tokens.
+        at_most: where to stop counting.
+    """
+    text = Text(prompt)
+    found = []
+    for place, token in enumerate(response, 1):
+        text.extend([token])
+        wanted = response[place : place + at_most]
+        continued = text.continuation(len(wanted))
+        pairs = zip(wanted, continued, strict=True)
+        found.append(next((n for n, (a, b) in enumerate(pairs) if a != b), len(wanted)))
+    return np.array(found, dtype=np.int64)
 
 
 class LookupDrafter:

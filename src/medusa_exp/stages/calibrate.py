@@ -8,7 +8,9 @@
 3. Steps over these trees are timed on this device (`time_steps`), and the sizes that should be
    fastest are tried on some whole responses (`rehearse`): the fastest there wins.
    Where tokens are sampled, both kinds of drafts are tried (decode.draft=auto).
-4. Larger batches are timed too: the more rows, the fewer nodes pay, until none does.
+4. Nodes that are looked up in the text are tried beside the heads' where they save steps on these
+   responses (tree.lookup=null).
+5. Larger batches are timed too: the more rows, the fewer nodes pay, until none does.
 
 K heads, P positions, C positions of a chunk, R ranks.
 """
@@ -16,7 +18,7 @@ K heads, P positions, C positions of a chunk, R ranks.
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -25,6 +27,7 @@ import torch
 
 from medusa_exp.config import Config
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.lookup import count_found
 from medusa_exp.decode.loop import GREEDY, Limits
 from medusa_exp.decode.replay import drawn_ranks
 from medusa_exp.model.backbone import Backbone
@@ -40,6 +43,7 @@ from medusa_exp.tree.calibration import (
     choose,
     correct,
     drawn_by,
+    expected_seconds,
     faster,
     heads_sha256,
     save_calibration,
@@ -59,6 +63,10 @@ _BATCHED_ROUNDS, _BATCHED_TOKENS = 2, 24
 """The same in batches, whose rounds take longer."""
 _REHEARSED_TREES, _REHEARSED_PROMPTS = 3, 12
 """Trees that should be fastest, tried on so many whole responses."""
+_LOOKUPS = (2, 4, 8, 16)
+"""Looked-up nodes that are tried beside a tree of the heads."""
+_TIMED_LOOKUPS, _LEAST_GAIN = 3, 1.03
+"""Trees with such nodes that are timed, and by how much they make more tokens a step."""
 
 
 def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
@@ -74,6 +82,10 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         decoder.decode_plain([prompt], seed=config.seed + number)[0].tokens
         for number, prompt in enumerate(track(prompts, "responding to held-out prompts"))
     ]
+    found = None
+    if config.tree.lookup != 0 and not decoder.is_recurrent:
+        at_most = heads.num_heads + max(_LOOKUPS[-1], config.tree.lookup or 0)
+        found = [count_found(*pair, at_most) for pair in zip(prompts, responses, strict=True)]
     max_rank = min(config.tree.max_rank, backbone.vocab_size)
     with_longest_response = prompts[int(np.argmax([len(response) for response in responses]))]
     sizes = sorted(set(config.tree.batch_sizes))
@@ -89,11 +101,14 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             ]
         else:
             trees = grown_trees(ranks, config.tree.max_nodes, max_rank, is_drawn=draft == "sampled")
+        if draft == "top" and config.tree.lookup:
+            trees = [replace(tree, num_lookup=config.tree.lookup) for tree in trees]
+        replayed = _Replayed(ranks, found if draft == "top" else None, config.tree.lookup)
         curves = [
-            _at_batch_size(decoder, ranks, trees, with_longest_response, size) for size in sizes
+            _at_batch_size(decoder, replayed, trees, with_longest_response, size) for size in sizes
         ]
         if curves[0].batch_size == 1:  # prompts are rehearsed one at a time
-            curves[0] = _rehearsed(decoder, curves[0], prompts, ranks)
+            curves[0] = _rehearsed(decoder, curves[0], prompts, replayed)
         ranks_of[draft], curves_of[draft], largest[draft] = ranks, curves, trees[-1]
     chosen = [faster(list(of_size)) for of_size in zip(*curves_of.values(), strict=True)]
     calibration = summarize(
@@ -109,8 +124,40 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         log.info("tokens per second by decode.draft: %s", chosen[0].tokens_per_second)
     tree = session.tree(decoder)
     tree.save(out / "tree.json")
-    log.info("tree of %d nodes, depth %d", tree.num_checked, tree.depth)
+    looked_up = f", {tree.num_lookup} of them looked up" if tree.num_lookup else ""
+    log.info("tree of %d nodes%s, depth %d", tree.num_checked, looked_up, tree.depth)
     return _metrics(calibration)
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """What decoding the calibration's responses is replayed with."""
+
+    ranks: list[np.ndarray]
+    found: list[np.ndarray] | None
+    """found_P of each response; None where nothing is to be looked up."""
+    lookup: int | None
+    """The config's wish: so many nodes, or as many as pay (None)."""
+
+    def tokens_per_step(self, tree: Tree) -> float:
+        return sum(map(len, self.ranks)) / num_steps(self.ranks, tree, self.found)
+
+    def with_lookup(self, timing: Timing) -> list[Tree]:
+        """Return trees with looked-up nodes that should be fastest, by the times without."""
+        if self.found is None or self.lookup is not None:
+            return []
+        alone = list(timing.by_tree)
+        sizes, seconds = [len(tree) for tree in alone], list(timing.by_tree.values())
+        expected: dict[Tree, float] = {}
+        for tree in thinned(alone):
+            least = _LEAST_GAIN * self.tokens_per_step(tree)
+            for number in _LOOKUPS:
+                wider = replace(tree, num_lookup=number)
+                if wider.num_checked <= max(sizes) and self.tokens_per_step(wider) >= least:
+                    guessed = float(np.interp(wider.num_checked, sizes, seconds))
+                    timed = replace(timing, by_tree={wider: guessed})
+                    expected[wider] = expected_seconds(self.ranks, wider, timed, self.found)
+        return sorted(expected, key=lambda tree: expected[tree])[:_TIMED_LOOKUPS]
 
 
 def _drafts(config: Config) -> list[str]:
@@ -118,7 +165,7 @@ def _drafts(config: Config) -> list[str]:
     decode, tree = config.decode, config.tree
     if decode.rule != "sampling" or decode.draft == "top" or tree.kind == "dynamic":
         return ["top"]
-    can_be_drawn = decode.verifier != "cupy" and not tree.lookup
+    can_be_drawn = decode.verifier != "cupy" and not tree.lookup  # see `check_draft`
     return ["sampled"] if decode.draft == "sampled" else ["top", "sampled"][: 1 + can_be_drawn]
 
 
@@ -268,7 +315,7 @@ def _respond(decoder: Decoder, prompt: list[int], tree: Tree | None) -> int:
 
 def _at_batch_size(
     decoder: Decoder,
-    ranks: list[np.ndarray],
+    replayed: _Replayed,
     trees: list[Tree],
     prompt: list[int],
     batch_size: int,
@@ -278,14 +325,24 @@ def _at_batch_size(
     if batch_size > 1:
         rounds, new_tokens = _BATCHED_ROUNDS, _BATCHED_TOKENS
         trees = thinned(trees)
-    timing = time_steps(
-        decoder, trees, prompt, batch_size=batch_size, rounds=rounds, new_tokens=new_tokens
-    )
-    return replace(choose(ranks, timing), draft=decoder.rule.draft)
+
+    def time_over(trees: list[Tree]) -> Timing:
+        return time_steps(
+            decoder, trees, prompt, batch_size=batch_size, rounds=rounds, new_tokens=new_tokens
+        )
+
+    timing = time_over(trees)
+    if wider := replayed.with_lookup(timing):
+        later = time_over(wider)
+        clock = timing.plain / later.plain  # the machine may be slower now
+        timed = {tree: seconds * clock for tree, seconds in later.by_tree.items()}
+        timing = replace(timing, by_tree=timing.by_tree | timed)
+    found = choose(replayed.ranks, timing, replayed.found)
+    return replace(found, draft=decoder.rule.draft)
 
 
 def _rehearsed(
-    decoder: Decoder, curve: Curve, prompts: list[list[int]], ranks: list[np.ndarray]
+    decoder: Decoder, curve: Curve, prompts: list[list[int]], replayed: _Replayed
 ) -> Curve:
     """Decode some prompts over the trees that should be fastest; return what is then to be chosen.
 
@@ -293,15 +350,18 @@ def _rehearsed(
         decoder: with the heads that the trees are for.
         curve: of `choose`, for batch size 1.
         prompts: of which the first few are decoded.
-        ranks: ranks_PK of the response to each prompt.
+        replayed: of the responses to all prompts.
     """
     fastest = [point.tree for point in curve.fastest()[:_REHEARSED_TREES]]
-    rehearsed = ranks[:_REHEARSED_PROMPTS]
+    if all(tree.num_lookup for tree in fastest) and replayed.lookup is None:
+        fastest.append(curve.without_lookup())  # looking up has to be faster than this
+    rehearsed = replayed.ranks[:_REHEARSED_PROMPTS]
+    found = replayed.found and replayed.found[:_REHEARSED_PROMPTS]
     seconds, steps = rehearse(decoder, fastest, prompts[:_REHEARSED_PROMPTS])
     if decoder.rule.name == "sampling":  # other draws, other responses: what a step took counts
-        expected = {tree: num_steps(rehearsed, tree or chain(0)) for tree in seconds}
+        expected = {tree: num_steps(rehearsed, tree or chain(0), found) for tree in seconds}
         seconds = {tree: took * expected[tree] / steps[tree] for tree, took in seconds.items()}
-    return correct(curve, seconds, rehearsed)
+    return correct(curve, seconds, rehearsed, found)
 
 
 def _metrics(calibration: Calibration) -> dict[str, float]:

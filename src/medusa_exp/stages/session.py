@@ -229,7 +229,7 @@ class Session:
         check_prefix(name, config.head.prefix_attention)
         if config.tree.kind in _BRANCHED:
             check_chain(name, _A_FORK)
-        check_chain(name, Tree((-1,), (-1,), num_lookup=config.tree.lookup))
+        check_chain(name, Tree((-1,), (-1,), num_lookup=config.tree.lookup or 0))
         if config.tree.kind == "custom":
             check_chain(name, choose_tree(config.tree, self.out, config.head.num_heads))
 
@@ -315,7 +315,11 @@ class Session:
     def tree(self, decoder: Decoder, batch_size: int = 1) -> Tree:
         """Return the tree that the config names, for these heads and so many rows at a time."""
         assert decoder.heads is not None
-        return choose_tree(self.config.tree, self.out, decoder.heads.num_heads, batch_size)
+        settings = self.config.tree
+        is_drawn = self.rule(batch_size).draft == "sampled"
+        if settings.kind == "calibrated" and settings.lookup is None and is_drawn:
+            settings = replace(settings, lookup=0)  # see `check_draft`
+        return choose_tree(settings, self.out, decoder.heads.num_heads, batch_size)
 
 
 def _has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:

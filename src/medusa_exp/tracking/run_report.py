@@ -208,6 +208,7 @@ def tree(used: Row | None, measured: Row | None) -> Row | None:
     nodes = charts.tree_layout(parents, used["ranks"], probability)
     return {
         "num_nodes": len(parents),
+        "num_lookup": used.get("num_lookup", 0),
         "depth": max(node["depth"] for node in nodes),
         "has_probability": probability is not None,
         "expected": sum(probability or []),

@@ -58,6 +58,7 @@ class Curve:
     prefill_seconds: float
     plain_expected_seconds: float
     curve: list[Point]
+    """Trees of the heads alone; with as many looked-up nodes as tree.lookup says, if it does."""
     num_nodes: int
     """Nodes of the chosen tree, which the fields below describe."""
     tree: Tree
@@ -67,10 +68,18 @@ class Curve:
     """What the trees are filled with: the heads' likeliest tokens, or draws (decode.draft)."""
     tokens_per_second: dict[str, float] = field(default_factory=dict, kw_only=True)
     """Of the best tree of each kind of draft that was tried."""
+    with_lookup: list[Point] = field(default_factory=list, kw_only=True)
+    """Trees to which looked-up nodes were added (tree.lookup=null)."""
 
     def fastest(self) -> list[Point]:
-        """Return the points, the fastest first."""
-        return sorted(self.curve, key=lambda point: -point.tokens_per_second)
+        """Return all points, the fastest first."""
+        return sorted([*self.curve, *self.with_lookup], key=lambda point: -point.tokens_per_second)
+
+    def without_lookup(self) -> Tree:
+        """Return the fastest tree of the heads alone."""
+        if not self.tree.num_lookup:
+            return self.tree
+        return max(self.curve, key=lambda point: point.tokens_per_second).tree
 
     def up_to(self, num_nodes: int) -> Tree:
         """Return the largest tree of at most so many nodes."""
@@ -136,40 +145,50 @@ def load_calibration(out: Path) -> Calibration:
         ) from error
 
 
-def expected_seconds(ranks: list[np.ndarray], tree: Tree | None, timing: Timing) -> float:
+def expected_seconds(
+    ranks: list[np.ndarray],
+    tree: Tree | None,
+    timing: Timing,
+    found: list[np.ndarray] | None = None,
+) -> float:
     """Return how long these answers should take over a tree, or plainly, each in a full batch."""
     if tree is None:
         steps, step_seconds = sum(map(len, ranks)), timing.plain
     else:
-        steps, step_seconds = num_steps(ranks, tree), timing.by_tree[tree]
+        steps, step_seconds = num_steps(ranks, tree, found), timing.by_tree[tree]
     later_steps = steps - len(ranks)
     return (len(ranks) * timing.prefill + later_steps * step_seconds) / timing.batch_size
 
 
-def choose(ranks: list[np.ndarray], timing: Timing) -> Curve:
+def choose(ranks: list[np.ndarray], timing: Timing, found: list[np.ndarray] | None = None) -> Curve:
     """Return the curve of one batch size, its fastest tree, and what this promises.
 
-    `ranks` are ranks_PK of each answer; the trees to choose from are those that were timed.
+    `ranks` are ranks_PK of each answer, `found` found_P; the trees to choose from are those that
+    were timed.
     """
     num_tokens = sum(map(len, ranks))
     points = [
         Point(
-            num_nodes=len(tree),
-            tokens_per_step=num_tokens / num_steps(ranks, tree),
+            num_nodes=tree.num_checked,
+            tokens_per_step=num_tokens / num_steps(ranks, tree, found),
             step_seconds=step_seconds,
-            expected_seconds=(seconds := expected_seconds(ranks, tree, timing)),
+            expected_seconds=(seconds := expected_seconds(ranks, tree, timing, found)),
             tokens_per_second=num_tokens / seconds,
             tree=tree,
         )
         for tree, step_seconds in timing.by_tree.items()
     ]
     plain_seconds = expected_seconds(ranks, None, timing)
+    with_lookup = [point for point in points if point.tree.num_lookup]
+    if len(with_lookup) == len(points):  # as tree.lookup wants it
+        with_lookup = []
     return Curve(
         batch_size=timing.batch_size,
         plain_step_seconds=timing.plain,
         prefill_seconds=timing.prefill,
         plain_expected_seconds=plain_seconds,
-        curve=points,
+        curve=[point for point in points if point not in with_lookup],
+        with_lookup=with_lookup,
         **_chosen(points, plain_seconds),
     )
 
@@ -185,16 +204,24 @@ def _chosen(points: list[Point], plain_seconds: float) -> dict[str, Any]:
     }
 
 
-def correct(curve: Curve, seconds: dict[Tree | None, float], ranks: list[np.ndarray]) -> Curve:
+def correct(
+    curve: Curve,
+    seconds: dict[Tree | None, float],
+    ranks: list[np.ndarray],
+    found: list[np.ndarray] | None = None,
+) -> Curve:
     """Choose anew among the trees that were rehearsed, by what they took rather than should have.
 
     The rehearsal is of some prompts; what it says about these, in proportion to what was expected
     of these, is carried over to all of them. `curve` is that of `choose` for batch size 1,
-    `seconds` those of `rehearse`, and `ranks` are ranks_PK of the answers to the rehearsed prompts.
+    `seconds` those of `rehearse`, and `ranks` and `found` are of the answers to the rehearsed
+    prompts.
     """
-    times = {point.tree: point.step_seconds for point in curve.curve}
+    times = {point.tree: point.step_seconds for point in curve.fastest()}
     timing = Timing(1, times, curve.plain_step_seconds, curve.prefill_seconds)
-    factor = {tree: took / expected_seconds(ranks, tree, timing) for tree, took in seconds.items()}
+    factor = {
+        tree: took / expected_seconds(ranks, tree, timing, found) for tree, took in seconds.items()
+    }
     rehearsed = [
         replace(
             point,
@@ -202,7 +229,7 @@ def correct(curve: Curve, seconds: dict[Tree | None, float], ranks: list[np.ndar
             tokens_per_second=point.tokens_per_second / factor[point.tree],
             is_rehearsed=True,
         )
-        for point in curve.curve
+        for point in curve.fastest()
         if point.tree in factor
     ]
     by_tree = {point.tree: point for point in rehearsed}
@@ -211,6 +238,7 @@ def correct(curve: Curve, seconds: dict[Tree | None, float], ranks: list[np.ndar
         curve,
         plain_expected_seconds=plain_seconds,
         curve=[by_tree.get(point.tree, point) for point in curve.curve],
+        with_lookup=[by_tree.get(point.tree, point) for point in curve.with_lookup],
         **_chosen(rehearsed, plain_seconds),
     )
 
@@ -219,7 +247,7 @@ def faster(curves: list[Curve]) -> Curve:
     """Return the faster of the curves of one batch size, each of another kind of draft."""
     by_draft = {
         curve.draft: max(
-            point.tokens_per_second for point in curve.curve if point.tree == curve.tree
+            point.tokens_per_second for point in curve.fastest() if point.tree == curve.tree
         )
         for curve in curves
     }
@@ -320,16 +348,17 @@ def choose_tree(settings: TreeConfig, out: Path, num_heads: int, batch_size: int
         calibration, num_nodes = load_calibration(out), settings.num_nodes
         curve = calibration.of_batch_size(batch_size)
         if kind == "dynamic":
-            choices, wanted = calibration.choices, num_nodes or curve.num_nodes
+            choices, wanted = calibration.choices, num_nodes or len(curve.tree)
             tree = replace(choices, num_picked=min(wanted, len(choices)))
         else:
-            tree = curve.tree if num_nodes is None else curve.up_to(num_nodes)
+            fastest = curve.tree if settings.lookup is None else curve.without_lookup()
+            tree = fastest if num_nodes is None else curve.up_to(num_nodes)
     if tree.depth > num_heads:
         raise UserError(
             f"tree={kind} is {tree.depth} guesses deep, and there are {num_heads} heads: raise "
             "head.num_heads and train again, or choose another tree."
         )
-    return replace(tree, num_lookup=settings.lookup or tree.num_lookup)
+    return tree if settings.lookup is None else replace(tree, num_lookup=settings.lookup)
 
 
 def _custom(settings: TreeConfig) -> Tree:

@@ -77,12 +77,21 @@ def _grow_in_order(value: Counter[RankPath], max_nodes: int) -> list[RankPath]:
     return paths
 
 
-def replay(ranks_PK: np.ndarray, tree: Tree) -> list[int]:
+def replay(ranks_PK: np.ndarray, tree: Tree, found_P: np.ndarray | None = None) -> list[int]:
     """Return the positions at which decoding this answer with this tree would stand.
 
     At position t token t is certain. The step there accepts the deepest path of the tree that
     came true, adds the backbone's own next token, and the next step stands after them. The first
     token comes with the prompt's step, which is not listed.
+
+    A tree with looked-up nodes has them below the last node of its path that holds what was looked
+    up: they come true as far as that does, and nothing else of the tree is as deep then.
+
+    Args:
+        ranks_PK: of the answer.
+        tree: to decode with.
+        found_P: how many of the tokens that are looked up at each position come true; wanted of
+            trees that look up (`decode.lookup.count_found`).
     """
     paths = set(tree.paths)
     rows = ranks_PK.tolist()
@@ -92,13 +101,22 @@ def replay(ranks_PK: np.ndarray, tree: Tree) -> list[int]:
         depth = 0
         while depth < len(rows[t]) and tuple(rows[t][: depth + 1]) in paths:
             depth += 1
+        if tree.num_lookup and found_P is not None:
+            depth = max(depth, min(int(found_P[t]), depth + tree.num_lookup))
         t += depth + 1
     return positions
 
 
-def num_steps(answers: list[np.ndarray], tree: Tree) -> int:
-    """Count the steps that decoding these answers would take, the prompts' steps included."""
-    return sum(1 + len(replay(ranks_PK, tree)) for ranks_PK in answers)
+def num_steps(answers: list[np.ndarray], tree: Tree, found: list[np.ndarray] | None = None) -> int:
+    """Count the steps that decoding these answers would take, the prompts' steps included.
+
+    `found` has what `replay` wants of each answer, for trees that look up.
+    """
+    of_answers = found if tree.num_lookup and found else [None] * len(answers)
+    return sum(
+        1 + len(replay(ranks_PK, tree, found_P))
+        for ranks_PK, found_P in zip(answers, of_answers, strict=True)
+    )
 
 
 def best_tree(
