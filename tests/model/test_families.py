@@ -40,6 +40,7 @@ FAMILIES = {
     "medusa": {"kind": "medusa"},
     "no bias": {"kind": "medusa", "bias": False, "num_layers": 2},
     "tied": {"kind": "medusa_tied", "num_layers": 2},
+    "tied, frequent": {"kind": "medusa_tied", "num_tokens": 40, "token_counts": COUNTS},
     "rank": {"kind": "medusa_lowrank", "rank": 16},
     "frequent": {"kind": "medusa_lowrank", "num_tokens": 40, "token_counts": COUNTS},
     "both": {"kind": "medusa_lowrank", "rank": 16, "num_tokens": 40, "token_counts": COUNTS},
@@ -248,8 +249,10 @@ def test_own_drafts_are_those_that_decoding_makes(backbone, family):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"kind": "medusa", "rank": 16}, "go together"),
-        ({"kind": "medusa_lowrank"}, "go together"),
+        ({"kind": "medusa", "rank": 16}, "kind=medusa has no rank"),
+        ({"kind": "hydra", "num_tokens": 40}, "kind=hydra has no num_tokens"),
+        ({"kind": "medusa_tied", "rank": 16}, "kind=medusa_tied has no rank"),
+        ({"kind": "medusa_lowrank"}, "needs rank or num_tokens"),
         ({"kind": "medusa_lowrank", "num_tokens": 20}, "needs token_counts"),
         ({"kind": "medusa_tied", "num_layers": 0}, "needs num_layers"),
         ({"kind": "recurrent", "num_layers": 0}, "needs num_layers"),

@@ -17,6 +17,7 @@ FAMILIES = {
     "no blocks": {"kind": "medusa", "num_layers": 0},
     "tied": {"kind": "medusa_tied"},
     "tied, deep": {"kind": "medusa_tied", "num_layers": 2},
+    "tied, frequent": {"kind": "medusa_tied", "num_tokens": 40, "token_counts": COUNTS},
     "rank": {"kind": "medusa_lowrank", "rank": 16},
     "frequent": {"kind": "medusa_lowrank", "num_tokens": 40, "token_counts": COUNTS},
     "both": {"kind": "medusa_lowrank", "rank": 16, "num_tokens": 40, "token_counts": COUNTS},

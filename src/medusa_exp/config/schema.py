@@ -364,9 +364,9 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         check(self, "head")
-        for key in ("rank", "num_tokens"):
+        low_rank = ("medusa_lowrank", "recurrent")
+        for key, kinds in (("rank", low_rank), ("num_tokens", (*low_rank, "medusa_tied", "auto"))):
             if getattr(self, key) is not None:
-                kinds = ("medusa_lowrank", "recurrent")
                 OneOf(kinds).check(f"head.kind (with head.{key})", self.kind)
         if self.kind == "medusa_lowrank" and self.rank is None and self.num_tokens is None:
             raise UserError("head.kind=medusa_lowrank needs head.rank or head.num_tokens.")

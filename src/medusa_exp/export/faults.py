@@ -274,16 +274,14 @@ def _vocabulary(reading: Reading) -> Iterator[Fault]:
     if not rows and reading.shared is not None and vocabulary not in (None, len(reading.shared)):
         text = f"lm_head.weight has {len(reading.shared)} rows for {vocabulary} tokens"
         yield Fault("truncated vocabulary", text)
-    if not rows:
-        return
-    [number] = rows
+    number = next(iter(rows), None)  # tied heads have no rows of their own
     if token_map is None:
-        if vocabulary is not None and number != vocabulary:
+        if None not in (vocabulary, number) and number != vocabulary:
             text = f"heads have {number} rows for {vocabulary} tokens, and no token map says which"
             yield Fault("truncated vocabulary", text)
         return
     ids = token_map.long()
-    if len(ids) != number:
+    if number is not None and len(ids) != number:
         text = f"the token map names {len(ids)} tokens, and heads have {number} rows"
         yield Fault("truncated vocabulary", text)
     elif len(ids.unique()) < len(ids) or ids.min() < 0 or ids.max() >= (vocabulary or 2**62):

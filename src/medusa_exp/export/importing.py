@@ -125,9 +125,9 @@ def _config_of(reading: Reading, vocab_size: Callable[[], int]) -> MedusaHeadsCo
 
 
 def _kind_of(reading: Reading) -> str:
-    if reading.token_map is not None:
-        return "medusa_lowrank"
-    return "medusa_tied" if reading.heads[0].out is None else "medusa"
+    if reading.heads[0].out is None:
+        return "medusa_tied"
+    return "medusa" if reading.token_map is None else "medusa_lowrank"
 
 
 def _vocabulary_of(reading: Reading) -> int | None:
@@ -154,7 +154,7 @@ def _our_names(reading: Reading, config: MedusaHeadsConfig) -> dict[str, Tensor]
         tensors[f"{up}.{k}.weight"], tensors[f"{up}.{k}.bias"] = head.out, head.out_bias
         tensors[f"lm_heads.down.{k}.weight"] = head.down
     found = {name: tensor.float() for name, tensor in tensors.items() if tensor is not None}
-    if is_small and reading.token_map is not None:
+    if reading.token_map is not None:
         found["lm_heads.token_map"] = reading.token_map.long()
     return found
 

@@ -16,7 +16,7 @@ from medusa_exp.export.formats import DTYPES, FORMATS, Source, write
 from medusa_exp.export.reading import Reading, config_text, read_heads
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import WEIGHTS, load_heads
-from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig
 from medusa_exp.runs.files import publish
 
 _ROWS, _POSITIONS = 16, 5
@@ -43,11 +43,27 @@ def open_source(
             for name, tensor in tensors.items()
         }
     loaded.load_state_dict(tensors)
+    if loaded.config.kind == "medusa_tied" and loaded.config.num_tokens:
+        loaded, tensors = _over_whole_vocabulary(loaded, tensors)
     target_config = backbone.model.config.get_text_config()
     source = Source(
         loaded.config, tensors, backbone.lm_head, backbone.logit_scale, target, target_config
     )
     return source, loaded.float().attach(backbone).eval()
+
+
+def _over_whole_vocabulary(
+    heads: MedusaHeads, tensors: dict[str, Tensor]
+) -> tuple[MedusaHeads, dict[str, Tensor]]:
+    """Return tied heads without their head vocabulary: an engine has the whole lm_head for them.
+
+    What they draft is a token of theirs, or one that is likelier still.
+    """
+    config = MedusaHeadsConfig.from_dict({**heads.config.to_dict(), "num_tokens": None})
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("token_map")}
+    whole = MedusaHeads(config)
+    whole.load_state_dict(tensors)
+    return whole, tensors
 
 
 def export(

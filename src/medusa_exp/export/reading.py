@@ -167,7 +167,7 @@ class Reading:
         for number in sorted(head.blocks):
             x_RD = _through(head.blocks[number], x_RD, embedded_RJD)
         if head.out is None:
-            return self._by_shared(x_RD, lm_head, logit_scale)
+            return self._of_known(self._by_shared(x_RD, lm_head, logit_scale))
         if head.down is not None:
             x_RD = linear(x_RD, head.down.float())
         bias = None if head.out_bias is None else head.out_bias.float()
@@ -178,6 +178,13 @@ class Reading:
         full_RV = logits_RW.new_full((len(logits_RW), self.declared.vocab_size), -torch.inf)
         full_RV[:, self.token_map] = logits_RW
         return full_RV
+
+    def _of_known(self, logits_RV: Tensor) -> Tensor:
+        if self.token_map is None:
+            return logits_RV
+        is_known_V = torch.zeros(logits_RV.shape[1], dtype=torch.bool)
+        is_known_V[self.token_map] = True
+        return logits_RV.masked_fill(~is_known_V, -torch.inf)
 
     def _by_shared(self, x_RD: Tensor, lm_head: nn.Module | None, logit_scale: float) -> Tensor:
         if self.shared is not None:

@@ -57,6 +57,9 @@ FAMILIES = {
     "recurrent": Family(SharedProjection, is_sequential=True, is_recurrent=True, min_layers=1),
 }
 """The families by `head.kind`."""
+_LOW_RANK = ("medusa_lowrank", "recurrent")
+_FREQUENT = (*_LOW_RANK, "medusa_tied")
+"""Families that may have a head vocabulary of the most frequent tokens alone."""
 LARGE_VOCABULARY = 100_000
 """Tokens above which separate projections are most of what the heads read and hold."""
 _NOT_IN_HEAD_VOCAB = -100
@@ -299,7 +302,8 @@ def build_heads(
         kind: a name of `FAMILIES`.
         bias: of the residual blocks.
         rank: of the matrices of medusa_lowrank and recurrent; None is full.
-        num_tokens: size of the head vocabulary of these, the most frequent tokens; None is all.
+        num_tokens: size of the head vocabulary of these and of medusa_tied, the most frequent
+            tokens; None is all.
         prefix_attention: put a layer of attention over all hidden states before the heads.
         token_counts: how often each token comes [V], for `num_tokens`.
 
@@ -340,6 +344,8 @@ def check_shape(kind: str, num_layers: int, rank: int | None, num_tokens: int | 
     """Raise a ValueError where these hyperparameters do not go together."""
     if num_layers < (fewest := FAMILIES[kind].min_layers):
         raise ValueError(f"kind={kind} needs num_layers of {fewest} or more.")
-    is_small = rank is not None or num_tokens is not None
-    if kind != "recurrent" and is_small != (kind == "medusa_lowrank"):
-        raise ValueError("rank or num_tokens, and kind=medusa_lowrank, go together.")
+    if kind == "medusa_lowrank" and rank is None and num_tokens is None:
+        raise ValueError("kind=medusa_lowrank needs rank or num_tokens.")
+    for name, value, kinds in (("rank", rank, _LOW_RANK), ("num_tokens", num_tokens, _FREQUENT)):
+        if value is not None and kind not in kinds:
+            raise ValueError(f"kind={kind} has no {name}: {', '.join(kinds)} have.")

@@ -179,26 +179,41 @@ class UntiedProjections(nn.ModuleList):
         return stacked_linear(self, dtype)
 
 
-class TiedProjection(nn.Module):
-    """The backbone's own lm_head for all heads, frozen: there is nothing to train or to save."""
+def _frequent(token_counts_V: Tensor | None, number: int) -> Tensor:
+    """Return the ids of the most frequent tokens, in order; of equally frequent ones the first."""
+    assert token_counts_V is not None
+    return token_counts_V.argsort(descending=True, stable=True)[:number].sort().values
 
-    token_map = None
+
+class TiedProjection(nn.Module):
+    """The backbone's own lm_head for all heads, frozen: there is nothing to train or to save.
+
+    Of a smaller head vocabulary the lm_head's rows of those tokens, copied.
+    """
+
+    token_map: Tensor | None
 
     def __init__(self, config: MedusaHeadsConfig) -> None:
         super().__init__()
         self._shared: tuple[nn.Module, ...] = ()  # in a tuple, lest it become a submodule
         self._scale = 1.0
+        token_map = torch.zeros(config.num_tokens, dtype=torch.long) if config.num_tokens else None
+        self.register_buffer("token_map", token_map)
+        self._rows: tuple[Tensor, Tensor | None] | None = None
 
     def forward(self, k: int, x_RD: Tensor) -> Tensor:
-        """Return logits_RV."""
+        """Return logits_RW."""
         return self._project(x_RD, *self._weights())
 
     def start(self, backbone: Backbone, token_counts_V: Tensor | None) -> None:
-        """Nothing is its own."""
+        """Choose the head vocabulary."""
+        if self.token_map is not None:
+            self.token_map.copy_(_frequent(token_counts_V, len(self.token_map)))
 
     def attach(self, backbone: Backbone) -> None:
         """Share the lm_head."""
         self._shared, self._scale = (backbone.lm_head,), backbone.logit_scale
+        self._rows = None
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
         """Nothing is its own."""
@@ -220,8 +235,15 @@ class TiedProjection(nn.Module):
                 "load_heads(path, model)."
             )
         [lm_head] = self._shared
-        bias = getattr(lm_head, "bias", None)
-        return lm_head.weight.detach(), None if bias is None else bias.detach()
+        bias_V = getattr(lm_head, "bias", None)
+        whole = lm_head.weight.detach(), None if bias_V is None else bias_V.detach()
+        if self.token_map is None:
+            return whole
+        if self._rows is None or self._rows[0].device != whole[0].device:
+            weight_VD, bias_V = whole
+            of_bias = None if bias_V is None else bias_V[self.token_map]
+            self._rows = weight_VD[self.token_map], of_bias
+        return self._rows
 
 
 class LowRankProjections(nn.Module):
@@ -260,9 +282,7 @@ class LowRankProjections(nn.Module):
         weight_WD, bias = _scaled_lm_head(backbone)
         weight_WD = weight_WD.float()
         if self.token_map is not None:
-            assert token_counts_V is not None
-            order_V = token_counts_V.argsort(descending=True, stable=True)
-            self.token_map.copy_(order_V[: len(self.token_map)].sort().values)
+            self.token_map.copy_(_frequent(token_counts_V, len(self.token_map)))
             weight_WD = weight_WD[self.token_map]
             bias = None if bias is None else bias[self.token_map]
         if len(self.down):
