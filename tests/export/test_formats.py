@@ -20,7 +20,7 @@ from medusa_exp.export.reading import read_heads
 from medusa_exp.model import Backbone, load_heads
 from medusa_exp.model.heads import MedusaHeadsConfig
 
-ONLY_VLLM = {"hydra", "medusa, prefix", "hydra, prefix"}
+ONLY_VLLM = {"hydra", "recurrent", "medusa, prefix", "hydra, prefix"}
 IMPORTED_AS_THEY_WERE = ("medusa", "no bias", "no blocks", "tied")
 
 
@@ -31,7 +31,7 @@ def no_vocab_size():
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_export_is_the_same_heads_or_is_refused(backbone, tmp_path, family, format_):
-    if family == "recurrent" or (family in ONLY_VLLM and format_ != "vllm"):
+    if family in ONLY_VLLM and format_ != "vllm":
         with pytest.raises(UserError, match=f"export.format={format_} cannot hold heads of kind"):
             exported(backbone, family, format_, tmp_path)
         assert not (tmp_path / format_).exists()
@@ -44,7 +44,7 @@ def test_an_export_is_the_same_heads_or_is_refused(backbone, tmp_path, family, f
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["medusa", "tied", "both", "hydra, prefix"])
+@pytest.mark.parametrize("family", ["medusa", "tied", "both", "hydra, prefix", "recurrent"])
 def test_a_smaller_type_is_the_same_heads_rounded(backbone, tmp_path, family, dtype):
     for format_ in FORMATS:
         heads = load_heads_config(backbone, family, tmp_path)
@@ -70,7 +70,8 @@ def test_the_table_names_every_format_and_reason():
     rows = {(family, format_): says for family, format_, says in table()}
     assert {format_ for _, format_ in rows} == set(FORMATS)
     assert rows["medusa", "mlc"] == "yes" and "drafted" in rows["hydra", "tgi"]
-    assert rows["hydra", "vllm"] == "yes" and "share one" in rows["recurrent", "vllm"]
+    assert rows["hydra", "vllm"] == "yes" and rows["recurrent", "vllm"] == "yes"
+    assert "share one" in rows["recurrent", "tgi"]
     assert {*FORMATS} <= {*words_of(ExportConfig, "format")}
 
 
@@ -204,9 +205,3 @@ def test_tied_heads_are_stored_in_one_type(backbone, tmp_path, family, format_, 
     _, faults = check(str(tmp_path / format_))
     assert faults == []
     assert import_heads(tmp_path / format_, no_vocab_size).num_heads == 3
-
-
-def test_heads_of_one_block_are_known_for_what_no_engine_holds(backbone, tmp_path):
-    save_moved(backbone, "recurrent", tmp_path)
-    with pytest.raises(UserError, match=r"share one block .* medusa_exp alone loads them"):
-        read_heads(tmp_path)

@@ -104,6 +104,7 @@ def _bytes_of_step(
     """Return what a row's logits and its mask take, copies included."""
     size, nodes = backbone.model.dtype.itemsize, drafter.num_nodes
     of_logit = 2 * size + (0 if rule.name == "greedy" else 16)  # probabilities are float32
+    of_logit += 8 if rule.draft == "sampled" else 0  # and what drafts are drawn from
     return nodes * (backbone.vocab_size * of_logit + 2 * size * (num_columns + nodes))
 
 

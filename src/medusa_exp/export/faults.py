@@ -62,7 +62,7 @@ def _engine(reading: Reading) -> Iterator[Fault]:
         if names[:1] != [_PLUGIN_CLASS]:
             text = f"architectures is {names}, and the plugin's class is {_PLUGIN_CLASS}"
             yield Fault("wrong architecture", text)
-        elif len(names) == 1 and _is_sequential(reading.declared.kind):
+        elif len(names) == 1 and reading.declared.kind == "hydra":
             text = "behind the plugin's class, vLLM needs DeepSeekMTPModel for heads of hydra"
             yield Fault("wrong architecture", text)
     elif reading.format == "vllm_medusa" and names not in ([], ["MedusaModel"]):
@@ -89,6 +89,9 @@ def _family(reading: Reading) -> Iterator[Fault]:
     starts = [head.blocks.get(0, Block()) for head in reading.heads]
     if any((start.skip is not None) != _is_sequential(kind) for start in starts):
         text = f"the config says {kind}, and heads have, or lack, what sees drafted tokens"
+        yield Fault("wrong family", text)
+    if any((start.outer is not None) != reading.is_recurrent for start in starts):
+        text = f"the config says {kind}, and heads have, or lack, what sharing a block takes"
         yield Fault("wrong family", text)
     if reading.prefix and (reading.hidden_size or 0) % (reading.declared.attention_heads or 1):
         number, size = reading.declared.attention_heads, reading.hidden_size
@@ -187,6 +190,16 @@ def _shapes(reading: Reading) -> Iterator[Fault]:
 def _shapes_of_block(what: str, k: int, block: Block, size: int | None) -> Iterator[Fault]:
     if block.weight is None:
         return
+    if block.outer is not None:
+        for part, tensor, sizes in (
+            (what, block.weight, 2),
+            (f"the way out of {what}", block.outer, 1),
+            (f"the skip of {what}", block.skip, 1),
+        ):
+            wanted = (sizes * (size or 0),) * 2
+            if tensor is not None and tuple(tensor.shape) != wanted:
+                yield _wrong_shape(part, tensor, wanted)
+        return
     inputs = (k + 2) if block.skip is not None else 1
     rows = len(block.weight)
     if tuple(block.weight.shape) != (rows, inputs * rows):
@@ -259,7 +272,7 @@ def _of_blocks(head: Head) -> list[torch.Tensor | None]:
     return [
         tensor
         for block in head.blocks.values()
-        for tensor in (block.weight, block.bias, block.skip)
+        for tensor in (block.weight, block.bias, block.skip, block.outer)
     ]
 
 
@@ -331,7 +344,7 @@ def _fingerprints(reading: Reading) -> Iterator[Fault]:
     known = reading.declared.heads_sha256
     digests = [reading.head_sha256(k) for k in range(len(reading.heads))]
     for k, digest in enumerate(digests):
-        if digests.index(digest) < k:
+        if digests.index(digest) < k and not reading.is_recurrent:
             text = f"head {k + 1} is the same as head {digests.index(digest) + 1}"
             yield Fault("heads alike", f"{text}: a copy, or both are untrained")
     for k in range(min(len(known), len(reading.heads))):

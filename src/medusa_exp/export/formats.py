@@ -93,12 +93,13 @@ Written = tuple[dict[str, Any], dict[str, Tensor]]
 def _vllm(source: Source) -> Written:
     """Return the heads as they are, with the config by which vLLM takes them for MTP layers.
 
-    vLLM chooses how to draft by `model_type` and what to load by `architectures`. Heads that see
-    drafted tokens hand on two tensors, which its runner expects where the second name stands.
+    vLLM chooses how to draft by `model_type` and what to load by `architectures`. Heads of hydra
+    hand on two tensors, which its runner expects where the second name stands.
     """
     heads, target = source.config, source.target_config
     own = ("num_layers", "rank", "num_tokens", "lm_head_bias", "prefix_attention", "bias", "kind")
-    second = ["DeepSeekMTPModel"] if FAMILIES[heads.kind].is_sequential else []
+    family = FAMILIES[heads.kind]
+    second = ["DeepSeekMTPModel"] if family.is_sequential and not family.is_recurrent else []
     config = {
         "model_type": "step3p5_mtp",
         "architectures": ["MedusaExpMTP", *second],
@@ -198,10 +199,10 @@ FORMATS = {
 
 def why_not(config: MedusaHeadsConfig, format_: str) -> str | None:
     """Return why these heads cannot be held by a format; None where they can."""
-    if FAMILIES[config.kind].is_recurrent:
-        return "it has a block for each head, and the heads of this kind share one"
     if FORMATS[format_].reads_all:
         return None
+    if FAMILIES[config.kind].is_recurrent:
+        return "it has a block for each head, and the heads of this kind share one"
     if FAMILIES[config.kind].is_sequential:
         return "its heads run side by side and see no drafted tokens, which these do"
     if config.prefix_attention:

@@ -144,13 +144,14 @@ def _our_names(reading: Reading, config: MedusaHeadsConfig) -> dict[str, Tensor]
     tensors: dict[str, Tensor | None] = {
         f"prefix.{part}.weight": tensor for part, tensor in reading.prefix.items()
     }
-    is_small = config.kind == "medusa_lowrank"
+    is_small = config.kind in ("medusa_lowrank", "recurrent")
     up = "lm_heads.up" if is_small else "lm_heads"
-    for k, head in enumerate(reading.heads):
+    for k, head in enumerate(reading.heads[:1] if reading.is_recurrent else reading.heads):
         for number, block in head.blocks.items():
-            tensors[f"blocks.{k}.{number}.linear.weight"] = block.weight
-            tensors[f"blocks.{k}.{number}.linear.bias"] = block.bias
+            name = f"blocks.{k}.{number}.{'linear' if block.outer is None else 'inner'}"
+            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = block.weight, block.bias
             tensors[f"blocks.{k}.{number}.skip.weight"] = block.skip
+            tensors[f"blocks.{k}.{number}.out.weight"] = block.outer
         tensors[f"{up}.{k}.weight"], tensors[f"{up}.{k}.bias"] = head.out, head.out_bias
         tensors[f"lm_heads.down.{k}.weight"] = head.down
     found = {name: tensor.float() for name, tensor in tensors.items() if tensor is not None}

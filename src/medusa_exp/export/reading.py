@@ -23,6 +23,8 @@ from medusa_exp.errors import UserError
 from medusa_exp.export.declared import Declared, Fault, declared_by, is_text, well_typed
 from medusa_exp.runs.files import read_json
 
+_MOST_HEADS = 64
+"""More than any config means, of heads that are all the same tensors."""
 PICKLES = (".pt", ".pth", ".bin", ".pkl")
 CONVERT = "python -m medusa_exp.model.convert"
 
@@ -39,6 +41,8 @@ def _numbered(prefix: str) -> dict[str, str]:
 _OURS = {
     "block": r"blocks\.(?P<k>\d+)\.(?P<l>\d+)\.linear\.(?P<part>weight|bias)",
     "skip": r"blocks\.(?P<k>\d+)\.(?P<l>\d+)\.skip\.weight",
+    "inner": r"blocks\.(?P<k>\d+)\.(?P<l>\d+)\.inner\.(?P<part>weight|bias)",
+    "outer": r"blocks\.(?P<k>\d+)\.(?P<l>\d+)\.out\.weight",
     "out": r"lm_heads\.(?:up\.)?(?P<k>\d+)\.(?P<part>weight|bias)",
     "down": r"lm_heads\.down\.(?P<k>\d+)\.weight",
     "token_map": r"lm_heads\.token_map",
@@ -78,11 +82,16 @@ class NoHeadsError(UserError):
 
 @dataclass
 class Block:
-    """x + SiLU(Wx + b); with `skip`, x + Ve + SiLU(W[x, e] + b)."""
+    """x + SiLU(Wx + b); with `skip`, x + Ve + SiLU(W[x, e] + b).
+
+    With `outer` too, x + U(SiLU(g) * u) + V n(e), where g and u are the halves of W[n(x), n(e)] + b
+    and n divides by the root of the mean square: one step of heads that share their blocks.
+    """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
     skip: Tensor | None = None
+    outer: Tensor | None = None
 
 
 @dataclass
@@ -115,10 +124,17 @@ class Reading:
         return max((len(head.blocks) for head in self.heads), default=0)
 
     @property
+    def is_recurrent(self) -> bool:
+        """Do all heads share their blocks, and is each a step more?"""
+        return self.declared.kind == "recurrent"
+
+    @property
     def hidden_size(self) -> int | None:
         """D, of the tensors where they tell it."""
         for head in self.heads:
             for block in head.blocks.values():
+                if block.outer is not None:
+                    return int(block.outer.shape[0])
                 if block.weight is not None:
                     return int(block.weight.shape[0])
         return self.declared.hidden_size
@@ -164,8 +180,14 @@ class Reading:
             logit_scale: what the target multiplies the logits of its lm_head by.
         """
         head, x_RD = self.heads[k], hidden_RD
-        for number in sorted(head.blocks):
-            x_RD = _through(head.blocks[number], x_RD, embedded_RJD)
+        if self.is_recurrent:
+            assert embedded_RJD is not None, "these heads see the tokens drafted before them"
+            for j in range(k + 1):
+                for _, block in sorted(head.blocks.items()):
+                    x_RD = _through(block, x_RD, embedded_RJD[:, j : j + 1])
+        else:
+            for _, block in sorted(head.blocks.items()):
+                x_RD = _through(block, x_RD, embedded_RJD)
         if head.out is None:
             return self._of_known(self._by_shared(x_RD, lm_head, logit_scale))
         if head.down is not None:
@@ -201,7 +223,7 @@ class Reading:
         """
         head, digest = self.heads[k], hashlib.sha256()
         for number, block in sorted(head.blocks.items()):
-            for part in ("weight", "bias", "skip"):
+            for part in ("weight", "bias", "skip", "outer"):
                 tensor = getattr(block, part)
                 if tensor is None or (part == "bias" and not tensor.any()):
                     continue
@@ -219,6 +241,10 @@ def _through(block: Block, x_RD: Tensor, embedded_RJD: Tensor | None) -> Tensor:
     if block.skip is None:
         return x_RD + silu(linear(x_RD, block.weight.float(), bias))
     assert embedded_RJD is not None, "these heads see the tokens drafted before them"
+    if block.outer is not None:
+        x, e = (rms_norm(y, y.shape[-1:], eps=1e-6) for y in (x_RD, embedded_RJD[:, 0].float()))
+        gate, up = linear(torch.cat([x, e], -1), block.weight.float(), bias).chunk(2, -1)
+        return x_RD + linear(silu(gate) * up, block.outer.float()) + linear(e, block.skip.float())
     width = block.skip.shape[1] // x_RD.shape[1]
     e_RI = embedded_RJD[:, :width].flatten(1).float()
     inner_RD = linear(torch.cat([x_RD, e_RI], -1), block.weight.float(), bias)
@@ -263,11 +289,6 @@ def read_heads(named: str | Path) -> Reading:
         raise NoHeadsError(text, "no heads")
     config, of_config = well_typed(config)
     declared = declared_by(format_, config)
-    if declared.kind == "recurrent":
-        text = (
-            f"the heads in {place} share one block (kind=recurrent): no engine's format holds that"
-        )
-        raise NoHeadsError(f"{text}, and medusa_exp alone loads them.", "shared block")
     reading = Reading(place, format_, config, declared, [], None, None, {}, [*faults, *of_config])
     _fill(reading, names)
     return reading
@@ -368,10 +389,11 @@ def _fill(reading: Reading, names: dict[str, Path]) -> None:
             reading.faults.append(Fault("wrong shape", text))
             continue
         head = by_head.setdefault(int(found["k"]), Head()) if "k" in found else Head()
-        if role == "block":
-            setattr(head.blocks.setdefault(int(found["l"]), Block()), found["part"], tensor)
-        elif role == "skip":
-            head.blocks.setdefault(int(found["l"]), Block()).skip = tensor
+        if role in ("block", "inner"):
+            part = found["part"]
+            setattr(head.blocks.setdefault(int(found["l"]), Block()), part, tensor)
+        elif role in ("skip", "outer"):
+            setattr(head.blocks.setdefault(int(found["l"]), Block()), role, tensor)
         elif role == "down":
             head.down = tensor
         elif role == "prefix":
@@ -388,6 +410,8 @@ def _fill(reading: Reading, names: dict[str, Path]) -> None:
             part = "out_bias" if found["part"] == "bias" else "out"
             setattr(by_head[int(found["k"])], part, tensor)
     reading.heads = [by_head.get(k, Head()) for k in range(max(by_head, default=-1) + 1)]
+    if reading.is_recurrent:
+        reading.heads = reading.heads[:1] * min(reading.declared.num_heads or 1, _MOST_HEADS)
     if stray:
         some = ", ".join(sorted(stray)[:4])
         is_model = len(stray) > len(names) / 2  # a whole model with heads in it, as of Medusa-2

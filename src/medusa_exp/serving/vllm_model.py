@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import rms_norm, silu
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -36,6 +36,10 @@ CONFIG_KEYS = (
 """What config.json must say; `medusa_backbone` and `medusa_backbone_identity` it should."""
 
 
+_LOW_RANK = ("medusa_lowrank", "recurrent")
+"""Kinds whose projections are those of `_LowRank`; recurrent heads share one of them."""
+
+
 class MedusaExpMTP(nn.Module):
     """All families of heads. `config.json` is that of `export.format=vllm`.
 
@@ -53,7 +57,7 @@ class MedusaExpMTP(nn.Module):
         self.config = config = speculative.draft_model_config.hf_config
         _check(config, speculative)
         self.kind: str = config.medusa_kind
-        self.is_grounded = self.kind == "hydra"
+        self.is_grounded, self.is_recurrent = self.kind == "hydra", self.kind == "recurrent"
         self.has_own_lm_head = self.kind != "medusa_tied"
         # vLLM hangs the target's embedding into `.model`.
         self.model = _Heads(config, vllm_config, maybe_prefix(prefix, "model"))
@@ -85,8 +89,9 @@ class MedusaExpMTP(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return states [N, D] for `compute_logits`, and for the next step.
 
-        Two different ones for hydra, whose heads also need the embedding of the token that follows
-        each state: [N, 2 D] and [N, D]. V2 takes a tuple from any model. V1 takes it only where
+        For recurrent heads these are the states after one token more. Two different ones for hydra,
+        whose heads also need the embedding of the token that follows each state: [N, 2 D] and
+        [N, D]. V2 takes a tuple from any model. V1 takes it only where
         `architectures` has one of four names: exported hydra heads name DeepSeekMTPModel, behind
         ours, for no other reason.
 
@@ -100,16 +105,22 @@ class MedusaExpMTP(nn.Module):
         """
         if spec_step_idx == 0 and self.config.medusa_prefix_attention:
             hidden_states = self.model.prefix(positions, hidden_states)
-        if not self.is_grounded:
+        if not self.is_grounded and not self.is_recurrent:
             return hidden_states
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
+        if self.is_recurrent:
+            first, *others = self.model.blocks[0]
+            hidden_states = first(hidden_states, inputs_embeds.to(hidden_states))
+            for block in others:
+                hidden_states = block(hidden_states)
+            return hidden_states
         return torch.cat([hidden_states, inputs_embeds.to(hidden_states)], -1), hidden_states
 
     def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor | None:
         """Return logits [R, V] of head `spec_step_idx`, of the rows that `forward` returned."""
-        k, x_RD = spec_step_idx, hidden_states
-        blocks = list(self.model.blocks[k])
+        k, x_RD = (0 if self.is_recurrent else spec_step_idx), hidden_states
+        blocks = [] if self.is_recurrent else list(self.model.blocks[k])
         if self.is_grounded:
             x_RD, embedded_RD = x_RD.chunk(2, -1)
             # Requests keep their rows for all steps of a draft.
@@ -120,7 +131,7 @@ class MedusaExpMTP(nn.Module):
         if not self.has_own_lm_head:
             return self._project(self.lm_head, x_RD)
         heads = self.model.lm_heads
-        if self.kind != "medusa_lowrank":
+        if self.kind not in _LOW_RANK:
             return self._project(heads[k], x_RD)
         logits_RW = self._project(heads.up[k], heads.down[k](x_RD) if len(heads.down) else x_RD)
         if logits_RW is None or not self.config.medusa_num_tokens:
@@ -165,7 +176,8 @@ class _Heads(nn.Module):
     def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
         super().__init__()
         size, bias = config.hidden_size, config.medusa_bias
-        heads = range(config.num_nextn_predict_layers)
+        is_recurrent = config.medusa_kind == "recurrent"
+        heads = range(1 if is_recurrent else config.num_nextn_predict_layers)
         if config.medusa_prefix_attention:
             # vLLM wants one number in a layer's name, and none that a layer of the target has.
             target = vllm_config.speculative_config.target_model_config.hf_text_config
@@ -178,8 +190,10 @@ class _Heads(nn.Module):
             ]
             if config.medusa_kind == "hydra":
                 blocks[0] = _GroundedBlock(size, k + 1, bias)
+            elif is_recurrent:
+                blocks[0] = _RecurrentBlock(size, bias)
             self.blocks.append(nn.Sequential(*blocks))
-        if config.medusa_kind == "medusa_lowrank":
+        if config.medusa_kind in _LOW_RANK:
             self.lm_heads: nn.Module = _LowRank(config, maybe_prefix(prefix, "lm_heads"))
         elif config.medusa_kind != "medusa_tied":
             self.lm_heads = nn.ModuleList(
@@ -214,12 +228,25 @@ class _GroundedBlock(nn.Module):
         return x + self.skip(embedded) + silu(self.linear(torch.cat([x, embedded], -1)))
 
 
+class _RecurrentBlock(nn.Module):
+    def __init__(self, size: int, bias: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2 * size, 2 * size, bias=bias)
+        self.out = nn.Linear(size, size, bias=False)
+        self.skip = nn.Linear(size, size, bias=False)
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        n, e = (rms_norm(y, y.shape[-1:], eps=1e-6) for y in (x, embedded))
+        gate, up = self.inner(torch.cat([n, e], -1)).chunk(2, -1)
+        return x + self.out(silu(gate) * up) + self.skip(e)
+
+
 class _LowRank(nn.Module):
     def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
         size, rank = config.hidden_size, config.medusa_rank
         num_tokens = config.medusa_num_tokens or config.vocab_size
-        heads = range(config.num_nextn_predict_layers)
+        heads = range(1 if config.medusa_kind == "recurrent" else config.num_nextn_predict_layers)
         self.down = nn.ModuleList(nn.Linear(size, rank, bias=False) for _ in heads if rank)
         self.up = nn.ModuleList(
             ParallelLMHead(
