@@ -73,7 +73,8 @@ def test_files_alone_where_wandb_is_not_installed(bare, tmp_path, caplog):
 
 def test_who_asks_for_wandb_online_has_to_have_it(bare, tmp_path):
     config = Config(device="cpu", logger=LoggerConfig(mode="online"))
-    with pytest.raises(UserError, match=r"medusa-exp\[wandb\]"), Tracker(
-        RunRecord(tmp_path, config, [])
+    with (
+        pytest.raises(UserError, match=r"medusa-exp\[wandb\]"),
+        Tracker(RunRecord(tmp_path, config, [])),
     ):
         pass
