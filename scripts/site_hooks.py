@@ -38,7 +38,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = _SOURCES.get(place, f"docs/{place}")
 
     def turn(found: re.Match[str]) -> str:
-        return site_link(found[1], source, place, lambda path: _copy(path, config, files))
+        return site_link(found[1], source, place, lambda *copy: _copy(*copy, config, files))
 
     parts = _FENCE.split(markdown)
     return "".join(x if x.startswith("```") else _LINK.sub(turn, x) for x in parts)
@@ -51,7 +51,7 @@ def site_link(link: str, source: str, place: str, copy: Any) -> str:
         link: as it stands in the file.
         source: the file, from the root of the repository.
         place: its page, from the root of the site.
-        copy: is called with the path of a file that needs a copy in the site.
+        copy: is called with the path of a file that needs a copy in the site, and of that copy.
     """
     parts = urlsplit(link)
     if parts.scheme or not parts.path:
@@ -62,16 +62,15 @@ def site_link(link: str, source: str, place: str, copy: Any) -> str:
     elif path.startswith("docs/"):
         target = path.removeprefix("docs/")
     elif (ROOT / path).is_file():
-        target = f"{COPIES}/{path}"
-        copy(path)
+        # As text, also where the name ends in .md: a copy is no page.
+        target = f"{COPIES}/{path}{'.txt' * path.endswith('.md')}"
+        copy(path, target)
     else:
         return link
     to = posixpath.relpath(target, posixpath.dirname(place) or ".")
     return f"{to}#{parts.fragment}" if parts.fragment else to
 
 
-def _copy(path: str, config: MkDocsConfig, files: Files) -> None:
-    uri = f"{COPIES}/{path}"
-    if files.get_file_from_path(uri) is None:
-        # As text, also where the name ends in .md: a copy is no page.
-        files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+def _copy(path: str, target: str, config: MkDocsConfig, files: Files) -> None:
+    if files.get_file_from_path(target) is None:
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / path)))

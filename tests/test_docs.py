@@ -76,6 +76,14 @@ def test_keys_that_pages_name_exist():
     assert unknown == []
 
 
+def test_every_file_that_stages_leave_is_in_the_page_of_the_run_directory():
+    page = (ROOT / "docs/reference/run_directory.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "src/medusa_exp").rglob("*.py"))
+    left = set(re.findall(r"\b(?:out|run_dir) / \"([\w.]+)\"", source))
+    assert len(left) > 15
+    assert [name for name in left if not {f"`{name}`", f"`{name}/`"} & set(_code(page))] == []
+
+
 def test_metrics_that_pages_name_exist():
     stages = {metric.name.partition("/")[0] for metric in METRICS}
     named = [
@@ -96,6 +104,12 @@ def test_extras_and_sessions_that_pages_name_exist():
     sessions = set(re.findall(r"^def (\w+)\(session", noxfile, re.MULTILINE))
     named = set(re.findall(r"nox -s (\w+)", "".join(p.read_text("utf-8") for p in PAGES)))
     assert named <= sessions and len(named) > 8
+
+
+def _code(page: str) -> list[str]:
+    """Return the pieces of inline code; those of a folder's path count for the folder too."""
+    found = re.findall(r"`[^`\n]+`", page)
+    return [*found, *(f"{piece.partition('/')[0]}/`" for piece in found if "/" in piece)]
 
 
 def _keys(section: object, prefix: str = ""):

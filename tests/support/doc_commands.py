@@ -55,7 +55,7 @@ SMALL_MODEL = (
 _FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(r"<!-- (not run|run)(?:: (.+?))? -->\s*$")
 _PROGRAM = re.compile(r"python -m medusa_exp(?= |$)")
-_INSTALLATION = re.compile(r"(python3 -m venv \S+|(\.venv/bin/)?pip install [^&\n]*)( && )?")
+_INSTALLATION = re.compile(r"(python3 -m venv \S+|(\.venv/bin/)?pip install [^&\n]+?)( && |$)")
 _SPAN = re.compile(r"`([^`\n]+)`")
 _OVERRIDE = re.compile(r"\+?[a-z_]+(\.[a-z_]+)*=\S")
 _EXTRAS = re.compile(r"(?:medusa-exp|'\.|\s\.)\[([a-z,]+)\]")
