@@ -7,8 +7,8 @@ where the repository is browsed. A link to what does not exist is left as it is:
 
 import posixpath
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -20,6 +20,7 @@ PAGES = {"README.md": "index.md", "LOG.md": "log.md", "kernels/README.md": "deve
 """File of the repository -> page of the site."""
 COPIES = "files"
 """Folder of the site for copies of files."""
+Copy = Callable[[str, str], None]
 _LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 _FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
 _SOURCES = {page: source for source, page in PAGES.items()}
@@ -37,14 +38,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     place = page.file.src_uri
     source = _SOURCES.get(place, f"docs/{place}")
 
+    def copy(path: str, target: str) -> None:
+        if files.get_file_from_path(target) is None:
+            files.append(File.generated(config, target, abs_src_path=str(ROOT / path)))
+
     def turn(found: re.Match[str]) -> str:
-        return site_link(found[1], source, place, lambda *copy: _copy(*copy, config, files))
+        return site_link(found[1], source, place, copy)
 
     parts = _FENCE.split(markdown)
     return "".join(x if x.startswith("```") else _LINK.sub(turn, x) for x in parts)
 
 
-def site_link(link: str, source: str, place: str, copy: Any) -> str:
+def site_link(link: str, source: str, place: str, copy: Copy) -> str:
     """Return what a link of a file of the repository is on its page of the site.
 
     Args:
@@ -69,8 +74,3 @@ def site_link(link: str, source: str, place: str, copy: Any) -> str:
         return link
     to = posixpath.relpath(target, posixpath.dirname(place) or ".")
     return f"{to}#{parts.fragment}" if parts.fragment else to
-
-
-def _copy(path: str, target: str, config: MkDocsConfig, files: Files) -> None:
-    if files.get_file_from_path(target) is None:
-        files.append(File.generated(config, target, abs_src_path=str(ROOT / path)))
