@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from medusa_exp.config import schema
+from medusa_exp.config import limits, schema
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "reference" / "config.md"
@@ -94,13 +94,15 @@ def _default(key: "Field[Any]") -> str:
 
 def _allowed(key: "Field[Any]") -> str:
     match key.metadata.get("limit"):
-        case schema.OneOf(words):
+        case limits.OneOf(words):
             return ", ".join(f"`{word}`" for word in words)
-        case schema.NotBelow(bound):
-            return f"at least {bound:g}"
-        case schema.Between(low, high):
-            return f"{low:g} to {high:g}"
+        case limits.Between(low, high):
+            return f"{_number(low)} to {_number(high)}"
     return ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 if __name__ == "__main__":

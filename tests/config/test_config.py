@@ -67,9 +67,7 @@ def _numbers(values: dict, prefix: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("key", list(_numbers(to_dict(Config()))))
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 def test_no_number_may_be_anything(key, value):
-    with pytest.raises(
-        UserError, match=rf"{re.escape(key)}=\S+ is (out of range|too small|no finite)"
-    ):
+    with pytest.raises(UserError, match=rf"{re.escape(key)}=\S+ is out of range"):
         composed(f"{key}={value}", "decode.rule=typical")
 
 
@@ -77,7 +75,7 @@ def test_no_number_may_be_anything(key, value):
     "key", [f"dataset.{name}" for name in ("min_turns", "max_turns", "min_chars", "max_chars")]
 )
 def test_no_conversation_is_of_negative_length(key):
-    with pytest.raises(UserError, match=rf"{re.escape(key)}=-1 is too small"):
+    with pytest.raises(UserError, match=rf"{re.escape(key)}=-1 is out of range"):
         composed(f"{key}=-1")
 
 
@@ -100,8 +98,8 @@ def test_a_key_that_is_forced_in_is_refused():
         ("head.num_heads=0", r"head\.num_heads=0 is out of range"),
         ("model.pretrain.hidden_size=20", r"hidden_size=20 must be a multiple of 8"),
         ("model.pretrain.num_key_value_heads=3", r"num_attention_heads=4 must be a multiple of 3"),
-        ("train.max_steps=0", r"train\.max_steps=0 is too small"),
-        ("train.batch_tokens=0", r"train\.batch_tokens=0 is too small"),
+        ("train.max_steps=0", r"train\.max_steps=0 is out of range"),
+        ("train.batch_tokens=0", r"train\.batch_tokens=0 is out of range"),
         ("evaluate.baselines=[magic]", r"evaluate\.baselines=magic is not known"),
         ("dtype.precision=bf16", r"dtype\.precision=bf16 is not known"),
     ],

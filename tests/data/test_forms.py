@@ -10,7 +10,7 @@ import pytest
 from chat_files import parquet, write
 
 from medusa_exp.config import DatasetConfig
-from medusa_exp.config.schema import words_of
+from medusa_exp.config.limits import words_of
 from medusa_exp.data import DataError, read_conversations
 from medusa_exp.data.forms import FORMS, Ambiguous
 from medusa_exp.data.parsing import ChatParser

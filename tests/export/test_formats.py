@@ -9,7 +9,8 @@ from exported import FAMILIES, exported, logits_of, save_moved
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 
-from medusa_exp.config.schema import ExportConfig, words_of
+from medusa_exp.config.limits import words_of
+from medusa_exp.config.schema import ExportConfig
 from medusa_exp.errors import UserError
 from medusa_exp.export import formats, publishing
 from medusa_exp.export.check import check

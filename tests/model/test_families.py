@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import build_model
 
-from medusa_exp.config.schema import HeadConfig, words_of
+from medusa_exp.config.limits import words_of
+from medusa_exp.config.schema import HeadConfig
 from medusa_exp.data.batching import label_positions
 from medusa_exp.decode import generate
 from medusa_exp.decode.decoder import Decoder

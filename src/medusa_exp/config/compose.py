@@ -1,7 +1,8 @@
 """Turn what Hydra and OmegaConf compose into plain, checked dataclasses, and back."""
 
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -9,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from medusa_exp.config.privacy import without_environment
 from medusa_exp.config.schema import Config
-from medusa_exp.config.trust import check_hydra_nodes, load_yaml
+from medusa_exp.config.trust import check_hydra_nodes, check_size, load_yaml
 from medusa_exp.errors import UserError
 
 _WITH_KEYS_OF_USERS = (
@@ -19,6 +20,9 @@ _WITH_KEYS_OF_USERS = (
     "tokenizer.special_tokens",
 )
 """What a command line may give keys without a `+` before it: names that no schema can know."""
+
+_LONGEST_SAID = 300
+_MISFITS = (OmegaConfBaseException, OverflowError)
 
 
 def register() -> None:
@@ -44,18 +48,44 @@ def from_hydra(config: DictConfig) -> Config:
     Raises:
         UserError: naming the key and what it may be.
     """
+    # Hydra lets `+key=value` add what no schema knows; merging into a fresh one does not.
+    checked: Config = checked_section(Config, OmegaConf.to_container(config, resolve=False))
+    return checked
+
+
+def checked_section(section: type, values: Any) -> Any:
+    """Make a section of the config, or all of it, of plain values; references are resolved.
+
+    Raises:
+        UserError: naming the key and what it may be.
+    """
+    check_size(values)
     try:
-        # Hydra lets `+key=value` add what no schema knows; merging into a fresh one does not.
-        plain = OmegaConf.to_container(config, resolve=False)
-        checked = OmegaConf.merge(OmegaConf.structured(Config), plain)
-        return OmegaConf.to_object(checked)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'config'}: {error.msg or error}") from error
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))
+    except _MISFITS as error:
+        said = [*str(getattr(error, "msg", None) or error).splitlines(), ""][0]
+        key = getattr(error, "full_key", None) or _misfit(section, values)
+        raise UserError(f"{key}: {said[:_LONGEST_SAID]}") from error
+
+
+def _misfit(section: type, values: dict[str, Any]) -> str:
+    """Return the first key whose value is none for it: of some OmegaConf does not say which."""
+    hints = get_type_hints(section)
+    for name, value in values.items():
+        try:
+            OmegaConf.merge(OmegaConf.structured(section), {name: value})
+        except _MISFITS:
+            inner = hints.get(name)
+            if isinstance(value, dict) and is_dataclass(inner) and isinstance(inner, type):
+                return f"{name}.{_misfit(inner, value)}"
+            return name
+    return "config"
 
 
 def from_dict(values: dict[str, Any]) -> Config:
     """Turn what `to_dict` gave, perhaps in another process, into the checked config again."""
-    return from_hydra(OmegaConf.create(values))
+    checked: Config = checked_section(Config, values)
+    return checked
 
 
 def load_saved(path: Path) -> DictConfig:

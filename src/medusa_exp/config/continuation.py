@@ -33,6 +33,8 @@ _GROUPS_ALONE = ("experiment", "sweep")
 """Groups that are no keys."""
 _SAID: set[str] = set()
 """Keys that this command line names, also those whose override was saved in just these words."""
+_LONGEST_WORD = 1 << 16
+"""Of a command line; Hydra's parser takes a second for ten thousand characters."""
 _OVERRIDES = Path(".hydra/overrides.yaml")
 
 
@@ -42,6 +44,12 @@ def arguments(argv: list[str]) -> list[str]:
     Raises:
         UserError: `argv` asks for what an existing run cannot do (a sweep, another experiment).
     """
+    for word in argv:
+        if len(word) > _LONGEST_WORD:
+            raise UserError(
+                f"{word[:60]}... has {len(word):,} characters: an argument has "
+                f"{_LONGEST_WORD:,} at most. Put what is longer into a file, such as tree.path."
+            )
     _refuse_hidden_run_dirs(argv)
     run_dir, new = _run_dir(argv), _overrides(argv)
     if run_dir is not None and _is_sweep(argv, new):

@@ -7,105 +7,19 @@ generated from this file by scripts/config_reference.py.
 """
 
 import logging
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
+from medusa_exp.config.limits import Between, NotBelow, OneOf, between, check, choice, words_of
 from medusa_exp.errors import UserError
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class OneOf:
-    """A key that takes one of some words."""
-
-    words: tuple[str, ...]
-
-    def check(self, key: str, value: str) -> None:
-        """Raise a UserError unless the value is one of them."""
-        if value not in self.words:
-            raise UserError(f"{key}={value} is not known: use one of {', '.join(self.words)}.")
-
-
-@dataclass(frozen=True)
-class NotBelow:
-    """A finite number that is not below a bound."""
-
-    bound: float
-
-    def check(self, key: str, value: float) -> None:
-        """Raise a UserError unless the value is."""
-        if not math.isfinite(value):
-            raise UserError(
-                f"{key}={value} is no finite number: it must be one of at least {self.bound}."
-            )
-        if value < self.bound:
-            raise UserError(f"{key}={value} is too small: it must be at least {self.bound}.")
-
-
-@dataclass(frozen=True)
-class Between:
-    """A number between two others, both included."""
-
-    low: float
-    high: float
-
-    def check(self, key: str, value: float) -> None:
-        """Raise a UserError unless the value is."""
-        if not self.low <= value <= self.high:
-            raise UserError(
-                f"{key}={value} is out of range: it must lie between {self.low} and {self.high}."
-            )
-
-
-Limit = OneOf | NotBelow | Between
-_FIRST: Any = object()
-
-
-def choice(*words: str, default: Any = _FIRST) -> Any:
-    """Declare a key that takes one of these words: the first, where no other default is given."""
-    return _key(words[0] if default is _FIRST else default, OneOf(words))
-
-
-def at_least(bound: float, *, default: Any) -> Any:
-    """Declare a number, or a list of numbers, none of them below a bound."""
-    return _key(default, NotBelow(bound))
-
-
-def between(low: float, high: float, *, default: Any) -> Any:
-    """Declare a number between two others, both included."""
-    return _key(default, Between(low, high))
-
-
-def _key(default: Any, limit: Limit) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"limit": limit})
-    return field(default=default, metadata={"limit": limit})
-
-
-def words_of(section: type, key: str) -> tuple[str, ...]:
-    """Return the words that a key of a section may be."""
-    [limit] = [field.metadata["limit"] for field in fields(section) if field.name == key]
-    assert isinstance(limit, OneOf)
-    return limit.words
-
-
-def check(section: Any, place: str) -> None:
-    """Check each key of a section against its declaration; null, where a key may be null, passes.
-
-    Raises:
-        UserError: naming the key, as `place` and the field's name, and what it may be.
-    """
-    for key in fields(section):
-        limit, value = key.metadata.get("limit"), getattr(section, key.name)
-        if limit is None or value is None:
-            continue
-        if value == [] and isinstance(limit, NotBelow):  # numbers are asked for, and there is none
-            value = 0
-        for one in value if isinstance(value, list) else [value]:
-            limit.check(f"{place}.{key.name}" if place else key.name, one)
+_MOST_SEED = (1 << 32) - 1
+"""What all that is seeded takes: Python, NumPy, torch and Lightning."""
+_MOST_WEIGHTS = 2 * 10**9
+"""Of the layers of a model that stage pretrain makes; those of a small one are a few million."""
+_MOST_HEADS = 16
 
 
 @cache  # so that it is said once
@@ -174,27 +88,27 @@ class DatasetConfig:
     """Make the first chat that cannot be used an error, instead of counting it."""
     deduplicate: bool = True
     """Take conversations of the same words once. Else copies may stand in train and in test."""
-    min_turns: int = at_least(0, default=1)
+    min_turns: int = between(0, 1_000_000, default=1)
     """Fewest messages of a conversation, system messages not counted."""
-    max_turns: int | None = at_least(1, default=None)
+    max_turns: int | None = between(1, 1_000_000, default=None)
     """Most messages of a conversation, counted alike; null is no limit."""
-    min_chars: int = at_least(0, default=0)
+    min_chars: int = between(0, 1_000_000_000, default=0)
     """Fewest characters of a conversation's messages together."""
-    max_chars: int | None = at_least(1, default=None)
+    max_chars: int | None = between(1, 1_000_000_000, default=None)
     """Most characters of a conversation's messages together; null is no limit."""
     sample_fraction: float = between(0.0, 1.0, default=1.0)
     """Share of the conversations to take, by a hash of `seed` and the id."""
-    max_length: int = at_least(8, default=1024)
+    max_length: int = between(8, 1 << 24, default=1024)
     """Tokens that a conversation is cut to; never more than the backbone's own limit."""
     val_fraction: float = between(0.0, 0.5, default=0.05)
     """Share of conversations, by a hash of the id, for validation and calibration."""
     test_fraction: float = between(0.0, 0.5, default=0.05)
     """Share of conversations, by a hash of the id, whose prompts the evaluation answers."""
-    num_workers: int | None = at_least(1, default=None)
+    num_workers: int | None = between(1, 1024, default=None)
     """Processes that render and tokenize a large data set; by default, one for each core."""
-    num_conversations: int = at_least(1, default=4000)
+    num_conversations: int = between(1, 1_000_000, default=4000)
     """How many conversations kind=synthetic generates."""
-    seed: int = 0
+    seed: int = between(0, _MOST_SEED, default=0)
     """Seed of kind=synthetic and of `sample_fraction`; the split depends on ids alone."""
 
     def __post_init__(self) -> None:
@@ -216,12 +130,12 @@ class TokenizerConfig:
     """auto (the one in `path`, or in the model's directory) or trained (a byte-level BPE)."""
     path: str | None = None
     """Directory or hub name, where it is not the model's."""
-    vocab_size: int = at_least(272, default=2048)
+    vocab_size: int = between(272, 1 << 20, default=2048)
     """Entries of a trained tokenizer, special tokens included."""
     tokenizer_class: str = "auto"
     """auto (as the files say) or a fast class of transformers: PreTrainedTokenizerFast takes
     tokenizer.json as it stands, where others (LlamaTokenizer) build it anew from its vocabulary."""
-    model_max_length: int | None = at_least(1, default=None)
+    model_max_length: int | None = between(1, 1 << 31, default=None)
     """Tokens from which on the tokenizer warns; what cuts sequences is dataset.max_length."""
     padding_side: str | None = choice("left", "right", default=None)
     """Side on which the tokenizer pads."""
@@ -259,37 +173,51 @@ class PretrainConfig:
     The keys up to max_position_embeddings are those of transformers' LlamaConfig.
     """
 
-    hidden_size: int = at_least(1, default=256)
+    hidden_size: int = between(1, 1 << 14, default=256)
     """Width D of the hidden states."""
-    intermediate_size: int = at_least(1, default=688)
+    intermediate_size: int = between(1, 1 << 16, default=688)
     """Width of the MLP of a layer."""
-    num_hidden_layers: int = at_least(1, default=4)
+    num_hidden_layers: int = between(1, 256, default=4)
     """Transformer layers."""
-    num_attention_heads: int = at_least(1, default=4)
+    num_attention_heads: int = between(1, 256, default=4)
     """Query heads of a layer."""
-    num_key_value_heads: int = at_least(1, default=2)
+    num_key_value_heads: int = between(1, 256, default=2)
     """Key-value heads of a layer."""
-    max_position_embeddings: int = at_least(1, default=1024)
+    max_position_embeddings: int = between(1, 1 << 20, default=1024)
     """Tokens of the longest sequence."""
-    max_steps: int = at_least(1, default=300)
+    max_steps: int = between(1, 10_000_000, default=300)
     """Optimizer steps; a batch each."""
-    batch_tokens: int = at_least(16, default=4096)
+    batch_tokens: int = between(16, 1 << 22, default=4096)
     """Tokens of a batch, padding included."""
-    learning_rate: float = at_least(0.0, default=3e-3)
+    learning_rate: float = between(0.0, 10.0, default=3e-3)
     """The greatest learning rate; see `train.warmup_fraction`."""
     warmup_fraction: float = between(0.0, 1.0, default=0.05)
     """Share of the steps with a rising learning rate; a cosine to zero follows."""
 
     def __post_init__(self) -> None:
         check(self, "model.pretrain")
-        for key, parts in (
-            ("hidden_size", 2 * self.num_attention_heads),  # rotary positions come in pairs
-            ("num_attention_heads", self.num_key_value_heads),
+        for key, pieces, times in (
+            ("hidden_size", "num_attention_heads", 2),  # rotary positions come in pairs
+            ("num_attention_heads", "num_key_value_heads", 1),
         ):
-            if getattr(self, key) % parts:
+            if getattr(self, key) % (parts := times * getattr(self, pieces)):
                 raise UserError(
-                    f"model.pretrain.{key}={getattr(self, key)} must be a multiple of {parts}."
+                    f"model.pretrain.{key}={getattr(self, key)} must be a multiple of {parts}, "
+                    f"since model.pretrain.{pieces}={getattr(self, pieces)}."
                 )
+        if (number := self._num_weights()) > _MOST_WEIGHTS:
+            raise UserError(
+                f"model.pretrain.hidden_size={self.hidden_size}: its layers would have {number:,} "
+                f"weights, and a tiny model has {_MOST_WEIGHTS:,} at most: make it smaller, or "
+                "use model=pretrained."
+            )
+
+    def _num_weights(self) -> int:
+        """Count the weights of the layers: four projections of attention, three of the MLP."""
+        width_of_keys = self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+        attention = 2 * self.hidden_size * (self.hidden_size + width_of_keys)
+        of_layer = attention + 3 * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * of_layer
 
 
 @dataclass
@@ -347,15 +275,15 @@ class HeadConfig:
     sees the tokens that are drafted before its own), recurrent (so does it, by one block that all
     heads share, applied once for each token) or auto (medusa_tied above 100,000 tokens of
     vocabulary, else medusa)."""
-    num_heads: int = between(1, 16, default=4)
+    num_heads: int = between(1, _MOST_HEADS, default=4)
     """K: head k predicts the token k places after the backbone's next one."""
     num_layers: int = between(0, 16, default=1)
     """L: residual blocks before each head's vocabulary projection."""
     bias: bool = True
     """Whether the residual blocks have biases."""
-    rank: int | None = at_least(16, default=None)
+    rank: int | None = between(16, 1 << 16, default=None)
     """Rank of the projections of medusa_lowrank or recurrent; null is full."""
-    num_tokens: int | None = at_least(16, default=None)
+    num_tokens: int | None = between(16, 1 << 24, default=None)
     """Vocabulary of the heads of medusa_lowrank or recurrent: the most frequent tokens of the
     training data; others are never proposed. null is all."""
     prefix_attention: bool = False
@@ -378,16 +306,16 @@ class HeadConfig:
 class LoraSettings:
     """LoRA adapters on the backbone's linear layers (train.kind=medusa2), and how they learn."""
 
-    rank: int = at_least(1, default=32)
+    rank: int = between(1, 1 << 12, default=32)
     """Rank of the two matrices that are added to a layer's weights."""
-    alpha: int = at_least(1, default=16)
+    alpha: int = between(1, 1 << 16, default=16)
     """What an adapter adds is multiplied by alpha / rank."""
     dropout: float = between(0.0, 0.9, default=0.05)
     """Share of the adapters' inputs that is left out at random in training."""
     layers: list[str] = field(default_factory=list)
     """Names of the linear layers to adapt, such as q_proj; none means all of them, but not the
     lm_head."""
-    learning_rate: float = at_least(0.0, default=5e-4)
+    learning_rate: float = between(0.0, 10.0, default=5e-4)
     """Learning rate of the adapters; `train.learning_rate` is the heads'."""
     heads_only_fraction: float = between(0.0, 1.0, default=0.1)
     """Share of the steps, at the beginning, in which the heads learn alone."""
@@ -411,11 +339,11 @@ class TrainConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     heads_from: str | None = None
     """A run directory, or its heads/, whose heads this training starts from."""
-    max_steps: int | None = at_least(1, default=None)
+    max_steps: int | None = between(1, 10_000_000, default=None)
     """Optimizer steps; overrides `epochs`."""
-    epochs: float = between(1e-3, 1e6, default=2.0)
+    epochs: float = between(1e-3, 1e4, default=2.0)
     """Passes over the training split, where `max_steps` is not set."""
-    min_steps: int = at_least(1, default=1000)
+    min_steps: int = between(1, 10_000_000, default=1000)
     """A small data set is walked more often than `epochs`, until so many steps are made."""
     text: str = choice("data", "regenerated")
     """data (the conversations as they are) or regenerated (self-distillation: with the responses
@@ -433,7 +361,7 @@ class TrainConfig:
     teacher: str = choice("full", "top_k")
     """With loss=tv, nla and lk: the backbone's full distribution, or its `top_k` likeliest tokens,
     as if others were never accepted."""
-    top_k: int = at_least(1, default=16)
+    top_k: int = between(1, 1 << 16, default=16)
     """Tokens of loss=topk_kl and of teacher=top_k."""
     lk_decay: float = between(0.0, 1000.0, default=10.0)
     """With loss=lk: the share of kl is exp(-lk_decay * alpha), so that it teaches what is hardly
@@ -441,14 +369,14 @@ class TrainConfig:
     batching: str = choice("padded", "packed")
     """padded (a document a row, rows of similar length) or packed (several documents a row, which
     do not see each other: almost no padding, but attention over longer rows)."""
-    batch_tokens: int = at_least(1, default=4096)
+    batch_tokens: int = between(1, 1 << 24, default=4096)
     """Tokens of a micro-batch, padding included."""
-    accumulate: int = at_least(1, default=1)
+    accumulate: int = between(1, 1 << 16, default=1)
     """Gradient accumulation: micro-batches to an optimizer step."""
     optimizer: str = choice("adamw", "adamw_8bit", "muon")
     """adamw, adamw_8bit (needs bitsandbytes) or muon (Muon for the matrices of residual blocks,
     AdamW for the rest)."""
-    learning_rate: float = at_least(0.0, default=2e-3)
+    learning_rate: float = between(0.0, 10.0, default=2e-3)
     """The heads' greatest learning rate, after the warm-up."""
     weight_decay: float = between(0.0, 100.0, default=0.0)
     """Weight decay of matrices; biases do not decay. `decay` is another thing: it weighs the losses
@@ -474,7 +402,7 @@ class TrainConfig:
     little: optimizers even it out, but the gradient is clipped before they see it."""
     coefficient_schedule: str = choice("constant", "linear", "sine")
     """constant, or linear or sine: the coefficient rises from nearly 0 over the whole training."""
-    loss_chunk_rows: int | None = at_least(1, default=None)
+    loss_chunk_rows: int | None = between(1, 1 << 24, default=None)
     """Rows whose logits exist at one time, at most. By default 256 on a CPU, and on a GPU as many
     as fit into a sixteenth of its memory."""
     loss_form: str = choice("auto", "recompute", "at_once")
@@ -484,35 +412,35 @@ class TrainConfig:
     features: str = choice("online", "cache")
     """online (the backbone runs at every step) or cache (its hidden states of all documents are
     made once and read from `cache_dir`: for several trainings on the same documents)."""
-    feature_workers: int = at_least(0, default=0)
+    feature_workers: int = between(0, 1024, default=0)
     """With features=cache: processes of a Ray cluster that make the hidden states side by side, a
     GPU or a core each (see RAY_ADDRESS); 0 is this process alone."""
     compile: str = choice("auto", "true", "false")
     """Let torch.compile work on the layers of the frozen backbone, for quicker steps: true, false,
     or auto (on a GPU, where the training is longer than a few minutes)."""
-    val_every: int = at_least(1, default=200)
+    val_every: int = between(1, 10_000_000, default=200)
     """Optimizer steps between validations; one more comes at the end."""
-    val_batches: int = at_least(1, default=16)
+    val_batches: int = between(1, 1_000_000, default=16)
     """Micro-batches of a validation."""
-    val_prompts: int = at_least(0, default=16)
+    val_prompts: int = between(0, 100_000, default=16)
     """Held-out prompts that the backbone answers once; each validation counts the steps that
     decoding these answers would take (val/accept_length). 0 counts none."""
     val_tree_nodes: int = between(1, 256, default=16)
     """Nodes of the tree that val/accept_length is of; val/accept_length_chain is of the chain."""
     keep: str = choice("best", "last")
     """best (the heads of the validation with the greatest val/accept_length) or last."""
-    patience: int | None = at_least(1, default=None)
+    patience: int | None = between(1, 1_000_000, default=None)
     """Early stopping: validations without a greater val/accept_length after which training ends."""
-    checkpoint_every: int = at_least(1, default=200)
+    checkpoint_every: int = between(1, 10_000_000, default=200)
     """Optimizer steps between checkpoints. One more comes at the end, and on SIGTERM and SIGINT."""
     strategy: str = choice("auto", "ddp", "fsdp", "ray")
     """auto (one device), ddp (`devices` of them on this machine, each with a copy of the backbone),
     fsdp (each keeps a part of the backbone's layers, which are gathered one by one to run) or ray
     (ddp on the machines of a Ray cluster, see RAY_ADDRESS)."""
-    devices: int = at_least(1, default=1)
+    devices: int = between(1, 1024, default=1)
     """With strategy=ddp, fsdp and ray: processes, on a GPU each or on the cores of the CPU. A step
     takes so many times `accumulate` micro-batches."""
-    max_failures: int = at_least(0, default=3)
+    max_failures: int = between(0, 1000, default=3)
     """With strategy=ray: times that workers may be lost and all start again from the checkpoint."""
     resume: str = choice("auto", "never")
     """auto (go on from the run directory's newest checkpoint) or never (start again)."""
@@ -541,11 +469,11 @@ class TrainConfig:
 class InspectConfig:
     """How much stage inspect looks at and shows."""
 
-    num_samples: int = at_least(0, default=3)
+    num_samples: int = between(0, 10_000, default=3)
     """Rows that are printed and written with their trained text marked."""
-    num_conversations: int = at_least(1, default=500)
+    num_conversations: int = between(1, 10_000_000, default=500)
     """Conversations, evenly spread over the data set, whose tokens are counted by role."""
-    num_documents: int = at_least(1, default=32)
+    num_documents: int = between(1, 1_000_000, default=32)
     """Training documents that the model, if one is given, reads to measure how near they are to
     what it would predict."""
 
@@ -568,17 +496,17 @@ class RegenerateConfig:
     Tokens are chosen as `decode` says, and responses end where it says.
     """
 
-    num_documents: int | None = at_least(1, default=None)
+    num_documents: int | None = between(1, 1_000_000_000, default=None)
     """Training documents, drawn by the seed, whose prompts are answered; all by default."""
-    num_val_documents: int = at_least(1, default=64)
+    num_val_documents: int = between(1, 1_000_000, default=64)
     """Documents of the validation split that are answered too, to validate heads on."""
-    batch_size: int = at_least(1, default=64)
+    batch_size: int = between(1, 4096, default=64)
     """Documents that are answered at a time, the next one in the place of each that is done; fewer
     where memory has no room for so many."""
-    workers: int = at_least(0, default=0)
+    workers: int = between(0, 1024, default=0)
     """Processes of a Ray cluster that answer side by side, a GPU or a core each (see RAY_ADDRESS);
     0 is this process alone."""
-    max_new_tokens: int = at_least(1, default=256)
+    max_new_tokens: int = between(1, 1 << 20, default=256)
     """Most tokens of a response. One that is not finished by then is its document's last."""
     use_heads: bool = False
     """Decode with the heads and the tree that the run directory has already: the same responses,
@@ -586,7 +514,7 @@ class RegenerateConfig:
     server: str | None = None
     """URL of a running engine (vLLM, SGLang) that answers instead of this process, as
     http://localhost:8000; several with commas between them, in quotes. See `serving`."""
-    server_concurrency: int = at_least(1, default=64)
+    server_concurrency: int = between(1, 4096, default=64)
     """Documents that are on their way to engines at a time."""
 
     def __post_init__(self) -> None:
@@ -610,7 +538,7 @@ class ServingConfig:
     """Name under which an engine serves the model; by default, its only one."""
     key_variable: str | None = None
     """Name of the environment variable that holds the key which an engine asks for, if it does."""
-    patience: float = at_least(1, default=300.0)
+    patience: float = between(1, 86400.0, default=300.0)
     """Seconds that an engine may take for an answer. One that does not answer is asked again, for
     twice as long."""
 
@@ -628,29 +556,40 @@ class TreeConfig:
     authors) or custom (`path` or `paths`)."""
     path: str | None = None
     """With kind=custom: a JSON file, as tree.json or a list like `paths`."""
-    paths: list[list[int]] = field(default_factory=list)
+    paths: list[list[int]] = between(0, 255, default=[])
     """With kind=custom: nodes as ranks from the first head on, the form of the reference's
     medusa_choices: [[0],[0,0],[1]]."""
     num_nodes: int | None = between(1, 256, default=None)
     """With kind=calibrated: the largest tree of at most so many nodes that was measured, instead of
     the fastest. With kind=dynamic: nodes of a step; by default, as many as the calibrated tree has.
     """
-    batch_sizes: list[int] = at_least(1, default=[1, 4, 16])
+    batch_sizes: list[int] = between(1, 4096, default=[1, 4, 16])
     """Calibration finds the fastest tree for each; decoding uses that of the size next below."""
     lookup: int | None = between(0, 64, default=None)
     """Nodes added to the tree, of whatever kind: a branch of tokens that are looked up in the
     prompt and the answer so far, after the longest recent match. Pays where text repeats: edits,
     summaries, retrieval. By default as many as calibration found to be fastest, or as the file of
     `path` says, and none for other trees. 0 looks nothing up."""
-    num_prompts: int = at_least(1, default=32)
+    num_prompts: int = between(1, 100_000, default=32)
     """Held-out prompts that the backbone answers to count which draft tokens are accepted."""
     max_nodes: int = between(1, 256, default=64)
     """The largest tree that calibration considers, the root included."""
-    max_rank: int = at_least(1, default=10)
+    max_rank: int = between(1, 256, default=10)
     """Candidates of a head that calibration considers."""
 
     def __post_init__(self) -> None:
         check(self, "tree")
+        known = {(), *map(tuple, self.paths)}
+        for path in self.paths:
+            if len(path) > _MOST_HEADS:
+                raise UserError(
+                    f"tree.paths has a path of {len(path)} ranks, and there are {_MOST_HEADS} "
+                    "heads at most: shorten it."
+                )
+            if tuple(path[:-1]) not in known:
+                raise UserError(
+                    f"tree.paths: path {path} has no parent {path[:-1]} among the paths: add it."
+                )
 
 
 @dataclass
@@ -660,9 +599,9 @@ class DecodeConfig:
     rule: str = choice("greedy", "sampling", "typical")
     """greedy (token for token what plain greedy decoding gives), sampling (the same distribution as
     plain sampling) or typical (Medusa's acceptance, which is lossy)."""
-    temperature: float = 1.0
+    temperature: float = between(0.0, 1000.0, default=1.0)
     """Temperature of sampling and typical."""
-    top_k: int | None = at_least(1, default=None)
+    top_k: int | None = between(1, 1 << 24, default=None)
     """With rule=sampling: draw from so many of the likeliest tokens alone."""
     top_p: float | None = between(1e-3, 1.0, default=None)
     """With rule=sampling: draw from the likeliest tokens that together have this probability."""
@@ -685,9 +624,9 @@ class DecodeConfig:
     many enough to pay for it). true on a CPU needs a C++ compiler."""
     verifier: str = choice("auto", "torch", "cupy")
     """torch, cupy (the CUDA kernels), or auto (the kernels wherever they can be used)."""
-    max_new_tokens: int = at_least(1, default=128)
+    max_new_tokens: int = between(1, 1 << 20, default=128)
     """Tokens after which an answer ends at the latest. A prompt has to leave room for them."""
-    stop_ids: list[int] = field(default_factory=list)
+    stop_ids: list[int] = between(0, 1 << 24, default=[])
     """Token ids that end an answer, besides the model's own."""
     stop_strings: list[str] = field(default_factory=list)
     """Texts that end an answer, with the token that completes them."""
@@ -723,14 +662,14 @@ class EvaluateConfig:
     path: str | None = None
     """Prompts of a file instead of held-out ones: chats, the question.jsonl of MT-bench or
     Spec-Bench, or a .txt of a question a line."""
-    num_prompts: int = at_least(1, default=48)
+    num_prompts: int = between(1, 1_000_000, default=48)
     """Held-out prompts; each assistant turn of a test conversation gives one. Of a file of
     questions, as many, evenly spread over it."""
-    warmup_prompts: int = at_least(0, default=2)
+    warmup_prompts: int = between(0, 10_000, default=2)
     """Prompts that every method answers before the clock counts."""
-    repeats: int = at_least(1, default=1)
+    repeats: int = between(1, 1000, default=1)
     """Times each prompt is answered by each method; the fastest counts."""
-    batch_sizes: list[int] = at_least(1, default=[1])
+    batch_sizes: list[int] = between(1, 4096, default=[1])
     """Prompts that are answered at a time, from 2 on the next one in the place of each that is
     done; every size is measured."""
     baselines: list[str] = choice(
@@ -745,7 +684,7 @@ class EvaluateConfig:
     server_plain: str | None = None
     """URL of one that serves the backbone without heads, for the speed-up that users of the first
     have."""
-    server_concurrency: list[int] = at_least(1, default=[1, 8, 32])
+    server_concurrency: list[int] = between(1, 4096, default=[1, 8, 32])
     """Prompts that are on their way to an engine at a time; each number is measured."""
 
     def __post_init__(self) -> None:
@@ -830,7 +769,7 @@ class Config:
     device: str = choice("auto", "cpu", "cuda", "mps")
     """auto (cuda where there is one, else cpu), cpu, cuda, or mps (Apple's GPUs; all in float32,
     and untried)."""
-    seed: int = 0
+    seed: int = between(0, _MOST_SEED, default=0)
     """Seed of initial weights, order of training and sampling; the data have `dataset.seed`."""
     objective: str = "eval/speedup"
     """The metric that the jobs of a sweep are compared by, and that Optuna is told."""

@@ -12,12 +12,15 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from hydra._internal.config_loader_impl import ConfigLoaderImpl  # private: hydra 1.3
+from hydra._internal.config_repository import ConfigRepository  # private: hydra 1.3
+from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from medusa_exp.config.reading import MOST_VALUES, read_yaml_text
 from medusa_exp.errors import UserError
 
-_MOST_BYTES = 1 << 20
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _REFERENCE = re.compile(r"\$\{[^${}:]*\}")
 _HARMLESS = ("now", "medusa_exp.saved_objective")
@@ -36,16 +39,10 @@ def load_yaml(path: Path) -> Any:
     Raises:
         UserError: it is none, too large, or has aliases, which grow beyond any size when expanded.
     """
+    text = read_yaml_text(path, aliases=False)
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: no run has saved it.")
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise UserError(f"{path} has YAML aliases (*name): no run has saved it.")
         return OmegaConf.create(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} cannot be read: {error}. Restore it.") from error
 
 
@@ -109,20 +106,48 @@ def check_override(package: str | None, key: str, override: str, path: Path) -> 
         )
 
 
+def check_size(values: Any) -> None:
+    """Raise a UserError where a config holds more than any does: OmegaConf would take hours."""
+    for number, (key, _) in enumerate(_leaves(values)):
+        if number > MOST_VALUES:
+            raise UserError(
+                f"{key}: the config holds more than {MOST_VALUES:,} values up to there: shorten it."
+            )
+
+
 def check_hydra_nodes() -> None:
-    """Have every config that Hydra composes from now on checked, before Hydra acts by it."""
+    """Have every file that Hydra reads from now on checked, and every config that it composes,
+    before Hydra acts by it."""
     load: Callable[..., DictConfig] = ConfigLoaderImpl.load_configuration
     if hasattr(load, "is_checked"):
         return
 
     def load_checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
-        config = load(self, *args, **kwargs)
+        try:
+            config = load(self, *args, **kwargs)
+        except (OverflowError, RecursionError, ValueError) as error:
+            if isinstance(error, OmegaConfBaseException):
+                raise
+            # A number of 400 digits, or 5,000; brackets in brackets.
+            raise ConfigCompositionException(f"a value cannot be read: {error}") from error
         if "hydra" in config:
             _check_nodes(OmegaConf.to_container(config.hydra, resolve=False))
         return config
 
     load_checked.is_checked = True  # type: ignore[attr-defined]
     ConfigLoaderImpl.load_configuration = load_checked  # type: ignore[method-assign]
+    read: Callable[[ConfigRepository, str], Any] = ConfigRepository.load_config
+
+    def read_checked(self: ConfigRepository, config_path: str) -> Any:
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is not None and source.scheme() == "file":  # others are parts of packages
+            try:
+                read_yaml_text(Path(source.path, source._normalize_file_name(config_path)))
+            except UserError as error:
+                raise ConfigCompositionException(str(error)) from error
+        return read(self, config_path)
+
+    ConfigRepository.load_config = read_checked  # type: ignore[method-assign]
 
 
 def _check_nodes(node: Any) -> None:
