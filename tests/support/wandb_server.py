@@ -1,18 +1,35 @@
-"""As much of W&B's server as an upload of a run without artifacts needs, on this machine."""
+"""As much of W&B's server as an upload of a run without artifacts needs, on this machine.
+
+And servers that answer with errors: `FAULTS`.
+"""
 
 import json
 import re
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+FAULTS = {
+    "500": (500, "application/json", b'{"error": "no"}'),
+    "429": (429, "application/json", b'{"error": "slow down"}'),
+    "drip": (429, "text/plain", b" " * 1000),
+    "401": (401, "application/json", b'{"errors": [{"message": "user is not logged in"}]}'),
+    "page": (200, "text/html", b"<!doctype html><html>Sign in</html>"),
+    "silent": (0, "", b""),
+    "stream": (500, "application/json", b'{"error": "no"}'),
+}
+"""Name -> status, type, body. Drip sends a byte a second, silent nothing; stream takes the run, but
+no row of it."""
 
 
 class Server:
     """Takes runs; `lines` are the history's rows that have arrived, `summary` is the last one."""
 
-    def __init__(self) -> None:
+    def __init__(self, fault: str | None = None) -> None:
         self.lines: list[dict] = []
         self.summary: dict = {}
         self.runs: list[dict] = []
+        self.stopped = threading.Event()
         self.arrived = threading.Event()
         """Set once a row of the history is here."""
         owner = self
@@ -20,12 +37,27 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                answer = json.dumps(owner.answer(self.path, body)).encode()
-                self.send_response(200)
-                self.send_header("content-type", "application/json")
+                if fault is None or (fault == "stream" and "file_stream" not in self.path):
+                    self.reply(200, "application/json", json.dumps(owner.answer(self.path, body)))
+                    return
+                status, kind, answer = FAULTS[fault]
+                if fault == "silent":
+                    owner.stopped.wait()
+                    return
+                self.reply(status, kind, answer, slowly=fault == "drip")
+
+            def reply(self, status: int, kind: str, text: str | bytes, slowly=False) -> None:
+                answer = text.encode() if isinstance(text, str) else text
+                self.send_response(status)
+                self.send_header("content-type", kind)
                 self.send_header("content-length", str(len(answer)))
                 self.end_headers()
-                self.wfile.write(answer)
+                if not slowly:
+                    self.wfile.write(answer)
+                    return
+                with suppress(OSError):
+                    while not owner.stopped.wait(1):
+                        self.wfile.write(b" ")
 
             do_GET = do_PUT = do_POST
 
@@ -33,6 +65,7 @@ class Server:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     @property
@@ -40,6 +73,7 @@ class Server:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def stop(self) -> None:
+        self.stopped.set()
         self._server.shutdown()
         self._server.server_close()
 

@@ -19,7 +19,7 @@ from medusa_exp.config import Config, LoggerConfig, TrainConfig
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import read_json, write_json, write_jsonl
 from medusa_exp.runs.record import RunRecord
-from medusa_exp.tracking import wandb_run
+from medusa_exp.tracking import wandb_artifacts, wandb_run
 from medusa_exp.tracking.tracker import Tracker
 from medusa_exp.tracking.wandb_run import best_values
 
@@ -229,11 +229,39 @@ def test_online_a_dead_network_costs_a_warning(tmp_path, server, caplog, is_dead
         if not is_dead_from_the_start:
             server.stop()
         tracker.stage_done("chat")
-    (warning,) = [line for line in caplog.messages if "not all has reached W&B" in line]
+    (warning,) = [line for line in caplog.messages if "has reached W&B" in line]
     assert f"`wandb sync {only_file(tmp_path).parent}`" in warning
     found = written.state(only_file(tmp_path))
     assert found["summary"]["chat/tokens_per_step"] == 2.5
     assert found["summary"]["train/loss"] == 4.0 and found["exit_code"] == 0
+
+
+def test_online_what_a_server_refuses_is_said(tmp_path, account, caplog):
+    """W&B's program ends well then. More such servers are in tests/slow/test_faults_wandb.py."""
+    server = Server("page")
+    account.setenv("WANDB_BASE_URL", server.url)
+    account.setenv("WANDB_API_KEY", "a" * 40)
+    with Tracker(record_of(tmp_path, config_of("online"))) as tracker:
+        tracker.stage_done("chat")
+    server.stop()
+    (warning,) = [line for line in caplog.messages if "nothing has reached W&B" in line]
+    assert warning.endswith(f"`wandb sync {only_file(tmp_path).parent}` uploads it")
+    assert "invalid character '<'" in warning
+
+
+def test_a_fault_of_the_upload_of_code_or_steps_ends_no_run(tmp_path, monkeypatch, caplog):
+    def fail(*arguments, **options):
+        raise RuntimeError("W&B is gone")
+
+    monkeypatch.setattr(wandb_artifacts, "log_code", fail)
+    config = config_of()
+    config.logger.artifacts = True
+    with Tracker(record_of(tmp_path, config)) as tracker:
+        monkeypatch.setattr(tracker.run, "log", fail)
+        for step in (1, 2):
+            tracker.log_step("train", step, {"train/loss": 1.0})
+    assert "W&B lacks this run's code" in caplog.text
+    assert caplog.text.count("W&B lacks steps") == 1
 
 
 def test_online_without_a_key_is_refused(tmp_path, account):

@@ -27,6 +27,7 @@ class Tracker:
         self._exit = ExitStack()
         self._known_metrics = set(record.metrics)
         self._num_rows = 0
+        self._lacks_steps = False
 
     def __enter__(self) -> "Tracker":
         with ExitStack() as opening:
@@ -55,12 +56,21 @@ class Tracker:
             return
         self._num_rows = len(self._history())
         if self.config.logger.artifacts:
-            log_code(self.run, self.out)
+            try:
+                log_code(self.run, self.out)
+            except Exception:
+                log.warning("W&B lacks this run's code", exc_info=True)
 
     def log_step(self, stage: str, step: int | None, metrics: dict[str, float]) -> None:
         """Mirror a step of a training."""
-        if self.run is not None:
+        if self.run is None:
+            return
+        try:
             self.run.log({f"{stage}/step": step, **metrics})
+        except Exception as error:
+            if not self._lacks_steps:  # once: what is wrong now is so at the next step
+                log.warning("W&B lacks steps of %s: %s", self.out, error)
+            self._lacks_steps = True
 
     def stage_done(self, stage: str) -> None:
         """Mirror what a stage left: metrics.json, tables, pictures, artifacts."""

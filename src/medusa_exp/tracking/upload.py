@@ -8,6 +8,7 @@ lost.)
     python -m medusa_exp.tracking.upload RUN_FOLDER        ends when its standard input does
 """
 
+import http.client
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from medusa_exp.errors import UserError
 
@@ -27,9 +29,19 @@ log = logging.getLogger(__name__)
 LOG = "upload.log"
 """What W&B said, in the run's folder."""
 _LONGEST_WAIT = 600.0
-_BETWEEN_LOOKS = 3.0
-_PATIENCE = 1.0
+_PATIENCE = 8.0
+"""Seconds at the end without anything new: a server that answers with errors does so for ever."""
+_START = 30.0
+"""Seconds that W&B's program has for its first word, on a busy machine."""
+_BETWEEN_LOOKS = 1.0
+_LOOK = 3.0
+"""Seconds in which a server answers at all, or is taken for dead."""
+_TO_END = 1.0
 """Seconds that W&B's program has to end by itself where it is told to."""
+_ERROR = "ERROR"
+"""In the lines of what went wrong, W&B's and ours."""
+_RETRYING = "retrying"
+"""In those of what W&B tries again: it may have gone well later."""
 
 
 def require_login() -> None:
@@ -56,6 +68,7 @@ class Upload:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._is_cut_off = False
         environment = dict(os.environ)
         environment.pop("WANDB_SERVICE", None)  # else W&B's program joins this process' writer
         with (folder / LOG).open("w") as output:
@@ -69,53 +82,123 @@ class Upload:
             )
 
     def finish(self) -> None:
-        """Wait until all is uploaded; not at all where there is no way to the server."""
-        deadline = time.monotonic() + _LONGEST_WAIT
+        """Wait while the upload goes on, and say what has arrived.
+
+        Not at all where there is no way to the server; `_PATIENCE` where nothing new is uploaded.
+        """
         try:
-            while self._process.poll() is None and _is_reachable() and time.monotonic() < deadline:
-                with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(_BETWEEN_LOOKS)
+            self._wait()
         finally:
-            self._process.communicate()  # closes its standard input, and waits
-        said = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
+            self._end()
+        said = self._said()
+        lines = said.splitlines()
         url = re.search(r"View run at (\S+)", said)
-        if self._process.returncode == 0:
+        errors = [line for line in lines if _ERROR in line]
+        final = [line for line in errors if _RETRYING not in line]
+        # W&B's mark of a file that is uploaded to its end; its exit status is 0 in any case.
+        if any(self.folder.glob("*.wandb.synced")) and not final:
             log.info("W&B: %s", url[1] if url else self.folder)
-        else:
-            log.warning(
-                "not all has reached W&B (%s); `wandb sync %s` uploads it",
-                said.splitlines()[-1] if said else "no answer",
-                self.folder,
-            )
+            return
+        log.warning(
+            "%s has reached W&B (%s); `wandb sync %s` uploads it",
+            "not all" if url else "nothing",
+            "no way to the server" if self._is_cut_off else (final or errors or lines or ["?"])[-1],
+            self.folder,
+        )
+
+    def _wait(self) -> None:
+        """Wait until all is uploaded, or nothing new has been said for too long."""
+        begin = newest = time.monotonic()
+        known: set[str] = set()
+        while self._process.poll() is None:
+            lines = set(self._said().splitlines())
+            now = time.monotonic()
+            if any(_ERROR not in line for line in lines - known):
+                newest = now
+            known |= lines
+            patience = _PATIENCE if known else _START
+            self._is_cut_off = not _is_reachable()
+            if self._is_cut_off or now > newest + patience or now > begin + _LONGEST_WAIT:
+                return
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_BETWEEN_LOOKS)
+
+    def _end(self) -> None:
+        try:
+            self._process.communicate(timeout=3 * _TO_END)  # closes its standard input, and waits
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _said(self) -> str:
+        return (self.folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
 
 
 def _is_reachable() -> bool:
+    """Does the server answer, with whatever it may be?"""
     import wandb
 
-    try:
-        urllib.request.urlopen(wandb.setup().settings.base_url, timeout=3).close()
-    except urllib.error.HTTPError:
-        return True  # somebody answered
-    except OSError:
-        return False
-    return True
+    url = wandb.setup().settings.base_url
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=_LOOK).close()
+        except urllib.error.HTTPError:
+            pass  # somebody answered
+        except (OSError, http.client.HTTPException):
+            return
+        answered.set()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_LOOK)  # a head that drips in keeps to every timeout of sockets
+    return answered.is_set()
 
 
 def main(folder: str) -> None:
     """Run W&B's program until it has uploaded all, or until whoever started this is gone."""
-    command = [sys.executable, "-m", "wandb", "beta", "sync", "--live", "--yes", folder]
+    command = [sys.executable, "-m", "medusa_exp.tracking.upload", "--sync", folder]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def end_with_stdin() -> None:
         sys.stdin.read()
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(_PATIENCE)
+            process.wait(_TO_END)
         process.kill()
 
     threading.Thread(target=end_with_stdin, daemon=True).start()
     sys.exit(process.wait())
 
 
+def sync(folder: str) -> None:
+    """Be W&B's program, whose lines say how far it is and what the server answers, too."""
+    from wandb.cli.cli import cli
+    from wandb.sdk.lib import progress
+
+    progress.ProgressPrinter._to_static_text = _state  # private: wandb 0.31
+    cli(["beta", "sync", "--live", "--yes", folder])
+
+
+def _state(printer: Any, groups: Any) -> str:
+    """Return what is being uploaded, how much of it, and with which trouble; at most so often."""
+    now = time.monotonic()
+    if now < getattr(printer, "next_line", 0.0):
+        return ""
+    printer.next_line = now + _BETWEEN_LOOKS
+    operations = [o for group in groups for o in group.operations]
+    for operation in operations:
+        operations.extend(operation.subtasks)
+    return "; ".join(
+        f"{o.desc} {o.progress}".rstrip()
+        + (f" {_ERROR} {o.error_status}" if o.error_status else "")
+        for o in operations
+    )
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1] == "--sync":
+        sync(sys.argv[2])
+    else:
+        main(sys.argv[1])

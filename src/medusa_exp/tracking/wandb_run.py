@@ -53,7 +53,7 @@ def wandb_run(record: RunRecord) -> Iterator[Any]:
     known.setdefault("job_type", shown["logger"]["job_type"] or "+".join(config.stages))
     if shown["logger"]["group"]:  # a sweep's; a later call of its job would not know it
         known["group"] = shown["logger"]["group"]
-    with _staging_in(out):
+    with _environment(out):
         run: Any = wandb.init(
             mode="offline",
             **_identity(config, shown, out, known),
@@ -61,7 +61,7 @@ def wandb_run(record: RunRecord) -> Iterator[Any]:
             settings=_settings(record.run),
         )
         known["id"] = run.id  # that of its own agent, in a sweep of W&B's
-        upload = Upload(Path(run.dir).parent) if is_online else None
+        upload = _upload(Path(run.dir).parent) if is_online else None
         try:
             define_metrics(run)
             yield run
@@ -122,18 +122,25 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _staging_in(out: Path) -> Iterator[None]:
-    """Let W&B keep what waits for its upload in the run directory, not in the user's home."""
-    name = "WANDB_DATA_DIR"  # W&B has no setting for it
-    before = os.environ.get(name)
-    os.environ[name] = str(out / "wandb")
+def _environment(out: Path) -> Iterator[None]:
+    """Set what W&B has no settings for.
+
+    What waits for its upload is kept in the run directory, not in the user's home. And no telemetry
+    of its own: it would wait for the server once more when the process ends.
+    """
+    ours = {"WANDB_DATA_DIR": str(out / "wandb")}
+    if "WANDB_ERROR_REPORTING" not in os.environ:
+        ours["WANDB_ERROR_REPORTING"] = "false"
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def define_metrics(run: Any) -> None:
@@ -187,6 +194,14 @@ def best_values(history: Iterable[dict[str, Any]]) -> dict[str, float]:
     return best
 
 
+def _upload(folder: Path) -> Upload | None:
+    try:
+        return Upload(folder)
+    except OSError as error:
+        log.warning("W&B: no process can be started to upload the run (%s)", error)
+        return None
+
+
 def _finish(run: Any, upload: Upload | None, error: BaseException | None) -> None:
     """Finish the run in the state that it deserves; W&B's troubles end no run of ours."""
     folder = Path(run.dir).parent
@@ -195,7 +210,7 @@ def _finish(run: Any, upload: Upload | None, error: BaseException | None) -> Non
         if upload is not None:
             upload.finish()
     except Exception as trouble:
-        log.warning("W&B: %s; what there is lies in %s", trouble, folder)
+        log.warning("W&B: %s; `wandb sync %s` uploads what there is", trouble, folder)
         return
     if upload is None:
         log.info(
