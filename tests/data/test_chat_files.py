@@ -59,7 +59,7 @@ def test_rows_of_a_table_with_the_columns_of_two_forms(tmp_path):
     assert found.messages == [Message("user", "Hi"), Message("assistant", "Hi")]
     assert found.id.startswith("sha256-")
     assert reading.dropped == {
-        "content has a part that is not text": 1,
+        "a picture, a sound or a video": 1,
         "no known form of chat": 1,
     }
 

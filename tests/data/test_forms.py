@@ -403,7 +403,7 @@ def test_forms_may_differ_within_a_file(tmp_path):
         ),
         (
             {"mapping": {"a": node(None, "assistant", "ls", recipient="bash")}},
-            "tool calls are not supported",
+            "tool calls in an unknown form",
         ),
     ],
 )
@@ -475,8 +475,8 @@ def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
     caplog.set_level("INFO")
     records = [
         {
-            "messages": [ASK, REPLY | {"reasoning_content": "Hm."}],
-            "tools": [{"x": 1}],
+            "messages": [ASK | {"reasoning_content": "Hm."}, REPLY],
+            "functions_": [{"x": 1}],
             "null": None,
         },
         {"messages": [ASK, REPLY | {"name": ""}], "tools": [], "topic": "sums"},
@@ -489,7 +489,7 @@ def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
     reading.look_at = 1000
     expected = {
         "messages[].reasoning_content": 1,
-        "tools": 1,
+        "functions_": 1,
         "topic": 122,
         "[].name": 1,
         "conversation[].mood": 1,

@@ -3,7 +3,7 @@ from tokenizers import AddedToken, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from medusa_exp.data import Conversation, DataError, Message, render
-from medusa_exp.data.masking import Renderer
+from medusa_exp.data.rendering import Renderer
 from medusa_exp.data.template import ChatTemplate, check_chat_template
 
 

@@ -102,6 +102,10 @@ def test_a_system_text_beside_the_turns_comes_first(system):
         ({"conversations": [HI, HELLO], "system": 3}, "content is not text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "a picture, a sound or a video",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
             "content has a part that is not text",
         ),
         (
@@ -110,15 +114,15 @@ def test_a_system_text_beside_the_turns_comes_first(system):
         ),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-            "tool calls are not supported",
+            "tool calls in an unknown form",
         ),
         (
-            {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
-            "tool calls are not supported",
+            {"messages": [{"role": "assistant", "function_call": {"arguments": "{}"}}]},
+            "tool calls in an unknown form",
         ),
         (
             {"messages": [HI, {"role": "assistant", "content": "So:", "tool_calls": [{"id": 1}]}]},
-            "tool calls are not supported",
+            "tool calls in an unknown form",
         ),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
@@ -205,7 +209,7 @@ def test_a_reply_that_is_only_to_be_read():
     """OpenAI's form: weight 0 stands at turns that are not to be trained."""
     unread = {"role": "assistant", "content": "Hello!", "weight": 0}
     asked = {"role": "user", "content": "Hi"}
-    reason = "an assistant turn of weight 0, not to be trained"
+    reason = "no assistant turn that is to be trained"
     assert parse({"messages": [asked, unread]}) == reason
     assert ChatParser().parse({"messages": [asked, unread]}) == reason
     assert turns(parse({"messages": [asked | {"weight": 0}, unread | {"weight": 1}]}))

@@ -2,10 +2,12 @@
 
 # ruff: noqa: E501 (templates read better on one line)
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import msgspec
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -27,7 +29,7 @@ Pieces = list[tuple[str, bool]]
 @dataclass(frozen=True)
 class Template:
     source: str
-    rows: Callable[[list[Message]], list[Pieces]]
+    rows: Callable[..., list[Pieces]]
 
 
 def one_row(turn: Callable[[Message], Pieces], before: str = "") -> Callable:
@@ -150,6 +152,86 @@ TEMPLATES = {
         one_row(lambda m: said(m, f"<|{m.role}|>", m.content, "<|end|>")),
     ),
 }  # fmt: skip
+
+
+def _own(m: Message) -> str:
+    """What an assistant's turn has between its header and its mark: reasoning, reply, calls."""
+    calls = json.loads(m.fields)["tool_calls"] if m.fields else []
+    called = [
+        f"<call>{json.dumps(c['function']['arguments'], ensure_ascii=False)}</call>" for c in calls
+    ]
+    return (f"<think>{m.reasoning}</think>" if m.reasoning else "") + m.content + "".join(called)
+
+
+def _turns(messages: list[Message], bare: set[int]) -> Pieces:
+    pieces = []
+    for i, m in enumerate(messages):
+        text = m.content if i in bare or m.role != "assistant" else _own(m)
+        pieces += [(f"<|{m.role}|>", False), (text, m.role == "assistant" and m.is_trained)]
+        pieces += [("<|end|>", m.role == "assistant" and m.is_trained)]
+    return pieces
+
+
+def _tools(tools: str) -> Pieces:
+    return (
+        [(f"<|system|>{json.dumps(json.loads(tools), ensure_ascii=False)}<|end|>", False)]
+        if tools
+        else []
+    )
+
+
+def thinking_rows(messages: list[Message], tools: str) -> list[Pieces]:
+    return [[*_tools(tools), *_turns(messages, set())]]
+
+
+def last_thinking_rows(messages: list[Message], tools: str) -> list[Pieces]:
+    """Reasoning of the newest turn alone, as it is served; in one row, if no other has any."""
+    replies = [i for i, m in enumerate(messages) if m.role == "assistant"]
+    ends = [i for i in replies if messages[i].reasoning and i + 1 < len(messages)]
+    if not ends:
+        earlier = {i for i in replies if i + 1 < len(messages)}
+        return [[*_tools(tools), *_turns(messages, earlier)]]
+    rows = []
+    for i in replies:
+        if messages[i].is_trained:
+            untrained = [msgspec.structs.replace(m, is_trained=False) for m in messages[:i]]
+            bare = set(range(i))
+            rows.append([*_tools(tools), *_turns([*untrained, messages[i]], bare)])
+    return rows
+
+
+def unthinking_rows(messages: list[Message], tools: str) -> list[Pieces]:
+    return [_turns(messages, set(range(len(messages))))]
+
+
+_THINK = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+_CALLS = (
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.arguments | tojson }}</call>{% endfor %}"
+)
+_TOOLS = "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
+FULL_TEMPLATES = {
+    "thinking": Template(
+        _TOOLS + _LOOP + "<|{{ m.role }}|>" + _THINK + "{{ m.content }}" + _CALLS + "<|end|>"
+        + _END + "<|assistant|>{% endif %}",
+        thinking_rows,
+    ),
+    "thinking, tagged": Template(
+        _TOOLS + _LOOP + "<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}" + _THINK
+        + "{{ m.content }}" + _CALLS + "<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>"
+        "{% endif %}" + _END + "<|assistant|>{% endif %}",
+        thinking_rows,
+    ),
+    "thinking in the newest turn": Template(
+        _TOOLS + _LOOP + "<|{{ m.role }}|>{% if loop.last %}" + _THINK + "{% endif %}{{ m.content }}"
+        "<|end|>" + _END + "<|assistant|>{% endif %}",
+        last_thinking_rows,
+    ),
+    "unthinking": Template(
+        _LOOP + "<|{{ m.role }}|>{{ m.content }}<|end|>" + _END + "<|assistant|>{% endif %}",
+        unthinking_rows,
+    ),
+}  # fmt: skip
+"""Templates that read more than role and content; their twins take the tools too."""
 
 _SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 _CORPUS = [

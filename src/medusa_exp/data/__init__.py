@@ -7,7 +7,7 @@ from medusa_exp.data.conversations import (
     Reading,
     read_conversations,
 )
-from medusa_exp.data.masking import MaskedTokens, render
+from medusa_exp.data.rendering import MaskedTokens, render
 
 __all__ = [
     "Conversation",

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,23 @@ from medusa_exp.data.contents import (
     ARCHIVES,
     BLOCK,
     SUFFIXES,
+    Budget,
     Content,
     content_of,
     members_of,
 )
 from medusa_exp.data.faults import DataError
 from medusa_exp.data.forms import is_turn
-from medusa_exp.data.parsing import RawChat
+from medusa_exp.data.parsing import RawChat, TooLong
 from medusa_exp.data.tables import records_of_object, rows_of_text
+from medusa_exp.data.turns import PICTURES
 
 log = logging.getLogger(__name__)
 
 _ROWS = 256
 """Rows of a table that are in memory as Python objects."""
+_USUAL_TIMES = 50
+"""How many times its packed size a column of texts may have; most have three to ten times."""
 
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_value = msgspec.json.Decoder(msgspec.Raw).decode
@@ -83,20 +88,21 @@ class ChatFile:
         """Return what errors call it."""
         return str(self.path)
 
-    def parts(self, columns: tuple[str, ...]) -> Iterator["Part"]:
+    def parts(self, columns: tuple[str, ...], max_bytes: int) -> Iterator["Part"]:
         """Yield what is read by itself: the file, or the members of an archive in turn.
 
-        `columns` are those that are read of a table, where it has them.
+        `columns` are those that are read of a table, where it has them; of longer lines than
+        `max_bytes` the length alone is.
         """
         with faults.of_reading(self.path):
             content = content_of(self.path)
             head = content.head()
             members = members_of(content, head)
             if members is None:
-                yield Part(content, columns, self.is_named)
+                yield Part(content, columns, self.is_named, max_bytes)
                 return
             for member in members:
-                yield Part(member, columns, is_named=False)
+                yield Part(member, columns, False, max_bytes)
 
 
 @dataclass
@@ -106,6 +112,7 @@ class Part:
     content: Content
     columns: tuple[str, ...]
     is_named: bool
+    max_bytes: int
     line: int = field(default=0, init=False)
     """Line of the newest chat, from 1; 0 where chats are not lines."""
     keys: tuple[str, ...] = field(default=(), init=False)
@@ -148,21 +155,18 @@ class Part:
             yield from items
 
     def _lines(self) -> Iterator[RawChat]:
-        lines = self.content.lines()
+        lines = self.content.lines(self.max_bytes)
         first = next(lines, None)
         second = next(lines, None)
         if first is None:
             return
-        self.line = first[0]
-        if second is None:
-            yield from _records(self.name, first[1])
+        if second is None:  # it may hold many records, and be as long as it likes
+            self.line = first[0]
+            text = first[1] if isinstance(first[1], bytes) else self.content.whole()
+            yield from _records(self.name, text)
             return
-        yield first[1]
-        self.line = second[0]
-        yield second[1]
-        for number, line in lines:
-            self.line = number
-            yield line
+        for self.line, line in chain((first, second), lines):
+            yield TooLong(line) if isinstance(line, int) else line
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         content = self.content
@@ -171,7 +175,10 @@ class Part:
         with pq.ParquetFile(place, buffer_size=BLOCK, pre_buffer=False) as table:
             self.keys = tuple(table.schema_arrow.names)
             columns = chosen_columns(self.name, self.keys, self.columns)
-            for batch in table.iter_batches(_ROWS, columns=columns):
+            columns = _without_pixels(table, columns)
+            rows = _check_expansion(table, columns, content.budget)
+            for batch in table.iter_batches(rows, columns=columns):
+                content.budget.spend(batch.nbytes)
                 yield from batch.to_pylist()
 
     def _rows_of_text(self) -> Iterator[dict[str, Any]]:
@@ -197,7 +204,7 @@ class HubData:
         """Return what errors call it."""
         return f"hub:{self.path}"
 
-    def parts(self, columns: tuple[str, ...]) -> Iterator["HubData"]:
+    def parts(self, columns: tuple[str, ...], max_bytes: int) -> Iterator["HubData"]:
         """Yield itself; `columns` are those that are read, where it has them."""
         self.columns = columns
         yield self
@@ -227,6 +234,38 @@ class HubData:
                 f"{self.name}, split {self.split}, cannot be loaded: {str(error).rstrip('.')}. "
                 f"Check dataset.path and dataset.hub_split."
             ) from error
+
+
+def _without_pixels(table: pq.ParquetFile, columns: list[str]) -> list[str]:
+    """Return what is read of columns: of a picture its path alone, which tells that it is there."""
+    leaves = [table.schema.column(place).path for place in range(len(table.schema))]
+    chosen = []
+    for column in columns:
+        paths = [p for p in leaves if p.startswith(f"{column}.") and p.endswith(".path")]
+        chosen += (paths if column in PICTURES else []) or [column]
+    return chosen
+
+
+def _check_expansion(table: pq.ParquetFile, columns: list[str], budget: Budget) -> int:
+    """Return how many rows are safe to read together.
+
+    Raises:
+        DataError: the columns unpack to absurd sizes, by the file's own account.
+    """
+    meta, rows = table.metadata, _ROWS
+    for group in range(meta.num_row_groups):
+        for place in range(meta.num_columns):
+            chunk = meta.row_group(group).column(place)
+            path = chunk.path_in_schema
+            if not any(path == name or path.startswith(f"{name}.") for name in columns):
+                continue
+            unpacked, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
+            budget.spend(unpacked)
+            # A value stands in a dictionary once, and may be that of every row.
+            if chunk.has_dictionary_page and unpacked > max(1 << 22, _USUAL_TIMES * packed):
+                rows = 1
+    budget.num_unpacked = 0  # counted again as it is read
+    return rows
 
 
 def chosen_columns(name: str, present: tuple[str, ...], wanted: tuple[str, ...]) -> list[str]:

@@ -35,7 +35,7 @@ _MOST_TIMES = 250
 
 
 @dataclass
-class _Budget:
+class Budget:
     """How much a file on the disk may unpack to, all of its members together."""
 
     name: str
@@ -63,7 +63,7 @@ class Content:
     name: str
     """What messages call it."""
     open_packed: Callable[[], BinaryIO]
-    budget: _Budget
+    budget: Budget
     path: Path | None = None
     """Where it stands in a file as it is."""
 
@@ -106,14 +106,24 @@ class Content:
                 head = block.lstrip()
         return head
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield lines that are not blank, with their numbers from 1."""
-        with self.open() as file:
-            for number, line in enumerate(file, 1):
+    def lines(self, max_bytes: int) -> Iterator[tuple[int, bytes | int]]:
+        """Yield lines that are not blank, with their numbers from 1; of longer ones their length.
+
+        Blank ones are skipped by the block, for there may be hundreds of millions.
+        """
+        with self.open() as opened:
+            file = opened if hasattr(opened, "peek") else io.BufferedReader(opened, BLOCK)  # type: ignore[type-var]
+            number = 0
+            while line := file.readline(max_bytes + len(_BOM) + 1):
+                number += 1
                 if number == 1:
                     line = line.removeprefix(_BOM)
-                if line and not line.isspace():
+                if len(line) > max_bytes and not line.endswith(b"\n"):
+                    yield number, len(line) + _skip_line(file)
+                elif line and not line.isspace():
                     yield number, line
+                else:
+                    number += _skip_blank_lines(file)
 
     def whole(self) -> memoryview:
         """Return all of it, mapped where it stands in a file as it is."""
@@ -129,11 +139,32 @@ class Content:
         return text[len(_BOM) :] if text[: len(_BOM)] == _BOM else text
 
 
+def _skip_line(file: Any) -> int:
+    """Read on to the end of a line; return how much that was."""
+    number = 0
+    while block := file.readline(BLOCK):
+        number += len(block)
+        if block.endswith(b"\n"):
+            break
+    return number
+
+
+def _skip_blank_lines(file: Any) -> int:
+    """Read white space at the beginning of a line, and return how many lines end in it."""
+    number = 0
+    while block := file.peek():
+        blank = len(block) - len(block.lstrip())
+        number += file.read(blank).count(b"\n")
+        if blank < len(block):
+            break
+    return number
+
+
 class _Bounded(io.RawIOBase):
     """A stream of unpacked bytes that are counted."""
 
     def __init__(
-        self, stream: Any, budget: _Budget, faults_of_stream: tuple[type[Exception], ...] = ()
+        self, stream: Any, budget: Budget, faults_of_stream: tuple[type[Exception], ...] = ()
     ) -> None:
         super().__init__()
         self._stream, self._budget, self._faults = stream, budget, faults_of_stream
@@ -157,7 +188,7 @@ def content_of(path: Path) -> Content:
     def opened() -> BinaryIO:
         return path.open("rb", buffering=BLOCK)
 
-    return Content(str(path), opened, _Budget(str(path), path.stat().st_size), path)
+    return Content(str(path), opened, Budget(str(path), path.stat().st_size), path)
 
 
 def members_of(content: Content, head: bytes) -> Iterator[Content] | None:

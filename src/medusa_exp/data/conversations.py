@@ -32,6 +32,7 @@ from medusa_exp.data.parsing import (
     decode_leniently,
     raw_bytes,
 )
+from medusa_exp.runs.progress import Patience
 
 __all__ = [
     "Conversation",
@@ -68,6 +69,7 @@ class ReadOptions:
     max_turns: int | None = None
     min_chars: int = 0
     max_chars: int | None = None
+    max_record_bytes: int = 1 << 24
     sample_fraction: float = 1.0
     seed: int = 0
 
@@ -118,7 +120,7 @@ class ReadOptions:
             if self.max_turns is not None and turns > self.max_turns:
                 return "too many turns"
         if self.min_chars or self.max_chars is not None:
-            chars = sum(len(message.content) for message in messages)
+            chars = sum(len(message.content) + len(message.reasoning) for message in messages)
             if chars < self.min_chars:
                 return "too short"
             if self.max_chars is not None and chars > self.max_chars:
@@ -151,6 +153,7 @@ class Reading:
         self.look_at = _LOOKED_AT
         """Of each file, so many are looked at for keys that are not read."""
         self._sources = sources
+        self._columns = columns_to_read(options.form, options.columns)
         self._said: set[str] = set()
 
     def fingerprints(self) -> list[str]:
@@ -210,7 +213,7 @@ class Reading:
         have_chats = False
         for source in self._sources:
             try:
-                for part in source.parts(columns_to_read(self.options.form, self.options.columns)):
+                for part in source.parts(self._columns, self.options.max_record_bytes):
                     try:
                         yield from self._usable(part)
                         have_chats = True
@@ -232,13 +235,18 @@ class Reading:
         """Yield what can be made of a source's raw chats, and count the rest."""
         options = self.options
         parser = ChatParser(
-            options.role_map, options.form, options.columns, source.name, self.look_at
+            options.role_map,
+            options.form,
+            options.columns,
+            source.name,
+            self.look_at,
+            options.max_record_bytes,
         )
         parse = parser.parse
         faulty = _FaultyChats(source)
         number = 0
         try:
-            for number, raw in enumerate(source, 1):
+            for number, raw in enumerate(self._watched(source), 1):
                 self.num_records += 1
                 found = parse(raw, number)
                 if not isinstance(found, str):
@@ -255,7 +263,19 @@ class Reading:
             raise faults.ambiguous(_place(source, number), str(ways)) from ways
         finally:
             self._count_forms(parser, number - faulty.num_chats)
+            for column in {*source.keys} - {*self._columns, *parser.unused}:
+                self.unused[column] += parser.num_looked_at
         faulty.check(number)
+
+    def _watched(self, source: Part | HubData) -> Iterator[RawChat]:
+        """Yield the raw chats, and say where one is that takes long to come."""
+
+        def place() -> str:
+            line = f"at line {source.line:,} " if source.line else ""
+            return f"reading {source.name}: still {line}after {self.num_records:,} records"
+
+        with Patience(place) as patience:
+            yield from patience.each(source)
 
     def _count_forms(self, parser: ChatParser, number: int) -> None:
         """Count the forms of so many chats, most of which have the first, and their unused keys."""

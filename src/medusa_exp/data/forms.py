@@ -5,13 +5,14 @@ have its form. Turns are as `parsing` reads them: objects of a role (`from`) and
 (`value`); what is wrong with one of them is found there.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_exp.data.trees import best_branch, longest_branch
+from medusa_exp.data.turns import CALLS, PICTURES, REASONING, TOOLS, USED, Unusable, is_held
+from medusa_exp.data.turns import decoded as _unpacked
 
 ROLES = ("system", "user", "assistant", "tool")
 _NAMES = {
@@ -39,7 +40,7 @@ _IDS = (
     "prompt_id",
     "uuid",
 )
-_SYSTEMS = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction")
+SYSTEMS = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction")
 _REPLIES = ("completion", "response", "output", "answer")
 _ASKED = ("prompt", "question", "query", "instruction", "input")
 _CONTEXTS = ("input", "context")
@@ -55,14 +56,6 @@ _PAIRS = {
 _ROLE_KEYS = ("system", *_PAIRS["user"], *_PAIRS["assistant"])
 
 
-class Unusable(Exception):
-    """A raw chat that cannot be used: the reason, and what shows it in this one."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.detail = detail
-
-
 class Ambiguous(Exception):
     """A raw chat that may be read in several ways; its text says in which."""
 
@@ -73,6 +66,8 @@ class Chat:
 
     turns: list[Any]
     system: Any = None
+    tools_in: Record = field(default_factory=dict)
+    """The record within the record that they stand in, with what else holds for all of it."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ def _messages(record: Any) -> Chat | None:
     lists = [turns for turns in values if isinstance(turns, list)]
     if not lists:
         return None
-    return Chat(_turns(lists[0] or lists[-1]) or [], record.get("system"))
+    return Chat(_turns(lists[0] or lists[-1]) or [], _system(record), record)
 
 
 def _conversation(record: Any) -> Chat | None:
@@ -193,6 +188,7 @@ def _of_export(message: Record) -> Record:
     role = author.get("role") if isinstance(author, dict) else author
     parts = content.get("parts") if isinstance(content, dict) else content
     if role == "assistant" and message.get("recipient") not in (None, "all"):
+        # What it says is another's input, in a form of its own.
         return {"role": role, "content": parts, "tool_calls": [message.get("recipient")]}
     return {"role": role, "content": content if parts is None else parts}
 
@@ -267,7 +263,7 @@ def by_columns(columns: Mapping[str, str]) -> Form:
 def columns_of(forms: Mapping[str, Form]) -> tuple[str, ...]:
     """Return the keys that are read of a record in one of these forms."""
     keys = [key for form in forms.values() for key in form.keys]
-    return tuple(dict.fromkeys([*keys, *_IDS, *_SYSTEMS]))
+    return tuple(dict.fromkeys([*keys, *_IDS, *SYSTEMS, *TOOLS, *PICTURES]))
 
 
 def id_in(record: Any) -> Any:
@@ -280,11 +276,12 @@ def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
 
     `keys` are those of its form.
     """
-    turn_keys = {"from", "role", "value", "content", "tool_calls", "function_call", "weight"}
+    turn_keys = {"from", "role", "value", "content", *USED, *PICTURES}
     turn_keys |= set() if form == "messages" else {*_SPEAKERS, *_WORDS, *_ROLE_KEYS}
     if isinstance(record, list):
         return {f"[].{key}" for key in _beside(record, turn_keys)}
-    of_record = ("id", "system") if form == "messages" else (*_IDS, *_SYSTEMS)
+    of_record = {"id"} if form == "messages" else {*_IDS}
+    of_record |= set() if form == "columns" else {*SYSTEMS, *TOOLS, *PICTURES}
     found = _held(record, {*keys, *of_record})
     for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
         found |= {f"{key}[].{name}" for name in _beside(record[key], turn_keys)}
@@ -292,20 +289,31 @@ def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
 
 
 def _beside(turns: Any, used: set[str]) -> set[str]:
-    turns = turns if isinstance(turns, list) else []
-    return {key for turn in turns if isinstance(turn, dict) for key in _held(turn, used)}
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    found = {key for turn in turns for key in _held(turn, {*used, "name"})}
+    # A tool's name is read; and what is the assistant's alone is read of its turns alone.
+    for turn in turns:
+        role = turn.get("from") or turn.get("role")
+        is_of = ROLE_OF.get(role.lower()) if isinstance(role, str) else None
+        if is_of == "tool":
+            continue
+        found |= {"name"} if "name" not in used and is_held(turn.get("name")) else set()
+        if is_of in ("user", "system"):
+            found |= {key for key in (*REASONING, *CALLS) if is_held(turn.get(key))}
+            found |= {key for key in ("train", "loss") if turn.get(key) is True}
+    return found
 
 
 def _held(record: Record, used: set[str]) -> set[str]:
     """Return keys that are not used and not empty: in a table, all records have all keys."""
-    return {k for k, v in record.items() if k not in used and v not in (None, "", [], {})}
+    return {k for k, v in record.items() if k not in used and is_held(v)}
 
 
 def is_turn(value: Any) -> bool:
     """Tell a message that stands for itself from a record."""
     if not isinstance(value, dict):
         return False
-    of_turns = {"from", "role", "value", "content", "name", "weight", *_SPEAKERS, *_WORDS}
+    of_turns = {"from", "role", "value", "content", "name", *USED, *_SPEAKERS, *_WORDS}
     named = value.keys() & {"from", "role", *_SPEAKERS}
     said = value.keys() & {"value", "content", *_WORDS}
     return bool(named and said) and value.keys() <= of_turns
@@ -329,20 +337,11 @@ def _at(record: Any, path: str) -> Any:
 
 def _system(record: Any) -> Any:
     """Return the system text beside the turns."""
-    value = next((v for key in _SYSTEMS if (v := _get(record, key)) is not None), None)
+    said = [key for key in SYSTEMS if is_held(_get(record, key))]
+    _check_alike(record, said)
+    value = record[said[0]] if said else _get(record, "system")
     inner = _unpacked(value)
     return _texts(inner.get("parts")) if isinstance(inner, dict) else value
-
-
-def _unpacked(value: Any) -> Any:
-    """Decode a list or object that stands in a text as JSON, as in a column of CSV."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            inner = json.loads(value, strict=False)
-        except (ValueError, RecursionError):
-            return value
-        return inner if isinstance(inner, list | dict) else value
-    return value
 
 
 def _turns(value: Any) -> list[Any] | None:

@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation, and which of its tokens, are the assistant's own.
+"""Which characters of a rendered conversation are the assistant's own.
 
 Where a reply stands is found by rendering, never by searching for its words: the conversation up to
 an assistant turn is rendered once more with a word of ours in the reply's place. What stands before
@@ -10,32 +10,34 @@ template writes after the reply up to its first special token, or, without one, 
 blanks. Nothing else: no role header, no empty reasoning that the template adds, no line break after
 the mark.
 
-The text is tokenized once, and a token is trained when its last character is. Token lengths are
-never added up: tokenizing pieces apart gives other tokens than tokenizing the whole. So a token
-that reaches across the edge of a reply belongs to where it ends: the blank before a reply goes with
-the reply's first word, as it does when the model says it. The pieces of one character (byte
-fallback) all have that character's place and share its fate, and a token without any width is
-trained if it stands behind a reply's first character. Blanks that a special token takes along
-(Phi-3's marks do) are not the token's own.
-
-T tokens of a text.
+A reply with reasoning or tool calls is all that follows the prompt that it is served after. Which
+tokens that are: `rendering.py`.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-
-import numpy as np
-from tokenizers import Encoding
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass, field
 
 from medusa_exp.data.conversations import Conversation, DataError, Message
 from medusa_exp.data.template import Chat, ChatTemplate, Span, to_chat
+from medusa_exp.data.turns import REASONING
 
 _PROBE = "Zq7replyprobe7qZ"
 """Stands in for a message: no blanks to strip, no mark-up to take apart."""
 _LOOKED_AT = 32
 """Conversations whose replies are compared with the generation prompt: most are treated alike."""
+_ONE_BY_ONE = 32
+"""Assistant turns of a conversation that are each rendered as the newest; of those behind them,
+ever fewer are, for that takes the square of their number."""
+
+# What a template may leave out, as summary.json and messages name it.
+NO_REASONING = "reasoning that the chat template leaves out"
+NO_TOOLS = "tools that the chat template leaves out"
+
+Reach = Callable[[str], int]
+"""How many characters of a text may lie within a limit of tokens: EVERYTHING where all do."""
+EVERYTHING = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,8 @@ class MaskedText:
 
     text: str
     spans: list[Span]
-
-
-@dataclass(frozen=True)
-class MaskedTokens:
-    """One training sequence of length T."""
-
-    text: str
-    input_ids: list[int]
-    is_trained: list[bool]
-    """Per token: is it the assistant's own output?"""
-    is_cut: bool = False
-    """Was it longer than a limit?"""
-    num_cut_off: int = 0
-    """Trained tokens that the cut has cost."""
-    num_needed: int = 0
-    """The limit at which one trained token would be left, where the cut has cost them all."""
+    left_out: frozenset[str] = frozenset()
+    """What the template writes nothing of: `NO_REASONING`, `NO_TOOLS`."""
 
 
 @dataclass(frozen=True)
@@ -74,48 +62,188 @@ class _Turn:
     """Characters before the reply."""
     after: str
     """What ends the turn."""
+    has_more: bool = False
+    """Does the template write reasoning or tool calls with the reply?"""
+    is_trained: bool = True
+    is_beyond: bool = False
+    """Does it begin where the limit is?"""
 
 
-def mask_text(messages: Sequence[Message], template: ChatTemplate) -> list[MaskedText]:
+@dataclass
+class _Rendered:
+    """A conversation, and the whole text of it."""
+
+    messages: Sequence[Message]
+    chat: Chat
+    template: ChatTemplate
+    reach: Reach
+    whole: str
+    tags: list[Span]
+    end: int
+    """What the limit reaches of the whole text."""
+    left_out: set[str] = field(default_factory=set)
+
+    @property
+    def replies(self) -> list[int]:
+        """Return the places of the assistant's turns."""
+        return [i for i, message in enumerate(self.chat) if message["role"] == "assistant"]
+
+    def is_beyond(self, before: str | None, start: int) -> bool:
+        """Does what begins there lie beyond the limit?"""
+        return start >= (self.end if before is None else self.reach(before))
+
+    def newest(self, i: int, turn: dict[str, object] | None = None) -> str:
+        """Return the text up to a turn, which another may take the place of."""
+        return self.template.render([[*self.chat[:i], turn or self.chat[i]]])[0]
+
+
+def mask_text(
+    conversation: Conversation, template: ChatTemplate, reach: Reach = lambda _: EVERYTHING
+) -> list[MaskedText]:
     """Render a conversation: as one text, or as one an assistant turn.
 
     One text, if every turn stands in it just as it does while it is the newest. Else (Qwen3 drops
     earlier reasoning, Phi-3 ends the whole with a mark of its own) each assistant turn gets the
     text that it is served with, and only that turn is trained in it.
 
-    Where the template has {% generation %} tags, what they mark is trained too.
+    Where the template has {% generation %} tags, what they mark is trained too. Turns beyond what
+    `reach` says are not looked at, once there is one to train: they neither decide nor are located.
+    Where each is a text, those of the turns behind the first of them are empty.
 
     Raises:
         DataError: the template refuses the conversation, or hides where a reply begins.
     """
-    chat = to_chat(messages)
+    template = template.with_tools(conversation.tools)
+    chat = to_chat(conversation.messages)
     [(whole, tags)] = template.render_tagged([chat])
-    turns = _turns(chat, whole, template)
+    it = _Rendered(conversation.messages, chat, template, reach, whole, tags, reach(whole))
+    if conversation.tools and template.without_tools([chat]) == [whole]:
+        it.left_out.add(NO_TOOLS)
+        template.note("the chat template leaves out which tools there are")
+    turns, num_unseen = _turns(it)
     with suppress(DataError):  # of a rendering that the conversation itself does not need
         _look_for_differences(chat, whole, turns, template)
-    if all(_stands_in(whole, turn) for turn in turns):
-        spans = [_span(turn, turn.start + len(turn.reply), template) for turn in turns]
-        return [MaskedText(whole, _widened(spans, whole, tags, chat, turns, template))]
-    return _turn_by_turn(chat, turns, whole, tags, template)
+    deciding = [turn for turn in turns if not turn.is_beyond]
+    if not any(turn.is_trained for turn in deciding):
+        deciding = turns
+    if all(_stands_in(whole, turn) for turn in deciding):
+        spans = [_span(turn, turn.start + len(turn.reply), template) for turn in deciding]
+        return [_one_text(it, spans, deciding)]
+    return _turn_by_turn(it, deciding, turns[len(deciding) :], num_unseen)
 
 
-def _turns(chat: Chat, whole: str, template: ChatTemplate) -> list[_Turn]:
-    """Return every assistant turn that the template shows."""
-    turns = []
-    for i, message in enumerate(chat):
-        if message["role"] != "assistant":
+def _one_text(it: _Rendered, spans: list[Span], turns: list[_Turn]) -> MaskedText:
+    return _masked(it, it.whole, spans, it.tags, turns)
+
+
+def _masked(
+    it: _Rendered, text: str, spans: list[Span], tags: list[Span], turns: list[_Turn]
+) -> MaskedText:
+    wider = _widened(spans, text, tags, it.chat, turns, it.template)
+    trained = [span for span, turn in zip(wider, turns, strict=True) if turn.is_trained]
+    return MaskedText(text, trained, frozenset(it.left_out))
+
+
+def _turns(it: _Rendered) -> tuple[list[_Turn], int]:
+    """Return the assistant turns that the template shows, and how many are not looked at.
+
+    All up to the first that lies beyond the limit, but at least one that is to be trained.
+    """
+    turns: list[_Turn] = []
+    joined: dict[int, int] | None = None
+    is_stable = True
+    replies = it.replies
+    for number, i in enumerate(replies):
+        turn = None
+        is_stable = is_stable and (not turns or turns[-1].before is None)
+        is_one_of_many = number >= _ONE_BY_ONE and number & (number - 1) and i != replies[-1]
+        if is_one_of_many and is_stable and turns:
+            joined = _joined(it) if joined is None else joined
+            turn = _like(it, i, joined, turns[-1])
+        turn = turn or _probed(it, i)
+        if turn is None:
+            it.template.note("the chat template leaves out some assistant turns")
             continue
-        # One at a time: of a long conversation, all together would be the square of its length.
-        [text] = template.render([[*chat[:i], {"role": "assistant", "content": _PROBE}]])
-        before, found, after = text.rpartition(_PROBE)
-        if found:
-            kept = None if whole.startswith(before) else before
-            turns.append(_Turn(i, message["content"], kept, len(before), after))
-        else:
-            template.note("the chat template leaves out some assistant turns")
+        turns.append(turn)
+        if turn.is_beyond and any(turn.is_trained for turn in turns):
+            return turns, sum(it.messages[j].is_trained for j in replies[number + 1 :])
     if not turns:
         raise DataError("the chat template shows no assistant turn.")
-    return turns
+    return turns, 0
+
+
+def _probed(it: _Rendered, i: int) -> _Turn | None:
+    """Find where a reply stands while it is the newest; None where the template hides it."""
+    # One at a time: of a long conversation, all together would be the square of its length.
+    text = it.newest(i, {"role": "assistant", "content": _PROBE})
+    before, found, after = text.rpartition(_PROBE)
+    if not found:
+        return None
+    kept = None if it.whole.startswith(before) else before
+    more, is_trained = _has_more(it, i), it.messages[i].is_trained
+    beyond = it.is_beyond(kept, len(before))
+    reply = it.chat[i]["content"]
+    return _Turn(i, reply, kept, len(before), after, more, is_trained, beyond)
+
+
+def _has_more(it: _Rendered, i: int) -> bool:
+    """Does the template write reasoning or tool calls of a turn?
+
+    Raises:
+        DataError: it leaves out the calls, without which the turn would end too early.
+    """
+    turn = it.chat[i]
+    thinks, calls = "reasoning_content" in turn, "tool_calls" in turn
+    if thinks and not _is_written(it, i, REASONING):
+        it.left_out.add(NO_REASONING)
+        it.template.note("the chat template leaves out the assistant's reasoning")
+        thinks = False
+    if calls and not _is_written(it, i, ("tool_calls",)):
+        raise DataError(f"the chat template leaves out the tool calls of turn {i}.")
+    return thinks or calls
+
+
+def _is_written(it: _Rendered, i: int, keys: Sequence[str]) -> bool:
+    without = {key: value for key, value in it.chat[i].items() if key not in keys}
+    with suppress(DataError):  # a turn may have to say something
+        return it.newest(i) != it.newest(i, without)
+    return True
+
+
+def _joined(it: _Rendered) -> dict[int, int]:
+    """Return where each reply begins in the whole text: nothing unless all stand word for word.
+
+    Told from one rendering more, with a probe in each reply's place.
+    """
+    replies = it.replies
+    probe = {"role": "assistant", "content": _PROBE}
+    probed = [probe if message["role"] == "assistant" else message for message in it.chat]
+    between = ""
+    with suppress(DataError):
+        [between] = it.template.render([probed])
+    pieces = between.split(_PROBE)
+    if len(pieces) != len(replies) + 1:
+        return {}
+    starts, place = {}, 0
+    for i, piece in zip(replies, pieces, strict=False):
+        if not it.whole.startswith(piece, place):
+            return {}
+        starts[i] = place + len(piece)
+        place = starts[i] + len(it.chat[i]["content"])
+        if not it.whole.startswith(it.chat[i]["content"], starts[i]):
+            return {}
+    return starts if it.whole[place:] == pieces[-1] else {}
+
+
+def _like(it: _Rendered, i: int, starts: dict[int, int], earlier: _Turn) -> _Turn | None:
+    """Return a turn that stands in the whole text as an earlier one does, or None."""
+    if i not in starts or it.chat[i].keys() != {"role", "content"}:
+        return None
+    start, is_trained = starts[i], it.messages[i].is_trained
+    beyond = it.is_beyond(None, start)
+    reply = it.chat[i]["content"]
+    turn = _Turn(i, reply, None, start, earlier.after, False, is_trained, beyond)
+    return turn if not earlier.has_more and _stands_in(it.whole, turn) else None
 
 
 def _stands_in(whole: str, turn: _Turn) -> bool:
@@ -125,6 +253,7 @@ def _stands_in(whole: str, turn: _Turn) -> bool:
     """
     return (
         turn.before is None
+        and not turn.has_more
         and turn.reply == turn.reply.strip()
         and whole.startswith(turn.reply, turn.start)
         and whole.startswith(turn.after, turn.start + len(turn.reply))
@@ -132,33 +261,43 @@ def _stands_in(whole: str, turn: _Turn) -> bool:
 
 
 def _turn_by_turn(
-    chat: Chat, turns: list[_Turn], whole: str, tags: list[Span], template: ChatTemplate
+    it: _Rendered, deciding: list[_Turn], others: list[_Turn], num_unseen: int
 ) -> list[MaskedText]:
     """Locate each reply in the text that ends with it.
 
     Exact also where the template strips or edits replies, or where later turns change earlier ones.
+    `others` lie beyond the limit, and `num_unseen` behind them.
     """
-    shown, served, spans = [], [], []
-    for turn in turns:
-        [(text, own_tags)] = template.render_tagged([chat[: turn.index + 1]])
-        if turn.index and not turn.reply.strip() and text == _upto(chat, turn, template):
-            template.note("the chat template leaves out empty assistant turns")
-            continue
-        shown.append(turn)
-        served.append((text, own_tags))
-        spans.append(_reply_at_the_end(text, turn, chat, template))
-    if not shown:
+    served = [found for turn in deciding if (found := _served(it, turn)) is not None]
+    if not served:
         raise DataError("the chat template shows no assistant turn.")
-    if all(whole.startswith(text) for text, _ in served):
-        return [MaskedText(whole, _widened(spans, whole, tags, chat, shown, template))]
-    template.note(
+    if all(it.whole.startswith(text) for _, text, _, _ in served):
+        return [_one_text(it, [span for _, _, _, span in served], [turn for turn, *_ in served])]
+    it.template.note(
         "the chat template renders a turn differently once others follow it: every assistant turn "
         "becomes a row of its own, as it is served"
     )
-    return [
-        MaskedText(text, _widened([span], text, own_tags, chat, [turn], template))
-        for turn, span, (text, own_tags) in zip(shown, spans, served, strict=True)
+    served += [found for turn in others if (found := _served(it, turn)) is not None]
+    rows = [
+        _masked(it, text, [span], tags, [turn])
+        for turn, text, tags, span in served
+        if turn.is_trained
     ]
+    rows += [MaskedText("", [])] * num_unseen
+    return rows or [MaskedText(it.whole, [], frozenset(it.left_out))]
+
+
+def _served(it: _Rendered, turn: _Turn) -> tuple[_Turn, str, list[Span], Span] | None:
+    """Return the text that ends with a turn, and what is the reply's in it; None without any."""
+    template = it.template
+    if turn.index > 2 * _ONE_BY_ONE and not template.is_tagged and _stands_in(it.whole, turn):
+        end = turn.start + len(turn.reply)
+        return turn, it.whole[: end + len(turn.after)], [], _span(turn, end, template)
+    [(text, tags)] = template.render_tagged([it.chat[: turn.index + 1]])
+    if turn.index and not turn.reply.strip() and text == _upto(it.chat, turn, template):
+        template.note("the chat template leaves out empty assistant turns")
+        return None
+    return turn, text, tags, _reply_at_the_end(text, turn, it.chat, template)
 
 
 def _upto(chat: Chat, turn: _Turn, template: ChatTemplate) -> str | None:
@@ -176,6 +315,11 @@ def _reply_at_the_end(text: str, turn: _Turn, chat: Chat, template: ChatTemplate
             m for m in template.mark.finditer(text) if not template.has_words(text[m.start() :])
         ]
         start, end = turn.start, marks[0].end() if marks else len(text.rstrip())
+    if turn.has_more:  # reasoning and calls may stand on either side of the reply
+        with suppress(DataError):
+            prompt = _prompt(chat, turn, template)
+            if text.startswith(prompt) and len(prompt) <= end:
+                return len(prompt), end
     is_after = turn.before is None or text.startswith(turn.before)
     if is_after and start <= end:
         return start, end
@@ -216,14 +360,16 @@ def _widened(
     """
     if not template.is_tagged:
         return spans
-    wider = []
-    for turn, (start, end) in zip(turns, spans, strict=True):
-        prompt = _prompt(chat, turn, template)
+    wider: list[Span] = []
+    for number, (turn, (start, end)) in enumerate(zip(turns, spans, strict=True)):
+        if number < _ONE_BY_ONE:
+            least = min(len(_prompt(chat, turn, template)), start)
+        else:  # as much as to say, and without a rendering
+            least = spans[number - 1][1]
         own = [
             (first, max(end, last))
-            for first, last in tags
-            if min(len(prompt), start) <= first <= start
-            and not template.has_words(text[min(end, last) : max(end, last)])
+            for first, last in _around(tags, least, start)
+            if not template.has_words(text[min(end, last) : max(end, last)])
         ]
         wider += own if len(own) == 1 else []
     if len(wider) == len(spans):
@@ -233,6 +379,12 @@ def _widened(
         "are trained where they were found"
     )
     return spans
+
+
+def _around(tags: list[Span], least: int, most: int) -> list[Span]:
+    """Return those of some ordered spans that begin between two places, both included."""
+    first = bisect_left(tags, (least, 0))
+    return tags[first : bisect_left(tags, (most + 1, 0))]
 
 
 def _look_for_differences(
@@ -251,7 +403,7 @@ def _look_for_differences(
     for role in ("system", "tool"):
         place = next((i for i, message in enumerate(chat) if message["role"] == role), None)
         if place is not None and not template.looked_at[role]:
-            probed = [*chat[:place], {"role": role, "content": _PROBE}, *chat[place + 1 :]]
+            probed = [*chat[:place], {**chat[place], "content": _PROBE}, *chat[place + 1 :]]
             [text] = template.render([probed])
             template.looked_at[role] += 1
             if _PROBE not in text:
@@ -262,139 +414,3 @@ def _ending(prompt: str, newest: str) -> str:
     """Quote what the template writes behind the newest message: no words of the conversation."""
     _, found, ending = prompt.rpartition(newest)
     return f" (it ends in {ending!r})" if newest and found else ""
-
-
-def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[MaskedTokens]:
-    """Render with the tokenizer's chat template: one sequence, or one an assistant turn.
-
-    `mask_text` says when. A lone surrogate is rendered as U+FFFD.
-
-    Raises:
-        DataError: the template refuses the conversation, or hides where a reply begins.
-    """
-    [result] = Renderer(tokenizer).render_many([conversation])
-    if isinstance(result, DataError):
-        raise result
-    return result
-
-
-class Renderer:
-    """`render` for many conversations: the template is prepared once, texts are tokenized
-    together."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
-        """Prepare a tokenizer's template.
-
-        Args:
-            tokenizer: a fast one, with a chat template.
-            max_length: rows are cut to so many whole tokens, on the tokenizer's truncation side; a
-                BOS stays in front.
-        """
-        self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer)
-        self.max_length = max_length
-        added = tokenizer.added_tokens_decoder
-        self._swallowing = {i: token.content for i, token in added.items() if token.rstrip}
-        """Tokens that take the blanks behind them along, and are not meant to own them."""
-
-    def render_many(
-        self, conversations: Iterable[Conversation]
-    ) -> list[list[MaskedTokens] | DataError]:
-        """Return each conversation's rows, or why it has none.
-
-        Rows are as `render` gives them, but cut, so that one may be without a trained token. Where
-        each turn is a row, those after the first such one are empty: they begin as it does.
-        """
-        results: list[list[MaskedText] | DataError] = []
-        for conversation in conversations:
-            try:
-                results.append(mask_text(conversation.messages, self.template))
-            except DataError as error:
-                results.append(DataError(f"{conversation.described()}: {error}"))
-        # Conversations of several rows have each row's text again in the next: one by one.
-        single = [r[0] for r in results if isinstance(r, list) and len(r) == 1]
-        rows = iter(self._tokenize(single))
-        return [
-            r if isinstance(r, DataError) else [next(rows)] if len(r) == 1 else self._one_by_one(r)
-            for r in results
-        ]
-
-    def _one_by_one(self, texts: list[MaskedText]) -> list[MaskedTokens]:
-        rows: list[MaskedTokens] = []
-        is_beyond = False
-        for masked in texts:
-            if is_beyond:  # without the work: a long conversation has its text again in every row
-                rows.append(MaskedTokens(masked.text, [], [], is_cut=True))
-                continue
-            rows += self._tokenize([masked])
-            is_cut_off = self.max_length is not None and not any(rows[-1].is_trained)
-            is_beyond = is_cut_off and self.tokenizer.truncation_side == "right"
-        return rows
-
-    def _tokenize(self, texts: list[MaskedText]) -> list[MaskedTokens]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            [masked.text for masked in texts],
-            # The template has written every special token; adding them would double the BOS.
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # of length: that is this class's business
-        )
-        return [
-            self._cut(MaskedTokens(masked.text, ids, self._mask(masked, ids, encoding)))
-            for masked, ids, encoding in zip(
-                texts, encoded.input_ids, encoded.encodings, strict=True
-            )
-        ]
-
-    def _mask(self, masked: MaskedText, ids: list[int], encoding: Encoding) -> list[bool]:
-        """Return per token whether its last character lies in a span."""
-        if self._swallowing and not self._swallowing.keys().isdisjoint(ids):
-            tokens = zip(ids, encoding.offsets, strict=True)
-            return _by_ends(masked, [self._own_end(masked.text, i, *at) for i, at in tokens])
-        is_trained = [False] * len(ids)
-        for start, stop in masked.spans:
-            # The token of the character at which a span begins, or which follows it, is the first
-            # whose last character lies there, or behind: this needs no list of offsets.
-            first = encoding.char_to_token(start)
-            end = encoding.char_to_token(stop) if stop < len(masked.text) else len(ids)
-            if first is None or end is None:  # in no token: trimmed, or normalized away
-                return _by_ends(masked, [end for _, end in encoding.offsets])
-            is_trained[first:end] = [True] * (end - first)
-        return is_trained
-
-    def _own_end(self, text: str, token: int, start: int, end: int) -> int:
-        """Return where a token ends, without the blanks that some take along."""
-        content = self._swallowing.get(token)
-        if content is None:
-            return end
-        found = text.find(content, start, end)
-        if found >= 0:
-            return found + len(content)
-        return start + len(text[start:end].rstrip())  # normalized, it reads otherwise in the text
-
-    def _cut(self, row: MaskedTokens) -> MaskedTokens:
-        limit = self.max_length
-        if limit is None or len(row.input_ids) <= limit:
-            return row
-        ids, mask = row.input_ids, row.is_trained
-        if self.tokenizer.truncation_side == "right":
-            kept_ids, kept_mask = ids[:limit], mask[:limit]
-            needed = mask.index(True) + 1 if any(mask) else 0
-        else:
-            keep = int(ids[0] == self.tokenizer.bos_token_id)
-            tail = len(ids) - (limit - keep)
-            kept_ids, kept_mask = ids[:keep] + ids[tail:], mask[:keep] + mask[tail:]
-            needed = keep + mask[::-1].index(True) + 1 if any(mask) else 0
-        num_cut_off = sum(mask) - sum(kept_mask)
-        needed = 0 if any(kept_mask) else needed
-        return MaskedTokens(row.text, kept_ids, kept_mask, True, num_cut_off, needed)
-
-
-def _by_ends(masked: MaskedText, ends: list[int]) -> list[bool]:
-    ends_T = np.array(ends, dtype=np.int64)
-    starts, stops = np.array(masked.spans).T
-    last_begun_T = np.searchsorted(starts, ends_T, side="left") - 1
-    return ((last_begun_T >= 0) & (ends_T <= stops[last_begun_T])).tolist()

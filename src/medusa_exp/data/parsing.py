@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -18,14 +18,28 @@ import msgspec
 from medusa_exp.data.forms import (
     FORMS,
     ROLE_OF,
+    SYSTEMS,
     Ambiguous,
     Chat,
     Form,
-    Unusable,
     by_columns,
     columns_of,
     id_in,
     unused_keys,
+)
+from medusa_exp.data.turns import (
+    NOT_TO_TRAIN,
+    PICTURES,
+    TOOLS,
+    USED,
+    Unusable,
+    fields_of,
+    has_calls,
+    is_switched_on,
+    reasoning_of,
+    refuse_pictures,
+    texts_of,
+    tools_of,
 )
 
 NOT_UTF8 = "not valid UTF-8"
@@ -36,17 +50,23 @@ NO_FORM = "no known form of chat"
 NO_TURNS = "no turns"
 NOT_A_TURN = "a turn is not an object with a role and a content"
 UNKNOWN_ROLE = "unknown role"
-TOOL_CALLS = "tool calls are not supported"
-NOT_TO_TRAIN = "an assistant turn of weight 0, not to be trained"
-NULL = "content is null"
-NOT_TEXT = "content is not text"
-NOT_TEXT_PART = "content has a part that is not text"
 NO_REPLY = "no assistant turn"
+TOO_LARGE = "larger than dataset.max_record_bytes"
 
-RawChat = msgspec.Raw | bytes | memoryview | dict[str, Any]
+
+class TooLong(msgspec.Struct, frozen=True):
+    """Stands for a line that is longer than a record may be: it was not kept."""
+
+    num_bytes: int
+
+
+RawChat = msgspec.Raw | bytes | memoryview | dict[str, Any] | TooLong
 """JSON text, or the row of a table."""
 _OF_ID = ("conversations", "messages", "id", "system")
 """What the id of a row without one is made of, where it has the first form."""
+_NOT_OF_ID = (*TOOLS, *PICTURES)
+"""What it is not made of in another form: earlier runs did not read it."""
+_NOTHING = (b"", b"null", b'""', b"[]", b"{}", b'"[]"')
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -54,6 +74,12 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
     role: str
     content: str
+    reasoning: str = ""
+    """What the assistant thought before it said that."""
+    is_trained: bool = True
+    """May the turn be trained, if it is the assistant's?"""
+    fields: str = ""
+    """Its tool calls, or the call that it answers: a JSON object, as templates read it."""
 
 
 class Conversation(msgspec.Struct, frozen=True):
@@ -65,6 +91,8 @@ class Conversation(msgspec.Struct, frozen=True):
     """The file, or the member of an archive, that it stands in."""
     number: int = 0
     """Its place there, from 1."""
+    tools: str = ""
+    """What the assistant could call: a JSON list, as templates read it."""
 
     def described(self) -> str:
         """Return what messages call it."""
@@ -72,25 +100,46 @@ class Conversation(msgspec.Struct, frozen=True):
         return f"conversation {self.id}{place}"
 
 
+_RAW = msgspec.Raw()
+
+
+def _with_raw(base: type[msgspec.Struct], keys: Iterable[str]) -> type[Any]:
+    """Return a struct with these further fields, whose values stay undecoded."""
+    fields = [(key, msgspec.Raw, _RAW) for key in keys]
+    return msgspec.defstruct(base.__name__, fields, bases=(base,), gc=False)
+
+
 # The defaults are no values of their type: an explicit null is refused, a missing field is not.
-class _Turn(msgspec.Struct, gc=False):
+class _TurnBase(msgspec.Struct, gc=False):
     source: str = msgspec.field(name="from", default="")
     role: str = ""
     value: str = None  # type: ignore[assignment]
     content: str = None  # type: ignore[assignment]
-    tool_calls: msgspec.Raw = msgspec.Raw()
-    function_call: msgspec.Raw = msgspec.Raw()
-    weight: float = 1.0
+    reasoning_content: str | None = None
 
 
-class _Chat(msgspec.Struct, gc=False):
-    conversations: list[_Turn] | None = None
-    messages: list[_Turn] | None = None
+_Turn = _with_raw(_TurnBase, sorted({*USED, *PICTURES} - {"reasoning_content"}))
+_PLAIN = msgspec.structs.astuple(_Turn())[len(_TurnBase.__struct_fields__) :]
+
+
+class _ChatBase(msgspec.Struct, gc=False):
+    conversations: list[_Turn] | None = None  # type: ignore[valid-type]
+    messages: list[_Turn] | None = None  # type: ignore[valid-type]
     id: str | int | None = None
     system: str | None = None
 
 
+_Chat = _with_raw(_ChatBase, (*SYSTEMS[1:], *TOOLS, *PICTURES))
+_ONLY = msgspec.structs.astuple(_Chat())[len(_ChatBase.__struct_fields__) :]
 _decode = msgspec.json.Decoder(_Chat).decode
+
+
+def _holds(struct: msgspec.Struct, nothing: tuple[Any, ...]) -> bool:
+    """Does a struct hold something in the fields that it is decoded without?"""
+    values = msgspec.structs.astuple(struct)[-len(nothing) :]
+    return values != nothing and any(bytes(value) not in _NOTHING for value in values)
+
+
 _OTHER_KEYS = {key for form in FORMS.values() for key in form.keys} - {*FORMS["messages"].keys}
 
 
@@ -104,6 +153,7 @@ class ChatParser:
         columns: Mapping[str, str] | None = None,
         source: str = "",
         num_looked_at: int = 100,
+        max_bytes: int | None = None,
     ) -> None:
         """Choose what is read.
 
@@ -114,9 +164,12 @@ class ChatParser:
             source: the name of the source, for messages.
             num_looked_at: raw chats, the first ones, that are looked at for keys that are not
                 used, and for those of another form beside their messages.
+            max_bytes: what is larger is not looked at.
         """
+        self._max_bytes = max_bytes
         self._role_of = {**ROLE_OF, **(role_map or {})}
         self._forms = forms_of(form, columns)
+        self._is_row = False
         self._is_direct = "messages" in self._forms
         self._num_looked_at = num_looked_at
         self.num_looked_at = 0
@@ -134,6 +187,9 @@ class ChatParser:
         Raises:
             Ambiguous: it can be read in several ways.
         """
+        if isinstance(raw, TooLong) or (self._max_bytes and num_bytes(raw) > self._max_bytes):
+            self.detail = f"it has {num_bytes(raw):,} bytes"
+            return TOO_LARGE
         try:
             if self._is_direct and not isinstance(raw, dict):
                 conversation = self._parse_strictly(raw, number)
@@ -157,12 +213,11 @@ class ChatParser:
         for turn in chat.conversations or chat.messages or ():
             role = role_of(turn.source or turn.role)
             content = turn.content if turn.value is None else turn.value
-            if role is None or content is None or turn.tool_calls or turn.function_call:
+            if role is None or content is None or role == "tool" or _holds(turn, _PLAIN):
                 return None
-            if not turn.weight:
-                return None
-            messages.append(Message(role, content))
-        if not messages:
+            thought = turn.reasoning_content if role == "assistant" else None
+            messages.append(Message(role, content, thought or ""))
+        if not messages or _holds(chat, _ONLY):
             return None
         if number <= self._num_looked_at:
             record = msgspec.json.decode(raw)
@@ -174,7 +229,8 @@ class ChatParser:
 
     def _parse_leniently(self, raw: RawChat, number: int) -> Conversation:
         record = _decoded(raw)
-        name, messages = self._read(record)
+        self._is_row = isinstance(raw, dict)
+        name, messages, tools = self._read(record)
         if number <= self._num_looked_at:
             self._note_unused(record, name)
         if name == "messages":
@@ -182,16 +238,18 @@ class ChatParser:
             raw = {k: v for k, v in raw.items() if k in _OF_ID} if isinstance(raw, dict) else raw
         else:
             given = id_in(record)
+            if isinstance(raw, dict):
+                raw = {key: value for key, value in raw.items() if key not in _NOT_OF_ID}
             self.found[name] += 1
         chat_id = _usable_id(given) or _content_id(raw)
-        return Conversation(chat_id, messages, self._source, number)
+        return Conversation(chat_id, messages, self._source, number, tools)
 
     def _note_unused(self, record: Any, form: str) -> None:
         self.num_looked_at += 1
         self.unused.update(unused_keys(record, form, self._forms[form].keys))
 
-    def _read(self, record: Any) -> tuple[str, list[Message]]:
-        """Return the messages of a record and the name of its form."""
+    def _read(self, record: Any) -> tuple[str, list[Message], str]:
+        """Return the name of a record's form, its messages and its tools."""
         if not isinstance(record, dict | list):
             raise Unusable(NOT_OBJECT)
         is_list = isinstance(record, list)
@@ -204,6 +262,8 @@ class ChatParser:
             if not isinstance(record, dict):
                 raise Unusable(NOT_OBJECT)
             raise Unusable(NO_FORM, f"its keys are {', '.join(map(str, record))}")
+        if isinstance(record, dict) and "columns" not in fitting:
+            refuse_pictures(record)
         found: dict[str, list[Message]] = {}
         for name, chat in fitting.items():
             try:
@@ -216,13 +276,15 @@ class ChatParser:
         first, *others = found
         if any(found[other] != found[first] for other in others):
             raise Ambiguous(f"the forms {' and '.join(found)}")
-        return first, found[first]
+        beside = fitting[first].tools_in or (record if isinstance(record, dict) else {})
+        tools = "" if first == "columns" else tools_of(beside, self._is_row)
+        return first, found[first], tools
 
     def _messages(self, chat: Chat) -> list[Message]:
         if not chat.turns:
             raise Unusable(NO_TURNS)
         messages = [self._message(turn) for turn in chat.turns]
-        return _checked(messages, None if chat.system is None else _text(chat.system))
+        return _checked(messages, None if chat.system is None else texts_of(chat.system)[1])
 
     def _message(self, turn: Any) -> Message:
         if not isinstance(turn, dict):
@@ -230,22 +292,20 @@ class ChatParser:
         # A table has a null where a form has no such field.
         name = turn.get("from") or turn.get("role")
         content = turn.get("content") if turn.get("value") is None else turn.get("value")
-        if turn.get("tool_calls") or turn.get("function_call"):
-            # Without them, a turn would end where the model calls a tool.
-            raise Unusable(TOOL_CALLS)
-        if not (turn.keys() & {"from", "role"} and turn.keys() & {"value", "content"}):
+        calls = has_calls(turn)
+        if not (turn.keys() & {"from", "role"} and (calls or turn.keys() & {"value", "content"})):
             raise Unusable(NOT_A_TURN, f"its keys are {', '.join(map(str, turn))}")
         role = None
         if isinstance(name, str):
             role = self._role_of.get(name) or self._role_of.get(name.lower())
         if role is None:
             raise Unusable(UNKNOWN_ROLE, f"the role is {name!r}")
-        if content is None:
-            raise Unusable(NULL)
-        if role == "assistant" and turn.get("weight") == 0:
-            # OpenAI's form marks so what is only to be read: masks know no such turns.
-            raise Unusable(NOT_TO_TRAIN)
-        return Message(role, _text(content))
+        refuse_pictures(turn)
+        fields = fields_of(turn, role, self._is_row)
+        thought, text = texts_of("" if content is None and fields else content)
+        if role != "assistant":
+            return Message(role, text, fields=fields)
+        return Message(role, text, reasoning_of(turn) or thought, is_switched_on(turn), fields)
 
 
 def forms_of(form: str, columns: Mapping[str, str] | None) -> dict[str, Form]:
@@ -266,12 +326,33 @@ def content_digest(conversation: Conversation) -> bytes:
     for message in conversation.messages:
         digest.update(f"{message.role} {len(message.content)} ".encode())
         digest.update(message.content.encode("utf-8", "surrogatepass"))
+        if message.reasoning or message.fields or not message.is_trained:
+            more = [message.reasoning, message.fields, message.is_trained]
+            digest.update(repr(more).encode("utf-8", "surrogatepass"))
+    digest.update(conversation.tools.encode("utf-8", "surrogatepass"))
     return digest.digest()[:16]
 
 
 def raw_bytes(raw: RawChat) -> bytes:
     """Return the text of a raw chat; of a row, its text as JSON."""
+    if isinstance(raw, TooLong):
+        return b""
     return msgspec.json.encode(raw) if isinstance(raw, dict) else bytes(raw)
+
+
+def num_bytes(raw: RawChat) -> int:
+    """Return the length of that, which of a row is an estimate: without its marks and escapes."""
+    if isinstance(raw, TooLong):
+        return raw.num_bytes
+    return _size(raw) if isinstance(raw, dict) else memoryview(raw).nbytes
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value) + 2
+    if isinstance(value, dict):
+        return sum(len(key) + 4 + _size(inner) for key, inner in value.items())
+    return sum(map(_size, value)) + 2 if isinstance(value, list) else 4
 
 
 def decode_leniently(text: bytes) -> Any:
@@ -287,6 +368,7 @@ def decode_leniently(text: bytes) -> Any:
 def _decoded(raw: RawChat) -> Any:
     if isinstance(raw, dict):
         return raw
+    assert not isinstance(raw, TooLong)
     try:
         return msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -299,25 +381,6 @@ def _decoded(raw: RawChat) -> Any:
         raise Unusable(NOT_JSON) from error
     except RecursionError as error:
         raise Unusable(TOO_DEEP) from error
-
-
-def _text(content: Any) -> str:
-    """Return the text of a content: it is one, or a list of parts that are."""
-    if isinstance(content, str):
-        return content
-    if content is None:
-        raise Unusable(NULL)
-    if not isinstance(content, list):
-        raise Unusable(NOT_TEXT)
-    return "".join(_part_text(part) for part in content)
-
-
-def _part_text(part: Any) -> str:
-    if isinstance(part, dict) and part.get("type") == "text":
-        part = part.get("text")
-    if not isinstance(part, str):
-        raise Unusable(NOT_TEXT_PART)
-    return part
 
 
 def _usable_id(value: Any) -> str:
@@ -337,6 +400,9 @@ def _checked(messages: list[Message], system: str | None) -> list[Message]:
         first = Message("system", system)
         if messages[0] != first:
             messages = [first, *messages]
-    if not any(m.role == "assistant" and m.content.strip() for m in messages):
+    replies = [m for m in messages if m.role == "assistant" and (m.content.strip() or m.fields)]
+    if not replies:
         raise Unusable(NO_REPLY)
+    if not any(message.is_trained for message in replies):
+        raise Unusable(NOT_TO_TRAIN)
     return messages

@@ -22,6 +22,8 @@ from medusa_exp.errors import UserError
 log = logging.getLogger(__name__)
 
 _MAX_CATEGORIES = 16
+_FAR_TIMES = 4
+"""A prompt that is so many times too long has no shorter ones behind it, in thousands of turns."""
 HasRoom = Callable[[int], bool]
 """Says whether the model has positions for a prompt of so many tokens and a response to it."""
 NO_ROOM = "no room before the model's positions turn otherwise"
@@ -58,12 +60,16 @@ def prompts_of(
     prompts: list[Prompt] = []
     for conversation in conversations:
         for prompt in _of_conversation(conversation, tokenizer, template, left_out):
+            if len(prompts) == num_prompts:
+                break
             if len(prompt.input_ids) > max_tokens:
                 left_out[f"more than {max_tokens} tokens"] += 1
             elif not has_room(len(prompt.input_ids)):
                 left_out[NO_ROOM] += 1
-            elif len(prompts) < num_prompts:
+            else:
                 prompts.append(prompt)
+            if len(prompt.input_ids) > _FAR_TIMES * max_tokens:
+                break  # each is longer than the one before
         if len(prompts) == num_prompts:
             break
     for reason, count in left_out.items():
@@ -87,6 +93,7 @@ def _of_conversation(
     left_out: Counter[str],
 ) -> Iterator[Prompt]:
     category = category_of(conversation.id)
+    template = template.with_tools(conversation.tools)
     for turn, message in enumerate(conversation.messages):
         if message.role != "assistant" or turn == 0:
             continue

@@ -97,8 +97,8 @@ def reading_options(dataset: DatasetConfig) -> dict[str, Any]:
 
     Neither a sample is taken of those, nor are they looked through for copies.
     """
-    chosen = ("form", "columns", "role_map", "strict", "min_turns", "max_turns")
-    return {name: getattr(dataset, name) for name in (*chosen, "min_chars", "max_chars")}
+    chosen = ("form", "columns", "role_map", "strict", "min_turns", "max_turns", "min_chars")
+    return {name: getattr(dataset, name) for name in (*chosen, "max_chars", "max_record_bytes")}
 
 
 def files_of(sources: list[Source]) -> list[Path]:

@@ -1,6 +1,8 @@
 """Render messages with a tokenizer's chat template, just as the model is served with it."""
 
+import copy
 import hashlib
+import json
 import logging
 import re
 from collections import Counter
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from medusa_exp.data.conversations import DataError, Message
+from medusa_exp.data.turns import REASONING
 
 log = logging.getLogger(__name__)
 
@@ -20,13 +23,26 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Span = tuple[int, int]
 """First character, and the one after the last."""
-Chat = list[dict[str, str]]
+Chat = list[dict[str, Any]]
 """Messages as templates take them."""
 
 
 def to_chat(messages: Sequence[Message]) -> Chat:
     """Return messages for a template; half of a surrogate pair, which is no text, as U+FFFD."""
-    return [{"role": m.role, "content": _LONE_SURROGATE.sub("\ufffd", m.content)} for m in messages]
+    return [_to_turn(message) for message in messages]
+
+
+def _to_turn(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": _clean(message.content)}
+    if message.reasoning:
+        turn |= dict.fromkeys(REASONING, _clean(message.reasoning))  # each template has its word
+    if message.fields:
+        turn |= json.loads(_clean(message.fields))
+    return turn
+
+
+def _clean(text: str) -> str:
+    return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 class ChatTemplate:
@@ -58,6 +74,24 @@ class ChatTemplate:
         """How often `masking` has looked for a difference, by what it looked at."""
         if "strftime_now" in self.source:
             self.note("the chat template writes the date of the rendering into every text")
+
+    def with_tools(self, tools: str) -> "ChatTemplate":
+        """Return the same with what can be called, a JSON list; notes are shared."""
+        if not tools:
+            return self
+        other = copy.copy(self)
+        other._variables = {**self._variables, "tools": json.loads(_clean(tools))}
+        return other
+
+    def without_tools(self, chats: Sequence[Chat]) -> list[str]:
+        """Return the texts of chats as they are where nothing can be called.
+
+        Raises:
+            DataError: as `render`.
+        """
+        other = copy.copy(self)
+        other._variables = {**self._variables, "tools": None}
+        return other.render(chats)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text after which the assistant is to speak.

@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerBase
 from medusa_exp.config import DatasetConfig
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.examples import SCHEMA, Examples, open_examples
-from medusa_exp.data.masking import Renderer
+from medusa_exp.data.masking import NO_REASONING, NO_TOOLS
+from medusa_exp.data.rendering import Renderer
 from medusa_exp.data.sources import Source, counts, empty_split, files_of, split_of, walk
 from medusa_exp.data.template import describe
 from medusa_exp.errors import UserError
@@ -40,7 +41,7 @@ from medusa_exp.runs.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same chats, tokenizer and template give other examples: caches are then built
 anew. (tests/golden/renderings.json tells of most such changes.)"""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec", "pyarrow")
@@ -61,7 +62,10 @@ CUT = "cut to the length limit"
 LOST_ROWS = "assistant turns beyond the length limit"
 """Counted where a template makes an example of every assistant turn."""
 LOST_TOKENS = "trained tokens beyond the length limit"
-"""Counted in the examples that are kept."""
+"""Counted in the examples that are kept; of texts far longer than the limit, up to a place behind
+it: all that lies beyond is not looked at."""
+LEFT_OUT = (NO_REASONING, NO_TOOLS)
+"""Records that are kept without them."""
 
 Sourced = tuple[str, Conversation]
 """A conversation and the name of its source."""
@@ -204,30 +208,40 @@ def load_tokenized(
             f"{error.strerror or error}."
         ) from error
     summary = read_json(path / _SUMMARY)
-    if (older := _key_before_formats(run_dir, known_data, sources, summary)) is not None:
+    if (older := _key_before(run_dir, known_data, sources, summary)) is not None:
         summary["key"] = older
         del summary["format"]
     return Tokenized(dataset, open_examples(path / _EXAMPLES), summary, max_length, bool(unwritten))
 
 
-def _key_before_formats(
+def _key_before(
     run_dir: Path | None,
     known_data: Collection[str],
     sources: list[Source],
     summary: dict[str, Any],
 ) -> str | None:
-    """Return the key that this run knows the same examples by, if it began before FORMAT did.
+    """Return the key that this run knows the same examples by, if it began with an older FORMAT.
 
-    Its checkpoint, hidden states and regenerated responses are named by it. Keys then had a hash of
-    our code.
+    Its checkpoint, hidden states and regenerated responses are named by it. The oldest have none;
+    keys then had a hash of our code.
     """
     if run_dir is None:
         return None
     noted = read_json(run_dir / "data.json", {})
-    if "key" not in noted or "format" in noted or noted["sources"] != summary["sources"]:
+    if "key" not in noted or noted.get("format") == FORMAT:
+        return None
+    if _comparable(noted["sources"]) != _comparable(summary["sources"]):
         return None
     found = {sha256_file(path) for path in files_of(sources)}
     return noted["key"] if found <= set(known_data) else None
+
+
+def _comparable(outcomes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the numbers of sources without the one that was once counted to the end of texts."""
+    return {
+        name: {what: number for what, number in found.items() if what != LOST_TOKENS}
+        for name, found in outcomes.items()
+    }
 
 
 def _is_whole(path: Path) -> bool:
@@ -273,6 +287,7 @@ def _outcomes(source: Source, tally: Tally) -> dict[str, Any]:
     number = {what: n for (name, what), n in tally.counts.items() if name == source.name}
     dropped = {reason: number[reason] for reason in (REFUSED, UNTRAINED) if number.get(reason)}
     outcomes["dropped"].update(dropped)
+    outcomes.update({what: number[what] for what in LEFT_OUT if number.get(what)})
     for what in (KEPT, "documents", "tokens", "trained tokens", CUT, LOST_ROWS, LOST_TOKENS):
         outcomes[what] = number.get(what, 0)
     return outcomes
@@ -346,6 +361,8 @@ def _tokenize(renderer: Renderer, strict: bool, chunk: list[Sourced]) -> Result:
             tally.examples.setdefault(REFUSED, str(rows))
             continue
         usable = [row for row in rows if any(row.is_trained)]
+        for what in frozenset[str]().union(*(row.left_out for row in usable)):
+            tally.counts[source, what] += 1
         tally.counts[source, KEPT if usable else UNTRAINED] += 1
         if usable:
             tally.counts[source, LOST_ROWS] += len(rows) - len(usable)

@@ -1,8 +1,9 @@
 """A progress bar on a terminal; a logged line each half minute elsewhere, where rich shows none."""
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -103,3 +104,40 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(rate(task.finished_speed or task.speed))
+
+
+class Patience:
+    """Says in a line each half minute what a reader is at, while it gives nothing."""
+
+    def __init__(self, place: Callable[[], str]) -> None:
+        self._place = place
+        self._since: float | None = None
+        self._done = threading.Event()
+
+    def __enter__(self) -> "Patience":
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._done.set()
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items; time that whoever takes them needs does not count."""
+        waiting = iter(items)
+        while True:
+            self._since = time.monotonic()
+            try:
+                item = next(waiting)
+            except StopIteration:
+                return
+            finally:
+                self._since = None
+            yield item
+
+    def _watch(self) -> None:
+        said = 0.0
+        while not self._done.wait(1.0):
+            since, now = self._since, time.monotonic()
+            if since is not None and now > max(since, said) + BETWEEN_LINES:
+                said = now
+                log.info("%s", self._place())

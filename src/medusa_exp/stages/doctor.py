@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.examples import Example
-from medusa_exp.data.masking import MaskedTokens, Renderer
+from medusa_exp.data.rendering import MaskedTokens, Renderer
 from medusa_exp.data.template import ChatTemplate, to_chat
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.scoring import Agreement, measure_agreement
@@ -118,11 +118,11 @@ def _writers(text: str, conversation: Conversation) -> list[str]:
     written = [TEMPLATE] * len(text)
     cursor = 0
     for message in to_chat(conversation.messages):
-        content = message["content"].strip()
-        place = text.find(content, cursor) if content else -1
-        if place >= 0:
-            cursor = place + len(content)
-            written[place:cursor] = [message["role"]] * len(content)
+        for content in (message.get("reasoning_content", "").strip(), message["content"].strip()):
+            place = text.find(content, cursor) if content else -1
+            if place >= 0:
+                cursor = place + len(content)
+                written[place:cursor] = [message["role"]] * len(content)
     return written
 
 
@@ -183,7 +183,7 @@ def _prompt(
     conversations: Sequence[Conversation], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
 ) -> Finding:
     """Do replies in training begin where the generation prompt ends?"""
-    template = ChatTemplate(tokenizer)
+    every_template = ChatTemplate(tokenizer)
     texts = {row.number: row.rendered.text for row in reversed(rows)}
     looked_at = fine = 0
     for number, conversation in enumerate(conversations):
@@ -191,6 +191,7 @@ def _prompt(
         if number not in texts or not turn:
             continue
         try:
+            template = every_template.with_tools(conversation.tools)
             prompt = template.prompt(conversation.messages[:turn])
         except DataError:
             continue

@@ -19,7 +19,7 @@ from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.examples import Example, Examples
 from medusa_exp.data.sources import Source, walk
-from medusa_exp.data.tokenized import CUT, KEPT, LOST_ROWS, REFUSED, UNTRAINED, Tokenized
+from medusa_exp.data.tokenized import CUT, KEPT, LEFT_OUT, LOST_ROWS, REFUSED, UNTRAINED, Tokenized
 from medusa_exp.runs.files import write_json, write_jsonl
 from medusa_exp.stages.doctor import Row, count_roles, count_runs, examine, sample_rows
 from medusa_exp.stages.session import Session
@@ -48,6 +48,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         **tokenized.summary,
         "forms": {source.name: dict(source.reading.forms) for source in sources},
         "unused_keys": {source.name: dict(source.reading.unused) for source in sources},
+        "num_looked_at": {source.name: source.reading.num_looked_at for source in sources},
         "first_chat": _first_chat(sampled[0][1]),
         "max_length": limit,
         "lengths": _lengths(tokenized),
@@ -88,12 +89,20 @@ def _sampled(
 def _first_chat(conversation: Conversation) -> dict[str, Any]:
     """Return a chat as it was understood, before any template."""
     turns = []
+    if conversation.tools:
+        turns.append(["(tools)", _shown(conversation.tools)])
     for message in conversation.messages[:_SHOWN_TURNS]:
-        is_cut = len(message.content) > _SHOWN_CHARS
-        text = message.content[:_SHOWN_CHARS] + (" ..." if is_cut else "")
-        turns.append([message.role, text.encode("utf-8", "replace").decode()])
-    num_more = len(conversation.messages) - len(turns)
+        if message.reasoning:
+            turns.append([f"{message.role} (reasoning)", _shown(message.reasoning)])
+        role = message.role if message.is_trained else f"{message.role} (not to train)"
+        turns.append([role, _shown(message.content + message.fields)])
+    num_more = max(0, len(conversation.messages) - _SHOWN_TURNS)
     return {"name": conversation.described(), "turns": turns, "num_more": num_more}
+
+
+def _shown(text: str) -> str:
+    cut = text[:_SHOWN_CHARS] + (" ..." if len(text) > _SHOWN_CHARS else "")
+    return cut.encode("utf-8", "replace").decode()
 
 
 def _lengths(tokenized: Tokenized) -> dict[str, dict[str, float]]:
@@ -201,8 +210,13 @@ def _records_table(found: dict[str, Any]) -> Table:
             table.add_row("", f"of the form {form}", str(number))
         for reason, number in sorted(outcomes["dropped"].items()):
             table.add_row("", f"dropped: {reason}", str(number))
+        looked_at = found["num_looked_at"][name]
         for key, number in sorted(found["unused_keys"][name].items()):
-            table.add_row("", escape(f"have a key that is not used: {key}"), str(number))
+            line = f"key `{key}` in {number} of {looked_at} records: not used"
+            table.add_row("", escape(line), str(number))
+        for what in LEFT_OUT:
+            if what in outcomes:
+                table.add_row("", what, str(outcomes[what]))
         table.add_row("", "kept", str(outcomes[KEPT]))
         table.add_row(
             "", f"documents of at most {found['max_length']} tokens", str(outcomes["documents"])

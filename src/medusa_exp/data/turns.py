@@ -1,0 +1,218 @@
+"""What a record and its turns hold beside roles and texts: reasoning, tools, switches, pictures.
+
+Each is used, or the record is dropped for a named reason: the text that is trained would be another
+one without it.
+"""
+
+import json
+from typing import Any
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""What the assistant thought before it spoke."""
+CALLS = ("tool_calls", "function_call")
+OF_TOOLS = ("tool_call_id", "name")
+"""Which call a turn of a tool answers."""
+SWITCHES = ("weight", "train", "loss")
+"""Whether an assistant's turn is to be trained: 0, false; 1, true."""
+TOOLS = ("tools", "functions")
+"""What could be called, beside the turns."""
+PICTURES = ("images", "image", "videos", "video", "audios", "audio")
+USED = {*REASONING, *CALLS, *SWITCHES, "tool_call_id"}
+"""Keys of turns that are read, or refused."""
+
+BAD_CALLS = "tool calls in an unknown form"
+BAD_TOOLS = "tools in an unknown form"
+BAD_SWITCH = "a turn's switch of training that is neither 0 nor 1"
+NOT_TO_TRAIN = "no assistant turn that is to be trained"
+PICTURE = "a picture, a sound or a video"
+NOT_TEXT = "content is not text"
+NOT_TEXT_PART = "content has a part that is not text"
+BAD_REASONING = "reasoning that is not one text"
+NULL = "content is null"
+_THOUGHTS = ("thinking", "reasoning")
+_SAID = ("text", "input_text", "output_text")
+_SHOWN = ("image", "audio", "video", "file")
+
+_EMPTY: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
+
+Record = dict[str, Any]
+
+
+class Unusable(Exception):
+    """A raw chat that cannot be used: the reason, and what shows it in this one."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+def is_held(value: Any) -> bool:
+    """Is there something in a field? In a table, all records have all fields."""
+    if isinstance(value, list):
+        return any(map(is_held, value))
+    return value not in _EMPTY
+
+
+def refuse_pictures(record: Record) -> None:
+    """Refuse what is told by more than its words.
+
+    Raises:
+        Unusable: there are pictures, sounds or videos in a record or a turn.
+    """
+    for key in PICTURES:
+        if is_held(record.get(key)):
+            raise Unusable(PICTURE, f"under {key}")
+
+
+def texts_of(content: Any) -> tuple[str, str]:
+    """Return the reasoning and the text of a content: it is a text, or a list of parts that are.
+
+    Raises:
+        Unusable: there is something else, or null.
+    """
+    if isinstance(content, str):
+        return "", content
+    if content is None:
+        raise Unusable(NULL)
+    if not isinstance(content, list):
+        raise Unusable(NOT_TEXT)
+    thoughts, said = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in _THOUGHTS:
+            thoughts.append(_part_text(part, (kind, "text")))
+        else:
+            said.append(_part_text(part, ("text",)))
+    return "".join(thoughts), "".join(said)
+
+
+def _part_text(part: Any, keys: tuple[str, ...]) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and any(word in kind for word in _SHOWN):
+        raise Unusable(PICTURE, f"a part of type {kind}")
+    if kind in (*_THOUGHTS, *_SAID):
+        found = next((part[key] for key in keys if isinstance(part.get(key), str)), None)
+        if found is not None:
+            return found
+    raise Unusable(NOT_TEXT_PART, f"it is {part!r:.60}")
+
+
+def reasoning_of(turn: Record) -> str:
+    """Return what a turn says of the thoughts before it, under whichever key.
+
+    Raises:
+        Unusable: it is no text, or several keys say different things.
+    """
+    found = [turn[key] for key in REASONING if is_held(turn.get(key)) and turn[key] is not False]
+    if not found:
+        return ""
+    if not isinstance(found[0], str) or any(other != found[0] for other in found):
+        raise Unusable(BAD_REASONING, f"it is {found[0]!r:.60}")
+    return found[0]
+
+
+def is_switched_on(turn: Record) -> bool:
+    """Tell whether an assistant's turn is to be trained.
+
+    Raises:
+        Unusable: a switch is neither on nor off.
+    """
+    is_on = True
+    for key in SWITCHES:
+        value = turn.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise Unusable(BAD_SWITCH, f"{key} is {value!r:.40}")
+        is_on = is_on and bool(value)
+    return is_on
+
+
+def fields_of(turn: Record, role: str, is_row: bool) -> str:
+    """Return as JSON what templates read of a turn beside role and content; empty without any.
+
+    That are an assistant's tool calls, and what a tool's turn answers. `is_row` says that a table
+    may have put nulls where a call had no such argument.
+
+    Raises:
+        Unusable: calls have no form that is known.
+    """
+    found: Record = {}
+    if role == "assistant" and (calls := _calls(turn)):
+        found["tool_calls"] = _without_nulls(calls) if is_row else calls
+    if role == "tool":
+        found = {key: turn[key] for key in OF_TOOLS if isinstance(turn.get(key), str) and turn[key]}
+    return json.dumps(found, ensure_ascii=False) if found else ""
+
+
+def has_calls(turn: Record) -> bool:
+    """Does a turn call tools, in any form?"""
+    return any(is_held(turn.get(key)) for key in CALLS)
+
+
+def _calls(turn: Record) -> list[Record]:
+    if not has_calls(turn):
+        return []
+    value = decoded(turn.get("tool_calls"))
+    if not is_held(value):
+        value = [decoded(turn.get("function_call"))]
+    if not isinstance(value, list):
+        raise Unusable(BAD_CALLS, f"they are {value!r:.60}")
+    return [_call(item) for item in value]
+
+
+def _call(item: Any) -> Record:
+    call = decoded(item)
+    inner = call.get("function") if isinstance(call, dict) else None
+    function = inner if isinstance(inner, dict) else call
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name:
+        raise Unusable(BAD_CALLS, f"one is {item!r:.60}")
+    arguments = function.get("arguments", function.get("parameters"))
+    # Templates write arguments as JSON: as a text, they would be quoted once more.
+    known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    function = {"name": name, "arguments": decoded({} if arguments is None else arguments)}
+    return {**known, "type": "function", "function": function}
+
+
+def tools_of(record: Record, is_row: bool = False) -> str:
+    """Return as a JSON list what could be called, as templates take it; empty without any.
+
+    Raises:
+        Unusable: it has no form that is known.
+    """
+    found = [value for key in TOOLS if is_held(value := decoded(record.get(key)))]
+    if not found:
+        return ""
+    if any(other != found[0] for other in found):
+        raise Unusable(BAD_TOOLS, "tools and functions differ")
+    tools = [_tool(item) for item in (found[0] if isinstance(found[0], list) else found[:1])]
+    return json.dumps(_without_nulls(tools) if is_row else tools, ensure_ascii=False)
+
+
+def _tool(item: Any) -> Record:
+    tool = decoded(item)
+    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        return tool
+    if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
+        raise Unusable(BAD_TOOLS, f"one is {item!r:.60}")
+    return {"type": "function", "function": tool}
+
+
+def decoded(value: Any) -> Any:
+    """Decode a list or an object that stands in a text as JSON."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            inner = json.loads(value, strict=False)
+        except (ValueError, RecursionError):
+            return value
+        return inner if isinstance(inner, list | dict) else value
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,144 @@
+"""What stands beside roles and texts: read, or the record is dropped for a named reason."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medusa_exp.data import read_conversations
+from medusa_exp.data.parsing import ChatParser
+
+ASK = {"role": "user", "content": "2+2?"}
+REPLY = {"role": "assistant", "content": "4"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+def parse(record):
+    """Read a record as a line and as a row, which must be the same."""
+    line = ChatParser().parse(json.dumps(record).encode())
+    row = ChatParser().parse(record)
+    if isinstance(line, str):
+        assert line == row
+        return line
+    assert (line.messages, line.tools) == (row.messages, row.tools)
+    return line
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        REPLY | {"reasoning_content": "Hm."},
+        REPLY | {"thinking": "Hm."},
+        REPLY | {"reasoning": "Hm.", "reasoning_content": None},
+        REPLY
+        | {"content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "4"}]},
+        {"from": "gpt", "value": "4", "reasoning_content": "Hm."},
+    ],
+)
+def test_reasoning(reply):
+    found = parse({"messages": [ASK, reply]}).messages[1]
+    assert (found.content, found.reasoning) == ("4", "Hm.")
+
+
+@pytest.mark.parametrize(
+    ("beside", "is_trained"),
+    [
+        ({"weight": 0}, False),
+        ({"weight": 1.0}, True),
+        ({"train": False}, False),
+        ({"loss": True}, True),
+        ({"loss": None, "train": None}, True),
+    ],
+)
+def test_switches_of_turns(beside, is_trained):
+    found = parse({"messages": [ASK, REPLY | beside, ASK | beside, REPLY]})
+    assert [m.is_trained for m in found.messages] == [True, is_trained, True, True]
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": [CALL]},
+        {"tool_calls": [{"function": {"name": "add", "arguments": '{"x": 2}'}}]},
+        {"tool_calls": json.dumps([{"name": "add", "arguments": {"x": 2}}])},
+        {"function_call": {"name": "add", "arguments": '{"x": 2}'}},
+    ],
+)
+@pytest.mark.parametrize("said", [{}, {"content": None}, {"content": ""}])
+def test_calls(calls, said):
+    answer = {"role": "tool", "content": "4", "tool_call_id": "c1", "name": "add"}
+    found = parse({"messages": [ASK, {"role": "assistant", **said, **calls}, answer, REPLY]})
+    assert json.loads(found.messages[1].fields) == {"tool_calls": [CALL]}
+    assert found.messages[1].content == ""
+    assert json.loads(found.messages[2].fields) == {"tool_call_id": "c1", "name": "add"}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tools": [TOOL]},
+        {"tools": json.dumps([TOOL])},
+        {"tools": [json.dumps(TOOL)]},
+        {"tools": [TOOL["function"]]},
+        {"functions": [TOOL["function"]], "tools": "[]"},
+    ],
+)
+def test_tools_beside_messages(beside):
+    record = {"messages": [ASK, REPLY], **beside}
+    assert json.loads(parse(record).tools) == [TOOL]
+    assert json.loads(parse({"custom_id": "r", "body": record}).tools) == [TOOL]
+    assert json.loads(parse({"prompt": "2+2?", "completion": "4", **beside}).tools) == [TOOL]
+
+
+@pytest.mark.parametrize("empty", [None, "", [], "[]", {}])
+def test_what_is_empty_is_not_there(empty):
+    found = parse(
+        {"messages": [ASK, REPLY | {"tool_calls": empty}], "tools": empty, "images": empty}
+    )
+    assert (found.tools, found.messages[1].fields) == ("", "")
+
+
+@pytest.mark.parametrize("key", ["system_prompt", "system_message", "system"])
+def test_a_system_prompt_in_its_own_column(key):
+    found = parse({"messages": [ASK, REPLY], key: "Be brief."})
+    assert [m.role for m in found.messages] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"images": ["a.png"]}, "a picture, a sound or a video"),
+        ({"image": "a.png"}, "a picture, a sound or a video"),
+        ({"messages": [ASK | {"audio": {"id": "x"}}, REPLY]}, "a picture, a sound or a video"),
+        ({"tools": "search"}, "tools in an unknown form"),
+        ({"tools": [3]}, "tools in an unknown form"),
+        ({"messages": [ASK, REPLY | {"thinking": 3}]}, "reasoning that is not one text"),
+        (
+            {"messages": [ASK, REPLY | {"thinking": "a", "reasoning": "b"}]},
+            "reasoning that is not one text",
+        ),
+        (
+            {"messages": [ASK, REPLY | {"weight": 0.5}]},
+            "a turn's switch of training that is neither 0 nor 1",
+        ),
+    ],
+)
+def test_reasons(record, reason):
+    assert parse({"messages": [ASK, REPLY], **record}) == reason
+
+
+def test_rows_of_a_table(tmp_path):
+    """Nulls that stand for what a row does not have are no arguments; a picture is seen unread."""
+    calls = [{"function": {"name": name, "arguments": {name: 1}}} for name in ("a", "b")]
+    turns = [[ASK, {"role": "assistant", "tool_calls": [call]}] for call in calls]
+    pictures = [None, [], [{"bytes": b"x" * 100, "path": "a.png"}]]
+    rows = [{"messages": turn, "topic": "t"} for turn in (*turns, turns[0])]
+    rows = [row | {"images": picture} for row, picture in zip(rows, pictures, strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    reading = read_conversations(tmp_path / "a.parquet")
+    found = [json.loads(chat.messages[1].fields)["tool_calls"] for chat in reading]
+    assert [call["function"]["arguments"] for [call] in found] == [{"a": 1}, {"b": 1}]
+    assert reading.dropped == {"a picture, a sound or a video": 1}
+    assert reading.unused == {"topic": 2} and reading.num_looked_at == 2
