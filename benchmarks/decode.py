@@ -22,7 +22,7 @@ from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.evaluate.methods import Method, build_methods, timed
 from medusa_exp.evaluate.near_ties import find_difference
-from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
+from medusa_exp.evaluate.step_profile import BACKBONES, profile
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.loss import medusa_loss, medusa_losses
 from medusa_exp.model.targets import TokenTargets
@@ -210,7 +210,7 @@ def speed(run: Run) -> list[Row]:
     fixed_best = max(others["chain"], others["medusa_63"])
     sample = run.prompts[:8]
     decoder.tree = trees["calibrated"]
-    shares = shares_of_time(decoder, sample)
+    shares = profile(decoder, sample)[0].shares()
     share = 1 - sum(shares[part] for part in BACKBONES)
     return [
         Row(

@@ -63,13 +63,18 @@ def test_each_part_is_given_its_own_time_and_no_other(
     responses = [decoder.decode([prompt])[0] for prompt in PROMPTS]
     num_steps = sum(len(response.accept_lengths) - 1 for response in responses)
     called = dict(calls)
+    plain_responses = [decoder.decode_plain([prompt])[0] for prompt in PROMPTS]
+    num_plain = sum(len(response.accept_lengths) - 1 for response in plain_responses)
+    called_by_both = dict(calls)
     calls.update(dict.fromkeys(calls, 0))
 
-    shares = step_profile.shares_of_time(decoder, PROMPTS)
+    tree, plain = step_profile.profile(decoder, PROMPTS)
 
     rounds = 2 if has_fixed_shapes else 1  # with fixed shapes the first is for captures
-    assert calls == {name: rounds * count for name, count in called.items()}
-    assert calls["Verifier"] == calls["StackedHeads"] == rounds * num_steps
+    assert calls == {name: rounds * count for name, count in called_by_both.items()}
+    assert calls["StackedHeads"] == rounds * num_steps
+    assert called["Verifier"] == num_steps
+    shares = tree.shares()
     expected = {
         "prompt": 40.0 * len(PROMPTS),
         "backbone": 40.0 * num_steps,
@@ -84,6 +89,15 @@ def test_each_part_is_given_its_own_time_and_no_other(
     assert shares == pytest.approx({part: time / total for part, time in expected.items()})
     assert bool(called["PrefixAttention"]) == prefix_attention
     assert [len(response.tokens) for response in responses] == [20, 20]
+    assert (tree.prompts, tree.tokens, tree.steps) == (2, 40, num_steps + 2)
+    assert (plain.prompts, plain.tokens, plain.steps) == (2, 40, 40)
+    of_a_step = {"backbone": 40.0, "mask": 2.0, "verification": 5.0, "cache": 1.0}
+    of_a_step["heads"] = 10.0 if prefix_attention else 7.0
+    assert tree.of_a_step() == pytest.approx({"prompt": 0.0, "rest": 0.0, **of_a_step})
+    of_plain = {"backbone": 40.0, "heads": 0.0, "mask": 2.0, "cache": 1.0}
+    verified = 5.0 * (called_by_both["Verifier"] - called["Verifier"]) / num_plain
+    expected_plain = {"prompt": 0.0, "rest": 0.0, "verification": verified, **of_plain}
+    assert plain.of_a_step() == pytest.approx(expected_plain)
 
 
 def test_a_captured_step_is_timed_by_the_events_captured_with_it(monkeypatch):
@@ -139,21 +153,27 @@ def test_where_events_cannot_be_captured_steps_run_op_by_op(backbone, monkeypatc
     decoder = Decoder(backbone, build_heads(backbone, num_heads=2), chain(2), limits=Limits(8))
     tried = []
 
-    def shares(decoder, prompts, uses_fixed_shapes):
+    def shares(decoder, prompts, seconds, uses_fixed_shapes):
         tried.append(uses_fixed_shapes)
         if uses_fixed_shapes:
             raise RuntimeError("no events here")
         return {"rest": 1.0}
 
-    monkeypatch.setattr(step_profile, "_shares", shares)
+    monkeypatch.setattr(step_profile, "_profile", shares)
     monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
     decoder.uses_fixed_shapes = True
-    assert step_profile.shares_of_time(decoder, PROMPTS) == {"rest": 1.0}
+    assert step_profile.profile(decoder, PROMPTS) == {"rest": 1.0}
     assert tried == [True, False]
     assert "timed op by op, not captured (no events here)" in caplog.text
 
 
 def test_the_decoder_itself_is_not_observed(backbone):
     decoder = Decoder(backbone, build_heads(backbone, num_heads=2), chain(2), limits=Limits(8))
-    step_profile.shares_of_time(decoder, PROMPTS)
+    step_profile.profile(decoder, PROMPTS)
     assert decoder.observer is UNOBSERVED
+
+
+def test_no_prompt_is_begun_when_time_is_over(backbone, calls):
+    decoder = Decoder(backbone, build_heads(backbone, num_heads=2), chain(2), limits=Limits(8))
+    tree, plain = step_profile.profile(decoder, PROMPTS, seconds=1.0)
+    assert (tree.prompts, plain.prompts) == (1, 1)

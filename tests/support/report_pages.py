@@ -75,6 +75,35 @@ RECORDS = [
     for i in range(5)
     for method, size, identical in KINDS
 ]
+WHY = {
+    "waterfalls": [
+        {
+            "batch_size": 1,
+            "ideal": 2.5,
+            "measured": 1.62,
+            "parts": [
+                {"name": "acceptance", "times": 0.36, "share": 0.144},
+                {"name": "heads", "times": 0.57, "share": 0.228},
+                {"name": "unexplained", "times": -0.05, "share": -0.02},
+            ],
+        },
+        {
+            "batch_size": 8,
+            "ideal": 2.5,
+            "measured": 0.9,
+            "parts": [
+                {"name": "acceptance", "times": 0.3, "share": 0.12},
+                {"name": "heads", "times": 0.5, "share": 0.2},
+                {"name": "unexplained", "times": -0.04, "share": -0.016},
+                {"name": "batch", "times": 0.84, "share": 0.336},
+            ],
+        },
+    ],
+    "advice": ["The heads take 31% of a step: take head=medusa_tied.", "Speculate <b>less</b>."],
+    "validation": 2.5,
+    "when": "From 7 prompts at a time on, plain decoding is faster.",
+    "schedule": [[1, 6, 4], [7, 8, 0]],
+}
 FILES = {
     "metrics.json": METRICS,
     "run.json": RUN,
@@ -83,6 +112,7 @@ FILES = {
     "history.jsonl": HISTORY,
     "records.jsonl": RECORDS,
     "samples.jsonl": SAMPLES,
+    "why.json": WHY,
 }
 
 JOBS = [

@@ -12,6 +12,7 @@ from report_pages import (
     RECORDS,
     RUN,
     SAMPLES,
+    WHY,
     Page,
     page_of,
     write_run,
@@ -31,7 +32,7 @@ def test_full_run_shows_its_figures(tmp_path):
     assert "8f3c1d0, with uncommitted changes" in page.text
     assert "ValueError: no" in page.text
     assert "yet:" not in page.text
-    assert len(page.specs) == 10  # one each, but three of the calibration and two curves
+    assert len(page.specs) == 11  # one each, but three of the calibration and two curves
 
 
 def test_page_is_one_small_file_that_loads_nothing(tmp_path):
@@ -169,10 +170,37 @@ def test_methods_batches_and_depths_have_tables(tmp_path):
 
 
 def test_parts_of_a_step_stand_in_the_order_of_their_time(tmp_path):
-    text = page_of(write_run(tmp_path)).text
+    _, _, text = page_of(write_run(tmp_path)).text.partition("Each part is timed by")
     assert 0 < text.index("backbone, on trees") < text.index("heads and drafting")
     assert "83.1" in text
     assert "16.9" in text
+
+
+def test_what_is_lost_goes_down_from_the_ideal_to_the_speed_up(tmp_path):
+    page = page_of(write_run(tmp_path))
+    assert "heads and drafting -0.57\u00d7-22.8 %-0.50\u00d7-20.0 %" in page.text
+    assert "several prompts at a time -0.84\u00d7-33.6 %" in page.text
+    assert "head=medusa_tied" in page.text and "<b>less" in page.text
+    assert "From 7 prompts at a time on" in page.text and "[[1, 6, 4], [7, 8, 0]]" in page.text
+    [drawn] = [spec for spec in page.specs if '"kind": "lost"' in json.dumps(spec)]
+    [bars] = [rows for rows in _values(drawn) if "start" in rows[0]]
+    assert [bar["kind"] for bar in bars] == ["speed-up", "lost", "lost", "gained", "speed-up"]
+    assert bars[-2]["end"] == pytest.approx(bars[-1]["end"])  # of the smallest batch
+    assert [bar["start"] for bar in bars[1:-1]] == [bar["end"] for bar in bars[:-2]]
+
+
+def test_where_no_step_was_taken_only_the_batch_size_is_said(tmp_path):
+    why = {**WHY, "waterfalls": [], "advice": [], "schedule": None}
+    text = page_of(write_run(tmp_path, why__json=why)).text
+    assert "From 7 prompts at a time on" in text and "heads and drafting -" not in text
+
+
+def _values(spec: dict) -> list[list[dict]]:
+    """Return the rows of data that stand anywhere in a chart."""
+    inner = [value for value in spec.values() if isinstance(value, dict)]
+    inner += [item for value in spec.values() if isinstance(value, list) for item in value]
+    found = [spec["values"]] if isinstance(spec.get("values"), list) else []
+    return found + [rows for one in inner if isinstance(one, dict) for rows in _values(one)]
 
 
 def test_near_ties_are_not_called_other_texts(tmp_path):

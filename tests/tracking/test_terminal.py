@@ -1,6 +1,8 @@
+import json
 from pathlib import Path
 
 import pytest
+from report_pages import WHY
 
 from medusa_exp.config import Config
 from medusa_exp.runs.record import RunRecord
@@ -54,3 +56,17 @@ def test_no_report_of_an_earlier_call_is_offered_as_this_one(
     record.run["stages"][stage] = {"seconds": 1.0}
     print_summary(record)
     assert capsys.readouterr().out.rstrip().endswith(said)
+
+
+def test_why_it_is_not_more_is_said_after_an_evaluation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "140")
+    (tmp_path / "why.json").write_text(json.dumps(WHY))
+    for stages in (["evaluate", "report"], ["train"]):
+        record = RunRecord(tmp_path, Config(name="x", stages=stages, device="cpu"), [])
+        record.run["stages"] |= {stage: {"seconds": 1.0} for stage in stages}
+        print_summary(record)
+    said = capsys.readouterr().out
+    assert said.count("why not more?") == said.count("heads and drafting") == 1
+    assert "-0.57x  -23%" in said and "+0.05x   +2%" in said and "-0.84x  -34%" in said
+    assert "2.50x  100 %" in said and "1.62x" in said and "host" not in said
+    assert "take head=medusa_tied." in said and "From 7 prompts at a time on" in said

@@ -271,17 +271,10 @@ class Decoder:
         With fixed shapes a step is that of a tree which is only a root, captured like any other.
         `seed` is as for `steps`.
         """
-        rule = rule or self.rule
 
         def decode(places: list[int]) -> list[Response]:
             responses = Responses(len(places), limits or self.limits)
-            some = [prompts[place] for place in places]
-            if self.uses_fixed_shapes:
-                steps = self.steps(some, responses, self.root_only(), rule, seed)
-            else:
-                drawn = rule if seed is None else replace(rule, seed=seed)
-                steps = plain_steps(self.backbone, some, responses, drawn)
-            for _ in steps:
+            for _ in self.plain_steps([prompts[place] for place in places], responses, rule, seed):
                 pass
             return responses.rows
 
@@ -326,6 +319,25 @@ class Decoder:
         if seed is not None:
             step.verifier.restart(seed)
         yield from tree_steps(step, prompts, responses, last)
+
+    def plain_steps(
+        self,
+        prompts: list[list[int]],
+        responses: Responses,
+        rule: AcceptanceRule | None = None,
+        seed: int | None = None,
+    ) -> Iterator[list[list[int]]]:
+        """Yield what `steps` does, without heads: the steps of `decode_plain`.
+
+        Raises:
+            UserError: a prompt is empty or leaves no room for a response.
+        """
+        rule = rule or self.rule
+        if self.uses_fixed_shapes:
+            yield from self.steps(prompts, responses, self.root_only(), rule, seed)
+            return
+        drawn = rule if seed is None else replace(rule, seed=seed)
+        yield from plain_steps(self.backbone, prompts, responses, drawn, self.observer)
 
     def slots(
         self,

@@ -140,6 +140,7 @@ def plain_steps(
     prompts: list[list[int]],
     responses: Responses,
     rule: AcceptanceRule = GREEDY,
+    observer: Observer = UNOBSERVED,
 ) -> Iterator[list[list[int]]]:
     """Yield the tokens that each step adds to each row, without heads.
 
@@ -149,28 +150,33 @@ def plain_steps(
     length, last = find_room(backbone, prompts, responses.limits)
     if is_recurrent(backbone):
         root_only = FixedTreeDrafter(nn.Identity(), chain(0), backbone.device)
-        yield from tree_steps(ChainStep(backbone, root_only, rule), prompts, responses, last)
+        step = ChainStep(backbone, root_only, rule, observer)
+        yield from tree_steps(step, prompts, responses, last)
         return
     cache = GrowingCache(backbone.num_layers, length + 1, len(prompts))
     mask = StepMask(backbone.model, length + 1)
     verifier = Verifier(rule, backbone.device)
     one_111 = torch.ones(1, 1, 1, dtype=torch.bool, device=backbone.device)
     depth_11 = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
-    logits_B1V, _ = prefill(backbone, prompts, cache)
+    part = observer.part
+    logits_B1V, _ = prefill(backbone, prompts, cache, observer)
     while responses.active:
-        token_B = verifier.next_token(logits_B1V)
+        with part("verification"):
+            token_B = verifier.next_token(logits_B1V)
         yield responses.commit([[token] for token in token_B.tolist()])
         if len(responses.kept) < len(token_B) and responses.kept:
             cache.keep_rows(responses.kept)
             token_B = token_B[torch.tensor(responses.kept, device=token_B.device)]
         if responses.active:
-            logits_B1V, _ = backbone.forward(
-                token_B[:, None],
-                cache,
-                mask=mask.at(cache.lengths, one_111, depth_11),
-                position_ids_BN=positions(cache.lengths, depth_11, last),
-            )
-            cache.commit([[0]] * len(token_B))
+            with part("mask"):
+                of_step = mask.at(cache.lengths, one_111, depth_11)
+            position_B1 = positions(cache.lengths, depth_11, last)
+            with part("backbone"):
+                logits_B1V, _ = backbone.forward(
+                    token_B[:, None], cache, mask=of_step, position_ids_BN=position_B1
+                )
+            with part("cache"):
+                cache.commit([[0]] * len(token_B))
 
 
 @torch.inference_mode()

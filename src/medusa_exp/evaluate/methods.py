@@ -9,7 +9,7 @@ All of them stop at the same tokens, and tokens are counted from ids.
 import logging
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,8 @@ class MethodResponse:
     """Forward calls of the model, the prompt's included."""
     accept_lengths: list[int] | None
     """Tokens committed at each step, where that can be seen."""
+    prompt_seconds: float | None = field(default=None, compare=False)
+    """Until the first token, where that can be seen; of many prompts, as `seconds`."""
     seconds: float | None = None
     """Of many prompts answered side by side: this one's share of each step, and of its prompt's.
     The shares of all add up to the time that they took."""
@@ -195,4 +197,9 @@ def timed(
 
 
 def _responses(rows: list[Response]) -> list[MethodResponse]:
-    return [MethodResponse(row.tokens, len(row.accept_lengths), row.accept_lengths) for row in rows]
+    return [
+        MethodResponse(
+            row.tokens, len(row.accept_lengths), row.accept_lengths, sum(row.step_seconds[:1])
+        )
+        for row in rows
+    ]

@@ -1,5 +1,6 @@
 """Metrics of an evaluation, made from the records of its prompts and methods."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,11 +78,28 @@ def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, f
     values = np.add.reduceat(values, range(0, len(values), records[0]["batch_size"]))
     if len(values) < 2:
         return None
-    rng = np.random.default_rng(0)
-    picked = rng.integers(0, len(values), (draws, len(values)))
-    ours, seconds, plain, plain_seconds = values[picked].sum(1).T
+    ours, seconds, plain, plain_seconds = _drawn_sums(values, draws)
     low, high = np.quantile((ours / seconds) / (plain / plain_seconds), (0.025, 0.975))
     return float(low), float(high)
+
+
+def most_tokens_per_step(records: list[Record], draws: int = 2000) -> float:
+    """Return the upper end of the 95 % bootstrap interval of tokens per step, over prompts.
+
+    Of a single prompt it is infinite: it says nothing of how others would do.
+    """
+    if len(records) < 2:
+        return math.inf
+    values = np.array([[float(record["new_tokens"]), record["steps"]] for record in records])
+    tokens, steps = _drawn_sums(values, draws)
+    return float(np.quantile(tokens / steps, 0.975))
+
+
+def _drawn_sums(values: np.ndarray, draws: int) -> np.ndarray:
+    """Return [columns, draws]: each column's sum, for each draw of as many rows with repeats."""
+    rng = np.random.default_rng(0)
+    picked = rng.integers(0, len(values), (draws, len(values)))
+    return np.asarray(values[picked].sum(1).T)
 
 
 def accepted_by_depth(records: list[Record]) -> dict[str, float]:

@@ -13,7 +13,13 @@ from typing import Literal
 
 from medusa_exp.errors import UserError
 
-_STAGES = {"val": "train", "eval": "evaluate", "data": "inspect", "doctor": "inspect"}
+_STAGES = {
+    "val": "train",
+    "eval": "evaluate",
+    "why": "evaluate",
+    "data": "inspect",
+    "doctor": "inspect",
+}
 """First word of a name -> the stage that measures it, where it is not that stage's own name."""
 _FIELDS = {
     "head": r"\d+",
@@ -81,6 +87,18 @@ PARTS_OF_TIME = {
 }
 """NAME of each `eval/time/NAME`, which `evaluate/step_profile.py` measures, and what it is called;
 in the order in which they come up. The rest is Python between them."""
+PARTS_OF_LOSS = {
+    "acceptance": "acceptance, from validation to decoding",
+    "prompt": "prompts, which are not sped up",
+    "heads": "heads and drafting",
+    "width": "backbone over a tree instead of one token",
+    "verification": "verification, and keeping what is accepted",
+    "host": "host and launches between these",
+    "unexplained": "not explained",
+    "batch": "several prompts at a time",
+}
+"""NAME of each `why/NAME`, which `evaluate/waterfall.py` finds, and what it is called; in the order
+in which the report goes down."""
 _ratio = partial(Metric, better="larger", unit="x", is_timed=True)
 _rate = partial(Metric, better="larger", digits=0, is_timed=True)
 _share = partial(Metric, better="larger", unit="share", digits=1)
@@ -149,6 +167,33 @@ METRICS = (
             is_timed=True,
         )
         for part, what in PARTS_OF_TIME.items()
+    ),
+    _tokens(
+        "why/ideal",
+        "speed-up if a step over the tree cost what a plain one costs: tokens per step",
+        is_timed=True,
+    ),
+    _share("why/kept", "share of why/ideal that was measured as speed-up", is_timed=True),
+    *(
+        _share(f"why/{part}", f"share of why/ideal lost: {what}", better="smaller", is_timed=True)
+        for part, what in PARTS_OF_LOSS.items()
+    ),
+    _ratio(
+        "why/break_even_batch_size",
+        "prompts at a time from which on plain decoding is faster",
+        unit="",
+        digits=1,
+        is_headline=True,
+    ),
+    _share("why/b{batch_size}/kept", "the same at a batch size", is_timed=True),
+    *(
+        _share(
+            f"why/b{{batch_size}}/{part}",
+            f"the same at a batch size: {what}",
+            better="smaller",
+            is_timed=True,
+        )
+        for part, what in PARTS_OF_LOSS.items()
     ),
     _count("eval/num_nodes", "nodes of the tree", is_timed=True, is_headline=True, column="nodes"),
     _share("eval/accepted_depth{depth}", "steps that accept a draft token of this depth"),

@@ -163,14 +163,27 @@ def examine(
     """
     agreement = measure_agreement(backbone, examples, "reading replies")
     findings = [
-        _vocabulary(backbone, tokenizer),
-        _prompt(conversations, rows, tokenizer),
-        _bos(rows, tokenizer),
-        _eos(rows, tokenizer, stop_ids_of(config, backbone, tokenizer)),
+        *examine_text(config, backbone, tokenizer, conversations, rows),
         *(Finding("chat template", False, f"{note}.") for note in notes),
         _own_words(agreement),
     ]
     return findings, agreement
+
+
+def examine_text(
+    config: Config,
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    rows: Sequence[Row],
+) -> list[Finding]:
+    """Look at tokens alone: no model reads them. See `examine`."""
+    return [
+        _vocabulary(backbone, tokenizer),
+        _prompt(conversations, rows, tokenizer),
+        _bos(rows, tokenizer),
+        _eos(rows, tokenizer, stop_ids_of(config, backbone, tokenizer)),
+    ]
 
 
 def _vocabulary(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> Finding:

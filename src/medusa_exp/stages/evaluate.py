@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Method, MethodResponse, build_methods, timed
 from medusa_exp.evaluate.metrics import Record, summarize
 from medusa_exp.evaluate.near_ties import find_difference
-from medusa_exp.evaluate.step_profile import BACKBONES, shares_of_time
+from medusa_exp.evaluate.step_profile import BACKBONES, Profile, profile
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, StackedHeads, advice_on_cost
 from medusa_exp.model.scoring import measure_agreement
@@ -45,13 +45,16 @@ from medusa_exp.runs.files import write_jsonl
 from medusa_exp.runs.progress import track
 from medusa_exp.stages.engines import check_servers, measure_servers
 from medusa_exp.stages.session import Session
+from medusa_exp.stages.why import Measured, explain
+from medusa_exp.tree import Tree
 
 log = logging.getLogger(__name__)
 
 _MAX_SAMPLES = 12
-_TIMED_PROMPTS = 8
-"""Prompts on which it is measured where time goes."""
+_TIMED_PROMPTS, _TIMED_SECONDS = 8, 10.0
+"""Prompts on which it is measured where time goes, and after how long no further one is taken."""
 
+T = TypeVar("T")
 Timed = tuple[list[MethodResponse], float]
 """Responses to a batch, and the seconds they took together."""
 Respond = Callable[[list[int]], list[int]]
@@ -75,9 +78,8 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         check_servers(session, decoder, prompts)
     records: list[Record] = []
     samples: list[dict[str, Any]] = []
-    shares: dict[str, float] = {}
+    first: tuple[Tree, Profile, Profile] | None = None
     plain: list[list[int]] = []
-    num_nodes = 0
     for batch_size in sorted(config.evaluate.batch_sizes):
         decoder.tree = tree = session.tree(decoder, batch_size)
         decoder.rule = session.rule(batch_size)
@@ -91,11 +93,10 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         _warm_up(methods, prompts, num_warm, batch_size)
         if num_warm and batch_size == 1 and decoder.uses_fixed_shapes:
             _warm_up(methods, of_each_size(prompts, decoder.limits.max_new_tokens), 9, 1)
-        if not shares:
+        if first is None:
             tree.save(out / "tree.json")
-            num_nodes = tree.num_checked
-            timed_prompts = [prompt.input_ids for prompt in prompts[:_TIMED_PROMPTS]]
-            shares = shares_of_time(decoder, timed_prompts)
+            timed_prompts = [prompt.input_ids for prompt in _spread(prompts, _TIMED_PROMPTS)]
+            first = tree, *profile(decoder, timed_prompts, seconds=_TIMED_SECONDS)
         for batch, responses in _responses(config, methods, prompts, batch_size, backbone):
             records += records_of(
                 batch, responses, batch_size, config.decode.rule, backbone, tree.num_checked
@@ -108,6 +109,9 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
                     samples.append(sample_of(*shown, tokenizer))
     write_jsonl(out / "records.jsonl", records)
     write_jsonl(out / "samples.jsonl", samples)
+    assert first is not None  # there is a batch size
+    measured = Measured(records, *first)
+    shares = measured.over_tree.shares()
     _advise(decoder, shares)
     served: dict[str, float] = {}
     if config.evaluate.server is not None:
@@ -115,11 +119,12 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     return {
         **summarize(records),
         **served,
-        "eval/num_nodes": float(num_nodes),
+        "eval/num_nodes": float(measured.tree.num_checked),
         **{f"eval/time/{part}": share for part, share in shares.items()},
         "eval/outside_backbone_fraction": 1 - sum(shares[part] for part in BACKBONES),
         "eval/is_lossless": float(config.decode.rule != "typical"),
         **_agreement(session, backbone, tokenizer),
+        **explain(session, decoder, tokenizer, measured),
     }
 
 
@@ -211,7 +216,7 @@ def load_prompts(
     if not path.exists():
         raise UserError(f"evaluate.path={path} does not exist.")
     if path.is_file() and is_question_file(path):
-        questions = _spread(read_questions(path), count)
+        questions = _spread_questions(read_questions(path), count)
         room = max_positions - config.decode.max_new_tokens
         return _of_questions(questions, tokenizer, room, respond, has_room)
     reading = read_conversations(path, **reading_options(config.dataset))
@@ -228,11 +233,16 @@ def load_prompts(
             log.warning("evaluate.path: dropped: %s: %d", reason, number)
 
 
-def _spread(questions: list[Question], num_prompts: int) -> list[Question]:
+def _spread_questions(questions: list[Question], num_prompts: int) -> list[Question]:
     """Return evenly spread questions of so many turns in all: such files are sorted by category."""
     turns = np.mean([len(question.turns) for question in questions])
-    count = min(len(questions), max(1, round(num_prompts / turns)))
-    return [questions[i] for i in np.linspace(0, len(questions) - 1, count).round().astype(int)]
+    return _spread(questions, max(1, round(num_prompts / turns)))
+
+
+def _spread(things: list[T], number: int) -> list[T]:
+    """Return so many of them, or as many as there are, evenly spread."""
+    count = min(len(things), number)
+    return [things[i] for i in np.linspace(0, len(things) - 1, count).round().astype(int)]
 
 
 def _of_questions(
@@ -329,6 +339,7 @@ def records_of(
                 "steps": response.num_steps,
                 "accept_lengths": response.accept_lengths,
                 "seconds": share,
+                "prompt_seconds": response.prompt_seconds,
                 "baseline_seconds": plain_share,
                 "baseline_new_tokens": len(expected.tokens),
                 "identical": None if is_random else response.tokens == expected.tokens,

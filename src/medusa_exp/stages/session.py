@@ -265,7 +265,7 @@ class Session:
         if not config.backbone_identity:
             importing.check_origin(heads, backbone, place)
             self._try_heads("imported heads", heads, backbone, tokenizer)
-        elif _has_other_weights(config, backbone) and match != "any":
+        elif has_other_weights(config, backbone) and match != "any":
             message = (
                 f"the heads in {place} were trained for other weights of {config.backbone} than "
                 f"{backbone.name} has: a fine-tune of it, or one with adapters merged"
@@ -322,7 +322,7 @@ class Session:
         return choose_tree(settings, self.out, decoder.heads.num_heads, batch_size)
 
 
-def _has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:
+def has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:
     """Say whether heads name other weights than these; of some models that cannot be told."""
     is_comparable = config.backbone_weights and not getattr(backbone.model, "is_quantized", False)
     if not is_comparable or backbone.is_adapted:  # adapted together with the heads

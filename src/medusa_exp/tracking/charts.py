@@ -40,6 +40,39 @@ def category_chart(rows: Sequence[Row]) -> Spec:
     return spec_of(gaps + dots + _reference(x=1), height=30 * max(len(rows), 2))
 
 
+def waterfall_chart(rows: Sequence[tuple[str, float | None, bool]]) -> Spec:
+    """Draw bars from a first value to a last one, each beginning where the one before it ends.
+
+    `rows` are (title, value, whether it is a part: a difference); None draws nothing. The first and
+    the last are no parts, and begin at 0.
+    """
+    bars: list[Row] = []
+    end = 0.0
+    for title, value, is_part in rows:
+        if value is None:
+            continue
+        start, end = (end, end + value) if is_part else (0.0, value)
+        kind = ("lost" if value < 0 else "gained") if is_part else "speed-up"
+        text = f"{value:+.2f}" if is_part else f"{value:.2f}"
+        bars.append({"part": title, "start": start, "end": end, "kind": kind, "text": text})
+    kinds = ["speed-up", "lost", "gained"]
+    base = alt.Chart(inline_data(bars)).encode(
+        y=alt.Y("part:N", title=None, sort=None, axis=alt.Axis(labelLimit=320)),
+        tooltip=["part:N", alt.Tooltip("text:N", title="speed-up")],
+    )
+    marks = base.mark_bar(cornerRadius=2).encode(
+        x=alt.X("start:Q", title="speed-up", axis=alt.Axis(tickCount=6)),
+        x2="end:Q",
+        color=alt.Color("kind:N", title=None, scale=alt.Scale(domain=kinds)),
+    )
+    labels = (
+        base.mark_text(align="left", dx=4)
+        .encode(x=alt.X("right:Q"), text="text:N")
+        .transform_calculate(right="max(datum.start, datum.end)")
+    )
+    return spec_of(marks + labels, height=30 * len(bars))
+
+
 def accuracy_chart(rows: Sequence[Row]) -> Spec:
     """Draw a bar for every row of `head`, `kind` ("top-1", "top-5") and `share` (0..1)."""
     base = alt.Chart(inline_data(rows)).encode(

@@ -20,7 +20,13 @@ import vl_convert
 
 from medusa_exp.config.privacy import by_name, shareable, shell_command
 from medusa_exp.runs.files import publish, read_json, read_jsonl
-from medusa_exp.runs.metric_table import METRICS, PARTS_OF_TIME, Metric, metric_of
+from medusa_exp.runs.metric_table import (
+    METRICS,
+    PARTS_OF_LOSS,
+    PARTS_OF_TIME,
+    Metric,
+    metric_of,
+)
 from medusa_exp.tracking import charts
 from medusa_exp.tracking.charts import MEASURES, Row
 
@@ -54,6 +60,7 @@ def _content(run_dir: Path) -> Row:
         "m": metrics,
         "headline": headline(metrics, records),
         "samples": read_jsonl(run_dir / "samples.jsonl"),
+        "why": why(read_json(run_dir / "why.json")),
         "methods": methods(metrics, all_records),
         "served": served(metrics, read_json(run_dir / "serving.json", {})),
         "categories": categories(metrics, records),
@@ -127,6 +134,46 @@ def of_smallest_batch(records: Iterable[Row]) -> list[Row]:
     ours = [record for record in records if record["method"] == "tree"]
     smallest = min((record["batch_size"] for record in ours), default=1)
     return [record for record in ours if record["batch_size"] == smallest]
+
+
+def why(found: Row | None) -> Row | None:
+    """Return the way from the ideal to the speed-up, in a chart and in rows of a cell a batch size.
+
+    A cell is (times, share of the ideal); a part's is below 0 where it takes something away.
+    """
+    if found is None:
+        return None
+    falls = found["waterfalls"]
+    if not falls:
+        return {**found, "rows": []}
+    rows: list[Row] = []
+    by_name = [{part["name"]: part for part in fall["parts"]} for fall in falls]
+    rows += [
+        {
+            "title": title,
+            "is_part": True,
+            "cells": [
+                (-parts[name]["times"], -parts[name]["share"]) if name in parts else (None, None)
+                for parts in by_name
+            ],
+        }
+        for name, title in PARTS_OF_LOSS.items()
+        if any(name in parts for parts in by_name)
+    ]
+    ends = {"ideal": "tokens per step, if all steps cost the same", "measured": "speed-up"}
+    for place, (end, title) in enumerate(ends.items()):
+        cells = [(fall[end], fall[end] / fall["ideal"]) for fall in falls]
+        rows.insert(place * len(rows), {"title": title, "is_part": False, "cells": cells})
+    return {
+        **found,
+        "sizes": [fall["batch_size"] for fall in falls],
+        "ideal": falls[0]["ideal"],
+        "measured": falls[0]["measured"],
+        "rows": rows,
+        "chart": charts.waterfall_chart(
+            [(row["title"], row["cells"][0][0], row["is_part"]) for row in rows]
+        ),
+    }
 
 
 def methods(metrics: Row, records: Iterable[Row]) -> list[Row]:

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from medusa_exp.runs.files import read_json
 from medusa_exp.runs.jobs import objective_of
-from medusa_exp.runs.metric_table import METRICS, fields
+from medusa_exp.runs.metric_table import METRICS, PARTS_OF_LOSS, fields
 from medusa_exp.runs.record import RunRecord
 
 
@@ -27,6 +28,8 @@ def print_summary(record: RunRecord) -> None:
     console.print(times)
     if figures.row_count:
         console.print(figures)
+    if "evaluate" in stages and (why := read_json(out / "why.json")):
+        _print_why(console, why)
     report = out / "report.html"
     if "report" in stages and report.is_file():
         console.print(f"report: {report}", soft_wrap=True, markup=False)
@@ -35,6 +38,34 @@ def print_summary(record: RunRecord) -> None:
     if report.is_file() and stages != ["chat"]:  # of which it shows nothing
         hint = "its report.html does not show this call yet: stages=[report] writes it again"
         console.print(hint, soft_wrap=True, markup=False)
+
+
+def _print_why(console: Console, why: dict[str, Any]) -> None:
+    """Print what becomes of the tokens per step on the way to the speed-up, of why.json."""
+    if found := why["waterfalls"]:
+        table = Table("why not more?", title=None)
+        for one in found:
+            size = one["batch_size"]
+            table.add_column("1 prompt" if size == 1 else f"{size} prompts", justify="right")
+        table.add_row("tokens per step, if all steps cost the same", *_ideals(found))
+        for name, title in PARTS_OF_LOSS.items():
+            shares = [_times_of(one, name) for one in found]
+            if any(shares):
+                table.add_row(f"  {title}", *shares)
+        table.add_row("speed-up", *(f"{one['measured']:.2f}x      " for one in found))
+        console.print(table)
+    for sentence in (*why["advice"], why["when"]):
+        console.print(Text(sentence))
+
+
+def _ideals(found: list[dict[str, Any]]) -> list[str]:
+    return [f"{one['ideal']:.2f}x  100 %" for one in found]
+
+
+def _times_of(waterfall: dict[str, Any], name: str) -> str:
+    """Return what a part takes of the speed-up, and its share of the ideal."""
+    parts = [part for part in waterfall["parts"] if part["name"] == name]
+    return "".join(f"{-part['times']:+.2f}x {-part['share']:+5.0%}" for part in parts)
 
 
 def print_jobs(sweep_dir: Path, jobs: dict[str, dict[str, Any]]) -> None:

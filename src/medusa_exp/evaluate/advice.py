@@ -1,0 +1,172 @@
+"""One sentence of advice for each cause of a speed-up that is smaller than it could be.
+
+A sentence says what was measured, in the unit that its cause has, and names a config key to change.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from medusa_exp.evaluate.break_even import BreakEven, prompts
+from medusa_exp.evaluate.waterfall import Waterfall, Way
+
+SMALL = 0.01
+"""Share of the ideal below which no part is worth a change."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was measured and how, as far as advice depends on it."""
+
+    num_heads: int
+    num_layers: int
+    has_projections: bool
+    """Has each head a whole projection to the vocabulary of its own?"""
+    tree_kind: str
+    num_nodes: int
+    device_type: str
+    is_captured: bool
+    """Are steps captured as CUDA graphs?"""
+    tokens_per_step: float
+    max_new_tokens: int
+    when: BreakEven
+    reasons: Sequence[str] = field(default_factory=tuple)
+    """Why decoding may accept less than validation."""
+
+
+def advice(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
+    """Return what to do about the largest part of a waterfall.
+
+    Args:
+        found: the way down.
+        tree, plain: what it was made of.
+        facts: about the run.
+    """
+    part = found.largest
+    if part.share < SMALL:
+        return "Next to nothing is lost: more tokens per step are what would make it faster."
+    return _SENTENCES[part.name](found, tree, plain, facts)
+
+
+def share_of_step(way: Way, *parts: str) -> float:
+    """Return which share (0..1) of a step after the prompt's some of PARTS_OF_TIME take."""
+    of_all = sum(way.of_a_step.values())
+    return sum(way.of_a_step.get(part, 0.0) for part in parts) / of_all if of_all else 0.0
+
+
+def _lost(found: Waterfall) -> str:
+    return f" ({found.largest.share:.0%} of the ideal)"
+
+
+def _acceptance(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
+    why = "; ".join(facts.reasons) or (
+        "nothing was found that explains it, see the samples of stages=[inspect] and "
+        "eval/category/*"
+    )
+    return (
+        f"Acceptance falls from {found.ideal:.2f} tokens a step in validation to "
+        f"{facts.tokens_per_step:.2f} in decoding{_lost(found)}: {why}."
+    )
+
+
+def _prompt(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
+    share = tree.prompt_seconds / tree.seconds
+    return (
+        f"Prompts take {share:.0%} of the time{_lost(found)}, and drafts speed up none of "
+        f"it: longer answers show what the heads are worth (decode.max_new_tokens, now "
+        f"{facts.max_new_tokens}), and shorter prompts."
+    )
+
+
+def _heads(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
+    said = f"The heads take {share_of_step(tree, 'heads'):.0%} of a step{_lost(found)}: take "
+    if facts.num_layers > 1:
+        return f"{said}head.num_layers=1, which is {facts.num_layers} now, and train again."
+    if facts.has_projections:
+        return (
+            f"{said}head=medusa_tied, whose heads share the backbone's lm_head, or "
+            "head=medusa_lowrank with head.num_tokens=32768, and train again."
+        )
+    return (
+        f"{said}fewer of them (head.num_heads, now {facts.num_heads}), and train again: the later "
+        "ones are accepted least (eval/accepted_depth)."
+    )
+
+
+def _width(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
+    one, many = (
+        sum(way.of_a_step.get(name, 0.0) for name in ("backbone", "mask")) for way in (plain, tree)
+    )
+    times = f" {many / one:.1f} times as long as" if one else " longer than"
+    said = (
+        f"The backbone takes{times} over one token for the {facts.num_nodes} nodes of the "
+        f"tree{_lost(found)}: "
+    )
+    if facts.tree_kind != "calibrated":
+        return (
+            f"{said}take tree=calibrated, which finds how many pay here (tree={facts.tree_kind})."
+        )
+    if facts.device_type == "cpu":
+        return (
+            f"{said}a processor has little arithmetic to spare beside one token's. The tree is the "
+            "fastest of those that calibration tried; on a GPU more nodes cost nearly nothing."
+        )
+    return (
+        f"{said}the tree is the fastest of those that calibration tried. Heads that are right more "
+        "often need fewer nodes: train longer, or on the model's own answers "
+        "(train.text=regenerated)."
+    )
+
+
+def _verification(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
+    share = share_of_step(tree, "verification", "cache")
+    said = f"Verification, and keeping what is accepted, take {share:.0%} of a step{_lost(found)}: "
+    if facts.device_type == "cuda":
+        return f"{said}let the kernels do it (decode.verifier=cupy), or take a smaller tree."
+    return (
+        f"{said}take a smaller tree (tree=calibrated, tree.max_nodes; now {facts.num_nodes} nodes)."
+    )
+
+
+def _host(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
+    share = share_of_step(tree, "rest")
+    said = f"The host takes {share:.0%} of a step between its parts{_lost(found)}: "
+    if facts.device_type == "cuda" and not facts.is_captured:
+        return f"{said}have steps captured (decode.cuda_graph=true)."
+    return (
+        f"{said}it may be busy with other work, or slow. Steps of fixed shapes leave it less to do "
+        "(decode.compile=true), and larger models give it more time."
+    )
+
+
+def _batch(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
+    when = facts.when
+    limit = (
+        f"speculate up to {prompts(when.faster_up_to)} at a time"
+        if when.faster_up_to
+        else ("decode plainly")
+    )
+    kept = "" if when.size is not None else ", the most that was measured"
+    return (
+        f"{prompts(found.batch_size)} at a time keep the device busy without drafts{_lost(found)}: "
+        f"{limit}{kept}, and calibrate for this size "
+        f"(tree=calibrated, tree.batch_sizes with {found.batch_size} in it)."
+    )
+
+
+def _unexplained(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
+    return (
+        f"Steps took longer than their parts do when they are timed alone{_lost(found)}: the "
+        "machine may have been busy with other work. Measure again, with evaluate.repeats=3."
+    )
+
+
+_SENTENCES = {
+    "acceptance": _acceptance,
+    "prompt": _prompt,
+    "heads": _heads,
+    "width": _width,
+    "verification": _verification,
+    "host": _host,
+    "batch": _batch,
+    "unexplained": _unexplained,
+}

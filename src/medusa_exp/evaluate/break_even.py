@@ -1,0 +1,95 @@
+"""When not to speculate: from how many prompts at a time on plain decoding is faster, as measured.
+
+The more prompts are answered side by side, the busier the device is with one token of each, and the
+more the other nodes of their trees cost. Between two measured sizes the speed-up is taken to fall
+evenly with the logarithm of the size; of what lies beyond the largest nothing is said.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Schedule = list[list[int]]
+"""[first batch size, last, tokens to draft], the form of vLLM's
+`num_speculative_tokens_per_batch_size`: both ends count, and the last entry holds for larger
+batches too."""
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """From which batch size on plain decoding is faster."""
+
+    method: str
+    speedups: dict[int, float]
+    """Batch size -> speed-up over plain decoding at that size, the smallest first."""
+    size: float | None
+    """Where the speed-up passes 1; None where it is above 1 at the largest size measured."""
+
+    @property
+    def faster_up_to(self) -> int:
+        """The largest whole number of prompts at a time that is below; 0 if there is none."""
+        return max(self.speedups) if self.size is None else math.ceil(self.size) - 1
+
+    def sentence(self) -> str:
+        """Say it, and between which measurements it lies."""
+        first, last = min(self.speedups), max(self.speedups)
+        if self.size is None:
+            wanted = "evaluate.batch_sizes=[1,4,16,64]" if first == last else "a larger one"
+            return (
+                f"Decoding over the {self.method} was faster than plain decoding at the largest "
+                f"batch size measured, {self._at(last)}: from which on plain decoding is faster, "
+                f"lies beyond it. Measure {wanted} to find it."
+            )
+        if self.size <= first:
+            return (
+                f"Plain decoding was faster at every batch size measured, from {self._at(first)}."
+            )
+        below = max(size for size in self.speedups if size < self.size)
+        above = min(size for size in self.speedups if size >= self.size)
+        return (
+            f"From {prompts(self.faster_up_to + 1)} at a time on, plain decoding is faster than "
+            f"over the {self.method}: between {self._at(below)} and {self._at(above)}."
+        )
+
+    def _at(self, size: int) -> str:
+        return f"{prompts(size)} at a time ({self.speedups[size]:.2f}x)"
+
+    def schedule(self, num_tokens: int | Schedule) -> Schedule:
+        """Return how many tokens an engine should draft at which batch size: none from here on.
+
+        Args:
+            num_tokens: below this size: a number, or a schedule of which the rest is cut off.
+        """
+        last = max(self.speedups)
+        wanted = [[1, last, num_tokens]] if isinstance(num_tokens, int) else num_tokens
+        limit = self.faster_up_to
+        kept = [[low, min(high, limit), n] for low, high, n in wanted if low <= limit]
+        if self.size is None:
+            return [list(entry) for entry in wanted]
+        return [*kept, [limit + 1, max(limit + 1, last, wanted[-1][1]), 0]]
+
+
+def break_even(method: str, speedups: Mapping[int, float]) -> BreakEven:
+    """Return where the speed-up passes 1 for good: sizes above it are all slower.
+
+    Args:
+        method: that was measured.
+        speedups: batch size -> speed-up over plain decoding at that size.
+    """
+    ordered = dict(sorted(speedups.items()))
+    sizes = list(ordered)
+    faster = [size for size in sizes if ordered[size] > 1]
+    if not faster:
+        return BreakEven(method, ordered, float(sizes[0]))
+    below = max(faster)
+    if below == sizes[-1]:
+        return BreakEven(method, ordered, None)
+    above = sizes[sizes.index(below) + 1]
+    way = (ordered[below] - 1) / (ordered[below] - ordered[above])
+    # Rounded, as a whole number must not become a little more.
+    return BreakEven(method, ordered, round(below * (above / below) ** way, 6))
+
+
+def prompts(number: int) -> str:
+    """Return `1 prompt`, `2 prompts`."""
+    return f"{number} prompt{'' if number == 1 else 's'}"

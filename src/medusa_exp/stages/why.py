@@ -1,0 +1,244 @@
+"""Why is the speed-up no larger, and from which batch size on is plain decoding faster?
+
+Stage evaluate asks, when it has measured; here is gathered what `evaluate/waterfall.py`,
+`evaluate/break_even.py` and `evaluate/advice.py` answer from. Written: why.json, which the report,
+the terminal and stage export read; and the `why/...` metrics.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from medusa_exp.data.sources import walk
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.errors import UserError
+from medusa_exp.evaluate.advice import Facts, advice
+from medusa_exp.evaluate.break_even import BreakEven, break_even, prompts
+from medusa_exp.evaluate.metrics import (
+    Record,
+    most_tokens_per_step,
+    of_method,
+    speedup,
+    tokens_per_step,
+)
+from medusa_exp.evaluate.step_profile import Profile
+from medusa_exp.evaluate.waterfall import (
+    Way,
+    metrics_of,
+    waterfalls,
+    way_of_profile,
+    way_of_records,
+)
+from medusa_exp.export.card import chain_rates, schedule
+from medusa_exp.model.heads import FAMILIES, MedusaHeads, StackedHeads
+from medusa_exp.model.heads.layers import UntiedProjections
+from medusa_exp.model.tokenizer import differences
+from medusa_exp.runs.files import read_json, write_json
+from medusa_exp.stages.doctor import examine_text, sample_rows
+from medusa_exp.stages.session import Session, has_other_weights
+from medusa_exp.tree import Tree
+from medusa_exp.tree.calibration import Calibration, load_calibration
+
+WHY = "why.json"
+_LARGE_GAP = 0.1
+"""Share of validation's tokens per step, less in decoding, whose reasons are looked for."""
+_EXAMINED = 50
+"""Conversations that the doctor then looks at."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What stage evaluate has measured."""
+
+    records: list[Record]
+    tree: Tree
+    """Of the smallest batch size."""
+    over_tree: Profile
+    plain: Profile
+
+
+def explain(
+    session: Session,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    measured: Measured,
+) -> dict[str, float]:
+    """Write why.json; return the `why/...` metrics."""
+    by_size = _by_batch_size(measured.records)
+    smallest = of_method(by_size[min(by_size)], "tree")
+    expected = expected_tokens_per_step(session, measured.tree)
+    tree, plain = _ways(by_size, measured)
+    speedups = {size: speedup(of_method(some, "tree")) for size, some in by_size.items()}
+    found = waterfalls(
+        tree,
+        plain,
+        tokens_per_step=tokens_per_step(smallest),
+        speedups=speedups,
+        expected=expected,
+    )
+    when = break_even("tree", speedups)
+    reasons = list(_reasons(session, decoder, tokenizer, smallest, expected)) if found else []
+    facts = _facts(session, decoder, measured.tree, tokens_per_step(smallest), when, reasons)
+    by_cause: dict[str, str] = {}  # for each cause once, from the smallest batch on
+    for one in found:
+        by_cause.setdefault(one.largest.name, advice(one, tree, plain, facts))
+    write_json(
+        session.out / WHY,
+        {
+            "waterfalls": [asdict(one) for one in found],
+            "advice": list(by_cause.values()),
+            "validation": expected,
+            "when": when.sentence(),
+            "schedule": _schedule(session, by_size, when),
+        },
+    )
+    metrics = metrics_of(found)
+    if when.size is not None:
+        metrics["why/break_even_batch_size"] = when.size
+    return metrics
+
+
+def _by_batch_size(records: list[Record]) -> dict[int, list[Record]]:
+    sizes = sorted({record["batch_size"] for record in records})
+    return {size: [record for record in records if record["batch_size"] == size] for size in sizes}
+
+
+def _ways(by_size: dict[int, list[Record]], measured: Measured) -> tuple[Way, Way]:
+    """Return what answering one prompt at a time took, over the tree and plainly."""
+    ways = [
+        way_of_records(of_method(by_size.get(1, []), method), profile)
+        for method, profile in (("tree", measured.over_tree), ("plain", measured.plain))
+    ]
+    tree, plain = ways
+    if tree is None or plain is None:
+        return way_of_profile(measured.over_tree), way_of_profile(measured.plain)
+    return tree, plain
+
+
+def expected_tokens_per_step(session: Session, tree: Tree) -> float | None:
+    """Return the tokens per step that validation found for a tree; None where it says nothing.
+
+    Validation replays the chain, and the best tree of train.val_tree_nodes nodes. A calibrated tree
+    of another size is taken to differ from that one as it does among those that calibration grew.
+    Trees of other kinds, looked-up branches and typical acceptance have nothing there to be
+    compared with.
+    """
+    config, metrics = session.config, read_json(session.out / "metrics.json", {})
+    if tree.num_lookup or config.decode.rule == "typical":
+        return None
+    if config.tree.kind == "chain":
+        value = metrics.get("val/accept_length_chain")
+        return None if value is None else float(value)
+    value = metrics.get("val/accept_length")
+    calibration = _calibration(session) if config.tree.kind == "calibrated" else None
+    if value is None or calibration is None or calibration.draft != _validated(session):
+        return None
+    return float(value) * _relative(calibration, len(tree), config.train.val_tree_nodes)
+
+
+def _validated(session: Session) -> str:
+    """Return what validation drafted: decode.draft=auto is the heads' likeliest tokens there."""
+    return "sampled" if session.config.decode.draft == "sampled" else "top"
+
+
+def _relative(calibration: Calibration, nodes: int, others: int) -> float:
+    """Return tokens per step of the best tree of so many nodes, over those of so many others."""
+    points = sorted(calibration.curve, key=lambda point: point.num_nodes)
+    sizes = [point.num_nodes for point in points]
+    found = np.interp([nodes, others], sizes, [point.tokens_per_step for point in points])
+    return float(found[0] / found[1])
+
+
+def _calibration(session: Session) -> Calibration | None:
+    try:
+        return load_calibration(session.out)
+    except UserError:
+        return None
+
+
+def _facts(
+    session: Session,
+    decoder: Decoder,
+    tree: Tree,
+    in_decoding: float,
+    when: BreakEven,
+    reasons: list[str],
+) -> Facts:
+    heads, config = decoder.heads, session.config
+    assert isinstance(heads, MedusaHeads | StackedHeads)
+    return Facts(
+        num_heads=heads.num_heads,
+        num_layers=heads.config.num_layers,
+        has_projections=FAMILIES[heads.config.kind].projection is UntiedProjections,
+        tree_kind=config.tree.kind,
+        num_nodes=tree.num_checked,
+        device_type=decoder.backbone.device.type,
+        is_captured=decoder.uses_fixed_shapes,
+        tokens_per_step=in_decoding,
+        max_new_tokens=config.decode.max_new_tokens,
+        when=when,
+        reasons=reasons,
+    )
+
+
+def _reasons(
+    session: Session,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[Record],
+    expected: float | None,
+) -> Iterator[str]:
+    """Yield why decoding accepts less than validation, if it is much: the doctor's findings too.
+
+    Raises nothing: data that can no longer be read costs the findings.
+
+    Args:
+        records: of the tree.
+        expected: tokens per step by validation.
+    """
+    if expected is None or tokens_per_step(records) > (1 - _LARGE_GAP) * expected:
+        return
+    config, heads = session.config, decoder.heads
+    assert isinstance(heads, MedusaHeads | StackedHeads)
+    for what in differences(tokenizer, session.out / "heads"):
+        verb = "differ" if what == "tokens" else "differs"
+        yield f"the {what} {verb} from what the heads were trained with, see stages=[inspect]"
+    if has_other_weights(heads.config, decoder.backbone):
+        yield "the heads were trained for other weights than the model's"
+    if config.evaluate.path is not None:
+        yield "the prompts are those of evaluate.path, and not of the training's data"
+    if most_tokens_per_step(records) >= expected:
+        yield f"by chance {prompts(len(records))} may differ as much, raise evaluate.num_prompts"
+    try:
+        some = list(islice(walk(session.sources()), _EXAMINED))
+    except UserError:
+        return
+    rows = sample_rows(some, tokenizer)
+    chats = [conversation for _, conversation in some]
+    for finding in examine_text(config, decoder.backbone, tokenizer, chats, rows):
+        if not finding.is_fine:
+            yield f"the doctor on {finding.name}: {finding.sentence.rstrip('.')}"
+
+
+def _schedule(
+    session: Session, by_size: dict[int, list[Record]], when: BreakEven
+) -> list[list[int]] | None:
+    """Return how many tokens an engine should draft at which batch size; None of one size alone.
+
+    Engines draft a chain: by method `chain`, where that was measured, they should stop. Up to there
+    they draft as many tokens as calibration's step times say, or all.
+    """
+    if len(by_size) < 2:
+        return None
+    chains = {size: of_method(some, "chain") for size, some in by_size.items()}
+    if all(chains.values()):
+        when = break_even("chain", {size: speedup(some) for size, some in chains.items()})
+    heads = session.config.head.num_heads
+    calibration = _calibration(session)
+    rates = chain_rates([r for some in by_size.values() for r in some], calibration, heads)
+    if calibration is None or rates is None:
+        return when.schedule(heads)
+    return when.schedule(schedule(calibration, rates[0]))

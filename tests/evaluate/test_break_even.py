@@ -1,0 +1,40 @@
+"""From which batch size on plain decoding is faster: found, said, and as a schedule for engines."""
+
+import pytest
+
+from medusa_exp.evaluate.break_even import break_even
+
+CASES = [
+    ({1: 2.0, 4: 1.5, 16: 0.5}, 8.0, "From 8 prompts at a time on"),
+    ({16: 0.5, 1: 2.0}, 16 ** (2 / 3), "between 1 prompt at a time (2.00x) and 16 prompts"),
+    ({1: 2.0, 4: 1.0}, 4.0, "From 4 prompts at a time on"),
+    ({1: 2.0, 4: 0.9, 8: 1.2, 16: 0.8}, 8 * 2**0.5, "between 8 prompts at a time (1.20x)"),
+    ({1: 2.0, 4: 1.2}, None, "largest batch size measured, 4 prompts at a time (1.20x): from which"),
+    ({1: 2.0}, None, "evaluate.batch_sizes=[1,4,16,64]"),
+    ({4: 0.8, 16: 0.5}, 4.0, "at every batch size measured, from 4 prompts at a time (0.80x)"),
+]
+
+
+@pytest.mark.parametrize(("speedups", "size", "said"), CASES)
+def test_the_crossing_lies_between_two_measurements(speedups, size, said):
+    found = break_even("tree", speedups)
+    assert found.size == (None if size is None else pytest.approx(size, rel=1e-5))
+    assert said in found.sentence()
+
+
+@pytest.mark.parametrize(
+    ("speedups", "wanted", "expected"),
+    [
+        ({1: 2.0, 16: 0.5}, 4, [[1, 6, 4], [7, 16, 0]]),
+        ({1: 2.0, 4: 1.0}, 3, [[1, 3, 3], [4, 4, 0]]),
+        ({1: 2.0, 4: 1.2}, 3, [[1, 4, 3]]),
+        ({1: 0.9, 4: 0.5}, 3, [[1, 4, 0]]),
+        ({1: 2.0, 16: 0.5}, [[1, 3, 4], [4, 15, 2], [16, 16, 0]], [[1, 3, 4], [4, 6, 2], [7, 16, 0]]),
+        ({1: 2.0, 64: 0.5}, [[1, 3, 4], [4, 4, 2]], [[1, 3, 4], [4, 4, 2], [16, 64, 0]]),
+        ({1: 2.0, 4: 1.2}, [[1, 7, 3], [8, 8, 1]], [[1, 7, 3], [8, 8, 1]]),
+    ],
+)
+def test_an_engine_drafts_nothing_from_there_on(speedups, wanted, expected):
+    found = break_even("chain", speedups).schedule(wanted)
+    assert found == expected
+    assert found[0][0] == 1 and all(low <= high for low, high, _ in found)
