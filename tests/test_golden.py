@@ -30,7 +30,7 @@ ROUNDS_ALIKE = {
 }
 TIMED = (
     *("second", "speedup", "outside_backbone", "eval/time/", "baseline_vs_hf", "calibrate/"),
-    *("train/mfu", "train/peak_memory"),
+    *("train/mfu", "train/peak_memory", "why/"),
 )
 """Texts inside the names of metrics that the clock or the machine decides."""
 COMMON = ("+experiment=smoke", "dtype=fp32", "seed=0", "device=cpu", "head.num_heads=4")

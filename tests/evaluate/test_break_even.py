@@ -9,7 +9,11 @@ CASES = [
     ({16: 0.5, 1: 2.0}, 16 ** (2 / 3), "between 1 prompt at a time (2.00x) and 16 prompts"),
     ({1: 2.0, 4: 1.0}, 4.0, "From 4 prompts at a time on"),
     ({1: 2.0, 4: 0.9, 8: 1.2, 16: 0.8}, 8 * 2**0.5, "between 8 prompts at a time (1.20x)"),
-    ({1: 2.0, 4: 1.2}, None, "largest batch size measured, 4 prompts at a time (1.20x): from which"),
+    (
+        {1: 2.0, 4: 1.2},
+        None,
+        "largest batch size measured, 4 prompts at a time (1.20x): from which",
+    ),
     ({1: 2.0}, None, "evaluate.batch_sizes=[1,4,16,64]"),
     ({4: 0.8, 16: 0.5}, 4.0, "at every batch size measured, from 4 prompts at a time (0.80x)"),
 ]
@@ -29,7 +33,11 @@ def test_the_crossing_lies_between_two_measurements(speedups, size, said):
         ({1: 2.0, 4: 1.0}, 3, [[1, 3, 3], [4, 4, 0]]),
         ({1: 2.0, 4: 1.2}, 3, [[1, 4, 3]]),
         ({1: 0.9, 4: 0.5}, 3, [[1, 4, 0]]),
-        ({1: 2.0, 16: 0.5}, [[1, 3, 4], [4, 15, 2], [16, 16, 0]], [[1, 3, 4], [4, 6, 2], [7, 16, 0]]),
+        (
+            {1: 2.0, 16: 0.5},
+            [[1, 3, 4], [4, 15, 2], [16, 16, 0]],
+            [[1, 3, 4], [4, 6, 2], [7, 16, 0]],
+        ),
         ({1: 2.0, 64: 0.5}, [[1, 3, 4], [4, 4, 2]], [[1, 3, 4], [4, 4, 2], [16, 64, 0]]),
         ({1: 2.0, 4: 1.2}, [[1, 7, 3], [8, 8, 1]], [[1, 7, 3], [8, 8, 1]]),
     ],

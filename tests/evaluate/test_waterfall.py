@@ -38,13 +38,13 @@ CAUSES = [
 ]
 
 
-def ways(
-    tree_parts=TREE, prompt=40.0, slower=0.0, tokens=3000, steps=1000
-) -> tuple[Way, Way]:
+def ways(tree_parts=TREE, prompt=40.0, slower=0.0, tokens=3000, steps=1000) -> tuple[Way, Way]:
     """Return 100 responses over a tree and plainly: a step takes what its parts and `slower` do."""
     later, prompts = steps - 100, 100
     of_tree = sum(tree_parts.values()) + slower
-    tree = Way(tokens, steps, prompts, prompts * prompt + later * of_tree, prompts * prompt, tree_parts)
+    tree = Way(
+        tokens, steps, prompts, prompts * prompt + later * of_tree, prompts * prompt, tree_parts
+    )
     seconds = prompts * prompt + (tokens - prompts) * sum(PLAIN.values())
     return tree, Way(tokens, tokens, prompts, seconds, prompts * prompt, PLAIN)
 
@@ -157,7 +157,9 @@ def test_ideal_decoding_has_nothing_to_mend():
 def test_every_part_is_a_declared_metric():
     found = falls(*ways(), {8: 1.1}, expected=3.5)
     metrics = metrics_of(found)
-    assert {"why/ideal", "why/kept", "why/heads", "why/b8/batch", "why/b1/acceptance"} <= set(metrics)
+    assert {"why/ideal", "why/kept", "why/heads", "why/b8/batch", "why/b1/acceptance"} <= set(
+        metrics
+    )
     assert "why/batch" not in metrics
     for name in metrics:
         row = metric_of(name)

@@ -169,6 +169,15 @@ def test_rates_of_a_chain_fall(finished, tmp_path):
     assert "num_speculative_tokens_per_batch_size" not in settings("vllm", 3, [], None)
 
 
+def test_what_whole_responses_took_says_when_an_engine_stops(finished, tmp_path):
+    write_json(tmp_path / "run" / "why.json", {"schedule": [[1, 5, 3], [6, 8, 0]]})
+    run(finished, tmp_path / "run")
+    place = tmp_path / "run" / "export" / "vllm"
+    found = json.loads((place / "speculative_config.json").read_text())
+    assert found["num_speculative_tokens_per_batch_size"] == [[1, 5, 3], [6, 8, 0]]
+    assert "which batch size (measured over whole responses)" in (place / "README.md").read_text()
+
+
 def test_commands_are_quoted():
     assert command("tgi", "t", "/a b", 3) == "text-generation-launcher --model-id '/a b'"
     assert command("vllm_medusa", "org/t", "d", 2) == (

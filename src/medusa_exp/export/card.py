@@ -20,6 +20,7 @@ from medusa_exp.tree.calibration import Calibration, Curve
 Record = dict[str, Any]
 """A line of records.jsonl: stage evaluate's."""
 SETTINGS = "speculative_config.json"
+_SCHEDULE = "num_speculative_tokens_per_batch_size"
 _METHODS = {"vllm": "mtp", "vllm_medusa": "medusa"}
 """Format -> vLLM's word for how such heads draft."""
 _NEEDS = {
@@ -114,9 +115,17 @@ def _fastest(curve: Curve, rates: Sequence[float]) -> int:
 
 
 def settings(
-    format_: str, num_heads: int, records: Sequence[Record], calibration: Calibration | None
+    format_: str,
+    num_heads: int,
+    records: Sequence[Record],
+    calibration: Calibration | None,
+    measured: list[list[int]] | None = None,
 ) -> dict[str, Any] | None:
-    """Return vLLM's speculative settings without the model, and beside them what was measured."""
+    """Return vLLM's speculative settings without the model, and beside them what was measured.
+
+    `measured` is stage evaluate's schedule, where it measured more than one batch size: it ends
+    where whole responses were no faster. Else the schedule is of the calibration's step times.
+    """
     if format_ not in _METHODS:
         return None
     found: dict[str, Any] = {
@@ -127,7 +136,10 @@ def settings(
         found["synthetic_acceptance_rates"] = [round(rate, 4) for rate in rates]
         found["synthetic_acceptance_rates_are"] = source
         if calibration is not None:
-            found["num_speculative_tokens_per_batch_size"] = schedule(calibration, rates)
+            found[_SCHEDULE] = schedule(calibration, rates)
+            found[f"{_SCHEDULE}_is"] = "estimated from the calibration"
+    if measured is not None:
+        found |= {_SCHEDULE: measured, f"{_SCHEDULE}_is": "measured over whole responses"}
     return found
 
 
@@ -197,17 +209,18 @@ def _measured(facts: Facts) -> str:
 
 
 def _about_settings(found: dict[str, Any] | None) -> str:
-    if found is None or "synthetic_acceptance_rates" not in found:
-        return ""
-    rates = ", ".join(f"{rate:.1%}" for rate in found["synthetic_acceptance_rates"])
-    text = (
-        f"Share of drafts accepted up to each position: {rates} "
-        f"({found['synthetic_acceptance_rates_are']}). The engine's counters should be near it.\n"
-    )
-    if "num_speculative_tokens_per_batch_size" in found:
+    text = ""
+    if found is not None and "synthetic_acceptance_rates" in found:
+        rates = ", ".join(f"{rate:.1%}" for rate in found["synthetic_acceptance_rates"])
+        source = found["synthetic_acceptance_rates_are"]
         text += (
-            f"\n`{SETTINGS}` has `num_speculative_tokens_per_batch_size`, how many tokens pay at "
-            "which batch size: from step times of medusa_exp on its machine. Measure yours.\n"
+            f"Share of drafts accepted up to each position: {rates} ({source}). The engine's "
+            "counters should be near it.\n"
+        )
+    if found is not None and _SCHEDULE in found:
+        text += (
+            f"\n`{SETTINGS}` has `{_SCHEDULE}`, how many tokens pay at which batch size "
+            f"({found[f'{_SCHEDULE}_is']}): with medusa_exp on its machine. Measure yours.\n"
         )
     return text
 

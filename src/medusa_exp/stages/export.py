@@ -22,6 +22,7 @@ from medusa_exp.model.loading import load_backbone, load_ends
 from medusa_exp.model.source import adapted_path, is_adapters
 from medusa_exp.runs.files import read_json, read_jsonl, write_json
 from medusa_exp.stages.session import Session
+from medusa_exp.stages.why import WHY
 from medusa_exp.tracking.terminal import headlines
 from medusa_exp.tree.calibration import CALIBRATION, Calibration, load_calibration
 
@@ -47,7 +48,9 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     number = ours.num_heads
 
     def add(partial: Path) -> None:
-        found = card.settings(format_, number, read_jsonl(out / "records.jsonl"), _calibration(out))
+        records, measured = read_jsonl(out / "records.jsonl"), read_json(out / WHY, {})
+        schedule = measured.get("schedule")
+        found = card.settings(format_, number, records, _calibration(out), schedule)
         if found is not None:
             write_json(partial / card.SETTINGS, found)
         for name in _BESIDE:

@@ -92,7 +92,7 @@ def explain(
             "advice": list(by_cause.values()),
             "validation": expected,
             "when": when.sentence(),
-            "schedule": _schedule(session, by_size, when),
+            "schedule": _schedule(session, facts.num_heads, by_size, when),
         },
     )
     metrics = metrics_of(found)
@@ -224,7 +224,7 @@ def _reasons(
 
 
 def _schedule(
-    session: Session, by_size: dict[int, list[Record]], when: BreakEven
+    session: Session, num_heads: int, by_size: dict[int, list[Record]], when: BreakEven
 ) -> list[list[int]] | None:
     """Return how many tokens an engine should draft at which batch size; None of one size alone.
 
@@ -236,9 +236,8 @@ def _schedule(
     chains = {size: of_method(some, "chain") for size, some in by_size.items()}
     if all(chains.values()):
         when = break_even("chain", {size: speedup(some) for size, some in chains.items()})
-    heads = session.config.head.num_heads
     calibration = _calibration(session)
-    rates = chain_rates([r for some in by_size.values() for r in some], calibration, heads)
+    rates = chain_rates([r for some in by_size.values() for r in some], calibration, num_heads)
     if calibration is None or rates is None:
-        return when.schedule(heads)
+        return when.schedule(num_heads)
     return when.schedule(schedule(calibration, rates[0]))

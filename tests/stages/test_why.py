@@ -1,0 +1,99 @@
+"""What an evaluation says of its own speed-up, from a real run of tiny heads."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from tiny_models import build_model
+
+from medusa_exp.config import Config
+from medusa_exp.model import build_heads
+from medusa_exp.model.checkpoint import save_heads
+from medusa_exp.runs.files import read_json, write_json
+from medusa_exp.runs.metric_table import PARTS_OF_LOSS
+from medusa_exp.stages import evaluate, why
+from medusa_exp.stages.session import Session
+from medusa_exp.tree import Tree, chain
+
+
+@pytest.fixture
+def run(config: Config, tokenizer, tmp_path) -> Session:
+    """A session of a run whose heads guess right now and then."""
+    build_model("llama", seed=4, vocab_size=len(tokenizer), spread=2).save_pretrained(
+        config.model.path
+    )
+    config.evaluate.num_prompts, config.evaluate.warmup_prompts = 3, 1
+    config.evaluate.baselines, config.evaluate.batch_sizes = ["chain"], [1, 3]
+    config.decode.max_new_tokens = 12
+    config.tree.kind, config.device, config.run_dir = "chain", "cpu", str(tmp_path / "run")
+    session = Session(config, tmp_path / "run")
+    save_heads(build_heads(session.backbone(), num_heads=2), session.out / "heads")
+    return session
+
+
+def test_an_evaluation_says_where_its_speed_up_is_lost(run):
+    write_json(run.out / "metrics.json", {"val/accept_length_chain": 2.9})
+    metrics = evaluate.run(run.config, run.out, run)
+    found = read_json(run.out / "why.json")
+    alone, many = found["waterfalls"]
+    for one, prefix in ((alone, "why/"), (many, "why/b3/")):
+        lost = sum(part["times"] for part in one["parts"])
+        assert one["ideal"] - lost == pytest.approx(one["measured"], rel=0.01)
+        assert one["ideal"] == metrics["why/ideal"] == 2.9
+        assert one["measured"] == metrics[f"eval/tree/b{one['batch_size']}/speedup"]
+        shares = {part["name"]: part["share"] for part in one["parts"]}
+        assert shares == {name: metrics[f"{prefix}{name}"] for name in shares}
+        assert sum(shares.values()) + metrics[f"{prefix}kept"] == pytest.approx(1, abs=0.01)
+    assert [part["name"] for part in many["parts"]] == list(PARTS_OF_LOSS)
+    assert metrics["eval/tokens_per_step"] < 2.5
+    gap = "Acceptance falls from 2.90 tokens a step in validation to "
+    assert any(sentence.startswith(gap) for sentence in found["advice"])
+    assert found["when"] and found["schedule"][0][0] == 1 and len(found["schedule"][0]) == 3
+    records = [json.loads(line) for line in (run.out / "records.jsonl").read_text().splitlines()]
+    assert all(0 < r["prompt_seconds"] < r["seconds"] for r in records)
+
+
+def test_one_batch_of_several_is_held_against_what_was_timed_alone(run):
+    run.config.evaluate.batch_sizes = [3]
+    metrics = evaluate.run(run.config, run.out, run)
+    found = read_json(run.out / "why.json")
+    [fall] = found["waterfalls"]
+    names = {part["name"] for part in fall["parts"]}
+    assert names == set(PARTS_OF_LOSS) - {"acceptance"}  # there was no validation
+    assert abs(metrics["why/unexplained"]) < 1e-9
+    assert sum(part["share"] for part in fall["parts"]) + metrics["why/kept"] == pytest.approx(1)
+    assert metrics["why/ideal"] == metrics["eval/tokens_per_step"]
+    assert found["schedule"] is None
+
+
+CURVE = [
+    SimpleNamespace(num_nodes=n, tokens_per_step=t) for n, t in ((1, 1.0), (8, 2.0), (16, 2.4))
+]
+IN_VALIDATION = {"val/accept_length": 3.6, "val/accept_length_chain": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tree", "rule", "draft", "metrics", "expected"),
+    [
+        ("chain", chain(2), "greedy", "top", IN_VALIDATION, 2.5),
+        ("chain", chain(2), "greedy", "top", {}, None),
+        ("chain", Tree((-1, 0), (-1, 0), num_lookup=3), "greedy", "top", IN_VALIDATION, None),
+        ("chain", chain(2), "typical", "top", IN_VALIDATION, None),
+        ("medusa_63", chain(2), "greedy", "top", IN_VALIDATION, None),
+        ("calibrated", chain(15), "greedy", "top", IN_VALIDATION, 3.6),
+        ("calibrated", chain(7), "greedy", "top", IN_VALIDATION, 3.6 * 2.0 / 2.4),
+        ("calibrated", chain(11), "greedy", "top", IN_VALIDATION, 3.6 * 2.2 / 2.4),
+        ("calibrated", chain(7), "sampling", "sampled", IN_VALIDATION, None),
+        ("calibrated", chain(7), "greedy", "top", {}, None),
+    ],
+)
+def test_what_validation_says_of_a_tree(
+    tmp_path, monkeypatch, kind, tree, rule, draft, metrics, expected
+):
+    run = Session(Config(), tmp_path)
+    run.config.tree.kind, run.config.decode.rule = kind, rule
+    write_json(run.out / "metrics.json", metrics)
+    calibration = SimpleNamespace(curve=CURVE, draft=draft)
+    monkeypatch.setattr(why, "_calibration", lambda session: calibration)
+    found = why.expected_tokens_per_step(run, tree)
+    assert found == (None if expected is None else pytest.approx(expected))
