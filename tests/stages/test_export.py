@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from report_pages import WHY
 from safetensors.torch import load_file, save_file
 from sessions import session_of
 from tiny_models import build_model
@@ -170,7 +171,7 @@ def test_rates_of_a_chain_fall(finished, tmp_path):
 
 
 def test_what_whole_responses_took_says_when_an_engine_stops(finished, tmp_path):
-    write_json(tmp_path / "run" / "why.json", {"schedule": [[1, 5, 3], [6, 8, 0]]})
+    write_json(tmp_path / "run" / "why.json", {**WHY, "schedule": [[1, 5, 3], [6, 8, 0]]})
     run(finished, tmp_path / "run")
     place = tmp_path / "run" / "export" / "vllm"
     found = json.loads((place / "speculative_config.json").read_text())

@@ -71,6 +71,7 @@ class _Record(msgspec.Struct):
     new_tokens: Count | None = None
     steps: Count | None = None
     seconds: Seconds | None = None
+    prompt_seconds: Seconds | None = None
     baseline_seconds: Seconds | None = None
     baseline_new_tokens: Count | None = None
     identical: bool | None = None
@@ -173,6 +174,29 @@ class _Calibration(msgspec.Struct):
     heads_sha256: str = ""
 
 
+class _Part(msgspec.Struct):
+    name: str
+    times: Finite
+    share: Finite
+
+
+class _Waterfall(msgspec.Struct):
+    batch_size: Count
+    ideal: Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+    measured: Finite
+    parts: list[_Part]
+
+
+class _Why(msgspec.Struct):
+    """Why the speed-up is no larger, and from which batch size on plain decoding is faster."""
+
+    waterfalls: list[_Waterfall]
+    advice: list[str]
+    when: str
+    validation: Finite | None = None
+    schedule: list[list[Count]] | None = None
+
+
 class _Served(msgspec.Struct):
     url: str = ""
     model: str = ""
@@ -210,6 +234,7 @@ SCHEMAS = {
     ),
     "records.jsonl": Schema(_Record, _again("evaluate")),
     "samples.jsonl": Schema(_Sample, _again("evaluate")),
+    "why.json": Schema(_Why, _again("evaluate")),
     "serving.json": Schema(dict[str, _Served | None], _again("evaluate")),
     "data.json": Schema(DataSummary, "restore it, or delete it: stages train and inspect write it"),
     "data_samples.jsonl": Schema(dict[str, Any], _again("inspect")),
