@@ -253,6 +253,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     from medusa_exp.runs.compare import compare_with_source
     from medusa_exp.runs.machine import log_machine
     from medusa_exp.runs.record import RunRecord
+    from medusa_exp.runs.seals import verify
     from medusa_exp.stages.session import Session
     from medusa_exp.tracking.terminal import print_summary, quiet_libraries
     from medusa_exp.tracking.tracker import Tracker
@@ -262,6 +263,8 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     log_machine(config.device)
     if config.heads_from is not None:
         Session(config, out).adopt_heads(config.heads_from)
+    if config.cache.verify:
+        verify(Path(config.cache_dir))
     record = RunRecord(out, config, command)
     with Tracker(record) as tracker:
         session = Session(config, out, tracker.log_step)

@@ -38,6 +38,7 @@ def test_files_load_with_the_auto_classes(backbone, tmp_path):
     assert sorted(p.name for p in (tmp_path / "heads").iterdir()) == [
         "config.json",
         "model.safetensors",
+        "sha256.json",
     ]
     config = AutoConfig.from_pretrained(tmp_path / "heads")
     loaded = AutoModel.from_pretrained(tmp_path / "heads")
@@ -76,6 +77,9 @@ def test_heads_that_are_not_there_or_broken(backbone, tmp_path):
     save_heads(build_heads(backbone, num_heads=2), tmp_path / "heads")
     weights = tmp_path / "heads" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"model\.safetensors is not what was written there"):
+        load_heads(tmp_path / "heads")
+    (tmp_path / "heads" / "sha256.json").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         load_heads(tmp_path / "heads")
 

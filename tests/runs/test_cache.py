@@ -42,8 +42,10 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     with entry(tmp_path, "kind", "key") as (path, unwritten):
         unwritten.write_text("whole")
 
-    assert [found.name for found in path.parent.glob("*key*") if "lock" not in found.name] == [
-        "key"
+    assert sorted(found.name for found in path.parent.iterdir()) == [
+        ".key.lock",
+        ".key.sha256.json",
+        "key",
     ]
     assert not list(path.parent.glob(".*partial*"))
 
@@ -57,7 +59,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path):
         unwritten.mkdir()
         (unwritten / "summary").write_text("whole")
 
-    assert [found.name for found in path.iterdir()] == ["summary"]
+    assert sorted(found.name for found in path.iterdir()) == ["sha256.json", "summary"]
 
 
 def _make(root: Path, number: int) -> None:

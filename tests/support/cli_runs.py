@@ -30,3 +30,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def without_logs(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if not name.endswith(".log")}
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    """Flip a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)

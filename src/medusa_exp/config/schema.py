@@ -748,6 +748,16 @@ class LoggerConfig:
 
 
 @dataclass
+class CacheConfig:
+    """How what lies in `cache_dir` is trusted."""
+
+    verify: bool = False
+    """Read every byte of the cache before the first stage, and make anew what is damaged. Else
+    files of more than a GiB are looked at in part: their length, both ends, and hidden states one
+    document at a time as they are used."""
+
+
+@dataclass
 class Config:
     """An experiment: which stages run, on what, into which directory."""
 
@@ -762,6 +772,7 @@ class Config:
     cache_dir: str = "outputs/cache"
     """What runs share: generated and tokenized data, hidden states, regenerated responses,
     pretrained tiny models; each under a hash of what made it."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     heads_from: str | None = None
     """A run directory, or its heads/, whose heads this run decodes with, instead of training some;
     or a directory of heads in the format of FasterDecoding, vLLM, TGI, MLC-LLM or ModelOpt."""

@@ -8,6 +8,8 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
+from medusa_exp.errors import UserError
+
 SCHEMA = pa.schema(
     {
         "input_ids": pa.large_list(pa.int32()),
@@ -96,5 +98,25 @@ def _view(numbers: pa.Array) -> np.ndarray:
 
 
 def open_examples(path: Path) -> pa.Table:
-    """Open an Arrow file written with `SCHEMA`, through a memory map."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    """Open an Arrow file written with `SCHEMA`, through a memory map.
+
+    Its lengths and offsets are checked, for what is read by a wrong one may end the process; not
+    the tokens themselves, for which there are seals.
+
+    Raises:
+        UserError: it is none, or damaged.
+    """
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)
+        if table.schema != SCHEMA:
+            raise ValueError("its columns are others")
+        for name in ("input_ids", "is_trained"):
+            if table[name].null_count:
+                raise ValueError(f"{name} has nulls")
+    except (OSError, ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
+        raise UserError(
+            f"{path} is not what was written there ({error}): delete the directory that it is in, "
+            "and it is made anew."
+        ) from error
+    return table

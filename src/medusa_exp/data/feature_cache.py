@@ -18,6 +18,7 @@ from torch import Tensor
 
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json, sha256_file
+from medusa_exp.runs.schemas import FeaturesSummary
 
 REACH = 16
 """The most heads that stored positions are enough for: `head.num_heads` allows no more."""
@@ -50,7 +51,9 @@ class Features:
         for name in (_SUMMARY, *_ARRAYS):
             if not (path / name).is_file():
                 raise self._damaged(name)
-        self.summary = read_json(path / _SUMMARY)
+        self.summary = read_json(path / _SUMMARY, kind=FeaturesSummary)
+        if self.summary is None:
+            raise self._damaged(_SUMMARY)
         self._stores_all = self.summary.get("stores_all", False)
         for name, digest in self.summary["sha256"].items():
             if sha256_file(path / name) != digest:

@@ -38,6 +38,7 @@ from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import content_key, read_json, sha256_file, write_json
 from medusa_exp.runs.machine import usable_cores
 from medusa_exp.runs.progress import ProgressBar
+from medusa_exp.runs.schemas import DataSummary
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def load_tokenized(
             f"the tokenised data could not be written under cache_dir={cache_dir}: "
             f"{error.strerror or error}."
         ) from error
-    summary = read_json(path / _SUMMARY)
+    summary = read_json(path / _SUMMARY, kind=DataSummary)
     if (older := _key_before(run_dir, known_data, sources, summary)) is not None:
         summary["key"] = older
         del summary["format"]
@@ -245,13 +246,11 @@ def _comparable(outcomes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
 
 
 def _is_whole(path: Path) -> bool:
-    if not (path / _SUMMARY).is_file():
-        return False
     try:
         open_examples(path / _EXAMPLES)
-    except (OSError, pa.ArrowInvalid):  # damaged since: to be built again
+        return read_json(path / _SUMMARY, kind=DataSummary) is not None
+    except UserError:  # damaged since: to be built again
         return False
-    return True
 
 
 def _key(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:

@@ -20,6 +20,7 @@ from medusa_exp.identity import identity_of_files
 from medusa_exp.model.checkpoint import WEIGHTS
 from medusa_exp.model.source import is_adapters
 from medusa_exp.runs.files import publish
+from medusa_exp.runs.schemas import SEAL
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,9 @@ def write(
         for file in sorted(heads.iterdir()):
             if file.name in ("config.json", WEIGHTS):
                 copied += _place(file, partial / "heads" / file.name)
-            elif file.is_file():  # the tokenizer of the run, with its own template or tokens
+            elif (
+                file.is_file() and file.name != SEAL
+            ):  # the tokenizer of the run, with its own template or tokens
                 (partial / file.name).unlink(missing_ok=True)
                 copied += _place(file, partial / file.name)
         if tree.is_file():

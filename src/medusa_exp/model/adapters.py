@@ -19,6 +19,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import ADAPTED
 from medusa_exp.runs.files import publish
+from medusa_exp.runs.seals import seal
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -144,6 +145,7 @@ def save_adapted(
         if output == "merged":
             adapted.merge_and_unload().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        seal(partial)
     log.info("the backbone with its adapters (%s) written to %s", output, out / ADAPTED)
 
 

@@ -13,6 +13,8 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import FAMILIES, MedusaHeads
 from medusa_exp.runs.files import publish, sha256_file
+from medusa_exp.runs.schemas import SEAL
+from medusa_exp.runs.seals import check, seal
 
 WEIGHTS = "model.safetensors"
 _MOST_HEADS, _MOST_CONFIG = 64, 1 << 20
@@ -22,6 +24,7 @@ def save_heads(heads: MedusaHeads, path: Path) -> None:
     """Write the heads' directory, whole or not at all."""
     with publish(path) as partial:
         heads.save_pretrained(partial)
+        seal(partial)
 
 
 def load_heads(path: str | Path, model: PreTrainedModel | Backbone | None = None) -> MedusaHeads:
@@ -33,6 +36,11 @@ def load_heads(path: str | Path, model: PreTrainedModel | Backbone | None = None
     place = Path(path)
     if not (place / "config.json").is_file():
         raise UserError(f"{place} holds no heads (config.json is missing): run stage train first.")
+    check(
+        place,
+        "Restore it, or train the heads again. If it was changed on purpose, delete "
+        f"{place / SEAL}, which has the sha256 of all files.",
+    )
     _check_files(place)
     try:
         heads, report = AutoModel.from_pretrained(

@@ -29,6 +29,7 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines, is_adapters
 from medusa_exp.model.tokenizer import load_tokenizer, num_ids
 from medusa_exp.runs.machine import has_arithmetic, pick_device
+from medusa_exp.runs.seals import check
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def load_backbone(spec: ModelSpec, adapted: Path | None = None) -> Backbone:
     Raises:
         UserError: the model cannot be loaded; says which, and what transformers said.
     """
+    if adapted is not None:
+        check(adapted, "Restore it, or train again in another run_dir.")
     if adapted is None:
         model = _read(spec)
     elif is_adapters(adapted):

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from medusa_exp.config import DatasetConfig, ModelConfig, PretrainConfig, TokenizerConfig
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
+from medusa_exp.runs.seals import check
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
 """What transformers raises for directories that are not what they should be."""
@@ -69,6 +70,7 @@ class ModelSpec:
                     f"{self.tiny} does not exist yet: model=tiny is made by stage pretrain. "
                     "Put pretrain first in stages."
                 )
+            check(self.tiny, "Put stage pretrain first in stages: it makes the model anew.")
             return str(self.tiny)
         if self.model.path is None:
             raise UserError(

@@ -27,7 +27,7 @@ from medusa_exp.config import TokenizerConfig
 from medusa_exp.data.template import check_chat_template
 from medusa_exp.errors import UserError
 from medusa_exp.model.source import ModelSpec, first_lines
-from medusa_exp.runs.files import read_json, write_json
+from medusa_exp.runs.files import read_json, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ def save_tokenizer(
         tokenizer.save_pretrained(partial)
         _pin_class(tokenizer, partial / "tokenizer_config.json")
         write_json(partial / SOURCE_FILE, _source(tokenizer, spec))
+        sync(partial)
         for file in sorted(partial.iterdir()):  # chat_templates/ is a directory
             if (target / file.name).is_dir():
                 shutil.rmtree(target / file.name)

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from medusa_exp.errors import UserError
-from medusa_exp.runs.schemas import SCHEMAS, Schema
+from medusa_exp.runs.schemas import SCHEMAS, SEAL, Schema
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def publish(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _open_to_readers(partial)
-        _sync(partial)
+        sync(partial)
         if partial.is_dir() and path.exists():
             shutil.rmtree(path)
         partial.replace(path)
@@ -70,7 +70,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file, or all of a directory, on the disk: without, power lost leaves empty files."""
     for written in path.rglob("*") if path.is_dir() else ():
         if not written.is_symlink():
@@ -192,7 +192,9 @@ def _content(path: Path) -> bytes | None:
 
 
 def _schema(path: Path, kind: Any) -> Schema:
-    known = SCHEMAS.get(path.name, Schema(Any, "Delete it or restore it", has_nan=True))
+    # The seal of a lone file is `.NAME.sha256.json`.
+    name = SEAL if path.name.endswith(f".{SEAL}") else path.name
+    known = SCHEMAS.get(name, Schema(Any, "Delete it or restore it", has_nan=True))
     return known if kind is None else replace(known, kind=kind)
 
 

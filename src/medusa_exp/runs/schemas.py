@@ -17,6 +17,8 @@ MOST_NODES = 1 << 12
 """Of a tree in a file."""
 MOST_RANKS = 1 << 24
 Rank = Annotated[int, Meta(ge=-1, lt=MOST_RANKS)]
+SEAL = "sha256.json"
+"""In a directory: what its files were when they were written (`runs/seals.py`)."""
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
@@ -209,6 +211,16 @@ class _TokenizerSource(msgspec.Struct):
     chat_template_sha256: str | None = None
 
 
+class _Sealed(msgspec.Struct):
+    bytes: Count
+    sha256: Digest
+    ends: Digest
+
+
+class _Seal(msgspec.Struct):
+    files: dict[str, _Sealed]
+
+
 @dataclass(frozen=True)
 class Schema:
     """What a file has to hold, and what to do where it does not."""
@@ -243,6 +255,7 @@ SCHEMAS = {
     "regenerated.json": Schema(
         RegeneratedSummary, "delete it and run stage regenerate again: it finds what it has made"
     ),
+    SEAL: Schema(_Seal, "restore it, or delete it: its files are then not checked"),
     "tokenizer_source.json": Schema(
         _TokenizerSource, "restore it, or delete it: nothing is then known of the heads' tokenizer"
     ),

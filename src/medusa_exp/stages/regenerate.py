@@ -45,6 +45,7 @@ from medusa_exp.runs.files import (
     write_json,
 )
 from medusa_exp.runs.progress import ProgressBar
+from medusa_exp.runs.schemas import RegeneratedSummary
 from medusa_exp.serving.client import answers
 from medusa_exp.stages.engines import open_engines
 from medusa_exp.stages.session import Session, compiles, limits_of, rule_of
@@ -95,7 +96,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             _write(partial_path, _regenerated(session, answered_path, documents), documents.all())
     if partial_path is not None:
         answered_path.unlink()
-    summary = read_json(path / SUMMARY)
+    summary = read_json(path / SUMMARY, kind=RegeneratedSummary)
     write_json(out / RECORD, {"key": key, **summary})
     log.info(
         "%d documents, %d responses of %d tokens; not finished within %d tokens: %d; no room: %d",

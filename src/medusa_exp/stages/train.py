@@ -33,6 +33,7 @@ from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.runs.locks import locked
 from medusa_exp.runs.machine import pick_device
 from medusa_exp.runs.record import Notes
+from medusa_exp.runs.seals import seal
 from medusa_exp.stages.session import Session, limits_of
 from medusa_exp.stages.training_inputs import Inputs, open_inputs, validation_rule
 from medusa_exp.train.acceptance import (
@@ -124,6 +125,7 @@ def train(session: Session) -> dict[str, float]:
                 metrics |= finish_joint(session, module, module.joint, inputs)
             save_heads(heads, out / "heads")
             save_tokenizer(inputs.tokenizer, session.spec, out / "heads")
+            seal(out / "heads")
             log.info("heads written to %s", out / "heads")
         return metrics
 
@@ -226,7 +228,8 @@ def fit(session: Session, module: MedusaModule, batches: Batches) -> dict[str, f
     checkpoint, step = checkpoint_to_resume(out, module.key, settings.resume)
     session.notes.add(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
-    best = BestHeads(out / "checkpoints", settings.patience)
+    is_best_kept = settings.keep == "best"
+    best = BestHeads(out / "checkpoints", settings.patience, is_restored=is_best_kept)
     average = EMAHeads(settings.average, module) if settings.average else None
     # In this order: the average leaves the heads' place after the best have been kept.
     callbacks = [best, *([average] if average else []), checkpoints]
@@ -253,7 +256,7 @@ def fit(session: Session, module: MedusaModule, batches: Batches) -> dict[str, f
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
     metrics = {"train/steps": float(steps), **module.last_metrics, **throughput.metrics()}
-    if settings.keep == "best" and best.value is not None:
+    if is_best_kept and best.value is not None:
         best.restore(module)
         metrics |= {**best.metrics, "train/best_step": best.step}
     return {name: float(value) for name, value in metrics.items()}

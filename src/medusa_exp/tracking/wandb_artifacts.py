@@ -22,6 +22,7 @@ import wandb
 from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import shareable, shareable_text
 from medusa_exp.runs.files import read_json, sha256_file
+from medusa_exp.runs.schemas import SEAL
 
 _TEXTS = (".json", ".jsonl", ".html", ".jinja", ".txt")
 _PLACES = {"config.json": "backbone", "tokenizer_source.json": "path"}
@@ -101,7 +102,9 @@ def _of_report(config: Config, out: Path) -> Iterator[Item]:
 
 
 def _heads(out: Path, is_input: bool = False, **metadata: Any) -> Item:
-    files = {path.name: path for path in sorted((out / "heads").iterdir()) if path.is_file()}
+    found = sorted((out / "heads").iterdir())
+    # What is sent may have other words than what was sealed, see `_staged`.
+    files = {path.name: path for path in found if path.is_file() and path.name != SEAL}
     known = {**read_json(out / "heads" / "config.json"), "sha256": _heads_sha256(out)}
     if "backbone" in known:  # not of a model without a name
         known["backbone"] = named_variables(str(known["backbone"]), out)

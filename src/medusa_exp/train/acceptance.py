@@ -151,10 +151,9 @@ def _is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, "pt"):
-            return True
-    except SafetensorError as error:
-        log.warning("%s is damaged (%s), and is made anew", path, error)
+        with safe_open(path, "pt") as file:
+            return set(file.keys()) == {"tokens", "hidden", "lengths"}
+    except (OSError, SafetensorError):
         return False
 
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from medusa_exp.config import TrainConfig
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.errors import UserError
-from medusa_exp.runs.files import publish
+from medusa_exp.runs.files import publish, sha256_file
 from medusa_exp.runs.machine import peak_memory_bytes, synchronize
 from medusa_exp.runs.progress import ProgressBar
 from medusa_exp.train.defaults import gpu_memory
@@ -98,12 +98,16 @@ class BestHeads(L.Callback):
     no better.
     """
 
-    def __init__(self, directory: Path, patience: int | None = None) -> None:
-        self.directory, self.patience = directory, patience
+    def __init__(
+        self, directory: Path, patience: int | None = None, *, is_restored: bool = True
+    ) -> None:
+        self.directory, self.patience, self.is_restored = directory, patience, is_restored
         self._saved_step = 0
         self.value: float | None = None
         self.step = 0
         self.num_worse = 0
+        self.sha256 = ""
+        """Of the file of the best heads."""
         self.metrics: dict[str, float] = {}
         """Metrics of the best validation."""
 
@@ -120,6 +124,7 @@ class BestHeads(L.Callback):
             if trainer.is_global_zero:
                 with publish(self._file(self.step)) as partial:
                     save_file(_trained(module), partial)
+                self.sha256 = sha256_file(self._file(self.step))
                 self._tidy()
             return
         self.num_worse += 1
@@ -146,25 +151,37 @@ class BestHeads(L.Callback):
             return
         path = self._file(self.step)
         try:
+            self._check()
             best = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path} is missing or damaged, the heads of the best validation: restore it, or "
-                "set train.keep=last to keep those of the last step."
-            ) from error
-        for name, value in _trained(module).items():
-            value.copy_(best[name])
+            for name, value in _trained(module).items():
+                value.copy_(best[name])
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise self._damaged() from error
         self._tidy()
+
+    def _check(self) -> None:
+        """Raise a UserError where the file of the best heads is not what was written."""
+        path = self._file(self.step)
+        if not path.is_file() or (self.sha256 and sha256_file(path) != self.sha256):
+            raise self._damaged()
+
+    def _damaged(self) -> UserError:
+        return UserError(
+            f"{self._file(self.step)} is missing or damaged, the heads of the best validation: "
+            "restore it, or set train.keep=last to keep those of the last step."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         self._saved_step = self.step
-        names = ("value", "step", "num_worse", "metrics")
+        names = ("value", "step", "num_worse", "metrics", "sha256")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, value in state_dict.items():
             setattr(self, name, value)
         self._saved_step = self.step
+        if self.is_restored and self.value is not None and rank_zero_only.rank == 0:
+            self._check()  # now, and not when the training has come to its end
 
 
 def _trained(module: L.LightningModule) -> dict[str, Tensor]:

@@ -19,11 +19,15 @@ import logging
 import pickle
 import random
 import signal
+import zipfile
+import zlib
+from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
+import msgspec
 import numpy as np
 import torch
 
@@ -37,6 +41,11 @@ from medusa_exp.train.failures import BadLoss
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "last.ckpt"
+_DAMAGES = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+    *(ValueError, KeyError, IndexError, AttributeError, TypeError, NotImplementedError),
+)
+"""What opening a damaged checkpoint may raise."""
 _SIGNALS = [
     getattr(signal, name)
     for name in ("SIGUSR1", "SIGTERM", "SIGINT")
@@ -278,12 +287,46 @@ def _drop_unfinished(out: Path) -> None:
             remove(unfinished)
 
 
+class _RandomState(msgspec.Struct):
+    python: Any
+    numpy: Any
+    torch: Any
+
+
+class _Checkpoint(msgspec.Struct):
+    """What a checkpoint has to hold before Lightning is given it."""
+
+    made_with: str
+    global_step: Annotated[int, msgspec.Meta(ge=0)]
+    state_dict: dict[str, Any]
+    optimizer_states: list[dict[str, Any]]
+    lr_schedulers: list[dict[str, Any]]
+    loops: dict[str, Any]
+    callbacks: dict[str, Any]
+    random_state: _RandomState
+    settled: dict[str, Any] = {}
+
+
 def _read(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return _checked(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _checked(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
+    """Return what is in a checkpoint, each byte of which is that of its checksum.
+
+    The format is a zip archive: torch writes the CRC-32 of each part, and does not look at it.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{part} is not what was written")
         found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        msgspec.convert(found, _Checkpoint)
+    except _DAMAGES as error:
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}), and no training goes on from it: restore "
-            "it, or set train.resume=never to train anew."
+            f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}), "
+            "and no training goes on from it: restore it, or set train.resume=never to train anew."
         ) from error
     return found

@@ -8,7 +8,6 @@ Workers share the disk, and are given tokens. How the files are read: `data/feat
 P positions, B batch, T time, D hidden, L stored positions of a document.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -33,7 +32,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loss import teacher_argmax
 from medusa_exp.runs.cache import entry
-from medusa_exp.runs.files import content_key, settings_in_key, sha256_file, write_json
+from medusa_exp.runs.files import content_key, read_json, settings_in_key, sha256_file, write_json
 from medusa_exp.runs.progress import ProgressBar
 from medusa_exp.train.launch import map_on_ray
 from medusa_exp.train.trainer import AUTOCAST
@@ -315,10 +314,14 @@ def known_fingerprints(
     if note is None or not note.is_file():
         return None
     try:
-        identity, weights_fingerprint, *checked = json.loads(note.read_text())
-    except ValueError:  # damaged since: the backbone is loaded, and noted again
+        *found, key = read_json(note, kind=list[str | None])
+    except (UserError, TypeError):  # damaged since: the backbone is loaded, and noted again
         return None
-    return (identity, weights_fingerprint) if checked == [attn_implementation] else None
+    if len(found) == 2:  # without a key, as older versions wrote
+        found, key = [*found, key], content_key([*found, key])
+    if len(found) != 3 or key != content_key(found) or found[2] != attn_implementation:
+        return None
+    return found[0], found[1]
 
 
 def note_fingerprints(
@@ -326,5 +329,5 @@ def note_fingerprints(
 ) -> None:
     """Note which backbone this is, and with which attention it passed `check_tree_attention`."""
     if note is not None:
-        found = [backbone.identity(), backbone.weights_fingerprint()]
-        write_json(note, [*found, attn_implementation])
+        found = [backbone.identity(), backbone.weights_fingerprint(), attn_implementation]
+        write_json(note, [*found, content_key(found)])

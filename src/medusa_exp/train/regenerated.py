@@ -8,8 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from medusa_exp.config import DatasetConfig, RegenerateConfig
 from medusa_exp.data.examples import Examples, open_examples
 from medusa_exp.data.tokenized import rows_of_split, select
@@ -17,7 +15,9 @@ from medusa_exp.decode.loop import GREEDY, Limits
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.runs.files import content_key, settings_in_key
+from medusa_exp.runs.files import content_key, read_json, settings_in_key
+from medusa_exp.runs.schemas import RegeneratedSummary
+from medusa_exp.runs.seals import check
 from medusa_exp.train.trainer import AUTOCAST
 
 KIND = "regenerated"
@@ -43,13 +43,8 @@ def open_regenerated(cache_dir: str, key: str, dataset: DatasetConfig) -> dict[s
             "put stage regenerate before train, with the same regenerate.* (regenerate.server too: "
             "an engine's responses are kept apart) and decode.*, or set train.text=data."
         )
-    try:
-        table = open_examples(path / DOCUMENTS)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"{path}: {DOCUMENTS} is not what was written there ({error}): delete that directory, "
-            "and run stage regenerate again."
-        ) from error
+    check(path, "Run stage regenerate again: it makes the responses anew.")
+    table = open_examples(path / DOCUMENTS)
     found = {
         split: select(table, rows_of_split(table, dataset, split), dataset, split)
         for split in ("train", "val")
@@ -59,7 +54,10 @@ def open_regenerated(cache_dir: str, key: str, dataset: DatasetConfig) -> dict[s
 
 def has_responses(path: Path) -> bool:
     """Does this directory of the cache hold responses?"""
-    return (path / SUMMARY).is_file()
+    try:
+        return read_json(path / SUMMARY, kind=RegeneratedSummary) is not None
+    except UserError:
+        return False
 
 
 def regenerated_key(

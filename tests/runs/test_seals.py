@@ -1,0 +1,193 @@
+"""One flipped byte in a file of a run or of the cache: found, or without effect on any number."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from cli_runs import flip
+from safetensors.torch import load_file, save_file
+
+from medusa_exp.data.examples import SCHEMA, Examples, open_examples
+from medusa_exp.errors import UserError
+from medusa_exp.model import load_heads
+from medusa_exp.model.checkpoint import save_heads
+from medusa_exp.model.heads import build_heads
+from medusa_exp.runs import seals
+from medusa_exp.runs.cache import entry
+from medusa_exp.runs.seals import damage, seal, verify
+from medusa_exp.stages import train
+from medusa_exp.stages.session import Session
+from medusa_exp.train.checkpointing import _read
+
+
+def _entry(root: Path, name: str = "key") -> Path:
+    with entry(root, "kind", name) as (path, unwritten):
+        if unwritten:
+            unwritten.mkdir()
+            (unwritten / "numbers").write_bytes(bytes(range(200)))
+    return path
+
+
+def test_each_flipped_byte_is_found(tmp_path):
+    path = _entry(tmp_path)
+    assert damage(path) is None
+    for file in ("numbers", "sha256.json"):
+        content = (path / file).read_bytes()
+        for position in range(0, len(content), 3):
+            flip(path / file, position)
+            is_found = damage(path) is not None
+            is_in_unread_end = (
+                file == "sha256.json" and b"ends" in content[position - 80 : position]
+            )
+            assert is_found or is_in_unread_end or content[position : position + 1].isspace()
+            (path / file).write_bytes(content)
+    (path / "numbers").unlink()
+    assert damage(path) == str(path / "numbers")
+
+
+def test_a_damaged_entry_is_made_anew_with_a_line(tmp_path, caplog):
+    path = _entry(tmp_path)
+    flip(path / "numbers", 7)
+    assert (_entry(tmp_path) / "numbers").read_bytes() == bytes(range(200))
+    assert f"{path / 'numbers'} is damaged: {path} is made anew" in caplog.text
+    caplog.clear()
+    _entry(tmp_path)
+    assert not caplog.text
+
+
+def test_a_lone_file_is_sealed_too(tmp_path, caplog):
+    def made() -> Path:
+        with entry(tmp_path, "kind", "key.bin") as (path, unwritten):
+            if unwritten:
+                unwritten.write_bytes(b"numbers")
+        return path
+
+    flip(made(), 2)
+    assert made().read_bytes() == b"numbers" and "is made anew" in caplog.text
+
+
+def test_a_large_file_is_read_in_full_when_that_is_asked_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(seals, "_LARGE", 100)
+    monkeypatch.setattr(seals, "_END", 50)
+    paths = [_entry(tmp_path, name) for name in ("begins", "middle", "ends", "whole")]
+    for path, position in zip(paths, (3, 100, 190), strict=False):
+        flip(path / "numbers", position)
+    assert [damage(path) is not None for path in paths] == [True, False, True, False]
+    verify(tmp_path)
+    assert [path.exists() for path in paths] == [False, False, False, True]
+    assert caplog.text.count("is removed, and is made anew") == 3
+
+
+def test_what_has_no_seal_is_taken_as_it_is(tmp_path):
+    path = _entry(tmp_path)
+    (path / "sha256.json").unlink()
+    flip(path / "numbers", 7)
+    assert damage(path) is None and _entry(tmp_path) == path
+
+
+def test_tokens_are_made_anew(config, tokenizer, tmp_path, caplog):
+    session = Session(config, tmp_path / "run")
+
+    def tokens() -> list[list[int]]:
+        return [e.input_ids.tolist() for e in session.tokenized(tokenizer, 100).all()]
+
+    whole = tokens()
+    for file in ("documents.arrow", "summary.json", "sha256.json"):
+        (path,) = (Path(config.cache_dir) / "tokenised").glob(f"*/{file}")
+        for is_cut in (False, True):
+            if not is_cut:
+                flip(path, path.stat().st_size // 2)
+            else:
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            caplog.clear()
+            assert tokens() == whole
+            assert "is made anew" in caplog.text
+
+
+def test_no_flipped_byte_of_tokens_without_a_seal_ends_the_process(tmp_path):
+    """Arrow reads by the lengths and offsets that it finds: wrong ones were segmentation faults."""
+    path, rng = tmp_path / "documents.arrow", random.Random(0)
+    with pa.ipc.new_file(str(path), SCHEMA) as file:
+        for _ in range(2):
+            ids, mask = [np.arange(20, dtype=np.int32)] * 4, [np.ones(20, np.uint8)] * 4
+            columns = dict(zip(SCHEMA.names, (ids, mask, ["a"] * 4, ["b"] * 4), strict=True))
+            file.write_batch(pa.RecordBatch.from_pydict(columns, SCHEMA))
+    content, refused = path.read_bytes(), 0
+    for position in range(0, len(content), 11):
+        path.write_bytes(content)
+        flip(path, position, rng.randrange(8))
+        try:
+            examples = Examples(open_examples(path))
+            assert all(len(one.input_ids) + len(one.is_trained) >= 0 for one in examples)
+            examples.strings("conversation_id")
+        except UserError:
+            refused += 1
+    assert refused > 15
+
+
+def test_heads_are_refused(backbone, tmp_path):
+    place = tmp_path / "heads"
+    save_heads(build_heads(backbone, num_heads=1), place)
+    load_heads(place, backbone)
+    for file in sorted(place.iterdir()):
+        content = file.read_bytes()
+        for position in (len(content) // 3, len(content) // 2, len(content) - 4):
+            flip(file, position)
+            with pytest.raises(UserError, match="heads/"):
+                load_heads(place, backbone)
+            file.write_bytes(content)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "integers"])
+def test_heads_without_finite_weights_are_refused(backbone, tmp_path, value):
+    place = tmp_path / "heads"
+    save_heads(build_heads(backbone, num_heads=1), place)
+    weights = load_file(place / "model.safetensors")
+    first = min(weights)
+    if value == "integers":
+        weights[first] = weights[first].to(torch.int32)
+    else:
+        weights[first].view(-1)[0] = value
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    seal(place)
+    with pytest.raises(UserError, match=f"the weights {first} are integers, or not all"):
+        load_heads(place, backbone)
+
+
+def test_a_training_does_not_go_on_from_what_is_damaged(config, tmp_path, monkeypatch):
+    config.decode.max_new_tokens = 16
+    out = tmp_path / "run"
+    out.mkdir()
+    step = train.MedusaModule.training_step
+
+    def dies(module, batch, batch_idx):
+        if module.global_step == 9:
+            raise RuntimeError("power cut")
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(train.MedusaModule, "training_step", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.run(config, out)
+    monkeypatch.setattr(train.MedusaModule, "training_step", step)
+    last, (best,) = out / "checkpoints/last.ckpt", (out / "checkpoints").glob("best-*")
+    for file in (last, best):
+        content = file.read_bytes()
+        flip(file, len(content) // 2)
+        with pytest.raises(UserError, match=f"{file.name} is (missing or )?damaged"):
+            train.run(config, out)
+        file.write_bytes(content)
+    good = torch.load(last, weights_only=True)
+    for key in ("optimizer_states", "global_step", "random_state", "callbacks"):
+        torch.save({name: value for name, value in good.items() if name != key}, last)
+        with pytest.raises(UserError, match=rf"last\.ckpt is damaged .*`{key}`.*set train.resume"):
+            _read(last)
+    for wrong in ([], {"made_with": 1}, {**good, "global_step": "x"}, {**good, "loops": []}):
+        torch.save(wrong, last)
+        with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
+            _read(last)
+    last.write_bytes(b"")
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
+        train.run(config, out)
