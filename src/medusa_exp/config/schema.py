@@ -621,6 +621,9 @@ class DecodeConfig:
     cuda_graph: bool = True
     """On a GPU, capture a step (draft, backbone, verify, commit) as one CUDA graph and replay it;
     plain decoding too. false runs it op by op, in tensors that grow."""
+    pack_weights: bool = True
+    """On a CPU, pack the weights of those linear layers for which that is faster, as is measured:
+    a step over a tree then costs little more than a plain one. Takes memory for some of them."""
     compile: str = choice("auto", "true", "false")
     """Compile a decoder layer (torch.compile) for all layers of captured steps, plain ones too:
     true, false, or auto (on a GPU, where the steps of calibrate and evaluate, or of regenerate, are

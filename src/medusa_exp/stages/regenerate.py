@@ -48,7 +48,7 @@ from medusa_exp.runs.progress import ProgressBar
 from medusa_exp.runs.schemas import RegeneratedSummary
 from medusa_exp.serving.client import answers
 from medusa_exp.stages.engines import open_engines
-from medusa_exp.stages.session import Session, compiles, limits_of, rule_of
+from medusa_exp.stages.session import Session, compiles, limits_of, pack_decoder, rule_of
 from medusa_exp.train.failures import explain_memory
 from medusa_exp.train.launch import map_on_ray
 from medusa_exp.train.regenerated import (
@@ -387,13 +387,14 @@ def _in_training_dtype(config: Config, backbone: Backbone) -> Backbone:
     """Return the backbone in the training's autocast dtype; tensors that have it are shared."""
     model = backbone.model
     dtype = AUTOCAST.get(pick_precision(config.dtype.precision, backbone.device))
-    if dtype and config.model.quantization is None:
-        memo: dict[int, Tensor] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            cast = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(cast, requires_grad=False) if is_parameter else cast
-        model = deepcopy(model, memo)
+    if not dtype or config.model.quantization is not None:
+        return backbone
+    memo: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        cast = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(cast, requires_grad=False) if is_parameter else cast
+    model = deepcopy(model, memo)
     return Backbone(model, uses_grouped_attention=backbone.uses_grouped_attention)
 
 
@@ -405,10 +406,14 @@ def _decoder(config: Config, out: Path, backbone: Backbone, num_documents: int) 
         "cuda_graph": None if config.decode.cuda_graph else False,
         "compiles": compiles(config, backbone, steps),
     }
-    if not settings.use_heads:
-        return Decoder(backbone, **options)
-    heads = stack_heads(load_heads(out / "heads", backbone), backbone)
-    return Decoder(backbone, heads, Tree.load(out / "tree.json"), **options)
+    heads = tree = None
+    if settings.use_heads:
+        heads = stack_heads(load_heads(out / "heads", backbone), backbone)
+        tree = Tree.load(out / "tree.json")
+    decoder = Decoder(backbone, heads, tree, **options)
+    if config.decode.pack_weights:
+        pack_decoder(decoder, config.cache_dir)
+    return decoder
 
 
 def _write(directory: Path, lines: list[dict[str, Any]], examples: Examples) -> None:

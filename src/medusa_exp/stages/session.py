@@ -28,6 +28,7 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig, stack_heads
 from medusa_exp.model.loading import load_backbone
+from medusa_exp.model.packed import pack, unpack
 from medusa_exp.model.source import ModelSpec, adapted_path, tiny_dir
 from medusa_exp.model.tokenizer import differences, load_tokenizer
 from medusa_exp.runs.files import read_json, write_json
@@ -169,6 +170,11 @@ class Session:
         Where this run has adapted it (train=medusa2), that is its own, unless `is_adapted` is
         false. One is kept at a time. Nobody may change it: who has to, calls `forget_backbone`.
         """
+        backbone = self._loaded(is_adapted)
+        unpack([backbone.model])
+        return backbone
+
+    def _loaded(self, is_adapted: bool = True) -> Backbone:
         config, spec = self.config, self.spec
         if spec.tiny is not None:
             self.notes.add_inputs(model=spec.tiny.name)
@@ -197,7 +203,7 @@ class Session:
             UserError: the run has no heads or no tree, or its model cannot be decoded with trees.
         """
         self.check_drafts()
-        backbone, tokenizer = self.backbone(), self.tokenizer()
+        backbone, tokenizer = self._loaded(), self.tokenizer()
         heads = load_heads(self.out / "heads", backbone)
         self._check_origin(heads, backbone, tokenizer)
         decoder = Decoder(
@@ -209,6 +215,8 @@ class Session:
             cuda_graph=None if self.config.decode.cuda_graph else False,
             compiles=compiles(self.config, backbone, measured_steps(self.config) * is_measured),
         )
+        if self.config.decode.pack_weights:
+            pack_decoder(decoder, self.config.cache_dir)
         if is_tree_known:
             decoder.tree, decoder.rule = self.tree(decoder), self.rule()
         return decoder
@@ -320,6 +328,19 @@ class Session:
         if settings.kind == "calibrated" and settings.lookup is None and is_drawn:
             settings = replace(settings, lookup=0)  # see `check_draft`
         return choose_tree(settings, self.out, decoder.heads.num_heads, batch_size)
+
+
+def pack_decoder(decoder: Decoder, cache_dir: str) -> None:
+    """Pack the linear layers of a decoder's backbone and heads, if they lie on a CPU.
+
+    Compiled layers are left as they are: what compiles them has its own ways with weights.
+    """
+    backbone, heads = decoder.backbone, decoder.heads
+    is_quantized = getattr(backbone.model, "is_quantized", False)
+    if backbone.device.type == "cpu" and not decoder.compiles and not is_quantized:
+        backbone.remember_fingerprints()
+        modules = [backbone.model] if heads is None else [backbone.model, heads]
+        pack(modules, cache_dir, kept=[backbone.lm_head])
 
 
 def has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:

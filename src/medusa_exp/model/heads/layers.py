@@ -221,11 +221,14 @@ class TiedProjection(nn.Module):
 
     def stacked(self, dtype: torch.dtype) -> Stacked:
         """Return one product, for which the matrix is read once."""
-        weight_VD, bias_V = self._weights()
-        return lambda x_KBD, count: self._project(x_KBD, weight_VD, bias_V)
+        weight_VD, _ = self._weights()
+        [lm_head] = self._shared  # the module, whose weights may be packed
+        return lambda x_KBD, count: self._scaled(lm_head(x_KBD.to(weight_VD.dtype)))
 
     def _project(self, x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-        logits = linear(x.to(weight_VD.dtype), weight_VD, bias_V)
+        return self._scaled(linear(x.to(weight_VD.dtype), weight_VD, bias_V))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
         return logits if self._scale == 1 else logits * self._scale
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:

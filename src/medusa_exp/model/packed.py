@@ -1,0 +1,235 @@
+"""Linear layers of a CPU with their weights packed for oneDNN: wide steps at the price of narrow.
+
+A product of a few rows reads the whole matrix, and should take no longer than that. torch's own
+`linear` takes 3 to 5 times as long for 8 rows as for one on many processors; of weights that lie as
+oneDNN wants them it takes hardly longer, and one row is mostly faster too. Steps over a tree are
+such products.
+
+Which form is faster depends on processor, shape and rows, and is measured when a model is made
+ready for decoding, for a second at most; `cache_dir` keeps what was found. What one form gives
+differs from the other's by rounding alone, and a row of a packed product is the same whatever
+stands beside it. Weights that are packed for all numbers of rows are given up, and made again, to
+the last bit, by `unpack`; an lm_head's stay.
+
+M rows, K inputs, N outputs.
+"""
+
+import logging
+import time
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from medusa_exp.runs.cache import entry
+from medusa_exp.runs.files import content_key, read_json, write_json
+from medusa_exp.runs.machine import cpu_name
+
+log = logging.getLogger(__name__)
+
+_ROWS, _UP_TO = (1, 8, 64), (1, 24)
+"""Numbers of rows that are measured; those for which the first and the second of them stand."""
+_MANY = 64
+"""From so many rows on both forms do much the same work; packed may take a tenth longer there."""
+_FEWEST = 1 << 16
+"""Weights of a layer below which a call's own cost is all there is to it."""
+_MOST = 1 << 22
+"""Weights of a shape that are measured: more than caches hold. Of larger layers a part."""
+_DTYPES = (torch.float32, torch.bfloat16)
+_SECONDS, _TRIES = 1.0, 9
+"""For which all shapes together are measured, and how often at most."""
+_FORMAT = 1
+_KIND = "packed"
+
+
+class PackedLinear(nn.Linear):
+    """What `pack` makes of a `Linear`, in place: the same product by the faster form."""
+
+    packed: Tensor
+    uses_packed: Sequence[bool]
+    """By the places of `_ROWS`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., K] to [..., N]."""
+        rows = x.numel() // self.in_features
+        if not (rows and self.uses_packed[bisect_left(_UP_TO, rows)]) or _is_more_asked(
+            x, self.packed
+        ):
+            return linear(x, self.weight, self.bias)
+        return _product(x, self.packed, self._parameters["bias"])
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a module has; the weight, where it was given up, made anew."""
+        if name == "weight" and self._parameters.get("weight") is None:
+            return self.packed.to_dense()
+        return super().__getattr__(name)
+
+
+def _is_more_asked(x: Tensor, packed: Tensor) -> bool:
+    """Is this for training, or in another type: of what packed weights do not know?"""
+    is_trained = torch.is_grad_enabled() and x.requires_grad
+    return is_trained or x.dtype != packed.dtype or torch.is_autocast_enabled("cpu")
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    multiply = torch.ops.mkldnn._linear_pointwise.default  # private: torch 2.13
+    return multiply(x, packed, bias, "none", [], "")
+
+
+def pack(
+    modules: Iterable[nn.Module], cache_dir: str | Path | None = None, kept: Sequence[Any] = ()
+) -> None:
+    """Pack the linear layers in modules whose products get faster by it.
+
+    Nothing is done on other devices, in types that oneDNN does not pack, and of small layers.
+
+    Args:
+        modules: a model, heads.
+        cache_dir: keeps what was measured.
+        kept: layers whose weights are needed elsewhere, and stay.
+    """
+    inside = [module for root in modules for module in root.modules()]
+    tied = {id(m.weight) for m in inside if isinstance(m, nn.Embedding)}
+    found: dict[tuple[Any, ...], list[nn.Linear]] = defaultdict(list)
+    for module in dict.fromkeys(inside):
+        if type(module) is nn.Linear and _can_be_packed(module):
+            found[_shape(module)].append(module)
+    if not found or (operators := _operators()) is None:
+        return
+    choices = _choices(found, operators, cache_dir)
+    added = freed = 0
+    chosen = [(layer, choices[_key(shape)]) for shape in found for layer in found[shape]]
+    chosen = [(layer, uses) for layer, uses in chosen if any(uses)]
+    for layer, uses in chosen:
+        needed = not all(uses) or id(layer.weight) in tied or any(layer is one for one in kept)
+        added += layer.weight.nbytes
+        freed += 0 if needed else layer.weight.nbytes
+        _pack_one(layer, uses, operators, keeps_weight=needed)
+    if chosen:
+        log.info(
+            "%d of %d linear layers are packed for this processor: %.2f GB, of which %.2f take the "
+            "place of the weights as they were",
+            *(len(chosen), sum(map(len, found.values())), added / 1e9, freed / 1e9),
+        )
+
+
+def unpack(modules: Iterable[nn.Module]) -> None:
+    """Make the linear layers in modules again what they were, to the last bit."""
+    for layer in [module for root in modules for module in root.modules()]:
+        if isinstance(layer, PackedLinear):
+            if layer._parameters.get("weight") is None:
+                layer._parameters["weight"] = nn.Parameter(layer.weight, requires_grad=False)
+            del layer.packed, layer.uses_packed
+            layer.__class__ = nn.Linear
+
+
+def _can_be_packed(layer: nn.Linear) -> bool:
+    weight = layer.weight
+    is_plain = type(weight) is nn.Parameter and weight.device.type == "cpu"
+    is_frozen = not (weight.requires_grad and torch.is_grad_enabled())
+    return is_plain and is_frozen and weight.dtype in _DTYPES and weight.numel() >= _FEWEST
+
+
+def _operators() -> Callable[[Tensor], Tensor] | None:
+    """Return what packs a weight; None where torch was built without it."""
+    try:
+        reorder: Callable[[Tensor], Tensor] = (
+            torch.ops.mkldnn._reorder_linear_weight  # private: torch 2.13
+        )
+        _product(torch.ones(1, 16), reorder(torch.ones(16, 16)), None)
+    except (AttributeError, RuntimeError):
+        return None
+    return reorder
+
+
+def _pack_one(
+    layer: nn.Linear, uses: Sequence[bool], reorder: Callable[[Tensor], Tensor], keeps_weight: bool
+) -> None:
+    packed = reorder(layer.weight.detach())
+    layer.__class__ = PackedLinear
+    assert isinstance(layer, PackedLinear)
+    layer.__dict__["packed"], layer.uses_packed = packed, tuple(uses)  # no buffer: nobody saves it
+    if not keeps_weight:
+        layer._parameters["weight"] = None
+
+
+def _shape(layer: nn.Linear) -> tuple[Any, ...]:
+    return layer.out_features, layer.in_features, layer.bias is not None, layer.weight.dtype
+
+
+def _key(shape: tuple[Any, ...]) -> str:
+    return " ".join(map(str, shape))
+
+
+def _choices(
+    found: dict[tuple[Any, ...], list[nn.Linear]],
+    reorder: Callable[[Tensor], Tensor],
+    cache_dir: str | Path | None,
+) -> dict[str, list[bool]]:
+    """Return for each shape where packed is used, of what is measured now or was before."""
+    measure = partial(_measured, found, reorder)
+    if cache_dir is None:
+        return measure()
+    capability = torch.backends.cpu.get_cpu_capability()
+    machine = [cpu_name(), capability, torch.get_num_threads(), torch.__version__]
+    key = content_key(_FORMAT, machine, sorted(map(_key, found)))
+    with entry(cache_dir, _KIND, f"{key}.json") as (path, partial_path):
+        if partial_path is not None:
+            write_json(partial_path, measure())
+    choices: dict[str, list[bool]] = read_json(path)
+    return choices
+
+
+@torch.inference_mode()
+def _measured(
+    found: dict[tuple[Any, ...], list[nn.Linear]], reorder: Callable[[Tensor], Tensor]
+) -> dict[str, list[bool]]:
+    return {
+        _key(shape): _compare(layers, reorder, _SECONDS / len(found))
+        for shape, layers in found.items()
+    }
+
+
+def _compare(
+    layers: list[nn.Linear], reorder: Callable[[Tensor], Tensor], seconds: float
+) -> list[bool]:
+    """Say for each of `_ROWS` whether packed weights are faster, in layers that follow each other.
+
+    As in a model, where a layer's weights come from memory: each layer's best time counts.
+    """
+    first = layers[0].weight
+    weights = [layer.weight[: _MOST // first.shape[1]] for layer in layers]
+    weights = weights[: max(1, _MOST // weights[0].numel())]
+    packed = [reorder(weight) for weight in weights]
+    draws, uses = torch.Generator().manual_seed(0), list[bool]()
+    # Of the processor's time: a busy machine must not leave too few products to judge by.
+    clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+    for rows in _ROWS:
+        x = torch.randn(rows, first.shape[1], generator=draws).to(first.dtype)
+        best = torch.full((2, len(weights)), torch.inf, dtype=torch.double)
+        end = time.process_time() + seconds / len(_ROWS) * torch.get_num_threads()
+        for _ in range(_TRIES):
+            times = [
+                [_seconds(clock, linear, x, weight, None) for weight in weights],
+                [_seconds(clock, _product, x, copy, None) for copy in packed],
+            ]
+            best = torch.minimum(best, torch.tensor(times, dtype=torch.double))
+            if time.process_time() > end:
+                break
+        plain, ours = best.sum(1).tolist()
+        uses.append(ours <= plain * (1.1 if rows >= _MANY else 1.0))
+    return uses
+
+
+def _seconds(
+    clock: Callable[[], float], multiply: Callable[..., Tensor], *given: Tensor | None
+) -> float:
+    start = clock()
+    multiply(*given)
+    return clock() - start
