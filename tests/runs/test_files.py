@@ -1,4 +1,7 @@
 import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -6,6 +9,7 @@ import pytest
 
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import (
+    _drop_leftovers,
     drop_torn_line,
     publish,
     read_json,
@@ -122,3 +126,25 @@ def test_contents_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     write_json(tmp_path / "value.json", 1)
     assert at_rename == [set(), set()]
     assert tmp_path.stat().st_ino in synced, "and the name itself"
+
+
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next_one(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from medusa_exp.runs.files import publish\n"
+        "for name in ('file', 'folder'):\n"
+        "    place = publish(Path(sys.argv[1], name)).__enter__()\n"
+        "    place.mkdir() if name == 'folder' else place.touch()\n"
+        "os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 2
+    other = {re.sub(r"partial-\w+", "partial-00000000", name) for name in left}
+    for name in other:
+        (tmp_path / name).touch()
+    with publish(tmp_path / "a") as a:
+        a.touch()
+        _drop_leftovers.cache_clear()
+        write_json(tmp_path / "b", 1)
+        assert a.exists(), "it is being written"
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", *other}, "of another machine"

@@ -9,6 +9,8 @@ import hashlib
 import json
 import logging
 import os
+import platform
+import re
 import shutil
 import time
 import uuid
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 _SYNC_SECONDS = 1.0
 _MOST_BYTES = 1 << 28
 """Of a JSON file that is read back."""
+_OWNER = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-")
+"""In the name of what is half written: who writes it."""
 
 
 @contextmanager
@@ -42,7 +46,9 @@ def publish(path: Path) -> Iterator[Path]:
         UserError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
+    _drop_leftovers(path.parent)
+    unique = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    partial = path.parent / f".{path.name}.partial-{unique}"
     try:
         yield partial
         _open_to_readers(partial)
@@ -60,6 +66,33 @@ def publish(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         remove(partial)
+
+
+@cache
+def _drop_leftovers(directory: Path) -> None:
+    """Remove what killed processes have left half written in a directory; looked for once."""
+    for left in directory.glob(".*.partial-*"):
+        owner = _OWNER.search(left.name)
+        if owner and owner["machine"] == _machine() and not _is_alive(int(owner["process"])):
+            remove(left)
+
+
+@cache
+def _machine() -> str:
+    """Name where process numbers mean what they mean here: a machine, and on it a container."""
+    spaces = Path("/proc/self/ns/pid")
+    space = str(spaces.readlink()) if spaces.exists() else ""
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def remove(path: Path) -> None:
