@@ -138,6 +138,7 @@ class Throughput(L.Callback):
         self._all, self._recent, self._step = _Work(), _Work(), _Work()
         self._last: float | None = None
         self._device = torch.device("cpu")
+        self._before: dict[str, float] = {}
 
     def measure_rate(self, device: torch.device, seconds_left: float) -> None:
         """Measure the matrix rate, for at most a hundredth of the time that the training takes."""
@@ -180,9 +181,20 @@ class Throughput(L.Callback):
     ) -> None:
         self._last = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the figures for a call that finds no step left to measure."""
+        return {"metrics": self.metrics()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them from a checkpoint."""
+        self._before = state_dict["metrics"]
+
     def metrics(self) -> dict[str, float]:
-        """Return what was measured of the whole training; nothing of one of a few steps."""
-        return self._metrics(self._all) if self._all.seconds else {}
+        """Return what was measured since the training was last begun or resumed.
+
+        Where no step was, those of before; nothing of a training of a few steps.
+        """
+        return self._metrics(self._all) if self._all.seconds else self._before
 
     def describe(self) -> str:
         """Say it in words."""
