@@ -2,6 +2,7 @@
 
 import csv
 import logging
+from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,11 @@ def _write_csv(out: Path) -> None:
     metrics = read_json(out / "metrics.json", {})
     with publish(out / "metrics.csv") as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows([("name", "value"), *metrics.items()])
-    rows = read_jsonl(out / "history.jsonl")
-    names = sorted({name for row in rows for name in row} - {"stage", "step"})
+    rows: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
+    for row in read_jsonl(out / "history.jsonl"):  # of a step that was made again, the last counts
+        rows[row["stage"], row["step"]].update(row)
+    names = sorted({name for row in rows.values() for name in row} - {"stage", "step"})
     with publish(out / "history.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["stage", "step", *names])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(rows.values())
