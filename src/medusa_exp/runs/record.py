@@ -18,6 +18,7 @@ from typing import Any
 
 from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import shareable_text, without_users
+from medusa_exp.errors import Stopped
 from medusa_exp.runs.files import publish, read_json, sha256_file, write_json
 from medusa_exp.runs.locks import locked
 from medusa_exp.runs.machine import device_name, peak_memory_bytes
@@ -80,7 +81,8 @@ class RunRecord:
             yield notes
             entry["status"] = "done"
         except BaseException as error:
-            entry["status"] = "failed"
+            is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
+            entry["status"] = "interrupted" if is_stopped else "failed"
             entry["error"] = named_variables(f"{type(error).__name__}: {error}", self.out)
             raise
         finally:
