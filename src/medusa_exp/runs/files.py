@@ -49,12 +49,14 @@ def publish(path: Path) -> Iterator[Path]:
     _drop_leftovers(path.parent)
     unique = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     partial = path.parent / f".{path.name}.partial-{unique}"
+    replaced = partial.with_name(f"{partial.name}.replaced")
     try:
         yield partial
         _open_to_readers(partial)
         sync(partial)
         if partial.is_dir() and path.exists():
-            shutil.rmtree(path)
+            with suppress(FileNotFoundError):  # to remove it in its place would halve it first
+                path.rename(replaced)
         partial.replace(path)
         _sync_one(path.parent)
     except Exception as error:
@@ -65,7 +67,10 @@ def publish(path: Path) -> Iterator[Path]:
             "another run_dir or cache_dir."
         ) from error
     finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         remove(partial)
+        remove(replaced)
 
 
 @cache
