@@ -13,6 +13,7 @@ Hydra composes the config and, in a sweep, hands out the jobs; for each job `_hy
 stages, records what each left and mirrors it to W&B.
 """
 
+import atexit
 import importlib
 import logging
 import signal
@@ -94,6 +95,8 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
     finally:
         _print_sweeps()
+        # Registered last, done first: a late Ctrl-C stops nothing any more, and shows no traceback.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

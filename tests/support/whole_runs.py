@@ -163,7 +163,7 @@ def _history(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = defaultdict(dict)
     for row in read_jsonl(path):
         key = f"{row.pop('stage')}/{row.pop('step')}"
-        found[key] |= {name: "timed" if is_timed(name) else row[name] for name in row}
+        found[key] |= {name: row[name] for name in row if not is_timed(name)}
     return dict(found)
 
 
