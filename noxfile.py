@@ -174,6 +174,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def why(session: nox.Session) -> None:
+    """Plant causes of a small speed-up in evaluations: each is found. Two minutes."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    session.run("pytest", "-m", "slow", "tests/slow/test_why.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
 def compiled(session: nox.Session) -> None:
     """Compare compiled layers with eager ones on the same architectures; g++. Ten minutes."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))

@@ -12,7 +12,7 @@ CASES = [
     (
         {1: 2.0, 4: 1.2},
         None,
-        "largest batch size measured, 4 prompts at a time (1.20x): from which",
+        "largest batch size measured, 4 prompts at a time (1.20x). The size",
     ),
     ({1: 2.0}, None, "evaluate.batch_sizes=[1,4,16,64]"),
     ({4: 0.8, 16: 0.5}, 4.0, "at every batch size measured, from 4 prompts at a time (0.80x)"),

@@ -16,6 +16,7 @@ FACTS = Facts(
     num_heads=4,
     num_layers=1,
     has_projections=True,
+    vocab_size=32_000,
     tree_kind="calibrated",
     num_nodes=64,
     device_type="cpu",
@@ -25,7 +26,8 @@ FACTS = Facts(
     when=break_even("tree", {1: 2.0, 16: 0.5}),
 )
 CAUSES = [
-    ("heads", {"heads": 12.0}, {}, "take head=medusa_tied"),
+    ("heads", {"heads": 12.0}, {}, "take head=medusa_tied, whose heads share the backbone's"),
+    ("heads", {"heads": 12.0}, {"vocab_size": 128_000}, "or head=medusa_lowrank with head.num_tok"),
     ("heads", {"heads": 12.0}, {"num_layers": 8}, "take head.num_layers=1"),
     ("heads", {"heads": 12.0}, {"has_projections": False}, "fewer of them"),
     ("width", {"backbone": 40.0}, {"tree_kind": "medusa_63"}, "take tree=calibrated"),

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from medusa_exp.evaluate.break_even import BreakEven, prompts
 from medusa_exp.evaluate.waterfall import Waterfall, Way
 
+_FREQUENT = 32768
+"""Tokens of a head vocabulary that leaves out rare ones."""
 SMALL = 0.01
 """Share of the ideal below which no part is worth a change."""
 
@@ -21,6 +23,7 @@ class Facts:
     num_layers: int
     has_projections: bool
     """Has each head a whole projection to the vocabulary of its own?"""
+    vocab_size: int
     tree_kind: str
     num_nodes: int
     device_type: str
@@ -81,15 +84,12 @@ def _heads(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
     said = f"The heads take {share_of_step(tree, 'heads'):.0%} of a step{_lost(found)}: take "
     if facts.num_layers > 1:
         return f"{said}head.num_layers=1, which is {facts.num_layers} now, and train again."
+    fewer = f"fewer of them (head.num_heads, now {facts.num_heads})"
     if facts.has_projections:
-        return (
-            f"{said}head=medusa_tied, whose heads share the backbone's lm_head, or "
-            "head=medusa_lowrank with head.num_tokens=32768, and train again."
-        )
-    return (
-        f"{said}fewer of them (head.num_heads, now {facts.num_heads}), and train again: the later "
-        "ones are accepted least (eval/accepted_depth)."
-    )
+        said += "head=medusa_tied, whose heads share the backbone's lm_head, or "
+        frequent = f"head=medusa_lowrank with head.num_tokens={_FREQUENT}"
+        return f"{said}{frequent if facts.vocab_size > _FREQUENT else fewer}, and train again."
+    return f"{said}{fewer}, and train again: the later ones are accepted least."
 
 
 def _width(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:

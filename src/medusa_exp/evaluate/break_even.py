@@ -37,8 +37,8 @@ class BreakEven:
             wanted = "evaluate.batch_sizes=[1,4,16,64]" if first == last else "a larger one"
             return (
                 f"Decoding over the {self.method} was faster than plain decoding at the largest "
-                f"batch size measured, {self._at(last)}: from which on plain decoding is faster, "
-                f"lies beyond it. Measure {wanted} to find it."
+                f"batch size measured, {self._at(last)}. The size from which on plain decoding is "
+                f"faster lies beyond it: measure {wanted} to find it."
             )
         if self.size <= first:
             return (

@@ -173,6 +173,7 @@ def _facts(
         num_heads=heads.num_heads,
         num_layers=heads.config.num_layers,
         has_projections=FAMILIES[heads.config.kind].projection is UntiedProjections,
+        vocab_size=decoder.backbone.vocab_size,
         tree_kind=config.tree.kind,
         num_nodes=tree.num_checked,
         device_type=decoder.backbone.device.type,
