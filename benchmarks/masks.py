@@ -11,7 +11,7 @@ from sharegpt_like import usable_conversations
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medusa_exp.data import Conversation, DataError, MaskedTokens
-from medusa_exp.data.masking import Renderer
+from medusa_exp.data.rendering import Renderer
 
 _MASKED = 1500
 """Conversations to mask."""

@@ -1,9 +1,12 @@
+import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, gzipped, parquet, write, zstd
 
-from medusa_exp.data import DataError, Message, read_conversations
+from medusa_exp.data import DataError, Message, contents, read_conversations
 from medusa_exp.data.chat_files import find_files
 
 
@@ -126,3 +129,39 @@ def test_a_folder_says_what_it_passes_over(tmp_path, caplog):
     found = find_files(tmp_path)
     assert [path.name for path in found] == ["B.JSON", "a.json"]
     assert "2 files passed over: c.txt, d.json.bz2" in caplog.text
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_long_and_blank_lines(tmp_path, packed):
+    """What is too long is not kept in memory, and blank lines are skipped by the block."""
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
+    good = json.dumps({"conversations": turns}).encode()
+    long = json.dumps({"conversations": turns, "x": "y" * (3 << 20)}).encode()
+    blank = b"\n" * (3 << 20)
+    text = b"\n".join([good, long, blank + good, b" " * (3 << 20), b" " + good])
+    path = write(tmp_path / "a.jsonl", packed(text))
+    reading = read_conversations(path, max_record_bytes=1 << 20)
+    assert [chat.number for chat in reading] == [1, 3, 4]
+    assert reading.dropped == {"larger than dataset.max_record_bytes": 1}
+    assert reading.examples == {
+        "larger than dataset.max_record_bytes": f"{path}, record 2 (line 2): it has "
+        f"{len(long) + 1:,} bytes"
+    }
+    with pytest.raises(
+        DataError, match=f"record 2 .line 2.: larger than .*{len(long) + 1:,} bytes"
+    ):
+        list(read_conversations(path, max_record_bytes=1 << 20, strict=True))
+    one = write(tmp_path / "one.json", packed(b'{"train": [' + b",".join([good, long]) + b"]}"))
+    reading = read_conversations(one, max_record_bytes=1 << 20)
+    assert len(list(reading)) == 1 and reading.dropped.total() == 1
+
+
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_a_table_that_expands(tmp_path, monkeypatch, use_dictionary):
+    """By its own account, or once its rows are read, each of which has one value of all."""
+    monkeypatch.setattr(contents, "_FREELY_UNPACKED", 1 << 20)
+    table = pa.table({"prompt": ["q"] * 100, "completion": ["x" * 50_000] * 100})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, compression="zstd", use_dictionary=use_dictionary)
+    with pytest.raises(DataError, match="unpacks to more than 1 MiB and 250 times its size"):
+        list(read_conversations(path))

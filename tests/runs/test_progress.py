@@ -2,6 +2,7 @@
 
 import io
 import logging
+import time
 
 import pytest
 from rich.console import Console
@@ -46,3 +47,25 @@ def test_what_else_there_is_to_say_is_on_the_bar_and_in_the_line(monkeypatch, ca
             bar.advance(more=lambda: "57% of the matrix rate")
         assert "57% of the matrix rate" in console.file.getvalue()
     assert [line.endswith(", 57% of the matrix rate") for line in caplog.messages] == [True]
+
+
+def test_a_reader_that_gives_nothing_says_where_it_is(monkeypatch, caplog):
+    """Time of whoever takes what it gives does not count."""
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.1)
+    monkeypatch.setattr(progress, "BETWEEN_LOOKS", 0.02)
+    caplog.set_level("INFO")
+
+    def slowly():
+        yield 1
+        deadline = time.monotonic() + 60
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.02)
+        yield 2
+
+    with progress.Patience(lambda: "at the second") as patience:
+        taken = patience.each(slowly())
+        assert next(taken) == 1
+        time.sleep(0.3)
+        assert not caplog.messages
+        assert list(taken) == [2]
+    assert caplog.messages[0] == "at the second"

@@ -96,9 +96,9 @@ class DatasetConfig:
     """Fewest characters of a conversation's messages together."""
     max_chars: int | None = between(1, 1_000_000_000, default=None)
     """Most characters of a conversation's messages together; null is no limit."""
-    max_record_bytes: int = between(1 << 10, 1 << 31, default=1 << 24)
+    max_record_bytes: int = between(1 << 10, 1 << 31, default=1 << 23)
     """Bytes of the largest record that is read (of a table's row: of its text as JSON); what is
-    larger is dropped, and counted. 16 MiB are some three million words."""
+    larger is dropped, and counted. 8 MiB are more than a million words."""
     sample_fraction: float = between(0.0, 1.0, default=1.0)
     """Share of the conversations to take, by a hash of `seed` and the id."""
     max_length: int = between(8, 1 << 24, default=1024)

@@ -119,7 +119,9 @@ class Content:
                 if number == 1:
                     line = line.removeprefix(_BOM)
                 if len(line) > max_bytes and not line.endswith(b"\n"):
-                    yield number, len(line) + _skip_line(file)
+                    rest, is_blank = _length_of_rest(file)
+                    if not (is_blank and line.isspace()):
+                        yield number, len(line) + rest
                 elif line and not line.isspace():
                     yield number, line
                 else:
@@ -139,14 +141,15 @@ class Content:
         return text[len(_BOM) :] if text[: len(_BOM)] == _BOM else text
 
 
-def _skip_line(file: Any) -> int:
-    """Read on to the end of a line; return how much that was."""
-    number = 0
+def _length_of_rest(file: Any) -> tuple[int, bool]:
+    """Read on to the end of a line; return how much that was, and whether it was all blank."""
+    number, is_blank = 0, True
     while block := file.readline(BLOCK):
         number += len(block)
+        is_blank = is_blank and block.isspace()
         if block.endswith(b"\n"):
             break
-    return number
+    return number, is_blank
 
 
 def _skip_blank_lines(file: Any) -> int:

@@ -7,10 +7,10 @@ file that cannot be read is a `DataError`.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from medusa_exp.data import faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
@@ -46,6 +46,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _HUB = "hub:"
 _LOOKED_AT = 100
 _MATTERING = {
@@ -69,7 +70,7 @@ class ReadOptions:
     max_turns: int | None = None
     min_chars: int = 0
     max_chars: int | None = None
-    max_record_bytes: int = 1 << 24
+    max_record_bytes: int = 1 << 23
     sample_fraction: float = 1.0
     seed: int = 0
 
@@ -213,7 +214,9 @@ class Reading:
         have_chats = False
         for source in self._sources:
             try:
-                for part in source.parts(self._columns, self.options.max_record_bytes):
+                limit = self.options.max_record_bytes
+                parts: Iterator[Part | HubData] = iter(source.parts(self._columns, limit))
+                for part in self._watched(source, parts):
                     try:
                         yield from self._usable(part)
                         have_chats = True
@@ -246,7 +249,7 @@ class Reading:
         faulty = _FaultyChats(source)
         number = 0
         try:
-            for number, raw in enumerate(self._watched(source), 1):
+            for number, raw in enumerate(self._watched(source, source), 1):
                 self.num_records += 1
                 found = parse(raw, number)
                 if not isinstance(found, str):
@@ -267,15 +270,16 @@ class Reading:
                 self.unused[column] += parser.num_looked_at
         faulty.check(number)
 
-    def _watched(self, source: Part | HubData) -> Iterator[RawChat]:
-        """Yield the raw chats, and say where one is that takes long to come."""
+    def _watched(self, source: ChatFile | Part | HubData, items: Iterable[T]) -> Iterator[T]:
+        """Yield what is read of a source, and say where one is that takes long to come."""
 
         def place() -> str:
-            line = f"at line {source.line:,} " if source.line else ""
-            return f"reading {source.name}: still {line}after {self.num_records:,} records"
+            number = 0 if isinstance(source, ChatFile) else source.line
+            line = f", at line {number:,}" if number else ""
+            return f"reading {source.name}: {self.num_records:,} records so far{line}"
 
         with Patience(place) as patience:
-            yield from patience.each(source)
+            yield from patience.each(items)
 
     def _count_forms(self, parser: ChatParser, number: int) -> None:
         """Count the forms of so many chats, most of which have the first, and their unused keys."""

@@ -14,17 +14,37 @@ T tokens of a text.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
-from tokenizers import Encoding
+from tokenizers import AddedToken, Encoding
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.masking import EVERYTHING, MaskedText, mask_text
 from medusa_exp.data.template import ChatTemplate
 
+_BETWEEN_WORDS = "(?<=[A-Za-z0-9])(?= [A-Za-z])"
+_LEFT = (
+    "a",
+    "I",
+    "don't",
+    "x's",
+    "12345",
+    "a1",
+    "B2B",
+    "\n\nfoo",
+    " . a",
+    "\t\ta",
+    "\u4f60a",
+    "(a",
+)
+_RIGHT = (" b", " B 1", " words, and", " it's", " a\n", " x  ", " a\u4f60", " a" * 40)
+"""Around a word's end, where splitters are tried."""
 _LIKELY_CHARS = 8
 """Characters of a token in a text that is looked through for its limit: more than most have."""
+_SOME_CHARS = 64
+"""Characters of a reply that are tokens, whatever a normalizer leaves out."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,8 @@ class Renderer:
         """
         if not masked.spans or (end := self._reach(masked.text)) == EVERYTHING:
             return masked
-        place = self._seams.behind(masked.text, max(end, masked.spans[0][1]))
+        start, stop = masked.spans[0]
+        place = self._seams.behind(masked.text, max(end, min(start + _SOME_CHARS, stop)))
         if place is None:
             return masked
         spans = [(start, min(stop, place)) for start, stop in masked.spans if start < place]
@@ -224,22 +245,25 @@ class Seams:
     """Places at which a text can be cut, and its beginning still has the same tokens.
 
     An added token is looked for before all else, and what stands before it is tokenized alone. So
-    they are where one begins that takes no blanks before it along, and that no other reaches into.
+    they are where one begins that takes no blanks before it along, and that no other reaches into;
+    and between words, where the tokenizer takes each by itself.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        added = tokenizer.added_tokens_decoder.values()
-        self._all = {token.content for token in added if token.content}
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.content]
+        self._all = {token.content for token in added}
         self._lengths = sorted({len(content) for content in self._all})
-        marks = [t.content for t in added if t.content and not (t.normalized or t.lstrip)]
+        marks = [t.content for t in added if not (t.normalized or t.lstrip)]
+        seams = list(map(re.escape, sorted(marks, key=len, reverse=True)))
+        if _takes_words_apart(tokenizer) and not any(map(_takes_blanks_of_words, added)):
+            seams.append(_BETWEEN_WORDS)
         if any(token.single_word for token in added):
-            marks = []
-        marks.sort(key=len, reverse=True)
-        self._mark = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
+            seams = []
+        self._seam = re.compile("|".join(seams) or r"(?!)")
 
     def behind(self, text: str, place: int) -> int | None:
         """Return the first such place from one on, if it is not the text's end."""
-        starts = (found.start() for found in self._mark.finditer(text, place))
+        starts = (found.start() for found in self._seam.finditer(text, place))
         return next((start for start in starts if not self._is_within(text, start)), None)
 
     def _is_within(self, text: str, place: int) -> bool:
@@ -249,6 +273,27 @@ class Seams:
             for length in self._lengths
             for first in range(max(0, place - length + 1), place)
         )
+
+
+def _takes_blanks_of_words(token: AddedToken) -> bool:
+    begins, ends = token.content[0].isalnum(), token.content[-1].isalnum()
+    return (token.lstrip and begins) or (token.rstrip and ends)
+
+
+def _takes_words_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Does a word's end before a blank part what is tokenized, whatever stands on both sides?
+
+    So it does for what splits from left to right, which tries show; without a splitter, merges
+    could reach from anywhere to anywhere.
+    """
+    splitter = tokenizer.backend_tokenizer.pre_tokenizer
+    if splitter is None:
+        return False
+    for left, right in product(_LEFT, _RIGHT):
+        alone, together = (splitter.pre_tokenize_str(text) for text in (left, left + right))
+        if together[: len(alone)] != alone or together[len(alone)][1][0] != len(left):
+            return False
+    return True
 
 
 def _by_ends(masked: MaskedText, ends: list[int]) -> list[bool]:

@@ -22,7 +22,7 @@ from rich.text import Text
 
 log = logging.getLogger(__name__)
 
-BETWEEN_LINES = 30.0
+BETWEEN_LINES, BETWEEN_LOOKS = 30.0, 1.0
 """Seconds."""
 T = TypeVar("T")
 
@@ -136,7 +136,7 @@ class Patience:
 
     def _watch(self) -> None:
         said = 0.0
-        while not self._done.wait(1.0):
+        while not self._done.wait(BETWEEN_LOOKS):
             since, now = self._since, time.monotonic()
             if since is not None and now > max(since, said) + BETWEEN_LINES:
                 said = now
