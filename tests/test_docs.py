@@ -98,6 +98,17 @@ def test_metrics_that_pages_name_exist():
     assert len(named) > 30
 
 
+def test_scripts_that_pages_name_exist_and_commands_stand_in_blocks():
+    # docs/results.md has commands of the past, as they were.
+    named = [(page, span.split()) for page, span in spans() if page != "docs/results.md"]
+    scripts = [words[1] for _, words in named if words[0] == "python" and words[-1] != "python"]
+    scripts = [path for path in scripts if path.endswith(".py")]
+    assert len(scripts) > 5
+    assert [path for path in scripts if not (ROOT / path).is_file()] == []
+    ours = [(page, words) for page, words in named if words[:2] == ["python", "-m"] and words[3:]]
+    assert [x for x in ours if x[1][2].startswith("medusa_exp") and x[1][3] != "--help"] == []
+
+
 def test_extras_and_sessions_that_pages_name_exist():
     assert set(extras()) <= set(PROJECT["project"]["optional-dependencies"])
     noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")

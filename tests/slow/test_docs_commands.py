@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from chat_files import conversation_record
 from doc_commands import ROOT, SMALL, Block, blocks, in_place, overrides, script
 from served_models import byte_tokenizer
@@ -40,6 +41,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tokenizer.save_pretrained(work / "model")
     chats = work / "chats.json"
     chats.write_text(json.dumps([conversation_record(number) for number in range(40)]))
+    torch.save({"0.0.linear.weight": torch.zeros(8, 8)}, work / "medusa_lm_head.pt")
     for name in ("scripts", "benchmarks", "docs", "constraints.txt", "pyproject.toml"):
         (work / name).symlink_to(ROOT / name)
     found = {
