@@ -26,6 +26,12 @@ NOT_COMPOSED = {
     "rerun.source": "goes with an experiment of its own",
 }
 """Key, or its first word -> why an override of it is not composed here."""
+GO_WITH_MORE = {
+    "Ambiguous value": "values of a sweep",
+    "heads_from is for runs that train no heads": "goes with other stages",
+    "(with ": "goes with another key's word",
+}
+"""Part of a message -> why it is no fault of the page."""
 SECONDS = 900
 DONE: set[str] = set()
 """Commands that ran already: pages repeat some, word for word."""
@@ -96,18 +102,22 @@ def test_a_block_runs_as_its_page_says(block: Block, places: dict[str, Path]):
         DONE.add(commands)
 
 
-def test_every_override_of_the_pages_composes():
+def test_every_override_of_the_pages_composes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ENGINE_URL", "http://localhost:8000")
     faults, tried = [], set()
     for page, words in overrides():
         keys = {word.partition("=")[0] for word in words}
         firsts = {key.split(".")[0].split("/")[0] for key in keys}
-        if (keys | firsts) & {*NOT_COMPOSED} or tuple(words) in tried:
+        is_a_form = any("..." in word or "NAME" in word for word in words)
+        if (keys | firsts) & {*NOT_COMPOSED} or tuple(words) in tried or is_a_form:
             continue
         tried.add(tuple(words))
         base = ["+experiment=medusa1", "model.path=DIR", "dataset.path=FILE"]
         try:
             compose([*base, *words])
         except Exception as error:
+            if any(part in str(error) for part in GO_WITH_MORE):
+                continue
             faults.append(f"{page}: {' '.join(words)}: {str(error).splitlines()[0]}")
     assert faults == []
     assert len(tried) > 100
