@@ -10,12 +10,12 @@ LAYERS = (
     {"errors", "identity"},
     {"config"},
     {"runs"},
-    {"data", "tree", "tracking"},
+    {"data", "demo", "tree", "tracking"},
     {"model"},
     {"decode"},
     {"train", "evaluate", "serving", "export"},
     {"stages"},
-    {"cli"},
+    {"cli", "hub"},
     {"__main__"},
 )
 """Packages and modules, lowest first: each may import those of lower layers, and itself."""
@@ -88,7 +88,7 @@ def test_there_is_no_circle():
 def test_the_whole_config_stays_above():
     readers = {_name(path) for path in SOURCE.rglob("*.py") if _imports_config(path)}
     assert [m for m in sorted(readers) if _package(m) not in READS_CONFIG] == []
-    assert len([m for m in readers if _package(m) != "config"]) <= 16
+    assert len([m for m in readers if _package(m) != "config"]) <= 18
 
 
 def _imports_config(path: Path) -> bool:

@@ -49,6 +49,7 @@ STAGES = {
     "evaluate": "medusa_exp.stages.evaluate",
     "export": "medusa_exp.stages.export",
     "chat": "medusa_exp.stages.chat",
+    "demo": "medusa_exp.stages.demo",
     "report": "medusa_exp.stages.report",
 }
 """Stage -> module whose `run(config, out, session) -> metrics` does it. Imported only when it runs:
@@ -258,6 +259,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     from medusa_exp.runs.machine import log_machine
     from medusa_exp.runs.record import RunRecord
     from medusa_exp.runs.seals import verify
+    from medusa_exp.stages.heads_card import write_card
     from medusa_exp.stages.session import Session
     from medusa_exp.tracking.terminal import print_summary, quiet_libraries
     from medusa_exp.tracking.tracker import Tracker
@@ -278,6 +280,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
                 metrics = importlib.import_module(STAGES[name]).run(config, out, session)
                 _check_promised(name, out)
             record.merge_metrics(name, metrics)
+            write_card(config, out)
             tracker.stage_done(name)
     print_summary(record)
     compare_with_source(config.rerun.source, out)

@@ -28,6 +28,7 @@ _MISFITS = (OmegaConfBaseException, OverflowError)
 def register() -> None:
     """Make the schema known to Hydra under the name that `conf/config.yaml` starts from."""
     check_hydra_nodes()
+    _register_demo()
     store = ConfigStore.instance()
     schema = OmegaConf.structured(Config)
     for key in _WITH_KEYS_OF_USERS:
@@ -36,6 +37,12 @@ def register() -> None:
     # For each group that --help lists, Hydra copies this store with all its nodes, a hundred times
     # in all and most of the time that it takes; it only reads the copies.
     store.__deepcopy__ = _only_store  # type: ignore[attr-defined]  # private: hydra 1.3
+
+
+def _register_demo() -> None:
+    """Let `${medusa_exp.demo:heads}` be where that part of the demo is installed."""
+    place = Path(__file__).parents[1] / "demo"
+    OmegaConf.register_new_resolver("medusa_exp.demo", lambda part: str(place / part), replace=True)
 
 
 def _only_store(memo: dict[int, Any]) -> ConfigStore:
@@ -60,6 +67,7 @@ def checked_section(section: type, values: Any) -> Any:
         UserError: naming the key and what it may be.
     """
     check_size(values)
+    _register_demo()
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))
     except _MISFITS as error:

@@ -23,7 +23,7 @@ from medusa_exp.errors import UserError
 
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _REFERENCE = re.compile(r"\$\{[^${}:]*\}")
-_HARMLESS = ("now", "medusa_exp.saved_objective")
+_HARMLESS = ("now", "medusa_exp.demo", "medusa_exp.saved_objective")
 _NAMES_CODE = ("_target_", "class", "()", "factory")
 """Keys by which Hydra, or `logging.config`, find something to call."""
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.", "optuna.samplers.")

@@ -1,6 +1,7 @@
-"""What stands beside exported heads: the model card, the command that serves them, their settings.
+"""What stands beside heads: the model card, the command that serves them, their settings.
 
-vLLM drafts one token of every head in a row, a chain. From the run's records and calibration come
+A run's own heads have a card (`run_card`), and so has each export (`card`), of the same facts. vLLM
+drafts one token of every head in a row, a chain. From the run's records and calibration come
 the two settings that it takes of measurements: how many tokens to draft at which batch size
 (`num_speculative_tokens_per_batch_size`), and which share of drafts it should accept at each
 position (`synthetic_acceptance_rates`, by which its counters can be compared, or load be tried).
@@ -43,6 +44,24 @@ _WHOLE_MODEL = (
 )
 
 
+_LOAD = """\
+```python
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from medusa_exp import Decoder, Tree, load_heads
+
+place = Path("DIR")
+model = AutoModelForCausalLM.from_pretrained("{target}")
+heads, tree = load_heads(place, model), Tree.load(place / "tree.json")
+decoder = Decoder(model, heads, tree, tokenizer=AutoTokenizer.from_pretrained(place))
+for step in decoder.stream("What is 12 + 30?"):
+    print(step.text, end="")
+```
+"""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a card says of the run that the heads come from."""
@@ -52,11 +71,16 @@ class Facts:
     """Directory or hub name of the target."""
     is_on_hub: bool
     license: str
+    """Of the heads, as an identifier of the hub."""
+    target_license: str
+    """As the target's own card names it, or unknown."""
     trained: dict[str, Any]
     """How the heads were trained: words and figures."""
     measured: list[tuple[str, str]]
     """What was measured, and its value."""
     hardware: str
+    date: str = ""
+    """Of the run."""
 
 
 def chain_rates(
@@ -173,39 +197,79 @@ def _quoted(value: dict[str, Any]) -> str:
 
 def card(format_: str, facts: Facts, num_heads: int, found: dict[str, Any] | None) -> str:
     """Return README.md of an export; paths of this machine are not in it."""
-    target = facts.target if facts.is_on_hub else "TARGET"
-    base = f"base_model: {facts.target}\nbase_model_relation: adapter\n" * facts.is_on_hub
-    named = facts.target if facts.is_on_hub else f"`{Path(facts.target).name}` (a local directory)"
     parts = [
-        f"---\nlibrary_name: medusa-exp\nlicense: {facts.license}\n{base}"
-        "tags:\n- speculative-decoding\n- medusa\n---\n",
-        f"# {facts.title}\n",
-        f"{num_heads} Medusa heads for {named}, in the format `{format_}` of medusa_exp. They "
-        "propose tokens that the target checks: its greedy answers stay what they are.\n",
+        *_opening(facts, f"{num_heads} Medusa heads", f", in the format `{format_}` of medusa_exp"),
         "## Serve\n",
         f"Needs {_NEEDS[format_]}\n",
-        f"```\n{command(format_, target, 'DIR', num_heads)}\n```\n",
+        f"```\n{command(format_, _name_in_code(facts), 'DIR', num_heads)}\n```\n",
         _about_settings(found),
-        "## How they were trained\n",
-        _table(("setting", "value"), facts.trained.items()),
-        "## Measured\n",
-        _measured(facts),
+        *_history(facts, "; not in this engine"),
         "## Files\n",
         _WHOLE_MODEL if format_ == "hf_generate" else _HEADS_ALONE,
-        "The license of the target holds for the target; whether it reaches these heads is for "
-        "you to find out.\n"
-        if facts.license == "unknown"
-        else "",
+        _about_licenses(facts),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _measured(facts: Facts) -> str:
-    if not facts.measured:
-        return "Nothing yet: stage evaluate of the run had not been done.\n"
-    table = _table(("figure", "value"), facts.measured)
-    how = f"By medusa_exp's own decoding over a tree, on {facts.hardware}; not in this engine."
-    return f"{how}\n\n{table}"
+def run_card(facts: Facts, what: str) -> str:
+    """Return README.md of the heads of a run; paths of this machine are not in it.
+
+    Args:
+        facts: of the run.
+        what: the heads are, as `5 Medusa heads`.
+    """
+    parts = [
+        *_opening(facts, what, ""),
+        "## Load\n",
+        "`pip install medusa-exp`; `DIR` is this directory, `snapshot_download` of huggingface_hub "
+        "returns it for a repository. On the hub the draft tree lies beside the heads, in a run "
+        "directory one level above.\n",
+        _LOAD.format(target=_name_in_code(facts)),
+        "For an engine (vLLM, Text Generation Inference, MLC-LLM, `transformers serve`): "
+        "`python -m medusa_exp 'stages=[export]' export.format=vllm run_dir=RUN_DIR`.\n",
+        *_history(facts, ""),
+        "## License\n",
+        _about_licenses(facts),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _opening(facts: Facts, what: str, more: str) -> list[str]:
+    base = f"base_model: {facts.target}\nbase_model_relation: adapter\n" * facts.is_on_hub
+    named = facts.target if facts.is_on_hub else f"`{Path(facts.target).name}` (a local directory)"
+    return [
+        f"---\nlibrary_name: medusa-exp\npipeline_tag: text-generation\nlicense: {facts.license}\n"
+        f"{base}tags:\n- speculative-decoding\n- medusa\n---\n",
+        f"# {facts.title}\n",
+        f"{what} for {named}{more}. They propose tokens that the target checks: its greedy answers "
+        "stay what they are.\n",
+    ]
+
+
+def _name_in_code(facts: Facts) -> str:
+    return facts.target if facts.is_on_hub else "TARGET"
+
+
+def _history(facts: Facts, but: str) -> list[str]:
+    measured = "Nothing yet: stage evaluate of the run had not been done.\n"
+    if facts.measured:
+        when = f", {facts.date}" if facts.date else ""
+        how = f"By medusa_exp's own decoding over a tree, on {facts.hardware}{when}{but}."
+        measured = f"{how}\n\n{_table(('figure', 'value'), facts.measured)}"
+    trained = _table(("setting", "value"), facts.trained.items())
+    return ["## How they were trained\n", trained, "## Measured\n", measured]
+
+
+def _about_licenses(facts: Facts) -> str:
+    text = f"License of the target, by its own card: {facts.target_license}."
+    if facts.target_license == "unknown":
+        text = "License of the target: unknown, for its files do not say."
+    if facts.license == "unknown":
+        text += (
+            " The license of the target holds for the target; whether it reaches these heads is "
+            "for you to find out."
+        )
+    return f"{text}\n"
 
 
 def _about_settings(found: dict[str, Any] | None) -> str:

@@ -20,7 +20,7 @@ from medusa_exp.decode.decoder import Decoder, StreamedStep
 from medusa_exp.errors import UserError
 from medusa_exp.stages.session import Session
 
-_STYLES = ("bold cyan", "bold magenta")
+STYLES = ("bold cyan", "bold magenta")
 """Styles of the tokens that one step committed, in turn; a single token is plain."""
 
 
@@ -90,7 +90,7 @@ def _talk(chat: Chat, console: Console) -> None:
 
 def _print_response(chat: Chat, line: str, console: Console) -> None:
     for number, step in enumerate(chat.respond(line)):
-        style = _STYLES[number % len(_STYLES)] if step.num_tokens > 1 else ""
+        style = STYLES[number % len(STYLES)] if step.num_tokens > 1 else ""
         console.print(Text(step.text, style=style), end="", soft_wrap=True)
     console.print()
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from medusa_exp.config import Config
-from medusa_exp.config.privacy import shareable_text
 from medusa_exp.errors import UserError
 from medusa_exp.export import card, hf_generate
 from medusa_exp.export.formats import why_not
@@ -21,9 +20,9 @@ from medusa_exp.model.checkpoint import check_fit, load_heads
 from medusa_exp.model.loading import load_backbone, load_ends
 from medusa_exp.model.source import adapted_path, is_adapters
 from medusa_exp.runs.files import read_json, read_jsonl, write_json
+from medusa_exp.stages.heads_card import facts_of
 from medusa_exp.stages.session import Session
 from medusa_exp.stages.why import WHY
-from medusa_exp.tracking.terminal import headlines
 from medusa_exp.tree.calibration import CALIBRATION, Calibration, load_calibration
 
 log = logging.getLogger(__name__)
@@ -138,32 +137,6 @@ def _calibration(out: Path) -> Calibration | None:
     except UserError as error:
         log.info("no calibration goes with the export: %s", error)
         return None
-
-
-def facts_of(config: Config, out: Path, target: str) -> card.Facts:
-    """Return what the card says of a run."""
-    record, head, train = read_json(out / "run.json", {}), config.head, config.train
-    trained = {
-        "heads": f"{head.num_heads} of kind {head.kind}, {head.num_layers} residual blocks each",
-        "data": config.dataset.kind if not config.dataset.path else Path(config.dataset.path).name,
-        "text": train.text,
-        "labels, loss": f"{train.labels}, {train.loss}",
-        "backbone": "frozen" if train.kind == "medusa1" else "adapted together with the heads",
-        "steps": read_json(out / "metrics.json", {}).get("train/steps", "unknown"),
-        "commit of medusa_exp": record.get("git", {}).get("commit") or "unknown",
-    }
-    if config.heads_from is not None:
-        trained = {"heads": f"taken from {Path(config.heads_from).name}: see there"}
-    is_on_hub = not Path(target).expanduser().exists()
-    return card.Facts(
-        title=f"Medusa heads of {config.name}",
-        target=target if is_on_hub else shareable_text(target),
-        is_on_hub=is_on_hub,
-        license=config.export.license or "unknown",
-        trained=trained,
-        measured=list(headlines(read_json(out / "metrics.json", {}))),
-        hardware=record.get("device", "an unknown machine"),
-    )
 
 
 def _refuse(format_: str, reason: str) -> None:

@@ -103,8 +103,10 @@ def _of_report(config: Config, out: Path) -> Iterator[Item]:
 
 def _heads(out: Path, is_input: bool = False, **metadata: Any) -> Item:
     found = sorted((out / "heads").iterdir())
-    # What is sent may have other words than what was sealed, see `_staged`.
-    files = {path.name: path for path in found if path.is_file() and path.name != SEAL}
+    # What is sent may have other words than what was sealed, see `_staged`. Their card, which also
+    # says what was measured later, would make other heads of them.
+    left_out = (SEAL, "README.md")
+    files = {path.name: path for path in found if path.is_file() and path.name not in left_out}
     known = {**read_json(out / "heads" / "config.json"), "sha256": _heads_sha256(out)}
     if "backbone" in known:  # not of a model without a name
         known["backbone"] = named_variables(str(known["backbone"]), out)
