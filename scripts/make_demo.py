@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     _store(folder / "heads" / "heads", PLACE / "heads")
     tree = read_json(folder / "heads" / "tree.json")
     write_json(PLACE / "tree.json", tree)
-    write_json(PLACE / "sha256.json", digests())
+    write_json(PLACE / "digests.json", digests())
 
 
 def _store(source: Path, target: Path) -> None:

@@ -23,6 +23,7 @@ ENTRIES = (
     "features/f2/hidden.npy",
     "features/.f3.partial-0/hidden.npy",
     "continuations/c1.safetensors",
+    "continuations/.c1.safetensors.sha256.json",
 )
 NOTED = {**RUN, "cache_keys": {**RUN["cache_keys"], "regenerated": "r1"}}
 
@@ -74,7 +75,10 @@ def test_of_a_kind_all_can_go_that_is_made_again_by_itself(outputs):
         "pretrained/m2",
     }
     assert (outputs / "cache/pretrained/m1/config.json").is_file()
-    assert removed(outputs, "--kind", "continuations", "--yes") == {"continuations/c1.safetensors"}
+    assert removed(outputs, "--kind", "continuations", "--yes") == {
+        "continuations/c1.safetensors",
+        "continuations/.c1.safetensors.sha256.json",
+    }
 
 
 @pytest.mark.parametrize("status", ["failed", "running"])

@@ -11,7 +11,7 @@ from medusa_exp.runs.files import read_json, sha256_file
 
 PLACE = Path(__file__).parent
 WEIGHTS = "model.safetensors"
-_DIGESTS = "sha256.json"
+_DIGESTS = "digests.json"
 
 
 def digests() -> dict[str, str]:

@@ -39,6 +39,8 @@ _KEPT_FOR_DONE = ("regenerated", "pretrained")
 _NOT_NOTED = ("continuations", "backbones")
 """Kinds of which runs do not note which they use."""
 _DAY = 86400.0
+_SEAL = ".sha256.json"
+"""End of the name of what says beside a file, hidden, what was written there."""
 NEEDED, SPARE, UNUSED, LEFTOVER = "needed", "made again if wanted", "unused", "leftover"
 
 
@@ -74,7 +76,8 @@ def read_cache(cache: Path, runs: Sequence[Run]) -> list[Entry]:
     entries = []
     for kind in KINDS:
         for path in sorted((cache / kind).glob("*")) + sorted((cache / kind).glob(".*")):
-            if path.suffix == ".lock":  # to remove one is to let two processes in
+            # To remove a lock is to let two processes in; a seal is of the file beside it.
+            if path.suffix in (".lock", ".held") or path.name.endswith(_SEAL):
                 continue
             size, newest = size_and_newest(path)
             age = (time.time() - newest.timestamp()) / _DAY
@@ -137,6 +140,7 @@ def delete(entries: Iterable[Entry]) -> Iterator[Entry]:
                 going = path.with_name(f".{path.name}.partial-removed")
                 path.rename(going)
                 remove(going)
+                remove(path.with_name(f".{path.name}{_SEAL}"))
                 yield entry
         except (Timeout, FileNotFoundError):  # in use, or gone already
             continue
