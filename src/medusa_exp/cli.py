@@ -18,13 +18,14 @@ import importlib
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import hydra
+from hydra._internal import utils as hydra_utils  # private: hydra 1.3
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
@@ -32,9 +33,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from medusa_exp.config import Config, continuation, from_hydra, register, to_dict
 from medusa_exp.errors import Stopped, UserError
-from medusa_exp.runs import sweep
+from medusa_exp.runs import machine_faults, sweep
 from medusa_exp.runs.extras import lacking
-from medusa_exp.runs.files import read_json
+from medusa_exp.runs.files import publish, read_json
 from medusa_exp.runs.machine import ensure_home
 from medusa_exp.tracking.wandb_variables import with_variables
 
@@ -82,8 +83,10 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     if said := ensure_home():
         print(said, file=sys.stderr)
+    _report_faults_of_the_machine()
     try:
-        sys.argv[1:] = continuation.arguments(sys.argv[1:])
+        with machine_faults.told():
+            sys.argv[1:] = continuation.arguments(sys.argv[1:])
     except UserError as error:
         sys.exit(str(error))
     logging.raiseExceptions = False  # no traceback for each line that a full disk does not take
@@ -98,6 +101,29 @@ def main() -> None:
         _print_sweeps()
         # Registered last, done first: a late Ctrl-C stops nothing any more, and shows no traceback.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+def _report_faults_of_the_machine() -> None:
+    """Have a full disk and its like told in one message, wherever Hydra or logging meets them."""
+    report, handle = hydra_utils.run_and_report, logging.Handler.handleError
+
+    def run_and_report(func: Callable[[], Any]) -> Any:
+        def run() -> Any:
+            try:
+                with machine_faults.told():
+                    return func()
+            except UserError as error:
+                raise _Problem(str(error)) from error
+
+        return report(run)
+
+    def handle_error(self: logging.Handler, record: logging.LogRecord) -> None:
+        # The log has no room for a line; that there is none is told by whom it keeps from his work.
+        if machine_faults.message(sys.exc_info()[1] or Exception()) is None:
+            handle(self, record)
+
+    hydra_utils.run_and_report = run_and_report
+    logging.Handler.handleError = handle_error  # type: ignore[method-assign]
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -147,10 +173,11 @@ def run(config: Config, out: str | Path) -> dict[str, float]:
     config.run_dir = str(out)
     _check_stages(config, is_sweep=False)
     saved = out / continuation.SAVED
-    if not saved.exists():
-        saved.parent.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(_as_composed(config)), saved)
-    run_stages(config, out, ["medusa_exp.run", str(out)])
+    with machine_faults.told(out, config.cache_dir):
+        if not saved.exists():
+            with publish(saved) as partial:
+                OmegaConf.save(OmegaConf.create(_as_composed(config)), partial)
+        run_stages(config, out, ["medusa_exp.run", str(out)])
     metrics: dict[str, float] = read_json(out / "metrics.json")
     return metrics
 
@@ -189,7 +216,9 @@ def _hydra_main(composed: DictConfig) -> float | None:
 
     def run() -> float | None:
         command = ["python", "-m", "medusa_exp", *continuation.new_overrides(out, job)]
-        return run_stages(_checked_config(composed, out), out, command)
+        written: Any = OmegaConf.to_container(composed, resolve=False)
+        with machine_faults.told(out, written["cache_dir"]):
+            return run_stages(_checked_config(composed, out), out, command)
 
     try:
         if job.mode == RunMode.MULTIRUN:

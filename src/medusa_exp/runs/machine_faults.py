@@ -1,0 +1,132 @@
+"""What the machine refuses, in a message that names path and remedy: a full disk, missing rights.
+
+Only what a machine can be short of is put in words. An error of another kind, such as a file that
+is missing where one of ours should be, stays what it is, with its traceback.
+"""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from medusa_exp.errors import UserError
+
+_ELSEWHERE = "choose another run_dir or cache_dir"
+_FULL = f"make room there, or {_ELSEWHERE}"
+_TOLD = {
+    errno.ENOSPC: ("its disk is full", _FULL),
+    errno.EDQUOT: ("the quota of its disk is used up", _FULL),
+    errno.EFBIG: ("no file may be so large there (see ulimit -f)", f"raise that, or {_ELSEWHERE}"),
+    errno.EROFS: ("its file system is read-only", _ELSEWHERE),
+    errno.EACCES: ("permission is denied", f"give it those rights, or {_ELSEWHERE}"),
+    errno.EPERM: ("it is not permitted", f"give it those rights, or {_ELSEWHERE}"),
+    errno.ENAMETOOLONG: ("the path is too long", "choose a shorter run_dir, cache_dir or name"),
+    errno.ENOTDIR: ("a file stands where a directory should", f"move it, or {_ELSEWHERE}"),
+    errno.EEXIST: ("a file stands where a directory should", f"move it, or {_ELSEWHERE}"),
+    errno.ELOOP: ("its links lead in a circle", f"remove one, or {_ELSEWHERE}"),
+    errno.EIO: ("its disk reports an error", f"see the system's log, or {_ELSEWHERE}"),
+    errno.ESTALE: ("its file system was taken away", "mount it again"),
+    errno.ENODEV: ("its file system was taken away", "mount it again"),
+    errno.EMFILE: ("too many files are open", "raise ulimit -n"),
+    errno.ENFILE: ("too many files are open on this machine", "close some programs"),
+    errno.ENOMEM: ("the machine has no memory left", "close some programs, or lower batch sizes"),
+}
+"""Number of an error -> what it is, and what to do."""
+_IN_WORDS = re.compile(r"\[Errno (\d+)\]|os error (\d+)|Os \{ code: (\d+)")
+"""How libraries write of Rust and C++ (safetensors, tokenizers, Arrow) give an error's number."""
+_SMALLEST_ROOM = 1 << 16
+
+
+def message(error: BaseException, places: tuple[str | Path, ...] = ()) -> str | None:
+    """Return what to tell of an error, None if it is not the machine's.
+
+    Args:
+        error: or what it was raised from.
+        places: directories that were being written to: an error seldom says whose disk is full.
+    """
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, UserError):
+        number = _number(found)
+        if number in _TOLD and not _is_other(found, number):
+            return _told(found, number, places)
+        found = found.__cause__
+    return None
+
+
+@contextmanager
+def told(*places: str | Path) -> Iterator[None]:
+    """Turn what the machine refuses into a UserError; `places` as for `message`.
+
+    Raises:
+        UserError: names path and remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (said := message(error, places)) is None:
+            raise
+        raise UserError(said) from error
+
+
+def _number(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    found = _IN_WORDS.search(str(error))
+    return int(found[found.lastindex or 1]) if found else None
+
+
+def _is_other(error: BaseException, number: int) -> bool:
+    """Is it a slip of ours after all: a directory made twice?"""
+    name = getattr(error, "filename", None)
+    return number == errno.EEXIST and not (name and Path(os.fsdecode(name)).is_file())
+
+
+def _told(error: BaseException, number: int, places: tuple[str | Path, ...]) -> str:
+    what, remedy = _TOLD[number]
+    names = [getattr(error, key, None) for key in ("filename2", "filename")]
+    named = [os.fsdecode(name) for name in names if isinstance(name, str | bytes)]
+    place = named[-1] if named else _full_one(places, number)
+    if number == errno.ENOSPC and place and _has_room(Path(place)) is False:
+        what = "its disk has no room for another file (inodes; see df -i)"
+    said = f"{_short(place)} could not be written or read" if place else "A file was refused"
+    return f"{said}: {what}. To go on: {remedy}; then give the same command again."
+
+
+def _full_one(places: tuple[str | Path, ...], number: int) -> str:
+    """Return the place whose disk is full, the first if none is (it may have room again)."""
+    known = [Path(place) for place in (*places, tempfile.gettempdir()) if str(place)]
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        for place in known:
+            with_disk = _existing(place)
+            if with_disk is not None and shutil.disk_usage(with_disk).free < _SMALLEST_ROOM:
+                return str(place)
+    return str(known[0]) if places else ""
+
+
+def _has_room(path: Path) -> bool | None:
+    """Is there room for another file's name, where it is known? Some file systems count none."""
+    place = _existing(path)
+    if place is None or not hasattr(os, "statvfs"):
+        return None
+    status = os.statvfs(place)
+    return status.f_favail > 0 if status.f_files else None
+
+
+def _existing(path: Path) -> Path | None:
+    for place in (path, *path.parents):
+        try:
+            if place.exists():
+                return place
+        except OSError:
+            continue
+    return None
+
+
+def _short(place: str) -> str:
+    return place if len(place) <= 300 else f"{place[:200]}... ({len(place):,} characters)"
