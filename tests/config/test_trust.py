@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 from medusa_exp.cli import compose
 from medusa_exp.config import continuation, load_saved, register
 from medusa_exp.config.trust import check_saved
+from medusa_exp.decode.decoder import Decoder
 from medusa_exp.errors import UserError
+from medusa_exp.stages.session import Session
 
 COMMAND = ["stages=[report]"]
 
@@ -81,6 +83,16 @@ def test_a_config_of_ours_passes(run_dir):
         composed = hydra_compose("config", ["+experiment=rerun", "rerun.source=x", "run_dir=y"])
     saved.write_text(OmegaConf.to_yaml(composed))
     check_saved(load_saved(saved), saved)
+
+
+def test_python_allows_code_of_a_model_by_an_argument(run_dir):
+    (run_dir / ".hydra/config.yaml").write_text("model: {trust_remote_code: true}")
+    with pytest.raises(UserError, match=r"Decoder\.from_run\(\.\.\., trust_remote_code=True\)"):
+        Decoder.from_run(run_dir)
+    session = Session.of_run(run_dir, trust_remote_code=True)
+    assert session.config.model.trust_remote_code
+    with pytest.raises(UserError, match=r"model\.path is not set"):
+        Decoder.from_run(run_dir, trust_remote_code=True)
 
 
 def test_aliases_are_not_expanded(run_dir):

@@ -104,7 +104,8 @@ def places(tmp_path) -> dict[str, str]:
 
 @pytest.mark.parametrize("key", ["run_dir", "cache_dir"])
 def test_odd_places_are_told_in_one_message(places, key, capsys, monkeypatch, tmp_path):
-    for what, place in places.items():
+    tried = places if key == "run_dir" else {"too long": places["too long"]}
+    for what, place in tried.items():
         out = tmp_path / f"run {what}" if key == "cache_dir" else place
         given = ["+experiment=smoke", "logger=none", "stages=[pretrain]", f"{key}='{place}'"]
         given += [f"run_dir='{out}'"] if key == "cache_dir" else []

@@ -29,6 +29,9 @@ _NAMES_CODE = ("_target_", "class", "()", "factory")
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.", "optuna.samplers.")
 _LOGGING = ("logging.StreamHandler", "logging.FileHandler", "colorlog.ColoredFormatter")
 _CALLBACK = "medusa_exp.runs.sweep._StartedSweeps"
+_IN_PYTHON = {
+    "model.trust_remote_code": "; from Python, Decoder.from_run(..., trust_remote_code=True)"
+}
 _OF_SHELL = re.compile(r"(PATH|LD_|DYLD_|PYTHON|GIT_|BASH_ENV|ENV$|HOME$)")
 """Variables by which our own calls of git, or later processes, would run something else."""
 
@@ -80,7 +83,8 @@ def check_saved(config: DictConfig, path: Path, said: Collection[str] = ()) -> N
         if values.get(key) and is_refused:
             raise UserError(
                 f"{path}: {key}={values[key]} {what}, which a saved run cannot decide: say "
-                f"{key}={values[key]} again on this command line if you want it, or another value."
+                f"{key}={values[key]} again on this command line if you want it, or another value"
+                f"{_IN_PYTHON.get(key, '')}."
             )
 
 

@@ -137,19 +137,25 @@ class Decoder:
         self._drafters: dict[Hashable, Drafter] = {}
 
     @classmethod
-    def from_run(cls, run: str | Path, *, device: str | None = None) -> "Decoder":
+    def from_run(
+        cls, run: str | Path, *, device: str | None = None, trust_remote_code: bool = False
+    ) -> "Decoder":
         """Load the model, heads, tree, acceptance rule and limits of a run directory.
 
         Args:
             run: directory of a run that has trained heads.
             device: as the key `device`; the run's own by default.
+            trust_remote_code: run Python code that comes with the model, where the run did: a run
+                directory, which others may have made, cannot decide that.
 
         Raises:
-            UserError: there is no such run, or it lacks heads or a tree.
+            UserError: there is no such run, or it lacks heads or a tree; or it asks for such code.
         """
         # By name, because the stages, which know how a run is opened, stand above this package.
         stages = importlib.import_module("medusa_exp.stages.session")
-        decoder: Decoder = stages.Session.of_run(Path(run), device).decoder()
+        decoder: Decoder = stages.Session.of_run(
+            Path(run), device, trust_remote_code=trust_remote_code
+        ).decoder()
         return decoder
 
     def observed(self, observer: Observer, *, cuda_graph: bool) -> "Decoder":

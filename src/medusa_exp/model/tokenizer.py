@@ -25,6 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from medusa_exp.config import TokenizerConfig
 from medusa_exp.data.template import check_chat_template
+from medusa_exp.data.template_probe import refusal
 from medusa_exp.errors import UserError
 from medusa_exp.model.source import ModelSpec, first_lines
 from medusa_exp.runs.files import read_json, sync, write_json
@@ -201,6 +202,8 @@ def _find_template(wanted: str, named: dict[str, str]) -> str:
 def _check_template(template: str, what: str) -> None:
     if not _JINJA.search(template):
         raise UserError(f"chat template: {what} is no Jinja template: it has no {{{{ or {{%.")
+    if (why := refusal(template)) is not None:
+        raise UserError(f"chat template: {what} is refused, for {why}. Use another template.")
     try:
         # Of no conversations: transformers compiles it, with the tags it knows, and renders none.
         render_jinja_template([], chat_template=template)

@@ -65,8 +65,12 @@ class Session:
         self._backbone: tuple[Path | None, Backbone] | None = None
 
     @classmethod
-    def of_run(cls, run: Path, device: str | None = None) -> "Session":
+    def of_run(
+        cls, run: Path, device: str | None = None, *, trust_remote_code: bool = False
+    ) -> "Session":
         """Open a run directory by its saved config.
+
+        With `trust_remote_code` that may say to run Python code that comes with the model.
 
         Raises:
             UserError: it is none, of another version, or asks for more than a saved run may.
@@ -75,7 +79,7 @@ class Session:
         if not saved.is_file():
             raise UserError(f"{run} is no run directory: it has no .hydra/config.yaml.")
         written = load_saved(saved)
-        check_saved(written, saved)
+        check_saved(written, saved, ["model.trust_remote_code"] if trust_remote_code else [])
         config = from_hydra(written)
         config.run_dir, config.device = str(run), device or config.device
         return cls(config, run)
