@@ -14,10 +14,14 @@ from transformers.utils import cached_file
 
 from medusa_exp.config import DatasetConfig, ModelConfig, PretrainConfig, TokenizerConfig
 from medusa_exp.errors import UserError
+from medusa_exp.model.limits import check_directory
 from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
 from medusa_exp.runs.seals import check
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, IndexError),
+    *(ArithmeticError, RecursionError),
+)
 """What transformers raises for directories that are not what they should be."""
 
 ADAPTED = "backbone"
@@ -86,6 +90,8 @@ class ModelSpec:
                     "its own."
                 )
             raise UserError(f"model.path={path} is no model directory: it has no config.json.")
+        if path.is_dir():
+            check_directory("model.path", path)
         return place
 
     def tokenizer_path(self) -> str:
@@ -96,7 +102,10 @@ class ModelSpec:
         """
         if self.tokenizer.path is None:
             return self.model_path()
-        return _place("tokenizer.path", self.tokenizer.path)
+        place = _place("tokenizer.path", self.tokenizer.path)
+        if Path(place).is_dir():
+            check_directory("tokenizer.path", Path(place))
+        return place
 
     def model_config(self) -> Any:
         """Return the backbone's config, in transformers' form.
@@ -107,7 +116,9 @@ class ModelSpec:
         path = self.model_path()
         try:
             return AutoConfig.from_pretrained(path, **self.hub_options())
-        except LOADING_ERRORS as error:
+        except UserError:
+            raise
+        except Exception as error:  # by what is in the file, anything of any type
             raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
 
     def hub_options(self) -> dict[str, Any]:

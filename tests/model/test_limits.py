@@ -1,0 +1,126 @@
+"""Directories of models that would hang or fill the memory are refused at once, by the file."""
+
+import json
+import os
+import struct
+import time
+from pathlib import Path
+
+import pytest
+
+from medusa_exp.config import ModelConfig, TokenizerConfig
+from medusa_exp.errors import UserError
+from medusa_exp.model.source import ModelSpec
+
+CONFIG = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(2048))
+    return tmp_path
+
+
+def refused(model: Path, said: str) -> None:
+    start = time.perf_counter()
+    for spec in (
+        ModelSpec(ModelConfig(path=str(model))),
+        ModelSpec(ModelConfig(), TokenizerConfig(path=str(model))),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            spec.tokenizer_path()
+        assert "\n" not in str(caught.value)
+    assert time.perf_counter() - start < 5
+
+
+def test_a_model_passes(model):
+    (model / "LICENSE").write_text("any")
+    (model / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert ModelSpec(ModelConfig(path=str(model))).tokenizer_path() == str(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "chat_template.jinja", "x.safetensors"]
+)
+def test_pipes_devices_and_directories_are_refused(model, name):
+    os.mkfifo(model / name)
+    refused(model, f"{name} is a pipe")
+    (model / name).unlink()
+    (model / name).symlink_to("/dev/zero")
+    refused(model, f"{name} is a device")
+    (model / name).unlink()
+    (model / name).mkdir()
+    refused(model, f"{name} is a directory")
+    (model / name).rmdir()
+    (model / name).symlink_to("nowhere")
+    refused(model, f"{name} cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is beyond 2,000"),
+        ({"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers is beyond 2,000"),
+        ({"num_attention_heads": -(10**9)}, "num_attention_heads is beyond"),
+        ({"n_layer": 10**9}, "n_layer is beyond 2,000"),
+        ({"vocab_size": 10**15}, "vocab_size is beyond"),
+        (
+            {"vocab_size": 10**9},
+            r"asks for 8,000,000,000 weights and more, and .* have 2,058 bytes",
+        ),
+        ({"hidden_size": 10**6}, "asks for"),
+        ({"text_config": {"hidden_size": 10**6}}, "asks for"),
+        ({"x": [1] * 200_000}, "100,000 numbers"),
+        ({"x": "y" * (1 << 20)}, "config.json is larger than 1 MiB"),
+    ],
+)
+def test_configs_beyond_any_model_are_refused(model, changes, said):
+    (model / "config.json").write_text(json.dumps(CONFIG | changes))
+    refused(model, said)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b"[" * 100_000, "config.json is not valid JSON"),
+        ("config.json", b"[1]", "config.json is no object of keys"),
+        ("config.json", b"\xff\xfe", "config.json is not valid JSON"),
+        ("model.safetensors", b"\xff" * 64, "model.safetensors is no safetensors file, or was cut"),
+        ("model.safetensors", b"", None),
+        ("a.safetensors", struct.pack("<Q", 1 << 40), "a.safetensors is no safetensors file"),
+        (INDEX, b'{"weight_map": {"a": "../b.safetensors"}}', "names '../b.safetensors'"),
+        (INDEX, b'{"weight_map": {"a": "b.pkl"}}', "names 'b.pkl'"),
+        (INDEX, b'{"weight_map": 3}', "has no weight_map"),
+        (INDEX, b"[]", "has no weight_map"),
+    ],
+)
+def test_files_that_are_none_are_refused(model, name, content, said):
+    (model / name).write_bytes(content)
+    if said is None:  # an empty header: the format's own library says so
+        said = "cut off"
+    refused(model, said)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "x"},
+        {"hidden_size": [1]},
+        {"num_attention_heads": 0},
+        {"rope_scaling": 3},
+        {"model_type": 3},
+        {"model_type": "nothing"},
+        {"vocab_size": None},
+        {"layer_types": {"a": 1}},
+        {"dtype": "float1"},
+        {"quantization_config": []},
+    ],
+)
+def test_configs_of_wrong_types_are_no_tracebacks(model, changes):
+    from medusa_exp.model.loading import load_backbone
+
+    (model / "config.json").write_text(json.dumps(CONFIG | changes))
+    with pytest.raises(UserError, match=r"model\.path="):
+        load_backbone(ModelSpec(ModelConfig(path=str(model)), device="cpu"))
