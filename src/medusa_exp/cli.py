@@ -32,6 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from medusa_exp.config import Config, continuation, from_hydra, register, to_dict
+from medusa_exp.config.ignored import say_ignored
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs import machine_faults, sweep
 from medusa_exp.runs.extras import lacking
@@ -157,6 +158,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         raise UserError(str(error)) from error
     config.logger = with_variables(config.logger, overrides)
     vars(config)["_composed"] = composed
+    say_ignored(config, overrides)
     return config
 
 
@@ -251,6 +253,7 @@ def _checked_config(composed: DictConfig, out: Path) -> Config:
     if is_sweep and config.logger.group is None:
         config.logger.group = f"{config.name}/{Path(job.sweep.dir).name}"
     _check_stages(config, is_sweep)
+    say_ignored(config, continuation.new_overrides(out, job))
     return config
 
 

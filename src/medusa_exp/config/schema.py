@@ -99,7 +99,7 @@ class DatasetConfig:
     max_record_bytes: int = between(1 << 10, 1 << 31, default=1 << 23)
     """Bytes of the largest record that is read (of a table's row: of its text as JSON); what is
     larger is dropped, and counted. 8 MiB are more than a million words."""
-    sample_fraction: float = between(0.0, 1.0, default=1.0)
+    sample_fraction: float = between(1e-9, 1.0, default=1.0)
     """Share of the conversations to take, by a hash of `seed` and the id."""
     max_length: int = between(8, 1 << 24, default=1024)
     """Tokens that a conversation is cut to; never more than the backbone's own limit."""
@@ -192,7 +192,7 @@ class PretrainConfig:
     """Optimizer steps; a batch each."""
     batch_tokens: int = between(16, 1 << 22, default=4096)
     """Tokens of a batch, padding included."""
-    learning_rate: float = between(0.0, 10.0, default=3e-3)
+    learning_rate: float = between(1e-9, 10.0, default=3e-3)
     """The greatest learning rate; see `train.warmup_fraction`."""
     warmup_fraction: float = between(0.0, 1.0, default=0.05)
     """Share of the steps with a rising learning rate; a cosine to zero follows."""
@@ -318,7 +318,7 @@ class LoraSettings:
     layers: list[str] = field(default_factory=list)
     """Names of the linear layers to adapt, such as q_proj; none means all of them, but not the
     lm_head."""
-    learning_rate: float = between(0.0, 10.0, default=5e-4)
+    learning_rate: float = between(1e-9, 10.0, default=5e-4)
     """Learning rate of the adapters; `train.learning_rate` is the heads'."""
     heads_only_fraction: float = between(0.0, 1.0, default=0.1)
     """Share of the steps, at the beginning, in which the heads learn alone."""
@@ -379,7 +379,7 @@ class TrainConfig:
     optimizer: str = choice("adamw", "adamw_8bit", "muon")
     """adamw, adamw_8bit (needs bitsandbytes) or muon (Muon for the matrices of residual blocks,
     AdamW for the rest)."""
-    learning_rate: float = between(0.0, 10.0, default=2e-3)
+    learning_rate: float = between(1e-9, 10.0, default=2e-3)
     """The heads' greatest learning rate, after the warm-up."""
     weight_decay: float = between(0.0, 100.0, default=0.0)
     """Weight decay of matrices; biases do not decay. `decay` is another thing: it weighs the losses
@@ -391,7 +391,7 @@ class TrainConfig:
     average: float = between(0.0, 0.99999, default=0.0)
     """Decay of an exponential moving average (EMA) of the heads, such as 0.99, which takes their
     place in the end; 0 keeps none."""
-    decay: float = between(0.0, 1.0, default=0.8)
+    decay: float = between(0.01, 1.0, default=0.8)
     """Weight of the heads' losses: head k's counts decay**k (Medusa, section 2.2.1)."""
     head_weights: str = choice("decay", "acceptance")
     """decay (powers of `decay`) or acceptance (by what a head adds to the expected length of a
@@ -400,7 +400,7 @@ class TrainConfig:
     own_drafts_from: float | None = between(0.0, 1.0, default=None)
     """Share of the steps after which heads of kind hydra or recurrent see the tokens that they
     draft themselves in place of the text's, as in drafts that go astray; null is never."""
-    coefficient: float = between(0.0, 1e6, default=1.0)
+    coefficient: float = between(1e-6, 1e6, default=1.0)
     """Weight of the heads' loss (lambda_0 of Medusa-2). With kind=medusa1 a constant one does
     little: optimizers even it out, but the gradient is clipped before they see it."""
     coefficient_schedule: str = choice("constant", "linear", "sine")
@@ -813,6 +813,7 @@ class Config:
                 "heads_from is for runs that train no heads: leave stage train out of stages, or "
                 "set train.heads_from to start the training from these heads."
             )
+        self._check_tree()
         if self.train.own_drafts_from is not None:
             kinds = ("hydra", "recurrent")
             OneOf(kinds).check("head.kind (with train.own_drafts_from)", self.head.kind)
@@ -832,3 +833,18 @@ class Config:
                 ("tokenizer.resize_embedding", str(self.tokenizer.resize_embedding), ("False",)),
             ):
                 OneOf(words).check(f"{key} (with model.device_map)", value)
+
+    def _check_tree(self) -> None:
+        """Refuse, before anything long, a tree that these stages will not be able to use."""
+        tree, num_heads = self.tree, self.head.num_heads
+        is_used = {"calibrate", "evaluate", "chat"} & {*self.stages}
+        if tree.kind == "custom" and is_used and bool(tree.path) == bool(tree.paths):
+            raise UserError("tree=custom needs either tree.path, a JSON file, or tree.paths.")
+        if "train" not in self.stages:  # heads that are there have a number of their own
+            return
+        depth = {"medusa_63": 4, "custom": max(map(len, tree.paths), default=0)}.get(tree.kind, 0)
+        if depth > num_heads:
+            raise UserError(
+                f"head.num_heads={num_heads} is too small for tree.kind={tree.kind}, which is "
+                f"{depth} deep: train {depth} heads at least, or choose another tree."
+            )
