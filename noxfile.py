@@ -208,6 +208,15 @@ def launchers(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def elsewhere(session: nox.Session) -> None:
+    """Run the smoke experiment as on other systems: ten things left out or different. 5 minutes."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    options = ("-m", "slow", *PARALLEL, "--dist=load")
+    tests = "tests/slow/test_elsewhere.py"
+    session.run("pytest", *options, tests, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
 def vllm(session: nox.Session) -> None:
     """Serve heads of all families with a real vLLM on the CPU. Ten minutes, and 3 GB to install."""
     # Not with our constraints: vLLM has its own. A build of others, for want of one by vLLM itself.
