@@ -284,16 +284,19 @@ def test_the_forms_of_the_loss_have_the_same_gradients(backbone, family):
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "can_be_tied", "expected"),
+    ("kind", "size", "num_tokens", "can_share", "expected"),
     [
-        ("auto", 100_000, True, "medusa"),
-        ("auto", 100_001, True, "medusa_tied"),
-        ("auto", 100_001, False, "medusa"),
-        ("hydra", 200_000, True, "hydra"),
+        ("auto", 32_768, None, True, ("medusa", None)),
+        ("auto", 32_769, None, True, ("recurrent", 16_384)),
+        ("auto", 32_769, 4096, True, ("recurrent", 4096)),
+        ("auto", 1000, 100, True, ("recurrent", 100)),
+        ("auto", 200_000, None, False, ("medusa", None)),
+        ("hydra", 200_000, None, True, ("hydra", None)),
+        ("medusa_tied", 200_000, 100, True, ("medusa_tied", 100)),
     ],
 )
-def test_auto_is_tied_above_100_000_tokens(kind, size, can_be_tied, expected):
-    assert family_for(kind, size, can_be_tied=can_be_tied) == expected
+def test_auto_is_recurrent_above_32768_tokens(kind, size, num_tokens, can_share, expected):
+    assert family_for(kind, size, num_tokens, can_share=can_share) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -202,20 +202,27 @@ def test_heads_go_on_from_what_was_saved_in_a_bf16_backbones_run_too(config, tmp
     assert all(torch.equal(first[name], value) for name, value in second.items())
 
 
-@pytest.mark.parametrize(("limit", "taken"), [(100_000, "medusa"), (10, "medusa_tied")])
-def test_auto_heads_are_tied_where_the_vocabulary_is_large(
+@pytest.mark.parametrize(("limit", "taken"), [(100_000, "medusa"), (10, "recurrent")])
+def test_auto_heads_are_recurrent_where_the_vocabulary_is_large(
     config, tmp_path, monkeypatch, caplog, limit, taken
 ):
     monkeypatch.setattr(heads_module, "LARGE_VOCABULARY", limit)
+    monkeypatch.setattr(heads_module, "FREQUENT_TOKENS", number := 40)
     caplog.set_level("INFO")
     config.head = Head(num_heads=2, kind="auto")
     config.train.max_steps = 2
     shared = session.Session(config, tmp_path)
     train.run(config, tmp_path, shared)
-    assert load_heads(tmp_path / "heads").config.kind == taken
+    found = load_heads(tmp_path / "heads").config
+    number = number if taken == "recurrent" else None
+    assert (found.kind, found.num_tokens) == (taken, number)
     assert shared.notes.entry == {**shared.notes.entry, "head_kind": taken}
-    assert caplog.text.count(f"head.kind=auto: {taken}, for a vocabulary of ") == 1
-    config.head.kind = taken  # by its name it is the same training, which is done
+    frequent = f" and head.num_tokens={number}" if number else ""
+    assert caplog.text.count(f"head.kind=auto: {taken}{frequent}, for a vocabulary of ") == 1
+    config.head.kind, config.head.num_tokens = (
+        taken,
+        number,
+    )  # by its name it is the same training, which is done
     assert run(config, tmp_path)["train/steps"] == 2
     assert "resum" in caplog.text
 

@@ -276,8 +276,8 @@ class HeadConfig:
     """medusa (a vocabulary projection for each head), medusa_tied (the backbone's lm_head for all),
     medusa_lowrank (projections of low `rank`, or of `num_tokens` frequent tokens), hydra (each head
     sees the tokens that are drafted before its own), recurrent (so does it, by one block that all
-    heads share, applied once for each token) or auto (medusa_tied above 100,000 tokens of
-    vocabulary, else medusa)."""
+    heads share, applied once for each token) or auto (recurrent, of 16,384 frequent tokens if
+    `num_tokens` says nothing else, above 32,768 tokens of vocabulary, else medusa)."""
     num_heads: int = between(1, _MOST_HEADS, default=4)
     """K: head k predicts the token k places after the backbone's next one."""
     num_layers: int = between(0, 16, default=1)
@@ -287,8 +287,8 @@ class HeadConfig:
     rank: int | None = between(16, 1 << 16, default=None)
     """Rank of the projections of medusa_lowrank or recurrent; null is full."""
     num_tokens: int | None = between(16, 1 << 24, default=None)
-    """Vocabulary of the heads of medusa_lowrank or recurrent: the most frequent tokens of the
-    training data; others are never proposed. null is all."""
+    """Vocabulary of the heads of medusa_tied, medusa_lowrank or recurrent: the most frequent tokens
+    of the training data; others are never proposed. null is all, or what kind=auto takes."""
     prefix_attention: bool = False
     """Put a layer of attention over all hidden states so far before the heads (of any kind, but it
     was found for hydra)."""

@@ -135,11 +135,12 @@ def with_family(session: Session, backbone: Backbone) -> Config:
     config = session.config
     if config.head.kind != "auto":
         return config
-    size, is_whole = backbone.vocab_size, config.model.device_map is None
-    kind = family_for(config.head.kind, size, can_be_tied=is_whole)
-    log.info("head.kind=auto: %s, for a vocabulary of %s tokens", kind, f"{size:,}")
+    head, size, is_whole = config.head, backbone.vocab_size, config.model.device_map is None
+    kind, num_tokens = family_for(head.kind, size, head.num_tokens, can_share=is_whole)
+    frequent = f" and head.num_tokens={num_tokens}" if num_tokens else ""
+    log.info("head.kind=auto: %s%s, for a vocabulary of %s tokens", kind, frequent, f"{size:,}")
     session.notes.add(head_kind=kind)
-    return replace(config, head=replace(config.head, kind=kind))
+    return replace(config, head=replace(head, kind=kind, num_tokens=num_tokens))
 
 
 def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
