@@ -141,6 +141,8 @@ def test_a_large_batch_is_a_part_of_its_own():
     said = advice(many, tree, plain, FACTS)
     assert "16 prompts at a time keep the device busy" in said
     assert "speculate up to 6 prompts at a time, and calibrate" in said
+    faster = replace(FACTS, when=break_even("tree", {1: 2.0, 16: 1.1}))
+    assert "drafts pay there still" in advice(many, tree, plain, faster)
     slower = replace(FACTS, when=break_even("tree", {1: 0.9, 16: 0.5}))
     assert "decode plainly" in advice(many, tree, plain, slower)
 

@@ -139,16 +139,13 @@ def _host(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
 
 
 def _batch(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
-    when = facts.when
-    limit = (
-        f"speculate up to {prompts(when.faster_up_to)} at a time"
-        if when.faster_up_to
-        else ("decode plainly")
-    )
-    kept = "" if when.size is not None else ", the most that was measured"
+    limit = facts.when.faster_up_to
+    wanted = f"speculate up to {prompts(limit)} at a time" if limit else "decode plainly"
+    if facts.when.size is None:
+        wanted = "drafts pay there still, but fewer of them"
     return (
         f"{prompts(found.batch_size)} at a time keep the device busy without drafts{_lost(found)}: "
-        f"{limit}{kept}, and calibrate for this size "
+        f"{wanted}, and calibrate for this size "
         f"(tree=calibrated, tree.batch_sizes with {found.batch_size} in it)."
     )
 

@@ -56,12 +56,14 @@ def waterfall_chart(rows: Sequence[tuple[str, float | None, bool]]) -> Spec:
         text = f"{value:+.2f}" if is_part else f"{value:.2f}"
         bars.append({"part": title, "start": start, "end": end, "kind": kind, "text": text})
     kinds = ["speed-up", "lost", "gained"]
+    most = max(bar[side] for bar in bars for side in ("start", "end"))
+    scale = alt.Scale(domainMax=1.1 * most)  # with room for the label of the longest
     base = alt.Chart(inline_data(bars)).encode(
         y=alt.Y("part:N", title=None, sort=None, axis=alt.Axis(labelLimit=320)),
         tooltip=["part:N", alt.Tooltip("text:N", title="speed-up")],
     )
     marks = base.mark_bar(cornerRadius=2).encode(
-        x=alt.X("start:Q", title="speed-up", axis=alt.Axis(tickCount=6)),
+        x=alt.X("start:Q", title="speed-up", axis=alt.Axis(tickCount=6), scale=scale),
         x2="end:Q",
         color=alt.Color("kind:N", title=None, scale=alt.Scale(domain=kinds)),
     )
