@@ -115,6 +115,9 @@ def test_extras_and_sessions_that_pages_name_exist():
     sessions = set(re.findall(r"^def (\w+)\(session", noxfile, re.MULTILINE))
     named = set(re.findall(r"nox -s (\w+)", "".join(p.read_text("utf-8") for p in PAGES)))
     assert named <= sessions and len(named) > 8
+    testing = (ROOT / "docs/develop/testing.md").read_text(encoding="utf-8")
+    listed = sessions - {"check_contents", "check_runs"}  # helpers of sessions
+    assert [name for name in sorted(listed) if f"`{name}`" not in testing] == []
 
 
 def _code(page: str) -> list[str]:
