@@ -68,6 +68,11 @@ class _Turn:
     is_beyond: bool = False
     """Does it begin where the limit is?"""
 
+    @property
+    def is_said(self) -> bool:
+        """Is there something to train?"""
+        return self.is_trained and (self.has_more or bool(self.reply.strip()))
+
 
 @dataclass
 class _Rendered:
@@ -124,7 +129,7 @@ def mask_text(
     with suppress(DataError):  # of a rendering that the conversation itself does not need
         _look_for_differences(chat, whole, turns, template)
     deciding = [turn for turn in turns if not turn.is_beyond]
-    if not any(turn.is_trained for turn in deciding):
+    if not any(turn.is_said for turn in deciding):
         deciding = turns
     if all(_stands_in(whole, turn) for turn in deciding):
         spans = [_span(turn, turn.start + len(turn.reply), template) for turn in deciding]
@@ -165,7 +170,7 @@ def _turns(it: _Rendered) -> tuple[list[_Turn], int]:
             it.template.note("the chat template leaves out some assistant turns")
             continue
         turns.append(turn)
-        if turn.is_beyond and any(turn.is_trained for turn in turns):
+        if turn.is_beyond and any(turn.is_said for turn in turns):
             return turns, sum(it.messages[j].is_trained for j in replies[number + 1 :])
     if not turns:
         raise DataError("the chat template shows no assistant turn.")

@@ -148,7 +148,8 @@ class Renderer:
         """
         if not masked.spans or (end := self._reach(masked.text)) == EVERYTHING:
             return masked
-        start, stop = masked.spans[0]
+        said = (span for span in masked.spans if masked.text[slice(*span)].strip())
+        start, stop = next(said, masked.spans[0])
         place = self._seams.behind(masked.text, max(end, min(start + _SOME_CHARS, stop)))
         if place is None:
             return masked
