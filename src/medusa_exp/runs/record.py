@@ -19,11 +19,13 @@ from typing import Any
 from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import shareable_text, without_users
 from medusa_exp.errors import Stopped
-from medusa_exp.runs.files import publish, read_json, sha256_file, write_json
+from medusa_exp.runs.files import content_key, publish, read_json, sha256_file, write_json
 from medusa_exp.runs.locks import locked
 from medusa_exp.runs.machine import device_name, peak_memory_bytes
 
 _LOCK = ".record.lock"
+_KEYS = ".metrics.keys.json"
+"""Of what metrics.json holds, and held before: a process may be killed between the two writes."""
 log = logging.getLogger(__name__)
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
 
@@ -40,6 +42,12 @@ class RunRecord:
         command = [without_users(word) for word in command]
         self.out, self.config, self.command = out, config, command
         self.metrics: dict[str, float] = read_json(out / "metrics.json", {})
+        if content_key(self.metrics) not in read_json(out / _KEYS, [content_key(self.metrics)]):
+            log.warning(
+                "%s has other numbers than were written there: run the stages again that they are "
+                "of, or restore it",
+                out / "metrics.json",
+            )
         self.run: dict[str, Any] = {
             "name": config.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -107,9 +115,11 @@ class RunRecord:
         with self._locked():
             # Another call may have replaced its stages' numbers, and taken some away.
             self.metrics = read_json(self.out / "metrics.json", {})
+            key_before = content_key(self.metrics)
             for name in before:
                 self.metrics.pop(name, None)
             self.metrics.update(plain)
+            write_json(self.out / _KEYS, [key_before, content_key(self.metrics)])
             write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
         return plain
 

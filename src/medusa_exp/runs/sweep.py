@@ -161,5 +161,6 @@ def _update_page(sweep_dir: Path, write_page: Callable[[Path], object]) -> None:
     """Bring the sweep's page up to date; no fault of it is one of the job's."""
     try:
         write_page(sweep_dir)
-    except Exception:
-        log.warning("%s is not up to date", sweep_dir / "report.html", exc_info=True)
+    except Exception as error:
+        page, is_ours = sweep_dir / "report.html", not isinstance(error, UserError)
+        log.warning("%s is not up to date: %s", page, error, exc_info=is_ours)
