@@ -82,3 +82,26 @@ def test_a_number_that_another_call_took_away_does_not_come_back(tmp_path):
     short.merge_metrics("evaluate", {"eval/new": 2.0})
     long.merge_metrics("train", {"train/loss": 3.0})
     assert read_json(tmp_path / "metrics.json") == {"eval/new": 2.0, "train/loss": 3.0}
+
+
+def test_a_number_that_was_changed_is_told(tmp_path, caplog):
+    for value in (1.5, 2.5):
+        record = RunRecord(tmp_path, Config(device="cpu"), [])
+        with record.stage("evaluate"):
+            pass
+        record.merge_metrics("evaluate", {"a": value})
+    path = tmp_path / "metrics.json"
+    path.write_text('{"a": 1.5}')  # as after a kill between the two writes
+    RunRecord(tmp_path, Config(device="cpu"), [])
+    assert not caplog.text
+    path.write_text('{"a": 7.5}')
+    RunRecord(tmp_path, Config(device="cpu"), [])
+    assert f"{path} has other numbers than were written there" in caplog.text
+
+
+def test_a_stage_that_a_signal_stops_is_interrupted(tmp_path):
+    record = RunRecord(tmp_path, Config(device="cpu"), [])
+    for error, status in ((SystemExit(143), "interrupted"), (ValueError(), "failed")):
+        with pytest.raises(type(error)), record.stage("evaluate"):
+            raise error
+        assert read_json(tmp_path / "run.json")["stages"]["evaluate"]["status"] == status
