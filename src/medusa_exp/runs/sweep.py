@@ -39,7 +39,10 @@ def register() -> None:
 
 def _hydra_subdir(out: str) -> str | None:
     """Return where Hydra writes down a job's config: nowhere if the job is done already."""
-    return None if is_done(Path(out)) else ".hydra"
+    try:
+        return None if is_done(Path(out)) else ".hydra"
+    except UserError:  # of a damaged record, which `run_once` tells; here it would be a traceback
+        return None
 
 
 class _StartedSweeps(Callback):
