@@ -137,7 +137,11 @@ def test_a_default_that_changed_since_does_not_slip_into_an_old_run(run_dir, wor
     text = saved.read_text()
     assert "max_new_tokens: 12\n" in text
     saved.write_text(text.replace("max_new_tokens: 12\n", "max_new_tokens: 7\n"))
-    result = medusa_exp("stages=[evaluate]", "run_dir=run", "evaluate.num_prompts=1", cwd=workplace)
+    again = ("stages=[evaluate]", "run_dir=run", "evaluate.num_prompts=1")
+    refused = medusa_exp(*again, cwd=workplace)
+    assert refused.returncode == 1 and ".hydra/config.yaml is not what was" in refused.stderr
+    (saved.parent / "sha256.json").unlink()
+    result = medusa_exp(*again, cwd=workplace)
     saved.write_text(text)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (run_dir / "records.jsonl").read_text().splitlines()]

@@ -38,6 +38,7 @@ from medusa_exp.runs import machine_faults, sweep
 from medusa_exp.runs.extras import lacking
 from medusa_exp.runs.files import publish, read_json
 from medusa_exp.runs.machine import ensure_home
+from medusa_exp.runs.seals import check_config, seal_config, verify
 from medusa_exp.tracking.wandb_variables import with_variables
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def main() -> None:
             sys.argv[1:] = continuation.arguments(sys.argv[1:])
     except UserError as error:
         sys.exit(str(error))
+    logging.raiseExceptions = False  # no traceback for each line that a full disk does not take
     signal.signal(signal.SIGTERM, _leave)
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, _leave)  # of SLURM, before a job's time is over
@@ -178,6 +180,7 @@ def run(config: Config, out: str | Path) -> dict[str, float]:
         if not saved.exists():
             with publish(saved) as partial:
                 OmegaConf.save(OmegaConf.create(_as_composed(config)), partial)
+            seal_config(saved.parent)
         run_stages(config, out, ["medusa_exp.run", str(out)])
     metrics: dict[str, float] = read_json(out / "metrics.json")
     return metrics
@@ -219,7 +222,9 @@ def _hydra_main(composed: DictConfig) -> float | None:
         command = ["python", "-m", "medusa_exp", *continuation.new_overrides(out, job)]
         written: Any = OmegaConf.to_container(composed, resolve=False)
         with machine_faults.told(out, written["cache_dir"]):
-            return run_stages(_checked_config(composed, out), out, command)
+            config = _checked_config(composed, out)
+            seal_config(out / str(job.output_subdir))
+            return run_stages(config, out, command)
 
     try:
         if job.mode == RunMode.MULTIRUN:
@@ -289,7 +294,6 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     from medusa_exp.runs.compare import compare_with_source
     from medusa_exp.runs.machine import log_machine
     from medusa_exp.runs.record import RunRecord
-    from medusa_exp.runs.seals import verify
     from medusa_exp.stages.heads_card import write_card
     from medusa_exp.stages.session import Session
     from medusa_exp.tracking.terminal import print_summary, quiet_libraries
@@ -300,6 +304,8 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     log_machine(config.device)
     if config.heads_from is not None:
         Session(config, out).adopt_heads(config.heads_from)
+    for run in (config.rerun.source, out):
+        check_config(Path(run or out).expanduser())
     if config.cache.verify:
         verify(Path(config.cache_dir))
     record = RunRecord(out, config, command)

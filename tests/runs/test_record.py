@@ -1,10 +1,11 @@
 """The record files of a run directory."""
 
 import pytest
+from cli_runs import flip
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.runs.files import read_json
+from medusa_exp.runs.files import read_json, write_json, write_jsonl
 from medusa_exp.runs.record import RunRecord
 
 
@@ -84,24 +85,45 @@ def test_a_number_that_another_call_took_away_does_not_come_back(tmp_path):
     assert read_json(tmp_path / "metrics.json") == {"eval/new": 2.0, "train/loss": 3.0}
 
 
-def test_a_number_that_was_changed_is_told(tmp_path, caplog):
-    for value in (1.5, 2.5):
-        record = RunRecord(tmp_path, Config(device="cpu"), [])
-        with record.stage("evaluate"):
-            pass
-        record.merge_metrics("evaluate", {"a": value})
-    path = tmp_path / "metrics.json"
-    path.write_text('{"a": 1.5}')  # as after a kill between the two writes
-    RunRecord(tmp_path, Config(device="cpu"), [])
-    assert not caplog.text
-    path.write_text('{"a": 7.5}')
-    RunRecord(tmp_path, Config(device="cpu"), [])
-    assert f"{path} has other numbers than were written there" in caplog.text
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("run.json", "delete its key `check`"),
+        ("metrics.json", "delete the key `metrics_sha256` of run.json"),
+        ("records.jsonl", "run stage evaluate again"),
+    ],
+)
+def test_a_digit_that_has_changed_is_found(name, remedy, tmp_path):
+    config = Config(device="cpu")
+    record = RunRecord(tmp_path, config, [])
+    with record.stage("evaluate") as notes:
+        notes.add(widths={2: "b", 10: "a"}, pair=(1, 2))
+        row = {"category": "a", "method": "tree", "batch_size": 1, "accept_lengths": [7]}
+        write_jsonl(tmp_path / "records.jsonl", [row])
+    record.merge_metrics("evaluate", {"eval/speedup": 1.777777})
+    RunRecord(tmp_path, config, [])
+    content = (tmp_path / name).read_bytes()
+    digit = b'"peak_memory_bytes": ' if name == "run.json" else b"7"
+    flip(tmp_path / name, content.index(digit) + len(digit) - (len(digit) == 1))
+    with pytest.raises(UserError, match=f"{name} is not what was written there: .*{remedy}"):
+        RunRecord(tmp_path, config, [])
+    if name == "records.jsonl":  # are to be written anew
+        RunRecord(tmp_path, Config(device="cpu", stages=["evaluate"]), [])
 
 
-def test_a_stage_that_a_signal_stops_is_interrupted(tmp_path):
-    record = RunRecord(tmp_path, Config(device="cpu"), [])
-    for error, status in ((SystemExit(143), "interrupted"), (ValueError(), "failed")):
-        with pytest.raises(type(error)), record.stage("evaluate"):
-            raise error
-        assert read_json(tmp_path / "run.json")["stages"]["evaluate"]["status"] == status
+def test_a_call_that_was_killed_between_two_files_is_no_damage(tmp_path, monkeypatch):
+    config, record = Config(device="cpu"), RunRecord(tmp_path, Config(device="cpu"), [])
+    record.merge_metrics("train", {"train/loss": 1.0})
+    write = record._write
+
+    def dies(**values):
+        write(**values)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "_write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        record.merge_metrics("train", {"train/loss": 2.0})
+    RunRecord(tmp_path, config, []).merge_metrics("train", {"train/loss": 3.0})
+    assert RunRecord(tmp_path, config, []).metrics == {"train/loss": 3.0}
+    with RunRecord(tmp_path, config, []).stage("evaluate"):
+        write_json(tmp_path / "calibration.json", {})  # of a stage that has not come to its end

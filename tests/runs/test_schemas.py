@@ -38,6 +38,7 @@ GOOD = {
         "unfinished": [],
         "no_room": ["a"],
     },
+    "sha256.json": {"files": {"a": {"bytes": 1, "sha256": "0" * 64, "ends": "f" * 64}}},
     "tokenizer_source.json": {"versions": {"a": "1"}, "backend_sha256": "0"},
 }
 MISSING = (b"", b"\0" * 40)

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.metric_table import is_timed
+from medusa_exp.runs.record import check_record
 
 Found = dict[str, Any]
 
@@ -30,6 +31,8 @@ def compare(old: Path, new: Path) -> Found:
     Raises:
         UserError: a file is not valid JSON.
     """
+    for run in (old, new):
+        check_record(run)
     metrics = _pairs(*(read_json(run / "metrics.json", {}) for run in (old, new)))
     both = {name: pair for name, pair in metrics.items() if None not in pair}
     trees = [read_json(run / "tree.json") for run in (old, new)]

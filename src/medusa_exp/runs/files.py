@@ -109,7 +109,10 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or all of a directory, on the disk: without, power lost leaves empty files."""
+    """Have a file, or all of a directory, on the disk: without, power lost leaves empty files.
+
+    What is not there is passed over.
+    """
     for written in path.rglob("*") if path.is_dir() else ():
         if not written.is_symlink():
             _sync_one(written)
@@ -119,7 +122,7 @@ def sync(path: Path) -> None:
 def _sync_one(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # such as a directory that one may write to, and not list
+    except (PermissionError, FileNotFoundError):  # such as a directory that one may not list
         return
     try:
         os.fsync(descriptor)
@@ -158,8 +161,12 @@ def _lacks_room(error: Exception, directory: Path) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN and infinities are refused, as JSON has none."""
     with publish(path) as partial:
-        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: Any) -> str:
+    """Return what `write_json` writes."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:

@@ -1,16 +1,20 @@
 """The record of a run: `run.json` and `metrics.json`, merged by stage.
 
 `run.json` says what the run was made of (code, machine, data, cache entries) and how each stage
-ended; `metrics.json` has the numbers that the stages found.
+ended; `metrics.json` has the numbers that the stages found. That their bytes are those that were
+written is checked when a call opens them: run.json has a key of its own content, the sha256 of
+metrics.json, and that of the files from which a stage that is done draws its numbers.
 """
 
+import hashlib
+import json
 import logging
 import math
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,14 +22,26 @@ from typing import Any
 
 from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import shareable_text, without_users
-from medusa_exp.errors import Stopped
-from medusa_exp.runs.files import content_key, publish, read_json, sha256_file, write_json
+from medusa_exp.errors import Stopped, UserError
+from medusa_exp.runs.files import (
+    content_key,
+    json_text,
+    publish,
+    read_json,
+    sha256_file,
+    sync,
+    write_json,
+)
 from medusa_exp.runs.locks import locked
 from medusa_exp.runs.machine import device_name, peak_memory_bytes
 
 _LOCK = ".record.lock"
-_KEYS = ".metrics.keys.json"
-"""Of what metrics.json holds, and held before: a process may be killed between the two writes."""
+_LEFT_BY = {
+    "inspect": ["data_samples.jsonl"],
+    "calibrate": ["calibration.json"],
+    "evaluate": ["records.jsonl", "samples.jsonl", "serving.json", "serving_records.jsonl"],
+}
+"""Files that a stage alone writes, each at its end."""
 log = logging.getLogger(__name__)
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
 
@@ -41,13 +57,8 @@ class RunRecord:
     def __init__(self, out: Path, config: Config, command: list[str]) -> None:
         command = [without_users(word) for word in command]
         self.out, self.config, self.command = out, config, command
+        check_record(out, but=config.stages)
         self.metrics: dict[str, float] = read_json(out / "metrics.json", {})
-        if content_key(self.metrics) not in read_json(out / _KEYS, [content_key(self.metrics)]):
-            log.warning(
-                "%s has other numbers than were written there: run the stages again that they are "
-                "of, or restore it",
-                out / "metrics.json",
-            )
         self.run: dict[str, Any] = {
             "name": config.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -87,6 +98,8 @@ class RunRecord:
         notes = Notes(self.run, entry, self._save)
         try:
             yield notes
+            sync(self.out / "history.jsonl")
+            entry["files"] = _digests(self.out, _LEFT_BY.get(name, []))
             entry["status"] = "done"
         except BaseException as error:
             is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
@@ -111,33 +124,90 @@ class RunRecord:
         entry, before = self.run["stages"].setdefault(stage, {}), self._metric_names.get(stage, [])
         entry["metrics"] = self._metric_names[stage] = sorted(plain)
         self._own.add(stage)
-        self._save()
+        path = self.out / "metrics.json"
         with self._locked():
             # Another call may have replaced its stages' numbers, and taken some away.
-            self.metrics = read_json(self.out / "metrics.json", {})
-            key_before = content_key(self.metrics)
+            self.metrics = read_json(path, {})
             for name in before:
                 self.metrics.pop(name, None)
             self.metrics.update(plain)
-            write_json(self.out / _KEYS, [key_before, content_key(self.metrics)])
-            write_json(self.out / "metrics.json", dict(sorted(self.metrics.items())))
+            text = json_text(dict(sorted(self.metrics.items())))
+            # Both, since a call that is killed between the two leaves the old ones.
+            allowed = [*_digests(self.out, [path.name]).values(), _sha256(text)]
+            self._write(metrics_sha256=allowed)
+            with publish(path) as partial:
+                partial.write_text(text, encoding="utf-8")
         return plain
 
     def _save(self) -> None:
+        with self._locked():
+            self._write()
+
+    def _write(self, **values: Any) -> None:
+        """Write run.json; to be called under the lock."""
         self.run["device"] = device_name(self.config.device)
         self.run["peak_memory_bytes"] = peak_memory_bytes()
-        with self._locked():
-            # Another call may be at other stages of this run, and have written them meanwhile.
-            written, stages = read_json(self.out / "run.json", {}), self.run["stages"]
-            own = {name: stages[name] for name in stages if name in self._own}
-            stages.update({**written.get("stages", {}), **own})
-            for key in ("data", "cache_keys"):
-                self.run[key].update({**written.get(key, {}), **self.run[key]})
-            write_json(self.out / "run.json", self.run)
+        # Another call may be at other stages of this run, and have written them meanwhile.
+        written, stages = read_json(self.out / "run.json", {}), self.run["stages"]
+        own = {name: stages[name] for name in stages if name in self._own}
+        stages.update({**written.get("stages", {}), **own})
+        for key in ("data", "cache_keys"):
+            self.run[key].update({**written.get(key, {}), **self.run[key]})
+        if "metrics_sha256" in written:
+            self.run["metrics_sha256"] = written["metrics_sha256"]
+        self.run.update(values)
+        self.run["check"] = _key_of(self.run)
+        write_json(self.out / "run.json", self.run)
 
     def _locked(self) -> AbstractContextManager[None]:
         self.out.mkdir(parents=True, exist_ok=True)
         return locked(self.out / _LOCK)
+
+
+def check_record(out: Path, but: Collection[str] = ()) -> None:
+    """Check that the numbers of a run are those that were written, as far as its record tells.
+
+    Args:
+        out: its directory.
+        but: stages whose files are about to be written anew.
+
+    Raises:
+        UserError: a file is damaged, or was changed; says what to do.
+    """
+    with locked(out / _LOCK) if out.is_dir() else nullcontext():
+        run = read_json(out / "run.json", {})
+        allowed, found = run.get("metrics_sha256", []), _digests(out, ["metrics.json"])
+    if "check" in run and run["check"] != _key_of(run):
+        raise _damaged(out / "run.json", "delete its key `check`")
+    if allowed and not set(found.values()) <= set(allowed):
+        raise _damaged(out / "metrics.json", "delete the key `metrics_sha256` of run.json")
+    for stage, entry in run.get("stages", {}).items():
+        if stage in but or entry.get("status") != "done":
+            continue
+        for name, digest in entry.get("files", {}).items():
+            if _digests(out, [name]).get(name, digest) != digest:
+                raise _damaged(out / name, f"run stage {stage} again")
+
+
+def _damaged(path: Path, otherwise: str) -> UserError:
+    return UserError(
+        f"{path} is not what was written there: restore it. If it was changed on purpose, or is "
+        f"not to be had any more, {otherwise}."
+    )
+
+
+def _digests(out: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of those files that are there."""
+    return {name: sha256_file(out / name) for name in names if (out / name).is_file()}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _key_of(run: dict[str, Any]) -> str:
+    # As it is read back: JSON has no numbers as keys, and no tuples.
+    return content_key(json.loads(json_text({k: v for k, v in run.items() if k != "check"})))
 
 
 class Notes:

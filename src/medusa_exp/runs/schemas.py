@@ -37,6 +37,7 @@ class _Stage(msgspec.Struct):
     error: str = ""
     resumed_from_step: Count = 0
     features: dict[str, str] = {}
+    files: dict[str, Digest] = {}
 
 
 class _Run(msgspec.Struct):
@@ -52,6 +53,8 @@ class _Run(msgspec.Struct):
     device: str = ""
     peak_memory_bytes: Count = 0
     wandb: dict[str, Any] = {}
+    metrics_sha256: list[Digest] = []
+    check: str = ""
 
 
 class _Job(msgspec.Struct):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.errors import UserError
-from medusa_exp.runs.files import read_json, remove, sha256_file, write_json
+from medusa_exp.runs.files import read_json, remove, sha256_file, sync, write_json
 from medusa_exp.runs.schemas import SEAL
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,22 @@ def verify(root: Path) -> None:
             if (name := damage(path, is_thorough=True)) is not None:
                 log.warning("%s is damaged: %s is removed, and is made anew", name, path)
                 remove(path)
+
+
+def seal_config(place: Path) -> None:
+    """Have what Hydra has written of a call's config on the disk, and seal it.
+
+    To be done before run.json says that there is a run: lost power leaves no run without a config.
+    """
+    if place.is_dir():
+        sync(place)
+        seal(place)
+
+
+def check_config(run: Path) -> None:
+    """Raise a UserError where the saved config of a run is not the one that it began with."""
+    place = run / ".hydra"
+    check(place, f"Restore it; if it was changed on purpose, delete {place / SEAL}.")
 
 
 def _beside(path: Path) -> Path:

@@ -33,6 +33,7 @@ from medusa_exp.model.source import ModelSpec, adapted_path, tiny_dir
 from medusa_exp.model.tokenizer import differences, load_tokenizer
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
+from medusa_exp.runs.seals import check_config
 from medusa_exp.tracking.history import StepLogger
 from medusa_exp.tree import Tree
 from medusa_exp.tree.calibration import choose_tree, draft_of
@@ -78,6 +79,7 @@ class Session:
         saved = run / ".hydra" / "config.yaml"
         if not saved.is_file():
             raise UserError(f"{run} is no run directory: it has no .hydra/config.yaml.")
+        check_config(run)
         written = load_saved(saved)
         check_saved(written, saved, ["model.trust_remote_code"] if trust_remote_code else [])
         config = from_hydra(written)

@@ -85,14 +85,8 @@ class Tracker:
                 for row in self._history()[self._num_rows :]:
                     self.log_step(row.pop("stage"), row.pop("step"), row)
             mirror(self.run, self.record, stage, self._known_metrics - set(self.record.metrics))
-        except Exception as error:
-            log.warning(
-                "W&B lacks what stage %s left in %s: %s",
-                stage,
-                self.out,
-                error,
-                exc_info=not isinstance(error, UserError),
-            )
+        except Exception:
+            log.warning("W&B lacks what stage %s left in %s", stage, self.out, exc_info=True)
         self._known_metrics = set(self.record.metrics)
         self._num_rows = len(self._history())
 

@@ -35,7 +35,7 @@ from medusa_exp.config import DatasetConfig, HeadConfig, TrainConfig
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import ADAPTED
-from medusa_exp.runs.files import content_key, remove, settings_in_key
+from medusa_exp.runs.files import content_key, remove, settings_in_key, sync
 from medusa_exp.train.failures import BadLoss
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,8 @@ class Checkpoints(L.Callback):
                 f"step {trainer.global_step} made NaN or infinite weights of a finite loss: lower "
                 f"train.learning_rate, or try dtype=fp32.{before}"
             )
+        if trainer.is_global_zero:  # its steps are not made again, so the lines of them stay
+            sync(self.path.parent.parent / "history.jsonl")
         trainer.save_checkpoint(self.path)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
