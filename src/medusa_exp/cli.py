@@ -91,7 +91,6 @@ def main() -> None:
             sys.argv[1:] = continuation.arguments(sys.argv[1:])
     except UserError as error:
         sys.exit(str(error))
-    logging.raiseExceptions = False  # no traceback for each line that a full disk does not take
     signal.signal(signal.SIGTERM, _leave)
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, _leave)  # of SLURM, before a job's time is over

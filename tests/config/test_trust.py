@@ -177,3 +177,13 @@ def test_heads_in_other_formats_and_of_no_numbers_are_refused(tmp_path, monkeypa
     file.rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"has no model\.safetensors: heads are read from"):
         load_heads(tmp_path)
+
+
+def test_no_password_is_kept_in_a_run(monkeypatch):
+    key = "regenerate.server"
+    with pytest.raises(UserError, match=rf"{key} is an address with a password") as caught:
+        compose([f"{key}='http://me:p@ss@host:8000'"])
+    assert "p@ss" not in str(caught.value)
+    monkeypatch.setenv("ENGINE", "http://me:p@ss@host:8000")
+    assert compose([f"{key}=${{oc.env:ENGINE}}"]).regenerate.server == "http://me:p@ss@host:8000"
+    assert compose([f"{key}='http://host:8000/a@b'"]).regenerate.server

@@ -17,19 +17,20 @@ from pathlib import Path
 import pytest
 from cli_runs import read
 from faulty_commands import GXX, Commands, Ended, Fault
-from whole_runs import NOT_ALWAYS, OTHERS, Case, cases, differences
+from whole_runs import AGAIN, NOT_ALWAYS, OTHERS, Case, cases, differences
 
 from medusa_exp.cli import STAGES
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++, or no Linux")
 
 ALL = [*STAGES, *OTHERS, "sweep"]
+READING = [*ALL, *(f"{name} again" for name in AGAIN)]
 SIZE = os.environ.get("FAULTS", "1")
-KILLS, SIGNALS, MOMENTS, FULL_DISKS = 20, 8, 6, 12
+KILLS, SIGNALS, MOMENTS, FULL_DISKS, FLIPS, MALFORMATIONS = 16, 6, 6, 8, 16, 12
 """Of each command."""
 LIMITS = (30_000, 100_000, 300_000)
 """Bytes that no file may pass: less than a model, heads or a checkpoint have."""
-NUMBERS = re.compile(r"^\S*(metrics\.json|tree\.json|records\.jsonl|run/heads\S*|\.safetensors)\b")
+NUMBERS = re.compile(r"^\S*(metrics\.json|records\.jsonl|run/heads\S*|\.safetensors)\b")
 """Files in which, or in whose absence, a number is another one."""
 MALFORMED = {
     "empty": lambda content: b"",
@@ -175,21 +176,22 @@ def test_files_that_may_not_grow_are_one_message(name, commands, whole, tmp_path
 def found_or_harmless(case: Case, commands: Commands, place: Path, damaged: str) -> list[str]:
     """Say what is wrong where a file is damaged that a command reads.
 
-    It may be named, it or its directory, and then made anew or taken for one that is missing; or it
-    may not count. Any number has to be what it was.
+    The command may refuse it, make it anew, or name it as damaged, empty or changed and go on
+    without; or not mind, if every number is what it was.
     """
     ended = case.run(commands, place)
     if ended.status:
-        is_named = damaged in ended.stderr or str(Path(damaged).parent) in ended.stderr
-        return after_refusal(ended) + ([] if is_named else [f"not named: {ended.stderr[-1500:]}"])
+        return after_refusal(ended)
+    if f"{damaged} " in ended.stdout + ended.stderr:
+        return traces(ended)
     return traces(ended) + [text for text in differences(case, place) if NUMBERS.search(text)]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", READING)
 def test_one_flipped_byte_is_found_or_changes_nothing(name, commands, whole, tmp_path):
     case, failures, rng = whole[name], [], random.Random(name)
     flips = [(file, part) for file in sorted(case.read) for part in range(2)]
-    for file, part in spread(flips, 24):
+    for file, part in spread(flips, FLIPS):
         place = place_of(case, tmp_path)
         content = bytearray((place / file).read_bytes())
         if not content:
@@ -202,11 +204,11 @@ def test_one_flipped_byte_is_found_or_changes_nothing(name, commands, whole, tmp
     check(failures)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", READING)
 def test_a_malformed_file_is_found(name, commands, whole, tmp_path):
     case, failures = whole[name], []
     files = [file for file in sorted(case.read) if Path(file).suffix in (".json", ".jsonl")]
-    for file, kind in spread([(file, kind) for file in files for kind in MALFORMED], 16):
+    for file, kind in spread([(file, kind) for file in files for kind in MALFORMED], MALFORMATIONS):
         place = place_of(case, tmp_path)
         (place / file).write_bytes(MALFORMED[kind]((place / file).read_bytes()))
         for text in found_or_harmless(case, commands, place, file):

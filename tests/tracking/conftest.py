@@ -11,11 +11,45 @@ from uuid import uuid4
 import pytest
 import wandb_files as written
 
+TOKENS = (
+    *(
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "OPENAI_API_KEY",
+        "ANTHROPIC_API_KEY",
+        "GEMINI_API_KEY",
+    ),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_CLIENT_SECRET"),
+    *("GOOGLE_API_KEY", "GITHUB_TOKEN", "GH_TOKEN", "GITLAB_TOKEN", "CI_JOB_TOKEN", "NPM_TOKEN"),
+    *("DOCKER_PASSWORD", "SLACK_TOKEN", "SLACK_WEBHOOK", "COMET_API_KEY", "NEPTUNE_API_TOKEN"),
+    *("MLFLOW_TRACKING_PASSWORD", "CLEARML_API_SECRET_KEY", "KAGGLE_KEY", "REPLICATE_API_TOKEN"),
+    *("COHERE_API_KEY", "MISTRAL_API_KEY", "TOGETHER_API_KEY", "GROQ_API_KEY", "VLLM_API_KEY"),
+    *("PGPASSWORD", "MYSQL_PWD", "REDIS_PASSWORD", "VAULT_TOKEN", "KUBE_TOKEN", "SENTRY_AUTH"),
+    *(
+        "RAY_ADDRESS_TOKEN",
+        "SLURM_JWT",
+        "PASSWORD",
+        "SECRET",
+        "MY_PRIVATE_THING",
+        "lowercase_secret",
+    ),
+    *("UNUSUAL-NAME", "SSH_ASKPASS_ANSWER", "TWINE_PASSWORD", "PIP_TRUSTED"),
+)
+URLS = ("DATABASE_URL", "PIP_INDEX_URL", "SENTRY_DSN", "http_proxy", "HTTPS_PROXY", "ALL_PROXY")
+"""Variables that hold the address of something, with user and password."""
+FILES = (
+    *(".netrc", ".git-credentials", ".ssh/id_ed25519", ".aws/credentials", ".kube/config"),
+    *(".cache/huggingface/token", ".config/gh/hosts.yml", ".docker/config.json", ".pypirc"),
+)
+"""In the home directory."""
+
 
 @pytest.fixture(scope="session")
-def secrets() -> tuple[str, str]:
-    """A value of the environment and a key; new ones, for a diff of this file may be sent."""
-    return f"canary-{uuid4().hex}", secrets_module.token_hex(20)
+def secrets() -> tuple[str, ...]:
+    """A value of the environment, a key, and one for each of the above and for git's remote; new
+    ones, for a diff of this file may be sent."""
+    others = [f"p@ss-{uuid4().hex}" for _ in (*TOKENS, *URLS, *FILES, "remote")]
+    return f"canary-{uuid4().hex}", secrets_module.token_hex(20), *others
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +61,22 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def medusa_exp(home, secrets) -> Callable[..., None]:
-    canary, key = secrets
+    canary, key, *others = secrets
+    of_tokens, of_urls = others[: len(TOKENS)], others[len(TOKENS) :]
+    of_files, remote = of_urls[len(URLS) : -1], of_urls[-1]
+    for name, secret in zip(FILES, of_files, strict=True):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(f"machine x login y password {secret}\n")
     environment = {
         **os.environ,
+        **dict(zip(TOKENS, of_tokens, strict=True)),
+        **{
+            name: f"http://me:{secret}@127.0.0.1:9"
+            for name, secret in zip(URLS, of_urls, strict=False)
+        },
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": "remote.origin.url",
+        "GIT_CONFIG_VALUE_0": f"https://me:{remote}@git.test/medusa",
         "HOME": str(home),
         "SECRET_CANARY": canary,
         "SLURM_JOB_ID": "1",

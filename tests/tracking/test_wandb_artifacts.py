@@ -94,6 +94,16 @@ def test_nothing_private_is_sent(home, run_dir, file, records, secrets):
     assert config["cache_dir"] == "~/cache"
 
 
+def test_no_secret_is_in_any_byte_of_a_run(run_dir, secrets):
+    assert len(secrets) > 60
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert {"report.html", "run.json", "config.yaml"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        for number, secret in enumerate(secrets):
+            assert secret.encode() not in content, (path, number)
+
+
 def test_the_heads_say_the_variable_that_names_the_backbone(tmp_path, monkeypatch):
     monkeypatch.setenv("MODELS", "/disk/of-somebody")
     (tmp_path / ".hydra").mkdir()

@@ -100,12 +100,8 @@ def say_ignored(config: Config, overrides: Iterable[str]) -> None:
         is_default = _value(config, key) == _value(Config(), key)
         for row in rows:
             if not is_default and not row.is_met(config):
-                log.warning(
-                    "%s=%s has no effect: it is used with %s",
-                    key,
-                    _word(_value(config, key))[:80],
-                    row.wanted(config),
-                )
+                # Not its value, which may come from the environment.
+                log.warning("%s has no effect: it is used with %s", key, row.wanted(config))
 
 
 def _names(row: Use, key: str) -> bool:

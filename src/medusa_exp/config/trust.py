@@ -23,6 +23,7 @@ from medusa_exp.errors import UserError
 
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _REFERENCE = re.compile(r"\$\{[^${}:]*\}")
+_PASSWORD = re.compile(r"://[^/\s?#:]*:[^/\s?#$]+@")
 _HARMLESS = ("now", "medusa_exp.demo", "medusa_exp.saved_objective")
 _NAMES_CODE = ("_target_", "class", "()", "factory")
 """Keys by which Hydra, or `logging.config`, find something to call."""
@@ -134,6 +135,7 @@ def check_hydra_nodes() -> None:
                 raise
             # A number of 400 digits, or 5,000; brackets in brackets.
             raise ConfigCompositionException(f"a value cannot be read: {error}") from error
+        _check_passwords(OmegaConf.to_container(config, resolve=False))
         if "hydra" in config:
             _check_nodes(OmegaConf.to_container(config.hydra, resolve=False))
         return config
@@ -152,6 +154,16 @@ def check_hydra_nodes() -> None:
         return read(self, config_path)
 
     ConfigRepository.load_config = read_checked  # type: ignore[method-assign]
+
+
+def _check_passwords(node: Any) -> None:
+    """Refuse a password in an address: Hydra would write it into the run directory, for good."""
+    for key, value in _leaves({name: node[name] for name in node if name != "hydra"}):
+        if isinstance(value, str) and _PASSWORD.search(value):
+            raise ConfigCompositionException(
+                f"{key} is an address with a password, which the run directory would keep: put the "
+                f"address into a variable of the environment, and give '{key}=${{oc.env:NAME}}'."
+            )
 
 
 def _check_nodes(node: Any) -> None:

@@ -6,7 +6,6 @@ run of one token, because architectures differ. D hidden, N nodes of a draft tre
 
 import logging
 
-import psutil
 import torch
 
 from medusa_exp.decode.cache import GrowingCache
@@ -15,6 +14,7 @@ from medusa_exp.decode.loop import PREFILL_TOKENS
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.runs.machine import available_memory
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
-    return int(psutil.virtual_memory().available)
+    return available_memory()
 
 
 def bytes_of_column(backbone: Backbone) -> int:

@@ -18,8 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from medusa_exp.errors import UserError
 
 if TYPE_CHECKING:
@@ -281,7 +279,24 @@ def peak_memory_bytes(device: "torch.device | None" = None) -> int:
     try:
         import resource
     except ImportError:  # Windows, whose word for it psutil knows
-        memory = psutil.Process().memory_info()
-        return int(getattr(memory, "peak_wset", memory.rss))
+        return _peak_by_psutil()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _peak_by_psutil() -> int:
+    try:
+        import psutil
+    except ImportError:  # on Linux it wants the module resource itself
+        return 0
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that processes may still take; None where it cannot be known."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)

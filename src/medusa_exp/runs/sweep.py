@@ -39,7 +39,10 @@ def register() -> None:
 
 def _hydra_subdir(out: str) -> str | None:
     """Return where Hydra writes down a job's config: nowhere if the job is done already."""
-    return None if is_done(Path(out)) else ".hydra"
+    try:
+        return None if is_done(Path(out)) else ".hydra"
+    except UserError:  # of a damaged record, which `run_once` tells; here it would be a traceback
+        return None
 
 
 class _StartedSweeps(Callback):
@@ -161,5 +164,6 @@ def _update_page(sweep_dir: Path, write_page: Callable[[Path], object]) -> None:
     """Bring the sweep's page up to date; no fault of it is one of the job's."""
     try:
         write_page(sweep_dir)
-    except Exception:
-        log.warning("%s is not up to date", sweep_dir / "report.html", exc_info=True)
+    except Exception as error:
+        page, is_ours = sweep_dir / "report.html", not isinstance(error, UserError)
+        log.warning("%s is not up to date: %s", page, error, exc_info=is_ours)

@@ -85,8 +85,14 @@ class Tracker:
                 for row in self._history()[self._num_rows :]:
                     self.log_step(row.pop("stage"), row.pop("step"), row)
             mirror(self.run, self.record, stage, self._known_metrics - set(self.record.metrics))
-        except Exception:
-            log.warning("W&B lacks what stage %s left in %s", stage, self.out, exc_info=True)
+        except Exception as error:
+            log.warning(
+                "W&B lacks what stage %s left in %s: %s",
+                stage,
+                self.out,
+                error,
+                exc_info=not isinstance(error, UserError),
+            )
         self._known_metrics = set(self.record.metrics)
         self._num_rows = len(self._history())
 

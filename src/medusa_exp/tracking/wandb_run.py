@@ -18,7 +18,7 @@ import wandb
 
 from medusa_exp.config import Config, to_shareable
 from medusa_exp.config.privacy import by_name, shareable
-from medusa_exp.errors import Stopped
+from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import read_jsonl
 from medusa_exp.runs.metric_table import AXES, METRICS, metric_of
 from medusa_exp.runs.record import RunRecord
@@ -171,9 +171,12 @@ def mirror(run: Any, record: RunRecord, stage: str, dropped: set[str]) -> None:
             run.log(media_row)
         if record.config.logger.artifacts:
             log_artifacts(run, record.config, record.out, stage)
-    except Exception:  # the files are the record: no mirror's fault may end a run
+    except Exception as error:  # the files are the record: no mirror's fault may end a run
         log.warning(
-            "W&B: a table, picture or artifact of stage %s is missing", stage, exc_info=True
+            "W&B: a table, picture or artifact of stage %s is missing: %s",
+            stage,
+            error,
+            exc_info=not isinstance(error, UserError),
         )
     for name in dropped:
         del run.summary[name]

@@ -25,6 +25,9 @@ class _NoOperators:
         raise AttributeError(f"'_OpNamespace' 'mkldnn' object has no attribute '{name}'")
 
 
+if WHAT == "resource":
+    import psutil  # noqa: F401  its part for Linux wants the module, that for Windows does not
+
 if WHAT in ("resource", "fcntl", "pwd"):
     sys.modules[WHAT] = None  # an import of it fails
 elif WHAT in ("sched_getaffinity", "posix_fallocate"):
