@@ -115,6 +115,19 @@ def test_calls_that_a_template_leaves_out_are_refused():
         render(Conversation("c", chat), tokenizer)
 
 
+def test_calls_that_a_template_refuses_without_tools_are_kept_with_them():
+    source = (
+        "{% if not tools and messages[-1].tool_calls %}{{ raise_exception('no tools') }}{% endif %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ m.tool_calls or '' }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    call = json.dumps({"tool_calls": [{"function": {"name": "f", "arguments": {}}}]})
+    chat = [Message("user", "q"), Message("assistant", "", fields=call)]
+    tools = '[{"type": "function", "function": {"name": "f"}}]'
+    [row] = render(Conversation("c", chat, tools=tools), build_tokenizer("bytes", source))
+    assert any(row.is_trained) and not row.left_out
+
+
 LONG = st.lists(conversations(), min_size=1, max_size=5).map(
     lambda parts: [message for part in parts for message in part]
 )

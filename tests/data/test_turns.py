@@ -92,8 +92,25 @@ def test_tools_beside_messages(beside):
     assert json.loads(parse({"prompt": "2+2?", "completion": "4", **beside}).tools) == [TOOL]
 
 
+def test_nulls_in_a_text_are_no_holes_of_a_table():
+    function = {"name": "add", "arguments": {"x": 2, "unit": None}}
+    tool = {**TOOL, "function": {"name": "add", "parameters": {"default": None}}}
+    call = {"function": {**function, "arguments": json.dumps(function["arguments"])}}
+    reply = {"role": "assistant", "content": "", "tool_calls": [call]}
+    found = parse({"messages": [ASK, reply], "tools": json.dumps([tool])})
+    assert json.loads(found.messages[1].fields)["tool_calls"][0]["function"] == function
+    assert json.loads(found.tools) == [tool]
+
+
+def test_tools_beside_contents_within_a_request():
+    said = [{"role": role, "parts": [{"text": "x"}]} for role in ("user", "model")]
+    request = {"contents": said, "tools": [TOOL]}
+    assert json.loads(parse({"key": "r", "request": request}).tools) == [TOOL]
+
+
 @pytest.mark.parametrize("empty", [None, "", [], "[]", {}])
 def test_what_is_empty_is_not_there(empty):
+    assert not isinstance(parse({"messages": [ASK, REPLY], "image": False}), str)
     found = parse(
         {"messages": [ASK, REPLY | {"tool_calls": empty}], "tools": empty, "images": empty}
     )

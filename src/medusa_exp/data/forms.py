@@ -149,7 +149,7 @@ def _contents(record: Any) -> Chat | None:
     if not (isinstance(contents, list) and contents and isinstance(contents[0], dict)):
         return None
     turns = [{"role": "user", **turn} if isinstance(turn, dict) else turn for turn in contents]
-    return Chat(_turns(turns) or [], _system(record))
+    return Chat(_turns(turns) or [], _system(record), record)
 
 
 def _body(record: Any) -> Chat | None:

@@ -122,7 +122,7 @@ def mask_text(
     chat = to_chat(conversation.messages)
     [(whole, tags)] = template.render_tagged([chat])
     it = _Rendered(conversation.messages, chat, template, reach, whole, tags, reach(whole))
-    if conversation.tools and template.without_tools([chat]) == [whole]:
+    if conversation.tools and _is_without_tools(it):
         it.left_out.add(NO_TOOLS)
         template.note("the chat template leaves out which tools there are")
     turns, num_unseen = _turns(it)
@@ -135,6 +135,12 @@ def mask_text(
         spans = [_span(turn, turn.start + len(turn.reply), template) for turn in deciding]
         return [_one_text(it, spans, deciding)]
     return _turn_by_turn(it, deciding, turns[len(deciding) :], num_unseen)
+
+
+def _is_without_tools(it: _Rendered) -> bool:
+    with suppress(DataError):  # calls may be refused where there is nothing to call
+        return it.template.without_tools([it.chat]) == [it.whole]
+    return False
 
 
 def _one_text(it: _Rendered, spans: list[Span], turns: list[_Turn]) -> MaskedText:

@@ -60,7 +60,7 @@ def refuse_pictures(record: Record) -> None:
         Unusable: there are pictures, sounds or videos in a record or a turn.
     """
     for key in PICTURES:
-        if is_held(record.get(key)):
+        if is_held(value := record.get(key)) and value is not False:
             raise Unusable(PICTURE, f"under {key}")
 
 
@@ -134,14 +134,14 @@ def fields_of(turn: Record, role: str, is_row: bool) -> str:
     """Return as JSON what templates read of a turn beside role and content; empty without any.
 
     That are an assistant's tool calls, and what a tool's turn answers. `is_row` says that a table
-    may have put nulls where a call had no such argument.
+    may have put nulls where a call had no such argument; in a text, nulls are somebody's own.
 
     Raises:
         Unusable: calls have no form that is known.
     """
     found: Record = {}
-    if role == "assistant" and (calls := _calls(turn)):
-        found["tool_calls"] = _without_nulls(calls) if is_row else calls
+    if role == "assistant" and (calls := _calls(_without_nulls(turn) if is_row else turn)):
+        found["tool_calls"] = calls
     if role == "tool":
         found = {key: turn[key] for key in OF_TOOLS if isinstance(turn.get(key), str) and turn[key]}
     return json.dumps(found, ensure_ascii=False) if found else ""
@@ -183,13 +183,16 @@ def tools_of(record: Record, is_row: bool = False) -> str:
     Raises:
         Unusable: it has no form that is known.
     """
-    found = [value for key in TOOLS if is_held(value := decoded(record.get(key)))]
+    beside: Record = {key: record.get(key) for key in TOOLS}
+    if is_row:
+        beside = _without_nulls(beside)
+    found = [value for given in beside.values() if is_held(value := decoded(given))]
     if not found:
         return ""
     if any(other != found[0] for other in found):
         raise Unusable(BAD_TOOLS, "tools and functions differ")
     tools = [_tool(item) for item in (found[0] if isinstance(found[0], list) else found[:1])]
-    return json.dumps(_without_nulls(tools) if is_row else tools, ensure_ascii=False)
+    return json.dumps(tools, ensure_ascii=False)
 
 
 def _tool(item: Any) -> Record:
