@@ -21,6 +21,8 @@ FACTS = Facts(
     num_nodes=64,
     device_type="cpu",
     is_captured=False,
+    uses_kernels=False,
+    is_regenerated=False,
     tokens_per_step=3.0,
     max_new_tokens=128,
     when=break_even("tree", {1: 2.0, 16: 0.5}),
@@ -35,6 +37,8 @@ CAUSES = [
     ("width", {"backbone": 40.0}, {"device_type": "cuda"}, "train.text=regenerated"),
     ("verification", {"verification": 20.0}, {"device_type": "cuda"}, "decode.verifier=cupy"),
     ("verification", {"cache": 20.0}, {}, "take a smaller tree"),
+    ("verification", {"cache": 20.0}, {"device_type": "cuda", "uses_kernels": True}, ": take a sm"),
+    ("width", {"backbone": 40.0}, {"device_type": "cuda", "is_regenerated": True}, "train longer."),
     ("host", {"rest": 30.0}, {"device_type": "cuda"}, "decode.cuda_graph=true"),
     ("host", {"rest": 30.0}, {}, "decode.compile=true"),
 ]

@@ -29,6 +29,10 @@ class Facts:
     device_type: str
     is_captured: bool
     """Are steps captured as CUDA graphs?"""
+    uses_kernels: bool
+    """Do kernels verify?"""
+    is_regenerated: bool
+    """Were the heads trained on the model's own answers?"""
     tokens_per_step: float
     max_new_tokens: int
     when: BreakEven
@@ -110,17 +114,17 @@ def _width(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
             f"{said}a processor has little arithmetic to spare beside one token's. The tree is the "
             "fastest of those that calibration tried; on a GPU more nodes cost nearly nothing."
         )
+    own = "" if facts.is_regenerated else ", or on the model's own answers (train.text=regenerated)"
     return (
         f"{said}the tree is the fastest of those that calibration tried. Heads that are right more "
-        "often need fewer nodes: train longer, or on the model's own answers "
-        "(train.text=regenerated)."
+        f"often need fewer nodes: train longer{own}."
     )
 
 
 def _verification(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
     share = share_of_step(tree, "verification", "cache")
     said = f"Verification, and keeping what is accepted, take {share:.0%} of a step{_lost(found)}: "
-    if facts.device_type == "cuda":
+    if facts.device_type == "cuda" and not facts.uses_kernels:
         return f"{said}let the kernels do it (decode.verifier=cupy), or take a smaller tree."
     return (
         f"{said}take a smaller tree (tree=calibrated, tree.max_nodes; now {facts.num_nodes} nodes)."

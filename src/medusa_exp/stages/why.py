@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.data.sources import walk
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.rule import step_kernels
 from medusa_exp.errors import UserError
 from medusa_exp.evaluate.advice import Facts, advice
 from medusa_exp.evaluate.break_even import BreakEven, break_even, prompts
@@ -178,6 +179,8 @@ def _facts(
         num_nodes=tree.num_checked,
         device_type=decoder.backbone.device.type,
         is_captured=decoder.uses_fixed_shapes,
+        uses_kernels=step_kernels(decoder.rule.verifier, decoder.backbone.device) is not None,
+        is_regenerated=config.train.text == "regenerated",
         tokens_per_step=in_decoding,
         max_new_tokens=config.decode.max_new_tokens,
         when=when,
