@@ -66,6 +66,14 @@ def test_one_batch_of_several_is_held_against_what_was_timed_alone(run):
     assert found["schedule"] is None
 
 
+def test_draws_are_a_reason_for_less_acceptance(run):
+    write_json(run.out / "metrics.json", {"val/accept_length_chain": 29.0})
+    run.config.decode.rule, run.config.evaluate.batch_sizes = "sampling", [1]
+    evaluate.run(run.config, run.out, run)
+    [sentence] = read_json(run.out / "why.json")["advice"]
+    assert "decoding draws its own (decode.rule=sampling, decode.temperature=" in sentence
+
+
 CURVE = [
     SimpleNamespace(num_nodes=n, tokens_per_step=t) for n, t in ((1, 1.0), (8, 2.0), (16, 2.4))
 ]

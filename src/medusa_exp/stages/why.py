@@ -214,6 +214,11 @@ def _reasons(
         yield "the heads were trained for other weights than the model's"
     if config.evaluate.path is not None:
         yield "the prompts are those of evaluate.path, and not of the training's data"
+    if config.decode.rule == "sampling":
+        yield (
+            "validation replays given answers, and decoding draws its own "
+            f"(decode.rule=sampling, decode.temperature={config.decode.temperature:g})"
+        )
     if most_tokens_per_step(records) >= expected:
         yield f"by chance {prompts(len(records))} may differ as much, raise evaluate.num_prompts"
     try:
