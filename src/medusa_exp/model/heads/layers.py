@@ -221,7 +221,9 @@ class TiedProjection(nn.Module):
 
     def stacked(self, dtype: torch.dtype) -> Stacked:
         """Return one product, for which the matrix is read once."""
-        weight_VD, _ = self._weights()
+        weight_VD, bias_V = self._weights()
+        if self.token_map is not None:
+            return lambda x_KBD, count: self._project(x_KBD, weight_VD, bias_V)
         [lm_head] = self._shared  # the module, whose weights may be packed
         return lambda x_KBD, count: self._scaled(lm_head(x_KBD.to(weight_VD.dtype)))
 
