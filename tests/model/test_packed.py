@@ -9,7 +9,8 @@ from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.model import Backbone, build_heads, packed
 from medusa_exp.model.packed import PackedLinear, pack, unpack
-from medusa_exp.tree import Tree
+from medusa_exp.stages.session import pack_decoder
+from medusa_exp.tree import Tree, chain
 
 ALWAYS, NEVER, WIDE = [True] * 3, [False] * 3, [False, True, True]
 pytestmark = pytest.mark.skipif(packed._operators() is None, reason="torch without oneDNN")
@@ -132,3 +133,12 @@ def test_decoding_says_the_same_tokens(choose, kind, uses):
     assert backbone.lm_head._parameters["weight"] is not None
     unpack([backbone.model])
     assert (Backbone(backbone.model).weights_fingerprint()) == fingerprints[1]
+
+
+def test_heads_are_packed_as_they_are_loaded_and_still_say_their_type(choose, tmp_path):
+    choose(ALWAYS)
+    backbone = Backbone(build_model("llama"))
+    heads = build_heads(backbone, num_heads=2, num_layers=1, kind="recurrent", bias=False)
+    pack_decoder(Decoder(backbone, heads, chain(2)), str(tmp_path))
+    assert sum(isinstance(module, PackedLinear) for module in heads.modules()) == 4
+    assert heads.dtype == torch.float32

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config, from_hydra, load_saved
@@ -345,8 +346,11 @@ def pack_decoder(decoder: Decoder, cache_dir: str) -> None:
     is_quantized = getattr(backbone.model, "is_quantized", False)
     if backbone.device.type == "cpu" and not decoder.compiles and not is_quantized:
         backbone.remember_fingerprints()
-        modules = [backbone.model] if heads is None else [backbone.model, heads]
-        pack(modules, cache_dir, kept=[backbone.lm_head])
+        modules, kept = [backbone.model], [backbone.lm_head]
+        if heads is not None:
+            modules.append(heads.requires_grad_(False))  # what may be trained is not packed
+            kept += [m for m in heads.modules() if isinstance(m, nn.Linear)][:1]  # has their dtype
+        pack(modules, cache_dir, kept)
 
 
 def has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:
