@@ -253,6 +253,28 @@ def test_looked_up_nodes_are_chosen_where_they_pay_and_only_there(tmp_path, monk
         assert rehearsed.tree == wider and rehearsed.predicted_speedup == pytest.approx(18.0)
 
 
+def test_num_nodes_counts_those_of_the_heads(tmp_path, monkeypatch):
+    """Of tree.lookup=8 every tree that was timed has more nodes than tree.num_nodes=1 or 2."""
+    ranks, found = [np.full((18, 1), 99)], [np.arange(17, -1, -1)]
+    trees = [replace(chain(depth), num_lookup=8) for depth in (0, 1)]
+    timing = Timing(1, dict.fromkeys(trees, 1.0), plain=1.0, prefill=1.0)
+    curve = choose(ranks, timing, found)
+    calibration = summarize([curve], ranks, 9, choices=trees[1], heads_sha256="x", found=found)
+    save_calibration(calibration, tmp_path)
+    monkeypatch.setattr("medusa_exp.tree.calibration.heads_sha256", lambda out: "x")
+    for num_nodes, depth in ((1, 0), (2, 1), (9, 1)):
+        settings = TreeConfig(lookup=8, num_nodes=num_nodes)
+        assert choose_tree(settings, tmp_path, num_heads=1) == trees[depth]
+
+
+def test_shares_of_nodes_are_of_the_steps_that_looking_up_leaves():
+    """The head guesses right where a step would stand without, and is not asked there with it."""
+    ranks, found = [np.array([[9], [0], [0], [9]])], [np.array([2, 0, 0, 0])]
+    tree = replace(chain(1), num_lookup=4)
+    assert node_shares(ranks, tree) == [1.0, 0.5]
+    assert node_shares(ranks, tree, found) == [1.0, 0.0]
+
+
 def test_looked_up_nodes_that_save_few_steps_are_not_timed():
     ranks = [np.full((18, 1), 99)]
     timing = Timing(1, {chain(0): 1.0, chain(1): 1.1}, plain=1.0, prefill=1.0)

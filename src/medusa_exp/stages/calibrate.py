@@ -118,6 +118,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         choices=largest[min(largest, key=lambda draft: draft != "top")],
         heads_sha256=heads_sha256(out),
         drawn_by=drawn_by(config.decode),
+        found=found,
     )
     save_calibration(calibration, out)
     if len(curves_of) > 1:

@@ -82,8 +82,8 @@ class Curve:
         return max(self.curve, key=lambda point: point.tokens_per_second).tree
 
     def up_to(self, num_nodes: int) -> Tree:
-        """Return the largest tree of at most so many nodes."""
-        fitting = [point.tree for point in self.curve if point.num_nodes <= num_nodes]
+        """Return the largest tree of at most so many nodes; looked-up ones come on top of them."""
+        fitting = [point.tree for point in self.curve if len(point.tree) <= num_nodes]
         return max(fitting, key=len)
 
 
@@ -302,12 +302,13 @@ def summarize(
     choices: Tree,
     heads_sha256: str,
     drawn_by: dict[str, float | None] | None = None,
+    found: list[np.ndarray] | None = None,
 ) -> Calibration:
     """Return the calibration's record.
 
     `curves` go from the smallest batch on; `ranks` are ranks_PK of each answer, in which a guess
-    that is not among the first ones has `max_rank`, of what the first curve drafts; the rest as in
-    `Calibration`.
+    that is not among the first ones has `max_rank`, of what the first curve drafts, and `found`
+    found_P; the rest as in `Calibration`.
     """
     ranks_PK = np.concatenate(ranks)
     slower = [curve.batch_size for curve in curves if curve.predicted_speedup <= 1]
@@ -317,7 +318,7 @@ def summarize(
         rank_share=[
             [float((ranks_P == rank).mean()) for rank in range(max_rank)] for ranks_P in ranks_PK.T
         ],
-        node_probability=node_shares(ranks, curves[0].tree),
+        node_probability=node_shares(ranks, curves[0].tree, found),
         batch_sizes=curves,
         break_even_batch_size=min(slower, default=None),
         choices=choices,

@@ -112,11 +112,16 @@ def num_steps(answers: list[np.ndarray], tree: Tree, found: list[np.ndarray] | N
 
     `found` has what `replay` wants of each answer, for trees that look up.
     """
-    of_answers = found if tree.num_lookup and found else [None] * len(answers)
-    return sum(
-        1 + len(replay(ranks_PK, tree, found_P))
-        for ranks_PK, found_P in zip(answers, of_answers, strict=True)
-    )
+    return sum(1 + len(positions) for positions in _replayed(answers, tree, found))
+
+
+def _replayed(
+    answers: list[np.ndarray], tree: Tree, found: list[np.ndarray] | None = None
+) -> list[list[int]]:
+    if found is None:
+        return [replay(ranks_PK, tree) for ranks_PK in answers]
+    pairs = zip(answers, found, strict=True)
+    return [replay(ranks_PK, tree, found_P) for ranks_PK, found_P in pairs]
 
 
 def best_tree(
@@ -138,8 +143,14 @@ def best_tree(
     return best
 
 
-def node_shares(answers: list[np.ndarray], tree: Tree) -> list[float]:
-    """Return, for each node, the share of steps that accept it: 1 for the root."""
-    visited = np.concatenate([ranks_PK[replay(ranks_PK, tree)] for ranks_PK in answers])
+def node_shares(
+    answers: list[np.ndarray], tree: Tree, found: list[np.ndarray] | None = None
+) -> list[float]:
+    """Return, for each node of the heads, the share of steps that accept it: 1 for the root.
+
+    `found` is as for `num_steps`.
+    """
+    positions = _replayed(answers, tree, found)
+    visited = np.concatenate([a[stood] for a, stood in zip(answers, positions, strict=True)])
     counts = prefix_counts(visited, max(tree.ranks) + 1)
     return [1.0, *(counts[path] / max(1, len(visited)) for path in tree.paths[1:])]
