@@ -291,6 +291,7 @@ def test_the_forms_of_the_loss_have_the_same_gradients(backbone, family):
         ("auto", 32_769, 4096, True, ("recurrent", 4096)),
         ("auto", 1000, 100, True, ("recurrent", 100)),
         ("auto", 200_000, None, False, ("medusa", None)),
+        ("auto", 200_000, 4096, False, ("medusa_lowrank", 4096)),
         ("hydra", 200_000, None, True, ("hydra", None)),
         ("medusa_tied", 200_000, 100, True, ("medusa_tied", 100)),
     ],

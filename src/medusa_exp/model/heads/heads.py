@@ -270,9 +270,11 @@ def family_for(
     """
     if kind != "auto":
         return kind, num_tokens
-    if not can_share or (vocab_size <= LARGE_VOCABULARY and num_tokens is None):
+    if num_tokens is not None:
+        return ("recurrent" if can_share else "medusa_lowrank"), num_tokens
+    if not can_share or vocab_size <= LARGE_VOCABULARY:
         return "medusa", None
-    return "recurrent", num_tokens or FREQUENT_TOKENS
+    return "recurrent", FREQUENT_TOKENS
 
 
 def advice_on_cost(heads: MedusaHeads | StackedHeads, share: float) -> str | None:
