@@ -51,7 +51,9 @@ def test_products_are_the_same_and_unpacking_is_exact(choose, layers, uses, dtyp
     tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
     for x, y in zip(inputs, expected, strict=True):
         torch.testing.assert_close(layers(x), y, **tolerance)
-    assert ("0.weight" in layers.state_dict()) == (uses == WIDE)
+    assert (layers[0]._parameters["weight"] is None) == (uses == ALWAYS)
+    saved = layers.state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
     assert torch.equal(layers[0].weight, before["0.weight"])  # made anew where it is gone
     unpack([layers])
     assert {type(layer) for layer in layers} == {nn.Linear}
@@ -64,6 +66,11 @@ def test_a_row_does_not_depend_on_those_beside_it(choose, layers):
     pack([layers])
     x = torch.randn(64, 48)
     assert torch.equal(layers(x), torch.cat([layers(rows) for rows in x.split((1, 7, 16, 40))]))
+    many = nn.Sequential(nn.Linear(4096, 64)).requires_grad_(False)
+    pack([many])
+    x = torch.randn(64, 4096)
+    assert torch.equal(many(x), torch.cat([many(rows) for rows in x.split((2, 6, 16, 40))]))
+    torch.testing.assert_close(many(x[:1]), many(x)[:1])
 
 
 def test_gradients_and_autocast_take_the_weights_as_they_were(choose, layers):

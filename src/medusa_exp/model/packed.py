@@ -7,9 +7,10 @@ such products.
 
 Which form is faster depends on processor, shape and rows, and is measured when a model is made
 ready for decoding, for a second at most; `cache_dir` keeps what was found. What one form gives
-differs from the other's by rounding alone, and a row of a packed product is the same whatever
-stands beside it. Weights that are packed for all numbers of rows are given up, and made again, to
-the last bit, by `unpack`; an lm_head's stay.
+differs from the other's by rounding alone. A row of a packed product is the same whatever stands
+beside it; one that is alone may differ by rounding, where its inputs are many. Weights that are
+packed for all numbers of rows are given up, and made again, to the last bit, by `unpack` and for
+whoever saves them; an lm_head's stay.
 
 M rows, K inputs, N outputs.
 """
@@ -69,6 +70,11 @@ class PackedLinear(nn.Linear):
         if name == "weight" and self._parameters.get("weight") is None:
             return self.packed.to_dense()
         return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Leave no weight out that was given up: what is saved is loaded elsewhere."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.setdefault(f"{prefix}weight", self.weight)
 
 
 def _is_more_asked(x: Tensor, packed: Tensor) -> bool:
