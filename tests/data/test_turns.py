@@ -129,6 +129,7 @@ def test_a_system_prompt_in_its_own_column(key):
         ({"images": ["a.png"]}, "a picture, a sound or a video"),
         ({"image": "a.png"}, "a picture, a sound or a video"),
         ({"messages": [ASK | {"audio": {"id": "x"}}, REPLY]}, "a picture, a sound or a video"),
+        ({"body": {"messages": [ASK, REPLY], "image": "a.png"}}, "a picture, a sound or a video"),
         ({"tools": "search"}, "tools in an unknown form"),
         ({"tools": [3]}, "tools in an unknown form"),
         ({"messages": [ASK, REPLY | {"thinking": 3}]}, "reasoning that is not one text"),
@@ -143,7 +144,15 @@ def test_a_system_prompt_in_its_own_column(key):
     ],
 )
 def test_reasons(record, reason):
-    assert parse({"messages": [ASK, REPLY], **record}) == reason
+    beside = {} if "body" in record else {"messages": [ASK, REPLY]}
+    assert parse({**beside, **record}) == reason
+
+
+def test_what_is_not_used_of_a_request():
+    parser = ChatParser()
+    body = {"messages": [ASK | {"mood": 1}, REPLY], "model": "m", "system": "s", "tools": [TOOL]}
+    parser.parse(json.dumps({"custom_id": "r", "method": "POST", "body": body}).encode())
+    assert parser.unused == {"method": 1, "body.model": 1, "body.messages[].mood": 1}
 
 
 def test_rows_of_a_table(tmp_path):

@@ -285,6 +285,9 @@ def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
     found = _held(record, {*keys, *of_record})
     for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
         found |= {f"{key}[].{name}" for name in _beside(record[key], turn_keys)}
+        if form == "body" and isinstance(request := _unpacked(record[key]), dict):
+            of_chat = (*FORMS["messages"].keys, *FORMS["contents"].keys)
+            found |= {f"{key}.{name}" for name in unused_keys(request, "contents", of_chat)}
     return found
 
 

@@ -263,7 +263,8 @@ class ChatParser:
                 raise Unusable(NOT_OBJECT)
             raise Unusable(NO_FORM, f"its keys are {', '.join(map(str, record))}")
         if isinstance(record, dict) and "columns" not in fitting:
-            refuse_pictures(record)
+            for place in (record, *(chat.tools_in for chat in fitting.values())):
+                refuse_pictures(place)
         found: dict[str, list[Message]] = {}
         for name, chat in fitting.items():
             try:
