@@ -261,8 +261,8 @@ def checkpoint_to_resume(out: Path, key: str, resume: str) -> tuple[Path | None,
     if checkpoint.get("made_with") != key:
         raise UserError(
             f"{path} was made with another head, train, dataset, tokenizer, seed or model: set "
-            "train.resume=never to train anew here, or choose another run_dir. (Where an older version "
-            "made it with head.kind=auto, that was medusa_tied or medusa: name it to go on.)"
+            "train.resume=never to train anew here, or choose another run_dir. (Where an older "
+            "version made it with head.kind=auto, that was medusa_tied or medusa: name it.)"
         )
     log.info("resuming from %s, step %d", path, checkpoint["global_step"])
     return path, int(checkpoint["global_step"])
