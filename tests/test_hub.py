@@ -101,6 +101,19 @@ def test_no_path_and_no_secret_is_published(run, monkeypatch, tmp_path, file, te
         hub.push(run, "me/heads")
 
 
+@pytest.mark.parametrize("place", ["/app", "/root"])
+def test_a_token_that_is_named_as_a_place_is_no_path(run, monkeypatch, tmp_path, place):
+    monkeypatch.setenv("HOME", place)
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    (run / "heads" / "tokenizer.json").write_text(json.dumps({"vocab": {place: 7}}))
+    hub.stage(run, folder)
+    hub.check_contents(folder, run, {})
+    (folder / "README.md").write_text(f"of {place}/models/llama")
+    with pytest.raises(UserError, match="a path of this machine"):
+        hub.check_contents(folder, run, {})
+
+
 @pytest.mark.parametrize("name", ["heads", "a/b/c", "https://huggingface.co/a/b", "me/", ""])
 def test_a_name_that_is_none(run, name):
     with pytest.raises(UserError, match="OWNER/NAME"):

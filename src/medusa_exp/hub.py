@@ -138,7 +138,8 @@ def check_contents(folder: Path, run: Path, environment: dict[str, str]) -> None
 def _private_words(run: Path, environment: dict[str, str]) -> Iterator[tuple[str, str]]:
     for place in (Path.home(), run.resolve(), Path.cwd()):
         if len(place.parts) > 1:  # the root says nothing of anybody
-            yield str(place), "a path of this machine"
+            # /app and /root are tokens of some vocabularies: only with what lies in them a path.
+            yield f"{place}/" if len(place.parts) == 2 else str(place), "a path of this machine"
     for name, value in environment.items():
         if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET:
             yield value, f"the value of the environment variable {name}"

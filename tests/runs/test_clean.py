@@ -1,5 +1,6 @@
 """What `runs.clean` shows and removes, and above all what it does not."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -110,6 +111,14 @@ def test_what_is_new_or_being_made_stays(outputs):
     assert removed(outputs, "--unused", "--older", "5", "--yes") == set()
     assert removed(outputs, "--unused", "--older", "2", "--yes") == {"features/f2"}
     assert "features/.f4.partial-1" in left(outputs)
+
+
+def test_a_file_system_without_locks_is_cleaned_too(outputs, monkeypatch):
+    def refused(lock: FileLock) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "_acquire", refused)
+    assert "features/f2" in removed(outputs, "--unused", "--yes")
 
 
 def test_a_cache_that_is_not_there_is_one_line(tmp_path):

@@ -198,6 +198,22 @@ def test_half_made_states_are_not_used(cached, tmp_path, monkeypatch):
     open_inputs(Session(cached, tmp_path))
 
 
+def test_states_are_noted_before_those_of_the_next_split_are_made(cached, tmp_path, monkeypatch):
+    made = training_inputs.open_features
+
+    def open_features(cache_dir, documents, *more):
+        if "val" in documents:
+            raise KeyboardInterrupt
+        return made(cache_dir, documents, *more)
+
+    monkeypatch.setattr(training_inputs, "open_features", open_features)
+    session = Session(cached, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        open_inputs(session)
+    [entry] = (tmp_path / "cache/features").glob("[!.]*")
+    assert session.notes.entry["features"] == {"train": entry.name}
+
+
 def test_a_disk_that_is_too_small_is_said_first(cached, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("medusa_exp.train.precompute.shutil.disk_usage", lambda _: usage)

@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from rich.console import Console
 from rich.table import Table
 
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import remove
 from medusa_exp.runs.list import Run, read_runs, size_and_newest, size_text, wide_console
+from medusa_exp.runs.locks import locked
 
 KINDS = {
     "synthetic": "generated chats",
@@ -136,7 +137,7 @@ def delete(entries: Iterable[Entry]) -> Iterator[Entry]:
             yield entry
             continue
         try:
-            with FileLock(path.with_name(f".{Path(entry.name).stem}.lock")).acquire(timeout=0):
+            with locked(path.with_name(f".{Path(entry.name).stem}.lock"), timeout=0):
                 going = path.with_name(f".{path.name}.partial-removed")
                 path.rename(going)
                 remove(going)

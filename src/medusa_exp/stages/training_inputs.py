@@ -103,8 +103,7 @@ def open_inputs(session: Session) -> Inputs:
     data_key, documents = _open_documents(session, backbone, tokenizer, row_tokens)
     features: dict[str, Features] = {}
     if config.train.features == "cache":
-        features = _open_features(config, documents, data_key, opener)
-        session.notes.add(features={split: found.path.name for split, found in features.items()})
+        features = _open_features(session, documents, data_key, opener)
     elif config.train.batching == "packed":
         backbone.check_packing()
     reads_text_alone = config.train.loss == "ce" and config.train.labels == "data"
@@ -182,22 +181,27 @@ def _open_documents(
 
 
 def _open_features(
-    config: Config, documents: dict[str, Examples], data_key: str, opener: _BackboneOpener
+    session: Session, documents: dict[str, Examples], data_key: str, opener: _BackboneOpener
 ) -> dict[str, Features]:
-    backbone = opener.ends
+    config, backbone = session.config, opener.ends
     settings = FeatureSettings(
         pick_precision(config.dtype.precision, backbone.device),
-        opener.session.spec.attention,
+        session.spec.attention,
         config.head.prefix_attention,
         config.train.batch_tokens,
         config.train.feature_workers,
     )
     load: Callable[[], Backbone] = lambda: opener.whole  # noqa: E731
     if settings.num_workers:
-        load = partial(load_backbone, opener.session.spec)
-    return open_features(
-        config.cache_dir, documents, config.dataset, data_key, settings, backbone, load
-    )
+        load = partial(load_backbone, session.spec)
+    features: dict[str, Features] = {}
+    for split, examples in documents.items():
+        features |= open_features(
+            config.cache_dir, {split: examples}, config.dataset, data_key, settings, backbone, load
+        )
+        # At once: the next split may take hours, and runs.clean removes what nobody has noted.
+        session.notes.add(features={name: found.path.name for name, found in features.items()})
+    return features
 
 
 def _held_out_prompts(
