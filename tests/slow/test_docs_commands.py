@@ -30,6 +30,7 @@ GO_WITH_MORE = {
     "Ambiguous value": "values of a sweep",
     "heads_from is for runs that train no heads": "goes with other stages",
     "(with ": "goes with another key's word",
+    "tree=custom needs either": "goes with one of its keys",
 }
 """Part of a message -> why it is no fault of the page."""
 SECONDS = 900

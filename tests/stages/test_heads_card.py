@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medusa_exp.config import Config, DatasetConfig, ModelConfig
+from medusa_exp.config import Config, DatasetConfig, HeadConfig, ModelConfig
 from medusa_exp.stages.heads_card import CARD, license_of, write_card
 
 METRICS = {"eval/speedup": 2.5, "eval/speedup_low": 2.31, "eval/speedup_high": 2.68}
@@ -38,6 +38,15 @@ def test_a_card_has_base_model_figures_device_and_date(tmp_path):
     assert "| speed-up over plain decoding | 2.50x (95 %: 2.31x to 2.68x) |" in body
     assert "on cuda: H200, 2026-03-01." in body
     assert 'from_pretrained("meta/llama")' in body and "License of the target: unknown" in body
+
+
+def test_a_card_names_the_heads_that_auto_has_become(tmp_path):
+    config = run_of(tmp_path, "meta/llama", head=HeadConfig(kind="auto"))
+    heads = {"kind": "recurrent", "num_heads": 4, "num_layers": 1, "num_tokens": 16384}
+    (tmp_path / "heads" / "config.json").write_text(json.dumps(heads))
+    _, body = written(config, tmp_path)
+    assert "| heads | 4 of kind recurrent |" in body and "auto" not in body
+    assert "| tokens that they know | 16384 |" in body
 
 
 def test_a_card_names_no_place_of_this_machine(tmp_path):

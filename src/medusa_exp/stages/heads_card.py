@@ -50,22 +50,27 @@ def facts_of(config: Config, out: Path, target: str) -> Facts:
         is_on_hub=is_on_hub,
         license=config.export.license or _UNKNOWN,
         target_license=license_of(config.model.path, config.model.revision),
-        trained=_trained(config, record, metrics),
+        trained=_trained(config, read_json(out / "heads" / "config.json", {}), record, metrics),
         measured=list(headlines(metrics)),
         hardware=record.get("device", "an unknown machine"),
         date=str(record.get("created", ""))[:10],
     )
 
 
-def _trained(config: Config, record: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+def _trained(
+    config: Config, heads: dict[str, Any], record: dict[str, Any], metrics: dict[str, float]
+) -> dict[str, Any]:
     if config.heads_from is not None:
         return {"heads": f"taken from {Path(config.heads_from).name}: see there"}
-    head, train = config.head, config.train
+    train = config.train
     backbone = "frozen"
     if train.kind != "medusa1":
         backbone = "adapted together with the heads, which belong to it as it is in backbone/"
     return {
-        "heads": f"{head.num_heads} of kind {head.kind}, {head.num_layers} residual blocks each",
+        # As they are, for the config may have left it to them: head.kind=auto.
+        "heads": f"{heads.get('num_heads')} of kind {heads.get('kind')}",
+        "residual blocks": heads.get("num_layers", _UNKNOWN),
+        "tokens that they know": heads.get("num_tokens") or "all",
         "data": config.dataset.kind if not config.dataset.path else Path(config.dataset.path).name,
         "text": train.text,
         "labels, loss": f"{train.labels}, {train.loss}",
