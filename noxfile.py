@@ -172,7 +172,8 @@ def faults(session: nox.Session) -> None:
     options = ("-m", "slow", *PARALLEL, "--dist=load", "--no-showlocals")
     session.run("pytest", *options, "tests/slow/test_faults.py", *session.posargs, env=ONE_THREAD)
     if not session.posargs:  # one by one, for what counts is how long they take
-        session.run("pytest", "-m", "slow", "tests/slow/test_faults_wandb.py", env=ONE_THREAD)
+        others = ("tests/slow/test_faults_wandb.py", "tests/slow/test_power_cut.py")
+        session.run("pytest", "-m", "slow", *others, "tests/test_cli.py", env=ONE_THREAD)
 
 
 @nox.session(default=False)

@@ -42,6 +42,7 @@ def test_help_is_quick_and_light(tmp_path):
     assert result.stdout.endswith("False False\n")
 
 
+@pytest.mark.slow
 def test_a_run_done_again_gives_the_same_numbers(run_dir, workplace):
     """Comes first: later tests evaluate the run anew, with other settings."""
     before = snapshot(run_dir)
@@ -115,7 +116,9 @@ def test_a_stage_alone_starts_from_the_saved_config(run_dir, workplace):
     assert result.returncode == 0, result.stderr
     assert snapshot(run_dir / ".hydra") == hydra
     assert (run_dir / ".hydra-2" / "config.yaml").is_file()
-    assert snapshot(run_dir / "heads") == heads
+    after = snapshot(run_dir / "heads")
+    card = next(name for name in heads if str(name).endswith("README.md"))  # has what was measured
+    assert after.pop(card) != heads.pop(card) and after == heads
     assert read(run_dir / "tree.json") == {"parents": [-1, 0, 1], "ranks": [-1, 0, 0]}
     after = read(run_dir / "metrics.json")
     assert after["eval/num_prompts"] == 2 and after["eval/identical_fraction"] == 1.0
@@ -190,7 +193,7 @@ def test_a_run_whose_config_was_refused_is_no_run_yet(workplace):
 
 def test_several_sources_on_the_command_line(workplace, run_dir):
     """As the README has it, and without a model: a look at the data."""
-    (data,) = (workplace / "outputs/cache/synthetic").glob("*.json")
+    (data,) = (workplace / "outputs/cache/synthetic").glob("[!.]*.json")
     (model,) = {p.parent for p in (workplace / "outputs/cache/pretrained").glob("*/config.json")}
     result = medusa_exp(
         "stages=[inspect]",

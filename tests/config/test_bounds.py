@@ -49,7 +49,7 @@ OTHERS: tuple[Any, ...] = (
 )
 
 
-DRAWS = 2
+DRAWS = 1
 """For each key; a thousand were drawn once."""
 
 

@@ -110,6 +110,8 @@ def test_odd_places_are_told_in_one_message(places, key, capsys, monkeypatch, tm
         given = ["+experiment=smoke", "logger=none", "stages=[pretrain]", f"{key}='{place}'"]
         given += [f"run_dir='{out}'"] if key == "cache_dir" else []
         monkeypatch.setattr(sys, "argv", ["medusa_exp", *given])
+        # Hydra takes a coverage run for a debugger's, and then shows every traceback.
+        monkeypatch.setattr("hydra._internal.utils.is_under_debugger", lambda: False)
         with pytest.raises(SystemExit) as left:
             cli.main()
         said = (

@@ -7,6 +7,7 @@ import torch
 
 from medusa_exp.errors import UserError
 from medusa_exp.stages import train
+from medusa_exp.train import module
 
 
 def run(config, out):
@@ -14,8 +15,11 @@ def run(config, out):
     return train.run(config, out)
 
 
-def test_an_infinite_loss_stops_the_run(config, tmp_path):
-    config.train.learning_rate = 1e20
+def test_an_infinite_loss_stops_the_run(config, tmp_path, monkeypatch):
+    build = module.build_optimizer
+    monkeypatch.setattr(
+        module, "build_optimizer", lambda *a, **k: build(*a, **{**k, "learning_rate": 1e20})
+    )
     config.train.warmup_fraction = 0.0
     message = r"the loss is (nan|inf) at step (\d+), on conversations sums-\d+, .* is from before"
     with pytest.raises(UserError, match=message) as caught:

@@ -269,6 +269,9 @@ def calibration(measured: Row | None) -> Row | None:
     if measured is None:
         return None
     plain, chosen = measured["plain_step_seconds"], measured["num_nodes"]
+    tree = measured.get("tree") or {}
+    if tree.get("num_lookup"):  # the heads' own tree is on the curve
+        chosen = len(tree["parents"])
     curve = [{**row, "relative": row["step_seconds"] / plain} for row in measured["curve"]]
     titles = {
         "tokens_per_step": "Tokens per step",
