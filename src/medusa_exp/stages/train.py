@@ -135,8 +135,11 @@ def with_family(session: Session, backbone: Backbone) -> Config:
     config = session.config
     if config.head.kind != "auto":
         return config
-    head, size, is_whole = config.head, backbone.vocab_size, config.model.device_map is None
-    kind, num_tokens = family_for(head.kind, size, head.num_tokens, can_share=is_whole)
+    head, size = config.head, backbone.vocab_size
+    embedding = backbone.model.get_input_embeddings()
+    is_as_wide = getattr(embedding, "embedding_dim", None) == backbone.hidden_size
+    can_share = config.model.device_map is None and is_as_wide
+    kind, num_tokens = family_for(head.kind, size, head.num_tokens, can_share=can_share)
     frequent = f" and head.num_tokens={num_tokens}" if num_tokens else ""
     log.info("head.kind=auto: %s%s, for a vocabulary of %s tokens", kind, frequent, f"{size:,}")
     session.notes.add(head_kind=kind)
