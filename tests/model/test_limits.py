@@ -124,3 +124,15 @@ def test_configs_of_wrong_types_are_no_tracebacks(model, changes):
     (model / "config.json").write_text(json.dumps(CONFIG | changes))
     with pytest.raises(UserError, match=r"model\.path="):
         load_backbone(ModelSpec(ModelConfig(path=str(model)), device="cpu"))
+
+
+def test_what_nobody_opens_is_not_looked_at(model, monkeypatch):
+    """Weights of other libraries beside ours, and what a training leaves."""
+    (model / "flax_model.msgpack.index.json").write_text('{"weight_map": {"a": "a.msgpack"}}')
+    monkeypatch.setattr("medusa_exp.model.limits._MOST_OF_OTHERS", 64)
+    (model / "trainer_state.json").write_text(json.dumps(list(range(99))))
+    ModelSpec(ModelConfig(path=str(model))).tokenizer_path()
+    (model / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 1 << 20}))
+    (model / "pytorch_model.bin").write_bytes(bytes(9))  # how many weights it has is not known
+    os.utime(model, (1, 1))  # another look
+    ModelSpec(ModelConfig(path=str(model))).tokenizer_path()

@@ -148,3 +148,16 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next_one(tmp_
         write_json(tmp_path / "b", 1)
         assert a.exists(), "it is being written"
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", *other}, "of another machine"
+
+
+def test_a_file_of_lines_may_be_large_or_empty(tmp_path, monkeypatch, caplog):
+    """It grows with the work: nobody may be told to move away hours of answers."""
+    monkeypatch.setattr("medusa_exp.runs.files._MOST_BYTES", 10)
+    path = tmp_path / "answers.jsonl"
+    path.write_text("")
+    assert read_jsonl(path) == [] and not caplog.messages
+    path.write_text('{"a": 1}\n' * 5)
+    assert read_jsonl(path) == [{"a": 1}] * 5
+    (tmp_path / "value.json").write_text("[" + "1, " * 9 + "1]")
+    with pytest.raises(UserError, match="is larger than"):
+        read_json(tmp_path / "value.json")

@@ -18,6 +18,8 @@ from medusa_exp.errors import UserError
 _OPENED = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py")
 _MOST_JSON = {"config.json": 1 << 20, "tokenizer.json": 1 << 28, "vocab.json": 1 << 28}
 _MOST_OF_OTHERS = 1 << 26
+_NEVER_OPENED = ("trainer_state.json",)
+"""What a training leaves beside a model, and grows with it."""
 _MOST_HEADER = 100 << 20
 """Bytes of the header of a safetensors file, as its format has it."""
 _MOST_LAYERS, _MOST_ENTRIES, _MOST_NUMBER = 2_000, 100_000, 1 << 40
@@ -42,15 +44,19 @@ def _check(key: str, path: Path, changed: int) -> None:
         if file.name.endswith(_OPENED):
             check_regular(file)
             most = _MOST_JSON.get(file.name, _MOST_OF_OTHERS)
-            if file.suffix == ".json" and file.stat().st_size > most:
+            is_opened = file.suffix == ".json" and file.name not in _NEVER_OPENED
+            if is_opened and file.stat().st_size > most:
                 raise UserError(f"{key}={path}: {file.name} is larger than {most >> 20} MiB.")
     weights = sorted(path.glob("*.safetensors"))
     for file in weights:
         _check_header(key, file)
-    for file in path.glob("*.index.json"):
-        _check_index(key, file)
+    for kind in ("safetensors", "bin"):  # those of Flax and TensorFlow nobody opens
+        for file in path.glob(f"*.{kind}.index.json"):
+            _check_index(key, file)
     if (path / "config.json").is_file():
-        size = sum(file.stat().st_size for file in weights)
+        # Of weights in another format it is not known how many there are.
+        is_whole = not any(path.glob("*.bin"))
+        size = sum(file.stat().st_size for file in weights) * is_whole
         _check_config(f"{key}={path}: config.json", _read(path / "config.json"), size)
 
 

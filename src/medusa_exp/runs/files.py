@@ -200,7 +200,7 @@ def read_jsonl(path: Path, kind: Any = None) -> list[Any]:
         UserError: another line is no JSON, or not what it should be; names file and line.
     """
     schema = _schema(path, kind)
-    *whole, torn = (_content(path) or b"").split(b"\n")
+    *whole, torn = (_content(path, is_lines=True) or b"").split(b"\n")
     rows = [
         _value(line, f"{path}, line {number},", schema)
         for number, line in enumerate(whole, 1)
@@ -211,8 +211,10 @@ def read_jsonl(path: Path, kind: Any = None) -> list[Any]:
     return rows
 
 
-def _content(path: Path) -> bytes | None:
+def _content(path: Path, *, is_lines: bool = False) -> bytes | None:
     """Return the bytes of a file that is ours; None where it is absent, or emptied by lost power.
+
+    A file of lines grows with the work, and may be as large as it is, or empty: nothing came yet.
 
     Raises:
         UserError: it is no file, too large, or may not be read.
@@ -222,7 +224,7 @@ def _content(path: Path) -> bytes | None:
             return None
         if not path.is_file():
             raise UserError(f"{path} is no file: move it away.")
-        if path.stat().st_size > _MOST_BYTES:
+        if not is_lines and path.stat().st_size > _MOST_BYTES:
             raise UserError(
                 f"{path} is larger than {_MOST_BYTES >> 20} MiB: no run has written it. Move it "
                 "away."
@@ -232,6 +234,8 @@ def _content(path: Path) -> bytes | None:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     if content.strip(b"\0"):
         return content
+    if is_lines and not content:
+        return None
     log.warning("%s is empty, as lost power leaves files: it counts as missing", path)
     return None
 

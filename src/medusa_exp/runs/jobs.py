@@ -1,6 +1,7 @@
 """How each job of a sweep stands on disk: `job.json` in its directory, and a lock beside it."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _is_held(out: Path) -> bool:
+    if not os.access(out, os.W_OK):  # a sweep of another user: it cannot be known
+        return True
     try:
         with locked(out / _LOCK, timeout=0):
             return False

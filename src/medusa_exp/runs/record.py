@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import subprocess
 import time
@@ -174,7 +175,8 @@ def check_record(out: Path, but: Collection[str] = ()) -> None:
     Raises:
         UserError: a file is damaged, or was changed; says what to do.
     """
-    with locked(out / _LOCK) if out.is_dir() else nullcontext():
+    is_writable = out.is_dir() and os.access(out, os.W_OK)  # else nobody here changes it
+    with locked(out / _LOCK) if is_writable else nullcontext():
         run = read_json(out / "run.json", {})
         allowed, found = run.get("metrics_sha256", []), _digests(out, ["metrics.json"])
     if "check" in run and run["check"] != _key_of(run):
