@@ -4,6 +4,7 @@ import time
 
 import pytest
 from chat_templates import TEMPLATES
+from jinja2 import lexer
 
 from medusa_exp.data import template_probe
 
@@ -33,7 +34,7 @@ DOUBLED = (
     ],
 )
 def test_what_takes_all_time_or_memory_is_refused(template, said, monkeypatch):
-    monkeypatch.setattr(template_probe, "SECONDS", 1.0)
+    monkeypatch.setattr(template_probe, "SECONDS_OF_PROCESSOR", 1)
     template_probe.refusal.cache_clear()
     start = time.perf_counter()
     found = template_probe.refusal(template)
@@ -46,3 +47,9 @@ def test_what_takes_all_time_or_memory_is_refused(template, said, monkeypatch):
 
 def test_templates_of_models_are_let_through():
     assert [name for name, text in TEMPLATES.items() if template_probe.refusal(text.source)] == []
+
+
+def test_what_other_threads_hold_keeps_no_template_waiting():
+    """They may be rendering: a fork of this process would have their locks as well."""
+    with lexer._lexer_cache._wlock:
+        assert template_probe.refusal("{{ messages[0].content }} while a thread renders") is None

@@ -1,21 +1,24 @@
 """Is rendering a chat template over in time? Tried in a process of its own, that can be stopped.
 
 A template is a program, which the sandbox keeps from files and code, and not from loops without end
-or texts of gigabytes. No signal gets through to one that is computing `10 ** 10 ** 10`.
+or texts of gigabytes. No signal gets through to one that is computing `10 ** 10 ** 10`. The process
+is a new interpreter, which runs this file and imports Jinja alone, as it is there in a tenth of a
+second; a fork of a process with threads may wait for ever for a lock that one of them has held.
 """
 
 import contextlib
-import os
-import select
+import json
 import signal
-import time
+import subprocess
+import sys
+from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
-SECONDS = 8.0
-_SECONDS_OF_PROCESSOR = 5
+SECONDS_OF_PROCESSOR = 5
+_SECONDS = 30.0
+"""By the clock: other programs may have the processor, and not every system counts its seconds."""
 _MOST_TEMPLATE = 1 << 18
 _MOST_TEXT = 1 << 20
 """Characters that a template makes of the chats below, which have a hundred."""
@@ -37,73 +40,91 @@ def refusal(template: str) -> str | None:
     """
     if len(template) > _MOST_TEMPLATE:
         return f"it has {len(template):,} characters, and a template has {_MOST_TEMPLATE:,} at most"
-    if not hasattr(os, "fork"):
-        return None
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _try(template, writer)
-    os.close(writer)
+    # -P: the folder of this file has modules with the names of others.
+    command = [sys.executable, "-P", __file__, str(SECONDS_OF_PROCESSOR)]
+    text = template.encode(errors="surrogatepass")
+    too_long = "rendering a chat of five messages is not over after {} seconds"
     try:
-        return _answer(reader)
-    finally:
-        os.close(reader)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def _answer(reader: int) -> str | None:
-    end, said = time.monotonic() + SECONDS, b""
-    while (left := end - time.monotonic()) > 0:
-        if select.select([reader], [], [], left)[0]:
-            part = os.read(reader, 1000)
-            if not part:  # it is through, or was killed for its memory
-                return _in_words(said)
-            said += part
-    return f"rendering a chat of five messages is not over after {SECONDS:.0f} seconds"
-
-
-def _in_words(said: bytes) -> str | None:
-    if said == b"fine":
+        done = subprocess.run(command, input=text, capture_output=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return too_long.format(round(_SECONDS))
+    if sys.platform != "win32" and done.returncode in (-signal.SIGKILL, -signal.SIGXCPU):
+        return too_long.format(SECONDS_OF_PROCESSOR)
+    said = done.stdout.decode()
+    if said == "fine":
         return None
-    return said.decode() or "the process that rendered a chat of five messages died"
+    return said or "the process that rendered a chat of five messages died"
 
 
-def _try(template: str, writer: int) -> None:
-    """Render in the child, and end it without anything that an exit would do in the parent."""
+def _main(seconds: int) -> None:
+    """Try the template of the standard input, and say on the standard output how that went."""
+    template = sys.stdin.buffer.read().decode(errors="surrogatepass")
     said = "fine"
     try:
-        _limit_memory()
-        texts = [text for chat in _CHATS for text in _rendered(template, chat)]
+        texts = _rendered(template, seconds)
         if (longest := max(map(len, texts), default=0)) > _MOST_TEXT:
             said = f"it makes {longest:,} characters of a chat of five messages"
     except MemoryError:
         said = "rendering a chat of five messages takes more memory than there should be need of"
-    except BaseException:
-        said = "fine"  # its own words: they will be heard where it is used
-    finally:
-        with contextlib.suppress(BaseException):
-            os.write(writer, said.encode())
-        os._exit(0)
+    sys.stdout.write(said)
 
 
-def _rendered(template: str, chat: list[dict[str, str]]) -> list[str]:
+def _rendered(template: str, seconds: int) -> list[str]:
+    """Return the texts of those chats that the template does not refuse."""
+    make = _environment().from_string
+    _limit(seconds)
+    texts = []
+    for chat in _CHATS:
+        try:
+            texts.append(make(template).render(messages=chat, add_generation_prompt=False))
+        except MemoryError:
+            raise
+        except Exception:  # its own words: they will be heard where it is used
+            continue
+    return texts
+
+
+def _environment() -> Any:
+    """Return a sandbox in which templates find what transformers gives them."""
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012  as in Jinja
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    made.filters["tojson"] = lambda value, **options: json.dumps(value, **options)
+    made.globals["raise_exception"] = refuse
+    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return made
+
+
+def _limit(seconds: int) -> None:
+    """Have the system end this process where it takes too much, as far as it has limits."""
     try:
-        texts: list[str] = render_jinja_template([chat], chat_template=template)[0]
-        return texts
-    except MemoryError:
-        raise
-    except Exception:
-        return []
-
-
-def _limit_memory() -> None:
-    import resource
-
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError):  # a lower one holds already
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with contextlib.suppress(OSError, ValueError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + _MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS_OF_PROCESSOR, _SECONDS_OF_PROCESSOR + 1))
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))
