@@ -303,8 +303,9 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     log_machine(config.device)
     if config.heads_from is not None:
         Session(config, out).adopt_heads(config.heads_from)
-    for run in (config.rerun.source, out):
-        check_config(Path(run or out).expanduser())
+    if config.rerun.source is not None:
+        check_config(Path(config.rerun.source).expanduser())
+    check_config(out)
     if config.cache.verify:
         verify(Path(config.cache_dir))
     record = RunRecord(out, config, command)

@@ -1,3 +1,4 @@
+import io
 import os
 import re
 import subprocess
@@ -7,16 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from medusa_exp.config import Config
 from medusa_exp.errors import UserError
+from medusa_exp.runs import files
 from medusa_exp.runs.files import (
-    _drop_leftovers,
+    Appender,
+    _drop_leftovers_once,
     drop_torn_line,
     publish,
     read_json,
     read_jsonl,
     settings_in_key,
     write_json,
+    write_jsonl,
 )
+from medusa_exp.runs.record import RunRecord
+from medusa_exp.tracking.history import HistoryLogger
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -61,7 +68,7 @@ def test_a_full_disk_is_said(tmp_path):
             partial.write_text("half")
             raise error
 
-    with pytest.raises(UserError, match=r"heads could not be written, for its disk is full: make"):
+    with pytest.raises(UserError, match=r"heads could not .* its disk is full\. .*: make"):
         fails(RuntimeError("I/O error: No space left on device (os error 28)"))
     with pytest.raises(RuntimeError, match="other"):
         fails(RuntimeError("other"))
@@ -142,9 +149,11 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next_one(tmp_
     other = {re.sub(r"partial-\w+", "partial-00000000", name) for name in left}
     for name in other:
         (tmp_path / name).touch()
+    (old := tmp_path / f"{min(other)}.old").mkdir()
+    os.utime(old, (1e9, 1e9))
     with publish(tmp_path / "a") as a:
         a.touch()
-        _drop_leftovers.cache_clear()
+        _drop_leftovers_once.cache_clear()
         write_json(tmp_path / "b", 1)
         assert a.exists(), "it is being written"
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", *other}, "of another machine"
@@ -161,3 +170,40 @@ def test_a_file_of_lines_may_be_large_or_empty(tmp_path, monkeypatch, caplog):
     (tmp_path / "value.json").write_text("[" + "1, " * 9 + "1]")
     with pytest.raises(UserError, match="is larger than"):
         read_json(tmp_path / "value.json")
+
+
+def test_another_machine_of_the_same_name_is_another_one(tmp_path, monkeypatch):
+    """Hosts named `localhost` on one file system: their processes are none of ours."""
+    names = set()
+    for boot in "ab":
+        (tmp_path / boot).write_text(boot)
+        monkeypatch.setattr(files, "_NAMES_OF_MACHINE", [tmp_path / boot])
+        files._machine.cache_clear()
+        names.add(files._machine())
+    monkeypatch.undo()
+    files._machine.cache_clear()
+    assert len({*names, files._machine()}) == 3
+
+
+def test_lines_end_alike_on_every_system(tmp_path, monkeypatch):
+    """Their checksums are of one text: on Windows, Python would write other ends."""
+    original = io.open
+
+    def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, *rest):
+        is_written = "b" not in mode and any(word in mode for word in "wax")
+        ends = "\r\n" if is_written and newline is None else newline
+        return original(file, mode, buffering, encoding, errors, ends, *rest)
+
+    monkeypatch.setattr(io, "open", opened)
+    (tmp_path / "probe").write_text("\n")
+    assert (tmp_path / "probe").read_bytes() == b"\r\n", "it is as on Windows"
+    write_json(tmp_path / "a", {"b": [1]})
+    write_jsonl(tmp_path / "b", [1, 2])
+    with Appender(tmp_path / "c") as file:
+        file.append(1)
+    HistoryLogger(tmp_path, "train").log_metrics({"d": 1.0}, 1)
+    for name in ("a", "b", "c", "history.jsonl"):
+        assert b"\r" not in (tmp_path / name).read_bytes(), name
+    config = Config(device="cpu")
+    RunRecord(tmp_path, config, []).merge_metrics("train", {"train/loss": 1.0})
+    RunRecord(tmp_path, config, [])

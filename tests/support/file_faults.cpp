@@ -277,6 +277,13 @@ int renameat(int from_directory, const char* from, int to_directory, const char*
     return real(from_directory, from, to_directory, to);
 }
 
+int renameat2(int from_directory, const char* from, int to_directory, const char* to,
+              unsigned flags) {
+    NEXT(renameat2);
+    if (action != NOTHING) due("rename", absolute(to_directory, to));
+    return real(from_directory, from, to_directory, to, flags);
+}
+
 // What a full disk says when it is asked.
 #define STATVFS(name, type)                                                                       \
     int name(const char* path, struct type* found) {                                              \

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from medusa_exp.runs.files import publish, remove
+from medusa_exp.runs.files import publish
 from medusa_exp.runs.locks import locked
 from medusa_exp.runs.seals import damage, seal
 
@@ -38,15 +38,18 @@ def entry(
         yield path, None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(f".{path.stem}.lock")):
+    with locked(lock_of(path)):
         if _is_good(path, is_whole):  # another process has made it meanwhile
             yield path, None
             return
-        for leftover in path.parent.glob(f".{path.name}.partial-*"):  # of killed processes
-            remove(leftover)
         with publish(path) as partial:
             yield path, partial
             seal(partial, path)
+
+
+def lock_of(path: Path) -> Path:
+    """Return the lock that is held by who makes an entry, or removes it."""
+    return path.with_name(f".{path.stem}.lock")
 
 
 def _is_good(path: Path, is_whole: Callable[[Path], bool]) -> bool:

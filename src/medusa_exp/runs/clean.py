@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_exp.errors import UserError
+from medusa_exp.runs.cache import lock_of
 from medusa_exp.runs.files import remove
 from medusa_exp.runs.list import Run, read_runs, size_and_newest, size_text, wide_console
 from medusa_exp.runs.locks import locked
+from medusa_exp.runs.schemas import is_seal, seal_beside
 
 KINDS = {
     "synthetic": "generated chats",
@@ -40,8 +42,6 @@ _KEPT_FOR_DONE = ("regenerated", "pretrained")
 _NOT_NOTED = ("continuations", "backbones")
 """Kinds of which runs do not note which they use."""
 _DAY = 86400.0
-_SEAL = ".sha256.json"
-"""End of the name of what says beside a file, hidden, what was written there."""
 NEEDED, SPARE, UNUSED, LEFTOVER = "needed", "made again if wanted", "unused", "leftover"
 
 
@@ -78,7 +78,7 @@ def read_cache(cache: Path, runs: Sequence[Run]) -> list[Entry]:
     for kind in KINDS:
         for path in sorted((cache / kind).glob("*")) + sorted((cache / kind).glob(".*")):
             # To remove a lock is to let two processes in; a seal is of the file beside it.
-            if path.suffix in (".lock", ".held") or path.name.endswith(_SEAL):
+            if path.suffix in (".lock", ".held") or is_seal(path.name):
                 continue
             size, newest = size_and_newest(path)
             age = (time.time() - newest.timestamp()) / _DAY
@@ -137,11 +137,11 @@ def delete(entries: Iterable[Entry]) -> Iterator[Entry]:
             yield entry
             continue
         try:
-            with locked(path.with_name(f".{Path(entry.name).stem}.lock"), timeout=0):
+            with locked(lock_of(path.with_name(entry.name)), timeout=0):
                 going = path.with_name(f".{path.name}.partial-removed")
                 path.rename(going)
                 remove(going)
-                remove(path.with_name(f".{path.name}{_SEAL}"))
+                remove(path.with_name(seal_beside(path.name)))
                 yield entry
         except (Timeout, FileNotFoundError):  # in use, or gone already
             continue

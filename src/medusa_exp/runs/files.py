@@ -2,8 +2,10 @@
 
 Contents are on the disk before the name is, so that lost power leaves no empty file under it.
 A killed process may leave a hidden temporary sibling (`.name.partial-...`), never half an artefact.
+Text has the same bytes on every system, since they have checksums.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -12,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator
@@ -24,7 +27,8 @@ from typing import Any
 import msgspec
 
 from medusa_exp.errors import UserError
-from medusa_exp.runs.schemas import SCHEMAS, SEAL, Schema
+from medusa_exp.runs import machine_faults
+from medusa_exp.runs.schemas import SCHEMAS, SEAL, Schema, is_seal
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +37,28 @@ _MOST_BYTES = 1 << 28
 """Of a JSON file that is read back."""
 _OWNER = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-")
 """In the name of what is half written: who writes it."""
+_REPLACED = re.compile(r"\.(?P<name>.+)\.partial-\w+-\d+-\w+\.replaced")
+"""Name of a directory that has just been moved out of the way of a new one."""
+_LONG_AGO = 86400.0
+"""Seconds without a change after which nobody is writing any more, on whichever machine."""
+_NAMES_OF_MACHINE = ("/etc/machine-id", "/proc/sys/kernel/random/boot_id")
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux."""
 
 
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write a file or a directory at; rename it to `path` on success.
 
-    An existing file is replaced. An existing directory is replaced too, but not in one atomic
-    step: there is a moment without it, never one with half of it.
+    What is there is replaced in one step. Where the system has none for directories, there is a
+    moment without one; if the process is killed in it, the next that writes beside it puts the old
+    one back.
 
     Raises:
         UserError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_leftovers(path.parent)
+    _drop_leftovers_once(path.parent)
     unique = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     partial = path.parent / f".{path.name}.partial-{unique}"
     replaced = partial.with_name(f"{partial.name}.replaced")
@@ -54,18 +66,17 @@ def publish(path: Path) -> Iterator[Path]:
         yield partial
         _open_to_readers(partial)
         sync(partial)
-        if partial.is_dir() and path.exists():
+        if not (partial.is_dir() and path.exists()):
+            partial.replace(path)
+        elif not _exchange(partial, path):
             with suppress(FileNotFoundError):  # to remove it in its place would halve it first
                 path.rename(replaced)
-        partial.replace(path)
+            partial.replace(path)
         _sync_one(path.parent)
     except Exception as error:
-        if isinstance(error, UserError) or not _lacks_room(error, path.parent):
+        if (said := machine_faults.of_full_disk(error, path)) is None:
             raise
-        raise UserError(
-            f"{path} could not be written, for its disk is full: make room there, or choose "
-            "another run_dir or cache_dir."
-        ) from error
+        raise UserError(said) from error
     finally:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
@@ -73,36 +84,76 @@ def publish(path: Path) -> Iterator[Path]:
         remove(replaced)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Have two names change places in one step; say whether system and file system can."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = (_HERE, os.fsencode(one), _HERE, os.fsencode(other))
+    return rename is not None and rename(*names, _EXCHANGE) == 0
+
+
 @cache
-def _drop_leftovers(directory: Path) -> None:
-    """Remove what killed processes have left half written in a directory; looked for once."""
-    for left in directory.glob(".*.partial-*"):
-        owner = _OWNER.search(left.name)
-        if owner and owner["machine"] == _machine() and not _is_alive(int(owner["process"])):
-            remove(left)
+def _drop_leftovers_once(directory: Path) -> None:
+    drop_leftovers(directory)
+
+
+def drop_leftovers(directory: Path, name: str = "*", *, is_alone: bool = False) -> None:
+    """Remove what killed processes have left half written, and put back what one had moved away.
+
+    Args:
+        directory: to look in.
+        name: of what was written, or a pattern.
+        is_alone: can nobody else be writing there? Else what may be another machine's is kept for a
+            day after its last change.
+    """
+    for left in directory.glob(f".{name}.partial-*"):
+        if is_alone or _is_left(left):
+            _drop(left)
+
+
+def _is_left(partial: Path) -> bool:
+    owner = _OWNER.search(partial.name)
+    if owner and owner["machine"] == _machine():
+        return not _is_alive(int(owner["process"]))
+    try:
+        newest = max(path.lstat().st_mtime for path in (partial, *partial.rglob("*")))
+    except OSError:  # somebody is at work there
+        return False
+    return time.time() - newest > _LONG_AGO
+
+
+def _drop(partial: Path) -> None:
+    was = _REPLACED.fullmatch(partial.name)
+    if was and not (path := partial.with_name(was["name"])).exists():
+        with suppress(OSError):  # another process has put it back
+            partial.rename(path)
+    remove(partial)
 
 
 @cache
 def _machine() -> str:
-    """Name where process numbers mean what they mean here: a machine, and on it a container."""
+    """Name where process numbers mean what they mean here: a boot of a machine, a container on it.
+
+    Host names and numbers of namespaces alone are the same on many.
+    """
+    known = [path.read_text() for path in map(Path, _NAMES_OF_MACHINE) if path.is_file()]
     spaces = Path("/proc/self/ns/pid")
     space = str(spaces.readlink()) if spaces.exists() else ""
-    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+    hardware = [] if len(known) == len(_NAMES_OF_MACHINE) else [f"{uuid.getnode()}"]
+    text = " ".join([platform.node(), space, *known, *hardware])
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
+    import psutil  # os.kill ends the process that it asks for, on Windows
+
+    return bool(psutil.pid_exists(process))
 
 
 def remove(path: Path) -> None:
     """Remove a file or a directory, which another process may be removing too."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -152,16 +203,9 @@ def _is_private(status: os.stat_result) -> bool:
     return status.st_mode & 0o777 == 0o600 and status.st_nlink == 1
 
 
-def _lacks_room(error: Exception, directory: Path) -> bool:
-    # Libraries have words of their own for it: torch.save's is "unexpected pos".
-    is_said = any(words in str(error) for words in ("No space left", "quota exceeded"))
-    return is_said or shutil.disk_usage(directory).free < 1 << 16
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN and infinities are refused, as JSON has none."""
-    with publish(path) as partial:
-        partial.write_text(json_text(value), encoding="utf-8")
+    write_text(path, json_text(value))
 
 
 def json_text(value: Any) -> str:
@@ -169,9 +213,15 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, with the ends of its lines as they are."""
+    with publish(path) as partial:
+        partial.write_bytes(text.encode())
+
+
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write one JSON value a line."""
-    with publish(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with publish(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -241,8 +291,7 @@ def _content(path: Path, *, is_lines: bool = False) -> bytes | None:
 
 
 def _schema(path: Path, kind: Any) -> Schema:
-    # The seal of a lone file is `.NAME.sha256.json`.
-    name = SEAL if path.name.endswith(f".{SEAL}") else path.name
+    name = SEAL if is_seal(path.name) else path.name
     known = SCHEMAS.get(name, Schema(Any, "Delete it or restore it", has_nan=True))
     return known if kind is None else replace(known, kind=kind)
 
@@ -290,7 +339,7 @@ class Appender:
         self._synced = time.monotonic()
 
     def __enter__(self) -> "Appender":
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8", newline="")
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -309,11 +358,11 @@ class Appender:
 def sha256_file(path: Path) -> str:
     """Return the file's sha256 as 64 hexadecimal digits; a large file is read once a process."""
     status = path.stat()
-    return _sha256(path.resolve(), status.st_mtime_ns, status.st_size)
+    return _sha256(path.resolve(), status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 @cache
-def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+def _sha256(path: Path, inode: int, mtime_ns: int, size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -57,6 +57,22 @@ def message(error: BaseException, places: tuple[str | Path, ...] = ()) -> str | 
     return None
 
 
+def of_full_disk(error: BaseException, path: Path) -> str | None:
+    """Return what to tell where it is a full disk that has kept `path` from being written.
+
+    Of an error without that number, as libraries raise them (torch's is "unexpected pos"), the disk
+    itself tells.
+    """
+    if isinstance(error, UserError):
+        return None
+    number = _number(error)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return message(OSError(number, ""), (path,))
+    place = _existing(path.parent)
+    is_full = place is not None and shutil.disk_usage(place).free < _SMALLEST_ROOM
+    return message(OSError(errno.ENOSPC, ""), (path,)) if is_full else None
+
+
 @contextmanager
 def told(*places: str | Path) -> Iterator[None]:
     """Turn what the machine refuses into a UserError; `places` as for `message`.

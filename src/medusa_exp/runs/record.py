@@ -27,11 +27,11 @@ from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import (
     content_key,
     json_text,
-    publish,
     read_json,
     sha256_file,
     sync,
     write_json,
+    write_text,
 )
 from medusa_exp.runs.locks import locked
 from medusa_exp.runs.machine import device_name, peak_memory_bytes
@@ -74,8 +74,7 @@ class RunRecord:
         self.run["versions"] = {"python": platform.python_version(), **versions(_PACKAGES)}
         self.run["git"], diff = checkout()
         if diff:
-            with publish(out / "uncommitted.diff") as partial:
-                partial.write_text(diff, encoding="utf-8")
+            write_text(out / "uncommitted.diff", diff)
 
     @contextmanager
     def stage(self, name: str) -> Iterator["Notes"]:
@@ -136,8 +135,7 @@ class RunRecord:
             # Both, since a call that is killed between the two leaves the old ones.
             allowed = [*_digests(self.out, [path.name]).values(), _sha256(text)]
             self._write(metrics_sha256=allowed)
-            with publish(path) as partial:
-                partial.write_text(text, encoding="utf-8")
+            write_text(path, text)
         return plain
 
     def _save(self) -> None:

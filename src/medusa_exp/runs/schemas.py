@@ -224,6 +224,16 @@ class _Seal(msgspec.Struct):
     files: dict[str, _Sealed]
 
 
+def seal_beside(name: str) -> str:
+    """Return the name of the seal of a lone file, which lies beside it."""
+    return f".{name}.{SEAL}"
+
+
+def is_seal(name: str) -> bool:
+    """Is this the name of a seal, of a directory or of a lone file?"""
+    return name == SEAL or name.endswith(f".{SEAL}")
+
+
 @dataclass(frozen=True)
 class Schema:
     """What a file has to hold, and what to do where it does not."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json, remove, sha256_file, sync, write_json
-from medusa_exp.runs.schemas import SEAL
+from medusa_exp.runs.schemas import SEAL, seal_beside
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def seal(place: Path, path: Path | None = None) -> None:
         target = place / SEAL
     else:
         path = path or place
-        files, target = {path.name: place}, _beside(path)
+        files, target = {path.name: place}, path.with_name(seal_beside(path.name))
     facts = {name: _facts(file) for name, file in files.items() if file.is_file() and name != SEAL}
     write_json(target, {"files": facts})
 
@@ -39,7 +39,8 @@ def damage(path: Path, *, is_thorough: bool = False) -> str | None:
         path: of the directory or file.
         is_thorough: read large files too.
     """
-    folder, target = (path, path / SEAL) if path.is_dir() else (path.parent, _beside(path))
+    folder = path if path.is_dir() else path.parent
+    target = folder / (SEAL if path.is_dir() else seal_beside(path.name))
     try:
         sealed = read_json(target, {"files": {}})["files"]
         for name, facts in sealed.items():
@@ -81,10 +82,6 @@ def check_config(run: Path) -> None:
     """Raise a UserError where the saved config of a run is not the one that it began with."""
     place = run / ".hydra"
     check(place, f"Restore it; if it was changed on purpose, delete {place / SEAL}.")
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{SEAL}")
 
 
 def _facts(file: Path) -> dict[str, Any]:

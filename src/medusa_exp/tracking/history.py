@@ -47,7 +47,7 @@ class HistoryLogger(Logger):
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         finite.pop("epoch", None)
         line = {"stage": self.stage, "step": step, **finite}
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(json.dumps(line) + "\n")
         if self._mirror is not None:
             try:

@@ -35,7 +35,7 @@ from medusa_exp.config import DatasetConfig, HeadConfig, TrainConfig
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import ADAPTED
-from medusa_exp.runs.files import content_key, remove, settings_in_key, sync
+from medusa_exp.runs.files import content_key, drop_leftovers, remove, settings_in_key, sync
 from medusa_exp.train.failures import BadLoss
 
 log = logging.getLogger(__name__)
@@ -285,9 +285,8 @@ def _drop_unfinished(out: Path) -> None:
 
     To be called before this training writes anything.
     """
-    for pattern in ("checkpoints/.*.partial-*", ".heads.partial-*", f".{ADAPTED}.partial-*"):
-        for unfinished in out.glob(pattern):
-            remove(unfinished)
+    for directory, name in ((out / "checkpoints", "*"), (out, "heads"), (out, ADAPTED)):
+        drop_leftovers(directory, name, is_alone=True)
 
 
 class _RandomState(msgspec.Struct):
