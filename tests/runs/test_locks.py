@@ -1,6 +1,11 @@
 """Locks where the file system has none."""
 
 import errno
+import os
+import re
+import sys
+import threading
+import time
 
 import pytest
 from filelock import FileLock, Timeout
@@ -31,3 +36,33 @@ def test_other_errors_are_not_hidden(monkeypatch, tmp_path):
     monkeypatch.setattr(FileLock, "_acquire", refused)
     with pytest.raises(OSError, match="Input/output"), locks.locked(tmp_path / ".lock"):
         pass
+
+
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_who_waits_says_for_what_and_for_whom(monkeypatch, tmp_path, caplog, is_soft):
+    def refused(lock):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if is_soft:
+        monkeypatch.setattr(FileLock, "_acquire", refused)
+    monkeypatch.setattr(locks, "_QUIET", 0.1)
+    monkeypatch.setattr(locks, "_BETWEEN_LINES", 0.1)
+    path, has_waited = tmp_path / ".lock", []
+
+    def wait(what):
+        with locks.locked(path, what=what):
+            has_waited.append(what)
+
+    waiting = [threading.Thread(target=wait, args=(what,)) for what in ("the entry", None)]
+    with locks.locked(path):
+        for thread in waiting:
+            thread.start()
+        time.sleep(0.5)
+        assert not has_waited
+    for thread in waiting:
+        thread.join(10)
+    lines = [line for line in caplog.messages if line.startswith("waiting for")]
+    assert 2 <= len(lines) < 10 and {*map(type, has_waited)} == {str, type(None)}
+    for line in lines:
+        assert re.match(r"waiting for the entry \(\d s\): ", line) and str(path) in line
+        assert f"process {os.getpid()} " in line or not (is_soft or sys.platform == "linux")

@@ -38,7 +38,7 @@ def entry(
         yield path, None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock_of(path)):
+    with locked(lock_of(path), what=f"{path}, which is being made"):
         if _is_good(path, is_whole):  # another process has made it meanwhile
             yield path, None
             return

@@ -58,9 +58,7 @@ def held(out: Path) -> Iterator[None]:
 
     A sweep that was killed may leave processes that go on with their jobs.
     """
-    if _is_held(out):
-        log.warning("another process is at %s: waiting for it", out)
-    with locked(out / _LOCK):
+    with locked(out / _LOCK, what=f"{out}, a job that is being done"):
         yield
 
 

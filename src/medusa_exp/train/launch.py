@@ -158,7 +158,7 @@ def _end_with_stage(lock: Path) -> None:
     """
 
     def watch() -> None:
-        with locked(lock, poll_interval=0.5):
+        with locked(lock, poll_interval=0.5, what=None):
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
