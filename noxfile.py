@@ -212,7 +212,7 @@ def launchers(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def elsewhere(session: nox.Session) -> None:
-    """Run the smoke experiment as on other systems: ten things left out or different. 5 minutes."""
+    """Run the smoke experiment as on other systems: eleven things left out or different. 5 min."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))
     options = ("-m", "slow", *PARALLEL, "--dist=load")
     tests = "tests/slow/test_elsewhere.py"

@@ -20,7 +20,7 @@ import medusa_exp
 from medusa_exp.runs.machine import cpu_name, usable_cores
 from medusa_exp.runs.record import versions
 
-_PACKAGES = ("medusa-exp", "torch", "transformers", "tokenizers", "msgspec", "numpy", "pyarrow")
+_PACKAGES = ("medusa-exp", "torch", "transformers", "tokenizers", "msgspec", "numpy")
 
 
 @dataclass

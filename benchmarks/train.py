@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from measuring import Row, best_seconds, machine, show, write
 from rivals.plain_training import MEMORY_MARK, plain_epoch
@@ -28,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp.config import Config
 from medusa_exp.config import HeadConfig as Head
-from medusa_exp.data.examples import SCHEMA, Examples
+from medusa_exp.data.examples import Examples, Table
 from medusa_exp.data.feature_cache import Features
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.loss import medusa_loss, medusa_losses
@@ -94,13 +93,11 @@ def random_documents(number: int, vocabulary: int) -> Examples:
     """Make documents of log-normal lengths, cut to the limit; the last 60 % is trained."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5.0, 0.8, number).astype(int), 16, _MAX_LENGTH)
-    columns = {
-        "input_ids": [rng.integers(0, vocabulary, n) for n in lengths],
-        "is_trained": [(np.arange(n) > 0.4 * n).astype(np.uint8) for n in lengths],
-        "conversation_id": [str(i) for i in range(number)],
-        "source": ["made up"] * number,
-    }
-    return Examples(pa.table(columns, schema=SCHEMA))
+    rows = (
+        (rng.integers(0, vocabulary, n), np.arange(n) > 0.4 * n, str(i), "made up")
+        for i, n in enumerate(lengths)
+    )
+    return Examples(Table.of(rows))
 
 
 def online_rows(work: Path) -> list[Row]:

@@ -14,6 +14,8 @@ from medusa_exp import run
 from medusa_exp.errors import UserError
 from medusa_exp.runs.metric_table import metric_of
 
+PLANT = Path(__file__).parent / "support" / "elsewhere"
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
@@ -22,8 +24,9 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dir(workplace) -> Path:
-    """One run of every stage, in a terminal that has no bars and boxes."""
-    result = medusa_exp(*SMOKE, "run_dir=run", cwd=workplace, PYTHONIOENCODING="ascii")
+    """One run of every stage, in a terminal without bars and boxes, and without pyarrow."""
+    poor = {"PYTHONIOENCODING": "ascii", "ELSEWHERE": "pyarrow", "PYTHONPATH": str(PLANT)}
+    result = medusa_exp(*SMOKE, "run_dir=run", cwd=workplace, **poor)
     assert result.returncode == 0, result.stderr
     assert "report: run/report.html" in result.stdout.replace(str(workplace) + "/", "")
     return workplace / "run"

@@ -1,6 +1,7 @@
 """One direction of imports: what a package may know of the others, read off every import."""
 
 import ast
+import re
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -107,6 +108,17 @@ def test_hydra_stays_above():
             if any(name.partition(".")[0] in ("hydra", "omegaconf") for name in names):
                 found.append(_name(path))
     assert [m for m in found if _package(m) not in HYDRA] == []
+
+
+def test_pyarrow_is_imported_where_a_file_asks_for_it():
+    """It is an extra: whoever reads no Parquet does without."""
+    ours = re.compile(r"(import|from) pyarrow|from medusa_exp\.data(\.parquet | import .*parquet)")
+    found = {
+        _name(path)
+        for path in SOURCE.rglob("*.py")
+        if any(ours.match(ast.unparse(node)) for node in ast.parse(path.read_text()).body)
+    }
+    assert found == {"data.parquet"}
 
 
 def test_no_test_tools_in_the_product():

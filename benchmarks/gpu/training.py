@@ -17,12 +17,11 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import pyarrow as pa
 import torch
 from gpu.models import Scale, random_llama
 
 from medusa_exp.config import Config, HeadConfig
-from medusa_exp.data.examples import SCHEMA, Examples
+from medusa_exp.data.examples import Examples, Table
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.runs.machine import matrix_rate, synchronize
 from medusa_exp.stages.train import build_module, operations_of
@@ -57,14 +56,12 @@ def measure_training(
 def documents(number: int, vocab_size: int, length: int) -> Examples:
     """Make documents of `length` random tokens, whose last TRAINED_SHARE is trained."""
     rng = np.random.default_rng(0)
-    is_trained_T = (np.arange(length) >= (1 - TRAINED_SHARE) * length).astype(np.uint8)
-    columns = {
-        "input_ids": [rng.integers(0, vocab_size, length) for _ in range(number)],
-        "is_trained": [is_trained_T] * number,
-        "conversation_id": [str(i) for i in range(number)],
-        "source": ["made up"] * number,
-    }
-    return Examples(pa.table(columns, schema=SCHEMA))
+    is_trained_T = np.arange(length) >= (1 - TRAINED_SHARE) * length
+    rows = (
+        (rng.integers(0, vocab_size, length), is_trained_T, str(i), "made up")
+        for i in range(number)
+    )
+    return Examples(Table.of(rows))
 
 
 class _Clock(L.Callback):

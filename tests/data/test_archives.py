@@ -6,7 +6,7 @@ import tarfile
 import zipfile
 
 import pytest
-from chat_files import LINES, LIST, RECORDS, gzipped, parquet, write, zstd
+from chat_files import LINES, LIST, RECORDS, bzip2, gzipped, parquet, write, xz, zstd
 
 from medusa_exp.data import DataError, contents, read_conversations
 
@@ -53,7 +53,11 @@ def tar_zst(members):
     return zstd(tarred(members))
 
 
-@pytest.mark.parametrize("pack", [zipped, tarred, tar_gz, tar_zst])
+def tar_bz2(members):
+    return bzip2(tarred(members))
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred, tar_gz, tar_bz2, tar_zst])
 def test_members_of_archives(tmp_path, pack, caplog):
     path = write(tmp_path / "a.zip", pack(MEMBERS))
     reading = read_conversations(path)
@@ -105,13 +109,15 @@ def test_an_archive_with_a_password(tmp_path):
     "pack",
     [
         gzipped,
+        bzip2,
+        xz,
         zstd,
         lambda data: zipped({"a.json": data}),
         lambda data: zipped({f"{i}.jsonl": data[: len(data) // 8] for i in range(8)}),
         lambda data: zipped({"a.json.gz": gzipped(data)}),
         lambda data: tar_gz({"a.json": data}),
     ],
-    ids=["gzip", "zstd", "zip", "several members", "gzip in zip", "tar.gz"],
+    ids=["gzip", "bzip2", "xz", "zstd", "zip", "several members", "gzip in zip", "tar.gz"],
 )
 def test_what_unpacks_to_absurd_sizes(tmp_path, pack, monkeypatch):
     path = write(tmp_path / "a.json", pack(b'["' + b"x" * (1 << 22)))

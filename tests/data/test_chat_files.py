@@ -1,10 +1,11 @@
 import gzip
 import json
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, gzipped, parquet, write, zstd
+from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, bzip2, gzipped, parquet, write, xz, zstd
 
 from medusa_exp.data import DataError, Message, contents, read_conversations
 from medusa_exp.data.chat_files import find_files
@@ -25,6 +26,10 @@ from medusa_exp.data.chat_files import find_files
         gzipped(LIST),
         gzipped(LINES[:100]) + gzipped(LINES[100:]),
         gzipped(BOM + LINES),
+        bzip2(LIST),
+        bzip2(LINES[:100]) + bzip2(LINES[100:]),
+        xz(LIST),
+        xz(LINES[:100]) + xz(LINES[100:]),
         zstd(LIST),
         zstd(LINES[:100]) + zstd(LINES[100:]),
         b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstd(LINES),
@@ -105,7 +110,8 @@ def test_a_broken_first_line_that_looks_like_the_start_of_a_value(tmp_path):
 
 
 def test_files_of_folders_and_globs(tmp_path):
-    names = "a.json b/c.jsonl b/d.ndjson e.parquet f.json.gz g.jsonl.zst h.parquet.gz".split()
+    plain, packed = "a.json b/c.jsonl b/d.ndjson e.parquet", "f.json.gz g.jsonl.zst h.parquet.gz"
+    names = f"{plain} {packed} i.csv.xz j.json.bz2".split()
     for name in [*names, "x.txt", "x.gz", ".cache/y.json", "b/.z.json"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, LINES)
@@ -124,11 +130,11 @@ def test_paths_that_lead_nowhere(tmp_path):
 
 
 def test_a_folder_says_what_it_passes_over(tmp_path, caplog):
-    for name in ("a.json", "B.JSON", "c.txt", "d.json.bz2"):
+    for name in ("a.json", "B.JSON", "c.txt", "d.json.lz4"):
         (tmp_path / name).write_bytes(b"[]")
     found = find_files(tmp_path)
     assert [path.name for path in found] == ["B.JSON", "a.json"]
-    assert "2 files passed over: c.txt, d.json.bz2" in caplog.text
+    assert "2 files passed over: c.txt, d.json.lz4" in caplog.text
 
 
 @pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["plain", "gzip"])
@@ -165,3 +171,31 @@ def test_a_table_that_expands(tmp_path, monkeypatch, use_dictionary):
     pq.write_table(table, path, compression="zstd", use_dictionary=use_dictionary)
     with pytest.raises(DataError, match="unpacks to more than 1 MiB and 250 times its size"):
         list(read_conversations(path))
+
+
+@pytest.fixture
+def no_pyarrow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+
+
+@pytest.mark.parametrize("data", [LIST, LINES, gzipped(LIST), bzip2(LIST), xz(LINES)])
+def test_json_needs_no_pyarrow(tmp_path, no_pyarrow, data):
+    assert len(list(read_conversations(write(tmp_path / "chats.json", data)))) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (parquet(RECORDS), "Parquet"),
+        (gzipped(parquet(RECORDS)), "Parquet"),
+        (zstd(LIST), "packed by zstd"),
+    ],
+)
+def test_what_needs_pyarrow_says_so(tmp_path, no_pyarrow, data, kind):
+    path = write(tmp_path / "chats.json", data)
+    write(tmp_path / "others.json", LIST)
+    for named in (path, tmp_path):  # in a folder too, it is not passed over
+        with pytest.raises(DataError) as caught:
+            list(read_conversations(named))
+        expected = f"{path} is {kind}, which needs pyarrow: pip install 'medusa-exp[parquet]'"
+        assert str(caught.value) == expected

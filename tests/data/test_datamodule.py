@@ -1,13 +1,12 @@
 from itertools import accumulate
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_model
 
 from medusa_exp.data.datamodule import Batches, collate
-from medusa_exp.data.examples import SCHEMA, Example, Examples
+from medusa_exp.data.examples import Example, Examples, Table
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone
 from medusa_exp.model.loss import head_labels
@@ -92,12 +91,7 @@ def test_a_model_whose_packed_documents_see_each_other_is_refused(backbone, monk
 
 
 def table(lengths):
-    ids = [list(range(1, n + 1)) for n in lengths]
-    columns = [ids, [[1] * n for n in lengths], [str(n) for n in lengths], ["s"] * len(lengths)]
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-    batches = [pa.record_batch([a[:3] for a in arrays], SCHEMA)]
-    batches += [pa.record_batch([a[3:] for a in arrays], SCHEMA)]
-    return pa.Table.from_batches(batches)
+    return Table.of((range(1, n + 1), [1] * n, str(n), "s") for n in lengths)
 
 
 class FakeTrainer:

@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, gzipped, parquet, write, zstd
+from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, bzip2, gzipped, parquet, write, xz, zstd
 
 from medusa_exp.data import DataError, read_conversations
 
@@ -64,8 +64,13 @@ def fault_of(path):
         (b"PAR1 but not really", "is damaged"),
         (parquet([{"text": "x", "n": 1}]), "no known form of chat: its columns are text, n"),
         (b"\x80\x04\x95\n\0\xff\xfe\n\0", "neither text nor a known binary format"),
-        (b"BZh91AY&SY", "bunzip2"),
-        (b"\xfd7zXZ\0", "unxz"),
+        (b"BZh91AY&SY", "is cut off in its compressed data"),
+        (bzip2(LINES)[:-3], "is cut off in its compressed data"),
+        (bzip2(LINES)[:40] + b"x" + bzip2(LINES)[41:], "is damaged"),
+        (b"\xfd7zXZ\0", "is cut off in its compressed data"),
+        (xz(LIST)[:-30], "is cut off in its compressed data"),
+        (xz(LIST)[:60] + b"x" + xz(LIST)[61:], "is damaged"),
+        (gzipped(LINES)[:40] + b"\0" + gzipped(LINES)[41:], "is damaged"),
     ],
 )
 def test_what_is_wrong_with_a_file(tmp_path, data, words):

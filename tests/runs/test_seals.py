@@ -3,14 +3,12 @@
 import random
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from cli_runs import flip
 from safetensors.torch import load_file, save_file
 
-from medusa_exp.data.examples import SCHEMA, Examples, open_examples
+from medusa_exp.data.examples import Examples, Table, Writer, open_examples
 from medusa_exp.errors import UserError
 from medusa_exp.model import load_heads
 from medusa_exp.model.checkpoint import save_heads
@@ -95,7 +93,12 @@ def test_tokens_are_made_anew(config, tokenizer, tmp_path, caplog):
         return [e.input_ids.tolist() for e in session.tokenized(tokenizer, 100).all()]
 
     whole = tokens()
-    for file in ("documents.arrow", "summary.json", "sha256.json"):
+    for file in (
+        "documents/is_trained.npy",
+        "documents/input_ids.starts.npy",
+        "summary.json",
+        "sha256.json",
+    ):
         (path,) = (Path(config.cache_dir) / "tokenised").glob(f"*/{file}")
         for is_cut in (False, True):
             if not is_cut:
@@ -107,25 +110,50 @@ def test_tokens_are_made_anew(config, tokenizer, tmp_path, caplog):
             assert "is made anew" in caplog.text
 
 
-def test_no_flipped_byte_of_tokens_without_a_seal_ends_the_process(tmp_path):
-    """Arrow reads by the lengths and offsets that it finds: wrong ones were segmentation faults."""
-    path, rng = tmp_path / "documents.arrow", random.Random(0)
-    with pa.ipc.new_file(str(path), SCHEMA) as file:
+def _unsealed(path: Path) -> Path:
+    with Writer(path) as file:
         for _ in range(2):
-            ids, mask = [np.arange(20, dtype=np.int32)] * 4, [np.ones(20, np.uint8)] * 4
-            columns = dict(zip(SCHEMA.names, (ids, mask, ["a"] * 4, ["b"] * 4), strict=True))
-            file.write_batch(pa.RecordBatch.from_pydict(columns, SCHEMA))
-    content, refused = path.read_bytes(), 0
-    for position in range(0, len(content), 11):
-        path.write_bytes(content)
-        flip(path, position, rng.randrange(8))
-        try:
-            examples = Examples(open_examples(path))
-            assert all(len(one.input_ids) + len(one.is_trained) >= 0 for one in examples)
-            examples.strings("conversation_id")
-        except UserError:
-            refused += 1
-    assert refused > 15
+            file.write(Table.of([(range(20), [1] * 20, "a", "b")] * 4))
+    return path
+
+
+def test_no_flipped_byte_of_tokens_without_a_seal_ends_the_process(tmp_path):
+    """What is read by wrong lengths would be another row's, or no memory of this process."""
+    path, rng = _unsealed(tmp_path / "documents"), random.Random(0)
+    for file in sorted(path.iterdir()):
+        content, refused = file.read_bytes(), 0
+        for position in range(0, len(content), 7):
+            file.write_bytes(content)
+            flip(file, position, rng.randrange(8))
+            try:
+                examples = Examples(open_examples(path))
+                assert [len(one.input_ids) for one in examples] == [20] * 8
+                assert [len(one.is_trained) for one in examples] == [20] * 8
+                examples.strings("conversation_id"), examples.strings("source")
+            except UserError:
+                refused += 1
+        file.write_bytes(content)
+        assert refused > (15 if ".starts" in file.name else 5), file
+
+
+def test_tokens_that_are_cut_off_or_too_long_are_refused(tmp_path):
+    path = _unsealed(tmp_path / "documents")
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        for wrong in (
+            *(content[:-n] for n in (1, 3, 8, 100)),
+            content[:9],
+            b"",
+            content + b"\0" * 8,
+        ):
+            file.write_bytes(wrong)
+            with pytest.raises(UserError, match="documents is not what was written there"):
+                open_examples(path)
+        file.unlink()
+        with pytest.raises(UserError, match="documents is not what was written there"):
+            open_examples(path)
+        file.write_bytes(content)
+    assert len(open_examples(path)) == 8
 
 
 def test_heads_are_refused(backbone, tmp_path):

@@ -11,6 +11,7 @@ CONDITIONS = {
     "resource": "",  # Windows has none of these
     "fcntl": "",
     "pwd": "",
+    "pyarrow": "",  # an extra
     "sched_getaffinity": "",
     "posix_fallocate": "",  # macOS
     "spawn": "",

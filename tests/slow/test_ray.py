@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sessions import rows_of
 
 from medusa_exp.data.examples import open_examples
 from medusa_exp.errors import UserError
@@ -85,8 +86,8 @@ def test_workers_answer_as_one_process_does(config, tmp_path):
         config.cache_dir = str(tmp_path / f"cache{workers}")
         (tmp_path / f"run{workers}").mkdir()
         regenerate.run(config, tmp_path / f"run{workers}")
-        [table] = (tmp_path / f"cache{workers}/regenerated").glob("*/documents.arrow")
-        found.append((table.parent.name, open_examples(table).to_pylist()))
+        [table] = (tmp_path / f"cache{workers}/regenerated").glob("*/documents")
+        found.append((table.parent.name, rows_of(open_examples(table))))
     assert found[0] == found[1] and found[0][1]
 
 

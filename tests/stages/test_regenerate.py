@@ -183,11 +183,11 @@ def test_training_takes_own_answers_and_asks_for_them(exact, tmp_path):
         train.run(exact, tmp_path / "run")
     regenerate.run(exact, tmp_path / "run")
     assert train.run(exact, tmp_path / "run")["train/steps"] == 12
-    [path] = (tmp_path / "cache/regenerated").glob("*/documents.arrow")
+    [path] = (tmp_path / "cache/regenerated").glob("*/documents/input_ids.npy")
     whole = path.read_bytes()
     path.unlink()  # a map of it may be open: the bytes below are another file's
     path.write_bytes(whole[:-200])
-    with pytest.raises(UserError, match=r"documents\.arrow is not what was .* stage regenerate"):
+    with pytest.raises(UserError, match=r"input_ids\.npy is not what was .* stage regenerate"):
         train.run(exact, tmp_path / "run")
 
 

@@ -1,11 +1,10 @@
 """Chat files of every form, for tests of reading them."""
 
+import bz2
 import gzip
 import io
 import json
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+import lzma
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
@@ -44,11 +43,19 @@ def gzipped(data):
     return gzip.compress(data, mtime=0)
 
 
+bzip2, xz = bz2.compress, lzma.compress
+
+
 def zstd(data):
+    import pyarrow as pa  # sessions that read no such file have no pyarrow
+
     return pa.compress(data, "zstd", asbytes=True)
 
 
 def parquet(rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=2)
     return sink.getvalue()

@@ -1,9 +1,9 @@
 """Chat files: find those that a path names, and yield their raw chats one by one.
 
-JSON list, JSON Lines, an object of lists, Parquet, and each of them in gzip, zstd, zip or tar, are
-told apart by content; CSV and TSV by name. JSON Lines and tables are streamed; a JSON list is
-mapped into memory, and its chats are views of it. A file that cannot be read is a `DataError`; what
-is wrong with a chat is not looked at here.
+JSON list, JSON Lines, an object of lists, Parquet, and each of them packed (gzip, bzip2, xz, zstd,
+zip, tar), are told apart by content; CSV and TSV by name. JSON Lines and tables are streamed; a
+JSON list is mapped into memory, and its chats are views of it. A file that cannot be read is a
+`DataError`; what is wrong with a chat is not looked at here.
 """
 
 import logging
@@ -15,15 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from medusa_exp.data import faults
 from medusa_exp.data.contents import (
     ARCHIVES,
-    BLOCK,
     SUFFIXES,
-    Budget,
     Content,
     content_of,
     members_of,
@@ -32,14 +28,11 @@ from medusa_exp.data.faults import DataError
 from medusa_exp.data.forms import is_turn
 from medusa_exp.data.parsing import RawChat, TooLong
 from medusa_exp.data.tables import records_of_object, rows_of_text
-from medusa_exp.data.turns import PICTURES
 
 log = logging.getLogger(__name__)
 
 _ROWS = 256
 """Rows of a table that are in memory as Python objects."""
-_USUAL_TIMES = 50
-"""How many times its packed size a column of texts may have; most have three to ten times."""
 
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_value = msgspec.json.Decoder(msgspec.Raw).decode
@@ -169,17 +162,13 @@ class Part:
             yield TooLong(line) if isinstance(line, int) else line
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        content = self.content
-        is_mapped = content.path is not None and content.compression() is None
-        place = content.path if is_mapped else pa.BufferReader(content.whole())
-        with pq.ParquetFile(place, buffer_size=BLOCK, pre_buffer=False) as table:
+        faults.check_pyarrow(self.name, "Parquet")
+        from medusa_exp.data import parquet
+
+        with parquet.opened(self.content) as table:
             self.keys = tuple(table.schema_arrow.names)
             columns = chosen_columns(self.name, self.keys, self.columns)
-            columns = _without_pixels(table, columns)
-            rows = _check_expansion(table, columns, content.budget)
-            for batch in table.iter_batches(rows, columns=columns):
-                content.budget.spend(batch.nbytes)
-                yield from batch.to_pylist()
+            yield from parquet.rows(table, columns, self.content.budget)
 
     def _rows_of_text(self) -> Iterator[dict[str, Any]]:
         with self.content.open() as file:
@@ -236,38 +225,6 @@ class HubData:
             ) from error
 
 
-def _without_pixels(table: pq.ParquetFile, columns: list[str]) -> list[str]:
-    """Return what is read of columns: of a picture its path alone, which tells that it is there."""
-    leaves = [table.schema.column(place).path for place in range(len(table.schema))]
-    chosen = []
-    for column in columns:
-        paths = [p for p in leaves if p.startswith(f"{column}.") and p.endswith(".path")]
-        chosen += (paths if column in PICTURES else []) or [column]
-    return chosen
-
-
-def _check_expansion(table: pq.ParquetFile, columns: list[str], budget: Budget) -> int:
-    """Return how many rows are safe to read together.
-
-    Raises:
-        DataError: the columns unpack to absurd sizes, by the file's own account.
-    """
-    meta, rows = table.metadata, _ROWS
-    for group in range(meta.num_row_groups):
-        for place in range(meta.num_columns):
-            chunk = meta.row_group(group).column(place)
-            path = chunk.path_in_schema
-            if not any(path == name or path.startswith(f"{name}.") for name in columns):
-                continue
-            unpacked, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
-            budget.spend(unpacked)
-            # A value stands in a dictionary once, and may be that of every row.
-            if chunk.has_dictionary_page and unpacked > max(1 << 22, _USUAL_TIMES * packed):
-                rows = 1
-    budget.num_unpacked = 0  # counted again as it is read
-    return rows
-
-
 def chosen_columns(name: str, present: tuple[str, ...], wanted: tuple[str, ...]) -> list[str]:
     """Return the columns of a table that are to be read.
 
@@ -282,7 +239,7 @@ def chosen_columns(name: str, present: tuple[str, ...], wanted: tuple[str, ...])
 
 def is_text_table(name: str) -> bool:
     """Tell CSV and TSV, packed or not, by the name."""
-    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith((".csv", ".tsv"))
+    return faults.unpacked_name(name.lower()).endswith((".csv", ".tsv"))
 
 
 def _goes_on_over_lines(head: bytes) -> bool:

@@ -1,12 +1,14 @@
 """What a chat file holds once it is unpacked: bytes of a file, or of a member of an archive.
 
-gzip and zstd are told by their first bytes, as are zip and tar. Nothing is written to disk, names
-of members are names only, and what unpacks to absurd sizes is refused.
+gzip, bzip2, xz and zstd are told by their first bytes, as are zip and tar. Nothing is written to
+disk, names of members are names only, and what unpacks to absurd sizes is refused.
 """
 
+import gzip
 import io
 import mmap
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,18 +16,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
 
 SUFFIXES = tuple(
     f".{kind}{packed}"
     for kind in ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")
-    for packed in ("", ".gz", ".zst")
+    for packed in ("", *faults.PACKED)
 )
 """Names of what may hold chats, in a folder or an archive."""
-ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst")
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", *(f".tar{packed}" for packed in faults.PACKED))
+_MAGIC = {
+    "gzip": rb"\x1f\x8b",
+    "bzip2": rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)",
+    "xz": rb"\xfd7zXZ\0",
+    # The second is zstd's too: a frame to be skipped, as some tools write first.
+    "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+}
+"""Compression -> how what is compressed begins."""
 BLOCK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _FREELY_UNPACKED = 1 << 28
@@ -75,21 +83,18 @@ class Content:
             if compression is None:
                 yield file
                 return
+            stream, damage = _unpacking(self.name, compression, file)
             with (
-                pa.CompressedInputStream(file, compression) as stream,
-                io.BufferedReader(_Bounded(stream, self.budget), BLOCK) as unpacked,
+                stream,
+                io.BufferedReader(_Bounded(stream, self.budget, damage), BLOCK) as unpacked,
             ):
                 yield unpacked
 
     def compression(self) -> str | None:
-        """Return gzip, zstd or None."""
+        """Return gzip, bzip2, xz, zstd or None."""
         with self.open_packed() as file:
-            magic = file.read(4)
-        if magic[:2] == b"\x1f\x8b":
-            return "gzip"
-        # The second is zstd's too: a frame to be skipped, as some tools write first.
-        is_zstd = magic == b"\x28\xb5\x2f\xfd" or re.match(rb"[\x50-\x5f]\x2a\x4d\x18", magic)
-        return "zstd" if is_zstd else None
+            begin = file.read(10)
+        return next((name for name, magic in _MAGIC.items() if re.match(magic, begin)), None)
 
     def head(self) -> bytes:
         """Return the beginning, without byte-order mark and white space.
@@ -163,14 +168,37 @@ def _skip_blank_lines(file: Any) -> int:
     return number
 
 
+_Damage = tuple[type[Exception], ...]
+
+
+def _unpacking(name: str, compression: str, file: BinaryIO) -> tuple[Any, _Damage]:
+    """Return the stream that a file is unpacked by, and what it raises where that is damaged.
+
+    Raises:
+        DataError: that needs pyarrow, which is not installed.
+    """
+    if compression == "gzip":
+        return gzip.GzipFile(fileobj=file), (EOFError, zlib.error)
+    if compression == "bzip2":
+        import bz2
+
+        return bz2.BZ2File(file), (EOFError,)
+    if compression == "xz":
+        import lzma
+
+        return lzma.LZMAFile(file), (EOFError, lzma.LZMAError)
+    faults.check_pyarrow(name, f"packed by {compression}")
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(file, compression), (pa.ArrowException,)
+
+
 class _Bounded(io.RawIOBase):
     """A stream of unpacked bytes that are counted."""
 
-    def __init__(
-        self, stream: Any, budget: Budget, faults_of_stream: tuple[type[Exception], ...] = ()
-    ) -> None:
+    def __init__(self, stream: Any, budget: Budget, damage: _Damage) -> None:
         super().__init__()
-        self._stream, self._budget, self._faults = stream, budget, faults_of_stream
+        self._stream, self._budget, self._damage = stream, budget, damage
 
     def readable(self) -> bool:
         return True
@@ -178,8 +206,8 @@ class _Bounded(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         try:
             data = self._stream.read(len(buffer))
-        except self._faults as error:
-            raise faults.damaged(self._budget.name, error) from error
+        except self._damage as error:
+            raise faults.unreadable(self._budget.name, error) from error
         self._budget.spend(len(data))
         buffer[: len(data)] = data
         return len(data)
@@ -212,7 +240,6 @@ def members_of(content: Content, head: bytes) -> Iterator[Content] | None:
 
 def _zip_members(content: Content) -> Iterator[Content]:
     import zipfile
-    import zlib
 
     damage = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 

@@ -359,7 +359,7 @@ def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any)
 
     Args:
         paths: a file, a folder (all of its *.json, *.jsonl, *.ndjson, *.parquet, *.csv and *.tsv,
-            at any depth, also as *.gz and *.zst, and archives of them), a glob, or
+            at any depth, also as *.gz, *.bz2, *.xz and *.zst, and archives of them), a glob, or
             hub:<owner>/<name>; or several of these.
         options: as the fields of `ReadOptions`.
 

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from medusa_exp.errors import UserError
+from medusa_exp.runs.extras import lacking
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +19,13 @@ _CHATS = (
     '{"id": ..., "conversations": [{"from": "human", "value": ...}, ...]}.'
 )
 
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+"""Ends of the names of files that are packed."""
+
 # The first bytes of what is often found under the name of a chat file.
 _FOREIGN = [
     (rb"version https://git-lfs", "is a Git LFS pointer, not the data: run `git lfs pull`."),
     (rb"PK\x03\x04", "is a zip archive in an archive: unpack it and name the file inside."),
-    (rb"BZh\d", "is compressed with bzip2: unpack it (bunzip2), or use gzip or zstd."),
-    (rb"\xfd7zXZ", "is compressed with xz: unpack it (unxz), or use gzip or zstd."),
     (rb"ARROW1\0\0", "is an Arrow file: save it as Parquet, or name its data set as hub:<folder>."),
     (
         rb"(?i)<(!doctype|html|head|\?xml)",
@@ -66,7 +66,7 @@ def unreadable(path: Path | str, error: Exception) -> DataError:
     """Return the error of a file that the system does not give, or whose compression is broken."""
     if isinstance(error, OSError) and error.strerror:
         return DataError(f"{path} cannot be read: {error.strerror}. Check the path and its rights.")
-    if "runcated" in str(error):
+    if isinstance(error, EOFError) or "runcated" in str(error):
         return DataError(f"{path} is cut off in its compressed data: copy or download it again.")
     return damaged(str(path), error)
 
@@ -76,12 +76,23 @@ def damaged(name: str, error: Exception) -> DataError:
     return DataError(f"{name} is damaged ({error}): copy or download it again.")
 
 
+def unpacked_name(name: str) -> str:
+    """Return a file's name without what it is packed in."""
+    return name.removesuffix(next((end for end in PACKED if name.endswith(end)), ""))
+
+
+def check_pyarrow(name: str, kind: str) -> None:
+    """Raise a DataError where a file of a kind that only pyarrow reads cannot be read."""
+    if (said := lacking("parquet", f"{name} is {kind}, which")) is not None:
+        raise DataError(said)
+
+
 @contextmanager
 def of_reading(name: Path | str) -> Iterator[None]:
     """Turn what may go wrong in reading a file into a `DataError`."""
     try:
         yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise unreadable(name, error) from error
 
 
@@ -89,8 +100,8 @@ def no_chat_files(name: str, others: Sequence[str]) -> NoChats:
     """Return the error of a folder or an archive without a file that may hold chats."""
     held = f" It holds {_named(others)}." if others else ""
     return NoChats(
-        f"{name} holds no *.json, *.jsonl, *.ndjson, *.parquet, *.csv or *.tsv, plain or as .gz or "
-        f".zst, and no *.zip or *.tar.gz of them.{held}"
+        f"{name} holds no *.json, *.jsonl, *.ndjson, *.parquet, *.csv or *.tsv, plain or as "
+        f"{', '.join(PACKED)}, and no *.zip or *.tar of them, packed or not.{held}"
     )
 
 
@@ -244,11 +255,11 @@ def _wrong_encoding(name: str, encoding: str) -> DataError:
 
 def _mended(name: str) -> str:
     """Name a file for a shell to write: never the one that it reads, which it would empty first."""
-    return shlex.quote("mended-" + Path(name).name.removesuffix(".gz").removesuffix(".zst"))
+    return shlex.quote("mended-" + unpacked_name(Path(name).name))
 
 
 def _unpacked(name: str) -> str:
-    return " once it is unpacked" if name.endswith((".gz", ".zst")) or "!" in name else ""
+    return " once it is unpacked" if name.endswith(PACKED) or "!" in name else ""
 
 
 def _comma_before(text: bytes | memoryview, position: int) -> int:

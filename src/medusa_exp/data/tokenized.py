@@ -1,9 +1,9 @@
 """The data set as token ids: a cache entry, opened, or made by several processes.
 
-An entry is a directory of `documents.arrow`, the examples of all splits (a conversation each, or
-one of its turns), and `summary.json`, which counts what became of every raw chat. Rendering and
-tokenizing run in several processes where there is enough to do; the order of the file is the order
-of the conversations, whatever their number.
+An entry is a directory of `documents`, the examples of all splits (a conversation each, or one of
+its turns), and `summary.json`, which counts what became of every raw chat. Rendering and tokenizing
+run in several processes where there is enough to do; the order of the examples is that of the
+conversations, whatever the number of processes.
 """
 
 import logging
@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import DatasetConfig
 from medusa_exp.data.conversations import Conversation, DataError
-from medusa_exp.data.examples import SCHEMA, Examples, open_examples
+from medusa_exp.data.examples import Examples, Row, Table, Writer, open_examples
 from medusa_exp.data.masking import NO_REASONING, NO_TOOLS
 from medusa_exp.data.rendering import Renderer
 from medusa_exp.data.sources import Source, counts, empty_split, files_of, split_of, walk
@@ -42,12 +41,12 @@ from medusa_exp.runs.schemas import DataSummary
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Raise it when the same chats, tokenizer and template give other examples: caches are then built
-anew. (tests/golden/renderings.json tells of most such changes.)"""
-_LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec", "pyarrow")
+FORMAT = 3
+"""Raise it when the same chats, tokenizer and template give other examples, or other files of them:
+caches are then built anew. (tests/golden/renderings.json tells of most such changes.)"""
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec")
 """Whose versions may change what is read, rendered or tokenized."""
-_EXAMPLES, _SUMMARY = "documents.arrow", "summary.json"
+_EXAMPLES, _SUMMARY = "documents", "summary.json"
 _CHUNK = 256
 """Conversations that are rendered, tokenized and written together."""
 _SERIAL_CHUNKS = 12
@@ -70,11 +69,9 @@ LEFT_OUT = (NO_REASONING, NO_TOOLS)
 
 Sourced = tuple[str, Conversation]
 """A conversation and the name of its source."""
-Result = tuple[int, pa.RecordBatch, "Tally"]
+Result = tuple[int, Table, "Tally"]
 """What a process returns of a chunk: number of conversations, their examples, their fates."""
 Work = Callable[[list[Sourced]], Result]
-_ArrowRow = tuple[np.ndarray, np.ndarray, str, str]
-"""An example, in the order of `SCHEMA`."""
 
 
 @dataclass
@@ -110,7 +107,7 @@ class Tokenized:
     """Examples of all splits, and what became of every raw chat."""
 
     dataset: DatasetConfig
-    table: pa.Table
+    table: Table
     summary: dict[str, Any]
     """`key`, `sources` {name: {outcome: number}}, `examples` {outcome: the first such error} and
     `notes` on the template."""
@@ -161,17 +158,17 @@ class Tokenized:
             log.warning("data: %s", note)
 
 
-def rows_of_split(table: pa.Table, dataset: DatasetConfig, name: str) -> np.ndarray:
+def rows_of_split(table: Table, dataset: DatasetConfig, name: str) -> np.ndarray:
     """Return the numbers of a table's examples that belong to train, val or test."""
-    ids = table["conversation_id"].to_pylist()
+    ids = table.strings("conversation_id")
     return np.flatnonzero([split_of(i, dataset) == name for i in ids])
 
 
-def select(table: pa.Table, rows: np.ndarray, dataset: DatasetConfig, split: str) -> Examples:
+def select(table: Table, rows: np.ndarray, dataset: DatasetConfig, split: str) -> Examples:
     """Return examples of a table; those of train with the weights of their sources."""
     if split != "train" or not dataset.sources:
         return Examples(table, rows)
-    names = table["source"].take(pa.array(rows)).to_pylist()
+    names = table.strings("source", rows)
     return Examples(table, rows, np.array([dataset.sources[name].weight for name in names]))
 
 
@@ -337,9 +334,9 @@ def _write_examples(
     work = partial(_tokenize, renderer, dataset.strict)
     bar = ProgressBar("tokenizing conversations", total)
     workers = dataset.num_workers or usable_cores()
-    with pa.ipc.new_file(str(path), SCHEMA) as file, bar:
+    with Writer(path) as file, bar:
         for num_conversations, examples, part in _in_order(work, chunks, workers):
-            file.write_batch(examples)
+            file.write(examples)
             tally.add(part)
             for note in part.notes:  # a worker's log is not seen
                 renderer.template.note(note)
@@ -350,7 +347,7 @@ def _write_examples(
 def _tokenize(renderer: Renderer, strict: bool, chunk: list[Sourced]) -> Result:
     """Render and tokenize a chunk: the work of one process."""
     tally = Tally()
-    kept: list[_ArrowRow] = []
+    kept: list[Row] = []
     results = renderer.render_many(conversation for _, conversation in chunk)
     for (source, conversation), rows in zip(chunk, results, strict=True):
         if isinstance(rows, DataError):
@@ -375,17 +372,12 @@ def _tokenize(renderer: Renderer, strict: bool, chunk: list[Sourced]) -> Result:
         tally.counts[source, CUT] += sum(row.is_cut for row in usable)
         tally.counts[source, "documents"] += len(usable)
         for row in usable:
-            ids, mask = np.array(row.input_ids, np.int32), np.array(row.is_trained, np.uint8)
+            ids, mask = np.array(row.input_ids, np.int32), np.array(row.is_trained, bool)
             tally.counts[source, "tokens"] += len(ids)
             tally.counts[source, "trained tokens"] += int(mask.sum())
             kept.append((ids, mask, conversation.id, source))
     tally.notes |= renderer.template.notes
-    return len(chunk), _record_batch(kept), tally
-
-
-def _record_batch(rows: list[_ArrowRow]) -> pa.RecordBatch:
-    columns = zip(*rows, strict=True) if rows else [()] * len(SCHEMA)
-    return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), SCHEMA)
+    return len(chunk), Table.of(kept), tally
 
 
 def _in_order(work: Work, chunks: Iterator[list[Sourced]], num_workers: int) -> Iterator[Result]:

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 _MODULES = {
+    "parquet": ("pyarrow",),
     "report": ("altair", "vl_convert"),
     "wandb": ("wandb", "PIL", "altair", "vl_convert"),
 }

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import Config
-from medusa_exp.data.examples import SCHEMA, Example, Examples
+from medusa_exp.data.examples import Example, Examples, Row, Table, Writer
 from medusa_exp.data.tokenized import Tokenized
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.decoder import Decoder
@@ -417,7 +416,7 @@ def _decoder(config: Config, out: Path, backbone: Backbone, num_documents: int) 
 
 
 def _write(directory: Path, lines: list[dict[str, Any]], examples: Examples) -> None:
-    """Write the documents that have a response as an Arrow file, and what became of all."""
+    """Write the documents that have a response, and what became of all."""
     directory.mkdir()
     ids, sources = examples.strings("conversation_id"), examples.strings("source")
     write_json(directory / SUMMARY, _summary(lines, ids))
@@ -427,17 +426,15 @@ def _write(directory: Path, lines: list[dict[str, Any]], examples: Examples) -> 
             "stage regenerate: no training document leaves room for a response: lower "
             "regenerate.max_new_tokens or raise dataset.max_length."
         )
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for line in lines:
-        is_trained_T = np.zeros(len(line["tokens"]), np.uint8)
-        for start, stop in line["answers"]:
-            is_trained_T[start:stop] = 1
-        columns["input_ids"].append(line["tokens"])
-        columns["is_trained"].append(is_trained_T)
-        columns["conversation_id"].append(ids[line["row"]])
-        columns["source"].append(sources[line["row"]])
-    with pa.ipc.new_file(str(directory / DOCUMENTS), SCHEMA) as file:
-        file.write_table(pa.table(columns, schema=SCHEMA))
+    with Writer(directory / DOCUMENTS) as file:
+        file.write(Table.of(_row(line, ids, sources) for line in lines))
+
+
+def _row(line: dict[str, Any], ids: list[str], sources: list[str]) -> Row:
+    is_trained_T = np.zeros(len(line["tokens"]), bool)
+    for start, stop in line["answers"]:
+        is_trained_T[start:stop] = True
+    return line["tokens"], is_trained_T, ids[line["row"]], sources[line["row"]]
 
 
 def _summary(lines: list[dict[str, Any]], ids: list[str]) -> dict[str, Any]:

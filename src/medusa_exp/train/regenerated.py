@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.config import DatasetConfig, RegenerateConfig
-from medusa_exp.data.examples import Examples, open_examples
+from medusa_exp.data.examples import Examples, Table, open_examples
+from medusa_exp.data.faults import check_pyarrow
 from medusa_exp.data.tokenized import rows_of_split, select
 from medusa_exp.decode.loop import GREEDY, Limits
 from medusa_exp.decode.rule import AcceptanceRule
@@ -22,7 +23,9 @@ from medusa_exp.train.trainer import AUTOCAST
 
 KIND = "regenerated"
 """Directory of the cache."""
-DOCUMENTS, SUMMARY = "documents.arrow", "summary.json"
+DOCUMENTS, SUMMARY = "documents", "summary.json"
+_BEFORE = "documents.arrow"
+"""What earlier versions have written: responses take hours, and are not made anew for that."""
 _IN_KEY = ("num_documents", "num_val_documents", "max_new_tokens")
 _NOT_IN_KEY = ("batch_size", "use_heads", "workers", "server", "server_concurrency")
 _DRAWS = 2
@@ -44,12 +47,21 @@ def open_regenerated(cache_dir: str, key: str, dataset: DatasetConfig) -> dict[s
             "an engine's responses are kept apart) and decode.*, or set train.text=data."
         )
     check(path, "Run stage regenerate again: it makes the responses anew.")
-    table = open_examples(path / DOCUMENTS)
+    table = _open(path)
     found = {
         split: select(table, rows_of_split(table, dataset, split), dataset, split)
         for split in ("train", "val")
     }
     return {split: examples for split, examples in found.items() if examples}
+
+
+def _open(path: Path) -> Table:
+    if not (old := path / _BEFORE).is_file():
+        return open_examples(path / DOCUMENTS)
+    check_pyarrow(f"{old}, of an earlier version,", "an Arrow file")
+    from medusa_exp.data.parquet import read_examples
+
+    return read_examples(old)
 
 
 def has_responses(path: Path) -> bool:

@@ -28,7 +28,7 @@ class _NoOperators:
 if WHAT == "resource":
     import psutil  # noqa: F401  its part for Linux wants the module, that for Windows does not
 
-if WHAT in ("resource", "fcntl", "pwd"):
+if WHAT in ("resource", "fcntl", "pwd", "pyarrow"):
     sys.modules[WHAT] = None  # an import of it fails
 elif WHAT in ("sched_getaffinity", "posix_fallocate"):
     delattr(os, WHAT)
