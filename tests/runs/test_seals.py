@@ -1,5 +1,6 @@
 """One flipped byte in a file of a run or of the cache: found, or without effect on any number."""
 
+import os
 import random
 from pathlib import Path
 
@@ -183,6 +184,22 @@ def test_heads_without_finite_weights_are_refused(backbone, tmp_path, value):
     seal(place)
     with pytest.raises(UserError, match=f"the weights {first} are integers, or not all"):
         load_heads(place, backbone)
+
+
+def test_a_checkpoint_that_was_replaced_is_neither_kept_nor_believed(tmp_path):
+    parts = {key: {} for key in ("state_dict", "loops", "callbacks")}
+    parts |= {"optimizer_states": [], "lr_schedulers": [], "made_with": "a"}
+    parts |= {"random_state": {"python": 1, "numpy": 1, "torch": torch.zeros(9)}}
+    path, new = tmp_path / "last.ckpt", tmp_path / "next.ckpt"
+    for step, file in enumerate((path, new), 1):
+        torch.save({**parts, "global_step": step}, file)
+        os.utime(file, ns=(10**18, 10**18))
+    assert path.stat().st_size == new.stat().st_size
+    assert _read(path).global_step == 1
+    if (maps := Path("/proc/self/maps")).exists():
+        assert path.name not in maps.read_text()
+    new.replace(path)
+    assert _read(path).global_step == 2
 
 
 def test_a_training_does_not_go_on_from_what_is_damaged(config, tmp_path, monkeypatch):

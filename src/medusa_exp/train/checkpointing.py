@@ -258,14 +258,14 @@ def checkpoint_to_resume(out: Path, key: str, resume: str) -> tuple[Path | None,
     if resume == "never" or not path.is_file():
         return None, 0
     checkpoint = _read(path)
-    if checkpoint.get("made_with") != key:
+    if checkpoint.made_with != key:
         raise UserError(
             f"{path} was made with another head, train, dataset, tokenizer, seed or model: set "
             "train.resume=never to train anew here, or choose another run_dir. (Where an older "
             "version made it with head.kind=auto, that was medusa_tied or medusa: name it.)"
         )
-    log.info("resuming from %s, step %d", path, checkpoint["global_step"])
-    return path, int(checkpoint["global_step"])
+    log.info("resuming from %s, step %d", path, checkpoint.global_step)
+    return path, checkpoint.global_step
 
 
 def settled_before(out: Path, resume: str) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def settled_before(out: Path, resume: str) -> dict[str, Any]:
     path = out / "checkpoints" / CHECKPOINT
     if resume == "never" or not path.is_file():
         return {}
-    return dict(_read(path).get("settled", {}))
+    return dict(_read(path).settled)
 
 
 def _drop_unfinished(out: Path) -> None:
@@ -295,28 +295,35 @@ class _RandomState(msgspec.Struct):
     torch: Any
 
 
-class _Checkpoint(msgspec.Struct):
-    """What a checkpoint has to hold before Lightning is given it."""
+class _About(msgspec.Struct, kw_only=True):
+    """What is asked of a checkpoint."""
 
     made_with: str
     global_step: Annotated[int, msgspec.Meta(ge=0)]
+    settled: dict[str, Any] = {}
+
+
+class _Checkpoint(_About, kw_only=True):
+    """What a checkpoint has to hold before Lightning is given it."""
+
     state_dict: dict[str, Any]
     optimizer_states: list[dict[str, Any]]
     lr_schedulers: list[dict[str, Any]]
     loops: dict[str, Any]
     callbacks: dict[str, Any]
     random_state: _RandomState
-    settled: dict[str, Any] = {}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> _About:
     status = path.stat()
-    return _checked(path, status.st_mtime_ns, status.st_size)
+    return _checked(path, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 @cache
-def _checked(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
-    """Return what is in a checkpoint, each byte of which is that of its checksum.
+def _checked(path: Path, inode: int, mtime_ns: int, size: int) -> _About:
+    """Return what is asked of a checkpoint, each byte of which is that of its checksum.
+
+    Nothing of the file itself: a memory map would keep its room on the disk when it is replaced.
 
     The format is a zip archive: torch writes the CRC-32 of each part, and does not look at it.
     """
@@ -324,11 +331,11 @@ def _checked(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if (part := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{part} is not what was written")
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         msgspec.convert(found, _Checkpoint)
+        return msgspec.convert(found, _About)
     except _DAMAGES as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}), "
             "and no training goes on from it: restore it, or set train.resume=never to train anew."
         ) from error
-    return found
