@@ -16,6 +16,7 @@ from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.model.heads import build_heads
 from medusa_exp.runs import seals
 from medusa_exp.runs.cache import entry
+from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.seals import damage, seal, verify
 from medusa_exp.stages import train
 from medusa_exp.stages.session import Session
@@ -69,7 +70,7 @@ def test_a_lone_file_is_sealed_too(tmp_path, caplog):
 
 
 def test_a_large_file_is_read_in_full_when_that_is_asked_for(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(seals, "_LARGE", 100)
+    monkeypatch.setattr(seals, "_READ_WHOLE", 100)
     monkeypatch.setattr(seals, "_END", 50)
     paths = [_entry(tmp_path, name) for name in ("begins", "middle", "ends", "whole")]
     for path, position in zip(paths, (3, 100, 190), strict=False):
@@ -78,6 +79,35 @@ def test_a_large_file_is_read_in_full_when_that_is_asked_for(tmp_path, monkeypat
     verify(tmp_path)
     assert [path.exists() for path in paths] == [False, False, False, True]
     assert caplog.text.count("is removed, and is made anew") == 3
+
+
+def test_no_more_is_read_in_full_however_many_files_a_model_has(tmp_path, monkeypatch):
+    """The shards of a large model are small ones: all together would take minutes."""
+    monkeypatch.setattr(seals, "_READ_WHOLE", 250)
+    monkeypatch.setattr(seals, "_END", 10)
+    for number, size in enumerate((90, 50, 100, 200, 100)):
+        (tmp_path / f"{number}").write_bytes(bytes(size))
+    seal(tmp_path)
+    found = []
+    for number in range(5):
+        flip(tmp_path / f"{number}", 25)
+        found.append((damage(tmp_path) is not None, damage(tmp_path, is_thorough=True) is not None))
+        flip(tmp_path / f"{number}", 25)
+    assert found == [(True, True), (True, True), (True, True), (False, True), (False, True)]
+
+
+def test_what_systems_put_into_folders_is_no_damage(tmp_path):
+    names = (".DS_Store", "Thumbs.db", "desktop.ini", "._numbers", ".nfs0000001")
+    for name in (*names, "numbers"):
+        (tmp_path / name).write_bytes(b"x")
+    seal(tmp_path)
+    sealed = read_json(tmp_path / "sha256.json")["files"]
+    assert set(sealed) == {"numbers"}
+    older = {"files": dict.fromkeys((*names, "numbers"), sealed["numbers"])}
+    write_json(tmp_path / "sha256.json", older)
+    for name in names[:3]:
+        (tmp_path / name).unlink()
+    assert damage(tmp_path) is None
 
 
 def test_what_has_no_seal_is_taken_as_it_is(tmp_path):

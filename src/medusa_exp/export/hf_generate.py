@@ -21,6 +21,7 @@ from medusa_exp.model.checkpoint import WEIGHTS
 from medusa_exp.model.source import is_adapters
 from medusa_exp.runs.files import publish
 from medusa_exp.runs.schemas import SEAL
+from medusa_exp.runs.seals import is_of_system
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,8 @@ def write(
         for file in sorted(heads.iterdir()):
             if file.name in ("config.json", WEIGHTS):
                 copied += _place(file, partial / "heads" / file.name)
-            elif (
-                file.is_file() and file.name != SEAL
-            ):  # the tokenizer of the run, with its own template or tokens
+            elif file.is_file() and file.name != SEAL and not is_of_system(file):
+                # The tokenizer of the run, with its own template or tokens.
                 (partial / file.name).unlink(missing_ok=True)
                 copied += _place(file, partial / file.name)
         if tree.is_file():

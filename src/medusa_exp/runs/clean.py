@@ -26,6 +26,7 @@ from medusa_exp.runs.files import remove
 from medusa_exp.runs.list import Run, read_runs, size_and_newest, size_text, wide_console
 from medusa_exp.runs.locks import locked
 from medusa_exp.runs.schemas import is_seal, seal_beside
+from medusa_exp.runs.seals import is_of_system
 
 KINDS = {
     "synthetic": "generated chats",
@@ -78,7 +79,8 @@ def read_cache(cache: Path, runs: Sequence[Run]) -> list[Entry]:
     for kind in KINDS:
         for path in sorted((cache / kind).glob("*")) + sorted((cache / kind).glob(".*")):
             # To remove a lock is to let two processes in; a seal is of the file beside it.
-            if path.suffix in (".lock", ".held") or is_seal(path.name):
+            is_no_entry = path.suffix in (".lock", ".held") or is_of_system(path)
+            if is_no_entry or is_seal(path.name):
                 continue
             size, newest = size_and_newest(path)
             age = (time.time() - newest.timestamp()) / _DAY

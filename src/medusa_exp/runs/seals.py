@@ -1,9 +1,12 @@
 """Seals: the sha256 of files, written beside them, by which damage is found before it does harm.
 
 `sha256.json` in a directory names its files; that of a lone file is a hidden sibling of it. What
-has no seal, as older versions wrote, is taken as it is. A file of more than a GiB is looked at in
-full only when it is asked for (`cache.verify=true`); else at its length and its two ends, where
-formats say what is in between. (sha256 takes about a second for a GB.)
+has no seal, as older versions wrote, is taken as it is, and what systems put into folders
+(`.DS_Store`) is neither sealed nor looked at.
+
+Whenever something is opened: of every file, its length and its two ends, where formats say what is
+in between; and of the smallest ones, as many as are a GiB together, every byte. (sha256 takes about
+a second for that.) Where `cache.verify=true` asks for it, every byte of the other cached files too.
 """
 
 import hashlib
@@ -17,7 +20,10 @@ from medusa_exp.runs.schemas import SEAL, seal_beside
 
 log = logging.getLogger(__name__)
 
-_LARGE, _END = 1 << 30, 1 << 20
+_READ_WHOLE, _END = 1 << 30, 1 << 20
+_OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
+_PREFIXES_OF_SYSTEMS = ("._", ".nfs")
+"""AppleDouble files, and what NFS keeps of a file that was deleted while it was open."""
 
 
 def seal(place: Path, path: Path | None = None) -> None:
@@ -28,8 +34,17 @@ def seal(place: Path, path: Path | None = None) -> None:
     else:
         path = path or place
         files, target = {path.name: place}, path.with_name(seal_beside(path.name))
-    facts = {name: _facts(file) for name, file in files.items() if file.is_file() and name != SEAL}
+    facts = {
+        name: _facts(file)
+        for name, file in files.items()
+        if file.is_file() and name != SEAL and not is_of_system(file)
+    }
     write_json(target, {"files": facts})
+
+
+def is_of_system(path: Path) -> bool:
+    """Is this a file that no program of ours wrote or reads, but a system, for its own ends?"""
+    return path.name in _OF_SYSTEMS or path.name.startswith(_PREFIXES_OF_SYSTEMS)
 
 
 def damage(path: Path, *, is_thorough: bool = False) -> str | None:
@@ -37,15 +52,18 @@ def damage(path: Path, *, is_thorough: bool = False) -> str | None:
 
     Args:
         path: of the directory or file.
-        is_thorough: read large files too.
+        is_thorough: read every byte, however many there are.
     """
     folder = path if path.is_dir() else path.parent
     target = folder / (SEAL if path.is_dir() else seal_beside(path.name))
     try:
-        sealed = read_json(target, {"files": {}})["files"]
-        for name, facts in sealed.items():
-            if not _is_as_sealed(folder / name, facts, is_thorough=is_thorough):
-                return str(folder / name)
+        sealed, left = read_json(target, {"files": {}})["files"], _READ_WHOLE
+        for name, facts in sorted(sealed.items(), key=lambda item: int(item[1]["bytes"])):
+            file, left = folder / name, left - facts["bytes"]
+            if is_of_system(file):  # older versions sealed them too
+                continue
+            if not _is_as_sealed(file, facts, is_read_whole=is_thorough or left >= 0):
+                return str(file)
     except (UserError, OSError) as error:
         return f"{target} ({error})"
     return None
@@ -88,10 +106,10 @@ def _facts(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file), "ends": _ends(file)}
 
 
-def _is_as_sealed(file: Path, facts: dict[str, Any], *, is_thorough: bool) -> bool:
+def _is_as_sealed(file: Path, facts: dict[str, Any], *, is_read_whole: bool) -> bool:
     if not file.is_file() or file.stat().st_size != facts["bytes"]:
         return False
-    if facts["bytes"] > _LARGE and not is_thorough:
+    if not is_read_whole:
         return bool(_ends(file) == facts["ends"])
     return bool(sha256_file(file) == facts["sha256"])
 

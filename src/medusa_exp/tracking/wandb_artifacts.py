@@ -23,6 +23,7 @@ from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import shareable, shareable_text
 from medusa_exp.runs.files import read_json, sha256_file
 from medusa_exp.runs.schemas import SEAL
+from medusa_exp.runs.seals import is_of_system
 
 _TEXTS = (".json", ".jsonl", ".html", ".jinja", ".txt")
 _PLACES = {"config.json": "backbone", "tokenizer_source.json": "path"}
@@ -102,7 +103,7 @@ def _of_report(config: Config, out: Path) -> Iterator[Item]:
 
 
 def _heads(out: Path, is_input: bool = False, **metadata: Any) -> Item:
-    found = sorted((out / "heads").iterdir())
+    found = [path for path in sorted((out / "heads").iterdir()) if not is_of_system(path)]
     # What is sent may have other words than what was sealed, see `_staged`. Their card, which also
     # says what was measured later, would make other heads of them.
     left_out = (SEAL, "README.md")
