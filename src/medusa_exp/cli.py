@@ -220,9 +220,11 @@ def _hydra_main(composed: DictConfig) -> float | None:
     def run() -> float | None:
         command = ["python", "-m", "medusa_exp", *continuation.new_overrides(out, job)]
         written: Any = OmegaConf.to_container(composed, resolve=False)
+        saved = out / (job.output_subdir or continuation.SAVED.parent)
         with machine_faults.told(out, written["cache_dir"]):
+            seal_config(saved)  # as Hydra has written it, perhaps in place of an older one
             config = _checked_config(composed, out)
-            seal_config(out / str(job.output_subdir))
+            seal_config(saved)  # of a run that is done again, it is that run's by now
             return run_stages(config, out, command)
 
     try:

@@ -1,9 +1,16 @@
 """The jobs of a sweep on disk."""
 
 import logging
+import sys
 
+import pytest
+
+from medusa_exp import cli
+from medusa_exp.errors import UserError
 from medusa_exp.runs.files import write_json
-from medusa_exp.runs.jobs import JOB, read_jobs
+from medusa_exp.runs.jobs import JOB, held, read_jobs
+from medusa_exp.runs.seals import check_config
+from medusa_exp.runs.sweep import _hydra_subdir
 
 RECORD = {"number": 0, "overrides": [], "objective": "", "status": "done", "value": None}
 
@@ -24,3 +31,32 @@ def test_a_job_that_nobody_holds_is_interrupted(tmp_path):
     (tmp_path / "a").mkdir()
     write_json(tmp_path / "a" / JOB, {**RECORD, "status": "running"})
     assert read_jobs(tmp_path)["a"]["status"] == "interrupted"
+
+
+def test_a_job_that_is_tried_again_is_sealed_as_it_is_then(tmp_path, monkeypatch):
+    def tried(*more):
+        given = ["-m", "+experiment=smoke", "stages=[evaluate]", "logger=none", *more]
+        given += [f"sweep_dir={tmp_path}", f"cache_dir={tmp_path}/cache"]
+        monkeypatch.setattr(sys, "argv", ["medusa_exp", *given])
+        with pytest.raises(SystemExit):
+            cli.main()
+
+    def refuses(*given):
+        raise UserError("as a later version may")
+
+    tried("objective=eval/is_lossless")
+    (out,) = [path.parent for path in tmp_path.glob(f"*/{JOB}")]
+    before = (out / ".hydra/overrides.yaml").read_text()
+    monkeypatch.setattr(cli, "_checked_config", refuses)
+    tried("objective=eval/speedup")
+    assert (out / ".hydra/overrides.yaml").read_text() != before
+    check_config(out)
+
+
+def test_nobody_writes_the_config_of_a_job_that_is_being_done(tmp_path):
+    """Hydra would, before it is known that another process is at it: of one that goes on later."""
+    assert _hydra_subdir(str(tmp_path / "new")) == ".hydra"
+    assert _hydra_subdir(str(tmp_path)) == ".hydra"
+    with held(tmp_path):
+        assert _hydra_subdir(str(tmp_path)) is None
+    assert _hydra_subdir(str(tmp_path)) == ".hydra"

@@ -88,8 +88,8 @@ def test_a_number_that_another_call_took_away_does_not_come_back(tmp_path):
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("run.json", "delete its key `check`"),
-        ("metrics.json", "delete the key `metrics_sha256` of run.json"),
+        ("run.json", "delete its keys `check` and `metrics_sha256`"),
+        ("metrics.json", "delete the keys `check` and `metrics_sha256` of run.json"),
         ("records.jsonl", "run stage evaluate again"),
     ],
 )
@@ -112,6 +112,20 @@ def test_a_digit_that_has_changed_is_found(name, remedy, tmp_path):
         RunRecord(tmp_path, config, [])
     if name == "records.jsonl":  # are to be written anew
         RunRecord(tmp_path, Config(device="cpu", stages=["evaluate"]), [])
+
+
+def test_what_an_older_version_has_gone_on_with_is_told_and_goes_on(tmp_path):
+    """It kept the keys that it did not know, and wrote other numbers beside them."""
+    config, metrics = Config(device="cpu"), {"eval/speedup": 1.0}
+    RunRecord(tmp_path, config, []).merge_metrics("evaluate", metrics)
+    write_json(tmp_path / "run.json", {**read_json(tmp_path / "run.json"), "versions": {"a": "0"}})
+    write_json(tmp_path / "metrics.json", {"eval/speedup": 2.0})
+    with pytest.raises(UserError, match=r"run\.json .* delete its keys .*medusa_exp from before"):
+        RunRecord(tmp_path, config, [])
+    run = read_json(tmp_path / "run.json")
+    del run["check"], run["metrics_sha256"]
+    write_json(tmp_path / "run.json", run)
+    assert RunRecord(tmp_path, config, []).metrics == {"eval/speedup": 2.0}
 
 
 def test_a_call_that_was_killed_between_two_files_is_no_damage(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
+from types import SimpleNamespace
+
 import pytest
-from transformers import Lfm2Config
+from transformers import Lfm2Config, LlamaConfig
 
 from medusa_exp.config import Config, DecodeConfig, HeadConfig, ModelConfig, TreeConfig
 from medusa_exp.errors import UserError
@@ -41,6 +43,23 @@ def test_what_recurrent_layers_cannot_check_is_refused_before_anything_long(
         return
     with pytest.raises(UserError, match=message):
         Session(config, tmp_path).check_drafts()
+
+
+def test_a_tree_with_ranks_beyond_the_vocabulary_is_refused_before_anything_long(tmp_path):
+    LlamaConfig(vocab_size=100, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    (tmp_path / "mine.json").write_text("[[0], [999999]]")
+    tree = TreeConfig(kind="custom", path=str(tmp_path / "mine.json"))
+    model, stages = ModelConfig(path=str(tmp_path / "model")), ["train", "evaluate"]
+    config = Config(model=model, tree=tree, stages=stages)
+    session, said = Session(config, tmp_path), r"mine\.json\) has the rank 999999, .* 100 tokens"
+    with pytest.raises(UserError, match=said):
+        session.check_drafts()
+    heads = SimpleNamespace(num_heads=2, config=SimpleNamespace(vocab_size=100))
+    with pytest.raises(UserError, match=said):
+        session.tree(SimpleNamespace(heads=heads))
+    (tmp_path / "mine.json").write_text("[[0], [99]]")
+    session.check_drafts()
+    assert len(session.tree(SimpleNamespace(heads=heads))) == 3
 
 
 def test_where_tokens_are_drawn_none_is_looked_up(tmp_path):

@@ -28,7 +28,7 @@ def read_jobs(sweep_dir: Path) -> dict[str, dict[str, Any]]:
     found = {path: _read(path) for path in sweep_dir.glob(f"*/{JOB}")}
     jobs = {path.parent.name: job for path, job in found.items() if job is not None}
     for name, job in jobs.items():
-        if job["status"] == "running" and not _is_held(sweep_dir / name):
+        if job["status"] == "running" and not is_held(sweep_dir / name):
             job["status"] = "interrupted"
     return dict(sorted(jobs.items(), key=lambda item: (item[1]["number"], item[0])))
 
@@ -42,7 +42,10 @@ def _read(path: Path) -> dict[str, Any] | None:
     return job
 
 
-def _is_held(out: Path) -> bool:
+def is_held(out: Path) -> bool:
+    """Say whether a process is at the job of this directory."""
+    if not (out / _LOCK).is_file():  # nobody ever was, and none is to be made of any other run
+        return False
     if not os.access(out, os.W_OK):  # a sweep of another user: it cannot be known
         return True
     try:

@@ -178,9 +178,15 @@ def check_record(out: Path, but: Collection[str] = ()) -> None:
         run = read_json(out / "run.json", {})
         allowed, found = run.get("metrics_sha256", []), _digests(out, ["metrics.json"])
     if "check" in run and run["check"] != _key_of(run):
-        raise _damaged(out / "run.json", "delete its key `check`")
+        raise _damaged(
+            out / "run.json",
+            "delete its keys `check` and `metrics_sha256`. A version of medusa_exp from before "
+            "these keys, which has gone on with this run, leaves it so too",
+        )
     if allowed and not set(found.values()) <= set(allowed):
-        raise _damaged(out / "metrics.json", "delete the key `metrics_sha256` of run.json")
+        raise _damaged(
+            out / "metrics.json", "delete the keys `check` and `metrics_sha256` of run.json"
+        )
     for stage, entry in run.get("stages", {}).items():
         if stage in but or entry.get("status") != "done":
             continue

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from medusa_exp.config import continuation, named_variables
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import content_key, read_json, write_json
-from medusa_exp.runs.jobs import JOB, held, is_done, read_jobs
+from medusa_exp.runs.jobs import JOB, held, is_done, is_held, read_jobs
 from medusa_exp.runs.metric_table import as_objective
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,9 @@ def register() -> None:
 
 
 def _hydra_subdir(out: str) -> str | None:
-    """Return where Hydra writes down a job's config: nowhere if the job is done already."""
+    """Return where Hydra writes down a job's config: nowhere if it is done, or being done."""
     try:
-        return None if is_done(Path(out)) else ".hydra"
+        return None if is_done(Path(out)) or is_held(Path(out)) else ".hydra"
     except UserError:  # of a damaged record, which `run_once` tells; here it would be a traceback
         return None
 

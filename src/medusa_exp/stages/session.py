@@ -226,6 +226,8 @@ class Session:
             pack_decoder(decoder, self.config.cache_dir)
         if is_tree_known:
             decoder.tree, decoder.rule = self.tree(decoder), self.rule()
+        elif self.config.tree.kind == "custom":  # it is refused before anything long
+            self.tree(decoder)
         return decoder
 
     def check_drafts(self) -> None:
@@ -233,19 +235,25 @@ class Session:
 
         Raises:
             UserError: it has recurrent layers, and the tree has branches, or the heads attention;
-                or some tokens are to be drawn, and others looked up.
+                or some tokens are to be drawn, and others looked up; or a custom tree does not fit
+                the heads that are to be trained.
         """
         config, spec = self.config, self.spec
         if config.tree.lookup:
             check_draft(rule_of(config))
-        if not has_recurrent_layers(spec.model_config()):
+        model_config = spec.model_config()
+        is_custom, stages = config.tree.kind == "custom", {*config.stages}
+        if is_custom and "train" in stages and stages & {"calibrate", "evaluate", "chat"}:
+            vocab_size = model_config.get_text_config().vocab_size
+            choose_tree(config.tree, self.out, config.head.num_heads, vocab_size=vocab_size)
+        if not has_recurrent_layers(model_config):
             return
         name = f"model.path={spec.model_path()}"
         check_prefix(name, config.head.prefix_attention)
         if config.tree.kind in _BRANCHED:
             check_chain(name, _A_FORK)
         check_chain(name, Tree((-1,), (-1,), num_lookup=config.tree.lookup or 0))
-        if config.tree.kind == "custom":
+        if is_custom:
             check_chain(name, choose_tree(config.tree, self.out, config.head.num_heads))
 
     def adopt_heads(self, heads_from: str) -> None:
@@ -334,7 +342,9 @@ class Session:
         is_drawn = self.rule(batch_size).draft == "sampled"
         if settings.kind == "calibrated" and settings.lookup is None and is_drawn:
             settings = replace(settings, lookup=0)  # see `check_draft`
-        return choose_tree(settings, self.out, decoder.heads.num_heads, batch_size)
+        heads = decoder.heads
+        vocab_size = heads.config.vocab_size
+        return choose_tree(settings, self.out, heads.num_heads, batch_size, vocab_size)
 
 
 def pack_decoder(decoder: Decoder, cache_dir: str) -> None:

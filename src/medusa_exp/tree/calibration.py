@@ -327,14 +327,21 @@ def summarize(
     )
 
 
-def choose_tree(settings: TreeConfig, out: Path, num_heads: int, batch_size: int = 1) -> Tree:
+def choose_tree(
+    settings: TreeConfig,
+    out: Path,
+    num_heads: int,
+    batch_size: int = 1,
+    vocab_size: int | None = None,
+) -> Tree:
     """Return the tree that `tree` names, for so many rows at a time.
 
     A calibrated one is read from calibration.json, not from tree.json, which holds whatever tree
     was used last. A file that tree=custom names may have looked-up nodes of its own.
 
     Raises:
-        UserError: there is no calibration yet, no such tree, or it is deeper than there are heads.
+        UserError: there is no calibration yet, no such tree, it is deeper than there are heads, or
+            asks for more guesses of one than there are tokens.
     """
     kind = settings.kind
     if kind == "chain":
@@ -358,6 +365,12 @@ def choose_tree(settings: TreeConfig, out: Path, num_heads: int, batch_size: int
         raise UserError(
             f"tree={kind} is {tree.depth} guesses deep, and there are {num_heads} heads: raise "
             "head.num_heads and train again, or choose another tree."
+        )
+    if vocab_size is not None and max(tree.ranks) >= vocab_size:
+        raise UserError(
+            f"tree={kind} ({settings.path or settings.paths}) has the rank {max(tree.ranks)}, and "
+            f"a head can propose {vocab_size} tokens, of ranks 0 to {vocab_size - 1}: choose "
+            "another tree."
         )
     return tree if settings.lookup is None else replace(tree, num_lookup=settings.lookup)
 
