@@ -12,6 +12,7 @@ from wandb_files import state as written_state
 
 from medusa_exp import run
 from medusa_exp.errors import UserError
+from medusa_exp.runs.files import read_json
 from medusa_exp.runs.metric_table import metric_of
 
 PLANT = Path(__file__).parent / "support" / "elsewhere"
@@ -122,7 +123,7 @@ def test_a_stage_alone_starts_from_the_saved_config(run_dir, workplace):
     after = snapshot(run_dir / "heads")
     card = next(name for name in heads if str(name).endswith("README.md"))  # has what was measured
     assert after.pop(card) != heads.pop(card) and after == heads
-    assert read(run_dir / "tree.json") == {"parents": [-1, 0, 1], "ranks": [-1, 0, 0]}
+    assert read_json(run_dir / "tree.json") == {"parents": [-1, 0, 1], "ranks": [-1, 0, 0]}
     after = read(run_dir / "metrics.json")
     assert after["eval/num_prompts"] == 2 and after["eval/identical_fraction"] == 1.0
     assert {k: v for k, v in after.items() if "train/" in k} == {

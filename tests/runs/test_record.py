@@ -1,5 +1,7 @@
 """The record files of a run directory."""
 
+import json
+
 import pytest
 from cli_runs import flip
 
@@ -7,6 +9,7 @@ from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json, write_json, write_jsonl
 from medusa_exp.runs.record import RunRecord
+from medusa_exp.tracking.history import HistoryLogger
 
 
 def test_no_figure_outlives_its_stage_however_that_ended_between(tmp_path):
@@ -85,17 +88,36 @@ def test_a_number_that_another_call_took_away_does_not_come_back(tmp_path):
     assert read_json(tmp_path / "metrics.json") == {"eval/new": 2.0, "train/loss": 3.0}
 
 
+OTHERS = {
+    "tree.json": {"parents": [-1, 0], "ranks": [-1, 7]},
+    "job.json": {"number": 7, "overrides": [], "objective": "x", "status": "done", "value": 1.5},
+    "data.json": {"key": "a", "sources": {"a": {"records": 7}}},
+}
+"""Files with a checksum of their own, besides run.json."""
+
+
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("run.json", "delete its keys `check` and `metrics_sha256`"),
-        ("metrics.json", "delete the keys `check` and `metrics_sha256` of run.json"),
+        ("run.json", "delete its key `check`"),
+        ("history.jsonl", "run stage train again"),
+        ("tree.json", "delete its key `check`"),
+        ("job.json", "delete its key `check`"),
+        ("data.json", "delete its key `check`"),
+        ("metrics.json", "delete the keys `metrics_sha256` and `check` of run.json"),
         ("records.jsonl", "run stage evaluate again"),
     ],
 )
 def test_a_digit_that_has_changed_is_found(name, remedy, tmp_path):
     config = Config(device="cpu")
     record = RunRecord(tmp_path, config, [])
+    HistoryLogger(tmp_path, "train").log_metrics({"train/loss": 7.0}, 1)
+    with record.stage("train"):
+        pass
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"stage": "train", "step": 2}\n{"half":')  # of a later call
+    for of_one, value in OTHERS.items():
+        write_json(tmp_path / of_one, value)
     with record.stage("evaluate") as notes:
         notes.add(widths={2: "b", 10: "a"}, pair=(1, 2))
         row = {"category": "a", "method": "tree", "batch_size": 1, "accept_lengths": [7]}
@@ -108,8 +130,8 @@ def test_a_digit_that_has_changed_is_found(name, remedy, tmp_path):
     else:
         place = content.index(b"7")
     flip(tmp_path / name, place)
-    with pytest.raises(UserError, match=f"{name} is not what was written there: .*{remedy}"):
-        RunRecord(tmp_path, config, [])
+    with pytest.raises(UserError, match=f"{name} is not what was written there.*{remedy}"):
+        read_json(tmp_path / name) if name in OTHERS else RunRecord(tmp_path, config, [])
     if name == "records.jsonl":  # are to be written anew
         RunRecord(tmp_path, Config(device="cpu", stages=["evaluate"]), [])
 
@@ -118,13 +140,16 @@ def test_what_an_older_version_has_gone_on_with_is_told_and_goes_on(tmp_path):
     """It kept the keys that it did not know, and wrote other numbers beside them."""
     config, metrics = Config(device="cpu"), {"eval/speedup": 1.0}
     RunRecord(tmp_path, config, []).merge_metrics("evaluate", metrics)
-    write_json(tmp_path / "run.json", {**read_json(tmp_path / "run.json"), "versions": {"a": "0"}})
+    path = tmp_path / "run.json"
+    run = {**json.loads(path.read_text()), "versions": {"a": "0"}}
+    path.write_text(json.dumps(run))
     write_json(tmp_path / "metrics.json", {"eval/speedup": 2.0})
-    with pytest.raises(UserError, match=r"run\.json .* delete its keys .*medusa_exp from before"):
-        RunRecord(tmp_path, config, [])
-    run = read_json(tmp_path / "run.json")
-    del run["check"], run["metrics_sha256"]
-    write_json(tmp_path / "run.json", run)
+    for named, keys in ((r"run\.json .*an older version.*", ["check"]), ("", ["metrics_sha256"])):
+        with pytest.raises(UserError, match=f"{named}delete .*`{keys[0]}`"):
+            RunRecord(tmp_path, config, [])
+        for key in keys:
+            del run[key]
+        path.write_text(json.dumps(run))
     assert RunRecord(tmp_path, config, []).metrics == {"eval/speedup": 2.0}
 
 

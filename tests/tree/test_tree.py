@@ -1,9 +1,8 @@
-import json
-
 import pytest
 
 from medusa_exp.config import TreeConfig
 from medusa_exp.errors import UserError
+from medusa_exp.runs.files import read_json
 from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.calibration import choose_tree
 
@@ -44,7 +43,7 @@ def test_chain():
 
 def test_json_round_trip(tmp_path):
     HAND.save(tmp_path / "tree.json")
-    assert json.loads((tmp_path / "tree.json").read_text()) == {
+    assert read_json(tmp_path / "tree.json") == {
         "parents": [-1, 0, 1, 1, 0],
         "ranks": [-1, 0, 0, 1, 1],
     }

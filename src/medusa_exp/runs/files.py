@@ -32,6 +32,7 @@ from medusa_exp.runs.schemas import SCHEMAS, SEAL, Schema, is_seal
 
 log = logging.getLogger(__name__)
 
+_CHECK = "check"
 _SYNC_SECONDS = 1.0
 _MOST_BYTES = 1 << 28
 """Of a JSON file that is read back."""
@@ -204,8 +205,18 @@ def _is_private(status: os.stat_result) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; NaN and infinities are refused, as JSON has none."""
+    """Write `value` as indented JSON; NaN and infinities are refused, as JSON has none.
+
+    With a checksum, which `read_json` looks at and takes out, where `SCHEMAS` has one for the name.
+    """
+    if _schema(path).has_check:
+        value = {**value, _CHECK: _check_of(value)}
     write_text(path, json_text(value))
+
+
+def _check_of(value: dict[str, Any]) -> str:
+    # As it is read back: JSON has no numbers as keys, and no tuples.
+    return content_key(json.loads(json_text({k: v for k, v in value.items() if k != _CHECK})))
 
 
 def json_text(value: Any) -> str:
@@ -235,10 +246,22 @@ def read_json(path: Path, default: Any = None, kind: Any = None) -> Any:
         kind: what msgspec is to check it against; left out, the row of `SCHEMAS` for such a name.
 
     Raises:
-        UserError: it is not to be read, no JSON, or does not hold what it should; says what to do.
+        UserError: it is not to be read, no JSON, or does not hold what it should, or what was
+            written; says what to do.
     """
-    content = _content(path)
-    return default if content is None else _value(content, f"{path}", _schema(path, kind))
+    content, schema = _content(path), _schema(path, kind)
+    if content is None:
+        return default
+    value = _value(content, f"{path}", schema)
+    if schema.has_check and isinstance(value, dict):
+        check = value.pop(_CHECK, None)
+        if check is not None and check != _check_of(value):
+            raise UserError(
+                f"{path} is not what was written there. {_sentence(schema.remedy)} If it was "
+                "changed on purpose, or an older version of medusa_exp has gone on with it, which "
+                f"leaves its checksum as it was, delete its key `{_CHECK}`."
+            )
+    return value
 
 
 def read_jsonl(path: Path, kind: Any = None) -> list[Any]:
@@ -290,7 +313,7 @@ def _content(path: Path, *, is_lines: bool = False) -> bytes | None:
     return None
 
 
-def _schema(path: Path, kind: Any) -> Schema:
+def _schema(path: Path, kind: Any = None) -> Schema:
     name = SEAL if is_seal(path.name) else path.name
     known = SCHEMAS.get(name, Schema(Any, "Delete it or restore it", has_nan=True))
     return known if kind is None else replace(known, kind=kind)

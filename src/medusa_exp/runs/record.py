@@ -2,12 +2,11 @@
 
 `run.json` says what the run was made of (code, machine, data, cache entries) and how each stage
 ended; `metrics.json` has the numbers that the stages found. That their bytes are those that were
-written is checked when a call opens them: run.json has a key of its own content, the sha256 of
+written is checked when a call opens them: run.json has a checksum of itself, the sha256 of
 metrics.json, and that of the files from which a stage that is done draws its numbers.
 """
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -25,7 +24,6 @@ from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import shareable_text, without_users
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import (
-    content_key,
     json_text,
     read_json,
     sha256_file,
@@ -43,6 +41,7 @@ _LEFT_BY = {
     "evaluate": ["records.jsonl", "samples.jsonl", "serving.json", "serving_records.jsonl"],
 }
 """Files that a stage alone writes, each at its end."""
+_HISTORY, _ADD_LINES = "history.jsonl", ("pretrain", "train")
 log = logging.getLogger(__name__)
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
 
@@ -98,8 +97,10 @@ class RunRecord:
         notes = Notes(self.run, entry, self._save)
         try:
             yield notes
-            sync(self.out / "history.jsonl")
+            sync(self.out / _HISTORY)
             entry["files"] = _digests(self.out, _LEFT_BY.get(name, []))
+            if name in _ADD_LINES and (lines := _lines_of(self.out)):
+                entry["history"] = lines
             entry["status"] = "done"
         except BaseException as error:
             is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
@@ -155,7 +156,6 @@ class RunRecord:
         if "metrics_sha256" in written:
             self.run["metrics_sha256"] = written["metrics_sha256"]
         self.run.update(values)
-        self.run["check"] = _key_of(self.run)
         write_json(self.out / "run.json", self.run)
 
     def _locked(self) -> AbstractContextManager[None]:
@@ -177,15 +177,9 @@ def check_record(out: Path, but: Collection[str] = ()) -> None:
     with locked(out / _LOCK) if is_writable else nullcontext():
         run = read_json(out / "run.json", {})
         allowed, found = run.get("metrics_sha256", []), _digests(out, ["metrics.json"])
-    if "check" in run and run["check"] != _key_of(run):
-        raise _damaged(
-            out / "run.json",
-            "delete its keys `check` and `metrics_sha256`. A version of medusa_exp from before "
-            "these keys, which has gone on with this run, leaves it so too",
-        )
     if allowed and not set(found.values()) <= set(allowed):
         raise _damaged(
-            out / "metrics.json", "delete the keys `check` and `metrics_sha256` of run.json"
+            out / "metrics.json", "delete the keys `metrics_sha256` and `check` of run.json"
         )
     for stage, entry in run.get("stages", {}).items():
         if stage in but or entry.get("status") != "done":
@@ -193,6 +187,8 @@ def check_record(out: Path, but: Collection[str] = ()) -> None:
         for name, digest in entry.get("files", {}).items():
             if _digests(out, [name]).get(name, digest) != digest:
                 raise _damaged(out / name, f"run stage {stage} again")
+        if (lines := entry.get("history")) and _lines_of(out, lines["bytes"]) not in (None, lines):
+            raise _damaged(out / _HISTORY, f"run stage {stage} again")
 
 
 def _damaged(path: Path, otherwise: str) -> UserError:
@@ -211,9 +207,16 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _key_of(run: dict[str, Any]) -> str:
-    # As it is read back: JSON has no numbers as keys, and no tuples.
-    return content_key(json.loads(json_text({k: v for k, v in run.items() if k != "check"})))
+def _lines_of(out: Path, size: int | None = None) -> dict[str, Any] | None:
+    """Return size and sha256 of what history.jsonl begins with: so many bytes, or all whole lines.
+
+    It is only added to. None where there is none.
+    """
+    if not (path := out / _HISTORY).is_file():
+        return None
+    content = path.read_bytes()
+    content = content[: content.rfind(b"\n") + 1 if size is None else size]
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 class Notes:

@@ -25,6 +25,11 @@ Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
+class _Lines(msgspec.Struct):
+    bytes: Count
+    sha256: Digest
+
+
 class _Stage(msgspec.Struct):
     status: str = ""
     command: list[str] = []
@@ -38,6 +43,7 @@ class _Stage(msgspec.Struct):
     resumed_from_step: Count = 0
     features: dict[str, str] = {}
     files: dict[str, Digest] = {}
+    history: _Lines | None = None
 
 
 class _Run(msgspec.Struct):
@@ -242,6 +248,8 @@ class Schema:
     remedy: str
     has_nan: bool = False
     """May numbers be NaN? Older versions wrote such a line."""
+    has_check: bool = False
+    """Does it hold a checksum of itself, as the key `check`? `runs.files` writes and reads it."""
 
 
 def _again(stage: str) -> str:
@@ -249,22 +257,28 @@ def _again(stage: str) -> str:
 
 
 SCHEMAS = {
-    "run.json": Schema(_Run, "restore it, or delete it: the next call then begins a new record"),
+    "run.json": Schema(
+        _Run, "restore it, or delete it: the next call then begins a new record", has_check=True
+    ),
     "metrics.json": Schema(
         dict[str, Finite], "restore it, or delete it and run the stages again whose numbers count"
     ),
-    "job.json": Schema(_Job, "restore it, or delete it: the sweep then does this job again"),
+    "job.json": Schema(
+        _Job, "restore it, or delete it: the sweep then does this job again", has_check=True
+    ),
     "history.jsonl": Schema(
         _HistoryLine, "delete that line, or restore the file: its other lines count", has_nan=True
     ),
     "records.jsonl": Schema(_Record, _again("evaluate")),
     "samples.jsonl": Schema(_Sample, _again("evaluate")),
-    "why.json": Schema(_Why, _again("evaluate")),
+    "why.json": Schema(_Why, _again("evaluate"), has_check=True),
     "serving.json": Schema(dict[str, _Served | None], _again("evaluate")),
-    "data.json": Schema(DataSummary, "restore it, or delete it: stages train and inspect write it"),
+    "data.json": Schema(
+        DataSummary, "restore it, or delete it: stages train and inspect write it", has_check=True
+    ),
     "data_samples.jsonl": Schema(dict[str, Any], _again("inspect")),
     "calibration.json": Schema(_Calibration, _again("calibrate")),
-    "tree.json": Schema(TreeShape, _again("calibrate")),
+    "tree.json": Schema(TreeShape, _again("calibrate"), has_check=True),
     "regenerated.json": Schema(
         RegeneratedSummary, "delete it and run stage regenerate again: it finds what it has made"
     ),
