@@ -16,10 +16,11 @@ FAULTS = {
     "401": (401, "application/json", b'{"errors": [{"message": "user is not logged in"}]}'),
     "page": (200, "text/html", b"<!doctype html><html>Sign in</html>"),
     "silent": (0, "", b""),
+    "mute": (0, "", b""),
     "stream": (500, "application/json", b'{"error": "no"}'),
 }
-"""Name -> status, type, body. Drip sends a byte a second, silent nothing; stream takes the run, but
-no row of it."""
+"""Name -> status, type, body. Drip sends a byte a second, silent nothing, mute no more than its
+first page; stream takes the run, but no row of it."""
 
 
 class Server:
@@ -37,11 +38,14 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                if fault is None or (fault == "stream" and "file_stream" not in self.path):
+                is_taken = (fault == "stream" and "file_stream" not in self.path) or (
+                    fault == "mute" and self.command == "GET"
+                )
+                if fault is None or is_taken:
                     self.reply(200, "application/json", json.dumps(owner.answer(self.path, body)))
                     return
                 status, kind, answer = FAULTS[fault]
-                if fault == "silent":
+                if fault in ("silent", "mute"):
                     owner.stopped.wait()
                     return
                 self.reply(status, kind, answer, slowly=fault == "drip")

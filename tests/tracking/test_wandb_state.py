@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import wandb_files as written
@@ -19,9 +20,9 @@ from medusa_exp.config import Config, LoggerConfig, TrainConfig
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import read_json, write_json, write_jsonl
 from medusa_exp.runs.record import RunRecord
-from medusa_exp.tracking import wandb_artifacts, wandb_run
+from medusa_exp.tracking import upload, wandb_artifacts, wandb_run
 from medusa_exp.tracking.tracker import Tracker
-from medusa_exp.tracking.wandb_run import best_values
+from medusa_exp.tracking.wandb_run import _finish, best_values
 
 
 def config_of(mode: str = "offline", **keys) -> Config:
@@ -290,6 +291,27 @@ def test_an_upload_ends_with_the_run_that_was_killed(tmp_path, server):
     while folder.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not folder.exists()
+
+
+def test_an_upload_that_never_says_a_word_has_had_its_time_since_it_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(upload, "_PATIENCE", 0.2)
+    monkeypatch.setattr(upload, "_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(upload, "_is_reachable", lambda: True)
+    process = MagicMock(**{"poll.return_value": None})
+    monkeypatch.setattr(upload.subprocess, "Popen", lambda *given, **options: process)
+    mute = upload.Upload(tmp_path)
+    mute._started -= 31  # the run has taken so long
+    start = time.monotonic()
+    mute._wait()
+    assert process.poll.called and 0.2 < time.monotonic() - start < 5
+
+
+def test_an_upload_ends_where_the_run_cannot_be_finished(tmp_path, caplog):
+    run, beside = MagicMock(dir=str(tmp_path / "run" / "files")), MagicMock()
+    run.finish.side_effect = ConnectionResetError("Connection lost")
+    _finish(run, beside, None)
+    beside.finish.assert_called_once_with()
+    assert f"Connection lost; `wandb sync {tmp_path / 'run'}`" in caplog.text
 
 
 def test_best_values_know_which_end_is_better():

@@ -32,7 +32,8 @@ _LONGEST_WAIT = 600.0
 _PATIENCE = 8.0
 """Seconds at the end without anything new: a server that answers with errors does so for ever."""
 _START = 30.0
-"""Seconds that W&B's program has for its first word, on a busy machine."""
+"""Seconds from its start that W&B's program has for its first word, on a busy machine. It comes
+before any answer of the server, and of all but the shortest runs before the end."""
 _BETWEEN_LOOKS = 1.0
 _LOOK = 3.0
 """Seconds in which a server answers at all, or is taken for dead."""
@@ -68,7 +69,7 @@ class Upload:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._is_cut_off = False
+        self._is_cut_off, self._started = False, time.monotonic()
         environment = dict(os.environ)
         environment.pop("WANDB_SERVICE", None)  # else W&B's program joins this process' writer
         with (folder / LOG).open("w") as output:
@@ -116,9 +117,11 @@ class Upload:
             if any(_ERROR not in line for line in lines - known):
                 newest = now
             known |= lines
-            patience = _PATIENCE if known else _START
+            last = newest + _PATIENCE
+            if not known:
+                last = max(last, self._started + _START)
             self._is_cut_off = not _is_reachable()
-            if self._is_cut_off or now > newest + patience or now > begin + _LONGEST_WAIT:
+            if self._is_cut_off or now > min(last, begin + _LONGEST_WAIT):
                 return
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_BETWEEN_LOOKS)

@@ -209,9 +209,11 @@ def _finish(run: Any, upload: Upload | None, error: BaseException | None) -> Non
     """Finish the run in the state that it deserves; W&B's troubles end no run of ours."""
     folder = Path(run.dir).parent
     try:
-        run.finish(exit_code=_exit_code(error))
-        if upload is not None:
-            upload.finish()
+        try:
+            run.finish(exit_code=_exit_code(error))
+        finally:
+            if upload is not None:  # else it would go on beside the next job of a sweep
+                upload.finish()
     except Exception as trouble:
         log.warning("W&B: %s; `wandb sync %s` uploads what there is", trouble, folder)
         return
