@@ -16,6 +16,8 @@ CASES = [
     ),
     ({1: 2.0}, None, "evaluate.batch_sizes=[1,4,16,64]"),
     ({4: 0.8, 16: 0.5}, 4.0, "at every batch size measured, from 4 prompts at a time (0.80x)"),
+    ({4: 0.8}, 4.0, "Smaller ones were not measured: evaluate.batch_sizes=[1]"),
+    ({64: 1.5}, None, "measure a larger one"),
 ]
 
 
@@ -33,6 +35,8 @@ def test_the_crossing_lies_between_two_measurements(speedups, size, said):
         ({1: 2.0, 4: 1.0}, 3, [[1, 3, 3], [4, 4, 0]]),
         ({1: 2.0, 4: 1.2}, 3, [[1, 4, 3]]),
         ({1: 0.9, 4: 0.5}, 3, [[1, 4, 0]]),
+        ({4: 0.9, 16: 0.5}, 3, [[1, 16, 0]]),
+        ({4: 1.5, 16: 1.0}, 3, [[1, 15, 3], [16, 16, 0]]),
         (
             {1: 2.0, 16: 0.5},
             [[1, 3, 4], [4, 15, 2], [16, 16, 0]],

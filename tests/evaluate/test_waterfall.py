@@ -32,6 +32,7 @@ CAUSES = [
     ("heads", {"heads": 12.0}, {"vocab_size": 128_000}, "or head=medusa_lowrank with head.num_tok"),
     ("heads", {"heads": 12.0}, {"num_layers": 8}, "take head.num_layers=1"),
     ("heads", {"heads": 12.0}, {"has_projections": False}, "fewer of them"),
+    ("heads", {"heads": 12.0}, {"has_projections": False, "num_heads": 1}, "fewer tokens for it"),
     ("width", {"backbone": 40.0}, {"tree_kind": "medusa_63"}, "take tree=calibrated"),
     ("width", {"mask": 30.0}, {}, "a processor has little arithmetic"),
     ("width", {"backbone": 40.0}, {"device_type": "cuda"}, "train.text=regenerated"),

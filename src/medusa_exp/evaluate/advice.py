@@ -88,12 +88,16 @@ def _heads(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
     said = f"The heads take {share_of_step(tree, 'heads'):.0%} of a step{_lost(found)}: take "
     if facts.num_layers > 1:
         return f"{said}head.num_layers=1, which is {facts.num_layers} now, and train again."
-    fewer = f"fewer of them (head.num_heads, now {facts.num_heads})"
+    fewer, why = f"fewer of them (head.num_heads, now {facts.num_heads})", ""
+    if facts.num_heads == 1:
+        fewer = "fewer tokens for it to choose from (head=medusa_lowrank with head.num_tokens)"
+    else:
+        why = ": the later ones are accepted least"
     if facts.has_projections:
         said += "head=medusa_tied, whose heads share the backbone's lm_head, or "
         frequent = f"head=medusa_lowrank with head.num_tokens={_FREQUENT}"
         return f"{said}{frequent if facts.vocab_size > _FREQUENT else fewer}, and train again."
-    return f"{said}{fewer}, and train again: the later ones are accepted least."
+    return f"{said}{fewer}, and train again{why}."
 
 
 def _width(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:

@@ -23,26 +23,32 @@ class BreakEven:
     speedups: dict[int, float]
     """Batch size -> speed-up over plain decoding at that size, the smallest first."""
     size: float | None
-    """Where the speed-up passes 1; None where it is above 1 at the largest size measured."""
+    """Where the speed-up passes 1: the smallest size measured, if it is above 1 at none; None where
+    it is above 1 at the largest."""
 
     @property
     def faster_up_to(self) -> int:
-        """The largest whole number of prompts at a time that is below; 0 if there is none."""
-        return max(self.speedups) if self.size is None else math.ceil(self.size) - 1
+        """The largest whole number of prompts at a time that is below; 0 if none is known."""
+        if self.size is None:
+            return max(self.speedups)
+        # Of sizes that are smaller than any measured nothing is known but by one that was faster.
+        return math.ceil(self.size) - 1 if self.size > min(self.speedups) else 0
 
     def sentence(self) -> str:
         """Say it, and between which measurements it lies."""
         first, last = min(self.speedups), max(self.speedups)
         if self.size is None:
-            wanted = "evaluate.batch_sizes=[1,4,16,64]" if first == last else "a larger one"
+            wanted = "evaluate.batch_sizes=[1,4,16,64]" if first == last < 64 else "a larger one"
             return (
                 f"Decoding over the {self.method} was faster than plain decoding at the largest "
                 f"batch size measured, {self._at(last)}. The size from which on plain decoding is "
                 f"faster lies beyond it: measure {wanted} to find it."
             )
         if self.size <= first:
+            smaller = " Smaller ones were not measured: evaluate.batch_sizes=[1] would tell."
             return (
                 f"Plain decoding was faster at every batch size measured, from {self._at(first)}."
+                f"{smaller if first > 1 else ''}"
             )
         below = max(size for size in self.speedups if size < self.size)
         above = min(size for size in self.speedups if size >= self.size)
