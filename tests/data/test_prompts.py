@@ -60,3 +60,23 @@ def test_ids_that_are_names_make_one_category(tokenizer):
     chats = [Conversation(f"{chr(97 + i)}x", chat(0, "a", "b").messages) for i in range(20)]
     prompts = prompts_of(chats, tokenizer, **LIMITS)
     assert {prompt.category for prompt in prompts} == {"all"}
+
+
+def test_turns_behind_a_prompt_that_is_far_too_long_are_counted(tokenizer, caplog):
+    chats = [chat(1, "x" * 200, *"abcdefg"), chat(2, "a", "b")]
+    assert len(prompts_of(chats, tokenizer, **LIMITS)) == 1
+    assert "left out: more than 40 tokens: 4" in caplog.text
+
+
+def test_a_prompt_without_the_reasoning_of_earlier_turns_may_be_shorter(tokenizer, caplog):
+    """Templates leave it out once the user has spoken again."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}"
+        "{% if messages[-1].role != 'user' %}{{ m.reasoning_content }}{% endif %}{% endfor %}"
+    )
+    called = Message("assistant", "b", reasoning="x" * 500)
+    said = [Message("user", "a"), called, Message("tool", "c"), Message("assistant", "d")]
+    said += [Message("user", "e"), Message("assistant", "f")]
+    prompts = prompts_of([Conversation("sums-1", said)], tokenizer, **LIMITS)
+    assert [prompt.text for prompt in prompts] == ["a", "abcde"]
+    assert "left out: more than 40 tokens: 1" in caplog.text

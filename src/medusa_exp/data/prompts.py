@@ -8,14 +8,14 @@ import logging
 import re
 from codecs import BOM_UTF8 as BOM
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.data.conversations import Conversation, DataError
+from medusa_exp.data.conversations import Conversation, DataError, Message
 from medusa_exp.data.template import ChatTemplate
 from medusa_exp.errors import UserError
 
@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 
 _MAX_CATEGORIES = 16
 _FAR_TIMES = 4
-"""A prompt that is so many times too long has no shorter ones behind it, in thousands of turns."""
+"""Where a prompt is so many times too long, and would be without the reasoning in it, later ones of
+its conversation are not tried: each has all that stands before it, but for what templates leave
+out of earlier turns. To render each of thousands would take a time that is quadratic in turns."""
 HasRoom = Callable[[int], bool]
 """Says whether the model has positions for a prompt of so many tokens and a response to it."""
 NO_ROOM = "no room before the model's positions turn otherwise"
@@ -58,18 +60,26 @@ def prompts_of(
     template = ChatTemplate(tokenizer)
     left_out: Counter[str] = Counter()
     prompts: list[Prompt] = []
+    too_long = f"more than {max_tokens} tokens"
     for conversation in conversations:
-        for prompt in _of_conversation(conversation, tokenizer, template, left_out):
-            if len(prompts) == num_prompts:
-                break
+        asked = _Asked(conversation, tokenizer, template)
+        for number, turn in enumerate(asked.turns):
+            try:
+                prompt = asked.prompt(turn)
+            except DataError:
+                left_out["refused by the chat template"] += 1
+                continue
             if len(prompt.input_ids) > max_tokens:
-                left_out[f"more than {max_tokens} tokens"] += 1
+                left_out[too_long] += 1
+                if asked.is_longer_from_here_on(prompt, turn, _FAR_TIMES * max_tokens):
+                    left_out[too_long] += len(asked.turns) - number - 1
+                    break
             elif not has_room(len(prompt.input_ids)):
                 left_out[NO_ROOM] += 1
             else:
                 prompts.append(prompt)
-            if len(prompt.input_ids) > _FAR_TIMES * max_tokens:
-                break  # each is longer than the one before
+            if len(prompts) == num_prompts:
+                break
         if len(prompts) == num_prompts:
             break
     for reason, count in left_out.items():
@@ -86,24 +96,44 @@ def prompts_of(
     return _merge_many_categories(prompts)
 
 
-def _of_conversation(
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate,
-    left_out: Counter[str],
-) -> Iterator[Prompt]:
-    category = category_of(conversation.id)
-    template = template.with_tools(conversation.tools)
-    for turn, message in enumerate(conversation.messages):
-        if message.role != "assistant" or turn == 0:
-            continue
+class _Asked:
+    """The turns of a conversation that are to be answered, and their prompts."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate,
+    ) -> None:
+        self._conversation, self._tokenizer = conversation, tokenizer
+        self._template = template.with_tools(conversation.tools)
+        roles = [message.role for message in conversation.messages]
+        self.turns = [turn for turn, role in enumerate(roles) if role == "assistant" and turn]
+
+    def prompt(self, turn: int) -> Prompt:
+        """Return all that stands before a turn.
+
+        Raises:
+            DataError: the template refuses it.
+        """
+        conversation = self._conversation
+        text, ids = self._rendered(conversation.messages[:turn])
+        return Prompt(f"{conversation.id}#{turn}", category_of(conversation.id), text, ids)
+
+    def is_longer_from_here_on(self, prompt: Prompt, turn: int, num_tokens: int) -> bool:
+        """Have this prompt and all later ones more than so many tokens?"""
+        messages = self._conversation.messages[:turn]
+        if len(prompt.input_ids) <= num_tokens or not any(m.reasoning for m in messages):
+            return len(prompt.input_ids) > num_tokens
+        shorter = [msgspec.structs.replace(message, reasoning="") for message in messages]
         try:
-            text = template.prompt(conversation.messages[:turn])
+            return len(self._rendered(shorter)[1]) > num_tokens
         except DataError:
-            left_out["refused by the chat template"] += 1
-            continue
-        input_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        yield Prompt(f"{conversation.id}#{turn}", category, text, input_ids)
+            return False
+
+    def _rendered(self, messages: list[Message]) -> tuple[str, list[int]]:
+        text = self._template.prompt(messages)
+        return text, self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def category_of(conversation_id: str) -> str:
