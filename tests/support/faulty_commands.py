@@ -253,8 +253,8 @@ def _run(request: dict[str, Any]) -> None:
 
 def _arm(cwd: str, out: Path, action: str, at: int, signal: int) -> None:
     log = os.open(out / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    if action == "limit":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (at if action == "limit" else most, most))
     arm = ctypes.CDLL(None).faults_arm
     arm(cwd.encode(), ACTIONS.index(action), ctypes.c_long(at), signal, log)
 
