@@ -23,7 +23,6 @@ from medusa_exp.model.heads import (
 from medusa_exp.model.loss import (
     medusa_counts,
     medusa_losses,
-    with_own_drafts,
 )
 from medusa_exp.model.scoring import answer_ranks
 from medusa_exp.model.targets import (
@@ -33,6 +32,7 @@ from medusa_exp.model.targets import (
     TokenTargets,
     TopTargets,
 )
+from medusa_exp.model.teacher_forcing import TeacherForcing
 from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.search import num_steps
 
@@ -241,10 +241,35 @@ def test_recurrent_heads_share_all_but_what_they_see(backbone):
 @pytest.mark.parametrize("family", ["hydra", "recurrent", "recurrent, both"])
 def test_own_drafts_are_those_that_decoding_makes(backbone, family):
     heads = moved(backbone, FAMILIES[family])
-    hidden_RD, text_RJ = torch.randn(7, 32), torch.randint(0, 64, (7, 3))
-    _, seen_RJ = with_own_drafts(heads, hidden_RD, text_RJ, chunk_rows=4)
-    draft = SequentialDrafter(heads, chain(3), backbone.device)(text_RJ[:, 0], hidden_RD)
-    assert torch.equal(seen_RJ, draft.tokens_BN[:, :3]) and not torch.equal(seen_RJ, text_RJ)
+    hidden_BTD, text_BT = torch.randn(1, 10, 32), torch.randint(0, 64, (1, 10))
+    labeled, rows = [torch.arange(8 - k) for k in range(4)], torch.arange(5)
+    forcing = TeacherForcing(
+        heads, hidden_BTD, text_BT, labeled, chunk_rows=4, sees_own_drafts=True
+    )
+    inputs = [forcing.of(k) for k in range(3)]
+    draft = SequentialDrafter(heads, chain(3), backbone.device)(text_BT[0, 1:6], hidden_BTD[0, :5])
+    seen_RJ = draft.tokens_BN[:, :3]
+    assert not torch.equal(seen_RJ, text_BT[0].unfold(0, 3, 1)[1:6])
+    for k, each in enumerate(inputs):
+        logits_RW = each.logits_of(*(part[rows] for part in each.rows))
+        expected_RW = heads.head_logits(k, hidden_BTD[0, rows], seen_RJ)
+        torch.testing.assert_close(logits_RW, expected_RW)
+
+
+@pytest.mark.parametrize("family", ["recurrent", "recurrent, both"])
+def test_recurrent_heads_are_unrolled_once_for_all(backbone, family):
+    heads = moved(backbone, FAMILIES[family])
+    hidden_BTD, labeled, ids_BT = batch_of(backbone)
+    steps = []
+    advance, heads.advance = heads.advance, lambda *args: steps.append(1) or advance(*args)
+    forcing = TeacherForcing(heads, hidden_BTD, ids_BT, labeled, chunk_rows=8)
+    found = [each.logits_of(*each.rows) for each in (forcing.of(k) for k in range(3))]
+    assert len(steps) == 3
+    for k, logits_RW in enumerate(found):
+        index_R = labeled[k + 1]
+        seen_RJ = ids_BT.flatten()[index_R[:, None] + torch.arange(1, k + 2)]
+        expected_RW = heads.head_logits(k, hidden_BTD.flatten(0, 1)[index_R], seen_RJ)
+        torch.testing.assert_close(logits_RW, expected_RW)
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,8 @@ def test_what_is_automatic_and_what_is_not():
     assert taken(None, compile=True) == (256, "recompute", "true")  # as YAML and Python say it
     short = settle(TrainConfig(), memory=80 * GB, vocabulary=9, trained=1, operations=1e15)
     assert short.compile == "false"
-    prefix = settle(TrainConfig(), memory=80 * GB, vocabulary=9, trained=1, has_prefix=True)
-    assert prefix.loss_form == "recompute"
+    few = settle(TrainConfig(), memory=None, vocabulary=9, trained=10**8)
+    assert few.loss_form == "at_once"  # a GB of gradients may wait on a CPU
 
 
 def test_a_resumed_training_takes_what_its_checkpoint_was_made_with(config, tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_resumed_training_takes_what_its_checkpoint_was_made_with(config, tmp_
     assert settled(tmp_path / "run")["loss_chunk_rows"] == 8192
     config.train.resume = "never"
     run(config, tmp_path / "run")
-    assert settled(tmp_path / "run")["loss_form"] == "recompute"
+    assert settled(tmp_path / "run")["loss_chunk_rows"] == 256
 
 
 def test_a_cpu_that_goes_on_with_a_training_of_a_gpu_compiles_nothing(
@@ -107,7 +107,7 @@ def test_what_was_taken_is_said_and_noted(config, tmp_path, caplog):
     train.run(config, tmp_path / "run", session)
     assert session.notes.entry["settled"]["loss_chunk_rows"] == 256
     json.dumps(session.notes.entry["settled"])
-    assert "loss in chunks of at most 256 rows, logits computed again" in caplog.text
+    assert "loss in chunks of at most 256 rows, gradients with the loss" in caplog.text
 
 
 @pytest.mark.parametrize("backend", ["eager", "broken"])

@@ -31,7 +31,8 @@ def keys(config: Config) -> dict[str, str]:
     attention = ModelSpec(config.model).attention  # the default is named as it always was
     limits = limits_of(config, BACKBONE, TOKENIZER)
     settings = FeatureSettings(config.dtype.precision, attention, config.head.prefix_attention)
-    settled = settle(config.train, memory=None, vocabulary=100, trained=10)
+    taken = {"loss_form": "recompute"}  # as auto was on a CPU
+    settled = settle(config.train, memory=None, vocabulary=100, trained=10, taken=taken)
     sections = (config.head, settled, config.dataset)
     note = fingerprint_note("cache", "files", config.tokenizer, config.model.quantization)
     return {

@@ -51,7 +51,7 @@ def batch_of(is_packed: bool) -> Batch:
 
 
 def without_values(batch: Batch, mode: FakeTensorMode) -> None:
-    for name in ("input_ids_BT", "is_trained_BT", "example_BT", "positions_BT"):
+    for name in ("input_ids_BT", "is_trained_BT", "example_BT", "positions_BT", "any_labeled"):
         if (values := getattr(batch, name)) is not None:
             setattr(batch, name, mode.from_tensor(values))
     batch.labeled = [mode.from_tensor(index_R) for index_R in batch.labeled]

@@ -411,8 +411,8 @@ class TrainConfig:
     as fit into a sixteenth of its memory."""
     loss_form: str = choice("auto", "recompute", "at_once")
     """recompute (their logits are computed again in the backward pass), at_once (gradients are
-    computed with the loss: a quarter less work; not for the backbone's part of kind=medusa2, nor
-    with head.prefix_attention) or auto (at_once on a GPU, where it applies and memory is there)."""
+    computed with the loss: a quarter less work; not the backbone's own loss of kind=medusa2) or
+    auto (at_once where there is memory for it)."""
     features: str = choice("online", "cache")
     """online (the backbone runs at every step) or cache (its hidden states of all documents are
     made once and read from `cache_dir`: for several trainings on the same documents)."""

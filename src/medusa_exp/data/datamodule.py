@@ -42,6 +42,8 @@ class Batch:
     """Tokens of each example, row by row."""
     labeled: list[Tensor] = field(default_factory=list)
     """Flat positions b * T + t [R] where the lm_head learns, and where each head does."""
+    any_labeled: Tensor | None = None
+    """Flat positions [U] where any head learns, in order."""
     group_labels: list[int] = field(default_factory=list)
     """Labels of the lm_head and of each head in all micro-batches of the same optimizer step, on
     this process."""
@@ -53,10 +55,16 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Move to a device; Lightning calls this."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {k: send(v, device) for k, v in values.items() if isinstance(v, Tensor)}
-        if self.labeled:  # in one piece: a copy of its own for each would cost more than the bytes
-            sizes = [len(index_R) for index_R in self.labeled]
-            moved["labeled"] = list(send(torch.cat(self.labeled), device).split(sizes))
+        places = [*self.labeled, *([] if self.any_labeled is None else [self.any_labeled])]
+        moved = {
+            name: send(value, device)
+            for name, value in values.items()
+            if isinstance(value, Tensor) and name != "any_labeled"
+        }
+        if places:  # in one piece: a copy of its own for each would cost more than the bytes
+            there = list(send(torch.cat(places), device).split([len(index) for index in places]))
+            values["labeled"] = there[: len(self.labeled)]
+            values["any_labeled"] = there[-1] if self.any_labeled is not None else None
         return Batch(**{**values, **moved})
 
 
@@ -96,6 +104,7 @@ def collate(
             start = place.stop
     is_packed = any(len(row) > 1 for row in rows)
     is_trained, example = torch.from_numpy(is_trained_BT), torch.from_numpy(example_BT)
+    labeled = label_positions(is_trained, example, num_heads)
     return Batch(
         torch.from_numpy(ids_BT),
         is_trained,
@@ -103,7 +112,8 @@ def collate(
         torch.from_numpy(positions_BT) if is_packed else None,
         numbers=[number for row in numbers for number in row],
         lengths=[len(example.input_ids) for row in rows for example in row],
-        labeled=label_positions(is_trained, example, num_heads),
+        labeled=labeled,
+        any_labeled=torch.cat(labeled[1:]).unique() if num_heads else None,
     )
 
 

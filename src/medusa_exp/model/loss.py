@@ -43,6 +43,7 @@ from medusa_exp.model.targets import (
     TopAcceptanceTargets,
     TopTargets,
 )
+from medusa_exp.model.teacher_forcing import TeacherForcing
 
 _ROW_STEP = 256
 """Rows of a chunk are a multiple of this, where there may be more: few shapes, little padding."""
@@ -168,6 +169,7 @@ def medusa_losses(
     input_ids_BT: Tensor,
     *,
     chunk_rows: int,
+    any_labeled: Tensor | None = None,
     form: str = "recompute",
     sees_own_drafts: bool = False,
     measures_acceptance: bool = False,
@@ -183,6 +185,7 @@ def medusa_losses(
         labeled: index_R of the lm_head and of each head, see `Batch`.
         input_ids_BT: the text, which sequential heads see.
         chunk_rows: C.
+        any_labeled: index_U of all heads together, which recurrent ones are unrolled at.
         form: recompute or at_once, see `loss_and_acceptance`.
         sees_own_drafts: sequential heads see, in place of the text, what they draft themselves.
         measures_acceptance: fill in `reached_sum`.
@@ -191,17 +194,23 @@ def medusa_losses(
     # At each position the product of the acceptances so far: heads err at the same positions, and
     # a product of their means would miss that.
     reached_I = torch.ones_like(input_ids_BT, dtype=torch.float32).flatten()  # I = B * T
+    forcing = TeacherForcing(
+        heads,
+        hidden_BTD,
+        input_ids_BT,
+        labeled,
+        any_labeled,
+        chunk_rows=chunk_rows,
+        sees_own_drafts=sees_own_drafts,
+        recomputes=form == "recompute",
+    )
     for k in range(heads.num_heads):
-        index_R = labeled[k + 1]
-        inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
-        if sees_own_drafts:
-            inputs = with_own_drafts(heads, *inputs, chunk_rows=chunk_rows)
+        index_R, inputs = labeled[k + 1], forcing.of(k)
         # The head at index k is head k+1: at t it predicts what follows token t+k+1.
         wanted = targets.at(index_R + k + 1)
-        logits_of = partial(heads.head_logits, k)
-        parameters = heads.head_parameters(k) if form == "at_once" else ()
+        parameters = inputs.parameters if form == "at_once" else ()
         loss_sum, accepted_R = loss_and_acceptance(
-            logits_of, targets, inputs, wanted, chunk_rows, parameters
+            inputs.logits_of, targets, inputs.rows, wanted, chunk_rows, parameters
         )
         result = HeadLoss(loss_sum, len(index_R))
         if measures_acceptance:
@@ -211,40 +220,6 @@ def medusa_losses(
             result.reached_sum = reached_R.sum()
         results.append(result)
     return results
-
-
-def head_arguments(
-    heads: MedusaHeads, k: int, index_R: Tensor, hidden_BTD: Tensor, input_ids_BT: Tensor
-) -> tuple[Tensor, ...]:
-    """Return what `head_logits` takes besides k: (hidden_RD,), and draft_RJ if it is sequential.
-
-    Such heads see the text's own tokens as their draft tokens. index_R: flat positions b * T + t.
-    """
-    hidden_RD = hidden_BTD.flatten(0, 1)[index_R]
-    if not heads.is_sequential:
-        return (hidden_RD,)
-    next_J = torch.arange(1, k + 2, device=index_R.device)
-    return hidden_RD, input_ids_BT.flatten()[index_R[:, None] + next_J]
-
-
-@torch.no_grad()
-def with_own_drafts(
-    heads: MedusaHeads, hidden_RD: Tensor, drafted_RJ: Tensor, *, chunk_rows: int
-) -> tuple[Tensor, Tensor]:
-    """Return (hidden_RD, drafted_RJ) with the heads' first choices in place of all but the root.
-
-    Scheduled sampling (Bengio et al., arXiv 1506.03099) with the likeliest token.
-    """
-    chosen = []
-    for hidden_CD, seen_CJ in zip(
-        hidden_RD.split(chunk_rows), drafted_RJ[:, :1].split(chunk_rows), strict=True
-    ):
-        for k in range(drafted_RJ.shape[1] - 1):
-            best_C = heads.head_logits(k, hidden_CD, seen_CJ).argmax(-1)
-            token_C = best_C if heads.token_map is None else heads.token_map[best_C]
-            seen_CJ = torch.cat([seen_CJ, token_C[:, None]], 1)
-        chosen.append(seen_CJ)
-    return hidden_RD, torch.cat(chosen)
 
 
 def head_labels(
@@ -318,6 +293,7 @@ def medusa_counts(
     input_ids_BT: Tensor,
     *,
     chunk_rows: int,
+    any_labeled: Tensor | None = None,
 ) -> Tensor:
     """Return, for validation, counts_K4 in float64 where there is: loss summed in nats, and the
     numbers of labels that a head ranked first, that it ranked among its first five, and of all.
@@ -328,13 +304,16 @@ def medusa_counts(
     exact = torch.float32 if device.type == "mps" else torch.float64  # which that has not
     counts_K4 = torch.zeros(heads.num_heads, 4, dtype=exact, device=device)
     labels_BT = heads.to_head_vocab(labels_BT)
+    forcing = TeacherForcing(
+        heads, hidden_BTD, input_ids_BT, labeled, any_labeled, chunk_rows=chunk_rows
+    )
     for k in range(heads.num_heads):
         index_R = labeled[k + 1]
         labels_R = labels_BT.flatten()[index_R + 2 + k]
-        inputs = head_arguments(heads, k, index_R, hidden_BTD, input_ids_BT)
-        chunks = [part.split(chunk_rows) for part in (labels_R, *inputs)]
+        inputs = forcing.of(k)
+        chunks = [part.split(chunk_rows) for part in (labels_R, *inputs.rows)]
         for labels_C, *inputs_C in zip(*chunks, strict=True):
-            logits_CW = heads.head_logits(k, *inputs_C).float()
+            logits_CW = inputs.logits_of(*inputs_C).float()
             hits_C5 = logits_CW.topk(5).indices == labels_C[:, None]
             loss = cross_entropy(logits_CW, labels_C, reduction="sum")
             labels = loss.new_full((), len(labels_C))
@@ -354,17 +333,16 @@ def loss_and_acceptance(
 
     Only some of the rows have logits at a time. Two forms of one thing: `recompute` computes each
     chunk's logits again in the backward pass; `at_once` computes each chunk's gradients with its
-    loss, and keeps them for the backward pass: a quarter less to compute, but only for the heads'
-    own parameters.
+    loss, and keeps them for the backward pass: a quarter less to compute.
 
     Args:
         logits_of: from rows of `inputs` to logits_CW.
         targets: what the rows are to predict.
-        inputs: tensors with a row each.
+        inputs: tensors with a row each, which may want a gradient.
         wanted: the rows of `targets`.
         chunk_rows: the most that C may be.
-        parameters: all that `logits_of` trains, for the form at_once. Where there is none, or a
-            gradient of the inputs is wanted, logits are recomputed.
+        parameters: all that `logits_of` trains, for the form at_once. Where there is none, logits
+            are recomputed.
     """
 
     def chunk_loss(is_real_C: Tensor, *rows: Tensor) -> ChunkLoss:
@@ -382,8 +360,10 @@ def loss_and_acceptance(
         for rows in (is_real_R, *inputs, *wanted)
     ]
     chunks = zip(*padded, strict=True)
-    if parameters and not any(rows.requires_grad for rows in inputs):
-        loss, accepted_R = _AtOnce.apply(chunk_loss, chunks, *parameters)
+    if parameters:
+        places = [place for place, rows in enumerate(inputs, 1) if rows.requires_grad]
+        trained = (*(inputs[place - 1] for place in places), *parameters)
+        loss, accepted_R = _AtOnce.apply(chunk_loss, chunks, places, *trained)
         return loss, accepted_R if accepted_R is None else accepted_R[:number]
     # Nothing here is drawn at random: there is no state to keep for the second time.
     again = partial(checkpoint, chunk_loss, use_reentrant=False, preserve_rng_state=False)
@@ -412,16 +392,29 @@ class _AtOnce(torch.autograd.Function):
         ctx: Any,
         chunk_loss: Callable[..., ChunkLoss],
         chunks: Iterable[tuple[Tensor, ...]],
-        *parameters: Tensor,
+        places: Sequence[int],
+        *trained: Tensor,
     ) -> ChunkLoss:
-        """Sum losses and gradients over the chunks."""
+        """Sum losses and gradients over the chunks; gradients of inputs are put together.
+
+        `trained`: the inputs that want a gradient, which are at these places of a chunk, and the
+        parameters.
+        """
+        inputs, parameters = trained[: len(places)], trained[len(places) :]
+        of_inputs: list[tuple[Tensor, ...]] = []
         losses: list[Tensor] = []
         accepted: list[Tensor | None] = []
         sums: list[Tensor] = []
-        for chunk in chunks:
+        for rows in chunks:
+            chunk = list(rows)
+            for place in places:
+                chunk[place] = chunk[place].detach().requires_grad_()
             with torch.enable_grad():
                 loss, accepted_C = chunk_loss(*chunk)
-            gradients = torch.autograd.grad(loss, parameters)
+            wanted = [*(chunk[place] for place in places), *parameters]
+            all_gradients = torch.autograd.grad(loss, wanted)
+            of_inputs.append(all_gradients[: len(places)])
+            gradients = all_gradients[len(places) :]
             losses.append(loss.detach())
             accepted.append(accepted_C)
             if sums:
@@ -429,7 +422,8 @@ class _AtOnce(torch.autograd.Function):
             else:
                 sums = [gradient.contiguous() for gradient in gradients]
         torch.clear_autocast_cache()  # else the next head finds this one's weights there too
-        ctx.gradients = sums
+        whole = zip(inputs, zip(*of_inputs, strict=True), strict=True)
+        ctx.gradients = [*(torch.cat(parts)[: len(rows)] for rows, parts in whole), *sums]
         accepted_R = _joined(accepted)
         if accepted_R is not None:
             ctx.mark_non_differentiable(accepted_R)
@@ -440,4 +434,4 @@ class _AtOnce(torch.autograd.Function):
         """Return the gradients, times that of the sum."""
         gradients, ctx.gradients = ctx.gradients, None
         torch._foreach_mul_(gradients, grad_outputs[0])  # private: torch 2.13
-        return (None, None, *gradients)
+        return (None, None, None, *gradients)

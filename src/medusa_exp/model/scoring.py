@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from medusa_exp.data.examples import Example
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.loss import head_labels
+from medusa_exp.model.teacher_forcing import TeacherForcing
 from medusa_exp.runs.progress import track
 
 CHUNK = 256
@@ -67,16 +68,23 @@ def answer_ranks(
     """
     labels_P = heads.to_head_vocab(tokens_P)
     ranks_PK = torch.full((len(labels_P), heads.num_heads), max_rank)
+    place_P = torch.arange(len(labels_P), device=labels_P.device)
     rank_R = torch.arange(max_rank, device=labels_P.device)
-    for k in range(min(heads.num_heads, len(labels_P) - 1)):
-        truth_P = labels_P[k + 1 :]
-        inputs = [hidden_PD[: len(truth_P)].to(heads.dtype)]
-        if heads.is_sequential:
-            inputs.append(tokens_P.unfold(0, k + 1, 1)[: len(truth_P)])
-        chunks = [part.split(CHUNK) for part in (truth_P, *inputs)]
+    used = range(min(heads.num_heads, len(labels_P) - 1))
+    forcing = TeacherForcing(
+        heads,
+        hidden_PD[None].to(heads.dtype),
+        pad(tokens_P, (1, 0))[None],  # in a text the token chosen from a state follows it
+        [place_P, *(place_P[: -k - 1] for k in used)],
+        place_P[:-1],
+        chunk_rows=CHUNK,
+    )
+    for k in used:
+        truth_P, inputs = labels_P[k + 1 :], forcing.of(k)
+        chunks = [part.split(CHUNK) for part in (truth_P, *inputs.rows)]
         found = []
         for truth_C, *inputs_C in zip(*chunks, strict=True):
-            draft_CR = heads.head_logits(k, *inputs_C).topk(max_rank).indices
+            draft_CR = inputs.logits_of(*inputs_C).topk(max_rank).indices
             is_true_CR = draft_CR == truth_C[:, None]
             found.append(torch.where(is_true_CR, rank_R, max_rank).amin(-1))
         ranks_PK[: len(truth_P), k] = torch.cat(found).cpu()

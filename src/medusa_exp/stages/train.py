@@ -186,7 +186,6 @@ def build_module(
         memory=gpu_memory(backbone.device),
         vocabulary=heads.config.num_tokens or backbone.vocab_size,
         trained=sum(p.numel() for p in heads.parameters()),
-        has_prefix=heads.prefix is not None,
         operations=operations_of(config.train, backbone, heads).of_tokens(
             tokens, min(inputs.row_tokens, config.train.batch_tokens)
         ),

@@ -26,6 +26,8 @@ _FEWEST_ROWS, _MOST_ROWS = 256, 8192
 """Fewer keep a GPU waiting for gradients to be added up; more bring nothing."""
 _SHARE = 16
 """Of a GPU's memory, one part in so many is for the logits of a chunk, or for another gradient."""
+_CPU_GRADIENTS = 2**30
+"""Bytes of gradients that may wait on a CPU, whatever its memory: it has other work, too."""
 _CLASS = 8 * 2**30
 """Two devices of one kind differ a little in what memory they say they have."""
 LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 24, "tv": 24, "nla": 24, "lk": 24}
@@ -50,7 +52,6 @@ def settle(
     memory: int | None,
     vocabulary: int,
     trained: int,
-    has_prefix: bool = False,
     operations: float = 0.0,
     taken: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
@@ -61,13 +62,12 @@ def settle(
         memory: of the GPU in bytes, None on a CPU.
         vocabulary: W.
         trained: parameters of the heads.
-        has_prefix: do the heads have prefix attention?
         operations: floating-point operations of the whole training.
         taken: what the training that is resumed has taken, by the names in SETTLED.
     """
     chosen: dict[str, Any] = {
         "loss_chunk_rows": chunk_rows(memory, vocabulary, settings.loss),
-        "loss_form": _form(settings, memory, trained, has_prefix),
+        "loss_form": _form(settings, memory, trained),
         "compile": str(_compiles(settings, memory, operations)).lower(),
         **(taken or {}),
     }
@@ -86,12 +86,13 @@ def chunk_rows(memory: int | None, vocabulary: int, loss: str = "ce") -> int:
     return min(_MOST_ROWS, max(_FEWEST_ROWS, 1 << max(0, rows.bit_length() - 1)))
 
 
-def _form(settings: TrainConfig, memory: int | None, trained: int, has_prefix: bool) -> str:
-    """Return at_once on a GPU where it applies, and where there is room for what it keeps."""
-    if memory is None or has_prefix:
-        return "recompute"
+def _form(settings: TrainConfig, memory: int | None, trained: int) -> str:
+    """Return at_once where there is room for what it keeps."""
     # A head's gradients wait for the backward pass, beside those of the micro-batches before.
-    has_room = settings.accumulate == 1 or 4 * trained <= memory // _SHARE
+    if memory is None:
+        has_room = 4 * trained <= _CPU_GRADIENTS
+    else:
+        has_room = settings.accumulate == 1 or 4 * trained <= memory // _SHARE
     return "at_once" if has_room else "recompute"
 
 

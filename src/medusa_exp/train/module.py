@@ -198,6 +198,7 @@ class MedusaModule(L.LightningModule):
             batch.labeled,
             batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
+            any_labeled=batch.any_labeled,
             form=self.objective.form,
             sees_own_drafts=self.sees_own_drafts(),
             measures_acceptance=self.objective.measures_acceptance,
@@ -299,6 +300,7 @@ class MedusaModule(L.LightningModule):
             batch.labeled,
             batch.input_ids_BT,
             chunk_rows=self.objective.chunk_rows,
+            any_labeled=batch.any_labeled,
         )
         self._val_counts = counts_K4 if self._val_counts is None else self._val_counts + counts_K4
 
