@@ -4,13 +4,16 @@ import logging
 import sys
 
 import pytest
+from cli_runs import flip
 
 from medusa_exp import cli
+from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import write_json
 from medusa_exp.runs.jobs import JOB, held, read_jobs
+from medusa_exp.runs.record import RunRecord
 from medusa_exp.runs.seals import check_config
-from medusa_exp.runs.sweep import _hydra_subdir
+from medusa_exp.runs.sweep import _hydra_subdir, run_once
 
 RECORD = {"number": 0, "overrides": [], "objective": "", "status": "done", "value": None}
 
@@ -60,3 +63,13 @@ def test_nobody_writes_the_config_of_a_job_that_is_being_done(tmp_path):
     with held(tmp_path):
         assert _hydra_subdir(str(tmp_path)) is None
     assert _hydra_subdir(str(tmp_path)) == ".hydra"
+
+
+def test_the_numbers_of_a_job_that_is_done_are_not_believed_unread(tmp_path):
+    RunRecord(tmp_path, Config(device="cpu"), []).merge_metrics("train", {"train/loss": 1.0})
+    write_json(tmp_path / JOB, {**RECORD, "objective": "train/loss", "value": 1.0})
+    given = tmp_path, None, lambda: None, "train/loss", lambda _: None
+    assert run_once(*given) == 1.0
+    flip(tmp_path / "metrics.json", (tmp_path / "metrics.json").read_bytes().index(b"1.0"))
+    with pytest.raises(UserError, match=r"metrics\.json is not what was written"):
+        run_once(*given)

@@ -15,7 +15,7 @@ from typing import Any
 from faulty_commands import NONE, Commands, Ended, Fault, Running
 
 from medusa_exp.cli import STAGES
-from medusa_exp.runs.files import read_jsonl
+from medusa_exp.runs.files import read_json, read_jsonl
 from medusa_exp.runs.metric_table import is_timed
 
 NEW = (
@@ -176,7 +176,7 @@ def _history(path: Path) -> dict[str, Any]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    run = json.loads(path.read_text())
+    run = read_json(path)
     stages = {
         name: (entry["status"], [metric for metric in entry["metrics"] if metric != NOT_ALWAYS])
         for name, entry in run["stages"].items()
@@ -185,7 +185,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _job(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text())
+    found = read_json(path)
     return {name: value for name, value in found.items() if name not in ("attempts", "error")}
 
 

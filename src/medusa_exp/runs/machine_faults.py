@@ -57,6 +57,11 @@ def message(error: BaseException, places: tuple[str | Path, ...] = ()) -> str | 
     return None
 
 
+def is_ours(error: BaseException) -> bool:
+    """Is it a fault of a program, whose traceback tells more, and not of the machine or a user?"""
+    return not isinstance(error, UserError) and message(error) is None
+
+
 def of_full_disk(error: BaseException, path: Path) -> str | None:
     """Return what to tell where it is a full disk that has kept `path` from being written.
 

@@ -21,7 +21,9 @@ from medusa_exp.config import continuation, named_variables
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import content_key, read_json, write_json
 from medusa_exp.runs.jobs import JOB, held, is_done, is_held, read_jobs
+from medusa_exp.runs.machine_faults import is_ours
 from medusa_exp.runs.metric_table import as_objective
+from medusa_exp.runs.record import check_record
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +109,7 @@ def run_once(
     with held(out):
         if is_done(out):
             log.info("done already: %s", out)
+            check_record(out)
             if _update_value(out, objective):
                 _update_page(out.parent, write_page)
             return _warned(read_json(out / JOB)["value"], objective)
@@ -165,5 +168,5 @@ def _update_page(sweep_dir: Path, write_page: Callable[[Path], object]) -> None:
     try:
         write_page(sweep_dir)
     except Exception as error:
-        page, is_ours = sweep_dir / "report.html", not isinstance(error, UserError)
-        log.warning("%s is not up to date: %s", page, error, exc_info=is_ours)
+        page = sweep_dir / "report.html"
+        log.warning("%s is not up to date: %s", page, error, exc_info=is_ours(error))

@@ -10,6 +10,7 @@ from typing import Any
 from medusa_exp.errors import UserError
 from medusa_exp.runs.extras import lacking
 from medusa_exp.runs.files import publish, read_json, read_jsonl
+from medusa_exp.runs.machine_faults import is_ours
 from medusa_exp.runs.record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -52,15 +53,16 @@ class Tracker:
             self.run = opening.enter_context(wandb_run(self.record))
         except UserError:
             raise
-        except Exception:  # the files are the record: no mirror's fault may end a run
-            log.warning("W&B did not start; all it would have is in %s", self.out, exc_info=True)
+        except Exception as error:  # the files are the record: no mirror's fault may end a run
+            said = "W&B did not start (%s); all it would have is in %s"
+            log.warning(said, error, self.out, exc_info=is_ours(error))
             return
         self._num_rows = len(self._history())
         if self.config.logger.artifacts:
             try:
                 log_code(self.run, self.out)
-            except Exception:
-                log.warning("W&B lacks this run's code", exc_info=True)
+            except Exception as error:
+                log.warning("W&B lacks this run's code: %s", error, exc_info=is_ours(error))
 
     def log_step(self, stage: str, step: int | None, metrics: dict[str, float]) -> None:
         """Mirror a step of a training."""
@@ -91,7 +93,7 @@ class Tracker:
                 stage,
                 self.out,
                 error,
-                exc_info=not isinstance(error, UserError),
+                exc_info=is_ours(error),
             )
         self._known_metrics = set(self.record.metrics)
         self._num_rows = len(self._history())

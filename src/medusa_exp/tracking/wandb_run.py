@@ -18,8 +18,9 @@ import wandb
 
 from medusa_exp.config import Config, to_shareable
 from medusa_exp.config.privacy import by_name, shareable
-from medusa_exp.errors import Stopped, UserError
+from medusa_exp.errors import Stopped
 from medusa_exp.runs.files import read_jsonl
+from medusa_exp.runs.machine_faults import is_ours
 from medusa_exp.runs.metric_table import AXES, METRICS, metric_of
 from medusa_exp.runs.record import RunRecord
 from medusa_exp.tracking.upload import Upload, require_login
@@ -176,7 +177,7 @@ def mirror(run: Any, record: RunRecord, stage: str, dropped: set[str]) -> None:
             "W&B: a table, picture or artifact of stage %s is missing: %s",
             stage,
             error,
-            exc_info=not isinstance(error, UserError),
+            exc_info=is_ours(error),
         )
     for name in dropped:
         del run.summary[name]

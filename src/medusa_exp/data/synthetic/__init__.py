@@ -59,7 +59,7 @@ def write_dataset(path: Path, num_conversations: int, seed: int) -> None:
     """Write the records as a JSON list, one a line."""
     records = generate_conversations(num_conversations, seed)
     lines = (json.dumps(record, ensure_ascii=False) for record in records)
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    path.write_bytes(("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
 def _conversation(number: int, rng: random.Random) -> Record:
