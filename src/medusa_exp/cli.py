@@ -309,7 +309,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
         check_config(Path(config.rerun.source).expanduser())
     check_config(out)
     if config.cache.verify:
-        verify(Path(config.cache_dir))
+        verify(Path(config.cache_dir), out)
     record = RunRecord(out, config, command)
     with Tracker(record) as tracker:
         session = Session(config, out, tracker.log_step)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,12 @@ def test_a_large_file_is_read_in_full_when_that_is_asked_for(tmp_path, monkeypat
     for path, position in zip(paths, (3, 100, 190), strict=False):
         flip(path / "numbers", position)
     assert [damage(path) is not None for path in paths] == [True, False, True, False]
-    verify(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(paths[1], run / "backbone")
+    with pytest.raises(UserError, match=r"backbone/numbers is not what .*delete .* train again"):
+        verify(tmp_path / "none", run)
+    shutil.rmtree(run)
+    verify(tmp_path, run)
     assert [path.exists() for path in paths] == [False, False, False, True]
     assert caplog.text.count("is removed, and is made anew") == 3
 

@@ -756,9 +756,10 @@ class CacheConfig:
     """How what lies in `cache_dir` is trusted."""
 
     verify: bool = False
-    """Read every byte of the cache before the first stage, and make anew what is damaged. Else a
-    GiB of each entry is read when it is opened, its smallest files first; others are looked at in
-    part: their length, both ends, and hidden states one document at a time as they are used."""
+    """Read every byte of the cache before the first stage, and make anew what is damaged; and of
+    the run's heads and backbone, and refuse them. Else a GiB of each is read when it is opened, the
+    smallest files first; others are looked at in part: their length, both ends, and hidden states
+    one document at a time as they are used."""
 
 
 @dataclass

@@ -173,7 +173,8 @@ def sync(path: Path) -> None:
 
 def _sync_one(path: Path) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # Windows syncs what is open to be written.
+        descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     except (PermissionError, FileNotFoundError):  # such as a directory that one may not list
         return
     try:

@@ -6,7 +6,8 @@ has no seal, as older versions wrote, is taken as it is, and what systems put in
 
 Whenever something is opened: of every file, its length and its two ends, where formats say what is
 in between; and of the smallest ones, as many as are a GiB together, every byte. (sha256 takes about
-a second for that.) Where `cache.verify=true` asks for it, every byte of the other cached files too.
+a second for that.) Where `cache.verify=true` asks for it, every byte of the others too: of those
+in the cache, and of the run's heads and backbone.
 """
 
 import hashlib
@@ -69,14 +70,22 @@ def damage(path: Path, *, is_thorough: bool = False) -> str | None:
     return None
 
 
-def check(path: Path, remedy: str) -> None:
+def check(path: Path, remedy: str, *, is_thorough: bool = False) -> None:
     """Raise a UserError with a remedy where a directory, or a file, is not what was sealed."""
-    if (name := damage(path)) is not None:
+    if (name := damage(path, is_thorough=is_thorough)) is not None:
         raise UserError(f"{name} is not what was written there: it is damaged. {remedy}")
 
 
-def verify(root: Path) -> None:
-    """Read every byte of a cache, and remove the entries that are damaged: they are made anew."""
+def verify(root: Path, run: Path) -> None:
+    """Read every byte of a cache, and remove the entries that are damaged: they are made anew.
+
+    And every byte of what a run has trained.
+
+    Raises:
+        UserError: that is damaged.
+    """
+    for place in (run / "heads", run / "backbone"):
+        check(place, f"Restore it, or delete {place} and train again.", is_thorough=True)
     for kind in sorted(root.iterdir()) if root.is_dir() else ():
         for path in sorted(kind.iterdir()) if kind.is_dir() else ():
             if path.name.startswith("."):
