@@ -63,9 +63,20 @@ class PowerCuts:
         if path.is_file():
             self._synced[status.st_ino] = path.read_bytes()
 
+    @staticmethod
+    def _number_of(path: Any, directory: int | None) -> int:
+        """Return the number of a file that is about to be removed, or written over; 0 for none."""
+        try:
+            status = os.stat(path, dir_fd=directory, follow_symlinks=False)
+        except OSError:
+            return 0
+        return status.st_ino if status.st_nlink == 1 else 0
+
     def _noting(self, change: Callable[..., Any]) -> Callable[..., Any]:
         def changes(path: Any, *rest: Any, **options: Any) -> Any:
+            going = self._number_of(rest[0] if rest else path, options.get("dir_fd"))
             found = change(path, *rest, **options)
+            self._synced.pop(going, None)  # a new file may have its number
             if self.root in Path(os.fspath(rest[0] if rest else path)).absolute().parents:
                 self.trees.append(self.now())
             return found

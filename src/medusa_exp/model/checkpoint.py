@@ -13,8 +13,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import FAMILIES, MedusaHeads
 from medusa_exp.runs.files import publish, sha256_file
-from medusa_exp.runs.schemas import SEAL
-from medusa_exp.runs.seals import check, seal
+from medusa_exp.runs.seals import check_heads, seal
 
 WEIGHTS = "model.safetensors"
 _MOST_HEADS, _MOST_CONFIG = 64, 1 << 20
@@ -36,11 +35,7 @@ def load_heads(path: str | Path, model: PreTrainedModel | Backbone | None = None
     place = Path(path)
     if not (place / "config.json").is_file():
         raise UserError(f"{place} holds no heads (config.json is missing): run stage train first.")
-    check(
-        place,
-        "Restore it, or train the heads again. If it was changed on purpose, delete "
-        f"{place / SEAL}, which has the sha256 of all files.",
-    )
+    check_heads(place)
     _check_files(place)
     try:
         heads, report = AutoModel.from_pretrained(

@@ -76,6 +76,15 @@ def check(path: Path, remedy: str, *, is_thorough: bool = False) -> None:
         raise UserError(f"{name} is not what was written there: it is damaged. {remedy}")
 
 
+def check_heads(place: Path) -> None:
+    """Raise a UserError where the heads in a directory are not those that were saved."""
+    check(
+        place,
+        "Restore it, or train the heads again. If it was changed on purpose, delete "
+        f"{place / SEAL}, which has the sha256 of all files.",
+    )
+
+
 def verify(root: Path, run: Path) -> None:
     """Read every byte of a cache, and remove the entries that are damaged: they are made anew.
 

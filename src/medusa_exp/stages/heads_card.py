@@ -11,6 +11,7 @@ from medusa_exp.config import Config
 from medusa_exp.config.privacy import shareable_text
 from medusa_exp.export.card import Facts, run_card
 from medusa_exp.runs.files import publish, read_json
+from medusa_exp.runs.seals import check_heads
 from medusa_exp.tracking.terminal import headlines
 
 CARD = "README.md"
@@ -20,10 +21,15 @@ _UNKNOWN = "unknown"
 
 
 def write_card(config: Config, out: Path) -> None:
-    """Write README.md of the run's heads, if there are some, and it would say something new."""
+    """Write README.md of the run's heads, if there are some, and it would say something new.
+
+    Raises:
+        UserError: the heads are damaged.
+    """
     place = out / "heads"
     if not (place / "config.json").is_file():
         return
+    check_heads(place)
     heads = read_json(place / "config.json")
     what = f"{heads.get('num_heads')} Medusa heads of kind {heads.get('kind')}"
     target = config.model.path or "a model of stage pretrain"
