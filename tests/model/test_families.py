@@ -311,9 +311,9 @@ def test_the_forms_of_the_loss_have_the_same_gradients(backbone, family):
 @pytest.mark.parametrize(
     ("kind", "size", "num_tokens", "can_share", "expected"),
     [
-        ("auto", 32_768, None, True, ("medusa", None)),
-        ("auto", 32_769, None, True, ("recurrent", 16_384)),
-        ("auto", 32_769, 4096, True, ("recurrent", 4096)),
+        ("auto", 16_384, None, True, ("medusa", None)),
+        ("auto", 16_385, None, True, ("recurrent", 16_384)),
+        ("auto", 16_385, 4096, True, ("recurrent", 4096)),
         ("auto", 1000, 100, True, ("recurrent", 100)),
         ("auto", 200_000, None, False, ("medusa", None)),
         ("auto", 200_000, 4096, False, ("medusa_lowrank", 4096)),
@@ -321,7 +321,7 @@ def test_the_forms_of_the_loss_have_the_same_gradients(backbone, family):
         ("medusa_tied", 200_000, 100, True, ("medusa_tied", 100)),
     ],
 )
-def test_auto_is_recurrent_above_32768_tokens(kind, size, num_tokens, can_share, expected):
+def test_auto_is_recurrent_above_16384_tokens(kind, size, num_tokens, can_share, expected):
     assert family_for(kind, size, num_tokens, can_share=can_share) == expected
 
 

@@ -278,7 +278,7 @@ class HeadConfig:
     medusa_lowrank (projections of low `rank`, or of `num_tokens` frequent tokens), hydra (each head
     sees the tokens that are drafted before its own), recurrent (so does it, by one block that all
     heads share, applied once for each token) or auto (recurrent, of 16,384 frequent tokens if
-    `num_tokens` says nothing else, above 32,768 tokens of vocabulary, else medusa)."""
+    `num_tokens` says nothing else, above 16,384 tokens of vocabulary, else medusa)."""
     num_heads: int = between(1, _MOST_HEADS, default=4)
     """K: head k predicts the token k places after the backbone's next one."""
     num_layers: int = between(0, 16, default=1)

@@ -60,7 +60,7 @@ FAMILIES = {
 _LOW_RANK = ("medusa_lowrank", "recurrent")
 _FREQUENT = (*_LOW_RANK, "medusa_tied")
 """Families that may have a head vocabulary of the most frequent tokens alone."""
-LARGE_VOCABULARY = 32_768
+LARGE_VOCABULARY = 16_384
 """Tokens above which separate projections are most of what the heads read and hold."""
 FREQUENT_TOKENS = 16_384
 """Head vocabulary that head.kind=auto takes of a large one: counted on 780 answers of a model of
