@@ -85,7 +85,7 @@ def test_steps_are_streamed_as_text_and_as_tokens(tokenizer):
     decoder = Decoder(backbone, heads, chain(2), limits=Limits(12), tokenizer=tokenizer)
     ids = tokenizer("hello").input_ids
     [plain] = decode_plain(backbone, [ids], Limits(12))
-    for prompt in ("hello", ids, torch.tensor([ids])):
+    for prompt in ("hello", ids, torch.tensor([ids]), tokenizer("hello")):
         steps = list(decoder.stream(prompt))
         assert [token for step in steps for token in step.tokens] == plain.tokens
         assert sum(step.num_tokens for step in steps) == 12

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.compiled import CompiledLayers
@@ -213,10 +213,10 @@ class Decoder:
             max(len(response.accept_lengths) for response in responses),
         )
 
-    def stream(self, prompt: str | list[int] | Tensor) -> Iterator[StreamedStep]:
-        """Yield what each step adds to the response to one prompt, text or token ids.
+    def stream(self, prompt: str | list[int] | Tensor | BatchEncoding) -> Iterator[StreamedStep]:
+        """Yield what each step adds to the response to one prompt: text, token ids, or an encoding.
 
-        Text is tokenized as it is: no chat template is applied. For a chat, pass the token ids of
+        Text is tokenized as it is: no chat template is applied. For a chat, pass
         `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`.
 
         Raises:
@@ -226,7 +226,9 @@ class Decoder:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("a prompt of text needs Decoder(..., tokenizer=...).")
-            prompt = self.tokenizer(prompt).input_ids
+            prompt = self.tokenizer(prompt)
+        if isinstance(prompt, BatchEncoding):
+            prompt = prompt["input_ids"]
         ids = [int(token) for token in torch.as_tensor(prompt).flatten()]
         tokens: list[int] = []
         shown = ""
