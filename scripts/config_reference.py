@@ -17,6 +17,8 @@ from medusa_exp.config import limits, schema
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "reference" / "config.md"
+_OF_THE_ROOT = ("stages", "run_dir", "sweep_dir")
+"""Keys whose default conf/config.yaml sets, and the schema leaves empty."""
 _TOP = """\
 # Configuration
 
@@ -44,7 +46,9 @@ def _sections(section: type, place: str) -> Iterator[str]:
     for key in fields(section):
         if key.name in inner and not meanings.get(key.name):
             continue
-        cells = (_type(hints[key.name]), _default(key), _allowed(key), meanings[key.name])
+        default = _default_of_the_root(key.name) if not place else None
+        default = default or _default(key)
+        cells = (_type(hints[key.name]), default, _allowed(key), meanings[key.name])
         yield f"| `{prefix}{key.name}` | " + " | ".join(cell or " " for cell in cells) + " |\n"
     for name, found in inner.items():
         is_named = hints[name] is not found  # a dict of sections, under names of the user's
@@ -90,6 +94,15 @@ def _default(key: "Field[Any]") -> str:
         return "required"
     text = value if isinstance(value, str) else json.dumps(value)
     return f"`{text}`" if text else "empty"
+
+
+def _default_of_the_root(name: str) -> str | None:
+    """Return the default of a key that conf/config.yaml sets; None for others."""
+    if name not in _OF_THE_ROOT:
+        return None
+    lines = (ROOT / "conf" / "config.yaml").read_text(encoding="utf-8").splitlines()
+    [value] = [line.partition(": ")[2] for line in lines if line.startswith(f"{name}: ")]
+    return f"`{value}`"
 
 
 def _allowed(key: "Field[Any]") -> str:

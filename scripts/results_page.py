@@ -48,15 +48,17 @@ ORDER = ("runs", "decode", "gpu", "verification", "train", "data")
 TOP = """\
 # Results
 
-Every figure of the project, with its command, machine, date and commit. This page is written by
-`python scripts/results_page.py` from the files in `benchmarks/results/`, and so is the table in the
-README: a figure that is not in one of these files is not claimed.
+Figures of the project, each with its command, machine, date and commit ("not kept" where one was
+not). This page is written by `python scripts/results_page.py` from the files in
+`benchmarks/results/`, and so is the table in the README. A figure elsewhere that is in none of
+these files stands on its page with its command.
 
 - A commit with `+` had uncommitted changes. Hashes are those of this repository.
 - A *speed-up* is over plain decoding of the same prompts, in the same process, in turn; its
   interval is a bootstrap over prompts ([how](guide/evaluation.md)). It belongs to a model, a text
   and a machine in its state on that day.
-- *Bar*: what was asked for before measuring. What misses its bar stays on the page.
+- *Bar*: what was asked for before measuring, unless the section says otherwise. What misses its
+  bar stays on the page.
 """
 
 
