@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 from medusa_exp import cli
 from medusa_exp.errors import UserError
@@ -69,6 +70,15 @@ def test_what_the_machine_refuses_names_path_and_remedy(error, said, tmp_path):
 def test_slips_of_ours_keep_their_tracebacks(error, tmp_path):
     with pytest.raises(type(error)), told(tmp_path):
         raise error
+
+
+def test_what_torch_met_as_it_saved_is_told(tmp_path):
+    class Limited(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.EFBIG, "File too large")
+
+    with pytest.raises(UserError, match="no file may be so large there"), told(tmp_path):
+        torch.save({"weights": torch.ones(9)}, Limited())
 
 
 def test_a_message_of_ours_stays_as_it_is():

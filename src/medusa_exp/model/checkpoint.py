@@ -7,15 +7,18 @@ from typing import Annotated, Literal
 
 import msgspec
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import FAMILIES, MedusaHeads
-from medusa_exp.runs.files import publish, sha256_file
+from medusa_exp.runs.files import publish, remove, sha256_file
 from medusa_exp.runs.seals import check_heads, seal
 
 WEIGHTS = "model.safetensors"
+Metadata = dict[str, str] | None
 _MOST_HEADS, _MOST_CONFIG = 64, 1 << 20
 
 
@@ -24,6 +27,21 @@ def save_heads(heads: MedusaHeads, path: Path) -> None:
     with publish(path) as partial:
         heads.save_pretrained(partial)
         seal(partial)
+
+
+def save_tensors(tensors: dict[str, Tensor], partial: Path, metadata: Metadata = None) -> None:
+    """Write one file of tensors that `publish` is to publish.
+
+    safetensors writes under a name of its own first, which nobody would clear away after a kill: so
+    it does it in a directory that is named as what is half written.
+    """
+    beside = partial.with_name(f"{partial.name}.tensors")
+    beside.mkdir()
+    try:
+        save_file(tensors, beside / partial.name, metadata)
+        (beside / partial.name).replace(partial)
+    finally:
+        remove(beside)
 
 
 def load_heads(path: str | Path, model: PreTrainedModel | Backbone | None = None) -> MedusaHeads:

@@ -53,7 +53,7 @@ def message(error: BaseException, places: tuple[str | Path, ...] = ()) -> str | 
         number = _number(found)
         if number in _TOLD and not _is_other(found, number):
             return _told(found, number, places)
-        found = found.__cause__
+        found = found.__cause__ or _of_torch(found)
     return None
 
 
@@ -91,6 +91,11 @@ def told(*places: str | Path) -> Iterator[None]:
         if (said := message(error, places)) is None:
             raise
         raise UserError(said) from error
+
+
+def _of_torch(error: BaseException) -> BaseException | None:
+    """Return what torch.save met, which fails once more as it closes its file."""
+    return error.__context__ if "unexpected pos" in str(error) else None
 
 
 def _number(error: BaseException) -> int | None:

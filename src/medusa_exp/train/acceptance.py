@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from medusa_exp.data.prompts import Prompt
@@ -25,6 +25,7 @@ from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.decode.replay import drawn_ranks
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.checkpoint import save_tensors
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.scoring import answer_ranks
 from medusa_exp.runs.cache import entry
@@ -103,7 +104,7 @@ def held_out_responses(
         return []
     with entry(cache_dir, "continuations", f"{key}.safetensors", _is_whole) as (path, partial):
         if partial is not None:
-            save_file(_as_tensors(respond_to_prompts(prompts, limits, body(), rule)), partial)
+            save_tensors(_as_tensors(respond_to_prompts(prompts, limits, body(), rule)), partial)
     return _from_tensors(load_file(path, device=str(ends.device)))
 
 

@@ -11,13 +11,14 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from medusa_exp.config import TrainConfig
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.errors import UserError
+from medusa_exp.model.checkpoint import save_tensors
 from medusa_exp.runs.files import publish, sha256_file
 from medusa_exp.runs.machine import peak_memory_bytes, synchronize
 from medusa_exp.runs.progress import ProgressBar
@@ -123,7 +124,7 @@ class BestHeads(L.Callback):
             self.metrics = {name: float(x) for name, x in found if name.startswith("val/")}
             if trainer.is_global_zero:
                 with publish(self._file(self.step)) as partial:
-                    save_file(_trained(module), partial)
+                    save_tensors(_trained(module), partial)
                 self.sha256 = sha256_file(self._file(self.step))
                 self._tidy()
             return
