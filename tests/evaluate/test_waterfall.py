@@ -33,7 +33,12 @@ CAUSES = [
     ("heads", {"heads": 12.0}, {"num_layers": 8}, "take head.num_layers=1"),
     ("heads", {"heads": 12.0}, {"has_projections": False}, "fewer of them"),
     ("heads", {"heads": 12.0}, {"has_projections": False, "num_heads": 1}, "fewer tokens for it"),
-    ("width", {"backbone": 40.0}, {"tree_kind": "medusa_63"}, "take tree=calibrated"),
+    (
+        "width",
+        {"backbone": 40.0},
+        {"tree_kind": "medusa_63"},
+        "stage calibrate with tree=calibrated",
+    ),
     ("width", {"mask": 30.0}, {}, "a processor has little arithmetic"),
     ("width", {"backbone": 40.0}, {"device_type": "cuda"}, "train.text=regenerated"),
     ("verification", {"verification": 20.0}, {"device_type": "cuda"}, "decode.verifier=cupy"),

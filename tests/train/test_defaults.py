@@ -49,7 +49,8 @@ def test_what_is_automatic_and_what_is_not():
         found = settle(TrainConfig(**settings), memory=memory, **keys)
         return found.loss_chunk_rows, found.loss_form, found.compile
 
-    assert taken(None) == (256, "recompute", "false")
+    assert taken(None) == (256, "at_once", "false")
+    assert taken(None, accumulate=2)[1] == "recompute"
     assert taken(80 * GB) == (8192, "at_once", "true")
     # Gradients of two micro-batches at one time: 4 GB are within a sixteenth of 80, not of 24.
     assert taken(80 * GB, accumulate=2)[1] == "at_once"
@@ -57,11 +58,17 @@ def test_what_is_automatic_and_what_is_not():
     assert taken(80 * GB, kind="medusa2")[2] == taken(80 * GB, features="cache")[2] == "false"
     explicit = {"loss_chunk_rows": 7, "loss_form": "recompute", "compile": "false"}
     assert taken(80 * GB, **explicit) == tuple(explicit.values())
-    assert taken(None, compile=True) == (256, "recompute", "true")  # as YAML and Python say it
+    assert taken(None, compile=True) == (256, "at_once", "true")  # as YAML and Python say it
     short = settle(TrainConfig(), memory=80 * GB, vocabulary=9, trained=1, operations=1e15)
     assert short.compile == "false"
-    few = settle(TrainConfig(), memory=None, vocabulary=9, trained=10**8)
-    assert few.loss_form == "at_once"  # a GB of gradients may wait on a CPU
+    for memory, held, form in (
+        (None, 3 * 10**8, "at_once"),  # a GB of gradients of what heads share may wait on a CPU
+        (None, 5 * 10**8, "recompute"),
+        (80 * GB, 14 * 10**8, "at_once"),
+        (80 * GB, 16 * 10**8, "recompute"),
+    ):
+        shared = settle(TrainConfig(), memory=memory, vocabulary=9, trained=10**8, held=held)
+        assert shared.loss_form == form
 
 
 def test_a_resumed_training_takes_what_its_checkpoint_was_made_with(config, tmp_path, monkeypatch):

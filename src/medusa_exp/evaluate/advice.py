@@ -111,7 +111,8 @@ def _width(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
     )
     if facts.tree_kind != "calibrated":
         return (
-            f"{said}take tree=calibrated, which finds how many pay here (tree={facts.tree_kind})."
+            f"{said}stage calibrate with tree=calibrated finds how many pay here (this run took a "
+            f"fixed tree, tree={facts.tree_kind})."
         )
     if facts.device_type == "cpu":
         return (

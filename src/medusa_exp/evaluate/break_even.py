@@ -37,12 +37,16 @@ class BreakEven:
     def sentence(self) -> str:
         """Say it, and between which measurements it lies."""
         first, last = min(self.speedups), max(self.speedups)
+        if self.size is None and first == last < 64:
+            return (
+                f"Only {self._at(first)} was measured: evaluate.batch_sizes=[1,4,16,64] finds the "
+                "size from which on plain decoding is faster."
+            )
         if self.size is None:
-            wanted = "evaluate.batch_sizes=[1,4,16,64]" if first == last < 64 else "a larger one"
             return (
                 f"Decoding over the {self.method} was faster than plain decoding at the largest "
                 f"batch size measured, {self._at(last)}. The size from which on plain decoding is "
-                f"faster lies beyond it: measure {wanted} to find it."
+                "faster lies beyond it: measure a larger one to find it."
             )
         if self.size <= first:
             smaller = " Smaller ones were not measured: evaluate.batch_sizes=[1] would tell."

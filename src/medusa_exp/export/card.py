@@ -25,12 +25,13 @@ _SCHEDULE = "num_speculative_tokens_per_batch_size"
 _METHODS = {"vllm": "mtp", "vllm_medusa": "medusa"}
 """Format -> vLLM's word for how such heads draft."""
 _NEEDS = {
-    "vllm": "vLLM, and `pip install medusa-exp` beside it, whose plugin reads these heads.",
+    "vllm": "vLLM (tested: 0.32), and in its environment medusa_exp (`pip install "
+    "--no-deps CLONE`), whose plugin reads these heads; `mtp` is the method through which it runs.",
     "vllm_medusa": "vLLM 0.32 or earlier: later ones have no medusa method.",
     "tgi": "Text Generation Inference. It drafts for at most 128 tokens at a time.",
     "mlc": "MLC-LLM, and the target converted for it. Not tried by this project.",
-    "hf_generate": "transformers and `pip install 'medusa-exp[serve]'`. `model.generate` then "
-    "decodes with the tree wherever the model is loaded with `trust_remote_code=True`.",
+    "hf_generate": "transformers and medusa_exp (`pip install 'CLONE[serve]'`). `model.generate` "
+    "then decodes with the tree wherever the model is loaded with `trust_remote_code=True`.",
 }
 _HEADS_ALONE = (
     "The heads were read back from these files by a reading of the format alone, and their "
@@ -221,9 +222,9 @@ def run_card(facts: Facts, what: str) -> str:
     parts = [
         *_opening(facts, what, ""),
         "## Load\n",
-        "`pip install medusa-exp`; `DIR` is this directory, `snapshot_download` of huggingface_hub "
-        "returns it for a repository. On the hub the draft tree lies beside the heads, in a run "
-        "directory one level above.\n",
+        "medusa_exp has to be installed (`pip install CLONE`); `DIR` is this directory, "
+        "`snapshot_download` of huggingface_hub returns it for a repository. On the hub the draft "
+        "tree lies beside the heads, in a run directory one level above.\n",
         _LOAD.format(target=_name_in_code(facts)),
         "For an engine (vLLM, Text Generation Inference, MLC-LLM, `transformers serve`): "
         "`python -m medusa_exp 'stages=[export]' export.format=vllm run_dir=RUN_DIR`.\n",

@@ -43,6 +43,8 @@ _FEWEST = 1 << 16
 _MOST = 1 << 22
 """Weights of a shape that are measured: more than caches hold. Of larger layers a part."""
 _DTYPES = (torch.float32, torch.bfloat16)
+_WORTH_A_LINE = 10**8
+"""Bytes of packed weights from which on it is said what memory they take."""
 _SECONDS, _TRIES = 1.0, 9
 """For which all shapes together are measured, and how often at most."""
 _FORMAT = 1
@@ -118,7 +120,8 @@ def pack(
         freed += 0 if needed else layer.weight.nbytes
         _pack_one(layer, uses, operators, keeps_weight=needed)
     if chosen:
-        log.info(
+        log.log(
+            logging.INFO if added >= _WORTH_A_LINE else logging.DEBUG,
             "%d of %d linear layers are packed for this processor: %.2f GB, of which %.2f take the "
             "place of the weights as they were",
             *(len(chosen), sum(map(len, found.values())), added / 1e9, freed / 1e9),

@@ -21,6 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from medusa_exp.model.heads import MedusaHeads
 
+_KEPT_BY_STEP = 8
+"""States [U, D] in float32 that a step of a recurrent block keeps for its gradients; counted."""
+_MOST_KEPT = 2**30
+
 
 @dataclass(frozen=True)
 class HeadInputs:
@@ -45,8 +49,8 @@ class TeacherForcing:
         any_labeled: index_U, see `Batch`. Without it, it is found, for which a GPU is waited for.
         chunk_rows: rows whose logits exist at once, where heads see their own drafts.
         sees_own_drafts: sequential heads see their first choices in place of all but the root.
-        recomputes: are steps of recurrent heads computed again in the backward pass, lest all that
-            they compute be kept?
+        recomputes: are steps of recurrent heads computed again in the backward pass? They are in
+            any case where what they compute would take more than 1 GiB.
     """
 
     def __init__(
@@ -64,10 +68,12 @@ class TeacherForcing:
         self.heads, self.labeled = heads, labeled
         self.hidden_ID, self.text_I = hidden_BTD.flatten(0, 1), input_ids_BT.flatten()
         self.chunk_rows, self.sees_own_drafts = chunk_rows, sees_own_drafts
-        self._recomputes = recomputes and torch.is_grad_enabled()
         if heads.is_recurrent:
             any_labeled = torch.cat([*labeled[1:]]).unique() if any_labeled is None else any_labeled
             self._index_U, self._state_UD = any_labeled, self.hidden_ID[any_labeled]
+            steps = heads.num_heads * heads.config.num_layers
+            is_much = 4 * _KEPT_BY_STEP * steps * self._state_UD.numel() > _MOST_KEPT
+            self._recomputes = (recomputes or is_much) and torch.is_grad_enabled()
 
     def of(self, k: int) -> HeadInputs:
         """Return the inputs of the head at index k: of recurrent heads, one after the other."""

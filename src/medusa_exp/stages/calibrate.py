@@ -369,8 +369,10 @@ def _metrics(calibration: Calibration) -> dict[str, float]:
     """Return what the stage found; say so where it is that no tree pays."""
     if calibration.predicted_speedup < 1:
         log.warning(
-            "no tree pays here: too few draft tokens of the heads are accepted (see "
-            "val/top1_head1), or a step on this device costs too much for what is"
+            "no tree is expected to pay here (%.2fx): too few draft tokens of the heads are "
+            "accepted (see val/top1_head1), or a step on this device costs too much for what is. "
+            "The fastest that was tried is kept, of %d nodes",
+            *(calibration.predicted_speedup, calibration.num_nodes),
         )
     names = ["num_nodes", "predicted_tokens_per_step", "predicted_speedup"]
     if calibration.break_even_batch_size is not None:

@@ -135,7 +135,7 @@ def _calibration(out: Path) -> Calibration | None:
     try:
         return load_calibration(out)
     except UserError as error:
-        log.info("no calibration goes with the export: %s", error)
+        log.info("the heads are complete, but no calibration goes with them: %s", error)
         return None
 
 

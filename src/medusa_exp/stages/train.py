@@ -186,6 +186,7 @@ def build_module(
         memory=gpu_memory(backbone.device),
         vocabulary=heads.config.num_tokens or backbone.vocab_size,
         trained=sum(p.numel() for p in heads.parameters()),
+        held=sum(p.numel() for k in range(heads.num_heads) for p in heads.head_parameters(k)),
         operations=operations_of(config.train, backbone, heads).of_tokens(
             tokens, min(inputs.row_tokens, config.train.batch_tokens)
         ),

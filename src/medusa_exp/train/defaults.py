@@ -52,6 +52,7 @@ def settle(
     memory: int | None,
     vocabulary: int,
     trained: int,
+    held: int = 0,
     operations: float = 0.0,
     taken: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
@@ -62,12 +63,13 @@ def settle(
         memory: of the GPU in bytes, None on a CPU.
         vocabulary: W.
         trained: parameters of the heads.
+        held: the same, but what heads share counted for each of them: a gradient each waits there.
         operations: floating-point operations of the whole training.
         taken: what the training that is resumed has taken, by the names in SETTLED.
     """
     chosen: dict[str, Any] = {
         "loss_chunk_rows": chunk_rows(memory, vocabulary, settings.loss),
-        "loss_form": _form(settings, memory, trained),
+        "loss_form": _form(settings, memory, trained, held or trained),
         "compile": str(_compiles(settings, memory, operations)).lower(),
         **(taken or {}),
     }
@@ -86,14 +88,13 @@ def chunk_rows(memory: int | None, vocabulary: int, loss: str = "ce") -> int:
     return min(_MOST_ROWS, max(_FEWEST_ROWS, 1 << max(0, rows.bit_length() - 1)))
 
 
-def _form(settings: TrainConfig, memory: int | None, trained: int) -> str:
+def _form(settings: TrainConfig, memory: int | None, trained: int, held: int) -> str:
     """Return at_once where there is room for what it keeps."""
-    # A head's gradients wait for the backward pass, beside those of the micro-batches before.
-    if memory is None:
-        has_room = 4 * trained <= _CPU_GRADIENTS
-    else:
-        has_room = settings.accumulate == 1 or 4 * trained <= memory // _SHARE
-    return "at_once" if has_room else "recompute"
+    # Heads' gradients wait for the backward pass, beside those of the micro-batches before; of the
+    # first one they become those of the parameters, of what heads share once they are added up.
+    waiting = held if settings.accumulate > 1 else held - trained
+    room = _CPU_GRADIENTS if memory is None else memory // _SHARE
+    return "at_once" if 4 * waiting <= room else "recompute"
 
 
 def _compiles(settings: TrainConfig, memory: int | None, operations: float) -> bool:
