@@ -41,6 +41,10 @@ def test_a_job_that_is_tried_again_is_sealed_as_it_is_then(tmp_path, monkeypatch
         given = ["-m", "+experiment=smoke", "stages=[evaluate]", "logger=none", *more]
         given += [f"sweep_dir={tmp_path}", f"cache_dir={tmp_path}/cache"]
         monkeypatch.setattr(sys, "argv", ["medusa_exp", *given])
+        # Hydra shows a traceback where somebody traces, as coverage does.
+        monkeypatch.setattr(cli.hydra_utils, "is_under_debugger", lambda: False)
+        for place, name in ((cli.hydra_utils, "run_and_report"), (logging.Handler, "handleError")):
+            monkeypatch.setattr(place, name, getattr(place, name))  # and put back what main puts
         with pytest.raises(SystemExit):
             cli.main()
 
