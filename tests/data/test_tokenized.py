@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from sessions import rows_of, session_of
 
 from medusa_exp.config import Config, DatasetConfig, SourceConfig
 from medusa_exp.data import DataError, read_conversations, render, tokenized
+from medusa_exp.data.examples import Table, Writer, open_examples
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import sha256_file, write_json
 from medusa_exp.runs.record import RunRecord
@@ -202,6 +204,14 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(config, tokeniz
         session_of(config).tokenized(tokenizer, 100)
     monkeypatch.undo()
     assert session_of(config).tokenized(tokenizer, 100).is_new
+
+
+def test_documents_whose_writing_failed_are_not_opened(tmp_path):
+    with suppress(KeyboardInterrupt), Writer(tmp_path / "documents") as file:
+        file.write(Table.of([([1, 2], [False, True], "a", "s")]))
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="is cut off, or no array of"):
+        open_examples(tmp_path / "documents")
 
 
 def test_several_processes_give_the_same_file_in_the_same_order(config, tokenizer, monkeypatch):

@@ -32,7 +32,7 @@ from medusa_exp.model.targets import (
     TokenTargets,
     TopTargets,
 )
-from medusa_exp.model.teacher_forcing import TeacherForcing
+from medusa_exp.model.teacher_forcing import teacher_forced
 from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.search import num_steps
 
@@ -243,10 +243,9 @@ def test_own_drafts_are_those_that_decoding_makes(backbone, family):
     heads = moved(backbone, FAMILIES[family])
     hidden_BTD, text_BT = torch.randn(1, 10, 32), torch.randint(0, 64, (1, 10))
     labeled, rows = [torch.arange(8 - k) for k in range(4)], torch.arange(5)
-    forcing = TeacherForcing(
-        heads, hidden_BTD, text_BT, labeled, chunk_rows=4, sees_own_drafts=True
+    inputs = list(
+        teacher_forced(heads, hidden_BTD, text_BT, labeled, chunk_rows=4, sees_own_drafts=True)
     )
-    inputs = [forcing.of(k) for k in range(3)]
     draft = SequentialDrafter(heads, chain(3), backbone.device)(text_BT[0, 1:6], hidden_BTD[0, :5])
     seen_RJ = draft.tokens_BN[:, :3]
     assert not torch.equal(seen_RJ, text_BT[0].unfold(0, 3, 1)[1:6])
@@ -262,8 +261,8 @@ def test_recurrent_heads_are_unrolled_once_for_all(backbone, family):
     hidden_BTD, labeled, ids_BT = batch_of(backbone)
     steps = []
     advance, heads.advance = heads.advance, lambda *args: steps.append(1) or advance(*args)
-    forcing = TeacherForcing(heads, hidden_BTD, ids_BT, labeled, chunk_rows=8)
-    found = [each.logits_of(*each.rows) for each in (forcing.of(k) for k in range(3))]
+    of_heads = teacher_forced(heads, hidden_BTD, ids_BT, labeled, chunk_rows=8)
+    found = [each.logits_of(*each.rows) for each in of_heads]
     assert len(steps) == 3
     for k, logits_RW in enumerate(found):
         index_R = labeled[k + 1]

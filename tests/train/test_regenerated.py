@@ -69,3 +69,11 @@ def test_damaged_old_responses_are_refused(old, tmp_path):
         old.write_bytes(damage)
         with pytest.raises(UserError, match="run stage regenerate again"):
             open_regenerated(str(tmp_path), "key", DatasetConfig())
+
+
+def test_old_responses_without_a_mark_of_every_token_are_refused(old, tmp_path):
+    row = {"input_ids": [[1, 2]], "is_trained": [[1]], "conversation_id": ["a"], "source": ["s"]}
+    with pa.ipc.new_file(str(old), SCHEMA) as file:
+        file.write_batch(pa.RecordBatch.from_pydict(row, SCHEMA))
+    with pytest.raises(UserError, match="not a mark of every token"):
+        open_regenerated(str(tmp_path), "key", DatasetConfig())

@@ -19,6 +19,7 @@ import msgspec
 from medusa_exp.data import faults
 from medusa_exp.data.contents import (
     ARCHIVES,
+    ROWS,
     SUFFIXES,
     Content,
     content_of,
@@ -31,8 +32,6 @@ from medusa_exp.data.tables import records_of_object, rows_of_text
 
 log = logging.getLogger(__name__)
 
-_ROWS = 256
-"""Rows of a table that are in memory as Python objects."""
 
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_value = msgspec.json.Decoder(msgspec.Raw).decode
@@ -206,7 +205,7 @@ class HubData:
         table = self._load()
         self.keys = tuple(table.column_names)
         table = table.select_columns(chosen_columns(self.name, self.keys, self.columns))
-        for batch in table.with_format("arrow").iter(_ROWS):
+        for batch in table.with_format("arrow").iter(ROWS):
             yield from batch.to_pylist()
 
     def _load(self) -> Any:

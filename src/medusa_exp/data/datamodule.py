@@ -55,17 +55,14 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Move to a device; Lightning calls this."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        places = [*self.labeled, *([] if self.any_labeled is None else [self.any_labeled])]
-        moved = {
-            name: send(value, device)
-            for name, value in values.items()
-            if isinstance(value, Tensor) and name != "any_labeled"
-        }
+        labeled, any_labeled = values.pop("labeled"), values.pop("any_labeled")
+        moved = {k: send(v, device) for k, v in values.items() if isinstance(v, Tensor)}
+        places = labeled if any_labeled is None else [*labeled, any_labeled]
         if places:  # in one piece: a copy of its own for each would cost more than the bytes
-            there = list(send(torch.cat(places), device).split([len(index) for index in places]))
-            values["labeled"] = there[: len(self.labeled)]
-            values["any_labeled"] = there[-1] if self.any_labeled is not None else None
-        return Batch(**{**values, **moved})
+            places = list(send(torch.cat(places), device).split([len(index) for index in places]))
+        if any_labeled is not None:
+            any_labeled = places.pop()
+        return Batch(**{**values, **moved}, labeled=places, any_labeled=any_labeled)
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

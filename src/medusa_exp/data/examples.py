@@ -53,11 +53,22 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Table:
-    """Tokenized examples, in memory or on disk, as `COLUMNS` has them."""
+    """Tokenized examples, in memory or on disk, as `COLUMNS` has them.
+
+    Raises:
+        ValueError: the columns do not fit each other.
+    """
 
     columns: dict[str, Ragged]
     name: str = "a table"
     """What errors call it."""
+
+    def __post_init__(self) -> None:
+        ids, masks = self.columns["input_ids"], self.columns["is_trained"]
+        if not np.array_equal(ids.starts, masks.starts):
+            raise ValueError("there is not a mark of every token")
+        if len({len(column) for column in self.columns.values()}) > 1:
+            raise ValueError("its columns differ in length")
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Table":
@@ -166,7 +177,7 @@ class Writer:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._closing.close()
+        self._closing.__exit__(*error)
 
     def write(self, table: Table) -> None:
         """Append the rows of a table."""
@@ -188,8 +199,10 @@ class _GrowingArray:
     def __enter__(self) -> "_GrowingArray":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         with self._file:
+            if kind is not None:  # what is not whole keeps the length 0, and is refused
+                return
             self._file.seek(0)
             begin = self._write_header()
             assert begin == self._begin, "numpy leaves room in a header for any length"
@@ -219,14 +232,9 @@ def open_examples(directory: Path) -> Table:
     """
     try:
         columns = {name: _open_column(directory, name) for name in COLUMNS}
-        ids, masks = columns["input_ids"], columns["is_trained"]
-        if not np.array_equal(ids.starts, masks.starts):
-            raise ValueError("there is not a mark of every token")
-        if len({len(column) for column in columns.values()}) > 1:
-            raise ValueError("its columns differ in length")
+        return Table(columns, str(directory))
     except Exception as error:  # numpy has no one kind for headers that it cannot read
         raise _damaged(directory, error) from error
-    return Table(columns, str(directory))
 
 
 def _open_column(directory: Path, name: str) -> Ragged:

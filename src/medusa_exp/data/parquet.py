@@ -9,13 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medusa_exp.data import faults
-from medusa_exp.data.contents import BLOCK, Budget, Content
+from medusa_exp.data.contents import BLOCK, ROWS, Budget, Content
 from medusa_exp.data.examples import COLUMNS, Ragged, Table, encoded
 from medusa_exp.data.turns import PICTURES
 from medusa_exp.errors import UserError
 
-_ROWS = 256
-"""Rows of a table that are in memory as Python objects."""
 _USUAL_TIMES = 50
 """How many times its packed size a column of texts may have; most have three to ten times."""
 
@@ -65,7 +63,7 @@ def _check_expansion(table: pq.ParquetFile, columns: list[str], budget: Budget) 
     Raises:
         DataError: the columns unpack to absurd sizes, by the file's own account.
     """
-    meta, together = table.metadata, _ROWS
+    meta, together = table.metadata, ROWS
     for group in range(meta.num_row_groups):
         for place in range(meta.num_columns):
             chunk = meta.row_group(group).column(place)
@@ -94,13 +92,14 @@ def read_examples(path: Path) -> Table:
         table.validate(full=True)
         if any(column.null_count for column in table.columns):
             raise ValueError("it has nulls")
-        columns = {name: _ragged(table[name], dtype) for name, dtype in COLUMNS.items()}
+        return Table(
+            {name: _ragged(table[name], dtype) for name, dtype in COLUMNS.items()}, f"{path}"
+        )
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(
             f"{path} is not what was written there ({error}): delete the directory that it is in, "
             "and run stage regenerate again."
         ) from error
-    return Table(columns, str(path))
 
 
 def _ragged(column: pa.ChunkedArray, dtype: str) -> Ragged:

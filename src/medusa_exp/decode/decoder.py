@@ -1,14 +1,12 @@
 """The decoder: a model, its heads and a draft tree, ready to generate.
 
 `Decoder` owns what decoding keeps from prompt to prompt: the stacked heads, the drafter of each
-tree, the backbone as heads with prefix attention see it, and the captured steps. `generate` is the
-one call for those who want no object.
+tree, the backbone as heads with prefix attention see it, and the captured steps.
 
 B rows, T prompt tokens, N tokens of one forward, D hidden, V vocabulary.
 """
 
 import importlib
-import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from medusa_exp.decode.captured_steps import CapturedSteps
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter, key_of_draws
@@ -36,7 +35,7 @@ from medusa_exp.decode.recurrent import ChainStep, check_chain, check_prefix, is
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slot_steps import CapturedSlots, EagerSlots
 from medusa_exp.decode.slots import OneByOne, Slots
-from medusa_exp.decode.step import UNOBSERVED, CapturedSteps, EagerStep, Observer, Step
+from medusa_exp.decode.step import UNOBSERVED, EagerStep, Observer, Step
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, stack_heads
 from medusa_exp.tree import Tree, chain
@@ -427,63 +426,6 @@ class Decoder:
             return self.backbone
         assert self._prefixed is not None
         return self._prefixed
-
-
-def generate(
-    model: PreTrainedModel | Backbone,
-    heads: nn.Module,
-    input_ids: Tensor,
-    *,
-    tree: Tree,
-    attention_mask: Tensor | None = None,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    draft: str = "top",
-    eos_token_id: int | list[int] | None = None,
-    seed: int | None = None,
-    on_step: OnStep | None = None,
-) -> Generation:
-    """Continue prompts once, without a `Decoder` to keep; see `Decoder.generate`.
-
-    Steps are not captured as CUDA graphs, because a capture costs more than one call gains. For
-    speed, keep a `Decoder`.
-
-    At temperature 0 the tokens are those of plain greedy decoding; above it, they are draws from
-    the same distribution as plain sampling's.
-
-    Args:
-        model: a causal language model of transformers.
-        heads: any module with `heads(hidden_BD) -> logits_BKV`.
-        input_ids: prompts [B, T].
-        tree: the draft tokens that a step checks; not deeper than there are heads.
-        attention_mask: [B, T], False or 0 at padding, left or right.
-        max_new_tokens: at most so many a row.
-        temperature: 0 is greedy.
-        top_k: draw from the k likeliest tokens alone.
-        top_p: draw from the likeliest tokens that together have this probability.
-        draft: above temperature 0, the heads' likeliest tokens (top) or draws from them (sampled).
-        eos_token_id: ids that end a row; the model's own by default.
-        seed: of the draws; None draws anew each time.
-        on_step: is called after each step with the tokens that it adds to each row.
-
-    Raises:
-        ValueError: as `Decoder.generate`, or the rule has no such value.
-        UserError: as `Decoder` and `Decoder.generate`.
-    """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more, and finite.")
-    rule = GREEDY
-    if temperature > 0:
-        rule = AcceptanceRule("sampling", temperature, top_k, top_p, seed=seed, draft=draft)
-    return Decoder(model, heads, tree, rule, cuda_graph=False).generate(
-        input_ids,
-        attention_mask=attention_mask,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_id,
-        on_step=on_step,
-    )
 
 
 def _check(input_ids: Tensor, mask: Tensor, max_new_tokens: int, vocab_size: int) -> None:

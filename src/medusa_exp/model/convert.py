@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_exp.errors import UserError
+from medusa_exp.model.checkpoint import save_tensors
 from medusa_exp.runs.files import publish, read_json, sha256_file
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def convert_file(source: Path, target: Path) -> None:
     found = read_pickle(source)
     log.info("read %s, sha256 %s", source, sha256_file(source))
     with publish(target) as partial:
-        save_file(
+        save_tensors(
             {str(name): tensor.clone().contiguous() for name, tensor in found.items()},
             partial,
             metadata={"format": "pt"},

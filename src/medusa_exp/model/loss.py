@@ -43,7 +43,7 @@ from medusa_exp.model.targets import (
     TopAcceptanceTargets,
     TopTargets,
 )
-from medusa_exp.model.teacher_forcing import TeacherForcing
+from medusa_exp.model.teacher_forcing import teacher_forced
 
 _ROW_STEP = 256
 """Rows of a chunk are a multiple of this, where there may be more: few shapes, little padding."""
@@ -194,7 +194,7 @@ def medusa_losses(
     # At each position the product of the acceptances so far: heads err at the same positions, and
     # a product of their means would miss that.
     reached_I = torch.ones_like(input_ids_BT, dtype=torch.float32).flatten()  # I = B * T
-    forcing = TeacherForcing(
+    of_heads = teacher_forced(
         heads,
         hidden_BTD,
         input_ids_BT,
@@ -204,8 +204,8 @@ def medusa_losses(
         sees_own_drafts=sees_own_drafts,
         recomputes=form == "recompute",
     )
-    for k in range(heads.num_heads):
-        index_R, inputs = labeled[k + 1], forcing.of(k)
+    for k, inputs in enumerate(of_heads):
+        index_R = labeled[k + 1]
         # The head at index k is head k+1: at t it predicts what follows token t+k+1.
         wanted = targets.at(index_R + k + 1)
         parameters = inputs.parameters if form == "at_once" else ()
@@ -304,13 +304,11 @@ def medusa_counts(
     exact = torch.float32 if device.type == "mps" else torch.float64  # which that has not
     counts_K4 = torch.zeros(heads.num_heads, 4, dtype=exact, device=device)
     labels_BT = heads.to_head_vocab(labels_BT)
-    forcing = TeacherForcing(
+    of_heads = teacher_forced(
         heads, hidden_BTD, input_ids_BT, labeled, any_labeled, chunk_rows=chunk_rows
     )
-    for k in range(heads.num_heads):
-        index_R = labeled[k + 1]
-        labels_R = labels_BT.flatten()[index_R + 2 + k]
-        inputs = forcing.of(k)
+    for k, inputs in enumerate(of_heads):
+        labels_R = labels_BT.flatten()[labeled[k + 1] + 2 + k]
         chunks = [part.split(chunk_rows) for part in (labels_R, *inputs.rows)]
         for labels_C, *inputs_C in zip(*chunks, strict=True):
             logits_CW = inputs.logits_of(*inputs_C).float()

@@ -15,7 +15,7 @@ from medusa_exp.data.examples import Example
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.loss import head_labels
-from medusa_exp.model.teacher_forcing import TeacherForcing
+from medusa_exp.model.teacher_forcing import teacher_forced
 from medusa_exp.runs.progress import track
 
 CHUNK = 256
@@ -71,7 +71,7 @@ def answer_ranks(
     place_P = torch.arange(len(labels_P), device=labels_P.device)
     rank_R = torch.arange(max_rank, device=labels_P.device)
     used = range(min(heads.num_heads, len(labels_P) - 1))
-    forcing = TeacherForcing(
+    of_heads = teacher_forced(
         heads,
         hidden_PD[None].to(heads.dtype),
         pad(tokens_P, (1, 0))[None],  # in a text the token chosen from a state follows it
@@ -79,8 +79,8 @@ def answer_ranks(
         place_P[:-1],
         chunk_rows=CHUNK,
     )
-    for k in used:
-        truth_P, inputs = labels_P[k + 1 :], forcing.of(k)
+    for k, inputs in enumerate(of_heads):
+        truth_P = labels_P[k + 1 :]
         chunks = [part.split(CHUNK) for part in (truth_P, *inputs.rows)]
         found = []
         for truth_C, *inputs_C in zip(*chunks, strict=True):

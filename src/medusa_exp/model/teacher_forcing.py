@@ -11,7 +11,7 @@ B batch, T time, D hidden, W tokens of the head vocabulary, R labelled rows of o
 any head has labelled, J draft tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,8 +38,18 @@ class HeadInputs:
     """All that `logits_of` trains; what made the rows may train more."""
 
 
-class TeacherForcing:
-    """The inputs of all heads on one batch.
+def teacher_forced(
+    heads: MedusaHeads,
+    hidden_BTD: Tensor,
+    input_ids_BT: Tensor,
+    labeled: Sequence[Tensor],
+    any_labeled: Tensor | None = None,
+    *,
+    chunk_rows: int,
+    sees_own_drafts: bool = False,
+    recomputes: bool = False,
+) -> Iterator[HeadInputs]:
+    """Yield the inputs of each head on one batch, as many as `labeled` has heads.
 
     Args:
         heads: of any family.
@@ -52,78 +62,79 @@ class TeacherForcing:
         recomputes: are steps of recurrent heads computed again in the backward pass? They are in
             any case where what they compute would take more than 1 GiB.
     """
+    flat = hidden_BTD.flatten(0, 1), input_ids_BT.flatten(), labeled[1:]
+    if not heads.is_recurrent:
+        yield from _each(heads, *flat, chunk_rows if sees_own_drafts else None)
+        return
+    index_U = torch.cat(list(labeled[1:])).unique() if any_labeled is None else any_labeled
+    kept = 4 * _KEPT_BY_STEP * heads.num_heads * heads.config.num_layers * hidden_BTD.shape[-1]
+    step: Callable[..., Tensor] = heads.advance
+    if torch.is_grad_enabled() and (recomputes or kept * len(index_U) > _MOST_KEPT):
+        step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
+    yield from _unrolled(heads, step, *flat, index_U, chunk_rows if sees_own_drafts else None)
 
-    def __init__(
-        self,
-        heads: MedusaHeads,
-        hidden_BTD: Tensor,
-        input_ids_BT: Tensor,
-        labeled: Sequence[Tensor],
-        any_labeled: Tensor | None = None,
-        *,
-        chunk_rows: int,
-        sees_own_drafts: bool = False,
-        recomputes: bool = False,
-    ) -> None:
-        self.heads, self.labeled = heads, labeled
-        self.hidden_ID, self.text_I = hidden_BTD.flatten(0, 1), input_ids_BT.flatten()
-        self.chunk_rows, self.sees_own_drafts = chunk_rows, sees_own_drafts
-        if heads.is_recurrent:
-            any_labeled = torch.cat([*labeled[1:]]).unique() if any_labeled is None else any_labeled
-            self._index_U, self._state_UD = any_labeled, self.hidden_ID[any_labeled]
-            steps = heads.num_heads * heads.config.num_layers
-            is_much = 4 * _KEPT_BY_STEP * steps * self._state_UD.numel() > _MOST_KEPT
-            self._recomputes = (recomputes or is_much) and torch.is_grad_enabled()
 
-    def of(self, k: int) -> HeadInputs:
-        """Return the inputs of the head at index k: of recurrent heads, one after the other."""
-        heads, index_R = self.heads, self.labeled[k + 1]
-        if heads.is_recurrent:
-            state_UD = self._advanced(k)
-            states_RD = state_UD[torch.searchsorted(self._index_U, index_R)]
-            project = partial(heads.lm_heads, k)
-            return HeadInputs(project, (states_RD,), heads.lm_heads.parameters_of(k))
-        rows: tuple[Tensor, ...] = (self.hidden_ID[index_R],)
+def _each(
+    heads: MedusaHeads,
+    hidden_ID: Tensor,
+    text_I: Tensor,
+    index_KR: Sequence[Tensor],
+    own_chunk: int | None,
+) -> Iterator[HeadInputs]:
+    for k, index_R in enumerate(index_KR):
+        rows: tuple[Tensor, ...] = (hidden_ID[index_R],)
         if heads.is_sequential:
             next_J = torch.arange(1, k + 2, device=index_R.device)
-            seen_RJ = self.text_I[index_R[:, None] + next_J]
-            rows += (self._own_drafts(*rows, seen_RJ) if self.sees_own_drafts else seen_RJ,)
-        return HeadInputs(partial(heads.head_logits, k), rows, heads.head_parameters(k))
+            seen_RJ = text_I[index_R[:, None] + next_J]
+            if own_chunk is not None:
+                seen_RJ = _own_drafts(heads, *rows, seen_RJ, own_chunk)
+            rows += (seen_RJ,)
+        yield HeadInputs(partial(heads.head_logits, k), rows, heads.head_parameters(k))
 
-    def _advanced(self, k: int) -> Tensor:
-        """Return the states of the next step, state_UD; they are those of the head at index k.
 
-        Rows that this head has no label at may see tokens of another document, and are not used.
-        """
-        if k and self.sees_own_drafts:
-            token_U = self._first_choices(k - 1, self._state_UD)
+def _unrolled(
+    heads: MedusaHeads,
+    step: Callable[..., Tensor],
+    hidden_ID: Tensor,
+    text_I: Tensor,
+    index_KR: Sequence[Tensor],
+    index_U: Tensor,
+    own_chunk: int | None,
+) -> Iterator[HeadInputs]:
+    state_UD = hidden_ID[index_U]
+    for k, index_R in enumerate(index_KR):
+        if k and own_chunk is not None:
+            token_U = _first_choices(heads, k - 1, state_UD, own_chunk)
         else:
-            token_U = self.text_I[(self._index_U + k + 1).clamp(max=len(self.text_I) - 1)]
-        step = self.heads.advance
-        if self._recomputes:
-            step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
-        self._state_UD = step(self._state_UD, token_U)
-        return self._state_UD
+            # Rows at which this head has no label may see another document's, and are not used.
+            token_U = text_I[(index_U + k + 1).clamp(max=len(text_I) - 1)]
+        state_UD = step(state_UD, token_U)
+        states_RD = state_UD[torch.searchsorted(index_U, index_R)]
+        project = partial(heads.lm_heads, k)
+        yield HeadInputs(project, (states_RD,), heads.lm_heads.parameters_of(k))
 
-    @torch.no_grad()
-    def _first_choices(self, k: int, state_UD: Tensor) -> Tensor:
-        chunks = [
-            self.heads.lm_heads(k, x_CD).argmax(-1) for x_CD in state_UD.split(self.chunk_rows)
-        ]
-        return self._tokens(torch.cat(chunks))
 
-    @torch.no_grad()
-    def _own_drafts(self, hidden_RD: Tensor, drafted_RJ: Tensor) -> Tensor:
-        """Return drafted_RJ with the heads' first choices in place of all but the root."""
-        chosen = []
-        for hidden_CD, seen_CJ in zip(
-            hidden_RD.split(self.chunk_rows), drafted_RJ[:, :1].split(self.chunk_rows), strict=True
-        ):
-            for k in range(drafted_RJ.shape[1] - 1):
-                best_C = self.heads.head_logits(k, hidden_CD, seen_CJ).argmax(-1)
-                seen_CJ = torch.cat([seen_CJ, self._tokens(best_C)[:, None]], 1)
-            chosen.append(seen_CJ)
-        return torch.cat(chosen)
+@torch.no_grad()
+def _first_choices(heads: MedusaHeads, k: int, state_UD: Tensor, chunk_rows: int) -> Tensor:
+    chunks = [heads.lm_heads(k, x_CD).argmax(-1) for x_CD in state_UD.split(chunk_rows)]
+    return _tokens(heads, torch.cat(chunks))
 
-    def _tokens(self, places: Tensor) -> Tensor:
-        return places if self.heads.token_map is None else self.heads.token_map[places]
+
+@torch.no_grad()
+def _own_drafts(
+    heads: MedusaHeads, hidden_RD: Tensor, drafted_RJ: Tensor, chunk_rows: int
+) -> Tensor:
+    """Return drafted_RJ with the heads' first choices in place of all but the root."""
+    chosen = []
+    for hidden_CD, seen_CJ in zip(
+        hidden_RD.split(chunk_rows), drafted_RJ[:, :1].split(chunk_rows), strict=True
+    ):
+        for k in range(drafted_RJ.shape[1] - 1):
+            best_C = heads.head_logits(k, hidden_CD, seen_CJ).argmax(-1)
+            seen_CJ = torch.cat([seen_CJ, _tokens(heads, best_C)[:, None]], 1)
+        chosen.append(seen_CJ)
+    return torch.cat(chosen)
+
+
+def _tokens(heads: MedusaHeads, places: Tensor) -> Tensor:
+    return places if heads.token_map is None else heads.token_map[places]

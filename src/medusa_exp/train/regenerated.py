@@ -25,7 +25,7 @@ KIND = "regenerated"
 """Directory of the cache."""
 DOCUMENTS, SUMMARY = "documents", "summary.json"
 _BEFORE = "documents.arrow"
-"""What earlier versions have written: responses take hours, and are not made anew for that."""
+"""What earlier versions have written: responses take hours, and their runs go on with them."""
 _IN_KEY = ("num_documents", "num_val_documents", "max_new_tokens")
 _NOT_IN_KEY = ("batch_size", "use_heads", "workers", "server", "server_concurrency")
 _DRAWS = 2
