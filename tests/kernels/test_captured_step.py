@@ -3,7 +3,7 @@
 import pytest
 from tiny_models import build_model
 
-from medusa_exp.decode import step
+from medusa_exp.decode import captured_steps
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.model import Backbone, build_heads
@@ -22,7 +22,7 @@ def test_the_kernels_decode_what_torch_decodes(monkeypatch, architecture, shim):
     expected = [a.tokens for a in by_torch.decode(PROMPTS, limits)]
     launched = []
     monkeypatch.setattr(shim, "launch", _spy(shim.launch, launched))
-    monkeypatch.setattr(step, "step_kernels", lambda name, device: shim)
+    monkeypatch.setattr(captured_steps, "step_kernels", lambda name, device: shim)
     ours = Decoder(backbone, heads, TREE, cuda_graph=True).decode(PROMPTS, limits)
     assert [a.tokens for a in ours] == expected
     wants_dict = architecture == "gemma2"  # of masks, by kind of layer
