@@ -19,7 +19,7 @@ import msgspec
 from medusa_exp.data import faults
 from medusa_exp.data.contents import (
     ARCHIVES,
-    ROWS,
+    ROWS_TOGETHER,
     SUFFIXES,
     Content,
     content_of,
@@ -31,7 +31,6 @@ from medusa_exp.data.parsing import RawChat, TooLong
 from medusa_exp.data.tables import records_of_object, rows_of_text
 
 log = logging.getLogger(__name__)
-
 
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_value = msgspec.json.Decoder(msgspec.Raw).decode
@@ -205,7 +204,7 @@ class HubData:
         table = self._load()
         self.keys = tuple(table.column_names)
         table = table.select_columns(chosen_columns(self.name, self.keys, self.columns))
-        for batch in table.with_format("arrow").iter(ROWS):
+        for batch in table.with_format("arrow").iter(ROWS_TOGETHER):
             yield from batch.to_pylist()
 
     def _load(self) -> Any:

@@ -35,7 +35,7 @@ _MAGIC = {
 }
 """Compression -> how what is compressed begins."""
 BLOCK = 1 << 20
-ROWS = 256
+ROWS_TOGETHER = 256
 """Rows of a table that are in memory as Python objects."""
 _BOM = b"\xef\xbb\xbf"
 _FREELY_UNPACKED = 1 << 28

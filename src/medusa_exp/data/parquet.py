@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medusa_exp.data import faults
-from medusa_exp.data.contents import BLOCK, ROWS, Budget, Content
+from medusa_exp.data.contents import BLOCK, ROWS_TOGETHER, Budget, Content
 from medusa_exp.data.examples import COLUMNS, Ragged, Table, encoded
 from medusa_exp.data.turns import PICTURES
 from medusa_exp.errors import UserError
@@ -63,7 +63,7 @@ def _check_expansion(table: pq.ParquetFile, columns: list[str], budget: Budget) 
     Raises:
         DataError: the columns unpack to absurd sizes, by the file's own account.
     """
-    meta, together = table.metadata, ROWS
+    meta, together = table.metadata, ROWS_TOGETHER
     for group in range(meta.num_row_groups):
         for place in range(meta.num_columns):
             chunk = meta.row_group(group).column(place)

@@ -1,7 +1,4 @@
-"""The captured steps of a backbone, kept from prompt to prompt: a capture takes the time of many.
-
-B rows, N tree nodes.
-"""
+"""The captured steps of a backbone, kept from prompt to prompt: to capture one takes long."""
 
 from collections.abc import Hashable
 from typing import Any

@@ -204,7 +204,7 @@ def medusa_losses(
         sees_own_drafts=sees_own_drafts,
         recomputes=form == "recompute",
     )
-    for k, inputs in enumerate(of_heads):
+    for k, inputs in zip(range(heads.num_heads), of_heads, strict=True):
         index_R = labeled[k + 1]
         # The head at index k is head k+1: at t it predicts what follows token t+k+1.
         wanted = targets.at(index_R + k + 1)
@@ -307,7 +307,7 @@ def medusa_counts(
     of_heads = teacher_forced(
         heads, hidden_BTD, input_ids_BT, labeled, any_labeled, chunk_rows=chunk_rows
     )
-    for k, inputs in enumerate(of_heads):
+    for k, inputs in zip(range(heads.num_heads), of_heads, strict=True):
         labels_R = labels_BT.flatten()[labeled[k + 1] + 2 + k]
         chunks = [part.split(chunk_rows) for part in (labels_R, *inputs.rows)]
         for labels_C, *inputs_C in zip(*chunks, strict=True):

@@ -51,6 +51,8 @@ def teacher_forced(
 ) -> Iterator[HeadInputs]:
     """Yield the inputs of each head on one batch, as many as `labeled` has heads.
 
+    They are computed as they are asked for, with the gradients and in the precision of then.
+
     Args:
         heads: of any family.
         hidden_BTD: what they read: `heads_input` of the backbone's hidden states.
@@ -62,26 +64,27 @@ def teacher_forced(
         recomputes: are steps of recurrent heads computed again in the backward pass? They are in
             any case where what they compute would take more than 1 GiB.
     """
-    flat = hidden_BTD.flatten(0, 1), input_ids_BT.flatten(), labeled[1:]
+    text = hidden_BTD.flatten(0, 1), input_ids_BT.flatten(), labeled[1:]
     if not heads.is_recurrent:
-        yield from _each(heads, *flat, chunk_rows if sees_own_drafts else None)
+        yield from _each(heads, *text, chunk_rows if sees_own_drafts else None)
         return
     index_U = torch.cat(list(labeled[1:])).unique() if any_labeled is None else any_labeled
-    kept = 4 * _KEPT_BY_STEP * heads.num_heads * heads.config.num_layers * hidden_BTD.shape[-1]
+    steps = heads.num_heads * heads.config.num_layers
+    bytes_of_row = 4 * _KEPT_BY_STEP * steps * hidden_BTD.shape[-1]
     step: Callable[..., Tensor] = heads.advance
-    if torch.is_grad_enabled() and (recomputes or kept * len(index_U) > _MOST_KEPT):
+    if torch.is_grad_enabled() and (recomputes or bytes_of_row * len(index_U) > _MOST_KEPT):
         step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
-    yield from _unrolled(heads, step, *flat, index_U, chunk_rows if sees_own_drafts else None)
+    yield from _unrolled(heads, step, *text, index_U, chunk_rows if sees_own_drafts else None)
 
 
 def _each(
     heads: MedusaHeads,
     hidden_ID: Tensor,
     text_I: Tensor,
-    index_KR: Sequence[Tensor],
+    indices: Sequence[Tensor],
     own_chunk: int | None,
 ) -> Iterator[HeadInputs]:
-    for k, index_R in enumerate(index_KR):
+    for k, index_R in enumerate(indices):
         rows: tuple[Tensor, ...] = (hidden_ID[index_R],)
         if heads.is_sequential:
             next_J = torch.arange(1, k + 2, device=index_R.device)
@@ -97,12 +100,12 @@ def _unrolled(
     step: Callable[..., Tensor],
     hidden_ID: Tensor,
     text_I: Tensor,
-    index_KR: Sequence[Tensor],
+    indices: Sequence[Tensor],
     index_U: Tensor,
     own_chunk: int | None,
 ) -> Iterator[HeadInputs]:
     state_UD = hidden_ID[index_U]
-    for k, index_R in enumerate(index_KR):
+    for k, index_R in enumerate(indices):
         if k and own_chunk is not None:
             token_U = _first_choices(heads, k - 1, state_UD, own_chunk)
         else:
