@@ -1,8 +1,10 @@
 """The command line as a user meets it, in processes of its own."""
 
 import json
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from cli_runs import SMOKE, medusa_exp, read, snapshot
 from wandb_files import run_files
 from wandb_files import state as written_state
 
-from medusa_exp import run
+from medusa_exp import cli, run
+from medusa_exp.config import continuation
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json
 from medusa_exp.runs.metric_table import metric_of
@@ -159,7 +162,7 @@ def test_a_default_that_changed_since_does_not_slip_into_an_old_run(run_dir, wor
     ("arguments", "message"),
     [
         (["+experiment=rerun", "rerun.source=/no/run"], "rerun.source=/no/run is no run directory"),
-        (["+experiment=medusa1", "head.num_hedas=2"], "num_hedas"),
+        (["+experiment=medusa1", "head.num_hedas=2"], "mean head.num_heads?"),
         (["+experiment=nothing"], "nothing"),
         (["+experiment=smoke", "stages=[trian]"], "stages=trian is not known: use some of"),
         (["+experiment=medusa1", "device=cpu"], "model.path is not set"),
@@ -181,6 +184,32 @@ def test_a_problem_is_one_message_and_exit_code_1(run_dir, workplace, arguments,
     assert result.returncode == 1
     assert message in result.stderr + result.stdout
     assert "Traceback" not in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stages=[export]", "run_dir=RUN"], "run_dir=RUN: there is no such run, and stages=[exp"),
+        (["stages=[report,chat]", "run_dir='R U'"], "run_dir=R U: there is no such run"),
+        (["stages=[evaluate]", "head.num_heads=2"], "name it by run_dir=DIR"),
+        (["stages=[train,evaluate]", "run_dir=RUN"], None),
+        (["stages=[evaluate]", "run_dir=RUN", "heads_from=run"], None),
+        (["stages=[evaluate]", "run_dir=RUN", "+experiment=demo"], None),
+        (["stages=[evaluate]", "run_dir=begun"], None),
+        (["stages=[evaluate]", "--cfg", "job"], None),
+        (["stages=[evaluate]", "seed=1,2", "-m"], None),
+        (["stages=[exprt]", "run_dir=RUN"], None),  # which is said where all stages are known
+        (["stages=${oc.env:STAGES}", "run_dir=RUN"], None),
+        (["run_dir=RUN"], None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_stages_of_a_run_that_is_not_there_are_refused(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "begun/heads").mkdir(parents=True)
+    with nullcontext() if message is None else pytest.raises(UserError, match=re.escape(message)):
+        continuation.check_begun(arguments, cli._LATER)
+    assert set(cli._LATER) < set(cli.STAGES)
 
 
 def test_the_traceback_is_there_for_those_who_ask(workplace):

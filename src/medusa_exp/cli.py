@@ -31,7 +31,7 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from medusa_exp.config import Config, continuation, from_hydra, register, to_dict
+from medusa_exp.config import Config, continuation, from_hydra, register, to_dict, unknown_key
 from medusa_exp.config.ignored import say_ignored
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs import machine_faults, sweep
@@ -57,6 +57,9 @@ STAGES = {
 }
 """Stage -> module whose `run(config, out, session) -> metrics` does it. Imported only when it runs:
 the command line itself must answer without torch."""
+
+_LATER = ("calibrate", "evaluate", "export", "chat", "demo", "report")
+"""Stages that begin no run: they read the heads that another has left."""
 
 PROMISED = {
     "inspect": ("data.json",),
@@ -85,9 +88,10 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     if said := ensure_home():
         print(said, file=sys.stderr)
-    _report_faults_of_the_machine()
+    _report_in_our_words()
     try:
         with machine_faults.told():
+            continuation.check_begun(sys.argv[1:], _LATER)
             sys.argv[1:] = continuation.arguments(sys.argv[1:])
     except UserError as error:
         sys.exit(str(error))
@@ -104,8 +108,11 @@ def main() -> None:
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
-def _report_faults_of_the_machine() -> None:
-    """Have a full disk and its like told in one message, wherever Hydra or logging meets them."""
+def _report_in_our_words() -> None:
+    """Have a full disk and its like told in one message, wherever Hydra or logging meets them.
+
+    And mistyped keys, with the key that may have been meant.
+    """
     report, handle = hydra_utils.run_and_report, logging.Handler.handleError
 
     def run_and_report(func: Callable[[], Any]) -> Any:
@@ -115,6 +122,10 @@ def _report_faults_of_the_machine() -> None:
                     return func()
             except UserError as error:
                 raise _Problem(str(error)) from error
+            except HydraException as error:
+                if (said := unknown_key(error)) is None:
+                    raise
+                raise _Problem(said) from error
 
         return report(run)
 
@@ -155,7 +166,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             composed = hydra.compose("config", list(overrides))
             config = from_hydra(composed)
     except HydraException as error:
-        raise UserError(str(error)) from error
+        raise UserError(unknown_key(error) or str(error)) from error
     config.logger = with_variables(config.logger, overrides)
     vars(config)["_composed"] = composed
     say_ignored(config, overrides)
@@ -302,6 +313,7 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
 
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
         quiet_libraries(config.stages)
+    Session(config, out).check_places()
     log_machine(config.device)
     if config.heads_from is not None:
         Session(config, out).adopt_heads(config.heads_from)

@@ -1,4 +1,10 @@
-"""Exceptions: UserError, a wrong input or setting, and Stopped, a signal."""
+"""Exceptions: UserError, a wrong input or setting, and Stopped, a signal; how a program ends."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -15,3 +21,20 @@ class Stopped(UserError):
         super().__init__(message)
         self.number = number
         """Number of the signal."""
+
+
+@contextmanager
+def as_program() -> Iterator[None]:
+    """Around what a small program does: a UserError is one line, and exit code 1.
+
+    So that `| head` shows no traceback, a reader of the output that has gone ends it quietly.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as error:
+        sys.exit(str(error))
+    except BrokenPipeError:
+        # Python writes what is left as it ends, and would tell of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))

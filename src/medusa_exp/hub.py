@@ -21,7 +21,7 @@ import httpx2
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from medusa_exp.errors import UserError
+from medusa_exp.errors import UserError, as_program
 from medusa_exp.runs.files import read_json, remove
 
 _WEIGHTS = ("config.json", "model.safetensors")
@@ -159,10 +159,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Run as a program."""
     options = _parser().parse_args(arguments)
-    try:
+    with as_program():
         print(push(options.run, options.name, private=options.private))
-    except UserError as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

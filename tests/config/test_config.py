@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from medusa_exp import cli
 from medusa_exp.cli import STAGES
 from medusa_exp.config import Config, from_hydra, load_saved, register, to_dict
 from medusa_exp.errors import UserError
@@ -54,6 +55,24 @@ def test_no_config_names_code_to_run():
 def test_a_typo_is_refused(override):
     with pytest.raises(HydraException, match=r"num_hedas|trian|medsua"):
         composed(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.max_step=5", "train.max_step: there is no such key; did you mean train.max_steps?"),
+        ("+head.num_hedas=2", "did you mean head.num_heads?"),
+        ("modl.path=x", "modl: there is no such key; did you mean model?"),
+        ("max_steps=5", "did you mean train.max_steps or model.pretrain.max_steps?"),
+        ("head.learning_rate=1", "did you mean train.learning_rate?"),
+        ("decode.temp=1", "did you mean decode.temperature?"),
+        ("dataset={pth: x}", "dataset.pth: there is no such key; did you mean dataset.path?"),
+        ("foo=1", "foo: there is no such key; `--cfg job` prints all there are."),
+    ],
+)
+def test_a_mistyped_key_is_answered_with_the_one_that_was_meant(override, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        cli.compose(["+experiment=smoke", override])
 
 
 def _numbers(values: dict, prefix: str = "") -> Iterator[str]:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from listed_runs import METRICS, RUN, make_old, stages, write, write_run
 
 from medusa_exp.runs import list as listing
+from medusa_exp.runs.files import this_process
 from medusa_exp.runs.list import Run, main, read_run, read_runs
 
 
@@ -37,6 +40,46 @@ def test_how_a_run_stands(tmp_path, run, is_old, status, reason):
         make_old(tmp_path / "a")
     found = read_run(tmp_path / "a")
     assert (found.status, found.reason) == (status, reason)
+
+
+HERE, GONE = this_process(), f"{this_process().partition('-')[0]}-4194305"
+
+
+@pytest.mark.parametrize(
+    ("entries", "is_old", "status", "reason"),
+    [
+        ({"train": {"status": "running", "process": GONE}}, False, "stopped", "in stage train"),
+        ({"train": {"status": "running", "process": HERE}}, True, "running", "train"),
+        ({"train": {"status": "running", "process": "0-1"}}, False, "running", "train"),
+        ({"train": {"status": "running", "process": "x"}}, False, "running", "train"),
+        ({"train": {"status": "interrupted"}}, False, "stopped", "in stage train"),
+        # Of stages that the run does not ask for itself, what was done after them counts.
+        ({"train": {"began": "3"}, "export": {"began": "2", "status": "failed"}}, True, "done", ""),
+        (
+            {"train": {"began": "1"}, "export": {"began": "2", "status": "failed"}},
+            True,
+            "failed",
+            0,
+        ),
+        ({"train": {}, "export": {"began": "2", "status": "failed"}}, True, "failed", 0),
+        ({"train": {"began": "1", "status": "failed"}, "chat": {"began": "2"}}, True, "failed", 0),
+    ],
+)
+def test_how_a_run_of_several_calls_stands(tmp_path, entries, is_old, status, reason):
+    filled = {name: {"status": "done", "error": "E", **entry} for name, entry in entries.items()}
+    write_run(tmp_path / "a", {**RUN, "stages": filled})
+    if is_old:
+        make_old(tmp_path / "a")
+    found = read_run(tmp_path / "a")
+    assert (found.status, found.reason) == (status, found.reason if reason == 0 else reason)
+
+
+def test_a_reader_that_goes_ends_it_quietly(tmp_path):
+    for number in range(3):
+        write_run(tmp_path / str(number))
+    command = f"{sys.executable} -m medusa_exp.runs.list {tmp_path} --json | true"
+    found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ class FullDisk(io.StringIO):
 
 
 def test_a_log_without_room_is_quiet(capsys):
-    cli._report_faults_of_the_machine()
+    cli._report_in_our_words()
     handler = logging.StreamHandler(FullDisk())
     handler.handle(logging.makeLogRecord({"msg": "a line"}))
     assert "Traceback" not in capsys.readouterr().err

@@ -7,7 +7,7 @@ from cli_runs import flip
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.runs.files import read_json, write_json, write_jsonl
+from medusa_exp.runs.files import is_process_alive, read_json, write_json, write_jsonl
 from medusa_exp.runs.record import RunRecord
 from medusa_exp.tracking.history import HistoryLogger
 
@@ -27,6 +27,14 @@ def test_no_figure_outlives_its_stage_however_that_ended_between(tmp_path):
         run(None)
     run({"eval/speedup": 3.0})
     assert read_json(tmp_path / "metrics.json") == {"eval/speedup": 3.0}
+
+
+def test_a_stage_says_which_process_is_at_it_while_one_is(tmp_path):
+    record = RunRecord(tmp_path, Config(device="cpu"), [])
+    with record.stage("evaluate"):
+        entry = read_json(tmp_path / "run.json")["stages"]["evaluate"]
+        assert is_process_alive(entry["process"])
+    assert "process" not in read_json(tmp_path / "run.json")["stages"]["evaluate"]
 
 
 def test_a_figure_that_is_no_number_is_told_and_left_out(tmp_path, caplog):

@@ -1,9 +1,18 @@
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from transformers import Lfm2Config, LlamaConfig
 
-from medusa_exp.config import Config, DecodeConfig, HeadConfig, ModelConfig, TreeConfig
+from medusa_exp.config import (
+    Config,
+    DecodeConfig,
+    HeadConfig,
+    ModelConfig,
+    TreeConfig,
+    from_dict,
+    to_dict,
+)
 from medusa_exp.errors import UserError
 from medusa_exp.stages.session import Session, stop_ids_of
 
@@ -14,6 +23,43 @@ def test_stop_ids(backbone, tokenizer):
     assert stop_ids_of(config, backbone, tokenizer) == {5}
     backbone.model.generation_config.eos_token_id = [2, 3]
     assert stop_ids_of(config, backbone, tokenizer) == {2, 3, 5}
+
+
+@pytest.mark.parametrize(
+    ("stages", "keys", "message"),
+    [
+        (["train"], {}, None),
+        (["train"], {"model": {"path": "/no/model"}}, "model.path=/no/model: there is no such dir"),
+        (["export"], {"model": {"path": "/no/model"}}, "model.path=/no/model"),
+        (["report"], {"model": {"path": "/no/model"}}, None),
+        (["inspect", "report"], {"model": {"path": None}}, None),
+        (["train"], {"model": {"path": "somebody/on-the-hub"}}, None),
+        (
+            ["train"],
+            {"dataset": {"path": "/no/chats*.json"}},
+            r"/no/chats\*.json: there is no such",
+        ),
+        (["train"], {"dataset": {"path": "hub:some/chats"}}, None),
+        (
+            ["evaluate"],
+            {"dataset": {"path": None, "sources": {"a": {"path": "/no"}}}},
+            "/no: there",
+        ),
+        (["chat"], {"dataset": {"path": "/no"}}, None),
+        (["evaluate"], {"evaluate": {"path": "/no/prompts"}}, "evaluate.path=/no/prompts does not"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_begun(
+    config, tmp_path, stages, keys, message
+):
+    config.stages = stages
+    plain = to_dict(config)
+    for section, values in keys.items():
+        plain[section] |= values
+    session = Session(from_dict(plain), tmp_path / "run")
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        session.check_places()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

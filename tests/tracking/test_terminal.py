@@ -58,6 +58,19 @@ def test_no_report_of_an_earlier_call_is_offered_as_this_one(
     assert capsys.readouterr().out.rstrip().endswith(said)
 
 
+def test_numbers_of_an_earlier_call_are_not_told_as_those_of_this_one(tmp_path, capsys):
+    said = {}
+    for stages in (["evaluate"], ["export"], ["chat"], ["export", "report"]):
+        record = RunRecord(tmp_path, Config(name="x", stages=stages, device="cpu"), [])
+        for stage in stages:
+            found = {"evaluate": {"eval/speedup": 2.5}, "chat": {"chat/tokens_per_step": 3.0}}
+            record.run["stages"][stage] = {"seconds": 1.0}
+            record.merge_metrics(stage, found.get(stage, {}))
+        print_summary(record)
+        said["+".join(stages)] = "2.50x" in capsys.readouterr().out
+    assert said == {"evaluate": True, "export": False, "chat": False, "export+report": True}
+
+
 def test_why_it_is_not_more_is_said_after_an_evaluation(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "140")
     (tmp_path / "why.json").write_text(json.dumps(WHY))

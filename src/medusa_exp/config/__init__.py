@@ -7,6 +7,7 @@ from medusa_exp.config.compose import (
     register,
     to_dict,
     to_shareable,
+    unknown_key,
 )
 from medusa_exp.config.privacy import named_variables
 from medusa_exp.config.schema import (
@@ -58,4 +59,5 @@ __all__ = [
     "register",
     "to_dict",
     "to_shareable",
+    "unknown_key",
 ]

@@ -1,12 +1,14 @@
 """Turn what Hydra and OmegaConf compose into plain, checked dataclasses, and back."""
 
+from collections.abc import Iterator
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from medusa_exp.config.privacy import without_environment
 from medusa_exp.config.schema import Config
@@ -71,9 +73,42 @@ def checked_section(section: type, values: Any) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))
     except _MISFITS as error:
+        if unknown := unknown_key(error, of=section):
+            raise UserError(unknown) from error
         said = [*str(getattr(error, "msg", None) or error).splitlines(), ""][0]
         key = getattr(error, "full_key", None) or _misfit(section, values)
         raise UserError(f"{key}: {said[:_LONGEST_SAID]}") from error
+
+
+def unknown_key(error: BaseException | None, of: type = Config) -> str | None:
+    """Return what to tell of an error, or of what it was raised from, that is a mistyped key.
+
+    Args:
+        error: of OmegaConf's or Hydra's.
+        of: the section that the key was looked for in.
+    """
+    if not isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return None if error is None else unknown_key(error.__cause__, of)
+    if not (key := error.full_key):
+        return None
+    known = list(_keys(OmegaConf.to_container(OmegaConf.structured(of))))
+    as_deep = [name for name in known if name.count(".") == key.count(".")]
+    begun = [name for name in as_deep if name.startswith(key)]
+    near = begun[:1] or get_close_matches(key, as_deep, n=1, cutoff=0.8)
+    if not near:  # its section may be left out, or be another's
+        last = {name.rpartition(".")[2] for name in known}
+        meant = get_close_matches(key.rpartition(".")[2], sorted(last), n=1)
+        near = [name for name in known if name.rpartition(".")[2] in meant]
+        near = sorted(near, key=lambda name: name.count("."))[:2]
+    hint = f"did you mean {' or '.join(near)}?" if near else "`--cfg job` prints all there are."
+    return f"{key}: there is no such key; {hint}"
+
+
+def _keys(section: Any, before: str = "") -> Iterator[str]:
+    """Yield each key of nested values, with dots; a section before what is in it."""
+    for name, value in section.items() if isinstance(section, dict) else ():
+        yield before + name
+        yield from _keys(value, f"{before}{name}.")
 
 
 def _misfit(section: type, values: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ Hydra's own record of the later call goes to `.hydra-<n>/`; `.hydra/` is never r
 that tries a failed job again is no later call: it composes the job anew, `.hydra/` included.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ _OF_RERUN = ("experiment", "rerun.source", "run_dir", "sweep_dir")
 """Keys that say how a run is done again, not what is done."""
 _GROUPS_ALONE = ("experiment", "sweep")
 """Groups that are no keys."""
+_BRING_HEADS = {"experiment", "heads_from", "rerun.source", "rerun"}
 _SAID: set[str] = set()
 """Keys that this command line names, also those whose override was saved in just these words."""
 _LONGEST_WORD = 1 << 16
@@ -73,6 +74,32 @@ def arguments(argv: list[str]) -> list[str]:
     # A job of a sweep has saved the sweep's overrides too; it is one run from now on.
     ours = ["hydra.mode=RUN", f"hydra.output_subdir={_next_subdir(run_dir)}"]
     return [*flags, *kept, *new, *ours]
+
+
+def check_begun(argv: list[str], later: Collection[str]) -> None:
+    """Refuse a command whose stages all go on with a run, and that names none: a slip of the pen.
+
+    Args:
+        argv: the command line, as it was given.
+        later: stages that go on with what others have left in the run directory.
+
+    Raises:
+        UserError: nothing is there that they could go on with.
+    """
+    new = _overrides(argv)
+    named = {key_of(override): override for override in new}
+    stages: Any = _parsed(named["stages"]).value() if "stages" in named else None
+    can_begin = not isinstance(stages, list) or not stages or set(map(str, stages)) - set(later)
+    # These may bring heads with them; and flags ask for something else than a run.
+    if can_begin or _BRING_HEADS & set(named) or _is_sweep(argv, new) or len(new) < len(argv):
+        return
+    words = f"stages=[{','.join(map(str, stages))}] goes on with a run"
+    yours = "`python -m medusa_exp.runs.list` shows yours"
+    run_dir = _run_dir(argv)
+    if run_dir is None and "hydra.run.dir" not in named:
+        raise UserError(f"{words}: name it by run_dir=DIR; {yours}.")
+    if run_dir is not None and not (_has_begun(run_dir) or (run_dir / "heads").is_dir()):
+        raise UserError(f"run_dir={run_dir}: there is no such run, and {words}; {yours}.")
 
 
 def _is_sweep(argv: list[str], overrides: list[str]) -> bool:

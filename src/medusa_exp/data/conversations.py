@@ -47,7 +47,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_HUB = "hub:"
+HUB = "hub:"
 _LOOKED_AT = 100
 _MATTERING = {
     *("reasoning_content", "reasoning", "thinking", "tools", "functions", "system_prompt"),
@@ -370,8 +370,8 @@ def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any)
     chosen = ReadOptions(**options)
     sources: list[ChatFile | HubData] = []
     for place in [paths] if isinstance(paths, str | Path) else paths:
-        if str(place).startswith(_HUB):
-            sources.append(HubData(str(place).removeprefix(_HUB), chosen.hub_split))
+        if str(place).startswith(HUB):
+            sources.append(HubData(str(place).removeprefix(HUB), chosen.hub_split))
         else:
             is_named = Path(place).expanduser().is_file()
             sources += [ChatFile(path, is_named) for path in find_files(place)]

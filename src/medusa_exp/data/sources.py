@@ -9,7 +9,9 @@ from typing import Any
 
 from medusa_exp.config import DatasetConfig
 from medusa_exp.data import synthetic
+from medusa_exp.data.chat_files import find_files
 from medusa_exp.data.conversations import (
+    HUB,
     Conversation,
     DataError,
     Reading,
@@ -90,6 +92,18 @@ def open_sources(dataset: DatasetConfig, cache_dir: str | Path) -> list[Source]:
     return [
         Source(name, options, read_conversations(path, **options)) for name, path in paths.items()
     ]
+
+
+def check_files(dataset: DatasetConfig) -> None:
+    """Look whether the files that a data set names are there; none is opened.
+
+    Raises:
+        DataError: one is not.
+    """
+    places = [dataset.path, *(source.path for source in dataset.sources.values())]
+    for place in places if dataset.kind == "sharegpt" else ():
+        if place and not (place.startswith(HUB) or Path(place).expanduser().exists()):
+            find_files(place)
 
 
 def reading_options(dataset: DatasetConfig) -> dict[str, Any]:

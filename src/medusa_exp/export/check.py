@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.config import ModelConfig
-from medusa_exp.errors import UserError
+from medusa_exp.errors import as_program
 from medusa_exp.export.declared import Fault
 from medusa_exp.export.faults import all_faults
 from medusa_exp.export.reading import FORMATS, NoHeadsError, Reading, read_heads
@@ -168,17 +168,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", help="directory or hub name of the model that they are for")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     asked = parser.parse_args(arguments)
-    try:
+    with as_program():
         what, faults = check(asked.directory, asked.target, asked.device)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(what)
-    for fault in faults:
-        print(f"{'error' if fault.is_error else 'note'}: {fault.name}: {fault.text}")
-    is_wrong = any(fault.is_error for fault in faults)
-    if not is_wrong:
-        print("no error found" if asked.target else "no error found; --target would say more")
+        print(what)
+        for fault in faults:
+            print(f"{'error' if fault.is_error else 'note'}: {fault.name}: {fault.text}")
+        is_wrong = any(fault.is_error for fault in faults)
+        if not is_wrong:
+            print("no error found" if asked.target else "no error found; --target would say more")
     return int(is_wrong)
 
 

@@ -13,7 +13,6 @@ read and of every one written.
 import argparse
 import logging
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
-from medusa_exp.errors import UserError
+from medusa_exp.errors import UserError, as_program
 from medusa_exp.model.checkpoint import save_tensors
 from medusa_exp.runs.files import publish, read_json, sha256_file
 
@@ -146,7 +145,7 @@ def main() -> None:
     asked = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     file = Path(asked.source).expanduser()
-    try:
+    with as_program():
         if file.is_file():
             convert_file(file, asked.out or file.with_suffix(".safetensors"))
         elif asked.out is None:
@@ -154,8 +153,6 @@ def main() -> None:
         else:
             out = convert(asked.source, asked.out, asked.revision)
             log.info("done: set model.path=%s", out)
-    except UserError as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

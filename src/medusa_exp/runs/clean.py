@@ -20,7 +20,7 @@ from filelock import Timeout
 from rich.console import Console
 from rich.table import Table
 
-from medusa_exp.errors import UserError
+from medusa_exp.errors import UserError, as_program
 from medusa_exp.runs.cache import lock_of
 from medusa_exp.runs.files import remove
 from medusa_exp.runs.list import Run, read_runs, size_and_newest, size_text, wide_console
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run as a program."""
     options = _parser().parse_args(arguments)
     console = wide_console()
-    try:
+    with as_program():
         runs = [run for root in (options.root, *options.runs) for run in read_runs(root)]
         entries = read_cache(options.cache or options.root / "cache", runs)
         print_cache(entries, console)
@@ -209,18 +209,16 @@ def main(arguments: Sequence[str]) -> None:
         if options.yes:
             check_readable(runs)
             going = list(delete(going))
-    except UserError as error:
-        sys.exit(str(error))
-    for entry in going:
-        console.print(
-            f"{'removed' if options.yes else 'would be removed'}: {entry.path} "
-            f"({size_text(entry.bytes)}, {entry.age_days:.0f} days, {entry.use})",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    total = size_text(sum(entry.bytes for entry in going))
-    console.print(f"{len(runs)} runs looked at. {_outcome(options, len(going), total)}")
+        for entry in going:
+            console.print(
+                f"{'removed' if options.yes else 'would be removed'}: {entry.path} "
+                f"({size_text(entry.bytes)}, {entry.age_days:.0f} days, {entry.use})",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+        total = size_text(sum(entry.bytes for entry in going))
+        console.print(f"{len(runs)} runs looked at. {_outcome(options, len(going), total)}")
 
 
 def _outcome(options: argparse.Namespace, number: int, total: str) -> str:

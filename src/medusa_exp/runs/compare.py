@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from medusa_exp.errors import UserError
+from medusa_exp.errors import UserError, as_program
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.metric_table import is_timed
 from medusa_exp.runs.record import check_record
@@ -125,13 +125,11 @@ def main(arguments: list[str]) -> None:
     """Run as a program."""
     if len(arguments) != 2:
         sys.exit("give two run directories: python -m medusa_exp.runs.compare OLD NEW")
-    try:
+    with as_program():
         for run in map(Path, arguments):
             if not (run / "metrics.json").is_file():
                 raise UserError(f"{run} is no run directory: it has no metrics.json.")
         print_comparison(compare(*map(Path, arguments)))
-    except UserError as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

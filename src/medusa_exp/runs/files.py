@@ -36,7 +36,7 @@ _CHECK = "check"
 _SYNC_SECONDS = 1.0
 _MOST_BYTES = 1 << 28
 """Of a JSON file that is read back."""
-_OWNER = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-")
+_OWNER = re.compile(r"\.partial-(?P<process>[0-9a-f]{8}-\d+)-")
 """In the name of what is half written: who writes it."""
 _REPLACED = re.compile(r"\.(?P<name>.+)\.partial-\w+-\d+-\w+\.replaced")
 """Name of a directory that has just been moved out of the way of a new one."""
@@ -60,7 +60,7 @@ def publish(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_leftovers_once(path.parent)
-    unique = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    unique = f"{this_process()}-{uuid.uuid4().hex[:8]}"
     partial = path.parent / f".{path.name}.partial-{unique}"
     replaced = partial.with_name(f"{partial.name}.replaced")
     try:
@@ -115,8 +115,8 @@ def drop_leftovers(directory: Path, name: str = "*", *, is_alone: bool = False) 
 
 def _is_left(partial: Path) -> bool:
     owner = _OWNER.search(partial.name)
-    if owner and owner["machine"] == _machine():
-        return not _is_alive(int(owner["process"]))
+    if owner and (is_alive := is_process_alive(owner["process"])) is not None:
+        return not is_alive
     try:
         newest = max(path.lstat().st_mtime for path in (partial, *partial.rglob("*")))
     except OSError:  # somebody is at work there
@@ -130,6 +130,21 @@ def _drop(partial: Path) -> None:
         with suppress(OSError):  # another process has put it back
             partial.rename(path)
     remove(partial)
+
+
+def this_process() -> str:
+    """Name this process, for `is_process_alive`."""
+    return f"{_machine()}-{os.getpid()}"
+
+
+def is_process_alive(name: str) -> bool | None:
+    """Say whether a process is still there that `this_process` has named; None if it is not known.
+
+    That is so for processes of other machines.
+    """
+    machine, _, number = name.partition("-")
+    is_here = machine == _machine() and number.isdecimal() and len(number) < 10
+    return _is_alive(int(number)) if is_here else None
 
 
 @cache

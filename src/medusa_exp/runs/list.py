@@ -27,8 +27,8 @@ from rich.table import Table
 from rich.text import Text
 
 from medusa_exp.config.trust import load_yaml
-from medusa_exp.errors import UserError
-from medusa_exp.runs.files import read_json
+from medusa_exp.errors import UserError, as_program
+from medusa_exp.runs.files import is_process_alive, read_json
 
 STATUSES = ("done", "running", "stopped", "failed", "malformed")
 QUIET = timedelta(minutes=10)
@@ -120,20 +120,36 @@ def _read_files(run: Run, path: Path, newest: datetime) -> None:
 def _status(stages: dict[str, Any], wanted: Any, quiet: timedelta) -> tuple[str, str]:
     """Return the status of a run by those of its stages, and why it is not done.
 
-    `quiet` is for how long nothing has been written: a killed process notes no end.
+    `quiet` is for how long nothing has been written: a killed process notes no end. A stage that
+    the run itself does not ask for counts until another has been done after it.
     """
-    is_alive, since = quiet < QUIET, f"nothing written for {_span(quiet)}"
+    names = [str(name) for name in wanted] if isinstance(wanted, list) else []
+    seems_alive, since = quiet < QUIET, f"nothing written for {_span(quiet)}"
     for name, entry in stages.items():
-        status = entry.get("status")
+        status, process = entry.get("status"), str(entry.get("process", ""))
+        is_alive = is_process_alive(process) if process else None
+        if status == "running" and (seems_alive if is_alive is None else is_alive):
+            return "running", name
+        if name not in names and _is_past(entry, stages):
+            continue
         if status == "failed":
             return "failed", f"{name}: {' '.join(str(entry.get('error', '')).split())}"
+        if status == "interrupted" or is_alive is False:
+            return "stopped", f"in stage {name}"
         if status == "running":
-            return ("running", name) if is_alive else ("stopped", f"in stage {name}, {since}")
-    left = [str(name) for name in wanted if name not in stages] if isinstance(wanted, list) else []
+            return "stopped", f"in stage {name}, {since}"
+    left = [name for name in names if name not in stages]
     if left or not stages:
         before = f"before stage {left[0]}" if left else "before its first stage"
-        return ("running", "") if is_alive else ("stopped", f"{before}, {since}")
+        return ("running", "") if seems_alive else ("stopped", f"{before}, {since}")
     return "done", ""
+
+
+def _is_past(entry: dict[str, Any], stages: dict[str, Any]) -> bool:
+    """Has another stage begun after this one, and been done?"""
+    began = str(entry.get("began", ""))
+    ends = (str(one.get("began", "")) for one in stages.values() if one.get("status") == "done")
+    return bool(began) and any(other > began for other in ends)
 
 
 def _span(time: timedelta) -> str:
@@ -303,16 +319,14 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Run as a program."""
     options = _parser().parse_args(arguments)
-    try:
+    with as_program():
         runs = chosen(read_runs(options.root), options)
-    except UserError as error:
-        sys.exit(str(error))
-    if options.json:
-        print(json.dumps([asdict(run) for run in runs], indent=1, ensure_ascii=False))
-    elif runs:
-        wide_console().print(table_of(runs, options.root))
-    else:
-        print(f"{options.root} holds no run that was asked for.")
+        if options.json:
+            print(json.dumps([asdict(run) for run in runs], indent=1, ensure_ascii=False))
+        elif runs:
+            wide_console().print(table_of(runs, options.root))
+        else:
+            print(f"{options.root} holds no run that was asked for.")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from medusa_exp.runs.files import (
     read_json,
     sha256_file,
     sync,
+    this_process,
     write_json,
     write_text,
 )
@@ -85,6 +86,8 @@ class RunRecord:
         # The top of run.json describes the newest call; each stage keeps what it was made by.
         entry: dict[str, Any] = {
             "status": "running",
+            "began": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "process": this_process(),  # as long as it runs: a killed one leaves it
             "command": self.command,
             **{key: self.run[key] for key in ("seed", "git", "versions")},
         }
@@ -108,6 +111,7 @@ class RunRecord:
             entry["error"] = named_variables(f"{type(error).__name__}: {error}", self.out)
             raise
         finally:
+            del entry["process"]
             entry["seconds"] = round(time.perf_counter() - start, 2)
             entry["peak_memory_bytes"] = peak_memory_bytes()
             self._save()

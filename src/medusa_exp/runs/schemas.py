@@ -32,6 +32,8 @@ class _Lines(msgspec.Struct):
 
 class _Stage(msgspec.Struct):
     status: str = ""
+    began: str = ""
+    process: str = ""
     command: list[str] = []
     seed: int = 0
     git: dict[str, Any] = {}

@@ -44,7 +44,7 @@ from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.runs.files import write_jsonl
 from medusa_exp.runs.progress import track
 from medusa_exp.stages.engines import check_servers, measure_servers
-from medusa_exp.stages.session import Session
+from medusa_exp.stages.session import Session, prompt_file
 from medusa_exp.stages.why import Measured, explain
 from medusa_exp.tree import Tree
 
@@ -212,9 +212,7 @@ def load_prompts(
     )
     if config.evaluate.path is None:
         return choose(session.split("test"))
-    path = Path(config.evaluate.path)
-    if not path.exists():
-        raise UserError(f"evaluate.path={path} does not exist.")
+    path = prompt_file(config)
     if path.is_file() and is_question_file(path):
         questions = _spread_questions(read_questions(path), count)
         room = max_positions - config.decode.max_new_tokens

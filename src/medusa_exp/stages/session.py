@@ -16,7 +16,14 @@ from medusa_exp.config import Config, from_hydra, load_saved
 from medusa_exp.config.trust import check_saved
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.prompts import HasRoom, Prompt, prompts_of
-from medusa_exp.data.sources import Source, dataset_key, files_of, load_split, open_sources
+from medusa_exp.data.sources import (
+    Source,
+    check_files,
+    dataset_key,
+    files_of,
+    load_split,
+    open_sources,
+)
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.lookup import check_draft
@@ -86,6 +93,23 @@ class Session:
         config = from_hydra(written)
         config.run_dir, config.device = str(run), device or config.device
         return cls(config, run)
+
+    def check_places(self) -> None:
+        """Look whether model and data are where the config says, before anything is begun.
+
+        Raises:
+            UserError: a directory or file that a stage will read is not there.
+        """
+        config, stages = self.config, {*self.config.stages} - {"report"}
+        if "demo" in stages:  # it knows its own files
+            return
+        has_own = config.train.kind == "medusa2" and adapted_path(self.out) is not None
+        if stages and config.model.kind == "pretrained" and config.model.path and not has_own:
+            self.spec.model_path()
+        if stages - {"export", "chat"}:
+            check_files(config.dataset)
+        if "evaluate" in stages and config.evaluate.path is not None:
+            prompt_file(config)
 
     def sources(self) -> list[Source]:
         """Open the data set, and note what it is made of."""
@@ -345,6 +369,18 @@ class Session:
         heads = decoder.heads
         vocab_size = heads.config.vocab_size
         return choose_tree(settings, self.out, heads.num_heads, batch_size, vocab_size)
+
+
+def prompt_file(config: Config) -> Path:
+    """Return where the prompts of stage evaluate are, where they are not the data set's.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    path = Path(str(config.evaluate.path))
+    if not path.exists():
+        raise UserError(f"evaluate.path={path} does not exist.")
+    return path
 
 
 def pack_decoder(decoder: Decoder, cache_dir: str) -> None:

@@ -16,14 +16,22 @@ from medusa_exp.runs.record import RunRecord
 
 
 def print_summary(record: RunRecord) -> None:
-    """Print the time of this call's stages, the run's most important numbers, where files lie."""
+    """Print the time of this call's stages, their most important numbers, and where files lie.
+
+    With a report, which shows the whole run, the numbers are the whole run's.
+    """
     out, stages = record.out, record.config.stages
     console = Console()
     times = Table("stage", "seconds", title=None)
     for stage in stages:
         times.add_row(stage, f"{record.run['stages'][stage]['seconds']:.1f}")
-    figures = Table("figure", "value")
-    for label, value in headlines(record.metrics):
+    figures, metrics = Table("figure", "value"), record.metrics
+    if "report" not in stages:
+        names = {
+            name for stage in stages for name in record.run["stages"][stage].get("metrics", ())
+        }
+        metrics = {name: value for name, value in metrics.items() if name in names}
+    for label, value in headlines(metrics):
         figures.add_row(label, value)
     console.print(times)
     if figures.row_count:
