@@ -29,6 +29,41 @@ def test_the_crossing_lies_between_two_measurements(speedups, size, said):
 
 
 @pytest.mark.parametrize(
+    ("speedups", "intervals", "said"),
+    [
+        (
+            {1: 1.03},
+            {1: (0.84, 1.48)},
+            "No clear difference from plain decoding at 1 prompt at a time (1.03x, 95 %: 0.84 to "
+            "1.48): more",
+        ),
+        (
+            {1: 0.9, 4: 0.97},
+            {1: (0.8, 1.1), 4: (0.7, 1.2)},
+            "No clear difference from plain decoding at 1 prompt at a time (0.90x, 95 %: 0.80 to "
+            "1.10), and no clearer one up to 4 prompts",
+        ),
+        (
+            {1: 1.5, 4: 1.1},
+            {1: (1.2, 1.7), 4: (0.9, 1.3)},
+            "showed no clear difference from plain decoding at the largest batch size measured, "
+            "4 prompts at a time (1.10x, 95 %: 0.90 to 1.30). The",
+        ),
+        (
+            {1: 1.5, 4: 0.9},
+            {1: (1.2, 1.7), 4: (0.8, 1.1)},
+            "(1.50x) and 4 prompts at a time (0.90x, ",
+        ),
+        ({1: 1.5}, {1: (1.2, 1.7)}, "Only 1 prompt at a time (1.50x) was measured"),
+    ],
+)
+def test_what_chance_may_have_made_is_no_difference(speedups, intervals, said):
+    found = break_even("tree", speedups, intervals)
+    assert said in found.sentence()
+    assert found.size == break_even("tree", speedups).size
+
+
+@pytest.mark.parametrize(
     ("speedups", "wanted", "expected"),
     [
         ({1: 2.0, 16: 0.5}, 4, [[1, 6, 4], [7, 16, 0]]),

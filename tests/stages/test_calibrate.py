@@ -253,6 +253,30 @@ def test_looked_up_nodes_are_chosen_where_they_pay_and_only_there(tmp_path, monk
         assert rehearsed.tree == wider and rehearsed.predicted_speedup == pytest.approx(18.0)
 
 
+def test_looked_up_nodes_that_cost_more_than_they_save_are_not_kept(caplog):
+    """They look faster than the heads' trees, and slower than plain decoding."""
+    ranks, found = [np.full((18, 1), 99)], [np.array([1] * 9 + [0] * 9)]
+    wider = replace(chain(0), num_lookup=4)
+    for seconds, said in (
+        (0.9, "only text that is looked up is drafted"),
+        (2.0, "one node: plain"),
+    ):
+        times = Timing(1, {chain(0): 1.5, chain(1): 1.6, wider: seconds}, plain=1.0, prefill=1.0)
+        curve = choose(ranks, times, found)
+        assert curve.tree == wider and curve.predicted_speedup == pytest.approx(
+            18 / (1 + (num_steps(ranks, wider, found) - 1) * seconds)
+        )
+        kept = calibrate.without_vain_lookup(curve)
+        assert kept.tree == (wider if curve.predicted_speedup >= 1 else chain(0))
+        assert kept.num_nodes == kept.tree.num_checked
+        asked_for = replace(curve, with_lookup=[])  # by tree.lookup=4
+        assert calibrate.without_vain_lookup(asked_for).tree == wider
+        calibration = summarize([kept], ranks, 9, choices=chain(1), heads_sha256="x", found=found)
+        assert calibrate._metrics(calibration)["calibrate/num_nodes"] == kept.num_nodes
+        assert said in caplog.text
+        caplog.clear()
+
+
 def test_num_nodes_counts_those_of_the_heads(tmp_path, monkeypatch):
     """Of tree.lookup=8 every tree that was timed has more nodes than tree.num_nodes=1 or 2."""
     ranks, found = [np.full((18, 1), 99)], [np.arange(17, -1, -1)]

@@ -3,6 +3,7 @@
 A sentence says what was measured, in the unit that its cause has, and names a config key to change.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,21 @@ class Facts:
     when: BreakEven
     reasons: Sequence[str] = field(default_factory=tuple)
     """Why decoding may accept less than validation."""
+    run_dir: str = "RUN_DIR"
+    is_calibrated: bool = True
+    """Has the run a calibration?"""
+    can_calibrate: bool = True
+    """Has its data set prompts for one?"""
+
+    @property
+    def calibration(self) -> str | None:
+        """How to decode over the tree that is fastest here; None where it is decoded so, or no
+        prompts are held out to find it."""
+        stages = "[evaluate]" if self.is_calibrated else "[calibrate,evaluate]"
+        words = ("python", "-m", "medusa_exp", f"stages={stages}", f"run_dir={self.run_dir}")
+        if self.tree_kind == "calibrated" or not (self.is_calibrated or self.can_calibrate):
+            return None
+        return f"`{shlex.join([*words, 'tree=calibrated'])}`"
 
 
 def advice(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
@@ -110,10 +126,11 @@ def _width(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
         f"tree{_lost(found)}: "
     )
     if facts.tree_kind != "calibrated":
-        return (
-            f"{said}stage calibrate with tree=calibrated finds how many pay here (this run took a "
-            f"fixed tree, tree={facts.tree_kind})."
-        )
+        wanted = "fewer may be faster here"
+        if facts.calibration is not None:
+            wanted = f"{facts.calibration} takes as many as pay here"
+        kind = "a tree of its own at each step" if facts.tree_kind == "dynamic" else "a fixed tree"
+        return f"{said}{wanted} (this run used {kind}, tree={facts.tree_kind})."
     if facts.device_type == "cpu":
         return (
             f"{said}a processor has little arithmetic to spare beside one token's. The tree is the "
@@ -131,9 +148,10 @@ def _verification(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
     said = f"Verification, and keeping what is accepted, take {share:.0%} of a step{_lost(found)}: "
     if facts.device_type == "cuda" and not facts.uses_kernels:
         return f"{said}let the kernels do it (decode.verifier=cupy), or take a smaller tree."
-    return (
-        f"{said}take a smaller tree (tree=calibrated, tree.max_nodes; now {facts.num_nodes} nodes)."
-    )
+    how = f"; {facts.calibration} takes the fastest" if facts.calibration is not None else ""
+    if facts.tree_kind == "calibrated":
+        how = f"; tree.num_nodes={max(1, facts.num_nodes // 2)} for one"
+    return f"{said}take a smaller tree (now {facts.num_nodes} nodes{how})."
 
 
 def _host(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
@@ -152,10 +170,13 @@ def _batch(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
     wanted = f"speculate up to {prompts(limit)} at a time" if limit else "decode plainly"
     if facts.when.size is None:
         wanted = "drafts pay there still, but fewer of them"
+    size = found.batch_size
+    calibrate = (
+        f", and calibrate for this size (tree=calibrated, tree.batch_sizes with {size} in it)"
+    )
     return (
-        f"{prompts(found.batch_size)} at a time keep the device busy without drafts{_lost(found)}: "
-        f"{wanted}, and calibrate for this size "
-        f"(tree=calibrated, tree.batch_sizes with {found.batch_size} in it)."
+        f"{prompts(size)} at a time keep the device busy without drafts{_lost(found)}: "
+        f"{wanted}{calibrate if facts.is_calibrated or facts.can_calibrate else ''}."
     )
 
 

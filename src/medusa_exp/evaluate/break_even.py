@@ -7,7 +7,7 @@ evenly with the logarithm of the size; of what lies beyond the largest nothing i
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Schedule = list[list[int]]
 """[first batch size, last, tokens to draft], the form of vLLM's
@@ -25,6 +25,8 @@ class BreakEven:
     size: float | None
     """Where the speed-up passes 1: the smallest size measured, if it is above 1 at none; None where
     it is above 1 at the largest."""
+    intervals: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """Batch size -> the 95 % interval of its speed-up, where it is known."""
 
     @property
     def faster_up_to(self) -> int:
@@ -37,14 +39,23 @@ class BreakEven:
     def sentence(self) -> str:
         """Say it, and between which measurements it lies."""
         first, last = min(self.speedups), max(self.speedups)
+        if all(map(self._is_unclear, self.speedups)):
+            largest = f", and no clearer one up to {self._at(last)}" if last > first else ""
+            return (
+                f"No clear difference from plain decoding at {self._at(first)}{largest}: more "
+                "prompts would show whether there is one (evaluate.num_prompts)."
+            )
         if self.size is None and first == last < 64:
             return (
                 f"Only {self._at(first)} was measured: evaluate.batch_sizes=[1,4,16,64] finds the "
                 "size from which on plain decoding is faster."
             )
         if self.size is None:
+            found = (
+                "showed no clear difference from" if self._is_unclear(last) else "was faster than"
+            )
             return (
-                f"Decoding over the {self.method} was faster than plain decoding at the largest "
+                f"Decoding over the {self.method} {found} plain decoding at the largest "
                 f"batch size measured, {self._at(last)}. The size from which on plain decoding is "
                 "faster lies beyond it: measure a larger one to find it."
             )
@@ -62,7 +73,16 @@ class BreakEven:
         )
 
     def _at(self, size: int) -> str:
-        return f"{prompts(size)} at a time ({self.speedups[size]:.2f}x)"
+        said = f"{self.speedups[size]:.2f}x"
+        if self._is_unclear(size):
+            low, high = self.intervals[size]
+            said += f", 95 %: {low:.2f} to {high:.2f}"
+        return f"{prompts(size)} at a time ({said})"
+
+    def _is_unclear(self, size: int) -> bool:
+        """May it be that plain decoding is as fast?"""
+        low, high = self.intervals.get(size, (0.0, 0.0))
+        return low < 1 < high
 
     def schedule(self, num_tokens: int | Schedule) -> Schedule:
         """Return how many tokens an engine should draft at which batch size: none from here on.
@@ -79,25 +99,32 @@ class BreakEven:
         return [*kept, [limit + 1, max(limit + 1, last, wanted[-1][1]), 0]]
 
 
-def break_even(method: str, speedups: Mapping[int, float]) -> BreakEven:
+def break_even(
+    method: str,
+    speedups: Mapping[int, float],
+    intervals: Mapping[int, tuple[float, float]] | None = None,
+) -> BreakEven:
     """Return where the speed-up passes 1 for good: sizes above it are all slower.
 
     Args:
         method: that was measured.
         speedups: batch size -> speed-up over plain decoding at that size.
+        intervals: batch size -> its 95 % interval, where it is known.
     """
+    known = intervals or {}
     ordered = dict(sorted(speedups.items()))
     sizes = list(ordered)
     faster = [size for size in sizes if ordered[size] > 1]
     if not faster:
-        return BreakEven(method, ordered, float(sizes[0]))
+        return BreakEven(method, ordered, float(sizes[0]), known)
     below = max(faster)
     if below == sizes[-1]:
-        return BreakEven(method, ordered, None)
+        return BreakEven(method, ordered, None, known)
     above = sizes[sizes.index(below) + 1]
     way = (ordered[below] - 1) / (ordered[below] - ordered[above])
     # Rounded, as a whole number must not become a little more.
-    return BreakEven(method, ordered, round(below * (above / below) ** way, 6))
+    size = round(below * (above / below) ** way, 6)
+    return BreakEven(method, ordered, size, known)
 
 
 def prompts(number: int) -> str:

@@ -48,6 +48,7 @@ from medusa_exp.tree.calibration import (
     heads_sha256,
     save_calibration,
     summarize,
+    without_vain_lookup,
 )
 from medusa_exp.tree.search import best_tree, num_steps
 from medusa_exp.tree.tree import Tree, chain
@@ -109,6 +110,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         ]
         if curves[0].batch_size == 1:  # prompts are rehearsed one at a time
             curves[0] = _rehearsed(decoder, curves[0], prompts, replayed)
+        curves = [without_vain_lookup(curve) for curve in curves]
         ranks_of[draft], curves_of[draft], largest[draft] = ranks, curves, trees[-1]
     chosen = [faster(list(of_size)) for of_size in zip(*curves_of.values(), strict=True)]
     calibration = summarize(
@@ -367,12 +369,19 @@ def _rehearsed(
 
 def _metrics(calibration: Calibration) -> dict[str, float]:
     """Return what the stage found; say so where it is that no tree pays."""
-    if calibration.predicted_speedup < 1:
+    if calibration.predicted_speedup < 1 or calibration.num_nodes == 1:
+        kept = f"The fastest that was tried is kept, of {calibration.num_nodes} nodes"
         log.warning(
             "no tree is expected to pay here (%.2fx): too few draft tokens of the heads are "
             "accepted (see val/top1_head1), or a step on this device costs too much for what is. "
-            "The fastest that was tried is kept, of %d nodes",
-            *(calibration.predicted_speedup, calibration.num_nodes),
+            "%s",
+            calibration.predicted_speedup,
+            "The tree has one node: plain decoding" if calibration.num_nodes == 1 else kept,
+        )
+    elif calibration.tree.depth == 0:
+        log.warning(
+            "the heads guess too badly to be used here (see val/top1_head1): only text that is "
+            "looked up is drafted"
         )
     names = ["num_nodes", "predicted_tokens_per_step", "predicted_speedup"]
     if calibration.break_even_batch_size is not None:

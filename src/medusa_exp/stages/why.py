@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.data.sources import walk
+from medusa_exp.data.sources import split_of, walk
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.rule import step_kernels
 from medusa_exp.errors import UserError
@@ -23,6 +23,7 @@ from medusa_exp.evaluate.metrics import (
     most_tokens_per_step,
     of_method,
     speedup,
+    speedup_interval,
     tokens_per_step,
 )
 from medusa_exp.evaluate.step_profile import Profile
@@ -80,7 +81,12 @@ def explain(
         speedups=speedups,
         expected=expected,
     )
-    when = break_even("tree", speedups)
+    intervals = {
+        size: interval
+        for size, some in by_size.items()
+        if (interval := speedup_interval(of_method(some, "tree"))) is not None
+    }
+    when = break_even("tree", speedups, intervals)
     reasons = list(_reasons(session, decoder, tokenizer, smallest, expected)) if found else []
     facts = _facts(session, decoder, measured.tree, tokens_per_step(smallest), when, reasons)
     by_cause: dict[str, str] = {}  # for each cause once, from the smallest batch on
@@ -170,6 +176,7 @@ def _facts(
 ) -> Facts:
     heads, config = decoder.heads, session.config
     assert isinstance(heads, MedusaHeads | StackedHeads)
+    is_calibrated = _calibration(session) is not None
     return Facts(
         num_heads=heads.num_heads,
         num_layers=heads.config.num_layers,
@@ -185,7 +192,19 @@ def _facts(
         max_new_tokens=config.decode.max_new_tokens,
         when=when,
         reasons=reasons,
+        run_dir=str(session.out),
+        is_calibrated=is_calibrated,
+        can_calibrate=is_calibrated or _has_held_out(session),
     )
+
+
+def _has_held_out(session: Session) -> bool:
+    """Has the data set conversations that a calibration may ask?"""
+    dataset = session.config.dataset
+    try:
+        return any(split_of(chat.id, dataset) == "val" for _, chat in walk(session.sources()))
+    except UserError:
+        return False
 
 
 def _reasons(

@@ -243,6 +243,20 @@ def correct(
     )
 
 
+def without_vain_lookup(curve: Curve) -> Curve:
+    """Return the curve with one node chosen where looked-up ones cost more than they save.
+
+    That is plain decoding, so that nothing is promised. As many looked-up nodes as tree.lookup says
+    are kept.
+    """
+    if not curve.tree.num_lookup or not curve.with_lookup or curve.predicted_speedup >= 1:
+        return curve
+    smallest = min(curve.curve, key=lambda point: point.num_nodes)
+    chosen = _chosen([smallest], curve.plain_expected_seconds)
+    chosen["predicted_speedup"] = min(1.0, chosen["predicted_speedup"])
+    return replace(curve, **chosen)
+
+
 def faster(curves: list[Curve]) -> Curve:
     """Return the faster of the curves of one batch size, each of another kind of draft."""
     by_draft = {
