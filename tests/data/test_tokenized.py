@@ -56,7 +56,7 @@ def test_cutting_keeps_whole_tokens_and_counts(config, tokenizer, side, caplog):
     cut = {name: (ids[window], mask[window]) for name, (ids, mask) in whole.items()}
     assert documents(data) == cut
     data.log()
-    assert "cut to 22 tokens: 40" in caplog.text
+    assert "40 chats were longer than 22 tokens" in caplog.text
 
 
 def test_what_is_left_without_a_trained_token_is_counted(config, tokenizer, tmp_path):

@@ -148,7 +148,13 @@ class Tokenized:
             for reason, count in sorted(outcomes["dropped"].items()):
                 log.warning("data: %s: dropped: %s: %d", name, reason, count)
             if outcomes[CUT]:
-                log.warning("data: %s: cut to %d tokens: %d", name, self.max_length, outcomes[CUT])
+                log.warning(
+                    "data: %s: %d chats were longer than %d tokens (dataset.max_length, or the "
+                    "model's limit), and were cut",
+                    name,
+                    outcomes[CUT],
+                    self.max_length,
+                )
             for what in (LOST_ROWS, LOST_TOKENS):
                 if outcomes[what]:
                     log.warning("data: %s: %s: %d", name, what, outcomes[what])

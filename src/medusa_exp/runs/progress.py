@@ -22,6 +22,8 @@ from rich.text import Text
 
 log = logging.getLogger(__name__)
 
+_BAR_WIDTH = 16
+"""Of 80 columns: the rest is for words and numbers."""
 BETWEEN_LINES, BETWEEN_LOOKS = 30.0, 1.0
 """Seconds."""
 T = TypeVar("T")
@@ -32,7 +34,12 @@ class ProgressBar:
 
     def __init__(self, what: str, total: int | None, completed: int = 0) -> None:
         remaining = TimeRemainingColumn(elapsed_when_finished=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(_BAR_WIDTH),
+            MofNCompleteColumn(),
+            _Rate(),
+        )
         more = (TextColumn("{task.fields[tokens]}"), remaining, _Rest())
         # On stderr: what is redirected should hold results.
         self._rich = Progress(*columns, *more, console=Console(stderr=True))

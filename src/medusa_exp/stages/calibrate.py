@@ -258,6 +258,7 @@ def time_steps(
     batch_size: int,
     rounds: int,
     new_tokens: int,
+    what: str = "timing steps",
 ) -> Timing:
     """Time whole decoding steps over several trees, in turn, round by round.
 
@@ -270,7 +271,7 @@ def time_steps(
     room = decoder.backbone.max_length_from(len(prompt)) - len(prompt)
     limits = Limits(max(2, min(new_tokens, room)))  # a step after the prompt's, at least
     prompts = [prompt] * batch_size
-    for round_number in track(range(rounds + 1), f"timing steps, {batch_size} at a time"):
+    for round_number in track(range(rounds + 1), f"{what}, {batch_size} at a time"):
         response = decoder.decode_plain(prompts, limits)[0]
         for tree in trees:
             over_tree = decoder.decode(prompts, limits, tree=tree)[0]
@@ -329,14 +330,15 @@ def _at_batch_size(
         rounds, new_tokens = _BATCHED_ROUNDS, _BATCHED_TOKENS
         trees = thinned(trees)
 
-    def time_over(trees: list[Tree]) -> Timing:
-        return time_steps(
-            decoder, trees, prompt, batch_size=batch_size, rounds=rounds, new_tokens=new_tokens
-        )
+    def time_over(trees: list[Tree], what: str) -> Timing:
+        settings = {"batch_size": batch_size, "rounds": rounds, "new_tokens": new_tokens}
+        return time_steps(decoder, trees, prompt, what=what, **settings)
 
-    timing = time_over(trees)
+    timing = time_over(
+        trees, f"timing steps{' of draws' if decoder.rule.draft == 'sampled' else ''}"
+    )
     if wider := replayed.with_lookup(timing):
-        later = time_over(wider)
+        later = time_over(wider, "timing looked-up nodes")
         clock = timing.plain / later.plain  # the machine may be slower now
         timed = {tree: seconds * clock for tree, seconds in later.by_tree.items()}
         timing = replace(timing, by_tree=timing.by_tree | timed)

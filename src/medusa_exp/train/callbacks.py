@@ -280,6 +280,12 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def _loss_of(trainer: L.Trainer) -> str:
+    """Return the loss of the step that was just made, in words."""
+    losses = [v for k, v in trainer.callback_metrics.items() if k.endswith("train/loss")]
+    return f"loss {float(losses[0]):.3f}" if losses else ""
+
+
 class StepProgress(L.Callback):
     """Counts optimizer steps in the first of several processes; see `runs/progress.py`."""
 
@@ -288,7 +294,7 @@ class StepProgress(L.Callback):
         self._open = ExitStack()
         self._bar: ProgressBar | None = None
         self._throughput: Throughput | None = None
-        self._done = 0
+        self._done, self._loss = 0, ""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -300,8 +306,16 @@ class StepProgress(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any, **more: Any) -> None:
         if self._bar is not None and (made := trainer.global_step - self._done):
-            self._bar.advance(made, more=self._throughput.describe if self._throughput else str)
+            if (
+                trainer.global_step % trainer.log_every_n_steps == 0
+            ):  # it is waited for there anyhow
+                self._loss = _loss_of(trainer)
+            self._bar.advance(made, more=self._describe)
             self._done += made
+
+    def _describe(self) -> str:
+        speed = self._throughput.describe() if self._throughput else ""
+        return ", ".join(filter(None, (self._loss, speed)))
 
     def on_train_end(self, *arguments: Any) -> None:
         """Show how far it came."""

@@ -9,11 +9,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
-from rich.console import Console
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -68,8 +66,6 @@ def build_trainer(
     """
     for expected in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
-    is_watched = Console().is_terminal  # else Lightning's bar shows nothing before the end
-    bar = RichProgressBar(refresh_rate=5) if is_watched else StepProgress(f"{stage}ing")
     return L.Trainer(
         accelerator=device.type,
         devices=devices,
@@ -85,8 +81,8 @@ def build_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=min(LOG_EVERY, max_steps),
         logger=HistoryLogger(out, stage, log_step),
-        callbacks=[bar, *callbacks],
-        enable_progress_bar=is_watched,
+        callbacks=[StepProgress(f"{stage}ing"), *callbacks],
+        enable_progress_bar=False,  # Lightning's has no room for its numbers in 80 columns
         plugins=[AtomicCheckpointIO(), *(plugins or [alone()])],
         enable_model_summary=False,
         enable_checkpointing=False,
