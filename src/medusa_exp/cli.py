@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from medusa_exp.config import Config, continuation, from_hydra, register, to_dict, unknown_key
 from medusa_exp.config.ignored import say_ignored
-from medusa_exp.errors import Stopped, UserError
+from medusa_exp.errors import Stopped, UserError, drop_output
 from medusa_exp.runs import machine_faults, sweep
 from medusa_exp.runs.extras import lacking
 from medusa_exp.runs.files import publish, read_json
@@ -130,8 +130,11 @@ def _report_in_our_words() -> None:
         return report(run)
 
     def handle_error(self: logging.Handler, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1] or Exception()
+        if isinstance(error, BrokenPipeError) and isinstance(self, logging.StreamHandler):
+            drop_output(self.stream)  # of `| head`: the run goes on, and so does its log
         # The log has no room for a line; that there is none is told by whom it keeps from his work.
-        if machine_faults.message(sys.exc_info()[1] or Exception()) is None:
+        elif machine_faults.message(error) is None:
             handle(self, record)
 
     hydra_utils.run_and_report = run_and_report

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 
 class UserError(ValueError):
@@ -35,6 +36,13 @@ def as_program() -> Iterator[None]:
     except UserError as error:
         sys.exit(str(error))
     except BrokenPipeError:
-        # Python writes what is left as it ends, and would tell of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output(sys.stdout)
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))
+
+
+def drop_output(stream: TextIO) -> None:
+    """Have what is still printed go nowhere: its reader has gone, and each line would fail anew.
+
+    What Python still holds too, which it writes as it ends.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
