@@ -24,7 +24,7 @@ def test_every_turn_that_leaves_room_is_a_prompt(tokenizer, caplog):
     )
     assert tokenizer.decode(prompts[1].input_ids) == prompts[1].text
     assert {prompt.category for prompt in prompts} == {"sums"}
-    assert "left out: more than 40 tokens: 1" in caplog.text
+    assert "left out: 1 (more than 40 tokens)" in caplog.text
 
 
 def test_what_the_template_refuses_is_counted(tokenizer, caplog):
@@ -65,7 +65,7 @@ def test_ids_that_are_names_make_one_category(tokenizer):
 def test_turns_behind_a_prompt_that_is_far_too_long_are_counted(tokenizer, caplog):
     chats = [chat(1, "x" * 200, *"abcdefg"), chat(2, "a", "b")]
     assert len(prompts_of(chats, tokenizer, **LIMITS)) == 1
-    assert "left out: more than 40 tokens: 4" in caplog.text
+    assert "left out: 4 (more than 40 tokens)" in caplog.text
 
 
 def test_a_prompt_without_the_reasoning_of_earlier_turns_may_be_shorter(tokenizer, caplog):
@@ -79,4 +79,4 @@ def test_a_prompt_without_the_reasoning_of_earlier_turns_may_be_shorter(tokenize
     said += [Message("user", "e"), Message("assistant", "f")]
     prompts = prompts_of([Conversation("sums-1", said)], tokenizer, **LIMITS)
     assert [prompt.text for prompt in prompts] == ["a", "abcde"]
-    assert "left out: more than 40 tokens: 1" in caplog.text
+    assert "left out: 1 (more than 40 tokens)" in caplog.text

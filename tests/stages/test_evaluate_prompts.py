@@ -87,7 +87,7 @@ def test_chats_are_asked_at_every_assistant_turn(sharegpt_file, tokenizer):
 def test_questions_without_room_are_counted(question_file, tokenizer, caplog):
     prompts = load(config_of(question_file), tokenizer, said="long " * 8, max_positions=60)
     assert [p.prompt_id for p in prompts] == ["81#0", "82#0", "83#0"]
-    assert "prompts left out: more than 44 tokens: 2" in caplog.text
+    assert "prompts left out: 2 (more than 44 tokens)" in caplog.text
     with pytest.raises(UserError, match="no question leaves room"):
         load(config_of(question_file), tokenizer, max_positions=17)
 

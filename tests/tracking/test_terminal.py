@@ -39,7 +39,7 @@ def test_what_is_lossy_says_so_before_all_else():
     ("stage", "is_older", "said"),
     [
         ("report", True, "report: x[a]/report.html"),
-        ("evaluate", True, "stages=[report] writes it again"),
+        ("evaluate", True, "'stages=[report]' writes it again"),
         ("evaluate", False, "run directory: x[a]"),
         ("chat", True, "run directory: x[a]"),
     ],

@@ -83,7 +83,7 @@ def prompts_of(
         if len(prompts) == num_prompts:
             break
     for reason, count in left_out.items():
-        log.warning("data: prompts left out: %s: %d", reason, count)
+        log.warning("data: prompts left out: %d (%s)", count, reason)
     if not prompts and not left_out:
         raise UserError("no held-out prompt is left: no conversation has a turn to be answered.")
     if not prompts:

@@ -273,7 +273,7 @@ def _of_questions(
                 response = tokenizer.decode(respond(ids), skip_special_tokens=True)
                 messages.append(Message("assistant", response))
     for reason, number in left_out.items():
-        log.warning("evaluate.path: prompts left out: %s: %d", reason, number)
+        log.warning("evaluate.path: prompts left out: %d (%s)", number, reason)
     if not prompts:
         raise UserError(f"evaluate.path: no question leaves room for an answer ({dict(left_out)}).")
     return prompts

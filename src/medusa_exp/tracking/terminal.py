@@ -44,7 +44,7 @@ def print_summary(record: RunRecord) -> None:
         return
     console.print(f"run directory: {out}", soft_wrap=True, markup=False)
     if report.is_file() and stages != ["chat"]:  # of which it shows nothing
-        hint = "its report.html does not show this call yet: stages=[report] writes it again"
+        hint = "its report.html does not show this call yet: 'stages=[report]' writes it again"
         console.print(hint, soft_wrap=True, markup=False)
 
 
@@ -63,7 +63,8 @@ def _print_why(console: Console, why: dict[str, Any]) -> None:
         table.add_row("speed-up", *(f"{one['measured']:.2f}x      " for one in found))
         console.print(table)
     for sentence in (*why["advice"], why["when"]):
-        console.print(Text(sentence))
+        # A command is one line, to be copied; where it is cut is for the terminal to say.
+        console.print(Text(sentence), soft_wrap="`" in sentence)
 
 
 def _ideals(found: list[dict[str, Any]]) -> list[str]:

@@ -107,7 +107,8 @@ class MedusaHeads(PreTrainedModel):
     def describe(self) -> str:
         """Return a few words about them."""
         number = sum(parameter.numel() for parameter in self.parameters())
-        return f"{self.num_heads} heads of kind {self.config.kind}, {number / 1e6:.1f} M parameters"
+        size = f"{number / 1e6:.1f} million" if number >= 1e5 else f"{number:,}"
+        return f"{self.num_heads} heads of kind {self.config.kind}, {size} parameters"
 
     @property
     def token_map(self) -> Tensor | None:
