@@ -104,7 +104,7 @@ def test_a_greatest_length_is_not_below_the_least():
 
 
 def test_a_key_that_is_forced_in_is_refused():
-    with pytest.raises(UserError, match=r"head\.x: Key 'x' not in 'HeadConfig'"):
+    with pytest.raises(UserError, match=r"head\.x: there is no such key"):
         composed("+head.x=1")
 
 

@@ -33,7 +33,7 @@ def test_what_the_template_refuses_is_counted(tokenizer, caplog):
         + tokenizer.chat_template
     )
     assert len(prompts_of([chat(1, "no", "b"), chat(2, "a", "b")], tokenizer, **LIMITS)) == 1
-    assert "left out: refused by the chat template: 1" in caplog.text
+    assert "left out: 1 (refused by the chat template)" in caplog.text
 
 
 def test_no_more_than_asked_for(tokenizer):
