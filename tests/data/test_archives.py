@@ -97,6 +97,26 @@ def test_archives_that_cannot_be_read(tmp_path, pack):
     assert "is a zip archive in an archive" in inner
 
 
+@pytest.mark.parametrize("is_unknown", [True, False])
+def test_members_that_are_damaged_or_packed_in_an_unknown_way(tmp_path, is_unknown):
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.jsonl", LINES * 100)
+    data = bytearray(sink.getvalue())
+    places = [8, data.find(b"PK\x01\x02") + 10] if is_unknown else [70]
+    for place in places:  # of the number of the method; within what is packed
+        data[place] ^= 99
+    with pytest.raises(DataError, match=r"a\.zip.* is damaged"):
+        list(read_conversations(write(tmp_path / "a.zip", bytes(data))))
+
+
+def test_a_damaged_header_is_no_end_of_a_tar(tmp_path):
+    data = bytearray(tarred({"a.jsonl": LINES, "b.jsonl": LINES}))
+    data[data.find(b"b.jsonl")] ^= 1
+    with pytest.raises(DataError, match=r"a\.tar is damaged"):
+        list(read_conversations(write(tmp_path / "a.tar", bytes(data))))
+
+
 def test_an_archive_with_a_password(tmp_path):
     data = bytearray(zipped({"a.json": LIST}))
     data[6] |= 1  # of the member, and of the archive's list of them
@@ -176,6 +196,8 @@ def test_files_of_a_folder_without_chats_are_passed_over(tmp_path, caplog):
         ("question,answer\nx,caf\u00e9\n".encode("latin-1"), "iconv -f ISO-8859-1"),
         ("question,answer\nx,y\n".encode("utf-16"), "iconv -f UTF-16"),
         ("", "is empty"),
+        ("question,answer,answer\nx,y,z\n", "two of its columns are called answer"),
+        ('\nquestion,answer\nx,"y\nx,y\n', "line 4: the last row has a quote without an end"),
     ],
 )
 def test_tables_of_text_that_cannot_be_read(tmp_path, data, words):

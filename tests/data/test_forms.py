@@ -273,6 +273,14 @@ REFUSED = {
         {"prompt": Q, "completion": A, "response": "5"},
         "by the keys completion and response.*dataset.columns",
     ),
+    "two chats": (
+        {"messages": [ASK, REPLY], "conversations": [ASK, {"from": "gpt", "value": "5"}]},
+        "record 1 .line 1. can be read by the keys conversations and messages",
+    ),
+    "two dialogs": (
+        {"conversation": [ASK, REPLY], "dialog": MORE},
+        "by the keys conversation and dialog",
+    ),
     "other roles": (
         {"messages": [{"role": "narrator", "content": Q}, REPLY]},
         "the role is 'narrator'.*dataset.role_map",
@@ -397,6 +405,10 @@ def test_forms_may_differ_within_a_file(tmp_path):
         ({"question": Q, "answer": [A, "4"]}, "several answers to one question"),
         ({"question": Q, "context": ["A", "B"], "answer": A}, "a context that is not text"),
         ({"conversation": []}, "no turns"),
+        ({"prompt": Q, "completion": A, "history": "Hi."}, "a history that is no list of turns"),
+        ({"messages": [ASK, REPLY], "system": {"x": "y"}}, "a system text in an unknown form"),
+        ({"conversation": [{"user": Q, "assistant": A, "weight": 0}]}, "that is to be trained"),
+        ({"conversation": [{"user": Q, "assistant": A, "image": "x"}]}, "a picture"),
         (
             {"contents": [{"parts": [{"text": Q}, {"inlineData": {}}]}]},
             "content has a part that is not text",
@@ -411,6 +423,19 @@ def test_reasons(tmp_path, record, reason):
     reading = read_conversations(write(tmp_path / "a.jsonl", lines([record, READ["gsm8k"][0]])))
     assert [turns(conversation) for conversation in reading] == [PAIR]
     assert len(reading.dropped) == 1 and reason in next(iter(reading.dropped))
+
+
+def test_what_stands_beside_texts_in_other_words(tmp_path):
+    same = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
+    records = [
+        {"conversation": [{"user": Q, "assistant": A, "reasoning": "Hm."}]},
+        {"messages": [{"role": "system", "content": "Be brief."}, ASK, REPLY], "conversations": []},
+        {"messages": [ASK, REPLY], "conversations": same, "system": {"content": "Be brief."}},
+        {"messages": [ASK | {"from": "human", "value": Q}, REPLY]},
+    ]
+    found = list(read_conversations(write(tmp_path / "a", lines(records))))
+    assert [turns(chat) for chat in found] == [PAIR, BRIEF, BRIEF, PAIR]
+    assert found[0].messages[1].reasoning == "Hm."
 
 
 def test_ids_and_origins(tmp_path):

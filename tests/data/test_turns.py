@@ -131,6 +131,8 @@ def test_a_system_prompt_in_its_own_column(key):
         ({"messages": [ASK | {"audio": {"id": "x"}}, REPLY]}, "a picture, a sound or a video"),
         ({"body": {"messages": [ASK, REPLY], "image": "a.png"}}, "a picture, a sound or a video"),
         ({"tools": "search"}, "tools in an unknown form"),
+        ({"messages": [ASK, REPLY | {"value": "5"}]}, "a turn with two roles or two texts"),
+        ({"messages": [ASK | {"from": "gpt"}, REPLY]}, "a turn with two roles or two texts"),
         ({"tools": [3]}, "tools in an unknown form"),
         ({"messages": [ASK, REPLY | {"thinking": 3}]}, "reasoning that is not one text"),
         (

@@ -243,10 +243,15 @@ def members_of(content: Content, head: bytes) -> Iterator[Content] | None:
 def _zip_members(content: Content) -> Iterator[Content]:
     import zipfile
 
-    damage = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+    damage: _Damage = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+    damage += _damage_of_xz()
 
     def opened(info: zipfile.ZipInfo) -> BinaryIO:
-        return io.BufferedReader(_Bounded(archive.open(info), content.budget, damage), BLOCK)
+        try:
+            stream = archive.open(info)
+        except damage as error:
+            raise faults.damaged(f"{content.name}!{info.filename}", error) from error
+        return io.BufferedReader(_Bounded(stream, content.budget, damage), BLOCK)
 
     with content.open_packed() as file:
         try:
@@ -266,13 +271,36 @@ def _zip_members(content: Content) -> Iterator[Content]:
             yield Content(name, partial(opened, info), content.budget)
 
 
+def _damage_of_xz() -> _Damage:
+    try:
+        import lzma
+    except ImportError:  # a Python that was built without
+        return ()
+    return (lzma.LZMAError,)
+
+
 def _tar_members(content: Content) -> Iterator[Content]:
     import tarfile
+
+    class Member(tarfile.TarInfo):
+        """A header; tarfile takes one that is damaged for the end, unless it is the first."""
+
+        @classmethod
+        def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
+            try:
+                return super().frombuf(buf, encoding, errors)
+            except tarfile.HeaderError as error:
+                if bytes(buf).strip(b"\0"):
+                    raise tarfile.ReadError(str(error)) from error
+                raise
 
     others: list[str] = []
     is_empty = True
     try:
-        with content.open() as file, tarfile.open(fileobj=file, mode="r|") as archive:
+        with (
+            content.open() as file,
+            tarfile.open(fileobj=file, mode="r|", tarinfo=Member) as archive,
+        ):
             for info in archive:
                 if not info.isfile() or info.issparse() or not is_chat_file(info.name):
                     others += [] if info.isdir() else [info.name]

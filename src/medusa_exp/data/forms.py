@@ -11,21 +11,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_exp.data.trees import best_branch, longest_branch
-from medusa_exp.data.turns import CALLS, PICTURES, REASONING, TOOLS, USED, Unusable, is_held
+from medusa_exp.data.turns import (
+    PICTURES,
+    ROLE_OF,
+    TOOLS,
+    USED,
+    Unusable,
+    beside_turns,
+    held_keys,
+    is_held,
+    role_called,
+)
 from medusa_exp.data.turns import decoded as _unpacked
-
-ROLES = ("system", "user", "assistant", "tool")
-_NAMES = {
-    "user": "user human prompter",
-    "assistant": "assistant gpt chatgpt bing bard model bot function_call",
-    "system": "system developer",
-    "tool": "tool function observation function_response tool_response ipython",
-}
-ROLE_OF = {name: role for role, names in _NAMES.items() for name in names.split()}
 
 NO_WINNER = "two conversations without a winner"
 NO_ROOM = "a context beside messages, in none of which it has a place"
 NOT_A_CONTEXT = "a context that is not text"
+BAD_HISTORY = "a history that is no list of turns"
+BAD_SYSTEM = "a system text in an unknown form"
 SEVERAL_ANSWERS = "several answers to one question"
 BOTH_BAD = "two conversations, both marked as bad"
 
@@ -87,13 +90,15 @@ def _messages(record: Any) -> Chat | None:
     lists = [turns for turns in values if isinstance(turns, list)]
     if not lists:
         return None
+    _check_same_talk({"conversations": values[0], "messages": values[1]})
     return Chat(_turns(lists[0] or lists[-1]) or [], _system(record), record)
 
 
 def _conversation(record: Any) -> Chat | None:
     """Read a chat log's `conversation`."""
-    talks = [_unpacked(_get(record, key)) for key in _TALKS]
-    found = [talk for talk in talks if isinstance(talk, list)]
+    talks = {key: _unpacked(_get(record, key)) for key in _TALKS}
+    found = [talk for talk in talks.values() if isinstance(talk, list)]
+    _check_same_talk(talks)
     return Chat(_turns(found[0]) or [], _system(record)) if found else None
 
 
@@ -279,37 +284,16 @@ def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
     turn_keys = {"from", "role", "value", "content", *USED, *PICTURES}
     turn_keys |= set() if form == "messages" else {*_SPEAKERS, *_WORDS, *_ROLE_KEYS}
     if isinstance(record, list):
-        return {f"[].{key}" for key in _beside(record, turn_keys)}
+        return {f"[].{key}" for key in beside_turns(record, turn_keys)}
     of_record = {"id"} if form == "messages" else {*_IDS}
     of_record |= set() if form == "columns" else {*SYSTEMS, *TOOLS, *PICTURES}
-    found = _held(record, {*keys, *of_record})
+    found = held_keys(record, {*keys, *of_record})
     for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
-        found |= {f"{key}[].{name}" for name in _beside(record[key], turn_keys)}
+        found |= {f"{key}[].{name}" for name in beside_turns(record[key], turn_keys)}
         if form == "body" and isinstance(request := _unpacked(record[key]), dict):
             of_chat = (*FORMS["messages"].keys, *FORMS["contents"].keys)
             found |= {f"{key}.{name}" for name in unused_keys(request, "contents", of_chat)}
     return found
-
-
-def _beside(turns: Any, used: set[str]) -> set[str]:
-    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    found = {key for turn in turns for key in _held(turn, {*used, "name"})}
-    # A tool's name is read; and what is the assistant's alone is read of its turns alone.
-    for turn in turns:
-        role = turn.get("from") or turn.get("role")
-        is_of = ROLE_OF.get(role.lower()) if isinstance(role, str) else None
-        if is_of == "tool":
-            continue
-        found |= {"name"} if "name" not in used and is_held(turn.get("name")) else set()
-        if is_of in ("user", "system"):
-            found |= {key for key in (*REASONING, *CALLS) if is_held(turn.get(key))}
-            found |= {key for key in ("train", "loss") if turn.get(key) is True}
-    return found
-
-
-def _held(record: Record, used: set[str]) -> set[str]:
-    """Return keys that are not used and not empty: in a table, all records have all keys."""
-    return {k for k, v in record.items() if k not in used and is_held(v)}
 
 
 def is_turn(value: Any) -> bool:
@@ -344,7 +328,12 @@ def _system(record: Any) -> Any:
     _check_alike(record, said)
     value = record[said[0]] if said else _get(record, "system")
     inner = _unpacked(value)
-    return _texts(inner.get("parts")) if isinstance(inner, dict) else value
+    if not (isinstance(inner, dict) and is_held(inner)):
+        return None if isinstance(inner, dict) else value
+    found = _first(inner, ("parts", "content", "text", "value"))
+    if found is None:
+        raise Unusable(BAD_SYSTEM, f"its keys are {', '.join(map(str, inner))}")
+    return _texts(found)
 
 
 def _turns(value: Any) -> list[Any] | None:
@@ -378,8 +367,28 @@ def _usual(item: Any) -> list[Any]:
         return [{**item, "role": role, "content": _texts(said)}]
     names = [key for key, value in item.items() if value is not None and key in _ROLE_KEYS]
     if role is None and names:
-        return [{"role": key, "content": item[key]} for key in names]
+        # What stands beside the texts is looked at in each turn: it may be of any.
+        beside = {key: value for key, value in item.items() if key not in _ROLE_KEYS}
+        return [{**beside, "role": key, "content": item[key]} for key in names]
     return [item]
+
+
+def _check_same_talk(talks: Record) -> None:
+    """Refuse a record with two lists of turns, unless they are of the same chat."""
+    held = {key: turns for key, turns in talks.items() if isinstance(turns, list) and turns}
+    said = [_said_in(turns) for turns in held.values()] if len(held) > 1 else []
+    if any(one != said[0] for one in said):
+        raise Ambiguous(f"the keys {' and '.join(held)}")
+
+
+def _said_in(turns: list[Any]) -> list[Any]:
+    """Return roles and texts of turns, but for the system's, which may stand beside one list."""
+    found = [turn if isinstance(turn, dict) else {"value": turn} for turn in _turns(turns) or []]
+    pairs = [
+        (role_called(_first(turn, ("from", "role"))), _first(turn, ("value", "content")))
+        for turn in found
+    ]
+    return [pair for pair in pairs if pair[0] != "system"]
 
 
 def _first(item: Record, keys: tuple[str, ...]) -> Any:
@@ -442,7 +451,10 @@ def _joined(record: Record, asked: str, contexts: tuple[str, ...], replies: list
             turns[-1] = {**turns[-1], "content": f"{content}\n\n{text}"}
     if _transcript(record[asked]) and (said := _content(replies[0])) is not None:
         replies = [{**replies[0], "content": said.strip()}, *replies[1:]]
-    return [*(_turns(record.get("history")) or []), *turns, *replies]
+    earlier = _turns(history := record.get("history"))
+    if earlier is None and is_held(history):
+        raise Unusable(BAD_HISTORY, f"it is {history!r:.60}")
+    return [*(earlier or []), *turns, *replies]
 
 
 def _content(turn: Any) -> str | None:

@@ -17,7 +17,6 @@ import msgspec
 
 from medusa_exp.data.forms import (
     FORMS,
-    ROLE_OF,
     SYSTEMS,
     Ambiguous,
     Chat,
@@ -30,9 +29,11 @@ from medusa_exp.data.forms import (
 from medusa_exp.data.turns import (
     NOT_TO_TRAIN,
     PICTURES,
+    ROLE_OF,
     TOOLS,
     USED,
     Unusable,
+    check_one_text,
     fields_of,
     has_calls,
     is_switched_on,
@@ -210,9 +211,13 @@ class ChatParser:
             return None
         role_of = self._role_of.get
         messages = []
+        if chat.conversations and chat.messages:
+            return None
         for turn in chat.conversations or chat.messages or ():
             role = role_of(turn.source or turn.role)
             content = turn.content if turn.value is None else turn.value
+            if (turn.source and turn.role) or (turn.value and turn.content):
+                return None
             if role is None or content is None or role == "tool" or _holds(turn, _PLAIN):
                 return None
             thought = turn.reasoning_content if role == "assistant" else None
@@ -296,6 +301,7 @@ class ChatParser:
         calls = has_calls(turn)
         if not (turn.keys() & {"from", "role"} and (calls or turn.keys() & {"value", "content"})):
             raise Unusable(NOT_A_TURN, f"its keys are {', '.join(map(str, turn))}")
+        check_one_text(turn)
         role = None
         if isinstance(name, str):
             role = self._role_of.get(name) or self._role_of.get(name.lower())

@@ -15,7 +15,7 @@ import msgspec
 
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.forms import is_turn
+from medusa_exp.data.forms import Ambiguous, is_turn
 from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser, RawChat
 
 log = logging.getLogger(__name__)
@@ -28,16 +28,28 @@ def rows_of_text(name: str, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any
     """Yield the rows of CSV or TSV, told apart by their header, with the line that each ends in.
 
     Raises:
-        DataError: a row has more fields than there are columns, or it is not UTF-8.
+        DataError: a row has more fields than there are columns, a quote has no end, two columns
+            have one name, or it is not UTF-8.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # of the process: 131072 is no chat's limit
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         try:
-            header = text.readline()
+            lines = _Lines(text)
+            header = next((line for line in lines if line.strip()), "")
             delimiter = max(",\t;", key=header.count)
-            columns = next(csv.reader([header], delimiter=delimiter))
-            for row in (reader := csv.reader(text, delimiter=delimiter)):
-                line = 1 + reader.line_num
+            columns = next(csv.reader([header], delimiter=delimiter), [])
+            if twice := [name for name in columns if columns.count(name) > 1 and name]:
+                raise DataError(
+                    f"{name}: two of its columns are called {twice[0]}: rename or drop one of them."
+                )
+            before = lines.number
+            for row in (reader := csv.reader(lines, delimiter=delimiter)):
+                line = before + reader.line_num
+                if lines.is_done and row:  # another line was asked for: there is a quote open
+                    raise DataError(
+                        f"{name}, line {line}: the last row has a quote without an end, which may "
+                        "have begun many lines before: close it."
+                    )
                 if len(row) > len(columns):
                     raise DataError(
                         f"{name}, line {line}: a row of {len(row)} fields under {len(columns)} "
@@ -48,7 +60,26 @@ def rows_of_text(name: str, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any
         except UnicodeDecodeError as error:
             raise faults.wrong_bytes(name, error.object) from error
         except csv.Error as error:
-            raise DataError(f"{name}, line {1 + reader.line_num}: {error}.") from error
+            raise DataError(f"{name}, line {lines.number}: {error}.") from error
+
+
+class _Lines:
+    """The lines of a text: how many there were, and whether one more was asked for in vain."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text = text
+        self.number, self.is_done = 0, False
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline()
+        if not line:
+            self.is_done = True
+            raise StopIteration
+        self.number += 1
+        return line
 
 
 def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
@@ -91,7 +122,10 @@ def _rows(columns: dict[str, list[msgspec.Raw]]) -> list[bytes]:
 
 def _is_chat(value: Any) -> bool:
     raw = value if isinstance(value, bytes) else msgspec.json.encode(value)
-    return ChatParser().parse(raw) not in (NO_FORM, NOT_A_TURN)
+    try:
+        return ChatParser().parse(raw) not in (NO_FORM, NOT_A_TURN)
+    except Ambiguous:  # said, with its place, where it is read as one
+        return True
 
 
 def _is_record(item: msgspec.Raw) -> bool:

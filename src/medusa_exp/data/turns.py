@@ -7,6 +7,15 @@ one without it.
 import json
 from typing import Any
 
+ROLES = ("system", "user", "assistant", "tool")
+_NAMES = {
+    "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bing bard model bot function_call",
+    "system": "system developer",
+    "tool": "tool function observation function_response tool_response ipython",
+}
+ROLE_OF = {name: role for role, names in _NAMES.items() for name in names.split()}
+"""Name of a role in a file, in small letters -> role."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """What the assistant thought before it spoke."""
 CALLS = ("tool_calls", "function_call")
@@ -29,6 +38,7 @@ NOT_TEXT = "content is not text"
 NOT_TEXT_PART = "content has a part that is not text"
 BAD_REASONING = "reasoning that is not one text"
 NULL = "content is null"
+TWO_TEXTS = "a turn with two roles or two texts"
 _THOUGHTS = ("thinking", "reasoning")
 _SAID = ("text", "input_text", "output_text")
 _SHOWN = ("image", "audio", "video", "file")
@@ -219,3 +229,42 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def check_one_text(turn: Any) -> None:
+    """Refuse a turn that says in two keys who speaks, or what, and not the same.
+
+    Raises:
+        Unusable: which of them counts is not known.
+    """
+    for keys in (("from", "role"), ("value", "content")):
+        one, other = (turn.get(key) for key in keys)
+        if is_held(one) and is_held(other) and role_called(one) != role_called(other):
+            raise Unusable(TWO_TEXTS, f"{keys[0]} and {keys[1]}")
+
+
+def role_called(value: Any) -> Any:
+    """Return the role that a name stands for; all else as it is."""
+    return ROLE_OF.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def beside_turns(turns: Any, used: set[str]) -> set[str]:
+    """Return the keys of turns that hold what is not read; `used` are those that are."""
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    found = {key for turn in turns for key in held_keys(turn, {*used, "name"})}
+    # A tool's name is read; and what is the assistant's alone is read of its turns alone.
+    for turn in turns:
+        role = turn.get("from") or turn.get("role")
+        is_of = ROLE_OF.get(role.lower()) if isinstance(role, str) else None
+        if is_of == "tool":
+            continue
+        found |= {"name"} if "name" not in used and is_held(turn.get("name")) else set()
+        if is_of in ("user", "system"):
+            found |= {key for key in (*REASONING, *CALLS) if is_held(turn.get(key))}
+            found |= {key for key in ("train", "loss") if turn.get(key) is True}
+    return found
+
+
+def held_keys(record: Record, used: set[str]) -> set[str]:
+    """Return keys that are not used and not empty: in a table, all records have all keys."""
+    return {k for k, v in record.items() if k not in used and is_held(v)}
