@@ -9,7 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from medusa_exp import cli
 from medusa_exp.cli import STAGES
-from medusa_exp.config import Config, from_hydra, load_saved, register, to_dict
+from medusa_exp.config import Config, continuation, from_hydra, load_saved, register, to_dict
 from medusa_exp.errors import UserError
 
 CONF = resources.files("medusa_exp.conf")
@@ -121,11 +121,37 @@ def test_a_key_that_is_forced_in_is_refused():
         ("train.batch_tokens=0", r"train\.batch_tokens=0 is out of range"),
         ("evaluate.baselines=[magic]", r"evaluate\.baselines=magic is not known"),
         ("dtype.precision=bf16", r"dtype\.precision=bf16 is not known"),
+        ("cache_dir=''", r"cache_dir is empty"),
+        ("model.path=' '", r"model\.path is empty"),
+        ("evaluate.server='user:secret@host'", r"evaluate\.server is no URL of a server: http"),
+        ("regenerate.server='http://a:1, b:2'", r"regenerate\.server is no URL of a server: http"),
+        ("dataset.val_fraction=0", r"val_fraction=0 leaves stage calibrate no prompt"),
+        ("dataset.test_fraction=0", r"test_fraction=0 leaves stage evaluate no prompt"),
+        ("decode.max_new_tokens=1024", r"leaves no token of dataset\.max_length=1024 to a prompt"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_it_may_be(override, message):
     with pytest.raises(UserError, match=message):
         composed(override)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("dataset.test_fraction=0", "evaluate.path=questions.txt"),
+        ("dataset.val_fraction=0", "stages=[train]"),
+        ("regenerate.server='HTTPS://[::1]:8000/v1, http://b'",),
+    ],
+)
+def test_what_no_stage_misses_is_taken(overrides):
+    composed(*overrides)
+
+
+@pytest.mark.parametrize("key", ["run_dir", "sweep_dir"])
+@pytest.mark.parametrize("value", ["", "''"])
+def test_a_directory_without_a_name_is_refused(key, value):
+    with pytest.raises(UserError, match=f"{key}= is empty: name a directory"):
+        continuation.arguments([f"{key}={value}"])
 
 
 def test_a_wrong_type_is_refused():

@@ -46,6 +46,7 @@ def test_stop_ids(backbone, tokenizer):
             "/no: there",
         ),
         (["chat"], {"dataset": {"path": "/no"}}, None),
+        (["train"], {"train": {"heads_from": "/no"}}, "train.heads_from=/no holds no heads"),
         (["evaluate"], {"evaluate": {"path": "/no/prompts"}}, "evaluate.path=/no/prompts does not"),
     ],
 )

@@ -143,8 +143,20 @@ def test_no_prompt_to_answer_is_said_and_training_goes_on(config, tmp_path, capl
     metrics = train.run(config, tmp_path)
     assert "no val/accept_length: no held-out prompt is left" in caplog.text
     assert "val/accept_length" not in metrics and "val/loss_head1" in metrics
+    config.stages = ["train", "calibrate"]  # which would have none to answer either
+    with pytest.raises(UserError, match="no held-out prompt is left"):
+        open_inputs(Session(config, tmp_path))
     config.train.val_prompts = 0
     assert open_inputs(Session(config, tmp_path)).responses == []
+
+
+@pytest.mark.parametrize(("stage", "split"), [("calibrate", "val"), ("evaluate", "test")])
+def test_a_split_that_a_later_stage_needs_is_looked_for_at_once(config, tmp_path, stage, split):
+    config.stages = ["train", stage]
+    setattr(config.dataset, f"{split}_fraction", 1e-9)
+    said = f"stage {stage} would find no prompt: the data set has no conversation for split {split}"
+    with pytest.raises(UserError, match=said):
+        open_inputs(Session(config, tmp_path))
 
 
 def test_damaged_answers_are_made_anew(config, tmp_path):

@@ -201,7 +201,8 @@ def _refuse_hidden_run_dirs(argv: list[str]) -> None:
     """Refuse ways to name an existing run in which Hydra would write over its record.
 
     Raises:
-        UserError: hydra.run.dir or hydra.sweep.dir has runs in it, or run_dir is no plain path.
+        UserError: hydra.run.dir or hydra.sweep.dir has runs in it, or run_dir is no plain path;
+            or nothing is named.
     """
     for override in _overrides(argv):
         key, _, value = override.lstrip("+").partition("=")
@@ -210,6 +211,8 @@ def _refuse_hidden_run_dirs(argv: list[str]) -> None:
                 f"{override}: there are runs in that directory. Name one of them by run_dir to go "
                 "on with it, or a sweep's by sweep_dir; or choose another directory."
             )
+        if key in ("run_dir", "sweep_dir") and not value.strip("'\" "):
+            raise UserError(f"{key}= is empty: name a directory, or leave it out.")
         if key == "run_dir" and "${" in value:
             raise UserError(f"{override}: give run_dir as a plain path, without ${{...}}.")
 

@@ -4,6 +4,7 @@ Every number has two bounds. The upper ones are beyond what anybody has had a us
 what would never end or find memory: a slip of a digit is told at once, and not by hours of work.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -57,7 +58,28 @@ class Between:
             )
 
 
-Limit = OneOf | NotBelow | Between
+@dataclass(frozen=True)
+class Given:
+    """A name or a path: an empty one, as of a shell's variable that is not set, is a slip."""
+
+    def check(self, key: str, value: str) -> None:
+        """Raise a UserError where there is nothing in it."""
+        if not value.strip():
+            raise UserError(f"{key} is empty: give one, or leave {key} out.")
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """URLs of servers, with commas between them; what asks the servers looks closer."""
+
+    def check(self, key: str, value: str) -> None:
+        """Raise a UserError where one is none; it is not shown, for it may have a password."""
+        if not all(_ADDRESS.match(one.strip()) for one in value.split(",")):
+            raise UserError(f"{key} is no URL of a server: http://HOST:PORT is one.")
+
+
+Limit = OneOf | NotBelow | Between | Given | Addresses
+_ADDRESS = re.compile(r"https?://[^/\s?#]", re.IGNORECASE)
 _FIRST: Any = object()
 
 
@@ -72,6 +94,16 @@ def between(low: float, high: float, *, default: Any) -> Any:
     A list may be empty where its default is; lists of lists are of such numbers too.
     """
     return _key(default, Between(low, high))
+
+
+def given(default: Any = None) -> Any:
+    """Declare a name or a path, which is not empty where it is given."""
+    return _key(default, Given())
+
+
+def addresses() -> Any:
+    """Declare URLs of running servers; null by default."""
+    return _key(None, Addresses())
 
 
 def _key(default: Any, limit: Limit) -> Any:

@@ -7,10 +7,20 @@ generated from this file by scripts/config_reference.py.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from functools import cache
 
-from medusa_exp.config.limits import Between, NotBelow, OneOf, between, check, choice, words_of
+from medusa_exp.config.limits import (
+    Between,
+    NotBelow,
+    OneOf,
+    addresses,
+    between,
+    check,
+    choice,
+    given,
+    words_of,
+)
 from medusa_exp.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,7 +45,7 @@ def _new_word(key: str, value: str, word: str) -> str:
 class SourceConfig:
     """One of several sources of conversations."""
 
-    path: str
+    path: str = given(MISSING)
     """As `dataset.path`."""
     weight: float = between(0.01, 100.0, default=1.0)
     """How often each of its conversations is trained on in a pass: 0.5 is every other time."""
@@ -51,13 +61,13 @@ class DatasetConfig:
     kind: str = choice("sharegpt", "hub", "synthetic")
     """sharegpt (read `path` or `sources`), hub (the same, from a data set of the Hugging Face hub)
     or synthetic (generate `num_conversations`, then read that file)."""
-    path: str | None = None
+    path: str | None = given()
     """A file, a folder or a glob of chats: JSON, JSON Lines, CSV, TSV or Parquet, each also in
     gzip, bzip2, xz, zstd, zip or tar. Parquet and zstd need pip install 'medusa-exp[parquet]'. With
     kind=hub: owner/name."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several sources instead of one path: name -> {path, weight}."""
-    hub_split: str = "train"
+    hub_split: str = given("train")
     """Split of the hub's data set that conversations are taken from."""
     form: str = choice(
         "auto",
@@ -132,7 +142,7 @@ class TokenizerConfig:
 
     kind: str = choice("auto", "trained")
     """auto (the one in `path`, or in the model's directory) or trained (a byte-level BPE)."""
-    path: str | None = None
+    path: str | None = given()
     """Directory or hub name, where it is not the model's."""
     vocab_size: int = between(272, 1 << 20, default=2048)
     """Entries of a trained tokenizer, special tokens included."""
@@ -230,9 +240,9 @@ class ModelConfig:
 
     kind: str = choice("pretrained", "tiny")
     """pretrained (a Hugging Face causal LM at `path`) or tiny (made by stage pretrain)."""
-    path: str | None = None
+    path: str | None = given()
     """Directory, or hub name where there is a network."""
-    revision: str | None = None
+    revision: str | None = given()
     """Branch, tag or commit of a hub name."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
@@ -341,7 +351,7 @@ class TrainConfig:
     kind: str = choice("medusa1", "medusa2")
     """medusa1 (the backbone is frozen) or medusa2 (adapters on it learn too: answers change)."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    heads_from: str | None = None
+    heads_from: str | None = given()
     """A run directory, or its heads/, whose heads this training starts from."""
     max_steps: int | None = between(1, 10_000_000, default=None)
     """Optimizer steps; overrides `epochs`."""
@@ -489,8 +499,11 @@ class InspectConfig:
 class RerunConfig:
     """Which run +experiment=rerun does again."""
 
-    source: str | None = None
+    source: str | None = given()
     """The directory of the run that is done again, with its saved config."""
+
+    def __post_init__(self) -> None:
+        check(self, "rerun")
 
 
 @dataclass
@@ -515,7 +528,7 @@ class RegenerateConfig:
     use_heads: bool = False
     """Decode with the heads and the tree that the run directory has already: the same responses,
     sooner where batches are small."""
-    server: str | None = None
+    server: str | None = addresses()
     """URL of a running engine (vLLM, SGLang) that answers instead of this process, as
     http://localhost:8000; several with commas between them, in quotes. See `serving`."""
     server_concurrency: int = between(1, 4096, default=64)
@@ -538,9 +551,9 @@ class ServingConfig:
     than the backbone.
     """
 
-    model: str | None = None
+    model: str | None = given()
     """Name under which an engine serves the model; by default, its only one."""
-    key_variable: str | None = None
+    key_variable: str | None = given()
     """Name of the environment variable that holds the key which an engine asks for, if it does."""
     patience: float = between(1, 86400.0, default=300.0)
     """Seconds that an engine may take for an answer. One that does not answer is asked again, for
@@ -558,7 +571,7 @@ class TreeConfig:
     """calibrated (measured on held-out text), dynamic (at each step, the nodes that the heads hold
     for the likeliest), chain (the likeliest token of every head), medusa_63 (the tree of the Medusa
     authors) or custom (`path` or `paths`)."""
-    path: str | None = None
+    path: str | None = given()
     """With kind=custom: a JSON file, as tree.json or a list like `paths`."""
     paths: list[list[int]] = between(0, 255, default=[])
     """With kind=custom: nodes as ranks from the first head on, the form of the reference's
@@ -666,7 +679,7 @@ class DecodeConfig:
 class EvaluateConfig:
     """The measurement: every method answers the same prompts, in turn, in one process."""
 
-    path: str | None = None
+    path: str | None = given()
     """Prompts of a file instead of held-out ones: chats, the question.jsonl of MT-bench or
     Spec-Bench, or a .txt of a question a line."""
     num_prompts: int = between(1, 1_000_000, default=48)
@@ -685,10 +698,10 @@ class EvaluateConfig:
     )
     """Further methods beside plain decoding: chain (the likeliest token of every head), and, at
     batch size 1, hf_generate and prompt_lookup."""
-    server: str | None = None
+    server: str | None = addresses()
     """URL of a running engine that serves the backbone with these heads: it is measured from
     outside, on the same prompts. See `serving`."""
-    server_plain: str | None = None
+    server_plain: str | None = addresses()
     """URL of one that serves the backbone without heads, for the speed-up that users of the first
     have."""
     server_concurrency: list[int] = between(1, 4096, default=[1, 8, 32])
@@ -713,7 +726,7 @@ class ExportConfig:
     """vllm (vLLM with this package beside it: all kinds of heads), vllm_medusa (vLLM up to 0.32),
     tgi (FasterDecoding's names, which Text Generation Inference reads), mlc (MLC-LLM) or
     hf_generate (the whole model for transformers, whose generate decodes with the tree)."""
-    out: str | None = None
+    out: str | None = given()
     """Directory to write; by default export/FORMAT in the run directory."""
     dtype: str = choice("auto", "float32", "bfloat16", "float16")
     """Type of the stored tensors: auto (as trained, float32), float32, bfloat16 or float16."""
@@ -774,11 +787,11 @@ class Config:
     """Where everything is written. An existing run there is continued with its saved config."""
     sweep_dir: str = ""
     """Where a sweep's jobs have their run directories; the same one again continues a sweep."""
-    cache_dir: str = "outputs/cache"
+    cache_dir: str = given("outputs/cache")
     """What runs share: generated and tokenized data, hidden states, regenerated responses,
     pretrained tiny models; each under a hash of what made it."""
     cache: CacheConfig = field(default_factory=CacheConfig)
-    heads_from: str | None = None
+    heads_from: str | None = given()
     """A run directory, or its heads/, whose heads this run decodes with, instead of training some;
     or a directory of heads in the format of FasterDecoding, vLLM, TGI, MLC-LLM or ModelOpt."""
     heads_match: str = choice("warn", "strict", "any")
@@ -816,6 +829,7 @@ class Config:
                 "set train.heads_from to start the training from these heads."
             )
         self._check_tree()
+        self._check_prompts()
         if self.train.own_drafts_from is not None:
             kinds = ("hydra", "recurrent")
             OneOf(kinds).check("head.kind (with train.own_drafts_from)", self.head.kind)
@@ -835,6 +849,26 @@ class Config:
                 ("tokenizer.resize_embedding", str(self.tokenizer.resize_embedding), ("False",)),
             ):
                 OneOf(words).check(f"{key} (with model.device_map)", value)
+
+    def _check_prompts(self) -> None:
+        """Refuse, before anything long, what leaves these stages no prompt to answer."""
+        dataset, new_tokens = self.dataset, self.decode.max_new_tokens
+        uses = {"val": "calibrate" in self.stages}
+        uses["test"] = "evaluate" in self.stages and self.evaluate.path is None
+        for split, stage in (("val", "calibrate"), ("test", "evaluate")):
+            if not uses[split]:
+                continue
+            if getattr(dataset, f"{split}_fraction") == 0:
+                raise UserError(
+                    f"dataset.{split}_fraction=0 leaves stage {stage} no prompt: raise it, or "
+                    f"leave {stage} out of stages."
+                )
+            if new_tokens >= dataset.max_length:
+                raise UserError(
+                    f"decode.max_new_tokens={new_tokens} leaves no token of dataset.max_length="
+                    f"{dataset.max_length} to a prompt of stage {stage}: lower one or raise the "
+                    "other."
+                )
 
     def _check_tree(self) -> None:
         """Refuse, before anything long, a tree that these stages will not be able to use."""

@@ -33,7 +33,7 @@ from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.export import importing
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.checkpoint import load_heads
+from medusa_exp.model.checkpoint import find_heads, load_heads
 from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig, stack_heads
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.packed import pack, unpack
@@ -110,6 +110,8 @@ class Session:
             check_files(config.dataset)
         if "evaluate" in stages and config.evaluate.path is not None:
             prompt_file(config)
+        if "train" in stages and config.train.heads_from is not None:
+            find_heads("train.heads_from", config.train.heads_from)
 
     def sources(self) -> list[Source]:
         """Open the data set, and note what it is made of."""
@@ -124,7 +126,11 @@ class Session:
         return load_split(self.sources(), self.config.dataset, name)
 
     def tokenized(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
-        """Open the tokenized data set, which is built first if it is not there."""
+        """Open the tokenized data set, which is built first if it is not there.
+
+        Raises:
+            UserError: a later stage would find nothing to answer in it.
+        """
         config = self.config
         found = load_tokenized(
             self.sources(),
@@ -136,6 +142,18 @@ class Session:
             known_data=self._known_data,
         )
         self.notes.add_inputs(tokenised=found.summary["key"])
+        for stage, split in self._later_splits().items():
+            try:
+                found.split(split)
+            except UserError as error:
+                raise UserError(f"stage {stage} would find no prompt: {error}") from error
+        return found
+
+    def _later_splits(self) -> dict[str, str]:
+        """Return the splits whose prompts the stages of this call will answer."""
+        found = {"calibrate": "val"} if "calibrate" in self.config.stages else {}
+        if "evaluate" in self.config.stages and self.config.evaluate.path is None:
+            found["evaluate"] = "test"
         return found
 
     def prompt_tokens(self, max_positions: int) -> int:

@@ -207,7 +207,11 @@ def _open_features(
 def _held_out_prompts(
     session: Session, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
 ) -> list[Prompt]:
-    """Return `train.val_prompts` prompts; none, and a warning, where there is none to answer."""
+    """Return `train.val_prompts` prompts; none, and a warning, where there is none to answer.
+
+    Raises:
+        UserError: there is none, and stage calibrate is to answer some later.
+    """
     config = session.config
     if not config.train.val_prompts or not config.dataset.val_fraction:
         return []
@@ -215,5 +219,7 @@ def _held_out_prompts(
         wanted = config.train.val_prompts
         return session.prompts("val", backbone, tokenizer, wanted)
     except UserError as error:
+        if "calibrate" in config.stages:  # it would say so after the training
+            raise
         log.warning("no val/accept_length: %s", error)
         return []
