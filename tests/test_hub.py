@@ -120,6 +120,18 @@ def test_a_name_that_is_none(run, name):
         hub.push(run, name)
 
 
+def test_files_that_no_run_has_written_are_not_published(run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with (run / "tree.json").open("wb") as file:
+        file.truncate(1 << 29)
+    with pytest.raises(UserError, match=r"tree\.json is larger than 256 MiB"):
+        hub.stage(run, tmp_path / "folder")
+    (run / "tree.json").unlink()
+    (run / "heads" / "config.json").write_text('{"kind": "\\ud800"}')
+    with pytest.raises(UserError, match=r"config\.json holds text that is none of Unicode"):
+        hub.stage(run, tmp_path / "folder")
+
+
 def test_a_run_without_heads(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json and no model\.safetensors"):
         hub.push(tmp_path, "me/heads")

@@ -36,6 +36,8 @@ _SECRET = re.compile(
     r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE_KEY|ACCESS_KEY", re.IGNORECASE
 )
 _SHORTEST_SECRET = 8
+_MOST_BYTES = 1 << 28
+"""Of a text; as `runs.files` has it."""
 
 
 def push(run: Path, name: str, *, private: bool = False) -> str:
@@ -80,14 +82,22 @@ def stage(run: Path, folder: Path) -> None:
     heads = run / "heads"
     for name in _WEIGHTS + _TEXTS:
         if (heads / name).is_file():
-            shutil.copyfile(heads / name, folder / name)
+            _copy(heads / name, folder / name)
     if (heads / "chat_templates").is_dir():
         shutil.copytree(heads / "chat_templates", folder / "chat_templates")
     if (run / _TREE).is_file():
-        shutil.copyfile(run / _TREE, folder / _TREE)
-    shutil.copyfile(card_of(run), folder / _CARD)
+        _copy(run / _TREE, folder / _TREE)
+    _copy(card_of(run), folder / _CARD)
     for path in folder.glob("*.json"):
         _leave_out_places(path)
+
+
+def _copy(path: Path, target: Path) -> None:
+    if path.suffix != ".safetensors" and path.stat().st_size > _MOST_BYTES:
+        raise UserError(
+            f"{path} is larger than {_MOST_BYTES >> 20} MiB: no run has written it. Restore it."
+        )
+    shutil.copyfile(path, target)
 
 
 def card_of(run: Path) -> Path:
@@ -111,7 +121,10 @@ def _leave_out_places(path: Path) -> None:
         if isinstance(place, str) and (place.count("/") != 1 or Path(place).exists()):
             config[key] = Path(place).name
     remove(path)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path.name} holds text that is none of Unicode ({error}).") from error
 
 
 def check_contents(folder: Path, run: Path, environment: dict[str, str]) -> None:

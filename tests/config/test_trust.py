@@ -46,6 +46,13 @@ def test_no_saved_override_reaches_hydra(run_dir, planted):
         continuation.arguments([*COMMAND, f"run_dir='{run_dir}'"])
 
 
+@pytest.mark.parametrize("text", ["3", "x", "{a: 1}", "[[1]]"])
+def test_what_is_no_list_of_overrides_is_refused(run_dir, text):
+    (run_dir / ".hydra/overrides.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"overrides\.yaml is no list"):
+        continuation.arguments([*COMMAND, f"run_dir='{run_dir}'"])
+
+
 def test_overrides_that_were_saved_go_on(run_dir):
     for written in (f"'{run_dir}'", str(run_dir).replace(" ", "\\ ")):
         call = [*COMMAND, f"run_dir={written}"]

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_model
@@ -80,6 +82,16 @@ def test_heads_that_are_not_there_or_broken(backbone, tmp_path):
     with pytest.raises(UserError, match=r"model\.safetensors is not what was written there"):
         load_heads(tmp_path / "heads")
     (tmp_path / "heads" / "sha256.json").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_heads(tmp_path / "heads")
+
+
+@pytest.mark.parametrize("planted", [{"dtype": -1}, {"quantization_config": 3}])
+def test_keys_of_transformers_that_make_no_sense_are_one_message(backbone, tmp_path, planted):
+    save_heads(build_heads(backbone, num_heads=1), tmp_path / "heads")
+    (tmp_path / "heads" / "sha256.json").unlink()
+    path = tmp_path / "heads" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | planted))
     with pytest.raises(UserError, match="cannot be loaded"):
         load_heads(tmp_path / "heads")
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from medusa_exp.config import Config, DatasetConfig, HeadConfig, ModelConfig
+from medusa_exp.errors import UserError
 from medusa_exp.stages.heads_card import CARD, license_of, write_card
 
 METRICS = {"eval/speedup": 2.5, "eval/speedup_low": 2.31, "eval/speedup_high": 2.68}
@@ -47,6 +48,21 @@ def test_a_card_names_the_heads_that_auto_has_become(tmp_path):
     _, body = written(config, tmp_path)
     assert "| heads | 4 of kind recurrent |" in body and "auto" not in body
     assert "| tokens that they know | 16384 |" in body
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"kind": "medusa"'])
+def test_a_config_that_is_none_makes_no_card(tmp_path, text):
+    config = run_of(tmp_path, "meta/llama")
+    (tmp_path / "heads" / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is not"):
+        write_card(config, tmp_path)
+
+
+def test_a_directory_in_the_place_of_the_card(tmp_path):
+    config = run_of(tmp_path, "meta/llama")
+    (tmp_path / "heads" / CARD).mkdir()
+    with pytest.raises(UserError, match=r"README\.md is a directory"):
+        write_card(config, tmp_path)
 
 
 def test_a_card_names_no_place_of_this_machine(tmp_path):

@@ -4,7 +4,7 @@ from medusa_exp.config import TreeConfig
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json
 from medusa_exp.tree import Tree, chain
-from medusa_exp.tree.calibration import choose_tree
+from medusa_exp.tree.calibration import choose_tree, heads_sha256
 
 #      0
 #     / \
@@ -86,6 +86,11 @@ def test_a_tree_deeper_than_the_heads(tmp_path):
 def test_no_calibration_yet(tmp_path):
     with pytest.raises(UserError, match="run stage calibrate"):
         choose_tree(TreeConfig(), tmp_path, num_heads=2)
+
+
+def test_a_calibration_without_heads(tmp_path):
+    with pytest.raises(UserError, match=r"model\.safetensors is no file"):
+        heads_sha256(tmp_path)
 
 
 @pytest.mark.parametrize(("lookup", "expected"), [(None, 5), (0, 0), (2, 2)])

@@ -48,6 +48,8 @@ def load_yaml(path: Path) -> Any:
         return OmegaConf.create(text)
     except (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} cannot be read: {error}. Restore it.") from error
+    except AssertionError as error:  # OmegaConf's own, of a lone number
+        raise UserError(f"{path} is no list, and no object of keys: restore it.") from error
 
 
 def check_saved(config: DictConfig, path: Path, said: Collection[str] = ()) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
@@ -59,7 +59,7 @@ def load_heads(path: str | Path, model: PreTrainedModel | Backbone | None = None
         heads, report = AutoModel.from_pretrained(
             place, output_loading_info=True, trust_remote_code=False, use_safetensors=True
         )
-    except (TypeError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of keys that transformers knows, with whatever stands under them
         raise UserError(f"the heads in {place} cannot be loaded: {error}") from error
     if not isinstance(heads, MedusaHeads):
         raise UserError(f"{place} holds a {type(heads).__name__}, not Medusa heads.")

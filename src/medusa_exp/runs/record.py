@@ -180,6 +180,7 @@ def check_record(out: Path, but: Collection[str] = ()) -> None:
     is_writable = out.is_dir() and os.access(out, os.W_OK)  # else nobody here changes it
     with locked(out / _LOCK) if is_writable else nullcontext():
         run = read_json(out / "run.json", {})
+        read_json(out / "metrics.json")  # looked at before it is read to its end
         allowed, found = run.get("metrics_sha256", []), _digests(out, ["metrics.json"])
     if allowed and not set(found.values()) <= set(allowed):
         raise _damaged(

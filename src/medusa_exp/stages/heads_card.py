@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from medusa_exp.config import Config
 from medusa_exp.config.privacy import shareable_text
+from medusa_exp.errors import UserError
 from medusa_exp.export.card import Facts, run_card
 from medusa_exp.runs.files import publish, read_json
 from medusa_exp.runs.seals import check_heads
@@ -24,17 +25,19 @@ def write_card(config: Config, out: Path) -> None:
     """Write README.md of the run's heads, if there are some, and it would say something new.
 
     Raises:
-        UserError: the heads are damaged.
+        UserError: the heads are damaged, or no file can be written there.
     """
     place = out / "heads"
     if not (place / "config.json").is_file():
         return
     check_heads(place)
-    heads = read_json(place / "config.json")
+    heads = read_json(place / "config.json", {}, dict[str, Any])
     what = f"{heads.get('num_heads')} Medusa heads of kind {heads.get('kind')}"
     target = config.model.path or "a model of stage pretrain"
     text = run_card(facts_of(config, out, target), what)
     path = place / CARD
+    if path.is_dir():
+        raise UserError(f"{path} is a directory, and the model card should be there: move it away.")
     if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
         with publish(path) as partial:  # a file of its own: heads of another run are linked here
             partial.write_text(text, encoding="utf-8")
@@ -56,7 +59,9 @@ def facts_of(config: Config, out: Path, target: str) -> Facts:
         is_on_hub=is_on_hub,
         license=config.export.license or _UNKNOWN,
         target_license=license_of(config.model.path, config.model.revision),
-        trained=_trained(config, read_json(out / "heads" / "config.json", {}), record, metrics),
+        trained=_trained(
+            config, read_json(out / "heads" / "config.json", {}, dict[str, Any]), record, metrics
+        ),
         measured=list(headlines(metrics)),
         hardware=record.get("device", "an unknown machine"),
         date=str(record.get("created", ""))[:10],

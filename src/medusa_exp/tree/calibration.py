@@ -113,8 +113,14 @@ class Calibration(Curve):
 
 
 def heads_sha256(out: Path) -> str:
-    """Name the heads of a run, to know what a calibration was made with."""
-    return sha256_file(out / "heads" / "model.safetensors")
+    """Name the heads of a run, to know what a calibration was made with.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not (weights := out / "heads" / "model.safetensors").is_file():
+        raise UserError(f"{weights} is no file: restore it, or run stage train first.")
+    return sha256_file(weights)
 
 
 def save_calibration(calibration: Calibration, out: Path) -> None:
@@ -139,7 +145,7 @@ def load_calibration(out: Path) -> Calibration:
         )
     try:
         return msgspec.convert(found, Calibration)
-    except msgspec.ValidationError as error:
+    except ValueError as error:  # msgspec's, or text that is none of Unicode
         raise UserError(
             f"{path} is damaged or of another version ({error}): run stage calibrate again."
         ) from error
