@@ -100,7 +100,9 @@ def test_a_wide_tree(config, tmp_path, tokenizer):
     wide(config, 200)
     shares, advice = evaluated(session)
     assert largest(shares) == "width", shares
-    assert "the 200 nodes of the tree" in advice[0] and "take tree=calibrated" in advice[0]
+    assert (
+        "the 200 nodes of the tree" in advice[0] and "tree=calibrated` takes as many" in advice[0]
+    )
 
 
 def test_a_large_batch(config, tmp_path, tokenizer):

@@ -90,7 +90,8 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         _print_prompt(prompt, decoder.tokenizer, console)
         plain, heads = racers(decoder, prompt.input_ids)
         race(plain, heads, console)
-        console.print(verdict(plain, heads, config.decode.rule), "", sep="\n", soft_wrap=True)
+        said = verdict(plain, heads, config.decode.rule)
+        console.print(said, "", sep="\n", soft_wrap=not console.is_terminal)
     return {}
 
 
@@ -171,4 +172,4 @@ def _warm_up(decoder: Decoder, prompt: Prompt) -> None:
 def _print_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     text = tokenizer.decode(prompt.input_ids, skip_special_tokens=True).strip()
     text = text if len(text) <= _LONGEST else f"[...] {text[-_LONGEST:]}"
-    console.print(Text(f"> {text}", "bold"), soft_wrap=True)
+    console.print(Text(f"> {text}", "bold"), soft_wrap=not console.is_terminal)
