@@ -2,10 +2,11 @@
 
 import subprocess
 
+import pytest
 from omegaconf import OmegaConf
 
 from medusa_exp.config import Config, to_shareable
-from medusa_exp.config.privacy import by_name, shareable, shareable_text, shell_command
+from medusa_exp.config.privacy import bare_remote, by_name, shareable, shareable_text, shell_command
 
 
 def test_values_of_the_environment_are_sent_as_their_names(tmp_path):
@@ -47,6 +48,21 @@ def test_home_and_passwords_are_taken_out(monkeypatch):
     )
     assert shareable_text("s=http://a:p@w@x:1,http://b:q@y/z") == "s=http://x:1,http://y/z"
     assert shareable_text("http://git.test?to=a@b") == "http://git.test?to=a@b"
+
+
+@pytest.mark.parametrize(
+    ("remote", "shown"),
+    [
+        ("https://me:p%40:s/w@git.test/r.git", "https://git.test/r.git"),
+        ("https://ghp_token@git.test/r", "https://git.test/r"),
+        ("https://me:p@s#s@git.test/r?private_token=x", "https://git.test/r"),
+        ("me:word@git.test:r.git", "git.test:r.git"),
+        ("git@git.test:me/r.git", "git@git.test:me/r.git"),
+        ("/srv/r.git", "/srv/r.git"),
+    ],
+)
+def test_a_remote_has_no_password(remote, shown):
+    assert bare_remote(remote) == shown
 
 
 def test_a_command_can_be_pasted_into_a_shell_of_another_home(monkeypatch, tmp_path):

@@ -1,18 +1,19 @@
 """Saved runs and YAML files of others: what they may not say, and that it says so in one line."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import OmegaConf
 
 from medusa_exp.cli import compose
 from medusa_exp.config import continuation, load_saved, register
-from medusa_exp.config.trust import check_saved
+from medusa_exp.config.trust import _check_passwords, check_saved
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.errors import UserError
 from medusa_exp.stages.session import Session
@@ -194,3 +195,39 @@ def test_no_password_is_kept_in_a_run(monkeypatch):
     monkeypatch.setenv("ENGINE", "http://me:p@ss@host:8000")
     assert compose([f"{key}=${{oc.env:ENGINE}}"]).regenerate.server == "http://me:p@ss@host:8000"
     assert compose([f"{key}='http://host:8000/a@b'"]).regenerate.server
+
+
+@pytest.mark.parametrize(
+    ("kept", "is_refused"),
+    [
+        ("http://me:p@ss@host", True),
+        ("http://me:pa/s?s#@host", True),
+        ("http://hf_abcdefghijkl@host", True),
+        ("https://host/v1?x=1&api_key=abc", True),
+        ("s3://x/y?X-Amz-Signature=abc", True),
+        ("http://host:8000/a@b", False),
+        ("http://me:${oc.env:WORD}@host", False),
+        ("ssh://git@host/a.git", False),
+        ("https://host/v1?page=3", False),
+        ("<img src='https://host/x.png'>", False),
+    ],
+)
+def test_what_an_address_may_hold(kept, is_refused):
+    with pytest.raises(ConfigCompositionException) if is_refused else nullcontext():
+        _check_passwords({"logger": {"notes": kept}})
+
+
+@pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [
+        ("sk-abcdefghijkl", True),
+        ("hf_abcdefghijklmnop", True),
+        ("a" * 48, True),
+        ("OPENAI_API_KEY", False),
+        ("${oc.env:NAME}", False),
+    ],
+)
+def test_a_key_is_no_name_of_a_variable(name, is_refused):
+    with pytest.raises(ConfigCompositionException) if is_refused else nullcontext() as caught:
+        _check_passwords({"serving": {"key_variable": name}})
+    assert not is_refused or name not in str(caught.value)

@@ -100,6 +100,12 @@ def without_users(text: str) -> str:
     return _USER_INFO.sub("", text)
 
 
+def bare_remote(remote: str) -> str:
+    """Return the address of a git remote without user, password or token, however it is written."""
+    users = r"(?<=://)\S*@" if "://" in remote else r"\A[^@/\s]*:[^@\s]*@"
+    return shareable_text(re.split("[?#]", re.sub(users, "", remote))[0])
+
+
 def by_name(files: dict[str, str]) -> dict[str, str]:
     """Return path -> digest as name -> digest: the folders of a path may be private.
 

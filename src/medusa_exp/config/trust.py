@@ -23,7 +23,14 @@ from medusa_exp.errors import UserError
 
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _REFERENCE = re.compile(r"\$\{[^${}:]*\}")
-_PASSWORD = re.compile(r"://[^/\s?#:]*:[^/\s?#$]+@")
+_PASSWORD = re.compile(
+    r"://[^/\s?#:@]*:(?!\d+[/?#])[^\s@$]+@"  # whatever a password has in it, but not a port
+    r"|://[^/\s?#:@$]{12,}@"  # a token in the place of the user
+    r"|://\S*[?&;][\w.-]*(key|token|secret|passw|signature|credential)[\w.-]*=[^&\s$]",
+    re.IGNORECASE,
+)
+_NAME_OF_VARIABLE = re.compile(r"[A-Za-z_]\w*")
+_KEY_ITSELF = re.compile(r"(hf|sk|ghp|gsk|xai)_\w{12,}|\w{48,}")
 _HARMLESS = ("now", "medusa_exp.demo", "medusa_exp.saved_objective")
 _NAMES_CODE = ("_target_", "class", "()", "factory")
 """Keys by which Hydra, or `logging.config`, find something to call."""
@@ -159,12 +166,24 @@ def check_hydra_nodes() -> None:
 
 
 def _check_passwords(node: Any) -> None:
-    """Refuse a password in an address: Hydra would write it into the run directory, for good."""
+    """Refuse a password in an address: Hydra would write it into the run directory, for good.
+
+    And a key in the place of its variable's name.
+    """
     for key, value in _leaves({name: node[name] for name in node if name != "hydra"}):
-        if isinstance(value, str) and _PASSWORD.search(value):
+        if not isinstance(value, str):
+            continue
+        if _PASSWORD.search(value):
             raise ConfigCompositionException(
-                f"{key} is an address with a password, which the run directory would keep: put the "
-                f"address into a variable of the environment, and give '{key}=${{oc.env:NAME}}'."
+                f"{key} is an address with a password or key, which the run directory would keep: "
+                "put the address into a variable of the environment, and give "
+                f"'{key}=${{oc.env:NAME}}'."
+            )
+        is_name = _NAME_OF_VARIABLE.fullmatch(value) and not _KEY_ITSELF.fullmatch(value)
+        if key == "serving.key_variable" and value and "${" not in value and not is_name:
+            raise ConfigCompositionException(
+                f"{key} is the name of an environment variable that holds the key, not the key "
+                "itself, which the run directory would keep."
             )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.config import Config, named_variables
-from medusa_exp.config.privacy import shareable_text, without_users
+from medusa_exp.config.privacy import bare_remote, without_users
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import (
     json_text,
@@ -281,7 +281,7 @@ def checkout() -> tuple[dict[str, Any], str]:
         return {"commit": None, "dirty": False}, ""
     remote = (_git("remote", "get-url", "origin") or "").strip()
     diff = _git("diff", "HEAD") or ""
-    known = {"remote": shareable_text(remote)} if remote else {}
+    known = {"remote": bare_remote(remote)} if remote else {}
     return {"commit": commit.strip(), "dirty": bool(diff), **known}, diff
 
 
