@@ -139,6 +139,25 @@ def test_no_reader_of_a_run_fails_but_with_a_message(reader, names, tmp_path, mo
         (out / name).write_bytes(_text(_lines(name)))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: found.update(tree="deep"),
+        lambda found: found["curve"][0].update(tree={"parents": [0], "ranks": [0]}),
+        lambda found: found["curve"][0].update(step_seconds=0),
+        lambda found: found["batch_sizes"][0].update(plain_step_seconds=0),
+        lambda found: found["batch_sizes"][0].update(curve=[{}]),
+    ],
+    ids=["tree", "tree of a point", "step", "plain step", "point"],
+)
+def test_a_calibration_of_senseless_parts_is_refused(damage, tmp_path):
+    found = json.loads(json.dumps(GOOD["calibration.json"]))
+    damage(found)
+    (tmp_path / "calibration.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="run stage calibrate again"):
+        read_json(tmp_path / "calibration.json")
+
+
 def test_a_job_that_is_damaged_is_left_out(tmp_path, caplog):
     write_sweep(tmp_path)
     (tmp_path / "b" / "job.json").write_text("[]")

@@ -12,6 +12,7 @@ from medusa_exp.config import DecodeConfig, TreeConfig
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.lookup import count_found
 from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads
 from medusa_exp.stages import calibrate
 from medusa_exp.stages.calibrate import head_ranks, thinned
@@ -289,6 +290,8 @@ def test_num_nodes_counts_those_of_the_heads(tmp_path, monkeypatch):
     for num_nodes, depth in ((1, 0), (2, 1), (9, 1)):
         settings = TreeConfig(lookup=8, num_nodes=num_nodes)
         assert choose_tree(settings, tmp_path, num_heads=1) == trees[depth]
+    with pytest.raises(UserError, match="has no tree as small"):
+        replace(curve, curve=[point for point in curve.curve if len(point.tree) > 1]).up_to(1)
 
 
 def test_shares_of_nodes_are_of_the_steps_that_looking_up_leaves():

@@ -166,6 +166,8 @@ def test_rates_of_a_chain_fall(finished, tmp_path):
     assert 1 >= rates[0] >= rates[1] >= rates[2] >= 0
     assert chain_rates([], None, 3) is None
     assert schedule(calibration, [0.0, 0.0, 0.0]) == [[1, 7, 0], [8, 8, 0]]
+    with pytest.raises(UserError, match="shares of 3 heads, and there are 4"):
+        chain_rates([], calibration, 4)
     assert settings("tgi", 3, [], calibration) is None
     assert "num_speculative_tokens_per_batch_size" not in settings("vllm", 3, [], None)
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from medusa_exp.tree.calibration import Calibration, Curve
+from medusa_exp.errors import UserError
+from medusa_exp.tree.calibration import CALIBRATION, Calibration, Curve
 
 Record = dict[str, Any]
 """A line of records.jsonl: stage evaluate's."""
@@ -105,6 +106,11 @@ def chain_rates(
         return [count / len(lengths) for count in counts], "measured over a chain"
     if calibration is None:
         return None
+    if len(calibration.rank_share) < num_heads or not all(calibration.rank_share):
+        raise UserError(
+            f"{CALIBRATION} has the shares of {len(calibration.rank_share)} heads, and there are "
+            f"{num_heads}: run stage calibrate again."
+        )
     by_path = dict(zip(calibration.tree.paths, calibration.node_probability, strict=True))
     rates, last = [], 1.0
     for k in range(num_heads):

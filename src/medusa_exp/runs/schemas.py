@@ -22,6 +22,7 @@ SEAL = "sha256.json"
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+Positive = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -162,8 +163,9 @@ class TreeShape(msgspec.Struct):
 class _Point(msgspec.Struct):
     num_nodes: Count
     tokens_per_step: Finite
-    step_seconds: Seconds
+    step_seconds: Positive
     tokens_per_second: Finite
+    tree: TreeShape | None = None
 
 
 class _Curve(msgspec.Struct):
@@ -171,6 +173,9 @@ class _Curve(msgspec.Struct):
     num_nodes: Count
     predicted_tokens_per_step: Finite
     predicted_speedup: Finite
+    plain_step_seconds: Positive | None = None
+    curve: list[_Point] = []
+    tree: TreeShape | None = None
 
 
 class _Calibration(msgspec.Struct):
@@ -181,10 +186,11 @@ class _Calibration(msgspec.Struct):
     curve: Annotated[list[_Point], Meta(min_length=1)]
     num_nodes: Count
     node_probability: list[Finite]
-    plain_step_seconds: Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+    plain_step_seconds: Positive
     batch_sizes: Annotated[list[_Curve], Meta(min_length=1)]
     break_even_batch_size: Count | None
     heads_sha256: str = ""
+    tree: TreeShape | None = None
 
 
 class _Part(msgspec.Struct):
@@ -195,7 +201,7 @@ class _Part(msgspec.Struct):
 
 class _Waterfall(msgspec.Struct):
     batch_size: Count
-    ideal: Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+    ideal: Positive
     measured: Finite
     parts: list[_Part]
 

@@ -82,8 +82,17 @@ class Curve:
         return max(self.curve, key=lambda point: point.tokens_per_second).tree
 
     def up_to(self, num_nodes: int) -> Tree:
-        """Return the largest tree of at most so many nodes; looked-up ones come on top of them."""
+        """Return the largest tree of at most so many nodes; looked-up ones come on top of them.
+
+        Raises:
+            UserError: none is as small.
+        """
         fitting = [point.tree for point in self.curve if len(point.tree) <= num_nodes]
+        if not fitting:
+            raise UserError(
+                f"tree.num_nodes={num_nodes}: {CALIBRATION} has no tree as small: run stage "
+                "calibrate again."
+            )
         return max(fitting, key=len)
 
 
