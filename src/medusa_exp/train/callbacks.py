@@ -306,9 +306,8 @@ class StepProgress(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any, **more: Any) -> None:
         if self._bar is not None and (made := trainer.global_step - self._done):
-            if (
-                trainer.global_step % trainer.log_every_n_steps == 0
-            ):  # it is waited for there anyhow
+            is_logged = trainer.global_step % trainer.log_every_n_steps == 0
+            if is_logged:  # then it is waited for anyhow
                 self._loss = _loss_of(trainer)
             self._bar.advance(made, more=self._describe)
             self._done += made
