@@ -9,7 +9,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from medusa_exp import cli
 from medusa_exp.cli import STAGES
-from medusa_exp.config import Config, continuation, from_hydra, load_saved, register, to_dict
+from medusa_exp.config import (
+    Config,
+    continuation,
+    from_hydra,
+    load_saved,
+    register,
+    to_dict,
+    unknown_key,
+)
 from medusa_exp.errors import UserError
 
 CONF = resources.files("medusa_exp.conf")
@@ -214,3 +222,10 @@ def test_a_batch_size_is_measured_once():
 )
 def test_keys_that_users_choose_need_no_plus(override, section, key, expected):
     assert getattr(getattr(composed(override), section), key) == expected
+
+
+def test_an_error_that_is_its_own_cause_names_no_key():
+    """As OmegaConf's are in a debugger."""
+    error = ValueError("x")
+    error.__cause__ = error
+    assert unknown_key(error) is None

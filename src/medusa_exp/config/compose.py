@@ -87,9 +87,11 @@ def unknown_key(error: BaseException | None, of: type = Config) -> str | None:
         error: of OmegaConf's or Hydra's.
         of: the section that the key was looked for in.
     """
-    if not isinstance(error, ConfigAttributeError | ConfigKeyError):
-        return None if error is None else unknown_key(error.__cause__, of)
-    if not (key := error.full_key):
+    seen = set()  # in a debugger OmegaConf's errors are their own causes
+    while error is not None and not isinstance(error, ConfigAttributeError | ConfigKeyError):
+        seen.add(id(error))
+        error = error.__cause__ if id(error.__cause__) not in seen else None
+    if error is None or not (key := error.full_key):
         return None
     known = list(_keys(OmegaConf.to_container(OmegaConf.structured(of))))
     as_deep = [name for name in known if name.count(".") == key.count(".")]
