@@ -161,11 +161,7 @@ def test_a_default_that_changed_since_does_not_slip_into_an_old_run(run_dir, wor
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(
-            ["+experiment=rerun", "rerun.source=/no/run"],
-            "rerun.source=/no/run is no run directory",
-            marks=pytest.mark.slow,
-        ),
+        (["+experiment=rerun", "rerun.source=/no/run"], "rerun.source=/no/run is no run directory"),
         (["+experiment=medusa1", "head.num_hedas=2"], "mean head.num_heads?"),
         (["+experiment=nothing"], "nothing"),
         (["+experiment=smoke", "stages=[trian]"], "stages=trian is not known: use some of"),

@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from medusa_exp.errors import UserError, as_program
-from medusa_exp.runs.files import read_json, remove
+from medusa_exp.runs.files import MOST_BYTES, read_json, remove
 
 _WEIGHTS = ("config.json", "model.safetensors")
 _TEXTS = (
@@ -36,8 +36,6 @@ _SECRET = re.compile(
     r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE_KEY|ACCESS_KEY", re.IGNORECASE
 )
 _SHORTEST_SECRET = 8
-_MOST_BYTES = 1 << 28
-"""Of a text; as `runs.files` has it."""
 
 
 def push(run: Path, name: str, *, private: bool = False) -> str:
@@ -93,9 +91,9 @@ def stage(run: Path, folder: Path) -> None:
 
 
 def _copy(path: Path, target: Path) -> None:
-    if path.suffix != ".safetensors" and path.stat().st_size > _MOST_BYTES:
+    if path.suffix != ".safetensors" and path.stat().st_size > MOST_BYTES:
         raise UserError(
-            f"{path} is larger than {_MOST_BYTES >> 20} MiB: no run has written it. Restore it."
+            f"{path} is larger than {MOST_BYTES >> 20} MiB: no run has written it. Restore it."
         )
     shutil.copyfile(path, target)
 

@@ -229,3 +229,24 @@ def test_an_error_that_is_its_own_cause_names_no_key():
     error = ValueError("x")
     error.__cause__ = error
     assert unknown_key(error) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run_dir=run", "+sweep=heads"], "leave out run_dir, or leave out -m and +sweep"),
+        (["run_dir=new", "-m", "seed=1,2"], "a sweep makes many, in sweep_dir"),
+        (["hydra.run.dir=run", "stages=[report]"], "there are runs in that directory"),
+        (["run_dir=${oc.env:PWD}/run"], "give run_dir as a plain path"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_an_existing_run_cannot_do_is_refused_before_hydra(
+    tmp_path, monkeypatch, argv, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / continuation.SAVED).parent.mkdir(parents=True)
+    for name in (continuation.SAVED, "run.json"):
+        (tmp_path / "run" / name).write_text("[]")
+    with pytest.raises(UserError, match=re.escape(message)):
+        continuation.arguments(argv)

@@ -161,7 +161,7 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next_one(tmp_
 
 def test_a_file_of_lines_may_be_large_or_empty(tmp_path, monkeypatch, caplog):
     """It grows with the work: nobody may be told to move away hours of answers."""
-    monkeypatch.setattr("medusa_exp.runs.files._MOST_BYTES", 10)
+    monkeypatch.setattr("medusa_exp.runs.files.MOST_BYTES", 10)
     path = tmp_path / "answers.jsonl"
     path.write_text("")
     assert read_jsonl(path) == [] and not caplog.messages

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++, or no Linu
 ALL = [*STAGES, *OTHERS, "sweep"]
 READING = [*ALL, *(f"{name} again" for name in AGAIN)]
 SIZE = os.environ.get("FAULTS", "1")
-KILLS, SIGNALS, MOMENTS, FULL_DISKS, FLIPS, MALFORMATIONS = 12, 5, 5, 6, 14, 10
+KILLS, SIGNALS, MOMENTS, FULL_DISKS, FLIPS, MALFORMATIONS = 16, 6, 6, 8, 16, 12
 """Of each command."""
 LIMITS = (30_000, 100_000, 300_000)
 """Bytes that no file may pass: less than a model, heads or a checkpoint have."""

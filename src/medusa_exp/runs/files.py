@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _CHECK = "check"
 _SYNC_SECONDS = 1.0
-_MOST_BYTES = 1 << 28
+MOST_BYTES = 1 << 28
 """Of a JSON file that is read back."""
 _OWNER = re.compile(r"\.partial-(?P<process>[0-9a-f]{8}-\d+)-")
 """In the name of what is half written: who writes it."""
@@ -313,9 +313,9 @@ def _content(path: Path, *, is_lines: bool = False) -> bytes | None:
             return None
         if not path.is_file():
             raise UserError(f"{path} is no file: move it away.")
-        if not is_lines and path.stat().st_size > _MOST_BYTES:
+        if not is_lines and path.stat().st_size > MOST_BYTES:
             raise UserError(
-                f"{path} is larger than {_MOST_BYTES >> 20} MiB: no run has written it. Move it "
+                f"{path} is larger than {MOST_BYTES >> 20} MiB: no run has written it. Move it "
                 "away."
             )
         content = path.read_bytes()
