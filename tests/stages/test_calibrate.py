@@ -27,6 +27,7 @@ from medusa_exp.tree.calibration import (
     faster,
     save_calibration,
     summarize,
+    without_dips,
 )
 from medusa_exp.tree.search import best_tree, grow, node_shares, num_steps, prefix_counts, replay
 
@@ -115,6 +116,17 @@ def test_the_fastest_tree_is_chosen_not_the_one_with_most_tokens():
     assert chosen.predicted_tokens_per_step == pytest.approx(21 / 11)
     assert chosen.predicted_speedup == pytest.approx((3 + 20) / (3 + 10 * 1.2))
     assert [point.num_nodes for point in chosen.curve] == [1, 2, 3]
+
+
+def test_steps_over_more_nodes_are_never_timed_as_faster():
+    trees = [chain(depth) for depth in range(5)]  # of 1 to 5 nodes
+    seconds = [1.0, 1.4, 1.9, 1.2, 2.5]  # the third met a busy machine
+    timing = Timing(1, dict(zip(reversed(trees), reversed(seconds), strict=True)), 1.0, 3.0)
+    ordered = without_dips(timing)
+    assert [ordered.by_tree[tree] for tree in trees] == pytest.approx([1.0, 1.4, 1.55, 1.55, 2.5])
+    assert list(ordered.by_tree) == list(timing.by_tree)
+    assert (ordered.plain, ordered.prefill) == (1.0, 3.0)
+    assert without_dips(ordered).by_tree == pytest.approx(ordered.by_tree)  # nothing is left
 
 
 def test_a_rehearsal_outweighs_what_was_expected():

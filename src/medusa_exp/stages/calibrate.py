@@ -48,6 +48,7 @@ from medusa_exp.tree.calibration import (
     heads_sha256,
     save_calibration,
     summarize,
+    without_dips,
     without_vain_lookup,
 )
 from medusa_exp.tree.search import best_tree, num_steps
@@ -332,7 +333,7 @@ def _at_batch_size(
 
     def time_over(trees: list[Tree], what: str) -> Timing:
         settings = {"batch_size": batch_size, "rounds": rounds, "new_tokens": new_tokens}
-        return time_steps(decoder, trees, prompt, what=what, **settings)
+        return without_dips(time_steps(decoder, trees, prompt, what=what, **settings))
 
     timing = time_over(
         trees, f"timing steps{' of draws' if decoder.rule.draft == 'sampled' else ''}"

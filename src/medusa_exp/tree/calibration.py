@@ -34,6 +34,27 @@ class Timing:
     prefill: float
 
 
+def without_dips(timing: Timing) -> Timing:
+    """Return the times with which no step over more nodes is faster than one over fewer.
+
+    More nodes are more work; on a machine that does other things as well, steps of five can seem to
+    take longer than steps of six, and all larger trees are then judged by an accident. Times that
+    contradict the order give way to their mean (isotonic regression, by pooling of adjacent
+    violators: Ayer et al., 1955).
+    """
+    trees = sorted(timing.by_tree, key=lambda tree: tree.num_checked)
+    pools: list[tuple[float, int]] = []  # seconds of all, and how many
+    for tree in trees:
+        seconds, number = timing.by_tree[tree], 1
+        while pools and pools[-1][0] / pools[-1][1] > seconds / number:
+            others, of_them = pools.pop()
+            seconds, number = seconds + others, number + of_them
+        pools.append((seconds, number))
+    means = [seconds / number for seconds, number in pools for _ in range(number)]
+    by_tree = dict(zip(trees, means, strict=True))
+    return replace(timing, by_tree={tree: by_tree[tree] for tree in timing.by_tree})
+
+
 @dataclass(frozen=True)
 class Point:
     """A tree, and what answering the calibration's prompts over it takes."""
@@ -41,6 +62,7 @@ class Point:
     num_nodes: int
     tokens_per_step: float
     step_seconds: float
+    """As `without_dips` leaves it."""
     expected_seconds: float
     """Seconds of all held-out responses together, each in a full batch."""
     tokens_per_second: float
