@@ -508,6 +508,12 @@ def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
         {"question": Q, "answer": A, "topic": "sums", "system_prompt": "Be brief."},
         [ASK | {"name": "Al"}, REPLY],
         {"conversation": [{"human": Q, "assistant": A, "mood": "good"}], "winner": "x"},
+        {
+            "dialog": [
+                {"speaker": "human", "author": "Al", "text": Q, "utterance": "another"},
+                {"speaker": "gpt", "author": "assistant", "content": [{"text": A}], "text": A},
+            ]
+        },
     ]
     path = write(tmp_path / "a.jsonl", lines([records[1]] * 120 + records))
     reading = read_conversations(path)
@@ -519,15 +525,17 @@ def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
         "[].name": 1,
         "conversation[].mood": 1,
         "winner": 1,
+        "dialog[].author": 1,
+        "dialog[].utterance": 1,
     }
     for _ in range(2):
-        assert len(list(reading)) == 125 and reading.num_looked_at == 125
+        assert len(list(reading)) == 126 and reading.num_looked_at == 126
         assert reading.unused == expected
     [line] = [r for r in caplog.records if "not used" in r.message]
-    assert line.levelname == "WARNING" and "125 records" in line.message
+    assert line.levelname == "WARNING" and "126 records" in line.message
     assert "topic (122)" in line.message and "messages[].reasoning_content (1)" in line.message
     quick = read_conversations(path)
-    assert len(list(quick)) == 125 and quick.unused == {"topic": 100}  # of the first ones
+    assert len(list(quick)) == 126 and quick.unused == {"topic": 100}  # of the first ones
     plain = write(tmp_path / "b.jsonl", lines([{"messages": [ASK, REPLY], "id": "1"}]))
     caplog.clear()
     assert list(read_conversations(plain)) and not caplog.records

@@ -86,7 +86,7 @@ def test_broken_json_names_its_file(tmp_path):
         read_json(tmp_path / "value.json")
 
 
-def test_a_torn_line_is_cut_off_before_more_is_added(tmp_path):
+def test_a_torn_line_is_cut_off_before_more_is_added(tmp_path, monkeypatch):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"a": 1}\n{"a":')
     assert read_jsonl(path) == [{"a": 1}]
@@ -94,6 +94,12 @@ def test_a_torn_line_is_cut_off_before_more_is_added(tmp_path):
     with path.open("a") as file:
         file.write('{"a": 2}\n')
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+    for content in ("", "x" * 3, "\n", "x\n" + "y" * 3, "x" * 20 + "\n" + "y" * 20):
+        path.write_text(content)
+        with monkeypatch.context() as patch:
+            patch.setattr("medusa_exp.runs.files._PART", 3)
+            drop_torn_line(path)
+        assert path.read_text() == content[: content.rfind("\n") + 1]
     path.write_text('{"a":\n{"a": 2}\n')
     with pytest.raises(UserError, match=r"lines\.jsonl, line 1, is not valid JSON"):
         read_jsonl(path)
@@ -167,6 +173,13 @@ def test_a_file_of_lines_may_be_large_or_empty(tmp_path, monkeypatch, caplog):
     assert read_jsonl(path) == [] and not caplog.messages
     path.write_text('{"a": 1}\n' * 5)
     assert read_jsonl(path) == [{"a": 1}] * 5
+    path.write_text('{"a": 1}\n{"a":      1}\n')
+    with pytest.raises(UserError, match=r"answers\.jsonl, line 2, is longer than"):
+        read_jsonl(path)
+    with path.open("wb") as file:
+        file.truncate(1 << 30)  # a gigabyte of nothing, as some file systems leave after a crash
+    with pytest.raises(UserError, match=r"line 1, is longer than"):
+        read_jsonl(path)
     (tmp_path / "value.json").write_text("[" + "1, " * 9 + "1]")
     with pytest.raises(UserError, match="is larger than"):
         read_json(tmp_path / "value.json")

@@ -21,6 +21,7 @@ from medusa_exp.data.turns import (
     held_keys,
     is_held,
     role_called,
+    texts_of,
 )
 from medusa_exp.data.turns import decoded as _unpacked
 
@@ -51,6 +52,9 @@ _TALKS = ("conversation", "chat_messages", "dialog", "dialogue")
 _WRAPPERS = ("body", "params", "request")
 _SPEAKERS = ("sender", "speaker", "author")
 _WORDS = ("parts", "text", "utterance")
+_WHO, _WHAT = ("from", "role", *_SPEAKERS), ("value", "content", *_WORDS)
+"""Keys of a turn, the first of which counts."""
+_OTHER_WORDS = {*_SPEAKERS, *_WORDS}
 _PAIRS = {
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "chatgpt", "bot"),
@@ -282,18 +286,37 @@ def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
     `keys` are those of its form.
     """
     turn_keys = {"from", "role", "value", "content", *USED, *PICTURES}
-    turn_keys |= set() if form == "messages" else {*_SPEAKERS, *_WORDS, *_ROLE_KEYS}
+    if form != "messages":
+        turn_keys |= {*_SPEAKERS, *_WORDS, *_ROLE_KEYS}
     if isinstance(record, list):
-        return {f"[].{key}" for key in beside_turns(record, turn_keys)}
+        return {f"[].{key}" for key in _beside(record, turn_keys)}
     of_record = {"id"} if form == "messages" else {*_IDS}
     of_record |= set() if form == "columns" else {*SYSTEMS, *TOOLS, *PICTURES}
     found = held_keys(record, {*keys, *of_record})
     for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
-        found |= {f"{key}[].{name}" for name in beside_turns(record[key], turn_keys)}
+        found |= {f"{key}[].{name}" for name in _beside(record[key], turn_keys)}
         if form == "body" and isinstance(request := _unpacked(record[key]), dict):
             of_chat = (*FORMS["messages"].keys, *FORMS["contents"].keys)
             found |= {f"{key}.{name}" for name in unused_keys(request, "contents", of_chat)}
     return found
+
+
+def _beside(turns: Any, used: set[str]) -> set[str]:
+    """Return the keys of turns that are not read, or say otherwise than the key that counts."""
+    found = beside_turns(turns, used)
+    for turn in turns if isinstance(turns, list) else ():
+        for keys in (_WHO, _WHAT) if isinstance(turn, dict) and turn.keys() & _OTHER_WORDS else ():
+            first, *others = [key for key in keys if is_held(turn.get(key))] or [""]
+            found |= {key for key in others if _plain(turn[key]) != _plain(turn[first])}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Return what is said, in whatever form: the role of a name, the text of parts."""
+    try:
+        return role_called(texts_of(_texts(value))[1].strip())
+    except Unusable:
+        return value
 
 
 def is_turn(value: Any) -> bool:
@@ -361,8 +384,7 @@ def _usual(item: Any) -> list[Any]:
         return [item]
     if item.keys() & {"value", "content"} and item.keys() & {"from", "role"}:
         return [item]
-    role = _first(item, ("from", "role", *_SPEAKERS))
-    said = _first(item, ("value", "content", *_WORDS))
+    role, said = _first(item, _WHO), _first(item, _WHAT)
     if role is not None and said is not None:
         return [{**item, "role": role, "content": _texts(said)}]
     names = [key for key, value in item.items() if value is not None and key in _ROLE_KEYS]

@@ -18,9 +18,9 @@ import sys
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ log = logging.getLogger(__name__)
 _CHECK = "check"
 _SYNC_SECONDS = 1.0
 MOST_BYTES = 1 << 28
-"""Of a JSON file that is read back."""
+"""Of a JSON file, or a line of one, that is read back."""
+_PART = 1 << 20
+"""Bytes that are read at a time."""
+_EMPTIED = "%s is empty, as lost power leaves files: it counts as missing"
 _OWNER = re.compile(r"\.partial-(?P<process>[0-9a-f]{8}-\d+)-")
 """In the name of what is half written: who writes it."""
 _REPLACED = re.compile(r"\.(?P<name>.+)\.partial-\w+-\d+-\w+\.replaced")
@@ -283,50 +286,64 @@ def read_json(path: Path, default: Any = None, kind: Any = None) -> Any:
 def read_jsonl(path: Path, kind: Any = None) -> list[Any]:
     """Read one JSON value a line; none where there is no such file.
 
-    A torn last line, left by a killed writer, is passed over.
+    A torn last line, left by a killed writer or by lost power, is passed over.
 
     Raises:
-        UserError: another line is no JSON, or not what it should be; names file and line.
+        UserError: another line is no JSON, too long, or not what it should be; names file and line.
     """
+    if not _is_there(path):
+        return []
+    rows: list[Any] = []
     schema = _schema(path, kind)
-    *whole, torn = (_content(path, is_lines=True) or b"").split(b"\n")
-    rows = [
-        _value(line, f"{path}, line {number},", schema)
-        for number, line in enumerate(whole, 1)
-        if line.strip()
-    ]
-    with suppress(UserError):
-        rows += [_value(torn, "", schema)] if torn.strip() else []
+    with _saying_what_failed(path), path.open("rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, MOST_BYTES), b""), 1):
+            place = f"{path}, line {number},"
+            if len(line) == MOST_BYTES:
+                raise UserError(
+                    f"{place} is longer than {MOST_BYTES >> 20} MiB: no run has written it. "
+                    f"{_sentence(schema.remedy)}"
+                )
+            if not (rows or line.strip(b"\0")):
+                log.warning(_EMPTIED, path)
+            with nullcontext() if line.endswith(b"\n") else suppress(UserError):
+                rows += [_value(line, place, schema)] if line.strip() else []
     return rows
 
 
-def _content(path: Path, *, is_lines: bool = False) -> bytes | None:
+def _content(path: Path) -> bytes | None:
     """Return the bytes of a file that is ours; None where it is absent, or emptied by lost power.
-
-    A file of lines grows with the work, and may be as large as it is, or empty: nothing came yet.
 
     Raises:
         UserError: it is no file, too large, or may not be read.
     """
-    try:
-        if not path.exists():
-            return None
-        if not path.is_file():
-            raise UserError(f"{path} is no file: move it away.")
-        if not is_lines and path.stat().st_size > MOST_BYTES:
+    if not _is_there(path):
+        return None
+    with _saying_what_failed(path):
+        if path.stat().st_size > MOST_BYTES:
             raise UserError(
                 f"{path} is larger than {MOST_BYTES >> 20} MiB: no run has written it. Move it "
                 "away."
             )
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     if content.strip(b"\0"):
         return content
-    if is_lines and not content:
-        return None
-    log.warning("%s is empty, as lost power leaves files: it counts as missing", path)
+    log.warning(_EMPTIED, path)
     return None
+
+
+def _is_there(path: Path) -> bool:
+    with _saying_what_failed(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file: move it away.")
+        return path.exists()
+
+
+@contextmanager
+def _saying_what_failed(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
 
 
 def _schema(path: Path, kind: Any = None) -> Schema:
@@ -362,9 +379,20 @@ def _sentence(text: str) -> str:
 
 def drop_torn_line(path: Path) -> None:
     """Cut off an unfinished last line, so that what is appended starts on a line of its own."""
-    if path.is_file() and not (data := path.read_bytes()).endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:  # from the end on, a part at a time
+            start = max(0, end - _PART)
+            file.seek(start)
+            if (place := file.read(end - start).rfind(b"\n")) >= 0:
+                start += place + 1
+                break
+            end = start
+        else:
+            start = 0
+        file.truncate(start)
 
 
 class Appender:
