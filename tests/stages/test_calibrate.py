@@ -181,6 +181,27 @@ def test_captures_are_no_part_of_a_rehearsal(monkeypatch, has_fixed_shapes):
     assert steps == {None: 8, chain(1): 8}
 
 
+@pytest.mark.parametrize(("step_seconds", "expected"), [(0.003, 48), (0.05, 24), (5.0, 16)])
+def test_slow_steps_are_timed_over_fewer_tokens(step_seconds, expected):
+    asked = []
+
+    def respond(prompts, limits, tree=None):
+        asked.append(limits.max_new_tokens)
+        return [SimpleNamespace(step_seconds=[1.0] + [step_seconds] * (asked[-1] - 1))]
+
+    decoder = SimpleNamespace(
+        backbone=SimpleNamespace(max_length_from=lambda length: 1000),
+        decode_plain=respond,
+        decode=respond,
+    )
+    trees = [chain(depth) for depth in range(9)]
+    found = calibrate.time_steps(
+        decoder, trees, [1], batch_size=1, rounds=4, new_tokens=48, what="timing"
+    )
+    assert asked == [16] + 5 * 10 * [expected]  # 5 rounds of 9 trees and of plain decoding
+    assert found.plain == found.by_tree[trees[3]] == step_seconds
+
+
 def test_trees_of_draws_have_no_gap():
     """A child is tried after its elder siblings, however much likelier it is to be accepted."""
     value = Counter({(2,): 9, (1,): 3, (0,): 4, (2, 0): 5, (0, 1): 2})

@@ -63,6 +63,8 @@ _ROUNDS, _TIMED_TOKENS = 4, 48
 """How often each tree decodes while steps are timed, and how many new tokens."""
 _BATCHED_ROUNDS, _BATCHED_TOKENS = 2, 24
 """The same in batches, whose rounds take longer."""
+_TIMING_SECONDS, _FEWEST_TOKENS = 60.0, 16
+"""For which steps are timed, about; where they are slow, over fewer new tokens, but not below."""
 _REHEARSED_TREES, _REHEARSED_PROMPTS = 3, 12
 """Trees that should be fastest, tried on so many whole responses."""
 _LOOKUPS = (2, 4, 8, 16)
@@ -263,15 +265,21 @@ def time_steps(
 ) -> Timing:
     """Time whole decoding steps over several trees, in turn, round by round.
 
-    Every row of the batch is the same prompt, so that all rows end together.
+    Every row of the batch is the same prompt, so that all rows end together. Large models' steps
+    are slow, and differ less: they are timed over fewer tokens than `new_tokens`.
     """
     seconds: dict[Tree, list[float]] = {tree: [] for tree in trees}
     plain: list[float] = []
     prefill: list[float] = []
     # Without stop ids: every round takes the same number of tokens.
     room = decoder.backbone.max_length_from(len(prompt)) - len(prompt)
-    limits = Limits(max(2, min(new_tokens, room)))  # a step after the prompt's, at least
+    new_tokens = max(2, min(new_tokens, room))  # a step after the prompt's, at least
     prompts = [prompt] * batch_size
+    some = decoder.decode_plain(prompts, Limits(min(new_tokens, _FEWEST_TOKENS)))[0]
+    # As if each tree gave one token a step, for steps over trees take longer than plain ones.
+    expected = (rounds + 1) * (len(trees) + 1) * new_tokens * median(some.step_seconds[1:])
+    enough = round(new_tokens * _TIMING_SECONDS / expected)
+    limits = Limits(min(new_tokens, max(_FEWEST_TOKENS, enough)))
     for round_number in track(range(rounds + 1), f"{what}, {batch_size} at a time"):
         response = decoder.decode_plain(prompts, limits)[0]
         for tree in trees:
