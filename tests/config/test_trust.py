@@ -112,6 +112,15 @@ def test_aliases_are_not_expanded(run_dir):
 
 
 @pytest.mark.parametrize(
+    "value", ["${" * 9000 + "a" + "}" * 9000, "${oc.env:" + "x," * 9000 + "}"], ids=["deep", "long"]
+)
+def test_references_of_references_are_not_parsed(run_dir, value):
+    (run_dir / ".hydra/config.yaml").write_text(f"name: '{value}'\n")
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read: its values with \$\{"):
+        load_saved(run_dir / ".hydra/config.yaml")
+
+
+@pytest.mark.parametrize(
     "override",
     [
         "+hydra.callbacks.x._target_=torch.load",
@@ -203,6 +212,7 @@ def test_no_password_is_kept_in_a_run(monkeypatch):
         ("http://me:p@ss@host", True),
         ("http://me:pa/s?s#@host", True),
         ("http://hf_abcdefghijkl@host", True),
+        ("http://a:1/ http://me:p://ss@host", True),
         ("https://host/v1?x=1&api_key=abc", True),
         ("s3://x/y?X-Amz-Signature=abc", True),
         ("http://host:8000/a@b", False),
@@ -210,6 +220,9 @@ def test_no_password_is_kept_in_a_run(monkeypatch):
         ("ssh://git@host/a.git", False),
         ("https://host/v1?page=3", False),
         ("<img src='https://host/x.png'>", False),
+        # Minutes, if each were followed to the end of the text.
+        pytest.param("://?" * 60_000, False, id="many queries"),
+        pytest.param("://a:" * 50_000, False, id="many users"),
     ],
 )
 def test_what_an_address_may_hold(kept, is_refused):

@@ -15,6 +15,8 @@ from medusa_exp.errors import UserError
 MOST_VALUES = 5_000
 """Of a config, keys included: an experiment has two hundred, and a tree of 256 nodes a thousand."""
 _MOST_BYTES = 1 << 20
+_MOST_REFERENCES = 1 << 13
+"""Characters of all values with `${...}` in them: OmegaConf parses some thousand in a second."""
 _DEEPEST = 50
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -94,7 +96,7 @@ def _count(text: str) -> tuple[int, bool]:
     """
     open_ones: list[tuple[str | None, int]] = []
     marked: dict[str | None, int] = {}
-    has_aliases, total = False, 0
+    has_aliases, total, referring = False, 0, 0
     for event in yaml.parse(text, Loader=_LOADER):
         if isinstance(event, yaml.CollectionStartEvent):
             open_ones.append((event.anchor, total))
@@ -108,6 +110,9 @@ def _count(text: str) -> tuple[int, bool]:
             continue
         elif isinstance(event, yaml.ScalarEvent):
             marked[event.anchor] = 1
+            referring += len(event.value) if "${" in event.value else 0
+            if referring > _MOST_REFERENCES:
+                raise ValueError("its values with ${...} are longer than any config's")
         else:
             continue
         total += 1

@@ -23,12 +23,10 @@ from medusa_exp.errors import UserError
 
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _REFERENCE = re.compile(r"\$\{[^${}:]*\}")
-_PASSWORD = re.compile(
-    r"://[^/\s?#:@]*:(?!\d+[/?#])[^\s@$]+@"  # whatever a password has in it, but not a port
-    r"|://[^/\s?#:@$]{12,}@"  # a token in the place of the user
-    r"|://\S*[?&;][\w.-]*(key|token|secret|passw|signature|credential)[\w.-]*=[^&\s$]",
-    re.IGNORECASE,
-)
+_USER = re.compile(r"://(?=([^/?#:]*+:)(?!\d++[/?#]))")  # not a host and its port
+_TOKEN = re.compile(r"://[^/?#:$]{12,}+\Z")
+_PARAMETER = re.compile(r"[?&;]([\w.-]*+)=(?=[^&$])")
+_OF_SECRETS = re.compile("key|token|secret|passw|signature|credential", re.IGNORECASE)
 _NAME_OF_VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _KEY_ITSELF = re.compile(r"(hf|sk|ghp|gsk|xai)_\w{12,}|\w{48,}")
 _HARMLESS = ("now", "medusa_exp.demo", "medusa_exp.saved_objective")
@@ -173,7 +171,7 @@ def _check_passwords(node: Any) -> None:
     for key, value in _leaves({name: node[name] for name in node if name != "hydra"}):
         if not isinstance(value, str):
             continue
-        if _PASSWORD.search(value):
+        if _has_secret(value):
             raise ConfigCompositionException(
                 f"{key} is an address with a password or key, which the run directory would keep: "
                 "put the address into a variable of the environment, and give "
@@ -185,6 +183,21 @@ def _check_passwords(node: Any) -> None:
                 f"{key} is the name of an environment variable that holds the key, not the key "
                 "itself, which the run directory would keep."
             )
+
+
+def _has_secret(text: str) -> bool:
+    """Does an address in a text hold a password or key? In a time that grows as the text does."""
+    return any(_is_secret(word) for word in text.split() if "://" in word)
+
+
+def _is_secret(word: str) -> bool:
+    for piece in word.split("@")[:-1]:
+        # Whatever a password has in it, but no reference; or a token in the place of the user.
+        rest, end = piece.rfind("$"), len(piece)
+        if any(rest < user.end(1) < end for user in _USER.finditer(piece)) or _TOKEN.search(piece):
+            return True
+    names = _PARAMETER.findall(word.partition("://")[2])
+    return any(map(_OF_SECRETS.search, names))
 
 
 def _check_nodes(node: Any) -> None:
