@@ -198,6 +198,10 @@ def turns(conversation):
     return [(message.role, message.content) for message in conversation.messages]
 
 
+def parse(record):
+    return ChatParser().parse(json.dumps(record).encode())
+
+
 def lines(records):
     return "".join(json.dumps(record) + "\n" for record in records)
 
@@ -438,6 +442,38 @@ def test_what_stands_beside_texts_in_other_words(tmp_path):
     assert found[0].messages[1].reasoning == "Hm."
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"reasoning_content": "Hm."},
+        {"content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": A}]},
+        {"tool_calls": [{"function": {"name": "add", "arguments": {}}}]},
+        {"train": False},
+    ],
+)
+@pytest.mark.parametrize("keys", [("conversations", "messages"), ("conversation", "dialog")])
+def test_no_list_of_turns_says_more_than_the_one_that_counts(more, keys):
+    more = [ASK, REPLY, ASK, REPLY | more]
+    for lists in ([more, [ASK, REPLY] * 2], [[ASK, REPLY] * 2, more]):
+        with pytest.raises(Ambiguous, match=" and ".join(keys)):
+            parse(dict(zip(keys, lists, strict=True)))
+        assert turns(parse({keys[1]: lists[1]}))
+
+
+def test_a_system_text_of_one_list_of_turns_is_not_dropped():
+    plain, brief = [ASK, REPLY], [{"role": "system", "content": "Be brief."}, ASK, REPLY]
+    for lists in ((plain, brief), (brief, plain)):
+        record = dict(zip(("conversations", "messages"), lists, strict=True))
+        with pytest.raises(Ambiguous):
+            parse(record)
+        assert turns(parse(record | {"system": "Be brief."})) == BRIEF
+
+
+def test_lists_of_turns_may_say_the_same_in_other_words():
+    parts = [ASK | {"content": [{"type": "text", "text": Q}]}, REPLY | {"tool_calls": []}]
+    assert turns(parse({"conversations": [ASK, REPLY], "messages": parts})) == PAIR
+
+
 def test_ids_and_origins(tmp_path):
     records = [READ[name][0] for name in ("oasst tree", "lmsys-chat-1m", "gsm8k")]
     path = write(tmp_path / "a.jsonl", lines(records))
@@ -508,6 +544,10 @@ def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
         {"question": Q, "answer": A, "topic": "sums", "system_prompt": "Be brief."},
         [ASK | {"name": "Al"}, REPLY],
         {"conversation": [{"human": Q, "assistant": A, "mood": "good"}], "winner": "x"},
+        {"conversation": [{"human": Q, "assistant": A, "text": "another"}]},
+        {"conversation": [ASK | {"human": "another"}, REPLY]},
+        {"messages": json.dumps([ASK | {"topic": "sums"}, REPLY])},
+        {"messages": [ASK, {"role": "tool", "content": "4", "reasoning": "Hm."}, REPLY]},
         {
             "dialog": [
                 {"speaker": "human", "author": "Al", "text": Q, "utterance": "another"},
@@ -525,17 +565,21 @@ def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
         "[].name": 1,
         "conversation[].mood": 1,
         "winner": 1,
+        "conversation[].text": 1,
+        "conversation[].human": 1,
+        "messages[].topic": 1,
+        "messages[].reasoning": 1,
         "dialog[].author": 1,
         "dialog[].utterance": 1,
     }
     for _ in range(2):
-        assert len(list(reading)) == 126 and reading.num_looked_at == 126
+        assert len(list(reading)) == 130 and reading.num_looked_at == 130
         assert reading.unused == expected
     [line] = [r for r in caplog.records if "not used" in r.message]
-    assert line.levelname == "WARNING" and "126 records" in line.message
+    assert line.levelname == "WARNING" and "130 records" in line.message
     assert "topic (122)" in line.message and "messages[].reasoning_content (1)" in line.message
     quick = read_conversations(path)
-    assert len(list(quick)) == 126 and quick.unused == {"topic": 100}  # of the first ones
+    assert len(list(quick)) == 130 and quick.unused == {"topic": 100}  # of the first ones
     plain = write(tmp_path / "b.jsonl", lines([{"messages": [ASK, REPLY], "id": "1"}]))
     caplog.clear()
     assert list(read_conversations(plain)) and not caplog.records

@@ -64,6 +64,18 @@ def test_role_map_adds_and_overrides():
     assert parse(record) == "unknown role"
     found = parse(record, {"narrator": "system", "human": "tool"})
     assert turns(found) == [("system", "x"), ("tool", "Hi"), ("assistant", "Hello!")]
+    twice = {"conversations": [{**record["conversations"][0], "role": "system"}, HI, HELLO]}
+    assert parse(twice) == "a turn with two roles or two texts"
+    assert turns(parse(twice, {"narrator": "system"}))[0] == ("system", "x")
+
+
+@pytest.mark.parametrize("empty", ["", None, []])
+def test_of_two_texts_the_one_that_is_held_counts(empty):
+    for one, other in (("value", "content"), ("content", "value")):
+        turn = {"role": "user", one: empty, other: "Hi"}
+        assert turns(parse({"messages": [turn, HELLO]}))[0] == ("user", "Hi")
+    nothing = {"role": "user", "value": "", "content": None}
+    assert turns(parse({"messages": [nothing, HELLO]}))[0] == ("user", "")
 
 
 @pytest.mark.parametrize("system", ["Be brief.", ["Be ", {"type": "text", "text": "brief."}]])

@@ -202,7 +202,7 @@ def ambiguous(place: str, ways: str) -> DataError:
     """Return the error of a record that can be read in several ways."""
     return DataError(
         f"{place} can be read by {ways}, which do not say the same. Choose: dataset.form names a "
-        "form, 'dataset.columns={user: KEY, assistant: KEY}' the keys."
+        "form, 'dataset.columns={messages: KEY}' or '{user: KEY, assistant: KEY}' the keys."
     )
 
 

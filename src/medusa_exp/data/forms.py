@@ -18,8 +18,12 @@ from medusa_exp.data.turns import (
     USED,
     Unusable,
     beside_turns,
+    fields_of,
+    first_held,
     held_keys,
     is_held,
+    is_switched_on,
+    reasoning_of,
     role_called,
     texts_of,
 )
@@ -49,6 +53,8 @@ _REPLIES = ("completion", "response", "output", "answer")
 _ASKED = ("prompt", "question", "query", "instruction", "input")
 _CONTEXTS = ("input", "context")
 _TALKS = ("conversation", "chat_messages", "dialog", "dialogue")
+_LISTS = ("conversations", "messages", *_TALKS, "contents", "conversation_a", "conversation_b")
+"""Keys of lists of turns, and of nothing else."""
 _WRAPPERS = ("body", "params", "request")
 _SPEAKERS = ("sender", "speaker", "author")
 _WORDS = ("parts", "text", "utterance")
@@ -94,16 +100,20 @@ def _messages(record: Any) -> Chat | None:
     lists = [turns for turns in values if isinstance(turns, list)]
     if not lists:
         return None
-    _check_same_talk({"conversations": values[0], "messages": values[1]})
-    return Chat(_turns(lists[0] or lists[-1]) or [], _system(record), record)
+    system = _system(record)
+    _check_same_talk({"conversations": values[0], "messages": values[1]}, system)
+    return Chat(_turns(lists[0] or lists[-1]) or [], system, record)
 
 
 def _conversation(record: Any) -> Chat | None:
     """Read a chat log's `conversation`."""
     talks = {key: _unpacked(_get(record, key)) for key in _TALKS}
     found = [talk for talk in talks.values() if isinstance(talk, list)]
-    _check_same_talk(talks)
-    return Chat(_turns(found[0]) or [], _system(record)) if found else None
+    if not found:
+        return None
+    system = _system(record)
+    _check_same_talk(talks, system)
+    return Chat(_turns(found[0]) or [], system)
 
 
 def _prompt(record: Any) -> Chat | None:
@@ -294,7 +304,7 @@ def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
     of_record |= set() if form == "columns" else {*SYSTEMS, *TOOLS, *PICTURES}
     found = held_keys(record, {*keys, *of_record})
     for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
-        found |= {f"{key}[].{name}" for name in _beside(record[key], turn_keys)}
+        found |= {f"{key}[].{name}" for name in _beside(_list_in(record, key), turn_keys)}
         if form == "body" and isinstance(request := _unpacked(record[key]), dict):
             of_chat = (*FORMS["messages"].keys, *FORMS["contents"].keys)
             found |= {f"{key}.{name}" for name in unused_keys(request, "contents", of_chat)}
@@ -305,10 +315,25 @@ def _beside(turns: Any, used: set[str]) -> set[str]:
     """Return the keys of turns that are not read, or say otherwise than the key that counts."""
     found = beside_turns(turns, used)
     for turn in turns if isinstance(turns, list) else ():
-        for keys in (_WHO, _WHAT) if isinstance(turn, dict) and turn.keys() & _OTHER_WORDS else ():
-            first, *others = [key for key in keys if is_held(turn.get(key))] or [""]
-            found |= {key for key in others if _plain(turn[key]) != _plain(turn[first])}
+        found |= _passed_over(turn) if isinstance(turn, dict) else set()
     return found
+
+
+def _passed_over(turn: Record) -> set[str]:
+    """Return the keys of a turn for who speaks, or what, in place of which `_usual` takes others.
+
+    Unless they say the same.
+    """
+    who, what, roles = (
+        [key for key in keys if is_held(turn.get(key))] for keys in (_WHO, _WHAT, _ROLE_KEYS)
+    )
+    found = {
+        key
+        for first, *others in filter(None, (who, what))
+        for key in _OTHER_WORDS & {*others}
+        if _plain(turn[key]) != _plain(turn[first])
+    }
+    return found | set(roles and (roles if who else what))
 
 
 def _plain(value: Any) -> Any:
@@ -317,6 +342,13 @@ def _plain(value: Any) -> Any:
         return role_called(texts_of(_texts(value))[1].strip())
     except Unusable:
         return value
+
+
+def _list_in(record: Record, key: str) -> Any:
+    """Return what stands under a key as forms read it: a list of turns may be JSON in a text."""
+    inner = _unpacked(record[key])
+    is_of_turns = isinstance(inner, list) and bool(inner) and is_turn(inner[0])
+    return inner if key in _LISTS or is_of_turns else record[key]
 
 
 def is_turn(value: Any) -> bool:
@@ -353,7 +385,7 @@ def _system(record: Any) -> Any:
     inner = _unpacked(value)
     if not (isinstance(inner, dict) and is_held(inner)):
         return None if isinstance(inner, dict) else value
-    found = _first(inner, ("parts", "content", "text", "value"))
+    found = first_held(inner, ("parts", "content", "text", "value"))
     if found is None:
         raise Unusable(BAD_SYSTEM, f"its keys are {', '.join(map(str, inner))}")
     return _texts(found)
@@ -384,7 +416,7 @@ def _usual(item: Any) -> list[Any]:
         return [item]
     if item.keys() & {"value", "content"} and item.keys() & {"from", "role"}:
         return [item]
-    role, said = _first(item, _WHO), _first(item, _WHAT)
+    role, said = first_held(item, _WHO), first_held(item, _WHAT)
     if role is not None and said is not None:
         return [{**item, "role": role, "content": _texts(said)}]
     names = [key for key, value in item.items() if value is not None and key in _ROLE_KEYS]
@@ -395,28 +427,34 @@ def _usual(item: Any) -> list[Any]:
     return [item]
 
 
-def _check_same_talk(talks: Record) -> None:
-    """Refuse a record with two lists of turns, unless they are of the same chat."""
+def _check_same_talk(talks: Record, system: Any) -> None:
+    """Refuse a record with two lists of turns, unless they say the same: the first would count."""
     held = {key: turns for key, turns in talks.items() if isinstance(turns, list) and turns}
-    said = [_said_in(turns) for turns in held.values()] if len(held) > 1 else []
+    said = [_said_in(turns, system) for turns in held.values()] if len(held) > 1 else []
     if any(one != said[0] for one in said):
         raise Ambiguous(f"the keys {' and '.join(held)}")
 
 
-def _said_in(turns: list[Any]) -> list[Any]:
-    """Return roles and texts of turns, but for the system's, which may stand beside one list."""
-    found = [turn if isinstance(turn, dict) else {"value": turn} for turn in _turns(turns) or []]
-    pairs = [
-        (role_called(_first(turn, ("from", "role"))), _first(turn, ("value", "content")))
-        for turn in found
-    ]
-    return [pair for pair in pairs if pair[0] != "system"]
+def _said_in(turns: list[Any], system: Any) -> list[Any]:
+    """Return all that turns say, after the system text beside them, which one list may repeat."""
+    found = [_all_said(turn) for turn in _turns(turns) or []]
+    before = [_all_said({"role": "system", "content": system})] if is_held(system) else []
+    return found if found[:1] == before else before + found
 
 
-def _first(item: Record, keys: tuple[str, ...]) -> Any:
-    """Return what an item holds under the first of these keys that is not empty, or at all."""
-    found = [item[key] for key in keys if item.get(key) is not None]
-    return next((value for value in found if value not in ("", [])), next(iter(found), None))
+def _all_said(turn: Any) -> Any:
+    """Return what is read of a turn, in whatever form it stands there."""
+    if not isinstance(turn, dict):
+        return turn
+    role, said = role_called(first_held(turn, ("from", "role"))), first_held(turn, _WHAT)
+    try:
+        thought, said = texts_of(_texts(said))
+    except Unusable:
+        thought = ""
+    if role != "assistant":
+        return role, said, fields_of(turn, role, is_row=True)
+    of_assistant = (reasoning_of(turn) or thought, is_switched_on(turn))
+    return role, said, fields_of(turn, role, is_row=True), *of_assistant
 
 
 def _texts(parts: Any) -> Any:

@@ -35,6 +35,7 @@ from medusa_exp.data.turns import (
     Unusable,
     check_one_text,
     fields_of,
+    first_held,
     has_calls,
     is_switched_on,
     reasoning_of,
@@ -215,7 +216,7 @@ class ChatParser:
             return None
         for turn in chat.conversations or chat.messages or ():
             role = role_of(turn.source or turn.role)
-            content = turn.content if turn.value is None else turn.value
+            content = turn.value or turn.content
             if (turn.source and turn.role) or (turn.value and turn.content):
                 return None
             if role is None or content is None or role == "tool" or _holds(turn, _PLAIN):
@@ -297,11 +298,11 @@ class ChatParser:
             raise Unusable(NOT_A_TURN, f"it is {turn!r:.60}")
         # A table has a null where a form has no such field.
         name = turn.get("from") or turn.get("role")
-        content = turn.get("content") if turn.get("value") is None else turn.get("value")
+        content = first_held(turn, ("value", "content"))
         calls = has_calls(turn)
         if not (turn.keys() & {"from", "role"} and (calls or turn.keys() & {"value", "content"})):
             raise Unusable(NOT_A_TURN, f"its keys are {', '.join(map(str, turn))}")
-        check_one_text(turn)
+        check_one_text(turn, self._role_of)
         role = None
         if isinstance(name, str):
             role = self._role_of.get(name) or self._role_of.get(name.lower())

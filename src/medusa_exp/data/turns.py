@@ -5,6 +5,7 @@ one without it.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -61,6 +62,12 @@ def is_held(value: Any) -> bool:
     if isinstance(value, list):
         return any(map(is_held, value))
     return value not in _EMPTY
+
+
+def first_held(item: Record, keys: tuple[str, ...]) -> Any:
+    """Return what an item holds under the first of these keys that is not empty, or at all."""
+    found = [item[key] for key in keys if item.get(key) is not None]
+    return next((value for value in found if value not in ("", [])), next(iter(found), None))
 
 
 def refuse_pictures(record: Record) -> None:
@@ -231,21 +238,24 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def check_one_text(turn: Any) -> None:
+def check_one_text(turn: Record, role_of: Mapping[str, str]) -> None:
     """Refuse a turn that says in two keys who speaks, or what, and not the same.
 
     Raises:
         Unusable: which of them counts is not known.
     """
-    for keys in (("from", "role"), ("value", "content")):
-        one, other = (turn.get(key) for key in keys)
-        if is_held(one) and is_held(other) and role_called(one) != role_called(other):
-            raise Unusable(TWO_TEXTS, f"{keys[0]} and {keys[1]}")
+    names = [role_called(turn.get(key), role_of) for key in ("from", "role")]
+    texts = [turn.get(key) for key in ("value", "content")]
+    for (one, other), keys in ((names, "from and role"), (texts, "value and content")):
+        if is_held(one) and is_held(other) and one != other:
+            raise Unusable(TWO_TEXTS, keys)
 
 
-def role_called(value: Any) -> Any:
+def role_called(value: Any, role_of: Mapping[str, str] = ROLE_OF) -> Any:
     """Return the role that a name stands for; all else as it is."""
-    return ROLE_OF.get(value.lower(), value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return role_of.get(value) or role_of.get(value.lower(), value)
 
 
 def beside_turns(turns: Any, used: set[str]) -> set[str]:
@@ -254,12 +264,10 @@ def beside_turns(turns: Any, used: set[str]) -> set[str]:
     found = {key for turn in turns for key in held_keys(turn, {*used, "name"})}
     # A tool's name is read; and what is the assistant's alone is read of its turns alone.
     for turn in turns:
-        role = turn.get("from") or turn.get("role")
-        is_of = ROLE_OF.get(role.lower()) if isinstance(role, str) else None
-        if is_of == "tool":
-            continue
-        found |= {"name"} if "name" not in used and is_held(turn.get("name")) else set()
-        if is_of in ("user", "system"):
+        role = role_called(turn.get("from") or turn.get("role"))
+        if role != "tool" and "name" not in used and is_held(turn.get("name")):
+            found.add("name")
+        if role in ("user", "system", "tool"):
             found |= {key for key in (*REASONING, *CALLS) if is_held(turn.get(key))}
             found |= {key for key in ("train", "loss") if turn.get(key) is True}
     return found
