@@ -117,6 +117,36 @@ def test_a_damaged_header_is_no_end_of_a_tar(tmp_path):
         list(read_conversations(write(tmp_path / "a.tar", bytes(data))))
 
 
+@pytest.mark.parametrize("zeros", [512, 1024])
+def test_zeros_in_the_place_of_a_header_are_no_end_of_a_tar(tmp_path, zeros):
+    data = bytearray(tarred({"a.jsonl": LINES, "b.jsonl": LINES, "c.jsonl": LINES}))
+    assert len(list(read_conversations(write(tmp_path / "a.tar", bytes(data))))) == 3 * len(RECORDS)
+    at = data.find(b"b.jsonl")
+    data[at : at + zeros] = bytes(zeros)
+    with pytest.raises(DataError, match=r"a\.tar is damaged \(a (lone block|file's header after)"):
+        list(read_conversations(write(tmp_path / "a.tar", bytes(data))))
+
+
+def test_behind_the_end_of_a_tar_may_be_anything(tmp_path):
+    data = tarred({"a.jsonl": LINES})[:-512] + b"as old programs left it in a buffer".ljust(512)
+    assert len(list(read_conversations(write(tmp_path / "a.tar", data)))) == len(RECORDS)
+
+
+@pytest.mark.parametrize("pack", [bzip2, xz, gzipped], ids=["bzip2", "xz", "gzip"])
+def test_no_later_stream_that_is_damaged_is_an_end(tmp_path, pack):
+    """As `bzip2 -c b >> a.bz2` makes them, and programs that pack in parallel."""
+    one = pack(LINES)
+    path = write(tmp_path / "a.jsonl.packed", one + bytes(8) + one + bytes(8))
+    assert len(list(read_conversations(path))) == 2 * len(RECORDS)
+    for at in (1, len(one) // 2):
+        other = bytearray(one)
+        other[at] ^= 16
+        with pytest.raises(DataError, match=r"is damaged|is cut off"):
+            list(read_conversations(write(path, one + bytes(other))))
+    with pytest.raises(DataError, match="is cut off"):
+        list(read_conversations(write(path, one + one[:-9])))
+
+
 def test_an_archive_with_a_password(tmp_path):
     data = bytearray(zipped({"a.json": LIST}))
     data[6] |= 1  # of the member, and of the archive's list of them

@@ -184,15 +184,50 @@ def _unpacking(name: str, compression: str, file: BinaryIO) -> tuple[Any, _Damag
     if compression == "bzip2":
         import bz2
 
-        return bz2.BZ2File(file), (EOFError,)
+        return _Streams(bz2.BZ2Decompressor, file), (EOFError,)
     if compression == "xz":
         import lzma
 
-        return lzma.LZMAFile(file), (EOFError, lzma.LZMAError)
+        return _Streams(lzma.LZMADecompressor, file), (EOFError, lzma.LZMAError)
     faults.check_pyarrow(name, f"packed by {compression}")
     import pyarrow as pa
 
     return pa.CompressedInputStream(file, compression), (pa.ArrowException,)
+
+
+class _Streams(io.RawIOBase):
+    """What is packed in streams of bzip2 or xz, one after the other, with zeros between them.
+
+    `BZ2File` and `LZMAFile` take a later stream that is damaged for the end of the file.
+    """
+
+    def __init__(self, start: Callable[[], Any], file: BinaryIO) -> None:
+        super().__init__()
+        self._start, self._file, self._stream = start, file, start()
+
+    def read(self, size: int = -1) -> bytes:
+        """Return so many bytes at most, and none only at the end.
+
+        Raises:
+            EOFError: the file ends within a stream; else what the streams raise.
+        """
+        data = b""
+        while not data:
+            packed = b""
+            if self._stream.eof:
+                if not (packed := self._begin_of_next()):
+                    break
+                self._stream = self._start()
+            elif self._stream.needs_input and not (packed := self._file.read(BLOCK)):
+                raise EOFError("it ends within a stream")
+            data = self._stream.decompress(packed, size)
+        return data
+
+    def _begin_of_next(self) -> bytes:
+        packed: bytes = self._stream.unused_data.lstrip(b"\0")
+        while not packed and (block := self._file.read(BLOCK)):
+            packed = block.lstrip(b"\0")
+        return packed
 
 
 class _Bounded(io.RawIOBase):
@@ -237,7 +272,11 @@ def members_of(content: Content, head: bytes) -> Iterator[Content] | None:
         return None
     if head.startswith(b"PK\x03\x04"):
         return _zip_members(content)
-    return _tar_members(content) if head[257:262] == b"ustar" else None
+    return _tar_members(content) if _is_header_of_tar(head) else None
+
+
+def _is_header_of_tar(block: bytes) -> bool:
+    return block[257:262] == b"ustar"
 
 
 def _zip_members(content: Content) -> Iterator[Content]:
@@ -310,11 +349,31 @@ def _tar_members(content: Content) -> Iterator[Content]:
                 data = archive.extractfile(info).read()  # type: ignore[union-attr]
                 name = f"{content.name}!{info.name}"
                 yield Content(name, partial(io.BytesIO, data), content.budget)
+            _check_end_of_tar(archive.fileobj)
     except tarfile.TarError as error:
         raise faults.damaged(content.name, error) from error
     if is_empty:
         raise faults.no_chat_files(content.name, others)
     faults.say_passed_over(content.name, others)
+
+
+def _check_end_of_tar(file: Any) -> None:
+    """Look at what follows the block of zeros that tarfile has taken for the end.
+
+    Lost power leaves zeros in the place of headers, too. Two blocks of them are an end, behind
+    which old programs leave whatever was in their buffer.
+
+    Raises:
+        tarfile.ReadError: it was none.
+    """
+    import tarfile
+
+    block = file.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError("a lone block of zeros")
+    while block := file.read(tarfile.BLOCKSIZE):
+        if _is_header_of_tar(block):
+            raise tarfile.ReadError("a file's header after the end")
 
 
 def is_chat_file(name: str) -> bool:
