@@ -205,6 +205,7 @@ def test_a_problem_is_one_message_and_exit_code_1(run_dir, workplace, arguments,
     [
         (["stages=[export]", "run_dir=RUN"], "run_dir=RUN: there is no such run, and stages=[exp"),
         (["stages=[report,chat]", "run_dir='R U'"], "run_dir=R U: there is no such run"),
+        (["stages=[report]", "run_dir=RUN,b"], "run_dir=RUN,b: there is no such run"),
         (["stages=[evaluate]", "head.num_heads=2"], "name it by run_dir=DIR"),
         (["stages=[train,evaluate]", "run_dir=RUN"], None),
         (["stages=[evaluate]", "run_dir=RUN", "heads_from=run"], None),
@@ -224,6 +225,13 @@ def test_stages_of_a_run_that_is_not_there_are_refused(tmp_path, monkeypatch, ar
     with nullcontext() if message is None else pytest.raises(UserError, match=re.escape(message)):
         continuation.check_begun(arguments, cli._LATER)
     assert set(cli._LATER) < set(cli.STAGES)
+
+
+def test_words_are_looked_at_before_what_they_ask_for(tmp_path):
+    empty = medusa_exp("stages=[evaluate]", "run_dir=", cwd=tmp_path)
+    assert empty.returncode == 1 and "run_dir= is empty: name a directory" in empty.stderr
+    long = medusa_exp("stages=[evaluate]", f"model.path=[{'[1],' * 25_000}]", cwd=tmp_path)
+    assert long.returncode == 1 and "an argument has 65,536 at most" in long.stderr
 
 
 def test_the_traceback_is_there_for_those_who_ask(workplace):

@@ -91,8 +91,9 @@ def main() -> None:
     _report_in_our_words()
     try:
         with machine_faults.told():
-            continuation.check_begun(sys.argv[1:], _LATER)
-            sys.argv[1:] = continuation.arguments(sys.argv[1:])
+            given = sys.argv[1:]
+            sys.argv[1:] = continuation.arguments(given)  # which refuses words that are too long
+            continuation.check_begun(given, _LATER)
     except UserError as error:
         sys.exit(str(error))
     signal.signal(signal.SIGTERM, _leave)

@@ -223,8 +223,12 @@ def _has_runs(override: str) -> bool:
 
 def _run_dir(argv: list[str]) -> Path | None:
     named = [a for a in _overrides(argv) if a.lstrip("+").startswith("run_dir=")]
+    if not named:
+        return None
     # By Hydra's own parser: it may be in quotes, and a blank may have a backslash before it.
-    return Path(str(_parsed(named[-1]).value())) if named else None
+    parsed = _parsed(named[-1])
+    value = named[-1].partition("=")[2] if parsed.is_sweep_override() else parsed.value()
+    return Path(str(value))
 
 
 def _saved_overrides(run_dir: Path) -> list[str]:
