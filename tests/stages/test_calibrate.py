@@ -127,6 +127,9 @@ def test_steps_over_more_nodes_are_never_timed_as_faster():
     assert list(ordered.by_tree) == list(timing.by_tree)
     assert (ordered.plain, ordered.prefill) == (1.0, 3.0)
     assert without_dips(ordered).by_tree == pytest.approx(ordered.by_tree)  # nothing is left
+    # Five nodes of heads that draft in turn take longer than two, and nodes that are looked up.
+    times = {replace(chain(4), num_lookup=4): 2.0, replace(chain(1), num_lookup=8): 1.5}
+    assert without_dips(Timing(1, times, 1.0, 3.0)).by_tree == times
 
 
 def test_a_rehearsal_outweighs_what_was_expected():

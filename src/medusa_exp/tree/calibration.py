@@ -40,19 +40,27 @@ def without_dips(timing: Timing) -> Timing:
     More nodes are more work; on a machine that does other things as well, steps of five can seem to
     take longer than steps of six, and all larger trees are then judged by an accident. Times that
     contradict the order give way to their mean (isotonic regression, by pooling of adjacent
-    violators: Ayer et al., 1955).
+    violators: Ayer et al., 1955). A node that is looked up costs less than one of heads that draft
+    in turn: in order are trees with as many of them.
     """
-    trees = sorted(timing.by_tree, key=lambda tree: tree.num_checked)
+    by_tree = dict(timing.by_tree)
+    for number in {tree.num_lookup for tree in by_tree}:
+        alike = {tree: time for tree, time in timing.by_tree.items() if tree.num_lookup == number}
+        by_tree |= _rising(alike)
+    return replace(timing, by_tree=by_tree)
+
+
+def _rising(times: dict[Tree, float]) -> dict[Tree, float]:
+    trees = sorted(times, key=lambda tree: tree.num_checked)
     pools: list[tuple[float, int]] = []  # seconds of all, and how many
     for tree in trees:
-        seconds, number = timing.by_tree[tree], 1
+        seconds, number = times[tree], 1
         while pools and pools[-1][0] / pools[-1][1] > seconds / number:
             others, of_them = pools.pop()
             seconds, number = seconds + others, number + of_them
         pools.append((seconds, number))
     means = [seconds / number for seconds, number in pools for _ in range(number)]
-    by_tree = dict(zip(trees, means, strict=True))
-    return replace(timing, by_tree={tree: by_tree[tree] for tree in timing.by_tree})
+    return dict(zip(trees, means, strict=True))
 
 
 @dataclass(frozen=True)
