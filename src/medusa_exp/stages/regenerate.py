@@ -65,6 +65,8 @@ log = logging.getLogger(__name__)
 
 RECORD = "regenerated.json"
 """File of a run directory: what its stage regenerate has made or found."""
+_CHECK = "check"
+"""Key of the checksum of a line in the file of what has been answered so far."""
 _ROUNDS = 4
 """How many times the documents that a worker answers at a time it is given."""
 _SOME = 64
@@ -130,7 +132,7 @@ def _regenerated(session: Session, path: Path, documents: Tokenized) -> list[dic
     config, settings = session.config, session.config.regenerate
     examples, rows = documents.all(), _chosen(config, documents)
     drop_torn_line(path)
-    done = {line["row"] for line in read_jsonl(path)}
+    done = {line["row"] for line in _undamaged(path)}
     new_tokens = settings.max_new_tokens
     rooms = {
         row: room_of(document_of(row, examples[row]), new_tokens, documents.max_length)
@@ -145,9 +147,15 @@ def _regenerated(session: Session, path: Path, documents: Tokenized) -> list[dic
     bar = ProgressBar("regenerating responses", len(rows), len(done))
     with Appender(path) as file, bar:
         for document in _answered(session, documents, ordered, rooms):
-            file.append(document)
+            file.append({**document, _CHECK: content_key(document)})
             bar.advance(tokens=sum(stop - start for start, stop in document["answers"]))
-    return sorted(read_jsonl(path), key=lambda line: line["row"])
+    return sorted(_undamaged(path), key=lambda line: line["row"])
+
+
+def _undamaged(path: Path) -> list[dict[str, Any]]:
+    """Read the lines that are as they were written; the documents of others are answered again."""
+    lines = read_jsonl(path, kind=Document)
+    return [line for line in lines if line.pop(_CHECK, None) in (None, content_key(line))]
 
 
 def _answered(
