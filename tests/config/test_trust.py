@@ -1,6 +1,7 @@
 """Saved runs and YAML files of others: what they may not say, and that it says so in one line."""
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -44,6 +45,17 @@ def run_dir(tmp_path) -> Path:
 def test_no_saved_override_reaches_hydra(run_dir, planted):
     (run_dir / ".hydra/overrides.yaml").write_text(json.dumps(["seed=3", planted]))
     with pytest.raises(UserError, match=r"overrides\.yaml: .* take that line out"):
+        continuation.arguments([*COMMAND, f"run_dir='{run_dir}'"])
+
+
+def test_no_log_is_written_elsewhere(run_dir):
+    log = run_dir / "medusa_exp.log"
+    log.symlink_to("/dev/null")
+    with pytest.raises(UserError, match=r"medusa_exp\.log is a link"):
+        continuation.arguments([*COMMAND, f"run_dir='{run_dir}'"])
+    log.unlink()
+    os.mkfifo(log)
+    with pytest.raises(UserError, match=r"medusa_exp\.log is a pipe"):
         continuation.arguments([*COMMAND, f"run_dir='{run_dir}'"])
 
 

@@ -105,6 +105,34 @@ def test_a_torn_line_is_cut_off_before_more_is_added(tmp_path, monkeypatch):
         read_jsonl(path)
 
 
+def test_a_line_that_is_being_written_is_not_read_in_two(tmp_path, monkeypatch):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"a": ')
+    read_value = files._value
+
+    def while_another_writes(content: bytes, *args: object) -> object:
+        if not content.endswith(b"\n"):
+            with path.open("a") as file:
+                file.write("2}\n")
+        return read_value(content, *args)
+
+    monkeypatch.setattr(files, "_value", while_another_writes)
+    assert read_jsonl(path) == [{"a": 1}]
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_nothing_is_added_to_what_is_no_file_of_its_own(tmp_path):
+    """A run directory that others made may have a link there, or a pipe that keeps all waiting."""
+    (tmp_path / "other").write_text("theirs, without an end of line")
+    (tmp_path / "link").symlink_to("other")
+    (tmp_path / "gone").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (("link", "is a link"), ("gone", "is a link"), ("pipe", "is no file")):
+        with pytest.raises(UserError, match=f"{name} {said}"):
+            drop_torn_line(tmp_path / name)
+    assert (tmp_path / "other").read_text().startswith("theirs")
+
+
 def test_a_key_that_the_schema_gains_later_names_nothing_anew_at_its_default():
     @dataclass
     class Section:

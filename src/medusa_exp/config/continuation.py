@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from medusa_exp.config import Config, load_saved
+from medusa_exp.config.reading import check_regular
 from medusa_exp.config.trust import check_override, check_saved, load_yaml
 from medusa_exp.errors import UserError
 
@@ -60,6 +61,7 @@ def arguments(argv: list[str]) -> list[str]:
         )
     if run_dir is None or not _has_begun(run_dir):
         return argv
+    _check_logs(run_dir)
     flags = [argument for argument in argv if argument not in new]
     saved = _saved_overrides(run_dir)
     for override in new:
@@ -229,6 +231,19 @@ def _run_dir(argv: list[str]) -> Path | None:
     parsed = _parsed(named[-1])
     value = named[-1].partition("=")[2] if parsed.is_sweep_override() else parsed.value()
     return Path(str(value))
+
+
+def _check_logs(run_dir: Path) -> None:
+    """Refuse logs that Hydra would add its lines to elsewhere, or wait for ever to open.
+
+    Raises:
+        UserError: one is a link, or a pipe or device.
+    """
+    for path in run_dir.glob("*.log"):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and lines are to be added there: remove it.")
+        if not path.is_dir():
+            check_regular(path)
 
 
 def _saved_overrides(run_dir: Path) -> list[str]:

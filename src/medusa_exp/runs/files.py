@@ -286,7 +286,8 @@ def read_json(path: Path, default: Any = None, kind: Any = None) -> Any:
 def read_jsonl(path: Path, kind: Any = None) -> list[Any]:
     """Read one JSON value a line; none where there is no such file.
 
-    A torn last line, left by a killed writer or by lost power, is passed over.
+    A torn last line, left by a killed writer or by lost power, or of one that is at it, is passed
+    over.
 
     Raises:
         UserError: another line is no JSON, too long, or not what it should be; names file and line.
@@ -305,8 +306,11 @@ def read_jsonl(path: Path, kind: Any = None) -> list[Any]:
                 )
             if not (rows or line.strip(b"\0")):
                 log.warning(_EMPTIED, path)
-            with nullcontext() if line.endswith(b"\n") else suppress(UserError):
+            is_whole = line.endswith(b"\n")
+            with nullcontext() if is_whole else suppress(UserError):
                 rows += [_value(line, place, schema)] if line.strip() else []
+            if not is_whole:  # its writer may have added the rest since, which is no line
+                break
     return rows
 
 
@@ -378,8 +382,16 @@ def _sentence(text: str) -> str:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off an unfinished last line, so that what is appended starts on a line of its own."""
-    if not path.is_file():
+    """Cut off an unfinished last line, so that what is appended starts on a line of its own.
+
+    Raises:
+        UserError: it is no file, or a link to one that is somebody else's.
+    """
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a link, and lines are to be added there: put the file in its place."
+        )
+    if not _is_there(path):
         return
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
