@@ -213,19 +213,6 @@ def test_a_file_of_lines_may_be_large_or_empty(tmp_path, monkeypatch, caplog):
         read_json(tmp_path / "value.json")
 
 
-def test_another_machine_of_the_same_name_is_another_one(tmp_path, monkeypatch):
-    """Hosts named `localhost` on one file system: their processes are none of ours."""
-    names = set()
-    for boot in "ab":
-        (tmp_path / boot).write_text(boot)
-        monkeypatch.setattr(files, "_NAMES_OF_MACHINE", [tmp_path / boot])
-        files._machine.cache_clear()
-        names.add(files._machine())
-    monkeypatch.undo()
-    files._machine.cache_clear()
-    assert len({*names, files._machine()}) == 3
-
-
 def test_lines_end_alike_on_every_system(tmp_path, monkeypatch):
     """Their checksums are of one text: on Windows, Python would write other ends."""
     original = io.open

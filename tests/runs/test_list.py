@@ -10,7 +10,7 @@ import pytest
 from listed_runs import METRICS, RUN, make_old, stages, write, write_run
 
 from medusa_exp.runs import list as listing
-from medusa_exp.runs.files import this_process
+from medusa_exp.runs.processes import this_process
 from medusa_exp.runs.list import Run, main, read_run, read_runs
 
 

@@ -7,7 +7,8 @@ from cli_runs import flip
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
-from medusa_exp.runs.files import is_process_alive, read_json, write_json, write_jsonl
+from medusa_exp.runs.files import read_json, write_json, write_jsonl
+from medusa_exp.runs.processes import is_process_alive
 from medusa_exp.runs.record import RunRecord
 from medusa_exp.tracking.history import HistoryLogger
 

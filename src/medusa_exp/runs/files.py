@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import shutil
 import sys
@@ -20,7 +19,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import msgspec
 
 from medusa_exp.errors import UserError
 from medusa_exp.runs import machine_faults
+from medusa_exp.runs.processes import is_process_alive, this_process
 from medusa_exp.runs.schemas import SCHEMAS, SEAL, Schema, is_seal
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,6 @@ _REPLACED = re.compile(r"\.(?P<name>.+)\.partial-\w+-\d+-\w+\.replaced")
 """Name of a directory that has just been moved out of the way of a new one."""
 _LONG_AGO = 86400.0
 """Seconds without a change after which nobody is writing any more, on whichever machine."""
-_NAMES_OF_MACHINE = ("/etc/machine-id", "/proc/sys/kernel/random/boot_id")
 _HERE, _EXCHANGE = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux."""
 
@@ -133,41 +132,6 @@ def _drop(partial: Path) -> None:
         with suppress(OSError):  # another process has put it back
             partial.rename(path)
     remove(partial)
-
-
-def this_process() -> str:
-    """Name this process, for `is_process_alive`."""
-    return f"{_machine()}-{os.getpid()}"
-
-
-def is_process_alive(name: str) -> bool | None:
-    """Say whether a process is still there that `this_process` has named; None if it is not known.
-
-    That is so for processes of other machines.
-    """
-    machine, _, number = name.partition("-")
-    is_here = machine == _machine() and number.isdecimal() and len(number) < 10
-    return _is_alive(int(number)) if is_here else None
-
-
-@cache
-def _machine() -> str:
-    """Name where process numbers mean what they mean here: a boot of a machine, a container on it.
-
-    Host names and numbers of namespaces alone are the same on many.
-    """
-    known = [path.read_text() for path in map(Path, _NAMES_OF_MACHINE) if path.is_file()]
-    spaces = Path("/proc/self/ns/pid")
-    space = str(spaces.readlink()) if spaces.exists() else ""
-    hardware = [] if len(known) == len(_NAMES_OF_MACHINE) else [f"{uuid.getnode()}"]
-    text = " ".join([platform.node(), space, *known, *hardware])
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _is_alive(process: int) -> bool:
-    import psutil  # os.kill ends the process that it asks for, on Windows
-
-    return bool(psutil.pid_exists(process))
 
 
 def remove(path: Path) -> None:
@@ -297,7 +261,7 @@ def read_jsonl(path: Path, kind: Any = None) -> list[Any]:
     rows: list[Any] = []
     schema = _schema(path, kind)
     with _saying_what_failed(path), path.open("rb") as file:
-        for number, line in enumerate(iter(partial(file.readline, MOST_BYTES), b""), 1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES), b""), 1):
             place = f"{path}, line {number},"
             if len(line) == MOST_BYTES:
                 raise UserError(

@@ -28,7 +28,8 @@ from rich.text import Text
 
 from medusa_exp.config.trust import load_yaml
 from medusa_exp.errors import UserError, as_program
-from medusa_exp.runs.files import is_process_alive, read_json
+from medusa_exp.runs.files import read_json
+from medusa_exp.runs.processes import is_process_alive
 
 STATUSES = ("done", "running", "stopped", "failed", "malformed")
 QUIET = timedelta(minutes=10)

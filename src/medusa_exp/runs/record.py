@@ -28,12 +28,12 @@ from medusa_exp.runs.files import (
     read_json,
     sha256_file,
     sync,
-    this_process,
     write_json,
     write_text,
 )
 from medusa_exp.runs.locks import locked
 from medusa_exp.runs.machine import device_name, peak_memory_bytes
+from medusa_exp.runs.processes import this_process
 
 _LOCK = ".record.lock"
 _LEFT_BY = {
