@@ -34,6 +34,9 @@ _NAMES_CODE = ("_target_", "class", "()", "factory")
 """Keys by which Hydra, or `logging.config`, find something to call."""
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.", "optuna.samplers.")
 _LOGGING = ("logging.StreamHandler", "logging.FileHandler", "colorlog.ColoredFormatter")
+_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+_OWN_PLACES = ("${hydra.runtime.output_dir}/", "${hydra.sweep.dir}/")
+"""Where a log may go."""
 _CALLBACK = "medusa_exp.runs.sweep._StartedSweeps"
 _IN_PYTHON = {
     "model.trust_remote_code": "; from Python, Decoder.from_run(..., trust_remote_code=True)"
@@ -217,10 +220,6 @@ def _check_nodes(node: Any) -> None:
             _refuse_unless("/" not in text, key, text, "writes outside of the run")
         if place == "job.env_set":
             _refuse_unless(not _OF_SHELL.match(name), key, text, "changes which programs run")
-
-
-_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-_OWN_PLACES = ("${hydra.runtime.output_dir}/", "${hydra.sweep.dir}/")
 
 
 def _refuse_unless(is_fine: bool, key: str, value: str, what: str) -> None:

@@ -18,6 +18,7 @@ from medusa_exp.data.turns import (
     USED,
     Unusable,
     beside_turns,
+    decoded,
     fields_of,
     first_held,
     held_keys,
@@ -27,7 +28,6 @@ from medusa_exp.data.turns import (
     role_called,
     texts_of,
 )
-from medusa_exp.data.turns import decoded as _unpacked
 
 NO_WINNER = "two conversations without a winner"
 NO_ROOM = "a context beside messages, in none of which it has a place"
@@ -96,7 +96,7 @@ def _messages(record: Any) -> Chat | None:
     """Read ShareGPT's `conversations`, OpenAI's `messages`; either may be JSON in a text."""
     if not isinstance(record, dict):
         return None
-    values = [_unpacked(record.get(key)) for key in ("conversations", "messages")]
+    values = [decoded(record.get(key)) for key in ("conversations", "messages")]
     lists = [turns for turns in values if isinstance(turns, list)]
     if not lists:
         return None
@@ -107,7 +107,7 @@ def _messages(record: Any) -> Chat | None:
 
 def _conversation(record: Any) -> Chat | None:
     """Read a chat log's `conversation`."""
-    talks = {key: _unpacked(_get(record, key)) for key in _TALKS}
+    talks = {key: decoded(_get(record, key)) for key in _TALKS}
     found = [talk for talk in talks.values() if isinstance(talk, list)]
     if not found:
         return None
@@ -164,7 +164,7 @@ def _chosen(record: Any) -> Chat | None:
 
 def _contents(record: Any) -> Chat | None:
     """Read Gemini's `contents`: `parts` of text, in the roles user and model."""
-    contents = _unpacked(_get(record, "contents"))
+    contents = decoded(_get(record, "contents"))
     if not (isinstance(contents, list) and contents and isinstance(contents[0], dict)):
         return None
     turns = [{"role": "user", **turn} if isinstance(turn, dict) else turn for turn in contents]
@@ -174,7 +174,7 @@ def _contents(record: Any) -> Chat | None:
 def _body(record: Any) -> Chat | None:
     """Read the `messages` (`contents`) in a batch request's `body`, `params` or `request`."""
     for key in _WRAPPERS:
-        inner = _unpacked(_get(record, key))
+        inner = decoded(_get(record, key))
         if isinstance(inner, dict) and (chat := _messages(inner) or _contents(inner)):
             return chat
     return None
@@ -195,7 +195,7 @@ def _winner(record: Any) -> Chat | None:
 
 def _mapping(record: Any) -> Chat | None:
     """Read the longest branch of an exported chat's `mapping`."""
-    mapping = _unpacked(_get(record, "mapping"))
+    mapping = decoded(_get(record, "mapping"))
     if not isinstance(mapping, dict):
         return None
     messages = longest_branch(mapping, _get(record, "current_node"))
@@ -214,7 +214,7 @@ def _of_export(message: Record) -> Record:
 
 def _replies(record: Any) -> Chat | None:
     """Read the best ranked, else the longest, branch of a tree of `replies`."""
-    root = _unpacked(_get(record, "prompt"))
+    root = decoded(_get(record, "prompt"))
     if not (isinstance(root, dict) and isinstance(root.get("replies"), list)):
         return None
     return Chat(_turns(best_branch(root)) or [])
@@ -222,7 +222,7 @@ def _replies(record: Any) -> Chat | None:
 
 def _data(record: Any) -> Chat | None:
     """Read a list of texts, the user's and the assistant's in turn."""
-    data = _unpacked(_get(record, "data"))
+    data = decoded(_get(record, "data"))
     return Chat(_turns(data) or []) if _is_alternation(data) else None
 
 
@@ -305,7 +305,7 @@ def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
     found = held_keys(record, {*keys, *of_record})
     for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
         found |= {f"{key}[].{name}" for name in _beside(_list_in(record, key), turn_keys)}
-        if form == "body" and isinstance(request := _unpacked(record[key]), dict):
+        if form == "body" and isinstance(request := decoded(record[key]), dict):
             of_chat = (*FORMS["messages"].keys, *FORMS["contents"].keys)
             found |= {f"{key}.{name}" for name in unused_keys(request, "contents", of_chat)}
     return found
@@ -339,14 +339,14 @@ def _passed_over(turn: Record) -> set[str]:
 def _plain(value: Any) -> Any:
     """Return what is said, in whatever form: the role of a name, the text of parts."""
     try:
-        return role_called(texts_of(_texts(value))[1].strip())
+        return role_called(texts_of(_bare(value))[1].strip())
     except Unusable:
         return value
 
 
 def _list_in(record: Record, key: str) -> Any:
     """Return what stands under a key as forms read it: a list of turns may be JSON in a text."""
-    inner = _unpacked(record[key])
+    inner = decoded(record[key])
     is_of_turns = isinstance(inner, list) and bool(inner) and is_turn(inner[0])
     return inner if key in _LISTS or is_of_turns else record[key]
 
@@ -373,7 +373,7 @@ def _at(record: Any, path: str) -> Any:
     if isinstance(record, list) and first.isdigit() and int(first) < len(record):
         inner = record[int(first)]
     else:
-        inner = _unpacked(_get(record, first))
+        inner = decoded(_get(record, first))
     return _at(inner, rest) if dot else inner
 
 
@@ -382,18 +382,18 @@ def _system(record: Any) -> Any:
     said = [key for key in SYSTEMS if is_held(_get(record, key))]
     _check_alike(record, said)
     value = record[said[0]] if said else _get(record, "system")
-    inner = _unpacked(value)
+    inner = decoded(value)
     if not (isinstance(inner, dict) and is_held(inner)):
         return None if isinstance(inner, dict) else value
     found = first_held(inner, ("parts", "content", "text", "value"))
     if found is None:
         raise Unusable(BAD_SYSTEM, f"its keys are {', '.join(map(str, inner))}")
-    return _texts(found)
+    return _bare(found)
 
 
 def _turns(value: Any) -> list[Any] | None:
     """Return the turns of a list of them, or of a single one; None for all else."""
-    value = _unpacked(value)
+    value = decoded(value)
     if is_turn(value):
         value = [value]
     if not isinstance(value, list) or not value:
@@ -418,7 +418,7 @@ def _usual(item: Any) -> list[Any]:
         return [item]
     role, said = first_held(item, _WHO), first_held(item, _WHAT)
     if role is not None and said is not None:
-        return [{**item, "role": role, "content": _texts(said)}]
+        return [{**item, "role": role, "content": _bare(said)}]
     names = [key for key, value in item.items() if value is not None and key in _ROLE_KEYS]
     if role is None and names:
         # What stands beside the texts is looked at in each turn: it may be of any.
@@ -448,7 +448,7 @@ def _all_said(turn: Any) -> Any:
         return turn
     role, said = role_called(first_held(turn, ("from", "role"))), first_held(turn, _WHAT)
     try:
-        thought, said = texts_of(_texts(said))
+        thought, said = texts_of(_bare(said))
     except Unusable:
         thought = ""
     if role != "assistant":
@@ -457,8 +457,8 @@ def _all_said(turn: Any) -> Any:
     return role, said, fields_of(turn, role, is_row=True), *of_assistant
 
 
-def _texts(parts: Any) -> Any:
-    """Return parts with the bare text of those that have nothing else."""
+def _bare(parts: Any) -> Any:
+    """Return parts, as a list has them, with the bare text of those that have nothing else."""
     if not isinstance(parts, list):
         return parts
     return [
@@ -473,7 +473,7 @@ def _pair(
     """Read a question and its answer, each a text or a list of messages."""
     asks = [key for key in asked if _get(record, key) is not None]
     replies = [key for key in replied if key in record] if asks else []
-    if not replies or isinstance(_unpacked(record[asks[0]]), dict):
+    if not replies or isinstance(decoded(record[asks[0]]), dict):
         return None
     given = [key for key in replies if record[key] is not None] or replies
     reply = record[given[0]]
@@ -526,7 +526,7 @@ def _said(value: Any, role: str) -> list[Any]:
     """Return the turns of a list of messages or of a text, which may be a whole transcript."""
     is_parts = isinstance(value, list) and any(isinstance(v, dict) and "type" in v for v in value)
     of_messages = is_turn(value) or (isinstance(value, list) and not is_parts)
-    if isinstance(value, str) and not isinstance(inner := _unpacked(value), str):
+    if isinstance(value, str) and not isinstance(inner := decoded(value), str):
         of_messages = is_turn(inner[0] if isinstance(inner, list) and inner else inner)
     turns = _turns(value) if of_messages else _transcript(value)
     return turns or [{"role": role, "content": value}]
