@@ -15,6 +15,7 @@ from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.runs.files import read_json, read_jsonl
 from medusa_exp.runs.metric_table import metric_of
+from medusa_exp.runs.record import _LEFT_BY
 from medusa_exp.serving.client import Probe
 from medusa_exp.serving.measurement import Drafts, _between, of_answers, positions_of, read_counters
 from medusa_exp.stages import evaluate
@@ -62,6 +63,7 @@ def test_the_report_shows_what_users_of_an_engine_have(run, tmp_path):
     about = read_json(run.out / SERVING)
     assert about["heads"]["drafts"]["1"] == about["heads"]["predicted_drafts"]
     assert about["heads"]["fingerprint"] == "stub-1" and not about["plain"]["drafts"]
+    assert {SERVING, SERVING_RECORDS} <= {*_LEFT_BY["evaluate"]}, "whose sha256 run.json has"
     records = read_jsonl(run.out / SERVING_RECORDS)
     assert len(records) == 2 * 2 * NUM_PROMPTS
     assert sum(r["new_tokens"] for r in records) == 4 * sum(

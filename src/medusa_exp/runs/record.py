@@ -39,7 +39,7 @@ _LOCK = ".record.lock"
 _LEFT_BY = {
     "inspect": ["data_samples.jsonl"],
     "calibrate": ["calibration.json"],
-    "evaluate": ["records.jsonl", "samples.jsonl", "serving.json", "serving_records.jsonl"],
+    "evaluate": ["records.jsonl", "samples.jsonl", "serving.json", "serving.jsonl"],
 }
 """Files that a stage alone writes, each at its end."""
 _HISTORY, _ADD_LINES = "history.jsonl", ("pretrain", "train")
