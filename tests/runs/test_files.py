@@ -105,6 +105,15 @@ def test_a_torn_line_is_cut_off_before_more_is_added(tmp_path, monkeypatch):
         read_jsonl(path)
 
 
+def test_whole_lines_are_left_alone_to_which_others_may_add(tmp_path):
+    """Every process of a training looks at its history, and the first one writes it."""
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n')
+    os.utime(path, (1, 1))
+    drop_torn_line(path)
+    assert path.stat().st_mtime == 1 and read_jsonl(path) == [{"a": 1}]
+
+
 def test_a_line_that_is_being_written_is_not_read_in_two(tmp_path, monkeypatch):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"a": 1}\n{"a": ')

@@ -358,7 +358,7 @@ def drop_torn_line(path: Path) -> None:
     if not _is_there(path):
         return
     with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
+        end = size = file.seek(0, os.SEEK_END)
         while end:  # from the end on, a part at a time
             start = max(0, end - _PART)
             file.seek(start)
@@ -368,7 +368,8 @@ def drop_torn_line(path: Path) -> None:
             end = start
         else:
             start = 0
-        file.truncate(start)
+        if start < size:  # else another process may have added a line since
+            file.truncate(start)
 
 
 class Appender:
