@@ -1,11 +1,12 @@
 """What is taken out of what is sent."""
 
+import os
 import subprocess
 
 import pytest
 from omegaconf import OmegaConf
 
-from medusa_exp.config import Config, to_shareable
+from medusa_exp.config import Config, named_variables, to_shareable
 from medusa_exp.config.privacy import bare_remote, by_name, shareable, shareable_text, shell_command
 
 
@@ -29,6 +30,17 @@ def test_values_of_the_environment_are_sent_as_their_names(tmp_path):
     assert found["seed"] == "${oc.env:N,7}"
     assert found["name"] == found["device"] == "auto"
     assert found["run_dir"] == config.run_dir
+
+
+def test_configs_that_cannot_be_read_name_no_variables(monkeypatch, tmp_path):
+    """They are looked at as a stage fails, whose own error is the one to be told."""
+    monkeypatch.setenv("TOKEN", "secret")
+    for name, content in ((".hydra", b"name: ${oc.env:TOKEN}\n"), (".hydra-2", b"\xff" * 9)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_bytes(content)
+    (tmp_path / ".hydra-3").mkdir()
+    os.mkfifo(tmp_path / ".hydra-3/config.yaml")
+    assert named_variables("no secret", tmp_path) == "no ${oc.env:TOKEN}"
 
 
 def test_variables_have_their_values_again(monkeypatch, tmp_path):

@@ -48,6 +48,17 @@ def test_no_saved_override_reaches_hydra(run_dir, planted):
         continuation.arguments([*COMMAND, f"run_dir='{run_dir}'"])
 
 
+def test_a_call_is_newer_than_whatever_lies_there(run_dir):
+    call = [*COMMAND, f"run_dir='{run_dir}'"]
+    assert continuation.newest_saved(run_dir) == run_dir / ".hydra/config.yaml"
+    for name in (".hydra-x", ".hydra-2", ".hydra-17", ".hydra-30"):
+        (run_dir / name).mkdir()
+    for name in (".hydra-2", ".hydra-17"):  # the last was killed before it had written its own
+        (run_dir / name / "config.yaml").touch()
+    assert continuation.newest_saved(run_dir) == run_dir / ".hydra-17/config.yaml"
+    assert continuation.arguments(call)[-1] == "hydra.output_subdir=.hydra-31"
+
+
 def test_no_log_is_written_elsewhere(run_dir):
     log = run_dir / "medusa_exp.log"
     log.symlink_to("/dev/null")

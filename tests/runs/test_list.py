@@ -10,8 +10,8 @@ import pytest
 from listed_runs import METRICS, RUN, make_old, stages, write, write_run
 
 from medusa_exp.runs import list as listing
-from medusa_exp.runs.processes import this_process
 from medusa_exp.runs.list import Run, main, read_run, read_runs
+from medusa_exp.runs.processes import this_process
 
 
 def test_a_row_has_what_the_files_say(tmp_path):

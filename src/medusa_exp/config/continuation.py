@@ -8,8 +8,8 @@ Hydra's own record of the later call goes to `.hydra-<n>/`; `.hydra/` is never r
 that tries a failed job again is no later call: it composes the job anew, `.hydra/` included.)
 """
 
+import re
 from collections.abc import Collection, Iterable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ _SAID: set[str] = set()
 _LONGEST_WORD = 1 << 16
 """Of a command line; Hydra's parser takes a second for ten thousand characters."""
 _OVERRIDES = Path(".hydra/overrides.yaml")
+_LATER_CALL = re.compile(r"\.hydra-[0-9]{1,9}")
 
 
 def arguments(argv: list[str]) -> list[str]:
@@ -288,6 +289,20 @@ def _overrides(argv: list[str]) -> list[str]:
     return list(get_args_parser().parse_known_args(argv)[0].overrides)
 
 
+def newest_saved(run_dir: Path) -> Path:
+    """Return where the config of the newest call of a run is."""
+    calls = (name for name in _later_calls(run_dir) if (run_dir / name / SAVED.name).is_file())
+    return run_dir / max(calls, default=SAVED.parent.name, key=_number) / SAVED.name
+
+
 def _next_subdir(run_dir: Path) -> str:
-    names = (f".hydra-{number}" for number in count(2))
-    return next(name for name in names if not (run_dir / name).exists())
+    # Above all that are there, in whatever order others made them: `newest_saved` is to find it.
+    return f".hydra-{1 + max(map(_number, _later_calls(run_dir)), default=1)}"
+
+
+def _later_calls(run_dir: Path) -> list[str]:
+    return [path.name for path in run_dir.glob(".hydra-*") if _LATER_CALL.fullmatch(path.name)]
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("-")[2])

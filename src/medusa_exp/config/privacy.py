@@ -8,13 +8,17 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
+
+from medusa_exp.config.reading import read_bytes
+from medusa_exp.config.trust import load_yaml
+from medusa_exp.errors import UserError
 
 _RESOLVER = "oc.env"
 _REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
@@ -31,7 +35,7 @@ def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
     """
     if not saved.is_file():
         return plain
-    written = OmegaConf.load(saved)
+    written = load_yaml(saved)
     with _variables_as_their_names():
         return {key: _shown(value, written, key) for key, value in plain.items()}
 
@@ -41,12 +45,19 @@ def named_variables(text: str, out: Path) -> str:
 
     `text` may be a message that quotes a value of the config; `out` is the run directory.
     """
-    saved = "".join(path.read_text(encoding="utf-8") for path in out.glob(".hydra*/config.yaml"))
-    values = {name: os.environ.get(name, "") for name in _REFERENCE.findall(saved)}
+    names = {name for path in out.glob(".hydra*/config.yaml") for name in _variables_in(path)}
+    values = {name: os.environ.get(name, "") for name in names}
     for name, value in sorted(values.items(), key=lambda item: -len(item[1])):
         if len(value) >= _SHORTEST:
             text = text.replace(value, f"${{{_RESOLVER}:{name}}}")
     return text
+
+
+def _variables_in(path: Path) -> list[str]:
+    """Return the variables that a config refers to; none where it is not to be read."""
+    with suppress(UserError):  # said where it is needed
+        return _REFERENCE.findall(read_bytes(path).decode(errors="replace"))
+    return []
 
 
 @contextmanager

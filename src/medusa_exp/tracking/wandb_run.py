@@ -17,6 +17,7 @@ from uuid import uuid4
 import wandb
 
 from medusa_exp.config import Config, to_shareable
+from medusa_exp.config.continuation import newest_saved
 from medusa_exp.config.privacy import by_name, shareable
 from medusa_exp.errors import Stopped
 from medusa_exp.runs.files import read_jsonl
@@ -91,10 +92,7 @@ def _identity(
 
 
 def _shared_config(config: Config, out: Path) -> dict[str, Any]:
-    calls = [path for path in out.glob(".hydra*/config.yaml") if path.parent.name != ".hydra"]
-    newest = max(calls, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
-    saved = newest or out / ".hydra" / "config.yaml"
-    return shareable(to_shareable(config, saved))
+    return shareable(to_shareable(config, newest_saved(out)))
 
 
 def provenance(record: dict[str, Any]) -> dict[str, Any]:
