@@ -260,7 +260,7 @@ def browser(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def quickstart(session: nox.Session) -> None:
-    """Train and judge heads of a tiny model from nothing, as the README does."""
+    """Train and judge heads of the model that comes along, as the README does."""
     session.install(*CONSTRAINTS, "-e", ".[report,wandb]")
     session.run("python", "-m", "medusa_exp", "+experiment=quickstart", *session.posargs)
 

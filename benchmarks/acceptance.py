@@ -3,7 +3,7 @@
     python benchmarks/acceptance.py FOLDER [--losses ce,lk] [--families medusa,hydra] [--out FILE]
         [KEY=VALUE ...]
 
-Of the quickstart's model by default. Of another one, which has to be in a directory:
+Of the model of +experiment=from_scratch by default. Of another one, which has to be in a directory:
 
     python benchmarks/acceptance.py FOLDER +experiment=self_distill model.path=DIR dataset.path=FILE
         head=medusa_lowrank head.rank=null head.num_tokens=16384 train.max_steps=300
@@ -157,7 +157,7 @@ def train_case(overrides: Sequence[str], folder: Path, name: str) -> Path:
 
 def config_of(overrides: Sequence[str], folder: Path) -> Config:
     """Compose the experiment, without the stages after the training."""
-    own = [] if any("experiment=" in word for word in overrides) else ["+experiment=quickstart"]
+    own = [] if any("experiment=" in word for word in overrides) else ["+experiment=from_scratch"]
     common = [f"cache_dir={folder.absolute()}/cache", "logger=none", "train.features=cache"]
     chosen = [word for word in common if word.split("=")[0] not in " ".join(overrides)]
     config = compose([*own, *chosen, *overrides])

@@ -2,10 +2,10 @@
 
     python benchmarks/sweep.py FOLDER [--from-nothing 2] [--json FILE]
 
-Both pretrain the quickstart's model, let it write its own answers, and train heads that are judged
-by val/accept_length. From nothing each run does all of it; so many of the twelve are run, evenly
-spread over the settings, and stand for the rest. The sweep does what is shared once, in its first
-call, which counts; then Ray runs the trainings, one to a core.
+Both pretrain the model of from_scratch, let it write its own answers, and train heads that are
+judged by val/accept_length. From nothing each run does all of it; so many of the twelve are run,
+evenly spread over the settings, and stand for the rest. The sweep does what is shared once, in its
+first call, which counts; then Ray runs the trainings, one to a core.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SETTINGS = {
     "head.num_layers": ["1", "2"],
     "train.learning_rate": ["3.0e-3", "7.0e-3"],
 }
-QUICKSTART = ["+experiment=quickstart", "objective=val/accept_length", "logger=csv", "device=cpu"]
+EXPERIMENT = ["+experiment=from_scratch", "objective=val/accept_length", "logger=csv", "device=cpu"]
 SHARED = "stages=[pretrain,regenerate]"
 TRAINING = "stages=[pretrain,regenerate,train,report]"
 
@@ -67,10 +67,10 @@ def main() -> None:
 def sweep(folder: Path) -> tuple[float, float]:
     """Return the seconds of what is shared, and of the trainings."""
     cache = f"cache_dir={folder.absolute()}/cache"
-    shared = run(folder, QUICKSTART, SHARED, cache, "run_dir=shared")
+    shared = run(folder, EXPERIMENT, SHARED, cache, "run_dir=shared")
     swept = [f"{key}={','.join(values)}" for key, values in SETTINGS.items()]
     ray = ["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"]
-    return shared, run(folder, ["-m", *QUICKSTART], TRAINING, cache, "sweep_dir=s", *swept, *ray)
+    return shared, run(folder, ["-m", *EXPERIMENT], TRAINING, cache, "sweep_dir=s", *swept, *ray)
 
 
 def from_nothing(folder: Path, count: int) -> list[float]:
@@ -81,7 +81,7 @@ def from_nothing(folder: Path, count: int) -> list[float]:
     for number, values in enumerate(chosen):
         settings = [f"{key}={value}" for key, value in zip(SETTINGS, values, strict=True)]
         places = [f"cache_dir={folder.absolute()}/cache{number}", f"run_dir=alone{number}"]
-        seconds.append(run(folder, QUICKSTART, TRAINING, *places, *settings))
+        seconds.append(run(folder, EXPERIMENT, TRAINING, *places, *settings))
     return seconds
 
 

@@ -2,7 +2,7 @@
 
     python scripts/make_demo.py [FOLDER]        FOLDER keeps the runs; by default outputs/make_demo
 
-With OMP_NUM_THREADS=1, seven minutes of one core. The quickstart's recipe for a smaller model:
+With OMP_NUM_THREADS=1, seven minutes of one core. The recipe of `from_scratch` for a smaller model:
 pretraining on generated chats, responses of its own, heads trained on these, a calibrated tree. The
 weights are stored in float16; responses and heads are those of the stored backbone.
 """
@@ -20,7 +20,7 @@ from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.stages.session import Session
 
 _SHARED = (
-    *("+experiment=quickstart", "logger=none", "dtype=fp32"),
+    *("+experiment=from_scratch", "logger=none", "dtype=fp32"),
     *("dataset.num_conversations=8000", "tokenizer.vocab_size=512"),
 )
 _BACKBONE = (

@@ -242,7 +242,8 @@ def _quickstart(scale: Scale) -> Iterator[tuple[str, Any]]:
         out = Path(work) / "run"
         settings = [f"run_dir={out}", f"cache_dir={work}/cache", "logger=csv"]
         if importlib.util.find_spec("vl_convert") is None:
-            settings.append("stages=[pretrain,regenerate,train,calibrate,evaluate]")
+            first = "pretrain," if scale.is_rehearsal else ""
+            settings.append(f"stages=[{first}regenerate,train,calibrate,evaluate]")
             yield "left_out", "stage report: there is no vl-convert-python"
         command = [sys.executable, "-m", "medusa_exp", f"+experiment={experiment}", *settings]
         start = time.perf_counter()

@@ -39,18 +39,21 @@ SMALL = (
     "evaluate.warmup_prompts=0",
 )
 """Settings with which a run on forty short chats takes seconds."""
-SMALL_MODEL = (
+SMALL_DATA = (
     "dataset.num_conversations=120",
+    "regenerate.num_documents=6",
+    "regenerate.num_val_documents=2",
+    "regenerate.max_new_tokens=12",
+)
+"""The same for made-up chats."""
+SMALL_MODEL = (
     "tokenizer.vocab_size=384",
     "model.pretrain.hidden_size=32",
     "model.pretrain.intermediate_size=48",
     "model.pretrain.num_hidden_layers=2",
     "model.pretrain.max_steps=4",
-    "regenerate.num_documents=6",
-    "regenerate.num_val_documents=2",
-    "regenerate.max_new_tokens=12",
 )
-"""The same for the quickstart's own data and model."""
+"""The same for a model that is made from them."""
 
 _FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(r"<!-- (not run|run)(?:: (.+?))? -->\s*$")
@@ -121,8 +124,9 @@ def _with(command: str, small: list[str], more: list[str]) -> str:
     """Add settings to a command of medusa_exp; those that it has itself give way to `more`."""
     if not _PROGRAM.search(command):
         return command
-    if small and ("experiment=quickstart" in command or "experiment=smoke" in command):
-        small = [*small, *SMALL_MODEL]
+    makes_its_own = "experiment=from_scratch" in command or "experiment=smoke" in command
+    if small and (makes_its_own or "experiment=quickstart" in command):
+        small = [*small, *SMALL_DATA, *(SMALL_MODEL if makes_its_own else ())]
     own = {word.partition("=")[0] for word in shlex.split(command) if "=" in word}
     added = [word for word in small if word.partition("=")[0] not in own] + more
     if "logger" in {key.partition(".")[0] for key in own}:

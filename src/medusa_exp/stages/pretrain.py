@@ -7,7 +7,6 @@ B batch, T time, V vocabulary.
 """
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,17 @@ from medusa_exp.errors import UserError
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.machine import pick_device
+from medusa_exp.stages.how_long import FROM_SCRATCH, WORTH_SAYING, say_how_long
 from medusa_exp.stages.session import Session
 from medusa_exp.train.optimizer import scheduled
 from medusa_exp.train.ranks import be_alone
-from medusa_exp.train.trainer import AUTOCAST, build_trainer, pick_precision
+from medusa_exp.train.trainer import build_trainer, pick_precision
 
 log = logging.getLogger(__name__)
 
 _METRICS = "pretrain_metrics.json"
 """Beside the model: its figures, for runs that find it in the cache."""
 _END = "<|end|>"
-_TIMED_TOKENS, _WORTH_SAYING = 512, 100
-"""Of a step that is timed; steps of a training that takes long enough to say how long."""
-_OF_TRAINING, _OF_DOCUMENT, _ANSWERS = 0.56, 0.44, 5
-"""A training step of heads, in pretraining steps of as many tokens; a regenerated document, in
-those of 1024 tokens; how often calibrate and evaluate answer a prompt. As measured on two cores."""
 _ROLE_MARKS = ["<|system|>", "<|user|>", "<|assistant|>"]
 _CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -64,7 +59,10 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             log.info("the pretrained model is in the cache: %s", path)
             found: dict[str, float] = read_json(path / _METRICS, {})
             return found
-        _say_how_long(config)
+        settings = config.model.pretrain
+        if settings.max_steps >= WORTH_SAYING:
+            model = build_llama(settings, config.tokenizer.vocab_size, 0)
+            say_how_long(config, model, FROM_SCRATCH, settings.max_steps * settings.batch_tokens)
         L.seed_everything(config.seed, verbose=False)
         tokenizer = train_tokenizer(session.split("train"), config.tokenizer.vocab_size)
         model, loss = _pretrain(config, out, tokenizer, session)
@@ -73,55 +71,6 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         write_json(partial / _METRICS, metrics := {"pretrain/loss": loss})
     log.info("pretrained model written to %s", path)
     return metrics
-
-
-def _say_how_long(config: Config) -> None:
-    """Say how long the stages will take on this CPU, from a step or two, and what is quicker."""
-    settings, device = config.model.pretrain, pick_device(config.device)
-    steps, documents = config.train.max_steps or 0, config.regenerate.num_documents or 0
-    if device.type != "cpu" or min(settings.max_steps, steps) < _WORTH_SAYING:
-        return
-    of_token, of_plain = _time_steps(config, pick_precision(config.dtype.precision, device))
-    of_step = settings.batch_tokens * of_token
-    answered = config.evaluate.num_prompts * config.decode.max_new_tokens
-    seconds = {
-        "pretrain": settings.max_steps * of_step,
-        "regenerate": _OF_DOCUMENT * documents * 1024 * of_token,
-        "train": _OF_TRAINING * steps * config.train.batch_tokens * of_token,
-        "evaluate": _ANSWERS * answered * of_plain,
-    }
-    minutes = {stage: seconds[stage] / 60 for stage in seconds if stage in config.stages}
-    log.info(
-        "on this machine all of it takes about %.0f minutes (%s). Quicker, with heads that guess "
-        "worse: model.pretrain.max_steps=%d train.max_steps=%d; to see only that all works: "
-        "+experiment=smoke",
-        max(1.0, sum(minutes.values())),
-        ", ".join(f"{stage} {number:.1f}" for stage, number in minutes.items()),
-        *(settings.max_steps // 3, steps // 3),
-    )
-
-
-def _time_steps(config: Config, precision: str) -> tuple[float, float]:
-    """Return the seconds of a token of pretraining, and of a step of one token.
-
-    The shorter of two each: the first has libraries set themselves up.
-    """
-    settings, vocab_size = config.model.pretrain, config.tokenizer.vocab_size
-    model, best = build_llama(settings, vocab_size, 0), [float("inf")] * 2
-    rows = max(1, _TIMED_TOKENS // 128)
-    ids_BT = torch.zeros(rows, min(128, settings.max_position_embeddings), dtype=torch.long)
-    for _ in range(2):
-        start = time.perf_counter()
-        dtype = AUTOCAST.get(precision)
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-        loss.backward()
-        middle = time.perf_counter()
-        with torch.no_grad():
-            model(input_ids=ids_BT[:1, :1], use_cache=False)
-        times = (middle - start) / ids_BT.numel(), time.perf_counter() - middle
-        best = [min(pair) for pair in zip(best, times, strict=True)]
-    return best[0], best[1]
 
 
 def _is_whole(path: Path) -> bool:

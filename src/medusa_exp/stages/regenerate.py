@@ -47,6 +47,7 @@ from medusa_exp.runs.progress import ProgressBar
 from medusa_exp.runs.schemas import RegeneratedSummary
 from medusa_exp.serving.client import answers
 from medusa_exp.stages.engines import open_engines
+from medusa_exp.stages.how_long import say_of_quickstart
 from medusa_exp.stages.session import Session, compiles, limits_of, pack_decoder, rule_of
 from medusa_exp.train.failures import explain_memory
 from medusa_exp.train.launch import map_on_ray
@@ -93,6 +94,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         if partial_path is None:
             log.info("the regenerated responses are in the cache: %s", path)
         else:
+            say_of_quickstart(config)
             answered_path = path.with_name(f".{key}.answers.jsonl")
             _write(partial_path, _regenerated(session, answered_path, documents), documents.all())
     if partial_path is not None:
