@@ -1,7 +1,8 @@
 """What must stay the same to the last bit while code moves: a small run, and rendered chats.
 
 `python tests/test_golden.py` writes the files in tests/golden anew, for a change that is meant.
-Runs use the plainest instructions that every x86-64 processor has, so that all of them round alike.
+Runs use the plainest instructions that every x86-64 processor has, so that nearly all is rounded
+alike: the metrics are the same on all that were seen, and the heads' last bits are one of a few.
 """
 
 import hashlib
@@ -89,6 +90,11 @@ def golden_renderings() -> dict[str, str]:
     return found
 
 
+def of_known_heads(found: dict, known: list[str]) -> dict:
+    """Return what a run left, with the heads named by the first of those that count as the same."""
+    return {**found, "heads": known[0] if found["heads"] in known else found["heads"]}
+
+
 def machine() -> list[str]:
     """Name what decides how numbers are rounded, given ROUNDS_ALIKE."""
     return [platform.machine(), torch.__version__.partition("+")[0]]
@@ -99,7 +105,7 @@ def test_a_run_is_equal_to_the_last_bit(tmp_path):
     found = golden_runs(tmp_path)
     for name, expected in golden["runs"].items():
         if machine() == golden["machine"]:
-            assert found[name] == expected
+            assert of_known_heads(found[name], golden["heads"]) == expected
         # Elsewhere numbers are rounded in other ways, and few-step training keeps that small.
         assert found[name]["metrics"] == pytest.approx(expected["metrics"], rel=0.1, abs=0.1)
         assert found[name]["tree"] == expected["tree"]
@@ -112,7 +118,9 @@ def test_renderings_are_equal():
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as there:
-        runs = {"machine": machine(), "runs": golden_runs(Path(there))}
+        found = golden_runs(Path(there))
+        # To be added by hand: what processors of another make give of the same code.
+        runs = {"machine": machine(), "heads": [found["chain"]["heads"]], "runs": found}
     (GOLDEN / "runs.json").write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
     texts = json.dumps(golden_renderings(), indent=1, sort_keys=True) + "\n"
     (GOLDEN / "renderings.json").write_text(texts)
