@@ -32,8 +32,8 @@ TITLES = {
         "Reading, masking, packing chats",
         "68,000 made-up records; the reference is the usual way to do the same.",
     ),
-    "decode": ("Tree decoding", "A run of from_scratch, and ten architectures with random weights."),
-    "sweep": ("Sweeps", "Twelve settings of the heads of from_scratch; the reference is one by one."),
+    "decode": ("Tree decoding", "A run from_scratch, and ten architectures of random weights."),
+    "sweep": ("Sweeps", "Twelve settings of heads (from_scratch); the reference is one by one."),
     "train": (
         "Training",
         "Heads of a made-up model; the reference is a plain loop that pads and keeps all logits.",
