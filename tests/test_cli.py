@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -307,3 +308,31 @@ def test_a_stage_that_leaves_no_files_has_failed(config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"stage train has ended without heads/config\.json and "):
         run(config, tmp_path / "run")
     assert read(tmp_path / "run/run.json")["stages"]["train"]["status"] == "failed"
+
+
+@pytest.mark.parametrize(("is_interrupted", "status"), [(True, 130), (False, 1)])
+def test_the_end_that_lightning_makes_of_ctrl_c_is_told_by_the_status(
+    is_interrupted, status, monkeypatch
+):
+    """Lightning turns Ctrl-C into exit(1), which says that something has failed."""
+
+    def end():
+        try:
+            if is_interrupted:
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+        sys.exit(1)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    monkeypatch.setattr(cli, "_hydra_main", end)
+    monkeypatch.setattr(sys, "argv", ["medusa_exp"])
+    monkeypatch.setattr(cli.atexit, "register", lambda *given: None)
+    monkeypatch.setattr(cli, "_report_in_our_words", lambda: None)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert ended.value.code == status

@@ -103,6 +103,10 @@ def main() -> None:
         _hydra_main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's end after Ctrl-C is a 1
+            sys.exit(128 + signal.SIGINT)
+        raise
     finally:
         _print_sweeps()
         # Registered last, done first: a late Ctrl-C stops nothing any more, and shows no traceback.
