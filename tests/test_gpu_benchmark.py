@@ -107,7 +107,7 @@ def test_what_fails_is_written_down_and_the_rest_goes_on(monkeypatch, tmp_path, 
     assert "illegal memory access" in found["steps_7B"]["failed"]
     rows = {row["what"]: row for row in found["table"]}
     assert rows["7B, B=1, plain"]["is_cleared"] and rows["7B, B=1, plain"]["now"] == 4.0
-    assert rows["quickstart, device=cuda, all stages"]["is_cleared"] is None
+    assert rows["from_scratch, device=cuda, all stages"]["is_cleared"] is None
     assert "not measured" in bars.shown(found["table"]).splitlines()[-1]
     assert "ended after 65 s" in capsys.readouterr().out
 
