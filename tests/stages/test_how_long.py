@@ -43,6 +43,10 @@ def test_of_the_backbone_that_comes_along(config, monkeypatch, caplog):
     say_of_quickstart(config)
     assert not caplog.messages, "of other models nothing is known"
     config.model.path = str(demo.PLACE / "backbone")
+    say_of_quickstart(replace(config, model=replace(config.model, kind="tiny")))
+    unknown = replace(config.regenerate, num_documents=None)
+    say_of_quickstart(replace(config, regenerate=unknown))
+    assert not caplog.messages, "nor of one made first, nor how many documents all are"
     say_of_quickstart(config)
     of_document, of_trained = QUICKSTART.of_document, QUICKSTART.of_trained
     regenerate, train = 1000 * of_document * 1e-4 / 60, 600 * 1000 * of_trained * 1e-4 / 60

@@ -1,7 +1,8 @@
 """How long a run will take on this CPU, said before its first long stage.
 
-Only of the two experiments that come with a model, whose costs were measured against a second's
-work; else each stage says how long it takes itself, as soon as it knows.
+Only of `+experiment=quickstart` and `from_scratch`, and what is near them: the costs of their
+stages were measured against a second's work of the backbone. Else each stage says how long it takes
+itself, as soon as it knows.
 """
 
 import logging
@@ -43,21 +44,24 @@ QUICKSTART = Costs(of_document=450, of_trained=0.9, answers=2)
 def say_how_long(config: Config, model: LlamaForCausalLM, costs: Costs, pretraining: int) -> None:
     """Log how long the stages will take, by a step or two of the model, and what is quicker.
 
+    Nothing on a GPU, of a short training, and where the number of documents is not known.
+
     Args:
         config: of the run.
         model: with weights that may be trained, of the shape of the run's backbone.
         costs: of this model.
         pretraining: tokens that the backbone will be trained on first.
     """
-    steps, documents = config.train.max_steps or 0, config.regenerate.num_documents or 0
+    steps, documents = config.train.max_steps or 0, config.regenerate.num_documents
     device = pick_device(config.device)
-    if device.type != "cpu" or steps < WORTH_SAYING:
+    is_known = documents is not None or "regenerate" not in config.stages
+    if device.type != "cpu" or steps < WORTH_SAYING or not is_known:
         return
     of_token, of_plain = time_steps(model, pick_precision(config.dtype.precision, device))
     answered = config.evaluate.num_prompts * config.decode.max_new_tokens
     seconds = {
         "pretrain": pretraining * of_token,
-        "regenerate": documents * costs.of_document * of_token,
+        "regenerate": (documents or 0) * costs.of_document * of_token,
         "train": steps * config.train.batch_tokens * costs.of_trained * of_token,
         "evaluate": answered * costs.answers * of_plain,
     }
@@ -76,7 +80,8 @@ def say_how_long(config: Config, model: LlamaForCausalLM, costs: Costs, pretrain
 
 def say_of_quickstart(config: Config) -> None:
     """Log the same before the first stage of a run on the backbone that comes with the package."""
-    if config.model.path == str(demo.PLACE / "backbone"):
+    is_own = config.model.kind == "pretrained"  # and not one that stage pretrain has made
+    if is_own and config.model.path == str(demo.PLACE / "backbone"):
         model = LlamaForCausalLM(LlamaConfig.from_pretrained(config.model.path))
         say_how_long(config, model, QUICKSTART, pretraining=0)
 
