@@ -54,6 +54,8 @@ not). This page is written by `python scripts/results_page.py` from the files in
 these files stands on its page with its command.
 
 - A commit with `+` had uncommitted changes. Hashes are those of this repository.
+- `+experiment=quickstart`, and *the quickstart*, of commits before d6aab59 are what
+  `+experiment=from_scratch` is today: it made its model first.
 - A *speed-up* is over plain decoding of the same prompts, in the same process, in turn; its
   interval is a bootstrap over prompts ([how](guide/evaluation.md)). It belongs to a model, a text
   and a machine in its state on that day.

@@ -1,7 +1,7 @@
-"""The model and heads that come with this package, for `+experiment=demo`.
+"""The model and heads that come with this package, for `+experiment=demo` and `quickstart`.
 
 A Llama of a million parameters, pretrained on generated chats, seven heads for it, and their tree;
-`scripts/make_demo.py` made them.
+`scripts/make_demo.py` made them. The quickstart takes the Llama alone, and trains heads of its own.
 """
 
 from pathlib import Path
