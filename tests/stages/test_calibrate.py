@@ -184,22 +184,28 @@ def test_captures_are_no_part_of_a_rehearsal(monkeypatch, has_fixed_shapes):
     assert steps == {None: 8, chain(1): 8}
 
 
-@pytest.mark.parametrize(("step_seconds", "expected"), [(0.003, 48), (0.05, 24), (5.0, 16)])
-def test_slow_steps_are_timed_over_fewer_tokens(step_seconds, expected):
+@pytest.mark.parametrize(
+    ("step_seconds", "is_recurrent", "expected"),
+    [(0.003, False, 48), (0.05, False, 24), (5.0, False, 16), (0.0125, True, 24)],
+)
+def test_slow_steps_are_timed_over_fewer_tokens(step_seconds, is_recurrent, expected):
+    """A recurrent model answers the four rows one after the other."""
     asked = []
 
     def respond(prompts, limits, tree=None):
         asked.append(limits.max_new_tokens)
-        return [SimpleNamespace(step_seconds=[1.0] + [step_seconds] * (asked[-1] - 1))]
+        seconds = [1.0] + [step_seconds] * (asked[-1] - 1)
+        return [SimpleNamespace(step_seconds=seconds) for _ in prompts]
 
     decoder = SimpleNamespace(
         backbone=SimpleNamespace(max_length_from=lambda length: 1000),
         decode_plain=respond,
         decode=respond,
+        is_recurrent=is_recurrent,
     )
     trees = [chain(depth) for depth in range(9)]
     found = calibrate.time_steps(
-        decoder, trees, [1], batch_size=1, rounds=4, new_tokens=48, what="timing"
+        decoder, trees, [1], batch_size=4, rounds=4, new_tokens=48, what="timing"
     )
     assert asked == [16] + 5 * 10 * [expected]  # 5 rounds of 9 trees and of plain decoding
     assert found.plain == found.by_tree[trees[3]] == step_seconds

@@ -276,8 +276,10 @@ def time_steps(
     new_tokens = max(2, min(new_tokens, room))  # a step after the prompt's, at least
     prompts = [prompt] * batch_size
     some = decoder.decode_plain(prompts, Limits(min(new_tokens, _FEWEST_TOKENS)))[0]
+    in_turn = batch_size if decoder.is_recurrent else 1
     # As if each tree gave one token a step, for steps over trees take longer than plain ones.
-    expected = (rounds + 1) * (len(trees) + 1) * new_tokens * median(some.step_seconds[1:])
+    steps = (rounds + 1) * (len(trees) + 1) * new_tokens * in_turn
+    expected = steps * median(some.step_seconds[1:])
     enough = round(new_tokens * _TIMING_SECONDS / expected)
     limits = Limits(min(new_tokens, max(_FEWEST_TOKENS, enough)))
     for round_number in track(range(rounds + 1), f"{what}, {batch_size} at a time"):
