@@ -16,6 +16,7 @@ from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.stages.demo import Racer, of_each_category, race, racers, verdict
+from medusa_exp.stages.session import Session
 from medusa_exp.tree import chain
 
 
@@ -93,6 +94,9 @@ def test_the_files_of_the_demo_are_those_that_were_published(tmp_path, monkeypat
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(UserError, match=r"heads/model\.safetensors is not the file of the demo"):
         demo.check()
+    config = compose(["+experiment=quickstart", f"model.path={place / 'backbone'}"])
+    with pytest.raises(UserError, match="is not the file of the demo"):
+        Session(config, tmp_path / "run").backbone()
 
 
 def test_the_demo_shows_a_gain_and_the_same_answers(tmp_path, capsys):

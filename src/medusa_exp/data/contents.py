@@ -35,6 +35,8 @@ _MAGIC = {
 }
 """Compression -> how what is compressed begins."""
 BLOCK = 1 << 20
+_PACKED = 1 << 14
+"""Bytes of streams that are read at a time: what stands behind each of them is copied."""
 ROWS_TOGETHER = 256
 """Rows of a table that are in memory as Python objects."""
 _BOM = b"\xef\xbb\xbf"
@@ -218,14 +220,14 @@ class _Streams(io.RawIOBase):
                 if not (packed := self._begin_of_next()):
                     break
                 self._stream = self._start()
-            elif self._stream.needs_input and not (packed := self._file.read(BLOCK)):
+            elif self._stream.needs_input and not (packed := self._file.read(_PACKED)):
                 raise EOFError("it ends within a stream")
             data = self._stream.decompress(packed, size)
         return data
 
     def _begin_of_next(self) -> bytes:
         packed: bytes = self._stream.unused_data.lstrip(b"\0")
-        while not packed and (block := self._file.read(BLOCK)):
+        while not packed and (block := self._file.read(_PACKED)):
             packed = block.lstrip(b"\0")
         return packed
 

@@ -32,3 +32,9 @@ def check() -> None:
             raise UserError(
                 f"{PLACE / name} is not the file of the demo: install medusa-exp again."
             )
+
+
+def check_used(path: str | None) -> None:
+    """Do the same where a model that is to be loaded is the one that comes along."""
+    if path is not None and Path(path).is_relative_to(PLACE):
+        check()

@@ -78,8 +78,7 @@ class Racer:
 
 def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
     """Answer a few prompts for somebody to look at; it adds no number."""
-    if config.model.path is not None and Path(config.model.path).is_relative_to(demo.PLACE):
-        demo.check()
+    demo.check_used(config.model.path)
     session = session or Session(config, out)
     decoder, console = session.decoder(), Console()
     assert decoder.tokenizer is not None

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from medusa_exp import demo
 from medusa_exp.config import Config, from_hydra, load_saved
 from medusa_exp.config.trust import check_saved
 from medusa_exp.data.conversations import Conversation
@@ -231,6 +232,7 @@ class Session:
         place = adapted_path(config.run_dir) if is_joint else None
         if self._backbone is None or self._backbone[0] != place:
             self.forget_backbone()
+            demo.check_used(config.model.path)
             self._backbone = place, load_backbone(spec, place)
         return self._backbone[1]
 
