@@ -336,3 +336,19 @@ def test_the_end_that_lightning_makes_of_ctrl_c_is_told_by_the_status(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert ended.value.code == status
+
+
+def test_a_signal_that_comes_when_all_is_done_shows_no_traceback(tmp_path):
+    """Libraries tidy up at the end: an exit in the middle of that is told as an error of theirs."""
+    late = (
+        "import atexit, os, signal, sys\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), number) for number in (2, 15)])\n"
+        "from medusa_exp import cli\n"
+        "cli._hydra_main = lambda: None\n"
+        "sys.argv = ['medusa_exp']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", late], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

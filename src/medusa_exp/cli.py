@@ -109,8 +109,9 @@ def main() -> None:
         raise
     finally:
         _print_sweeps()
-        # Registered last, done first: a late Ctrl-C stops nothing any more, and shows no traceback.
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        # Registered last, done first: late signals stop nothing any more, and show no traceback.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def _report_in_our_words() -> None:
