@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp import demo
-from medusa_exp.config import Config
 from medusa_exp.runs.machine import pick_device
+from medusa_exp.stages.session import Session
 from medusa_exp.train.trainer import AUTOCAST, pick_precision
 
 log = logging.getLogger(__name__)
@@ -41,17 +41,20 @@ FROM_SCRATCH = Costs(of_document=450, of_trained=0.56, answers=5)
 QUICKSTART = Costs(of_document=450, of_trained=0.9, answers=2)
 
 
-def say_how_long(config: Config, model: LlamaForCausalLM, costs: Costs, pretraining: int) -> None:
+def say_how_long(
+    session: Session, model: LlamaForCausalLM, costs: Costs, pretraining: int
+) -> None:
     """Log how long the stages will take, by a step or two of the model, and what is quicker.
 
     Nothing on a GPU, of a short training, and where the number of documents is not known.
 
     Args:
-        config: of the run.
+        session: of the run.
         model: with weights that may be trained, of the shape of the run's backbone.
         costs: of this model.
         pretraining: tokens that the backbone will be trained on first.
     """
+    config = session.config
     steps, documents = config.train.max_steps or 0, config.regenerate.num_documents
     device = pick_device(config.device)
     is_known = documents is not None or "regenerate" not in config.stages
@@ -78,12 +81,13 @@ def say_how_long(config: Config, model: LlamaForCausalLM, costs: Costs, pretrain
     )
 
 
-def say_of_quickstart(config: Config) -> None:
+def say_of_quickstart(session: Session) -> None:
     """Log the same before the first stage of a run on the backbone that comes with the package."""
-    is_own = config.model.kind == "pretrained"  # and not one that stage pretrain has made
-    if is_own and config.model.path == str(demo.PLACE / "backbone"):
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(config.model.path))
-        say_how_long(config, model, QUICKSTART, pretraining=0)
+    settings = session.config.model
+    is_own = settings.kind == "pretrained"  # and not one that stage pretrain has made
+    if is_own and settings.path == str(demo.PLACE / "backbone"):
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(settings.path))
+        say_how_long(session, model, QUICKSTART, pretraining=0)
 
 
 def time_steps(model: LlamaForCausalLM, precision: str) -> tuple[float, float]:

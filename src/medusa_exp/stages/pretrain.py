@@ -62,7 +62,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         settings = config.model.pretrain
         if settings.max_steps >= WORTH_SAYING:
             model = build_llama(settings, config.tokenizer.vocab_size, 0)
-            say_how_long(config, model, FROM_SCRATCH, settings.max_steps * settings.batch_tokens)
+            say_how_long(session, model, FROM_SCRATCH, settings.max_steps * settings.batch_tokens)
         L.seed_everything(config.seed, verbose=False)
         tokenizer = train_tokenizer(session.split("train"), config.tokenizer.vocab_size)
         model, loss = _pretrain(config, out, tokenizer, session)

@@ -94,7 +94,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         if partial_path is None:
             log.info("the regenerated responses are in the cache: %s", path)
         else:
-            say_of_quickstart(config)
+            say_of_quickstart(session)
             answered_path = path.with_name(f".{key}.answers.jsonl")
             _write(partial_path, _regenerated(session, answered_path, documents), documents.all())
     if partial_path is not None:
