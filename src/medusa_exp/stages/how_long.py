@@ -41,9 +41,7 @@ FROM_SCRATCH = Costs(of_document=450, of_trained=0.56, answers=5)
 QUICKSTART = Costs(of_document=450, of_trained=0.9, answers=2)
 
 
-def say_how_long(
-    session: Session, model: LlamaForCausalLM, costs: Costs, pretraining: int
-) -> None:
+def say_how_long(session: Session, model: LlamaForCausalLM, costs: Costs, pretraining: int) -> None:
     """Log how long the stages will take, by a step or two of the model, and what is quicker.
 
     Nothing on a GPU, of a short training, and where the number of documents is not known.
