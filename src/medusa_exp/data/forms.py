@@ -17,11 +17,9 @@ from medusa_exp.data.turns import (
     TOOLS,
     USED,
     Unusable,
-    beside_turns,
     decoded,
     fields_of,
     first_held,
-    held_keys,
     is_held,
     is_switched_on,
     reasoning_of,
@@ -39,7 +37,7 @@ BOTH_BAD = "two conversations, both marked as bad"
 
 Record = dict[str, Any]
 
-_IDS = (
+IDS = (
     "id",
     "custom_id",
     "conversation_id",
@@ -53,20 +51,19 @@ _REPLIES = ("completion", "response", "output", "answer")
 _ASKED = ("prompt", "question", "query", "instruction", "input")
 _CONTEXTS = ("input", "context")
 _TALKS = ("conversation", "chat_messages", "dialog", "dialogue")
-_LISTS = ("conversations", "messages", *_TALKS, "contents", "conversation_a", "conversation_b")
+LISTS = ("conversations", "messages", *_TALKS, "contents", "conversation_a", "conversation_b")
 """Keys of lists of turns, and of nothing else."""
 _WRAPPERS = ("body", "params", "request")
-_SPEAKERS = ("sender", "speaker", "author")
-_WORDS = ("parts", "text", "utterance")
-_WHO, _WHAT = ("from", "role", *_SPEAKERS), ("value", "content", *_WORDS)
+SPEAKERS = ("sender", "speaker", "author")
+WORDS = ("parts", "text", "utterance")
+WHO, WHAT = ("from", "role", *SPEAKERS), ("value", "content", *WORDS)
 """Keys of a turn, the first of which counts."""
-_OTHER_WORDS = {*_SPEAKERS, *_WORDS}
 _PAIRS = {
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "chatgpt", "bot"),
 }
 """Names of roles that are keys of texts themselves."""
-_ROLE_KEYS = ("system", *_PAIRS["user"], *_PAIRS["assistant"])
+ROLE_KEYS = ("system", *_PAIRS["user"], *_PAIRS["assistant"])
 
 
 class Ambiguous(Exception):
@@ -282,82 +279,21 @@ def by_columns(columns: Mapping[str, str]) -> Form:
 def columns_of(forms: Mapping[str, Form]) -> tuple[str, ...]:
     """Return the keys that are read of a record in one of these forms."""
     keys = [key for form in forms.values() for key in form.keys]
-    return tuple(dict.fromkeys([*keys, *_IDS, *SYSTEMS, *TOOLS, *PICTURES]))
+    return tuple(dict.fromkeys([*keys, *IDS, *SYSTEMS, *TOOLS, *PICTURES]))
 
 
 def id_in(record: Any) -> Any:
     """Return what a record calls itself, or None."""
-    return next((record[key] for key in _IDS if _get(record, key) not in (None, "")), None)
-
-
-def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
-    """Return the keys of a record and (`messages[].name`) of its turns that hold what is not read.
-
-    `keys` are those of its form.
-    """
-    turn_keys = {"from", "role", "value", "content", *USED, *PICTURES}
-    if form != "messages":
-        turn_keys |= {*_SPEAKERS, *_WORDS, *_ROLE_KEYS}
-    if isinstance(record, list):
-        return {f"[].{key}" for key in _beside(record, turn_keys)}
-    of_record = {"id"} if form == "messages" else {*_IDS}
-    of_record |= set() if form == "columns" else {*SYSTEMS, *TOOLS, *PICTURES}
-    found = held_keys(record, {*keys, *of_record})
-    for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
-        found |= {f"{key}[].{name}" for name in _beside(_list_in(record, key), turn_keys)}
-        if form == "body" and isinstance(request := decoded(record[key]), dict):
-            of_chat = (*FORMS["messages"].keys, *FORMS["contents"].keys)
-            found |= {f"{key}.{name}" for name in unused_keys(request, "contents", of_chat)}
-    return found
-
-
-def _beside(turns: Any, used: set[str]) -> set[str]:
-    """Return the keys of turns that are not read, or say otherwise than the key that counts."""
-    found = beside_turns(turns, used)
-    for turn in turns if isinstance(turns, list) else ():
-        found |= _passed_over(turn) if isinstance(turn, dict) else set()
-    return found
-
-
-def _passed_over(turn: Record) -> set[str]:
-    """Return the keys of a turn for who speaks, or what, in place of which `_usual` takes others.
-
-    Unless they say the same.
-    """
-    who, what, roles = (
-        [key for key in keys if is_held(turn.get(key))] for keys in (_WHO, _WHAT, _ROLE_KEYS)
-    )
-    found = {
-        key
-        for first, *others in filter(None, (who, what))
-        for key in _OTHER_WORDS & {*others}
-        if _plain(turn[key]) != _plain(turn[first])
-    }
-    return found | set(roles and (roles if who else what))
-
-
-def _plain(value: Any) -> Any:
-    """Return what is said, in whatever form: the role of a name, the text of parts."""
-    try:
-        return role_called(texts_of(_bare(value))[1].strip())
-    except Unusable:
-        return value
-
-
-def _list_in(record: Record, key: str) -> Any:
-    """Return what stands under a key as forms read it: a list of turns may be JSON in a text."""
-    inner = decoded(record[key])
-    is_of_turns = isinstance(inner, list) and bool(inner) and is_turn(inner[0])
-    return inner if key in _LISTS or is_of_turns else record[key]
+    return next((record[key] for key in IDS if _get(record, key) not in (None, "")), None)
 
 
 def is_turn(value: Any) -> bool:
     """Tell a message that stands for itself from a record."""
     if not isinstance(value, dict):
         return False
-    of_turns = {"from", "role", "value", "content", "name", *USED, *_SPEAKERS, *_WORDS}
-    named = value.keys() & {"from", "role", *_SPEAKERS}
-    said = value.keys() & {"value", "content", *_WORDS}
+    of_turns = {"from", "role", "value", "content", "name", *USED, *SPEAKERS, *WORDS}
+    named = value.keys() & {"from", "role", *SPEAKERS}
+    said = value.keys() & {"value", "content", *WORDS}
     return bool(named and said) and value.keys() <= of_turns
 
 
@@ -388,7 +324,7 @@ def _system(record: Any) -> Any:
     found = first_held(inner, ("parts", "content", "text", "value"))
     if found is None:
         raise Unusable(BAD_SYSTEM, f"its keys are {', '.join(map(str, inner))}")
-    return _bare(found)
+    return bare(found)
 
 
 def _turns(value: Any) -> list[Any] | None:
@@ -416,13 +352,13 @@ def _usual(item: Any) -> list[Any]:
         return [item]
     if item.keys() & {"value", "content"} and item.keys() & {"from", "role"}:
         return [item]
-    role, said = first_held(item, _WHO), first_held(item, _WHAT)
+    role, said = first_held(item, WHO), first_held(item, WHAT)
     if role is not None and said is not None:
-        return [{**item, "role": role, "content": _bare(said)}]
-    names = [key for key, value in item.items() if value is not None and key in _ROLE_KEYS]
+        return [{**item, "role": role, "content": bare(said)}]
+    names = [key for key, value in item.items() if value is not None and key in ROLE_KEYS]
     if role is None and names:
         # What stands beside the texts is looked at in each turn: it may be of any.
-        beside = {key: value for key, value in item.items() if key not in _ROLE_KEYS}
+        beside = {key: value for key, value in item.items() if key not in ROLE_KEYS}
         return [{**beside, "role": key, "content": item[key]} for key in names]
     return [item]
 
@@ -446,9 +382,9 @@ def _all_said(turn: Any) -> Any:
     """Return what is read of a turn, in whatever form it stands there."""
     if not isinstance(turn, dict):
         return turn
-    role, said = role_called(first_held(turn, ("from", "role"))), first_held(turn, _WHAT)
+    role, said = role_called(first_held(turn, ("from", "role"))), first_held(turn, WHAT)
     try:
-        thought, said = texts_of(_bare(said))
+        thought, said = texts_of(bare(said))
     except Unusable:
         thought = ""
     if role != "assistant":
@@ -457,7 +393,7 @@ def _all_said(turn: Any) -> Any:
     return role, said, fields_of(turn, role, is_row=True), *of_assistant
 
 
-def _bare(parts: Any) -> Any:
+def bare(parts: Any) -> Any:
     """Return parts, as a list has them, with the bare text of those that have nothing else."""
     if not isinstance(parts, list):
         return parts

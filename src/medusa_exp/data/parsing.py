@@ -24,7 +24,6 @@ from medusa_exp.data.forms import (
     by_columns,
     columns_of,
     id_in,
-    unused_keys,
 )
 from medusa_exp.data.turns import (
     NOT_TO_TRAIN,
@@ -43,6 +42,7 @@ from medusa_exp.data.turns import (
     texts_of,
     tools_of,
 )
+from medusa_exp.data.unread import unused_keys
 
 NOT_UTF8 = "not valid UTF-8"
 NOT_JSON = "not valid JSON"

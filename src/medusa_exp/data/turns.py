@@ -256,23 +256,3 @@ def role_called(value: Any, role_of: Mapping[str, str] = ROLE_OF) -> Any:
     if not isinstance(value, str):
         return value
     return role_of.get(value) or role_of.get(value.lower(), value)
-
-
-def beside_turns(turns: Any, used: set[str]) -> set[str]:
-    """Return the keys of turns that hold what is not read; `used` are those that are."""
-    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    found = {key for turn in turns for key in held_keys(turn, {*used, "name"})}
-    # A tool's name is read; and what is the assistant's alone is read of its turns alone.
-    for turn in turns:
-        role = role_called(turn.get("from") or turn.get("role"))
-        if role != "tool" and "name" not in used and is_held(turn.get("name")):
-            found.add("name")
-        if role in ("user", "system", "tool"):
-            found |= {key for key in (*REASONING, *CALLS) if is_held(turn.get(key))}
-            found |= {key for key in ("train", "loss") if turn.get(key) is True}
-    return found
-
-
-def held_keys(record: Record, used: set[str]) -> set[str]:
-    """Return keys that are not used and not empty: in a table, all records have all keys."""
-    return {k for k, v in record.items() if k not in used and is_held(v)}

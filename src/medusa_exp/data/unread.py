@@ -1,0 +1,113 @@
+"""Which keys of a record and of its turns hold something that is not read: they are counted."""
+
+from typing import Any
+
+from medusa_exp.data.forms import (
+    FORMS,
+    IDS,
+    LISTS,
+    ROLE_KEYS,
+    SPEAKERS,
+    SYSTEMS,
+    WHAT,
+    WHO,
+    WORDS,
+    bare,
+    is_turn,
+)
+from medusa_exp.data.turns import (
+    CALLS,
+    PICTURES,
+    REASONING,
+    TOOLS,
+    USED,
+    Record,
+    Unusable,
+    decoded,
+    is_held,
+    role_called,
+    texts_of,
+)
+
+_OTHER_WORDS = {*SPEAKERS, *WORDS}
+
+
+def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
+    """Return the keys of a record and (`messages[].name`) of its turns that hold what is not read.
+
+    `keys` are those of its form.
+    """
+    turn_keys = {"from", "role", "value", "content", *USED, *PICTURES}
+    if form != "messages":
+        turn_keys |= {*SPEAKERS, *WORDS, *ROLE_KEYS}
+    if isinstance(record, list):
+        return {f"[].{key}" for key in _beside(record, turn_keys)}
+    of_record = {"id"} if form == "messages" else {*IDS}
+    of_record |= set() if form == "columns" else {*SYSTEMS, *TOOLS, *PICTURES}
+    found = _held_keys(record, {*keys, *of_record})
+    for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
+        found |= {f"{key}[].{name}" for name in _beside(_list_in(record, key), turn_keys)}
+        if form == "body" and isinstance(request := decoded(record[key]), dict):
+            of_chat = (*FORMS["messages"].keys, *FORMS["contents"].keys)
+            found |= {f"{key}.{name}" for name in unused_keys(request, "contents", of_chat)}
+    return found
+
+
+def _beside(turns: Any, used: set[str]) -> set[str]:
+    """Return the keys of turns that are not read, or say otherwise than the key that counts."""
+    found = _not_read(turns, used)
+    for turn in turns if isinstance(turns, list) else ():
+        found |= _passed_over(turn) if isinstance(turn, dict) else set()
+    return found
+
+
+def _passed_over(turn: Record) -> set[str]:
+    """Return the keys of a turn for who speaks, or what, in place of which `_usual` takes others.
+
+    Unless they say the same.
+    """
+    who, what, roles = (
+        [key for key in keys if is_held(turn.get(key))] for keys in (WHO, WHAT, ROLE_KEYS)
+    )
+    found = {
+        key
+        for first, *others in filter(None, (who, what))
+        for key in _OTHER_WORDS & {*others}
+        if _plain(turn[key]) != _plain(turn[first])
+    }
+    return found | set(roles and (roles if who else what))
+
+
+def _plain(value: Any) -> Any:
+    """Return what is said, in whatever form: the role of a name, the text of parts."""
+    try:
+        return role_called(texts_of(bare(value))[1].strip())
+    except Unusable:
+        return value
+
+
+def _list_in(record: Record, key: str) -> Any:
+    """Return what stands under a key as forms read it: a list of turns may be JSON in a text."""
+    inner = decoded(record[key])
+    is_of_turns = isinstance(inner, list) and bool(inner) and is_turn(inner[0])
+    return inner if key in LISTS or is_of_turns else record[key]
+
+
+def _not_read(turns: Any, used: set[str]) -> set[str]:
+    """Return the keys of turns that hold what is not read; `used` are those that are."""
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    found = {key for turn in turns for key in _held_keys(turn, {*used, "name"})}
+    # A tool's name is read; and what is the assistant's alone is read of its turns alone.
+    for turn in turns:
+        role = role_called(turn.get("from") or turn.get("role"))
+        if role != "tool" and "name" not in used and is_held(turn.get("name")):
+            found.add("name")
+        if role in ("user", "system", "tool"):
+            found |= {key for key in (*REASONING, *CALLS) if is_held(turn.get(key))}
+            found |= {key for key in ("train", "loss") if turn.get(key) is True}
+    return found
+
+
+def _held_keys(record: Record, used: set[str]) -> set[str]:
+    """Return keys that are not used and not empty: in a table, all records have all keys."""
+    return {k for k, v in record.items() if k not in used and is_held(v)}
