@@ -171,9 +171,9 @@ def faults(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))
     options = ("-m", "slow", *PARALLEL, "--dist=load", "--no-showlocals")
     session.run("pytest", *options, "tests/slow/test_faults.py", *session.posargs, env=ONE_THREAD)
-    if not session.posargs:  # one by one, for what counts is how long they take
+    if not session.posargs:  # for themselves: some are about how long a thing takes, and wait
         others = ("tests/slow/test_faults_wandb.py", "tests/slow/test_power_cut.py")
-        session.run("pytest", "-m", "slow", *others, "tests/test_cli.py", env=ONE_THREAD)
+        session.run("pytest", *options, *others, "tests/test_cli.py", env=ONE_THREAD)
 
 
 @nox.session(default=False)

@@ -21,7 +21,7 @@ from medusa_exp.runs.metric_table import is_timed
 NEW = (
     *("+experiment=smoke", "device=cpu", "dataset.num_conversations=60", "evaluate.baselines=[]"),
     *("regenerate.num_documents=16", "regenerate.num_val_documents=4"),
-    *("regenerate.max_new_tokens=8", "train.text=regenerated"),
+    *("regenerate.max_new_tokens=8", "train.text=regenerated", "tree.max_nodes=4"),
 )
 STDIN = {"chat": "What is 1 + 1?"}
 OTHERS = {
