@@ -12,7 +12,7 @@ from medusa_exp.model.packed import PackedLinear, pack, unpack
 from medusa_exp.stages.session import pack_decoder
 from medusa_exp.tree import Tree, chain
 
-ALWAYS, NEVER, WIDE = [True] * 3, [False] * 3, [False, True, True]
+ALWAYS, NEVER, WIDE = [True] * 4, [False] * 4, [False, True, True, True]
 pytestmark = pytest.mark.skipif(packed._operators() is None, reason="torch without oneDNN")
 
 

@@ -34,10 +34,14 @@ from medusa_exp.runs.machine import cpu_name
 
 log = logging.getLogger(__name__)
 
-_ROWS, _UP_TO = (1, 8, 64), (1, 24)
-"""Numbers of rows that are measured; those for which the first and the second of them stand."""
+_ROWS, _UP_TO = (1, 8, 16, 64), (1, 12, 24)
+"""Numbers of rows that are measured; those for which each of them but the last stands."""
 _MANY = 64
 """From so many rows on both forms do much the same work; packed may take a tenth longer there."""
+_CALL = 1e-5
+"""Seconds by which a packed call is worse in a model than one after another of its kind, as they
+are measured: those of a small layer must gain more than that.
+"""
 _FEWEST = 1 << 16
 """Weights of a layer below which a call's own cost is all there is to it."""
 _MOST = 1 << 22
@@ -47,7 +51,7 @@ _WORTH_A_LINE = 10**8
 """Bytes of packed weights from which on it is said what memory they take."""
 _SECONDS, _TRIES = 1.0, 9
 """For which all shapes together are measured, and how often at most."""
-_FORMAT = 1
+_FORMAT = 2
 _KIND = "packed"
 
 
@@ -60,12 +64,14 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., K] to [..., N]."""
+        # Not by attributes, which a module looks up slowly: small layers' calls must not wait.
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
         rows = x.numel() // self.in_features
         if not (rows and self.uses_packed[bisect_left(_UP_TO, rows)]) or _is_more_asked(
             x, self.packed
         ):
-            return linear(x, self.weight, self.bias)
-        return _product(x, self.packed, self._parameters["bias"])
+            return linear(x, self.weight if weight is None else weight, bias)
+        return _product(x, self.packed, bias)
 
     def __getattr__(self, name: str) -> Any:
         """Return what a module has; the weight, where it was given up, made anew."""
@@ -232,6 +238,7 @@ def _compare(
             if time.process_time() > end:
                 break
         plain, ours = best.sum(1).tolist()
+        ours += _CALL * len(weights)
         uses.append(ours <= plain * (1.1 if rows >= _MANY else 1.0))
     return uses
 
