@@ -171,7 +171,7 @@ def faults(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "-e", ".", *group("test"))
     options = ("-m", "slow", *PARALLEL, "--dist=load", "--no-showlocals")
     session.run("pytest", *options, "tests/slow/test_faults.py", *session.posargs, env=ONE_THREAD)
-    if not session.posargs:  # for themselves: some are about how long a thing takes, and wait
+    if not session.posargs:  # after it: some are about how long a thing takes, and mostly wait
         others = ("tests/slow/test_faults_wandb.py", "tests/slow/test_power_cut.py")
         session.run("pytest", *options, *others, "tests/test_cli.py", env=ONE_THREAD)
 

@@ -73,6 +73,29 @@ def test_a_row_does_not_depend_on_those_beside_it(choose, layers):
     torch.testing.assert_close(many(x[:1]), many(x)[:1])
 
 
+def test_each_number_of_rows_takes_the_form_measured_for_it(choose, layers, monkeypatch):
+    choose([False, False, True, False])
+    pack([layers[0]])
+    seen, product = [], packed._product
+    monkeypatch.setattr(
+        packed, "_product", lambda x, *rest: seen.append(len(x)) or product(x, *rest)
+    )
+    for rows in (1, 2, 12, 13, 24, 25, 64, 300):
+        layers[0](torch.randn(rows, 48))
+    assert seen == [13, 24]
+
+
+def test_a_packed_call_counts_for_more_than_it_takes(monkeypatch):
+    monkeypatch.setattr(packed, "_ROWS", (1, 8))
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    times = iter([3e-5, 2.5e-5] * 2 * packed._TRIES)
+    monkeypatch.setattr(packed, "_seconds", lambda *_: next(times))
+    assert packed._compare([layer], lambda weight: weight, 10.0) == [False, False]
+    monkeypatch.setattr(packed, "_MOST", 64 * 8)  # an eighth of the layer: an eighth of the call
+    times = iter([3e-5, 2.5e-5] * 2 * packed._TRIES)
+    assert packed._compare([layer], lambda weight: weight, 10.0) == [True, True]
+
+
 def test_gradients_and_autocast_take_the_weights_as_they_were(choose, layers):
     choose(ALWAYS)
     x = torch.randn(4, 48, requires_grad=True)

@@ -637,7 +637,7 @@ class DecodeConfig:
     plain decoding too. false runs it op by op, in tensors that grow."""
     pack_weights: bool = True
     """On a CPU, pack the weights of those linear layers for which that is faster, as is measured:
-    a step over a tree then costs little more than a plain one. Takes memory for some of them."""
+    a step over a tree then costs less, a plain one the same. Takes memory for most of them."""
     compile: str = choice("auto", "true", "false")
     """Compile a decoder layer (torch.compile) for all layers of captured steps, plain ones too:
     true, false, or auto (on a GPU, where the steps of calibrate and evaluate, or of regenerate, are

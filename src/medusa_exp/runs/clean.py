@@ -36,11 +36,12 @@ KINDS = {
     "features": "hidden states to train on",
     "continuations": "responses and states to validate on",
     "backbones": "fingerprints of models",
+    "packed": "linear layers that are faster packed",
 }
 """Directory of the cache -> what its entries are."""
 _KEPT_FOR_DONE = ("regenerated", "pretrained")
 """Kinds without which a run that is done cannot go on: another stage makes them, or took hours."""
-_NOT_NOTED = ("continuations", "backbones")
+_NOT_NOTED = ("continuations", "backbones", "packed")
 """Kinds of which runs do not note which they use."""
 _DAY = 86400.0
 NEEDED, SPARE, UNUSED, LEFTOVER = "needed", "made again if wanted", "unused", "leftover"
