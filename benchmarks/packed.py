@@ -7,7 +7,7 @@ Both forms run in turn, prompt by prompt, in one process; only ratios are worth 
 machines. Acceptance does not depend on the form, so that tokens a second follow from the steps; of
 a model with heads they are measured too. With --threads 1 the process's own time is taken, which
 other load on the machine hardly changes. A processor without AVX-512 is imitated by
-`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`.
+`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`.
 """
 
 import argparse

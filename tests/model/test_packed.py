@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import build_model
 from torch import nn
+from torch.nn.functional import linear
 
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
@@ -23,9 +24,12 @@ def choose(monkeypatch):
     def choose(uses: list[bool], fewest: int = 0) -> list[int]:
         asked: list[int] = []
         monkeypatch.setattr(packed, "_FEWEST", fewest)
-        monkeypatch.setattr(
-            packed, "_compare", lambda layers, *_: asked.append(len(layers)) or uses
-        )
+
+        def measured(found, _):
+            asked.extend(map(len, found.values()))
+            return {packed._key(shape): uses for shape in found}
+
+        monkeypatch.setattr(packed, "_measured", measured)
         return asked
 
     return choose
@@ -85,15 +89,50 @@ def test_each_number_of_rows_takes_the_form_measured_for_it(choose, layers, monk
     assert seen == [13, 24]
 
 
-def test_a_packed_call_counts_for_more_than_it_takes(monkeypatch):
-    monkeypatch.setattr(packed, "_ROWS", (1, 8))
-    layer = nn.Linear(64, 64).requires_grad_(False)
-    times = iter([3e-5, 2.5e-5] * 2 * packed._TRIES)
-    monkeypatch.setattr(packed, "_seconds", lambda *_: next(times))
-    assert packed._compare([layer], lambda weight: weight, 10.0) == [False, False]
-    monkeypatch.setattr(packed, "_MOST", 64 * 8)  # an eighth of the layer: an eighth of the call
-    times = iter([3e-5, 2.5e-5] * 2 * packed._TRIES)
-    assert packed._compare([layer], lambda weight: weight, 10.0) == [True, True]
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        # by rows, then by shape: as they are, packed
+        (
+            [([2, 9], [3, 8]), ([9, 9], [5, 9.5]), ([9, 9], [8.9, 8.9]), ([9, 9], [9.8, 10])],
+            [[False, True, False, True], [True, False, False, False]],
+        ),
+        # one row, and many, gain; those of trees too little
+        (
+            [([9, 9], [1, 1]), ([9, 9], [8.5, 9.5]), ([9, 9], [9, 9]), ([9, 9], [1, 1])],
+            [[False] * 4, [False] * 4],
+        ),
+    ],
+)
+def test_packed_weights_are_used_where_a_whole_step_gains(layers, monkeypatch, seconds, expected):
+    found = {packed._shape(layer): [layer] for layer in layers[:2]}
+    times = iter(tuple(map(torch.tensor, pair)) for pair in seconds)
+    monkeypatch.setattr(packed, "_times", lambda *_: next(times))
+    uses = packed._measured(found, packed._operators())
+    assert uses == dict(zip(map(packed._key, found), expected, strict=True))
+
+
+def test_shapes_take_turns_and_stand_for_all_their_weights(monkeypatch):
+    monkeypatch.setattr(packed, "_MOST", 64 * 64)
+    monkeypatch.setattr(packed, "_SECONDS", 1000.0)
+    small = [nn.Linear(16, 64).requires_grad_(False) for _ in range(6)]  # four of six
+    large = [nn.Linear(64, 256).requires_grad_(False) for _ in range(3)]  # a quarter of the first
+    shapes = [packed._Shape.of(group, packed._operators()) for group in (small, large)]
+    assert [one.factor for one in shapes] == [1.5, 12.0]
+    asked = []
+    took = {linear: 1.0, packed._product: 0.5}
+
+    def seconds(_, multiply, x, weight, bias):
+        asked.append((multiply, x.shape[1], len(weight)))
+        return took[multiply] + len(asked) * 1e-9
+
+    monkeypatch.setattr(packed, "_seconds", seconds)
+    monkeypatch.setattr(packed, "_CALL", 0.1)
+    plain_S, ours_S = packed._times(shapes, 8)
+    once = [(16, 64), (64, 64), (16, 64), (16, 64), (16, 64)]
+    assert asked == [(f, *one) for f in (linear, packed._product) for one in once] * packed._TRIES
+    assert plain_S.tolist() == pytest.approx([6.0, 12.0])
+    assert ours_S.tolist() == pytest.approx([6 * 0.6, 12 * 0.525])  # of a quarter a part of a call
 
 
 def test_gradients_and_autocast_take_the_weights_as_they_were(choose, layers):
@@ -118,8 +157,11 @@ def test_what_is_faster_is_measured_once_for_a_shape_and_machine(choose, layers,
     assert len(asked) == 4
 
 
-def test_a_measurement_finds_one_of_the_two_forms_for_each_number_of_rows(layers):
-    uses = packed._compare([layers[0], layers[0]], packed._operators(), 0.01)
+def test_a_measurement_finds_one_of_the_two_forms_for_each_number_of_rows(layers, monkeypatch):
+    monkeypatch.setattr(packed, "_SECONDS", 0.01)
+    (uses,) = packed._measured(
+        {packed._shape(layers[0]): [layers[0]] * 2}, packed._operators()
+    ).values()
     assert len(uses) == len(ALWAYS) and set(uses) <= {True, False}
 
 

@@ -20,7 +20,9 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,10 @@ log = logging.getLogger(__name__)
 
 _ROWS, _UP_TO = (1, 8, 16, 64), (1, 12, 24)
 """Numbers of rows that are measured; up to which rows each but the last stands for others."""
-_MANY = 64
-"""From so many rows on both forms do much the same work; packed may take a tenth longer there."""
+_WORTH = (1.0, 0.9, 0.9, 1.1)
+"""What all layers may take with packed weights, of what they take without, to use these: for trees
+a gain that a step shows; from 64 rows on, where both forms do much the same work, a tenth longer.
+"""
 _CALL = 1e-5
 """Seconds by which a packed call is taken to be worse in a model than among others of its kind, as
 they are measured: a model of narrow layers lost some 5 us a layer.
@@ -45,13 +49,13 @@ they are measured: a model of narrow layers lost some 5 us a layer.
 _FEWEST = 1 << 16
 """Weights of a layer below which a call's own cost is all there is to it."""
 _MOST = 1 << 22
-"""Weights of a shape that are measured: more than caches hold. Of larger layers a part."""
+"""Weights of a shape that are measured. Of larger layers a part."""
 _DTYPES = (torch.float32, torch.bfloat16)
 _WORTH_A_LINE = 10**8
 """Bytes of packed weights from which on it is said what memory they take."""
 _SECONDS, _TRIES = 1.0, 9
 """For which all shapes together are measured, and how often at most."""
-_FORMAT = 2
+_FORMAT = 3
 """Another one where any of these changes, or how it is measured: choices are then made anew."""
 _KIND = "packed"
 
@@ -206,42 +210,76 @@ def _choices(
 def _measured(
     found: dict[tuple[Any, ...], list[nn.Linear]], reorder: Callable[[Tensor], Tensor]
 ) -> dict[str, list[bool]]:
-    return {
-        _key(shape): _compare(layers, reorder, _SECONDS / len(found))
-        for shape, layers in found.items()
-    }
+    """Say for each shape and each of `_ROWS` whether packed weights are used.
 
-
-def _compare(
-    layers: list[nn.Linear], reorder: Callable[[Tensor], Tensor], seconds: float
-) -> list[bool]:
-    """Say for each of `_ROWS` whether packed weights are faster, in layers that follow each other.
-
-    As in a model, where a layer's weights come from memory: each layer's best time counts.
+    Where they are faster, and the whole gains by it.
     """
-    first = layers[0].weight
-    weights = [layer.weight[: _MOST // first.shape[1]] for layer in layers]
-    weights = weights[: max(1, _MOST // weights[0].numel())]
-    packed = [reorder(weight) for weight in weights]
-    draws, uses = torch.Generator().manual_seed(0), list[bool]()
+    shapes = [_Shape.of(layers, reorder) for layers in found.values()]
+    uses: list[list[bool]] = [[] for _ in shapes]
+    for rows, worth in zip(_ROWS, _WORTH, strict=True):
+        plain_S, ours_S = _times(shapes, rows)
+        is_faster_S = ours_S <= plain_S * max(worth, 1.0)
+        gained = torch.where(is_faster_S, ours_S, plain_S).sum() / plain_S.sum()
+        for own, is_faster in zip(uses, is_faster_S.tolist(), strict=True):
+            own.append(is_faster and gained.item() <= worth)
+    if not any(any(own[1:-1]) for own in uses):
+        uses = [[False] * len(_ROWS) for _ in shapes]  # no step over a tree gains
+    return {_key(shape): own for shape, own in zip(found, uses, strict=True)}
+
+
+@dataclass
+class _Shape:
+    """Weights of one shape that are measured."""
+
+    weights: list[Tensor]
+    packed: list[Tensor]
+    share: float
+    """Of a layer: a measured weight of a large one is a part of it."""
+    factor: float
+    """All weights of the shape over those that are measured."""
+
+    @classmethod
+    def of(cls, layers: list[nn.Linear], reorder: Callable[[Tensor], Tensor]) -> "_Shape":
+        first = layers[0].weight
+        parts = [layer.weight[: max(1, _MOST // first.shape[1])] for layer in layers]
+        share = parts[0].numel() / first.numel()
+        parts = parts[: max(1, _MOST // parts[0].numel())]
+        factor = len(layers) / (len(parts) * share)
+        return cls(parts, [reorder(part) for part in parts], share, factor)
+
+
+def _times(shapes: list[_Shape], rows: int) -> tuple[Tensor, Tensor]:
+    """Return what all layers of each shape take as they are, and packed: seconds_S.
+
+    Shapes take turns, as in a model, so that a layer's weights come from memory: others have been
+    read since its last turn. Each weight's best time counts.
+    """
+    draws = torch.Generator().manual_seed(0)
+    turns = zip_longest(
+        *([(s, i) for i in range(len(one.weights))] for s, one in enumerate(shapes))
+    )
+    order = [place for turn in turns for place in turn if place is not None]
+    inputs = [
+        torch.randn(rows, one.weights[0].shape[1], generator=draws).to(one.weights[0].dtype)
+        for one in shapes
+    ]
     # Of the processor's time: a busy machine must not leave too few products to judge by.
     clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
-    for rows in _ROWS:
-        x = torch.randn(rows, first.shape[1], generator=draws).to(first.dtype)
-        best = torch.full((2, len(weights)), torch.inf, dtype=torch.double)
-        end = time.process_time() + seconds / len(_ROWS) * torch.get_num_threads()
-        for _ in range(_TRIES):
-            times = [
-                [_seconds(clock, linear, x, weight, None) for weight in weights],
-                [_seconds(clock, _product, x, copy, None) for copy in packed],
-            ]
-            best = torch.minimum(best, torch.tensor(times, dtype=torch.double))
-            if time.process_time() > end:
-                break
-        plain, ours = best.sum(1).tolist()
-        ours += _CALL * len(weights) * weights[0].numel() / first.numel()  # of a part: its share
-        uses.append(ours <= plain * (1.1 if rows >= _MANY else 1.0))
-    return uses
+    best = torch.full((2, len(order)), torch.inf, dtype=torch.double)
+    end = time.process_time() + _SECONDS / len(_ROWS) * torch.get_num_threads()
+    for _ in range(_TRIES):
+        times = [
+            [_seconds(clock, linear, inputs[s], shapes[s].weights[i], None) for s, i in order],
+            [_seconds(clock, _product, inputs[s], shapes[s].packed[i], None) for s, i in order],
+        ]
+        best = torch.minimum(best, torch.tensor(times, dtype=torch.double))
+        if time.process_time() > end:
+            break
+    of_order = torch.tensor([s for s, _ in order])
+    sums = torch.zeros(2, len(shapes), dtype=torch.double).index_add(1, of_order, best)
+    sums[1] += _CALL * torch.tensor([len(one.weights) * one.share for one in shapes])
+    plain_S, ours_S = sums * torch.tensor([one.factor for one in shapes])
+    return plain_S, ours_S
 
 
 def _seconds(
