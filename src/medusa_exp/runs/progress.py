@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 _BAR_WIDTH = 16
 """Of 80 columns: the rest is for words and numbers."""
 BETWEEN_LINES, BETWEEN_LOOKS = 30.0, 1.0
-"""Seconds."""
+_RATE_OVER = 180.0
+"""Seconds. For which a rate is the mean, and the time left by it: a batch's responses may end together."""
 T = TypeVar("T")
 
 
@@ -42,7 +43,8 @@ class ProgressBar:
         )
         more = (TextColumn("{task.fields[tokens]}"), remaining, _Rest())
         # On stderr: what is redirected should hold results.
-        self._rich = Progress(*columns, *more, console=Console(stderr=True))
+        console = Console(stderr=True)
+        self._rich = Progress(*columns, *more, console=console, speed_estimate_period=_RATE_OVER)
         begin = partial(self._rich.add_task, what, total=total, completed=completed)
         self._task = begin(tokens="", more="")
         self._start = self._last_line = time.monotonic()
