@@ -120,7 +120,7 @@ def accept_shares(heads: MedusaHeads, response: HeldOutResponse, log_p_P: Tensor
     shares_PK = np.zeros((size, heads.num_heads))
     for k in range(min(heads.num_heads, size - 1)):
         inputs = [read_PD[: size - 1 - k]]
-        if heads.is_sequential:
+        if heads.sees_tokens:
             inputs.append(tokens_P.unfold(0, k + 1, 1)[: size - 1 - k])
         log_q_PW = heads.head_logits(k, *inputs).float().log_softmax(-1)
         place_P = places_P[k + 1 :]

@@ -92,7 +92,7 @@ class PlainHeads(torch.nn.Module):
         return torch.zeros(len(hidden_BD), 2, VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra", "recurrent", "plain"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "rooted", "recurrent", "plain"])
 @pytest.mark.parametrize(
     ("tree", "message"),
     [

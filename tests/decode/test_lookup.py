@@ -131,8 +131,13 @@ def test_law_of_a_step_by_enumeration():
 @FORMS
 @pytest.mark.parametrize(
     ("kind", "tree"),
-    [*(("medusa", tree) for tree in TREES.values()), ("hydra", TREE), ("recurrent", TREE)],
-    ids=[*TREES, "hydra", "recurrent"],
+    [
+        *(("medusa", tree) for tree in TREES.values()),
+        ("hydra", TREE),
+        ("rooted", TREE),
+        ("recurrent", TREE),
+    ],
+    ids=[*TREES, "hydra", "rooted", "recurrent"],
 )
 def test_equal_to_plain_decoding(backbone, kind, tree, cuda_graph):
     rng = random.Random(kind)

@@ -230,7 +230,7 @@ def test_the_rest_is_never_negative_in_float32(scale):
         assert (verdict.num_accepted_B == 1).all()
 
 
-@pytest.mark.parametrize("kind", ["medusa", "medusa_lowrank", "hydra", "recurrent"])
+@pytest.mark.parametrize("kind", ["medusa", "medusa_lowrank", "hydra", "rooted", "recurrent"])
 def test_eager_and_fixed_steps_say_the_same(backbone, kind):
     """By the same seed: in batches, and in slots, where each request brings its own draws."""
     counts = torch.arange(VOCAB_SIZE) if kind == "medusa_lowrank" else None

@@ -300,6 +300,11 @@ PLANTED = [
      "stray tensors"),
     ("medusa", {}, lambda ts: {n.replace("s.0", "s.1"): t for n, t in ts.items() if "s.0" in n},
      "heads alike"),
+    ("rooted", {}, put("root_block.out", lambda weight: weight[:-1]), "wrong shape"),
+    ("rooted", {}, put("root_block.inner.bias", lambda bias: bias[:-1]), "wrong shape"),
+    ("rooted", {}, put("root_block.skip", torch.Tensor.char), "wrong dtype"),
+    ("medusa", {}, lambda ts: {"root_block.out.weight": ts["blocks.0.0.linear.weight"]},
+     "wrong family"),
     ("medusa", {"hidden_size": 48}, None, "wrong hidden size"),
     ("medusa", {"hidden_size": "wide", "medusa_heads_sha256": 5}, None, "wrong config"),
     ("medusa", {"vocab_size": None}, None, "wrong config"),
@@ -324,6 +329,22 @@ def test_what_the_plugin_would_not_load_or_get_wrong(
     exported(backbone, family, "vllm", tmp_path)
     edit(tmp_path / "vllm", of_config, of_tensors)
     assert fault in names(tmp_path / "vllm")
+
+
+def test_a_part_of_what_sees_the_root_is_missing(backbone, tmp_path):
+    exported(backbone, "rooted", "vllm", tmp_path)
+    edit(tmp_path / "vllm", without=["root_block.skip"])
+    assert "tensors missing" in names(tmp_path / "vllm")
+    edit(tmp_path / "vllm", without=["root_block"])
+    assert "wrong family" in names(tmp_path / "vllm")
+    with pytest.raises(UserError, match="cannot be imported: their tensors are not those of heads"):
+        import_heads(tmp_path / "vllm", lambda: 64)
+
+
+def test_a_bias_of_what_sees_the_root_is_missing(backbone, tmp_path):
+    exported(backbone, "rooted", "vllm", tmp_path)
+    edit(tmp_path / "vllm", without=["root_block.inner.bias"])
+    assert "bias dropped" in names(tmp_path / "vllm")
 
 
 def test_a_part_of_the_prefix_attention_is_missing(backbone, tmp_path):

@@ -21,7 +21,15 @@ from medusa_exp.export.reading import read_heads
 from medusa_exp.model import Backbone, load_heads
 from medusa_exp.model.heads import MedusaHeadsConfig
 
-ONLY_VLLM = {"hydra", "recurrent", "medusa, prefix", "hydra, prefix"}
+ONLY_VLLM = {
+    "hydra",
+    "rooted",
+    "rooted, no blocks",
+    "rooted, both",
+    "recurrent",
+    "medusa, prefix",
+    "hydra, prefix",
+}
 IMPORTED_AS_THEY_WERE = ("medusa", "no bias", "no blocks", "tied")
 
 
@@ -45,7 +53,9 @@ def test_an_export_is_the_same_heads_or_is_refused(backbone, tmp_path, family, f
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["medusa", "tied", "both", "hydra, prefix", "recurrent"])
+@pytest.mark.parametrize(
+    "family", ["medusa", "tied", "both", "hydra, prefix", "rooted", "recurrent"]
+)
 def test_a_smaller_type_is_the_same_heads_rounded(backbone, tmp_path, family, dtype):
     for format_ in FORMATS:
         heads = load_heads_config(backbone, family, tmp_path)
@@ -72,6 +82,7 @@ def test_the_table_names_every_format_and_reason():
     assert {format_ for _, format_ in rows} == set(FORMATS)
     assert rows["medusa", "mlc"] == "yes" and "drafted" in rows["hydra", "tgi"]
     assert rows["hydra", "vllm"] == "yes" and rows["recurrent", "vllm"] == "yes"
+    assert rows["rooted", "vllm"] == "yes" and "that it gave" in rows["rooted", "mlc"]
     assert "share one" in rows["recurrent", "tgi"]
     assert {*FORMATS} <= {*words_of(ExportConfig, "format")}
 

@@ -46,6 +46,9 @@ FAMILIES = {
     "frequent": {"kind": "medusa_lowrank", "num_tokens": 40, "token_counts": COUNTS},
     "both": {"kind": "medusa_lowrank", "rank": 16, "num_tokens": 40, "token_counts": COUNTS},
     "hydra": {"kind": "hydra", "num_layers": 2},
+    "rooted": {"kind": "rooted"},
+    "rooted, both": {"kind": "rooted", "rank": 16, "num_tokens": 40, "token_counts": COUNTS},
+    "rooted, prefix": {"kind": "rooted", "num_layers": 0, "prefix_attention": True},
     "recurrent": {"kind": "recurrent", "num_layers": 2},
     "recurrent, both": {
         **{"kind": "recurrent", "rank": 16, "num_tokens": 40},
@@ -148,11 +151,11 @@ def test_stacked_heads_are_the_same_heads(backbone, family):
     if heads.is_sequential:
         assert stack_heads(heads, backbone) is heads
         return
-    hidden_BD = torch.randn(5, 32)
+    hidden_BD, root_B = torch.randn(5, 32), torch.randint(64, (5,))
     for count in (None, 2):
-        stacked_BKV = StackedHeads(heads, torch.float32)(hidden_BD, count)
+        stacked_BKV = StackedHeads(heads, torch.float32)(hidden_BD, count, root_B)
         assert stacked_BKV.shape == (5, count or 3, 64)
-        torch.testing.assert_close(stacked_BKV, heads(hidden_BD, count).detach())
+        torch.testing.assert_close(stacked_BKV, heads(hidden_BD, count, root_B).detach())
 
 
 @pytest.mark.parametrize("form", ["recompute", "at_once"])
@@ -227,6 +230,19 @@ def test_sequential_heads_see_the_tokens_before_their_own(backbone, family):
         for tokens in (drafted_RJ, other_RJ)
     )
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+    with pytest.raises(ValueError, match="decode with a tree"):
+        heads(hidden_RD)
+
+
+def test_rooted_heads_see_the_root_alone(backbone):
+    heads = moved(backbone, FAMILIES["rooted"])
+    hidden_RD = torch.randn(1, 32)
+    first, again, other = (
+        [heads.head_logits(k, hidden_RD, torch.tensor(seen)).detach() for k in range(3)]
+        for seen in ([[4, 5, 6]], [[4, 9, 7]], [[8, 5, 6]])
+    )
+    for k in range(3):
+        assert torch.equal(first[k], again[k]) and not torch.equal(first[k], other[k])
     with pytest.raises(ValueError, match="decode with a tree"):
         heads(hidden_RD)
 
@@ -331,7 +347,10 @@ def test_separate_projections_to_a_large_vocabulary_are_spoken_of(family):
     assert advice_on_cost(heads, 0.314) is None
     heads.config.vocab_size = 128_256
     advice = advice_on_cost(heads, 0.314)
-    if family["kind"] in ("medusa", "hydra"):
+    if family["kind"] in ("medusa", "hydra") or family in (
+        {"kind": "rooted"},
+        FAMILIES["rooted, prefix"],
+    ):
         assert "31% of a step (eval/time/heads)" in advice and "128,256 tokens" in advice
     else:
         assert advice is None

@@ -17,7 +17,7 @@ TREE = Tree.from_paths([(0,), (1,), (0, 0), (1, 0), (0, 0, 0)])
 PROMPT = torch.tensor([[5, 9, 3, 77, 120]])
 
 
-KINDS = ("medusa", "hydra", "recurrent")
+KINDS = ("medusa", "hydra", "rooted", "recurrent")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,7 +101,7 @@ def test_another_file_system_gets_copies_and_is_told(directory, tmp_path, monkey
     assert (tmp_path / "out" / "model.safetensors").stat().st_nlink == 1
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra", "recurrent"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "rooted", "recurrent"])
 def test_text_is_that_of_plain_greedy_decoding(directory, plain, kind):
     model = load(directory, kind)
     prompts = torch.tensor([[0, 0, 5, 9, 3], [7, 7, 2, 60, 11]])

@@ -29,6 +29,11 @@ FAMILIES = {
     "frequent": {"kind": "medusa_lowrank", "num_tokens": 40, "token_counts": COUNTS},
     "both": {"kind": "medusa_lowrank", "rank": 16, "num_tokens": 40, "token_counts": COUNTS},
     "hydra": {"kind": "hydra", "num_layers": 2},
+    "rooted": {"kind": "rooted"},
+    "rooted, frequent, prefix": {
+        **{"kind": "rooted", "num_tokens": 40, "token_counts": COUNTS},
+        "prefix_attention": True,
+    },
     "recurrent": {"kind": "recurrent", "num_layers": 2},
     "recurrent, both": {
         **{"kind": "recurrent", "rank": 16, "num_tokens": 40},

@@ -30,6 +30,7 @@ FAMILIES = {
     "frequent": {"kind": "medusa_lowrank", "num_tokens": 200},
     "both": {"kind": "medusa_lowrank", "rank": 64, "num_tokens": 200},
     "hydra": {"kind": "hydra", "num_layers": 2},
+    "rooted": {"kind": "rooted", "num_tokens": 200},
     "recurrent": {"kind": "recurrent", "num_tokens": 200},
     "medusa_prefix": {"kind": "medusa", "prefix_attention": True},
     "hydra_prefix": {"kind": "hydra", "prefix_attention": True},

@@ -85,6 +85,7 @@ SETTINGS = [
     ({}, {"loss": "nla", "teacher": "top_k", "loss_form": "at_once"}, True),
     ({}, {"loss": "topk_kl", "top_k": 4, "coefficient_schedule": "sine"}, False),
     ({"kind": "hydra"}, {}, False),
+    ({"kind": "rooted"}, {"loss_form": "at_once"}, True),
     ({"kind": "recurrent"}, {}, True),
     ({"kind": "medusa_tied", "prefix_attention": True}, {}, True),
     (

@@ -27,6 +27,7 @@ FAMILIES = [
     {"kind": "medusa_tied", "num_layers": 2},
     {"kind": "medusa_lowrank", "rank": 8},
     {"kind": "hydra", "num_layers": 2},
+    {"kind": "rooted"},
     {"kind": "recurrent", "num_layers": 2},
 ]
 
@@ -41,12 +42,14 @@ def test_operations_of_heads_are_those_that_torch_counts(backbone, family):
     heads = build_heads(backbone, num_heads=2, **family)
     counted = operations(backbone, heads).of_label
     for k in range(2):
-        drafted = (torch.ones(ROWS, k + 1, dtype=torch.long),) if heads.is_sequential else ()
+        drafted = (torch.ones(ROWS, k + 1, dtype=torch.long),) if heads.sees_tokens else ()
         with FlopCounterMode(display=False) as counter:
             heads.head_logits(k, torch.randn(ROWS, 32), *drafted).sum().backward()
         expected = counted[k + 1]
         if heads.is_recurrent and k:  # `head_logits` makes the states of the heads before it again
             expected += counted[1] - 6 * sum(p.numel() for p in heads.lm_heads.parameters())
+        if k and heads.root_block is not None:  # so it does with the root
+            expected += counted[1] - counted[2]
         assert counter.get_total_flops() == ROWS * expected
     with FlopCounterMode(display=False) as counter:
         backbone.next_logits(torch.randn(ROWS, 32))

@@ -283,11 +283,14 @@ class HeadConfig:
     """The Medusa heads, which propose draft tokens."""
 
     # The names of `model.heads.FAMILIES`, written out: to import these takes torch, and seconds.
-    kind: str = choice("medusa", "medusa_tied", "medusa_lowrank", "hydra", "recurrent", "auto")
+    kind: str = choice(
+        "medusa", "medusa_tied", "medusa_lowrank", "hydra", "rooted", "recurrent", "auto"
+    )
     """medusa (a vocabulary projection for each head), medusa_tied (the backbone's lm_head for all),
     medusa_lowrank (projections of low `rank`, or of `num_tokens` frequent tokens), hydra (each head
-    sees the tokens that are drafted before its own), recurrent (so does it, by one block that all
-    heads share, applied once for each token) or auto (recurrent, of 16,384 frequent tokens if
+    sees the tokens that are drafted before its own), rooted (all see the token that the hidden
+    state gave, the root, and run side by side), recurrent (as hydra, by one block that all heads
+    share, applied once for each token) or auto (recurrent, of 16,384 frequent tokens if
     `num_tokens` says nothing else, above 16,384 tokens of vocabulary, else medusa)."""
     num_heads: int = between(1, _MOST_HEADS, default=4)
     """K: head k predicts the token k places after the backbone's next one."""
@@ -296,17 +299,18 @@ class HeadConfig:
     bias: bool = True
     """Whether the residual blocks have biases."""
     rank: int | None = between(16, 1 << 16, default=None)
-    """Rank of the projections of medusa_lowrank or recurrent; null is full."""
+    """Rank of the projections of medusa_lowrank, rooted or recurrent; null is full."""
     num_tokens: int | None = between(16, 1 << 24, default=None)
-    """Vocabulary of the heads of medusa_tied, medusa_lowrank or recurrent: the most frequent tokens
-    of the training data; others are never proposed. null is all, or what kind=auto takes."""
+    """Vocabulary of the heads of medusa_tied, medusa_lowrank, rooted or recurrent: the most
+    frequent tokens of the training data; others are never proposed. null is all, or what kind=auto
+    takes."""
     prefix_attention: bool = False
     """Put a layer of attention over all hidden states so far before the heads (of any kind, but it
     was found for hydra)."""
 
     def __post_init__(self) -> None:
         check(self, "head")
-        low_rank = ("medusa_lowrank", "recurrent")
+        low_rank = ("medusa_lowrank", "rooted", "recurrent")
         for key, kinds in (("rank", low_rank), ("num_tokens", (*low_rank, "medusa_tied", "auto"))):
             if getattr(self, key) is not None:
                 OneOf(kinds).check(f"head.kind (with head.{key})", self.kind)
@@ -388,7 +392,7 @@ class TrainConfig:
     accumulate: int = between(1, 1 << 16, default=1)
     """Gradient accumulation: micro-batches to an optimizer step."""
     optimizer: str = choice("adamw", "adamw_8bit", "muon")
-    """adamw, adamw_8bit (needs bitsandbytes) or muon (Muon for the matrices of residual blocks,
+    """adamw, adamw_8bit (needs bitsandbytes) or muon (Muon for the matrices between hidden states,
     AdamW for the rest)."""
     learning_rate: float = between(1e-9, 10.0, default=2e-3)
     """The heads' greatest learning rate, after the warm-up."""
@@ -407,7 +411,7 @@ class TrainConfig:
     head_weights: str = choice("decay", "acceptance")
     """decay (powers of `decay`) or acceptance (by what a head adds to the expected length of a
     draft, as far as the training has come; their sum is that of the powers). It matters where heads
-    share parameters: head=recurrent, head.prefix_attention."""
+    share parameters: head=recurrent, head=rooted, head.prefix_attention."""
     own_drafts_from: float | None = between(0.0, 1.0, default=None)
     """Share of the steps after which heads of kind hydra or recurrent see the tokens that they
     draft themselves in place of the text's, as in drafts that go astray; null is never."""

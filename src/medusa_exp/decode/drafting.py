@@ -155,7 +155,7 @@ class FixedTreeDrafter:
         """Return trees below the roots; see `Drafter`."""
         tokens_BN, drawn = root_B[:, None], None
         if self.depth:
-            logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
+            logits_BKV = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
             if self._draws is None:
                 draft_BKR = logits_BKV.topk(self._num_ranks, dim=-1).indices
             else:
@@ -214,7 +214,7 @@ class DynamicTreeDrafter:
         self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
     ) -> Draft:
         """Return trees below the roots; see `Drafter`."""
-        logits_BKV = _head_logits(self._heads, hidden_BD, self.depth, self._num_ranks)
+        logits_BKV = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
         top = logits_BKV.topk(self._num_ranks, dim=-1)
         log_sum_BK1 = logits_BKV.float().logsumexp(-1, keepdim=True)
         log_p_BKR = top.values.double() - log_sum_BK1.double()
@@ -277,10 +277,12 @@ def _places(tree: Tree, num_ranks: int) -> np.ndarray:
     return place_N
 
 
-def _head_logits(heads: nn.Module, hidden_BD: Tensor, depth: int, num_ranks: int) -> Tensor:
+def _head_logits(
+    heads: nn.Module, hidden_BD: Tensor, root_B: Tensor, depth: int, num_ranks: int
+) -> Tensor:
     """Return logits_BKV of as many heads as the tree is deep."""
     if isinstance(heads, MedusaHeads | StackedHeads):  # deeper heads need not be read
-        logits_BKV = heads(hidden_BD.to(heads.dtype), min(depth, heads.num_heads))
+        logits_BKV = heads(hidden_BD.to(heads.dtype), min(depth, heads.num_heads), root_B)
     else:
         logits_BKV = heads(hidden_BD)
         if logits_BKV.ndim != 3:

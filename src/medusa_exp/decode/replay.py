@@ -51,7 +51,7 @@ def drawn_ranks(
 
     Args:
         backbone: that responded, perhaps without its layers.
-        heads: of any family; sequential ones see the response's own tokens.
+        heads: of any family; those that see tokens see the response's own.
         tokens_P: the response.
         hidden_TD: the backbone's states at all tokens before; the last P gave the response's.
         rule: sampling, with its temperature, top-k and top-p.
@@ -75,7 +75,7 @@ def drawn_ranks(
             if end <= start:
                 break
             given = [read_PD[start:end].to(heads.dtype)]
-            if heads.is_sequential:
+            if heads.sees_tokens:
                 given.append(tokens_P.unfold(0, k + 1, 1)[start:end])
             q_CW = probabilities(heads.head_logits(k, *given), *filters)
             p_CW = p_CV[k + 1 : k + 1 + end - start]

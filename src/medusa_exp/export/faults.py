@@ -93,6 +93,9 @@ def _family(reading: Reading) -> Iterator[Fault]:
     if any((start.outer is not None) != reading.is_recurrent for start in starts):
         text = f"the config says {kind}, and heads have, or lack, what sharing a block takes"
         yield Fault("wrong family", text)
+    if (reading.root_block is not None) != FAMILIES[kind].sees_root:
+        text = f"the config says {kind}, and heads have, or lack, what sees the root"
+        yield Fault("wrong family", text)
     if reading.prefix and (reading.hidden_size or 0) % (reading.declared.attention_heads or 1):
         number, size = reading.declared.attention_heads, reading.hidden_size
         text = f"num_attention_heads is {number}, which does not divide the hidden size {size}"
@@ -121,6 +124,8 @@ def _missing(reading: Reading) -> Iterator[Fault]:
                 yield Fault("tensors missing", text)
     if len({head.down is None for head in reading.heads}) > 1:
         yield Fault("tensors missing", "some heads have a factor of low rank, and others lack it")
+    if (root := reading.root_block) and None in (root.weight, root.skip, root.outer):
+        yield Fault("tensors missing", "the block that sees the root lacks a matrix")
     if reading.prefix and (lacking := sorted(_PREFIX - reading.prefix.keys())):
         yield Fault("tensors missing", f"the prefix attention lacks {', '.join(lacking)}")
 
@@ -163,6 +168,7 @@ def _counts(reading: Reading) -> Iterator[Fault]:
 
 def _biases(reading: Reading) -> Iterator[Fault]:
     blocks = [block for head in reading.heads for block in head.blocks.values()]
+    blocks += [] if reading.root_block is None else [reading.root_block]
     number = sum(block.bias is not None for block in blocks)
     if number not in (0, len(blocks)):
         text = f"{len(blocks) - number} of {len(blocks)} blocks have no bias, and the others have"
@@ -183,6 +189,8 @@ def _shapes(reading: Reading) -> Iterator[Fault]:
         for number, block in sorted(head.blocks.items()):
             yield from _shapes_of_block(f"block {number + 1} of head {k + 1}", k, block, size)
         yield from _shape_of_projection(k, head, size)
+    if reading.root_block is not None:
+        yield from _shapes_of_block("the block that sees the root", 0, reading.root_block, size)
     if reading.shared is not None and size is not None and reading.shared.shape[1] != size:
         yield _wrong_shape("lm_head.weight", reading.shared, (len(reading.shared), size))
 
@@ -199,6 +207,9 @@ def _shapes_of_block(what: str, k: int, block: Block, size: int | None) -> Itera
             wanted = (sizes * (size or 0),) * 2
             if tensor is not None and tuple(tensor.shape) != wanted:
                 yield _wrong_shape(part, tensor, wanted)
+        if block.bias is not None and len(block.bias) != 2 * (size or 0):
+            text = f"the bias of {what} has {len(block.bias)} values for {2 * (size or 0)}"
+            yield Fault("wrong shape", text)
         return
     inputs = (k + 2) if block.skip is not None else 1
     rows = len(block.weight)
@@ -234,10 +245,11 @@ def _wrong_shape(what: str, tensor: torch.Tensor, wanted: tuple[int, int]) -> Fa
 
 
 def _dtypes(reading: Reading) -> Iterator[Fault]:
+    of_heads = [(head.out, head.down, *_of_blocks(head)) for head in reading.heads]
     found = {
         tensor.dtype
-        for head in reading.heads
-        for tensor in (head.out, head.down, *_of_blocks(head))
+        for tensors in (*of_heads, _parts(reading.root_block))
+        for tensor in tensors
         if tensor is not None
     }
     names = sorted(str(dtype).removeprefix("torch.") for dtype in found)
@@ -263,17 +275,17 @@ def _values(reading: Reading) -> Iterator[Fault]:
         if head.out is not None and head.out.dtype in _FLOATS and not head.out.any():
             text = f"the vocabulary projection of head {k + 1} is nothing but zeros"
             yield Fault("projections missing", text)
-    others = (reading.shared, *reading.prefix.values())
+    others = (reading.shared, *reading.prefix.values(), *_parts(reading.root_block))
     if any(t is not None and t.dtype in _FLOATS and not t.isfinite().all() for t in others):
         yield Fault("not finite", "what all heads share has values that are not finite")
 
 
 def _of_blocks(head: Head) -> list[torch.Tensor | None]:
-    return [
-        tensor
-        for block in head.blocks.values()
-        for tensor in (block.weight, block.bias, block.skip, block.outer)
-    ]
+    return [tensor for block in head.blocks.values() for tensor in _parts(block)]
+
+
+def _parts(block: Block | None) -> list[torch.Tensor | None]:
+    return [] if block is None else [block.weight, block.bias, block.skip, block.outer]
 
 
 def _vocabulary(reading: Reading) -> Iterator[Fault]:

@@ -205,6 +205,8 @@ def why_not(config: MedusaHeadsConfig, format_: str) -> str | None:
         return "it has a block for each head, and the heads of this kind share one"
     if FAMILIES[config.kind].is_sequential:
         return "its heads run side by side and see no drafted tokens, which these do"
+    if FAMILIES[config.kind].sees_root:
+        return "its heads read the hidden state alone, and these see the token that it gave, too"
     if config.prefix_attention:
         return "it has no place for the prefix attention"
     if config.lm_head_bias:

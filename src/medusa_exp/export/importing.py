@@ -18,7 +18,8 @@ from medusa_exp.export.faults import structural
 from medusa_exp.export.reading import FORMATS, Reading, read_heads
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import WEIGHTS, adopt_heads, save_heads
-from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig, heads_input
+from medusa_exp.model.heads import FAMILIES, MedusaHeads, MedusaHeadsConfig, heads_input
+from medusa_exp.model.heads.layers import LowRankProjections
 from medusa_exp.model.scoring import answer_ranks
 from medusa_exp.runs.files import read_json, sha256_file
 
@@ -75,7 +76,13 @@ def import_heads(named: str | Path, vocab_size: Callable[[], int]) -> MedusaHead
         raise UserError(f"the heads in {reading.place} cannot be imported: {texts}.")
     config = _config_of(reading, vocab_size)
     heads = MedusaHeads(config).float()
-    heads.load_state_dict(_our_names(reading, config))
+    try:
+        heads.load_state_dict(_our_names(reading, config))
+    except RuntimeError as error:  # of tensors that are too many, too few, or of another shape
+        raise UserError(
+            f"the heads in {reading.place} cannot be imported: their tensors are not those of "
+            f"heads of kind {config.kind}. {' '.join(str(error).split())[:300]}"
+        ) from error
     _say_origin(reading, config)
     return heads.eval()
 
@@ -105,6 +112,7 @@ def _config_of(reading: Reading, vocab_size: Callable[[], int]) -> MedusaHeadsCo
     if size is None:
         raise UserError(f"{reading.place}: nothing says how wide the hidden states are.")
     blocks = [block for head in reading.heads for block in head.blocks.values()]
+    blocks += [] if reading.root_block is None else [reading.root_block]
     return MedusaHeadsConfig(
         kind=kind,
         num_heads=len(reading.heads),
@@ -144,8 +152,9 @@ def _our_names(reading: Reading, config: MedusaHeadsConfig) -> dict[str, Tensor]
     tensors: dict[str, Tensor | None] = {
         f"prefix.{part}.weight": tensor for part, tensor in reading.prefix.items()
     }
-    is_small = config.kind in ("medusa_lowrank", "recurrent")
-    up = "lm_heads.up" if is_small else "lm_heads"
+    projection = FAMILIES[config.kind].projection
+    is_low_rank = isinstance(projection, type) and issubclass(projection, LowRankProjections)
+    up = "lm_heads.up" if is_low_rank else "lm_heads"
     for k, head in enumerate(reading.heads[:1] if reading.is_recurrent else reading.heads):
         for number, block in head.blocks.items():
             name = f"blocks.{k}.{number}.{'linear' if block.outer is None else 'inner'}"
@@ -154,6 +163,9 @@ def _our_names(reading: Reading, config: MedusaHeadsConfig) -> dict[str, Tensor]
             tensors[f"blocks.{k}.{number}.out.weight"] = block.outer
         tensors[f"{up}.{k}.weight"], tensors[f"{up}.{k}.bias"] = head.out, head.out_bias
         tensors[f"lm_heads.down.{k}.weight"] = head.down
+    if (root := reading.root_block) is not None:
+        tensors |= {"root_block.inner.weight": root.weight, "root_block.inner.bias": root.bias}
+        tensors |= {"root_block.out.weight": root.outer, "root_block.skip.weight": root.skip}
     found = {name: tensor.float() for name, tensor in tensors.items() if tensor is not None}
     if reading.token_map is not None:
         found["lm_heads.token_map"] = reading.token_map.long()

@@ -154,7 +154,7 @@ def compare(reading: Reading, ours: MedusaHeads, backbone: Backbone, tolerance: 
     own_RD = (states_RTD if ours.prefix is None else ours.prefix(states_RTD))[:, -1]
     for k in range(ours.num_heads):
         wanted_RV = ours.over_vocabulary(ours.head_logits(k, own_RD, drafted_RK))
-        embedded_RJD = embedding(drafted_RK[:, : k + 1]) if ours.is_sequential else None
+        embedded_RJD = embedding(drafted_RK[:, : k + 1]) if ours.sees_tokens else None
         found_RV = reading.logits(k, read_RD, embedded_RJD, backbone.lm_head, backbone.logit_scale)
         if not _are_same(found_RV, wanted_RV, tolerance):
             raise UserError(

@@ -46,6 +46,9 @@ _OURS = {
     "out": r"lm_heads\.(?:up\.)?(?P<k>\d+)\.(?P<part>weight|bias)",
     "down": r"lm_heads\.down\.(?P<k>\d+)\.weight",
     "token_map": r"lm_heads\.token_map",
+    "root_inner": r"root_block\.inner\.(?P<part>weight|bias)",
+    "root_outer": r"root_block\.out\.weight",
+    "root_skip": r"root_block\.skip\.weight",
     "prefix": r"prefix\.(?P<part>norm|q|k|v|out)\.weight",
 }
 _LAYOUTS = {
@@ -116,6 +119,8 @@ class Reading:
     shared: Tensor | None
     token_map: Tensor | None
     prefix: dict[str, Tensor]
+    root_block: Block | None
+    """What makes of hidden state and next token the state that all heads read."""
     faults: list[Fault]
 
     @property
@@ -175,11 +180,13 @@ class Reading:
         Args:
             k: which head.
             hidden_RD: in float32, after `prefixed`.
-            embedded_RJD: of the k+1 tokens that follow, for heads that see them.
+            embedded_RJD: of the k+1 tokens that follow, for heads that see them, or the first.
             lm_head: the target's, for heads that have no matrix of their own, on disk or off.
             logit_scale: what the target multiplies the logits of its lm_head by.
         """
         head, x_RD = self.heads[k], hidden_RD
+        if self.root_block is not None:
+            x_RD = _through(self.root_block, x_RD, embedded_RJD)
         if self.is_recurrent:
             assert embedded_RJD is not None, "these heads see the tokens drafted before them"
             for j in range(k + 1):
@@ -222,12 +229,16 @@ class Reading:
         A bias of zeros is as good as none, and counts as none.
         """
         head, digest = self.heads[k], hashlib.sha256()
-        for number, block in sorted(head.blocks.items()):
+        blocks: list[tuple[object, Block]] = [*sorted(head.blocks.items())]
+        if self.root_block is not None:
+            blocks.append(("root", self.root_block))
+        for number, block in blocks:
             for part in ("weight", "bias", "skip", "outer"):
                 tensor = getattr(block, part)
                 if tensor is None or (part == "bias" and not tensor.any()):
                     continue
-                turned = tensor.T if is_transposed and part == "weight" else tensor
+                is_turned = is_transposed and part == "weight" and number != "root"
+                turned = tensor.T if is_turned else tensor
                 _add(digest, f"{number}.{part}", turned)
         for part in ("out", "out_bias", "down"):
             if (tensor := getattr(head, part)) is not None:
@@ -289,7 +300,9 @@ def read_heads(named: str | Path) -> Reading:
         raise NoHeadsError(text, "no heads")
     config, of_config = well_typed(config)
     declared = declared_by(format_, config)
-    reading = Reading(place, format_, config, declared, [], None, None, {}, [*faults, *of_config])
+    reading = Reading(
+        place, format_, config, declared, [], None, None, {}, None, [*faults, *of_config]
+    )
     _fill(reading, names)
     return reading
 
@@ -396,6 +409,10 @@ def _fill(reading: Reading, names: dict[str, Path]) -> None:
             setattr(head.blocks.setdefault(int(found["l"]), Block()), role, tensor)
         elif role == "down":
             head.down = tensor
+        elif role.startswith("root_"):
+            reading.root_block = reading.root_block or Block()
+            part = role.removeprefix("root_")
+            setattr(reading.root_block, found["part"] if part == "inner" else part, tensor)
         elif role == "prefix":
             reading.prefix[found["part"]] = tensor
         elif role == "out":

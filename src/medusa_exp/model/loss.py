@@ -183,9 +183,10 @@ def medusa_losses(
         hidden_BTD: what they read: `heads_input` of the backbone's hidden states.
         targets: what they are to predict, in the head vocabulary.
         labeled: index_R of the lm_head and of each head, see `Batch`.
-        input_ids_BT: the text, which sequential heads see.
+        input_ids_BT: the text, which heads see that see tokens.
         chunk_rows: C.
-        any_labeled: index_U of all heads together, which recurrent ones are unrolled at.
+        any_labeled: index_U of all heads together, at which recurrent ones are unrolled, and
+            rooted ones see the root.
         form: recompute or at_once, see `loss_and_acceptance`.
         sees_own_drafts: sequential heads see, in place of the text, what they draft themselves.
         measures_acceptance: fill in `reached_sum`.

@@ -55,7 +55,7 @@ _WORTH_A_LINE = 10**8
 """Bytes of packed weights from which on it is said what memory they take."""
 _SECONDS, _TRIES = 1.0, 9
 """For which all shapes together are measured, and how often at most."""
-_FORMAT = 3
+_FORMAT = 4
 """Another one where any of these changes, or how it is measured: choices are then made anew."""
 _KIND = "packed"
 
@@ -198,7 +198,7 @@ def _choices(
         return measure()
     capability = torch.backends.cpu.get_cpu_capability()
     machine = [cpu_name(), capability, torch.get_num_threads(), torch.__version__]
-    key = content_key(_FORMAT, machine, sorted(map(_key, found)))
+    key = content_key(_FORMAT, machine, [[_key(shape), len(found[shape])] for shape in found])
     with entry(cache_dir, _KIND, f"{key}.json") as (path, partial_path):
         if partial_path is not None:
             write_json(partial_path, measure())
@@ -267,13 +267,13 @@ def _times(shapes: list[_Shape], rows: int) -> tuple[Tensor, Tensor]:
     clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
     best = torch.full((2, len(order)), torch.inf, dtype=torch.double)
     end = time.process_time() + _SECONDS / len(_ROWS) * torch.get_num_threads()
-    for _ in range(_TRIES):
+    for number in range(_TRIES):
         times = [
             [_seconds(clock, linear, inputs[s], shapes[s].weights[i], None) for s, i in order],
             [_seconds(clock, _product, inputs[s], shapes[s].packed[i], None) for s, i in order],
         ]
         best = torch.minimum(best, torch.tensor(times, dtype=torch.double))
-        if time.process_time() > end:
+        if number and time.process_time() > end:  # the first calls of a shape prepare others
             break
     of_order = torch.tensor([s for s, _ in order])
     sums = torch.zeros(2, len(shapes), dtype=torch.double).index_add(1, of_order, best)

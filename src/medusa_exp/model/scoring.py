@@ -61,7 +61,7 @@ def answer_ranks(
     rank `max_rank`.
 
     Args:
-        heads: of any family; sequential ones see the response's own tokens as their draft tokens.
+        heads: of any family; those that see tokens see the response's own.
         tokens_P: the response.
         hidden_PD: the states from which the backbone chose each token.
         max_rank: how many draft tokens of a head count.

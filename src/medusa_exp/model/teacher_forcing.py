@@ -1,9 +1,10 @@
 """Teacher forcing: what each head reads and sees in training, from the text's own tokens.
 
-Heads that are not sequential read hidden states alone. Sequential ones also see the tokens drafted
-before theirs: in training the text's (Williams & Zipser, 1989), or from a step on their own
-(scheduled sampling, Bengio et al., arXiv 1506.03099, with the likeliest token). Recurrent heads
-are unrolled once: a head's states are those of the head before it and one step more.
+Heads that run side by side read hidden states alone, or these and the root, the text's next token.
+Sequential ones also see the tokens drafted before theirs: in training the text's (Williams &
+Zipser, 1989), or from a step on their own (scheduled sampling, Bengio et al., arXiv 1506.03099,
+with the likeliest token). Recurrent heads are unrolled once: a head's states are those of the head
+before it and one step more.
 
 `k` is an index, from 0: the head at k sees k+1 tokens, the root first.
 
@@ -61,19 +62,22 @@ def teacher_forced(
         any_labeled: index_U, see `Batch`. Without it, it is found, for which a GPU is waited for.
         chunk_rows: rows whose logits exist at once, where heads see their own drafts.
         sees_own_drafts: sequential heads see their first choices in place of all but the root.
-        recomputes: are steps of recurrent heads computed again in the backward pass? They are in
-            any case where what they compute would take more than 1 GiB.
+        recomputes: are steps of recurrent heads, or that with the root, computed again in the
+            backward pass? They are in any case where what they compute would take over 1 GiB.
     """
     text = hidden_BTD.flatten(0, 1), input_ids_BT.flatten(), labeled[1:]
-    if not heads.is_recurrent:
+    if not heads.is_recurrent and heads.root_block is None:
         yield from _each(heads, *text, chunk_rows if sees_own_drafts else None)
         return
     index_U = torch.cat(list(labeled[1:])).unique() if any_labeled is None else any_labeled
-    steps = heads.num_heads * heads.config.num_layers
+    steps = heads.num_heads * heads.config.num_layers if heads.is_recurrent else 1
     bytes_of_row = 4 * _KEPT_BY_STEP * steps * hidden_BTD.shape[-1]
-    step: Callable[..., Tensor] = heads.advance
+    step: Callable[..., Tensor] = heads.advance if heads.is_recurrent else heads.with_root
     if torch.is_grad_enabled() and (recomputes or bytes_of_row * len(index_U) > _MOST_KEPT):
         step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
+    if not heads.is_recurrent:
+        yield from _rooted(heads, step, *text, index_U)
+        return
     yield from _unrolled(heads, step, *text, index_U, chunk_rows if sees_own_drafts else None)
 
 
@@ -93,6 +97,20 @@ def _each(
                 seen_RJ = _own_drafts(heads, *rows, seen_RJ, own_chunk)
             rows += (seen_RJ,)
         yield HeadInputs(partial(heads.head_logits, k), rows, heads.head_parameters(k))
+
+
+def _rooted(
+    heads: MedusaHeads,
+    step: Callable[..., Tensor],
+    hidden_ID: Tensor,
+    text_I: Tensor,
+    indices: Sequence[Tensor],
+    index_U: Tensor,
+) -> Iterator[HeadInputs]:
+    state_UD = step(hidden_ID[index_U], text_I[index_U + 1])
+    for k, index_R in enumerate(indices):
+        states_RD = state_UD[torch.searchsorted(index_U, index_R)]
+        yield HeadInputs(partial(heads.logits_of_states, k), (states_RD,), heads.head_parameters(k))
 
 
 def _unrolled(

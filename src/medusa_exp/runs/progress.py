@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 _BAR_WIDTH = 16
 """Of 80 columns: the rest is for words and numbers."""
 BETWEEN_LINES, BETWEEN_LOOKS = 30.0, 1.0
+"""Seconds."""
 _RATE_OVER = 180.0
-"""Seconds. For which a rate is the mean, and the time left by it: a batch's responses may end together."""
+"""Seconds of which a rate is the mean: responses of a batch may end together, once a minute."""
 T = TypeVar("T")
 
 

@@ -36,7 +36,7 @@ CONFIG_KEYS = (
 """What config.json must say; `medusa_backbone` and `medusa_backbone_identity` it should."""
 
 
-_LOW_RANK = ("medusa_lowrank", "recurrent")
+_LOW_RANK = ("medusa_lowrank", "rooted", "recurrent")
 """Kinds whose projections are those of `_LowRank`; recurrent heads share one of them."""
 
 
@@ -58,6 +58,7 @@ class MedusaExpMTP(nn.Module):
         _check(config, speculative)
         self.kind: str = config.medusa_kind
         self.is_grounded, self.is_recurrent = self.kind == "hydra", self.kind == "recurrent"
+        self.is_rooted = self.kind == "rooted"
         self.has_own_lm_head = self.kind != "medusa_tied"
         # vLLM hangs the target's embedding into `.model`.
         self.model = _Heads(config, vllm_config, maybe_prefix(prefix, "model"))
@@ -89,7 +90,8 @@ class MedusaExpMTP(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return states [N, D] for `compute_logits`, and for the next step.
 
-        For recurrent heads these are the states after one token more. Two different ones for hydra,
+        For recurrent heads these are the states after one token more, for rooted ones those after
+        the first. Two different ones for hydra,
         whose heads also need the embedding of the token that follows each state: [N, 2 D] and
         [N, D]. V2 takes a tuple from any model. V1 takes it only where
         `architectures` has one of four names: exported hydra heads name DeepSeekMTPModel, behind
@@ -105,10 +107,13 @@ class MedusaExpMTP(nn.Module):
         """
         if spec_step_idx == 0 and self.config.medusa_prefix_attention:
             hidden_states = self.model.prefix(positions, hidden_states)
-        if not self.is_grounded and not self.is_recurrent:
+        sees_root = self.is_rooted and spec_step_idx == 0
+        if not (self.is_grounded or self.is_recurrent or sees_root):
             return hidden_states
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
+        if self.is_rooted:  # the first token is the root, and stays what all heads see
+            return self.model.root_block(hidden_states, inputs_embeds.to(hidden_states))
         if self.is_recurrent:
             first, *others = self.model.blocks[0]
             hidden_states = first(hidden_states, inputs_embeds.to(hidden_states))
@@ -183,6 +188,8 @@ class _Heads(nn.Module):
             target = vllm_config.speculative_config.target_model_config.hf_text_config
             layer = f"layers.{target.num_hidden_layers}.prefix"
             self.prefix = _PrefixAttention(config, vllm_config, maybe_prefix(prefix, layer))
+        if config.medusa_kind == "rooted":
+            self.root_block = _RecurrentBlock(size, bias)
         self.blocks = nn.ModuleList()
         for k in heads:
             blocks: list[nn.Module] = [

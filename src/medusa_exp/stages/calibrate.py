@@ -220,11 +220,13 @@ def head_ranks(
     if isinstance(heads, MedusaHeads) and heads.is_sequential:
         return answer_ranks(heads, ids[len(prompt_ids) :], hidden_PD, max_rank)
     response = torch.cat([ids[len(prompt_ids) :], ids.new_full((num_heads,), -1)])
+    root_P = ids[len(prompt_ids) :]
     truth_PK = response.unfold(0, num_heads + 1, 1)[:, 1:]
     rank_R = torch.arange(max_rank, device=ids.device)
     found = []
-    for hidden_CD, truth_CK in zip(hidden_PD.split(CHUNK), truth_PK.split(CHUNK), strict=True):
-        draft_CKR = heads(hidden_CD.to(heads.dtype)).topk(max_rank, dim=-1).indices
+    chunks = zip(*(part.split(CHUNK) for part in (hidden_PD, root_P, truth_PK)), strict=True)
+    for hidden_CD, root_C, truth_CK in chunks:
+        draft_CKR = heads(hidden_CD.to(heads.dtype), None, root_C).topk(max_rank, dim=-1).indices
         is_true_CKR = draft_CKR == truth_CK[..., None]
         found.append(torch.where(is_true_CKR, rank_R, max_rank).amin(-1))
     return torch.cat(found).cpu().numpy()

@@ -415,7 +415,8 @@ def pack_decoder(decoder: Decoder, cache_dir: str) -> None:
         modules, kept = [backbone.model], [backbone.lm_head]
         if heads is not None:
             modules.append(heads.requires_grad_(False))  # what may be trained is not packed
-            kept += [m for m in heads.modules() if isinstance(m, nn.Linear)][:1]  # has their dtype
+            if isinstance(heads, MedusaHeads):  # the first layer tells their dtype
+                kept += [m for m in heads.modules() if isinstance(m, nn.Linear)][:1]
         pack(modules, cache_dir, kept)
 
 

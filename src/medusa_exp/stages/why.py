@@ -35,8 +35,7 @@ from medusa_exp.evaluate.waterfall import (
     way_of_records,
 )
 from medusa_exp.export.card import chain_rates, schedule
-from medusa_exp.model.heads import FAMILIES, MedusaHeads, StackedHeads
-from medusa_exp.model.heads.layers import UntiedProjections
+from medusa_exp.model.heads import MedusaHeads, StackedHeads, reads_whole_vocabulary
 from medusa_exp.model.tokenizer import differences
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.stages.doctor import examine_text, sample_rows
@@ -180,7 +179,7 @@ def _facts(
     return Facts(
         num_heads=heads.num_heads,
         num_layers=heads.config.num_layers,
-        has_projections=FAMILIES[heads.config.kind].projection is UntiedProjections,
+        has_projections=reads_whole_vocabulary(heads.config),
         vocab_size=decoder.backbone.vocab_size,
         tree_kind=config.tree.kind,
         num_nodes=tree.num_checked,

@@ -37,7 +37,7 @@ def scheduled(optimizer: Optimizer, warmup_fraction: float, max_steps: int) -> d
 
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}
 """Upper bound of an optimizer's state in bytes for each float32 parameter."""
-_INNER = ("blocks.", "prefix.")
+_INNER = ("blocks.", "root_block.", "prefix.")
 """Parts of the heads that lead from hidden states to hidden states."""
 
 

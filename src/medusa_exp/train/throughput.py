@@ -21,6 +21,7 @@ from torch import nn
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.heads.layers import RecurrentBlock
 from medusa_exp.runs.machine import matrix_rate, peak_memory_bytes
 from medusa_exp.train.module import MedusaModule
 
@@ -74,6 +75,8 @@ class Operations:
             of_token += 6.0 * sum(p.numel() for p in heads.prefix.parameters())
         lm_head = 2.0 * backbone.vocab_size * backbone.hidden_size
         of_heads = [_of_head(heads, k, lm_head) for k in range(heads.num_heads)]
+        if heads.root_block is not None:
+            of_heads[0] += _of_root(heads.root_block, heads.prefix is not None)  # once for all
         return cls(of_token, of_pair * runs_layers, [lm_head if asks_lm_head else 0.0, *of_heads])
 
     def of_batch(self, batch: Batch, times_backbone: float = 1.0) -> float:
@@ -111,10 +114,18 @@ def _is_routed(name: str, module: nn.Module) -> bool:
     return "experts" in name.split(".") or "Experts" in type(module).__name__
 
 
+def _of_root(block: RecurrentBlock, is_prefixed: bool) -> float:
+    """Count for one position: an embedding has no gradient, a state if attention made it."""
+    inner, skip, out = (part.weight.numel() for part in (block.inner, block.skip, block.out))
+    return 6.0 * out + 4.0 * (inner + skip) + is_prefixed * inner
+
+
 def _of_head(heads: MedusaHeads, k: int, lm_head: float) -> float:
     matrices = [p for p in heads.head_parameters(k) if p.ndim >= 2]
     blocks = list(heads.blocks[0 if heads.is_recurrent else k].children())
     first = [p for p in blocks[0].parameters() if p.ndim >= 2] if blocks else matrices[:1]
+    if heads.root_block is not None:  # what they read has a gradient
+        first = []
     if heads.is_recurrent:  # a state has a gradient, but for the first one; an embedding has none
         start = blocks[0]
         first = [start.skip.weight] if k else [start.skip.weight, start.inner.weight]

@@ -17,6 +17,7 @@ from medusa_exp.model.heads.heads import (
     advice_on_cost,
     build_heads,
     family_for,
+    reads_whole_vocabulary,
     stack_heads,
 )
 from medusa_exp.model.heads.layers import ResBlock
@@ -33,6 +34,7 @@ __all__ = [
     "build_heads",
     "family_for",
     "heads_input",
+    "reads_whole_vocabulary",
     "stack_heads",
 ]
 

@@ -45,6 +45,9 @@ class Family:
     is_recurrent: bool = False
     """Do all heads share their blocks, of which the first is a RecurrentBlock? Head k is what they
     make of the hidden state in k steps, one for each token that it sees."""
+    sees_root: bool = False
+    """Do all heads read what one RecurrentBlock makes of hidden state and root, the token that the
+    state gave? They run side by side none the less."""
     min_layers: int = 0
     """Blocks without which there would be nothing to train, or nothing that sees draft tokens."""
 
@@ -54,10 +57,11 @@ FAMILIES = {
     "medusa_tied": Family(TiedProjection, min_layers=1),
     "medusa_lowrank": Family(LowRankProjections),
     "hydra": Family(UntiedProjections, is_sequential=True, min_layers=1),
+    "rooted": Family(LowRankProjections, sees_root=True),
     "recurrent": Family(SharedProjection, is_sequential=True, is_recurrent=True, min_layers=1),
 }
 """The families by `head.kind`."""
-_LOW_RANK = ("medusa_lowrank", "recurrent")
+_LOW_RANK = ("medusa_lowrank", "rooted", "recurrent")
 _FREQUENT = (*_LOW_RANK, "medusa_tied")
 """Families that may have a head vocabulary of the most frequent tokens alone."""
 LARGE_VOCABULARY = 16_384
@@ -65,6 +69,10 @@ LARGE_VOCABULARY = 16_384
 FREQUENT_TOKENS = 16_384
 """Head vocabulary that head.kind=auto takes of a large one: counted on 780 answers of a model of
 262,144, in several languages, so many are 94 % of the tokens of its other answers."""
+_LACKS_TOKENS = (
+    "these heads see tokens that follow a state: load them with their backbone, by "
+    "load_heads(path, model), and decode with a tree."
+)
 _NOT_IN_HEAD_VOCAB = -100
 """Label of a token outside the head vocabulary; cross entropy ignores it."""
 
@@ -87,6 +95,10 @@ class MedusaHeads(PreTrainedModel):
         """Attention over the backbone's hidden states that gives those which the heads read."""
         if config.prefix_attention:
             self.prefix = PrefixAttention(size, config.num_attention_heads)
+        self.root_block: RecurrentBlock | None = None
+        """What makes of a hidden state and the root what all heads read: see `with_root`."""
+        if family.sees_root:
+            self.root_block = RecurrentBlock(size, bias)
         self.blocks = nn.ModuleList()
         for k in range(1 if self.is_recurrent else config.num_heads):
             blocks = [family.block(size, bias) for _ in range(config.num_layers)]
@@ -104,6 +116,11 @@ class MedusaHeads(PreTrainedModel):
         """K."""
         return self.config.num_heads
 
+    @property
+    def sees_tokens(self) -> bool:
+        """Do heads read more than a state: the root, or drafted tokens too (`is_sequential`)?"""
+        return self.is_sequential or self.root_block is not None
+
     def describe(self) -> str:
         """Return a few words about them."""
         number = sum(parameter.numel() for parameter in self.parameters())
@@ -118,14 +135,23 @@ class MedusaHeads(PreTrainedModel):
     def attach(self, backbone: Backbone) -> "MedusaHeads":
         """Give the heads what they share with the backbone, and neither train nor save."""
         self.lm_heads.attach(backbone)
-        if self.is_sequential:
+        if self.sees_tokens:
             self._embedding = (backbone.model.get_input_embeddings(),)
         return self
 
-    def forward(self, hidden_BD: Tensor, num_heads: int | None = None) -> Tensor:
-        """Return logits_BKV of the first `num_heads` heads (all of them by default)."""
+    def forward(
+        self, hidden_BD: Tensor, num_heads: int | None = None, root_B: Tensor | None = None
+    ) -> Tensor:
+        """Return logits_BKV of the first `num_heads` heads (all of them by default).
+
+        Heads that see the root need it.
+        """
         used = range(self.num_heads if num_heads is None else num_heads)
-        logits_BKW = torch.stack([self.head_logits(k, hidden_BD) for k in used], dim=-2)
+        if self.is_sequential:
+            self._seen(None)
+        if self.root_block is not None:
+            hidden_BD = self.with_root(hidden_BD, self._seen(root_B))
+        logits_BKW = torch.stack([self.logits_of_states(k, hidden_BD) for k in used], dim=-2)
         return self.over_vocabulary(logits_BKW)
 
     def head_logits(self, k: int, hidden_RD: Tensor, drafted_RJ: Tensor | None = None) -> Tensor:
@@ -135,10 +161,13 @@ class MedusaHeads(PreTrainedModel):
             k: which head.
             hidden_RD: the backbone's last hidden states, or what `prefix` has made of them.
             drafted_RJ: the k+1 tokens that follow each state, where `is_sequential`: the root,
-                which is certain, and a draft token of each head before this one.
+                which is certain, and a draft token of each head before this one. Of heads that see
+                the root alone, only that is read.
         """
         if not self.is_sequential:
-            return self.lm_heads(k, self.blocks[k](hidden_RD))
+            if self.root_block is not None:
+                hidden_RD = self.with_root(hidden_RD, self._seen(drafted_RJ)[:, 0])
+            return self.logits_of_states(k, hidden_RD)
         if self.is_recurrent:
             for token_R in self._seen(drafted_RJ)[:, : k + 1].unbind(1):
                 hidden_RD = self.advance(hidden_RD, token_R)
@@ -148,6 +177,18 @@ class MedusaHeads(PreTrainedModel):
         for block in others:
             x_RD = block(x_RD)
         return self.lm_heads(k, x_RD)
+
+    def logits_of_states(self, k: int, states_RD: Tensor) -> Tensor:
+        """Return logits_RW of the head at index k where heads run side by side.
+
+        They are of what these heads read: `with_root`'s states, or the hidden ones.
+        """
+        return self.lm_heads(k, self.blocks[k](states_RD))
+
+    def with_root(self, hidden_RD: Tensor, root_R: Tensor) -> Tensor:
+        """Return the states [R, D] that heads which see the root read."""
+        assert self.root_block is not None
+        return self.root_block(hidden_RD, self._embedded(root_R[:, None], 1).to(hidden_RD.dtype))
 
     def advance(self, state: Tensor, tokens: Tensor) -> Tensor:
         """Return the states [..., D] after one token more [...], where `is_recurrent`.
@@ -169,7 +210,10 @@ class MedusaHeads(PreTrainedModel):
         return copy
 
     def head_parameters(self, k: int) -> list[nn.Parameter]:
-        """Return what the head at index k trains; no other head does, unless they share it."""
+        """Return what the head at index k trains; no other head does, unless they share it.
+
+        What stands before all heads (`prefix`, `root`) is not among it.
+        """
         return [
             *self.blocks[0 if self.is_recurrent else k].parameters(),
             *self.lm_heads.parameters_of(k),
@@ -196,10 +240,7 @@ class MedusaHeads(PreTrainedModel):
 
     def _seen(self, drafted_RJ: Tensor | None) -> Tensor:
         if not self._embedding or drafted_RJ is None:
-            raise ValueError(
-                "these heads see the tokens drafted before them: load them with their backbone, by "
-                "load_heads(path, model), and decode with a tree."
-            )
+            raise ValueError(_LACKS_TOKENS)
         return drafted_RJ
 
     def _embedded(self, drafted_RJ: Tensor | None, number: int) -> Tensor:
@@ -224,6 +265,10 @@ class StackedHeads(nn.Module):
     def __init__(self, heads: MedusaHeads, dtype: torch.dtype) -> None:
         super().__init__()
         assert not heads.is_sequential
+        self.root_block = (
+            deepcopy(heads.root_block).to(dtype) if heads.root_block is not None else None
+        )
+        self._embedding = heads._embedding
         self.config, self.num_heads, self.dtype = heads.config, heads.num_heads, dtype
         self.prefix = deepcopy(heads.prefix).to(dtype) if heads.prefix is not None else None
         self.layers = [
@@ -233,10 +278,21 @@ class StackedHeads(nn.Module):
         self.over_vocabulary = heads.over_vocabulary
 
     @torch.no_grad()
-    def forward(self, hidden_BD: Tensor, num_heads: int | None = None) -> Tensor:
-        """Return logits_BKV of the first `num_heads` heads (all of them by default)."""
+    def forward(
+        self, hidden_BD: Tensor, num_heads: int | None = None, root_B: Tensor | None = None
+    ) -> Tensor:
+        """Return logits_BKV of the first `num_heads` heads (all of them by default).
+
+        Heads that see the root need it.
+        """
         count = self.num_heads if num_heads is None else num_heads
-        x_KBD = hidden_BD.to(self.dtype).expand(count, -1, -1)
+        x_BD = hidden_BD.to(self.dtype)
+        if self.root_block is not None:
+            [embedding] = self._embedding or (None,)
+            if embedding is None or root_B is None:
+                raise ValueError(_LACKS_TOKENS)
+            x_BD = self.root_block(x_BD, embedding(root_B).to(self.dtype))
+        x_KBD = x_BD.expand(count, -1, -1)
         for layer in self.layers:
             x_KBD = layer(x_KBD, count)
         return self.over_vocabulary(self.project(x_KBD, count).transpose(0, 1))
@@ -278,6 +334,12 @@ def family_for(
     return "recurrent", FREQUENT_TOKENS
 
 
+def reads_whole_vocabulary(config: MedusaHeadsConfig) -> bool:
+    """Has each head a whole matrix [V, D] of its own?"""
+    is_own = FAMILIES[config.kind].projection in (UntiedProjections, LowRankProjections)
+    return is_own and config.rank is None and config.num_tokens is None
+
+
 def advice_on_cost(heads: MedusaHeads | StackedHeads, share: float) -> str | None:
     """Say what a large vocabulary costs heads with separate projections; None where it does not.
 
@@ -286,8 +348,7 @@ def advice_on_cost(heads: MedusaHeads | StackedHeads, share: float) -> str | Non
         share: of a decoding step that they take.
     """
     config = heads.config
-    is_untied = FAMILIES[config.kind].projection is UntiedProjections
-    if not is_untied or config.vocab_size <= LARGE_VOCABULARY:
+    if not reads_whole_vocabulary(config) or config.vocab_size <= LARGE_VOCABULARY:
         return None
     return (
         f"the heads take {share:.0%} of a step (eval/time/heads): each reads a projection of its "
@@ -321,7 +382,7 @@ def build_heads(
         num_layers: residual blocks of each head; medusa_tied, hydra and recurrent need one.
         kind: a name of `FAMILIES`.
         bias: of the residual blocks.
-        rank: of the matrices of medusa_lowrank and recurrent; None is full.
+        rank: of the matrices of medusa_lowrank, rooted and recurrent; None is full.
         num_tokens: size of the head vocabulary of these and of medusa_tied, the most frequent
             tokens; None is all.
         prefix_attention: put a layer of attention over all hidden states before the heads.
