@@ -326,11 +326,12 @@ def test_the_forms_of_the_loss_have_the_same_gradients(backbone, family):
 @pytest.mark.parametrize(
     ("kind", "size", "num_tokens", "can_share", "expected"),
     [
-        ("auto", 16_384, None, True, ("medusa", None)),
+        ("auto", 16_384, None, True, ("rooted", None)),
         ("auto", 16_385, None, True, ("recurrent", 16_384)),
         ("auto", 16_385, 4096, True, ("recurrent", 4096)),
         ("auto", 1000, 100, True, ("recurrent", 100)),
         ("auto", 200_000, None, False, ("medusa", None)),
+        ("auto", 1000, None, False, ("medusa", None)),
         ("auto", 200_000, 4096, False, ("medusa_lowrank", 4096)),
         ("hydra", 200_000, None, True, ("hydra", None)),
         ("medusa_tied", 200_000, 100, True, ("medusa_tied", 100)),

@@ -203,7 +203,7 @@ def test_heads_go_on_from_what_was_saved_in_a_bf16_backbones_run_too(config, tmp
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize(("limit", "taken"), [(100_000, "medusa"), (10, "recurrent")])
+@pytest.mark.parametrize(("limit", "taken"), [(100_000, "rooted"), (10, "recurrent")])
 def test_auto_heads_are_recurrent_where_the_vocabulary_is_large(
     config, tmp_path, monkeypatch, caplog, limit, taken
 ):

@@ -291,7 +291,7 @@ class HeadConfig:
     sees the tokens that are drafted before its own), rooted (all see the token that the hidden
     state gave, the root, and run side by side), recurrent (as hydra, by one block that all heads
     share, applied once for each token) or auto (recurrent, of 16,384 frequent tokens if
-    `num_tokens` says nothing else, above 16,384 tokens of vocabulary, else medusa)."""
+    `num_tokens` says nothing else, above 16,384 tokens of vocabulary, else rooted)."""
     num_heads: int = between(1, _MOST_HEADS, default=4)
     """K: head k predicts the token k places after the backbone's next one."""
     num_layers: int = between(0, 16, default=1)
