@@ -75,10 +75,14 @@ def teacher_forced(
     step: Callable[..., Tensor] = heads.advance if heads.is_recurrent else heads.with_root
     if torch.is_grad_enabled() and (recomputes or bytes_of_row * len(index_U) > _MOST_KEPT):
         step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
-    if not heads.is_recurrent:
-        yield from _rooted(heads, step, *text, index_U)
+    if heads.is_recurrent:
+        yield from _unrolled(heads, step, *text, index_U, chunk_rows if sees_own_drafts else None)
         return
-    yield from _unrolled(heads, step, *text, index_U, chunk_rows if sees_own_drafts else None)
+    hidden_ID, text_I, indices = text
+    state_UD = step(hidden_ID[index_U], text_I[index_U + 1])  # of the root, once for all heads
+    for k, index_R in enumerate(indices):
+        states_RD = state_UD[torch.searchsorted(index_U, index_R)]
+        yield HeadInputs(partial(heads.logits_of_states, k), (states_RD,), heads.head_parameters(k))
 
 
 def _each(
@@ -97,20 +101,6 @@ def _each(
                 seen_RJ = _own_drafts(heads, *rows, seen_RJ, own_chunk)
             rows += (seen_RJ,)
         yield HeadInputs(partial(heads.head_logits, k), rows, heads.head_parameters(k))
-
-
-def _rooted(
-    heads: MedusaHeads,
-    step: Callable[..., Tensor],
-    hidden_ID: Tensor,
-    text_I: Tensor,
-    indices: Sequence[Tensor],
-    index_U: Tensor,
-) -> Iterator[HeadInputs]:
-    state_UD = step(hidden_ID[index_U], text_I[index_U + 1])
-    for k, index_R in enumerate(indices):
-        states_RD = state_UD[torch.searchsorted(index_U, index_R)]
-        yield HeadInputs(partial(heads.logits_of_states, k), (states_RD,), heads.head_parameters(k))
 
 
 def _unrolled(

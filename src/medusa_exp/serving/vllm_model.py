@@ -91,11 +91,10 @@ class MedusaExpMTP(nn.Module):
         """Return states [N, D] for `compute_logits`, and for the next step.
 
         For recurrent heads these are the states after one token more, for rooted ones those after
-        the first. Two different ones for hydra,
-        whose heads also need the embedding of the token that follows each state: [N, 2 D] and
-        [N, D]. V2 takes a tuple from any model. V1 takes it only where
-        `architectures` has one of four names: exported hydra heads name DeepSeekMTPModel, behind
-        ours, for no other reason.
+        the first. Two different ones for hydra, whose heads also need the embedding of the token
+        that follows each state: [N, 2 D] and [N, D]. V2 takes a tuple from any model. V1 takes it
+        only where `architectures` has one of four names: exported hydra heads name
+        DeepSeekMTPModel, behind ours, for no other reason.
 
         Args:
             input_ids: [N], the token behind each position: the certain one, then drafted ones.

@@ -217,10 +217,10 @@ def head_ranks(
     ids = torch.tensor([*prompt_ids, *response_ids], device=backbone.device)
     read_1TD = heads_input(heads.prefix, backbone.hidden_states(ids[None]))
     hidden_PD = read_1TD[0, len(prompt_ids) - 1 : -1]
-    if isinstance(heads, MedusaHeads) and heads.is_sequential:
-        return answer_ranks(heads, ids[len(prompt_ids) :], hidden_PD, max_rank)
-    response = torch.cat([ids[len(prompt_ids) :], ids.new_full((num_heads,), -1)])
     root_P = ids[len(prompt_ids) :]
+    if isinstance(heads, MedusaHeads) and heads.is_sequential:
+        return answer_ranks(heads, root_P, hidden_PD, max_rank)
+    response = torch.cat([root_P, ids.new_full((num_heads,), -1)])
     truth_PK = response.unfold(0, num_heads + 1, 1)[:, 1:]
     rank_R = torch.arange(max_rank, device=ids.device)
     found = []

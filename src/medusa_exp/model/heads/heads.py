@@ -212,7 +212,7 @@ class MedusaHeads(PreTrainedModel):
     def head_parameters(self, k: int) -> list[nn.Parameter]:
         """Return what the head at index k trains; no other head does, unless they share it.
 
-        What stands before all heads (`prefix`, `root`) is not among it.
+        What stands before all heads (`prefix`, `root_block`) is not among it.
         """
         return [
             *self.blocks[0 if self.is_recurrent else k].parameters(),
