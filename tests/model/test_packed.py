@@ -97,6 +97,11 @@ def test_each_number_of_rows_takes_the_form_measured_for_it(choose, layers, monk
             [([2, 9], [3, 8]), ([9, 9], [5, 9.5]), ([9, 9], [8.9, 8.9]), ([9, 9], [9.8, 10])],
             [[False, True, False, True], [True, False, False, False]],
         ),
+        # prompts alone gain by the second
+        (
+            [([9, 9], [9, 9.1]), ([9, 9], [5, 9.5]), ([9, 9], [5, 9.5]), ([9, 9], [1, 1])],
+            [[True, True, True, True], [False] * 4],
+        ),
         # one row, and many, gain; those of trees too little
         (
             [([9, 9], [1, 1]), ([9, 9], [8.5, 9.5]), ([9, 9], [9, 9]), ([9, 9], [1, 1])],

@@ -44,14 +44,16 @@ class GroupedAttention:
     """What gives a model `grouped_attention` for a while, if it can have it.
 
     It can where its attention is transformers' sdpa, taken from AttentionInterface by a name in its
-    config; others stay as they are. That config says otherwise within the block, so that no other
-    thread may run the model meanwhile and expect sdpa's bits.
+    config; others, and models without groups, stay as they are. That config says otherwise within
+    the block, so that no other thread may run the model meanwhile and expect sdpa's bits.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         configs: dict[int, Any] = {}
         parts = (model, model.get_decoder())
-        if all(_goes_by_interface(type(part).__module__) for part in parts):
+        # By this attribute of a layer transformers' sdpa repeats keys and values.
+        has_groups = any(getattr(m, "num_key_value_groups", 1) > 1 for m in model.modules())
+        if has_groups and all(_goes_by_interface(type(part).__module__) for part in parts):
             for module in model.modules():
                 config = getattr(module, "config", None)
                 if hasattr(config, "_attn_implementation_internal"):  # private: transformers 5.23

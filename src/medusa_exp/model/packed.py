@@ -55,7 +55,7 @@ _WORTH_A_LINE = 10**8
 """Bytes of packed weights from which on it is said what memory they take."""
 _SECONDS, _TRIES = 1.0, 9
 """For which all shapes together are measured, and how often at most."""
-_FORMAT = 4
+_FORMAT = 5
 """Another one where any of these changes, or how it is measured: choices are then made anew."""
 _KIND = "packed"
 
@@ -222,8 +222,9 @@ def _measured(
         gained = torch.where(is_faster_S, ours_S, plain_S).sum() / plain_S.sum()
         for own, is_faster in zip(uses, is_faster_S.tolist(), strict=True):
             own.append(is_faster and gained.item() <= worth)
-    if not any(any(own[1:-1]) for own in uses):
-        uses = [[False] * len(_ROWS) for _ in shapes]  # no step over a tree gains
+    gains = any(any(own[1:-1]) for own in uses)  # a step over a tree, somewhere
+    # What prompts alone gain by stays as it is too: its calls in steps must not cost more.
+    uses = [own if gains and any(own[:-1]) else [False] * len(_ROWS) for own in uses]
     return {_key(shape): own for shape, own in zip(found, uses, strict=True)}
 
 
