@@ -27,6 +27,7 @@ ONLY_VLLM = {
     "rooted, no blocks",
     "rooted, both",
     "recurrent",
+    "recurrent, shared",
     "medusa, prefix",
     "hydra, prefix",
 }
@@ -98,6 +99,44 @@ def test_the_config_for_vllm_is_what_its_plugin_reads(backbone, tmp_path):
     ours = load_file(tmp_path / "heads" / "model.safetensors")
     theirs = load_file(tmp_path / "vllm" / "model.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("format_", ["medusa_exp", "vllm"])
+def test_recurrent_heads_that_do_not_say_so_have_one_projection(backbone, tmp_path, format_):
+    ours = save_moved(backbone, "recurrent, shared", tmp_path / "heads")
+    place = tmp_path / "heads"
+    if format_ == "vllm":
+        exported(backbone, "recurrent, shared", "vllm", tmp_path)
+        place = tmp_path / "vllm"
+    config = json.loads((place / "config.json").read_text())
+    del config["own_projections" if format_ == "medusa_exp" else "medusa_own_projections"]
+    (place / "config.json").write_text(json.dumps(config))
+    (tmp_path / "heads" / "sha256.json").unlink(missing_ok=True)
+    reading = read_heads(place)
+    assert [fault for fault in all_faults(reading) if fault.is_error] == []
+    assert len(reading.heads) == 3 and reading.is_one_projection
+    for heads in (import_heads(place, no_vocab_size), load_heads(tmp_path / "heads")):
+        assert heads.num_parameters() == ours.num_parameters()
+
+
+def test_blocks_and_projections_that_recurrent_heads_do_not_have_are_found(backbone, tmp_path):
+    save_moved(backbone, "recurrent", tmp_path / "heads")
+    file = tmp_path / "heads" / "model.safetensors"
+    tensors = load_file(file)
+    assert not read_heads(tmp_path).is_one_projection
+    save_file(
+        tensors | {"blocks.1.0.inner.weight": tensors["blocks.0.0.inner.weight"].clone()}, file
+    )
+    [fault] = [f for f in all_faults(read_heads(tmp_path)) if f.name == "stray tensors"]
+    assert "blocks.1" in fault.text and fault.is_error
+    one = {
+        n: t
+        for n, t in tensors.items()
+        if n not in ("lm_heads.up.1.weight", "lm_heads.up.2.weight")
+    }
+    save_file(one, file)
+    said = [f.text for f in all_faults(read_heads(tmp_path)) if f.is_error]
+    assert "the config says own_projections: True, and the tensors False" in said
 
 
 def _lose_bias(config, tensors):

@@ -18,6 +18,7 @@ from medusa_exp.model.heads import (
     advice_on_cost,
     family_for,
     heads_input,
+    own_projections_for,
     stack_heads,
 )
 from medusa_exp.model.loss import (
@@ -54,6 +55,7 @@ FAMILIES = {
         **{"kind": "recurrent", "rank": 16, "num_tokens": 40},
         "token_counts": COUNTS,
     },
+    "recurrent, shared": {"kind": "recurrent", "own_projections": False},
     "recurrent, prefix": {"kind": "recurrent", "prefix_attention": True},
     "medusa, prefix": {"kind": "medusa", "prefix_attention": True},
     "hydra, prefix": {"kind": "hydra", "prefix_attention": True},
@@ -247,11 +249,33 @@ def test_rooted_heads_see_the_root_alone(backbone):
         heads(hidden_RD)
 
 
-def test_recurrent_heads_share_all_but_what_they_see(backbone):
-    one, four = (build_heads(backbone, num_heads=n, kind="recurrent") for n in (1, 4))
+@pytest.mark.parametrize("own", [False, True, None])
+def test_recurrent_heads_share_all_but_what_they_see_and_their_projections(backbone, own):
+    one, four = (
+        build_heads(backbone, num_heads=n, kind="recurrent", own_projections=own) for n in (1, 4)
+    )
     size = 32  # of inner, its bias, out, skip and the lm_head
-    parameters = 2 * size * 2 * size + 2 * size + 2 * size * size + 64 * size
-    assert {h.num_parameters() for h in (one, four)} == {parameters}
+    shared = 2 * size * 2 * size + 2 * size + 2 * size * size
+    assert one.num_parameters() == shared + 64 * size
+    assert four.num_parameters() == shared + 64 * size * (1 if own is False else 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "num_tokens", "asked", "expected"),
+    [
+        ("recurrent", 16_384, None, None, True),
+        ("recurrent", 262_144, 16_384, None, True),
+        ("recurrent", 16_385, None, None, False),
+        ("recurrent", 262_144, 32_768, None, False),
+        ("recurrent", 16_385, None, True, True),
+        ("recurrent", 100, None, False, False),
+        ("rooted", 100, None, None, None),
+    ],
+)
+def test_recurrent_heads_of_a_large_vocabulary_have_one_projection(
+    kind, size, num_tokens, asked, expected
+):
+    assert own_projections_for(kind, size, num_tokens, asked) is expected
 
 
 @pytest.mark.parametrize("family", ["hydra", "recurrent", "recurrent, both"])
@@ -351,6 +375,8 @@ def test_separate_projections_to_a_large_vocabulary_are_spoken_of(family):
     if family["kind"] in ("medusa", "hydra") or family in (
         {"kind": "rooted"},
         FAMILIES["rooted, prefix"],
+        FAMILIES["recurrent"],
+        FAMILIES["recurrent, prefix"],
     ):
         assert "31% of a step (eval/time/heads)" in advice and "128,256 tokens" in advice
     else:

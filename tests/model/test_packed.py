@@ -217,5 +217,5 @@ def test_heads_are_packed_as_they_are_loaded_and_still_say_their_type(choose, tm
     backbone = Backbone(build_model("llama"))
     heads = build_heads(backbone, num_heads=2, num_layers=1, kind="recurrent", bias=False)
     pack_decoder(Decoder(backbone, heads, chain(2)), str(tmp_path))
-    assert sum(isinstance(module, PackedLinear) for module in heads.modules()) == 4
+    assert sum(isinstance(module, PackedLinear) for module in heads.modules()) == 5
     assert heads.dtype == torch.float32

@@ -39,6 +39,7 @@ FAMILIES = {
         **{"kind": "recurrent", "rank": 16, "num_tokens": 40},
         "token_counts": COUNTS,
     },
+    "recurrent, shared": {"kind": "recurrent", "rank": 16, "own_projections": False},
     "recurrent, prefix": {"kind": "recurrent", "prefix_attention": True},
     "medusa, prefix": {"kind": "medusa", "prefix_attention": True},
     "tied, prefix": {"kind": "medusa_tied", "prefix_attention": True},

@@ -26,6 +26,7 @@ FAMILIES = {
     "rooted, no blocks": {"kind": "rooted", "num_layers": 0},
     "rooted, both": {"kind": "rooted", "rank": 16, "num_tokens": 40, "token_counts": COUNTS},
     "recurrent": {"kind": "recurrent", "num_tokens": 40, "token_counts": COUNTS},
+    "recurrent, shared": {"kind": "recurrent", "own_projections": False},
     "medusa, prefix": {"kind": "medusa", "prefix_attention": True},
     "hydra, prefix": {"kind": "hydra", "prefix_attention": True},
 }

@@ -47,7 +47,7 @@ def test_operations_of_heads_are_those_that_torch_counts(backbone, family):
             heads.head_logits(k, torch.randn(ROWS, 32), *drafted).sum().backward()
         expected = counted[k + 1]
         if heads.is_recurrent and k:  # `head_logits` makes the states of the heads before it again
-            expected += counted[1] - 6 * sum(p.numel() for p in heads.lm_heads.parameters())
+            expected += counted[1] - 6 * sum(p.numel() for p in heads.lm_heads.parameters_of(0))
         if k and heads.root_block is not None:  # so it does with the root
             expected += counted[1] - counted[2]
         assert counter.get_total_flops() == ROWS * expected

@@ -106,6 +106,7 @@ def _family(reading: Reading) -> Iterator[Fault]:
         ("rank", 0 if first.down is None else len(first.down)),
         ("num_tokens", 0 if reading.token_map is None else len(reading.token_map)),
         ("prefix_attention", bool(reading.prefix)),
+        ("own_projections", reading.is_recurrent and not reading.is_one_projection),
         ("lm_head_bias", first.out_bias is not None),
     ):
         said = reading.config.get(prefix + key) or 0
@@ -356,7 +357,7 @@ def _fingerprints(reading: Reading) -> Iterator[Fault]:
     known = reading.declared.heads_sha256
     digests = [reading.head_sha256(k) for k in range(len(reading.heads))]
     for k, digest in enumerate(digests):
-        if digests.index(digest) < k and not reading.is_recurrent:
+        if digests.index(digest) < k and not reading.is_one_projection:
             text = f"head {k + 1} is the same as head {digests.index(digest) + 1}"
             yield Fault("heads alike", f"{text}: a copy, or both are untrained")
     for k in range(min(len(known), len(reading.heads))):

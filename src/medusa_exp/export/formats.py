@@ -97,7 +97,10 @@ def _vllm(source: Source) -> Written:
     hand on two tensors, which its runner expects where the second name stands.
     """
     heads, target = source.config, source.target_config
-    own = ("num_layers", "rank", "num_tokens", "lm_head_bias", "prefix_attention", "bias", "kind")
+    own = (
+        *("kind", "num_layers", "bias", "rank", "num_tokens", "own_projections", "lm_head_bias"),
+        "prefix_attention",
+    )
     family = FAMILIES[heads.kind]
     second = ["DeepSeekMTPModel"] if family.is_sequential and not family.is_recurrent else []
     config = {

@@ -18,8 +18,7 @@ from medusa_exp.export.faults import structural
 from medusa_exp.export.reading import FORMATS, Reading, read_heads
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import WEIGHTS, adopt_heads, save_heads
-from medusa_exp.model.heads import FAMILIES, MedusaHeads, MedusaHeadsConfig, heads_input
-from medusa_exp.model.heads.layers import LowRankProjections
+from medusa_exp.model.heads import LOW_RANK, MedusaHeads, MedusaHeadsConfig, heads_input
 from medusa_exp.model.scoring import answer_ranks
 from medusa_exp.runs.files import read_json, sha256_file
 
@@ -120,6 +119,7 @@ def _config_of(reading: Reading, vocab_size: Callable[[], int]) -> MedusaHeadsCo
         bias=any(block.bias is not None for block in blocks),
         rank=None if first.down is None else first.down.shape[0],
         num_tokens=None if reading.token_map is None else len(reading.token_map),
+        own_projections=reading.is_recurrent and not reading.is_one_projection,
         prefix_attention=bool(reading.prefix),
         num_attention_heads=declared.attention_heads,
         hidden_size=size,
@@ -152,11 +152,9 @@ def _our_names(reading: Reading, config: MedusaHeadsConfig) -> dict[str, Tensor]
     tensors: dict[str, Tensor | None] = {
         f"prefix.{part}.weight": tensor for part, tensor in reading.prefix.items()
     }
-    projection = FAMILIES[config.kind].projection
-    is_low_rank = isinstance(projection, type) and issubclass(projection, LowRankProjections)
-    up = "lm_heads.up" if is_low_rank else "lm_heads"
-    for k, head in enumerate(reading.heads[:1] if reading.is_recurrent else reading.heads):
-        for number, block in head.blocks.items():
+    up = "lm_heads.up" if config.kind in LOW_RANK else "lm_heads"
+    for k, head in enumerate(reading.heads[:1] if reading.is_one_projection else reading.heads):
+        for number, block in {} if reading.is_recurrent and k else head.blocks.items():
             name = f"blocks.{k}.{number}.{'linear' if block.outer is None else 'inner'}"
             tensors[f"{name}.weight"], tensors[f"{name}.bias"] = block.weight, block.bias
             tensors[f"blocks.{k}.{number}.skip.weight"] = block.skip

@@ -134,6 +134,11 @@ class Reading:
         return self.declared.kind == "recurrent"
 
     @property
+    def is_one_projection(self) -> bool:
+        """Do recurrent heads share their projection, too?"""
+        return self.is_recurrent and all(head.out is self.heads[0].out for head in self.heads)
+
+    @property
     def hidden_size(self) -> int | None:
         """D, of the tensors where they tell it."""
         for head in self.heads:
@@ -427,8 +432,12 @@ def _fill(reading: Reading, names: dict[str, Path]) -> None:
             part = "out_bias" if found["part"] == "bias" else "out"
             setattr(by_head[int(found["k"])], part, tensor)
     reading.heads = [by_head.get(k, Head()) for k in range(max(by_head, default=-1) + 1)]
-    if reading.is_recurrent:
-        reading.heads = reading.heads[:1] * min(reading.declared.num_heads or 1, _MOST_HEADS)
+    if reading.is_recurrent and len(reading.heads) == 1:
+        reading.heads *= min(reading.declared.num_heads or 1, _MOST_HEADS)
+    elif reading.is_recurrent:
+        stray += [f"blocks.{k}" for k, head in enumerate(reading.heads) if k and head.blocks]
+        for head in reading.heads[1:]:
+            head.blocks = reading.heads[0].blocks
     if stray:
         some = ", ".join(sorted(stray)[:4])
         is_model = len(stray) > len(names) / 2  # a whole model with heads in it, as of Medusa-2

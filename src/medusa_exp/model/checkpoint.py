@@ -87,6 +87,7 @@ class _Shape(msgspec.Struct):
     bias: bool = True
     rank: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None = None
     num_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)] | None = None
+    own_projections: bool = False
     prefix_attention: bool = False
     num_attention_heads: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)] = 1
     lm_head_bias: bool = False

@@ -37,7 +37,7 @@ CONFIG_KEYS = (
 
 
 _LOW_RANK = ("medusa_lowrank", "rooted", "recurrent")
-"""Kinds whose projections are those of `_LowRank`; recurrent heads share one of them."""
+"""Kinds whose projections are those of `_LowRank`."""
 
 
 class MedusaExpMTP(nn.Module):
@@ -123,7 +123,7 @@ class MedusaExpMTP(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor | None:
         """Return logits [R, V] of head `spec_step_idx`, of the rows that `forward` returned."""
-        k, x_RD = (0 if self.is_recurrent else spec_step_idx), hidden_states
+        k, x_RD = spec_step_idx, hidden_states
         blocks = [] if self.is_recurrent else list(self.model.blocks[k])
         if self.is_grounded:
             x_RD, embedded_RD = x_RD.chunk(2, -1)
@@ -137,7 +137,9 @@ class MedusaExpMTP(nn.Module):
         heads = self.model.lm_heads
         if self.kind not in _LOW_RANK:
             return self._project(heads[k], x_RD)
-        logits_RW = self._project(heads.up[k], heads.down[k](x_RD) if len(heads.down) else x_RD)
+        place = k if len(heads.up) > 1 else 0
+        down = heads.down[place] if len(heads.down) else nn.Identity()
+        logits_RW = self._project(heads.up[place], down(x_RD))
         if logits_RW is None or not self.config.medusa_num_tokens:
             return logits_RW
         full_RV = logits_RW.new_full((len(logits_RW), self.config.vocab_size), -torch.inf)
@@ -252,7 +254,11 @@ class _LowRank(nn.Module):
         super().__init__()
         size, rank = config.hidden_size, config.medusa_rank
         num_tokens = config.medusa_num_tokens or config.vocab_size
-        heads = range(1 if config.medusa_kind == "recurrent" else config.num_nextn_predict_layers)
+        # Recurrent heads that were exported before each had its own do not say so: they have one.
+        is_one = config.medusa_kind == "recurrent" and not getattr(
+            config, "medusa_own_projections", False
+        )
+        heads = range(1 if is_one else config.num_nextn_predict_layers)
         self.down = nn.ModuleList(nn.Linear(size, rank, bias=False) for _ in heads if rank)
         self.up = nn.ModuleList(
             ParallelLMHead(

@@ -27,7 +27,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, find_heads, load_heads, save_heads
-from medusa_exp.model.heads import MedusaHeads, build_heads, family_for
+from medusa_exp.model.heads import MedusaHeads, build_heads, family_for, own_projections_for
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.runs.locks import locked
@@ -131,11 +131,15 @@ def train(session: Session) -> dict[str, float]:
 
 
 def with_family(session: Session, backbone: Backbone) -> Config:
-    """Return the config with the family of heads that head.kind=auto stands for, and say which."""
-    config = session.config
-    if config.head.kind != "auto":
-        return config
-    head, size = config.head, backbone.vocab_size
+    """Return the config with what head.kind=auto and head.own_projections=null stand for.
+
+    Which family that is, is said.
+    """
+    config, size = session.config, backbone.vocab_size
+    head = config.head
+    if head.kind != "auto":
+        own = own_projections_for(head.kind, size, head.num_tokens, head.own_projections)
+        return replace(config, head=replace(head, own_projections=own))
     embedding = backbone.model.get_input_embeddings()
     is_as_wide = getattr(embedding, "embedding_dim", None) == backbone.hidden_size
     can_share = config.model.device_map is None and is_as_wide
@@ -143,7 +147,9 @@ def with_family(session: Session, backbone: Backbone) -> Config:
     frequent = f" and head.num_tokens={num_tokens}" if num_tokens else ""
     log.info("head.kind=auto: %s%s, for a vocabulary of %s tokens", kind, frequent, f"{size:,}")
     session.notes.add(head_kind=kind)
-    return replace(config, head=replace(head, kind=kind, num_tokens=num_tokens))
+    own = own_projections_for(kind, size, num_tokens, head.own_projections)
+    named = replace(head, kind=kind, num_tokens=num_tokens, own_projections=own)
+    return replace(config, head=named)
 
 
 def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
@@ -163,6 +169,8 @@ def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
     for key, value in asdict(config.head).items():
         if value is not None and key in limits:
             value = min(value, limits[key])  # as `build_heads` has it
+        if key == "own_projections" and value is None:
+            continue  # no such choice
         if getattr(heads.config, key) != value:
             raise UserError(
                 f"train.heads_from={place} has {key}={getattr(heads.config, key)}, and this run "

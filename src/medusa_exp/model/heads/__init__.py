@@ -12,11 +12,13 @@ from transformers import AutoConfig, AutoModel
 from medusa_exp.model.heads.config import MedusaHeadsConfig
 from medusa_exp.model.heads.heads import (
     FAMILIES,
+    LOW_RANK,
     MedusaHeads,
     StackedHeads,
     advice_on_cost,
     build_heads,
     family_for,
+    own_projections_for,
     reads_whole_vocabulary,
     stack_heads,
 )
@@ -25,6 +27,7 @@ from medusa_exp.model.heads.prefix_attention import PrefixAttention, heads_input
 
 __all__ = [
     "FAMILIES",
+    "LOW_RANK",
     "MedusaHeads",
     "MedusaHeadsConfig",
     "PrefixAttention",
@@ -34,6 +37,7 @@ __all__ = [
     "build_heads",
     "family_for",
     "heads_input",
+    "own_projections_for",
     "reads_whole_vocabulary",
     "stack_heads",
 ]

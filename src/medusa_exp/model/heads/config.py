@@ -9,6 +9,7 @@ class MedusaHeadsConfig(PreTrainedConfig):
     Imported heads may say nothing of their backbone: `backbone_identity` is then empty. So is
     `backbone_weights`, a fingerprint of all its weights, in heads that were saved before there was
     one. Those that are tied to a matrix which came with them have its digest in `lm_head_sha256`.
+    Recurrent heads that were saved before `own_projections` have one projection for all.
     """
 
     model_type = "medusa"
@@ -19,6 +20,7 @@ class MedusaHeadsConfig(PreTrainedConfig):
     bias: bool = True
     rank: int | None = None
     num_tokens: int | None = None
+    own_projections: bool = False
     prefix_attention: bool = False
     num_attention_heads: int = 1
     hidden_size: int = 256

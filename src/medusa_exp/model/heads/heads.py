@@ -25,7 +25,6 @@ from medusa_exp.model.heads.layers import (
     Projection,
     RecurrentBlock,
     ResBlock,
-    SharedProjection,
     TiedProjection,
     UntiedProjections,
 )
@@ -52,17 +51,22 @@ class Family:
     """Blocks without which there would be nothing to train, or nothing that sees draft tokens."""
 
 
+def _of_recurrent(config: MedusaHeadsConfig) -> Projection:
+    return LowRankProjections(config, is_shared=not config.own_projections)
+
+
 FAMILIES = {
     "medusa": Family(UntiedProjections),
     "medusa_tied": Family(TiedProjection, min_layers=1),
     "medusa_lowrank": Family(LowRankProjections),
     "hydra": Family(UntiedProjections, is_sequential=True, min_layers=1),
     "rooted": Family(LowRankProjections, sees_root=True),
-    "recurrent": Family(SharedProjection, is_sequential=True, is_recurrent=True, min_layers=1),
+    "recurrent": Family(_of_recurrent, is_sequential=True, is_recurrent=True, min_layers=1),
 }
 """The families by `head.kind`."""
-_LOW_RANK = ("medusa_lowrank", "rooted", "recurrent")
-_FREQUENT = (*_LOW_RANK, "medusa_tied")
+LOW_RANK = ("medusa_lowrank", "rooted", "recurrent")
+"""Families whose projections may be of low rank."""
+_FREQUENT = (*LOW_RANK, "medusa_tied")
 """Families that may have a head vocabulary of the most frequent tokens alone."""
 LARGE_VOCABULARY = 16_384
 """Tokens above which separate projections are most of what the heads read and hold."""
@@ -337,9 +341,26 @@ def family_for(
     return "recurrent", FREQUENT_TOKENS
 
 
+def own_projections_for(
+    kind: str, vocab_size: int, num_tokens: int | None, asked: bool | None = None
+) -> bool | None:
+    """Say whether each head of kind recurrent has its own projection; None of other kinds.
+
+    Args:
+        kind: not auto.
+        vocab_size: V.
+        num_tokens: of the head vocabulary, None for all of V.
+        asked: as in the config; None is yes where the head vocabulary is no large one.
+    """
+    if not FAMILIES[kind].is_recurrent:
+        return None
+    return (num_tokens or vocab_size) <= LARGE_VOCABULARY if asked is None else asked
+
+
 def reads_whole_vocabulary(config: MedusaHeadsConfig) -> bool:
     """Has each head a whole matrix [V, D] of its own?"""
-    is_own = FAMILIES[config.kind].projection in (UntiedProjections, LowRankProjections)
+    is_one = FAMILIES[config.kind].is_recurrent and not config.own_projections
+    is_own = config.kind != "medusa_tied" and not is_one
     return is_own and config.rank is None and config.num_tokens is None
 
 
@@ -355,9 +376,9 @@ def advice_on_cost(heads: MedusaHeads | StackedHeads, share: float) -> str | Non
         return None
     return (
         f"the heads take {share:.0%} of a step (eval/time/heads): each reads a projection of its "
-        f"own to {config.vocab_size:,} tokens. head=recurrent head.num_tokens=16384 has one, for "
-        "frequent tokens; head=medusa_tied shares the backbone's lm_head: train with one of them "
-        "and compare eval/speedup"
+        f"own to {config.vocab_size:,} tokens. head=recurrent head.num_tokens=16384 reads those of "
+        "frequent tokens alone; head=medusa_tied shares the backbone's lm_head: train with one of "
+        "them and compare eval/speedup"
     )
 
 
@@ -370,6 +391,7 @@ def build_heads(
     bias: bool = True,
     rank: int | None = None,
     num_tokens: int | None = None,
+    own_projections: bool | None = None,
     prefix_attention: bool = False,
     token_counts: Tensor | None = None,
 ) -> MedusaHeads:
@@ -388,6 +410,7 @@ def build_heads(
         rank: of the matrices of medusa_lowrank, rooted and recurrent; None is full.
         num_tokens: size of the head vocabulary of these and of medusa_tied, the most frequent
             tokens; None is all.
+        own_projections: of recurrent; see `own_projections_for`.
         prefix_attention: put a layer of attention over all hidden states before the heads.
         token_counts: how often each token comes [V], for `num_tokens`.
 
@@ -408,6 +431,9 @@ def build_heads(
         bias=bias,
         rank=None if rank is None else min(rank, backbone.hidden_size),
         num_tokens=None if num_tokens is None else min(num_tokens, backbone.vocab_size),
+        own_projections=bool(
+            own_projections_for(kind, backbone.vocab_size, num_tokens, own_projections)
+        ),
         prefix_attention=prefix_attention,
         num_attention_heads=attention_heads(
             backbone.model.config.get_text_config(), backbone.hidden_size
@@ -430,6 +456,6 @@ def check_shape(kind: str, num_layers: int, rank: int | None, num_tokens: int | 
         raise ValueError(f"kind={kind} needs num_layers of {fewest} or more.")
     if kind == "medusa_lowrank" and rank is None and num_tokens is None:
         raise ValueError("kind=medusa_lowrank needs rank or num_tokens.")
-    for name, value, kinds in (("rank", rank, _LOW_RANK), ("num_tokens", num_tokens, _FREQUENT)):
+    for name, value, kinds in (("rank", rank, LOW_RANK), ("num_tokens", num_tokens, _FREQUENT)):
         if value is not None and kind not in kinds:
             raise ValueError(f"kind={kind} has no {name}: {', '.join(kinds)} have.")

@@ -252,18 +252,18 @@ class TiedProjection(nn.Module):
 
 
 class LowRankProjections(nn.Module):
-    """For each head a matrix [W, D], or its factors [W, S] and [S, D].
+    """For each head, or for all, a matrix [W, D], or its factors [W, S] and [S, D].
 
     A token outside the head vocabulary is never drafted: where it comes, the draft is wrong.
     """
 
     token_map: Tensor | None
 
-    def __init__(self, config: MedusaHeadsConfig, number: int | None = None) -> None:
+    def __init__(self, config: MedusaHeadsConfig, *, is_shared: bool = False) -> None:
         super().__init__()
         num_tokens = config.num_tokens or config.vocab_size
         width = config.rank or config.hidden_size
-        heads = range(config.num_heads if number is None else number)
+        heads = range(1 if is_shared else config.num_heads)
         self.down = nn.ModuleList(
             nn.Linear(config.hidden_size, width, bias=False) for _ in heads if config.rank
         )
@@ -275,7 +275,8 @@ class LowRankProjections(nn.Module):
 
     def forward(self, k: int, x_RD: Tensor) -> Tensor:
         """Return logits_RW."""
-        return self.up[k](self.down[k](x_RD) if len(self.down) else x_RD)
+        place = self._place(k)
+        return self.up[place](self.down[place](x_RD) if len(self.down) else x_RD)
 
     @torch.no_grad()
     def start(self, backbone: Backbone, token_counts_V: Tensor | None) -> None:
@@ -305,8 +306,12 @@ class LowRankProjections(nn.Module):
         """Nothing is shared."""
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
-        """Return its matrix or its factors, and its bias."""
-        return [p for layers in (self.down, self.up) if len(layers) for p in layers[k].parameters()]
+        """Return its matrix or its factors, and its bias; where one is for all, that at each k."""
+        layers = [some[self._place(k)] for some in (self.down, self.up) if len(some)]
+        return [parameter for layer in layers for parameter in layer.parameters()]
+
+    def _place(self, k: int) -> int:
+        return k if len(self.up) > 1 else 0
 
     def stacked(self, dtype: torch.dtype) -> Stacked:
         """Return one or two batched products."""
@@ -315,18 +320,3 @@ class LowRankProjections(nn.Module):
             return up
         down = stacked_linear(self.down, dtype)
         return lambda x_KBD, count: up(down(x_KBD, count), count)
-
-
-class SharedProjection(LowRankProjections):
-    """One matrix, or its factors, for all heads."""
-
-    def __init__(self, config: MedusaHeadsConfig) -> None:
-        super().__init__(config, number=1)
-
-    def forward(self, k: int, x_RD: Tensor) -> Tensor:
-        """Return logits_RW."""
-        return super().forward(0, x_RD)
-
-    def parameters_of(self, k: int) -> list[nn.Parameter]:
-        """Return the same at each k."""
-        return super().parameters_of(0)
