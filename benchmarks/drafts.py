@@ -59,6 +59,7 @@ def compare_drafts(
     limits: Limits,
     rule: AcceptanceRule,
     batch_size: int = 1,
+    num_answers: int = 1,
 ) -> list[Count]:
     """Return what both kinds of drafts come to, each over its own best tree of so many nodes.
 
@@ -70,6 +71,7 @@ def compare_drafts(
         limits: where responses end.
         rule: sampling, with the temperature and filters.
         batch_size: prompts that are answered at a time.
+        num_answers: to each prompt, drawn by other numbers.
     """
     backbone, half = decoder.backbone, len(prompts) // 2
     ranks: dict[str, list] = {"top": [], "sampled": []}
@@ -90,9 +92,10 @@ def compare_drafts(
         tree = best_tree(found, num_nodes, MAX_RANK, is_drawn=draft == "sampled")
         trees[draft] = tree
         counts[draft] = Count(draft, len(tree), total / num_steps(found, tree))
-    for start in range(half, len(prompts), batch_size):
+    starts = range(half, len(prompts), batch_size)
+    for answer, start in [(answer, start) for answer in range(num_answers) for start in starts]:
         for draft in trees:
-            by = replace(rule, seed=1000 + start, draft=draft)
+            by = replace(rule, seed=1000 * (answer + 1) + start, draft=draft)
             some = prompts[start : start + batch_size]
             responses = decoder.decode(some, limits, tree=trees[draft], rule=by)
             for response in responses:
@@ -112,6 +115,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--answers", type=int, default=1, help="to each prompt")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     session = Session.of_run(given.run, None)
@@ -130,6 +134,7 @@ def main() -> None:
         limits=limits,
         rule=AcceptanceRule("sampling", given.temperature),
         batch_size=given.batch_size,
+        num_answers=given.answers,
     )
     records = [count.as_record() for count in counts]
     print(json.dumps(records, indent=2))

@@ -190,6 +190,17 @@ def test_a_saved_config_is_read_where_hydra_is_not(tmp_path):
     assert (config.seed, config.run_dir, config.sweep_dir) == (3, str(tmp_path / "run"), "")
 
 
+@pytest.mark.parametrize("kind", ["recurrent", "auto", "rooted", None])
+def test_a_saved_config_of_before_own_projections_has_one_for_all(tmp_path, kind):
+    saved = tmp_path / "run" / ".hydra" / "config.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("seed: 3\n" + (f"head:\n  kind: {kind}\n" if kind else ""))
+    one = from_hydra(load_saved(saved)).head.own_projections
+    assert one is (False if kind in ("recurrent", "auto") else None)
+    saved.write_text(f"head:\n  kind: {kind or 'medusa'}\n  own_projections: null\n")
+    assert from_hydra(load_saved(saved)).head.own_projections is None
+
+
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(UserError, match=r"decode\.stop_strings.*empty"):
         composed("decode.stop_strings=['']")

@@ -136,7 +136,32 @@ def test_blocks_and_projections_that_recurrent_heads_do_not_have_are_found(backb
     }
     save_file(one, file)
     said = [f.text for f in all_faults(read_heads(tmp_path)) if f.is_error]
-    assert "the config says own_projections: True, and the tensors False" in said
+    assert any("head 2 not has a vocabulary projection" in text for text in said)
+
+
+def test_a_single_recurrent_head_is_as_its_config_says(backbone, tmp_path):
+    for own, family in ((True, "recurrent"), (False, "recurrent, shared")):
+        save_moved(backbone, family, tmp_path / family / "heads", num_heads=1)
+        source, ours = publishing.open_source(
+            tmp_path / family / "heads", backbone, "org/target", "auto"
+        )
+        for format_ in ("medusa_exp", "vllm"):
+            place = tmp_path / family / ("heads" if format_ == "medusa_exp" else "vllm")
+            if format_ == "vllm":
+                publishing.export(source, ours, backbone, "vllm", place)
+            assert [fault for fault in all_faults(read_heads(place)) if fault.is_error] == []
+            assert import_heads(place, no_vocab_size).config.own_projections is own
+
+
+def test_projections_that_are_lost_are_not_made_up_from_others(backbone, tmp_path):
+    exported(backbone, "recurrent", "vllm", tmp_path)
+    file = tmp_path / "vllm" / "model.safetensors"
+    tensors = load_file(file)
+    for lost in ({"lm_heads.up.2.weight"}, {"lm_heads.up.1.weight", "lm_heads.up.2.weight"}):
+        save_file({name: t for name, t in tensors.items() if name not in lost}, file)
+        assert [fault for fault in all_faults(read_heads(tmp_path / "vllm")) if fault.is_error]
+        with pytest.raises(UserError):
+            import_heads(tmp_path / "vllm", no_vocab_size)
 
 
 def _lose_bias(config, tensors):

@@ -80,6 +80,16 @@ def test_of_other_settings(plain):
     }
 
 
+def test_one_projection_for_all_recurrent_heads_is_what_it_was_before_there_was_a_choice(plain):
+    plain.head = Head(kind="recurrent")
+    of_each = {}
+    for own in (None, False, True):
+        plain.head.own_projections = own
+        of_each[own] = keys(plain)["training"]
+    assert of_each[None] == of_each[False] == "f52458f219bdd34c"
+    assert of_each[True] != of_each[None]
+
+
 def test_old_words_are_said_once_and_are_the_same_training(plain, caplog):
     caplog.set_level("INFO")
     plain.train = TrainConfig(labels="teacher", text="regenerated")

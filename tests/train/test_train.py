@@ -203,6 +203,27 @@ def test_heads_go_on_from_what_was_saved_in_a_bf16_backbones_run_too(config, tmp
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["recurrent", "auto"])
+def test_heads_that_are_gone_on_from_decide_on_their_projections(
+    config, tmp_path, monkeypatch, kind
+):
+    monkeypatch.setattr(heads_module, "LARGE_VOCABULARY", 60)  # of 64
+    monkeypatch.setattr(heads_module, "FREQUENT_TOKENS", 40)
+    config.head = Head(num_heads=2, kind="recurrent", num_tokens=40, own_projections=False)
+    config.train.max_steps = 2
+    run(config, tmp_path / "first")
+    config.head = Head(num_heads=2, kind=kind, num_tokens=40)
+    run(config, tmp_path / "fresh")
+    config.train.heads_from = str(tmp_path / "first")
+    run(config, tmp_path / "second")
+    places = ("first", "fresh", "second")
+    own = [load_heads(tmp_path / place / "heads").config.own_projections for place in places]
+    assert own == [False, True, False]
+    config.head.own_projections = True
+    with pytest.raises(UserError, match=r"own_projections=False, and this run head\.own_proj"):
+        run(config, tmp_path / "third")
+
+
 @pytest.mark.parametrize(("limit", "taken"), [(100_000, "rooted"), (10, "recurrent")])
 def test_auto_heads_are_recurrent_where_the_vocabulary_is_large(
     config, tmp_path, monkeypatch, caplog, limit, taken

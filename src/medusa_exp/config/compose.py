@@ -143,6 +143,9 @@ def load_saved(path: Path) -> DictConfig:
         # Places that Hydra made of the clock: nobody else could read them.
         placed = {"run_dir": str(path.parents[1]), "sweep_dir": ""}
         saved = load_yaml(path)
+        head = saved.get("head") or {}
+        if "own_projections" not in head and head.get("kind") in ("recurrent", "auto"):
+            saved["head"]["own_projections"] = False  # as it was before there was a choice
         return OmegaConf.merge(OmegaConf.structured(Config), saved, placed)  # type: ignore
     except UserError:
         raise

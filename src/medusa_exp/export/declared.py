@@ -28,6 +28,7 @@ class Declared:
     has_bias: bool | None = None
     is_tied: bool | None = None
     num_tokens: int | None = None
+    own_projections: bool = False
     attention_heads: int = 1
     kind: str | None = None
     backbone: str = ""
@@ -100,6 +101,7 @@ def declared_by(format_: str, config: dict[str, Any]) -> Declared:
             has_bias=own["bias"],
             is_tied=own["kind"] == "medusa_tied",
             num_tokens=own["num_tokens"],
+            own_projections=bool(get(f"{prefix}own_projections", False)),
             kind=own["kind"],
             attention_heads=get("num_attention_heads", 1),
         )

@@ -136,6 +136,8 @@ class Reading:
     @property
     def is_one_projection(self) -> bool:
         """Do recurrent heads share their projection, too?"""
+        if len(self.heads) == 1:  # of which both are true
+            return self.is_recurrent and not self.declared.own_projections
         return self.is_recurrent and all(head.out is self.heads[0].out for head in self.heads)
 
     @property
@@ -432,17 +434,30 @@ def _fill(reading: Reading, names: dict[str, Path]) -> None:
             part = "out_bias" if found["part"] == "bias" else "out"
             setattr(by_head[int(found["k"])], part, tensor)
     reading.heads = [by_head.get(k, Head()) for k in range(max(by_head, default=-1) + 1)]
-    if reading.is_recurrent and len(reading.heads) == 1:
-        reading.heads *= min(reading.declared.num_heads or 1, _MOST_HEADS)
-    elif reading.is_recurrent:
-        stray += [f"blocks.{k}" for k, head in enumerate(reading.heads) if k and head.blocks]
-        for head in reading.heads[1:]:
-            head.blocks = reading.heads[0].blocks
+    if reading.is_recurrent and reading.heads:
+        stray += _share_blocks(reading)
     if stray:
         some = ", ".join(sorted(stray)[:4])
         is_model = len(stray) > len(names) / 2  # a whole model with heads in it, as of Medusa-2
         text = f"{len(stray)} tensors are no part of this format, and are passed over: {some}"
         reading.faults.append(Fault("stray tensors", text, is_error=not is_model))
+
+
+def _share_blocks(reading: Reading) -> list[str]:
+    """Make of recurrent heads what all of them are; return the tensors that none has a place for.
+
+    Projections that are lost are not made up from others.
+    """
+    first, *others = reading.heads
+    number = min(reading.declared.num_heads or 1, _MOST_HEADS)
+    if not others and not reading.declared.own_projections:
+        reading.heads = [first] * number
+        return []
+    stray = [f"blocks.{k}.{layer}" for k, head in enumerate(others, 1) for layer in head.blocks]
+    reading.heads += [Head() for _ in range(number - len(reading.heads))]
+    for head in reading.heads[1:]:
+        head.blocks = first.blocks
+    return stray
 
 
 def _tensors(

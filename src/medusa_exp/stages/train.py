@@ -21,7 +21,7 @@ from filelock import Timeout
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
-from medusa_exp.config import Config, TrainConfig, from_dict, to_dict
+from medusa_exp.config import Config, HeadConfig, TrainConfig, from_dict, to_dict
 from medusa_exp.data.datamodule import Batches
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
@@ -138,8 +138,7 @@ def with_family(session: Session, backbone: Backbone) -> Config:
     config, size = session.config, backbone.vocab_size
     head = config.head
     if head.kind != "auto":
-        own = own_projections_for(head.kind, size, head.num_tokens, head.own_projections)
-        return replace(config, head=replace(head, own_projections=own))
+        return replace(config, head=_with_projections(config, head, size))
     embedding = backbone.model.get_input_embeddings()
     is_as_wide = getattr(embedding, "embedding_dim", None) == backbone.hidden_size
     can_share = config.model.device_map is None and is_as_wide
@@ -147,9 +146,15 @@ def with_family(session: Session, backbone: Backbone) -> Config:
     frequent = f" and head.num_tokens={num_tokens}" if num_tokens else ""
     log.info("head.kind=auto: %s%s, for a vocabulary of %s tokens", kind, frequent, f"{size:,}")
     session.notes.add(head_kind=kind)
-    own = own_projections_for(kind, size, num_tokens, head.own_projections)
-    named = replace(head, kind=kind, num_tokens=num_tokens, own_projections=own)
-    return replace(config, head=named)
+    named = replace(head, kind=kind, num_tokens=num_tokens)
+    return replace(config, head=_with_projections(config, named, size))
+
+
+def _with_projections(config: Config, head: HeadConfig, vocab_size: int) -> HeadConfig:
+    if config.train.heads_from is not None and head.own_projections is None:
+        return head  # those heads decide
+    own = own_projections_for(head.kind, vocab_size, head.num_tokens, head.own_projections)
+    return replace(head, own_projections=own)
 
 
 def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
@@ -170,7 +175,7 @@ def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
         if value is not None and key in limits:
             value = min(value, limits[key])  # as `build_heads` has it
         if key == "own_projections" and value is None:
-            continue  # no such choice
+            continue  # no such choice, or left to these heads
         if getattr(heads.config, key) != value:
             raise UserError(
                 f"train.heads_from={place} has {key}={getattr(heads.config, key)}, and this run "

@@ -21,6 +21,7 @@ import random
 import signal
 import zipfile
 import zlib
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -239,6 +240,8 @@ def training_key(
         settings[name] = "own" if settings[name] == word else settings[name]
     weights = {name: source.weight for name, source in dataset.sources.items()}
     data = [data_key, dataset.val_fraction, dataset.test_fraction, weights]
+    # One projection for all recurrent heads is what null was, before there was a choice.
+    head = replace(head, own_projections=head.own_projections or None)
     of_head = settings_in_key(head, _HEAD_IN_KEY)
     return content_key(of_head, settings, data, seed, backbone.weights_fingerprint())
 
@@ -262,7 +265,8 @@ def checkpoint_to_resume(out: Path, key: str, resume: str) -> tuple[Path | None,
         raise UserError(
             f"{path} was made with another head, train, dataset, tokenizer, seed or model: set "
             "train.resume=never to train anew here, or choose another run_dir. (Where an older "
-            "version made it with head.kind=auto, that was medusa_tied or medusa: name it.)"
+            "version made it with head.kind=auto, that was medusa_tied or medusa: name it; "
+            "where it made recurrent heads, these had head.own_projections=false.)"
         )
     log.info("resuming from %s, step %d", path, checkpoint.global_step)
     return path, checkpoint.global_step

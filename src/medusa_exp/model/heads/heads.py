@@ -129,7 +129,10 @@ class MedusaHeads(PreTrainedModel):
         """Return a few words about them."""
         number = sum(parameter.numel() for parameter in self.parameters())
         size = f"{number / 1e6:.1f} million" if number >= 1e5 else f"{number:,}"
-        return f"{self.num_heads} heads of kind {self.config.kind}, {size} parameters"
+        kind = f"{self.num_heads} heads of kind {self.config.kind}"
+        if self.is_recurrent:
+            kind += ", a projection each" if self.config.own_projections else ", one projection"
+        return f"{kind}, {size} parameters"
 
     @property
     def token_map(self) -> Tensor | None:
@@ -354,7 +357,8 @@ def own_projections_for(
     """
     if not FAMILIES[kind].is_recurrent:
         return None
-    return (num_tokens or vocab_size) <= LARGE_VOCABULARY if asked is None else asked
+    width = min(num_tokens or vocab_size, vocab_size)
+    return width <= LARGE_VOCABULARY if asked is None else asked
 
 
 def reads_whole_vocabulary(config: MedusaHeadsConfig) -> bool:
