@@ -319,8 +319,8 @@ class HeadConfig:
             if getattr(self, key) is not None:
                 OneOf(kinds).check(f"head.kind (with head.{key})", self.kind)
         if self.own_projections is not None:
-            kinds = ("recurrent", "auto")
-            OneOf(kinds).check("head.kind (with head.own_projections)", self.kind)
+            one_of = OneOf(("recurrent", "auto"))
+            one_of.check("head.kind (with head.own_projections)", self.kind)
         if self.kind == "medusa_lowrank" and self.rank is None and self.num_tokens is None:
             raise UserError("head.kind=medusa_lowrank needs head.rank or head.num_tokens.")
         if self.kind in ("medusa_tied", "hydra", "recurrent", "auto"):
