@@ -56,8 +56,8 @@ these files stands on its page with its command.
 - A commit with `+` had uncommitted changes. Hashes are those of this repository.
 - `+experiment=quickstart`, and *the quickstart*, of commits before d6aab59 are what
   `+experiment=from_scratch` is today: it made its model first.
-- Recurrent heads of commits before 6c6fa05 have one projection for all, today's have one each
-  (`head.own_projections=false` is what they were).
+- Recurrent heads of commits before 6c6fa05 have one projection for all; today's have one each up to
+  16,384 tokens of their vocabulary (`head.own_projections=false` is what they were).
 - A *speed-up* is over plain decoding of the same prompts, in the same process, in turn; its
   interval is a bootstrap over prompts ([how](guide/evaluation.md)). It belongs to a model, a text
   and a machine in its state on that day.

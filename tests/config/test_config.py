@@ -197,6 +197,9 @@ def test_a_saved_config_of_before_own_projections_has_one_for_all(tmp_path, kind
     saved.write_text("seed: 3\n" + (f"head:\n  kind: {kind}\n" if kind else ""))
     one = from_hydra(load_saved(saved)).head.own_projections
     assert one is (False if kind in ("recurrent", "auto") else None)
+    changed = load_saved(saved)
+    changed.head.kind = "rooted"  # as a word of the command line does, which says no more
+    assert from_hydra(changed).head.kind == "rooted"
     saved.write_text(f"head:\n  kind: {kind or 'medusa'}\n  own_projections: null\n")
     assert from_hydra(load_saved(saved)).head.own_projections is None
 

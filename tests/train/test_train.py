@@ -231,7 +231,8 @@ def test_auto_heads_are_recurrent_where_the_vocabulary_is_large(
     monkeypatch.setattr(heads_module, "LARGE_VOCABULARY", limit)
     monkeypatch.setattr(heads_module, "FREQUENT_TOKENS", number := 40)
     caplog.set_level("INFO")
-    config.head = Head(num_heads=2, kind="auto")
+    # Saved configs of before there was a choice say so of auto, whatever it stands for.
+    config.head = Head(num_heads=2, kind="auto", own_projections=False)
     config.train.max_steps = 2
     shared = session.Session(config, tmp_path)
     train.run(config, tmp_path, shared)

@@ -318,7 +318,7 @@ class HeadConfig:
         for key, kinds in (("rank", low_rank), ("num_tokens", (*low_rank, "medusa_tied", "auto"))):
             if getattr(self, key) is not None:
                 OneOf(kinds).check(f"head.kind (with head.{key})", self.kind)
-        if self.own_projections is not None:
+        if self.own_projections:  # false is true of no other kind, and asks for nothing
             one_of = OneOf(("recurrent", "auto"))
             one_of.check("head.kind (with head.own_projections)", self.kind)
         if self.kind == "medusa_lowrank" and self.rank is None and self.num_tokens is None:

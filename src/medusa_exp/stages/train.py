@@ -138,7 +138,7 @@ def with_family(session: Session, backbone: Backbone) -> Config:
     config, size = session.config, backbone.vocab_size
     head = config.head
     if head.kind != "auto":
-        return replace(config, head=_with_projections(config, head, size))
+        return replace(config, head=_named(config, head.kind, head.num_tokens, size))
     embedding = backbone.model.get_input_embeddings()
     is_as_wide = getattr(embedding, "embedding_dim", None) == backbone.hidden_size
     can_share = config.model.device_map is None and is_as_wide
@@ -146,15 +146,15 @@ def with_family(session: Session, backbone: Backbone) -> Config:
     frequent = f" and head.num_tokens={num_tokens}" if num_tokens else ""
     log.info("head.kind=auto: %s%s, for a vocabulary of %s tokens", kind, frequent, f"{size:,}")
     session.notes.add(head_kind=kind)
-    named = replace(head, kind=kind, num_tokens=num_tokens)
-    return replace(config, head=_with_projections(config, named, size))
+    return replace(config, head=_named(config, kind, num_tokens, size))
 
 
-def _with_projections(config: Config, head: HeadConfig, vocab_size: int) -> HeadConfig:
-    if config.train.heads_from is not None and head.own_projections is None:
-        return head  # those heads decide
-    own = own_projections_for(head.kind, vocab_size, head.num_tokens, head.own_projections)
-    return replace(head, own_projections=own)
+def _named(config: Config, kind: str, num_tokens: int | None, vocab_size: int) -> HeadConfig:
+    asked = config.head.own_projections
+    own = own_projections_for(kind, vocab_size, num_tokens, asked)
+    if config.train.heads_from is not None and asked is None:
+        own = None  # those heads decide
+    return replace(config.head, kind=kind, num_tokens=num_tokens, own_projections=own)
 
 
 def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
