@@ -21,7 +21,7 @@ from filelock import Timeout
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
-from medusa_exp.config import Config, HeadConfig, TrainConfig, from_dict, to_dict
+from medusa_exp.config import Config, TrainConfig, from_dict, to_dict
 from medusa_exp.data.datamodule import Batches
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
@@ -137,24 +137,19 @@ def with_family(session: Session, backbone: Backbone) -> Config:
     """
     config, size = session.config, backbone.vocab_size
     head = config.head
-    if head.kind != "auto":
-        return replace(config, head=_named(config, head.kind, head.num_tokens, size))
-    embedding = backbone.model.get_input_embeddings()
-    is_as_wide = getattr(embedding, "embedding_dim", None) == backbone.hidden_size
-    can_share = config.model.device_map is None and is_as_wide
-    kind, num_tokens = family_for(head.kind, size, head.num_tokens, can_share=can_share)
-    frequent = f" and head.num_tokens={num_tokens}" if num_tokens else ""
-    log.info("head.kind=auto: %s%s, for a vocabulary of %s tokens", kind, frequent, f"{size:,}")
-    session.notes.add(head_kind=kind)
-    return replace(config, head=_named(config, kind, num_tokens, size))
-
-
-def _named(config: Config, kind: str, num_tokens: int | None, vocab_size: int) -> HeadConfig:
-    asked = config.head.own_projections
-    own = own_projections_for(kind, vocab_size, num_tokens, asked)
-    if config.train.heads_from is not None and asked is None:
-        own = None  # those heads decide
-    return replace(config.head, kind=kind, num_tokens=num_tokens, own_projections=own)
+    kind, num_tokens, own = head.kind, head.num_tokens, head.own_projections
+    if kind == "auto":
+        embedding = backbone.model.get_input_embeddings()
+        is_as_wide = getattr(embedding, "embedding_dim", None) == backbone.hidden_size
+        can_share = config.model.device_map is None and is_as_wide
+        kind, num_tokens = family_for(kind, size, num_tokens, can_share=can_share)
+        frequent = f" and head.num_tokens={num_tokens}" if num_tokens else ""
+        log.info("head.kind=auto: %s%s, for a vocabulary of %s tokens", kind, frequent, f"{size:,}")
+        session.notes.add(head_kind=kind)
+    if own is not None or config.train.heads_from is None:  # else those heads decide
+        own = own_projections_for(kind, size, num_tokens, own)
+    named = replace(head, kind=kind, num_tokens=num_tokens, own_projections=own)
+    return replace(config, head=named)
 
 
 def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
