@@ -1,16 +1,19 @@
 """Drafts: nodes that are picked, and heads that say what no trained head should."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE
 
 from medusa_exp.decode import generate
-from medusa_exp.decode.drafting import DynamicTreeDrafter
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.drafting import DynamicTreeDrafter, build_drafter
+from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads
+from medusa_exp.model.heads import stack_heads
 from medusa_exp.tree import Tree, chain
 
 
@@ -48,6 +51,52 @@ def test_a_picked_tree_has_the_likeliest_nodes(backbone):
             assert int(draft.depths_BN[b, node]) == len(path)
             assert int(draft.ancestors_BNN[b, node].sum()) == len(path) + 1
         assert sorted(paths) == expected
+
+
+class WithAllLogits(torch.nn.Module):
+    """The same heads, as foreign ones that have a logit for each token of the vocabulary."""
+
+    def __init__(self, heads) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, hidden_BD):
+        return self.heads(hidden_BD)
+
+
+@pytest.mark.parametrize("draft", ["top", "sampled", "dynamic"])
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_drafts_of_a_head_vocabulary_are_those_of_all_logits(backbone, draft, is_stacked):
+    draws = torch.Generator().manual_seed(0)
+    heads = build_heads(
+        backbone,
+        **{"num_heads": 2, "kind": "medusa_lowrank", "num_tokens": 9},
+        token_counts=torch.rand(backbone.vocab_size, generator=draws),
+    )
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draws))
+    ours = stack_heads(heads, backbone) if is_stacked else heads
+    tree = Tree.from_paths([(i,) for i in range(3)] + [(0, i) for i in range(3)])
+    rule = GREEDY
+    if draft == "sampled":
+        rule = AcceptanceRule("sampling", temperature=0.8, top_k=7, draft="sampled")
+    if draft == "dynamic":
+        tree = replace(tree, num_picked=5)
+    hidden_BD, root_B = torch.randn(4, backbone.hidden_size, generator=draws), torch.arange(4)
+    both = [
+        build_drafter(some, tree, backbone.device, rule) for some in (ours, WithAllLogits(heads))
+    ]
+    uniforms_BU = torch.rand(4, both[0].num_uniforms, generator=draws)
+    with torch.inference_mode():
+        few, all_ = (drafter(root_B, hidden_BD, uniforms_BU) for drafter in both)
+    assert torch.equal(few.tokens_BN, all_.tokens_BN)
+    assert set(few.tokens_BN[:, 1:].flatten().tolist()) <= set(heads.token_map.tolist())
+    if draft == "sampled":
+        assert few.drawn.token_map is heads.token_map
+        q_BQV = torch.zeros_like(all_.drawn.q_BQW)
+        q_BQV[..., heads.token_map] = few.drawn.q_BQW
+        torch.testing.assert_close(q_BQV, all_.drawn.q_BQW)
 
 
 class BrokenHeads(torch.nn.Module):

@@ -5,10 +5,9 @@ of a larger one, and `SequentialDrafter` is for heads that see the draft tokens 
 fills one depth after the other. Trees that stay the same take the heads' likeliest tokens, or draw
 (`decode/sampled.py`): a rank is then the place in the draw.
 
-B rows, D hidden, V vocabulary, K heads, N tree nodes, R ranks, U numbers to draw by. Of a
-dynamic tree, M nodes to choose from. Of sequential heads, M nodes of one depth that have children,
-J tokens from the root to a node, Q = B x M states that a head reads, W tokens of the head
-vocabulary.
+B rows, D hidden, V vocabulary, W tokens of the head vocabulary, K heads, N tree nodes, R ranks, U
+numbers to draw by. Of a dynamic tree, M nodes to choose from. Of sequential heads, M nodes of one
+depth that have children, J tokens from the root to a node, Q = B x M states that a head reads.
 """
 
 from collections.abc import Hashable
@@ -23,7 +22,13 @@ from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.sampled import Drawn, children_of, draw, in_draw_order
 from medusa_exp.decode.verify import TreeRelations, probabilities
 from medusa_exp.errors import UserError
-from medusa_exp.model.heads import MedusaHeads, PrefixAttention, StackedHeads
+from medusa_exp.model.heads import (
+    MedusaHeads,
+    PrefixAttention,
+    StackedHeads,
+    head_vocabulary,
+    token_ids,
+)
 from medusa_exp.tree import Tree, chain
 
 
@@ -155,12 +160,13 @@ class FixedTreeDrafter:
         """Return trees below the roots; see `Drafter`."""
         tokens_BN, drawn = root_B[:, None], None
         if self.depth:
-            logits_BKV = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
+            logits_BKW = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
             if self._draws is None:
-                draft_BKR = logits_BKV.topk(self._num_ranks, dim=-1).indices
+                draft_BKR = logits_BKW.topk(self._num_ranks, dim=-1).indices
             else:
-                draft_BKR, drawn = self._draw(logits_BKV, uniforms_BU)
-            tokens_BN = torch.cat([tokens_BN, draft_BKR.flatten(1)], dim=1)[:, self._place_N]
+                draft_BKR, drawn = self._draw(logits_BKW, uniforms_BU)
+            draft_BR = token_ids(self._heads, draft_BKR).flatten(1)
+            tokens_BN = torch.cat([tokens_BN, draft_BR], dim=1)[:, self._place_N]
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),
@@ -169,14 +175,16 @@ class FixedTreeDrafter:
             drawn,
         )
 
-    def _draw(self, logits_BKV: Tensor, uniforms_BU: Tensor | None) -> tuple[Tensor, Drawn]:
+    def _draw(self, logits_BKW: Tensor, uniforms_BU: Tensor | None) -> tuple[Tensor, Drawn]:
         assert self._draws is not None and uniforms_BU is not None
         by_depth = [
-            self._draws.of_depth(logits_BKV[:, k : k + 1], uniforms_BU, k)
+            self._draws.of_depth(logits_BKW[:, k : k + 1], uniforms_BU, k)
             for k in range(self.depth)
         ]
         draft, q = zip(*by_depth, strict=True)
-        return torch.cat(draft, 1), self._draws.from_(torch.cat(q, 1), self._depths_1N[0])
+        token_map = head_vocabulary(self._heads)
+        drawn = self._draws.from_(torch.cat(q, 1), self._depths_1N[0], token_map)
+        return torch.cat(draft, 1), drawn
 
 
 class DynamicTreeDrafter:
@@ -214,11 +222,12 @@ class DynamicTreeDrafter:
         self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
     ) -> Draft:
         """Return trees below the roots; see `Drafter`."""
-        logits_BKV = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
-        top = logits_BKV.topk(self._num_ranks, dim=-1)
-        log_sum_BK1 = logits_BKV.float().logsumexp(-1, keepdim=True)
+        logits_BKW = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
+        top = logits_BKW.topk(self._num_ranks, dim=-1)
+        log_sum_BK1 = logits_BKW.float().logsumexp(-1, keepdim=True)
         log_p_BKR = top.values.double() - log_sum_BK1.double()
-        tokens_BM = torch.cat([root_B[:, None], top.indices.flatten(1)], 1)[:, self._place_M]
+        draft_BR = token_ids(self._heads, top.indices).flatten(1)
+        tokens_BM = torch.cat([root_B[:, None], draft_BR], 1)[:, self._place_M]
         # Minus infinity times 0, and NaN, would make every score of the row NaN.
         values_BKR = log_p_BKR.nan_to_num(nan=_NO_CHANCE).clamp(min=_NO_CHANCE, max=0)
         # A root is certain. Equal numbers (one of probability 1) must leave parents first.
@@ -280,17 +289,18 @@ def _places(tree: Tree, num_ranks: int) -> np.ndarray:
 def _head_logits(
     heads: nn.Module, hidden_BD: Tensor, root_B: Tensor, depth: int, num_ranks: int
 ) -> Tensor:
-    """Return logits_BKV of as many heads as the tree is deep."""
+    """Return logits_BKW of as many heads as the tree is deep, over their head vocabulary."""
     if isinstance(heads, MedusaHeads | StackedHeads):  # deeper heads need not be read
-        logits_BKV = heads(hidden_BD.to(heads.dtype), min(depth, heads.num_heads), root_B)
+        states_BD, count = hidden_BD.to(heads.dtype), min(depth, heads.num_heads)
+        logits_BKW = heads(states_BD, count, root_B, in_head_vocab=True)
     else:
-        logits_BKV = heads(hidden_BD)
-        if logits_BKV.ndim != 3:
+        logits_BKW = heads(hidden_BD)
+        if logits_BKW.ndim != 3:
             raise ValueError(
-                f"heads(hidden_BD) must return [B, K, V], not {list(logits_BKV.shape)}."
+                f"heads(hidden_BD) must return [B, K, V], not {list(logits_BKW.shape)}."
             )
-    check_tree_fits_heads(depth, num_ranks, *logits_BKV.shape[1:])
-    return logits_BKV[:, :depth]
+    check_tree_fits_heads(depth, num_ranks, *logits_BKW.shape[1:])
+    return logits_BKW[:, :depth]
 
 
 @dataclass(frozen=True)
@@ -327,7 +337,7 @@ class SequentialDrafter:
             UserError: it asks for draft tokens that the heads lack.
         """
         check_tree_fits_heads(
-            tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.vocab_size
+            tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.head_vocab_size
         )
         tree, self._draws = _draws_of(rule, tree, device)
         self.num_nodes, self.depth = len(tree), tree.depth
@@ -367,8 +377,7 @@ class SequentialDrafter:
                 assert uniforms_BU is not None
                 top_BMR, q_BMW = self._draws.of_depth(logits_BMW, uniforms_BU, k)
                 found.append(q_BMW)
-            if self._heads.token_map is not None:
-                top_BMR = self._heads.token_map[top_BMR]
+            top_BMR = token_ids(self._heads, top_BMR)
             tokens_BN[:, plan.children_C] = top_BMR[:, plan.parent_C, plan.rank_C]
         drawn = None
         if self._draws is not None:

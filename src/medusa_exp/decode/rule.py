@@ -20,9 +20,9 @@ from medusa_exp.decode.verify import (
     Verdict,
     verify,
     verify_on_cpu,
-    without_nan,
 )
 from medusa_exp.errors import UserError
+from medusa_exp.model.argmax import argmax
 
 IMPLEMENTATIONS = ("auto", "torch", "cupy")
 DRAFTS = ("top", "sampled")
@@ -181,7 +181,7 @@ class Verifier:
     def next_token(self, logits_B1V: Tensor, uniforms_B1: Tensor | None = None) -> Tensor:
         """Choose the token after a single one: what `verify` says of a tree that is only a root."""
         if self.rule.name != "sampling":  # by a shorter way: this is the step of the baseline
-            return without_nan(logits_B1V)[:, 0].argmax(-1)
+            return argmax(logits_B1V[:, 0])
         nothing_B1 = torch.zeros(len(logits_B1V), 1, dtype=torch.long, device=logits_B1V.device)
         verdict = self(logits_B1V, nothing_B1, nothing_B1 - 1, max_depth=0, uniforms_BN=uniforms_B1)
         return verdict.next_token_B

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.sampled import Drawn, Rejection
+from medusa_exp.model.argmax import argmax, without_nan
 
 
 def probabilities(
@@ -31,7 +32,7 @@ def probabilities(
     infinity, token 0 has it.
     """
     wide_V = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
-    wide_V = wide_V.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    wide_V = without_nan(wide_V)
     largest_1 = wide_V.amax(-1, keepdim=True)
     # Differences to the largest: infinities of one sign are equal, and not NaN. Divided only then,
     # or a tiny temperature would make infinities of several logits.
@@ -213,7 +214,7 @@ class TreeBatch:
 
     def argmax(self) -> Tensor:
         """Return the likeliest token after each node [B, N]."""
-        return without_nan(self.logits_BNV).argmax(-1)
+        return argmax(self.logits_BNV)
 
 
 def _greedy(trees: TreeBatch) -> Verdict:
@@ -336,11 +337,6 @@ def _child_probability(trees: TreeBatch, p_BNV: Tensor) -> Tensor:
     return p_BN.masked_fill(~nodes.is_child_BN | is_copy_BN, 0.0)
 
 
-def without_nan(logits_BNV: Tensor) -> Tensor:
-    """Return logits with minus infinity for NaN."""
-    return logits_BNV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-
 def verify_on_cpu(
     logits_BNV: Tensor,
     tokens_BN: Tensor,
@@ -362,7 +358,7 @@ def verify_greedy(
     """Return what `verify` returns with the rule greedy; tensors are on the CPU."""
     num_nodes = tokens_BN.shape[1]
     width = 1 + (num_nodes - 1 if max_depth is None else max_depth)
-    targets = without_nan(logits_BNV).argmax(-1).tolist()
+    targets = argmax(logits_BNV).tolist()
     paths, last_tokens = [], []
     for target, tokens, parents in zip(
         targets, tokens_BN.tolist(), parents_BN.tolist(), strict=True

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from medusa_exp.config import TrainConfig
 from medusa_exp.data.batching import labeled_index
 from medusa_exp.data.datamodule import Batch
+from medusa_exp.model.argmax import argmax
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.targets import (
@@ -146,7 +147,7 @@ def teacher_labels(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tens
 @torch.no_grad()
 def teacher_argmax(next_logits: NextLogits, hidden_RD: Tensor) -> Tensor:
     """Return the likeliest next token at each of these hidden states: tokens_R."""
-    chunks = [next_logits(hidden_CD).argmax(-1) for hidden_CD in hidden_RD.split(ROWS)]
+    chunks = [argmax(next_logits(hidden_CD)) for hidden_CD in hidden_RD.split(ROWS)]
     return torch.cat(chunks)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from medusa_exp.data.examples import Example
+from medusa_exp.model.argmax import argmax
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.loss import head_labels
@@ -45,7 +46,7 @@ def measure_agreement(backbone: Backbone, examples: Sequence[Example], what: str
         index_R, labels_R = head_labels(ids_1T, is_trained_1T, one_1T, 0)
         logits_RV = backbone.model(input_ids=ids_1T, use_cache=False).logits[0, index_R].float()
         loss_sum += float(cross_entropy(logits_RV, labels_R, reduction="sum"))
-        num_hits += int((logits_RV.argmax(-1) == labels_R).sum())
+        num_hits += int((argmax(logits_RV) == labels_R).sum())
         num_tokens += len(labels_R)
     number = max(1, num_tokens)
     return Agreement(loss_sum / number, num_hits / number, num_tokens)

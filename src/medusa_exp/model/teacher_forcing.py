@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.argmax import argmax
+from medusa_exp.model.heads import MedusaHeads, token_ids
 
 _KEPT_BY_STEP = 8
 """States [U, D] in float32 that a step of a recurrent block keeps for its gradients; counted."""
@@ -127,8 +128,8 @@ def _unrolled(
 
 @torch.no_grad()
 def _first_choices(heads: MedusaHeads, k: int, state_UD: Tensor, chunk_rows: int) -> Tensor:
-    chunks = [heads.lm_heads(k, x_CD).argmax(-1) for x_CD in state_UD.split(chunk_rows)]
-    return _tokens(heads, torch.cat(chunks))
+    chunks = [argmax(heads.lm_heads(k, x_CD)) for x_CD in state_UD.split(chunk_rows)]
+    return token_ids(heads, torch.cat(chunks))
 
 
 @torch.no_grad()
@@ -141,11 +142,7 @@ def _own_drafts(
         hidden_RD.split(chunk_rows), drafted_RJ[:, :1].split(chunk_rows), strict=True
     ):
         for k in range(drafted_RJ.shape[1] - 1):
-            best_C = heads.head_logits(k, hidden_CD, seen_CJ).argmax(-1)
-            seen_CJ = torch.cat([seen_CJ, _tokens(heads, best_C)[:, None]], 1)
+            best_C = argmax(heads.head_logits(k, hidden_CD, seen_CJ))
+            seen_CJ = torch.cat([seen_CJ, token_ids(heads, best_C)[:, None]], 1)
         chosen.append(seen_CJ)
     return torch.cat(chosen)
-
-
-def _tokens(heads: MedusaHeads, places: Tensor) -> Tensor:
-    return places if heads.token_map is None else heads.token_map[places]

@@ -32,7 +32,7 @@ from medusa_exp.decode.loop import GREEDY, Limits
 from medusa_exp.decode.replay import drawn_ranks
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
-from medusa_exp.model.heads import MedusaHeads, StackedHeads, heads_input
+from medusa_exp.model.heads import MedusaHeads, StackedHeads, heads_input, token_ids
 from medusa_exp.model.scoring import CHUNK, answer_ranks
 from medusa_exp.runs.progress import track
 from medusa_exp.stages.session import Session
@@ -90,7 +90,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     if config.tree.lookup != 0 and not decoder.is_recurrent:
         at_most = heads.num_heads + max(_LOOKUPS[-1], config.tree.lookup or 0)
         found = [count_found(*pair, at_most) for pair in zip(prompts, responses, strict=True)]
-    max_rank = min(config.tree.max_rank, backbone.vocab_size)
+    max_rank = min(config.tree.max_rank, heads.config.head_vocab_size)
     with_longest_response = prompts[int(np.argmax([len(response) for response in responses]))]
     sizes = sorted(set(config.tree.batch_sizes))
     ranks_of: dict[str, list[np.ndarray]] = {}
@@ -226,7 +226,8 @@ def head_ranks(
     found = []
     chunks = zip(*(part.split(CHUNK) for part in (hidden_PD, root_P, truth_PK)), strict=True)
     for hidden_CD, root_C, truth_CK in chunks:
-        draft_CKR = heads(hidden_CD.to(heads.dtype), None, root_C).topk(max_rank, dim=-1).indices
+        logits_CKW = heads(hidden_CD.to(heads.dtype), None, root_C, in_head_vocab=True)
+        draft_CKR = token_ids(heads, logits_CKW.topk(max_rank, dim=-1).indices)
         is_true_CKR = draft_CKR == truth_CK[..., None]
         found.append(torch.where(is_true_CKR, rank_R, max_rank).amin(-1))
     return torch.cat(found).cpu().numpy()

@@ -128,7 +128,7 @@ class MedusaModule(L.LightningModule):
         self.backbone, self.heads, self.settings = backbone, heads, settings
         self.objective = Objective.of(settings)
         self.max_steps, self.responses, self.key = max_steps, responses, key
-        self.max_rank, self.rule = min(max_rank, backbone.vocab_size), rule
+        self.max_rank, self.rule = min(max_rank, heads.config.head_vocab_size), rule
         self.joint = joint
         if joint is not None:
             self.adapted = joint.adapted.train()

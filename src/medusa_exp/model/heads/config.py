@@ -30,3 +30,8 @@ class MedusaHeadsConfig(PreTrainedConfig):
     backbone_identity: str = ""
     backbone_weights: str = ""
     lm_head_sha256: str = ""
+
+    @property
+    def head_vocab_size(self) -> int:
+        """W, the number of tokens that a head can draft."""
+        return self.num_tokens or self.vocab_size

@@ -147,11 +147,20 @@ class MedusaHeads(PreTrainedModel):
         return self
 
     def forward(
-        self, hidden_BD: Tensor, num_heads: int | None = None, root_B: Tensor | None = None
+        self,
+        hidden_BD: Tensor,
+        num_heads: int | None = None,
+        root_B: Tensor | None = None,
+        *,
+        in_head_vocab: bool = False,
     ) -> Tensor:
         """Return logits_BKV of the first `num_heads` heads (all of them by default).
 
-        Heads that see the root need it.
+        Args:
+            hidden_BD: the backbone's last hidden states.
+            num_heads: how many heads.
+            root_B: the token after each state, which heads that see the root need.
+            in_head_vocab: return logits_BKW, of the tokens of `token_map` alone.
         """
         used = range(self.num_heads if num_heads is None else num_heads)
         if self.is_sequential:
@@ -159,7 +168,7 @@ class MedusaHeads(PreTrainedModel):
         if self.root_block is not None:
             hidden_BD = self.with_root(hidden_BD, self._seen(root_B))
         logits_BKW = torch.stack([self.logits_of_states(k, hidden_BD) for k in used], dim=-2)
-        return self.over_vocabulary(logits_BKW)
+        return logits_BKW if in_head_vocab else self.over_vocabulary(logits_BKW)
 
     def head_logits(self, k: int, hidden_RD: Tensor, drafted_RJ: Tensor | None = None) -> Tensor:
         """Return logits_RW of the head at index k (0 is head 1).
@@ -282,16 +291,18 @@ class StackedHeads(nn.Module):
             blocks[0].stacked(blocks, dtype) for blocks in zip(*heads.blocks, strict=True)
         ]
         self.project = heads.lm_heads.stacked(dtype)
-        self.over_vocabulary = heads.over_vocabulary
+        self.over_vocabulary, self.token_map = heads.over_vocabulary, heads.token_map
 
     @torch.no_grad()
     def forward(
-        self, hidden_BD: Tensor, num_heads: int | None = None, root_B: Tensor | None = None
+        self,
+        hidden_BD: Tensor,
+        num_heads: int | None = None,
+        root_B: Tensor | None = None,
+        *,
+        in_head_vocab: bool = False,
     ) -> Tensor:
-        """Return logits_BKV of the first `num_heads` heads (all of them by default).
-
-        Heads that see the root need it.
-        """
+        """Return what `MedusaHeads` return."""
         count = self.num_heads if num_heads is None else num_heads
         x_BD = hidden_BD.to(self.dtype)
         if self.root_block is not None:
@@ -302,7 +313,8 @@ class StackedHeads(nn.Module):
         x_KBD = x_BD.expand(count, -1, -1)
         for layer in self.layers:
             x_KBD = layer(x_KBD, count)
-        return self.over_vocabulary(self.project(x_KBD, count).transpose(0, 1))
+        logits_BKW = self.project(x_KBD, count).transpose(0, 1)
+        return logits_BKW if in_head_vocab else self.over_vocabulary(logits_BKW)
 
 
 def stack_heads(heads: MedusaHeads, backbone: Backbone) -> StackedHeads | MedusaHeads:
@@ -316,6 +328,17 @@ def stack_heads(heads: MedusaHeads, backbone: Backbone) -> StackedHeads | Medusa
     if not heads.is_sequential:
         return StackedHeads(heads, dtype)
     return heads if heads.dtype == dtype else heads.copied(dtype)
+
+
+def head_vocabulary(heads: nn.Module) -> Tensor | None:
+    """Return the token ids [W] that heads have logits of; None of heads that have all V."""
+    return heads.token_map if isinstance(heads, MedusaHeads | StackedHeads) else None
+
+
+def token_ids(heads: nn.Module, places: Tensor) -> Tensor:
+    """Return the tokens at these places of the head vocabulary."""
+    token_map = head_vocabulary(heads)
+    return places if token_map is None else token_map[places]
 
 
 def family_for(

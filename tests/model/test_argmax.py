@@ -1,0 +1,40 @@
+"""The likeliest token: the first of equals, and never NaN."""
+
+import pytest
+import torch
+
+from medusa_exp.model import argmax as module
+from medusa_exp.model.argmax import argmax, without_nan
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 7), (2, 9, 512), (3, 33), (5,), (0, 4)])
+def test_it_is_torchs_argmax(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    # A few values: most rows hold their largest more than once.
+    logits_V = torch.randint(-3, 3, shape).to(dtype)
+    found = argmax(logits_V)
+    assert found.dtype == torch.long
+    assert found.tolist() == logits_V.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_is_never_the_likeliest(dtype: torch.dtype) -> None:
+    nan, inf = torch.nan, torch.inf
+    rows = [[nan, 1, 2, 2], [3, nan, 1, nan], [-inf, nan, 0, 0], [nan] * 4, [-inf, 0, inf, inf]]
+    assert argmax(torch.tensor(rows, dtype=dtype)).tolist() == [2, 0, 2, 0, 2]
+
+
+def test_widened_pieces_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_RV = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = without_nan(logits_RV).argmax(-1)
+    for most in (1, 100, 149):
+        monkeypatch.setattr(module, "_WIDENED", most)
+        assert torch.equal(argmax(logits_RV), expected)
+
+
+def test_rows_need_not_lie_side_by_side_and_may_ask_for_gradients() -> None:
+    logits_VR = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.equal(argmax(logits_VR.T), logits_VR.argmax(0))
