@@ -79,7 +79,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     decoder = session.decoder(is_tree_known=False, is_measured=True)
     if config.decode.rule == "typical":  # whose responses are no draws of the model's
         decoder.rule = GREEDY
-    backbone, heads = decoder.backbone, decoder.heads
+    heads = decoder.heads
     assert isinstance(heads, MedusaHeads | StackedHeads)
     prompts = _heldout_prompts(session, decoder)
     responses = [

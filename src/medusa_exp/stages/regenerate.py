@@ -33,7 +33,6 @@ from medusa_exp.decode.slots import OneByOne, Request, Slots
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
-from medusa_exp.model.heads import stack_heads
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import (
     Appender,
@@ -48,7 +47,14 @@ from medusa_exp.runs.schemas import RegeneratedSummary
 from medusa_exp.serving.client import answers
 from medusa_exp.stages.engines import open_engines
 from medusa_exp.stages.how_long import say_of_quickstart
-from medusa_exp.stages.session import Session, compiles, limits_of, pack_decoder, rule_of
+from medusa_exp.stages.session import (
+    Session,
+    compiles,
+    limits_of,
+    pack_decoder,
+    ready_to_draft,
+    rule_of,
+)
 from medusa_exp.train.failures import explain_memory
 from medusa_exp.train.launch import map_on_ray
 from medusa_exp.train.regenerated import (
@@ -417,7 +423,7 @@ def _decoder(config: Config, out: Path, backbone: Backbone, num_documents: int) 
     }
     heads = tree = None
     if settings.use_heads:
-        heads = stack_heads(load_heads(out / "heads", backbone), backbone)
+        heads = ready_to_draft(load_heads(out / "heads", backbone), backbone, config)
         tree = Tree.load(out / "tree.json")
     decoder = Decoder(backbone, heads, tree, **options)
     if config.decode.pack_weights:

@@ -35,7 +35,8 @@ from medusa_exp.errors import UserError
 from medusa_exp.export import importing
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import find_heads, load_heads
-from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig, stack_heads
+from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig, StackedHeads, stack_heads
+from medusa_exp.model.int8 import to_int8
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.packed import pack, unpack
 from medusa_exp.model.source import ModelSpec, adapted_path, tiny_dir
@@ -259,7 +260,7 @@ class Session:
         self._check_origin(heads, backbone, tokenizer)
         decoder = Decoder(
             backbone,
-            stack_heads(heads, backbone),
+            ready_to_draft(heads, backbone, self.config),
             rule=rule_of(self.config),
             limits=limits_of(self.config, backbone, tokenizer),
             tokenizer=tokenizer,
@@ -401,6 +402,15 @@ def prompt_file(config: Config) -> Path:
     if not path.exists():
         raise UserError(f"evaluate.path={path} does not exist.")
     return path
+
+
+def ready_to_draft(
+    heads: MedusaHeads, backbone: Backbone, config: Config
+) -> StackedHeads | MedusaHeads:
+    """Return heads as they draft quickest: stacked, and on a CPU in integers."""
+    if config.decode.int8_heads and to_int8(heads.lm_heads.wide()):
+        log.info("the heads draft in 8-bit integers (decode.int8_heads)")
+    return stack_heads(heads, backbone)
 
 
 def pack_decoder(decoder: Decoder, cache_dir: str) -> None:

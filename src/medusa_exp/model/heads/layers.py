@@ -12,6 +12,7 @@ A projection maps a head's last block to logits. It is a module with
                                       logits of the same size as the backbone's
     attach(backbone)                  give it what it shares with the backbone, and does not save
     parameters_of(k)                  what the head at index k has of its own
+    wide()                            its matrices to the head vocabulary, as linear layers
     stacked(dtype) -> (x_KBD, count) -> logits_KBW    all heads at once, for decoding
     token_map                         token ids of the head vocabulary, or None: all V tokens
 
@@ -28,6 +29,7 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads.config import MedusaHeadsConfig
+from medusa_exp.model.int8 import Int8Linear
 
 Stacked = Callable[[Tensor, int], Tensor]
 """Maps x_KBI and the number of heads to use to [count, B, O]."""
@@ -119,6 +121,10 @@ def _zero_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
 def stacked_linear(layers: Iterable[nn.Module], dtype: torch.dtype) -> Stacked:
     """Return the batched product of one linear layer of each head."""
     layers = list(layers)
+    if all(isinstance(layer, Int8Linear) for layer in layers):
+        return lambda x_KBI, count: torch.stack(
+            [layer(x_BI) for layer, x_BI in zip(layers[:count], x_KBI, strict=True)]
+        )
     weight_KIO = torch.stack([layer.weight.detach().T for layer in layers]).to(dtype).contiguous()
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     bias_K1O = torch.stack(biases)[:, None].to(dtype) if biases else None
@@ -140,6 +146,7 @@ class Projection(Protocol):
     def start(self, backbone: Backbone, token_counts_V: Tensor | None) -> None: ...
     def attach(self, backbone: Backbone) -> None: ...
     def parameters_of(self, k: int) -> list[nn.Parameter]: ...
+    def wide(self) -> list[nn.Module]: ...
     def stacked(self, dtype: torch.dtype) -> Stacked: ...
 
 
@@ -173,6 +180,10 @@ class UntiedProjections(nn.ModuleList):
     def parameters_of(self, k: int) -> list[nn.Parameter]:
         """Return its matrix, and its bias."""
         return list(self[k].parameters())
+
+    def wide(self) -> list[nn.Module]:
+        """Return the matrices of all heads."""
+        return list(self)
 
     def stacked(self, dtype: torch.dtype) -> Stacked:
         """Return one batched product."""
@@ -216,6 +227,10 @@ class TiedProjection(nn.Module):
         self._rows = None
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
+        """Nothing is its own."""
+        return []
+
+    def wide(self) -> list[nn.Module]:
         """Nothing is its own."""
         return []
 
@@ -309,6 +324,10 @@ class LowRankProjections(nn.Module):
         """Return its matrix or its factors, and its bias; where one is for all, that at each k."""
         layers = [some[self._place(k)] for some in (self.down, self.up) if len(some)]
         return [parameter for layer in layers for parameter in layer.parameters()]
+
+    def wide(self) -> list[nn.Module]:
+        """Return the matrices [W, D], or their factors [W, S]."""
+        return list(self.up)
 
     def _place(self, k: int) -> int:
         return k if len(self.up) > 1 else 0
