@@ -1,11 +1,9 @@
 """Two ways of doing one thing in; a table of how long each took, and on what machine, out."""
 
-import ctypes
 import gc
 import json
 import os
 import platform
-import struct
 import subprocess
 import sys
 import time
@@ -71,33 +69,6 @@ def machine() -> dict[str, Any]:
         "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def imitate_amd() -> None:
-    """Let MKL run the products here that it runs on AMD's Zen processors.
-
-    It asks once who made the processor, and keeps each answer in a variable of its own, which the
-    first instruction of its question reads. Before the first product, on x86-64 Linux.
-
-    Raises:
-        RuntimeError: MKL has asked already, or this torch was built otherwise.
-    """
-    import torch
-
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    library = ctypes.CDLL(str(path))
-    answers = {"mkl_serv_intel_cpu_true": 0, "mkl_serv_intel_cpu": 0, "mkl_serv_cpuiszen": 1}
-    for question, answer in answers.items():
-        start = ctypes.cast(getattr(library, question), ctypes.c_void_p).value or 0
-        code = ctypes.string_at(start, 64)
-        place = code.find(b"\x8b\x05")  # mov eax, [rip + distance]
-        if place < 0:
-            raise RuntimeError(f"{path}: {question} reads its answer in a way that is not known.")
-        (distance,) = struct.unpack_from("<i", code, place + 2)
-        kept = ctypes.c_int.from_address(start + place + 6 + distance)
-        if kept.value not in (-1, answer):
-            raise RuntimeError(f"{path}: {question} has been asked before.")
-        kept.value = answer
 
 
 def show(rows: list[Row], machine: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers packed for oneDNN: products by rows, steps over a tree, tokens a second.
+"""What steps of few rows take on a CPU: packed and int8 products, argmax, steps over a tree.
 
     python benchmarks/packed.py                           shapes, and a random Llama of 14 M
     python benchmarks/packed.py --model DIR --heads DIR   a model and heads of yours
@@ -14,11 +14,14 @@ other load on the machine hardly changes. An Intel processor without AVX-512 is 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import quantiles
 
 import torch
-from measuring import best_seconds, imitate_amd, machine
+from imitated_amd import imitate_amd
+from measuring import best_seconds, machine
+from torch import nn
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,14 +29,20 @@ from medusa_exp.config import ModelConfig
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, Responses
 from medusa_exp.model import build_heads
+from medusa_exp.model.argmax import argmax
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
+from medusa_exp.model.int8 import to_int8
 from medusa_exp.model.loading import load_backbone
 from medusa_exp.model.packed import _operators, _product, pack, unpack
 from medusa_exp.model.source import ModelSpec
 from medusa_exp.tree import Tree
 
-SHAPES = ((256, 1024), (384, 1024), (384, 4096), (640, 2048), (2048, 640), (1024, 4096))
+SHAPES = (
+    *((256, 1024), (384, 1024), (384, 4096), (640, 2048), (2048, 640), (1024, 4096)),
+    (640, 16384),  # a projection of heads
+)
+VOCABULARIES = (4096, 32000, 128256, 262144)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TREES = {
     8: Tree.from_paths([[0], [0, 0], [0, 0, 0], [0, 0, 0, 0], [1], [0, 1], [2]]),
@@ -58,7 +67,8 @@ def main() -> None:
     parser.add_argument("--kind", default="medusa", help="of heads that are made, not loaded")
     parser.add_argument("--cache", help="keeps which form is faster")
     parser.add_argument("--no-shapes", action="store_true")
-    parser.add_argument("--as-amd", action="store_true", help="let MKL take the way of a Zen")
+    parser.add_argument("--float-heads", action="store_true", help="as decode.int8_heads=false")
+    parser.add_argument("--as-amd", action="store_true", help="let MKL take its kernels for a Zen")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.as_amd:
@@ -70,6 +80,7 @@ def main() -> None:
     with torch.inference_mode():
         if not given.no_shapes:
             found["products_us"] = products(getattr(torch, given.dtype))
+            found["argmax_us"] = argmaxes(getattr(torch, given.dtype))
         found["steps"] = steps(given)
     text = json.dumps(found, indent=1)
     print(text)
@@ -78,30 +89,46 @@ def main() -> None:
 
 
 def products(dtype: torch.dtype) -> list[dict[str, float]]:
-    """Return microseconds of each shape and number of rows, in both forms."""
+    """Return microseconds of each shape and number of rows, in all forms.
+
+    Of one matrix again and again: what a cache holds of it, a product does not read from memory.
+    """
     reorder, rows = _operators(), []
     assert reorder is not None
     for inputs, outputs in SHAPES:
         weight = torch.randn(outputs, inputs).to(dtype)
-        packed = reorder(weight)
+        packed, in_int8 = reorder(weight), nn.Linear(inputs, outputs, bias=False).to(dtype)
+        in_int8.weight.copy_(weight)
+        to_int8([in_int8])
         for number in ROWS:
             x = torch.randn(number, inputs).to(dtype)
-            _product(x, packed, None), linear(x, weight)
-            plain, ours = best_seconds(
-                *(
-                    15,
-                    lambda x=x, w=weight: linear(x, w),
-                    lambda x=x, p=packed: _product(x, p, None),
-                ),
-                clock=time.process_time if torch.get_num_threads() == 1 else time.perf_counter,
-            )
-            rows.append(
-                {
-                    **{"inputs": inputs, "outputs": outputs, "rows": number},
-                    **{"linear": round(plain * 1e6, 1), "packed": round(ours * 1e6, 1)},
-                }
-            )
+            forms = {
+                "linear": lambda x=x, w=weight: linear(x, w),
+                "packed": lambda x=x, p=packed: _product(x, p, None),
+                "int8": lambda x=x, layer=in_int8: layer(x),
+            }
+            rows.append({"inputs": inputs, "outputs": outputs, "rows": number, **_times(forms)})
     return rows
+
+
+def argmaxes(dtype: torch.dtype) -> list[dict[str, float]]:
+    """Return microseconds of torch's argmax and ours, over some vocabularies."""
+    rows = []
+    for size in VOCABULARIES:
+        for number in (1, 9):
+            x = torch.randn(number, size).to(dtype)
+            forms = {"torch": lambda x=x: x.argmax(-1), "ours": lambda x=x: argmax(x)}
+            rows.append({"vocabulary": size, "rows": number, **_times(forms)})
+    return rows
+
+
+def _times(forms: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the least microseconds of each of some functions, called in turn."""
+    for form in forms.values():
+        form()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds = best_seconds(15, *forms.values(), clock=clock)
+    return {name: round(one * 1e6, 1) for name, one in zip(forms, seconds, strict=True)}
 
 
 def steps(given: argparse.Namespace) -> dict[str, object]:
@@ -112,6 +139,8 @@ def steps(given: argparse.Namespace) -> dict[str, object]:
     else:
         heads = build_heads(backbone, num_heads=4, kind=given.kind)
     heads = heads.to(backbone.model.dtype).eval().requires_grad_(False)
+    if not given.float_heads:
+        to_int8(heads.lm_heads.output_layers())
     decoder = Decoder(backbone, heads, limits=Limits(given.tokens, frozenset()))
     modules, draws = [backbone.model, heads], torch.Generator().manual_seed(0)
     seconds: dict[tuple[str, int], list[float]] = {}

@@ -153,3 +153,13 @@ def test_a_tree_of_guesses_that_the_heads_lack(backbone, kind, tree, message):
     heads = PlainHeads() if kind == "plain" else build_heads(backbone, num_heads=2, kind=kind)
     with pytest.raises(UserError, match=message):
         generate(backbone, heads, torch.tensor([[1, 2]]), tree=tree, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("kind", ["medusa_lowrank", "recurrent"])
+def test_a_tree_of_guesses_beyond_the_head_vocabulary(backbone, kind):
+    counts = torch.arange(VOCAB_SIZE)
+    heads = build_heads(backbone, num_heads=2, kind=kind, num_tokens=9, token_counts=counts)
+    ids = torch.tensor([[1, 2]])
+    with pytest.raises(UserError, match="guess 10 of a head, and it has 9"):
+        generate(backbone, heads, ids, tree=Tree((-1, 0), (-1, 9)), max_new_tokens=4)
+    generate(backbone, heads, ids, tree=Tree((-1, 0), (-1, 8)), max_new_tokens=4)

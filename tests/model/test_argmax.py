@@ -29,12 +29,28 @@ def test_nan_is_never_the_likeliest(dtype: torch.dtype) -> None:
 
 def test_widened_pieces_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_RV = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits_RV[6, 3] = torch.nan
     expected = without_nan(logits_RV).argmax(-1)
     for most in (1, 100, 149):
-        monkeypatch.setattr(module, "_WIDENED", most)
+        monkeypatch.setattr(module, "_WIDENED_AT_ONCE", most)
         assert torch.equal(argmax(logits_RV), expected)
 
 
 def test_rows_need_not_lie_side_by_side_and_may_ask_for_gradients() -> None:
     logits_VR = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert torch.equal(argmax(logits_VR.T), logits_VR.argmax(0))
+
+
+def test_torch_is_asked_only_where_there_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the slow way")
+
+    logits_RV = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    expected = logits_RV.argmax(-1)
+    with monkeypatch.context() as watched:
+        watched.setattr(torch.Tensor, "argmax", refuse)
+        for dtype in DTYPES:
+            assert argmax(logits_RV.to(dtype)).shape == (3,)
+        assert torch.equal(argmax(logits_RV), expected)
+        with pytest.raises(AssertionError, match="the slow way"):
+            argmax(logits_RV * torch.nan)

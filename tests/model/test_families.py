@@ -11,7 +11,7 @@ from medusa_exp.decode import generate
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import SequentialDrafter
 from medusa_exp.decode.loop import Limits, decode_plain
-from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
+from medusa_exp.model import Backbone, build_heads, int8, load_heads, save_heads
 from medusa_exp.model.heads import FAMILIES as KINDS
 from medusa_exp.model.heads import (
     StackedHeads,
@@ -21,6 +21,7 @@ from medusa_exp.model.heads import (
     own_projections_for,
     stack_heads,
 )
+from medusa_exp.model.int8 import to_int8
 from medusa_exp.model.loss import (
     medusa_counts,
     medusa_losses,
@@ -158,6 +159,41 @@ def test_stacked_heads_are_the_same_heads(backbone, family):
         stacked_BKV = StackedHeads(heads, torch.float32)(hidden_BD, count, root_B)
         assert stacked_BKV.shape == (5, count or 3, 64)
         torch.testing.assert_close(stacked_BKV, heads(hidden_BD, count, root_B).detach())
+
+
+def test_logits_of_the_head_vocabulary_are_those_of_all_tokens(backbone, family):
+    heads = moved(backbone, family).requires_grad_(False)
+    if heads.is_sequential:
+        return
+    hidden_BD, root_B = torch.randn(5, 32), torch.randint(64, (5,))
+    for some in (heads, stack_heads(heads, backbone)):
+        all_BKV = some(hidden_BD, 2, root_B)
+        few_BKW = some(hidden_BD, 2, root_B, in_head_vocab=True)
+        assert few_BKW.shape[-1] == heads.config.head_vocab_size
+        assert torch.equal(heads.over_vocabulary(few_BKW), all_BKV)
+
+
+@pytest.mark.skipif(not int8.is_supported(), reason="no fast products of integers")
+def test_drafts_in_8_bit_integers_are_near_and_change_no_answer(backbone, family, monkeypatch):
+    monkeypatch.setattr(int8, "_FEWEST_WEIGHTS", 1)
+    heads = moved(backbone, family).requires_grad_(False)
+    hidden_RD, drafted_RJ = torch.randn(5, 32), torch.arange(15).view(5, 3)
+    wanted = [heads.head_logits(k, hidden_RD, drafted_RJ) for k in range(3)]
+    is_large = family["kind"] != "medusa_tied" and not family.get("rank")  # 32 inputs, or 16
+    assert to_int8(heads.lm_heads.output_layers()) is is_large
+    for k, wanted_RW in enumerate(wanted):
+        found_RW = heads.head_logits(k, hidden_RD, drafted_RJ)
+        error = (found_RW - wanted_RW).norm() / wanted_RW.norm()
+        assert (0 < error < 0.01) if is_large else error == 0
+    ready = stack_heads(heads, backbone)
+    if not heads.is_sequential and heads.root_block is None:
+        stacked_RKW = ready(hidden_RD, None, drafted_RJ[:, 0], in_head_vocab=True)
+        torch.testing.assert_close(stacked_RKW[:, 2], found_RW)
+    tree = Tree.from_paths([[0], [1], [0, 0], [0, 0, 0], [0, 1]])
+    decoder = Decoder(backbone, ready, tree, limits=Limits(12))
+    for prompts in ([[1, 2, 3]], [[7, 5]] * 5 + [[1, 2, 3]] * 5):  # few rows, and many
+        plain = [answer.tokens for answer in decoder.decode_plain(prompts)]
+        assert [answer.tokens for answer in decoder.decode(prompts)] == plain
 
 
 @pytest.mark.parametrize("form", ["recompute", "at_once"])

@@ -14,6 +14,7 @@ from medusa_exp.config import (
     to_dict,
 )
 from medusa_exp.errors import UserError
+from medusa_exp.model.heads import MedusaHeadsConfig
 from medusa_exp.stages.session import Session, stop_ids_of
 
 
@@ -101,12 +102,18 @@ def test_a_tree_with_ranks_beyond_the_vocabulary_is_refused_before_anything_long
     session, said = Session(config, tmp_path), r"mine\.json\) has the rank 999999, .* 100 tokens"
     with pytest.raises(UserError, match=said):
         session.check_drafts()
-    heads = SimpleNamespace(num_heads=2, config=SimpleNamespace(vocab_size=100))
+    heads = SimpleNamespace(num_heads=2, config=MedusaHeadsConfig(vocab_size=100))
     with pytest.raises(UserError, match=said):
         session.tree(SimpleNamespace(heads=heads))
     (tmp_path / "mine.json").write_text("[[0], [99]]")
     session.check_drafts()
     assert len(session.tree(SimpleNamespace(heads=heads))) == 3
+    heads.config.num_tokens = 99
+    with pytest.raises(UserError, match="a head can propose 99 tokens"):
+        session.tree(SimpleNamespace(heads=heads))
+    config.head.num_tokens = 99
+    with pytest.raises(UserError, match="a head can propose 99 tokens"):
+        session.check_drafts()
 
 
 def test_where_tokens_are_drawn_none_is_looked_up(tmp_path):

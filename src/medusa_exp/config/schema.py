@@ -650,8 +650,9 @@ class DecodeConfig:
     """On a CPU, pack the weights of those linear layers for which that is faster, as is measured:
     a step over a tree then costs less, a plain one the same. Takes memory for most of them."""
     int8_heads: bool = True
-    """On a CPU, read the heads' projections as 8-bit integers where that is faster, as is measured.
-    Heads only propose, and the model checks: what comes out stays what it was."""
+    """On a CPU with AVX2 or AVX-512, draft by large projections of heads in 8-bit integers, which a
+    step reads in less time. Greedy answers stay the same; sampling keeps its distribution, though a
+    seed gives other draws; typical acceptance may accept other tokens."""
     compile: str = choice("auto", "true", "false")
     """Compile a decoder layer (torch.compile) for all layers of captured steps, plain ones too:
     true, false, or auto (on a GPU, where the steps of calibrate and evaluate, or of regenerate, are

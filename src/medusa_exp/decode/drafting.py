@@ -26,8 +26,8 @@ from medusa_exp.model.heads import (
     MedusaHeads,
     PrefixAttention,
     StackedHeads,
+    from_head_places,
     head_vocabulary,
-    token_ids,
 )
 from medusa_exp.tree import Tree, chain
 
@@ -76,12 +76,19 @@ class Drafter(Protocol):
         ...
 
 
-def check_tree_fits_heads(depth: int, num_ranks: int, num_heads: int, vocab_size: int) -> None:
-    """Raise a UserError where a tree asks for draft tokens that the heads do not have."""
+def check_tree_fits_heads(depth: int, num_ranks: int, num_heads: int, width: int) -> None:
+    """Raise a UserError where a tree asks for draft tokens that the heads do not have.
+
+    Args:
+        depth: of the tree.
+        num_ranks: most children of a node that one head drafts.
+        num_heads: K.
+        width: tokens that a head has logits of.
+    """
     if depth > num_heads:
         raise UserError(f"the tree is {depth} guesses deep, and there are {num_heads} heads.")
-    if num_ranks > vocab_size:
-        raise UserError(f"the tree asks for guess {num_ranks} of a head, and it has {vocab_size}.")
+    if num_ranks > width:
+        raise UserError(f"the tree asks for guess {num_ranks} of a head, and it has {width}.")
 
 
 _NO_CHANCE = -1e4
@@ -165,7 +172,7 @@ class FixedTreeDrafter:
                 draft_BKR = logits_BKW.topk(self._num_ranks, dim=-1).indices
             else:
                 draft_BKR, drawn = self._draw(logits_BKW, uniforms_BU)
-            draft_BR = token_ids(self._heads, draft_BKR).flatten(1)
+            draft_BR = from_head_places(self._heads, draft_BKR).flatten(1)
             tokens_BN = torch.cat([tokens_BN, draft_BR], dim=1)[:, self._place_N]
         return Draft(
             tokens_BN,
@@ -226,7 +233,7 @@ class DynamicTreeDrafter:
         top = logits_BKW.topk(self._num_ranks, dim=-1)
         log_sum_BK1 = logits_BKW.float().logsumexp(-1, keepdim=True)
         log_p_BKR = top.values.double() - log_sum_BK1.double()
-        draft_BR = token_ids(self._heads, top.indices).flatten(1)
+        draft_BR = from_head_places(self._heads, top.indices).flatten(1)
         tokens_BM = torch.cat([root_B[:, None], draft_BR], 1)[:, self._place_M]
         # Minus infinity times 0, and NaN, would make every score of the row NaN.
         values_BKR = log_p_BKR.nan_to_num(nan=_NO_CHANCE).clamp(min=_NO_CHANCE, max=0)
@@ -289,7 +296,7 @@ def _places(tree: Tree, num_ranks: int) -> np.ndarray:
 def _head_logits(
     heads: nn.Module, hidden_BD: Tensor, root_B: Tensor, depth: int, num_ranks: int
 ) -> Tensor:
-    """Return logits_BKW of as many heads as the tree is deep, over their head vocabulary."""
+    """Return logits_BKW of as many heads as the tree is deep; heads of others have W = V."""
     if isinstance(heads, MedusaHeads | StackedHeads):  # deeper heads need not be read
         states_BD, count = hidden_BD.to(heads.dtype), min(depth, heads.num_heads)
         logits_BKW = heads(states_BD, count, root_B, in_head_vocab=True)
@@ -377,11 +384,12 @@ class SequentialDrafter:
                 assert uniforms_BU is not None
                 top_BMR, q_BMW = self._draws.of_depth(logits_BMW, uniforms_BU, k)
                 found.append(q_BMW)
-            top_BMR = token_ids(self._heads, top_BMR)
+            top_BMR = from_head_places(self._heads, top_BMR)
             tokens_BN[:, plan.children_C] = top_BMR[:, plan.parent_C, plan.rank_C]
         drawn = None
         if self._draws is not None:
-            drawn = self._draws.from_(torch.cat(found, 1), self._row_N, self._heads.token_map)
+            token_map = head_vocabulary(self._heads)
+            drawn = self._draws.from_(torch.cat(found, 1), self._row_N, token_map)
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),

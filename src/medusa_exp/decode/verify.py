@@ -236,7 +236,7 @@ def _sampling(trees: TreeBatch, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
     last_B1 = nodes.last(is_on_path_BN)
     is_child_BN = (nodes.parent_BN == last_B1) & nodes.is_child_BN
     rest_BV = p_BNV.gather(1, last_B1[..., None].expand(-1, 1, p_BNV.shape[2]))[:, 0]
-    likeliest_B = rest_BV.argmax(-1)
+    likeliest_B = argmax(rest_BV)
     # Padding rewrites a token that is nobody's: it adds nothing to `taken`.
     taken_BV = torch.zeros_like(rest_BV).scatter_add_(
         1, trees.tokens_BN, is_child_BN.to(rest_BV.dtype)
@@ -300,7 +300,7 @@ def _token_at(weights_BV: Tensor, place_B1: Tensor, p_BV: Tensor) -> Tensor:
     drawn_B1 = torch.searchsorted(sums_BV, place_B1.contiguous(), right=True)
     token_V = torch.arange(weights_BV.shape[1], device=weights_BV.device)
     final_B1 = torch.where(weights_BV > 0, token_V, -1).amax(-1, keepdim=True)
-    likeliest_B1 = p_BV.argmax(-1, keepdim=True)
+    likeliest_B1 = argmax(p_BV)[:, None]
     return torch.where(final_B1 < 0, likeliest_B1, drawn_B1.minimum(final_B1))
 
 

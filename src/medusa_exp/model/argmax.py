@@ -1,28 +1,29 @@
 """The likeliest token of each place, which greedy decoding asks for at every step.
 
 Of a vocabulary of 262,144 tokens torch's `argmax` on a CPU takes 0.35 ms a place, and NumPy's, of
-the same memory, 0.02: torch looks at one number after the other.
+the same memory, 0.02 (`benchmarks/packed.py`): torch looks at one number after the other. A NaN
+anywhere sends a whole tensor torch's slow way.
 
-V vocabulary.
+R places, V vocabulary.
 """
 
 import torch
 from torch import Tensor
 
-_WIDENED = 1 << 20
-"""Numbers in half precision, which NumPy reads slowly or not at all, that are widened at a time:
-what a processor's cache holds."""
+_WIDENED_AT_ONCE = 1 << 20
+"""Half-precision logits that are cast to float32 at a time, some 4 MiB, as a cache holds: NumPy has
+no bfloat16, and is slow in float16."""
 
 
 def argmax(logits_V: Tensor) -> Tensor:
-    """Return the place of the largest number along the last dimension [...], the first of equals.
+    """Return the index of the largest logit: [..., V] to [...] in int64, the lowest of equals.
 
-    NaN counts as minus infinity. On other devices than a CPU nothing waits.
+    NaN counts as minus infinity; a row of NaN alone gives 0. Off the CPU nothing synchronizes.
     """
     if logits_V.device.type == "cpu" and logits_V.numel():
-        places, has_nan = _argmax_on_cpu(logits_V.detach())
+        index, has_nan = _argmax_on_cpu(logits_V.detach())
         if not has_nan:
-            return places
+            return index
     return without_nan(logits_V).argmax(-1)
 
 
@@ -32,14 +33,14 @@ def without_nan(logits_V: Tensor) -> Tensor:
 
 
 def _argmax_on_cpu(logits_V: Tensor) -> tuple[Tensor, bool]:
-    """Return places, and whether one of them holds NaN: NumPy takes it for the largest."""
+    """Return indices, and whether one of them is that of a NaN: NumPy takes it for the largest."""
     rows_RV = logits_V.reshape(-1, logits_V.shape[-1])
     is_half = rows_RV.itemsize < 4
-    pieces = rows_RV.split(max(1, _WIDENED // rows_RV.shape[1])) if is_half else (rows_RV,)
+    rows = max(1, _WIDENED_AT_ONCE // rows_RV.shape[1]) if is_half else len(rows_RV)
     found, has_nan = [], False
-    for piece_PV in pieces:
-        array_PV = (piece_PV.float() if is_half else piece_PV).numpy()
-        place_P = torch.from_numpy(array_PV.argmax(-1))
-        found.append(place_P)
-        has_nan |= bool(piece_PV.gather(1, place_P[:, None]).isnan().any())
+    for piece_RV in rows_RV.split(rows):
+        array_RV = (piece_RV.float() if is_half else piece_RV).numpy()
+        index_R = torch.from_numpy(array_RV.argmax(-1))
+        found.append(index_R)
+        has_nan |= bool(piece_RV.gather(1, index_R[:, None]).isnan().any())
     return torch.cat(found).view(logits_V.shape[:-1]), has_nan

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from medusa_exp.model.argmax import argmax
-from medusa_exp.model.heads import MedusaHeads, token_ids
+from medusa_exp.model.heads import MedusaHeads, from_head_places
 
 _KEPT_BY_STEP = 8
 """States [U, D] in float32 that a step of a recurrent block keeps for its gradients; counted."""
@@ -129,7 +129,7 @@ def _unrolled(
 @torch.no_grad()
 def _first_choices(heads: MedusaHeads, k: int, state_UD: Tensor, chunk_rows: int) -> Tensor:
     chunks = [argmax(heads.lm_heads(k, x_CD)) for x_CD in state_UD.split(chunk_rows)]
-    return token_ids(heads, torch.cat(chunks))
+    return from_head_places(heads, torch.cat(chunks))
 
 
 @torch.no_grad()
@@ -143,6 +143,6 @@ def _own_drafts(
     ):
         for k in range(drafted_RJ.shape[1] - 1):
             best_C = argmax(heads.head_logits(k, hidden_CD, seen_CJ))
-            seen_CJ = torch.cat([seen_CJ, token_ids(heads, best_C)[:, None]], 1)
+            seen_CJ = torch.cat([seen_CJ, from_head_places(heads, best_C)[:, None]], 1)
         chosen.append(seen_CJ)
     return torch.cat(chosen)

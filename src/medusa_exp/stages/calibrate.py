@@ -32,7 +32,7 @@ from medusa_exp.decode.loop import GREEDY, Limits
 from medusa_exp.decode.replay import drawn_ranks
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
-from medusa_exp.model.heads import MedusaHeads, StackedHeads, heads_input, token_ids
+from medusa_exp.model.heads import MedusaHeads, StackedHeads, from_head_places, heads_input
 from medusa_exp.model.scoring import CHUNK, answer_ranks
 from medusa_exp.runs.progress import track
 from medusa_exp.stages.session import Session
@@ -211,7 +211,8 @@ def head_ranks(
     """Return ranks_PK: where token t of the response is certain, head k's rank of token t+k.
 
     What is not among the first `max_rank` draft tokens of a head, or stands beyond the end of the
-    response, has rank `max_rank`. They are picked as `decode.drafting` picks them, ties included.
+    response, has rank `max_rank`. They are picked as `decode.drafting` picks them, ties included,
+    from the heads' own weights: those in 8-bit integers serve a few rows alone.
     """
     num_heads = heads.num_heads
     ids = torch.tensor([*prompt_ids, *response_ids], device=backbone.device)
@@ -227,7 +228,7 @@ def head_ranks(
     chunks = zip(*(part.split(CHUNK) for part in (hidden_PD, root_P, truth_PK)), strict=True)
     for hidden_CD, root_C, truth_CK in chunks:
         logits_CKW = heads(hidden_CD.to(heads.dtype), None, root_C, in_head_vocab=True)
-        draft_CKR = token_ids(heads, logits_CKW.topk(max_rank, dim=-1).indices)
+        draft_CKR = from_head_places(heads, logits_CKW.topk(max_rank, dim=-1).indices)
         is_true_CKR = draft_CKR == truth_CK[..., None]
         found.append(torch.where(is_true_CKR, rank_R, max_rank).amin(-1))
     return torch.cat(found).cpu().numpy()

@@ -289,8 +289,9 @@ class Session:
         model_config = spec.model_config()
         is_custom, stages = config.tree.kind == "custom", {*config.stages}
         if is_custom and "train" in stages and stages & {"calibrate", "evaluate", "chat"}:
-            vocab_size = model_config.get_text_config().vocab_size
-            choose_tree(config.tree, self.out, config.head.num_heads, vocab_size=vocab_size)
+            width = model_config.get_text_config().vocab_size
+            width = min(config.head.num_tokens or width, width)
+            choose_tree(config.tree, self.out, config.head.num_heads, head_vocab_size=width)
         if not has_recurrent_layers(model_config):
             return
         name = f"model.path={spec.model_path()}"
@@ -388,8 +389,8 @@ class Session:
         if settings.kind == "calibrated" and settings.lookup is None and is_drawn:
             settings = replace(settings, lookup=0)  # see `check_draft`
         heads = decoder.heads
-        vocab_size = heads.config.vocab_size
-        return choose_tree(settings, self.out, heads.num_heads, batch_size, vocab_size)
+        width = heads.config.head_vocab_size
+        return choose_tree(settings, self.out, heads.num_heads, batch_size, width)
 
 
 def prompt_file(config: Config) -> Path:
@@ -407,16 +408,20 @@ def prompt_file(config: Config) -> Path:
 def ready_to_draft(
     heads: MedusaHeads, backbone: Backbone, config: Config
 ) -> StackedHeads | MedusaHeads:
-    """Return heads as they draft quickest: stacked, and on a CPU in integers."""
-    if config.decode.int8_heads and to_int8(heads.lm_heads.wide()):
-        log.info("the heads draft in 8-bit integers (decode.int8_heads)")
+    """Return heads as they draft fastest: stacked, and on a CPU quantized to int8.
+
+    Changes `heads` in place: load them anew to train or to save.
+    """
+    if config.decode.int8_heads and to_int8(heads.lm_heads.output_layers()):
+        log.info("heads draft with projections in 8-bit integers (decode.int8_heads)")
     return stack_heads(heads, backbone)
 
 
 def pack_decoder(decoder: Decoder, cache_dir: str) -> None:
     """Pack the linear layers of a decoder's backbone and heads, if they lie on a CPU.
 
-    Compiled layers are left as they are: what compiles them has its own ways with weights.
+    Compiled layers are left as they are: what compiles them has its own ways with weights. So are
+    layers in 8-bit integers.
     """
     backbone, heads = decoder.backbone, decoder.heads
     is_quantized = getattr(backbone.model, "is_quantized", False)

@@ -192,7 +192,7 @@ def build_module(
     settings = settle(
         config.train,
         memory=gpu_memory(backbone.device),
-        vocabulary=heads.config.num_tokens or backbone.vocab_size,
+        vocabulary=heads.config.head_vocab_size,
         trained=sum(p.numel() for p in heads.parameters()),
         held=sum(p.numel() for k in range(heads.num_heads) for p in heads.head_parameters(k)),
         operations=operations_of(config.train, backbone, heads).of_tokens(

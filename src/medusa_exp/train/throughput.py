@@ -130,7 +130,7 @@ def _of_head(heads: MedusaHeads, k: int, lm_head: float) -> float:
         start = blocks[0]
         first = [start.skip.weight] if k else [start.skip.weight, start.inner.weight]
     shares = not heads.lm_heads.parameters_of(k)
-    lm_head *= (heads.config.num_tokens or heads.config.vocab_size) / heads.config.vocab_size
+    lm_head *= heads.config.head_vocab_size / heads.config.vocab_size
     weights, frozen_input = (sum(p.numel() for p in some) for some in (matrices, first))
     return 6.0 * weights - 2.0 * frozen_input + 2 * lm_head * shares
 

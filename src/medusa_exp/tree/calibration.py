@@ -391,7 +391,7 @@ def choose_tree(
     out: Path,
     num_heads: int,
     batch_size: int = 1,
-    vocab_size: int | None = None,
+    head_vocab_size: int | None = None,
 ) -> Tree:
     """Return the tree that `tree` names, for so many rows at a time.
 
@@ -425,11 +425,11 @@ def choose_tree(
             f"tree={kind} is {tree.depth} guesses deep, and there are {num_heads} heads: raise "
             "head.num_heads and train again, or choose another tree."
         )
-    if vocab_size is not None and max(tree.ranks) >= vocab_size:
+    if head_vocab_size is not None and max(tree.ranks) >= head_vocab_size:
         raise UserError(
             f"tree={kind} ({settings.path or settings.paths}) has the rank {max(tree.ranks)}, and "
-            f"a head can propose {vocab_size} tokens, of ranks 0 to {vocab_size - 1}: choose "
-            "another tree."
+            f"a head can propose {head_vocab_size} tokens, of ranks 0 to {head_vocab_size - 1}: "
+            "choose another tree."
         )
     return tree if settings.lookup is None else replace(tree, num_lookup=settings.lookup)
 

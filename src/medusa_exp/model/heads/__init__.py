@@ -18,11 +18,11 @@ from medusa_exp.model.heads.heads import (
     advice_on_cost,
     build_heads,
     family_for,
+    from_head_places,
     head_vocabulary,
     own_projections_for,
     reads_whole_vocabulary,
     stack_heads,
-    token_ids,
 )
 from medusa_exp.model.heads.layers import ResBlock
 from medusa_exp.model.heads.prefix_attention import PrefixAttention, heads_input
@@ -38,12 +38,12 @@ __all__ = [
     "advice_on_cost",
     "build_heads",
     "family_for",
+    "from_head_places",
     "head_vocabulary",
     "heads_input",
     "own_projections_for",
     "reads_whole_vocabulary",
     "stack_heads",
-    "token_ids",
 ]
 
 AutoConfig.register("medusa", MedusaHeadsConfig)

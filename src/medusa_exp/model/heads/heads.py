@@ -154,13 +154,16 @@ class MedusaHeads(PreTrainedModel):
         *,
         in_head_vocab: bool = False,
     ) -> Tensor:
-        """Return logits_BKV of the first `num_heads` heads (all of them by default).
+        """Return logits_BKV [B, K, V], minus infinity outside the head vocabulary.
 
         Args:
-            hidden_BD: the backbone's last hidden states.
-            num_heads: how many heads.
-            root_B: the token after each state, which heads that see the root need.
-            in_head_vocab: return logits_BKW, of the tokens of `token_map` alone.
+            hidden_BD: the backbone's last hidden states [B, D].
+            num_heads: K, how many heads from the first on; all of them by default.
+            root_B: the token after each state [B], which heads that see the root need.
+            in_head_vocab: return logits_BKW [B, K, W] instead, in the order of `token_map`.
+
+        Raises:
+            ValueError: heads see drafted tokens (`is_sequential`), or the root, which is not given.
         """
         used = range(self.num_heads if num_heads is None else num_heads)
         if self.is_sequential:
@@ -302,7 +305,7 @@ class StackedHeads(nn.Module):
         *,
         in_head_vocab: bool = False,
     ) -> Tensor:
-        """Return what `MedusaHeads` return."""
+        """Return logits_BKV, or logits_BKW: see `MedusaHeads.forward`."""
         count = self.num_heads if num_heads is None else num_heads
         x_BD = hidden_BD.to(self.dtype)
         if self.root_block is not None:
@@ -331,12 +334,12 @@ def stack_heads(heads: MedusaHeads, backbone: Backbone) -> StackedHeads | Medusa
 
 
 def head_vocabulary(heads: nn.Module) -> Tensor | None:
-    """Return the token ids [W] that heads have logits of; None of heads that have all V."""
+    """Return the token ids [W] that heads have logits of; None of all V, and of others' heads."""
     return heads.token_map if isinstance(heads, MedusaHeads | StackedHeads) else None
 
 
-def token_ids(heads: nn.Module, places: Tensor) -> Tensor:
-    """Return the tokens at these places of the head vocabulary."""
+def from_head_places(heads: nn.Module, places: Tensor) -> Tensor:
+    """Return the token ids [...] at these places [...] of the head vocabulary."""
     token_map = head_vocabulary(heads)
     return places if token_map is None else token_map[places]
 

@@ -12,8 +12,11 @@ A projection maps a head's last block to logits. It is a module with
                                       logits of the same size as the backbone's
     attach(backbone)                  give it what it shares with the backbone, and does not save
     parameters_of(k)                  what the head at index k has of its own
-    wide()                            its matrices to the head vocabulary, as linear layers
-    stacked(dtype) -> (x_KBD, count) -> logits_KBW    all heads at once, for decoding
+    output_layers()                   its last linear layers, to W, all of one shape, which are
+                                      called as modules: drafting may quantize them in place
+                                      (`model/int8.py`). None where a matrix is the backbone's
+    stacked(dtype) -> (x_KBD, count) -> logits_KBW    all heads at once, for decoding, by
+                                      `stacked_linear`
     token_map                         token ids of the head vocabulary, or None: all V tokens
 
 B batch, D hidden, V vocabulary, W head vocabulary, K heads, R rows, J draft tokens, S rank, I and
@@ -119,9 +122,12 @@ def _zero_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
 
 
 def stacked_linear(layers: Iterable[nn.Module], dtype: torch.dtype) -> Stacked:
-    """Return the batched product of one linear layer of each head."""
+    """Return one linear layer of each head at once: (x_KBI, count) -> [count, B, O].
+
+    Batched; but for layers in int8, which are called one by one, in the dtype of their input.
+    """
     layers = list(layers)
-    if all(isinstance(layer, Int8Linear) for layer in layers):
+    if layers and all(isinstance(layer, Int8Linear) for layer in layers):
         return lambda x_KBI, count: torch.stack(
             [layer(x_BI) for layer, x_BI in zip(layers[:count], x_KBI, strict=True)]
         )
@@ -146,7 +152,7 @@ class Projection(Protocol):
     def start(self, backbone: Backbone, token_counts_V: Tensor | None) -> None: ...
     def attach(self, backbone: Backbone) -> None: ...
     def parameters_of(self, k: int) -> list[nn.Parameter]: ...
-    def wide(self) -> list[nn.Module]: ...
+    def output_layers(self) -> list[nn.Module]: ...
     def stacked(self, dtype: torch.dtype) -> Stacked: ...
 
 
@@ -181,8 +187,8 @@ class UntiedProjections(nn.ModuleList):
         """Return its matrix, and its bias."""
         return list(self[k].parameters())
 
-    def wide(self) -> list[nn.Module]:
-        """Return the matrices of all heads."""
+    def output_layers(self) -> list[nn.Module]:
+        """Return the linear layers [V, D] of all heads."""
         return list(self)
 
     def stacked(self, dtype: torch.dtype) -> Stacked:
@@ -230,8 +236,8 @@ class TiedProjection(nn.Module):
         """Nothing is its own."""
         return []
 
-    def wide(self) -> list[nn.Module]:
-        """Nothing is its own."""
+    def output_layers(self) -> list[nn.Module]:
+        """Return none: the lm_head gives the model's own logits too."""
         return []
 
     def stacked(self, dtype: torch.dtype) -> Stacked:
@@ -276,7 +282,7 @@ class LowRankProjections(nn.Module):
 
     def __init__(self, config: MedusaHeadsConfig, *, is_shared: bool = False) -> None:
         super().__init__()
-        num_tokens = config.num_tokens or config.vocab_size
+        num_tokens = config.head_vocab_size
         width = config.rank or config.hidden_size
         heads = range(1 if is_shared else config.num_heads)
         self.down = nn.ModuleList(
@@ -325,8 +331,8 @@ class LowRankProjections(nn.Module):
         layers = [some[self._place(k)] for some in (self.down, self.up) if len(some)]
         return [parameter for layer in layers for parameter in layer.parameters()]
 
-    def wide(self) -> list[nn.Module]:
-        """Return the matrices [W, D], or their factors [W, S]."""
+    def output_layers(self) -> list[nn.Module]:
+        """Return the linear layers to W, [W, D], or [W, S] after `down`; one that is for all."""
         return list(self.up)
 
     def _place(self, k: int) -> int:
