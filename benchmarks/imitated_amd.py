@@ -32,7 +32,7 @@ def imitate_amd() -> None:
         one.value = _ANSWERS[question]
 
 
-def _answer_of(function: ctypes._FuncPointer) -> ctypes.c_int:
+def _answer_of(function: "ctypes._FuncPointer") -> ctypes.c_int:
     start = ctypes.cast(function, ctypes.c_void_p).value or 0
     code = ctypes.string_at(start, 64)
     place = code.index(b"\x8b\x05")  # mov eax, [rip + distance]

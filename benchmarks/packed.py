@@ -97,16 +97,17 @@ def products(dtype: torch.dtype) -> list[dict[str, float]]:
     assert reorder is not None
     for inputs, outputs in SHAPES:
         weight = torch.randn(outputs, inputs).to(dtype)
-        packed, in_int8 = reorder(weight), nn.Linear(inputs, outputs, bias=False).to(dtype)
-        in_int8.weight.copy_(weight)
-        to_int8([in_int8])
+        packed, layers = reorder(weight), nn.ModuleList([nn.Linear(inputs, outputs, bias=False)])
+        layers[0].weight.copy_(weight)
+        has_int8 = to_int8(layers)
         for number in ROWS:
             x = torch.randn(number, inputs).to(dtype)
             forms = {
                 "linear": lambda x=x, w=weight: linear(x, w),
                 "packed": lambda x=x, p=packed: _product(x, p, None),
-                "int8": lambda x=x, layer=in_int8: layer(x),
             }
+            if has_int8:
+                forms["int8"] = lambda x=x, layer=layers[0]: layer(x)
             rows.append({"inputs": inputs, "outputs": outputs, "rows": number, **_times(forms)})
     return rows
 

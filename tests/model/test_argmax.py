@@ -6,6 +6,13 @@ import torch
 from medusa_exp.model import argmax as module
 from medusa_exp.model.argmax import argmax, without_nan
 
+
+@pytest.fixture(autouse=True)
+def by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask NumPy however few logits there are."""
+    monkeypatch.setattr(module, "_WORTH_NUMPY", 1)
+
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -54,3 +61,9 @@ def test_torch_is_asked_only_where_there_is_nan(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(argmax(logits_RV), expected)
         with pytest.raises(AssertionError, match="the slow way"):
             argmax(logits_RV * torch.nan)
+
+
+def test_a_few_logits_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_argmax_on_cpu", None)
+    assert argmax(torch.tensor([[1.0, torch.nan, 3.0]])).tolist() == [2]

@@ -184,7 +184,7 @@ def test_drafts_in_8_bit_integers_are_near_and_change_no_answer(backbone, family
     for k, wanted_RW in enumerate(wanted):
         found_RW = heads.head_logits(k, hidden_RD, drafted_RJ)
         error = (found_RW - wanted_RW).norm() / wanted_RW.norm()
-        assert (0 < error < 0.01) if is_large else error == 0
+        assert (0 < error < 0.02) if is_large else error == 0
     ready = stack_heads(heads, backbone)
     if not heads.is_sequential and heads.root_block is None:
         stacked_RKW = ready(hidden_RD, None, drafted_RJ[:, 0], in_head_vocab=True)

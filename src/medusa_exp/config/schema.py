@@ -650,9 +650,9 @@ class DecodeConfig:
     """On a CPU, pack the weights of those linear layers for which that is faster, as is measured:
     a step over a tree then costs less, a plain one the same. Takes memory for most of them."""
     int8_heads: bool = True
-    """On a CPU with AVX2 or AVX-512, draft by large projections of heads in 8-bit integers, which a
-    step reads in less time. Greedy answers stay the same; sampling keeps its distribution, though a
-    seed gives other draws; typical acceptance may accept other tokens."""
+    """On a CPU with AVX2 or AVX-512, draft by large float32 projections of heads in 8-bit integers,
+    which a step reads in less time. Greedy answers stay the same; sampling keeps its distribution,
+    though a seed gives other draws; typical acceptance may accept other tokens."""
     compile: str = choice("auto", "true", "false")
     """Compile a decoder layer (torch.compile) for all layers of captured steps, plain ones too:
     true, false, or auto (on a GPU, where the steps of calibrate and evaluate, or of regenerate, are

@@ -14,13 +14,16 @@ _WIDENED_AT_ONCE = 1 << 20
 """Half-precision logits that are cast to float32 at a time, some 4 MiB, as a cache holds: NumPy has
 no bfloat16, and is slow in float16."""
 
+_WORTH_NUMPY = 1 << 14
+"""Logits from which on NumPy makes up for the calls around it."""
+
 
 def argmax(logits_V: Tensor) -> Tensor:
     """Return the index of the largest logit: [..., V] to [...] in int64, the lowest of equals.
 
     NaN counts as minus infinity; a row of NaN alone gives 0. Off the CPU nothing synchronizes.
     """
-    if logits_V.device.type == "cpu" and logits_V.numel():
+    if logits_V.device.type == "cpu" and logits_V.numel() >= _WORTH_NUMPY:
         index, has_nan = _argmax_on_cpu(logits_V.detach())
         if not has_nan:
             return index
@@ -39,8 +42,8 @@ def _argmax_on_cpu(logits_V: Tensor) -> tuple[Tensor, bool]:
     rows = max(1, _WIDENED_AT_ONCE // rows_RV.shape[1]) if is_half else len(rows_RV)
     found, has_nan = [], False
     for piece_RV in rows_RV.split(rows):
-        array_RV = (piece_RV.float() if is_half else piece_RV).numpy()
-        index_R = torch.from_numpy(array_RV.argmax(-1))
+        wide_RV = piece_RV.float() if is_half else piece_RV
+        index_R = torch.from_numpy(wide_RV.numpy().argmax(-1))
         found.append(index_R)
-        has_nan |= bool(piece_RV.gather(1, index_R[:, None]).isnan().any())
+        has_nan |= bool(wide_RV.gather(1, index_R[:, None]).isnan().any())
     return torch.cat(found).view(logits_V.shape[:-1]), has_nan

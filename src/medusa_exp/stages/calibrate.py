@@ -211,8 +211,7 @@ def head_ranks(
     """Return ranks_PK: where token t of the response is certain, head k's rank of token t+k.
 
     What is not among the first `max_rank` draft tokens of a head, or stands beyond the end of the
-    response, has rank `max_rank`. They are picked as `decode.drafting` picks them, ties included,
-    from the heads' own weights: those in 8-bit integers serve a few rows alone.
+    response, has rank `max_rank`. They are picked as `decode.drafting` picks them, ties included.
     """
     num_heads = heads.num_heads
     ids = torch.tensor([*prompt_ids, *response_ids], device=backbone.device)

@@ -410,7 +410,7 @@ def ready_to_draft(
 ) -> StackedHeads | MedusaHeads:
     """Return heads as they draft fastest: stacked, and on a CPU quantized to int8.
 
-    Changes `heads` in place: load them anew to train or to save.
+    Changes `heads`: load them anew to train or to save.
     """
     if config.decode.int8_heads and to_int8(heads.lm_heads.output_layers()):
         log.info("heads draft with projections in 8-bit integers (decode.int8_heads)")
@@ -420,9 +420,7 @@ def ready_to_draft(
 def pack_decoder(decoder: Decoder, cache_dir: str) -> None:
     """Pack the linear layers of a decoder's backbone and heads, if they lie on a CPU.
 
-    Compiled layers are left as they are: what compiles them has its own ways with weights. So are
-    layers in 8-bit integers.
-    """
+    Compiled layers are left as they are: what compiles them has its own ways with weights."""
     backbone, heads = decoder.backbone, decoder.heads
     is_quantized = getattr(backbone.model, "is_quantized", False)
     if backbone.device.type == "cpu" and not decoder.compiles and not is_quantized:

@@ -12,9 +12,9 @@ A projection maps a head's last block to logits. It is a module with
                                       logits of the same size as the backbone's
     attach(backbone)                  give it what it shares with the backbone, and does not save
     parameters_of(k)                  what the head at index k has of its own
-    output_layers()                   its last linear layers, to W, all of one shape, which are
-                                      called as modules: drafting may quantize them in place
-                                      (`model/int8.py`). None where a matrix is the backbone's
+    output_layers()                   its last linear layers, to W, all of one shape, in a list in
+                                      which drafting may replace them by quantized ones
+                                      (`model/int8.py`); empty where the matrix is the backbone's
     stacked(dtype) -> (x_KBD, count) -> logits_KBW    all heads at once, for decoding, by
                                       `stacked_linear`
     token_map                         token ids of the head vocabulary, or None: all V tokens
@@ -152,7 +152,7 @@ class Projection(Protocol):
     def start(self, backbone: Backbone, token_counts_V: Tensor | None) -> None: ...
     def attach(self, backbone: Backbone) -> None: ...
     def parameters_of(self, k: int) -> list[nn.Parameter]: ...
-    def output_layers(self) -> list[nn.Module]: ...
+    def output_layers(self) -> nn.ModuleList: ...
     def stacked(self, dtype: torch.dtype) -> Stacked: ...
 
 
@@ -187,9 +187,9 @@ class UntiedProjections(nn.ModuleList):
         """Return its matrix, and its bias."""
         return list(self[k].parameters())
 
-    def output_layers(self) -> list[nn.Module]:
+    def output_layers(self) -> nn.ModuleList:
         """Return the linear layers [V, D] of all heads."""
-        return list(self)
+        return self
 
     def stacked(self, dtype: torch.dtype) -> Stacked:
         """Return one batched product."""
@@ -236,9 +236,9 @@ class TiedProjection(nn.Module):
         """Nothing is its own."""
         return []
 
-    def output_layers(self) -> list[nn.Module]:
+    def output_layers(self) -> nn.ModuleList:
         """Return none: the lm_head gives the model's own logits too."""
-        return []
+        return nn.ModuleList()
 
     def stacked(self, dtype: torch.dtype) -> Stacked:
         """Return one product, for which the matrix is read once."""
@@ -331,9 +331,9 @@ class LowRankProjections(nn.Module):
         layers = [some[self._place(k)] for some in (self.down, self.up) if len(some)]
         return [parameter for layer in layers for parameter in layer.parameters()]
 
-    def output_layers(self) -> list[nn.Module]:
+    def output_layers(self) -> nn.ModuleList:
         """Return the linear layers to W, [W, D], or [W, S] after `down`; one that is for all."""
-        return list(self.up)
+        return self.up
 
     def _place(self, k: int) -> int:
         return k if len(self.up) > 1 else 0
