@@ -19,7 +19,8 @@ from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slot_steps import CapturedSlots, bucket, halves
 from medusa_exp.decode.slots import Request
 from medusa_exp.errors import UserError
-from medusa_exp.model import Backbone, build_heads
+from medusa_exp.model import Backbone, build_heads, int8
+from medusa_exp.model.heads import stack_heads
 from medusa_exp.tree import Tree, chain
 
 TREE = Tree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3)])
@@ -53,6 +54,14 @@ def answers(decoder: Decoder, requests, num_slots: int, *, is_plain=False, rule=
 
 def alone(backbone, requests, rule=None):
     return [decode_plain(backbone, [r.prompt], r.limits)[0].tokens for r in requests]
+
+
+def moved(heads):
+    """Heads that have left their start, and say something else each."""
+    draws = torch.Generator().manual_seed(1)
+    for parameter in heads.requires_grad_(False).parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=draws), alpha=0.1)
+    return heads
 
 
 def decoder_of(backbone, cuda_graph: bool, rule=GREEDY, tree=TREE) -> Decoder:
@@ -197,6 +206,22 @@ def test_draws_do_not_hang_on_the_rest_of_the_batch(backbone, cuda_graph, is_pla
     assert draw(requests[4:5], 2)[4] == first[4]
     requests[4].seed = 4, 4
     assert draw(requests, 3)[4] != first[4]
+
+
+@pytest.mark.skipif(not int8.is_supported(), reason="no fast products of integers")
+@pytest.mark.parametrize("draft", ["top", "sampled"])
+def test_draws_by_8_bit_heads_do_not_hang_on_the_number_of_slots(backbone, monkeypatch, draft):
+    monkeypatch.setattr(int8, "_FEWEST_WEIGHTS", 1)
+    heads = moved(build_heads(backbone, num_heads=3))
+    assert int8.to_int8(heads.lm_heads.output_layers())
+    rule = AcceptanceRule("sampling", temperature=2.0, seed=0, draft=draft)
+    decoder = Decoder(backbone, stack_heads(heads, backbone), TREE, rule, cuda_graph=False)
+    requests = requests_of(random.Random(4), 24)
+    for request in requests:
+        request.seed = 3, request.tag
+    # Up to 8 rows are multiplied in integers, 12 in float32.
+    one, four, twelve = (answers(decoder, requests, slots)[0] for slots in (1, 4, 12))
+    assert one == four == twelve
 
 
 def test_samples_in_slots_have_the_law_of_plain_sampling():
