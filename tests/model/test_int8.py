@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from medusa_exp.config import Config, DecodeConfig
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.on_cpu import pack_decoder, ready_to_draft
 from medusa_exp.model import build_heads, int8
 from medusa_exp.model.int8 import Int8Linear, is_supported, to_int8
-from medusa_exp.stages.session import pack_decoder, ready_to_draft
 from medusa_exp.tree import chain
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="torch without such products")
@@ -125,8 +124,8 @@ def test_layers_stay_as_they_are_where_integers_are_no_help(monkeypatch):
 
 @pytest.mark.parametrize("is_on", [True, False])
 @pytest.mark.parametrize("kind", ["medusa", "recurrent"])
-def test_the_config_decides(backbone, anyway, kind, is_on, tmp_path):
+def test_who_decodes_decides(backbone, anyway, kind, is_on, tmp_path):
     heads = build_heads(backbone, num_heads=2, kind=kind).requires_grad_(False)
-    ready = ready_to_draft(heads, backbone, Config(decode=DecodeConfig(int8_heads=is_on)))
+    ready = ready_to_draft(heads, backbone, in_int8=is_on)
     pack_decoder(Decoder(backbone, ready, chain(2)), str(tmp_path))
     assert {isinstance(one, Int8Linear) for one in heads.lm_heads.output_layers()} == {is_on}

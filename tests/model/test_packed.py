@@ -8,9 +8,9 @@ from torch.nn.functional import linear
 
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.on_cpu import pack_decoder
 from medusa_exp.model import Backbone, build_heads, packed
 from medusa_exp.model.packed import PackedLinear, pack, unpack
-from medusa_exp.stages.session import pack_decoder
 from medusa_exp.tree import Tree, chain
 
 ALWAYS, NEVER, WIDE = [True] * 4, [False] * 4, [False, True, True, True]

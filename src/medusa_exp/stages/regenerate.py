@@ -27,6 +27,7 @@ from medusa_exp.data.tokenized import Tokenized
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.on_cpu import pack_decoder, ready_to_draft
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slot_steps import bucket
 from medusa_exp.decode.slots import OneByOne, Request, Slots
@@ -51,8 +52,6 @@ from medusa_exp.stages.session import (
     Session,
     compiles,
     limits_of,
-    pack_decoder,
-    ready_to_draft,
     rule_of,
 )
 from medusa_exp.train.failures import explain_memory
@@ -423,7 +422,8 @@ def _decoder(config: Config, out: Path, backbone: Backbone, num_documents: int) 
     }
     heads = tree = None
     if settings.use_heads:
-        heads = ready_to_draft(load_heads(out / "heads", backbone), backbone, config)
+        heads = load_heads(out / "heads", backbone)
+        heads = ready_to_draft(heads, backbone, in_int8=config.decode.int8_heads)
         tree = Tree.load(out / "tree.json")
     decoder = Decoder(backbone, heads, tree, **options)
     if config.decode.pack_weights:

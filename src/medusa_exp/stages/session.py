@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp import demo
@@ -29,16 +28,16 @@ from medusa_exp.data.tokenized import Tokenized, load_tokenized
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.lookup import check_draft
 from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.on_cpu import pack_decoder, ready_to_draft
 from medusa_exp.decode.recurrent import check_chain, check_prefix, has_recurrent_layers
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.export import importing
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import find_heads, load_heads
-from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig, StackedHeads, stack_heads
-from medusa_exp.model.int8 import to_int8
+from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig
 from medusa_exp.model.loading import load_backbone
-from medusa_exp.model.packed import pack, unpack
+from medusa_exp.model.packed import unpack
 from medusa_exp.model.source import ModelSpec, adapted_path, tiny_dir
 from medusa_exp.model.tokenizer import differences, load_tokenizer
 from medusa_exp.runs.files import read_json, write_json
@@ -260,7 +259,7 @@ class Session:
         self._check_origin(heads, backbone, tokenizer)
         decoder = Decoder(
             backbone,
-            ready_to_draft(heads, backbone, self.config),
+            ready_to_draft(heads, backbone, in_int8=self.config.decode.int8_heads),
             rule=rule_of(self.config),
             limits=limits_of(self.config, backbone, tokenizer),
             tokenizer=tokenizer,
@@ -403,34 +402,6 @@ def prompt_file(config: Config) -> Path:
     if not path.exists():
         raise UserError(f"evaluate.path={path} does not exist.")
     return path
-
-
-def ready_to_draft(
-    heads: MedusaHeads, backbone: Backbone, config: Config
-) -> StackedHeads | MedusaHeads:
-    """Return heads as they draft fastest: stacked, and on a CPU quantized to int8.
-
-    Changes `heads`: load them anew to train or to save.
-    """
-    if config.decode.int8_heads and to_int8(heads.lm_heads.output_layers()):
-        log.info("heads draft with projections in 8-bit integers (decode.int8_heads)")
-    return stack_heads(heads, backbone)
-
-
-def pack_decoder(decoder: Decoder, cache_dir: str) -> None:
-    """Pack the linear layers of a decoder's backbone and heads, if they lie on a CPU.
-
-    Compiled layers are left as they are: what compiles them has its own ways with weights."""
-    backbone, heads = decoder.backbone, decoder.heads
-    is_quantized = getattr(backbone.model, "is_quantized", False)
-    if backbone.device.type == "cpu" and not decoder.compiles and not is_quantized:
-        backbone.remember_fingerprints()
-        modules, kept = [backbone.model], [backbone.lm_head]
-        if heads is not None:
-            modules.append(heads.requires_grad_(False))  # what may be trained is not packed
-            if isinstance(heads, MedusaHeads):  # the first layer tells their dtype
-                kept += [m for m in heads.modules() if isinstance(m, nn.Linear)][:1]
-        pack(modules, cache_dir, kept)
 
 
 def has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:
