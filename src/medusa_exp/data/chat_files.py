@@ -204,8 +204,11 @@ class HubData:
         table = self._load()
         self.keys = tuple(table.column_names)
         table = table.select_columns(chosen_columns(self.name, self.keys, self.columns))
-        for batch in table.with_format("arrow").iter(ROWS_TOGETHER):
-            yield from batch.to_pylist()
+        from medusa_exp.data.table_values import rows_of_batch
+
+        for rows in table.with_format("arrow").iter(ROWS_TOGETHER):
+            for batch in rows.to_batches():
+                yield from rows_of_batch(batch)
 
     def _load(self) -> Any:
         try:

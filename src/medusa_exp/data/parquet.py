@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from medusa_exp.data import faults
 from medusa_exp.data.contents import BLOCK, ROWS_TOGETHER, Budget, Content
 from medusa_exp.data.examples import COLUMNS, Ragged, Table, encoded
+from medusa_exp.data.table_values import rows_of_batch
 from medusa_exp.data.turns import PICTURES
 from medusa_exp.errors import UserError
 
@@ -44,7 +45,7 @@ def rows(table: pq.ParquetFile, columns: list[str], budget: Budget) -> Iterator[
     together = _check_expansion(table, columns, budget)
     for batch in table.iter_batches(together, columns=columns):
         budget.spend(batch.nbytes)
-        yield from batch.to_pylist()
+        yield from rows_of_batch(batch)
 
 
 def _without_pixels(table: pq.ParquetFile, columns: list[str]) -> list[str]:

@@ -1,0 +1,114 @@
+"""Tables of chats, whatever types their columns have: Parquet, Arrow, CSV."""
+
+import datetime
+import decimal
+import io
+import json
+import uuid
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from chat_files import write
+
+from medusa_exp.data import read_conversations
+from medusa_exp.data.table_values import rows_of_batch
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def as_parquet(table):
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def with_field(values):
+    """Return a table of one chat, each turn of which has another field."""
+    texts = [pa.array([turn[key] for turn in TURNS]) for key in ("role", "content")]
+    turns = pa.StructArray.from_arrays([*texts, values], names=["role", "content", "at"])
+    return pa.table({"messages": pa.ListArray.from_arrays([0, 2], turns)})
+
+
+def stored(values, kind, width=64):
+    return pa.array(values, pa.int64() if width == 64 else pa.int32()).view(kind)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (stored([10**12, 0], pa.timestamp("s")), [10**12, "1970-01-01T00:00:00"]),
+        (
+            stored([1, 1500], pa.timestamp("ns")),
+            ["1970-01-01T00:00:00", "1970-01-01T00:00:00.000001"],
+        ),
+        (stored([0, None], pa.timestamp("ns", "UTC")), ["1970-01-01T00:00:00Z", None]),
+        (stored([0, 1], pa.timestamp("us", "No/Where")), [0, 1]),
+        (stored([5000, 0], pa.duration("ns")), ["PT0.000005S", "P0D"]),
+        (stored([2**62, 0], pa.duration("s")), [2**62, "P0D"]),
+        (stored([1001, 0], pa.time64("ns")), ["00:00:00.000001", "00:00:00"]),
+        (stored([2**30, 0], pa.date32(), 32), [2**30, "1970-01-01"]),
+        (stored([10**17, 0], pa.date64()), [10**17, "1970-01-01"]),
+        (pa.array([b"\xff", None]), ["/w==", None]),
+        (pa.array([decimal.Decimal("1.5"), None]), ["1.5", None]),
+        (pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64())), [[["a", 1]], []]),
+        (pa.array([uuid.UUID(int=5).bytes] * 2, pa.uuid()), [str(uuid.UUID(int=5))] * 2),
+        (
+            pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], names=["a", "a"]),
+            [{"a": 3}, {"a": 4}],
+        ),
+        (
+            pa.DictionaryArray.from_arrays([0, 0], stored([0], pa.timestamp("ns"))),
+            ["1970-01-01T00:00:00"] * 2,
+        ),
+        (
+            pa.array([[[0]], []], pa.large_list(pa.list_(pa.timestamp("ns"), 1))),
+            [[["1970-01-01T00:00:00"]], []],
+        ),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
+)
+def test_fields_that_are_not_read_do_no_harm(tmp_path, values, expected):
+    table = with_field(values)
+    (row,) = rows_of_batch(table.to_batches()[0])
+    turns = [{**turn, "at": at} for turn, at in zip(TURNS, expected, strict=True)]
+    assert msgspec.json.decode(msgspec.json.encode(row)) == {"messages": turns}
+    (found,) = read_conversations(write(tmp_path / "a", as_parquet(table)))
+    assert [(m.role, m.content) for m in found.messages] == [
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+    ]
+    assert found.id.startswith("sha256-")
+
+
+def test_moments_that_python_knows_count_in_ids_as_ever(tmp_path):
+    at = [datetime.datetime(2024, 1, 1, 12, 30, 0, 5)] * 2
+    rows = [{"messages": [{**turn, "at": at[0]} for turn in TURNS]}]
+    ids = set()
+    for unit in ("us", "ns"):
+        path = write(tmp_path / unit, as_parquet(with_field(pa.array(at, pa.timestamp(unit)))))
+        ids |= {chat.id for chat in read_conversations(path)}
+    path = write(tmp_path / "a.json", msgspec.json.encode(rows))
+    assert ids == {chat.id for chat in read_conversations(path)}
+
+
+def test_tools_and_calls_of_a_table_are_json(tmp_path):
+    """Whatever types they have: templates get them as JSON."""
+    tools = [{"name": "f", "since": datetime.date(2024, 1, 1), "blob": b"\xff"}]
+    arguments = pa.map_(pa.string(), pa.string())
+    call = pa.list_(pa.struct([("name", pa.string()), ("arguments", arguments)]))
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", call)])
+    turns = [TURNS[0], {**TURNS[1], "tool_calls": [{"name": "f", "arguments": [("x", "1")]}]}]
+    table = pa.table({"messages": pa.array([turns], pa.list_(turn)), "tools": pa.array([tools])})
+    (found,) = read_conversations(write(tmp_path / "a", as_parquet(table)))
+    assert json.loads(found.tools)[0]["function"]["since"] == "2024-01-01"
+    (made,) = json.loads(found.messages[1].fields)["tool_calls"]
+    assert made["function"] == {"name": "f", "arguments": {"x": "1"}}
+
+
+def test_turns_that_are_maps(tmp_path):
+    kind = pa.list_(pa.map_(pa.string(), pa.string()))
+    table = pa.table({"messages": pa.array([[[*turn.items()] for turn in TURNS]], kind)})
+    (found,) = read_conversations(write(tmp_path / "a", as_parquet(table)))
+    assert [message.content for message in found.messages] == ["Hi", "Hello"]
