@@ -6,7 +6,7 @@ import tarfile
 import zipfile
 
 import pytest
-from chat_files import LINES, LIST, RECORDS, bzip2, gzipped, parquet, write, xz, zstd
+from chat_files import LINES, LIST, RECORDS, arrow_stream, bzip2, gzipped, parquet, write, xz, zstd
 
 from medusa_exp.data import DataError, contents, read_conversations
 
@@ -16,6 +16,8 @@ MEMBERS = {
     "b.jsonl.gz": gzipped(LINES),
     "c/d.csv": CSV.encode(),
     "e.parquet": parquet(RECORDS),
+    "f/data-0.arrow": arrow_stream(RECORDS),
+    "f/cache-0123.arrow": arrow_stream(RECORDS),
     "__MACOSX/a.json": b"not chats",
     "c/.hidden.json": b"not chats",
     "chat.html": b"<html>",
@@ -63,15 +65,16 @@ def test_members_of_archives(tmp_path, pack, caplog):
     reading = read_conversations(path)
     for _ in range(2):
         found = list(reading)
-        assert len(found) == 16 and {conversation.id for conversation in found} > IDS
+        assert len(found) == 21 and {conversation.id for conversation in found} > IDS
         assert found[10].source == f"{path}!c/d.csv" and found[10].number == 1
-    assert reading.paths == [path] and reading.num_records == 17
-    assert reading.forms == {"messages": 15, "question": 1}
+    assert reading.paths == [path] and reading.num_records == 22
+    assert reading.forms == {"messages": 20, "question": 1}
     assert reading.dropped == {"no known form of chat": 1}
     assert caplog.text.count("passed over, for it holds no chats") == 1  # however often it is read
     assert "user.json has no known form of chat: its keys are id, email" in caplog.text
-    assert "files passed over: __MACOSX/a.json, c/.hidden.json, chat.html" in caplog.text.replace(
-        "link.json, ", ""
+    assert (
+        "files passed over: f/cache-0123.arrow, __MACOSX/a.json, c/.hidden.json, chat.html"
+        in caplog.text.replace("link.json, ", "")
     )
     assert list(tmp_path.iterdir()) == [path]  # nothing is unpacked to disk
 

@@ -5,7 +5,21 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, bzip2, gzipped, parquet, write, xz, zstd
+from chat_files import (
+    BOM,
+    LINES,
+    LIST,
+    PRETTY,
+    RECORDS,
+    arrow,
+    arrow_stream,
+    bzip2,
+    gzipped,
+    parquet,
+    write,
+    xz,
+    zstd,
+)
 
 from medusa_exp.data import DataError, Message, contents, read_conversations
 from medusa_exp.data.chat_files import find_files
@@ -35,6 +49,11 @@ from medusa_exp.data.chat_files import find_files
         b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstd(LINES),
         parquet(RECORDS),
         gzipped(parquet(RECORDS)),
+        arrow(RECORDS),
+        arrow(RECORDS, compression="zstd"),
+        arrow_stream(RECORDS),
+        gzipped(arrow(RECORDS)),
+        zstd(arrow_stream(RECORDS)),
     ],
 )
 @pytest.mark.parametrize("name", ["chats.json", "chats.parquet"])
@@ -110,7 +129,10 @@ def test_a_broken_first_line_that_looks_like_the_start_of_a_value(tmp_path):
 
 
 def test_files_of_folders_and_globs(tmp_path):
-    plain, packed = "a.json b/c.jsonl b/d.ndjson e.parquet", "f.json.gz g.jsonl.zst h.parquet.gz"
+    plain, packed = (
+        "a.json b/c.jsonl b/d.ndjson e.parquet",
+        "f.json.gz g.jsonl.zst h.parquet.gz h.arrow",
+    )
     names = f"{plain} {packed} i.csv.xz j.json.bz2".split()
     for name in [*names, "x.txt", "x.gz", ".cache/y.json", "b/.z.json"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -188,6 +210,8 @@ def test_json_needs_no_pyarrow(tmp_path, no_pyarrow, data):
     [
         (parquet(RECORDS), "Parquet"),
         (gzipped(parquet(RECORDS)), "Parquet"),
+        (arrow(RECORDS), "Arrow"),
+        (gzipped(arrow_stream(RECORDS)), "Arrow"),
         (zstd(LIST), "packed by zstd"),
     ],
 )

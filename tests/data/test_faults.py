@@ -2,7 +2,21 @@ import json
 import re
 
 import pytest
-from chat_files import BOM, LINES, LIST, PRETTY, RECORDS, bzip2, gzipped, parquet, write, xz, zstd
+from chat_files import (
+    BOM,
+    LINES,
+    LIST,
+    PRETTY,
+    RECORDS,
+    arrow,
+    arrow_stream,
+    bzip2,
+    gzipped,
+    parquet,
+    write,
+    xz,
+    zstd,
+)
 
 from medusa_exp.data import DataError, read_conversations
 
@@ -62,6 +76,11 @@ def fault_of(path):
         (b"\n<html><head>", "is a web page"),
         (parquet(RECORDS)[:-30], "is damaged"),
         (b"PAR1 but not really", "is damaged"),
+        (arrow(RECORDS)[:-30], "is damaged"),
+        (arrow(RECORDS)[:300] + bytes(500) + arrow(RECORDS)[800:], "is damaged"),
+        (arrow_stream(RECORDS)[:-8], "is cut off: it has no mark of its end"),
+        (arrow_stream(RECORDS)[:-300] + arrow_stream(RECORDS)[-8:], "is damaged"),
+        (arrow([{"text": "x", "n": 1}]), "no known form of chat: its columns are text, n"),
         (parquet([{"text": "x", "n": 1}]), "no known form of chat: its columns are text, n"),
         (b"\x80\x04\x95\n\0\xff\xfe\n\0", "neither text nor a known binary format"),
         (b"BZh91AY&SY", "is cut off in its compressed data"),

@@ -10,9 +10,9 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_files import write
+from chat_files import RECORDS, arrow_stream, write
 
-from medusa_exp.data import read_conversations
+from medusa_exp.data import DataError, read_conversations
 from medusa_exp.data.table_values import rows_of_batch
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -21,6 +21,13 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
 def as_parquet(table):
     sink = io.BytesIO()
     pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def as_arrow(table):
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
     return sink.getvalue()
 
 
@@ -112,3 +119,64 @@ def test_turns_that_are_maps(tmp_path):
     table = pa.table({"messages": pa.array([[[*turn.items()] for turn in TURNS]], kind)})
     (found,) = read_conversations(write(tmp_path / "a", as_parquet(table)))
     assert [message.content for message in found.messages] == ["Hi", "Hello"]
+
+
+def saved(folder, *parts, listed=None):
+    """Write a folder as `Dataset.save_to_disk` does."""
+    folder.mkdir(parents=True)
+    names = [f"data-{number:05}-of-{len(parts):05}.arrow" for number in range(len(parts))]
+    for name, rows in zip(names, parts, strict=True):
+        write(folder / name, arrow_stream(rows))
+    files = [{"filename": name} for name in listed or names]
+    write(folder / "state.json", json.dumps({"_data_files": files, "_fingerprint": "0"}))
+    write(folder / "dataset_info.json", json.dumps({"features": {"id": {"dtype": "string"}}}))
+    return folder
+
+
+def test_a_folder_that_datasets_has_saved(tmp_path, caplog):
+    folder = saved(tmp_path / "set", RECORDS[:3], RECORDS[3:])
+    write(folder / "cache-1b2c.arrow", arrow_stream(RECORDS))
+    write(folder / "data-00000-of-00001.arrow", arrow_stream(RECORDS))  # of an earlier saving
+    assert [chat.id for chat in read_conversations(folder)] == [one["id"] for one in RECORDS]
+    assert (
+        f"{folder}: 4 files passed over: cache-1b2c.arrow, data-00000-of-00001.arrow, "
+        "dataset_info.json, state.json" in caplog.text
+    )
+    assert "no known form" not in caplog.text
+    (folder / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(
+        DataError, match=r"state\.json lists data-00001-of-00002\.arrow, which is not"
+    ):
+        read_conversations(folder)
+
+
+def test_the_splits_that_datasets_has_saved(tmp_path, caplog):
+    for split, rows in (("train", RECORDS[:3]), ("test", RECORDS[3:])):
+        saved(tmp_path / "all" / split, rows)
+    write(tmp_path / "all/dataset_dict.json", '{"splits": ["train", "test"]}')
+    assert len(list(read_conversations(tmp_path / "all"))) == 5
+    assert "chats are read from its splits test, train; of one alone" in caplog.text
+    assert "5 files passed over: dataset_dict.json" in caplog.text
+    assert len(list(read_conversations(tmp_path / "all/train"))) == 3
+
+
+def test_a_folder_named_as_the_hubs_that_is_a_saved_one(tmp_path):
+    folder = saved(tmp_path / "set", RECORDS)
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError, match=rf"read by dataset=sharegpt dataset\.path={folder}"):
+        list(read_conversations(f"hub:{folder}"))
+
+
+def test_values_that_rows_share(tmp_path):
+    text = pa.array(["Hi", "Hello"] * 300).dictionary_encode()
+    table = pa.table({"prompt": text, "completion": text.cast("string").cast(pa.string_view())})
+    found = list(read_conversations(write(tmp_path / "a.feather", as_arrow(table))))
+    assert [chat.messages[1].content for chat in found] == ["Hi", "Hello"] * 300
+
+
+@pytest.mark.parametrize("write_table", [as_arrow, as_parquet])
+def test_two_columns_of_one_name(tmp_path, write_table):
+    table = pa.Table.from_arrays([pa.array(["Hi"])] * 3, ["prompt", "completion", "prompt"])
+    data = write_table(table)
+    with pytest.raises(DataError, match="two of its columns are called prompt"):
+        list(read_conversations(write(tmp_path / "a", data)))

@@ -61,6 +61,20 @@ def parquet(rows):
     return sink.getvalue()
 
 
+def arrow(rows, is_stream=False, **options):
+    import pyarrow as pa
+
+    sink, table = io.BytesIO(), pa.Table.from_pylist(rows)
+    new = pa.ipc.new_stream if is_stream else pa.ipc.new_file
+    with new(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return sink.getvalue()
+
+
+def arrow_stream(rows):
+    return arrow(rows, is_stream=True)
+
+
 def write(path, data):
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     return path

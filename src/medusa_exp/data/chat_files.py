@@ -1,8 +1,8 @@
 """Chat files: find those that a path names, and yield their raw chats one by one.
 
-JSON list, JSON Lines, an object of lists, Parquet, and each of them packed (gzip, bzip2, xz, zstd,
-zip, tar), are told apart by content; CSV and TSV by name. JSON Lines and tables are streamed; a
-JSON list is mapped into memory, and its chats are views of it. A file that cannot be read is a
+JSON list, JSON Lines, an object of lists, Parquet, Arrow, and each of them packed (gzip, bzip2, xz,
+zstd, zip, tar), are told apart by content; CSV and TSV by name. JSON Lines and tables are streamed;
+a JSON list is mapped into memory, and its chats are views of it. A file that cannot be read is a
 `DataError`; what is wrong with a chat is not looked at here.
 """
 
@@ -28,9 +28,15 @@ from medusa_exp.data.contents import (
 from medusa_exp.data.faults import DataError
 from medusa_exp.data.forms import is_turn
 from medusa_exp.data.parsing import RawChat, TooLong
+from medusa_exp.data.saved_datasets import files_beside_rows, is_saved
 from medusa_exp.data.tables import records_of_object, rows_of_text
 
 log = logging.getLogger(__name__)
+
+_PARQUET = b"PAR1"
+_ARROW_STREAM = b"\xff\xff\xff\xff"
+_ARROW = (b"ARROW1\0\0", _ARROW_STREAM)
+"""How tables begin; the stream, which the library datasets saves, with the mark of a message."""
 
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_value = msgspec.json.Decoder(msgspec.Raw).decode
@@ -52,8 +58,10 @@ def find_files(path: str | Path) -> list[Path]:
             for p in sorted(place.rglob("*"))
             if p.is_file() and not any(n.startswith(".") for n in p.relative_to(place).parts)
         ]
-        found = [p for p in files if p.name.lower().endswith((*SUFFIXES, *ARCHIVES))]
-        others = [str(p.relative_to(place)) for p in files if p not in set(found)]
+        chosen = {p for p in files if p.name.lower().endswith((*SUFFIXES, *ARCHIVES))}
+        chosen -= files_beside_rows(files)
+        found = [p for p in files if p in chosen]
+        others = [str(p.relative_to(place)) for p in files if p not in chosen]
         if not found:
             raise faults.no_chat_files(str(place), others)
         faults.say_passed_over(str(place), others)
@@ -123,8 +131,10 @@ class Part:
         head = self.content.head()
         if error := faults.foreign(self.name, head):
             raise error
-        if head.startswith(b"PAR1"):
+        if head.startswith(_PARQUET):
             yield from self._rows()
+        elif head.startswith(_ARROW):
+            yield from self._rows_of_arrow(is_stream=head.startswith(_ARROW_STREAM))
         elif is_text_table(self.name):
             yield from self._rows_of_text()
         elif head.startswith(b"[") and not _is_whole_line(head):
@@ -167,6 +177,15 @@ class Part:
             self.keys = tuple(table.schema_arrow.names)
             columns = chosen_columns(self.name, self.keys, self.columns)
             yield from parquet.rows(table, columns, self.content.budget)
+
+    def _rows_of_arrow(self, is_stream: bool) -> Iterator[dict[str, Any]]:
+        faults.check_pyarrow(self.name, "Arrow")
+        from medusa_exp.data import parquet
+
+        with parquet.opened_arrow(self.content, is_stream) as table:
+            self.keys = tuple(table.schema.names)
+            columns = chosen_columns(self.name, self.keys, self.columns)
+            yield from parquet.rows_of_arrow(table, columns, self.content.budget)
 
     def _rows_of_text(self) -> Iterator[dict[str, Any]]:
         with self.content.open() as file:
@@ -217,6 +236,11 @@ class HubData:
             raise DataError(
                 f"{self.name} needs the package datasets: pip install 'medusa-exp[hub]'"
             ) from error
+        if is_saved(Path(self.path)):
+            raise DataError(
+                f"{self.path} is a folder that save_to_disk has written: it is read by "
+                f"dataset=sharegpt dataset.path={self.path}"
+            )
         try:
             return datasets.load_dataset(self.path, split=self.split)
         except Exception as error:  # of many libraries, and of none in common
@@ -231,10 +255,13 @@ def chosen_columns(name: str, present: tuple[str, ...], wanted: tuple[str, ...])
 
     Raises:
         NoChats: there is none; names them all.
+        DataError: two have one name.
     """
     chosen = [column for column in wanted if column in present]
     if not chosen:
         raise faults.no_form(name, present, "columns")
+    if twice := [column for column in chosen if present.count(column) > 1]:
+        raise faults.same_columns(name, twice[0])
     return chosen
 
 

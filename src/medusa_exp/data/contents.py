@@ -18,10 +18,11 @@ from typing import Any, BinaryIO
 
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
+from medusa_exp.data.saved_datasets import is_cache
 
 SUFFIXES = tuple(
     f".{kind}{packed}"
-    for kind in ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")
+    for kind in ("json", "jsonl", "ndjson", "parquet", "arrow", "feather", "csv", "tsv")
     for packed in ("", *faults.PACKED)
 )
 """Names of what may hold chats, in a folder or an archive."""
@@ -382,4 +383,4 @@ def is_chat_file(name: str) -> bool:
     """Tell by its name what may hold chats; hidden ones are caches and leftovers of systems."""
     parts = [part for part in name.split("/") if part not in (".", "..")]
     is_hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
-    return name.lower().endswith(SUFFIXES) and not is_hidden
+    return name.lower().endswith(SUFFIXES) and not is_hidden and not is_cache(name)

@@ -359,9 +359,9 @@ def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any)
     """Open chat files for reading.
 
     Args:
-        paths: a file, a folder (all of its *.json, *.jsonl, *.ndjson, *.parquet, *.csv and *.tsv,
-            at any depth, also as *.gz, *.bz2, *.xz and *.zst, and archives of them), a glob, or
-            hub:<owner>/<name>; or several of these.
+        paths: a file, a folder (all of its *.json, *.jsonl, *.ndjson, *.parquet, *.arrow,
+            *.feather, *.csv and *.tsv, at any depth, also as *.gz, *.bz2, *.xz and *.zst, and
+            archives of them), a glob, or hub:<owner>/<name>; or several of these.
         options: as the fields of `ReadOptions`.
 
     Raises:

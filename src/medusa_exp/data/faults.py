@@ -26,7 +26,6 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 _FOREIGN = [
     (rb"version https://git-lfs", "is a Git LFS pointer, not the data: run `git lfs pull`."),
     (rb"PK\x03\x04", "is a zip archive in an archive: unpack it and name the file inside."),
-    (rb"ARROW1\0\0", "is an Arrow file: save it as Parquet, or name its data set as hub:<folder>."),
     (
         rb"(?i)<(!doctype|html|head|\?xml)",
         "is a web page, not chats: the download got a page instead of the file.",
@@ -71,6 +70,11 @@ def unreadable(path: Path | str, error: Exception) -> DataError:
     return damaged(str(path), error)
 
 
+def no_end(name: str) -> DataError:
+    """Return the error of a file that lacks the mark that its writer puts at the end."""
+    return DataError(f"{name} is cut off: it has no mark of its end. Copy or download it again.")
+
+
 def damaged(name: str, error: Exception) -> DataError:
     """Return the error of a file whose packing or form is broken."""
     return DataError(f"{name} is damaged ({error}): copy or download it again.")
@@ -100,8 +104,9 @@ def no_chat_files(name: str, others: Sequence[str]) -> NoChats:
     """Return the error of a folder or an archive without a file that may hold chats."""
     held = f" It holds {_named(others)}." if others else ""
     return NoChats(
-        f"{name} holds no *.json, *.jsonl, *.ndjson, *.parquet, *.csv or *.tsv, plain or as "
-        f"{', '.join(PACKED)}, and no *.zip or *.tar of them, packed or not.{held}"
+        f"{name} holds no *.json, *.jsonl, *.ndjson, *.parquet, *.arrow, *.feather, *.csv or "
+        f"*.tsv, plain or as {', '.join(PACKED)}, and no *.zip or *.tar of them, packed or "
+        f"not.{held}"
     )
 
 
@@ -187,6 +192,11 @@ def no_form(name: str, keys: Sequence[str], what: str = "keys") -> NoChats:
     return NoChats(
         f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one} {_REMEDY}"
     )
+
+
+def same_columns(name: str, column: str) -> DataError:
+    """Return the error of a table in which one name is that of two columns."""
+    return DataError(f"{name}: two of its columns are called {column}: rename or drop one of them.")
 
 
 def no_usable_turn(name: str, reason: str, detail: str) -> NoChats:

@@ -1,4 +1,4 @@
-"""What pyarrow reads, which is an extra: Parquet, and the Arrow files of earlier versions."""
+"""What pyarrow reads, which is an extra: Parquet, Arrow, and the examples of earlier versions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,15 @@ import pyarrow.parquet as pq
 from medusa_exp.data import faults
 from medusa_exp.data.contents import BLOCK, ROWS_TOGETHER, Budget, Content
 from medusa_exp.data.examples import COLUMNS, Ragged, Table, encoded
-from medusa_exp.data.table_values import rows_of_batch
+from medusa_exp.data.table_values import rows_of_batch, shares_values
 from medusa_exp.data.turns import PICTURES
 from medusa_exp.errors import UserError
 
 _USUAL_TIMES = 50
 """How many times its packed size a column of texts may have; most have three to ten times."""
+
+
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @contextmanager
@@ -46,6 +49,56 @@ def rows(table: pq.ParquetFile, columns: list[str], budget: Budget) -> Iterator[
     for batch in table.iter_batches(together, columns=columns):
         budget.spend(batch.nbytes)
         yield from rows_of_batch(batch)
+
+
+@contextmanager
+def opened_arrow(
+    content: Content, is_stream: bool
+) -> Iterator[pa.RecordBatchStreamReader | pa.RecordBatchFileReader]:
+    """Open an Arrow stream, or an Arrow file (Feather), mapped where it stands in a file as it is.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    data = content.whole()
+    if is_stream and data[-len(_END_OF_STREAM) :] != _END_OF_STREAM:
+        raise faults.no_end(content.name)
+    try:
+        source = pa.BufferReader(data)
+        with (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(source) as table:
+            yield table
+    except pa.ArrowException as error:
+        raise faults.unreadable(content.name, error) from error
+
+
+def rows_of_arrow(
+    table: pa.RecordBatchStreamReader | pa.RecordBatchFileReader,
+    columns: list[str],
+    budget: Budget,
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of some columns, whose lengths and offsets are checked.
+
+    Raises:
+        DataError: they unpack to absurd sizes.
+        ArrowInvalid: they are damaged.
+    """
+    is_shared = any(shares_values(table.schema.field(column).type) for column in columns)
+    together = 1 if is_shared else ROWS_TOGETHER
+    for batch in _batches(table):
+        chosen = batch.select(columns)
+        chosen.validate(full=True)
+        budget.spend(chosen.nbytes)
+        for start in range(0, len(chosen), together):
+            yield from rows_of_batch(chosen.slice(start, together))
+
+
+def _batches(
+    table: pa.RecordBatchStreamReader | pa.RecordBatchFileReader,
+) -> Iterator[pa.RecordBatch]:
+    if isinstance(table, pa.RecordBatchFileReader):
+        yield from map(table.get_batch, range(table.num_record_batches))
+    else:
+        yield from table
 
 
 def _without_pixels(table: pq.ParquetFile, columns: list[str]) -> list[str]:

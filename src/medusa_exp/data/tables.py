@@ -39,9 +39,7 @@ def rows_of_text(name: str, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any
             delimiter = max(",\t;", key=header.count)
             columns = next(csv.reader([header], delimiter=delimiter), [])
             if twice := [name for name in columns if columns.count(name) > 1 and name]:
-                raise DataError(
-                    f"{name}: two of its columns are called {twice[0]}: rename or drop one of them."
-                )
+                raise faults.same_columns(name, twice[0])
             before = lines.number
             for row in (reader := csv.reader(lines, delimiter=delimiter)):
                 line = before + reader.line_num
