@@ -83,6 +83,24 @@ def test_a_mistyped_key_is_answered_with_the_one_that_was_meant(override, said):
         cli.compose(["+experiment=smoke", override])
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["date=2024-01-01/a.jsonl", "a, b.jsonl", "caf\u00e9.jsonl", "a(1).jsonl", "[x]a.jsonl"],
+)
+def test_a_value_that_needs_quotes_is_answered_with_them(value):
+    with pytest.raises(UserError) as caught:
+        continuation.key_of(f"dataset.path={value}")
+    said = str(caught.value)
+    assert said.startswith(f"dataset.path={value} is no override that Hydra can read: ")
+    word = re.search('Put the value in quotes, within those of the shell: "(.*)"$', said)[1]
+    assert composed(word).dataset.path == value
+
+
+def test_a_word_that_no_quotes_mend_is_answered_without():
+    with pytest.raises(UserError, match=r"can read: .*(?<!\")$"):
+        continuation.key_of("dataset path=x")
+
+
 def _numbers(values: dict, prefix: str = "") -> Iterator[str]:
     for name, value in values.items():
         if isinstance(value, dict):

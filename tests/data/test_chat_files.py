@@ -69,6 +69,16 @@ def test_much_white_space_before_a_list(tmp_path):
     assert len(list(read_conversations(path))) == 5
 
 
+@pytest.mark.parametrize("by_ids", [False, True])
+@pytest.mark.parametrize("keys", [["items"], ["result", "items"], ["a", "b", "c", "d"]])
+def test_chats_within_objects(tmp_path, keys, by_ids):
+    value = {record["id"]: record for record in RECORDS} if by_ids else RECORDS
+    for key in reversed(keys):
+        value = {key: value, "status": 200}
+    reading = read_conversations(write(tmp_path / "a.json", json.dumps(value)))
+    assert [c.id for c in reading] == [f"r-{number}" for number in range(5)]
+
+
 def test_one_record_over_several_lines(tmp_path):
     path = write(tmp_path / "a.json", json.dumps(RECORDS[0], indent=1))
     assert [c.id for c in read_conversations(path)] == ["r-0"]

@@ -1,4 +1,5 @@
 import json
+import pickle
 import re
 
 import pytest
@@ -82,7 +83,26 @@ def fault_of(path):
         (arrow_stream(RECORDS)[:-300] + arrow_stream(RECORDS)[-8:], "is damaged"),
         (arrow([{"text": "x", "n": 1}]), "no known form of chat: its columns are text, n"),
         (parquet([{"text": "x", "n": 1}]), "no known form of chat: its columns are text, n"),
-        (b"\x80\x04\x95\n\0\xff\xfe\n\0", "neither text nor a known binary format"),
+        (b"\x90\x04\x95\n\0\xff\xfe\n\0", "neither text nor a known binary format"),
+        (pickle.dumps({"a": 1}), "is a pickle, which may .* never opened: write its chats as JSON"),
+        (b"\x93NUMPY\x01\0v\0{'descr'", "is an array of NumPy: "),
+        (b'\x40\0\0\0\0\0\0\0{"a":{', "is a safetensors file of weights: dataset.path names"),
+        (b"SQLite format 3\0", "is an SQLite database: "),
+        (b"%PDF-1.7\n", "is a PDF document: "),
+        (b"\x89PNG\r\n", "is a picture: "),
+        (b"\0\0\0\x18ftypmp42", "is a sound or a video: "),
+        (b"7z\xbc\xaf\x27\x1c", "is an archive of 7z: unpack it"),
+        (b"FEA1\0\0", "is a Feather file of version 1, .*: save it as Parquet"),
+        (b"[]\n", "holds no record: it is an empty list, or a table without a row"),
+        (arrow([{"text": "x"}], is_empty=True), "holds no record"),
+        (
+            b'{"messages": [{"author": {"name": "bob"}, "content": "Hi"}]}',
+            r"Who speaks is an object: .*`jq .* 'dataset\.role_map=\{ann: assistant",
+        ),
+        (
+            b"{\"messages\": \"[{'role': 'user', 'content': 'Hi'}]\"}",
+            r"under messages is a list as Python prints it, not JSON .*map\(ast\.literal_eval\)",
+        ),
         (b"BZh91AY&SY", "is cut off in its compressed data"),
         (bzip2(LINES)[:-3], "is cut off in its compressed data"),
         (bzip2(LINES)[:40] + b"x" + bzip2(LINES)[41:], "is damaged"),

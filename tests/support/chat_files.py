@@ -61,13 +61,14 @@ def parquet(rows):
     return sink.getvalue()
 
 
-def arrow(rows, is_stream=False, **options):
+def arrow(rows, is_stream=False, is_empty=False, **options):
     import pyarrow as pa
 
     sink, table = io.BytesIO(), pa.Table.from_pylist(rows)
     new = pa.ipc.new_stream if is_stream else pa.ipc.new_file
     with new(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(table, max_chunksize=2)
+        if not is_empty:
+            writer.write_table(table, max_chunksize=2)
     return sink.getvalue()
 
 

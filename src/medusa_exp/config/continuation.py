@@ -271,7 +271,22 @@ def _parsed(override: str) -> Override:
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
-        raise UserError(f"{override} is no override that Hydra can read: {error}") from error
+        raise UserError(
+            f"{override} is no override that Hydra can read: {error}{_in_quotes(override)}"
+        ) from error
+
+
+def _in_quotes(override: str) -> str:
+    """Return the advice to put a value in quotes, where that makes an override readable."""
+    key, sign, value = override.partition("=")
+    word = f"{key}='{value}'"
+    if not sign or re.search(r"['\"\\$`!]", value):
+        return ""
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return ""
+    return f'. Put the value in quotes, within those of the shell: "{word}"'
 
 
 def split_override(override: str) -> tuple[str, str]:

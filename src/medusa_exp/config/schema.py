@@ -62,9 +62,9 @@ class DatasetConfig:
     """sharegpt (read `path` or `sources`), hub (the same, from a data set of the Hugging Face hub)
     or synthetic (generate `num_conversations`, then read that file)."""
     path: str | None = given()
-    """A file, a folder or a glob of chats: JSON, JSON Lines, CSV, TSV or Parquet, each also in
-    gzip, bzip2, xz, zstd, zip or tar. Parquet and zstd need pip install 'medusa-exp[parquet]'. With
-    kind=hub: owner/name."""
+    """A file, a folder or a glob of chats: JSON, JSON Lines, CSV, TSV, Parquet or Arrow, each also
+    in gzip, bzip2, xz, zstd, zip or tar. Parquet, Arrow and zstd need pip install
+    'medusa-exp[parquet]'. With kind=hub: owner/name."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several sources instead of one path: name -> {path, weight}."""
     hub_split: str = given("train")

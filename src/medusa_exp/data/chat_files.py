@@ -135,7 +135,7 @@ class Part:
             yield from self._rows()
         elif head.startswith(_ARROW):
             yield from self._rows_of_arrow(is_stream=head.startswith(_ARROW_STREAM))
-        elif is_text_table(self.name):
+        elif faults.is_text_table(self.name):
             yield from self._rows_of_text()
         elif head.startswith(b"[") and not _is_whole_line(head):
             yield from self._items()
@@ -263,11 +263,6 @@ def chosen_columns(name: str, present: tuple[str, ...], wanted: tuple[str, ...])
     if twice := [column for column in chosen if present.count(column) > 1]:
         raise faults.same_columns(name, twice[0])
     return chosen
-
-
-def is_text_table(name: str) -> bool:
-    """Tell CSV and TSV, packed or not, by the name."""
-    return faults.unpacked_name(name.lower()).endswith((".csv", ".tsv"))
 
 
 def _goes_on_over_lines(head: bytes) -> bool:

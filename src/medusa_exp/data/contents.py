@@ -273,7 +273,7 @@ def members_of(content: Content, head: bytes) -> Iterator[Content] | None:
     """
     if content.path is None:
         return None
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip_members(content)
     return _tar_members(content) if _is_header_of_tar(head) else None
 

@@ -331,11 +331,13 @@ class _FaultyChats:
 
         Raises:
             DataError: no line is JSON.
-            NoChats: none of the records is a chat.
+            NoChats: there is no record, or none of them is a chat.
         """
-        if not num_records or self.num_chats < num_records:
-            return
         name = self.source.name
+        if not num_records:
+            raise faults.no_records(name)
+        if self.num_chats < num_records:
+            return
         if self.first_line and self.reasons[NOT_JSON] == num_records:
             raise faults.no_json_line(name, self.first_line, raw_bytes(self.first))
         if self.reasons[NOT_JSON] or self.reasons[NOT_UTF8]:
@@ -343,7 +345,11 @@ class _FaultyChats:
         reason = max(self.reasons, key=lambda reason: self.reasons[reason])
         if reason == NO_FORM:
             is_table = bool(self.source.keys)
-            keys = self.source.keys or tuple(_decoded(self.first) or ())
+            first = _decoded(self.first) or {}
+            keys = self.source.keys or tuple(first)
+            for key in self.source.columns if isinstance(first, dict) else ():
+                if error := faults.not_json_list(name, key, first.get(key)):
+                    raise error
             raise faults.no_form(name, keys, "columns" if is_table else "keys")
         if reason == NOT_OBJECT:
             raise faults.single_value(name, _decoded(self.first))

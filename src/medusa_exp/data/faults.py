@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from medusa_exp.data.other_kinds import kind_by_beginning, kind_by_members
 from medusa_exp.errors import UserError
 from medusa_exp.runs.extras import lacking
 
@@ -22,15 +23,6 @@ _CHATS = (
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Ends of the names of files that are packed."""
 
-# The first bytes of what is often found under the name of a chat file.
-_FOREIGN = [
-    (rb"version https://git-lfs", "is a Git LFS pointer, not the data: run `git lfs pull`."),
-    (rb"PK\x03\x04", "is a zip archive in an archive: unpack it and name the file inside."),
-    (
-        rb"(?i)<(!doctype|html|head|\?xml)",
-        "is a web page, not chats: the download got a page instead of the file.",
-    ),
-]
 # JSON begins with ASCII: where the zero bytes are tells the encoding. The longer ones come first.
 _WIDE = [
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32"),
@@ -102,6 +94,8 @@ def of_reading(name: Path | str) -> Iterator[None]:
 
 def no_chat_files(name: str, others: Sequence[str]) -> NoChats:
     """Return the error of a folder or an archive without a file that may hold chats."""
+    if words := kind_by_members(others):
+        return NoChats(f"{name} {words}")
     held = f" It holds {_named(others)}." if others else ""
     return NoChats(
         f"{name} holds no *.json, *.jsonl, *.ndjson, *.parquet, *.arrow, *.feather, *.csv or "
@@ -122,9 +116,8 @@ def _named(names: Sequence[str]) -> str:
 
 def foreign(name: str, head: bytes) -> DataError | None:
     """Return the error if a file's first bytes are not the beginning of any JSON in UTF-8."""
-    for pattern, words in _FOREIGN:
-        if re.match(pattern, head):
-            return DataError(f"{name} {words}")
+    if words := kind_by_beginning(head):
+        return DataError(f"{name} {words}")
     for pattern, encoding in _WIDE:
         if re.match(pattern, head):
             return _wrong_encoding(name, encoding)
@@ -180,6 +173,14 @@ _REMEDY = (
 )
 
 
+def no_records(name: str) -> NoChats:
+    """Return the error of a list, or a table, of nothing."""
+    return NoChats(
+        f"{name} holds no record: it is an empty list, or a table without a row. Write the chats "
+        "into it, or name another file."
+    )
+
+
 def no_form(name: str, keys: Sequence[str], what: str = "keys") -> NoChats:
     """Return the error of a file none of whose records has a form that is known."""
     shown = ", ".join(map(str, keys[:30])) + (" ..." if len(keys) > 30 else "")
@@ -189,8 +190,56 @@ def no_form(name: str, keys: Sequence[str], what: str = "keys") -> NoChats:
             " Each record seems to be one message: gather those of a chat in a list, as "
             '{"messages": [{"role": ..., "content": ...}, ...]}.'
         )
+    elif is_text_table(name):
+        one = _about_header(keys)
     return NoChats(
         f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one} {_REMEDY}"
+    )
+
+
+def is_text_table(name: str) -> bool:
+    """Tell CSV and TSV, packed or not, by the name."""
+    return unpacked_name(name.lower()).endswith((".csv", ".tsv"))
+
+
+def _about_header(columns: Sequence[str]) -> str:
+    said = ""
+    if any(" " in column.strip() or column.isdigit() for column in columns):
+        said = " They are its first line: write one above it, as prompt,completion, if it has none."
+    if len(columns) == 1:
+        said += (
+            " If they are several columns, say what stands between them in a line above, as sep=^ "
+            "does: comma, semicolon, tab and | are known."
+        )
+    elif odd := [column for column in columns if column != column.strip()]:
+        said += f" Take the space out of {odd[0]!r}."
+    return said
+
+
+_NOT_JSON_LISTS = (
+    # NumPy writes no comma between what stands on lines of their own.
+    ("NumPy", re.compile(r"\s*\[?array\(|\s*\[\s*(\{\s*'|')[^\n]*[}']\s*\n\s*[{']")),
+    ("Python", re.compile(r"\s*\[\s*(\{\s*)?'")),
+)
+
+
+def not_json_list(name: str, key: str, text: Any) -> NoChats | None:
+    """Return the error if a text is a list as Python or NumPy print it, which is no JSON."""
+    if not isinstance(text, str):
+        return None
+    writer = next((who for who, begin in _NOT_JSON_LISTS if begin.match(text)), None)
+    if writer is None:
+        return None
+    column = f"df[{key!r}]"
+    remedy = (
+        f"Write it as JSON where the file is made, as by `{column} = {column}.map(lambda turns: "
+        "json.dumps(list(turns)))`"
+    )
+    if writer == "Python":
+        remedy += f"; from this file, by `{column}.map(ast.literal_eval).map(json.dumps)`"
+    return NoChats(
+        f"{name}: what stands under {key} is a list as {writer} prints it, not JSON ({text!r:.50} "
+        f"...). {remedy}."
     )
 
 
@@ -201,11 +250,16 @@ def same_columns(name: str, column: str) -> DataError:
 
 def no_usable_turn(name: str, reason: str, detail: str) -> NoChats:
     """Return the error of a file all of whose records fail for want of turns that are known."""
-    return NoChats(
-        f"{name} has no chat that can be read: {reason}: {detail}. Say whose a role is, as in "
-        "'dataset.role_map={narrator: system}', or what the texts stand under, as in "
-        "'dataset.columns={user: KEY, assistant: KEY}'."
+    remedy = (
+        "Say whose a role is, as in 'dataset.role_map={narrator: system}', or what the texts stand "
+        "under, as in 'dataset.columns={user: KEY, assistant: KEY}'."
     )
+    if detail.startswith("the role is {"):
+        remedy = (
+            "Who speaks is an object: write one name in its place, as by `jq '.messages[].author "
+            "|= .name'`, and say whose it is, as in 'dataset.role_map={ann: assistant, bob: user}'."
+        )
+    return NoChats(f"{name} has no chat that can be read: {reason}: {detail}. {remedy}")
 
 
 def ambiguous(place: str, ways: str) -> DataError:

@@ -7,8 +7,10 @@ An object may hold lists of records (`{"train": [...], "test": [...]}`), columns
 import csv
 import io
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, BinaryIO
 
 import msgspec
@@ -35,30 +37,67 @@ def rows_of_text(name: str, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         try:
             lines = _Lines(text)
-            header = next((line for line in lines if line.strip()), "")
-            delimiter = max(",\t;", key=header.count)
-            columns = next(csv.reader([header], delimiter=delimiter), [])
+            header, delimiter = _header(lines)
+            before = lines.number - 1
+            reader = csv.reader(chain([header], lines), delimiter=delimiter)
+            columns = next(reader, [])
+            if lines.is_done and columns:
+                raise _open_quote(name, lines.number)
             if twice := [name for name in columns if columns.count(name) > 1 and name]:
                 raise faults.same_columns(name, twice[0])
-            before = lines.number
-            for row in (reader := csv.reader(lines, delimiter=delimiter)):
+            is_first = True
+            for row in reader:
                 line = before + reader.line_num
-                if lines.is_done and row:  # another line was asked for: there is a quote open
-                    raise DataError(
-                        f"{name}, line {line}: the last row has a quote without an end, which may "
-                        "have begun many lines before: close it."
-                    )
+                if lines.is_done and row:
+                    raise _open_quote(name, line)
                 if len(row) > len(columns):
                     raise DataError(
                         f"{name}, line {line}: a row of {len(row)} fields under {len(columns)} "
                         f"columns ({', '.join(columns)}). Put texts with commas in quotes."
                     )
+                if is_first:
+                    is_first = False
+                    _check_answers(name, dict(zip(columns, row, strict=False)))
                 if row:
                     yield line, {**dict.fromkeys(columns), **dict(zip(columns, row, strict=False))}
         except UnicodeDecodeError as error:
             raise faults.wrong_bytes(name, error.object) from error
         except csv.Error as error:
             raise DataError(f"{name}, line {lines.number}: {error}.") from error
+
+
+def _header(lines: "_Lines") -> tuple[str, str]:
+    """Return the header's first line, and what stands between its columns."""
+    header = next((line for line in lines if line.strip()), "")
+    if said := re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE):  # as Excel writes and reads
+        return next((line for line in lines if line.strip()), ""), said[1]
+    unquoted = re.sub(r'"[^"]*"?', "", header)
+    delimiter = max(",\t;", key=unquoted.count)
+    return header, delimiter if delimiter in unquoted or "|" not in unquoted else "|"
+
+
+def _check_answers(name: str, row: dict[str, str]) -> None:
+    """Refuse questions and answers that both are messages as Python prints them: no text is so.
+
+    Raises:
+        NoChats: they are.
+    """
+    found = [
+        error
+        for key in ("prompt", "completion", "chosen", "rejected")
+        if row.get(key, "").rstrip().endswith(("}]", "dtype=object)"))
+        and (error := faults.not_json_list(name, key, row[key]))
+    ]
+    if len(found) > 1:
+        raise found[0]
+
+
+def _open_quote(name: str, line: int) -> DataError:
+    """Return the error of a row for whose end another line was asked for, and there was none."""
+    return DataError(
+        f"{name}, line {line}: the last row has a quote without an end, which may have begun many "
+        "lines before: close it."
+    )
 
 
 class _Lines:
@@ -95,6 +134,8 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
         if len(lists) == len(fields) > 1 and len({len(items) for items in lists.values()}) == 1:
             return _rows(lists)
         objects = {k: _decode_object(v) for k, v in fields.items() if _opens(v, b"{")}
+        if len(objects) == 1 and (inner := _wrapped(name, *(fields[key] for key in objects))):
+            return inner
         if not objects or len(objects) < len(fields):
             return None
         first, *others = objects.values()
@@ -106,6 +147,13 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         pass  # what is wrong with it is found where it is read as a chat
     return None
+
+
+def _wrapped(name: str, text: Any) -> list[RawChat] | None:
+    """Return the chats within the only object of an object, as an interface answers with them."""
+    found = records_of_object(name, text)
+    inner = None if found is None else list(found)
+    return inner if inner and _is_chat(inner[0]) else None
 
 
 def _opens(value: msgspec.Raw, bracket: bytes) -> bool:

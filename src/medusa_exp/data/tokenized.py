@@ -313,7 +313,7 @@ def _nothing_to_train_on(
                 f"{number} of {outcomes['records']} were cut before the first reply, at "
                 f"{max_length} tokens, and the shortest needs {needed}"
             )
-        whys.append(f"{name}: {outcomes['records']} records; {'; '.join(reasons)}")
+        whys.append("; ".join([f"{name}: {outcomes['records']} records", *reasons]))
     example = "".join(f" For example, {what}: {error}." for what, error in examples.items())
     advice = ""
     if too_short:
