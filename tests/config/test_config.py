@@ -85,7 +85,7 @@ def test_a_mistyped_key_is_answered_with_the_one_that_was_meant(override, said):
 
 @pytest.mark.parametrize(
     "value",
-    ["date=2024-01-01/a.jsonl", "a, b.jsonl", "caf\u00e9.jsonl", "a(1).jsonl", "[x]a.jsonl"],
+    ["date=2024-01-01/a.jsonl", "a, b=c.jsonl", "caf\u00e9.jsonl", "a(1).jsonl", "[x]a.jsonl"],
 )
 def test_a_value_that_needs_quotes_is_answered_with_them(value):
     with pytest.raises(UserError) as caught:
