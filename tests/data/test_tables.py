@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from chat_files import RECORDS, arrow_stream, write
 
-from medusa_exp.data import DataError, read_conversations
+from medusa_exp.data import DataError, contents, read_conversations
+from medusa_exp.data.arrow_sizes import unpacked_sizes
 from medusa_exp.data.table_values import rows_of_batch
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -24,9 +25,10 @@ def as_parquet(table):
     return sink.getvalue()
 
 
-def as_arrow(table):
-    sink = io.BytesIO()
-    with pa.ipc.new_file(sink, table.schema) as writer:
+def as_arrow(table, is_stream=False, compression=None):
+    sink, options = io.BytesIO(), pa.ipc.IpcWriteOptions(compression=compression)
+    new = pa.ipc.new_stream if is_stream else pa.ipc.new_file
+    with new(sink, table.schema, options=options) as writer:
         writer.write_table(table)
     return sink.getvalue()
 
@@ -180,3 +182,20 @@ def test_two_columns_of_one_name(tmp_path, write_table):
     data = write_table(table)
     with pytest.raises(DataError, match="two of its columns are called prompt"):
         list(read_conversations(write(tmp_path / "a", data)))
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True], ids=["", "dictionary"])
+def test_arrow_that_expands(tmp_path, monkeypatch, is_stream, is_shared):
+    """It says so itself, before anything is unpacked."""
+    answers = pa.array([f"{number}" + "x" * 50_000 for number in range(100)])
+    answers = answers.dictionary_encode() if is_shared else answers
+    table = pa.table({"prompt": ["q"] * 100, "completion": answers})
+    data = as_arrow(table, is_stream, "zstd")
+    assert 0 <= sum(unpacked_sizes(memoryview(data), is_stream)) - table.nbytes < 4096
+    assert not any(unpacked_sizes(memoryview(as_arrow(table, is_stream)), is_stream))
+    path = write(tmp_path / "a.arrow", data)
+    assert len(list(read_conversations(path))) == 100
+    monkeypatch.setattr(contents, "_FREELY_UNPACKED", 1 << 20)
+    with pytest.raises(DataError, match="unpacks to more than 1 MiB and 250 times its size"):
+        list(read_conversations(path))

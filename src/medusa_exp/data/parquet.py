@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medusa_exp.data import faults
+from medusa_exp.data.arrow_sizes import unpacked_sizes
 from medusa_exp.data.contents import BLOCK, ROWS_TOGETHER, Budget, Content
 from medusa_exp.data.examples import COLUMNS, Ragged, Table, encoded
 from medusa_exp.data.table_values import rows_of_batch, shares_values
@@ -58,12 +59,14 @@ def opened_arrow(
     """Open an Arrow stream, or an Arrow file (Feather), mapped where it stands in a file as it is.
 
     Raises:
-        DataError: it is damaged.
+        DataError: it is damaged, or unpacks to absurd sizes.
     """
     data = content.whole()
     if is_stream and data[-len(_END_OF_STREAM) :] != _END_OF_STREAM:
         raise faults.no_end(content.name)
     try:
+        for size in unpacked_sizes(data, is_stream):
+            content.budget.spend(size)
         source = pa.BufferReader(data)
         with (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(source) as table:
             yield table
@@ -74,12 +77,10 @@ def opened_arrow(
 def rows_of_arrow(
     table: pa.RecordBatchStreamReader | pa.RecordBatchFileReader,
     columns: list[str],
-    budget: Budget,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of some columns, whose lengths and offsets are checked.
 
     Raises:
-        DataError: they unpack to absurd sizes.
         ArrowInvalid: they are damaged.
     """
     is_shared = any(shares_values(table.schema.field(column).type) for column in columns)
@@ -87,7 +88,6 @@ def rows_of_arrow(
     for batch in _batches(table):
         chosen = batch.select(columns)
         chosen.validate(full=True)
-        budget.spend(chosen.nbytes)
         for start in range(0, len(chosen), together):
             yield from rows_of_batch(chosen.slice(start, together))
 
