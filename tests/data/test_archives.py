@@ -207,6 +207,7 @@ def test_files_of_a_folder_without_chats_are_passed_over(tmp_path, caplog):
     write(tmp_path / "a.jsonl", LINES)
     write(tmp_path / "dataset_infos.json", json.dumps({"default": {"features": {"x": 1}}}))
     write(tmp_path / "labels.csv", "name,label\nx,1\n")
+    write(tmp_path / "none.json", "[]")
     write(tmp_path / "stats.parquet", parquet([{"n": 1}]))
     reading = read_conversations(tmp_path)
     assert len(list(reading)) == 5 and len(list(reading)) == 5
@@ -214,6 +215,7 @@ def test_files_of_a_folder_without_chats_are_passed_over(tmp_path, caplog):
         assert caplog.text.count(f"{name} has no known form of chat: its ") == 1
         assert f" are {keys}. " in caplog.text
     assert "its columns are n" in caplog.text
+    assert caplog.text.count("none.json holds no record") == 1
     assert len(list(read_conversations(f"{tmp_path}/*"))) == 5
     with pytest.raises(DataError, match="its keys are default"):  # named by itself
         list(read_conversations(tmp_path / "dataset_infos.json"))

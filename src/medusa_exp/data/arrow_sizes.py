@@ -1,8 +1,8 @@
 """How much the batches of an Arrow stream or file unpack to, by their own account.
 
-pyarrow unpacks a batch as a whole and does not say beforehand how large it will be. The file does: a
-message's metadata, which is a FlatBuffer, says where its buffers are, and each that is packed begins
-with its unpacked length. https://arrow.apache.org/docs/format/Columnar.html
+pyarrow unpacks a batch as a whole and does not say beforehand how large it will be. The file does:
+a message's metadata, a FlatBuffer, says where its buffers are, and each that is packed begins with
+its unpacked length. https://arrow.apache.org/docs/format/Columnar.html
 """
 
 import struct
