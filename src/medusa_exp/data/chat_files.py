@@ -185,7 +185,7 @@ class Part:
         with parquet.opened_arrow(self.content, is_stream) as table:
             self.keys = tuple(table.schema.names)
             columns = chosen_columns(self.name, self.keys, self.columns)
-            yield from parquet.rows_of_arrow(table, columns)
+            yield from parquet.rows_of_arrow(table, columns, self.content.budget)
 
     def _rows_of_text(self) -> Iterator[dict[str, Any]]:
         with self.content.open() as file:

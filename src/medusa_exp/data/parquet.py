@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medusa_exp.data import faults
-from medusa_exp.data.arrow_sizes import unpacked_sizes
 from medusa_exp.data.contents import BLOCK, ROWS_TOGETHER, Budget, Content
 from medusa_exp.data.examples import COLUMNS, Ragged, Table, encoded
 from medusa_exp.data.table_values import rows_of_batch, shares_values
@@ -18,7 +17,6 @@ from medusa_exp.errors import UserError
 
 _USUAL_TIMES = 50
 """How many times its packed size a column of texts may have; most have three to ten times."""
-
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -59,14 +57,12 @@ def opened_arrow(
     """Open an Arrow stream, or an Arrow file (Feather), mapped where it stands in a file as it is.
 
     Raises:
-        DataError: it is damaged, or unpacks to absurd sizes.
+        DataError: it is damaged.
     """
     data = content.whole()
     if is_stream and data[-len(_END_OF_STREAM) :] != _END_OF_STREAM:
         raise faults.no_end(content.name)
     try:
-        for size in unpacked_sizes(data, is_stream):
-            content.budget.spend(size)
         source = pa.BufferReader(data)
         with (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(source) as table:
             yield table
@@ -77,15 +73,18 @@ def opened_arrow(
 def rows_of_arrow(
     table: pa.RecordBatchStreamReader | pa.RecordBatchFileReader,
     columns: list[str],
+    budget: Budget,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of some columns, whose lengths and offsets are checked.
 
     Raises:
         ArrowInvalid: they are damaged.
+        DataError: they unpack to absurd sizes, as is seen batch by batch.
     """
     is_shared = any(shares_values(table.schema.field(column).type) for column in columns)
     together = 1 if is_shared else ROWS_TOGETHER
     for batch in _batches(table):
+        budget.spend(batch.nbytes)
         chosen = batch.select(columns)
         chosen.validate(full=True)
         for start in range(0, len(chosen), together):
