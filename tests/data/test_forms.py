@@ -12,8 +12,9 @@ from chat_files import parquet, write
 from medusa_exp.config import DatasetConfig
 from medusa_exp.config.limits import words_of
 from medusa_exp.data import DataError, read_conversations
-from medusa_exp.data.forms import FORMS, Ambiguous
+from medusa_exp.data.forms import FORMS
 from medusa_exp.data.parsing import ChatParser
+from medusa_exp.data.records import Ambiguous
 
 Q, A = "What is 2+2?", "It is 4."
 ASK, REPLY = {"role": "user", "content": Q}, {"role": "assistant", "content": A}

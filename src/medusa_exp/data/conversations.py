@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from medusa_exp.data import faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
 from medusa_exp.data.faults import DataError, NoChats
-from medusa_exp.data.forms import FORMS, Ambiguous
+from medusa_exp.data.forms import FORMS
 from medusa_exp.data.parsing import (
     NO_FORM,
     NOT_A_TURN,
@@ -32,6 +32,7 @@ from medusa_exp.data.parsing import (
     decode_leniently,
     raw_bytes,
 )
+from medusa_exp.data.records import Ambiguous
 from medusa_exp.data.turns import ROLES
 from medusa_exp.runs.progress import Patience
 

@@ -15,16 +15,8 @@ from typing import Any
 
 import msgspec
 
-from medusa_exp.data.forms import (
-    FORMS,
-    SYSTEMS,
-    Ambiguous,
-    Chat,
-    Form,
-    by_columns,
-    columns_of,
-    id_in,
-)
+from medusa_exp.data.forms import FORMS, Form, by_columns, columns_of
+from medusa_exp.data.records import SYSTEMS, Ambiguous, Chat, id_in
 from medusa_exp.data.turns import (
     NOT_TO_TRAIN,
     PICTURES,

@@ -15,8 +15,9 @@ import msgspec
 
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.forms import Ambiguous, is_turn
 from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser, RawChat
+from medusa_exp.data.records import Ambiguous
+from medusa_exp.data.turn_lists import is_turn
 
 log = logging.getLogger(__name__)
 

@@ -2,19 +2,9 @@
 
 from typing import Any
 
-from medusa_exp.data.forms import (
-    FORMS,
-    IDS,
-    LISTS,
-    ROLE_KEYS,
-    SPEAKERS,
-    SYSTEMS,
-    WHAT,
-    WHO,
-    WORDS,
-    bare,
-    is_turn,
-)
+from medusa_exp.data.forms import FORMS, LISTS
+from medusa_exp.data.records import IDS, SYSTEMS
+from medusa_exp.data.turn_lists import ROLE_KEYS, SPEAKERS, WHAT, WHO, WORDS, bare, is_turn
 from medusa_exp.data.turns import (
     CALLS,
     PICTURES,

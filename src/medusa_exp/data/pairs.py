@@ -1,0 +1,80 @@
+"""A question and its answer, each a text or a list of messages, as the turns of a chat."""
+
+from typing import Any
+
+from medusa_exp.data.records import Chat, check_alike, system_in
+from medusa_exp.data.transcripts import transcript_in
+from medusa_exp.data.turn_lists import Record, get, is_alternation, is_turn, turns_of
+from medusa_exp.data.turns import ROLE_OF, Unusable, decoded, is_held
+
+NO_ROOM = "a context beside messages, in none of which it has a place"
+NOT_A_CONTEXT = "a context that is not text"
+BAD_HISTORY = "a history that is no list of turns"
+SEVERAL_ANSWERS = "several answers to one question"
+REPLIES = ("completion", "response", "output", "answer")
+ASKED = ("prompt", "question", "query", "instruction", "input")
+CONTEXTS = ("input", "context")
+
+
+def pair(
+    record: Any, asked: tuple[str, ...], replied: tuple[str, ...], contexts: tuple[str, ...] = ()
+) -> Chat | None:
+    """Read a question and its answer, each a text or a list of messages."""
+    asks = [key for key in asked if get(record, key) is not None]
+    replies = [key for key in replied if key in record] if asks else []
+    if not replies or isinstance(decoded(record[asks[0]]), dict):
+        return None
+    given = [key for key in replies if record[key] is not None] or replies
+    reply = record[given[0]]
+    if isinstance(reply, dict) and not is_turn(reply):
+        return None
+    check_alike(record, asks)
+    check_alike(record, given)
+    replies = answered(reply)
+    return Chat(joined(record, asks[0], contexts, replies), system_in(record))
+
+
+def answered(reply: Any) -> list[Any]:
+    """Return the turns of an answer; a list of texts is no chat where the question is apart."""
+    if is_alternation(reply):
+        raise Unusable(SEVERAL_ANSWERS, f"they are {len(reply)}, the first {reply[0]!r:.60}")
+    return said_by(reply, "assistant")
+
+
+def joined(record: Record, asked: str, contexts: tuple[str, ...], replies: list[Any]) -> list[Any]:
+    """Return earlier turns, the question with what belongs to it, and the answer."""
+    turns = said_by(record[asked], "user")
+    beside = [record.get(key) for key in contexts if key != asked]
+    for text in beside:
+        if not isinstance(text, str) and text:
+            raise Unusable(NOT_A_CONTEXT, f"it is {text!r:.60}")
+        if text and text.strip():
+            if (content := _content(turns[-1])) is None:
+                raise Unusable(NO_ROOM)
+            turns[-1] = {**turns[-1], "content": f"{content}\n\n{text}"}
+    if transcript_in(record[asked]) and (said := _content(replies[0])) is not None:
+        replies = [{**replies[0], "content": said.strip()}, *replies[1:]]
+    earlier = turns_of(history := record.get("history"))
+    if earlier is None and is_held(history):
+        raise Unusable(BAD_HISTORY, f"it is {history!r:.60}")
+    return [*(earlier or []), *turns, *replies]
+
+
+def _content(turn: Any) -> str | None:
+    content = turn.get("content") if isinstance(turn, dict) else None
+    return content if isinstance(content, str) else None
+
+
+def said_by(value: Any, role: str) -> list[Any]:
+    """Return the turns of a list of messages or of a text, which may be a whole transcript."""
+    is_parts = isinstance(value, list) and any(isinstance(v, dict) and "type" in v for v in value)
+    of_messages = is_turn(value) or (isinstance(value, list) and not is_parts)
+    if isinstance(value, str) and not isinstance(inner := decoded(value), str):
+        of_messages = is_turn(inner[0] if isinstance(inner, list) and inner else inner)
+    turns = turns_of(value) if of_messages else transcript_in(value)
+    return turns or [{"role": role, "content": value}]
+
+
+def is_reply(turn: Any) -> bool:
+    role = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    return isinstance(role, str) and ROLE_OF.get(role.lower()) == "assistant"
