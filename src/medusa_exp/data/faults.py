@@ -178,6 +178,7 @@ _REMEDY = (
 def no_form(name: str, keys: Sequence[str], what: str = "keys") -> NoChats:
     """Return the error of a file none of whose records has a form that is known."""
     shown = ", ".join(map(str, keys[:30])) + (" ..." if len(keys) > 30 else "")
+    shown = shown.encode("utf-8", "replace").decode()  # a key may hold half a surrogate pair
     one = ""
     if {"role", "content"} <= set(keys):
         one = (

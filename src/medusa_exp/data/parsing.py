@@ -191,7 +191,7 @@ class ChatParser:
                     return conversation
             return self._parse_leniently(raw, number)
         except Unusable as reason:
-            self.detail = reason.detail
+            self.detail = _whole_letters(reason.detail)
             return str(reason)
 
     def _parse_strictly(
@@ -218,7 +218,7 @@ class ChatParser:
         if not messages or _holds(chat, _ONLY):
             return None
         if number <= self._num_looked_at:
-            record = msgspec.json.decode(raw)
+            record = _decoded(raw)
             if len(self._forms) > 1 and not _OTHER_KEYS.isdisjoint(record):
                 return None
             self._note_unused(record, "messages")
@@ -244,7 +244,7 @@ class ChatParser:
 
     def _note_unused(self, record: Any, form: str) -> None:
         self.num_looked_at += 1
-        self.unused.update(unused_keys(record, form, self._forms[form].keys))
+        self.unused.update(map(_whole_letters, unused_keys(record, form, self._forms[form].keys)))
 
     def _read(self, record: Any) -> tuple[str, list[Message], str]:
         """Return the name of a record's form, its messages and its tools."""
@@ -362,7 +362,16 @@ def decode_leniently(text: bytes) -> Any:
         ValueError: it is not JSON by any measure, or (UnicodeDecodeError) not UTF-8.
         RecursionError: it is nested too deeply.
     """
-    return json.loads(text.decode("utf-8", "surrogatepass").removeprefix("\ufeff"), strict=False)
+    decoded = text.decode("utf-8", "surrogatepass").removeprefix("\ufeff")
+    return json.loads(decoded, strict=False, parse_int=_number)
+
+
+def _number(digits: str) -> int | float:
+    """Return a whole number, infinite where it has more digits than Python makes an int of."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def _decoded(raw: RawChat) -> Any:
@@ -387,7 +396,12 @@ def _usable_id(value: Any) -> str:
     """Return an id as text that any file can hold, empty where there is none."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         return ""
-    return re.sub("[\ud800-\udfff]", "\ufffd", str(value))
+    return _whole_letters(str(value))
+
+
+def _whole_letters(text: str) -> str:
+    """Return a text that any file can hold: halves of surrogate pairs are in no encoding."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _content_id(raw: RawChat) -> str:

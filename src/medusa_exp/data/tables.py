@@ -15,7 +15,7 @@ import msgspec
 
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser, RawChat
+from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser, RawChat, decode_leniently
 from medusa_exp.data.records import Ambiguous
 from medusa_exp.data.turn_lists import is_turn
 
@@ -106,7 +106,7 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
         if len(objects) > 1 and all(other.keys() == first.keys() for other in others):
             rows = _rows({key: list(values.values()) for key, values in objects.items()})
             return rows if _is_chat(rows[0]) else None
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    except (msgspec.DecodeError, RecursionError, ValueError):
         pass  # what is wrong with it is found where it is read as a chat
     return None
 
@@ -130,5 +130,8 @@ def _is_chat(value: Any) -> bool:
 
 
 def _is_record(item: msgspec.Raw) -> bool:
-    value = msgspec.json.decode(item)
+    try:
+        value = msgspec.json.decode(item)
+    except msgspec.DecodeError:  # numbers and texts that JSON has no room for
+        value = decode_leniently(bytes(item))
     return isinstance(value, list) or (isinstance(value, dict) and not is_turn(value))
