@@ -48,7 +48,7 @@ def test_forms(record):
     ("role", "names"),
     {
         "user": "user human prompter",
-        "assistant": "assistant gpt chatgpt bing bard model bot function_call",
+        "assistant": "assistant gpt chatgpt bing bard model bot ai",
         "system": "system developer",
         "tool": "tool function observation function_response tool_response ipython",
     }.items(),

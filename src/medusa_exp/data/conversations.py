@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from medusa_exp.data import faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
-from medusa_exp.data.faults import DataError, NoChats
+from medusa_exp.data.faults import A_ROW, DataError, NoChats
 from medusa_exp.data.forms import FORMS
 from medusa_exp.data.parsing import (
     NO_FORM,
@@ -265,7 +265,8 @@ class Reading:
                 self.dropped[found] += 1
                 self.examples.setdefault(found, f"{place}{detail}")
         except Ambiguous as ways:
-            raise faults.ambiguous(_place(source, number), str(ways)) from ways
+            place = _place(source, number)
+            raise faults.ambiguous(place, str(ways), ways.remedy) from ways
         finally:
             self._count_forms(parser, number - faulty.num_chats)
             for column in {*source.keys} - {*self._columns, *parser.unused}:
@@ -348,7 +349,7 @@ class _FaultyChats:
             raise faults.no_form(name, keys, "columns" if is_table else "keys")
         if reason == NOT_OBJECT:
             raise faults.single_value(name, _decoded(self.first))
-        if reason in (UNKNOWN_ROLE, NOT_A_TURN):
+        if reason in (UNKNOWN_ROLE, NOT_A_TURN, A_ROW):
             raise faults.no_usable_turn(name, reason, self.first_detail)
 
 

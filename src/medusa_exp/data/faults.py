@@ -168,6 +168,11 @@ def single_value(name: str, value: Any) -> NoChats:
     return NoChats(f"{name} holds one JSON value ({kind}) and no chats. {_CHATS}")
 
 
+A_ROW = "a list of fields without their names"
+AS_RECORDS = (
+    "Save records, which name their fields: of a pandas table, to_json(orient='records') does."
+)
+
 _REMEDY = (
     "If they are chats, say what their texts stand under, as in "
     "'dataset.columns={user: KEY, assistant: KEY, system: KEY}' or 'dataset.columns={messages: "
@@ -192,19 +197,21 @@ def no_form(name: str, keys: Sequence[str], what: str = "keys") -> NoChats:
 
 def no_usable_turn(name: str, reason: str, detail: str) -> NoChats:
     """Return the error of a file all of whose records fail for want of turns that are known."""
-    return NoChats(
-        f"{name} has no chat that can be read: {reason}: {detail}. Say whose a role is, as in "
-        "'dataset.role_map={narrator: system}', or what the texts stand under, as in "
-        "'dataset.columns={user: KEY, assistant: KEY}'."
+    remedy = (
+        "Say whose a role is, as in 'dataset.role_map={narrator: system}', or what the texts stand "
+        "under, as in 'dataset.columns={user: KEY, assistant: KEY}'."
     )
+    remedy = AS_RECORDS if reason == A_ROW else remedy
+    return NoChats(f"{name} has no chat that can be read: {reason}: {detail}. {remedy}")
 
 
-def ambiguous(place: str, ways: str) -> DataError:
+def ambiguous(place: str, what: str, remedy: str) -> DataError:
     """Return the error of a record that can be read in several ways."""
-    return DataError(
-        f"{place} can be read by {ways}, which do not say the same. Choose: dataset.form names a "
-        "form, 'dataset.columns={messages: KEY}' or '{user: KEY, assistant: KEY}' the keys."
+    others = (
+        "Keep one of them, or say what is to be read, as in 'dataset.columns={messages: KEY, "
+        "system: KEY}' or 'dataset.columns={user: KEY, assistant: KEY, system: KEY}'."
     )
+    return DataError(f"{place} {what}. {remedy or others}")
 
 
 def wrong_bytes(name: str, text: bytes) -> DataError:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from medusa_exp.data.faults import A_ROW, AS_RECORDS
 from medusa_exp.data.pairs import (
     ASKED,
     CONTEXTS,
     REPLIES,
+    answer_beside,
     answered,
     is_reply,
     joined,
@@ -22,22 +24,37 @@ from medusa_exp.data.pairs import (
 from medusa_exp.data.records import (
     IDS,
     SYSTEMS,
+    Ambiguous,
     Chat,
     at,
     check_alike,
     check_same_talk,
+    columns_in,
     system_in,
 )
 from medusa_exp.data.transcripts import transcript_in
-from medusa_exp.data.trees import best_branch, longest_branch
-from medusa_exp.data.turn_lists import ROLE_NAMES, Record, get, is_alternation, turns_of
-from medusa_exp.data.turns import PICTURES, TOOLS, Unusable, decoded
+from medusa_exp.data.trees import best_branch, branch_in, longest_branch
+from medusa_exp.data.turn_lists import (
+    ROLE_NAMES,
+    Record,
+    as_parts,
+    get,
+    is_alternation,
+    listed,
+    role_in,
+    turns_of,
+)
+from medusa_exp.data.turns import PICTURES, TOOLS, Unusable, decoded, is_held
 
 NO_WINNER = "two conversations without a winner"
 BOTH_BAD = "two conversations, both marked as bad"
-_TALKS = ("conversation", "chat_messages", "dialog", "dialogue")
+_TALKS = ("conversation", "chat_messages", "dialog", "dialogue", "internal")
+_BEGIN = "<|BEGIN-VISIBLE-CHAT|>"
+"""Stands in text-generation-webui's files for a question that nobody asked."""
+_LEAVES = ("current_node", "currNode")
 LISTS = ("conversations", "messages", *_TALKS, "contents", "conversation_a", "conversation_b")
 """Keys of lists of turns, and of nothing else."""
+_FRAGMENTS = {"REQUEST": "text", "RESPONSE": "text", "THINK": "thinking"}
 _WRAPPERS = ("body", "params", "request")
 
 
@@ -48,30 +65,47 @@ class Form:
     keys: tuple[str, ...]
     """What it reads of a record, but for ids and system texts."""
     read: Callable[[Any], Chat | None]
+    more: tuple[str, ...] = ()
+    """What it reads where these lack an answer."""
 
 
 def _messages(record: Any) -> Chat | None:
     """Read ShareGPT's `conversations`, OpenAI's `messages`; either may be JSON in a text."""
     if not isinstance(record, dict):
         return None
-    values = [decoded(record.get(key)) for key in ("conversations", "messages")]
+    shown = _shown(record)
+    values = [branch_in(listed(record.get(key)), shown) for key in ("conversations", "messages")]
     lists = [turns for turns in values if isinstance(turns, list)]
     if not lists:
         return None
     system = system_in(record)
-    check_same_talk({"conversations": values[0], "messages": values[1]}, system)
-    return Chat(turns_of(lists[0] or lists[-1]) or [], system, record)
+    both = {"conversations": values[0], "messages": values[1]}
+    check_same_talk(both, system, columns_in(record, "messages: KEY"))
+    turns = turns_of(lists[0] or lists[-1]) or []
+    is_asked_beside = any(is_held(record.get(key)) for key in ASKED)
+    if turns and role_in(turns[-1]) == "user" and not is_asked_beside:
+        key, reply = answer_beside(record, next(key for key in both if both[key]))
+        if key is not None:
+            return Chat([*turns, *reply], system, record, (key,))
+    return Chat(turns, system, record)
+
+
+def _shown(record: Record) -> Any:
+    """Return the id of the message at whose end a chat stood, where the record names it."""
+    places = (record, record.get("conv"))
+    return next((get(place, key) for place in places for key in _LEAVES if get(place, key)), None)
 
 
 def _conversation(record: Any) -> Chat | None:
-    """Read a chat log's `conversation`."""
-    talks = {key: decoded(get(record, key)) for key in _TALKS}
+    """Read a chat log's `conversation`; of text-generation-webui's, what the model saw."""
+    talks = {key: listed(get(record, key)) for key in _TALKS}
     found = [talk for talk in talks.values() if isinstance(talk, list)]
     if not found:
         return None
     system = system_in(record)
-    check_same_talk(talks, system)
-    return Chat(turns_of(found[0]) or [], system)
+    check_same_talk(talks, system, columns_in(record, "messages: KEY"))
+    turns = turns_of(found[0]) or []
+    return Chat([turn for turn in turns if get(turn, "content") != _BEGIN], system)
 
 
 def _prompt(record: Any) -> Chat | None:
@@ -116,7 +150,7 @@ def _chosen(record: Any) -> Chat | None:
             return None
         return Chat([*before.turns, *replies], before.system)
     if asked != ["instruction", "input"]:
-        check_alike(record, asked)
+        check_alike(record, asked, columns_in(record, "user: KEY, assistant: chosen", CONTEXTS))
     return Chat(joined(record, asked[0], CONTEXTS, replies), system_in(record))
 
 
@@ -163,11 +197,23 @@ def _mapping(record: Any) -> Chat | None:
 def _of_export(message: Record) -> Record:
     author, content = message.get("author"), message.get("content")
     role = author.get("role") if isinstance(author, dict) else author
+    if isinstance(fragments := message.get("fragments"), list):
+        return _of_fragments(fragments)
     parts = content.get("parts") if isinstance(content, dict) else content
     if role == "assistant" and message.get("recipient") not in (None, "all"):
         # What it says is another's input, in a form of its own.
         return {"role": role, "content": parts, "tool_calls": [message.get("recipient")]}
-    return {"role": role, "content": content if parts is None else parts}
+    return {"role": role, "content": content if parts is None else as_parts(parts)}
+
+
+def _of_fragments(fragments: list[Any]) -> Record:
+    """Return as a turn a message of DeepSeek's export; what it searched and read is no text."""
+    kinds = [str(get(fragment, "type")) for fragment in fragments]
+    said = [
+        {"type": _FRAGMENTS.get(kind, kind), "text": get(fragment, "content")}
+        for kind, fragment in zip(kinds, fragments, strict=True)
+    ]
+    return {"role": "user" if "REQUEST" in kinds else "assistant", "content": said}
 
 
 def _replies(record: Any) -> Chat | None:
@@ -192,12 +238,35 @@ def _text(record: Any) -> Chat | None:
 
 def _list(record: Any) -> Chat | None:
     """Read a list of messages without a record around it."""
+    if isinstance(record, list):
+        _refuse_row(record)
     turns = turns_of(record) if isinstance(record, list) else None
     return Chat(turns) if turns else None
 
 
+def _refuse_row(record: list[Any]) -> None:
+    """Refuse a row of a table, which is no chat.
+
+    Raises:
+        Unusable: there is a number, or an odd number of texts.
+        Ambiguous: it is the header of all rows after it.
+    """
+    words = {word for word in record if isinstance(word, str)}
+    if words & {*ASKED, *ROLE_NAMES["user"]} and words & {*REPLIES, *ROLE_NAMES["assistant"]}:
+        raise Ambiguous(
+            f"is a row of names ({', '.join(map(str, record))}), and those after it may be their "
+            "fields",
+            AS_RECORDS,
+        )
+    if any(isinstance(field, dict | list) for field in listed(record)):
+        return
+    is_talk = is_alternation(record) and len(record) % 2 == 0
+    if words and len(record) > 1 and not is_talk:
+        raise Unusable(A_ROW, f"it is {record!r:.60}")
+
+
 FORMS = {
-    "messages": Form(("conversations", "messages"), _messages),
+    "messages": Form(("conversations", "messages"), _messages, (*REPLIES, "choices")),
     "conversation": Form(_TALKS, _conversation),
     "prompt": Form(("prompt", *REPLIES, "history"), _prompt),
     "instruction": Form(("instruction", *CONTEXTS, *REPLIES, "history"), _instruction),
@@ -240,4 +309,5 @@ def by_columns(columns: Mapping[str, str]) -> Form:
 def columns_of(forms: Mapping[str, Form]) -> tuple[str, ...]:
     """Return the keys that are read of a record in one of these forms."""
     keys = [key for form in forms.values() for key in form.keys]
-    return tuple(dict.fromkeys([*keys, *IDS, *SYSTEMS, *TOOLS, *PICTURES]))
+    more = [key for form in forms.values() for key in form.more]
+    return tuple(dict.fromkeys([*keys, *IDS, *SYSTEMS, *TOOLS, *PICTURES, *more]))

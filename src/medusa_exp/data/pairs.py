@@ -1,10 +1,11 @@
 """A question and its answer, each a text or a list of messages, as the turns of a chat."""
 
+from math import isfinite
 from typing import Any
 
-from medusa_exp.data.records import Chat, check_alike, system_in
+from medusa_exp.data.records import Chat, check_alike, columns_in, system_in
 from medusa_exp.data.transcripts import transcript_in
-from medusa_exp.data.turn_lists import Record, get, is_alternation, is_turn, turns_of
+from medusa_exp.data.turn_lists import Record, get, is_alternation, is_turn, listed, turns_of
 from medusa_exp.data.turns import ROLE_OF, Unusable, decoded, is_held
 
 NO_ROOM = "a context beside messages, in none of which it has a place"
@@ -28,14 +29,43 @@ def pair(
     reply = record[given[0]]
     if isinstance(reply, dict) and not is_turn(reply):
         return None
-    check_alike(record, asks)
-    check_alike(record, given)
+    beside = (*contexts, "history")
+    check_alike(record, asks, columns_in(record, f"user: KEY, assistant: {given[0]}", beside))
+    check_alike(record, given, columns_in(record, f"user: {asks[0]}, assistant: KEY", beside))
     replies = answered(reply)
     return Chat(joined(record, asks[0], contexts, replies), system_in(record))
 
 
+def answer_beside(record: Record, asked: str) -> tuple[str | None, list[Any]]:
+    """Return the key of the answer to messages that end with a question, and its turns.
+
+    The messages stand under the key `asked`. The answer is a text, or an assistant's turn.
+    """
+    found = {}
+    for key in (*REPLIES, "choices"):
+        value = listed(record.get(key))
+        if key == "choices" and isinstance(value, list):
+            value = [get(choice, "message") for choice in value]
+        if isinstance(value, dict):
+            value = [value]
+        if isinstance(value, str):
+            is_answer = bool(value.strip())
+        else:
+            is_answer = isinstance(value, list) and len(value) == 1 and is_reply(value[0])
+        if is_answer:
+            found[key] = value
+    if not found:
+        return None, []
+    check_alike(record, [*found], columns_in(record, f"user: {asked}, assistant: KEY"))
+    key, value = next(iter(found.items()))
+    return key, answered(value)
+
+
 def answered(reply: Any) -> list[Any]:
     """Return the turns of an answer; a list of texts is no chat where the question is apart."""
+    reply = listed(reply) if isinstance(reply, list) else reply
+    if isinstance(reply, int | float) and not isinstance(reply, bool) and isfinite(reply):
+        return [{"role": "assistant", "content": str(reply)}]
     if is_alternation(reply):
         raise Unusable(SEVERAL_ANSWERS, f"they are {len(reply)}, the first {reply[0]!r:.60}")
     return said_by(reply, "assistant")

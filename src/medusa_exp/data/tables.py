@@ -1,7 +1,8 @@
 """Records of files that are not a list of them: CSV and TSV, and one object of lists or of objects.
 
 An object may hold lists of records (`{"train": [...], "test": [...]}`), columns (`{"prompt": [...],
-"completion": [...]}`, as pandas writes them too), or records by their ids.
+"completion": [...]}`, as pandas writes them too), rows beside the names of their columns, or
+records by their ids.
 """
 
 import csv
@@ -87,6 +88,8 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
     """Return the records that the file's only JSON value holds, or None where it is one itself."""
     try:
         fields = _decode_object(text)
+        if (rows := _named_rows(fields)) is not None:
+            return rows
         lists = {key: _decode_list(value) for key, value in fields.items() if _opens(value, b"[")}
         if _is_chat({**fields, **{key: items[:1] for key, items in lists.items()}}):
             return None
@@ -109,6 +112,33 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
     except (msgspec.DecodeError, RecursionError, ValueError):
         pass  # what is wrong with it is found where it is read as a chat
     return None
+
+
+class _Served(msgspec.Struct):
+    """A row as the hub's data-set server gives it."""
+
+    row_idx: int
+    row: msgspec.Raw
+
+
+_decode_names = msgspec.json.Decoder(list[str]).decode
+_decode_table = msgspec.json.Decoder(list[list[msgspec.Raw]]).decode
+_decode_served = msgspec.json.Decoder(list[_Served]).decode
+
+
+def _named_rows(fields: dict[str, msgspec.Raw]) -> list[Any] | None:
+    """Return the rows of a table beside the names of its columns, or beside its features."""
+    try:
+        if "features" in fields and "rows" in fields:
+            return [item.row for item in _decode_served(fields["rows"])]
+        if "columns" not in fields or "data" not in fields:
+            return None
+        names, rows = _decode_names(fields["columns"]), _decode_table(fields["data"])
+    except msgspec.ValidationError:
+        return None
+    if len({*names}) < len(names) or any(len(row) != len(names) for row in rows):
+        return None
+    return [msgspec.json.encode(dict(zip(names, row, strict=True))) for row in rows]
 
 
 def _opens(value: msgspec.Raw, bracket: bytes) -> bool:

@@ -2,7 +2,17 @@
 
 from typing import Any
 
-from medusa_exp.data.turns import USED, decoded, first_held
+from medusa_exp.data.trees import branch_in
+from medusa_exp.data.turns import (
+    CALLS,
+    REASONING,
+    USED,
+    decoded,
+    first_held,
+    is_held,
+    role_called,
+    thought_alone,
+)
 
 Record = dict[str, Any]
 
@@ -16,6 +26,10 @@ ROLE_NAMES = {
 }
 """Names of roles that are keys of texts themselves."""
 ROLE_KEYS = ("system", *ROLE_NAMES["user"], *ROLE_NAMES["assistant"])
+ASKED_AND_SAID = {"input": "user", "output": "assistant"}
+"""Keys of an item that is a question and its answer -> whose each is."""
+_TYPES = ("human", "ai", "system", "tool", "function")
+"""LangChain's names of roles, under `type`."""
 
 
 def is_turn(value: Any) -> bool:
@@ -32,9 +46,57 @@ def get(record: Any, key: str) -> Any:
     return record.get(key) if isinstance(record, dict) else None
 
 
-def turns_of(value: Any) -> list[Any] | None:
-    """Return the turns of a list of them, or of a single one; None for all else."""
+def listed(value: Any) -> Any:
+    """Return the list that turns stand in, in one of the ways to write it; all else as it is.
+
+    It may be JSON in a text, a list of such texts, or an object of columns of one length.
+    LangChain's messages get a role and a content.
+    """
     value = decoded(value)
+    if isinstance(value, dict):
+        value = _rows_of(value)
+    if not isinstance(value, list) or not value:
+        return value
+    if isinstance(value[0], str):
+        inner = [decoded(item) for item in value]
+        value = inner if all(map(_names_a_turn, inner)) else value
+    return [_flat(item) for item in value]
+
+
+def _rows_of(columns: Record) -> Any:
+    """Return as turns the columns that some tables make of a list of them: {"from": [...], ...}."""
+    lists = list(columns.values())
+    if not _names_a_turn(columns) or not all(isinstance(column, list) for column in lists):
+        return columns
+    if len({len(column) for column in lists}) > 1:
+        return columns
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def _names_a_turn(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value.keys() & {*WHO}) and bool(value.keys() & {*WHAT})
+
+
+def _flat(item: Any) -> Any:
+    """Return a turn of LangChain's form, {type, content} or {type, data}, with role and content."""
+    if not isinstance(item, dict) or item.get("type") not in _TYPES or item.keys() & {*WHO}:
+        return item
+    data = item.get("data")
+    inner = data if isinstance(data, dict) else item
+    if not inner.keys() & {"content", *CALLS}:
+        return item
+    beside = {key: value for key, value in item.items() if inner is item or key != "data"}
+    turn = {**beside, **inner, "role": item["type"]}
+    del turn["type"]
+    return turn
+
+
+def turns_of(value: Any, shown: Any = None) -> list[Any] | None:
+    """Return the turns of a list of them, or of a single one; None for all else.
+
+    Of a tree of messages, they are those of one branch: `shown` is the message at its end.
+    """
+    value = listed(value)
     if is_turn(value):
         value = [value]
     if not isinstance(value, list) or not value:
@@ -42,7 +104,7 @@ def turns_of(value: Any) -> list[Any] | None:
     if is_alternation(value):
         roles = ("user", "assistant")
         return [{"role": roles[i % 2], "content": text} for i, text in enumerate(value)]
-    return [turn for item in value for turn in _usual(item)]
+    return with_thoughts([turn for item in branch_in(value, shown) for turn in _usual(item)])
 
 
 def is_alternation(value: Any) -> bool:
@@ -59,20 +121,47 @@ def _usual(item: Any) -> list[Any]:
         return [item]
     role, said = first_held(item, WHO), first_held(item, WHAT)
     if role is not None and said is not None:
-        return [{**item, "role": role, "content": bare(said)}]
+        return [{**item, "role": role, "content": as_parts(said)}]
     names = [key for key, value in item.items() if value is not None and key in ROLE_KEYS]
+    if not names and all(item.get(key) is not None for key in ASKED_AND_SAID):
+        names = [*ASKED_AND_SAID]
     if role is None and names:
         # What stands beside the texts is looked at in each turn: it may be of any.
-        beside = {key: value for key, value in item.items() if key not in ROLE_KEYS}
-        return [{**beside, "role": key, "content": item[key]} for key in names]
+        beside = {key: value for key, value in item.items() if key not in names}
+        return [{**beside, "role": ASKED_AND_SAID.get(k, k), "content": item[k]} for k in names]
     return [item]
 
 
-def bare(parts: Any) -> Any:
-    """Return parts, as a list has them, with the bare text of those that have nothing else."""
-    if not isinstance(parts, list):
-        return parts
-    return [
-        part["text"] if isinstance(part, dict) and part.keys() == {"text"} else part
-        for part in parts
-    ]
+def as_parts(said: Any) -> Any:
+    """Return texts in a list as parts of one text: as a list, they could be several answers."""
+    if not isinstance(said, list):
+        return said
+    return [{"text": part} if isinstance(part, str) else part for part in said]
+
+
+def with_thoughts(turns: list[Any]) -> list[Any]:
+    """Return the turns, those of thought alone as the reasoning of the one that follows."""
+    thoughts = [thought_alone(turn) for turn in turns]
+    if not any(thoughts):
+        return turns
+    found: list[Any] = []
+    before = ""
+    for turn, thought in zip(turns, thoughts, strict=True):
+        if thought is not None:
+            before = f"{before}\n{thought}" if before else thought
+            continue
+        has_own = any(is_held(get(turn, key)) for key in REASONING)
+        if before and role_in(turn) == "assistant" and not has_own:
+            turn = {**turn, REASONING[0]: before}
+        elif before:
+            found.append({"role": "assistant", "content": "", REASONING[0]: before})
+        before = ""
+        found.append(turn)
+    if before:
+        found.append({"role": "assistant", "content": "", REASONING[0]: before})
+    return found
+
+
+def role_in(turn: Any) -> Any:
+    """Return whose a turn is, by the names that are known everywhere."""
+    return role_called(first_held(turn, ("from", "role"))) if isinstance(turn, dict) else None
