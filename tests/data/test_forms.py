@@ -139,6 +139,43 @@ READ = {
         "prompt",
         PAIR,
     ),
+    "belle": (
+        {"instruction": f"Human:{Q}\nAssistant:", "input": "", "output": A},
+        "instruction",
+        PAIR,
+    ),
+    "belle, several turns": (
+        {"instruction": f"Human:{Q}\nAssistant:{A}\nHuman:And 3+3?\nAssistant:", "output": "6."},
+        "instruction",
+        AGAIN,
+    ),
+    "claude prompt": (
+        {
+            "prompt": f"Be brief.{HH}\n\nHuman: And 3+3?\n\nAssistant:",
+            "completion": " 6.",
+        },
+        "prompt",
+        [BRIEF[0], *AGAIN],
+    ),
+    "prompt of paragraphs and lines": (
+        {
+            "prompt": f"Human: {Q}\nAssistant: {A}\n\nHuman: And 3+3?\n\nAssistant:",
+            "response": "6.",
+        },
+        "prompt",
+        AGAIN,
+    ),
+    "hh-rlhf of lines": (
+        {"chosen": HH.strip().replace("\n\n", "\n"), "rejected": "x"},
+        "chosen",
+        PAIR,
+    ),
+    "text of lines": ({"text": f"Human: {Q}\nAssistant: {A}"}, "text", PAIR),
+    "hh-rlhf, two questions": (
+        {"chosen": f"\n\nHuman: Hi.{HH}", "rejected": "x"},
+        "chosen",
+        [("user", "Hi."), *PAIR],
+    ),
     "ultrafeedback": (
         {"prompt": Q, "chosen": [ASK, REPLY], "rejected": [ASK], "messages": [ASK, REPLY]},
         "messages",
@@ -595,6 +632,36 @@ def test_lists_of_turns_may_say_the_same_in_other_words():
 def test_pieces_of_a_message_in_telegram():
     said = ["It is ", {"type": "bold", "text": "4"}, {"type": "link", "text": "."}]
     assert turns(parse({"messages": [ASK, {"from": "gpt", "text": said}]})) == PAIR
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Human: a species?",
+        "### Human: rights?",
+        "Human: what does it\nAssistant: mean in a log?",
+        "Human: one\nHuman: two\nAssistant:",
+        "A story.\nHuman: Hi.\nAssistant:",
+        "Once.\n\nHuman: Hi.\n\nHuman: And\n\nAssistant:",
+    ],
+)
+def test_what_is_no_whole_transcript_is_not_cut(text):
+    assert turns(parse({"prompt": text, "completion": text})) == [
+        ("user", text),
+        ("assistant", text),
+    ]
+
+
+def test_a_prompt_of_the_human_s_turn_alone():
+    said = parse({"prompt": f"\n\nHuman: {Q}", "completion": f" {A}"})
+    assert turns(said) == PAIR
+
+
+def test_an_answer_that_holds_lines_of_a_transcript_is_not_cut():
+    told = "Human: Hi.\nAssistant: Hello."
+    asked = {"prompt": "Write a dialogue."}
+    for record in (asked | {"completion": told}, asked | {"chosen": told, "rejected": "x"}):
+        assert turns(parse(record))[1] == ("assistant", told)
 
 
 def test_ids_and_origins(tmp_path):

@@ -32,7 +32,7 @@ from medusa_exp.data.records import (
     columns_in,
     system_in,
 )
-from medusa_exp.data.transcripts import transcript_in
+from medusa_exp.data.transcripts import chat_in
 from medusa_exp.data.trees import best_branch, branch_in, longest_branch
 from medusa_exp.data.turn_lists import (
     ROLE_NAMES,
@@ -140,8 +140,10 @@ def _chosen(record: Any) -> Chat | None:
     chosen = get(record, "chosen")
     if chosen is None:
         return None
-    replies = said_by(chosen, "assistant")
     asked = [key for key in ASKED if get(record, key) is not None]
+    replies = (
+        said_by(chosen, "assistant") if asked else chat_in(chosen) or said_by(chosen, "assistant")
+    )
     if not is_reply(replies[0]):
         return Chat(replies, system_in(record))
     if not asked:
@@ -232,7 +234,7 @@ def _data(record: Any) -> Chat | None:
 
 def _text(record: Any) -> Chat | None:
     """Read one text in which "Human:" and "Assistant:" stand before what they say."""
-    turns = transcript_in(get(record, "text"))
+    turns = chat_in(get(record, "text"))
     return Chat(turns, system_in(record)) if turns else None
 
 

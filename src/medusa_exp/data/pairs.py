@@ -4,7 +4,7 @@ from math import isfinite
 from typing import Any
 
 from medusa_exp.data.records import Chat, check_alike, columns_in, system_in
-from medusa_exp.data.transcripts import transcript_in
+from medusa_exp.data.transcripts import prompt_in, transcript_in
 from medusa_exp.data.turn_lists import Record, get, is_alternation, is_turn, listed, turns_of
 from medusa_exp.data.turns import ROLE_OF, Unusable, decoded, is_held
 
@@ -82,7 +82,7 @@ def joined(record: Record, asked: str, contexts: tuple[str, ...], replies: list[
             if (content := _content(turns[-1])) is None:
                 raise Unusable(NO_ROOM)
             turns[-1] = {**turns[-1], "content": f"{content}\n\n{text}"}
-    if transcript_in(record[asked]) and (said := _content(replies[0])) is not None:
+    if prompt_in(record[asked]) and (said := _content(replies[0])) is not None:
         replies = [{**replies[0], "content": said.strip()}, *replies[1:]]
     earlier = turns_of(history := record.get("history"))
     if earlier is None and is_held(history):
@@ -101,7 +101,8 @@ def said_by(value: Any, role: str) -> list[Any]:
     of_messages = is_turn(value) or (isinstance(value, list) and not is_parts)
     if isinstance(value, str) and not isinstance(inner := decoded(value), str):
         of_messages = is_turn(inner[0] if isinstance(inner, list) and inner else inner)
-    turns = turns_of(value) if of_messages else transcript_in(value)
+    in_text = prompt_in if role == "user" else transcript_in
+    turns = turns_of(value) if of_messages else in_text(value)
     return turns or [{"role": role, "content": value}]
 
 
