@@ -16,6 +16,7 @@ from medusa_exp.data import DataError, read_conversations
 from medusa_exp.data.forms import FORMS
 from medusa_exp.data.parsing import ChatParser
 from medusa_exp.data.records import Ambiguous
+from medusa_exp.data.remedies import columns_for
 
 Q, A = "What is 2+2?", "It is 4."
 ASK, REPLY = {"role": "user", "content": Q}, {"role": "assistant", "content": A}
@@ -394,7 +395,11 @@ REFUSED = {
     ),
     "oasst1 rows": (
         {"message_id": "1", "parent_id": None, "text": Q, "role": "prompter"},
-        "keys are message_id, parent_id, text, role",
+        "keys are message_id, parent_id, text, role. Each .* one message of a tree: .*trees.jsonl",
+    ),
+    "texts as rows": (
+        {"id": "1", "role": "user", "text": Q},
+        "one message: gather those of a chat",
     ),
     "messages as rows": (
         {"conversation_id": "1", "role": "user", "content": Q},
@@ -706,6 +711,7 @@ def test_no_record_is_a_traceback():
                 except Ambiguous:
                     found = "ambiguous"
                 outcomes[found if isinstance(found, str) else "read"] += 1
+            columns_for(json.dumps(changed).encode(), {})
     assert outcomes["read"] > 1000 and len(outcomes) >= 10
 
 
@@ -773,6 +779,57 @@ def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
     plain = write(tmp_path / "b.jsonl", lines([{"messages": [ASK, REPLY], "id": "1"}]))
     caplog.clear()
     assert list(read_conversations(plain)) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        (
+            {"request": {"messages": [ASK]}, "response": {"choices": [{"message": REPLY}]}},
+            "{user: request.messages, assistant: response.choices.0.message.content}",
+        ),
+        (
+            {
+                "request": {"contents": [{"role": "user", "parts": [{"text": Q}]}]},
+                "response": {
+                    "candidates": [{"content": {"role": "model", "parts": [{"text": A}]}}]
+                },
+            },
+            "{user: request.contents, assistant: response.candidates.0.content}",
+        ),
+        (
+            {"input": {"messages": [ASK]}, "preferred_output": [REPLY], "non_preferred_output": []},
+            "{user: input.messages, assistant: preferred_output}",
+        ),
+        ({"chat": {"messages": [ASK, REPLY]}, "n": 1}, "{messages: chat.messages}"),
+        ({"turns": [{"user": Q, "assistant": A}]}, "{messages: turns}"),
+        ({"question": Q, "answer": {"text": A}}, "{user: question, assistant: answer.text}"),
+        (REFUSED["squad"][0], "{user: question, assistant: answers.text.0}"),
+    ],
+)
+@pytest.mark.parametrize("system", [{}, {"system": "Be brief."}])
+def test_a_remedy_that_is_named_works(tmp_path, record, columns, system):
+    path = write(tmp_path / "a.jsonl", lines([record | system] * 2))
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path))
+    columns = columns.replace("}", ", system: system}") if system else columns
+    assert f"say 'dataset.columns={columns}'." in str(caught.value)
+    chosen = dict(re.findall(r"(\w+): ([\w.]+)", columns))
+    assert read(path, columns=chosen)[0] == [BRIEF if system else PAIR] * 2
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"message_1": Q, "message_2": A},
+        {"turns": [{"ask": Q, "answer": A}, {"ask": "And 3+3?", "answer": "6."}]},
+        {"prompt": Q, "answers": [{"answer": "5", "rank": 2}, {"answer": A, "rank": 1}]},
+        {"a\ud800": {"b c": [ASK, REPLY]}},
+        {"messages": [ASK]},
+    ],
+)
+def test_where_none_would_be_right_no_columns_are_named(record):
+    assert columns_for(json.dumps(record).encode(), {}) == ""
 
 
 @pytest.mark.parametrize("name", ["two replies", "two chats", "two dialogs"])

@@ -52,6 +52,7 @@ def test_reasoning(reply):
     [
         {"role": "assistant", "channel": "analysis", "content": "Hm."},
         {"role": "model", "parts": [{"text": "Hm.", "thought": True}]},
+        {"role": "model", "text": "Hm.", "isThought": True},
     ],
 )
 def test_thoughts_in_a_turn_of_their_own(thought):

@@ -18,6 +18,7 @@ from medusa_exp.data.faults import A_ROW, DataError, NoChats
 from medusa_exp.data.forms import FORMS
 from medusa_exp.data.parsing import (
     NO_FORM,
+    NO_REPLY,
     NOT_A_TURN,
     NOT_JSON,
     NOT_OBJECT,
@@ -33,6 +34,7 @@ from medusa_exp.data.parsing import (
     raw_bytes,
 )
 from medusa_exp.data.records import Ambiguous
+from medusa_exp.data.remedies import columns_for
 from medusa_exp.data.turns import ROLES
 from medusa_exp.runs.progress import Patience
 
@@ -248,7 +250,7 @@ class Reading:
             options.max_record_bytes,
         )
         parse = parser.parse
-        faulty = _FaultyChats(source)
+        faulty = _FaultyChats(source, options.role_map)
         number = 0
         try:
             for number, raw in enumerate(self._watched(source, source), 1):
@@ -303,6 +305,7 @@ class _FaultyChats:
     """Decides from a source's unusable chats whether the source as a whole is to blame."""
 
     source: Part | HubData
+    role_map: Mapping[str, str]
     reasons: Counter[str] = field(default_factory=Counter)
     first: RawChat = b""
     first_line: int = 0
@@ -346,7 +349,10 @@ class _FaultyChats:
         if reason == NO_FORM:
             is_table = bool(self.source.keys)
             keys = self.source.keys or tuple(_decoded(self.first) or ())
-            raise faults.no_form(name, keys, "columns" if is_table else "keys")
+            columns = columns_for(self.first, self.role_map)
+            raise faults.no_form(name, keys, "columns" if is_table else "keys", columns)
+        if reason == NO_REPLY and (columns := columns_for(self.first, self.role_map)):
+            raise faults.no_answer(name, columns)
         if reason == NOT_OBJECT:
             raise faults.single_value(name, _decoded(self.first))
         if reason in (UNKNOWN_ROLE, NOT_A_TURN, A_ROW):

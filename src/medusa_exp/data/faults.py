@@ -180,18 +180,35 @@ _REMEDY = (
 )
 
 
-def no_form(name: str, keys: Sequence[str], what: str = "keys") -> NoChats:
-    """Return the error of a file none of whose records has a form that is known."""
+def no_form(name: str, keys: Sequence[str], what: str = "keys", columns: str = "") -> NoChats:
+    """Return the error of a file none of whose records has a form that is known.
+
+    `columns` is what dataset.columns would read the first of them by.
+    """
     shown = ", ".join(map(str, keys[:30])) + (" ..." if len(keys) > 30 else "")
     shown = shown.encode("utf-8", "replace").decode()  # a key may hold half a surrogate pair
     one = ""
-    if {"role", "content"} <= set(keys):
+    if {"role", "text", "parent_id"} <= set(keys):
+        one = (
+            " Each record seems to be one message of a tree: take the file of trees "
+            "(*.trees.jsonl.gz of OpenAssistant's), whose records hold the `replies`."
+        )
+    elif {"role", "content"} <= set(keys) or {"role", "text"} <= set(keys):
         one = (
             " Each record seems to be one message: gather those of a chat in a list, as "
             '{"messages": [{"role": ..., "content": ...}, ...]}.'
         )
+    remedy = f"If they are chats, say 'dataset.columns={columns}'." if columns else _REMEDY
     return NoChats(
-        f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one} {_REMEDY}"
+        f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one} {remedy}"
+    )
+
+
+def no_answer(name: str, columns: str) -> NoChats:
+    """Return the error of a file whose answers stand apart from its messages."""
+    return NoChats(
+        f"{name} has no chat that can be read: none of its records has an assistant turn among its "
+        f"messages. The answers seem to stand beside them: say 'dataset.columns={columns}'."
     )
 
 

@@ -59,21 +59,22 @@ def listed(value: Any) -> Any:
         return value
     if isinstance(value[0], str):
         inner = [decoded(item) for item in value]
-        value = inner if all(map(_names_a_turn, inner)) else value
+        value = inner if all(map(names_a_turn, inner)) else value
     return [_flat(item) for item in value]
 
 
 def _rows_of(columns: Record) -> Any:
     """Return as turns the columns that some tables make of a list of them: {"from": [...], ...}."""
     lists = list(columns.values())
-    if not _names_a_turn(columns) or not all(isinstance(column, list) for column in lists):
+    if not names_a_turn(columns) or not all(isinstance(column, list) for column in lists):
         return columns
     if len({len(column) for column in lists}) > 1:
         return columns
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
-def _names_a_turn(value: Any) -> bool:
+def names_a_turn(value: Any) -> bool:
+    """Does an object say who speaks, and what?"""
     return isinstance(value, dict) and bool(value.keys() & {*WHO}) and bool(value.keys() & {*WHAT})
 
 

@@ -144,7 +144,8 @@ def thought_alone(turn: Any) -> str | None:
         return None
     content = first_held(turn, ("value", "content"))
     is_thought = isinstance(content, list) and content and all(map(_is_thought, content))
-    if not is_thought and turn.get("channel") != ANALYSIS:
+    is_thought = is_thought or turn.get("channel") == ANALYSIS or turn.get("isThought") is True
+    if not is_thought:
         return None
     if role_called(turn.get("from") or turn.get("role")) != "assistant" or has_calls(turn):
         return None

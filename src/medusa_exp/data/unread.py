@@ -32,7 +32,7 @@ from medusa_exp.data.turns import (
 
 _OTHER_WORDS = {*SPEAKERS, *WORDS}
 _OF_TURNS = {
-    *("from", "role", "value", "content", "channel"),
+    *("from", "role", "value", "content", "channel", "isThought"),
     *(*USED, *PICTURES, *SPEAKERS, *WORDS, *ROLE_KEYS, *ASKED_AND_SAID),
 }
 """Keys of turns that may be read."""
