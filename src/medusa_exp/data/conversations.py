@@ -55,7 +55,7 @@ HUB = "hub:"
 _LOOKED_AT = 100
 _MATTERING = {
     *("reasoning_content", "reasoning", "thinking", "tools", "functions", "system_prompt"),
-    *("train", "loss", "mask", "images", "image", "videos", "audios"),
+    *("train", "training", "loss", "mask", "images", "image", "videos", "audios"),
 }
 """Keys that change what a template writes, or what is trained."""
 

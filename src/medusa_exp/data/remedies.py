@@ -71,7 +71,7 @@ def _places(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield ".".join(path), value
         if len(path) >= _DEPTH or number >= _MOST_PLACES or _is_talk(value):
             continue
-        inner = value.items() if isinstance(value, dict) else ()
+        inner = list(value.items()) if isinstance(value, dict) else []
         if isinstance(value, list) and len(value) == 1:
             inner = [("0", value[0])]
         queue += [((*path, key), v) for key, v in inner if _PLAIN_KEY.fullmatch(str(key))]
