@@ -301,6 +301,31 @@ READ = {
         "messages",
         AGAIN,
     ),
+    "preference after messages, and a response": (
+        {"messages": [ASK], "chosen": A, "rejected": "5", "response": "6"},
+        "chosen",
+        PAIR,
+    ),
+    "messages and words": ({"messages": [ASK, REPLY], "internal": ["x", "y"]}, "messages", PAIR),
+    "responses": (
+        {
+            "input": [{"type": "message", "role": "user", "content": Q}],
+            "output": [
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "content": [{"type": "output_text", "text": A}],
+                }
+            ],
+        },
+        "input",
+        PAIR,
+    ),
+    "langchain pair": (
+        {"prompt": [{"type": "human", "content": Q}], "completion": A},
+        "prompt",
+        PAIR,
+    ),
     "messages and an answer that is said": (
         {"messages": [ASK, REPLY], "answer": "4"},
         "messages",
@@ -632,6 +657,10 @@ def test_a_system_text_of_one_list_of_turns_is_not_dropped():
 def test_lists_of_turns_may_say_the_same_in_other_words():
     parts = [ASK | {"content": [{"type": "text", "text": Q}]}, REPLY | {"tool_calls": []}]
     assert turns(parse({"conversations": [ASK, REPLY], "messages": parts})) == PAIR
+
+
+def test_a_number_beside_messages_is_no_other_answer():
+    assert turns(parse({"messages": [ASK, REPLY], "prompt": Q, "answer": 5})) == PAIR
 
 
 def test_pieces_of_a_message_in_telegram():

@@ -16,6 +16,7 @@ from medusa_exp.data.pairs import (
     REPLIES,
     answer_beside,
     answered,
+    as_text,
     is_reply,
     joined,
     pair,
@@ -36,6 +37,7 @@ from medusa_exp.data.transcripts import chat_in
 from medusa_exp.data.trees import best_branch, branch_in, longest_branch
 from medusa_exp.data.turn_lists import (
     ROLE_NAMES,
+    TALKS,
     Record,
     as_parts,
     get,
@@ -48,12 +50,9 @@ from medusa_exp.data.turns import PICTURES, TOOLS, Unusable, decoded, is_held
 
 NO_WINNER = "two conversations without a winner"
 BOTH_BAD = "two conversations, both marked as bad"
-_TALKS = ("conversation", "chat_messages", "dialog", "dialogue", "internal")
 _BEGIN = "<|BEGIN-VISIBLE-CHAT|>"
 """Stands in text-generation-webui's files for a question that nobody asked."""
 _LEAVES = ("current_node", "currNode")
-LISTS = ("conversations", "messages", *_TALKS, "contents", "conversation_a", "conversation_b")
-"""Keys of lists of turns, and of nothing else."""
 _FRAGMENTS = {"REQUEST": "text", "RESPONSE": "text", "THINK": "thinking"}
 _WRAPPERS = ("body", "params", "request")
 
@@ -82,8 +81,8 @@ def _messages(record: Any) -> Chat | None:
     both = {"conversations": values[0], "messages": values[1]}
     check_same_talk(both, system, columns_in(record, "messages: KEY"))
     turns = turns_of(lists[0] or lists[-1]) or []
-    is_asked_beside = any(is_held(record.get(key)) for key in ASKED)
-    if turns and role_in(turns[-1]) == "user" and not is_asked_beside:
+    is_of_other = any(is_held(record.get(key)) for key in (*ASKED, "chosen"))
+    if turns and role_in(turns[-1]) == "user" and not is_of_other:
         key, reply = answer_beside(record, next(key for key in both if both[key]))
         if key is not None:
             return Chat([*turns, *reply], system, record, (key,))
@@ -98,7 +97,9 @@ def _shown(record: Record) -> Any:
 
 def _conversation(record: Any) -> Chat | None:
     """Read a chat log's `conversation`; of text-generation-webui's, what the model saw."""
-    talks = {key: listed(get(record, key)) for key in _TALKS}
+    talks = {key: listed(get(record, key)) for key in TALKS}
+    if not _is_of_pairs(talks["internal"]):
+        del talks["internal"]
     found = [talk for talk in talks.values() if isinstance(talk, list)]
     if not found:
         return None
@@ -106,6 +107,10 @@ def _conversation(record: Any) -> Chat | None:
     check_same_talk(talks, system, columns_in(record, "messages: KEY"))
     turns = turns_of(found[0]) or []
     return Chat([turn for turn in turns if get(turn, "content") != _BEGIN], system)
+
+
+def _is_of_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(is_alternation(v) and len(v) == 2 for v in value)
 
 
 def _prompt(record: Any) -> Chat | None:
@@ -269,7 +274,7 @@ def _refuse_row(record: list[Any]) -> None:
 
 FORMS = {
     "messages": Form(("conversations", "messages"), _messages, (*REPLIES, "choices")),
-    "conversation": Form(_TALKS, _conversation),
+    "conversation": Form(TALKS, _conversation),
     "prompt": Form(("prompt", *REPLIES, "history"), _prompt),
     "instruction": Form(("instruction", *CONTEXTS, *REPLIES, "history"), _instruction),
     "question": Form(("question", "query", "context", *REPLIES, "history"), _question),
@@ -302,7 +307,7 @@ def by_columns(columns: Mapping[str, str]) -> Form:
         if found["assistant"] is None or ("user" in columns and found["user"] is None):
             return None
         asked = said_by(found["user"], "user") if "user" in columns else []
-        return Chat([*asked, *answered(found["assistant"])], found.get("system"))
+        return Chat([*asked, *answered(as_text(found["assistant"]))], found.get("system"))
 
     paths = columns.values()
     return Form((*paths, *(path.partition(".")[0] for path in paths)), read)

@@ -5,7 +5,17 @@ from typing import Any
 
 from medusa_exp.data.records import Chat, check_alike, columns_in, system_in
 from medusa_exp.data.transcripts import prompt_in, transcript_in
-from medusa_exp.data.turn_lists import Record, get, is_alternation, is_turn, listed, turns_of
+from medusa_exp.data.turn_lists import (
+    LISTS,
+    Record,
+    flat,
+    get,
+    is_alternation,
+    is_turn,
+    listed,
+    names_a_turn,
+    turns_of,
+)
 from medusa_exp.data.turns import ROLE_OF, Unusable, decoded, is_held
 
 NO_ROOM = "a context beside messages, in none of which it has a place"
@@ -32,7 +42,8 @@ def pair(
     beside = (*contexts, "history")
     check_alike(record, asks, columns_in(record, f"user: KEY, assistant: {given[0]}", beside))
     check_alike(record, given, columns_in(record, f"user: {asks[0]}, assistant: KEY", beside))
-    replies = answered(reply)
+    is_chat = any(is_held(record.get(key)) for key in LISTS)  # a number beside it is its mark
+    replies = answered(reply if is_chat else as_text(reply))
     return Chat(joined(record, asks[0], contexts, replies), system_in(record))
 
 
@@ -64,8 +75,6 @@ def answer_beside(record: Record, asked: str) -> tuple[str | None, list[Any]]:
 def answered(reply: Any) -> list[Any]:
     """Return the turns of an answer; a list of texts is no chat where the question is apart."""
     reply = listed(reply) if isinstance(reply, list) else reply
-    if isinstance(reply, int | float) and not isinstance(reply, bool) and isfinite(reply):
-        return [{"role": "assistant", "content": str(reply)}]
     if is_alternation(reply):
         raise Unusable(SEVERAL_ANSWERS, f"they are {len(reply)}, the first {reply[0]!r:.60}")
     return said_by(reply, "assistant")
@@ -90,6 +99,12 @@ def joined(record: Record, asked: str, contexts: tuple[str, ...], replies: list[
     return [*(earlier or []), *turns, *replies]
 
 
+def as_text(value: Any) -> Any:
+    """Return a number as text; all else as it is."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number and isfinite(value) else value
+
+
 def _content(turn: Any) -> str | None:
     content = turn.get("content") if isinstance(turn, dict) else None
     return content if isinstance(content, str) else None
@@ -97,13 +112,17 @@ def _content(turn: Any) -> str | None:
 
 def said_by(value: Any, role: str) -> list[Any]:
     """Return the turns of a list of messages or of a text, which may be a whole transcript."""
-    is_parts = isinstance(value, list) and any(isinstance(v, dict) and "type" in v for v in value)
+    is_parts = isinstance(value, list) and any(map(_is_part, value))
     of_messages = is_turn(value) or (isinstance(value, list) and not is_parts)
     if isinstance(value, str) and not isinstance(inner := decoded(value), str):
-        of_messages = is_turn(inner[0] if isinstance(inner, list) and inner else inner)
+        of_messages = is_turn(flat(inner[0] if isinstance(inner, list) and inner else inner))
     in_text = prompt_in if role == "user" else transcript_in
     turns = turns_of(value) if of_messages else in_text(value)
     return turns or [{"role": role, "content": value}]
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and "type" in value and not names_a_turn(flat(value))
 
 
 def is_reply(turn: Any) -> bool:

@@ -20,6 +20,9 @@ SPEAKERS = ("sender", "speaker", "author")
 WORDS = ("parts", "text", "utterance")
 WHO, WHAT = ("from", "role", *SPEAKERS), ("value", "content", *WORDS)
 """Keys of a turn, the first of which counts."""
+TALKS = ("conversation", "chat_messages", "dialog", "dialogue", "internal")
+LISTS = ("conversations", "messages", *TALKS, "contents", "conversation_a", "conversation_b")
+"""Keys of lists of turns, and of nothing else."""
 ROLE_NAMES = {
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "chatgpt", "bot"),
@@ -60,7 +63,7 @@ def listed(value: Any) -> Any:
     if isinstance(value[0], str):
         inner = [decoded(item) for item in value]
         value = inner if all(map(names_a_turn, inner)) else value
-    return [_flat(item) for item in value]
+    return [flat(item) for item in value]
 
 
 def _rows_of(columns: Record) -> Any:
@@ -78,8 +81,13 @@ def names_a_turn(value: Any) -> bool:
     return isinstance(value, dict) and bool(value.keys() & {*WHO}) and bool(value.keys() & {*WHAT})
 
 
-def _flat(item: Any) -> Any:
-    """Return a turn of LangChain's form, {type, content} or {type, data}, with role and content."""
+def flat(item: Any) -> Any:
+    """Return a turn of LangChain's form, {type, content} or {type, data}, with role and content.
+
+    One with a role whose type is "message", as OpenAI's Responses have it, is returned without it.
+    """
+    if names_a_turn(item) and item.get("type") == "message":
+        return {key: value for key, value in item.items() if key != "type"}
     if not isinstance(item, dict) or item.get("type") not in _TYPES or item.keys() & {*WHO}:
         return item
     data = item.get("data")
@@ -122,7 +130,8 @@ def _usual(item: Any) -> list[Any]:
         return [item]
     role, said = first_held(item, WHO), first_held(item, WHAT)
     if role is not None and said is not None:
-        return [{**item, "role": role, "content": as_parts(said)}]
+        is_usual = said is first_held(item, ("value", "content"))
+        return [{**item, "role": role, "content": said if is_usual else as_parts(said)}]
     names = [key for key, value in item.items() if value is not None and key in ROLE_KEYS]
     if not names and all(item.get(key) is not None for key in ASKED_AND_SAID):
         names = [*ASKED_AND_SAID]

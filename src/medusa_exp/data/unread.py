@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from medusa_exp.data.forms import FORMS, LISTS
+from medusa_exp.data.forms import FORMS
 from medusa_exp.data.records import IDS, SYSTEMS, at
 from medusa_exp.data.trees import TREE_KEYS, is_tree
 from medusa_exp.data.turn_lists import (
     ASKED_AND_SAID,
+    LISTS,
     ROLE_KEYS,
     SPEAKERS,
     WHAT,
