@@ -745,6 +745,8 @@ def test_no_record_is_a_traceback():
 
 
 def test_deep_trees_and_circles(tmp_path):
+    circle = [child("1", "user", Q, "2"), child("2", "assistant", A, "1", "2")]
+    assert turns(parse({"messages": circle})) == PAIR
     nodes = {
         str(i): node(str(i - 1) if i else None, ("user", "assistant")[i % 2], "x")
         for i in range(3000)

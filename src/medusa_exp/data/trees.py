@@ -75,7 +75,7 @@ def branch_in(messages: Any, shown: Any = None) -> Any:
     if len({*known}) < len(known):
         shown = _as_id(shown)
         names = _branch(parents, by_id, shown, is_final=True)
-        messages = [by_id[name] for name in names]
+        messages = [by_id[name] for name in names] or messages  # all of them in a circle
     first = messages[0]
     said = first.get("value") or first.get("content") or first.get("text")
     is_empty = "system" in (first.get("role"), first.get("from")) and not said
