@@ -659,6 +659,15 @@ def test_lists_of_turns_may_say_the_same_in_other_words():
     assert turns(parse({"conversations": [ASK, REPLY], "messages": parts})) == PAIR
 
 
+@pytest.mark.parametrize("said", [4, True, {"parts": [A]}])
+def test_what_is_no_text_is_named_with_its_key(said):
+    for key in ("content", "value"):
+        parser = ChatParser()
+        record = {"messages": [ASK, {"role": "assistant", key: said}]}
+        assert parser.parse(json.dumps(record).encode()) == "content is not text"
+        assert parser.detail == f"{key} is {said!r} in a turn of role assistant: write it as text"
+
+
 def test_a_number_beside_messages_is_no_other_answer():
     assert turns(parse({"messages": [ASK, REPLY], "prompt": Q, "answer": 5})) == PAIR
 

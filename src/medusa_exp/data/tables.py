@@ -108,7 +108,7 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
             return list(fields.values())
         if len(objects) > 1 and all(other.keys() == first.keys() for other in others):
             rows = _rows({key: list(values.values()) for key, values in objects.items()})
-            return rows if _is_chat(rows[0]) else None
+            return rows if rows and _is_chat(rows[0]) else None
     except (msgspec.DecodeError, RecursionError, ValueError):
         pass  # what is wrong with it is found where it is read as a chat
     return None
