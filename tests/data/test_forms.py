@@ -892,6 +892,7 @@ def test_an_answer_beside_messages_counts_wherever_it_stands(tmp_path):
     reading = read_conversations(write(tmp_path / "a.jsonl", lines([said] * 120 + [left, asked])))
     *_, open_ended, last = [turns(chat) for chat in reading]
     assert (open_ended, last) == (AGAIN[:3], AGAIN) and reading.unused == {"response": 100}
+    assert turns(parse(asked | {"response": '{"sum": 6}'}))[3] == ("assistant", '{"sum": 6}')
     rows = parquet([said, asked])
     for form in ("auto", "messages"):
         assert read(write(tmp_path / "a.parquet", rows), form=form)[0] == [PAIR, AGAIN]

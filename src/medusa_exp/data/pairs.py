@@ -52,19 +52,16 @@ def answer_beside(record: Record, asked: str) -> tuple[str | None, list[Any]]:
 
     The messages stand under the key `asked`. The answer is a text, or an assistant's turn.
     """
-    found = {}
+    found: Record = {}
     for key in (*REPLIES, "choices"):
-        value = listed(record.get(key))
-        if key == "choices" and isinstance(value, list):
-            value = [get(choice, "message") for choice in value]
-        if isinstance(value, dict):
-            value = [value]
-        if isinstance(value, str):
-            is_answer = bool(value.strip())
-        else:
-            is_answer = isinstance(value, list) and len(value) == 1 and is_reply(value[0])
-        if is_answer:
-            found[key] = value
+        said = listed(record.get(key))
+        if key == "choices" and isinstance(said, list):
+            said = [get(choice, "message") for choice in said]
+        turns = [said] if isinstance(said, dict) else said
+        if isinstance(turns, list) and len(turns) == 1 and is_reply(turns[0]):
+            found[key] = turns
+        elif isinstance(text := record.get(key), str) and text.strip() and key in REPLIES:
+            found[key] = text  # which may be JSON of another kind
     if not found:
         return None, []
     check_alike(record, [*found], columns_in(record, f"user: {asked}, assistant: KEY"))
