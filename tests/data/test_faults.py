@@ -68,6 +68,7 @@ def fault_of(path):
         ),
         (b'{\n"rows": [\n{}\n]\n}', "its keys are none"),
         (b'{"a": 1}', "its keys are a"),
+        (b'{"a": {}, "b": {}}', "its keys are a, b"),
         (b'"chats"', r"one JSON value \(text\)"),
         (b"NaN\n", r"one JSON value \(number\)"),
         (b"null", r"one JSON value \(null\)"),

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -12,8 +13,10 @@ from chat_files import parquet, write
 from medusa_exp.config import DatasetConfig
 from medusa_exp.config.limits import words_of
 from medusa_exp.data import DataError, read_conversations
-from medusa_exp.data.forms import FORMS, Ambiguous
+from medusa_exp.data.forms import FORMS
 from medusa_exp.data.parsing import ChatParser
+from medusa_exp.data.records import Ambiguous
+from medusa_exp.data.remedies import columns_for
 
 Q, A = "What is 2+2?", "It is 4."
 ASK, REPLY = {"role": "user", "content": Q}, {"role": "assistant", "content": A}
@@ -69,6 +72,28 @@ UNRANKED = {
         Q, "prompter", replies=[reply("No."), reply(A, replies=[reply("", "prompter")])]
     )
 }
+
+
+def child(number, role, text, *children, parent=None):
+    return {"id": number, "role": role, "content": text, "parent": parent, "children": children}
+
+
+BRANCHES = [
+    child("1", "system", "", "2"),
+    child("2", "user", Q, "3", "4", parent="1"),
+    child("3", "assistant", A, "5", parent="2"),
+    child("4", "assistant", "No.", "6", parent="2"),
+    child("5", "user", "And 3+3?", "7", parent="3"),
+    child("6", "user", "Why?", parent="4"),
+    child("7", "assistant", "6.", parent="5"),
+]
+PAGE = {
+    "mapping": {
+        "root": {"parent": None, "message": None},
+        "1": {"parent": "root", "message": {"fragments": [{"type": "REQUEST", "content": Q}]}},
+        "2": {"parent": "1", "message": {"fragments": [{"type": "RESPONSE", "content": A}]}},
+    }
+}
 HH = f"\n\nHuman: {Q}\n\nAssistant: {A}"
 
 READ = {
@@ -114,6 +139,43 @@ READ = {
         {"prompt": HH.removesuffix(f" {A}"), "response": f" {A}", "chosen": f" {A}"},
         "prompt",
         PAIR,
+    ),
+    "belle": (
+        {"instruction": f"Human:{Q}\nAssistant:", "input": "", "output": A},
+        "instruction",
+        PAIR,
+    ),
+    "belle, several turns": (
+        {"instruction": f"Human:{Q}\nAssistant:{A}\nHuman:And 3+3?\nAssistant:", "output": "6."},
+        "instruction",
+        AGAIN,
+    ),
+    "claude prompt": (
+        {
+            "prompt": f"Be brief.{HH}\n\nHuman: And 3+3?\n\nAssistant:",
+            "completion": " 6.",
+        },
+        "prompt",
+        [BRIEF[0], *AGAIN],
+    ),
+    "prompt of paragraphs and lines": (
+        {
+            "prompt": f"Human: {Q}\nAssistant: {A}\n\nHuman: And 3+3?\n\nAssistant:",
+            "response": "6.",
+        },
+        "prompt",
+        AGAIN,
+    ),
+    "hh-rlhf of lines": (
+        {"chosen": HH.strip().replace("\n\n", "\n"), "rejected": "x"},
+        "chosen",
+        PAIR,
+    ),
+    "text of lines": ({"text": f"Human: {Q}\nAssistant: {A}"}, "text", PAIR),
+    "hh-rlhf, two questions": (
+        {"chosen": f"\n\nHuman: Hi.{HH}", "rejected": "x"},
+        "chosen",
+        [("user", "Hi."), *PAIR],
     ),
     "ultrafeedback": (
         {"prompt": Q, "chosen": [ASK, REPLY], "rejected": [ASK], "messages": [ASK, REPLY]},
@@ -189,6 +251,107 @@ READ = {
     "oasst tree without ranks": (UNRANKED, "replies", [*PAIR, ("user", "")]),
     "ultrachat": ({"id": "0", "data": [Q, A, "And 3+3?", "6."]}, "data", AGAIN),
     "guanaco": ({"text": f"### Human: {Q}### Assistant: {A}"}, "text", PAIR),
+    "turns as texts": ({"messages": [json.dumps(ASK), json.dumps(REPLY)]}, "messages", PAIR),
+    "turns as columns": (
+        {"conversations": {"from": ["human", "gpt"], "value": [Q, A]}},
+        "messages",
+        PAIR,
+    ),
+    "capybara": (
+        {
+            "conversation": [
+                {"output": A, "input": Q},
+                {"input": "And 3+3?", "output": "6."},
+            ]
+        },
+        "conversation",
+        AGAIN,
+    ),
+    "langchain": (
+        {"messages": [{"type": "human", "content": Q}, {"type": "ai", "content": A}]},
+        "messages",
+        PAIR,
+    ),
+    "langchain data": (
+        {
+            "messages": [
+                {"type": "system", "data": {"content": "Be brief.", "type": "system"}},
+                {"type": "human", "data": {"content": Q}},
+                {"type": "ai", "data": {"content": A}},
+            ]
+        },
+        "messages",
+        BRIEF,
+    ),
+    "bedrock": (
+        {
+            "system": [{"text": "Be brief."}],
+            "messages": [
+                {"role": "user", "content": [{"text": "What is "}, {"text": "2+2?"}]},
+                {"role": "assistant", "content": [{"text": A}]},
+            ],
+        },
+        "messages",
+        BRIEF,
+    ),
+    "messages and response": ({"messages": [ASK], "response": A}, "messages", PAIR),
+    "messages and completion": ({"messages": [ASK], "completion": REPLY}, "messages", PAIR),
+    "messages and choices": (
+        {"messages": [ASK, REPLY, MORE[0]], "choices": [{"index": 0, "message": MORE[1]}]},
+        "messages",
+        AGAIN,
+    ),
+    "preference after messages, and a response": (
+        {"messages": [ASK], "chosen": A, "rejected": "5", "response": "6"},
+        "chosen",
+        PAIR,
+    ),
+    "messages and words": ({"messages": [ASK, REPLY], "internal": ["x", "y"]}, "messages", PAIR),
+    "responses": (
+        {
+            "input": [{"type": "message", "role": "user", "content": Q}],
+            "output": [
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "content": [{"type": "output_text", "text": A}],
+                }
+            ],
+        },
+        "input",
+        PAIR,
+    ),
+    "langchain pair": (
+        {"prompt": [{"type": "human", "content": Q}], "completion": A},
+        "prompt",
+        PAIR,
+    ),
+    "messages and an answer that is said": (
+        {"messages": [ASK, REPLY], "answer": "4"},
+        "messages",
+        PAIR,
+    ),
+    "messages and a question": ({"messages": [ASK], "prompt": Q, "response": A}, "prompt", PAIR),
+    "branches": ({"messages": BRANCHES}, "messages", AGAIN),
+    "branches without parents": (
+        {"messages": [{k: v for k, v in m.items() if k != "parent"} for m in BRANCHES]},
+        "messages",
+        AGAIN,
+    ),
+    "text-generation-webui": (
+        {
+            "internal": [["<|BEGIN-VISIBLE-CHAT|>", "Hi!"], [Q, A]],
+            "visible": [["", "Hi!"], [Q, A]],
+        },
+        "conversation",
+        [("assistant", "Hi!"), *PAIR],
+    ),
+    "deepseek export": (PAGE, "mapping", PAIR),
+    "a number as an answer": (
+        {"question": Q, "answer": 4},
+        "question",
+        [PAIR[0], ("assistant", "4")],
+    ),
     "list of messages": ([ASK, REPLY, *MORE], "list", AGAIN),
 }
 """What is read."""
@@ -257,7 +420,11 @@ REFUSED = {
     ),
     "oasst1 rows": (
         {"message_id": "1", "parent_id": None, "text": Q, "role": "prompter"},
-        "keys are message_id, parent_id, text, role",
+        "keys are message_id, parent_id, text, role. Each .* one message of a tree: .*trees.jsonl",
+    ),
+    "texts as rows": (
+        {"id": "1", "role": "user", "text": Q},
+        "one message: gather those of a chat",
     ),
     "messages as rows": (
         {"conversation_id": "1", "role": "user", "content": Q},
@@ -281,6 +448,12 @@ REFUSED = {
         {"messages": [ASK, REPLY], "conversations": [ASK, {"from": "gpt", "value": "5"}]},
         "record 1 .line 1. can be read by the keys conversations and messages",
     ),
+    "a header": (
+        ["id", "prompt", "completion"],
+        "record 1 .line 1. is a row of names .id, prompt, completion.*orient='records'",
+    ),
+    "rows": (["x", Q, A], "a list of fields without their names: it is.*orient='records'"),
+    "rows with numbers": ([1, Q, A], "a list of fields without their names: it is"),
     "two dialogs": (
         {"conversation": [ASK, REPLY], "dialog": MORE},
         "by the keys conversation and dialog",
@@ -366,6 +539,16 @@ def test_bad_options(tmp_path, options, words):
         ),
         ({"prompt": [Q, Q], "completion": [A, A]}, [PAIR] * 2),
         ({"messages": [[ASK, REPLY], [ASK, REPLY, *MORE]]}, [PAIR, AGAIN]),
+        ({"columns": ["completion", "id", "prompt"], "index": [0], "data": [[A, 1, Q]]}, [PAIR]),
+        ({"columns": ["x", "question", "answer", "y"], "data": [["1", Q, A, "2"]] * 2}, [PAIR] * 2),
+        (
+            {
+                "features": [{"name": "messages"}],
+                "rows": [{"row_idx": 0, "row": {"messages": [ASK, REPLY]}, "truncated_cells": []}],
+            },
+            [PAIR],
+        ),
+        ({"internal": [[Q, A]], "visible": [[Q, A]]}, [PAIR]),
         ({"prompt": {"0": Q, "1": Q}, "completion": {"0": A, "1": A}}, [PAIR] * 2),
         ({"a": {"messages": [ASK, REPLY]}, "b": {"messages": [ASK, REPLY]}}, [PAIR] * 2),
         (EXPORT, [PAIR]),
@@ -404,8 +587,10 @@ def test_forms_may_differ_within_a_file(tmp_path):
         ),
         ({"conversation_a": [ASK], "conversation_b": [ASK]}, "without a winner"),
         ({"question": Q, "answer": None}, "content is null"),
-        ({"question": Q, "answer": 4}, "content is not text"),
+        ({"question": Q, "answer": True}, "content is not text"),
         ({"question": Q, "answer": " "}, "no assistant turn"),
+        ({"messages": [ASK, REPLY | {"content": [A, "4"]}]}, "several answers to one question"),
+        ({"messages": [ASK, {"role": "function_call", "content": "ls"}]}, "tool calls in an unk"),
         ({"question": Q, "answer": [A, "4"]}, "several answers to one question"),
         ({"question": Q, "context": ["A", "B"], "answer": A}, "a context that is not text"),
         ({"conversation": []}, "no turns"),
@@ -474,6 +659,54 @@ def test_lists_of_turns_may_say_the_same_in_other_words():
     assert turns(parse({"conversations": [ASK, REPLY], "messages": parts})) == PAIR
 
 
+@pytest.mark.parametrize("said", [4, True, {"parts": [A]}])
+def test_what_is_no_text_is_named_with_its_key(said):
+    for key in ("content", "value"):
+        parser = ChatParser()
+        record = {"messages": [ASK, {"role": "assistant", key: said}]}
+        assert parser.parse(json.dumps(record).encode()) == "content is not text"
+        assert parser.detail == f"{key} is {said!r} in a turn of role assistant: write it as text"
+
+
+def test_a_number_beside_messages_is_no_other_answer():
+    assert turns(parse({"messages": [ASK, REPLY], "prompt": Q, "answer": 5})) == PAIR
+
+
+def test_pieces_of_a_message_in_telegram():
+    said = ["It is ", {"type": "bold", "text": "4"}, {"type": "link", "text": "."}]
+    assert turns(parse({"messages": [ASK, {"from": "gpt", "text": said}]})) == PAIR
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Human: a species?",
+        "### Human: rights?",
+        "Human: what does it\nAssistant: mean in a log?",
+        "Human: one\nHuman: two\nAssistant:",
+        "A story.\nHuman: Hi.\nAssistant:",
+        "Once.\n\nHuman: Hi.\n\nHuman: And\n\nAssistant:",
+    ],
+)
+def test_what_is_no_whole_transcript_is_not_cut(text):
+    assert turns(parse({"prompt": text, "completion": text})) == [
+        ("user", text),
+        ("assistant", text),
+    ]
+
+
+def test_a_prompt_of_the_human_s_turn_alone():
+    said = parse({"prompt": f"\n\nHuman: {Q}", "completion": f" {A}"})
+    assert turns(said) == PAIR
+
+
+def test_an_answer_that_holds_lines_of_a_transcript_is_not_cut():
+    told = "Human: Hi.\nAssistant: Hello."
+    asked = {"prompt": "Write a dialogue."}
+    for record in (asked | {"completion": told}, asked | {"chosen": told, "rejected": "x"}):
+        assert turns(parse(record))[1] == ("assistant", told)
+
+
 def test_ids_and_origins(tmp_path):
     records = [READ[name][0] for name in ("oasst tree", "lmsys-chat-1m", "gsm8k")]
     path = write(tmp_path / "a.jsonl", lines(records))
@@ -516,10 +749,13 @@ def test_no_record_is_a_traceback():
                 except Ambiguous:
                     found = "ambiguous"
                 outcomes[found if isinstance(found, str) else "read"] += 1
+            columns_for(json.dumps(changed).encode(), {})
     assert outcomes["read"] > 1000 and len(outcomes) >= 10
 
 
 def test_deep_trees_and_circles(tmp_path):
+    circle = [child("1", "user", Q, "2"), child("2", "assistant", A, "1", "2")]
+    assert turns(parse({"messages": circle})) == PAIR
     nodes = {
         str(i): node(str(i - 1) if i else None, ("user", "assistant")[i % 2], "x")
         for i in range(3000)
@@ -583,3 +819,126 @@ def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
     plain = write(tmp_path / "b.jsonl", lines([{"messages": [ASK, REPLY], "id": "1"}]))
     caplog.clear()
     assert list(read_conversations(plain)) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        (
+            {"request": {"messages": [ASK]}, "response": {"choices": [{"message": REPLY}]}},
+            "{user: request.messages, assistant: response.choices.0.message.content}",
+        ),
+        (
+            {
+                "request": {"contents": [{"role": "user", "parts": [{"text": Q}]}]},
+                "response": {
+                    "candidates": [{"content": {"role": "model", "parts": [{"text": A}]}}]
+                },
+            },
+            "{user: request.contents, assistant: response.candidates.0.content}",
+        ),
+        (
+            {"input": {"messages": [ASK]}, "preferred_output": [REPLY], "non_preferred_output": []},
+            "{user: input.messages, assistant: preferred_output}",
+        ),
+        ({"chat": {"messages": [ASK, REPLY]}, "n": 1}, "{messages: chat.messages}"),
+        ({"turns": [{"user": Q, "assistant": A}]}, "{messages: turns}"),
+        ({"question": Q, "answer": {"text": A}}, "{user: question, assistant: answer.text}"),
+        (REFUSED["squad"][0], "{user: question, assistant: answers.text.0}"),
+    ],
+)
+@pytest.mark.parametrize("system", [{}, {"system": "Be brief."}])
+def test_a_remedy_that_is_named_works(tmp_path, record, columns, system):
+    path = write(tmp_path / "a.jsonl", lines([record | system] * 2))
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path))
+    columns = columns.replace("}", ", system: system}") if system else columns
+    assert f"say 'dataset.columns={columns}'." in str(caught.value)
+    chosen = dict(re.findall(r"(\w+): ([\w.]+)", columns))
+    assert read(path, columns=chosen)[0] == [BRIEF if system else PAIR] * 2
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"message_1": Q, "message_2": A},
+        {"turns": [{"ask": Q, "answer": A}, {"ask": "And 3+3?", "answer": "6."}]},
+        {"prompt": Q, "answers": [{"answer": "5", "rank": 2}, {"answer": A, "rank": 1}]},
+        {"a\ud800": {"b c": [ASK, REPLY]}},
+        {"messages": [ASK]},
+    ],
+)
+def test_where_none_would_be_right_no_columns_are_named(record):
+    assert columns_for(json.dumps(record).encode(), {}) == ""
+
+
+@pytest.mark.parametrize("name", ["two replies", "two chats", "two dialogs"])
+def test_a_choice_that_is_offered_works(tmp_path, name):
+    path = write(tmp_path / "a.jsonl", lines([REFUSED[name][0] | {"system": "Be brief."}] * 2))
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path))
+    assert "dataset.form" not in str(caught.value)
+    offered = re.findall(r"'dataset\.columns=\{(.+?)\}'", str(caught.value))
+    found = [read(path, columns=dict(re.findall(r"(\w+): ([\w.]+)", o)))[0] for o in offered]
+    assert len(found) == 2 and BRIEF in (found[0][0], found[1][0]) and found[0] != found[1]
+    assert all(chat[0] == BRIEF[0] for chat, _ in found)
+
+
+def test_an_answer_beside_messages_counts_wherever_it_stands(tmp_path):
+    """Also behind the first records of a file, which are looked at more closely."""
+    said = {"messages": [ASK, REPLY], "response": "never read"}
+    left = {"messages": [ASK, REPLY, MORE[0]], "response": ""}
+    asked = {"messages": [ASK, REPLY, MORE[0]], "response": "6."}
+    reading = read_conversations(write(tmp_path / "a.jsonl", lines([said] * 120 + [left, asked])))
+    *_, open_ended, last = [turns(chat) for chat in reading]
+    assert (open_ended, last) == (AGAIN[:3], AGAIN) and reading.unused == {"response": 100}
+    assert turns(parse(asked | {"response": '{"sum": 6}'}))[3] == ("assistant", '{"sum": 6}')
+    rows = parquet([said, asked])
+    for form in ("auto", "messages"):
+        assert read(write(tmp_path / "a.parquet", rows), form=form)[0] == [PAIR, AGAIN]
+    with pytest.raises(Ambiguous, match="response and output"):
+        parse(asked | {"output": "7."})
+
+
+def test_branches_wherever_they_stand(tmp_path):
+    shown = {"conv": {"currNode": "6"}, "messages": BRANCHES}
+    other = [PAIR[0], ("assistant", "No."), ("user", "Why?")]
+    assert turns(parse(shown)) == other
+    assert turns(parse({"currNode": "6", "messages": BRANCHES})) == other
+    assert turns(parse({"currNode": "9", "messages": BRANCHES})) == AGAIN
+    plain = {"messages": [ASK | {"children": []}, REPLY]}
+    found, _ = read(write(tmp_path / "a", lines([plain] * 120 + [{"messages": BRANCHES}])))
+    assert found == [PAIR] * 120 + [AGAIN]
+
+
+def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):
+    chat = {"messages": [ASK, REPLY | {"deleted": True}], "topic": "sums"}
+    path = write(tmp_path / "a", lines([{"chat": chat, "n": 1}]))
+    reading = read_conversations(path, columns={"messages": "chat.messages"})
+    assert list(reading)
+    assert reading.unused == {"chat.messages[].deleted": 1, "chat.topic": 1, "n": 1}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"human": Q, "gpt": A}]},
+        {"messages": [{"author": "user", "content": Q}, {"author": "bot", "text": A}]},
+        {"messages": [{"sender": "user", "role": "human", "content": Q, "text": Q}, REPLY]},
+        {"messages": [{"type": "human", "data": {"content": Q}}, REPLY]},
+        {"messages": BRANCHES},
+        {"conversation": [{"input": Q, "output": A}]},
+    ],
+)
+def test_what_is_read_is_not_counted_as_unused(record):
+    parser = ChatParser()
+    assert turns(parser.parse(json.dumps(record).encode()))[:2] == PAIR and not parser.unused
+
+
+def test_what_is_passed_over_in_a_turn_is_counted():
+    parser = ChatParser()
+    told = [ASK | {"input": "x", "channel": "web"}, REPLY | {"output": "x", "children": ["9"]}]
+    parser.parse(json.dumps({"messages": told}).encode())
+    assert {*parser.unused} == {
+        f"messages[].{k}" for k in ("input", "channel", "output", "children")
+    }

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from medusa_exp.data import read_conversations
 from medusa_exp.data.parsing import ChatParser, Message, content_digest
 
 HI = {"from": "human", "value": "Hi"}
@@ -47,7 +48,7 @@ def test_forms(record):
     ("role", "names"),
     {
         "user": "user human prompter",
-        "assistant": "assistant gpt chatgpt bing bard model bot function_call",
+        "assistant": "assistant gpt chatgpt bing bard model bot ai",
         "system": "system developer",
         "tool": "tool function observation function_response tool_response ipython",
     }.items(),
@@ -165,6 +166,32 @@ def test_contents_stay_as_they_are(content):
     assert parse(record).messages[1].content == content
     raw = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
     assert parse(raw).messages[1].content == content
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [b'"logprob": 1e400', b'"logprob": -1e400', b'"n": ' + b"7" * 6000, b'"\\ud800": 1'],
+)
+def test_what_is_not_read_may_be_what_no_number_or_text_holds(tmp_path, beside):
+    said = json.dumps([HI, HELLO]).encode()
+    raw = b'{"conversations": ' + said + b", " + beside + b"}"
+    found = ChatParser()
+    assert turns(found.parse(raw, 1)) == turns(ChatParser(num_looked_at=0).parse(raw, 1))
+    [name] = found.unused
+    assert name.encode() in (b"logprob", b"n", "\ufffd".encode())
+    unread = found.parse(b"{" + beside + b"}", 2)
+    assert unread == "no known form of chat" and found.detail.encode()
+    path = tmp_path / "a.json"
+    path.write_bytes(raw if b"ud800" in beside else b'{"train": [' + raw + b"]}")
+    assert len(list(read_conversations(path))) == 1
+
+
+@pytest.mark.parametrize("number", [b"1e400", b"7" * 6000])
+def test_what_is_read_is_none(number):
+    of_text = b'{"conversations": [{"from": "gpt", "value": ' + number + b"}]}"
+    assert parse(of_text) == "content is not text"
+    of_id = b'{"id": ' + number + b', "conversations": ' + json.dumps([HI, HELLO]).encode() + b"}"
+    assert parse(of_id).id.startswith("sha256-")
 
 
 def test_control_characters_that_json_has_no_room_for():

@@ -35,6 +35,11 @@ def parse(record):
         REPLY
         | {"content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "4"}]},
         {"from": "gpt", "value": "4", "reasoning_content": "Hm."},
+        {"role": "model", "parts": [{"text": "Hm.", "thought": True}, {"text": "4"}]},
+        {
+            "role": "model",
+            "parts": [{"text": "Hm.", "thought": True}, {"text": "4", "thoughtSignature": "x"}],
+        },
     ],
 )
 def test_reasoning(reply):
@@ -43,11 +48,36 @@ def test_reasoning(reply):
 
 
 @pytest.mark.parametrize(
+    "thought",
+    [
+        {"role": "assistant", "channel": "analysis", "content": "Hm."},
+        {"role": "model", "parts": [{"text": "Hm.", "thought": True}]},
+        {"role": "model", "text": "Hm.", "isThought": True},
+    ],
+)
+def test_thoughts_in_a_turn_of_their_own(thought):
+    final = REPLY | {"channel": "final"}
+    found = parse({"messages": [ASK, thought, final, ASK, final, thought]}).messages
+    told = [(m.role, m.content, m.reasoning) for m in found]
+    asked, replied = ("user", "2+2?", ""), ("assistant", "4", "")
+    assert told == [
+        asked,
+        ("assistant", "4", "Hm."),
+        asked,
+        replied,
+        ("assistant", "", "Hm."),
+    ]
+    twice = parse({"messages": [ASK, thought, thought, final]}).messages
+    assert (twice[1].reasoning, len(twice)) == ("Hm.\nHm.", 2)
+
+
+@pytest.mark.parametrize(
     ("beside", "is_trained"),
     [
         ({"weight": 0}, False),
         ({"weight": 1.0}, True),
         ({"train": False}, False),
+        ({"training": False}, False),
         ({"loss": True}, True),
         ({"loss": None, "train": None}, True),
     ],
@@ -75,6 +105,27 @@ def test_calls(calls, said):
     assert json.loads(found.messages[2].fields) == {"tool_call_id": "c1", "name": "add"}
 
 
+@pytest.mark.parametrize("name", ["function_call", "tool_call", "Tool_Call"])
+@pytest.mark.parametrize("said", [CALL["function"], [CALL["function"]], [CALL]])
+def test_calls_as_what_a_turn_says(name, said):
+    asked, answer = {"from": "human", "value": "2+2?"}, {"from": "observation", "value": "4"}
+    called = {"from": name, "value": json.dumps(said)}
+    found = parse({"conversations": [asked, called, answer]})
+    assert [m.role for m in found.messages] == ["user", "assistant", "tool"]
+    assert json.loads(found.messages[1].fields) == {"tool_calls": [CALL]}
+    assert found.messages[1].content == ""
+    same = {"messages": [ASK, {"role": "assistant", "tool_calls": [CALL]}, answer]}
+    assert parse({"conversations": [asked, called, answer], **same}).messages == found.messages
+    as_text = ChatParser({name.lower(): "assistant"}).parse({"conversations": [asked, called]})
+    assert as_text.messages[1].content == called["value"]
+
+
+@pytest.mark.parametrize("said", ["ls", "", None, "[]", "{}", '{"x": 1}', "4", '["ls"]'])
+def test_what_is_no_call(said):
+    called = {"from": "function_call", "value": said}
+    assert parse({"conversations": [called, REPLY]}) == "tool calls in an unknown form"
+
+
 @pytest.mark.parametrize(
     "beside",
     [
@@ -83,6 +134,7 @@ def test_calls(calls, said):
         {"tools": [json.dumps(TOOL)]},
         {"tools": [TOOL["function"]]},
         {"functions": [TOOL["function"]], "tools": "[]"},
+        {"tools": [{"name": "add", "input_schema": {}}]},
     ],
 )
 def test_tools_beside_messages(beside):

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 from medusa_exp.data import faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
-from medusa_exp.data.faults import DataError, NoChats
-from medusa_exp.data.forms import FORMS, Ambiguous
+from medusa_exp.data.faults import A_ROW, DataError, NoChats
+from medusa_exp.data.forms import FORMS
 from medusa_exp.data.parsing import (
     NO_FORM,
+    NO_REPLY,
     NOT_A_TURN,
     NOT_JSON,
     NOT_OBJECT,
@@ -32,6 +33,8 @@ from medusa_exp.data.parsing import (
     decode_leniently,
     raw_bytes,
 )
+from medusa_exp.data.records import Ambiguous
+from medusa_exp.data.remedies import columns_for
 from medusa_exp.data.turns import ROLES
 from medusa_exp.runs.progress import Patience
 
@@ -52,7 +55,7 @@ HUB = "hub:"
 _LOOKED_AT = 100
 _MATTERING = {
     *("reasoning_content", "reasoning", "thinking", "tools", "functions", "system_prompt"),
-    *("train", "loss", "mask", "images", "image", "videos", "audios"),
+    *("train", "training", "loss", "mask", "images", "image", "videos", "audios"),
 }
 """Keys that change what a template writes, or what is trained."""
 
@@ -247,7 +250,7 @@ class Reading:
             options.max_record_bytes,
         )
         parse = parser.parse
-        faulty = _FaultyChats(source)
+        faulty = _FaultyChats(source, options.role_map)
         number = 0
         try:
             for number, raw in enumerate(self._watched(source, source), 1):
@@ -264,7 +267,8 @@ class Reading:
                 self.dropped[found] += 1
                 self.examples.setdefault(found, f"{place}{detail}")
         except Ambiguous as ways:
-            raise faults.ambiguous(_place(source, number), str(ways)) from ways
+            place = _place(source, number)
+            raise faults.ambiguous(place, str(ways), ways.remedy) from ways
         finally:
             self._count_forms(parser, number - faulty.num_chats)
             for column in {*source.keys} - {*self._columns, *parser.unused}:
@@ -301,6 +305,7 @@ class _FaultyChats:
     """Decides from a source's unusable chats whether the source as a whole is to blame."""
 
     source: Part | HubData
+    role_map: Mapping[str, str]
     reasons: Counter[str] = field(default_factory=Counter)
     first: RawChat = b""
     first_line: int = 0
@@ -350,10 +355,13 @@ class _FaultyChats:
             for key in self.source.columns if isinstance(first, dict) else ():
                 if error := faults.not_json_list(name, key, first.get(key)):
                     raise error
-            raise faults.no_form(name, keys, "columns" if is_table else "keys")
+            columns = columns_for(self.first, self.role_map)
+            raise faults.no_form(name, keys, "columns" if is_table else "keys", columns)
+        if reason == NO_REPLY and (columns := columns_for(self.first, self.role_map)):
+            raise faults.no_answer(name, columns)
         if reason == NOT_OBJECT:
             raise faults.single_value(name, _decoded(self.first))
-        if reason in (UNKNOWN_ROLE, NOT_A_TURN):
+        if reason in (UNKNOWN_ROLE, NOT_A_TURN, A_ROW):
             raise faults.no_usable_turn(name, reason, self.first_detail)
 
 

@@ -166,6 +166,11 @@ def single_value(name: str, value: Any) -> NoChats:
     return NoChats(f"{name} holds one JSON value ({kind}) and no chats. {_CHATS}")
 
 
+A_ROW = "a list of fields without their names"
+AS_RECORDS = (
+    "Save records, which name their fields: of a pandas table, to_json(orient='records') does."
+)
+
 _REMEDY = (
     "If they are chats, say what their texts stand under, as in "
     "'dataset.columns={user: KEY, assistant: KEY, system: KEY}' or 'dataset.columns={messages: "
@@ -181,19 +186,37 @@ def no_records(name: str) -> NoChats:
     )
 
 
-def no_form(name: str, keys: Sequence[str], what: str = "keys") -> NoChats:
-    """Return the error of a file none of whose records has a form that is known."""
+def no_form(name: str, keys: Sequence[str], what: str = "keys", columns: str = "") -> NoChats:
+    """Return the error of a file none of whose records has a form that is known.
+
+    `columns` is what dataset.columns would read the first of them by.
+    """
     shown = ", ".join(map(str, keys[:30])) + (" ..." if len(keys) > 30 else "")
+    shown = shown.encode("utf-8", "replace").decode()  # a key may hold half a surrogate pair
     one = ""
-    if {"role", "content"} <= set(keys):
+    if {"role", "text", "parent_id"} <= set(keys):
+        one = (
+            " Each record seems to be one message of a tree: take the file of trees "
+            "(*.trees.jsonl.gz of OpenAssistant's), whose records hold the `replies`."
+        )
+    elif {"role", "content"} <= set(keys) or {"role", "text"} <= set(keys):
         one = (
             " Each record seems to be one message: gather those of a chat in a list, as "
             '{"messages": [{"role": ..., "content": ...}, ...]}.'
         )
     elif is_text_table(name):
         one = _about_header(keys)
+    remedy = f"If they are chats, say 'dataset.columns={columns}'." if columns else _REMEDY
     return NoChats(
-        f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one} {_REMEDY}"
+        f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one} {remedy}"
+    )
+
+
+def no_answer(name: str, columns: str) -> NoChats:
+    """Return the error of a file whose answers stand apart from its messages."""
+    return NoChats(
+        f"{name} has no chat that can be read: none of its records has an assistant turn among its "
+        f"messages. The answers seem to stand beside them: say 'dataset.columns={columns}'."
     )
 
 
@@ -259,15 +282,17 @@ def no_usable_turn(name: str, reason: str, detail: str) -> NoChats:
             "Who speaks is an object: write one name in its place, as by `jq '.messages[].author "
             "|= .name'`, and say whose it is, as in 'dataset.role_map={ann: assistant, bob: user}'."
         )
+    remedy = AS_RECORDS if reason == A_ROW else remedy
     return NoChats(f"{name} has no chat that can be read: {reason}: {detail}. {remedy}")
 
 
-def ambiguous(place: str, ways: str) -> DataError:
+def ambiguous(place: str, what: str, remedy: str) -> DataError:
     """Return the error of a record that can be read in several ways."""
-    return DataError(
-        f"{place} can be read by {ways}, which do not say the same. Choose: dataset.form names a "
-        "form, 'dataset.columns={messages: KEY}' or '{user: KEY, assistant: KEY}' the keys."
+    others = (
+        "Keep one of them, or say what is to be read, as in 'dataset.columns={messages: KEY, "
+        "system: KEY}' or 'dataset.columns={user: KEY, assistant: KEY, system: KEY}'."
     )
+    return DataError(f"{place} {what}. {remedy or others}")
 
 
 def wrong_bytes(name: str, text: bytes) -> DataError:

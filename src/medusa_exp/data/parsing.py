@@ -14,18 +14,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
+from msgspec.structs import astuple
 
-from medusa_exp.data.forms import (
-    FORMS,
-    SYSTEMS,
-    Ambiguous,
-    Chat,
-    Form,
-    by_columns,
-    columns_of,
-    id_in,
-)
+from medusa_exp.data.forms import FORMS, Form, by_columns, columns_of
+from medusa_exp.data.pairs import SEVERAL_ANSWERS
+from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, id_in
+from medusa_exp.data.turn_lists import is_alternation
 from medusa_exp.data.turns import (
+    CALLERS,
+    NOT_TEXT,
     NOT_TO_TRAIN,
     PICTURES,
     ROLE_OF,
@@ -41,6 +38,7 @@ from medusa_exp.data.turns import (
     refuse_pictures,
     texts_of,
     tools_of,
+    with_calls,
 )
 from medusa_exp.data.unread import unused_keys
 
@@ -120,8 +118,11 @@ class _TurnBase(msgspec.Struct, gc=False):
     reasoning_content: str | None = None
 
 
-_Turn = _with_raw(_TurnBase, sorted({*USED, *PICTURES} - {"reasoning_content"}))
-_PLAIN = msgspec.structs.astuple(_Turn())[len(_TurnBase.__struct_fields__) :]
+_Turn = _with_raw(
+    _TurnBase, sorted({*USED, *PICTURES, "channel", "children"} - {"reasoning_content"})
+)
+_NUM_SAID = len(_TurnBase.__struct_fields__)
+_PLAIN = astuple(_Turn())[_NUM_SAID:]
 
 
 class _ChatBase(msgspec.Struct, gc=False):
@@ -131,15 +132,18 @@ class _ChatBase(msgspec.Struct, gc=False):
     system: str | None = None
 
 
-_Chat = _with_raw(_ChatBase, (*SYSTEMS[1:], *TOOLS, *PICTURES))
-_ONLY = msgspec.structs.astuple(_Chat())[len(_ChatBase.__struct_fields__) :]
+_ChatWithMore = _with_raw(_ChatBase, FORMS["messages"].more)
+_Chat = _with_raw(_ChatWithMore, (*SYSTEMS[1:], *TOOLS, *PICTURES))
+_NUM_OF_CHAT = len(_ChatBase.__struct_fields__)
+_NUM_WITH_MORE = len(_ChatWithMore.__struct_fields__)
+_ONLY = astuple(_Chat())[_NUM_WITH_MORE:]
+_NO_MORE = astuple(_Chat())[_NUM_OF_CHAT:_NUM_WITH_MORE]
 _decode = msgspec.json.Decoder(_Chat).decode
 
 
-def _holds(struct: msgspec.Struct, nothing: tuple[Any, ...]) -> bool:
-    """Does a struct hold something in the fields that it is decoded without?"""
-    values = msgspec.structs.astuple(struct)[-len(nothing) :]
-    return values != nothing and any(bytes(value) not in _NOTHING for value in values)
+def _hold(values: tuple[Any, ...]) -> bool:
+    """Is there something in fields whose values were left undecoded?"""
+    return any(bytes(value) not in _NOTHING for value in values)
 
 
 _OTHER_KEYS = {key for form in FORMS.values() for key in form.keys} - {*FORMS["messages"].keys}
@@ -170,6 +174,9 @@ class ChatParser:
         """
         self._max_bytes = max_bytes
         self._role_of = {**ROLE_OF, **(role_map or {})}
+        self._callers = {*CALLERS} - {*(role_map or {})}
+        self._role_at_once = {k: v for k, v in self._role_of.items() if k not in self._callers}
+        """Whose turns are read as they stand: what a caller says is to be decoded."""
         self._forms = forms_of(form, columns)
         self._is_row = False
         self._is_direct = "messages" in self._forms
@@ -199,7 +206,7 @@ class ChatParser:
                     return conversation
             return self._parse_leniently(raw, number)
         except Unusable as reason:
-            self.detail = reason.detail
+            self.detail = _whole_letters(reason.detail)
             return str(reason)
 
     def _parse_strictly(
@@ -210,23 +217,30 @@ class ChatParser:
             chat = _decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
-        role_of = self._role_of.get
+        role_of = self._role_at_once.get
         messages = []
         if chat.conversations and chat.messages:
             return None
         for turn in chat.conversations or chat.messages or ():
-            role = role_of(turn.source or turn.role)
-            content = turn.value or turn.content
-            if (turn.source and turn.role) or (turn.value and turn.content):
+            fields = astuple(turn)
+            source, name, value, content, thought = fields[:_NUM_SAID]
+            role = role_of(source or name)
+            if (source and name) or (value and content):
                 return None
-            if role is None or content is None or role == "tool" or _holds(turn, _PLAIN):
+            content = value or content
+            if role is None or content is None or role == "tool":
                 return None
-            thought = turn.reasoning_content if role == "assistant" else None
-            messages.append(Message(role, content, thought or ""))
-        if not messages or _holds(chat, _ONLY):
+            if (beside := fields[_NUM_SAID:]) != _PLAIN and _hold(beside):
+                return None
+            messages.append(Message(role, content, thought or "" if role == "assistant" else ""))
+        fields = astuple(chat)
+        if not messages or ((beside := fields[_NUM_WITH_MORE:]) != _ONLY and _hold(beside)):
+            return None
+        answers = fields[_NUM_OF_CHAT:_NUM_WITH_MORE]
+        if answers != _NO_MORE and messages[-1].role == "user" and _hold(answers):
             return None
         if number <= self._num_looked_at:
-            record = msgspec.json.decode(raw)
+            record = _decoded(raw)
             if len(self._forms) > 1 and not _OTHER_KEYS.isdisjoint(record):
                 return None
             self._note_unused(record, "messages")
@@ -236,12 +250,13 @@ class ChatParser:
     def _parse_leniently(self, raw: RawChat, number: int) -> Conversation:
         record = _decoded(raw)
         self._is_row = isinstance(raw, dict)
-        name, messages, tools = self._read(record)
+        name, messages, tools, more = self._read(record)
         if number <= self._num_looked_at:
-            self._note_unused(record, name)
+            self._note_unused(record, name, more)
         if name == "messages":
             given = record.get("id")
-            raw = {k: v for k, v in raw.items() if k in _OF_ID} if isinstance(raw, dict) else raw
+            of_id = (*_OF_ID, *more)
+            raw = {k: v for k, v in raw.items() if k in of_id} if isinstance(raw, dict) else raw
         else:
             given = id_in(record)
             if isinstance(raw, dict):
@@ -250,12 +265,13 @@ class ChatParser:
         chat_id = _usable_id(given) or _content_id(raw)
         return Conversation(chat_id, messages, self._source, number, tools)
 
-    def _note_unused(self, record: Any, form: str) -> None:
+    def _note_unused(self, record: Any, form: str, more: tuple[str, ...] = ()) -> None:
         self.num_looked_at += 1
-        self.unused.update(unused_keys(record, form, self._forms[form].keys))
+        unused = unused_keys(record, form, self._forms[form].keys) - {*more}
+        self.unused.update(map(_whole_letters, unused))
 
-    def _read(self, record: Any) -> tuple[str, list[Message], str]:
-        """Return the name of a record's form, its messages and its tools."""
+    def _read(self, record: Any) -> tuple[str, list[Message], str, tuple[str, ...]]:
+        """Return the name of a record's form, its messages, its tools, what was read for more."""
         if not isinstance(record, dict | list):
             raise Unusable(NOT_OBJECT)
         is_list = isinstance(record, list)
@@ -282,10 +298,13 @@ class ChatParser:
             self._messages(next(iter(fitting.values())))
         first, *others = found
         if any(found[other] != found[first] for other in others):
-            raise Ambiguous(f"the forms {' and '.join(found)}")
+            choices = " or ".join(f"dataset.form={name}" for name in found)
+            raise Ambiguous(
+                f"can be read by the forms {' and '.join(found)}{NOT_ALIKE}", f"Choose: {choices}."
+            )
         beside = fitting[first].tools_in or (record if isinstance(record, dict) else {})
         tools = "" if first == "columns" else tools_of(beside, self._is_row)
-        return first, found[first], tools
+        return first, found[first], tools, fitting[first].more
 
     def _messages(self, chat: Chat) -> list[Message]:
         if not chat.turns:
@@ -309,11 +328,28 @@ class ChatParser:
         if role is None:
             raise Unusable(UNKNOWN_ROLE, f"the role is {name!r}")
         refuse_pictures(turn)
+        _check_one_text(turn, content, role)
+        if isinstance(name, str) and name.lower() in self._callers:
+            turn, content = with_calls(turn), ""
         fields = fields_of(turn, role, self._is_row)
         thought, text = texts_of("" if content is None and fields else content)
         if role != "assistant":
             return Message(role, text, fields=fields)
         return Message(role, text, reasoning_of(turn) or thought, is_switched_on(turn), fields)
+
+
+def _check_one_text(turn: dict[str, Any], content: Any, role: str) -> None:
+    """Refuse a content that is no text, or several.
+
+    Raises:
+        Unusable: it is one of them.
+    """
+    if isinstance(content, bool | int | float | dict | bytes):
+        key = next(key for key in ("value", "content") if turn.get(key) is content)
+        said = f"{key} is {content!r:.60} in a turn of role {role}"
+        raise Unusable(NOT_TEXT, f"{said}: write it as text")
+    if role == "assistant" and is_alternation(content):
+        raise Unusable(SEVERAL_ANSWERS, f"they are {len(content)}, the first {content[0]!r:.60}")
 
 
 def forms_of(form: str, columns: Mapping[str, str] | None) -> dict[str, Form]:
@@ -370,7 +406,16 @@ def decode_leniently(text: bytes) -> Any:
         ValueError: it is not JSON by any measure, or (UnicodeDecodeError) not UTF-8.
         RecursionError: it is nested too deeply.
     """
-    return json.loads(text.decode("utf-8", "surrogatepass").removeprefix("\ufeff"), strict=False)
+    decoded = text.decode("utf-8", "surrogatepass").removeprefix("\ufeff")
+    return json.loads(decoded, strict=False, parse_int=_number)
+
+
+def _number(digits: str) -> int | float:
+    """Return a whole number, infinite where it has more digits than Python makes an int of."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def _decoded(raw: RawChat) -> Any:
@@ -395,7 +440,12 @@ def _usable_id(value: Any) -> str:
     """Return an id as text that any file can hold, empty where there is none."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         return ""
-    return re.sub("[\ud800-\udfff]", "\ufffd", str(value))
+    return _whole_letters(str(value))
+
+
+def _whole_letters(text: str) -> str:
+    """Return a text that any file can hold: halves of surrogate pairs are in no encoding."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _content_id(raw: RawChat) -> str:
@@ -408,9 +458,10 @@ def _checked(messages: list[Message], system: str | None) -> list[Message]:
         first = Message("system", system)
         if messages[0] != first:
             messages = [first, *messages]
-    replies = [m for m in messages if m.role == "assistant" and (m.content.strip() or m.fields)]
-    if not replies:
-        raise Unusable(NO_REPLY)
-    if not any(message.is_trained for message in replies):
-        raise Unusable(NOT_TO_TRAIN)
-    return messages
+    has_reply = False
+    for message in messages:
+        if message.role == "assistant" and (message.content.strip() or message.fields):
+            if message.is_trained:
+                return messages
+            has_reply = True
+    raise Unusable(NOT_TO_TRAIN if has_reply else NO_REPLY)

@@ -1,7 +1,8 @@
 """Records of files that are not a list of them: CSV and TSV, and one object of lists or of objects.
 
 An object may hold lists of records (`{"train": [...], "test": [...]}`), columns (`{"prompt": [...],
-"completion": [...]}`, as pandas writes them too), or records by their ids.
+"completion": [...]}`, as pandas writes them too), rows beside the names of their columns, or
+records by their ids.
 """
 
 import csv
@@ -17,8 +18,9 @@ import msgspec
 
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.forms import Ambiguous, is_turn
-from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser, RawChat
+from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser, RawChat, decode_leniently
+from medusa_exp.data.records import Ambiguous
+from medusa_exp.data.turn_lists import is_turn
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +125,8 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
     """Return the records that the file's only JSON value holds, or None where it is one itself."""
     try:
         fields = _decode_object(text)
+        if (rows := _named_rows(fields)) is not None:
+            return rows
         lists = {key: _decode_list(value) for key, value in fields.items() if _opens(value, b"[")}
         if _is_chat({**fields, **{key: items[:1] for key, items in lists.items()}}):
             return None
@@ -143,8 +147,8 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
             return list(fields.values())
         if len(objects) > 1 and all(other.keys() == first.keys() for other in others):
             rows = _rows({key: list(values.values()) for key, values in objects.items()})
-            return rows if _is_chat(rows[0]) else None
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            return rows if rows and _is_chat(rows[0]) else None
+    except (msgspec.DecodeError, RecursionError, ValueError):
         pass  # what is wrong with it is found where it is read as a chat
     return None
 
@@ -154,6 +158,33 @@ def _wrapped(name: str, text: Any) -> list[RawChat] | None:
     found = records_of_object(name, text)
     inner = None if found is None else list(found)
     return inner if inner and _is_chat(inner[0]) else None
+
+
+class _Served(msgspec.Struct):
+    """A row as the hub's data-set server gives it."""
+
+    row_idx: int
+    row: msgspec.Raw
+
+
+_decode_names = msgspec.json.Decoder(list[str]).decode
+_decode_table = msgspec.json.Decoder(list[list[msgspec.Raw]]).decode
+_decode_served = msgspec.json.Decoder(list[_Served]).decode
+
+
+def _named_rows(fields: dict[str, msgspec.Raw]) -> list[Any] | None:
+    """Return the rows of a table beside the names of its columns, or beside its features."""
+    try:
+        if "features" in fields and "rows" in fields:
+            return [item.row for item in _decode_served(fields["rows"])]
+        if "columns" not in fields or "data" not in fields:
+            return None
+        names, rows = _decode_names(fields["columns"]), _decode_table(fields["data"])
+    except msgspec.ValidationError:
+        return None
+    if len({*names}) < len(names) or any(len(row) != len(names) for row in rows):
+        return None
+    return [msgspec.json.encode(dict(zip(names, row, strict=True))) for row in rows]
 
 
 def _opens(value: msgspec.Raw, bracket: bytes) -> bool:
@@ -175,5 +206,8 @@ def _is_chat(value: Any) -> bool:
 
 
 def _is_record(item: msgspec.Raw) -> bool:
-    value = msgspec.json.decode(item)
+    try:
+        value = msgspec.json.decode(item)
+    except msgspec.DecodeError:  # numbers and texts that JSON has no room for
+        value = decode_leniently(bytes(item))
     return isinstance(value, list) or (isinstance(value, dict) and not is_turn(value))

@@ -1,6 +1,6 @@
 """One conversation of a tree of messages: the longest branch, or the one that is ranked best."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 Message = dict[str, Any]
@@ -14,26 +14,88 @@ def longest_branch(nodes: Mapping[str, Any], shown: Any = None) -> list[Message]
             passed through.
         shown: the id of the node at whose end the chat stood: it wins among branches as long.
     """
+    parents = {name: _parent_of(node) for name, node in nodes.items()}
+    said = {name for name, node in nodes.items() if _is_said(node)}
+    return [nodes[name]["message"] for name in _branch(parents, said, shown) if name in said]
+
+
+def _parent_of(node: Any) -> str | None:
+    parent = node.get("parent") if isinstance(node, dict) else None
+    return parent if isinstance(parent, str) else None
+
+
+def _branch(
+    parents: Mapping[str, str | None], said: Collection[str], shown: Any, is_final: bool = False
+) -> list[str]:
+    """Return the ids of the branch that says most, from its root on.
+
+    Args:
+        parents: id -> id of the parent, if it has one.
+        said: those that count.
+        shown: wins among branches as long, and if `is_final`, over all.
+    """
     children: dict[Any, list[str]] = {}
-    for node_id, node in nodes.items():
-        parent = node.get("parent") if isinstance(node, dict) else None
-        is_known = isinstance(parent, str) and parent in nodes
-        children.setdefault(parent if is_known else None, []).append(node_id)
+    for name, parent in parents.items():
+        is_known = isinstance(parent, str) and parent in parents
+        children.setdefault(parent if is_known else None, []).append(name)
     length = dict.fromkeys(children.get(None, ()), 0)  # those in a circle are never come upon
-    for node_id in (order := list(length)):
-        length[node_id] += _is_said(nodes[node_id])
-        for child in children.get(node_id, ()):
-            length[child] = length[node_id]
+    for name in (order := list(length)):
+        length[name] += name in said
+        for child in children.get(name, ()):
+            length[child] = length[name]
             order.append(child)
     ends = sorted(order, key=lambda end: (length[end], end == shown))
-    branch: list[Message] = []
-    name: Any = ends[-1] if ends else None
-    while name in length:
-        if _is_said(nodes[name]):
-            branch.append(nodes[name]["message"])
-        node = nodes[name]
-        name = node.get("parent") if isinstance(node, dict) else None
+    branch: list[str] = []
+    last: Any = shown if is_final and shown in length else ends[-1] if ends else None
+    while last in length:
+        branch.append(last)
+        last = parents[last]
     return branch[::-1]
+
+
+TREE_KEYS = ("id", "parent", "children")
+
+
+def branch_in(messages: Any, shown: Any = None) -> Any:
+    """Return one branch of a list of messages that name their `children`, and maybe a `parent`.
+
+    It ends in the message of id `shown`, else it is the longest. An empty system message before all
+    others is none. A list of other things, or without siblings, is returned as it is.
+    """
+    if not isinstance(messages, list) or not is_tree(messages):
+        return messages
+    by_id = {str(message["id"]): message for message in messages}
+    parents = {name: _as_id(message.get("parent")) for name, message in by_id.items()}
+    for name, message in by_id.items():
+        children = message.get("children")
+        for child in children if isinstance(children, list) else ():
+            parents[str(child)] = parents.get(str(child)) or name
+    parents = {name: parent for name, parent in parents.items() if name in by_id}
+    known = [parent for parent in parents.values() if parent in by_id]
+    if len({*known}) < len(known):
+        shown = _as_id(shown)
+        names = _branch(parents, by_id, shown, is_final=True)
+        messages = [by_id[name] for name in names] or messages  # all of them in a circle
+    first = messages[0]
+    said = first.get("value") or first.get("content") or first.get("text")
+    is_empty = "system" in (first.get("role"), first.get("from")) and not said
+    return messages[1:] if is_empty and len(messages) > 1 else messages
+
+
+def is_tree(messages: list[Any]) -> bool:
+    """Do messages of a list name their children in it?"""
+    if not any(isinstance(m, dict) and m.get("children") for m in messages):
+        return False
+    names = {_as_id(m.get("id")) if isinstance(m, dict) else None for m in messages}
+    if None in names or len(names) < len(messages):
+        return False
+    lists = [m["children"] for m in messages if isinstance(m.get("children"), list)]
+    return any(str(child) in names for children in lists for child in children)
+
+
+def _as_id(value: Any) -> str | None:
+    is_id = isinstance(value, str | int) and not isinstance(value, bool)
+    return str(value) if is_id else None
 
 
 _UNSAID = ("thoughts", "reasoning_recap", "user_editable_context", "model_editable_context")
@@ -46,6 +108,8 @@ def _is_said(node: Any) -> bool:
     if not isinstance(message, dict):
         return False
     metadata, content = message.get("metadata"), message.get("content")
+    if isinstance(message.get("fragments"), list):
+        return bool(message["fragments"])
     if isinstance(metadata, dict) and metadata.get("is_visually_hidden_from_conversation"):
         return False
     if not isinstance(content, dict):

@@ -11,22 +11,27 @@ from typing import Any
 ROLES = ("system", "user", "assistant", "tool")
 _NAMES = {
     "user": "user human prompter",
-    "assistant": "assistant gpt chatgpt bing bard model bot function_call",
+    "assistant": "assistant gpt chatgpt bing bard model bot ai function_call tool_call",
     "system": "system developer",
     "tool": "tool function observation function_response tool_response ipython",
 }
 ROLE_OF = {name: role for role, names in _NAMES.items() for name in names.split()}
 """Name of a role in a file, in small letters -> role."""
+CALLERS = ("function_call", "tool_call")
+"""Names of the assistant where it calls tools: its content is the calls."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """What the assistant thought before it spoke."""
 CALLS = ("tool_calls", "function_call")
 OF_TOOLS = ("tool_call_id", "name")
 """Which call a turn of a tool answers."""
-SWITCHES = ("weight", "train", "loss")
+SWITCHES = ("weight", "train", "training", "loss")
 """Whether an assistant's turn is to be trained: 0, false; 1, true."""
 TOOLS = ("tools", "functions")
 """What could be called, beside the turns."""
 PICTURES = ("images", "image", "videos", "video", "audios", "audio")
+ANALYSIS = "analysis"
+CHANNELS = (ANALYSIS, "commentary", "final")
+"""What an assistant's turn is, in harmony's key `channel`; what it says in the first is thought."""
 USED = {*REASONING, *CALLS, *SWITCHES, "tool_call_id"}
 """Keys of turns that are read, or refused."""
 
@@ -42,7 +47,17 @@ NULL = "content is null"
 TWO_TEXTS = "a turn with two roles or two texts"
 _THOUGHTS = ("thinking", "reasoning")
 _SAID = ("text", "input_text", "output_text")
+# Telegram's pieces of a message, each with its text.
+_ENTITIES = (
+    *("plain", "bold", "italic", "underline", "strikethrough", "spoiler", "code", "pre"),
+    *("blockquote", "link", "text_link", "mention", "mention_name", "hashtag", "cashtag"),
+    *("bot_command", "email", "phone", "bank_card", "custom_emoji"),
+)
+_OF_TEXT = {"text", "thought", "thoughtSignature", "thought_signature"}
+"""Keys of a part without a type, as Gemini and Bedrock have them."""
 _SHOWN = ("image", "audio", "video", "file")
+
+_ARGUMENTS = ("arguments", "parameters", "args")
 
 _EMPTY: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
 
@@ -96,7 +111,9 @@ def texts_of(content: Any) -> tuple[str, str]:
     thoughts, said = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in _THOUGHTS:
+        if _is_thought(part):
+            thoughts.append(_part_text(part, ("text",)))
+        elif kind in _THOUGHTS:
             thoughts.append(_part_text(part, (kind, "text")))
         else:
             said.append(_part_text(part, ("text",)))
@@ -109,11 +126,33 @@ def _part_text(part: Any, keys: tuple[str, ...]) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and any(word in kind for word in _SHOWN):
         raise Unusable(PICTURE, f"a part of type {kind}")
-    if kind in (*_THOUGHTS, *_SAID):
+    is_bare = isinstance(part, dict) and kind is None and part.keys() <= _OF_TEXT
+    if is_bare or kind in (*_THOUGHTS, *_SAID, *_ENTITIES):
         found = next((part[key] for key in keys if isinstance(part.get(key), str)), None)
         if found is not None:
             return found
     raise Unusable(NOT_TEXT_PART, f"it is {part!r:.60}")
+
+
+def _is_thought(part: Any) -> bool:
+    return isinstance(part, dict) and "type" not in part and part.get("thought") is True
+
+
+def thought_alone(turn: Any) -> str | None:
+    """Return the text of an assistant's turn that is nothing but thought; None of all others."""
+    if not isinstance(turn, dict):
+        return None
+    content = first_held(turn, ("value", "content"))
+    is_thought = isinstance(content, list) and content and all(map(_is_thought, content))
+    is_thought = is_thought or turn.get("channel") == ANALYSIS or turn.get("isThought") is True
+    if not is_thought:
+        return None
+    if role_called(turn.get("from") or turn.get("role")) != "assistant" or has_calls(turn):
+        return None
+    try:
+        return "".join(texts_of(content))
+    except Unusable:
+        return None
 
 
 def reasoning_of(turn: Record) -> str:
@@ -164,6 +203,27 @@ def fields_of(turn: Record, role: str, is_row: bool) -> str:
     return json.dumps(found, ensure_ascii=False) if found else ""
 
 
+def with_calls(turn: Record) -> Record:
+    """Return a turn whose content is tool calls, {name, arguments} or a list of them, with these.
+
+    Raises:
+        Unusable: it is something else.
+    """
+    content = first_held(turn, ("value", "content"))
+    if has_calls(turn) and not is_held(content):
+        return turn
+    calls = decoded(content)
+    if has_calls(turn) or not is_held(calls) or not isinstance(calls, dict | list):
+        raise Unusable(BAD_CALLS, f"a turn of calls says {content!r:.60}")
+    beside = {key: value for key, value in turn.items() if key != "value"}
+    return {**beside, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+
+
+def is_caller(name: Any) -> bool:
+    """Is a role's name that of the assistant where it calls tools?"""
+    return isinstance(name, str) and name.lower() in CALLERS
+
+
 def has_calls(turn: Record) -> bool:
     """Does a turn call tools, in any form?"""
     return any(is_held(turn.get(key)) for key in CALLS)
@@ -187,7 +247,7 @@ def _call(item: Any) -> Record:
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:
         raise Unusable(BAD_CALLS, f"one is {item!r:.60}")
-    arguments = function.get("arguments", function.get("parameters"))
+    arguments = next((function[key] for key in _ARGUMENTS if key in function), None)
     # Templates write arguments as JSON: as a text, they would be quoted once more.
     known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     function = {"name": name, "arguments": decoded({} if arguments is None else arguments)}
@@ -218,6 +278,8 @@ def _tool(item: Any) -> Record:
         return tool
     if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
         raise Unusable(BAD_TOOLS, f"one is {item!r:.60}")
+    if "parameters" not in tool and isinstance(schema := tool.get("input_schema"), dict):
+        tool = {k: v for k, v in tool.items() if k != "input_schema"} | {"parameters": schema}
     return {"type": "function", "function": tool}
 
 

@@ -2,21 +2,23 @@
 
 from typing import Any
 
-from medusa_exp.data.forms import (
-    FORMS,
-    IDS,
+from medusa_exp.data.forms import FORMS
+from medusa_exp.data.records import IDS, SYSTEMS, at
+from medusa_exp.data.trees import TREE_KEYS, is_tree
+from medusa_exp.data.turn_lists import (
+    ASKED_AND_SAID,
     LISTS,
     ROLE_KEYS,
     SPEAKERS,
-    SYSTEMS,
     WHAT,
     WHO,
     WORDS,
-    bare,
     is_turn,
+    listed,
 )
 from medusa_exp.data.turns import (
     CALLS,
+    CHANNELS,
     PICTURES,
     REASONING,
     TOOLS,
@@ -30,6 +32,11 @@ from medusa_exp.data.turns import (
 )
 
 _OTHER_WORDS = {*SPEAKERS, *WORDS}
+_OF_TURNS = {
+    *("from", "role", "value", "content", "channel", "isThought"),
+    *(*USED, *PICTURES, *SPEAKERS, *WORDS, *ROLE_KEYS, *ASKED_AND_SAID),
+}
+"""Keys of turns that may be read."""
 
 
 def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
@@ -37,26 +44,46 @@ def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
 
     `keys` are those of its form.
     """
-    turn_keys = {"from", "role", "value", "content", *USED, *PICTURES}
-    if form != "messages":
-        turn_keys |= {*SPEAKERS, *WORDS, *ROLE_KEYS}
     if isinstance(record, list):
-        return {f"[].{key}" for key in _beside(record, turn_keys)}
+        return {f"[].{key}" for key in _beside(listed(record))}
     of_record = {"id"} if form == "messages" else {*IDS}
     of_record |= set() if form == "columns" else {*SYSTEMS, *TOOLS, *PICTURES}
     found = _held_keys(record, {*keys, *of_record})
+    if form == "columns":
+        found |= _beside_paths(record, keys)
     for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
-        found |= {f"{key}[].{name}" for name in _beside(_list_in(record, key), turn_keys)}
+        found |= {f"{key}[].{name}" for name in _beside(_list_in(record, key))}
         if form == "body" and isinstance(request := decoded(record[key]), dict):
             of_chat = (*FORMS["messages"].keys, *FORMS["contents"].keys)
             found |= {f"{key}.{name}" for name in unused_keys(request, "contents", of_chat)}
     return found
 
 
-def _beside(turns: Any, used: set[str]) -> set[str]:
+def _beside_paths(record: Record, paths: tuple[str, ...]) -> set[str]:
+    """Return the keys of records and turns that stand below paths into a record, and are not read.
+
+    Those in lists of records are not looked at.
+    """
+    found = set()
+    for path in {path for path in paths if "." in path and path not in record}:
+        found |= {f"{path}[].{name}" for name in _beside(listed(at(record, path)))}
+        above = path.rpartition(".")[0]
+        if isinstance(place := decoded(at(record, above)), dict):
+            names = _held_keys(place, set())
+            found |= {f"{above}.{n}" for n in names if not _is_on_way(f"{above}.{n}", paths)}
+    return found
+
+
+def _is_on_way(place: str, paths: tuple[str, ...]) -> bool:
+    return any(f"{path}.".startswith(f"{place}.") for path in paths)
+
+
+def _beside(turns: Any) -> set[str]:
     """Return the keys of turns that are not read, or say otherwise than the key that counts."""
-    found = _not_read(turns, used)
-    for turn in turns if isinstance(turns, list) else ():
+    if not isinstance(turns, list):
+        return set()
+    found = _not_read(turns, _OF_TURNS | ({*TREE_KEYS} if is_tree(turns) else set()))
+    for turn in turns:
         found |= _passed_over(turn) if isinstance(turn, dict) else set()
     return found
 
@@ -75,36 +102,40 @@ def _passed_over(turn: Record) -> set[str]:
         for key in _OTHER_WORDS & {*others}
         if _plain(turn[key]) != _plain(turn[first])
     }
+    asked = [key for key in ASKED_AND_SAID if is_held(turn.get(key))]
+    found |= set(asked if who or what or roles or len(asked) == 1 else ())
     return found | set(roles and (roles if who else what))
 
 
 def _plain(value: Any) -> Any:
     """Return what is said, in whatever form: the role of a name, the text of parts."""
     try:
-        return role_called(texts_of(bare(value))[1].strip())
+        return role_called(texts_of(value)[1].strip())
     except Unusable:
         return value
 
 
 def _list_in(record: Record, key: str) -> Any:
     """Return what stands under a key as forms read it: a list of turns may be JSON in a text."""
-    inner = decoded(record[key])
+    inner = listed(record[key])
     is_of_turns = isinstance(inner, list) and bool(inner) and is_turn(inner[0])
     return inner if key in LISTS or is_of_turns else record[key]
 
 
-def _not_read(turns: Any, used: set[str]) -> set[str]:
+def _not_read(turns: list[Any], used: set[str]) -> set[str]:
     """Return the keys of turns that hold what is not read; `used` are those that are."""
-    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    turns = [turn for turn in turns if isinstance(turn, dict)]
     found = {key for turn in turns for key in _held_keys(turn, {*used, "name"})}
     # A tool's name is read; and what is the assistant's alone is read of its turns alone.
     for turn in turns:
+        if is_held(turn.get("channel")) and turn["channel"] not in CHANNELS:
+            found.add("channel")
         role = role_called(turn.get("from") or turn.get("role"))
         if role != "tool" and "name" not in used and is_held(turn.get("name")):
             found.add("name")
         if role in ("user", "system", "tool"):
             found |= {key for key in (*REASONING, *CALLS) if is_held(turn.get(key))}
-            found |= {key for key in ("train", "loss") if turn.get(key) is True}
+            found |= {key for key in ("train", "training", "loss") if turn.get(key) is True}
     return found
 
 

@@ -1,0 +1,101 @@
+"""Which `dataset.columns` would read a record of no known form, or without an answer."""
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice, product
+from typing import Any
+
+from medusa_exp.data.pairs import ASKED, REPLIES, is_reply
+from medusa_exp.data.parsing import ChatParser, Conversation, RawChat, decode_leniently, raw_bytes
+from medusa_exp.data.records import SYSTEMS, Ambiguous
+from medusa_exp.data.turn_lists import ROLE_NAMES, WHAT, names_a_turn
+from medusa_exp.data.turns import is_held
+
+_OF_QUESTION = {*ASKED, *ROLE_NAMES["user"]}
+_OF_ANSWER = {*REPLIES, *ROLE_NAMES["assistant"], "chosen", "preferred_output"}
+_PLAIN_KEY = re.compile(r"[A-Za-z_][\w-]*|\d+")
+"""A key that can be written in a path on the command line as it is."""
+_DEPTH = 8
+_MOST_PLACES = 400
+_MOST_PAIRS = 50
+
+
+def columns_for(raw: RawChat, role_map: Mapping[str, str]) -> str:
+    """Return what dataset.columns would say, as {messages: KEY}, or nothing.
+
+    What is returned reads this raw chat, which is JSON, as one of both: it was tried.
+    """
+    record = raw if isinstance(raw, dict) else decode_leniently(raw_bytes(raw))
+    if not isinstance(record, dict):
+        return ""
+    for columns in _candidates(dict(_places(record))):
+        try:
+            found = ChatParser(role_map, columns=columns).parse(raw)
+        except (Ambiguous, TypeError):  # a row may hold what cannot be written as JSON
+            continue
+        if isinstance(found, Conversation) and _is_of_both(found):
+            return "{" + ", ".join(f"{role}: {path}" for role, path in columns.items()) + "}"
+    return ""
+
+
+def _candidates(places: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield what dataset.columns may say of a record of these paths, the likelier first."""
+    held = (key for key in SYSTEMS if isinstance(places.get(key), str) and is_held(places[key]))
+    system = {"system": key} if (key := next(held, None)) else {}
+    for path, value in places.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            yield {"messages": path, **system}
+    lists = [path for path, value in places.items() if _is_talk(value)]
+    asked = lists + [path for path, value in places.items() if _is_of(path, value, _OF_QUESTION)]
+    answers = [path for path, value in places.items() if is_reply(value)]
+    answers += [path for path in lists if is_reply(places[path][0])]
+    answers += [path for path, value in places.items() if _is_of(path, value, _OF_ANSWER)]
+    pairs = product([path for path in asked if not _is_in_list(path)], answers)
+    for question, answer in islice(pairs, _MOST_PAIRS):
+        if not f"{answer}.".startswith(f"{question}."):
+            yield {"user": question, "assistant": _shortened(answer, places), **system}
+
+
+def _is_in_list(path: str) -> bool:
+    return any(map(str.isdigit, path.split(".")))
+
+
+def _places(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the paths into a record with what stands there, those of fewer parts first.
+
+    Of a list that is no chat, only the sole item is one: of several, none is the answer.
+    """
+    queue: list[tuple[tuple[str, ...], Any]] = [((), record)]
+    for number, (path, value) in enumerate(queue):
+        if path:
+            yield ".".join(path), value
+        if len(path) >= _DEPTH or number >= _MOST_PLACES or _is_talk(value):
+            continue
+        inner = list(value.items()) if isinstance(value, dict) else []
+        if isinstance(value, list) and len(value) == 1:
+            inner = [("0", value[0])]
+        queue += [((*path, key), v) for key, v in inner if _PLAIN_KEY.fullmatch(str(key))]
+
+
+def _is_talk(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(names_a_turn, value))
+
+
+def _is_of(path: str, value: Any, names: set[str]) -> bool:
+    """Is it a text that a key on its path calls by one of these names, or by its plural?"""
+    keys = [key for key in path.split(".") if not key.isdigit()]
+    parts = {part for key in keys for part in (key, key.removesuffix("s"))}
+    is_text = isinstance(value, str) and is_held(value) and {keys[-1]} <= {*names, *WHAT, keys[0]}
+    return is_text and not parts.isdisjoint(names)
+
+
+def _shortened(answer: str, places: dict[str, Any]) -> str:
+    """Return the path of a turn's text, where it has nothing else, or that of the turn."""
+    text = f"{answer}.content"
+    has_text = isinstance(places.get(text), str) and is_held(places[text])
+    return text if has_text else answer
+
+
+def _is_of_both(chat: Conversation) -> bool:
+    roles = [message.role for message in chat.messages if message.role != "system"]
+    return roles[0] == "user" and "assistant" in roles

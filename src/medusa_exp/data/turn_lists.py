@@ -1,0 +1,177 @@
+"""Lists of turns in all the words that files have for who speaks and what is said."""
+
+from typing import Any
+
+from medusa_exp.data.trees import branch_in
+from medusa_exp.data.turns import (
+    CALLS,
+    REASONING,
+    USED,
+    decoded,
+    first_held,
+    is_held,
+    role_called,
+    thought_alone,
+)
+
+Record = dict[str, Any]
+
+SPEAKERS = ("sender", "speaker", "author")
+WORDS = ("parts", "text", "utterance")
+WHO, WHAT = ("from", "role", *SPEAKERS), ("value", "content", *WORDS)
+"""Keys of a turn, the first of which counts."""
+TALKS = ("conversation", "chat_messages", "dialog", "dialogue", "internal")
+LISTS = ("conversations", "messages", *TALKS, "contents", "conversation_a", "conversation_b")
+"""Keys of lists of turns, and of nothing else."""
+ROLE_NAMES = {
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot"),
+}
+"""Names of roles that are keys of texts themselves."""
+ROLE_KEYS = ("system", *ROLE_NAMES["user"], *ROLE_NAMES["assistant"])
+ASKED_AND_SAID = {"input": "user", "output": "assistant"}
+"""Keys of an item that is a question and its answer -> whose each is."""
+_TYPES = ("human", "ai", "system", "tool", "function")
+"""LangChain's names of roles, under `type`."""
+
+
+def is_turn(value: Any) -> bool:
+    """Tell a message that stands for itself from a record."""
+    if not isinstance(value, dict):
+        return False
+    of_turns = {"from", "role", "value", "content", "name", *USED, *SPEAKERS, *WORDS}
+    named = value.keys() & {"from", "role", *SPEAKERS}
+    said = value.keys() & {"value", "content", *WORDS}
+    return bool(named and said) and value.keys() <= of_turns
+
+
+def get(record: Any, key: str) -> Any:
+    return record.get(key) if isinstance(record, dict) else None
+
+
+def listed(value: Any) -> Any:
+    """Return the list that turns stand in, in one of the ways to write it; all else as it is.
+
+    It may be JSON in a text, a list of such texts, or an object of columns of one length.
+    LangChain's messages get a role and a content.
+    """
+    value = decoded(value)
+    if isinstance(value, dict):
+        value = _rows_of(value)
+    if not isinstance(value, list) or not value:
+        return value
+    if isinstance(value[0], str):
+        inner = [decoded(item) for item in value]
+        value = inner if all(map(names_a_turn, inner)) else value
+    return [flat(item) for item in value]
+
+
+def _rows_of(columns: Record) -> Any:
+    """Return as turns the columns that some tables make of a list of them: {"from": [...], ...}."""
+    lists = list(columns.values())
+    if not names_a_turn(columns) or not all(isinstance(column, list) for column in lists):
+        return columns
+    if len({len(column) for column in lists}) > 1:
+        return columns
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def names_a_turn(value: Any) -> bool:
+    """Does an object say who speaks, and what?"""
+    return isinstance(value, dict) and bool(value.keys() & {*WHO}) and bool(value.keys() & {*WHAT})
+
+
+def flat(item: Any) -> Any:
+    """Return a turn of LangChain's form, {type, content} or {type, data}, with role and content.
+
+    One with a role whose type is "message", as OpenAI's Responses have it, is returned without it.
+    """
+    if names_a_turn(item) and item.get("type") == "message":
+        return {key: value for key, value in item.items() if key != "type"}
+    if not isinstance(item, dict) or item.get("type") not in _TYPES or item.keys() & {*WHO}:
+        return item
+    data = item.get("data")
+    inner = data if isinstance(data, dict) else item
+    if not inner.keys() & {"content", *CALLS}:
+        return item
+    beside = {key: value for key, value in item.items() if inner is item or key != "data"}
+    turn = {**beside, **inner, "role": item["type"]}
+    del turn["type"]
+    return turn
+
+
+def turns_of(value: Any, shown: Any = None) -> list[Any] | None:
+    """Return the turns of a list of them, or of a single one; None for all else.
+
+    Of a tree of messages, they are those of one branch: `shown` is the message at its end.
+    """
+    value = listed(value)
+    if is_turn(value):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        return None
+    if is_alternation(value):
+        roles = ("user", "assistant")
+        return [{"role": roles[i % 2], "content": text} for i, text in enumerate(value)]
+    return with_thoughts([turn for item in branch_in(value, shown) for turn in _usual(item)])
+
+
+def is_alternation(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
+
+
+def _usual(item: Any) -> list[Any]:
+    """Return turns of role and content of an item that says both in other words."""
+    if isinstance(item, list) and is_alternation(item) and len(item) == 2:
+        return [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
+    if not isinstance(item, dict):
+        return [item]
+    if item.keys() & {"value", "content"} and item.keys() & {"from", "role"}:
+        return [item]
+    role, said = first_held(item, WHO), first_held(item, WHAT)
+    if role is not None and said is not None:
+        is_usual = said is first_held(item, ("value", "content"))
+        return [{**item, "role": role, "content": said if is_usual else as_parts(said)}]
+    names = [key for key, value in item.items() if value is not None and key in ROLE_KEYS]
+    if not names and all(item.get(key) is not None for key in ASKED_AND_SAID):
+        names = [*ASKED_AND_SAID]
+    if role is None and names:
+        # What stands beside the texts is looked at in each turn: it may be of any.
+        beside = {key: value for key, value in item.items() if key not in names}
+        return [{**beside, "role": ASKED_AND_SAID.get(k, k), "content": item[k]} for k in names]
+    return [item]
+
+
+def as_parts(said: Any) -> Any:
+    """Return texts in a list as parts of one text: as a list, they could be several answers."""
+    if not isinstance(said, list):
+        return said
+    return [{"text": part} if isinstance(part, str) else part for part in said]
+
+
+def with_thoughts(turns: list[Any]) -> list[Any]:
+    """Return the turns, those of thought alone as the reasoning of the one that follows."""
+    thoughts = [thought_alone(turn) for turn in turns]
+    if not any(thoughts):
+        return turns
+    found: list[Any] = []
+    before = ""
+    for turn, thought in zip(turns, thoughts, strict=True):
+        if thought is not None:
+            before = f"{before}\n{thought}" if before else thought
+            continue
+        has_own = any(is_held(get(turn, key)) for key in REASONING)
+        if before and role_in(turn) == "assistant" and not has_own:
+            turn = {**turn, REASONING[0]: before}
+        elif before:
+            found.append({"role": "assistant", "content": "", REASONING[0]: before})
+        before = ""
+        found.append(turn)
+    if before:
+        found.append({"role": "assistant", "content": "", REASONING[0]: before})
+    return found
+
+
+def role_in(turn: Any) -> Any:
+    """Return whose a turn is, by the names that are known everywhere."""
+    return role_called(first_held(turn, ("from", "role"))) if isinstance(turn, dict) else None
