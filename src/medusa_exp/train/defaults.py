@@ -61,7 +61,7 @@ def settle(
     memory: int | None,
     vocabulary: int,
     trained: int,
-    rate: float = 2e-3,
+    rate: float,
     held: int = 0,
     operations: float = 0.0,
     taken: Mapping[str, Any] | None = None,
