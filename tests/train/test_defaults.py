@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from medusa_exp.config import TrainConfig
 from medusa_exp.errors import UserError
 from medusa_exp.stages import train
 from medusa_exp.train import defaults
-from medusa_exp.train.defaults import chunk_rows, settle
+from medusa_exp.train.defaults import chunk_rows, learning_rate, settle
 
 GB = 2**30
 
@@ -45,7 +46,7 @@ def test_rows_of_a_chunk_by_memory(memory, vocabulary, loss, rows):
 
 def test_what_is_automatic_and_what_is_not():
     def taken(memory, **settings):
-        keys = {"vocabulary": 32_000, "trained": 10**9, "operations": 1e18}
+        keys = {"vocabulary": 32_000, "trained": 10**9, "rate": 2e-3, "operations": 1e18}
         found = settle(TrainConfig(**settings), memory=memory, **keys)
         return found.loss_chunk_rows, found.loss_form, found.compile
 
@@ -59,7 +60,8 @@ def test_what_is_automatic_and_what_is_not():
     explicit = {"loss_chunk_rows": 7, "loss_form": "recompute", "compile": "false"}
     assert taken(80 * GB, **explicit) == tuple(explicit.values())
     assert taken(None, compile=True) == (256, "at_once", "true")  # as YAML and Python say it
-    short = settle(TrainConfig(), memory=80 * GB, vocabulary=9, trained=1, operations=1e15)
+    small = {"vocabulary": 9, "rate": 2e-3}
+    short = settle(TrainConfig(), memory=80 * GB, trained=1, operations=1e15, **small)
     assert short.compile == "false"
     for memory, held, form in (
         (None, 3 * 10**8, "at_once"),  # a GB of gradients of what heads share may wait on a CPU
@@ -67,26 +69,66 @@ def test_what_is_automatic_and_what_is_not():
         (80 * GB, 14 * 10**8, "at_once"),
         (80 * GB, 16 * 10**8, "recompute"),
     ):
-        shared = settle(TrainConfig(), memory=memory, vocabulary=9, trained=10**8, held=held)
+        shared = settle(TrainConfig(), memory=memory, trained=10**8, held=held, **small)
         assert shared.loss_form == form
 
 
+@pytest.mark.parametrize(
+    ("weight", "width", "scale", "tokens", "rate"),
+    [
+        (0.309, 64, 1.0, 2048, 1.5e-2),
+        (0.0408, 640, 1.0, 2048, 6.5e-4),
+        (0.0408, 640, 1.0, 8192, 1.3e-3),  # by the root of a step's tokens
+        (0.0408, 640, 0.5, 2048, 3.2e-4),  # as if its logits' factor stood in the weights
+        (0.001, 4096, 1.0, 2048, 1e-4),  # the least
+        (0.5, 16, 1.0, 8192, 2e-2),  # the most
+    ],
+)
+def test_the_learning_rate_follows_from_the_backbones_size(weight, width, scale, tokens, rate):
+    lm_head = nn.Linear(width, 70_000, bias=False, device="cpu")
+    nn.init.constant_(lm_head.weight, -weight)
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone = SimpleNamespace(lm_head=lm_head.to(dtype), logit_scale=scale)
+        assert learning_rate(backbone, tokens) == pytest.approx(rate, rel=0.02)
+
+
+def test_weights_that_cannot_be_read_have_the_usual_rate():
+    lm_head = SimpleNamespace(weight=torch.zeros(4, 4, dtype=torch.uint8))
+    assert learning_rate(SimpleNamespace(lm_head=lm_head, logit_scale=1.0), 2048) == 1e-3
+
+
+def test_a_learning_rate_that_is_given_is_taken(config, tmp_path):
+    config.train.max_steps = 1
+    run(config, tmp_path / "by itself")
+    found = settled(tmp_path / "by itself")["learning_rate"]
+    config.train.accumulate = 4
+    run(config, tmp_path / "larger steps")
+    assert settled(tmp_path / "larger steps")["learning_rate"] == pytest.approx(2 * found, rel=0.05)
+    config.train.learning_rate = 3e-3
+    run(config, tmp_path / "given")
+    assert settled(tmp_path / "given")["learning_rate"] == 3e-3
+
+
 def test_a_resumed_training_takes_what_its_checkpoint_was_made_with(config, tmp_path, monkeypatch):
-    """Here the machine becomes another one in between."""
+    """Here the machine becomes another one in between, and the rule of the rate another rule."""
     config.train.max_steps = 2
     monkeypatch.setattr(train, "gpu_memory", lambda device: 8 * GB)
+    monkeypatch.setattr(train, "learning_rate", lambda backbone, tokens: 7e-3)
     run(config, tmp_path / "run")
     assert settled(tmp_path / "run") == {
+        "learning_rate": 7e-3,
         "loss_chunk_rows": 8192,
         "loss_form": "at_once",
         "compile": "false",
     }
     monkeypatch.undo()
     run(config, tmp_path / "run")
-    assert settled(tmp_path / "run")["loss_chunk_rows"] == 8192
+    found = settled(tmp_path / "run")
+    assert (found["loss_chunk_rows"], found["learning_rate"]) == (8192, 7e-3)
     config.train.resume = "never"
     run(config, tmp_path / "run")
-    assert settled(tmp_path / "run")["loss_chunk_rows"] == 256
+    found = settled(tmp_path / "run")
+    assert found["loss_chunk_rows"] == 256 and found["learning_rate"] != 7e-3
 
 
 def test_a_cpu_that_goes_on_with_a_training_of_a_gpu_compiles_nothing(

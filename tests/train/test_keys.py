@@ -32,7 +32,8 @@ def keys(config: Config) -> dict[str, str]:
     limits = limits_of(config, BACKBONE, TOKENIZER)
     settings = FeatureSettings(config.dtype.precision, attention, config.head.prefix_attention)
     taken = {"loss_form": "recompute"}  # as auto was on a CPU
-    settled = settle(config.train, memory=None, vocabulary=100, trained=10, taken=taken)
+    sizes = {"vocabulary": 100, "trained": 10, "rate": 2e-3}
+    settled = settle(config.train, memory=None, **sizes, taken=taken)
     sections = (config.head, settled, config.dataset)
     note = fingerprint_note("cache", "files", config.tokenizer, config.model.quantization)
     return {

@@ -62,7 +62,7 @@ def module_of(head: dict, settings: TrainConfig) -> MedusaModule:
     module = MedusaModule(
         backbone,
         build_heads(backbone, num_heads=HEADS, **head),
-        settle(settings, memory=None, vocabulary=64, trained=1),
+        settle(settings, memory=None, vocabulary=64, trained=1, rate=2e-3),
         max_steps=10,
         responses=list,
         max_rank=5,

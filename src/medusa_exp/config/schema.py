@@ -401,8 +401,9 @@ class TrainConfig:
     optimizer: str = choice("adamw", "adamw_8bit", "muon")
     """adamw, adamw_8bit (needs bitsandbytes) or muon (Muon for the matrices between hidden states,
     AdamW for the rest)."""
-    learning_rate: float = between(1e-9, 10.0, default=2e-3)
-    """The heads' greatest learning rate, after the warm-up."""
+    learning_rate: float | None = between(1e-9, 10.0, default=None)
+    """The heads' greatest learning rate, after the warm-up; null takes one by the size of the
+    backbone's weights, its width and the tokens of a step."""
     weight_decay: float = between(0.0, 100.0, default=0.0)
     """Weight decay of matrices; biases do not decay. `decay` is another thing: it weighs the losses
     of heads."""

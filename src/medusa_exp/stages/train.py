@@ -53,6 +53,7 @@ from medusa_exp.train.defaults import (
     describe,
     gpu_memory,
     is_compiled_here,
+    learning_rate,
     settle,
     settled_of,
 )
@@ -194,6 +195,7 @@ def build_module(
         memory=gpu_memory(backbone.device),
         vocabulary=heads.config.head_vocab_size,
         trained=sum(p.numel() for p in heads.parameters()),
+        rate=learning_rate(backbone, tokens * config.train.devices // max_steps),
         held=sum(p.numel() for k in range(heads.num_heads) for p in heads.head_parameters(k)),
         operations=operations_of(config.train, backbone, heads).of_tokens(
             tokens, min(inputs.row_tokens, config.train.batch_tokens)

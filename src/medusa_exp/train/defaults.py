@@ -7,6 +7,7 @@ D hidden, W tokens of the head vocabulary, T tokens of a row.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from medusa_exp.model.backbone import Backbone
 
 log = logging.getLogger(__name__)
 
-SETTLED = ("loss_chunk_rows", "loss_form", "compile")
+SETTLED = ("learning_rate", "loss_chunk_rows", "loss_form", "compile")
 """Keys of `train` that may be automatic."""
 _CPU_ROWS = 256
 _FEWEST_ROWS, _MOST_ROWS = 256, 8192
@@ -34,6 +35,14 @@ LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 24, "tv": 24, "nla": 24, "lk": 24}
 """By loss: bytes that exist at one time for each logit of a chunk: the logits, their logarithms of
 the softmax and gradients in float32, or with less precise copies. tests/model/test_loss.py counts.
 """
+_RATE = 0.4
+"""Measured on models of 0.26, 1 and 268 million parameters: see `learning_rate`."""
+_USUAL_RATE = 1e-3
+"""Where the weights cannot be read."""
+_LEAST_RATE, _MOST_RATE = 1e-4, 2e-2
+_TOKENS_OF_RATE = 2048
+"""Tokens of a step at which `_RATE` was measured."""
+_ROWS_AT_ONCE = 1 << 15
 _COMPILED_OPERATIONS = 3e16
 """Floating-point operations of a training above which compiling, which takes some ten seconds,
 pays: two minutes of an H200, ten of a small GPU."""
@@ -52,6 +61,7 @@ def settle(
     memory: int | None,
     vocabulary: int,
     trained: int,
+    rate: float,
     held: int = 0,
     operations: float = 0.0,
     taken: Mapping[str, Any] | None = None,
@@ -63,11 +73,13 @@ def settle(
         memory: of the GPU in bytes, None on a CPU.
         vocabulary: W.
         trained: parameters of the heads.
+        rate: the learning rate that `learning_rate` has for them.
         held: the same, but what heads share counted for each of them: a gradient each waits there.
         operations: floating-point operations of the whole training.
         taken: what the training that is resumed has taken, by the names in SETTLED.
     """
     chosen: dict[str, Any] = {
+        "learning_rate": rate,
         "loss_chunk_rows": chunk_rows(memory, vocabulary, settings.loss),
         "loss_form": _form(settings, memory, trained, held or trained),
         "compile": str(_compiles(settings, memory, operations)).lower(),
@@ -77,6 +89,35 @@ def settle(
         name: chosen[name] for name in SETTLED if getattr(settings, name) in (None, "auto")
     }
     return replace(settings, **automatic)
+
+
+@torch.no_grad()
+def learning_rate(backbone: Backbone, tokens: int) -> float:
+    """Return a learning rate for heads of a backbone.
+
+    Heads start from the lm_head, and read states of its size: so
+
+        0.4 * (root of the mean square of its weights) / sqrt(D) * sqrt(tokens / 2048)
+
+    Adam moves each weight by about the rate, whatever its gradient: weights of a large model are
+    small, and a product of D of them moves by the more the larger D is. The root of a step's tokens
+    is that of Malladi et al. (arXiv 2205.10287). Which such form, and which factor, was chosen by
+    what was best on three models (LOG.md, 2026-11-29); two digits are kept.
+
+    Args:
+        backbone: whose lm_head is read.
+        tokens: of an optimizer step, padding included.
+    """
+    weight_VD = backbone.lm_head.weight
+    if not weight_VD.is_floating_point() or weight_VD.device.type == "meta":  # packed, or elsewhere
+        return _USUAL_RATE
+    squares = sum(
+        torch.linalg.vector_norm(part, dtype=torch.float32).item() ** 2
+        for part in weight_VD.split(_ROWS_AT_ONCE)
+    )
+    size = backbone.logit_scale * math.sqrt(squares / weight_VD.numel())
+    rate = _RATE * size * math.sqrt(tokens / _TOKENS_OF_RATE / weight_VD.shape[1])
+    return float(f"{min(_MOST_RATE, max(_LEAST_RATE, rate)):.1e}")
 
 
 def chunk_rows(memory: int | None, vocabulary: int, loss: str = "ce") -> int:
@@ -126,8 +167,9 @@ def describe(settings: TrainConfig, *, is_compiled: bool) -> str:
     }
     compiled = "the backbone's layers" if is_compiled else "nothing"
     return (
-        f"loss in chunks of at most {settings.loss_chunk_rows:,} rows, {form[settings.loss_form]}; "
-        f"{compiled} compiled (train.loss_chunk_rows, train.loss_form, train.compile)"
+        f"learning rate {settings.learning_rate:g}; loss in chunks of at most "
+        f"{settings.loss_chunk_rows:,} rows, {form[settings.loss_form]}; {compiled} compiled "
+        "(train.learning_rate, train.loss_chunk_rows, train.loss_form, train.compile)"
     )
 
 

@@ -328,6 +328,7 @@ class MedusaModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer of all that is trained, with warm-up and cosine by the step."""
+        assert self.settings.learning_rate is not None  # settled
         optimizer = build_optimizer(
             self.settings.optimizer,
             self.heads,
