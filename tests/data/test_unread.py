@@ -1,0 +1,161 @@
+"""Keys that nothing reads are counted, and remedies that are named work."""
+
+import json
+import re
+
+import pytest
+from chat_files import write
+from chat_forms import ASK, BRANCHES, BRIEF, PAIR, REFUSED, REPLY, A, Q, lines, read, turns
+
+from medusa_exp.data import DataError, read_conversations
+from medusa_exp.data.parsing import ChatParser
+from medusa_exp.data.remedies import columns_for
+
+
+def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    records = [
+        {
+            "messages": [ASK | {"reasoning_content": "Hm."}, REPLY],
+            "functions_": [{"x": 1}],
+            "null": None,
+        },
+        {"messages": [ASK, REPLY | {"name": ""}], "tools": [], "topic": "sums"},
+        {"question": Q, "answer": A, "topic": "sums", "system_prompt": "Be brief."},
+        [ASK | {"name": "Al"}, REPLY],
+        {"conversation": [{"human": Q, "assistant": A, "mood": "good"}], "winner": "x"},
+        {"conversation": [{"human": Q, "assistant": A, "text": "another"}]},
+        {"conversation": [ASK | {"human": "another"}, REPLY]},
+        {"messages": json.dumps([ASK | {"topic": "sums"}, REPLY])},
+        {"messages": [ASK, {"role": "tool", "content": "4", "reasoning": "Hm."}, REPLY]},
+        {
+            "dialog": [
+                {"speaker": "human", "author": "Al", "text": Q, "utterance": "another"},
+                {"speaker": "gpt", "author": "assistant", "content": [{"text": A}], "text": A},
+            ]
+        },
+    ]
+    path = write(tmp_path / "a.jsonl", lines([records[1]] * 120 + records))
+    reading = read_conversations(path)
+    reading.look_at = 1000
+    expected = {
+        "messages[].reasoning_content": 1,
+        "functions_": 1,
+        "topic": 122,
+        "[].name": 1,
+        "conversation[].mood": 1,
+        "winner": 1,
+        "conversation[].text": 1,
+        "conversation[].human": 1,
+        "messages[].topic": 1,
+        "messages[].reasoning": 1,
+        "dialog[].author": 1,
+        "dialog[].utterance": 1,
+    }
+    for _ in range(2):
+        assert len(list(reading)) == 130 and reading.num_looked_at == 130
+        assert reading.unused == expected
+    [line] = [r for r in caplog.records if "not used" in r.message]
+    assert line.levelname == "WARNING" and "130 records" in line.message
+    assert "topic (122)" in line.message and "messages[].reasoning_content (1)" in line.message
+    quick = read_conversations(path)
+    assert len(list(quick)) == 130 and quick.unused == {"topic": 100}  # of the first ones
+    plain = write(tmp_path / "b.jsonl", lines([{"messages": [ASK, REPLY], "id": "1"}]))
+    caplog.clear()
+    assert list(read_conversations(plain)) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        (
+            {"request": {"messages": [ASK]}, "response": {"choices": [{"message": REPLY}]}},
+            "{user: request.messages, assistant: response.choices.0.message.content}",
+        ),
+        (
+            {
+                "request": {"contents": [{"role": "user", "parts": [{"text": Q}]}]},
+                "response": {
+                    "candidates": [{"content": {"role": "model", "parts": [{"text": A}]}}]
+                },
+            },
+            "{user: request.contents, assistant: response.candidates.0.content}",
+        ),
+        (
+            {"input": {"messages": [ASK]}, "preferred_output": [REPLY], "non_preferred_output": []},
+            "{user: input.messages, assistant: preferred_output}",
+        ),
+        ({"chat": {"messages": [ASK, REPLY]}, "n": 1}, "{messages: chat.messages}"),
+        ({"turns": [{"user": Q, "assistant": A}]}, "{messages: turns}"),
+        ({"question": Q, "answer": {"text": A}}, "{user: question, assistant: answer.text}"),
+        (REFUSED["squad"][0], "{user: question, assistant: answers.text.0}"),
+    ],
+)
+@pytest.mark.parametrize("system", [{}, {"system": "Be brief."}])
+def test_a_remedy_that_is_named_works(tmp_path, record, columns, system):
+    path = write(tmp_path / "a.jsonl", lines([record | system] * 2))
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path))
+    columns = columns.replace("}", ", system: system}") if system else columns
+    assert f"say 'dataset.columns={columns}'." in str(caught.value)
+    chosen = dict(re.findall(r"(\w+): ([\w.]+)", columns))
+    assert read(path, columns=chosen)[0] == [BRIEF if system else PAIR] * 2
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"message_1": Q, "message_2": A},
+        {"turns": [{"ask": Q, "answer": A}, {"ask": "And 3+3?", "answer": "6."}]},
+        {"prompt": Q, "answers": [{"answer": "5", "rank": 2}, {"answer": A, "rank": 1}]},
+        {"a\ud800": {"b c": [ASK, REPLY]}},
+        {"messages": [ASK]},
+    ],
+)
+def test_where_none_would_be_right_no_columns_are_named(record):
+    assert columns_for(json.dumps(record).encode(), {}) == ""
+
+
+@pytest.mark.parametrize("name", ["two replies", "two chats", "two dialogs"])
+def test_a_choice_that_is_offered_works(tmp_path, name):
+    path = write(tmp_path / "a.jsonl", lines([REFUSED[name][0] | {"system": "Be brief."}] * 2))
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path))
+    assert "dataset.form" not in str(caught.value)
+    offered = re.findall(r"'dataset\.columns=\{(.+?)\}'", str(caught.value))
+    found = [read(path, columns=dict(re.findall(r"(\w+): ([\w.]+)", o)))[0] for o in offered]
+    assert len(found) == 2 and BRIEF in (found[0][0], found[1][0]) and found[0] != found[1]
+    assert all(chat[0] == BRIEF[0] for chat, _ in found)
+
+
+def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):
+    chat = {"messages": [ASK, REPLY | {"deleted": True}], "topic": "sums"}
+    path = write(tmp_path / "a", lines([{"chat": chat, "n": 1}]))
+    reading = read_conversations(path, columns={"messages": "chat.messages"})
+    assert list(reading)
+    assert reading.unused == {"chat.messages[].deleted": 1, "chat.topic": 1, "n": 1}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"human": Q, "gpt": A}]},
+        {"messages": [{"author": "user", "content": Q}, {"author": "bot", "text": A}]},
+        {"messages": [{"sender": "user", "role": "human", "content": Q, "text": Q}, REPLY]},
+        {"messages": [{"type": "human", "data": {"content": Q}}, REPLY]},
+        {"messages": BRANCHES},
+        {"conversation": [{"input": Q, "output": A}]},
+    ],
+)
+def test_what_is_read_is_not_counted_as_unused(record):
+    parser = ChatParser()
+    assert turns(parser.parse(json.dumps(record).encode()))[:2] == PAIR and not parser.unused
+
+
+def test_what_is_passed_over_in_a_turn_is_counted():
+    parser = ChatParser()
+    told = [ASK | {"input": "x", "channel": "web"}, REPLY | {"output": "x", "children": ["9"]}]
+    parser.parse(json.dumps({"messages": told}).encode())
+    assert {*parser.unused} == {
+        f"messages[].{k}" for k in ("input", "channel", "output", "children")
+    }
