@@ -328,7 +328,7 @@ class ChatParser:
         if role is None:
             raise Unusable(UNKNOWN_ROLE, f"the role is {name!r}")
         refuse_pictures(turn)
-        _check_one_text(turn, content, role)
+        _check_is_text(turn, content, role)
         if isinstance(name, str) and name.lower() in self._callers:
             turn, content = with_calls(turn), ""
         fields = fields_of(turn, role, self._is_row)
@@ -338,7 +338,7 @@ class ChatParser:
         return Message(role, text, reasoning_of(turn) or thought, is_switched_on(turn), fields)
 
 
-def _check_one_text(turn: dict[str, Any], content: Any, role: str) -> None:
+def _check_is_text(turn: dict[str, Any], content: Any, role: str) -> None:
     """Refuse a content that is no text, or several.
 
     Raises:
