@@ -144,6 +144,21 @@ def test_a_rehearsal_outweighs_what_was_expected():
     assert curve.predicted_speedup == pytest.approx(46 / 24)
 
 
+def test_neighbours_of_the_tree_that_should_be_fastest_are_rehearsed():
+    """Steps were timed of each alone; one node less or more may do better, whatever came out."""
+    answers = [np.zeros((21, 4), dtype=int)]
+    seconds = {4: 1.0, 3: 2.0, 2: 1.2, 1: 0.3, 0: 0.2}  # by depth
+    curve = choose(answers, Timing(1, {chain(k): t for k, t in seconds.items()}, 1.0, 3.0))
+    by_speed = [point.num_nodes for point in curve.fastest()]
+    assert by_speed == [2, 5, 1, 3, 4]
+    assert [len(tree) for tree in curve.promising(4)] == [2, 1, 3, 5]
+    assert [len(tree) for tree in curve.promising(9)] == [2, 1, 3, 5, 4]
+    looked_up = {replace(chain(1), num_lookup=4): 0.1, replace(chain(1), num_lookup=2): 0.2}
+    points = choose(answers, Timing(1, looked_up, 1.0, 3.0)).curve
+    trees = replace(curve, with_lookup=points).promising(3)
+    assert [(len(tree), tree.num_lookup) for tree in trees] == [(2, 4), (2, 2), (2, 0)]
+
+
 def test_the_batch_size_at_which_no_tree_pays():
     answers = [np.zeros((21, 2), dtype=int)]
 

@@ -5,8 +5,8 @@
    What counts is its own response, not the data's: that is what decoding verifies.
 2. From these ranks the best tree of every size is grown, and its steps are counted
    (`tree/search.py`).
-3. Steps over these trees are timed on this device (`time_steps`), and the sizes that should be
-   fastest are tried on some whole responses (`rehearse`): the fastest there wins.
+3. Steps over these trees are timed on this device (`time_steps`), and the size that should be
+   fastest is tried on some whole responses beside those next to it (`rehearse`): the fastest wins.
    Where tokens are sampled, both kinds of drafts are tried (decode.draft=auto).
 4. Nodes that are looked up in the text are tried beside the heads' where they save steps on these
    responses (tree.lookup=null).
@@ -65,8 +65,8 @@ _BATCHED_ROUNDS, _BATCHED_TOKENS = 2, 24
 """The same in batches, whose rounds take longer."""
 _TIMING_SECONDS, _FEWEST_TOKENS = 60.0, 16
 """For which steps are timed, about; where they are slow, over fewer new tokens, but not below."""
-_REHEARSED_TREES, _REHEARSED_PROMPTS = 3, 12
-"""Trees that should be fastest, tried on so many whole responses."""
+_REHEARSED_TREES, _REHEARSED_PROMPTS = 4, 12
+"""Trees that may be the fastest, tried on so many whole responses."""
 _LOOKUPS = (2, 4, 8, 16)
 """Looked-up nodes that are tried beside a tree of the heads."""
 _TIMED_LOOKUPS, _LEAST_GAIN = 3, 1.03
@@ -363,7 +363,7 @@ def _at_batch_size(
 def _rehearsed(
     decoder: Decoder, curve: Curve, prompts: list[list[int]], replayed: _Replayed
 ) -> Curve:
-    """Decode some prompts over the trees that should be fastest; return what is then to be chosen.
+    """Decode some prompts over the trees that may be the fastest; return what is then to be chosen.
 
     Args:
         decoder: with the heads that the trees are for.
@@ -371,12 +371,12 @@ def _rehearsed(
         prompts: of which the first few are decoded.
         replayed: of the responses to all prompts.
     """
-    fastest = [point.tree for point in curve.fastest()[:_REHEARSED_TREES]]
-    if all(tree.num_lookup for tree in fastest) and replayed.lookup is None:
-        fastest.append(curve.without_lookup())  # looking up has to be faster than this
+    trees = curve.promising(_REHEARSED_TREES)
+    if all(tree.num_lookup for tree in trees) and replayed.lookup is None:
+        trees.append(curve.without_lookup())  # looking up has to be faster than this
     rehearsed = replayed.ranks[:_REHEARSED_PROMPTS]
     found = replayed.found and replayed.found[:_REHEARSED_PROMPTS]
-    seconds, steps = rehearse(decoder, fastest, prompts[:_REHEARSED_PROMPTS])
+    seconds, steps = rehearse(decoder, trees, prompts[:_REHEARSED_PROMPTS])
     if decoder.rule.name == "sampling":  # other draws, other responses: what a step took counts
         expected = {tree: num_steps(rehearsed, tree or chain(0), found) for tree in seconds}
         seconds = {tree: took * expected[tree] / steps[tree] for tree, took in seconds.items()}

@@ -105,6 +105,20 @@ class Curve:
         """Return all points, the fastest first."""
         return sorted([*self.curve, *self.with_lookup], key=lambda point: -point.tokens_per_second)
 
+    def promising(self, number: int) -> list[Tree]:
+        """Return so many trees that may be the fastest: that which should be comes first.
+
+        Then those of the next smaller and the next larger size, then others by their speed: steps
+        of neighbours take nearly the same, and a busy machine puts them in any order.
+        """
+        points = self.fastest()
+        alike = [point for point in points if point.tree.num_lookup == points[0].tree.num_lookup]
+        alike.sort(key=lambda point: point.num_nodes)
+        place = alike.index(points[0])
+        beside = alike[max(place - 1, 0) : place + 2]
+        trees = dict.fromkeys(point.tree for point in [points[0], *beside, *points])
+        return list(trees)[:number]
+
     def without_lookup(self) -> Tree:
         """Return the fastest tree of the heads alone."""
         if not self.tree.num_lookup:
