@@ -60,10 +60,16 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests, and their coverage where all of them run."""
+    """Run the tests."""
     session.install(*CONSTRAINTS, "-e", ".", *group("test"), *group("kernels"))
-    whole = [] if session.posargs else [*PARALLEL, "--cov", "--cov-fail-under=85"]
-    session.run("pytest", *whole, *session.posargs, env=ONE_THREAD)
+    session.run("pytest", *(session.posargs or PARALLEL), env=ONE_THREAD)
+
+
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """Run the tests and see that they cover the code; counting lines takes a quarter more time."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"), *group("kernels"))
+    session.run("pytest", *PARALLEL, "--cov", "--cov-fail-under=85", env=ONE_THREAD)
 
 
 @nox.session(default=False)
