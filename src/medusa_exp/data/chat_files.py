@@ -26,7 +26,7 @@ from medusa_exp.data.contents import (
     members_of,
 )
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.parsing import RawChat, TooLong
+from medusa_exp.data.raw_chats import RawChat, TooLong
 from medusa_exp.data.saved_datasets import files_beside_rows, is_saved
 from medusa_exp.data.tables import records_of_object, rows_of_text
 from medusa_exp.data.turn_lists import is_turn

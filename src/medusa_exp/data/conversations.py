@@ -27,12 +27,10 @@ from medusa_exp.data.parsing import (
     ChatParser,
     Conversation,
     Message,
-    RawChat,
     columns_to_read,
     content_digest,
-    decode_leniently,
-    raw_bytes,
 )
+from medusa_exp.data.raw_chats import RawChat, decode_leniently, raw_bytes
 from medusa_exp.data.records import Ambiguous
 from medusa_exp.data.remedies import columns_for
 from medusa_exp.data.turns import ROLES

@@ -18,7 +18,8 @@ import msgspec
 
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser, RawChat, decode_leniently
+from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser
+from medusa_exp.data.raw_chats import RawChat, decode_leniently
 from medusa_exp.data.records import Ambiguous
 from medusa_exp.data.turn_lists import is_turn
 
