@@ -307,6 +307,13 @@ def test_archives_that_are_something_else(tmp_path, member, words):
     path.write_bytes(zipped({}))
     with pytest.raises(DataError, match=r"holds no \*\.json"):
         list(read_conversations(path))
+    path.write_bytes(tarred({member: b"x"}))  # no such kind is a tar, or a folder
+    with pytest.raises(DataError, match=r"holds no \*\.json"):
+        list(read_conversations(path))
+    (tmp_path / "folder" / member).parent.mkdir(parents=True)
+    write(tmp_path / "folder" / member, b"x")
+    with pytest.raises(DataError, match=r"folder holds no \*\.json.* It holds "):
+        list(read_conversations(tmp_path / "folder"))
 
 
 def test_rows_of_csv(tmp_path):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medusa_exp.data.other_kinds import kind_by_beginning, kind_by_members
+from medusa_exp.data.other_kinds import kind_by_beginning
 from medusa_exp.errors import UserError
 from medusa_exp.runs.extras import lacking
 
@@ -94,8 +94,6 @@ def of_reading(name: Path | str) -> Iterator[None]:
 
 def no_chat_files(name: str, others: Sequence[str]) -> NoChats:
     """Return the error of a folder or an archive without a file that may hold chats."""
-    if words := kind_by_members(others):
-        return NoChats(f"{name} {words}")
     held = f" It holds {_named(others)}." if others else ""
     return NoChats(
         f"{name} holds no *.json, *.jsonl, *.ndjson, *.parquet, *.arrow, *.feather, *.csv or "
