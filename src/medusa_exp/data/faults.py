@@ -159,9 +159,12 @@ def no_json_line(name: str, line: int, text: bytes) -> DataError:
 
 
 def single_value(name: str, value: Any) -> NoChats:
-    """Return the error of a file that is one JSON value, but no record and no list."""
-    kind = {str: "text", bool: "boolean", type(None): "null"}.get(type(value), "number")
-    return NoChats(f"{name} holds one JSON value ({kind}) and no chats. {_CHATS}")
+    """Return the error of a file of JSON values, as this one, that are no objects."""
+    kinds = {str: "text", list: "list", bool: "boolean", type(None): "null"}
+    kind = kinds.get(type(value), "number")
+    return NoChats(
+        f"{name} holds no chats: it has a JSON {kind} where an object should be. {_CHATS}"
+    )
 
 
 A_ROW = "a list of fields without their names"
