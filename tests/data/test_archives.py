@@ -285,6 +285,15 @@ def test_what_stands_between_columns(tmp_path, text):
     assert [message.content for message in found.messages] == ["Hi", "Hello"]
 
 
+@pytest.mark.parametrize("name", ["a.tsv", "A.TSV.gz"])
+def test_tabs_stand_between_the_columns_of_a_tsv(tmp_path, name):
+    """Whatever else is in their names; where there is none, it is told as of a CSV."""
+    pack = gzipped if name.endswith("gz") else bytes
+    for text in (b"prompt\tcompletion\ta,b,c\nHi\tHello\t\n", b"prompt,completion\nHi,Hello\n"):
+        (found,) = read_conversations(write(tmp_path / name, pack(text)))
+        assert [message.content for message in found.messages] == ["Hi", "Hello"]
+
+
 def test_lines_of_a_table_are_counted_from_the_files_first(tmp_path):
     text = '\nsep=;\n"prompt\n";completion\nHi;Hello\nx;y;z\n'
     with pytest.raises(DataError, match="line 6: a row of 3 fields"):
