@@ -171,21 +171,21 @@ class Part:
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         faults.check_pyarrow(self.name, "Parquet")
-        from medusa_exp.data import parquet
+        from medusa_exp.data import columnar
 
-        with parquet.opened(self.content) as table:
+        with columnar.opened_parquet(self.content) as table:
             self.keys = tuple(table.schema_arrow.names)
             columns = chosen_columns(self.name, self.keys, self.columns)
-            yield from parquet.rows(table, columns, self.content.budget)
+            yield from columnar.rows_of_parquet(table, columns, self.content.budget)
 
     def _rows_of_arrow(self, is_stream: bool) -> Iterator[dict[str, Any]]:
         faults.check_pyarrow(self.name, "Arrow")
-        from medusa_exp.data import parquet
+        from medusa_exp.data import columnar
 
-        with parquet.opened_arrow(self.content, is_stream) as table:
+        with columnar.opened_arrow(self.content, is_stream) as table:
             self.keys = tuple(table.schema.names)
             columns = chosen_columns(self.name, self.keys, self.columns)
-            yield from parquet.rows_of_arrow(table, columns, self.content.budget)
+            yield from columnar.rows_of_arrow(table, columns, self.content.budget)
 
     def _rows_of_text(self) -> Iterator[dict[str, Any]]:
         with self.content.open() as file:
