@@ -10,7 +10,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_files import RECORDS, arrow_stream, gzipped, write
+from chat_files import RECORDS, arrow_stream, gzipped, parquet, write
 
 from medusa_exp.data import DataError, columnar, contents, read_conversations
 from medusa_exp.data.table_values import rows_of_batch
@@ -99,6 +99,16 @@ def test_moments_that_python_knows_count_in_ids_as_ever(tmp_path):
         ids |= {chat.id for chat in read_conversations(path)}
     path = write(tmp_path / "a.json", msgspec.json.encode(rows))
     assert ids == {chat.id for chat in read_conversations(path)}
+
+
+def test_columns_that_earlier_runs_did_not_read_do_not_count_in_ids(tmp_path):
+    row = {"question": "Which?", "answer": "The first."}
+    beside = {"choices": ["The first.", "The second."], "tools": None, "images": []}
+    ids = set()
+    for name, more in (("a", {}), ("b", beside)):
+        (found,) = read_conversations(write(tmp_path / name, parquet([{**row, **more}])))
+        ids.add(found.id)
+    assert len(ids) == 1
 
 
 def test_tools_and_calls_of_a_table_are_json(tmp_path):

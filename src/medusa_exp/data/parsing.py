@@ -56,8 +56,12 @@ TOO_LARGE = "larger than dataset.max_record_bytes"
 
 _OF_ID = ("conversations", "messages", "id", "system")
 """What the id of a row without one is made of, where it has the first form."""
-_NOT_OF_ID = (*TOOLS, *PICTURES)
-"""What it is not made of in another form: earlier runs did not read it."""
+_NOT_OF_ID = (*TOOLS, *PICTURES, "choices")
+"""What it is not made of in another form: earlier runs did not read it.
+
+All other keys that `columns_of` names count, in its order: one that a form newly reads beside its
+texts belongs here, or the ids of all rows that have it change, and with them the splits.
+"""
 _NOTHING = (b"", b"null", b'""', b"[]", b"{}", b'"[]"')
 
 
