@@ -10,6 +10,7 @@ import results_page
 from doc_commands import PAGES, ROOT, Block, _with, blocks, extras, overrides, spans
 
 from medusa_exp.config import Config
+from medusa_exp.data import forms, pairs, parsing, records, turns
 from medusa_exp.runs.metric_table import METRICS, metric_of
 
 README = ROOT / "README.md"
@@ -82,6 +83,20 @@ def test_every_file_that_stages_leave_is_in_the_page_of_the_run_directory():
     left = set(re.findall(r"\b(?:out|run_dir) / \"([\w.]+)\"", source))
     assert len(left) > 15
     assert [name for name in left if not {f"`{name}`", f"`{name}/`"} & set(_code(page))] == []
+
+
+def test_every_reason_to_drop_a_record_is_in_the_page_of_chats():
+    page = (ROOT / "docs/guide/data.md").read_text(encoding="utf-8")
+    table = page.partition("## What is dropped")[2].partition("\n\n`dataset.strict")[0]
+    listed = {reason.strip().partition(" (")[0] for reason in re.split("[;|]", table)}
+    reasons = {
+        text
+        for module in (forms, pairs, parsing, records, turns)
+        for name, text in vars(module).items()
+        if name.isupper() and name[0] != "_" and isinstance(text, str)
+        if re.match("[a-z]+ ", text)
+    }
+    assert len(reasons) > 25 and sorted(reasons - listed) == []
 
 
 def test_metrics_that_pages_name_exist():

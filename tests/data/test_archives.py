@@ -225,73 +225,6 @@ def test_files_of_a_folder_without_chats_are_passed_over(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        ('question,answer\nx,"1,2",3\n', "line 2: a row of 3 fields under 2 columns"),
-        ("question,answer\nx,caf\u00e9\n".encode("latin-1"), "iconv -f ISO-8859-1"),
-        ("question,answer\nx,y\n".encode("utf-16"), "iconv -f UTF-16"),
-        ("", "is empty"),
-        ("question,answer,answer\nx,y,z\n", "two of its columns are called answer"),
-        ("question,answer\n", "holds no record"),
-        ("sep=;\n", "holds no record"),
-        ('question,"answer\nx,y\n', "line 2: the last row has a quote without an end"),
-        (
-            "question^answer\nx^y\n",
-            "columns are question.answer. If they .*line above, as sep=\\^",
-        ),
-        (
-            "Hi there.,Hello\nx,y\n",
-            "They are its first line: write one above it, as prompt,completion",
-        ),
-        ("prompt, completion\nx, y\n", "Take the space out of ' completion'"),
-        (
-            "messages\n\"[{'role': 'user', 'content': 'x'}, {'role': 'assistant'}]\"\n",
-            "under messages is a list as Python prints it, .*from this file, by `df",
-        ),
-        (
-            "messages\n\"[{'role': 'user', 'content': 'x'}\n {'role': 'assistant'}]\"\n",
-            "under messages is a list as NumPy prints it, .*json.dumps.list.turns",
-        ),
-        (
-            "messages\n\"[array([{'role': 'user'}], dtype=object)]\"\n",
-            "under messages is a list as NumPy prints it",
-        ),
-        (
-            "prompt,completion\n"
-            "\"[{'role': 'user', 'content': 'x'}]\",\"[{'role': 'assistant', 'content': 'x'}]\"\n",
-            "under prompt is a list as Python prints it",
-        ),
-        ('\nquestion,answer\nx,"y\nx,y\n', "line 4: the last row has a quote without an end"),
-    ],
-)
-def test_tables_of_text_that_cannot_be_read(tmp_path, data, words):
-    with pytest.raises(DataError, match=words):
-        list(read_conversations(write(tmp_path / "a.csv", data)))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "prompt|completion\nHi|Hello\n",
-        "sep=;\nprompt;completion\nHi;Hello\n",
-        '"sep=^"\r\n\r\nprompt^completion\r\nHi^Hello\r\n',
-        'prompt,completion,"a;b;c;d"\nHi,Hello,\n',
-        'prompt,completion,"two\nlines"\nHi,Hello,\n',
-        "prompt;completion;a|b|c|d\nHi;Hello;\n",
-    ],
-)
-def test_what_stands_between_columns(tmp_path, text):
-    (found,) = read_conversations(write(tmp_path / "a.csv", text))
-    assert [message.content for message in found.messages] == ["Hi", "Hello"]
-
-
-def test_lines_of_a_table_are_counted_from_the_files_first(tmp_path):
-    text = '\nsep=;\n"prompt\n";completion\nHi;Hello\nx;y;z\n'
-    with pytest.raises(DataError, match="line 6: a row of 3 fields"):
-        list(read_conversations(write(tmp_path / "a.csv", text)))
-
-
-@pytest.mark.parametrize(
     ("member", "words"),
     [
         ("xl/workbook.xml", "is an Excel workbook: save it as CSV in UTF-8"),
@@ -307,14 +240,10 @@ def test_archives_that_are_something_else(tmp_path, member, words):
     path.write_bytes(zipped({}))
     with pytest.raises(DataError, match=r"holds no \*\.json"):
         list(read_conversations(path))
-
-
-def test_rows_of_csv(tmp_path):
-    rows = 'question,answer\r\n"Two\r\nlines, ""quoted""","' + "y" * 200_000 + '"\r\n\r\nx,z\r\n'
-    first, second = read_conversations(write(tmp_path / "a.csv", rows))
-    assert first.messages[0].content == 'Two\r\nlines, "quoted"'
-    assert len(first.messages[1].content) == 200_000 and second.messages[1].content == "z"
-    reading = read_conversations(
-        write(tmp_path / "b.csv.gz", gzipped(b"question,answer\nx\ny,z\n"))
-    )
-    assert len(list(reading)) == 1 and reading.dropped == {"content is null": 1}
+    path.write_bytes(tarred({member: b"x"}))  # no such kind is a tar, or a folder
+    with pytest.raises(DataError, match=r"holds no \*\.json"):
+        list(read_conversations(path))
+    (tmp_path / "folder" / member).parent.mkdir(parents=True)
+    write(tmp_path / "folder" / member, b"x")
+    with pytest.raises(DataError, match=r"folder holds no \*\.json.* It holds "):
+        list(read_conversations(tmp_path / "folder"))

@@ -2,8 +2,6 @@ import gzip
 import json
 import sys
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from chat_files import (
     BOM,
@@ -21,7 +19,7 @@ from chat_files import (
     zstd,
 )
 
-from medusa_exp.data import DataError, Message, contents, read_conversations
+from medusa_exp.data import DataError, Message, read_conversations
 from medusa_exp.data.chat_files import find_files
 
 
@@ -192,17 +190,6 @@ def test_long_and_blank_lines(tmp_path, packed):
     one = write(tmp_path / "one.json", packed(b'{"train": [' + b",".join([good, long]) + b"]}"))
     reading = read_conversations(one, max_record_bytes=1 << 20)
     assert len(list(reading)) == 1 and reading.dropped.total() == 1
-
-
-@pytest.mark.parametrize("use_dictionary", [True, False])
-def test_a_table_that_expands(tmp_path, monkeypatch, use_dictionary):
-    """By its own account, or once its rows are read, each of which has one value of all."""
-    monkeypatch.setattr(contents, "_FREELY_UNPACKED", 1 << 20)
-    table = pa.table({"prompt": ["q"] * 100, "completion": ["x" * 50_000] * 100})
-    path = tmp_path / "a.parquet"
-    pq.write_table(table, path, compression="zstd", use_dictionary=use_dictionary)
-    with pytest.raises(DataError, match="unpacks to more than 1 MiB and 250 times its size"):
-        list(read_conversations(path))
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_files import RECORDS, arrow_stream, write
+from chat_files import RECORDS, arrow_stream, gzipped, parquet, write
 
-from medusa_exp.data import DataError, contents, read_conversations
+from medusa_exp.data import DataError, columnar, contents, read_conversations
 from medusa_exp.data.table_values import rows_of_batch
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -101,6 +101,16 @@ def test_moments_that_python_knows_count_in_ids_as_ever(tmp_path):
     assert ids == {chat.id for chat in read_conversations(path)}
 
 
+def test_columns_that_earlier_runs_did_not_read_do_not_count_in_ids(tmp_path):
+    row = {"question": "Which?", "answer": "The first."}
+    beside = {"choices": ["The first.", "The second."], "tools": None, "images": []}
+    ids = set()
+    for name, more in (("a", {}), ("b", beside)):
+        (found,) = read_conversations(write(tmp_path / name, parquet([{**row, **more}])))
+        ids.add(found.id)
+    assert len(ids) == 1
+
+
 def test_tools_and_calls_of_a_table_are_json(tmp_path):
     """Whatever types they have: templates get them as JSON."""
     tools = [{"name": "f", "since": datetime.date(2024, 1, 1), "blob": b"\xff"}]
@@ -168,11 +178,19 @@ def test_a_folder_named_as_the_hubs_that_is_a_saved_one(tmp_path):
         list(read_conversations(f"hub:{folder}"))
 
 
-def test_values_that_rows_share(tmp_path):
-    text = pa.array(["Hi", "Hello"] * 300).dictionary_encode()
-    table = pa.table({"prompt": text, "completion": text.cast("string").cast(pa.string_view())})
-    found = list(read_conversations(write(tmp_path / "a.feather", as_arrow(table))))
+@pytest.mark.parametrize("kind", ["string", "dictionary", "string_view"])
+def test_values_that_rows_share(tmp_path, monkeypatch, kind):
+    """They are read row by row: as Python objects, each would have a copy."""
+    sizes = []
+    monkeypatch.setattr(
+        columnar, "rows_of_batch", lambda batch: sizes.append(len(batch)) or rows_of_batch(batch)
+    )
+    texts = pa.array(["Hi", "Hello"] * 300)
+    shared = texts.dictionary_encode() if kind == "dictionary" else texts.cast(kind)
+    data = as_arrow(pa.table({"prompt": texts, "completion": shared}))
+    found = list(read_conversations(write(tmp_path / "a.feather", data)))
     assert [chat.messages[1].content for chat in found] == ["Hi", "Hello"] * 300
+    assert sizes == ([256, 256, 88] if kind == "string" else [1] * 600)
 
 
 @pytest.mark.parametrize("write_table", [as_arrow, as_parquet])
@@ -194,3 +212,101 @@ def test_arrow_that_expands(tmp_path, monkeypatch, is_stream, is_shared):
     monkeypatch.setattr(contents, "_FREELY_UNPACKED", 1 << 20)
     with pytest.raises(DataError, match="unpacks to more than 1 MiB and 250 times its size"):
         list(read_conversations(path))
+
+
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_a_table_that_expands(tmp_path, monkeypatch, use_dictionary):
+    """By its own account, or once its rows are read, each of which has one value of all."""
+    monkeypatch.setattr(contents, "_FREELY_UNPACKED", 1 << 20)
+    table = pa.table({"prompt": ["q"] * 100, "completion": ["x" * 50_000] * 100})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, compression="zstd", use_dictionary=use_dictionary)
+    with pytest.raises(DataError, match="unpacks to more than 1 MiB and 250 times its size"):
+        list(read_conversations(path))
+
+
+def test_rows_of_csv(tmp_path):
+    rows = 'question,answer\r\n"Two\r\nlines, ""quoted""","' + "y" * 200_000 + '"\r\n\r\nx,z\r\n'
+    first, second = read_conversations(write(tmp_path / "a.csv", rows))
+    assert first.messages[0].content == 'Two\r\nlines, "quoted"'
+    assert len(first.messages[1].content) == 200_000 and second.messages[1].content == "z"
+    reading = read_conversations(
+        write(tmp_path / "b.csv.gz", gzipped(b"question,answer\nx\ny,z\n"))
+    )
+    assert len(list(reading)) == 1 and reading.dropped == {"content is null": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ('question,answer\nx,"1,2",3\n', "line 2: a row of 3 fields under 2 columns"),
+        ("question,answer\nx,caf\u00e9\n".encode("latin-1"), "iconv -f ISO-8859-1"),
+        ("question,answer\nx,y\n".encode("utf-16"), "iconv -f UTF-16"),
+        ("", "is empty"),
+        ("question,answer,answer\nx,y,z\n", "two of its columns are called answer"),
+        ("question,answer\n", "holds no record"),
+        ("sep=;\n", "holds no record"),
+        ('question,"answer\nx,y\n', "line 2: the last row has a quote without an end"),
+        (
+            "question^answer\nx^y\n",
+            "columns are question.answer. If they .*line above, as sep=\\^",
+        ),
+        (
+            "Hi there.,Hello\nx,y\n",
+            "They are its first line: write one above it, as prompt,completion",
+        ),
+        ("prompt, completion\nx, y\n", "Take the space out of ' completion'"),
+        (
+            "messages\n\"[{'role': 'user', 'content': 'x'}, {'role': 'assistant'}]\"\n",
+            "under messages is a list as Python prints it, .*from this file, by `df",
+        ),
+        (
+            "messages\n\"[{'role': 'user', 'content': 'x'}\n {'role': 'assistant'}]\"\n",
+            "under messages is a list as NumPy prints it, .*json.dumps.list.turns",
+        ),
+        (
+            "messages\n\"[array([{'role': 'user'}], dtype=object)]\"\n",
+            "under messages is a list as NumPy prints it",
+        ),
+        (
+            "prompt,completion\n"
+            "\"[{'role': 'user', 'content': 'x'}]\",\"[{'role': 'assistant', 'content': 'x'}]\"\n",
+            "under prompt is a list as Python prints it",
+        ),
+        ('\nquestion,answer\nx,"y\nx,y\n', "line 4: the last row has a quote without an end"),
+    ],
+)
+def test_tables_of_text_that_cannot_be_read(tmp_path, data, words):
+    with pytest.raises(DataError, match=words):
+        list(read_conversations(write(tmp_path / "a.csv", data)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt|completion\nHi|Hello\n",
+        "sep=;\nprompt;completion\nHi;Hello\n",
+        '"sep=^"\r\n\r\nprompt^completion\r\nHi^Hello\r\n',
+        'prompt,completion,"a;b;c;d"\nHi,Hello,\n',
+        'prompt,completion,"two\nlines"\nHi,Hello,\n',
+        "prompt;completion;a|b|c|d\nHi;Hello;\n",
+    ],
+)
+def test_what_stands_between_columns(tmp_path, text):
+    (found,) = read_conversations(write(tmp_path / "a.csv", text))
+    assert [message.content for message in found.messages] == ["Hi", "Hello"]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "A.TSV.gz"])
+def test_tabs_stand_between_the_columns_of_a_tsv(tmp_path, name):
+    """Whatever else is in their names; where there is none, it is told as of a CSV."""
+    pack = gzipped if name.endswith("gz") else bytes
+    for text in (b"prompt\tcompletion\ta,b,c\nHi\tHello\t\n", b"prompt,completion\nHi,Hello\n"):
+        (found,) = read_conversations(write(tmp_path / name, pack(text)))
+        assert [message.content for message in found.messages] == ["Hi", "Hello"]
+
+
+def test_lines_of_a_table_are_counted_from_the_files_first(tmp_path):
+    text = '\nsep=;\n"prompt\n";completion\nHi;Hello\nx;y;z\n'
+    with pytest.raises(DataError, match="line 6: a row of 3 fields"):
+        list(read_conversations(write(tmp_path / "a.csv", text)))

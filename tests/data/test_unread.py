@@ -128,6 +128,21 @@ def test_a_choice_that_is_offered_works(tmp_path, name):
     assert all(chat[0] == BRIEF[0] for chat, _ in found)
 
 
+@pytest.mark.parametrize(
+    ("key", "level"),
+    [
+        *((key, "WARNING") for key in ("video", "tool_calls", "weight", "system_message")),
+        *((key, "WARNING") for key in ("completion", "choices", "thinking", "mask")),
+        ("topic", "INFO"),
+    ],
+)
+def test_keys_that_would_change_what_is_trained_are_a_warning(tmp_path, caplog, key, level):
+    caplog.set_level("INFO")
+    path = write(tmp_path / "a", lines([{"q": Q, "a": A, key: "x"}]))
+    assert list(read_conversations(path, columns={"user": "q", "assistant": "a"}))
+    assert [line.levelname for line in caplog.records if f": {key} (1)" in line.message] == [level]
+
+
 def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):
     chat = {"messages": [ASK, REPLY | {"deleted": True}], "topic": "sums"}
     path = write(tmp_path / "a", lines([{"chat": chat, "n": 1}]))

@@ -26,7 +26,7 @@ from medusa_exp.data.contents import (
     members_of,
 )
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.parsing import RawChat, TooLong
+from medusa_exp.data.raw_chats import RawChat, TooLong
 from medusa_exp.data.saved_datasets import files_beside_rows, is_saved
 from medusa_exp.data.tables import records_of_object, rows_of_text
 from medusa_exp.data.turn_lists import is_turn
@@ -171,21 +171,21 @@ class Part:
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         faults.check_pyarrow(self.name, "Parquet")
-        from medusa_exp.data import parquet
+        from medusa_exp.data import columnar
 
-        with parquet.opened(self.content) as table:
+        with columnar.opened_parquet(self.content) as table:
             self.keys = tuple(table.schema_arrow.names)
             columns = chosen_columns(self.name, self.keys, self.columns)
-            yield from parquet.rows(table, columns, self.content.budget)
+            yield from columnar.rows_of_parquet(table, columns, self.content.budget)
 
     def _rows_of_arrow(self, is_stream: bool) -> Iterator[dict[str, Any]]:
         faults.check_pyarrow(self.name, "Arrow")
-        from medusa_exp.data import parquet
+        from medusa_exp.data import columnar
 
-        with parquet.opened_arrow(self.content, is_stream) as table:
+        with columnar.opened_arrow(self.content, is_stream) as table:
             self.keys = tuple(table.schema.names)
             columns = chosen_columns(self.name, self.keys, self.columns)
-            yield from parquet.rows_of_arrow(table, columns, self.content.budget)
+            yield from columnar.rows_of_arrow(table, columns, self.content.budget)
 
     def _rows_of_text(self) -> Iterator[dict[str, Any]]:
         with self.content.open() as file:

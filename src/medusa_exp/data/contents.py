@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from medusa_exp.data import faults
-from medusa_exp.data.faults import DataError
+from medusa_exp.data.faults import DataError, NoChats
+from medusa_exp.data.other_kinds import kind_by_members
 from medusa_exp.data.saved_datasets import is_cache
 
 SUFFIXES = tuple(
@@ -304,6 +305,8 @@ def _zip_members(content: Content) -> Iterator[Content]:
         chosen = [info for info in members if is_chat_file(info.filename)]
         others = [info.filename for info in members if not is_chat_file(info.filename)]
         if not chosen:
+            if words := kind_by_members(others):
+                raise NoChats(f"{content.name} {words}")
             raise faults.no_chat_files(content.name, others)
         faults.say_passed_over(content.name, others)
         if any(info.flag_bits & 1 for info in chosen):

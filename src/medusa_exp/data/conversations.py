@@ -16,6 +16,7 @@ from medusa_exp.data import faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
 from medusa_exp.data.faults import A_ROW, DataError, NoChats
 from medusa_exp.data.forms import FORMS
+from medusa_exp.data.pairs import REPLIES
 from medusa_exp.data.parsing import (
     NO_FORM,
     NO_REPLY,
@@ -27,15 +28,13 @@ from medusa_exp.data.parsing import (
     ChatParser,
     Conversation,
     Message,
-    RawChat,
     columns_to_read,
     content_digest,
-    decode_leniently,
-    raw_bytes,
 )
-from medusa_exp.data.records import Ambiguous
+from medusa_exp.data.raw_chats import RawChat, decode_leniently, raw_bytes
+from medusa_exp.data.records import SYSTEMS, Ambiguous
 from medusa_exp.data.remedies import columns_for
-from medusa_exp.data.turns import ROLES
+from medusa_exp.data.turns import CALLS, PICTURES, REASONING, ROLES, SWITCHES, TOOLS
 from medusa_exp.runs.progress import Patience
 
 __all__ = [
@@ -54,8 +53,8 @@ T = TypeVar("T")
 HUB = "hub:"
 _LOOKED_AT = 100
 _MATTERING = {
-    *("reasoning_content", "reasoning", "thinking", "tools", "functions", "system_prompt"),
-    *("train", "training", "loss", "mask", "images", "image", "videos", "audios"),
+    *(*REASONING, *CALLS, *SWITCHES, "mask"),
+    *(*SYSTEMS, *TOOLS, *PICTURES, *REPLIES, "choices"),
 }
 """Keys that change what a template writes, or what is trained."""
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medusa_exp.data.other_kinds import kind_by_beginning, kind_by_members
+from medusa_exp.data.other_kinds import kind_by_beginning
 from medusa_exp.errors import UserError
 from medusa_exp.runs.extras import lacking
 
@@ -94,8 +94,6 @@ def of_reading(name: Path | str) -> Iterator[None]:
 
 def no_chat_files(name: str, others: Sequence[str]) -> NoChats:
     """Return the error of a folder or an archive without a file that may hold chats."""
-    if words := kind_by_members(others):
-        return NoChats(f"{name} {words}")
     held = f" It holds {_named(others)}." if others else ""
     return NoChats(
         f"{name} holds no *.json, *.jsonl, *.ndjson, *.parquet, *.arrow, *.feather, *.csv or "
@@ -161,9 +159,12 @@ def no_json_line(name: str, line: int, text: bytes) -> DataError:
 
 
 def single_value(name: str, value: Any) -> NoChats:
-    """Return the error of a file that is one JSON value, but no record and no list."""
-    kind = {str: "text", bool: "boolean", type(None): "null"}.get(type(value), "number")
-    return NoChats(f"{name} holds one JSON value ({kind}) and no chats. {_CHATS}")
+    """Return the error of a file of JSON values, as this one, that are no objects."""
+    kinds = {str: "text", list: "list", bool: "boolean", type(None): "null"}
+    kind = kinds.get(type(value), "number")
+    return NoChats(
+        f"{name} holds no chats: it has a JSON {kind} where an object should be. {_CHATS}"
+    )
 
 
 A_ROW = "a list of fields without their names"

@@ -7,7 +7,6 @@ halves of surrogate pairs, control characters) and names what is wrong with the 
 """
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from msgspec.structs import astuple
 
 from medusa_exp.data.forms import FORMS, Form, by_columns, columns_of
 from medusa_exp.data.pairs import SEVERAL_ANSWERS
+from medusa_exp.data.raw_chats import RawChat, TooLong, decode_leniently, num_bytes, raw_bytes
 from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, id_in
 from medusa_exp.data.turn_lists import is_alternation
 from medusa_exp.data.turns import (
@@ -54,18 +54,14 @@ NO_REPLY = "no assistant turn"
 TOO_LARGE = "larger than dataset.max_record_bytes"
 
 
-class TooLong(msgspec.Struct, frozen=True):
-    """Stands for a line that is longer than a record may be: it was not kept."""
-
-    num_bytes: int
-
-
-RawChat = msgspec.Raw | bytes | memoryview | dict[str, Any] | TooLong
-"""JSON text, or the row of a table."""
 _OF_ID = ("conversations", "messages", "id", "system")
 """What the id of a row without one is made of, where it has the first form."""
-_NOT_OF_ID = (*TOOLS, *PICTURES)
-"""What it is not made of in another form: earlier runs did not read it."""
+_NOT_OF_ID = (*TOOLS, *PICTURES, "choices")
+"""What it is not made of in another form: earlier runs did not read it.
+
+All other keys that `columns_of` names count, in its order: one that a form newly reads beside its
+texts belongs here, or the ids of all rows that have it change, and with them the splits.
+"""
 _NOTHING = (b"", b"null", b'""', b"[]", b"{}", b'"[]"')
 
 
@@ -375,47 +371,6 @@ def content_digest(conversation: Conversation) -> bytes:
             digest.update(repr(more).encode("utf-8", "surrogatepass"))
     digest.update(conversation.tools.encode("utf-8", "surrogatepass"))
     return digest.digest()[:16]
-
-
-def raw_bytes(raw: RawChat) -> bytes:
-    """Return the text of a raw chat; of a row, its text as JSON."""
-    if isinstance(raw, TooLong):
-        return b""
-    return msgspec.json.encode(raw) if isinstance(raw, dict) else bytes(raw)
-
-
-def num_bytes(raw: RawChat) -> int:
-    """Return the length of that, which of a row is an estimate: without its marks and escapes."""
-    if isinstance(raw, TooLong):
-        return raw.num_bytes
-    return _size(raw) if isinstance(raw, dict) else memoryview(raw).nbytes
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, str | bytes):
-        return len(value) + 2
-    if isinstance(value, dict):
-        return sum(len(key) + 4 + _size(inner) for key, inner in value.items())
-    return sum(map(_size, value)) + 2 if isinstance(value, list) else 4
-
-
-def decode_leniently(text: bytes) -> Any:
-    """Decode what Python's json takes, which is more than JSON.
-
-    Raises:
-        ValueError: it is not JSON by any measure, or (UnicodeDecodeError) not UTF-8.
-        RecursionError: it is nested too deeply.
-    """
-    decoded = text.decode("utf-8", "surrogatepass").removeprefix("\ufeff")
-    return json.loads(decoded, strict=False, parse_int=_number)
-
-
-def _number(digits: str) -> int | float:
-    """Return a whole number, infinite where it has more digits than Python makes an int of."""
-    try:
-        return int(digits)
-    except ValueError:
-        return float(digits)
 
 
 def _decoded(raw: RawChat) -> Any:

@@ -6,7 +6,8 @@ from itertools import islice, product
 from typing import Any
 
 from medusa_exp.data.pairs import ASKED, REPLIES, is_reply
-from medusa_exp.data.parsing import ChatParser, Conversation, RawChat, decode_leniently, raw_bytes
+from medusa_exp.data.parsing import ChatParser, Conversation
+from medusa_exp.data.raw_chats import RawChat, decode_leniently, raw_bytes
 from medusa_exp.data.records import SYSTEMS, Ambiguous
 from medusa_exp.data.turn_lists import ROLE_NAMES, WHAT, names_a_turn
 from medusa_exp.data.turns import is_held

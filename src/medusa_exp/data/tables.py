@@ -18,7 +18,8 @@ import msgspec
 
 from medusa_exp.data import faults
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser, RawChat, decode_leniently
+from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser
+from medusa_exp.data.raw_chats import RawChat, decode_leniently
 from medusa_exp.data.records import Ambiguous
 from medusa_exp.data.turn_lists import is_turn
 
@@ -39,7 +40,7 @@ def rows_of_text(name: str, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         try:
             lines = _Lines(text)
-            header, delimiter = _header(lines)
+            header, delimiter = _header(name, lines)
             before = lines.number - 1
             reader = csv.reader(chain([header], lines), delimiter=delimiter)
             columns = next(reader, [])
@@ -59,7 +60,7 @@ def rows_of_text(name: str, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any
                     )
                 if is_first:
                     is_first = False
-                    _check_answers(name, dict(zip(columns, row, strict=False)))
+                    _refuse_printed_messages(name, dict(zip(columns, row, strict=False)))
                 if row:
                     yield line, {**dict.fromkeys(columns), **dict(zip(columns, row, strict=False))}
         except UnicodeDecodeError as error:
@@ -68,17 +69,19 @@ def rows_of_text(name: str, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any
             raise DataError(f"{name}, line {lines.number}: {error}.") from error
 
 
-def _header(lines: "_Lines") -> tuple[str, str]:
+def _header(name: str, lines: "_Lines") -> tuple[str, str]:
     """Return the header's first line, and what stands between its columns."""
     header = next((line for line in lines if line.strip()), "")
     if said := re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE):  # as Excel writes and reads
         return next((line for line in lines if line.strip()), ""), said[1]
     unquoted = re.sub(r'"[^"]*"?', "", header)
+    if "\t" in unquoted and faults.unpacked_name(name.lower()).endswith(".tsv"):
+        return header, "\t"
     delimiter = max(",\t;", key=unquoted.count)
     return header, delimiter if delimiter in unquoted or "|" not in unquoted else "|"
 
 
-def _check_answers(name: str, row: dict[str, str]) -> None:
+def _refuse_printed_messages(name: str, row: dict[str, str]) -> None:
     """Refuse questions and answers that both are messages as Python prints them: no text is so.
 
     Raises:

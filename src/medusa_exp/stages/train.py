@@ -189,16 +189,16 @@ def build_module(
 ) -> MedusaModule:
     """Return what Lightning trains; `taken` is what automatic settings were before it resumes."""
     backbone = inputs.backbone
-    tokens = max_steps * config.train.accumulate * config.train.batch_tokens
+    step_tokens = config.train.accumulate * config.train.batch_tokens
     settings = settle(
         config.train,
         memory=gpu_memory(backbone.device),
         vocabulary=heads.config.head_vocab_size,
         trained=sum(p.numel() for p in heads.parameters()),
-        rate=learning_rate(backbone, tokens * config.train.devices // max_steps),
+        rate=learning_rate(backbone, step_tokens * config.train.devices),
         held=sum(p.numel() for k in range(heads.num_heads) for p in heads.head_parameters(k)),
         operations=operations_of(config.train, backbone, heads).of_tokens(
-            tokens, min(inputs.row_tokens, config.train.batch_tokens)
+            max_steps * step_tokens, min(inputs.row_tokens, config.train.batch_tokens)
         ),
         taken=taken,
     )

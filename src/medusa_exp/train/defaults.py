@@ -36,7 +36,7 @@ LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 24, "tv": 24, "nla": 24, "lk": 24}
 the softmax and gradients in float32, or with less precise copies. tests/model/test_loss.py counts.
 """
 _RATE = 0.4
-"""Measured on models of 0.26, 1 and 268 million parameters: see `learning_rate`."""
+"""Measured on models of 0.26 and 268 million parameters: see `learning_rate`."""
 _USUAL_RATE = 1e-3
 """Where the weights cannot be read."""
 _LEAST_RATE, _MOST_RATE = 1e-4, 2e-2
@@ -61,8 +61,8 @@ def settle(
     memory: int | None,
     vocabulary: int,
     trained: int,
-    rate: float,
     held: int = 0,
+    rate: float,
     operations: float = 0.0,
     taken: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
@@ -73,8 +73,8 @@ def settle(
         memory: of the GPU in bytes, None on a CPU.
         vocabulary: W.
         trained: parameters of the heads.
-        rate: the learning rate that `learning_rate` has for them.
         held: the same, but what heads share counted for each of them: a gradient each waits there.
+        rate: the learning rate that `learning_rate` has for them.
         operations: floating-point operations of the whole training.
         taken: what the training that is resumed has taken, by the names in SETTLED.
     """
@@ -101,8 +101,8 @@ def learning_rate(backbone: Backbone, tokens: int) -> float:
 
     Adam moves each weight by about the rate, whatever its gradient: weights of a large model are
     small, and a product of D of them moves by the more the larger D is. The root of a step's tokens
-    is that of Malladi et al. (arXiv 2205.10287). Which such form, and which factor, was chosen by
-    what was best on three models (LOG.md, 2026-11-29); two digits are kept.
+    is that of Malladi et al. (arXiv 2205.10287). Form and factor were chosen by what two models'
+    heads made of several rates (LOG.md, 2026-11-29); two digits are kept.
 
     Args:
         backbone: whose lm_head is read.

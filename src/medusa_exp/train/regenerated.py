@@ -59,7 +59,7 @@ def _open(path: Path) -> Table:
     if not (old := path / _BEFORE).is_file():
         return open_examples(path / DOCUMENTS)
     check_pyarrow(f"{old}, of an earlier version,", "an Arrow file")
-    from medusa_exp.data.parquet import read_examples
+    from medusa_exp.data.columnar import read_examples
 
     return read_examples(old)
 

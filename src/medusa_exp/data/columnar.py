@@ -22,7 +22,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @contextmanager
-def opened(content: Content) -> Iterator[pq.ParquetFile]:
+def opened_parquet(content: Content) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file, which is mapped where it stands in a file as it is.
 
     Raises:
@@ -37,7 +37,9 @@ def opened(content: Content) -> Iterator[pq.ParquetFile]:
         raise faults.unreadable(content.name, error) from error
 
 
-def rows(table: pq.ParquetFile, columns: list[str], budget: Budget) -> Iterator[dict[str, Any]]:
+def rows_of_parquet(
+    table: pq.ParquetFile, columns: list[str], budget: Budget
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of some columns.
 
     Raises:

@@ -1,0 +1,57 @@
+"""A raw chat as a file holds it, not yet understood: its text or a table's row, and their size."""
+
+import json
+from typing import Any
+
+import msgspec
+
+
+class TooLong(msgspec.Struct, frozen=True):
+    """Stands for a line that is longer than a record may be: it was not kept."""
+
+    num_bytes: int
+
+
+RawChat = msgspec.Raw | bytes | memoryview | dict[str, Any] | TooLong
+"""JSON text, or the row of a table."""
+
+
+def raw_bytes(raw: RawChat) -> bytes:
+    """Return the text of a raw chat; of a row, its text as JSON."""
+    if isinstance(raw, TooLong):
+        return b""
+    return msgspec.json.encode(raw) if isinstance(raw, dict) else bytes(raw)
+
+
+def num_bytes(raw: RawChat) -> int:
+    """Return the length of that, which of a row is an estimate: without its marks and escapes."""
+    if isinstance(raw, TooLong):
+        return raw.num_bytes
+    return _size(raw) if isinstance(raw, dict) else memoryview(raw).nbytes
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value) + 2
+    if isinstance(value, dict):
+        return sum(len(key) + 4 + _size(inner) for key, inner in value.items())
+    return sum(map(_size, value)) + 2 if isinstance(value, list) else 4
+
+
+def decode_leniently(text: bytes) -> Any:
+    """Decode what Python's json takes, which is more than JSON.
+
+    Raises:
+        ValueError: it is not JSON by any measure, or (UnicodeDecodeError) not UTF-8.
+        RecursionError: it is nested too deeply.
+    """
+    decoded = text.decode("utf-8", "surrogatepass").removeprefix("\ufeff")
+    return json.loads(decoded, strict=False, parse_int=_number)
+
+
+def _number(digits: str) -> int | float:
+    """Return a whole number, infinite where it has more digits than Python makes an int of."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
