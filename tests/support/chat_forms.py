@@ -325,6 +325,32 @@ READ = {
         "messages",
         AGAIN,
     ),
+    "branches from the first question on": (
+        {
+            "messages": [
+                child("1", "user", "An older question", "2"),
+                child("2", "assistant", "An older answer"),
+                child("3", "user", Q, "4"),
+                child("4", "assistant", A, "5"),
+                child("5", "user", "And 3+3?", "6"),
+                child("6", "assistant", "6."),
+            ]
+        },
+        "messages",
+        AGAIN,
+    ),
+    "branches after a system message": (
+        {
+            "messages": [
+                child("0", "system", "Be brief."),
+                child("1", "user", "An older question"),
+                child("3", "user", Q, "4"),
+                child("4", "assistant", A),
+            ]
+        },
+        "messages",
+        BRIEF,
+    ),
     "text-generation-webui": (
         {
             "internal": [["<|BEGIN-VISIBLE-CHAT|>", "Hi!"], [Q, A]],
