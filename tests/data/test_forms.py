@@ -147,6 +147,20 @@ def test_bad_options(tmp_path, options, words):
         ),
         ({"prompt": [Q, Q], "completion": [A, A]}, [PAIR] * 2),
         ({"messages": [[ASK, REPLY], [ASK, REPLY, *MORE]]}, [PAIR, AGAIN]),
+        ({"instruction": [Q, Q], "input": ["", ""], "output": [A, A]}, [PAIR] * 2),
+        (
+            {"context": ["Sums"], "question": [Q], "answer": [A]},
+            [[("user", f"{Q}\n\nSums"), PAIR[1]]],
+        ),
+        ({"prompt": [Q, Q], "completion": [A, A], "images": [[], []]}, [PAIR] * 2),
+        ({"prompt": [[ASK], [ASK]], "completion": [[REPLY], [REPLY]]}, [PAIR] * 2),
+        (
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}, ASK],
+                "completion": [REPLY, REPLY],
+            },
+            [[*BRIEF, PAIR[1]]],
+        ),
         ({"columns": ["completion", "id", "prompt"], "index": [0], "data": [[A, 1, Q]]}, [PAIR]),
         ({"columns": ["x", "question", "answer", "y"], "data": [["1", Q, A, "2"]] * 2}, [PAIR] * 2),
         (
