@@ -264,7 +264,7 @@ def test_no_list_of_turns_says_more_than_the_one_that_counts(more, keys):
     for lists in ([more, [ASK, REPLY] * 2], [[ASK, REPLY] * 2, more]):
         with pytest.raises(Ambiguous, match=" and ".join(keys)):
             parse(dict(zip(keys, lists, strict=True)))
-        assert turns(parse({keys[1]: lists[1]}))
+        assert turns(parse({keys[1]: lists[1]})) == PAIR * 2
 
 
 def test_a_system_text_of_one_list_of_turns_is_not_dropped():
@@ -282,12 +282,51 @@ def test_lists_of_turns_may_say_the_same_in_other_words():
 
 
 @pytest.mark.parametrize("said", [4, True, {"parts": [A]}])
-def test_what_is_no_text_is_named_with_its_key(said):
-    for key in ("content", "value"):
+def test_what_is_no_text_is_named(said):
+    turns = {"messages": [ASK, {"role": "assistant", "value": said}]}
+    for record in (turns, {"user": Q, "assistant": said}) if said is True else (turns,):
         parser = ChatParser()
-        record = {"messages": [ASK, {"role": "assistant", key: said}]}
         assert parser.parse(json.dumps(record).encode()) == "content is not text"
-        assert parser.detail == f"{key} is {said!r} in a turn of role assistant: write it as text"
+        assert parser.detail == f"it is {said!r} in a turn of role assistant: write it as text"
+    parser = ChatParser()
+    record = {"messages": [ASK, REPLY], "system": 5}
+    assert parser.parse(json.dumps(record).encode()) == "content is not text"
+    assert parser.detail == "the system text is 5"
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"prompt": Q, "response": [A, "5"]},
+        {"question": Q, "context": ["x"], "answer": A},
+        {"conversation_a": [ASK, REPLY], "conversation_b": [ASK, REPLY]},
+        {"prompt": Q, "completion": A, "history": "Hi."},
+    ],
+)
+def test_the_first_records_are_not_dropped_for_what_stands_beside_their_messages(tmp_path, beside):
+    records = [{"messages": [ASK, REPLY], **beside}] * 120
+    assert read(write(tmp_path / "a", lines(records))) == ([PAIR] * 120, {"messages": 120})
+    assert isinstance(parse(beside), str)  # and is not read by itself
+
+
+def test_words_beside_an_empty_content_are_read(tmp_path):
+    asked = {"role": "user", "content": "", "parts": [{"type": "text", "text": Q}]}
+    told = {"from": "gpt", "value": "[]", "text": A}
+    records = [{"messages": [asked, told]}] * 120
+    for data in (lines(records), parquet(records)):
+        assert read(write(tmp_path / "a", data))[0] == [PAIR] * 120
+    silent = {"messages": [ASK, REPLY, {"role": "user", "content": ""}]}
+    assert turns(parse(silent)) == [*PAIR, ("user", "")]
+
+
+def test_gemini_s_thoughts_are_thoughts_wherever_they_stand(tmp_path):
+    thought = {"role": "assistant", "content": "Hm.", "isThought": True}
+    for data in (
+        lines([{"messages": [ASK, thought, REPLY]}]),
+        parquet([{"messages": [ASK, thought, REPLY]}]),
+    ):
+        (found,) = read_conversations(write(tmp_path / "a", data))
+        assert turns(found) == PAIR and found.messages[1].reasoning == "Hm."
 
 
 def test_a_number_beside_messages_is_no_other_answer():
@@ -404,6 +443,7 @@ def test_an_answer_beside_messages_counts_wherever_it_stands(tmp_path):
         assert read(write(tmp_path / "a.parquet", rows), form=form)[0] == [PAIR, AGAIN]
     with pytest.raises(Ambiguous, match="response and output"):
         parse(asked | {"output": "7."})
+    assert turns(parse(asked | {"choices": [{"message": MORE[1]}]})) == AGAIN  # the same
 
 
 def test_branches_wherever_they_stand(tmp_path):
@@ -412,6 +452,8 @@ def test_branches_wherever_they_stand(tmp_path):
     assert turns(parse(shown)) == other
     assert turns(parse({"currNode": "6", "messages": BRANCHES})) == other
     assert turns(parse({"currNode": "9", "messages": BRANCHES})) == AGAIN
+    for record in (shown, {"currNode": "6", "messages": BRANCHES}):
+        assert read(write(tmp_path / "a", parquet([record])))[0] == [other]
     plain = {"messages": [ASK | {"children": []}, REPLY]}
     found, _ = read(write(tmp_path / "a", lines([plain] * 120 + [{"messages": BRANCHES}])))
     assert found == [PAIR] * 120 + [AGAIN]
