@@ -5,6 +5,7 @@ import io
 import json
 import random
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 from chat_files import parquet, write
@@ -125,6 +126,7 @@ def test_columns(tmp_path, record, columns, expected):
         ({"columns": {"bot": "x"}}, "dataset.columns: bot: use user, assistant"),
         ({"columns": {"user": "x"}}, "dataset.columns needs the key of the assistant's"),
         ({"columns": {"assistant": "x"}, "form": "list"}, "both set"),
+        ({"columns": {"messages": "x", "user": "y"}}, "messages holds .* leave out user"),
     ],
 )
 def test_bad_options(tmp_path, options, words):
@@ -396,13 +398,16 @@ def mutated(value, draw):
     return copy
 
 
-def test_no_record_is_a_traceback():
+def test_no_record_is_a_traceback(tmp_path):
+    """Neither one by itself, nor those of a file behind a line that is too long to be kept."""
     draw = random.Random(0)
     outcomes = Counter()
+    too_long = json.dumps({"messages": [ASK, REPLY | {"content": "x" * 20_000}]})
+    path = tmp_path / "a.jsonl"
     parsers = [ChatParser(), *(ChatParser(form=form) for form in FORMS)]
     parsers.append(ChatParser(columns={"user": "prompt.text.0", "assistant": "chosen.1.content"}))
     for record, *_ in READ.values():
-        for _ in range(120):
+        for number in range(120):
             changed = mutated(record, draw)
             for parser in (parsers[0], draw.choice(parsers)):
                 try:
@@ -411,6 +416,10 @@ def test_no_record_is_a_traceback():
                     found = "ambiguous"
                 outcomes[found if isinstance(found, str) else "read"] += 1
             columns_for(json.dumps(changed).encode(), {})
+            if number % 10 == 0:
+                path.write_text("\n".join([too_long, *[json.dumps(changed)] * 2]))
+                with suppress(DataError):
+                    list(read_conversations(path, max_record_bytes=20_000))
     assert outcomes["read"] > 1000 and len(outcomes) >= 10
 
 

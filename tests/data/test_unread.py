@@ -176,6 +176,22 @@ def test_keys_that_would_change_what_is_trained_are_a_warning(tmp_path, caplog, 
     assert [line.levelname for line in caplog.records if f": {key} (1)" in line.message] == [level]
 
 
+@pytest.mark.parametrize(
+    ("form", "record"),
+    [
+        ("contents", {"question": Q, "answer": {"text": A}}),
+        ("messages", {"messages": [ASK], "label": REPLY}),
+        ("prompt", REFUSED["two replies"][0]),
+    ],
+)
+def test_columns_are_not_named_beside_a_form(tmp_path, form, record):
+    path = write(tmp_path / "a.jsonl", lines([record] * 2))
+    with pytest.raises(DataError, match=f"dataset.columns=.* Leave out dataset.form={form} then.$"):
+        list(read_conversations(path, form=form))
+    with pytest.raises(DataError, match=r"dataset.columns=(?!.*dataset.form=)"):
+        list(read_conversations(path))
+
+
 def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):
     chat = {"messages": [ASK, REPLY | {"deleted": True}], "topic": "sums"}
     path = write(tmp_path / "a", lines([{"chat": chat, "n": 1}]))
