@@ -38,6 +38,7 @@ def turns(found):
         {"messages": [HI, {"role": "Assistant", "content": "Hello!", "tool_calls": []}]},
         {"conversations": [HI, HELLO], "system": None},
         {"conversations": [HI, HELLO], "system": " \n"},
+        {"conversations": [HI, HELLO], "system": "{}"},
     ],
 )
 def test_forms(record):

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from chat_files import write
+from chat_files import parquet, write
 from chat_forms import ASK, BRANCHES, BRIEF, PAIR, REFUSED, REPLY, A, Q, lines, read, turns
 
 from medusa_exp.data import DataError, read_conversations
@@ -186,10 +186,21 @@ def test_keys_that_would_change_what_is_trained_are_a_warning(tmp_path, caplog, 
 )
 def test_columns_are_not_named_beside_a_form(tmp_path, form, record):
     path = write(tmp_path / "a.jsonl", lines([record] * 2))
-    with pytest.raises(DataError, match=f"dataset.columns=.* Leave out dataset.form={form} then.$"):
+    words = f"dataset.columns=.* Leave out dataset.form={form} then.$"
+    with pytest.raises(DataError, match=words):
         list(read_conversations(path, form=form))
+    if form == "contents":  # a table without a column of the form
+        with pytest.raises(DataError, match=words):
+            list(read_conversations(write(tmp_path / "a", parquet([record])), form=form))
     with pytest.raises(DataError, match=r"dataset.columns=(?!.*dataset.form=)"):
         list(read_conversations(path))
+
+
+def test_no_choice_names_keys_within_a_request(tmp_path):
+    body = {"messages": [ASK], "response": A, "output": "5"}
+    with pytest.raises(DataError, match=r"the keys response and output.*within its body") as caught:
+        list(read_conversations(write(tmp_path / "a.jsonl", lines([{"body": body}]))))
+    assert "{user: messages" not in str(caught.value)
 
 
 def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):

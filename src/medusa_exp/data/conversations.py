@@ -268,17 +268,16 @@ class Reading:
                     raise DataError(f"{place}: {found}{detail}.")
                 self.dropped[found] += 1
                 self.examples.setdefault(found, f"{place}{detail}")
+            faulty.check(number)
         except Ambiguous as ways:
             error = faults.ambiguous(_place(source, number), str(ways), ways.remedy)
             raise _without_form(options.form, error) from ways
+        except NoChats as error:
+            raise _without_form(options.form, error) from error
         finally:
             self._count_forms(parser, number - faulty.num_chats)
             for column in {*source.keys} - {*self._columns, *parser.unused}:
                 self.unused[column] += parser.num_looked_at
-        try:
-            faulty.check(number)
-        except NoChats as error:
-            raise _without_form(options.form, error) from error
 
     def _watched(self, source: ChatFile | Part | HubData, items: Iterable[T]) -> Iterator[T]:
         """Yield what is read of a source, and say where one is that takes long to come."""

@@ -187,7 +187,11 @@ def _body(record: Any) -> Chat | None:
     """
     for key in _WRAPPERS:
         inner = from_json_text(get(record, key))
-        if isinstance(inner, dict) and (chat := _messages(inner) or _contents(inner)):
+        try:
+            chat = _messages(inner) or _contents(inner)
+        except Ambiguous as ways:  # its remedy would name keys of the record
+            raise Ambiguous(f"{ways}, within its {key}") from ways
+        if chat:
             is_open = bool(chat.turns) and role_in(chat.turns[-1]) == "user"
             if is_open and any(is_held(record.get(reply)) for reply in (*REPLIES, "choices")):
                 return None

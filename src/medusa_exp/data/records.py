@@ -93,7 +93,7 @@ def system_text(value: Any) -> Any:
         return inner
     is_of_parts = isinstance(inner, dict) and {"parts"} <= inner.keys() <= {"parts", "role"}
     if isinstance(value, str) and not is_of_parts:
-        return value
+        return value if is_held(value) else None
     if not (isinstance(inner, dict) and is_held(inner)):
         return None if isinstance(inner, dict) else value
     found = first_filled(inner, ("parts", "content", "text", "value"))
