@@ -5,6 +5,7 @@ import io
 import json
 import random
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 from chat_files import parquet, write
@@ -125,6 +126,7 @@ def test_columns(tmp_path, record, columns, expected):
         ({"columns": {"bot": "x"}}, "dataset.columns: bot: use user, assistant"),
         ({"columns": {"user": "x"}}, "dataset.columns needs the key of the assistant's"),
         ({"columns": {"assistant": "x"}, "form": "list"}, "both set"),
+        ({"columns": {"messages": "x", "user": "y"}}, "messages holds .* leave out user"),
     ],
 )
 def test_bad_options(tmp_path, options, words):
@@ -147,6 +149,20 @@ def test_bad_options(tmp_path, options, words):
         ),
         ({"prompt": [Q, Q], "completion": [A, A]}, [PAIR] * 2),
         ({"messages": [[ASK, REPLY], [ASK, REPLY, *MORE]]}, [PAIR, AGAIN]),
+        ({"instruction": [Q, Q], "input": ["", ""], "output": [A, A]}, [PAIR] * 2),
+        (
+            {"context": ["Sums"], "question": [Q], "answer": [A]},
+            [[("user", f"{Q}\n\nSums"), PAIR[1]]],
+        ),
+        ({"prompt": [Q, Q], "completion": [A, A], "images": [[], []]}, [PAIR] * 2),
+        ({"prompt": [[ASK], [ASK]], "completion": [[REPLY], [REPLY]]}, [PAIR] * 2),
+        (
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}, ASK],
+                "completion": [REPLY, REPLY],
+            },
+            [[*BRIEF, PAIR[1]]],
+        ),
         ({"columns": ["completion", "id", "prompt"], "index": [0], "data": [[A, 1, Q]]}, [PAIR]),
         ({"columns": ["x", "question", "answer", "y"], "data": [["1", Q, A, "2"]] * 2}, [PAIR] * 2),
         (
@@ -250,7 +266,7 @@ def test_no_list_of_turns_says_more_than_the_one_that_counts(more, keys):
     for lists in ([more, [ASK, REPLY] * 2], [[ASK, REPLY] * 2, more]):
         with pytest.raises(Ambiguous, match=" and ".join(keys)):
             parse(dict(zip(keys, lists, strict=True)))
-        assert turns(parse({keys[1]: lists[1]}))
+        assert turns(parse({keys[1]: lists[1]})) == PAIR * 2
 
 
 def test_a_system_text_of_one_list_of_turns_is_not_dropped():
@@ -268,12 +284,51 @@ def test_lists_of_turns_may_say_the_same_in_other_words():
 
 
 @pytest.mark.parametrize("said", [4, True, {"parts": [A]}])
-def test_what_is_no_text_is_named_with_its_key(said):
-    for key in ("content", "value"):
+def test_what_is_no_text_is_named(said):
+    turns = {"messages": [ASK, {"role": "assistant", "value": said}]}
+    for record in (turns, {"user": Q, "assistant": said}) if said is True else (turns,):
         parser = ChatParser()
-        record = {"messages": [ASK, {"role": "assistant", key: said}]}
         assert parser.parse(json.dumps(record).encode()) == "content is not text"
-        assert parser.detail == f"{key} is {said!r} in a turn of role assistant: write it as text"
+        assert parser.detail == f"it is {said!r} in a turn of role assistant: write it as text"
+    parser = ChatParser()
+    record = {"messages": [ASK, REPLY], "system": 5}
+    assert parser.parse(json.dumps(record).encode()) == "content is not text"
+    assert parser.detail == "the system text is 5"
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"prompt": Q, "response": [A, "5"]},
+        {"question": Q, "context": ["x"], "answer": A},
+        {"conversation_a": [ASK, REPLY], "conversation_b": [ASK, REPLY]},
+        {"prompt": Q, "completion": A, "history": "Hi."},
+    ],
+)
+def test_the_first_records_are_not_dropped_for_what_stands_beside_their_messages(tmp_path, beside):
+    records = [{"messages": [ASK, REPLY], **beside}] * 120
+    assert read(write(tmp_path / "a", lines(records))) == ([PAIR] * 120, {"messages": 120})
+    assert isinstance(parse(beside), str)  # and is not read by itself
+
+
+def test_words_beside_an_empty_content_are_read(tmp_path):
+    asked = {"role": "user", "content": "", "parts": [{"type": "text", "text": Q}]}
+    told = {"from": "gpt", "value": "[]", "text": A}
+    records = [{"messages": [asked, told]}] * 120
+    for data in (lines(records), parquet(records)):
+        assert read(write(tmp_path / "a", data))[0] == [PAIR] * 120
+    silent = {"messages": [ASK, REPLY, {"role": "user", "content": ""}]}
+    assert turns(parse(silent)) == [*PAIR, ("user", "")]
+
+
+def test_gemini_s_thoughts_are_thoughts_wherever_they_stand(tmp_path):
+    thought = {"role": "assistant", "content": "Hm.", "isThought": True}
+    for data in (
+        lines([{"messages": [ASK, thought, REPLY]}]),
+        parquet([{"messages": [ASK, thought, REPLY]}]),
+    ):
+        (found,) = read_conversations(write(tmp_path / "a", data))
+        assert turns(found) == PAIR and found.messages[1].reasoning == "Hm."
 
 
 def test_a_number_beside_messages_is_no_other_answer():
@@ -343,13 +398,16 @@ def mutated(value, draw):
     return copy
 
 
-def test_no_record_is_a_traceback():
+def test_no_record_is_a_traceback(tmp_path):
+    """Neither one by itself, nor those of a file behind a line that is too long to be kept."""
     draw = random.Random(0)
     outcomes = Counter()
+    too_long = json.dumps({"messages": [ASK, REPLY | {"content": "x" * 20_000}]})
+    path = tmp_path / "a.jsonl"
     parsers = [ChatParser(), *(ChatParser(form=form) for form in FORMS)]
     parsers.append(ChatParser(columns={"user": "prompt.text.0", "assistant": "chosen.1.content"}))
     for record, *_ in READ.values():
-        for _ in range(120):
+        for number in range(120):
             changed = mutated(record, draw)
             for parser in (parsers[0], draw.choice(parsers)):
                 try:
@@ -358,6 +416,10 @@ def test_no_record_is_a_traceback():
                     found = "ambiguous"
                 outcomes[found if isinstance(found, str) else "read"] += 1
             columns_for(json.dumps(changed).encode(), {})
+            if number % 10 == 0:
+                path.write_text("\n".join([too_long, *[json.dumps(changed)] * 2]))
+                with suppress(DataError):
+                    list(read_conversations(path, max_record_bytes=20_000))
     assert outcomes["read"] > 1000 and len(outcomes) >= 10
 
 
@@ -390,6 +452,7 @@ def test_an_answer_beside_messages_counts_wherever_it_stands(tmp_path):
         assert read(write(tmp_path / "a.parquet", rows), form=form)[0] == [PAIR, AGAIN]
     with pytest.raises(Ambiguous, match="response and output"):
         parse(asked | {"output": "7."})
+    assert turns(parse(asked | {"choices": [{"message": MORE[1]}]})) == AGAIN  # the same
 
 
 def test_branches_wherever_they_stand(tmp_path):
@@ -398,6 +461,8 @@ def test_branches_wherever_they_stand(tmp_path):
     assert turns(parse(shown)) == other
     assert turns(parse({"currNode": "6", "messages": BRANCHES})) == other
     assert turns(parse({"currNode": "9", "messages": BRANCHES})) == AGAIN
+    for record in (shown, {"currNode": "6", "messages": BRANCHES}):
+        assert read(write(tmp_path / "a", parquet([record])))[0] == [other]
     plain = {"messages": [ASK | {"children": []}, REPLY]}
     found, _ = read(write(tmp_path / "a", lines([plain] * 120 + [{"messages": BRANCHES}])))
     assert found == [PAIR] * 120 + [AGAIN]

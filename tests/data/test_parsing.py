@@ -6,6 +6,7 @@ from medusa_exp.data import read_conversations
 from medusa_exp.data.parsing import ChatParser, Message, content_digest
 
 HI = {"from": "human", "value": "Hi"}
+ASK = {"role": "client", "content": "Hi"}
 HELLO = {"from": "gpt", "value": "Hello!"}
 
 
@@ -37,6 +38,7 @@ def turns(found):
         {"messages": [HI, {"role": "Assistant", "content": "Hello!", "tool_calls": []}]},
         {"conversations": [HI, HELLO], "system": None},
         {"conversations": [HI, HELLO], "system": " \n"},
+        {"conversations": [HI, HELLO], "system": "{}"},
     ],
 )
 def test_forms(record):
@@ -70,13 +72,73 @@ def test_role_map_adds_and_overrides():
     assert turns(parse(twice, {"narrator": "system"}))[0] == ("system", "x")
 
 
-@pytest.mark.parametrize("empty", ["", None, []])
+@pytest.mark.parametrize("empty", ["", None, [], "[]"])
 def test_of_two_texts_the_one_that_is_held_counts(empty):
     for one, other in (("value", "content"), ("content", "value")):
         turn = {"role": "user", one: empty, other: "Hi"}
         assert turns(parse({"messages": [turn, HELLO]}))[0] == ("user", "Hi")
     nothing = {"role": "user", "value": "", "content": None}
     assert turns(parse({"messages": [nothing, HELLO]}))[0] == ("user", "")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [ASK, {"role": "bot2", "content": "Hello!"}, ASK], "response": "Bye!"},
+        {"body": {"messages": [ASK, HELLO, ASK], "completion": "Bye!"}},
+        {"messages": json.dumps([ASK, HELLO, ASK]), "output": {"from": "Bot2", "value": "Bye!"}},
+    ],
+)
+def test_role_map_counts_where_an_answer_is_looked_for(record):
+    found = turns(parse(record, {"client": "user", "bot2": "assistant"}))
+    assert found == [("user", "Hi"), ("assistant", "Hello!"), ("user", "Hi"), ("assistant", "Bye!")]
+
+
+def test_an_answer_after_a_transcript_loses_its_space_by_columns_too():
+    record = {"prompt": "Human: Hi\nAssistant:", "completion": " Hello!"}
+    chosen = ChatParser(columns={"user": "prompt", "assistant": "completion"})
+    assert (
+        turns(chosen.parse(record))
+        == turns(parse(record))
+        == turns(parse({"messages": [HI, HELLO]}))
+    )
+
+
+def test_role_map_may_swap_roles():
+    record = {
+        "messages": [{"role": "assistant", "content": "Hi"}],
+        "response": {"role": "user", "content": "Hello!"},
+    }
+    found = parse(record, {"user": "assistant", "assistant": "user"})
+    assert turns(found) == [("user", "Hi"), ("assistant", "Hello!")]
+    thought = {"role": "Bot2", "content": "Hm.", "channel": "analysis"}
+    found = parse({"messages": [HI, thought, HELLO]}, {"bot2": "assistant"})
+    assert found.messages[1].reasoning == "Hm."
+
+
+@pytest.mark.parametrize(
+    "system",
+    ['{"name":"Bot"}', '{"text":"Be brief.","tone":"x"}', '["a"]', ' {"content": "x"}', '{"a": 1'],
+)
+def test_a_system_text_that_is_json_stays_a_text(system):
+    record = {"messages": [HI, HELLO], "system": system}
+    pair = {"prompt": "Hi", "completion": "Hello!", "system_prompt": system}
+    for one in (record, record | {"tools": [{"name": "f"}]}, pair):
+        for raw in (one, json.dumps(one).encode()):
+            assert ChatParser().parse(raw).messages[0] == Message("system", system)
+    chosen = ChatParser(
+        columns={"user": "prompt", "assistant": "completion", "system": "system_prompt"}
+    )
+    assert chosen.parse(pair).messages[0] == Message("system", system)
+
+
+@pytest.mark.parametrize(
+    "system", ['[{"text": "Be brief."}]', '{"role": "system", "parts": [{"text": "Be brief."}]}']
+)
+def test_a_system_text_may_be_parts_as_json(system):
+    record = {"messages": [HI, HELLO], "system": system}
+    for raw in (record, json.dumps(record).encode()):
+        assert ChatParser().parse(raw).messages[0] == Message("system", "Be brief.")
 
 
 @pytest.mark.parametrize("system", ["Be brief.", ["Be ", {"type": "text", "text": "brief."}]])
@@ -176,7 +238,7 @@ def test_what_is_not_read_may_be_what_no_number_or_text_holds(tmp_path, beside):
     said = json.dumps([HI, HELLO]).encode()
     raw = b'{"conversations": ' + said + b", " + beside + b"}"
     found = ChatParser()
-    assert turns(found.parse(raw, 1)) == turns(ChatParser(num_looked_at=0).parse(raw, 1))
+    assert turns(found.parse(raw, 1)) == turns(ChatParser(look_at=0).parse(raw, 1))
     [name] = found.unused
     assert name.encode() in (b"logprob", b"n", "\ufffd".encode())
     unread = found.parse(b"{" + beside + b"}", 2)

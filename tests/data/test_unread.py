@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from chat_files import write
+from chat_files import parquet, write
 from chat_forms import ASK, BRANCHES, BRIEF, PAIR, REFUSED, REPLY, A, Q, lines, read, turns
 
 from medusa_exp.data import DataError, read_conversations
@@ -103,6 +103,36 @@ def test_a_remedy_that_is_named_works(tmp_path, record, columns, system):
 
 
 @pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        (
+            {
+                "request": {"messages": [ASK, REPLY, ASK]},
+                "response": {"choices": [{"message": REPLY}]},
+            },
+            "{user: request.messages, assistant: response.choices.0.message.content}",
+        ),
+        (
+            {"body": {"messages": [ASK, REPLY, ASK]}, "output": A},
+            "{user: body.messages, assistant: output}",
+        ),
+        (
+            {"chat": [ASK, REPLY, ASK], "output": {"text": A}},
+            "{user: chat, assistant: output.text}",
+        ),
+        ({"chat": [ASK, REPLY, ASK], "score": 1}, "{messages: chat}"),
+    ],
+)
+def test_a_remedy_reads_the_answer_to_the_last_question(tmp_path, record, columns):
+    path = write(tmp_path / "a.jsonl", lines([record] * 2))
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path))
+    assert f"say 'dataset.columns={columns}'." in str(caught.value)
+    chosen = dict(re.findall(r"(\w+): ([\w.]+)", columns))
+    assert read(path, columns=chosen)[0][0] == (PAIR * 2)[: 4 if "user" in chosen else 3]
+
+
+@pytest.mark.parametrize(
     "record",
     [
         {"message_1": Q, "message_2": A},
@@ -116,9 +146,12 @@ def test_where_none_would_be_right_no_columns_are_named(record):
     assert columns_for(json.dumps(record).encode(), {}) == ""
 
 
-@pytest.mark.parametrize("name", ["two replies", "two chats", "two dialogs"])
-def test_a_choice_that_is_offered_works(tmp_path, name):
-    path = write(tmp_path / "a.jsonl", lines([REFUSED[name][0] | {"system": "Be brief."}] * 2))
+@pytest.mark.parametrize(
+    "system", [{"system": "Be brief."}, {"systemInstruction": {"parts": [{"text": "Be brief."}]}}]
+)
+@pytest.mark.parametrize("name", ["two replies", "two chats", "two dialogs", "two answers"])
+def test_a_choice_that_is_offered_works(tmp_path, name, system):
+    path = write(tmp_path / "a.jsonl", lines([REFUSED[name][0] | system] * 2))
     with pytest.raises(DataError) as caught:
         list(read_conversations(path))
     assert "dataset.form" not in str(caught.value)
@@ -143,6 +176,33 @@ def test_keys_that_would_change_what_is_trained_are_a_warning(tmp_path, caplog, 
     assert [line.levelname for line in caplog.records if f": {key} (1)" in line.message] == [level]
 
 
+@pytest.mark.parametrize(
+    ("form", "record"),
+    [
+        ("contents", {"question": Q, "answer": {"text": A}}),
+        ("messages", {"messages": [ASK], "label": REPLY}),
+        ("prompt", REFUSED["two replies"][0]),
+    ],
+)
+def test_columns_are_not_named_beside_a_form(tmp_path, form, record):
+    path = write(tmp_path / "a.jsonl", lines([record] * 2))
+    words = f"dataset.columns=.* Leave out dataset.form={form} then.$"
+    with pytest.raises(DataError, match=words):
+        list(read_conversations(path, form=form))
+    if form == "contents":  # a table without a column of the form
+        with pytest.raises(DataError, match=words):
+            list(read_conversations(write(tmp_path / "a", parquet([record])), form=form))
+    with pytest.raises(DataError, match=r"dataset.columns=(?!.*dataset.form=)"):
+        list(read_conversations(path))
+
+
+def test_no_choice_names_keys_within_a_request(tmp_path):
+    body = {"messages": [ASK], "response": A, "output": "5"}
+    with pytest.raises(DataError, match=r"the keys response and output.*within its body") as caught:
+        list(read_conversations(write(tmp_path / "a.jsonl", lines([{"body": body}]))))
+    assert "{user: messages" not in str(caught.value)
+
+
 def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):
     chat = {"messages": [ASK, REPLY | {"deleted": True}], "topic": "sums"}
     path = write(tmp_path / "a", lines([{"chat": chat, "n": 1}]))
@@ -158,13 +218,21 @@ def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):
         {"messages": [{"author": "user", "content": Q}, {"author": "bot", "text": A}]},
         {"messages": [{"sender": "user", "role": "human", "content": Q, "text": Q}, REPLY]},
         {"messages": [{"type": "human", "data": {"content": Q}}, REPLY]},
-        {"messages": BRANCHES},
+        {"messages": BRANCHES, "currNode": "7"},
+        {"messages": BRANCHES, "conv": {"currNode": "7"}},
+        {"body": {"messages": [ASK], "response": A}},
         {"conversation": [{"input": Q, "output": A}]},
     ],
 )
 def test_what_is_read_is_not_counted_as_unused(record):
     parser = ChatParser()
     assert turns(parser.parse(json.dumps(record).encode()))[:2] == PAIR and not parser.unused
+
+
+def test_the_end_of_a_branch_is_counted_where_there_is_none():
+    parser = ChatParser()
+    parser.parse(json.dumps({"messages": [ASK, REPLY], "conv": {"currNode": "7"}}).encode())
+    assert {*parser.unused} == {"conv"}
 
 
 def test_what_is_passed_over_in_a_turn_is_counted():

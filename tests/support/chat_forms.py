@@ -119,6 +119,21 @@ READ = {
     "input and output": ({"input": Q, "output": A}, "input", PAIR),
     "nemotron": ({"input": [ASK], "output": A, "system_prompt": "Be brief."}, "input", BRIEF),
     "prompt and completion": ({"prompt": Q, "completion": A}, "prompt", PAIR),
+    "prompt of JSON": (
+        {"prompt": '{"city": "Paris"}', "completion": A},
+        "prompt",
+        [("user", '{"city": "Paris"}'), PAIR[1]],
+    ),
+    "prompt of JSON objects": (
+        {"prompt": '[{"author": "Ann", "text": "Hi", "n": 1}]', "completion": A},
+        "prompt",
+        [("user", '[{"author": "Ann", "text": "Hi", "n": 1}]'), PAIR[1]],
+    ),
+    "prompt of messages as a text": (
+        {"prompt": json.dumps([ASK | {"id": 1}]), "completion": A},
+        "prompt",
+        PAIR,
+    ),
     "prompt and completion of messages": ({"prompt": [ASK], "completion": [REPLY]}, "prompt", PAIR),
     "user and assistant": ({"user": Q, "assistant": A, "system": "Be brief."}, "user", BRIEF),
     "hh-rlhf": ({"chosen": HH, "rejected": "\n\nHuman: x"}, "chosen", PAIR),
@@ -208,6 +223,11 @@ READ = {
     ),
     "lmsys-chat-1m": (
         {"conversation_id": "c-1", "model": "m", "conversation": [ASK, REPLY], "turn": 1},
+        "conversation",
+        PAIR,
+    ),
+    "a list of no turns before another": (
+        {"conversation": [], "dialog": [ASK, REPLY]},
         "conversation",
         PAIR,
     ),
@@ -325,6 +345,32 @@ READ = {
         "messages",
         AGAIN,
     ),
+    "branches from the first question on": (
+        {
+            "messages": [
+                child("1", "user", "An older question", "2"),
+                child("2", "assistant", "An older answer"),
+                child("3", "user", Q, "4"),
+                child("4", "assistant", A, "5"),
+                child("5", "user", "And 3+3?", "6"),
+                child("6", "assistant", "6."),
+            ]
+        },
+        "messages",
+        AGAIN,
+    ),
+    "branches after a system message": (
+        {
+            "messages": [
+                child("0", "system", "Be brief."),
+                child("1", "user", "An older question"),
+                child("3", "user", Q, "4"),
+                child("4", "assistant", A),
+            ]
+        },
+        "messages",
+        BRIEF,
+    ),
     "text-generation-webui": (
         {
             "internal": [["<|BEGIN-VISIBLE-CHAT|>", "Hi!"], [Q, A]],
@@ -374,6 +420,10 @@ REFUSED = {
     "two replies": (
         {"prompt": Q, "completion": A, "response": "5"},
         "by the keys completion and response.*dataset.columns",
+    ),
+    "two answers": (
+        {"messages": [ASK], "response": "5", "choices": [{"index": 0, "message": REPLY}]},
+        "by the keys response and choices.0.message.*dataset.columns",
     ),
     "two chats": (
         {"messages": [ASK, REPLY], "conversations": [ASK, {"from": "gpt", "value": "5"}]},

@@ -150,7 +150,7 @@ class Part:
     def _items(self) -> Iterator[RawChat]:
         text = self.content.whole()
         items = _whole_text(self.name, text, _decode_list)
-        if items and is_turn(_decoded(items[0])):
+        if items and is_turn(_value_or_none(items[0])):
             yield text  # the turns of one chat
         else:
             yield from items
@@ -316,7 +316,7 @@ def _records(name: str, text: Any) -> Iterator[RawChat]:
         yield from found
 
 
-def _decoded(text: Any) -> Any:
+def _value_or_none(text: Any) -> Any:
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):

@@ -30,8 +30,9 @@ from medusa_exp.data.parsing import (
     Message,
     columns_to_read,
     content_digest,
+    value_of,
 )
-from medusa_exp.data.raw_chats import RawChat, decode_leniently, raw_bytes
+from medusa_exp.data.raw_chats import RawChat, raw_bytes
 from medusa_exp.data.records import SYSTEMS, Ambiguous
 from medusa_exp.data.remedies import columns_for
 from medusa_exp.data.turns import CALLS, PICTURES, REASONING, ROLES, SWITCHES, TOOLS
@@ -106,6 +107,8 @@ class ReadOptions:
             return
         if self.form != "auto":
             raise DataError("dataset.form and dataset.columns are both set: use one of them.")
+        if {"messages", "user"} <= {*self.columns}:
+            raise DataError("dataset.columns: messages holds the user's texts too: leave out user.")
         if ("assistant" in self.columns) == ("messages" in self.columns):
             raise DataError(
                 "dataset.columns needs the key of the assistant's texts, as in '{user: question, "
@@ -265,14 +268,16 @@ class Reading:
                     raise DataError(f"{place}: {found}{detail}.")
                 self.dropped[found] += 1
                 self.examples.setdefault(found, f"{place}{detail}")
+            faulty.check(number)
         except Ambiguous as ways:
-            place = _place(source, number)
-            raise faults.ambiguous(place, str(ways), ways.remedy) from ways
+            error = faults.ambiguous(_place(source, number), str(ways), ways.remedy)
+            raise _without_form(options.form, error) from ways
+        except NoChats as error:
+            raise _without_form(options.form, error) from error
         finally:
             self._count_forms(parser, number - faulty.num_chats)
             for column in {*source.keys} - {*self._columns, *parser.unused}:
                 self.unused[column] += parser.num_looked_at
-        faulty.check(number)
 
     def _watched(self, source: ChatFile | Part | HubData, items: Iterable[T]) -> Iterator[T]:
         """Yield what is read of a source, and say where one is that takes long to come."""
@@ -294,6 +299,13 @@ class Reading:
             self.forms["messages"] += direct
 
 
+def _without_form(form: str, error: DataError) -> DataError:
+    """Return an error, which where dataset.columns mends it says what cannot be beside that."""
+    if form == "auto" or "dataset.columns=" not in str(error):
+        return error
+    return type(error)(f"{error} Leave out dataset.form={form} then.")
+
+
 def _place(source: Part | HubData, number: int) -> str:
     line = f" (line {source.line})" if source.line else ""
     return f"{source.name}, record {number}{line}"
@@ -306,9 +318,8 @@ class _FaultyChats:
     source: Part | HubData
     role_map: Mapping[str, str]
     reasons: Counter[str] = field(default_factory=Counter)
-    first: RawChat = b""
-    first_line: int = 0
-    first_detail: str = ""
+    firsts: dict[str, tuple[RawChat, int, str]] = field(default_factory=dict)
+    """Of each reason, the first chat, its line and what shows it."""
 
     @property
     def num_chats(self) -> int:
@@ -321,8 +332,7 @@ class _FaultyChats:
         Raises:
             DataError: it shows that the file is not in UTF-8.
         """
-        if not self.reasons:
-            self.first, self.first_line, self.first_detail = raw, self.source.line, detail
+        self.firsts.setdefault(reason, (raw, self.source.line, detail))
         self.reasons[reason] += 1
         is_first = self.reasons[reason] == 1
         if reason == NOT_UTF8 and is_first and isinstance(self.source, Part):
@@ -342,30 +352,27 @@ class _FaultyChats:
             raise faults.no_records(name)
         if self.num_chats < num_records:
             return
-        if self.first_line and self.reasons[NOT_JSON] == num_records:
-            raise faults.no_json_line(name, self.first_line, raw_bytes(self.first))
+        reason = max(self.reasons, key=lambda reason: self.reasons[reason])
+        first, line, detail = self.firsts[reason]
+        if line and self.reasons[NOT_JSON] == num_records:
+            raise faults.no_json_line(name, line, raw_bytes(first))
         if self.reasons[NOT_JSON] or self.reasons[NOT_UTF8]:
             return
-        reason = max(self.reasons, key=lambda reason: self.reasons[reason])
         if reason == NO_FORM:
             is_table = bool(self.source.keys)
-            first = _decoded(self.first) or {}
-            keys = self.source.keys or tuple(first)
-            for key in self.source.columns if isinstance(first, dict) else ():
-                if error := faults.not_json_list(name, key, first.get(key)):
+            record = value_of(first)
+            keys = self.source.keys or tuple(record)
+            for key in self.source.columns:
+                if error := faults.not_json_list(name, key, record.get(key)):
                     raise error
-            columns = columns_for(self.first, self.role_map)
+            columns = columns_for(first, self.role_map)
             raise faults.no_form(name, keys, "columns" if is_table else "keys", columns)
-        if reason == NO_REPLY and (columns := columns_for(self.first, self.role_map)):
+        if reason == NO_REPLY and (columns := columns_for(first, self.role_map)):
             raise faults.no_answer(name, columns)
         if reason == NOT_OBJECT:
-            raise faults.single_value(name, _decoded(self.first))
+            raise faults.single_value(name, value_of(first))
         if reason in (UNKNOWN_ROLE, NOT_A_TURN, A_ROW):
-            raise faults.no_usable_turn(name, reason, self.first_detail)
-
-
-def _decoded(raw: RawChat) -> Any:
-    return raw if isinstance(raw, dict) else decode_leniently(raw_bytes(raw))
+            raise faults.no_usable_turn(name, reason, detail)
 
 
 def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any) -> Reading:

@@ -6,7 +6,7 @@ have its form. Turns are as `parsing` reads them: objects of a role (`from`) and
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from medusa_exp.data.faults import A_ROW, AS_RECORDS
@@ -14,10 +14,10 @@ from medusa_exp.data.pairs import (
     ASKED,
     CONTEXTS,
     REPLIES,
+    after,
     answer_beside,
     answered,
     as_text,
-    is_reply,
     joined,
     pair,
     said_by,
@@ -32,13 +32,13 @@ from medusa_exp.data.records import (
     check_same_talk,
     columns_in,
     system_in,
+    system_text,
 )
 from medusa_exp.data.transcripts import chat_in
-from medusa_exp.data.trees import best_branch, branch_in, longest_branch
+from medusa_exp.data.trees import best_branch, branch_in, is_tree, longest_branch
 from medusa_exp.data.turn_lists import (
     ROLE_NAMES,
     TALKS,
-    Record,
     as_parts,
     get,
     is_alternation,
@@ -46,7 +46,15 @@ from medusa_exp.data.turn_lists import (
     role_in,
     turns_of,
 )
-from medusa_exp.data.turns import PICTURES, TOOLS, Unusable, decoded, is_held
+from medusa_exp.data.turns import (
+    BAD_CALLS,
+    PICTURES,
+    TOOLS,
+    Record,
+    Unusable,
+    from_json_text,
+    is_held,
+)
 
 NO_WINNER = "two conversations without a winner"
 BOTH_BAD = "two conversations, both marked as bad"
@@ -65,34 +73,36 @@ class Form:
     """What it reads of a record, but for ids and system texts."""
     read: Callable[[Any], Chat | None]
     more: tuple[str, ...] = ()
-    """What it reads where these lack an answer."""
+    """What else it may read: `Chat.more` says what it did."""
 
 
 def _messages(record: Any) -> Chat | None:
     """Read ShareGPT's `conversations`, OpenAI's `messages`; either may be JSON in a text."""
     if not isinstance(record, dict):
         return None
-    shown = _shown(record)
-    values = [branch_in(listed(record.get(key)), shown) for key in ("conversations", "messages")]
-    lists = [turns for turns in values if isinstance(turns, list)]
-    if not lists:
+    values = {key: listed(record.get(key)) for key in ("conversations", "messages")}
+    talks = {key: value for key, value in values.items() if isinstance(value, list)}
+    if not talks:
         return None
+    more, shown = _shown(record) if any(map(is_tree, talks.values())) else ((), None)
+    talks = {key: branch_in(talk, shown) for key, talk in talks.items()}
     system = system_in(record)
-    both = {"conversations": values[0], "messages": values[1]}
-    check_same_talk(both, system, columns_in(record, "messages: KEY"))
-    turns = turns_of(lists[0] or lists[-1]) or []
+    check_same_talk(talks, system, columns_in(record, "messages: KEY"))
+    turns = turns_of(next(filter(None, talks.values()), [])) or []
     is_of_other = any(is_held(record.get(key)) for key in (*ASKED, "chosen"))
     if turns and role_in(turns[-1]) == "user" and not is_of_other:
-        key, reply = answer_beside(record, next(key for key in both if both[key]))
+        key, reply = answer_beside(record, next(key for key, talk in talks.items() if talk))
         if key is not None:
-            return Chat([*turns, *reply], system, record, (key,))
-    return Chat(turns, system, record)
+            return Chat([*turns, *reply], system, record, (*more, key))
+    return Chat(turns, system, record, more)
 
 
-def _shown(record: Record) -> Any:
-    """Return the id of the message at whose end a chat stood, where the record names it."""
-    places = (record, record.get("conv"))
-    return next((get(place, key) for place in places for key in _LEAVES if get(place, key)), None)
+def _shown(record: Record) -> tuple[tuple[str, ...], Any]:
+    """Return the key under which a record names the message at whose end it stood, and its id."""
+    inner = from_json_text(record.get("conv"))
+    found = [((key,), record.get(key)) for key in _LEAVES]
+    found += [(("conv",), get(inner, key)) for key in _LEAVES]
+    return next(((key, shown) for key, shown in found if shown), ((), None))
 
 
 def _conversation(record: Any) -> Chat | None:
@@ -105,7 +115,7 @@ def _conversation(record: Any) -> Chat | None:
         return None
     system = system_in(record)
     check_same_talk(talks, system, columns_in(record, "messages: KEY"))
-    turns = turns_of(found[0]) or []
+    turns = turns_of(next(filter(None, found), [])) or []
     return Chat([turn for turn in turns if get(turn, "content") != _BEGIN], system)
 
 
@@ -149,13 +159,13 @@ def _chosen(record: Any) -> Chat | None:
     replies = (
         said_by(chosen, "assistant") if asked else chat_in(chosen) or said_by(chosen, "assistant")
     )
-    if not is_reply(replies[0]):
+    if role_in(replies[0]) != "assistant":
         return Chat(replies, system_in(record))
     if not asked:
         before = _messages(record)
-        if before is None or not before.turns or is_reply(before.turns[-1]):
+        if before is None or not before.turns or role_in(before.turns[-1]) == "assistant":
             return None
-        return Chat([*before.turns, *replies], before.system)
+        return Chat([*before.turns, *replies], before.system, more=before.more)
     if asked != ["instruction", "input"]:
         check_alike(record, asked, columns_in(record, "user: KEY, assistant: chosen", CONTEXTS))
     return Chat(joined(record, asked[0], CONTEXTS, replies), system_in(record))
@@ -163,7 +173,7 @@ def _chosen(record: Any) -> Chat | None:
 
 def _contents(record: Any) -> Chat | None:
     """Read Gemini's `contents`: `parts` of text, in the roles user and model."""
-    contents = decoded(get(record, "contents"))
+    contents = from_json_text(get(record, "contents"))
     if not (isinstance(contents, list) and contents and isinstance(contents[0], dict)):
         return None
     turns = [{"role": "user", **turn} if isinstance(turn, dict) else turn for turn in contents]
@@ -171,11 +181,21 @@ def _contents(record: Any) -> Chat | None:
 
 
 def _body(record: Any) -> Chat | None:
-    """Read the `messages` (`contents`) in a batch request's `body`, `params` or `request`."""
+    """Read the `messages` (`contents`) in a batch request's `body`, `params` or `request`.
+
+    Not where their answer stands outside of it, in whatever form: it would be lost.
+    """
     for key in _WRAPPERS:
-        inner = decoded(get(record, key))
-        if isinstance(inner, dict) and (chat := _messages(inner) or _contents(inner)):
-            return chat
+        inner = from_json_text(get(record, key))
+        try:
+            chat = _messages(inner) or _contents(inner)
+        except Ambiguous as ways:  # its remedy would name keys of the record
+            raise Ambiguous(f"{ways}, within its {key}") from ways
+        if chat:
+            is_open = bool(chat.turns) and role_in(chat.turns[-1]) == "user"
+            if is_open and any(is_held(record.get(reply)) for reply in (*REPLIES, "choices")):
+                return None
+            return replace(chat, more=tuple(f"{key}.{name}" for name in chat.more))
     return None
 
 
@@ -194,7 +214,7 @@ def _winner(record: Any) -> Chat | None:
 
 def _mapping(record: Any) -> Chat | None:
     """Read the longest branch of an exported chat's `mapping`."""
-    mapping = decoded(get(record, "mapping"))
+    mapping = from_json_text(get(record, "mapping"))
     if not isinstance(mapping, dict):
         return None
     messages = longest_branch(mapping, get(record, "current_node"))
@@ -207,9 +227,9 @@ def _of_export(message: Record) -> Record:
     if isinstance(fragments := message.get("fragments"), list):
         return _of_fragments(fragments)
     parts = content.get("parts") if isinstance(content, dict) else content
-    if role == "assistant" and message.get("recipient") not in (None, "all"):
+    if role == "assistant" and (to := message.get("recipient")) not in (None, "all"):
         # What it says is another's input, in a form of its own.
-        return {"role": role, "content": parts, "tool_calls": [message.get("recipient")]}
+        raise Unusable(BAD_CALLS, f"one is a message to {to!r:.60}")
     return {"role": role, "content": content if parts is None else as_parts(parts)}
 
 
@@ -225,7 +245,7 @@ def _of_fragments(fragments: list[Any]) -> Record:
 
 def _replies(record: Any) -> Chat | None:
     """Read the best ranked, else the longest, branch of a tree of `replies`."""
-    root = decoded(get(record, "prompt"))
+    root = from_json_text(get(record, "prompt"))
     if not (isinstance(root, dict) and isinstance(root.get("replies"), list)):
         return None
     return Chat(turns_of(best_branch(root)) or [])
@@ -233,7 +253,7 @@ def _replies(record: Any) -> Chat | None:
 
 def _data(record: Any) -> Chat | None:
     """Read a list of texts, the user's and the assistant's in turn."""
-    data = decoded(get(record, "data"))
+    data = from_json_text(get(record, "data"))
     return Chat(turns_of(data) or []) if is_alternation(data) else None
 
 
@@ -272,8 +292,9 @@ def _refuse_row(record: list[Any]) -> None:
         raise Unusable(A_ROW, f"it is {record!r:.60}")
 
 
+_BESIDE = (*REPLIES, "choices", *_LEAVES, "conv")
 FORMS = {
-    "messages": Form(("conversations", "messages"), _messages, (*REPLIES, "choices")),
+    "messages": Form(("conversations", "messages"), _messages, _BESIDE),
     "conversation": Form(TALKS, _conversation),
     "prompt": Form(("prompt", *REPLIES, "history"), _prompt),
     "instruction": Form(("instruction", *CONTEXTS, *REPLIES, "history"), _instruction),
@@ -301,13 +322,15 @@ def by_columns(columns: Mapping[str, str]) -> Form:
 
     def read(record: Any) -> Chat | None:
         found = {role: at(record, path) for role, path in columns.items()}
+        system = system_text(found.get("system"))
         if "messages" in columns:
             turns = turns_of(found["messages"])
-            return Chat(turns, found.get("system")) if turns else None
+            return Chat(turns, system) if turns else None
         if found["assistant"] is None or ("user" in columns and found["user"] is None):
             return None
         asked = said_by(found["user"], "user") if "user" in columns else []
-        return Chat([*asked, *answered(as_text(found["assistant"]))], found.get("system"))
+        replies = after(found.get("user"), answered(as_text(found["assistant"])))
+        return Chat([*asked, *replies], system)
 
     paths = columns.values()
     return Form((*paths, *(path.partition(".")[0] for path in paths)), read)

@@ -7,16 +7,25 @@ from medusa_exp.data.records import Chat, check_alike, columns_in, system_in
 from medusa_exp.data.transcripts import prompt_in, transcript_in
 from medusa_exp.data.turn_lists import (
     LISTS,
-    Record,
+    WHO,
     flat,
     get,
     is_alternation,
     is_turn,
     listed,
     names_a_turn,
+    role_in,
     turns_of,
 )
-from medusa_exp.data.turns import ROLE_OF, Unusable, decoded, is_held
+from medusa_exp.data.turns import (
+    ROLES,
+    Record,
+    Unusable,
+    first_filled,
+    from_json_text,
+    is_held,
+    role_called,
+)
 
 NO_ROOM = "a context beside messages, in none of which it has a place"
 NOT_A_CONTEXT = "a context that is not text"
@@ -33,7 +42,7 @@ def pair(
     """Read a question and its answer, each a text or a list of messages."""
     asks = [key for key in asked if get(record, key) is not None]
     replies = [key for key in replied if key in record] if asks else []
-    if not replies or isinstance(decoded(record[asks[0]]), dict):
+    if not replies or _is_tree(record[asks[0]]):
         return None
     given = [key for key in replies if record[key] is not None] or replies
     reply = record[given[0]]
@@ -47,26 +56,38 @@ def pair(
     return Chat(joined(record, asks[0], contexts, replies), system_in(record))
 
 
+def _is_tree(asked: Any) -> bool:
+    """Is it no question, but an object, as of a tree of `replies`? A text may be any other JSON."""
+    root = from_json_text(asked)
+    return isinstance(root, dict) and (root is asked or isinstance(root.get("replies"), list))
+
+
 def answer_beside(record: Record, asked: str) -> tuple[str | None, list[Any]]:
     """Return the key of the answer to messages that end with a question, and its turns.
 
     The messages stand under the key `asked`. The answer is a text, or an assistant's turn.
     """
     found: Record = {}
-    for key in (*REPLIES, "choices"):
+    for key in REPLIES:
         said = listed(record.get(key))
-        if key == "choices" and isinstance(said, list):
-            said = [get(choice, "message") for choice in said]
         turns = [said] if isinstance(said, dict) else said
-        if isinstance(turns, list) and len(turns) == 1 and is_reply(turns[0]):
-            found[key] = turns
-        elif isinstance(text := record.get(key), str) and text.strip() and key in REPLIES:
-            found[key] = text  # which may be JSON of another kind
+        if _is_reply(turns):
+            found[key] = answered(turns)
+        elif isinstance(text := record.get(key), str) and text.strip():
+            found[key] = answered(text)  # which may be JSON of another kind
+    choices = from_json_text(record.get("choices"))
+    said = [get(choice, "message") for choice in choices] if isinstance(choices, list) else None
+    if _is_reply(said):
+        found["choices.0.message"] = answered(said)
     if not found:
         return None, []
-    check_alike(record, [*found], columns_in(record, f"user: {asked}, assistant: KEY"))
-    key, value = next(iter(found.items()))
-    return key, answered(value)
+    check_alike(found, [*found], columns_in(record, f"user: {asked}, assistant: KEY"))
+    path, turns = next(iter(found.items()))
+    return path.partition(".")[0], turns
+
+
+def _is_reply(turns: Any) -> bool:
+    return isinstance(turns, list) and len(turns) == 1 and role_in(turns[0]) == "assistant"
 
 
 def answered(reply: Any) -> list[Any]:
@@ -88,12 +109,17 @@ def joined(record: Record, asked: str, contexts: tuple[str, ...], replies: list[
             if (content := _content(turns[-1])) is None:
                 raise Unusable(NO_ROOM)
             turns[-1] = {**turns[-1], "content": f"{content}\n\n{text}"}
-    if prompt_in(record[asked]) and (said := _content(replies[0])) is not None:
-        replies = [{**replies[0], "content": said.strip()}, *replies[1:]]
     earlier = turns_of(history := record.get("history"))
     if earlier is None and is_held(history):
         raise Unusable(BAD_HISTORY, f"it is {history!r:.60}")
-    return [*(earlier or []), *turns, *replies]
+    return [*(earlier or []), *turns, *after(record[asked], replies)]
+
+
+def after(asked: Any, replies: list[Any]) -> list[Any]:
+    """Return the turns of an answer; after a transcript without the space that stood before it."""
+    if not prompt_in(asked) or (said := _content(replies[0])) is None:
+        return replies
+    return [{**replies[0], "content": said.strip()}, *replies[1:]]
 
 
 def as_text(value: Any) -> Any:
@@ -109,19 +135,22 @@ def _content(turn: Any) -> str | None:
 
 def said_by(value: Any, role: str) -> list[Any]:
     """Return the turns of a list of messages or of a text, which may be a whole transcript."""
-    is_parts = isinstance(value, list) and any(map(_is_part, value))
-    of_messages = is_turn(value) or (isinstance(value, list) and not is_parts)
-    if isinstance(value, str) and not isinstance(inner := decoded(value), str):
-        of_messages = is_turn(flat(inner[0] if isinstance(inner, list) and inner else inner))
     in_text = prompt_in if role == "user" else transcript_in
-    turns = turns_of(value) if of_messages else in_text(value)
+    turns = turns_of(value) if _is_of_messages(value) else in_text(value)
     return turns or [{"role": role, "content": value}]
+
+
+def _is_of_messages(value: Any) -> bool:
+    """Is it messages, and not a text, of which JSON may be the words, or parts of one?"""
+    if isinstance(value, list):
+        return not any(map(_is_part, value))
+    inner = from_json_text(value)
+    if isinstance(inner, list) and inner:
+        first = flat(inner[0])
+        is_of_role = names_a_turn(first) and role_called(first_filled(first, WHO)) in ROLES
+        return is_of_role or is_turn(first)
+    return is_turn(inner)
 
 
 def _is_part(value: Any) -> bool:
     return isinstance(value, dict) and "type" in value and not names_a_turn(flat(value))
-
-
-def is_reply(turn: Any) -> bool:
-    role = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    return isinstance(role, str) and ROLE_OF.get(role.lower()) == "assistant"

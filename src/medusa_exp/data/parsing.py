@@ -19,23 +19,27 @@ from medusa_exp.data.forms import FORMS, Form, by_columns, columns_of
 from medusa_exp.data.pairs import SEVERAL_ANSWERS
 from medusa_exp.data.raw_chats import RawChat, TooLong, decode_leniently, num_bytes, raw_bytes
 from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, id_in
-from medusa_exp.data.turn_lists import is_alternation
+from medusa_exp.data.turn_lists import is_alternation, known_names, renamed
 from medusa_exp.data.turns import (
     CALLERS,
     NOT_TEXT,
     NOT_TO_TRAIN,
     PICTURES,
     ROLE_OF,
+    ROLES,
     TOOLS,
     USED,
     Unusable,
     check_one_text,
     fields_of,
-    first_held,
+    first_filled,
+    from_json_text,
     has_calls,
     is_switched_on,
+    name_in,
     reasoning_of,
     refuse_pictures,
+    role_called,
     texts_of,
     tools_of,
     with_calls,
@@ -56,7 +60,7 @@ TOO_LARGE = "larger than dataset.max_record_bytes"
 
 _OF_ID = ("conversations", "messages", "id", "system")
 """What the id of a row without one is made of, where it has the first form."""
-_NOT_OF_ID = (*TOOLS, *PICTURES, "choices")
+_NOT_OF_ID = (*TOOLS, *PICTURES, "choices", "currNode", "conv")
 """What it is not made of in another form: earlier runs did not read it.
 
 All other keys that `columns_of` names count, in its order: one that a form newly reads beside its
@@ -115,7 +119,8 @@ class _TurnBase(msgspec.Struct, gc=False):
 
 
 _Turn = _with_raw(
-    _TurnBase, sorted({*USED, *PICTURES, "channel", "children"} - {"reasoning_content"})
+    _TurnBase,
+    sorted({*USED, *PICTURES, "channel", "isThought", "children"} - {"reasoning_content"}),
 )
 _NUM_SAID = len(_TurnBase.__struct_fields__)
 _PLAIN = astuple(_Turn())[_NUM_SAID:]
@@ -154,7 +159,7 @@ class ChatParser:
         form: str = "auto",
         columns: Mapping[str, str] | None = None,
         source: str = "",
-        num_looked_at: int = 100,
+        look_at: int = 100,
         max_bytes: int | None = None,
     ) -> None:
         """Choose what is read.
@@ -164,19 +169,21 @@ class ChatParser:
             form: one of `FORMS`, or auto, which takes the one that a raw chat fits.
             columns: as `by_columns` has them; then nothing else is read.
             source: the name of the source, for messages.
-            num_looked_at: raw chats, the first ones, that are looked at for keys that are not
-                used, and for those of another form beside their messages.
+            look_at: so many raw chats are looked at for keys that are not used, and for those of
+                another form beside their messages.
             max_bytes: what is larger is not looked at.
         """
         self._max_bytes = max_bytes
-        self._role_of = {**ROLE_OF, **(role_map or {})}
-        self._callers = {*CALLERS} - {*(role_map or {})}
+        role_map = role_map or {}
+        self._role_of = {**ROLE_OF, **role_map}
+        self._names = known_names(role_map)
+        self._callers = {*CALLERS} - {*role_map}
         self._role_at_once = {k: v for k, v in self._role_of.items() if k not in self._callers}
         """Whose turns are read as they stand: what a caller says is to be decoded."""
         self._forms = forms_of(form, columns)
         self._is_row = False
         self._is_direct = "messages" in self._forms
-        self._num_looked_at = num_looked_at
+        self._look_at = look_at
         self.num_looked_at = 0
         self.unused: Counter[str] = Counter()
         """Key -> number of those chats that hold something under it which is not read."""
@@ -224,19 +231,21 @@ class ChatParser:
             if (source and name) or (value and content):
                 return None
             content = value or content
-            if role is None or content is None or role == "tool":
+            if role is None or not content or role == "tool":  # other words may say it
                 return None
             if (beside := fields[_NUM_SAID:]) != _PLAIN and _hold(beside):
                 return None
             messages.append(Message(role, content, thought or "" if role == "assistant" else ""))
         fields = astuple(chat)
+        if chat.system is not from_json_text(chat.system):  # it may be parts of a text
+            return None
         if not messages or ((beside := fields[_NUM_WITH_MORE:]) != _ONLY and _hold(beside)):
             return None
         answers = fields[_NUM_OF_CHAT:_NUM_WITH_MORE]
         if answers != _NO_MORE and messages[-1].role == "user" and _hold(answers):
             return None
-        if number <= self._num_looked_at:
-            record = _decoded(raw)
+        if number <= self._look_at:
+            record = value_of(raw)
             if len(self._forms) > 1 and not _OTHER_KEYS.isdisjoint(record):
                 return None
             self._note_unused(record, "messages")
@@ -244,10 +253,10 @@ class ChatParser:
         return Conversation(chat_id, _checked(messages, chat.system), self._source, number)
 
     def _parse_leniently(self, raw: RawChat, number: int) -> Conversation:
-        record = _decoded(raw)
+        record = renamed(value_of(raw), self._names)
         self._is_row = isinstance(raw, dict)
         name, messages, tools, more = self._read(record)
-        if number <= self._num_looked_at:
+        if number <= self._look_at:
             self._note_unused(record, name, more)
         if name == "messages":
             given = record.get("id")
@@ -270,12 +279,21 @@ class ChatParser:
         """Return the name of a record's form, its messages, its tools, what was read for more."""
         if not isinstance(record, dict | list):
             raise Unusable(NOT_OBJECT)
-        is_list = isinstance(record, list)
-        fitting = {
-            name: chat
-            for name, form in self._forms.items()
-            if (is_list or any(key in record for key in form.keys)) and (chat := form.read(record))
-        }
+        fitting: dict[str, Chat] = {}
+        found: dict[str, list[Message]] = {}
+        faults: list[Unusable] = []
+        for name, form in self._forms.items():
+            if isinstance(record, dict) and record.keys().isdisjoint(form.keys):
+                continue
+            try:
+                if chat := form.read(record):
+                    fitting[name] = chat
+                    found[name] = self._messages(chat)
+            except Unusable as fault:
+                # Behind the first records of a file, messages are read whatever stands beside them.
+                if name not in fitting and "messages" not in found:
+                    raise
+                faults.append(fault)
         if not fitting:
             if not isinstance(record, dict):
                 raise Unusable(NOT_OBJECT)
@@ -283,15 +301,8 @@ class ChatParser:
         if isinstance(record, dict) and "columns" not in fitting:
             for place in (record, *(chat.tools_in for chat in fitting.values())):
                 refuse_pictures(place)
-        found: dict[str, list[Message]] = {}
-        for name, chat in fitting.items():
-            try:
-                found[name] = self._messages(chat)
-            except Unusable:
-                if len(fitting) == 1:
-                    raise
         if not found:
-            self._messages(next(iter(fitting.values())))
+            raise faults[0]
         first, *others = found
         if any(found[other] != found[first] for other in others):
             choices = " or ".join(f"dataset.form={name}" for name in found)
@@ -306,25 +317,26 @@ class ChatParser:
         if not chat.turns:
             raise Unusable(NO_TURNS)
         messages = [self._message(turn) for turn in chat.turns]
-        return _checked(messages, None if chat.system is None else texts_of(chat.system)[1])
+        try:
+            system = "" if chat.system is None else texts_of(chat.system)[1]
+        except Unusable as fault:
+            raise Unusable(str(fault), f"the system text is {chat.system!r:.60}") from fault
+        return _checked(messages, system)
 
     def _message(self, turn: Any) -> Message:
         if not isinstance(turn, dict):
             raise Unusable(NOT_A_TURN, f"it is {turn!r:.60}")
-        # A table has a null where a form has no such field.
-        name = turn.get("from") or turn.get("role")
-        content = first_held(turn, ("value", "content"))
+        name = name_in(turn)
+        content = first_filled(turn, ("value", "content"))
         calls = has_calls(turn)
         if not (turn.keys() & {"from", "role"} and (calls or turn.keys() & {"value", "content"})):
             raise Unusable(NOT_A_TURN, f"its keys are {', '.join(map(str, turn))}")
         check_one_text(turn, self._role_of)
-        role = None
-        if isinstance(name, str):
-            role = self._role_of.get(name) or self._role_of.get(name.lower())
-        if role is None:
+        role = role_called(name, self._role_of)
+        if role not in ROLES:
             raise Unusable(UNKNOWN_ROLE, f"the role is {name!r}")
         refuse_pictures(turn)
-        _check_is_text(turn, content, role)
+        _check_is_text(content, role)
         if isinstance(name, str) and name.lower() in self._callers:
             turn, content = with_calls(turn), ""
         fields = fields_of(turn, role, self._is_row)
@@ -334,16 +346,12 @@ class ChatParser:
         return Message(role, text, reasoning_of(turn) or thought, is_switched_on(turn), fields)
 
 
-def _check_is_text(turn: dict[str, Any], content: Any, role: str) -> None:
-    """Refuse a content that is no text, or several.
-
-    Raises:
-        Unusable: it is one of them.
-    """
+def _check_is_text(content: Any, role: str) -> None:
+    """Raise Unusable where a content is no text, or several."""
     if isinstance(content, bool | int | float | dict | bytes):
-        key = next(key for key in ("value", "content") if turn.get(key) is content)
-        said = f"{key} is {content!r:.60} in a turn of role {role}"
-        raise Unusable(NOT_TEXT, f"{said}: write it as text")
+        raise Unusable(
+            NOT_TEXT, f"it is {content!r:.60} in a turn of role {role}: write it as text"
+        )
     if role == "assistant" and is_alternation(content):
         raise Unusable(SEVERAL_ANSWERS, f"they are {len(content)}, the first {content[0]!r:.60}")
 
@@ -373,7 +381,8 @@ def content_digest(conversation: Conversation) -> bytes:
     return digest.digest()[:16]
 
 
-def _decoded(raw: RawChat) -> Any:
+def value_of(raw: RawChat) -> Any:
+    """Return the JSON value of a raw chat; raise Unusable where it cannot be decoded."""
     if isinstance(raw, dict):
         return raw
     assert not isinstance(raw, TooLong)

@@ -45,8 +45,8 @@ def decode_leniently(text: bytes) -> Any:
         ValueError: it is not JSON by any measure, or (UnicodeDecodeError) not UTF-8.
         RecursionError: it is nested too deeply.
     """
-    decoded = text.decode("utf-8", "surrogatepass").removeprefix("\ufeff")
-    return json.loads(decoded, strict=False, parse_int=_number)
+    letters = text.decode("utf-8", "surrogatepass").removeprefix("\ufeff")
+    return json.loads(letters, strict=False, parse_int=_number)
 
 
 def _number(digits: str) -> int | float:

@@ -3,16 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from medusa_exp.data.turn_lists import WHAT, Record, get, role_in, turns_of
+from medusa_exp.data.turn_lists import WHAT, get, role_in, turns_of
 from medusa_exp.data.turns import (
+    Record,
     Unusable,
-    decoded,
     fields_of,
-    first_held,
+    first_filled,
+    from_json_text,
     has_calls,
     is_caller,
     is_held,
     is_switched_on,
+    name_in,
     reasoning_of,
     texts_of,
     with_calls,
@@ -67,7 +69,7 @@ def at(record: Any, path: str) -> Any:
     if isinstance(record, list) and first.isdigit() and int(first) < len(record):
         inner = record[int(first)]
     else:
-        inner = decoded(get(record, first))
+        inner = from_json_text(get(record, first))
     return at(inner, rest) if dot else inner
 
 
@@ -75,13 +77,26 @@ def system_in(record: Any) -> Any:
     """Return the system text beside the turns."""
     said = [key for key in SYSTEMS if is_held(get(record, key))]
     check_alike(record, said)
-    value = record[said[0]] if said else get(record, "system")
-    inner = decoded(value)
+    return system_text(record[said[0]] if said else get(record, "system"))
+
+
+def system_text(value: Any) -> Any:
+    """Return a system text, or the parts of one, of what stands under its key.
+
+    A text stays one though it is JSON, as it would be in a turn, unless that is parts of a text.
+
+    Raises:
+        Unusable: it is an object of other keys than those of texts.
+    """
+    inner = from_json_text(value)
     if isinstance(inner, list) and all(isinstance(part, dict) and "text" in part for part in inner):
         return inner
+    is_of_parts = isinstance(inner, dict) and {"parts"} <= inner.keys() <= {"parts", "role"}
+    if isinstance(value, str) and not is_of_parts:
+        return value if is_held(value) else None
     if not (isinstance(inner, dict) and is_held(inner)):
         return None if isinstance(inner, dict) else value
-    found = first_held(inner, ("parts", "content", "text", "value"))
+    found = first_filled(inner, ("parts", "content", "text", "value"))
     if found is None:
         raise Unusable(BAD_SYSTEM, f"its keys are {', '.join(map(str, inner))}")
     return found
@@ -110,7 +125,7 @@ def columns_in(record: Record, columns: str, beside: tuple[str, ...] = ()) -> st
 
     It is empty where they cannot: keys `beside` those hold something that belongs to the question.
     """
-    if any(is_held(record.get(key)) for key in beside if key not in columns):
+    if any(is_held(record.get(key)) for key in beside):
         return ""
     systems = [key for key in SYSTEMS if is_held(record.get(key))]
     return f"{columns}, system: {systems[0]}" if systems else columns
@@ -135,9 +150,9 @@ def _all_said(turn: Any) -> Any:
     """Return what is read of a turn, in whatever form it stands there."""
     if not isinstance(turn, dict):
         return turn
-    role, said = role_in(turn), first_held(turn, WHAT)
+    role, said = role_in(turn), first_filled(turn, WHAT)
     try:
-        if is_caller(turn.get("from") or turn.get("role")):
+        if is_caller(name_in(turn)):
             turn, said = with_calls(turn), ""
         thought, said = texts_of("" if said is None and has_calls(turn) else said)
     except Unusable:

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from itertools import islice, product
 from typing import Any
 
-from medusa_exp.data.pairs import ASKED, REPLIES, is_reply
-from medusa_exp.data.parsing import ChatParser, Conversation
-from medusa_exp.data.raw_chats import RawChat, decode_leniently, raw_bytes
+from medusa_exp.data.pairs import ASKED, REPLIES
+from medusa_exp.data.parsing import ChatParser, Conversation, value_of
+from medusa_exp.data.raw_chats import RawChat
 from medusa_exp.data.records import SYSTEMS, Ambiguous
-from medusa_exp.data.turn_lists import ROLE_NAMES, WHAT, names_a_turn
+from medusa_exp.data.turn_lists import ROLE_NAMES, WHAT, names_a_turn, role_in
 from medusa_exp.data.turns import is_held
 
 _OF_QUESTION = {*ASKED, *ROLE_NAMES["user"]}
@@ -24,19 +24,24 @@ _MOST_PAIRS = 50
 def columns_for(raw: RawChat, role_map: Mapping[str, str]) -> str:
     """Return what dataset.columns would say, as {messages: KEY}, or nothing.
 
-    What is returned reads this raw chat, which is JSON, as one of both: it was tried.
+    What is returned reads this raw chat, which is JSON, as one of both: it was tried. Where it can,
+    it reads an answer to the last question too.
     """
-    record = raw if isinstance(raw, dict) else decode_leniently(raw_bytes(raw))
+    record = value_of(raw)
     if not isinstance(record, dict):
         return ""
+    open_ended = ""
     for columns in _candidates(dict(_places(record))):
         try:
             found = ChatParser(role_map, columns=columns).parse(raw)
         except (Ambiguous, TypeError):  # a row may hold what cannot be written as JSON
             continue
         if isinstance(found, Conversation) and _is_of_both(found):
-            return "{" + ", ".join(f"{role}: {path}" for role, path in columns.items()) + "}"
-    return ""
+            said = "{" + ", ".join(f"{role}: {path}" for role, path in columns.items()) + "}"
+            if found.messages[-1].role != "user":
+                return said
+            open_ended = open_ended or said
+    return open_ended
 
 
 def _candidates(places: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -48,8 +53,8 @@ def _candidates(places: dict[str, Any]) -> Iterator[dict[str, str]]:
             yield {"messages": path, **system}
     lists = [path for path, value in places.items() if _is_talk(value)]
     asked = lists + [path for path, value in places.items() if _is_of(path, value, _OF_QUESTION)]
-    answers = [path for path, value in places.items() if is_reply(value)]
-    answers += [path for path in lists if is_reply(places[path][0])]
+    answers = [path for path, value in places.items() if role_in(value) == "assistant"]
+    answers += [path for path in lists if role_in(places[path][0]) == "assistant"]
     answers += [path for path, value in places.items() if _is_of(path, value, _OF_ANSWER)]
     pairs = product([path for path in asked if not _is_in_list(path)], answers)
     for question, answer in islice(pairs, _MOST_PAIRS):

@@ -86,7 +86,7 @@ def _is_odd(kind: pa.DataType, is_json: bool) -> bool:
     return getattr(kind, "unit", "") == "ns" or any(_is_odd(one, is_json) for one in _inner(kind))
 
 
-def _of_key(name: str, scalar: pa.Scalar, is_turns: bool = False) -> Any:
+def _of_key(name: str, scalar: pa.Scalar, is_turns: bool) -> Any:
     """Return what stands under a key."""
     if name in _OF_TEMPLATES:
         return msgspec.to_builtins(_value(scalar, True))

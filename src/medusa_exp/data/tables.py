@@ -131,6 +131,9 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
         if (rows := _named_rows(fields)) is not None:
             return rows
         lists = {key: _decode_list(value) for key, value in fields.items() if _opens(value, b"[")}
+        is_table = len(lists) == len(fields) > 1 and len({*map(len, lists.values())}) == 1
+        if is_table and _are_columns_of_chats(lists):
+            return _rows(lists)
         if _is_chat({**fields, **{key: items[:1] for key, items in lists.items()}}):
             return None
         of_records = {key: items for key, items in lists.items() if items and _is_record(items[0])}
@@ -138,10 +141,10 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
             if len(of_records) > 1:
                 log.warning("data: %s: chats are read from its %s", name, ", ".join(of_records))
             return [item for items in of_records.values() for item in items]
-        if len(lists) == len(fields) > 1 and len({len(items) for items in lists.values()}) == 1:
+        if is_table:
             return _rows(lists)
         objects = {k: _decode_object(v) for k, v in fields.items() if _opens(v, b"{")}
-        if len(objects) == 1 and (inner := _wrapped(name, *(fields[key] for key in objects))):
+        if len(objects) == 1 and (inner := _wrapped(name, fields[next(iter(objects))])):
             return inner
         if not objects or len(objects) < len(fields):
             return None
@@ -198,6 +201,13 @@ def _rows(columns: dict[str, list[msgspec.Raw]]) -> list[bytes]:
     """Turn columns of one length into rows."""
     rows = zip(*columns.values(), strict=True)
     return [msgspec.json.encode(dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def _are_columns_of_chats(columns: dict[str, list[msgspec.Raw]]) -> bool:
+    """Is the first row of columns of one length a chat, and no column turns of one chat?"""
+    for row in _rows({key: items[:1] for key, items in columns.items()}):
+        return _is_chat(row) and not any(map(is_turn, decode_leniently(row).values()))
+    return False
 
 
 def _is_chat(value: Any) -> bool:

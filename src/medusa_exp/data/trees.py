@@ -59,11 +59,14 @@ TREE_KEYS = ("id", "parent", "children")
 def branch_in(messages: Any, shown: Any = None) -> Any:
     """Return one branch of a list of messages that name their `children`, and maybe a `parent`.
 
-    It ends in the message of id `shown`, else it is the longest. An empty system message before all
-    others is none. A list of other things, or without siblings, is returned as it is.
+    It ends in the message of id `shown`, else it is the longest. Messages without a parent are
+    siblings too, but for a system message before all others that names no children: it belongs to
+    each of them. An empty one is left out. A list of other things is returned as it is.
     """
     if not isinstance(messages, list) or not is_tree(messages):
         return messages
+    if _is_system(messages[0]) and not messages[0].get("children"):
+        return _without_empty_system([messages[0], *branch_in(messages[1:], shown)])
     by_id = {str(message["id"]): message for message in messages}
     parents = {name: _as_id(message.get("parent")) for name, message in by_id.items()}
     for name, message in by_id.items():
@@ -71,15 +74,22 @@ def branch_in(messages: Any, shown: Any = None) -> Any:
         for child in children if isinstance(children, list) else ():
             parents[str(child)] = parents.get(str(child)) or name
     parents = {name: parent for name, parent in parents.items() if name in by_id}
-    known = [parent for parent in parents.values() if parent in by_id]
+    known = [parent if parent in by_id else None for parent in parents.values()]
     if len({*known}) < len(known):
         shown = _as_id(shown)
         names = _branch(parents, by_id, shown, is_final=True)
         messages = [by_id[name] for name in names] or messages  # all of them in a circle
-    first = messages[0]
+    return _without_empty_system(messages)
+
+
+def _without_empty_system(messages: list[Message]) -> list[Message]:
+    first, *others = messages
     said = first.get("value") or first.get("content") or first.get("text")
-    is_empty = "system" in (first.get("role"), first.get("from")) and not said
-    return messages[1:] if is_empty and len(messages) > 1 else messages
+    return messages if said or not others or not _is_system(first) else others
+
+
+def _is_system(message: Message) -> bool:
+    return "system" in (message.get("role"), message.get("from"))
 
 
 def is_tree(messages: list[Any]) -> bool:

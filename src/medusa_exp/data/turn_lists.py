@@ -1,20 +1,22 @@
 """Lists of turns in all the words that files have for who speaks and what is said."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from medusa_exp.data.trees import branch_in
 from medusa_exp.data.turns import (
     CALLS,
     REASONING,
+    ROLE_OF,
     USED,
-    decoded,
-    first_held,
+    Record,
+    first_filled,
+    from_json_text,
     is_held,
+    name_in,
     role_called,
     thought_alone,
 )
-
-Record = dict[str, Any]
 
 SPEAKERS = ("sender", "speaker", "author")
 WORDS = ("parts", "text", "utterance")
@@ -36,7 +38,10 @@ _TYPES = ("human", "ai", "system", "tool", "function")
 
 
 def is_turn(value: Any) -> bool:
-    """Tell a message that stands for itself from a record."""
+    """Tell a message from a record: is it one by its keys, all of which are a turn's?
+
+    This is to be asked where either may stand; of what stands in a list, `names_a_turn` is enough.
+    """
     if not isinstance(value, dict):
         return False
     of_turns = {"from", "role", "value", "content", "name", *USED, *SPEAKERS, *WORDS}
@@ -55,13 +60,13 @@ def listed(value: Any) -> Any:
     It may be JSON in a text, a list of such texts, or an object of columns of one length.
     LangChain's messages get a role and a content.
     """
-    value = decoded(value)
+    value = from_json_text(value)
     if isinstance(value, dict):
         value = _rows_of(value)
     if not isinstance(value, list) or not value:
         return value
     if isinstance(value[0], str):
-        inner = [decoded(item) for item in value]
+        inner = [from_json_text(item) for item in value]
         value = inner if all(map(names_a_turn, inner)) else value
     return [flat(item) for item in value]
 
@@ -77,13 +82,14 @@ def _rows_of(columns: Record) -> Any:
 
 
 def names_a_turn(value: Any) -> bool:
-    """Does an object say who speaks, and what?"""
+    """Does an object say who speaks, and what, whatever else it says? Of a list, turns do."""
     return isinstance(value, dict) and bool(value.keys() & {*WHO}) and bool(value.keys() & {*WHAT})
 
 
 def flat(item: Any) -> Any:
     """Return a turn of LangChain's form, {type, content} or {type, data}, with role and content.
 
+    It has no other key for who speaks, so both questions above are to be asked of what is returned.
     One with a role whose type is "message", as OpenAI's Responses have it, is returned without it.
     """
     if names_a_turn(item) and item.get("type") == "message":
@@ -98,6 +104,34 @@ def flat(item: Any) -> Any:
     turn = {**beside, **inner, "role": item["type"]}
     del turn["type"]
     return turn
+
+
+def known_names(role_map: Mapping[str, str]) -> dict[str, str]:
+    """Return names, each of a role in some files alone, with one of the role that all know."""
+    roles = reversed({**ROLE_OF, **role_map}.items())
+    known = {role: name for name, role in roles if ROLE_OF.get(name) == role}
+    return {name: known[role] for name, role in role_map.items() if role in known}
+
+
+def renamed(record: Any, names: Mapping[str, str], depth: int = 3) -> Any:
+    """Return a record, or a list of turns, whose turns say who speaks by other names.
+
+    So do lists of turns within a record of the record, but not those in texts that may be no turns.
+    """
+    if not names or depth == 0:
+        return record
+    if isinstance(record, list):
+        return [_renamed_turn(turn, names) for turn in record]
+    if not isinstance(record, dict) or is_turn(record):
+        return _renamed_turn(record, names)
+    lists = {key: listed(value) if key in LISTS else value for key, value in record.items()}
+    return {key: renamed(value, names, depth - 1) for key, value in lists.items()}
+
+
+def _renamed_turn(turn: Any, names: Mapping[str, str]) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    return turn | {key: role_called(turn[key], names) for key in WHO if key in turn}
 
 
 def turns_of(value: Any, shown: Any = None) -> list[Any] | None:
@@ -126,11 +160,11 @@ def _usual(item: Any) -> list[Any]:
         return [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
     if not isinstance(item, dict):
         return [item]
-    if item.keys() & {"value", "content"} and item.keys() & {"from", "role"}:
+    role, said = first_filled(item, WHO), first_filled(item, WHAT)
+    is_usual = said is first_filled(item, ("value", "content"))
+    if is_usual and item.keys() & {"value", "content"} and item.keys() & {"from", "role"}:
         return [item]
-    role, said = first_held(item, WHO), first_held(item, WHAT)
     if role is not None and said is not None:
-        is_usual = said is first_held(item, ("value", "content"))
         return [{**item, "role": role, "content": said if is_usual else as_parts(said)}]
     names = [key for key, value in item.items() if value is not None and key in ROLE_KEYS]
     if not names and all(item.get(key) is not None for key in ASKED_AND_SAID):
@@ -174,4 +208,4 @@ def with_thoughts(turns: list[Any]) -> list[Any]:
 
 def role_in(turn: Any) -> Any:
     """Return whose a turn is, by the names that are known everywhere."""
-    return role_called(first_held(turn, ("from", "role"))) if isinstance(turn, dict) else None
+    return role_called(name_in(turn)) if isinstance(turn, dict) else None

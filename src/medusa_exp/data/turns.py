@@ -79,10 +79,15 @@ def is_held(value: Any) -> bool:
     return value not in _EMPTY
 
 
-def first_held(item: Record, keys: tuple[str, ...]) -> Any:
-    """Return what an item holds under the first of these keys that is not empty, or at all."""
+def first_filled(item: Record, keys: tuple[str, ...]) -> Any:
+    """Return what an item holds under the first of these keys that is filled, else is there."""
     found = [item[key] for key in keys if item.get(key) is not None]
-    return next((value for value in found if value not in ("", [])), next(iter(found), None))
+    return next(filter(is_held, found), next(iter(found), None))
+
+
+def name_in(turn: Record) -> Any:
+    """Return what a turn calls who speaks: in a table, a null where its form has no such key."""
+    return turn.get("from") or turn.get("role")
 
 
 def refuse_pictures(record: Record) -> None:
@@ -142,12 +147,12 @@ def thought_alone(turn: Any) -> str | None:
     """Return the text of an assistant's turn that is nothing but thought; None of all others."""
     if not isinstance(turn, dict):
         return None
-    content = first_held(turn, ("value", "content"))
+    content = first_filled(turn, ("value", "content"))
     is_thought = isinstance(content, list) and content and all(map(_is_thought, content))
     is_thought = is_thought or turn.get("channel") == ANALYSIS or turn.get("isThought") is True
     if not is_thought:
         return None
-    if role_called(turn.get("from") or turn.get("role")) != "assistant" or has_calls(turn):
+    if role_called(name_in(turn)) != "assistant" or has_calls(turn):
         return None
     try:
         return "".join(texts_of(content))
@@ -209,10 +214,10 @@ def with_calls(turn: Record) -> Record:
     Raises:
         Unusable: it is something else.
     """
-    content = first_held(turn, ("value", "content"))
+    content = first_filled(turn, ("value", "content"))
     if has_calls(turn) and not is_held(content):
         return turn
-    calls = decoded(content)
+    calls = from_json_text(content)
     if has_calls(turn) or not is_held(calls) or not isinstance(calls, dict | list):
         raise Unusable(BAD_CALLS, f"a turn of calls says {content!r:.60}")
     beside = {key: value for key, value in turn.items() if key != "value"}
@@ -232,16 +237,16 @@ def has_calls(turn: Record) -> bool:
 def _calls(turn: Record) -> list[Record]:
     if not has_calls(turn):
         return []
-    value = decoded(turn.get("tool_calls"))
+    value = from_json_text(turn.get("tool_calls"))
     if not is_held(value):
-        value = [decoded(turn.get("function_call"))]
+        value = [from_json_text(turn.get("function_call"))]
     if not isinstance(value, list):
         raise Unusable(BAD_CALLS, f"they are {value!r:.60}")
     return [_call(item) for item in value]
 
 
 def _call(item: Any) -> Record:
-    call = decoded(item)
+    call = from_json_text(item)
     inner = call.get("function") if isinstance(call, dict) else None
     function = inner if isinstance(inner, dict) else call
     name = function.get("name") if isinstance(function, dict) else None
@@ -250,7 +255,7 @@ def _call(item: Any) -> Record:
     arguments = next((function[key] for key in _ARGUMENTS if key in function), None)
     # Templates write arguments as JSON: as a text, they would be quoted once more.
     known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    function = {"name": name, "arguments": decoded({} if arguments is None else arguments)}
+    function = {"name": name, "arguments": from_json_text({} if arguments is None else arguments)}
     return {**known, "type": "function", "function": function}
 
 
@@ -263,7 +268,7 @@ def tools_of(record: Record, is_row: bool = False) -> str:
     beside: Record = {key: record.get(key) for key in TOOLS}
     if is_row:
         beside = _without_nulls(beside)
-    found = [value for given in beside.values() if is_held(value := decoded(given))]
+    found = [value for given in beside.values() if is_held(value := from_json_text(given))]
     if not found:
         return ""
     if any(other != found[0] for other in found):
@@ -273,7 +278,7 @@ def tools_of(record: Record, is_row: bool = False) -> str:
 
 
 def _tool(item: Any) -> Record:
-    tool = decoded(item)
+    tool = from_json_text(item)
     if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
         return tool
     if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
@@ -283,7 +288,7 @@ def _tool(item: Any) -> Record:
     return {"type": "function", "function": tool}
 
 
-def decoded(value: Any) -> Any:
+def from_json_text(value: Any) -> Any:
     """Decode a list or an object that stands in a text as JSON."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:

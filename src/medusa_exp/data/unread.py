@@ -25,8 +25,9 @@ from medusa_exp.data.turns import (
     USED,
     Record,
     Unusable,
-    decoded,
+    from_json_text,
     is_held,
+    name_in,
     role_called,
     texts_of,
 )
@@ -53,7 +54,7 @@ def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
         found |= _beside_paths(record, keys)
     for key in set() if form in ("mapping", "replies") else set(keys) & record.keys():
         found |= {f"{key}[].{name}" for name in _beside(_list_in(record, key))}
-        if form == "body" and isinstance(request := decoded(record[key]), dict):
+        if form == "body" and isinstance(request := from_json_text(record[key]), dict):
             of_chat = (*FORMS["messages"].keys, *FORMS["contents"].keys)
             found |= {f"{key}.{name}" for name in unused_keys(request, "contents", of_chat)}
     return found
@@ -68,7 +69,7 @@ def _beside_paths(record: Record, paths: tuple[str, ...]) -> set[str]:
     for path in {path for path in paths if "." in path and path not in record}:
         found |= {f"{path}[].{name}" for name in _beside(listed(at(record, path)))}
         above = path.rpartition(".")[0]
-        if isinstance(place := decoded(at(record, above)), dict):
+        if isinstance(place := from_json_text(at(record, above)), dict):
             names = _held_keys(place, set())
             found |= {f"{above}.{n}" for n in names if not _is_on_way(f"{above}.{n}", paths)}
     return found
@@ -130,7 +131,7 @@ def _not_read(turns: list[Any], used: set[str]) -> set[str]:
     for turn in turns:
         if is_held(turn.get("channel")) and turn["channel"] not in CHANNELS:
             found.add("channel")
-        role = role_called(turn.get("from") or turn.get("role"))
+        role = role_called(name_in(turn))
         if role != "tool" and "name" not in used and is_held(turn.get("name")):
             found.add("name")
         if role in ("user", "system", "tool"):
