@@ -112,7 +112,7 @@ def test_chats_that_are_all_dropped_are_told_of(tmp_path, tokenizer, caplog):
     with pytest.raises(UserError, match="no held-out prompt is left") as caught:
         load(config_of(path), tokenizer)
     assert "evaluate.path: dropped: " in caplog.text
-    example = f"{path}, record 1 (line 1): value is 3 in a turn of role user: write it as text"
+    example = f"{path}, record 1 (line 1): it is 3 in a turn of role user: write it as text"
     why = f"Dropped of 1 records: content is not text: 1 (as {example})."
     assert str(caught.value).endswith(why) and "max_length" not in str(caught.value)
 
