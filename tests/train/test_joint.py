@@ -56,6 +56,17 @@ def test_later_stages_get_the_adapted_backbone_and_its_heads(config, tmp_path, o
     assert heads.config.backbone.endswith("backbone")
 
 
+def test_a_backbone_that_has_decoded_before_gets_a_new_identity(config, tmp_path):
+    """As in stage regenerate of the same command, which notes the identity as it packs layers."""
+    config.run_dir = str(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    session = session_of(config)
+    session.backbone().remember_fingerprints()
+    train.run(config, tmp_path / "run", session)
+    backbone, heads = adapted_heads(config, tmp_path / "run")
+    assert heads.config.backbone_identity == backbone.identity()
+
+
 def test_merged_and_adapter_are_the_same_model(config, tmp_path):
     found = []
     for output in ("merged", "adapter"):

@@ -306,6 +306,10 @@ class Backbone:
         """Note which model this is, before its weights are taken apart."""
         self._fingerprints = (self.identity(), self.weights_fingerprint())
 
+    def forget_fingerprints(self) -> None:
+        """Name the model anew from now on: training has made another of it."""
+        self._fingerprints = None
+
     def leave_out_body(self, identity: str, weights_fingerprint: str) -> None:
         """Say that this model has no layers, and which whole model its ends are of."""
         self.has_body = False
