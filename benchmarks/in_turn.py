@@ -1,12 +1,13 @@
 """Runs against each other: their heads answer the same prompts, in turn, in one process.
 
     python benchmarks/in_turn.py RUN_DIR RUN_DIR [...] [--prompts 36] [--new-tokens 64]
-        [--dtype fp32] [--others-trees] [--out FILE]
+        [--dtype float32] [--others-trees] [--out FILE]
 
 For heads of one backbone, each with its calibration. Every prompt is answered plainly and by each
 run, and who begins changes from prompt to prompt: so a machine whose speed changes slows all of
 them alike. Each decodes as its run would (tree, packed layers, int8 heads). Figures of separate
 evaluations are of separate minutes, and on a shared machine those compare to a tenth at best.
+Steps are all of a response, the prompt's own included, in tokens per step and in milliseconds.
 """
 
 import argparse
