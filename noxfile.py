@@ -29,7 +29,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # in each of the processes that share the
 SHIPPED = {
     "medusa_exp": "src/medusa_exp",
     "medusa_exp/conf": "conf",
-    "medusa_exp/kernels": "kernels",
+    "medusa_exp/kernels": "kernels/cuda",
 }
 """Folder in the wheel -> folder here."""
 CHECK_PREBUILT = """

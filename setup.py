@@ -49,7 +49,8 @@ def compile_kernels(archs: list[int], out: Path) -> None:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
 
     def compile_one(file: str, defines: tuple[str, ...]) -> tuple[str, dict[str, object]]:
-        source, name = ours.source_of(file, ROOT / "kernels"), ours.prebuilt_name(file, defines)
+        source = ours.source_of(file, ROOT / "kernels" / "cuda")
+        name = ours.prebuilt_name(file, defines)
         with tempfile.TemporaryDirectory() as folder:
             text = Path(folder, file)
             text.write_text(source, "utf-8")

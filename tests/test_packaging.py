@@ -1,6 +1,9 @@
 """What is shipped must be what is on disk, and what CI runs what the README says."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -26,6 +29,21 @@ def test_every_package_is_listed():
 def test_every_folder_of_modules_is_a_package():
     folders = {module.parent for module in (ROOT / "src").rglob("*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_no_folder_hides_the_library_of_its_name(tmp_path):
+    """`python -m` looks here first, where transformers imports `kernels` of the hub."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from_the_hub = True\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels; assert kernels.from_the_hub, kernels.__file__"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_data_file_is_shipped():

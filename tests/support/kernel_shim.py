@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "kernels" / "shim"
-SOURCES = ROOT / "kernels"
+SOURCES = ROOT / "kernels" / "cuda"
 GXX = shutil.which("g++")
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 FLAGS = (

@@ -17,12 +17,12 @@ from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, struct_of
 MASK_ARGUMENTS = struct_of(
     "parents parents_stride_b lengths mask positions num_nodes num_past window last_position"
 )
-"""struct Arguments of kernels/mask.cu."""
+"""struct Arguments of kernels/cuda/mask.cu."""
 COMMIT_ARGUMENTS = struct_of(
     "tensors stride_b stride_h stride_t path num_accepted from to "
     "path_length num_heads head_units num_columns"
 )
-"""struct Arguments of kernels/commit.cu."""
+"""struct Arguments of kernels/cuda/commit.cu."""
 
 
 def build_mask(
@@ -35,7 +35,7 @@ def build_mask(
     window: int | None = None,
     last_position: int | None = None,
 ) -> None:
-    """Write a step's attention mask and positions; see kernels/mask.cu.
+    """Write a step's attention mask and positions; see kernels/cuda/mask.cu.
 
     Args:
         kernels: device to launch on.
@@ -77,7 +77,7 @@ def build_mask(
 
 
 class CacheCommit:
-    """Keeps accepted nodes in a KV cache of tensors [B, H, T, head]; see kernels/commit.cu.
+    """Keeps accepted nodes in a KV cache of tensors [B, H, T, head]; see kernels/cuda/commit.cu.
 
     Raises:
         ValueError: the tensors differ in type, shape or strides, or are not where the kernels are.

@@ -16,7 +16,7 @@ from medusa_exp.errors import UserError
 
 Grid = tuple[int, int, int]
 MAX_NODES = 256
-"""Largest tree that the kernels take, as kernels/tree.cuh and kernels/mask.cu have it."""
+"""Largest tree that the kernels take, as kernels/cuda/tree.cuh and kernels/cuda/mask.cu have it."""
 
 
 class Kernels(Protocol):

@@ -36,7 +36,7 @@ ARGUMENTS = struct_of(
     "uniforms uniforms_stride_b path num_accepted next_token num_nodes vocab_size path_length",
     "scale epsilon alpha",
 )
-"""struct Arguments of kernels/tree.cuh."""
+"""struct Arguments of kernels/cuda/tree.cuh."""
 _LOG2_E = 1.4426950408889634
 _SHORT_ROW = 128 << 10
 """Bytes of a row that two blocks read as fast as eight: between V = 32,000 and 128,256 in bf16."""
