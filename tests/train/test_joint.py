@@ -145,6 +145,9 @@ def test_a_run_of_medusa_1_is_a_start(config, tmp_path):
     config.train.max_steps, config.train.val_every = 1, 1
     second = run(config, tmp_path / "second")
     assert second["val/loss_head1"] < first["val/loss_head1"] + 0.5
+    config.head = Head(num_heads=2, kind="auto")  # the family is that of these heads
+    run(config, tmp_path / "auto")
+    assert load_heads(tmp_path / "auto" / "heads").config.kind == "medusa"
     config.head = Head(num_heads=3)
     with pytest.raises(UserError, match=r"has num_heads=2, and this run head\.num_heads=3"):
         run(config, tmp_path / "third")

@@ -363,7 +363,8 @@ class TrainConfig:
     """medusa1 (the backbone is frozen) or medusa2 (adapters on it learn too: answers change)."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     heads_from: str | None = given()
-    """A run directory, or its heads/, whose heads this training starts from."""
+    """A run directory, or its heads/, whose heads this training starts from; `head.kind=auto` is
+    their family then."""
     max_steps: int | None = between(1, 10_000_000, default=None)
     """Optimizer steps; overrides `epochs`."""
     epochs: float = between(1e-3, 1e4, default=2.0)

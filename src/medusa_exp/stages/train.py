@@ -110,8 +110,9 @@ def train(session: Session) -> dict[str, float]:
     with explain_memory(memory_of_training(config.train)):
         L.seed_everything(config.seed, verbose=False)
         inputs = open_inputs(session)
-        config = with_family(session, inputs.backbone)
-        heads = start_heads(config, inputs)
+        begun = begun_heads(config.train.heads_from)
+        config = with_family(session, inputs.backbone, begun)
+        heads = start_heads(config, inputs, begun)
         batches = inputs.batches(config)
         max_steps = _num_steps(config, batches)
         log.info("%s; %d steps", heads.describe(), max_steps)
@@ -131,15 +132,33 @@ def train(session: Session) -> dict[str, float]:
         return metrics
 
 
-def with_family(session: Session, backbone: Backbone) -> Config:
+def begun_heads(heads_from: str | None) -> MedusaHeads | None:
+    """Return the heads that train.heads_from names, or None where it names none.
+
+    They are without the backbone, to whose dtype it would round them.
+
+    Raises:
+        UserError: there are none there.
+    """
+    return load_heads(find_heads("train.heads_from", heads_from)) if heads_from else None
+
+
+def with_family(session: Session, backbone: Backbone, begun: MedusaHeads | None = None) -> Config:
     """Return the config with what head.kind=auto and head.own_projections=null stand for.
 
-    Which family that is, is said.
+    Which family that is, is said: that of the heads that training starts from, where there are any.
     """
     config, size = session.config, backbone.vocab_size
     head = config.head
     kind, num_tokens, own = head.kind, head.num_tokens, head.own_projections
-    if kind == "auto":
+    rank = head.rank
+    if kind == "auto" and begun is not None:
+        kind = begun.config.kind
+        num_tokens = begun.config.num_tokens if num_tokens is None else num_tokens
+        rank = begun.config.rank if rank is None else rank
+        log.info("head.kind=auto: %s, as in train.heads_from", kind)
+        session.notes.add(head_kind=kind)
+    elif kind == "auto":
         embedding = backbone.model.get_input_embeddings()
         is_as_wide = getattr(embedding, "embedding_dim", None) == backbone.hidden_size
         can_share = config.model.device_map is None and is_as_wide
@@ -147,25 +166,24 @@ def with_family(session: Session, backbone: Backbone) -> Config:
         frequent = f" and head.num_tokens={num_tokens}" if num_tokens else ""
         log.info("head.kind=auto: %s%s, for a vocabulary of %s tokens", kind, frequent, f"{size:,}")
         session.notes.add(head_kind=kind)
-    if own is not None or config.train.heads_from is None:  # else those heads decide
+    if own is not None or begun is None:  # else those heads decide
         own = own_projections_for(kind, size, num_tokens, own)
-    named = replace(head, kind=kind, num_tokens=num_tokens, own_projections=own)
+    named = replace(head, kind=kind, num_tokens=num_tokens, rank=rank, own_projections=own)
     return replace(config, head=named)
 
 
-def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
-    """Return fresh heads, or those that train.heads_from names.
+def start_heads(config: Config, inputs: Inputs, begun: MedusaHeads | None = None) -> MedusaHeads:
+    """Return fresh heads, or those that train.heads_from names, which are changed.
 
     Raises:
-        UserError: there are none there, or they are of another shape or backbone.
+        UserError: those are of another shape or backbone.
     """
-    if config.train.heads_from is None:
+    if begun is None:
         counts_V = inputs.token_counts() if config.head.num_tokens else None
         return build_heads(inputs.backbone, **asdict(config.head), token_counts=counts_V)
-    place = find_heads("train.heads_from", config.train.heads_from)
-    heads = load_heads(place)  # without the backbone, to whose dtype it would round them
-    check_fit(heads, inputs.backbone, place)
-    heads = heads.attach(inputs.backbone).float().to(inputs.backbone.device).train()
+    named = str(config.train.heads_from)
+    check_fit(begun, inputs.backbone, Path(named))
+    heads = begun.attach(inputs.backbone).float().to(inputs.backbone.device).train()
     limits = {"rank": heads.config.hidden_size, "num_tokens": heads.config.vocab_size}
     for key, value in asdict(config.head).items():
         if value is not None and key in limits:
@@ -174,7 +192,7 @@ def start_heads(config: Config, inputs: Inputs) -> MedusaHeads:
             continue  # no such choice, or left to these heads
         if getattr(heads.config, key) != value:
             raise UserError(
-                f"train.heads_from={place} has {key}={getattr(heads.config, key)}, and this run "
+                f"train.heads_from={named} has {key}={getattr(heads.config, key)}, and this run "
                 f"head.{key}={value}: set it to the same."
             )
     return heads
