@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import time
 from collections import Counter
 from contextlib import suppress
 
@@ -436,6 +437,22 @@ def test_deep_trees_and_circles(tmp_path):
     records = [{"mapping": nodes}, {"prompt": tree}]
     first, second = read(write(tmp_path / "a.jsonl", lines(records)))[0]
     assert len(first) == 3000 and len(second) == 151
+
+
+def test_many_system_messages_before_a_tree():
+    before = [child(f"s{i}", "system", "Be brief." * (i % 2)) for i in range(2000)]
+    found = turns(parse({"messages": [*before, *BRANCHES[1:]]}))
+    assert found == [BRIEF[0]] * 1000 + AGAIN
+
+
+def test_blank_lines_are_looked_at_once():
+    blank = " \n" * 100_000
+    start = time.monotonic()
+    for before in ("x", "Human: x", "### Human: x"):
+        assert parse({"text": before + blank + "y"}) == "no known form of chat"
+    whole = turns(parse({"text": f"Human: x{blank}Assistant: {A}"}))
+    assert whole == [("user", "x"), PAIR[1]]
+    assert time.monotonic() - start < 10  # minutes, if each of its places were tried
 
 
 def test_an_answer_beside_messages_counts_wherever_it_stands(tmp_path):

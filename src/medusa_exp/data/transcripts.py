@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 _WHO = "(Human|Assistant):"
-_PARAGRAPHS = re.compile(rf"(?:\A|\n\n)[ \n]*{_WHO}")
-_HASHES = re.compile(rf"\s*###\s*{_WHO}")
-_LINES = re.compile(rf"(?:\A|\n)[ \n]*{_WHO}")
+# White space is matched from where it begins: from each of its places, blank lines would take long.
+_PARAGRAPHS = re.compile(rf"(?:\A|(?<![ \n])(?=[ \n]*?\n\n))[ \n]*{_WHO}")
+_HASHES = re.compile(rf"###\s*{_WHO}")
+_LINES = re.compile(rf"(?:\A|(?<![ \n]) *\n)[ \n]*{_WHO}")
 
 
 def transcript_in(text: Any) -> list[Any]:

@@ -65,8 +65,10 @@ def branch_in(messages: Any, shown: Any = None) -> Any:
     """
     if not isinstance(messages, list) or not is_tree(messages):
         return messages
-    if _is_system(messages[0]) and not messages[0].get("children"):
-        return _without_empty_system([messages[0], *branch_in(messages[1:], shown)])
+    start = next(i for i, m in enumerate(messages) if not _is_system(m) or m.get("children"))
+    if start:
+        head = [message for message in messages[:start] if _says(message)]
+        return [*head, *branch_in(messages[start:], shown)]
     by_id = {str(message["id"]): message for message in messages}
     parents = {name: _as_id(message.get("parent")) for name, message in by_id.items()}
     for name, message in by_id.items():
@@ -84,8 +86,11 @@ def branch_in(messages: Any, shown: Any = None) -> Any:
 
 def _without_empty_system(messages: list[Message]) -> list[Message]:
     first, *others = messages
-    said = first.get("value") or first.get("content") or first.get("text")
-    return messages if said or not others or not _is_system(first) else others
+    return messages if _says(first) or not others or not _is_system(first) else others
+
+
+def _says(message: Message) -> bool:
+    return bool(message.get("value") or message.get("content") or message.get("text"))
 
 
 def _is_system(message: Message) -> bool:
