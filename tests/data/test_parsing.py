@@ -94,6 +94,37 @@ def test_role_map_counts_where_an_answer_is_looked_for(record):
     assert found == [("user", "Hi"), ("assistant", "Hello!"), ("user", "Hi"), ("assistant", "Bye!")]
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"chosen": "Hello!", "rejected": "Go."},
+        {"prompt": "Hi", "completion": "Hello!"},
+        {"conversation": [{"user": "Hi", "assistant": "Hello!"}]},
+        {"output": "[]"},
+    ],
+)
+def test_an_answer_beside_messages_is_found_behind_the_first_records_too(beside):
+    raw = json.dumps({"messages": [HI], **beside}).encode()
+    first, later = (ChatParser().parse(raw, number) for number in (1, 1000))
+    assert turns(first) == turns(later) and len(first.messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ({"content": "{}", "value": ""}, "{}"),
+        ({"content": "[]", "text": "Hello!"}, "Hello!"),
+        ({"content": "Hello!", "weight": "", "train": []}, "Hello!"),
+    ],
+)
+def test_a_turn_is_read_alike_in_a_text_a_row_and_another_form(turn, expected):
+    talk = [HI, {"role": "assistant", **turn}]
+    for record in ({"messages": talk}, {"conversation": talk}):
+        for raw in (record, json.dumps(record).encode()):
+            found = ChatParser().parse(raw)
+            assert turns(found)[1] == ("assistant", expected) and found.messages[1].is_trained
+
+
 def test_an_answer_after_a_transcript_loses_its_space_by_columns_too():
     record = {"prompt": "Human: Hi\nAssistant:", "completion": " Hello!"}
     chosen = ChatParser(columns={"user": "prompt", "assistant": "completion"})

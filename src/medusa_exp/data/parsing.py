@@ -67,6 +67,8 @@ All other keys that `columns_of` names count, in its order: one that a form newl
 texts belongs here, or the ids of all rows that have it change, and with them the splits.
 """
 _NOTHING = (b"", b"null", b'""', b"[]", b"{}", b'"[]"')
+_UNSAID = frozenset((None, "", "[]", "{}"))
+"""Contents in whose place other words count, where a turn has some."""
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -231,7 +233,7 @@ class ChatParser:
             if (source and name) or (value and content):
                 return None
             content = value or content
-            if role is None or not content or role == "tool":  # other words may say it
+            if role is None or role == "tool" or content in _UNSAID:  # other words may say it
                 return None
             if (beside := fields[_NUM_SAID:]) != _PLAIN and _hold(beside):
                 return None
@@ -242,7 +244,11 @@ class ChatParser:
         if not messages or ((beside := fields[_NUM_WITH_MORE:]) != _ONLY and _hold(beside)):
             return None
         answers = fields[_NUM_OF_CHAT:_NUM_WITH_MORE]
-        if answers != _NO_MORE and messages[-1].role == "user" and _hold(answers):
+        if answers != _NO_MORE and messages[-1].role == "user":
+            return None
+        try:
+            messages = _checked(messages, chat.system)
+        except Unusable:  # the answer may stand elsewhere
             return None
         if number <= self._look_at:
             record = value_of(raw)
@@ -250,7 +256,7 @@ class ChatParser:
                 return None
             self._note_unused(record, "messages")
         chat_id = _content_id(raw) if chat.id in (None, "") else str(chat.id)
-        return Conversation(chat_id, _checked(messages, chat.system), self._source, number)
+        return Conversation(chat_id, messages, self._source, number)
 
     def _parse_leniently(self, raw: RawChat, number: int) -> Conversation:
         record = renamed(value_of(raw), self._names)

@@ -6,6 +6,7 @@ one without it.
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -80,9 +81,12 @@ def is_held(value: Any) -> bool:
 
 
 def first_filled(item: Record, keys: tuple[str, ...]) -> Any:
-    """Return what an item holds under the first of these keys that is filled, else is there."""
+    """Return what an item holds under the first of these keys that is filled, else is there.
+
+    An empty list or object may be all that is said, as JSON in a text.
+    """
     found = [item[key] for key in keys if item.get(key) is not None]
-    return next(filter(is_held, found), next(iter(found), None))
+    return next(chain(filter(is_held, found), filter(None, found), found), None)
 
 
 def name_in(turn: Record) -> Any:
@@ -183,7 +187,7 @@ def is_switched_on(turn: Record) -> bool:
     is_on = True
     for key in SWITCHES:
         value = turn.get(key)
-        if value is None:
+        if not is_held(value):
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise Unusable(BAD_SWITCH, f"{key} is {value!r:.40}")
