@@ -284,6 +284,58 @@ def test_lists_of_turns_may_say_the_same_in_other_words():
     assert turns(parse({"conversations": [ASK, REPLY], "messages": parts})) == PAIR
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": [ASK], "completion": [ASK, REPLY]}, PAIR),
+        ({"prompt": [SYSTEM, ASK], "completion": [ASK, REPLY]}, BRIEF),
+        ({"prompt": [SYSTEM, ASK], "chosen": [ASK, REPLY]}, BRIEF),
+        ({"prompt": [SYSTEM, ASK], "chosen": [SYSTEM, ASK, REPLY]}, BRIEF),
+        ({"prompt": "And 3+3?", "completion": "6.", "history": [ASK, REPLY, MORE[0]]}, AGAIN),
+        (
+            {"prompt": [SYSTEM, MORE[0]], "completion": "6.", "history": [ASK, REPLY]},
+            [BRIEF[0], *AGAIN],
+        ),
+        (
+            {"prompt": [SYSTEM, MORE[0]], "completion": "6.", "history": [SYSTEM, ASK, REPLY]},
+            [BRIEF[0], *AGAIN],
+        ),
+    ],
+)
+def test_a_turn_that_two_keys_hold_is_read_once(record, expected):
+    assert turns(parse(record)) == expected
+    if "completion" in record and "history" not in record:
+        columns = {"user": "prompt", "assistant": "completion"}
+        found = ChatParser(columns=columns).parse(json.dumps(record).encode())
+        assert turns(found) == expected
+
+
+@pytest.mark.parametrize("question", [{"prompt": Q}, {"messages": [ASK]}])
+def test_several_answers_are_no_chat_of_their_own(question):
+    assert parse({**question, "chosen": [A, "4"], "rejected": ["5"]}) == (
+        "several answers to one question"
+    )
+
+
+def test_earlier_turns_of_a_preferred_answer_are_read_of_tables_too(tmp_path):
+    record = {"prompt": "And 3+3?", "chosen": "6.", "rejected": "5.", "history": [[Q, A]]}
+    for data in (lines([record]), parquet([record])):
+        for form in ("auto", "chosen"):
+            reading = read_conversations(write(tmp_path / "a", data), form=form)
+            assert [turns(chat) for chat in reading] == [AGAIN]
+            assert "history" not in reading.unused
+
+
+def test_two_requests_of_one_record_are_not_read_as_the_first():
+    one, other = {"messages": [ASK, REPLY]}, {"messages": MORE}
+    assert turns(parse({"body": one, "params": one})) == PAIR
+    with pytest.raises(Ambiguous, match="body and request"):
+        parse({"body": one, "request": other})
+
+
 @pytest.mark.parametrize("said", [4, True, {"parts": [A]}])
 def test_what_is_no_text_is_named(said):
     turns = {"messages": [ASK, {"role": "assistant", "value": said}]}

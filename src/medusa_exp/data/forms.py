@@ -21,6 +21,7 @@ from medusa_exp.data.pairs import (
     joined,
     pair,
     said_by,
+    without_question,
 )
 from medusa_exp.data.records import (
     IDS,
@@ -156,11 +157,13 @@ def _chosen(record: Any) -> Chat | None:
     if chosen is None:
         return None
     asked = [key for key in ASKED if get(record, key) is not None]
-    replies = (
-        said_by(chosen, "assistant") if asked else chat_in(chosen) or said_by(chosen, "assistant")
-    )
+    is_apart = asked or any(is_held(get(record, key)) for key in ("conversations", "messages"))
+    replies = [] if asked else chat_in(chosen)
+    replies = replies or (answered(chosen) if is_apart else said_by(chosen, "assistant"))
     if role_in(replies[0]) != "assistant":
-        return Chat(replies, system_in(record))
+        first = said_by(record[asked[0]], "user")[:1] if asked else []
+        is_lost = [*map(role_in, first)] == ["system"] != [role_in(replies[0])]
+        return Chat(first + replies if is_lost else replies, system_in(record))
     if not asked:
         before = _messages(record)
         if before is None or not before.turns or role_in(before.turns[-1]) == "assistant":
@@ -168,7 +171,7 @@ def _chosen(record: Any) -> Chat | None:
         return Chat([*before.turns, *replies], before.system, more=before.more)
     if asked != ["instruction", "input"]:
         check_alike(record, asked, columns_in(record, "user: KEY, assistant: chosen", CONTEXTS))
-    return Chat(joined(record, asked[0], CONTEXTS, replies), system_in(record))
+    return Chat(joined(record, asked[0], CONTEXTS, replies), system_in(record), more=("history",))
 
 
 def _contents(record: Any) -> Chat | None:
@@ -185,6 +188,7 @@ def _body(record: Any) -> Chat | None:
 
     Not where their answer stands outside of it, in whatever form: it would be lost.
     """
+    found: dict[str, Chat] = {}
     for key in _WRAPPERS:
         inner = from_json_text(get(record, key))
         try:
@@ -192,11 +196,15 @@ def _body(record: Any) -> Chat | None:
         except Ambiguous as ways:  # its remedy would name keys of the record
             raise Ambiguous(f"{ways}, within its {key}") from ways
         if chat:
-            is_open = bool(chat.turns) and role_in(chat.turns[-1]) == "user"
-            if is_open and any(is_held(record.get(reply)) for reply in (*REPLIES, "choices")):
-                return None
-            return replace(chat, more=tuple(f"{key}.{name}" for name in chat.more))
-    return None
+            found[key] = replace(chat, more=tuple(f"{key}.{name}" for name in chat.more))
+    if not found:
+        return None
+    check_same_talk({key: chat.turns for key, chat in found.items()}, None, "")
+    chat = next((chat for chat in found.values() if chat.turns), next(iter(found.values())))
+    is_open = bool(chat.turns) and role_in(chat.turns[-1]) == "user"
+    if is_open and any(is_held(record.get(reply)) for reply in (*REPLIES, "choices")):
+        return None
+    return chat
 
 
 def _winner(record: Any) -> Chat | None:
@@ -301,7 +309,9 @@ FORMS = {
     "question": Form(("question", "query", "context", *REPLIES, "history"), _question),
     "input": Form(("input", *REPLIES, "history"), _input),
     "user": Form((*ROLE_NAMES["user"], *ROLE_NAMES["assistant"], "history"), _user),
-    "chosen": Form(("chosen", *ASKED, *CONTEXTS, "conversations", "messages"), _chosen),
+    "chosen": Form(
+        ("chosen", *ASKED, *CONTEXTS, "conversations", "messages"), _chosen, ("history",)
+    ),
     "contents": Form(("contents",), _contents),
     "body": Form(_WRAPPERS, _body),
     "winner": Form(("conversation_a", "conversation_b", "winner"), _winner),
@@ -330,7 +340,7 @@ def by_columns(columns: Mapping[str, str]) -> Form:
             return None
         asked = said_by(found["user"], "user") if "user" in columns else []
         replies = after(found.get("user"), answered(as_text(found["assistant"])))
-        return Chat([*asked, *replies], system)
+        return Chat([*asked, *without_question(replies, asked)], system)
 
     paths = columns.values()
     return Form((*paths, *(path.partition(".")[0] for path in paths)), read)

@@ -3,7 +3,7 @@
 from math import isfinite
 from typing import Any
 
-from medusa_exp.data.records import Chat, check_alike, columns_in, system_in
+from medusa_exp.data.records import Chat, all_said, check_alike, columns_in, system_in
 from medusa_exp.data.transcripts import prompt_in, transcript_in
 from medusa_exp.data.turn_lists import (
     LISTS,
@@ -99,8 +99,18 @@ def answered(reply: Any) -> list[Any]:
 
 
 def joined(record: Record, asked: str, contexts: tuple[str, ...], replies: list[Any]) -> list[Any]:
-    """Return earlier turns, the question with what belongs to it, and the answer."""
+    """Return earlier turns, the question with what belongs to it, and the answer.
+
+    A system text of the question's comes first. What the earlier turns or the answer say of the
+    question again is left out.
+    """
     turns = said_by(record[asked], "user")
+    earlier = turns_of(history := record.get("history"))
+    if earlier is None and is_held(history):
+        raise Unusable(BAD_HISTORY, f"it is {history!r:.60}")
+    if earlier and role_in(earlier[-1]) == "user" and _say_the_same(earlier[-1:], turns[-1:]):
+        earlier = earlier[:-1]
+    replies = without_question(after(record[asked], replies), turns)
     beside = [record.get(key) for key in contexts if key != asked]
     for text in beside:
         if not isinstance(text, str) and text:
@@ -109,10 +119,23 @@ def joined(record: Record, asked: str, contexts: tuple[str, ...], replies: list[
             if (content := _content(turns[-1])) is None:
                 raise Unusable(NO_ROOM)
             turns[-1] = {**turns[-1], "content": f"{content}\n\n{text}"}
-    earlier = turns_of(history := record.get("history"))
-    if earlier is None and is_held(history):
-        raise Unusable(BAD_HISTORY, f"it is {history!r:.60}")
-    return [*(earlier or []), *turns, *after(record[asked], replies)]
+    if role_in(turns[0]) == "system" and earlier:
+        if role_in(earlier[0]) != "system":
+            return [turns[0], *earlier, *turns[1:], *replies]
+        turns = turns[1:] if _say_the_same(turns[:1], earlier[:1]) else turns
+    return [*(earlier or []), *turns, *replies]
+
+
+def without_question(replies: list[Any], asked: list[Any]) -> list[Any]:
+    """Return the turns of an answer, which may be a whole chat that begins with the question's."""
+    if asked and role_in(asked[0]) == "system" != role_in(replies[0]):
+        asked = asked[1:]
+    num_asked = len(asked) if len(asked) < len(replies) else 0
+    return replies[num_asked:] if _say_the_same(replies[:num_asked], asked) else replies
+
+
+def _say_the_same(turns: list[Any], others: list[Any]) -> bool:
+    return [*map(all_said, turns)] == [*map(all_said, others)]
 
 
 def after(asked: Any, replies: list[Any]) -> list[Any]:

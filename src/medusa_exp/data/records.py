@@ -141,12 +141,12 @@ def check_same_talk(talks: Record, system: Any, columns: str) -> None:
 
 def _said_in(turns: list[Any], system: Any) -> list[Any]:
     """Return all that turns say, after the system text beside them, which one list may repeat."""
-    found = [_all_said(turn) for turn in turns_of(turns) or []]
-    before = [_all_said({"role": "system", "content": system})] if is_held(system) else []
+    found = [all_said(turn) for turn in turns_of(turns) or []]
+    before = [all_said({"role": "system", "content": system})] if is_held(system) else []
     return found if found[:1] == before else before + found
 
 
-def _all_said(turn: Any) -> Any:
+def all_said(turn: Any) -> Any:
     """Return what is read of a turn, in whatever form it stands there."""
     if not isinstance(turn, dict):
         return turn
