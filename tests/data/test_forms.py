@@ -336,7 +336,46 @@ def test_two_requests_of_one_record_are_not_read_as_the_first():
         parse({"body": one, "request": other})
 
 
-@pytest.mark.parametrize("said", [4, True, {"parts": [A]}])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"text": A},
+        {"value": A, "annotations": []},
+        {"content": [{"type": "text", "text": A}]},
+        {"parts": [{"text": "It is "}, {"text": "4."}]},
+        {"content_type": "text", "parts": ["It is ", "4."]},
+        {"type": "text", "text": A},
+        [{"type": "text", "text": {"value": A, "annotations": []}}],
+    ],
+)
+def test_an_object_that_holds_one_text_is_that_text(tmp_path, said):
+    for key in ("content", "value", "text"):
+        asked = {"text": Q} if isinstance(said, dict) else [{"type": "text", "text": {"value": Q}}]
+        record = {"messages": [ASK | {"content": asked}, {"role": "assistant", key: said}]}
+        for data in (lines([record]), parquet([record])):
+            reading = read_conversations(write(tmp_path / "a", data))
+            assert [turns(chat) for chat in reading] == [PAIR] and not reading.unused
+
+
+@pytest.mark.parametrize(
+    ("said", "detail"),
+    [
+        ({"answer": A}, "it is an object of answer in a turn of role assistant: write it as text"),
+        ({"text": A, "lang": "en"}, "it is an object of text, lang in a turn"),
+        ({"text": A, "parts": ["5"]}, "it is an object of text, parts in a turn"),
+        ({"content_type": "code", "text": A}, "it is an object of content_type, text in a turn"),
+    ],
+)
+def test_an_object_that_may_hold_others_is_named(said, detail):
+    parser = ChatParser()
+    record = {"messages": [ASK, {"role": "assistant", "content": said}]}
+    assert parser.parse(json.dumps(record).encode()) == "content is not text"
+    assert parser.detail.startswith(detail)
+    told = {"messages": [ASK, {"role": "tool", "content": {"text": "4"}}, REPLY]}
+    assert parse(told) == "content is not text"  # of a tool, it may be all of it
+
+
+@pytest.mark.parametrize("said", [4, True])
 def test_what_is_no_text_is_named(said):
     turns = {"messages": [ASK, {"role": "assistant", "value": said}]}
     for record in (turns, {"user": Q, "assistant": said}) if said is True else (turns,):

@@ -355,9 +355,9 @@ class ChatParser:
 def _check_is_text(content: Any, role: str) -> None:
     """Raise Unusable where a content is no text, or several."""
     if isinstance(content, bool | int | float | dict | bytes):
-        raise Unusable(
-            NOT_TEXT, f"it is {content!r:.60} in a turn of role {role}: write it as text"
-        )
+        keys = f"an object of {', '.join(map(str, content))}" if isinstance(content, dict) else ""
+        what = keys or f"{content!r:.60}"
+        raise Unusable(NOT_TEXT, f"it is {what} in a turn of role {role}: write it as text")
     if role == "assistant" and is_alternation(content):
         raise Unusable(SEVERAL_ANSWERS, f"they are {len(content)}, the first {content[0]!r:.60}")
 

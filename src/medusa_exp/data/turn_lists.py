@@ -15,6 +15,7 @@ from medusa_exp.data.turns import (
     is_held,
     name_in,
     role_called,
+    said_in,
     thought_alone,
 )
 
@@ -160,6 +161,7 @@ def _usual(item: Any) -> list[Any]:
         return [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
     if not isinstance(item, dict):
         return [item]
+    item = _without_objects(item)
     role, said = first_filled(item, WHO), first_filled(item, WHAT)
     is_usual = said is first_filled(item, ("value", "content"))
     if is_usual and item.keys() & {"value", "content"} and item.keys() & {"from", "role"}:
@@ -174,6 +176,14 @@ def _usual(item: Any) -> list[Any]:
         beside = {key: value for key, value in item.items() if key not in names}
         return [{**beside, "role": ASKED_AND_SAID.get(k, k), "content": item[k]} for k in names]
     return [item]
+
+
+def _without_objects(turn: Record) -> Record:
+    """Return a turn with texts for objects that hold one; what a tool says may be an object."""
+    objects = {key: turn[key] for key in WHAT if isinstance(turn.get(key), dict)}
+    if not objects or role_called(first_filled(turn, WHO)) == "tool":
+        return turn
+    return {**turn, **{key: said_in(value) for key, value in objects.items()}}
 
 
 def as_parts(said: Any) -> Any:

@@ -56,6 +56,8 @@ _ENTITIES = (
 )
 _OF_TEXT = {"text", "thought", "thoughtSignature", "thought_signature"}
 """Keys of a part without a type, as Gemini and Bedrock have them."""
+_IN_OBJECTS = ("text", "parts", "value", "content")
+"""Keys of what an object says that stands in the place of a text."""
 _SHOWN = ("image", "audio", "video", "file")
 
 _ARGUMENTS = ("arguments", "parameters", "args")
@@ -87,6 +89,28 @@ def first_filled(item: Record, keys: tuple[str, ...]) -> Any:
     """
     found = [item[key] for key in keys if item.get(key) is not None]
     return next(chain(filter(is_held, found), filter(None, found), found), None)
+
+
+def said_in(content: Any) -> Any:
+    """Return what an object in the place of a text says, as a text or parts; all else as it is.
+
+    It is a part of a text by itself, or holds nothing but one of them, or a list: {"parts": [...]}.
+    """
+    if not isinstance(content, dict):
+        return content
+    there = {key for key, value in content.items() if value is not None}  # of a table, all are
+    if "type" in there or {"text"} <= there <= _OF_TEXT:
+        return [content]
+    kind = content.get("content_type")
+    held = {key for key in there - {"content_type"} if is_held(content[key])}
+    keys = held or there & {*_IN_OBJECTS}
+    if kind not in (None, "text") or len(keys) != 1 or not keys <= {*_IN_OBJECTS}:
+        return content
+    said = content[keys.pop()]
+    if not isinstance(said, list):
+        return said
+    # As a list, texts could be several answers.
+    return [{"text": part} if isinstance(part, str) else part for part in said]
 
 
 def name_in(turn: Record) -> Any:
@@ -132,19 +156,21 @@ def texts_of(content: Any) -> tuple[str, str]:
 def _part_text(part: Any, keys: tuple[str, ...]) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict):
+        raise Unusable(NOT_TEXT_PART, f"it is {part!r:.60}")
+    kind = part.get("type")
     if isinstance(kind, str) and any(word in kind for word in _SHOWN):
         raise Unusable(PICTURE, f"a part of type {kind}")
-    is_bare = isinstance(part, dict) and kind is None and part.keys() <= _OF_TEXT
+    is_bare = kind is None and {key for key in part if part[key] is not None} <= _OF_TEXT
     if is_bare or kind in (*_THOUGHTS, *_SAID, *_ENTITIES):
-        found = next((part[key] for key in keys if isinstance(part.get(key), str)), None)
-        if found is not None:
-            return found
+        found = (said_in(part.get(key)) for key in keys)
+        if (text := next((said for said in found if isinstance(said, str)), None)) is not None:
+            return text
     raise Unusable(NOT_TEXT_PART, f"it is {part!r:.60}")
 
 
 def _is_thought(part: Any) -> bool:
-    return isinstance(part, dict) and "type" not in part and part.get("thought") is True
+    return isinstance(part, dict) and part.get("type") is None and part.get("thought") is True
 
 
 def thought_alone(turn: Any) -> str | None:

@@ -29,6 +29,7 @@ from medusa_exp.data.turns import (
     is_held,
     name_in,
     role_called,
+    said_in,
     texts_of,
 )
 
@@ -111,7 +112,7 @@ def _passed_over(turn: Record) -> set[str]:
 def _plain(value: Any) -> Any:
     """Return what is said, in whatever form: the role of a name, the text of parts."""
     try:
-        return role_called(texts_of(value)[1].strip())
+        return role_called(texts_of(said_in(value))[1].strip())
     except Unusable:
         return value
 
