@@ -94,6 +94,46 @@ def test_role_map_counts_where_an_answer_is_looked_for(record):
     assert found == [("user", "Hi"), ("assistant", "Hello!"), ("user", "Hi"), ("assistant", "Bye!")]
 
 
+CALLED = [{"role": "Client", "content": "Hi", "at": 1}]
+ANSWERED = [{"speaker": "bot2", "utterance": "Hello!", "at": 2}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": CALLED, "completion": ANSWERED},
+        {"instruction": CALLED, "output": ANSWERED},
+        {"user": CALLED, "assistant": "Hello!"},
+        {"prompt": CALLED, "chosen": CALLED + ANSWERED, "rejected": "Go."},
+        {"prompt": "Hi", "chosen": ANSWERED, "rejected": "Go."},
+        {"body": {"messages": CALLED, "completion": "Hello!"}},
+        {"messages": CALLED, "response": ANSWERED},
+    ],
+)
+def test_role_map_reaches_turns_within_texts(record):
+    texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in record.items()}
+    for one in (record, texts):
+        found = parse(one, {"client": "user", "bot2": "assistant"})
+        assert turns(found) == [("user", "Hi"), ("assistant", "Hello!")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "client", "level": 3}]',
+        '{"role": "client", "content": "Hi", "at": 1}',
+        '{"messages": [{"role": "client", "content": "Hi"}]}',
+        '[{"author": "client", "text": "Hi", "n": 1}, {"author": "Ann", "text": "Hi"}]',
+        '[{"author": "Ann", "text": "Hi", "at": 1}]',
+    ],
+)
+def test_role_map_makes_no_turns_of_other_json(text):
+    found = parse({"prompt": text, "completion": "Hello!"}, {"client": "user"})
+    assert turns(found) == [("user", text), ("assistant", "Hello!")]
+    beside = {"instruction": "Count.", "input": json.dumps(CALLED), "output": "1"}
+    assert turns(parse(beside, {"client": "user"}))[0][1].startswith("Count.\n\n[")
+
+
 @pytest.mark.parametrize(
     "beside",
     [

@@ -40,6 +40,7 @@ from medusa_exp.data.trees import best_branch, branch_in, is_tree, longest_branc
 from medusa_exp.data.turn_lists import (
     ROLE_NAMES,
     TALKS,
+    WRAPPERS,
     as_parts,
     get,
     is_alternation,
@@ -63,7 +64,6 @@ _BEGIN = "<|BEGIN-VISIBLE-CHAT|>"
 """Stands in text-generation-webui's files for a question that nobody asked."""
 _LEAVES = ("current_node", "currNode")
 _FRAGMENTS = {"REQUEST": "text", "RESPONSE": "text", "THINK": "thinking"}
-_WRAPPERS = ("body", "params", "request")
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _body(record: Any) -> Chat | None:
     Not where their answer stands outside of it, in whatever form: it would be lost.
     """
     found: dict[str, Chat] = {}
-    for key in _WRAPPERS:
+    for key in WRAPPERS:
         inner = from_json_text(get(record, key))
         try:
             chat = _messages(inner) or _contents(inner)
@@ -313,7 +313,7 @@ FORMS = {
         ("chosen", *ASKED, *CONTEXTS, "conversations", "messages"), _chosen, ("history",)
     ),
     "contents": Form(("contents",), _contents),
-    "body": Form(_WRAPPERS, _body),
+    "body": Form(WRAPPERS, _body),
     "winner": Form(("conversation_a", "conversation_b", "winner"), _winner),
     "mapping": Form(("mapping", "current_node"), _mapping),
     "replies": Form(("prompt",), _replies),

@@ -70,15 +70,15 @@ def answer_beside(record: Record, asked: str) -> tuple[str | None, list[Any]]:
     found: Record = {}
     for key in REPLIES:
         said = listed(record.get(key))
-        turns = [said] if isinstance(said, dict) else said
+        turns = turns_of([said] if isinstance(said, dict) else said) or []
         if _is_reply(turns):
             found[key] = answered(turns)
         elif isinstance(text := record.get(key), str) and text.strip():
             found[key] = answered(text)  # which may be JSON of another kind
     choices = from_json_text(record.get("choices"))
     said = [get(choice, "message") for choice in choices] if isinstance(choices, list) else None
-    if _is_reply(said):
-        found["choices.0.message"] = answered(said)
+    if _is_reply(turns := turns_of(said) or []):
+        found["choices.0.message"] = answered(turns)
     if not found:
         return None, []
     check_alike(found, [*found], columns_in(record, f"user: {asked}, assistant: KEY"))
@@ -86,8 +86,8 @@ def answer_beside(record: Record, asked: str) -> tuple[str | None, list[Any]]:
     return path.partition(".")[0], turns
 
 
-def _is_reply(turns: Any) -> bool:
-    return isinstance(turns, list) and len(turns) == 1 and role_in(turns[0]) == "assistant"
+def _is_reply(turns: list[Any]) -> bool:
+    return len(turns) == 1 and role_in(turns[0]) == "assistant"
 
 
 def answered(reply: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from medusa_exp.data.turns import (
     CALLS,
     REASONING,
     ROLE_OF,
+    ROLES,
     USED,
     Record,
     first_filled,
@@ -26,6 +27,8 @@ WHO, WHAT = ("from", "role", *SPEAKERS), ("value", "content", *WORDS)
 TALKS = ("conversation", "chat_messages", "dialog", "dialogue", "internal")
 LISTS = ("conversations", "messages", *TALKS, "contents", "conversation_a", "conversation_b")
 """Keys of lists of turns, and of nothing else."""
+WRAPPERS = ("body", "params", "request")
+"""Keys of a record within a record, which holds such lists."""
 ROLE_NAMES = {
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "chatgpt", "bot"),
@@ -117,7 +120,7 @@ def known_names(role_map: Mapping[str, str]) -> dict[str, str]:
 def renamed(record: Any, names: Mapping[str, str], depth: int = 3) -> Any:
     """Return a record, or a list of turns, whose turns say who speaks by other names.
 
-    So do lists of turns within a record of the record, but not those in texts that may be no turns.
+    So do lists of turns within a record of the record, and those in texts: but a context stays one.
     """
     if not names or depth == 0:
         return record
@@ -125,8 +128,27 @@ def renamed(record: Any, names: Mapping[str, str], depth: int = 3) -> Any:
         return [_renamed_turn(turn, names) for turn in record]
     if not isinstance(record, dict) or is_turn(record):
         return _renamed_turn(record, names)
-    lists = {key: listed(value) if key in LISTS else value for key, value in record.items()}
+    texts = {"context", "input"} if is_held(record.get("instruction")) else {"context"}
+    lists = {key: v if key in texts else _of_names(key, v, names) for key, v in record.items()}
     return {key: renamed(value, names, depth - 1) for key, value in lists.items()}
+
+
+def _of_names(key: str, value: Any, names: Mapping[str, str]) -> Any:
+    """Return the turns of a value under a key, if they are what its text is; all else as it is."""
+    if key in LISTS:
+        return listed(value)
+    if not isinstance(value, str):
+        return value
+    inner = from_json_text(value)
+    if isinstance(inner, dict):
+        return inner if key in WRAPPERS else value
+    turns = listed(inner)
+    if not isinstance(turns, list) or not all(map(names_a_turn, turns)):
+        return value
+    said = [first_filled(turn, WHO) for turn in turns]
+    known = [role_called(name, names) for name in said]
+    is_talk = said != known and all(role_called(name) in ROLES for name in known)
+    return turns if is_talk else value
 
 
 def _renamed_turn(turn: Any, names: Mapping[str, str]) -> Any:
