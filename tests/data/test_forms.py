@@ -185,6 +185,42 @@ def test_files_that_are_one_value(tmp_path, data, expected, indent):
     assert read(write(tmp_path / "a.json", json.dumps(data, indent=indent)))[0] == expected
 
 
+TIMED = [turn | {"at": 1} for turn in (ASK, REPLY)]
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        ({"id": 1, "turns": TIMED}, {"messages": "turns"}),
+        ({"turns": TIMED, "marks": [{"good": 1}, {"good": 2}]}, {"messages": "turns"}),
+        (
+            {"q": Q, "answers": [{"text": A, "at": 1}]},
+            {"user": "q", "assistant": "answers.0.text"},
+        ),
+        (
+            {"request": {"messages": [ASK]}, "response": {"choices": [{"message": REPLY}]}},
+            {"user": "request.messages", "assistant": "response.choices.0.message.content"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_columns_of_a_file_of_one_record(tmp_path, record, columns, indent):
+    """Which is no object of records by them."""
+    path = write(tmp_path / "a.json", json.dumps(record, indent=indent))
+    assert read(path, columns=columns) == ([PAIR], {"columns": 1})
+    several = {"train": [record, record], "test": [record]}
+    path = write(tmp_path / "a.json", json.dumps(several, indent=indent))
+    assert read(path, columns=columns) == ([PAIR] * 3, {"columns": 3})
+    if "request" in record:
+        with pytest.raises(DataError, match=r"'dataset.columns=.user: request.messages, assis"):
+            read(write(tmp_path / "a.json", json.dumps(record, indent=indent)))
+
+
+def test_columns_of_columns(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps({"q": [Q, Q], "a": [A, A]}))
+    assert read(path, columns={"user": "q", "assistant": "a"})[0] == [PAIR] * 2
+
+
 def test_lists_of_messages_a_line(tmp_path):
     path = write(tmp_path / "a.jsonl", lines([[ASK, REPLY], [ASK, REPLY, *MORE]]))
     assert read(path) == ([PAIR, AGAIN], {"list": 2})

@@ -7,7 +7,7 @@ a JSON list is mapped into memory, and its chats are views of it. A file that ca
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import chain
@@ -87,21 +87,23 @@ class ChatFile:
         """Return what errors call it."""
         return str(self.path)
 
-    def parts(self, columns: tuple[str, ...], max_bytes: int) -> Iterator["Part"]:
+    def parts(
+        self, columns: tuple[str, ...], max_bytes: int, paths: Mapping[str, str] | None = None
+    ) -> Iterator["Part"]:
         """Yield what is read by itself: the file, or the members of an archive in turn.
 
         `columns` are those that are read of a table, where it has them; of longer lines than
-        `max_bytes` the length alone is.
+        `max_bytes` the length alone is; `paths` are dataset.columns.
         """
         with faults.of_reading(self.path):
             content = content_of(self.path)
             head = content.head()
             members = members_of(content, head)
             if members is None:
-                yield Part(content, columns, self.is_named, max_bytes)
+                yield Part(content, columns, self.is_named, max_bytes, paths)
                 return
             for member in members:
-                yield Part(member, columns, False, max_bytes)
+                yield Part(member, columns, False, max_bytes, paths)
 
 
 @dataclass
@@ -112,6 +114,8 @@ class Part:
     columns: tuple[str, ...]
     is_named: bool
     max_bytes: int
+    paths: Mapping[str, str] | None = None
+    """What dataset.columns reads of a record: it tells a record from an object of records."""
     line: int = field(default=0, init=False)
     """Line of the newest chat, from 1; 0 where chats are not lines."""
     keys: tuple[str, ...] = field(default=(), init=False)
@@ -141,9 +145,8 @@ class Part:
             yield from self._items()
         elif _goes_on_over_lines(head):
             self.line = 1
-            yield from _records(
-                self.name, _whole_text(self.name, self.content.whole(), _decode_value)
-            )
+            text = _whole_text(self.name, self.content.whole(), _decode_value)
+            yield from _records(self.name, text, self.paths)
         else:
             yield from self._lines()
 
@@ -164,7 +167,7 @@ class Part:
         if second is None:  # it may hold many records, and be as long as it likes
             self.line = first[0]
             text = first[1] if isinstance(first[1], bytes) else self.content.whole()
-            yield from _records(self.name, text)
+            yield from _records(self.name, text, self.paths)
             return
         for self.line, line in chain((first, second), lines):
             yield TooLong(line) if isinstance(line, int) else line
@@ -210,7 +213,9 @@ class HubData:
         """Return what errors call it."""
         return f"hub:{self.path}"
 
-    def parts(self, columns: tuple[str, ...], max_bytes: int) -> Iterator["HubData"]:
+    def parts(
+        self, columns: tuple[str, ...], max_bytes: int, paths: Mapping[str, str] | None = None
+    ) -> Iterator["HubData"]:
         """Yield itself; `columns` are those that are read, where it has them."""
         self.columns = columns
         yield self
@@ -307,9 +312,9 @@ def _is_whole_line(head: bytes) -> bool:
     return True
 
 
-def _records(name: str, text: Any) -> Iterator[RawChat]:
+def _records(name: str, text: Any, paths: Mapping[str, str] | None) -> Iterator[RawChat]:
     """Yield the chats of a file that is one JSON value, which may be an object of them."""
-    found = records_of_object(name, text)
+    found = records_of_object(name, text, paths)
     if found is None:
         yield text
     else:

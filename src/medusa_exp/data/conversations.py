@@ -220,8 +220,8 @@ class Reading:
         have_chats = False
         for source in self._sources:
             try:
-                limit = self.options.max_record_bytes
-                parts: Iterator[Part | HubData] = iter(source.parts(self._columns, limit))
+                limit, paths = self.options.max_record_bytes, self.options.columns
+                parts: Iterator[Part | HubData] = iter(source.parts(self._columns, limit, paths))
                 for part in self._watched(source, parts):
                     try:
                         yield from self._usable(part)

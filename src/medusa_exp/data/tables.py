@@ -10,7 +10,8 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ from medusa_exp.data.faults import DataError
 from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser
 from medusa_exp.data.raw_chats import RawChat, decode_leniently
 from medusa_exp.data.records import Ambiguous
-from medusa_exp.data.turn_lists import is_turn
+from medusa_exp.data.turn_lists import WRAPPERS, is_turn
 
 log = logging.getLogger(__name__)
 
@@ -124,17 +125,23 @@ class _Lines:
         return line
 
 
-def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
-    """Return the records that the file's only JSON value holds, or None where it is one itself."""
+def records_of_object(
+    name: str, text: Any, columns: Mapping[str, str] | None = None
+) -> Iterable[RawChat] | None:
+    """Return the records that the file's only JSON value holds, or None where it is one itself.
+
+    `columns` are dataset.columns, by which records may be read.
+    """
+    is_chat = partial(_is_chat, columns=columns)
     try:
         fields = _decode_object(text)
         if (rows := _named_rows(fields)) is not None:
             return rows
         lists = {key: _decode_list(value) for key, value in fields.items() if _opens(value, b"[")}
         is_table = len(lists) == len(fields) > 1 and len({*map(len, lists.values())}) == 1
-        if is_table and _are_columns_of_chats(lists):
+        if is_table and _are_columns_of_chats(lists, is_chat):
             return _rows(lists)
-        if _is_chat({**fields, **{key: items[:1] for key, items in lists.items()}}):
+        if is_chat({**fields, **{key: items[:1] for key, items in lists.items()}}):
             return None
         of_records = {key: items for key, items in lists.items() if items and _is_record(items[0])}
         if of_records:
@@ -144,26 +151,26 @@ def records_of_object(name: str, text: Any) -> Iterable[RawChat] | None:
         if is_table:
             return _rows(lists)
         objects = {k: _decode_object(v) for k, v in fields.items() if _opens(v, b"{")}
-        if len(objects) == 1 and (inner := _wrapped(name, fields[next(iter(objects))])):
+        if len(objects) == 1 and (inner := _wrapped(name, fields[next(iter(objects))], columns)):
             return inner
-        if not objects or len(objects) < len(fields):
+        if not objects or len(objects) < len(fields) or not fields.keys().isdisjoint(WRAPPERS):
             return None
         first, *others = objects.values()
-        if _is_chat(first):
+        if is_chat(first):
             return list(fields.values())
         if len(objects) > 1 and all(other.keys() == first.keys() for other in others):
             rows = _rows({key: list(values.values()) for key, values in objects.items()})
-            return rows if rows and _is_chat(rows[0]) else None
+            return rows if rows and is_chat(rows[0]) else None
     except (msgspec.DecodeError, RecursionError, ValueError):
         pass  # what is wrong with it is found where it is read as a chat
     return None
 
 
-def _wrapped(name: str, text: Any) -> list[RawChat] | None:
+def _wrapped(name: str, text: Any, columns: Mapping[str, str] | None) -> list[RawChat] | None:
     """Return the chats within the only object of an object, as an interface answers with them."""
-    found = records_of_object(name, text)
+    found = records_of_object(name, text, columns)
     inner = None if found is None else list(found)
-    return inner if inner and _is_chat(inner[0]) else None
+    return inner if inner and _is_chat(inner[0], columns) else None
 
 
 class _Served(msgspec.Struct):
@@ -203,17 +210,21 @@ def _rows(columns: dict[str, list[msgspec.Raw]]) -> list[bytes]:
     return [msgspec.json.encode(dict(zip(columns, row, strict=True))) for row in rows]
 
 
-def _are_columns_of_chats(columns: dict[str, list[msgspec.Raw]]) -> bool:
+def _are_columns_of_chats(
+    columns: dict[str, list[msgspec.Raw]], is_chat: Callable[[Any], bool]
+) -> bool:
     """Is the first row of columns of one length a chat, and no column turns of one chat?"""
     for row in _rows({key: items[:1] for key, items in columns.items()}):
-        return _is_chat(row) and not any(map(is_turn, decode_leniently(row).values()))
+        return is_chat(row) and not any(map(is_turn, decode_leniently(row).values()))
     return False
 
 
-def _is_chat(value: Any) -> bool:
+def _is_chat(value: Any, columns: Mapping[str, str] | None) -> bool:
+    """Is it a chat by dataset.columns, if there are any, or in a form that is known?"""
     raw = value if isinstance(value, bytes) else msgspec.json.encode(value)
+    parsers = [ChatParser(columns=columns), ChatParser()] if columns else [ChatParser()]
     try:
-        return ChatParser().parse(raw) not in (NO_FORM, NOT_A_TURN)
+        return any(parser.parse(raw) not in (NO_FORM, NOT_A_TURN) for parser in parsers)
     except Ambiguous:  # said, with its place, where it is read as one
         return True
 
