@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import random
+import shutil
+import subprocess
 import time
 from collections import Counter
 from contextlib import suppress
@@ -466,6 +468,52 @@ def test_a_number_beside_messages_is_no_other_answer():
 def test_pieces_of_a_message_in_telegram():
     said = ["It is ", {"type": "bold", "text": "4"}, {"type": "link", "text": "."}]
     assert turns(parse({"messages": [ASK, {"from": "gpt", "text": said}]})) == PAIR
+
+
+def telegram(*messages):
+    named = [{"type": "message", "text_entities": [], "id": i} | m for i, m in enumerate(messages)]
+    note = {"id": 9, "type": "service", "actor": "Ann", "action": "phone_call", "text": ""}
+    return {"name": "Bob", "type": "personal_chat", "messages": [note, *named, note]}
+
+
+TALK = [
+    {"from": "Ann", "text": Q},
+    {"from": "Bob", "text": ["It ", {"type": "bold", "text": "is"}, " 4."]},
+]
+ANN_AND_BOB = {"ann": "user", "bob": "assistant"}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_chat_that_telegram_exports(tmp_path, indent):
+    path = write(tmp_path / "a.json", json.dumps(telegram(*TALK), indent=indent))
+    reading = read_conversations(path, role_map=ANN_AND_BOB)
+    assert [turns(chat) for chat in reading] == [PAIR]
+    assert reading.unused["messages[].action"] == 1
+    with pytest.raises(DataError, match=r"the role is 'Ann'.*dataset.role_map"):
+        list(read_conversations(path))
+    assert parse(telegram()) == "no turns"
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="needs jq")
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_the_remedy_for_other_chats_of_telegram(tmp_path, is_whole):
+    chat = telegram(*TALK, {"from": "Bob", "text": "", "photo": "a.jpg"})
+    found = {"about": "", "chats": {"list": [chat]}} if is_whole else chat
+    path = write(tmp_path / "FILE", json.dumps(found, indent=1))
+    with pytest.raises(DataError, match=r"Telegram's export.*dataset.role_map") as error:
+        list(read_conversations(path, role_map=ANN_AND_BOB))
+    subprocess.run(str(error.value).split("`")[1], shell=True, cwd=tmp_path, check=True)
+    assert read(tmp_path / "chats.jsonl", role_map=ANN_AND_BOB)[0] == [PAIR]
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="needs jq")
+def test_the_remedy_for_events_of_rasa(tmp_path):
+    events = [{"event": "action"}, {"event": "user", "text": Q}, {"event": "bot", "text": A}]
+    path = write(tmp_path / "FILE", lines([{"sender_id": "1", "events": events}] * 2))
+    with pytest.raises(DataError, match="has tracked") as error:
+        list(read_conversations(path))
+    subprocess.run(str(error.value).split("`")[1], shell=True, cwd=tmp_path, check=True)
+    assert read(tmp_path / "chats.jsonl")[0] == [PAIR] * 2
 
 
 @pytest.mark.parametrize(

@@ -439,6 +439,19 @@ REFUSED = {
         {"conversation": [ASK, REPLY], "dialog": MORE},
         "by the keys conversation and dialog",
     ),
+    "rasa": (
+        {"rasa_nlu_data": {"common_examples": [{"text": "hey", "intent": "greet"}]}},
+        "training data of intents.*heads are trained on answers",
+    ),
+    "rasa domain": (
+        {"intents": ["greet"], "responses": {"utter_greet": [{"text": "Hey!"}]}},
+        "training data of intents",
+    ),
+    "rasa stories": (
+        {"story": "x", "steps": [{"intent": "greet"}, {"action": "utter_greet"}]},
+        "training data of intents",
+    ),
+    "intents": ({"tag": "x", "patterns": ["Bye"], "responses": ["See you"]}, "data of intents"),
     "other roles": (
         {"messages": [{"role": "narrator", "content": Q}, REPLY]},
         "the role is 'narrator'.*dataset.role_map",

@@ -35,7 +35,16 @@ from medusa_exp.data.parsing import (
 from medusa_exp.data.raw_chats import RawChat, raw_bytes
 from medusa_exp.data.records import SYSTEMS, Ambiguous
 from medusa_exp.data.remedies import columns_for
-from medusa_exp.data.turns import CALLS, PICTURES, REASONING, ROLES, SWITCHES, TOOLS
+from medusa_exp.data.turns import (
+    CALLS,
+    ENTITIES,
+    PICTURE,
+    PICTURES,
+    REASONING,
+    ROLES,
+    SWITCHES,
+    TOOLS,
+)
 from medusa_exp.runs.progress import Patience
 
 __all__ = [
@@ -367,6 +376,8 @@ class _FaultyChats:
                     raise error
             columns = columns_for(first, self.role_map)
             raise faults.no_form(name, keys, "columns" if is_table else "keys", columns)
+        if reason == PICTURE and ENTITIES in str(value_of(first)):
+            raise faults.no_words(name, detail)
         if reason == NO_REPLY and (columns := columns_for(first, self.role_map)):
             raise faults.no_answer(name, columns)
         if reason == NOT_OBJECT:

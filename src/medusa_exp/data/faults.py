@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medusa_exp.data.other_kinds import kind_by_beginning
+from medusa_exp.data.other_kinds import TELEGRAM, kind_by_beginning, kind_by_keys
 from medusa_exp.errors import UserError
 from medusa_exp.runs.extras import lacking
 
@@ -192,6 +192,8 @@ def no_form(name: str, keys: Sequence[str], what: str = "keys", columns: str = "
 
     `columns` is what dataset.columns would read the first of them by.
     """
+    if not columns and (words := kind_by_keys(keys)):
+        return NoChats(f"{name} {words}")
     shown = ", ".join(map(str, keys[:30])) + (" ..." if len(keys) > 30 else "")
     shown = shown.encode("utf-8", "replace").decode()  # a key may hold half a surrogate pair
     one = ""
@@ -218,6 +220,14 @@ def no_answer(name: str, columns: str) -> NoChats:
     return NoChats(
         f"{name} has no chat that can be read: none of its records has an assistant turn among its "
         f"messages. The answers seem to stand beside them: say 'dataset.columns={columns}'."
+    )
+
+
+def no_words(name: str, detail: str) -> NoChats:
+    """Return the error of Telegram's chats, each of which has a message of other than text."""
+    return NoChats(
+        f"{name} has no chat that can be read: each has a picture or the like ({detail}). It seems "
+        f"to be Telegram's export: {TELEGRAM}."
     )
 
 

@@ -52,6 +52,41 @@ _MEMBERS = [
     (r"(.*/)?data\.pkl$", f"a file of PyTorch, {_PICKLE}", _AS_LINES),
     (r".*\.npy$", "an archive of NumPy's arrays", _AS_LINES),
 ]
+TELEGRAM = (
+    """write its texts by `jq -c '(.chats.list? // [.])[] | {messages: [.messages[] | """
+    """select(.type == "message" and .text != "") | {from, value: ([.text] | flatten | """
+    """map(.text? // .) | join(""))}]}' FILE > chats.jsonl`, and say whose each name is, as in """
+    "'dataset.role_map={ann: user, bob: assistant}'"
+)
+_INTENTS = (
+    "training data of intents, as Rasa's: what may be asked, without the talks in which it was "
+    "answered",
+    'heads are trained on answers, as in {"messages": [{"role": "user", ...}, {"role": '
+    '"assistant", ...}]}',
+)
+_TRACKED = (
+    "the events that Rasa has tracked",
+    """write its talks by `jq -c '{messages: [.events[] | select(.event == "user" or .event == """
+    """"bot") | {role: .event, content: .text}]}' FILE > chats.jsonl`""",
+)
+_RECORDS = [
+    ({"rasa_nlu_data"}, *_INTENTS),
+    ({"intents", "responses"}, *_INTENTS),
+    ({"intent", "text", "entities"}, *_INTENTS),
+    ({"tag", "patterns"}, *_INTENTS),
+    ({"story", "steps"}, *_INTENTS),
+    ({"rule", "steps"}, *_INTENTS),
+    ({"sender_id", "events"}, *_TRACKED),
+    ({"event", "timestamp"}, *_TRACKED),
+    ({"about", "chats"}, "Telegram's export of all chats", TELEGRAM),
+]
+"""Keys of a record that is no chat, what its file is, and what to do."""
+
+
+def kind_by_keys(keys: Sequence[str]) -> str | None:
+    """Return what a file is, and what to do, by the keys of a record that is no chat."""
+    found = (f"is {kind}: {advice}." for of_kind, kind, advice in _RECORDS if of_kind <= {*keys})
+    return next(found, None)
 
 
 def kind_by_beginning(head: bytes) -> str | None:

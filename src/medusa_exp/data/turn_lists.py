@@ -161,10 +161,13 @@ def turns_of(value: Any, shown: Any = None) -> list[Any] | None:
     """Return the turns of a list of them, or of a single one; None for all else.
 
     Of a tree of messages, they are those of one branch: `shown` is the message at its end.
+    Telegram's notes of what was done, as joining a group, are no turns.
     """
     value = listed(value)
     if is_turn(value):
         value = [value]
+    if isinstance(value, list):
+        value = [v for v in value if not (get(v, "type") == "service" and get(v, "action"))]
     if not isinstance(value, list) or not value:
         return None
     if is_alternation(value):

@@ -48,6 +48,9 @@ NULL = "content is null"
 TWO_TEXTS = "a turn with two roles or two texts"
 _THOUGHTS = ("thinking", "reasoning")
 _SAID = ("text", "input_text", "output_text")
+ENTITIES = "text_entities"
+"""A key of messages in Telegram's exports alone."""
+_BESIDE_ENTITIES = ("photo", "media_type", "file")
 # Telegram's pieces of a message, each with its text.
 _ENTITIES = (
     *("plain", "bold", "italic", "underline", "strikethrough", "spoiler", "code", "pre"),
@@ -127,6 +130,11 @@ def refuse_pictures(record: Record) -> None:
     for key in PICTURES:
         if is_held(value := record.get(key)) and value is not False:
             raise Unusable(PICTURE, f"under {key}")
+    if ENTITIES in record:
+        if found := [key for key in _BESIDE_ENTITIES if is_held(record.get(key))]:
+            raise Unusable(PICTURE, f"under {found[0]}")
+        if not is_held(record.get("text")):
+            raise Unusable(PICTURE, f"a message of no text, but {', '.join(map(str, record))}")
 
 
 def texts_of(content: Any) -> tuple[str, str]:
