@@ -351,6 +351,20 @@ def test_a_turn_that_two_keys_hold_is_read_once(record, expected):
         assert turns(found) == expected
 
 
+def test_a_system_text_beside_a_request_is_read():
+    request = {"messages": [ASK, REPLY]}
+    assert turns(parse({"body": request, "system": "Be brief."})) == BRIEF
+    assert turns(parse({"body": request | {"system": "Be brief."}, "system": "Be brief."})) == BRIEF
+    with pytest.raises(Ambiguous, match="one within"):
+        parse({"body": request | {"system": "Be brief."}, "system": "Be kind."})
+
+
+def test_two_texts_are_refused_whatever_says_who_speaks():
+    told = {"author": "assistant", "value": A, "content": "5"}
+    assert parse({"messages": [ASK, told]}) == "a turn with two roles or two texts"
+    assert turns(parse({"messages": [ASK, told | {"content": A}]})) == PAIR
+
+
 @pytest.mark.parametrize("question", [{"prompt": Q}, {"messages": [ASK]}])
 def test_several_answers_are_no_chat_of_their_own(question):
     assert parse({**question, "chosen": [A, "4"], "rejected": ["5"]}) == (

@@ -222,11 +222,32 @@ def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):
         {"messages": BRANCHES, "conv": {"currNode": "7"}},
         {"body": {"messages": [ASK], "response": A}},
         {"conversation": [{"input": Q, "output": A}]},
+        {"prompt": Q, "chosen": [ASK, REPLY]},
+        {"prompt": [ASK], "chosen": f"\n\nHuman: {Q}\n\nAssistant: {A}"},
     ],
 )
 def test_what_is_read_is_not_counted_as_unused(record):
     parser = ChatParser()
     assert turns(parser.parse(json.dumps(record).encode()))[:2] == PAIR and not parser.unused
+
+
+@pytest.mark.parametrize(
+    ("record", "keys"),
+    [
+        ({"prompt": "Else?", "chosen": [ASK, REPLY]}, {"prompt"}),
+        ({"question": "Else?", "context": "x", "chosen": [ASK, REPLY]}, {"question", "context"}),
+        ({"messages": [{"role": "user", "content": "Else?"}], "chosen": [ASK, REPLY]}, "messages"),
+        ({"prompt": Q, "completion": REPLY | {"text": "x", "name": "y"}}, "completion"),
+        ({"messages": [ASK], "response": REPLY | {"text": "x"}}, "response"),
+        ({"prompt": Q, "chosen": A, "history": [ASK | {"name": "x"}, REPLY]}, "history"),
+    ],
+)
+def test_what_is_not_read_of_answers_and_questions_is_counted(record, keys):
+    parser = ChatParser()
+    assert turns(parser.parse(json.dumps(record).encode()))[-2:] == PAIR
+    assert {key.partition("[")[0] for key in parser.unused} == (
+        {keys} if isinstance(keys, str) else keys
+    )
 
 
 def test_the_end_of_a_branch_is_counted_where_there_is_none():

@@ -5,7 +5,7 @@ have its form. Turns are as `parsing` reads them: objects of a role (`from`) and
 (`value`); what is wrong with one of them is found there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +25,11 @@ from medusa_exp.data.pairs import (
 )
 from medusa_exp.data.records import (
     IDS,
+    NOT_ALIKE,
     SYSTEMS,
     Ambiguous,
     Chat,
+    all_said,
     at,
     check_alike,
     check_same_talk,
@@ -58,6 +60,7 @@ from medusa_exp.data.turns import (
     is_held,
 )
 
+_TALKS = ("conversations", "messages")
 NO_WINNER = "two conversations without a winner"
 BOTH_BAD = "two conversations, both marked as bad"
 _BEGIN = "<|BEGIN-VISIBLE-CHAT|>"
@@ -81,7 +84,7 @@ def _messages(record: Any) -> Chat | None:
     """Read ShareGPT's `conversations`, OpenAI's `messages`; either may be JSON in a text."""
     if not isinstance(record, dict):
         return None
-    values = {key: listed(record.get(key)) for key in ("conversations", "messages")}
+    values = {key: listed(record.get(key)) for key in _TALKS}
     talks = {key: value for key, value in values.items() if isinstance(value, list)}
     if not talks:
         return None
@@ -157,13 +160,15 @@ def _chosen(record: Any) -> Chat | None:
     if chosen is None:
         return None
     asked = [key for key in ASKED if get(record, key) is not None]
-    is_apart = asked or any(is_held(get(record, key)) for key in ("conversations", "messages"))
+    is_apart = asked or any(is_held(get(record, key)) for key in _TALKS)
     replies = [] if asked else chat_in(chosen)
     replies = replies or (answered(chosen) if is_apart else said_by(chosen, "assistant"))
     if role_in(replies[0]) != "assistant":
         first = said_by(record[asked[0]], "user")[:1] if asked else []
         is_lost = [*map(role_in, first)] == ["system"] != [role_in(replies[0])]
-        return Chat(first + replies if is_lost else replies, system_in(record))
+        turns = first + replies if is_lost else replies
+        unsaid = _unsaid(record, {*ASKED, *CONTEXTS, *_TALKS}, turns)
+        return Chat(turns, system_in(record), passed_over=unsaid)
     if not asked:
         before = _messages(record)
         if before is None or not before.turns or role_in(before.turns[-1]) == "assistant":
@@ -171,7 +176,18 @@ def _chosen(record: Any) -> Chat | None:
         return Chat([*before.turns, *replies], before.system, more=before.more)
     if asked != ["instruction", "input"]:
         check_alike(record, asked, columns_in(record, "user: KEY, assistant: chosen", CONTEXTS))
-    return Chat(joined(record, asked[0], CONTEXTS, replies), system_in(record), more=("history",))
+    turns = joined(record, asked[0], CONTEXTS, replies)
+    unsaid = _unsaid(record, {*_TALKS}, turns)
+    return Chat(turns, system_in(record), more=("history",), passed_over=unsaid)
+
+
+def _unsaid(record: Record, keys: Iterable[str], turns: list[Any]) -> tuple[str, ...]:
+    """Return those of some keys whose texts, or lists of them, turns do not say."""
+    said = [*map(all_said, turns)]
+    held = [key for key in keys if is_held(get(record, key))]
+    return tuple(
+        k for k in held if any(all_said(t) not in said for t in said_by(record[k], "user"))
+    )
 
 
 def _contents(record: Any) -> Chat | None:
@@ -204,7 +220,19 @@ def _body(record: Any) -> Chat | None:
     is_open = bool(chat.turns) and role_in(chat.turns[-1]) == "user"
     if is_open and any(is_held(record.get(reply)) for reply in (*REPLIES, "choices")):
         return None
-    return chat
+    return replace(chat, system=_system_of_both(record, chat))
+
+
+def _system_of_both(record: Record, inner: Chat) -> Any:
+    """Return the system text beside a request, or within it.
+
+    Raises:
+        Ambiguous: there are two, which differ.
+    """
+    system = system_in(record)
+    if is_held(system) and is_held(inner.system) and system != inner.system:
+        raise Ambiguous(f"has a system text beside its request and one within{NOT_ALIKE}")
+    return inner.system if is_held(inner.system) else system
 
 
 def _winner(record: Any) -> Chat | None:
@@ -302,16 +330,14 @@ def _refuse_row(record: list[Any]) -> None:
 
 _BESIDE = (*REPLIES, "choices", *_LEAVES, "conv")
 FORMS = {
-    "messages": Form(("conversations", "messages"), _messages, _BESIDE),
+    "messages": Form(_TALKS, _messages, _BESIDE),
     "conversation": Form(TALKS, _conversation),
     "prompt": Form(("prompt", *REPLIES, "history"), _prompt),
     "instruction": Form(("instruction", *CONTEXTS, *REPLIES, "history"), _instruction),
     "question": Form(("question", "query", "context", *REPLIES, "history"), _question),
     "input": Form(("input", *REPLIES, "history"), _input),
     "user": Form((*ROLE_NAMES["user"], *ROLE_NAMES["assistant"], "history"), _user),
-    "chosen": Form(
-        ("chosen", *ASKED, *CONTEXTS, "conversations", "messages"), _chosen, ("history",)
-    ),
+    "chosen": Form(("chosen", *ASKED, *CONTEXTS, *_TALKS), _chosen, ("history",)),
     "contents": Form(("contents",), _contents),
     "body": Form(WRAPPERS, _body),
     "winner": Form(("conversation_a", "conversation_b", "winner"), _winner),

@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import astuple
 
 from medusa_exp.data.forms import FORMS, Form, by_columns, columns_of
-from medusa_exp.data.pairs import SEVERAL_ANSWERS
+from medusa_exp.data.pairs import REPLIES, SEVERAL_ANSWERS
 from medusa_exp.data.raw_chats import RawChat, TooLong, decode_leniently, num_bytes, raw_bytes
 from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, id_in
 from medusa_exp.data.turn_lists import is_alternation, known_names, renamed
@@ -261,12 +261,12 @@ class ChatParser:
     def _parse_leniently(self, raw: RawChat, number: int) -> Conversation:
         record = renamed(value_of(raw), self._names)
         self._is_row = isinstance(raw, dict)
-        name, messages, tools, more = self._read(record)
+        name, messages, tools, chat = self._read(record)
         if number <= self._look_at:
-            self._note_unused(record, name, more)
+            self._note_unused(record, name, chat)
         if name == "messages":
             given = record.get("id")
-            of_id = (*_OF_ID, *more)
+            of_id = (*_OF_ID, *chat.more)
             raw = {k: v for k, v in raw.items() if k in of_id} if isinstance(raw, dict) else raw
         else:
             given = id_in(record)
@@ -276,13 +276,18 @@ class ChatParser:
         chat_id = _usable_id(given) or _content_id(raw)
         return Conversation(chat_id, messages, self._source, number, tools)
 
-    def _note_unused(self, record: Any, form: str, more: tuple[str, ...] = ()) -> None:
+    def _note_unused(self, record: Any, form: str, chat: Chat | None = None) -> None:
         self.num_looked_at += 1
-        unused = unused_keys(record, form, self._forms[form].keys) - {*more}
+        keys = self._forms[form].keys
+        if chat is not None:
+            keys += tuple(key for key in chat.more if key in (*REPLIES, "history"))
+        unused = unused_keys(record, form, keys)
+        if chat is not None:
+            unused = unused.difference(chat.more).union(chat.passed_over)
         self.unused.update(map(_whole_letters, unused))
 
-    def _read(self, record: Any) -> tuple[str, list[Message], str, tuple[str, ...]]:
-        """Return the name of a record's form, its messages, its tools, what was read for more."""
+    def _read(self, record: Any) -> tuple[str, list[Message], str, Chat]:
+        """Return the name of a record's form, its messages, its tools, and how it was read."""
         if not isinstance(record, dict | list):
             raise Unusable(NOT_OBJECT)
         fitting: dict[str, Chat] = {}
@@ -317,7 +322,7 @@ class ChatParser:
             )
         beside = fitting[first].tools_in or (record if isinstance(record, dict) else {})
         tools = "" if first == "columns" else tools_of(beside, self._is_row)
-        return first, found[first], tools, fitting[first].more
+        return first, found[first], tools, fitting[first]
 
     def _messages(self, chat: Chat) -> list[Message]:
         if not chat.turns:

@@ -54,6 +54,8 @@ class Chat:
     """The record within the record that they stand in, with what else holds for all of it."""
     more: tuple[str, ...] = ()
     """Keys that were read, which usually are not in its form."""
+    passed_over: tuple[str, ...] = ()
+    """Keys that were not read, which usually are."""
 
 
 def id_in(record: Any) -> Any:

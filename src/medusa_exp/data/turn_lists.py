@@ -191,6 +191,13 @@ def _usual(item: Any) -> list[Any]:
     is_usual = said is first_filled(item, ("value", "content"))
     if is_usual and item.keys() & {"value", "content"} and item.keys() & {"from", "role"}:
         return [item]
+    if (
+        is_usual
+        and role is not None
+        and is_held(item.get("value"))
+        and is_held(item.get("content"))
+    ):
+        return [{**item, "role": role}]  # which are to be the same
     if role is not None and said is not None:
         return [{**item, "role": role, "content": said if is_usual else as_parts(said)}]
     names = [key for key, value in item.items() if value is not None and key in ROLE_KEYS]

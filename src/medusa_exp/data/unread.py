@@ -118,8 +118,9 @@ def _plain(value: Any) -> Any:
 
 
 def _list_in(record: Record, key: str) -> Any:
-    """Return what stands under a key as forms read it: a list of turns may be JSON in a text."""
+    """Return what stands under a key as forms read it: turns may be JSON in a text, or one."""
     inner = listed(record[key])
+    inner = [inner] if is_turn(inner) else inner
     is_of_turns = isinstance(inner, list) and bool(inner) and is_turn(inner[0])
     return inner if key in LISTS or is_of_turns else record[key]
 
