@@ -183,11 +183,9 @@ def _chosen(record: Any) -> Chat | None:
 
 def _unsaid(record: Record, keys: Iterable[str], turns: list[Any]) -> tuple[str, ...]:
     """Return those of some keys whose texts, or lists of them, turns do not say."""
-    said = [*map(all_said, turns)]
-    held = [key for key in keys if is_held(get(record, key))]
-    return tuple(
-        k for k in held if any(all_said(t) not in said for t in said_by(record[k], "user"))
-    )
+    said = {repr(all_said(turn)) for turn in turns}
+    held = {key: said_by(record[key], "user") for key in keys if is_held(get(record, key))}
+    return tuple(k for k, v in held.items() if not {repr(all_said(turn)) for turn in v} <= said)
 
 
 def _contents(record: Any) -> Chat | None:
