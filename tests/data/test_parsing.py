@@ -138,6 +138,7 @@ def test_role_map_makes_no_turns_of_other_json(text):
     "beside",
     [
         {"chosen": "Hello!", "rejected": "Go."},
+        {"messages": [HI, HELLO, HI], "chosen": "Hello!", "rejected": "Go."},
         {"prompt": "Hi", "completion": "Hello!"},
         {"conversation": [{"user": "Hi", "assistant": "Hello!"}]},
         {"output": "[]"},
@@ -146,7 +147,7 @@ def test_role_map_makes_no_turns_of_other_json(text):
 def test_an_answer_beside_messages_is_found_behind_the_first_records_too(beside):
     raw = json.dumps({"messages": [HI], **beside}).encode()
     first, later = (ChatParser().parse(raw, number) for number in (1, 1000))
-    assert turns(first) == turns(later) and len(first.messages) == 2
+    assert turns(first) == turns(later) and len(first.messages) in (2, 4)
 
 
 @pytest.mark.parametrize(

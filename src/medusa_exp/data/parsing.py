@@ -135,7 +135,7 @@ class _ChatBase(msgspec.Struct, gc=False):
     system: str | None = None
 
 
-_ChatWithMore = _with_raw(_ChatBase, FORMS["messages"].more)
+_ChatWithMore = _with_raw(_ChatBase, (*FORMS["messages"].more, "chosen"))
 _Chat = _with_raw(_ChatWithMore, (*SYSTEMS[1:], *TOOLS, *PICTURES))
 _NUM_OF_CHAT = len(_ChatBase.__struct_fields__)
 _NUM_WITH_MORE = len(_ChatWithMore.__struct_fields__)
@@ -314,6 +314,9 @@ class ChatParser:
                 refuse_pictures(place)
         if not found:
             raise faults[0]
+        before = found.get("messages", [])
+        if before and before == found.get("chosen", [])[: len(before)] != found["chosen"]:
+            del found["messages"]  # to which the preferred answer is the end
         first, *others = found
         if any(found[other] != found[first] for other in others):
             choices = " or ".join(f"dataset.form={name}" for name in found)
