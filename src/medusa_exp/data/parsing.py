@@ -67,7 +67,7 @@ All other keys that `columns_of` names count, in its order: one that a form newl
 texts belongs here, or the ids of all rows that have it change, and with them the splits.
 """
 _NOTHING = (b"", b"null", b'""', b"[]", b"{}", b'"[]"')
-_UNSAID = frozenset((None, "", "[]", "{}"))
+_UNSAID = ("[]", "{}")  # a set would hash each text
 """Contents in whose place other words count, where a turn has some."""
 
 
@@ -233,8 +233,8 @@ class ChatParser:
             if (source and name) or (value and content):
                 return None
             content = value or content
-            if role is None or role == "tool" or content in _UNSAID:  # other words may say it
-                return None
+            if role is None or not content or role == "tool" or content in _UNSAID:
+                return None  # other words may say it
             if (beside := fields[_NUM_SAID:]) != _PLAIN and _hold(beside):
                 return None
             messages.append(Message(role, content, thought or "" if role == "assistant" else ""))
