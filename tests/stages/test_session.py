@@ -1,3 +1,4 @@
+import logging
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from medusa_exp.config import (
     to_dict,
 )
 from medusa_exp.errors import UserError
+from medusa_exp.model import build_heads, int8, save_heads
 from medusa_exp.model.heads import MedusaHeadsConfig
 from medusa_exp.stages.session import Session, stop_ids_of
 
@@ -120,3 +122,18 @@ def test_where_tokens_are_drawn_none_is_looked_up(tmp_path):
     decode = DecodeConfig(rule="sampling", draft="sampled")
     with pytest.raises(UserError, match=r"set tree\.lookup=0, or decode\.draft=top"):
         Session(Config(decode=decode, tree=TreeConfig(lookup=2)), tmp_path).check_drafts()
+
+
+@pytest.mark.skipif(not int8.is_supported(), reason="torch without such products")
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_config_says_whether_heads_draft_in_integers(
+    config, tmp_path, monkeypatch, caplog, is_on
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(int8, "_FEWEST_WEIGHTS", 1)
+    config.run_dir, config.decode.int8_heads = str(tmp_path / "run"), is_on
+    config.dtype.backbone = "float32"
+    session = Session(config, tmp_path / "run")
+    save_heads(build_heads(session.backbone(), num_heads=2), tmp_path / "run" / "heads")
+    session.decoder(is_tree_known=False)
+    assert ("8-bit integers (decode.int8_heads)" in caplog.text) == is_on
