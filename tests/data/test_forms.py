@@ -249,6 +249,10 @@ def test_forms_may_differ_within_a_file(tmp_path):
             "marked as bad",
         ),
         ({"conversation_a": [ASK], "conversation_b": [ASK]}, "without a winner"),
+        (
+            {"conversation": [{"system": x, "human": Q, "gpt": A} for x in ("A", "B")]},
+            "two system texts that differ",
+        ),
         ({"question": Q, "answer": None}, "content is null"),
         ({"question": Q, "answer": True}, "content is not text"),
         ({"question": Q, "answer": " "}, "no assistant turn"),
@@ -284,9 +288,10 @@ def test_what_stands_beside_texts_in_other_words(tmp_path):
         {"messages": [{"role": "system", "content": "Be brief."}, ASK, REPLY], "conversations": []},
         {"messages": [ASK, REPLY], "conversations": same, "system": {"content": "Be brief."}},
         {"messages": [ASK | {"from": "human", "value": Q}, REPLY]},
+        {"conversation": [{"human": Q, "gpt": A, "system": ""}]},
     ]
     found = list(read_conversations(write(tmp_path / "a", lines(records))))
-    assert [turns(chat) for chat in found] == [PAIR, BRIEF, BRIEF, PAIR]
+    assert [turns(chat) for chat in found] == [PAIR, BRIEF, BRIEF, PAIR, PAIR]
     assert found[0].messages[1].reasoning == "Hm."
 
 

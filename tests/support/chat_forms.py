@@ -116,6 +116,21 @@ READ = {
     ),
     "gsm8k": ({"question": Q, "answer": A}, "question", PAIR),
     "metamath": ({"query": Q, "response": A, "original_question": "?"}, "question", PAIR),
+    "xtuner": (
+        {"conversation": [{"system": "Be brief.", "input": Q, "output": A}]},
+        "conversation",
+        BRIEF,
+    ),
+    "xtuner, its system text in each": (
+        {
+            "conversation": [
+                {"input": q, "output": a, "system": "Be brief."}
+                for q, a in ((Q, A), ("And 3+3?", "6."))
+            ]
+        },
+        "conversation",
+        [BRIEF[0], *AGAIN],
+    ),
     "input and output": ({"input": Q, "output": A}, "input", PAIR),
     "nemotron": ({"input": [ASK], "output": A, "system_prompt": "Be brief."}, "input", BRIEF),
     "prompt and completion": ({"prompt": Q, "completion": A}, "prompt", PAIR),

@@ -41,7 +41,7 @@ from medusa_exp.runs.schemas import DataSummary
 
 log = logging.getLogger(__name__)
 
-FORMAT = 6
+FORMAT = 7
 """Raise it when the same chats, tokenizer and template give other examples, or other files of them:
 caches are then built anew. (tests/golden/renderings.json tells of most such changes.)"""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "msgspec")

@@ -9,8 +9,10 @@ from medusa_exp.data.turns import (
     REASONING,
     ROLE_OF,
     ROLES,
+    TWO_SYSTEMS,
     USED,
     Record,
+    Unusable,
     first_filled,
     from_json_text,
     is_held,
@@ -173,11 +175,33 @@ def turns_of(value: Any, shown: Any = None) -> list[Any] | None:
     if is_alternation(value):
         roles = ("user", "assistant")
         return [{"role": roles[i % 2], "content": text} for i, text in enumerate(value)]
-    return with_thoughts([turn for item in branch_in(value, shown) for turn in _usual(item)])
+    items = _with_one_system(branch_in(value, shown))
+    return with_thoughts([turn for item in items for turn in _usual(item)])
 
 
 def is_alternation(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
+
+
+def _with_one_system(items: list[Any]) -> list[Any]:
+    """Return items, each a question and its answer, without a system text that they repeat.
+
+    Raises:
+        Unusable: a later one differs.
+    """
+    found: list[Any] = []
+    system: Any = None
+    for item in items:
+        if isinstance(item, dict) and "system" in item and len(_names_in(item)) > 1:
+            own = item["system"]
+            if not is_held(own) or own == system:
+                item = {key: value for key, value in item.items() if key != "system"}
+            elif system is not None:
+                raise Unusable(TWO_SYSTEMS, f"they are {system!r:.40} and {own!r:.40}")
+            else:
+                system = own
+        found.append(item)
+    return found
 
 
 def _usual(item: Any) -> list[Any]:
@@ -200,14 +224,21 @@ def _usual(item: Any) -> list[Any]:
         return [{**item, "role": role}]  # which are to be the same
     if role is not None and said is not None:
         return [{**item, "role": role, "content": said if is_usual else as_parts(said)}]
-    names = [key for key, value in item.items() if value is not None and key in ROLE_KEYS]
-    if not names and all(item.get(key) is not None for key in ASKED_AND_SAID):
-        names = [*ASKED_AND_SAID]
+    names = _names_in(item)
     if role is None and names:
         # What stands beside the texts is looked at in each turn: it may be of any.
         beside = {key: value for key, value in item.items() if key not in names}
         return [{**beside, "role": ASKED_AND_SAID.get(k, k), "content": item[k]} for k in names]
     return [item]
+
+
+def _names_in(item: Record) -> list[str]:
+    """Return the keys of an item that are roles, and of texts, in the order that they are said."""
+    names = [key for key, value in item.items() if value is not None and key in ROLE_KEYS]
+    names.sort(key="system".__ne__)
+    if names in ([], ["system"]) and all(item.get(key) is not None for key in ASKED_AND_SAID):
+        names += ASKED_AND_SAID
+    return names
 
 
 def _without_objects(turn: Record) -> Record:
