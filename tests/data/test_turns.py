@@ -182,6 +182,8 @@ def test_a_system_prompt_in_its_own_column(key):
         ({"image": "a.png"}, "a picture, a sound or a video"),
         ({"messages": [ASK | {"audio": {"id": "x"}}, REPLY]}, "a picture, a sound or a video"),
         ({"body": {"messages": [ASK, REPLY], "image": "a.png"}}, "a picture, a sound or a video"),
+        ({"label": False}, "an answer that is marked as bad"),
+        ({"prompt": "x", "completion": "y", "kto_tag": False}, "an answer that is marked as bad"),
         ({"tools": "search"}, "tools in an unknown form"),
         ({"messages": [ASK, REPLY | {"value": "5"}]}, "a turn with two roles or two texts"),
         ({"messages": [ASK | {"from": "gpt"}, REPLY]}, "a turn with two roles or two texts"),
@@ -198,8 +200,23 @@ def test_a_system_prompt_in_its_own_column(key):
     ],
 )
 def test_reasons(record, reason):
-    beside = {} if "body" in record else {"messages": [ASK, REPLY]}
+    beside = {} if record.keys() & {"body", "prompt"} else {"messages": [ASK, REPLY]}
     assert parse({**beside, **record}) == reason
+
+
+@pytest.mark.parametrize("label", [True, None, 0, 1, "false", "bad", {"is_bad": False}])
+def test_what_says_of_no_answer_that_it_is_bad(tmp_path, label):
+    pair = {"prompt": "2+2?", "completion": "4", "label": label}
+    for record in ({"messages": [ASK, REPLY], "label": label}, pair):
+        parser = ChatParser()
+        assert len(parser.parse(json.dumps(record).encode()).messages) == 2
+        assert {*parser.unused} == (set() if label is None or label is True else {"label"})
+    rows = [pair | {"label": value} for value in (True, False)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    reading = read_conversations(tmp_path / "a.parquet")
+    assert len(list(reading)) == 1 and reading.dropped == {"an answer that is marked as bad": 1}
+    columns = {"user": "prompt", "assistant": "completion"}
+    assert len(list(read_conversations(tmp_path / "a.parquet", columns=columns))) == 2
 
 
 def test_what_is_not_used_of_a_request():

@@ -222,6 +222,8 @@ def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):
         {"messages": BRANCHES, "conv": {"currNode": "7"}},
         {"body": {"messages": [ASK], "response": A}},
         {"conversation": [{"input": Q, "output": A}]},
+        {"conversation": [{"input": Q, "output": A, "system": ""}]},
+        {"conversation": [{"input": Q, "output": A}, {"input": Q, "output": A, "system": "x"}]},
         {"prompt": Q, "chosen": [ASK, REPLY]},
         {"prompt": [ASK], "chosen": f"\n\nHuman: {Q}\n\nAssistant: {A}"},
     ],

@@ -52,6 +52,7 @@ from medusa_exp.data.turn_lists import (
 )
 from medusa_exp.data.turns import (
     BAD_CALLS,
+    LABELS,
     PICTURES,
     TOOLS,
     Record,
@@ -346,6 +347,8 @@ FORMS = {
     "list": Form((), _list),
 }
 """Name, as `dataset.form` has it -> form."""
+LABELLED = {*FORMS} - {"chosen", "winner"}
+"""Forms of one answer to each question: `LABELS` are of it."""
 
 
 def by_columns(columns: Mapping[str, str]) -> Form:
@@ -374,4 +377,4 @@ def columns_of(forms: Mapping[str, Form]) -> tuple[str, ...]:
     """Return the keys that are read of a record in one of these forms."""
     keys = [key for form in forms.values() for key in form.keys]
     more = [key for form in forms.values() for key in form.more]
-    return tuple(dict.fromkeys([*keys, *IDS, *SYSTEMS, *TOOLS, *PICTURES, *more]))
+    return tuple(dict.fromkeys([*keys, *IDS, *SYSTEMS, *TOOLS, *PICTURES, *LABELS, *more]))

@@ -15,13 +15,14 @@ from typing import Any
 import msgspec
 from msgspec.structs import astuple
 
-from medusa_exp.data.forms import FORMS, Form, by_columns, columns_of
+from medusa_exp.data.forms import FORMS, LABELLED, Form, by_columns, columns_of
 from medusa_exp.data.pairs import REPLIES, SEVERAL_ANSWERS
 from medusa_exp.data.raw_chats import RawChat, TooLong, decode_leniently, num_bytes, raw_bytes
 from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, id_in
 from medusa_exp.data.turn_lists import is_alternation, known_names, renamed
 from medusa_exp.data.turns import (
     CALLERS,
+    LABELS,
     NOT_TEXT,
     NOT_TO_TRAIN,
     PICTURES,
@@ -55,12 +56,13 @@ NO_TURNS = "no turns"
 NOT_A_TURN = "a turn is not an object with a role and a content"
 UNKNOWN_ROLE = "unknown role"
 NO_REPLY = "no assistant turn"
+BAD_ANSWER = "an answer that is marked as bad"
 TOO_LARGE = "larger than dataset.max_record_bytes"
 
 
 _OF_ID = ("conversations", "messages", "id", "system")
 """What the id of a row without one is made of, where it has the first form."""
-_NOT_OF_ID = (*TOOLS, *PICTURES, "choices", "currNode", "conv")
+_NOT_OF_ID = (*TOOLS, *PICTURES, *LABELS, "choices", "currNode", "conv")
 """What it is not made of in another form: earlier runs did not read it.
 
 All other keys that `columns_of` names count, in its order: one that a form newly reads beside its
@@ -133,6 +135,8 @@ class _ChatBase(msgspec.Struct, gc=False):
     messages: list[_Turn] | None = None  # type: ignore[valid-type]
     id: str | int | None = None
     system: str | None = None
+    label: Any = None
+    kto_tag: Any = None
 
 
 _ChatWithMore = _with_raw(_ChatBase, (*FORMS["messages"].more, "chosen"))
@@ -224,7 +228,7 @@ class ChatParser:
             return None
         role_of = self._role_at_once.get
         messages = []
-        if chat.conversations and chat.messages:
+        if (chat.conversations and chat.messages) or chat.label is False or chat.kto_tag is False:
             return None
         for turn in chat.conversations or chat.messages or ():
             fields = astuple(turn)
@@ -271,7 +275,8 @@ class ChatParser:
         else:
             given = id_in(record)
             if isinstance(raw, dict):
-                raw = {key: value for key, value in raw.items() if key not in _NOT_OF_ID}
+                not_of_id = {*_NOT_OF_ID}.difference(self._forms[name].keys)
+                raw = {key: value for key, value in raw.items() if key not in not_of_id}
             self.found[name] += 1
         chat_id = _usable_id(given) or _content_id(raw)
         return Conversation(chat_id, messages, self._source, number, tools)
@@ -323,6 +328,10 @@ class ChatParser:
             raise Ambiguous(
                 f"can be read by the forms {' and '.join(found)}{NOT_ALIKE}", f"Choose: {choices}."
             )
+        if isinstance(record, dict) and first in LABELLED:
+            for key in LABELS:
+                if record.get(key) is False:
+                    raise Unusable(BAD_ANSWER, f"its {key} is false")
         beside = fitting[first].tools_in or (record if isinstance(record, dict) else {})
         tools = "" if first == "columns" else tools_of(beside, self._is_row)
         return first, found[first], tools, fitting[first]

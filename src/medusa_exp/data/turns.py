@@ -29,6 +29,8 @@ SWITCHES = ("weight", "train", "training", "loss")
 """Whether an assistant's turn is to be trained: 0, false; 1, true."""
 TOOLS = ("tools", "functions")
 """What could be called, beside the turns."""
+LABELS = ("label", "kto_tag")
+"""Whether an answer is good, beside it: true or false. Other values mean something else."""
 PICTURES = ("images", "image", "videos", "video", "audios", "audio")
 ANALYSIS = "analysis"
 CHANNELS = (ANALYSIS, "commentary", "final")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from medusa_exp.data.forms import FORMS
+from medusa_exp.data.forms import FORMS, LABELLED
 from medusa_exp.data.records import IDS, SYSTEMS, at
 from medusa_exp.data.trees import TREE_KEYS, is_tree
 from medusa_exp.data.turn_lists import (
@@ -19,6 +19,7 @@ from medusa_exp.data.turn_lists import (
 from medusa_exp.data.turns import (
     CALLS,
     CHANNELS,
+    LABELS,
     PICTURES,
     REASONING,
     TOOLS,
@@ -50,6 +51,8 @@ def unused_keys(record: Any, form: str, keys: tuple[str, ...]) -> set[str]:
         return {f"[].{key}" for key in _beside(listed(record))}
     of_record = {"id"} if form == "messages" else {*IDS}
     of_record |= set() if form == "columns" else {*SYSTEMS, *TOOLS, *PICTURES}
+    if form in LABELLED:
+        of_record |= {key for key in LABELS if isinstance(record.get(key), bool)}
     found = _held_keys(record, {*keys, *of_record})
     if form == "columns":
         found |= _beside_paths(record, keys)
@@ -105,7 +108,8 @@ def _passed_over(turn: Record) -> set[str]:
         if _plain(turn[key]) != _plain(turn[first])
     }
     asked = [key for key in ASKED_AND_SAID if is_held(turn.get(key))]
-    found |= set(asked if who or what or roles or len(asked) == 1 else ())
+    is_beside = bool(who or what or {*roles} - {"system"})
+    found |= set(asked if is_beside or len(asked) == 1 else ())
     return found | set(roles and (roles if who else what))
 
 
