@@ -40,6 +40,19 @@ def test_a_broken_file(place, text):
         load(place)
 
 
+def test_no_files_at_all(place, tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr("medusa_exp.model.tokenizer.find_spec", lambda name: None)
+    elsewhere = write(tmp_path / "elsewhere", tokenizer)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (place / name).unlink()
+    with pytest.raises(UserError, match=r"it has no tokenizer files.* set tokenizer\.path"):
+        load(place)
+    assert load(place, path=str(elsewhere)).get_vocab() == tokenizer.get_vocab()
+    (place / "tokenizer.model").write_bytes(b"?")
+    with pytest.raises(UserError, match="only a SentencePiece model"):
+        load(place)
+
+
 def test_an_empty_vocabulary(place):
     (place / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokens but .*LlamaTokenizer found no vocabulary"):

@@ -38,6 +38,11 @@ _SENTENCEPIECE = (
     "it has no tokenizer.json, only a SentencePiece model, which takes a library to read: pip "
     "install 'medusa-exp[sentencepiece]'."
 )
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
+_NO_FILES = (
+    "it has no tokenizer files, such as tokenizer.json. Copy them there from where the model is "
+    "from, or set tokenizer.path to a directory that has them."
+)
 _JINJA = re.compile(r"\{[{%]")
 
 Frame = tuple[list[str], list[str]]
@@ -132,12 +137,13 @@ def _read(spec: ModelSpec, path: str) -> PreTrainedTokenizerBase:
     try:
         return chosen.from_pretrained(path, **options)
     except Exception as error:  # the reader in Rust raises bare Exceptions
-        remedy = "" if find_spec("sentencepiece") else _SENTENCEPIECE
-        is_old = "tiktoken" in str(error) or "sentencepiece" in str(error).lower()
-        raise UserError(
-            f"the tokenizer in {path} cannot be loaded: "
-            + (remedy if is_old and remedy else first_lines(error))
-        ) from error
+        said = first_lines(error)
+        if "tiktoken" in str(error) or "sentencepiece" in str(error).lower():
+            if Path(path).is_dir() and not any(map(any, map(Path(path).glob, _VOCABULARIES))):
+                said = _NO_FILES  # of which transformers says that a library is missing
+            elif not find_spec("sentencepiece"):
+                said = _SENTENCEPIECE
+        raise UserError(f"the tokenizer in {path} cannot be loaded: {said}") from error
 
 
 def _tokenizer_class(name: str) -> Any:
