@@ -42,6 +42,15 @@ def test_an_old_checkpoint_is_refused_with_the_command_that_converts_it(old):
         load(old[1])
 
 
+def test_gguf_is_refused_with_who_reads_it(old):
+    directory = old[1]
+    (directory / "pytorch_model.bin").rename(directory / "model.gguf")
+    for name in ("", "config.json"):  # with a config, and without
+        (directory / name).unlink() if name else None
+        with pytest.raises(UserError, match=r"GGUF \(model\.gguf\) is not read .*save_pretrained"):
+            load(directory)
+
+
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before 1.6"])
 def test_what_is_converted_is_the_same_model(old, tmp_path, caplog, legacy):
     model, directory = old

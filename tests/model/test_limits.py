@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from medusa_exp.config import ModelConfig, TokenizerConfig
 from medusa_exp.errors import UserError
@@ -39,6 +41,14 @@ def test_a_model_passes(model):
     (model / "LICENSE").write_text("any")
     (model / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     assert ModelSpec(ModelConfig(path=str(model))).tokenizer_path() == str(model)
+
+
+def test_a_file_that_was_cut_off_is_named(model):
+    path = model / "model.safetensors"
+    tensors = {name: torch.ones(64) for name in "ab"}
+    save_file(tensors, path, {"format": "pt"})
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(model, r"model.safetensors was cut off: it has 5\d\d of 6\d\d bytes\. Copy it again")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ _NEVER_OPENED = ("trainer_state.json",)
 """What a training leaves beside a model, and grows with it."""
 _MOST_HEADER = 100 << 20
 """Bytes of the header of a safetensors file, as its format has it."""
+_MOST_PARSED = 1 << 24
+"""Bytes of a header that is looked into: that of ten thousand tensors has a tenth of it."""
 _MOST_LAYERS, _MOST_ENTRIES, _MOST_NUMBER = 2_000, 100_000, 1 << 40
 _LAYERS = re.compile(r"(num|n)_(\w*_)?(layers?|blocks?|experts?|heads?)\w*$")
 _WEIGHTS_OF_A_BYTE = 16
@@ -77,6 +79,26 @@ def _check_header(key: str, path: Path) -> None:
             f"{key}={path.parent}: {path.name} is no safetensors file, or was cut off: its header "
             f"would have {header:,} bytes. Copy it again."
         )
+    size, whole = path.stat().st_size, _whole_size(path, header)
+    if size < whole:
+        raise UserError(
+            f"{key}={path.parent}: {path.name} was cut off: it has {size:,} of {whole:,} bytes. "
+            "Copy it again."
+        )
+
+
+def _whole_size(path: Path, header: int) -> int:
+    """Return the bytes of a safetensors file by its header, 0 where that does not say."""
+    if header > _MOST_PARSED:
+        return 0
+    with path.open("rb") as file:
+        file.seek(8)
+        try:
+            tensors = json.loads(file.read(header))
+            ends = [tensors[name]["data_offsets"][1] for name in {*tensors} - {"__metadata__"}]
+            return 8 + header + max(map(int, ends), default=0)
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+            return 0  # the library says what it is
 
 
 def _check_index(key: str, path: Path) -> None:

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import load_adapters
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines, is_adapters
+from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines, from_gguf, is_adapters
 from medusa_exp.model.tokenizer import load_tokenizer, num_ids
 from medusa_exp.runs.machine import has_arithmetic, pick_device
 from medusa_exp.runs.seals import check
@@ -118,6 +118,8 @@ def _read(
 
 def _conversion(path: str, spec: ModelSpec) -> str:
     """Say what to do with a checkpoint that may have been saved before there were safetensors."""
+    if any(Path(path).glob("*.gguf")) and not any(Path(path).glob("*.bin")):
+        return f"model.path={path} cannot be loaded: {from_gguf(Path(path))}"
     revision = f" --revision {spec.model.revision}" if spec.model.revision else ""
     return (
         f"model.path={path} cannot be loaded: it has no safetensors. If it has pytorch_model.bin, "

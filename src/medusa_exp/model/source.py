@@ -89,7 +89,8 @@ class ModelSpec:
                     "made them, or train with train.lora.output=merged, which writes a model of "
                     "its own."
                 )
-            raise UserError(f"model.path={path} is no model directory: it has no config.json.")
+            why = from_gguf(path) if any(path.glob("*.gguf")) else "it has no config.json."
+            raise UserError(f"model.path={path} is no model directory: {why}")
         if path.is_dir():
             check_directory("model.path", path)
         return place
@@ -186,6 +187,17 @@ def adapted_path(run_dir: str | Path) -> Path | None:
 def is_adapters(path: Path) -> bool:
     """Does this directory hold peft's adapters, rather than a whole model?"""
     return (path / "adapter_config.json").is_file()
+
+
+def from_gguf(path: Path) -> str:
+    """Say what to do with a directory that has a model as GGUF alone."""
+    file = sorted(path.glob("*.gguf"))[0].name
+    return (
+        f"it has no safetensors, and GGUF ({file}) is not read here. transformers reads it, and "
+        f"saves what can be: AutoModelForCausalLM.from_pretrained({str(path)!r}, "
+        f"gguf_file={file!r}).save_pretrained(OUT), and the same with AutoTokenizer; then set "
+        "model.path=OUT."
+    )
 
 
 def _add_sample(digest: Any, path: Path) -> None:
