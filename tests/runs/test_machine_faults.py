@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,7 +104,12 @@ def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch):
 def places(tmp_path) -> dict[str, str]:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    of_linux = {"of the system": "/proc/x"} if Path("/proc/self").is_dir() else {}
     return {
+        **of_linux,
+        "a dangling link": f"{tmp_path}/link",
+        "below a dangling link": f"{tmp_path}/link/run",
         "a file": f"{tmp_path}/file",
         "below a file": f"{tmp_path}/file/run",
         "a loop": f"{tmp_path}/loop/run",

@@ -27,6 +27,7 @@ _TOLD = {
     errno.ENAMETOOLONG: ("the path is too long", "choose a shorter run_dir, cache_dir or name"),
     errno.ENOTDIR: ("a file stands where a directory should", f"move it, or {_ELSEWHERE}"),
     errno.EEXIST: ("a file stands where a directory should", f"move it, or {_ELSEWHERE}"),
+    errno.ENOENT: ("no directory can be made there", _ELSEWHERE),
     errno.ELOOP: ("its links lead in a circle", f"remove one, or {_ELSEWHERE}"),
     errno.EIO: ("its disk reports an error", f"see the system's log, or {_ELSEWHERE}"),
     errno.ESTALE: ("its file system was taken away", "mount it again"),
@@ -108,9 +109,27 @@ def _number(error: BaseException) -> int | None:
 
 
 def _is_other(error: BaseException, number: int) -> bool:
-    """Is it a slip of ours after all: a directory made twice?"""
-    name = getattr(error, "filename", None)
-    return number == errno.EEXIST and not (name and Path(os.fsdecode(name)).is_file())
+    """Is it a slip of ours after all: a directory made twice, or a file that is missing?"""
+    if number not in (errno.EEXIST, errno.ENOENT):
+        return False
+    if not (name := getattr(error, "filename", None)):
+        return True
+    path = Path(os.fsdecode(name))
+    if number == errno.EEXIST:
+        return not (path.is_file() or _leads_nowhere(path))
+    return not (path.parent.is_dir() and _is_of_mkdir(error))
+
+
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
+def _is_of_mkdir(error: BaseException) -> bool:
+    """Did a directory refuse to have one in it, as /proc does by the words for a missing file?"""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_name in ("mkdir", "makedirs")
 
 
 def _told(error: BaseException, number: int, places: tuple[str | Path, ...]) -> str:
@@ -118,6 +137,8 @@ def _told(error: BaseException, number: int, places: tuple[str | Path, ...]) -> 
     names = [getattr(error, key, None) for key in ("filename2", "filename")]
     named = [os.fsdecode(name) for name in names if isinstance(name, str | bytes)]
     place = named[-1] if named else _full_one(places, number)
+    if number == errno.EEXIST and place and _leads_nowhere(Path(place)):
+        what, remedy = "it is a link to what is not there", f"remove it, or {_ELSEWHERE}"
     if number == errno.ENOSPC and place and _has_room(Path(place)) is False:
         what = "its disk has no room for another file (inodes; see df -i)"
     said = f"{_short(place)} could not be written or read" if place else "A file was refused"
