@@ -31,7 +31,15 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from medusa_exp.config import Config, continuation, from_hydra, register, to_dict, unknown_key
+from medusa_exp.config import (
+    Config,
+    continuation,
+    from_hydra,
+    no_list,
+    register,
+    to_dict,
+    unknown_key,
+)
 from medusa_exp.config.ignored import say_ignored
 from medusa_exp.errors import Stopped, UserError, drop_output
 from medusa_exp.runs import machine_faults, sweep
@@ -117,7 +125,7 @@ def main() -> None:
 def _report_in_our_words() -> None:
     """Have a full disk and its like told in one message, wherever Hydra or logging meets them.
 
-    And mistyped keys, with the key that may have been meant.
+    And mistyped keys, with the key that may have been meant; and single values for lists.
     """
     report, handle = hydra_utils.run_and_report, logging.Handler.handleError
 
@@ -129,7 +137,7 @@ def _report_in_our_words() -> None:
             except UserError as error:
                 raise _Problem(str(error)) from error
             except HydraException as error:
-                if (said := unknown_key(error)) is None:
+                if (said := unknown_key(error) or no_list(error)) is None:
                     raise
                 raise _Problem(said) from error
 
@@ -175,7 +183,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             composed = hydra.compose("config", list(overrides))
             config = from_hydra(composed)
     except HydraException as error:
-        raise UserError(unknown_key(error) or str(error)) from error
+        raise UserError(unknown_key(error) or no_list(error) or str(error)) from error
     config.logger = with_variables(config.logger, overrides)
     vars(config)["_composed"] = composed
     say_ignored(config, overrides)

@@ -54,6 +54,14 @@ def test_every_choice_of_every_group_composes(choice):
     composed(choice, *(["tree.paths=[[0]]"] if choice == "tree=custom" else []))
 
 
+def _values(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def test_no_config_names_code_to_run():
     for path in (CONF).rglob("*.yaml"):
         assert "_target_" not in path.read_text()
@@ -84,6 +92,22 @@ def test_a_mistyped_key_is_answered_with_the_one_that_was_meant(override, said):
 
 
 @pytest.mark.parametrize(
+    "key", [key for key, value in _values(to_dict(Config())) if isinstance(value, list)]
+)
+def test_one_value_where_a_list_belongs_is_answered_with_the_list(key):
+    said = f"{key}=train: {key} is a list: write '{key}=[train]'."
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        cli.compose(["+experiment=smoke", f"{key}=train"])
+
+
+def test_one_value_within_a_section_too():
+    with pytest.raises(
+        UserError, match=r"^\+decode={.*}: a list, .*, is wanted at decode\.stop_ids"
+    ):
+        cli.compose(["+experiment=smoke", "+decode={stop_ids: 3}"])
+
+
+@pytest.mark.parametrize(
     "value",
     ["date=2024-01-01/a.jsonl", "a, b=c.jsonl", "caf\u00e9.jsonl", "a(1).jsonl", "[x]a.jsonl"],
 )
@@ -101,12 +125,8 @@ def test_a_word_that_no_quotes_mend_is_answered_without():
         continuation.key_of("dataset path=x")
 
 
-def _numbers(values: dict, prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, float):
-            yield f"{prefix}{name}"
+def _numbers(values: dict) -> Iterator[str]:
+    return (key for key, value in _values(values) if isinstance(value, float))
 
 
 @pytest.mark.parametrize("key", list(_numbers(to_dict(Config()))))

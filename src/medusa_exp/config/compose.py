@@ -106,6 +106,22 @@ def unknown_key(error: BaseException | None, of: type = Config) -> str | None:
     return f"{key}: there is no such key; {hint}"
 
 
+def no_list(error: BaseException) -> str | None:
+    """Return what to tell of an error of Hydra's that is a single value where a list belongs.
+
+    Args:
+        error: of merging an override, which its text gives last.
+    """
+    cause = error.__cause__
+    if not (isinstance(cause, OmegaConfBaseException) and "is not a ListConfig" in str(cause)):
+        return None
+    override = str(error).splitlines()[0].rpartition(" override ")[2]
+    key, _, value = override.partition("=")
+    if key.lstrip("+") != cause.full_key:
+        return f"{override}: a list, in brackets, is wanted at {cause.full_key}."
+    return f"{override}: {cause.full_key} is a list: write '{key}=[{value}]'."
+
+
 def _keys(section: Any, before: str = "") -> Iterator[str]:
     """Yield each key of nested values, with dots; a section before what is in it."""
     for name, value in section.items() if isinstance(section, dict) else ():
