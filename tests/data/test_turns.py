@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from medusa_exp.data import read_conversations
-from medusa_exp.data.parsing import ChatParser
+from medusa_exp.data.parsing import ChatParser, Message
 
 ASK = {"role": "user", "content": "2+2?"}
 REPLY = {"role": "assistant", "content": "4"}
+A = REPLY["content"]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
@@ -217,6 +218,65 @@ def test_what_says_of_no_answer_that_it_is_bad(tmp_path, label):
     assert len(list(reading)) == 1 and reading.dropped == {"an answer that is marked as bad": 1}
     columns = {"user": "prompt", "assistant": "completion"}
     assert len(list(read_conversations(tmp_path / "a.parquet", columns=columns))) == 2
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "thinking"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [ASK, REPLY]},
+        {"messages": [ASK], "answer": A},
+        {"messages": [ASK, REPLY, ASK], "response": A},
+        {"prompt": "2+2?", "response": A},
+        {"question": "2+2?", "answer": A},
+        {"instruction": "2+2?", "output": A},
+        {"input": "2+2?", "output": A},
+        {"user": "2+2?", "assistant": A},
+    ],
+)
+def test_reasoning_beside_an_answer(tmp_path, record, key):
+    for number in (1, 1000):
+        parser = ChatParser()
+        found = parser.parse(json.dumps({**record, key: "Hm."}).encode(), number)
+        assert [m.reasoning for m in found.messages if m.role != "user"][-1] == "Hm."
+        assert not parser.unused
+    pq.write_table(pa.Table.from_pylist([record | {key: "Hm."}, record]), tmp_path / "a.parquet")
+    rows = [*read_conversations(tmp_path / "a.parquet")]
+    assert [row.messages[-1].reasoning for row in rows] == ["Hm.", ""]
+    assert rows[0].id == rows[1].id  # as of earlier runs, which read none
+
+
+@pytest.mark.parametrize(
+    ("record", "thought"),
+    [
+        ({"messages": [ASK, REPLY, ASK, REPLY]}, "Hm."),
+        ({"prompt": [ASK, REPLY, ASK], "completion": A}, "Hm."),
+        ({"messages": [ASK, REPLY | {"reasoning": "Own."}]}, "Hm."),
+        ({"messages": [ASK, REPLY | {"content": f"<think>So.</think>{A}"}]}, "Hm."),
+        ({"messages": [ASK, REPLY]}, "on"),
+        ({"messages": [ASK, REPLY]}, "off"),
+        ({"input": "2+2?", "output": A}, "High"),
+        ({"messages": [ASK, REPLY]}, True),
+        ({"messages": [ASK, REPLY]}, ["Hm."]),
+    ],
+)
+def test_reasoning_of_no_one_answer_is_counted(record, thought):
+    for number in (1, 1000):
+        parser = ChatParser()
+        found = parser.parse(json.dumps({**record, "reasoning": thought}).encode(), number)
+        assert {m.reasoning for m in found.messages} <= {"", "Own."}
+        assert parser.unused == ({"reasoning": 1} if number == 1 else {})
+
+
+def test_reasoning_that_columns_name(tmp_path):
+    record = {"q": "2+2?", "content": A, "thoughts": "Hm."}
+    columns = {"user": "q", "assistant": "content", "reasoning": "thoughts"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        reading = read_conversations(tmp_path / name, columns=columns)
+        [found] = reading
+        assert found.messages[-1] == Message("assistant", A, "Hm.") and not reading.unused
 
 
 def test_what_is_not_used_of_a_request():

@@ -91,8 +91,8 @@ class DatasetConfig:
     """Form of the records: auto (told by their keys, one by one) or a row of the table in
     docs/guide/data.md, which is named by a key of the form."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Keys of records of any other form: {user: KEY, assistant: KEY, system: KEY}, or {messages:
-    KEY}. A key may be a path, as answers.text.0."""
+    """Keys of records of any other form: {user: KEY, assistant: KEY, system: KEY, reasoning: KEY},
+    or {messages: KEY}. A key may be a path, as answers.text.0."""
     role_map: dict[str, str] = field(default_factory=dict)
     """Further names of roles: what stands in the file -> system, user, assistant or tool."""
     strict: bool = False

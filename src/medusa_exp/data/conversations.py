@@ -108,7 +108,7 @@ class ReadOptions:
             raise DataError(f"dataset.sample_fraction={share} must be a number from 0 to 1.")
 
     def _check_columns(self) -> None:
-        known = ("user", "assistant", "system", "messages")
+        known = ("user", "assistant", "system", "messages", "reasoning")
         for name in self.columns:
             if name not in known:
                 raise DataError(f"dataset.columns: {name}: use {', '.join(known)}.")

@@ -52,8 +52,10 @@ from medusa_exp.data.turn_lists import (
 )
 from medusa_exp.data.turns import (
     BAD_CALLS,
+    BAD_REASONING,
     LABELS,
     PICTURES,
+    REASONING,
     TOOLS,
     Record,
     Unusable,
@@ -347,6 +349,8 @@ FORMS = {
     "list": Form((), _list),
 }
 """Name, as `dataset.form` has it -> form."""
+ANSWERED = {"messages", "prompt", "instruction", "question", "input", "user"}
+"""Forms beside whose one answer its reasoning may stand."""
 LABELLED = {*FORMS} - {"chosen", "winner"}
 """Forms of one answer to each question: `LABELS` are of it."""
 
@@ -360,14 +364,17 @@ def by_columns(columns: Mapping[str, str]) -> Form:
     def read(record: Any) -> Chat | None:
         found = {role: at(record, path) for role, path in columns.items()}
         system = system_text(found.get("system"))
+        thought = found.get("reasoning") or ""
+        if not isinstance(thought, str):
+            raise Unusable(BAD_REASONING, f"it is {thought!r:.60}")
         if "messages" in columns:
             turns = turns_of(found["messages"])
-            return Chat(turns, system) if turns else None
+            return Chat(turns, system, reasoning=thought) if turns else None
         if found["assistant"] is None or ("user" in columns and found["user"] is None):
             return None
         asked = said_by(found["user"], "user") if "user" in columns else []
         replies = after(found.get("user"), answered(as_text(found["assistant"])))
-        return Chat([*asked, *without_question(replies, asked)], system)
+        return Chat([*asked, *without_question(replies, asked)], system, reasoning=thought)
 
     paths = columns.values()
     return Form((*paths, *(path.partition(".")[0] for path in paths)), read)
@@ -377,4 +384,5 @@ def columns_of(forms: Mapping[str, Form]) -> tuple[str, ...]:
     """Return the keys that are read of a record in one of these forms."""
     keys = [key for form in forms.values() for key in form.keys]
     more = [key for form in forms.values() for key in form.more]
-    return tuple(dict.fromkeys([*keys, *IDS, *SYSTEMS, *TOOLS, *PICTURES, *LABELS, *more]))
+    beside = (*IDS, *SYSTEMS, *TOOLS, *PICTURES, *LABELS, *REASONING)
+    return tuple(dict.fromkeys([*keys, *beside, *more]))

@@ -10,12 +10,13 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 from msgspec.structs import astuple
 
-from medusa_exp.data.forms import FORMS, LABELLED, Form, by_columns, columns_of
+from medusa_exp.data.forms import ANSWERED, FORMS, LABELLED, Form, by_columns, columns_of
 from medusa_exp.data.pairs import REPLIES, SEVERAL_ANSWERS
 from medusa_exp.data.raw_chats import RawChat, TooLong, decode_leniently, num_bytes, raw_bytes
 from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, id_in
@@ -26,6 +27,7 @@ from medusa_exp.data.turns import (
     NOT_TEXT,
     NOT_TO_TRAIN,
     PICTURES,
+    REASONING,
     ROLE_OF,
     ROLES,
     TOOLS,
@@ -38,6 +40,7 @@ from medusa_exp.data.turns import (
     has_calls,
     is_switched_on,
     name_in,
+    reasoning_beside,
     reasoning_of,
     refuse_pictures,
     role_called,
@@ -62,7 +65,7 @@ TOO_LARGE = "larger than dataset.max_record_bytes"
 
 _OF_ID = ("conversations", "messages", "id", "system")
 """What the id of a row without one is made of, where it has the first form."""
-_NOT_OF_ID = (*TOOLS, *PICTURES, *LABELS, "choices", "currNode", "conv")
+_NOT_OF_ID = (*TOOLS, *PICTURES, *LABELS, *REASONING, "choices", "currNode", "conv")
 """What it is not made of in another form: earlier runs did not read it.
 
 All other keys that `columns_of` names count, in its order: one that a form newly reads beside its
@@ -140,7 +143,7 @@ class _ChatBase(msgspec.Struct, gc=False):
 
 
 _ChatWithMore = _with_raw(_ChatBase, (*FORMS["messages"].more, "chosen"))
-_Chat = _with_raw(_ChatWithMore, (*SYSTEMS[1:], *TOOLS, *PICTURES))
+_Chat = _with_raw(_ChatWithMore, (*SYSTEMS[1:], *TOOLS, *PICTURES, *REASONING))
 _NUM_OF_CHAT = len(_ChatBase.__struct_fields__)
 _NUM_WITH_MORE = len(_ChatWithMore.__struct_fields__)
 _ONLY = astuple(_Chat())[_NUM_WITH_MORE:]
@@ -151,6 +154,11 @@ _decode = msgspec.json.Decoder(_Chat).decode
 def _hold(values: tuple[Any, ...]) -> bool:
     """Is there something in fields whose values were left undecoded?"""
     return any(bytes(value) not in _NOTHING for value in values)
+
+
+def _thinks(values: tuple[Any, ...]) -> bool:
+    """Is there something in fields of reasoning, but for what Nemotron tells by them?"""
+    return any(bytes(value) not in (*_NOTHING, b'"on"', b'"off"') for value in values)
 
 
 _OTHER_KEYS = {key for form in FORMS.values() for key in form.keys} - {*FORMS["messages"].keys}
@@ -245,7 +253,8 @@ class ChatParser:
         fields = astuple(chat)
         if chat.system is not from_json_text(chat.system):  # it may be parts of a text
             return None
-        if not messages or ((beside := fields[_NUM_WITH_MORE:]) != _ONLY and _hold(beside)):
+        beside = fields[_NUM_WITH_MORE:]
+        if not messages or (beside != _ONLY and (_hold(beside[:-3]) or _thinks(beside[-3:]))):
             return None
         answers = fields[_NUM_OF_CHAT:_NUM_WITH_MORE]
         if answers != _NO_MORE and messages[-1].role == "user":
@@ -270,7 +279,7 @@ class ChatParser:
             self._note_unused(record, name, chat)
         if name == "messages":
             given = record.get("id")
-            of_id = (*_OF_ID, *chat.more)
+            of_id = {*_OF_ID, *chat.more}.difference(REASONING)
             raw = {k: v for k, v in raw.items() if k in of_id} if isinstance(raw, dict) else raw
         else:
             given = id_in(record)
@@ -334,7 +343,8 @@ class ChatParser:
                     raise Unusable(BAD_ANSWER, f"its {key} is false")
         beside = fitting[first].tools_in or (record if isinstance(record, dict) else {})
         tools = "" if first == "columns" else tools_of(beside, self._is_row)
-        return first, found[first], tools, fitting[first]
+        messages, chat = _with_reasoning(record, first, found[first], fitting[first])
+        return first, messages, tools, chat
 
     def _messages(self, chat: Chat) -> list[Message]:
         if not chat.turns:
@@ -367,6 +377,26 @@ class ChatParser:
         if role != "assistant":
             return Message(role, text, fields=fields)
         return Message(role, text, reasoning_of(turn) or thought, is_switched_on(turn), fields)
+
+
+def _with_reasoning(
+    record: Any, form: str, messages: list[Message], chat: Chat
+) -> tuple[list[Message], Chat]:
+    """Return messages, the answer with what a record says beside it of the thoughts before it.
+
+    Not of several answers, unless the last stands apart, nor where it tells its thoughts itself.
+    """
+    keys, thought = reasoning_beside(record) if form in ANSWERED else ((), chat.reasoning)
+    last = messages[-1]
+    if not thought or last.role != "assistant" or last.reasoning:
+        return messages, chat
+    is_apart = form == "columns" or not {*chat.more}.isdisjoint((*REPLIES, "choices"))
+    if not is_apart and sum(message.role == "assistant" for message in messages) > 1:
+        return messages, chat
+    if "<think>" in last.content or thought.strip() in last.content:
+        return messages, chat
+    messages = [*messages[:-1], msgspec.structs.replace(last, reasoning=thought)]
+    return messages, replace(chat, more=(*chat.more, *keys))
 
 
 def _check_is_text(content: Any, role: str) -> None:

@@ -56,6 +56,8 @@ class Chat:
     """Keys that were read, which usually are not in its form."""
     passed_over: tuple[str, ...] = ()
     """Keys that were not read, which usually are."""
+    reasoning: str = ""
+    """What was thought before the last answer, where dataset.columns names its key."""
 
 
 def id_in(record: Any) -> Any:

@@ -50,6 +50,11 @@ NULL = "content is null"
 TWO_SYSTEMS = "two system texts that differ"
 TWO_TEXTS = "a turn with two roles or two texts"
 _THOUGHTS = ("thinking", "reasoning")
+_SWITCH_WORDS = {
+    *("", "on", "off", "true", "false", "yes", "no", "none", "null", "n/a", "auto", "think"),
+    *("no_think", "enabled", "disabled", "minimal", "low", "medium", "high", "xhigh"),
+}
+"""What stands under a key of `REASONING` in a record that tells by it how to think, if at all."""
 _SAID = ("text", "input_text", "output_text")
 ENTITIES = "text_entities"
 """A key of messages in Telegram's exports alone."""
@@ -213,6 +218,18 @@ def reasoning_of(turn: Record) -> str:
     if not isinstance(found[0], str) or any(other != found[0] for other in found):
         raise Unusable(BAD_REASONING, f"it is {found[0]!r:.60}")
     return found[0]
+
+
+def reasoning_beside(record: Record) -> tuple[tuple[str, ...], str]:
+    """Return what a record says of the thoughts before its answer, and under which keys.
+
+    Nothing, where that is no text, a word that switches thinking on or off, or not one text.
+    """
+    keys = tuple(key for key in REASONING if is_held(record.get(key)))
+    said = {value if isinstance(value := record[key], str) else "" for key in keys}
+    text = said.pop() if len(said) == 1 else ""
+    is_switch = text.strip().strip("/").lower() in _SWITCH_WORDS
+    return ((), "") if is_switch else (keys, text)
 
 
 def is_switched_on(turn: Record) -> bool:
