@@ -89,6 +89,19 @@ def test_keys_that_are_not_used_are_counted(tmp_path, caplog):
         ({"turns": [{"user": Q, "assistant": A}]}, "{messages: turns}"),
         ({"question": Q, "answer": {"text": A}}, "{user: question, assistant: answer.text}"),
         (REFUSED["squad"][0], "{user: question, assistant: answers.text.0}"),
+        ({"Instruction": Q, "Response": A}, "{user: Instruction, assistant: Response}"),
+        ({"problem": Q, "answer": "4", "solution": A}, "{user: problem, assistant: solution}"),
+        ({"problem": Q, "generated_solution": A}, "{user: problem, assistant: generated_solution}"),
+        ({"inputs": Q, "targets": A, "n": "x"}, "{user: inputs, assistant: targets}"),
+        ({"input": Q, "target": A}, "{user: input, assistant: target}"),
+        (
+            {
+                "fields": {"instruction": Q},
+                "suggestions": {"response": {"value": "5"}},
+                "responses": {"response": [{"value": A}]},
+            },
+            "{user: fields.instruction, assistant: responses.response.0.value}",
+        ),
     ],
 )
 @pytest.mark.parametrize("system", [{}, {"system": "Be brief."}])
@@ -100,6 +113,29 @@ def test_a_remedy_that_is_named_works(tmp_path, record, columns, system):
     assert f"say 'dataset.columns={columns}'." in str(caught.value)
     chosen = dict(re.findall(r"(\w+): ([\w.]+)", columns))
     assert read(path, columns=chosen)[0] == [BRIEF if system else PAIR] * 2
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        "{messages: a.b, system: systemInstruction}",
+        "{messages: a.b, system: a.params.system}",
+        "{messages: a.b, system: request.system}",
+    ],
+)
+def test_a_remedy_reads_the_system_text_wherever_it_stands(tmp_path, columns):
+    chat = {"b": [ASK, REPLY], "params": {}}
+    texts = {
+        "systemInstruction": {"systemInstruction": {"parts": [{"text": "Be brief."}]}},
+        "a.params.system": {"a": chat | {"params": {"system": "Be brief."}}},
+        "request.system": {"request": {"system": [{"type": "text", "text": "Be brief."}]}},
+    }
+    chosen = dict(re.findall(r"(\w+): ([\w.]+)", columns))
+    path = write(tmp_path / "a.jsonl", lines([{"a": chat} | texts[chosen["system"]]] * 2))
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path))
+    assert f"say 'dataset.columns={columns}'." in str(caught.value)
+    assert read(path, columns=chosen)[0] == [BRIEF] * 2
 
 
 @pytest.mark.parametrize(
@@ -140,6 +176,11 @@ def test_a_remedy_reads_the_answer_to_the_last_question(tmp_path, record, column
         {"prompt": Q, "answers": [{"answer": "5", "rank": 2}, {"answer": A, "rank": 1}]},
         {"a\ud800": {"b c": [ASK, REPLY]}},
         {"messages": [ASK]},
+        {
+            "fields": {"instruction": Q},
+            "suggestions": {"response": {"value": "5"}},
+            "responses": {"response": [{"value": "5"}, {"value": A}]},
+        },
     ],
 )
 def test_where_none_would_be_right_no_columns_are_named(record):

@@ -8,12 +8,18 @@ from typing import Any
 from medusa_exp.data.pairs import ASKED, REPLIES
 from medusa_exp.data.parsing import ChatParser, Conversation, value_of
 from medusa_exp.data.raw_chats import RawChat
-from medusa_exp.data.records import SYSTEMS, Ambiguous
+from medusa_exp.data.records import SYSTEMS, Ambiguous, system_text
 from medusa_exp.data.turn_lists import ROLE_NAMES, WHAT, names_a_turn, role_in
-from medusa_exp.data.turns import is_held
+from medusa_exp.data.turns import Unusable, is_held, texts_of
 
-_OF_QUESTION = {*ASKED, *ROLE_NAMES["user"]}
-_OF_ANSWER = {*REPLIES, *ROLE_NAMES["assistant"], "chosen", "preferred_output"}
+_OF_QUESTION = {*ASKED, *ROLE_NAMES["user"], "problem"}
+_SOLVED = ("solution", "generated_solution")
+_OF_ANSWER = {
+    *(*REPLIES, *ROLE_NAMES["assistant"], *_SOLVED),
+    *("target", "chosen", "preferred_output"),
+}
+_GUESSED = {"suggestions", "predictions"}
+"""Keys of what a machine proposes to those who write the answers: never one."""
 _PLAIN_KEY = re.compile(r"[A-Za-z_][\w-]*|\d+")
 """A key that can be written in a path on the command line as it is."""
 _DEPTH = 8
@@ -46,8 +52,8 @@ def columns_for(raw: RawChat, role_map: Mapping[str, str]) -> str:
 
 def _candidates(places: dict[str, Any]) -> Iterator[dict[str, str]]:
     """Yield what dataset.columns may say of a record of these paths, the likelier first."""
-    held = (key for key in SYSTEMS if isinstance(places.get(key), str) and is_held(places[key]))
-    system = {"system": key} if (key := next(held, None)) else {}
+    held = (path for path, value in places.items() if _is_system(path, value))
+    system = {"system": path} if (path := next(held, "")) else {}
     for path, value in places.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             yield {"messages": path, **system}
@@ -55,11 +61,24 @@ def _candidates(places: dict[str, Any]) -> Iterator[dict[str, str]]:
     asked = lists + [path for path, value in places.items() if _is_of(path, value, _OF_QUESTION)]
     answers = [path for path, value in places.items() if role_in(value) == "assistant"]
     answers += [path for path in lists if role_in(places[path][0]) == "assistant"]
-    answers += [path for path, value in places.items() if _is_of(path, value, _OF_ANSWER)]
+    answers += sorted(
+        (path for path, value in places.items() if _is_of(path, value, _OF_ANSWER)),
+        key=lambda path: not path.endswith(_SOLVED),  # of both, an answer is the result alone
+    )
     pairs = product([path for path in asked if not _is_in_list(path)], answers)
     for question, answer in islice(pairs, _MOST_PAIRS):
         if not f"{answer}.".startswith(f"{question}."):
             yield {"user": question, "assistant": _shortened(answer, places), **system}
+
+
+def _is_system(path: str, value: Any) -> bool:
+    """Is it a system text, or the parts of one, by the last key of its path?"""
+    if path.rpartition(".")[2] not in SYSTEMS or not is_held(value):
+        return False
+    try:
+        return bool(texts_of(system_text(value))[1].strip())
+    except Unusable:
+        return False
 
 
 def _is_in_list(path: str) -> bool:
@@ -88,9 +107,14 @@ def _is_talk(value: Any) -> bool:
 
 
 def _is_of(path: str, value: Any, names: set[str]) -> bool:
-    """Is it a text that a key on its path calls by one of these names, or by its plural?"""
-    keys = [key for key in path.split(".") if not key.isdigit()]
+    """Is it a text that a key on its path calls by one of these names, or by its plural?
+
+    Capitals in them are as small letters.
+    """
+    keys = [key for key in path.lower().split(".") if not key.isdigit()]
     parts = {part for key in keys for part in (key, key.removesuffix("s"))}
+    if not _GUESSED.isdisjoint(keys):
+        return False
     is_text = isinstance(value, str) and is_held(value) and {keys[-1]} <= {*names, *WHAT, keys[0]}
     return is_text and not parts.isdisjoint(names)
 
