@@ -115,12 +115,12 @@ def test_a_sample_depends_on_ids_and_seed_alone(tmp_path):
     ("write", "place"), [(write_list, r"record 3: "), (write_lines, r"record 3 \(line 5\): ")]
 )
 def test_strict(tmp_path, write, place):
-    good, short = chat("a", "x", "y"), chat("b", "", "y")
+    good, short = chat("a", "xx", "y"), chat("b", "x", "y")
     path = write(tmp_path / "a.json", [good, short, chat("c", "x"), good, chat("d")])
     with pytest.raises(DataError, match=rf"a\.json, {place}no assistant turn"):
-        ids(path, strict=True, min_chars=2)
+        ids(path, strict=True, min_chars=3)
     path = write(tmp_path / "a.json", [good, short, good])
-    assert ids(path, strict=True, min_chars=2, deduplicate=True) == ["a"]  # no faults, but choices
+    assert ids(path, strict=True, min_chars=3, deduplicate=True) == ["a"]  # no faults, but choices
 
 
 @pytest.mark.parametrize(

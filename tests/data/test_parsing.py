@@ -78,7 +78,7 @@ def test_of_two_texts_the_one_that_is_held_counts(empty):
         turn = {"role": "user", one: empty, other: "Hi"}
         assert turns(parse({"messages": [turn, HELLO]}))[0] == ("user", "Hi")
     nothing = {"role": "user", "value": "", "content": None}
-    assert turns(parse({"messages": [nothing, HELLO]}))[0] == ("user", "")
+    assert turns(parse({"messages": [HI, HELLO, nothing, HELLO]}))[2] == ("user", "")
 
 
 @pytest.mark.parametrize(

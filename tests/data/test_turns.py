@@ -12,6 +12,7 @@ from medusa_exp.data.parsing import ChatParser, Message
 ASK = {"role": "user", "content": "2+2?"}
 REPLY = {"role": "assistant", "content": "4"}
 A = REPLY["content"]
+_CHOICE = "an answer that only names one of its choices"
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
@@ -185,6 +186,16 @@ def test_a_system_prompt_in_its_own_column(key):
         ({"body": {"messages": [ASK, REPLY], "image": "a.png"}}, "a picture, a sound or a video"),
         ({"label": False}, "an answer that is marked as bad"),
         ({"prompt": "x", "completion": "y", "kto_tag": False}, "an answer that is marked as bad"),
+        ({"messages": [ASK, REPLY, ASK, REPLY | {"content": ""}]}, "a last answer without words"),
+        ({"messages": [ASK, REPLY, ASK, REPLY | {"content": "\n"}]}, "a last answer without words"),
+        ({"prompt": "", "completion": "y"}, "a question without words"),
+        ({"messages": [ASK | {"content": " "}, REPLY]}, "a question without words"),
+        (
+            {"messages": [{"role": "system", "content": "A"}, ASK, REPLY], "system": "B"},
+            "two system texts that differ",
+        ),
+        ({"question": "x", "choices": ["y", "z"], "answer": 1}, _CHOICE),
+        ({"prompt": "x", "options": {"A": "y", "B": "z"}, "answer": "B."}, _CHOICE),
         ({"tools": "search"}, "tools in an unknown form"),
         ({"messages": [ASK, REPLY | {"value": "5"}]}, "a turn with two roles or two texts"),
         ({"messages": [ASK | {"from": "gpt"}, REPLY]}, "a turn with two roles or two texts"),
@@ -201,8 +212,25 @@ def test_a_system_prompt_in_its_own_column(key):
     ],
 )
 def test_reasons(record, reason):
-    beside = {} if record.keys() & {"body", "prompt"} else {"messages": [ASK, REPLY]}
+    beside = {} if record.keys() & {"body", "prompt", "question"} else {"messages": [ASK, REPLY]}
     assert parse({**beside, **record}) == reason
+
+
+@pytest.mark.parametrize("first", ["", " ", "A", "A\n"])
+def test_a_system_text_stands_once(first):
+    record = {"messages": [{"role": "system", "content": first}, ASK, REPLY], "system": "A"}
+    assert [m.content.strip() for m in parse(record).messages] == ["A", "2+2?", "4"]
+
+
+def test_a_turn_without_words_in_between_stays():
+    silent = [ASK, REPLY | {"content": ""}]
+    for record in (
+        {"messages": [*silent, ASK, REPLY]},
+        {"messages": [ASK | {"content": ""}, REPLY, ASK, REPLY]},
+        {"messages": [ASK, REPLY, *silent[:1], silent[1] | {"weight": 0}]},
+        {"messages": [ASK, REPLY, *silent[:1], silent[1] | {"tool_calls": [CALL]}]},
+    ):
+        assert len(parse(record).messages) == 4
 
 
 @pytest.mark.parametrize("label", [True, None, 0, 1, "false", "bad", {"is_bad": False}])

@@ -12,6 +12,7 @@ from typing import Any
 from medusa_exp.data.faults import A_ROW, AS_RECORDS
 from medusa_exp.data.pairs import (
     ASKED,
+    CHOICES,
     CONTEXTS,
     REPLIES,
     after,
@@ -335,7 +336,7 @@ FORMS = {
     "conversation": Form(TALKS, _conversation),
     "prompt": Form(("prompt", *REPLIES, "history"), _prompt),
     "instruction": Form(("instruction", *CONTEXTS, *REPLIES, "history"), _instruction),
-    "question": Form(("question", "query", "context", *REPLIES, "history"), _question),
+    "question": Form(("question", "query", "context", *REPLIES, "history"), _question, CHOICES),
     "input": Form(("input", *REPLIES, "history"), _input),
     "user": Form((*ROLE_NAMES["user"], *ROLE_NAMES["assistant"], "history"), _user),
     "chosen": Form(("chosen", *ASKED, *CONTEXTS, *_TALKS), _chosen, ("history",)),

@@ -1,5 +1,6 @@
 """A question and its answer, each a text or a list of messages, as the turns of a chat."""
 
+import re
 from math import isfinite
 from typing import Any
 
@@ -31,6 +32,10 @@ NO_ROOM = "a context beside messages, in none of which it has a place"
 NOT_A_CONTEXT = "a context that is not text"
 BAD_HISTORY = "a history that is no list of turns"
 SEVERAL_ANSWERS = "several answers to one question"
+ONLY_A_CHOICE = "an answer that only names one of its choices"
+CHOICES = ("choices", "options")
+"""Keys of what may be answered, beside a question."""
+_MARK = re.compile(r"\(?([A-Za-z]|\d{1,2})[).]?")
 REPLIES = ("completion", "response", "output", "answer")
 ASKED = ("prompt", "question", "query", "instruction", "input")
 CONTEXTS = ("input", "context")
@@ -51,9 +56,29 @@ def pair(
     beside = (*contexts, "history")
     check_alike(record, asks, columns_in(record, f"user: KEY, assistant: {given[0]}", beside))
     check_alike(record, given, columns_in(record, f"user: {asks[0]}, assistant: KEY", beside))
+    _refuse_choice(record, reply)
     is_chat = any(is_held(record.get(key)) for key in LISTS)  # a number beside it is its mark
     replies = answered(reply if is_chat else as_text(reply))
     return Chat(joined(record, asks[0], contexts, replies), system_in(record))
+
+
+def _refuse_choice(record: Record, reply: Any) -> None:
+    """Refuse an answer that means nothing without the choices beside the question.
+
+    Raises:
+        Unusable: it is the number or the letter of one.
+    """
+    for key in CHOICES:
+        choices = from_json_text(record.get(key))
+        if not isinstance(choices, list | dict) or len(choices) < 2:
+            continue
+        is_one = isinstance(choices, list) and reply in choices
+        if (
+            isinstance(reply, str | int)
+            and not is_one
+            and _MARK.fullmatch(said := str(reply).strip())
+        ):
+            raise Unusable(ONLY_A_CHOICE, f"it is {said!r}: write what that of {key} says")
 
 
 def _is_tree(asked: Any) -> bool:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import astuple
 
 from medusa_exp.data.forms import ANSWERED, FORMS, LABELLED, Form, by_columns, columns_of
-from medusa_exp.data.pairs import REPLIES, SEVERAL_ANSWERS
+from medusa_exp.data.pairs import CHOICES, REPLIES, SEVERAL_ANSWERS
 from medusa_exp.data.raw_chats import RawChat, TooLong, decode_leniently, num_bytes, raw_bytes
 from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, id_in
 from medusa_exp.data.turn_lists import is_alternation, known_names, renamed
@@ -31,6 +31,7 @@ from medusa_exp.data.turns import (
     ROLE_OF,
     ROLES,
     TOOLS,
+    TWO_SYSTEMS,
     USED,
     Unusable,
     check_one_text,
@@ -60,12 +61,14 @@ NOT_A_TURN = "a turn is not an object with a role and a content"
 UNKNOWN_ROLE = "unknown role"
 NO_REPLY = "no assistant turn"
 BAD_ANSWER = "an answer that is marked as bad"
+EMPTY_ANSWER = "a last answer without words"
+EMPTY_QUESTION = "a question without words"
 TOO_LARGE = "larger than dataset.max_record_bytes"
 
 
 _OF_ID = ("conversations", "messages", "id", "system")
 """What the id of a row without one is made of, where it has the first form."""
-_NOT_OF_ID = (*TOOLS, *PICTURES, *LABELS, *REASONING, "choices", "currNode", "conv")
+_NOT_OF_ID = (*TOOLS, *PICTURES, *LABELS, *REASONING, *CHOICES, "currNode", "conv")
 """What it is not made of in another form: earlier runs did not read it.
 
 All other keys that `columns_of` names count, in its order: one that a form newly reads beside its
@@ -472,13 +475,42 @@ def _content_id(raw: RawChat) -> str:
 def _checked(messages: list[Message], system: str | None) -> list[Message]:
     """Return the messages, after the system text, if there is something to train on."""
     if system and not system.isspace():
-        first = Message("system", system)
-        if messages[0] != first:
-            messages = [first, *messages]
-    has_reply = False
+        first = messages[0]
+        if first.role != "system":
+            messages = [Message("system", system), *messages]
+        elif _is_blank(first.content):
+            messages = [Message("system", system), *messages[1:]]
+        elif first.content.strip() != system.strip():
+            detail = f"{system!r:.40} beside the turns, and {first.content!r:.40} in them"
+            raise Unusable(TWO_SYSTEMS, detail)
+    is_asked = has_reply = False
     for message in messages:
-        if message.role == "assistant" and (message.content.strip() or message.fields):
+        if message.role == "user" and not is_asked:
+            is_asked = not _is_blank(message.content)
+        if message.role == "assistant" and (not _is_blank(message.content) or message.fields):
             if message.is_trained:
+                _check_both_speak(messages, is_asked)
                 return messages
             has_reply = True
     raise Unusable(NOT_TO_TRAIN if has_reply else NO_REPLY)
+
+
+def _check_both_speak(messages: list[Message], is_asked: bool) -> None:
+    """Refuse an answer to no words, and a last one of none, which would be trained.
+
+    Raises:
+        Unusable: there is one.
+    """
+    last = messages[-1]
+    is_silent = last.role == "assistant" and _is_blank(last.content) and last.is_trained
+    if is_silent and not (last.fields or last.reasoning):
+        raise Unusable(EMPTY_ANSWER)
+    if is_asked:
+        return
+    asked = [message for message in messages if message.role == "user"]
+    if asked and all(_is_blank(message.content) for message in asked):
+        raise Unusable(EMPTY_QUESTION)
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
