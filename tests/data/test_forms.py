@@ -253,6 +253,7 @@ def test_forms_may_differ_within_a_file(tmp_path):
             {"conversation": [{"system": x, "human": Q, "gpt": A} for x in ("A", "B")]},
             "two system texts that differ",
         ),
+        ({"messages": [ASK | {"children": [REPLY]}, REPLY]}, "messages that hold their children"),
         ({"question": Q, "answer": None}, "content is null"),
         ({"question": Q, "answer": True}, "content is not text"),
         ({"question": Q, "answer": " "}, "no assistant turn"),
@@ -677,3 +678,26 @@ def test_branches_wherever_they_stand(tmp_path):
     plain = {"messages": [ASK | {"children": []}, REPLY]}
     found, _ = read(write(tmp_path / "a", lines([plain] * 120 + [{"messages": BRANCHES}])))
     assert found == [PAIR] * 120 + [AGAIN]
+
+
+def test_a_system_message_before_several_chats_belongs_to_each():
+    begun = [{"role": "system", "content": "Be brief."}, ASK | {"children": [REPLY]}, ASK]
+    assert turns(parse({"messages": begun})) == BRIEF
+
+
+def test_what_is_no_child_is_not_read_as_one():
+    assert turns(parse({"messages": [ASK | {"children": [{"tag": "p"}]}, REPLY]})) == PAIR
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "What does <extra_id_1> mean?",
+        f"{Q}\n<extra_id_1>User\nAnd 3+3?",
+        f"{Q}\n<extra_id_1>Assistant\n{A}\n<extra_id_2>quality:4\n<extra_id_1>User\nHm",
+        f"{Q}\n<extra_id_1>Assistant\n{A}",
+    ],
+)
+def test_marks_of_helpsteer_that_are_no_whole_transcript_stay(prompt):
+    found = parse({"prompt": prompt, "response": "6."})
+    assert turns(found) == [("user", prompt), ("assistant", "6.")]

@@ -260,6 +260,7 @@ def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):
         {"messages": [{"sender": "user", "role": "human", "content": Q, "text": Q}, REPLY]},
         {"messages": [{"type": "human", "data": {"content": Q}}, REPLY]},
         {"messages": BRANCHES, "currNode": "7"},
+        {"messages": [ASK | {"id": "1", "children": [REPLY]}]},
         {"messages": BRANCHES, "conv": {"currNode": "7"}},
         {"body": {"messages": [ASK], "response": A}},
         {"conversation": [{"input": Q, "output": A}]},

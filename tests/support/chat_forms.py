@@ -116,6 +116,64 @@ READ = {
     ),
     "gsm8k": ({"question": Q, "answer": A}, "question", PAIR),
     "metamath": ({"query": Q, "response": A, "original_question": "?"}, "question", PAIR),
+    "messages that hold their children": (
+        {
+            "messages": [
+                child(
+                    "1",
+                    "user",
+                    Q,
+                    child("2", "assistant", "No."),
+                    child(
+                        "3",
+                        "assistant",
+                        A,
+                        child("4", "user", "And 3+3?", child("5", "assistant", "6.")),
+                    ),
+                ),
+            ]
+        },
+        "messages",
+        AGAIN,
+    ),
+    "messages, the last of which holds its children": (
+        {
+            "messages": [
+                ASK | {"id": "1"},
+                REPLY | {"id": "2", "children": [{**MORE[0], "children": MORE[1:]}]},
+            ]
+        },
+        "messages",
+        AGAIN,
+    ),
+    "chats that begin in several messages": (
+        {
+            "messages": [
+                child("1", "user", "Hi", child("2", "assistant", "No.")),
+                ASK | {"children": [REPLY | {"children": [{**MORE[0], "children": MORE[1:]}]}]},
+            ]
+        },
+        "messages",
+        AGAIN,
+    ),
+    "helpsteer": (
+        {
+            "prompt": f"{Q}\n<extra_id_1>Assistant\n{A}\n<extra_id_1>User\nAnd 3+3?",
+            "response": "6.",
+            "helpfulness": 3,
+        },
+        "prompt",
+        AGAIN,
+    ),
+    "steerlm": (
+        {
+            "prompt": f"<extra_id_1>User\n{Q}\n<extra_id_1>Assistant\n{A}\n<extra_id_1>User\n"
+            "And 3+3?\n<extra_id_1>Assistant\n",
+            "response": "6.",
+        },
+        "prompt",
+        AGAIN,
+    ),
     "xtuner": (
         {"conversation": [{"system": "Be brief.", "input": Q, "output": A}]},
         "conversation",

@@ -10,6 +10,7 @@ _WHO = "(Human|Assistant):"
 # White space is matched from where it begins: from each of its places, blank lines would take long.
 _PARAGRAPHS = re.compile(rf"(?:\A|(?<![ \n])(?=[ \n]*?\n\n))[ \n]*{_WHO}")
 _HASHES = re.compile(rf"###\s*{_WHO}")
+_STEERED = re.compile(r"(?:\A|\n)<extra_id_1>(User|Assistant)(?:\n|\Z)")
 _LINES = re.compile(rf"(?:\A|(?<![ \n]) *\n)[ \n]*{_WHO}")
 
 
@@ -43,6 +44,8 @@ def prompt_in(text: Any) -> list[Any]:
     It ends with "Assistant:"; what stands before the first "Human:" is the system's. Marks may
     begin lines where nothing stands before them.
     """
+    if isinstance(text, str) and "<extra_id_1>" in text:
+        return _steered_in(text)
     if not isinstance(text, str) or not text.rstrip().endswith("Assistant:"):
         return transcript_in(text)
     for marks in (_PARAGRAPHS, _HASHES, _LINES):
@@ -52,6 +55,18 @@ def prompt_in(text: Any) -> list[Any]:
             system = [{"role": "system", "content": before}] if before else []
             return system + _turns(names[:-1], said[:-1])
     return transcript_in(text)
+
+
+def _steered_in(text: str) -> list[Any]:
+    """Return the turns of a question with earlier ones, as SteerLM and HelpSteer mark them."""
+    before, names, said = _split(_STEERED, text)
+    names = ["Human" if name == "User" else name for name in names]
+    if before:
+        names, said = ["Human", *names], [before, *said]
+    if names[-1:] == ["Assistant"] and not said[-1]:  # where the answer is to follow
+        names, said = names[:-1], said[:-1]
+    is_whole = _alternate([*names, "Assistant"]) and names[-1] == "Human" and all(said)
+    return _turns(names, said) if is_whole and "<extra_id_" not in "".join(said) else []
 
 
 def _split(marks: re.Pattern[str], text: str) -> tuple[str, list[str], list[str]]:

@@ -3,7 +3,10 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from medusa_exp.data.turns import UNCLEAR_TREE, Unusable
+
 Message = dict[str, Any]
+_SPEAKERS = ("role", "from", "sender", "speaker", "author")
 
 
 def longest_branch(nodes: Mapping[str, Any], shown: Any = None) -> list[Message]:
@@ -63,6 +66,8 @@ def branch_in(messages: Any, shown: Any = None) -> Any:
     siblings too, but for a system message before all others that names no children: it belongs to
     each of them. An empty one is left out. A list of other things is returned as it is.
     """
+    if isinstance(messages, list) and has_nested(messages):
+        return nested_branch(messages)
     if not isinstance(messages, list) or not is_tree(messages):
         return messages
     start = next(i for i, m in enumerate(messages) if not _is_system(m) or m.get("children"))
@@ -82,6 +87,50 @@ def branch_in(messages: Any, shown: Any = None) -> Any:
         names = _branch(parents, by_id, shown, is_final=True)
         messages = [by_id[name] for name in names] or messages  # all of them in a circle
     return _without_empty_system(messages)
+
+
+def has_nested(messages: list[Any]) -> bool:
+    """Do messages of a list hold their children themselves?"""
+    return any(map(_nested, messages))
+
+
+def _nested(message: Any) -> list[Any]:
+    """Return the messages that stand in a message as its children."""
+    children = message.get("children") if isinstance(message, dict) else None
+    is_of_messages = isinstance(children, list) and all(_speaker_in(c) for c in children)
+    return children if isinstance(children, list) and is_of_messages else []
+
+
+def _speaker_in(message: Any) -> Any:
+    found = (message.get(key) for key in _SPEAKERS) if isinstance(message, dict) else ()
+    return next(filter(None, found), None)
+
+
+def nested_branch(messages: list[Any]) -> list[Any]:
+    """Return the longest branch of messages that hold their children; of those as long, the last.
+
+    Those of the list follow one another, if only the last of them has children; else each begins a
+    chat, but for system messages before them.
+
+    Raises:
+        Unusable: they are not of one speaker then.
+    """
+    num_before = len(messages) - 1
+    if any(map(_nested, messages[:-1])):
+        is_head = [isinstance(m, dict) and _is_system(m) and not _nested(m) for m in messages]
+        num_before = is_head.index(False)
+    before, roots = messages[:num_before], messages[num_before:]
+    if len({str(_speaker_in(root)) for root in roots}) > 1:
+        raise Unusable(UNCLEAR_TREE, "which of them is the next is not known")
+    order = [(message, -1) for message in roots]
+    for place, (message, _) in enumerate(order):
+        order += [(child, place) for child in _nested(message)]
+    place = len(order) - 1  # levels follow one another: it is of the deepest
+    branch: list[Any] = []
+    while place >= 0:
+        message, place = order[place]
+        branch.append({key: value for key, value in message.items() if key != "children"})
+    return [*before, *branch[::-1]]
 
 
 def _without_empty_system(messages: list[Message]) -> list[Message]:

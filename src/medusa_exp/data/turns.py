@@ -47,6 +47,7 @@ NOT_TEXT = "content is not text"
 NOT_TEXT_PART = "content has a part that is not text"
 BAD_REASONING = "reasoning that is not one text"
 NULL = "content is null"
+UNCLEAR_TREE = "messages that hold their children, between others"
 TWO_SYSTEMS = "two system texts that differ"
 TWO_TEXTS = "a turn with two roles or two texts"
 _THOUGHTS = ("thinking", "reasoning")

@@ -4,7 +4,7 @@ from typing import Any
 
 from medusa_exp.data.forms import FORMS, LABELLED
 from medusa_exp.data.records import IDS, SYSTEMS, at
-from medusa_exp.data.trees import TREE_KEYS, is_tree
+from medusa_exp.data.trees import TREE_KEYS, has_nested, is_tree
 from medusa_exp.data.turn_lists import (
     ASKED_AND_SAID,
     LISTS,
@@ -87,7 +87,8 @@ def _beside(turns: Any) -> set[str]:
     """Return the keys of turns that are not read, or say otherwise than the key that counts."""
     if not isinstance(turns, list):
         return set()
-    found = _not_read(turns, _OF_TURNS | ({*TREE_KEYS} if is_tree(turns) else set()))
+    is_of_branches = is_tree(turns) or has_nested(turns)
+    found = _not_read(turns, _OF_TURNS | ({*TREE_KEYS} if is_of_branches else set()))
     for turn in turns:
         found |= _passed_over(turn) if isinstance(turn, dict) else set()
     return found
