@@ -96,6 +96,7 @@ def test_archives_that_cannot_be_read(tmp_path, pack):
     broken[len(whole) // 2] ^= 0xFF
     assert "damaged" in fault_of(bytes(broken)) or "cut off" in fault_of(bytes(broken))
     assert "a.zip is " in fault_of(whole[: len(whole) // 2])
+    assert "b.zip: an archive within an archive" in fault_of(pack({"b.zip": b"x", "c.md": b"x"}))
     inner = fault_of(pack({"a.json": zipped({"b.json": LIST})}))
     assert "is a zip archive in an archive" in inner
 

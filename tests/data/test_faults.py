@@ -1,6 +1,8 @@
 import json
 import pickle
 import re
+import shutil
+import subprocess
 
 import pytest
 from chat_files import (
@@ -107,6 +109,53 @@ def fault_of(path):
             b"{\"messages\": \"[{'role': 'user', 'content': 'Hi'}]\"}",
             r"under messages is a list as Python prints it, not JSON .*map\(ast\.literal_eval\)",
         ),
+        (
+            b"[01/01/2024, 10:00:00] Ann: Hi\n[01/01/2024, 10:01:00] Bob: Hello\n",
+            "is not JSON but plain text",
+        ),
+        (
+            b'{"turns": [{"speaker": "user", "text": "Hi", "time": 1}, '
+            b'{"speaker": "bot", "text": "Hello", "time": 2}]}',
+            r"its keys are speaker, text, time\..*say 'dataset\.columns=\{messages: turns\}'",
+        ),
+        (
+            b'{"text": "<s>[INST] Hi [/INST] Hello </s>"}',
+            r"under text is a chat as a template has written it \(with \[INST\]\).*split it into "
+            r"messages, as \{.*\}\.$",
+        ),
+        (b'{"system": "x", "chat": "USER: Hi\\n\\nASSISTANT: Hello"}', "under chat is a chat as a"),
+        (b'{"text": "<|im_start|>user\\nHi<|im_end|>"}', r"written it \(with <\|im_start\|>\)"),
+        (
+            b'{"type": "user", "message": {"role": "user", "content": "Hi"}}',
+            "hold one message, under message: gather",
+        ),
+        (
+            b'{"Messages": [{"Role": "user", "Content": "Hi"}]}\n{}',
+            "Under Messages stands a list of objects, whose keys are Role, Content",
+        ),
+        (
+            b'{"prompt": "Hi", "answers": [{"answer": "A", "rank": 2}, {"answer": "B"}]}\n{}',
+            r"Under answers .* keys are answer, rank.* answers\.0\.KEY .*say what their texts",
+        ),
+        (
+            b'{"conversation": [{"message": "Hi", "is_human": true}]}\n{}',
+            "its keys are message, is_human. Neither dataset.role_map nor .* write them with keys",
+        ),
+        (
+            b'{"data": {"talk": [{"role": "user", "text": "Hi"}, {"role": "bot", "text": "Ho"}]}, '
+            b'"annotations": [{"result": []}]}\n{}',
+            r"Its annotations are not read: .*say 'dataset\.columns=\{messages: data\.talk\}'",
+        ),
+        (
+            b'{"custom_id": "1", "body": {"messages": [{"role": "user", "content": "Hi"}]}}',
+            "they are the requests of a batch, whose answers are in its output file",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "Hi"}], "response": null}\n'
+            b'{"messages": [{"role": "user", "content": "Hi"}], "response": '
+            b'{"choices": [{"message": {"role": "assistant", "content": "Hello"}}]}}',
+            r"\{user: messages, assistant: response\.choices\.0\.message\.content\}",
+        ),
         (b"BZh91AY&SY", "is cut off in its compressed data"),
         (bzip2(LINES)[:-3], "is cut off in its compressed data"),
         (bzip2(LINES)[:40] + b"x" + bzip2(LINES)[41:], "is damaged"),
@@ -150,3 +199,94 @@ def test_one_broken_byte_costs_its_record_alone(tmp_path, as_list):
     data = b"[" + b",".join(lines) + b"]" if as_list else b"\n".join(lines)
     reading = read_conversations(write(tmp_path / "a.json", data))
     assert len(list(reading)) == 20 and reading.dropped == {"not valid UTF-8": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            [{"question": "Hi", "answer": "Hello"}],
+            r"what is not there: ansxer \(did you mean answer\?\)",
+        ),
+        (
+            [{"Question": "Hi", "n": {"texts": "Hello"}}],
+            r"not there: question \(did you mean Question\?\), ansxer\.$",
+        ),
+    ],
+)
+@pytest.mark.parametrize("form", ["lines", "table"])
+def test_a_key_that_is_not_there_is_named(tmp_path, data, words, form):
+    text = parquet(data) if form == "table" else json.dumps(data).encode()
+    path = write(tmp_path / "a.json", text)
+    with pytest.raises(DataError, match=words):
+        list(read_conversations(path, columns={"user": "question", "assistant": "ansxer"}))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (
+            "https://example.com/a.jsonl",
+            "download the file .* 'dataset=hub dataset.path=OWNER/NAME",
+        ),
+        (
+            "https://huggingface.co/datasets/a/b/resolve/main/c.json",
+            "dataset=hub dataset.path=a/b'",
+        ),
+    ],
+)
+def test_an_address_of_the_web(path, words):
+    with pytest.raises(DataError, match=f"is a URL: .*{words}"):
+        read_conversations(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "tool_use", "name": "f"}, "of type tool_use: write calls as tool_calls"),
+        ({"functionCall": {"name": "f"}}, "its keys are functionCall: write calls as tool_calls"),
+        ({"type": "reasoning", "summary": []}, "it is of type reasoning: leave such parts out"),
+    ],
+)
+def test_a_part_that_is_not_text_is_named_by_its_type(tmp_path, part, words):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": [part]}]
+    reading = read_conversations(write(tmp_path / "a", json.dumps({"messages": turns}).encode()))
+    assert not list(reading) and words in reading.told()
+
+
+def test_calls_as_python_prints_them_can_be_had_as_text(tmp_path):
+    call = {"role": "tool_call", "content": "{'name': 'f', 'arguments': '{}'}"}
+    turns = [{"role": "user", "content": "q"}, call, {"role": "assistant", "content": "a"}]
+    path = write(tmp_path / "a", json.dumps({"messages": turns}).encode())
+    reading = read_conversations(path)
+    assert not list(reading)
+    assert "have it as text by 'dataset.role_map={tool_call: assistant}'" in reading.told()
+    (chat,) = read_conversations(path, role_map={"tool_call": "assistant"})
+    assert chat.messages[1].content == call["content"]
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="needs jq")
+@pytest.mark.parametrize(
+    ("data", "role_map"),
+    [
+        (
+            [{"type": "message", "user": f"U{n}", "text": "Hi", "ts": "1", "n": n} for n in (1, 2)],
+            {"U1": "user", "U2": "assistant"},
+        ),
+        (
+            [
+                {"user_name": "You", "character_name": "Aria", "chat_metadata": {}},
+                {"name": "You", "is_user": True, "mes": "Hi"},
+                {"name": "Aria", "is_user": False, "mes": "Hi"},
+            ],
+            {},
+        ),
+    ],
+)
+def test_the_command_for_an_export_writes_chats(tmp_path, data, role_map):
+    lines = "\n".join(map(json.dumps, data)) if not role_map else json.dumps(data)
+    message = fault_of(write(tmp_path / "a.json", lines.encode()))
+    command = re.search(r"`(jq .*?)`", message)[1].replace("FILE", "a.json")
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    (chat,) = read_conversations(tmp_path / "chats.jsonl", role_map=role_map)
+    assert [message.role for message in chat.messages] == ["user", "assistant"]

@@ -7,6 +7,7 @@ a JSON list is mapped into memory, and its chats are views of it. A file that ca
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from glob import glob
@@ -48,6 +49,8 @@ def find_files(path: str | Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
+    if re.match(r"https?://", str(path)):
+        raise faults.of_web(str(path))
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
@@ -178,7 +181,7 @@ class Part:
 
         with columnar.opened_parquet(self.content) as table:
             self.keys = tuple(table.schema_arrow.names)
-            columns = chosen_columns(self.name, self.keys, self.columns)
+            columns = chosen_columns(self.name, self.keys, self.columns, self.paths)
             yield from columnar.rows_of_parquet(table, columns, self.content.budget)
 
     def _rows_of_arrow(self, is_stream: bool) -> Iterator[dict[str, Any]]:
@@ -187,7 +190,7 @@ class Part:
 
         with columnar.opened_arrow(self.content, is_stream) as table:
             self.keys = tuple(table.schema.names)
-            columns = chosen_columns(self.name, self.keys, self.columns)
+            columns = chosen_columns(self.name, self.keys, self.columns, self.paths)
             yield from columnar.rows_of_arrow(table, columns, self.content.budget)
 
     def _rows_of_text(self) -> Iterator[dict[str, Any]]:
@@ -207,6 +210,7 @@ class HubData:
     line: int = field(default=0, init=False)
     keys: tuple[str, ...] = field(default=(), init=False)
     columns: tuple[str, ...] = field(default=(), init=False)
+    paths: Mapping[str, str] | None = field(default=None, init=False)
 
     @property
     def name(self) -> str:
@@ -217,7 +221,7 @@ class HubData:
         self, columns: tuple[str, ...], max_bytes: int, paths: Mapping[str, str] | None = None
     ) -> Iterator["HubData"]:
         """Yield itself; `columns` are those that are read, where it has them."""
-        self.columns = columns
+        self.columns, self.paths = columns, paths
         yield self
 
     def fingerprint(self) -> str:
@@ -227,7 +231,7 @@ class HubData:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         table = self._load()
         self.keys = tuple(table.column_names)
-        table = table.select_columns(chosen_columns(self.name, self.keys, self.columns))
+        table = table.select_columns(chosen_columns(self.name, self.keys, self.columns, self.paths))
         from medusa_exp.data.table_values import rows_of_batch
 
         for rows in table.with_format("arrow").iter(ROWS_TOGETHER):
@@ -255,8 +259,13 @@ class HubData:
             ) from error
 
 
-def chosen_columns(name: str, present: tuple[str, ...], wanted: tuple[str, ...]) -> list[str]:
-    """Return the columns of a table that are to be read.
+def chosen_columns(
+    name: str,
+    present: tuple[str, ...],
+    wanted: tuple[str, ...],
+    paths: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Return the columns of a table that are to be read; `paths` are dataset.columns.
 
     Raises:
         NoChats: there is none; names them all.
@@ -264,7 +273,7 @@ def chosen_columns(name: str, present: tuple[str, ...], wanted: tuple[str, ...])
     """
     chosen = [column for column in wanted if column in present]
     if not chosen:
-        raise faults.no_form(name, present, "columns")
+        raise faults.no_form(name, present, "columns", named=(paths or {}).values())
     if twice := [column for column in chosen if present.count(column) > 1]:
         raise faults.same_columns(name, twice[0])
     return chosen

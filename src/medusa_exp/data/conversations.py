@@ -35,6 +35,7 @@ from medusa_exp.data.parsing import (
 from medusa_exp.data.raw_chats import RawChat, raw_bytes
 from medusa_exp.data.records import SYSTEMS, Ambiguous
 from medusa_exp.data.remedies import columns_for
+from medusa_exp.data.turn_lists import WRAPPERS, names_a_turn
 from medusa_exp.data.turns import (
     CALLS,
     ENTITIES,
@@ -44,6 +45,8 @@ from medusa_exp.data.turns import (
     ROLES,
     SWITCHES,
     TOOLS,
+    Unusable,
+    is_held,
 )
 from medusa_exp.runs.progress import Patience
 
@@ -62,6 +65,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 HUB = "hub:"
 _LOOKED_AT = 100
+_SAMPLES = 10
+_MOST_TURNS = 10_000
+"""So many messages may be those of one chat."""
 _MATTERING = {
     *(*REASONING, *CALLS, *SWITCHES, "mask"),
     *(*SYSTEMS, *TOOLS, *PICTURES, *REPLIES, "choices"),
@@ -261,7 +267,7 @@ class Reading:
             options.max_record_bytes,
         )
         parse = parser.parse
-        faulty = _FaultyChats(source, options.role_map)
+        faulty = _FaultyChats(source, options.role_map, options.columns)
         number = 0
         try:
             for number, raw in enumerate(self._watched(source, source), 1):
@@ -320,15 +326,24 @@ def _place(source: Part | HubData, number: int) -> str:
     return f"{source.name}, record {number}{line}"
 
 
+def _is_request(record: Any) -> bool:
+    """Is it of the file that asks for a batch of answers?"""
+    is_of_batch = isinstance(record, dict) and "custom_id" in record
+    return is_of_batch and bool(record.keys() & {*WRAPPERS}) and not is_held(record.get("response"))
+
+
 @dataclass
 class _FaultyChats:
     """Decides from a source's unusable chats whether the source as a whole is to blame."""
 
     source: Part | HubData
     role_map: Mapping[str, str]
+    columns: Mapping[str, str] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     firsts: dict[str, tuple[RawChat, int, str]] = field(default_factory=dict)
     """Of each reason, the first chat, its line and what shows it."""
+    samples: dict[str, list[RawChat]] = field(default_factory=dict)
+    """Of each reason, the first chats, by which a remedy is looked for."""
 
     @property
     def num_chats(self) -> int:
@@ -342,6 +357,8 @@ class _FaultyChats:
             DataError: it shows that the file is not in UTF-8.
         """
         self.firsts.setdefault(reason, (raw, self.source.line, detail))
+        if len(samples := self.samples.setdefault(reason, [])) < _SAMPLES:
+            samples.append(raw)
         self.reasons[reason] += 1
         is_first = self.reasons[reason] == 1
         if reason == NOT_UTF8 and is_first and isinstance(self.source, Part):
@@ -374,16 +391,36 @@ class _FaultyChats:
             for key in self.source.columns:
                 if error := faults.not_json_list(name, key, record.get(key)):
                     raise error
-            columns = columns_for(first, self.role_map)
-            raise faults.no_form(name, keys, "columns" if is_table else "keys", columns)
+            columns = self._remedy(reason)
+            if not columns and names_a_turn(record) and num_records <= _MOST_TURNS:
+                columns = self._remedy_of_whole()
+            seen = faults.seen_in(record, columns)
+            what, named = "columns" if is_table else "keys", self.columns.values()
+            raise faults.no_form(name, keys, what, columns, named, seen)
         if reason == PICTURE and ENTITIES in str(value_of(first)):
             raise faults.no_words(name, detail)
-        if reason == NO_REPLY and (columns := columns_for(first, self.role_map)):
+        if reason == NO_REPLY and (columns := self._remedy(reason)):
             raise faults.no_answer(name, columns)
+        if reason == NO_REPLY and _is_request(value_of(first)):
+            raise faults.no_answers_yet(name)
         if reason == NOT_OBJECT:
             raise faults.single_value(name, value_of(first))
         if reason in (UNKNOWN_ROLE, NOT_A_TURN, A_ROW):
             raise faults.no_usable_turn(name, reason, detail)
+
+    def _remedy(self, reason: str) -> str:
+        """Return the columns that would read the first chat that was refused so, or one near."""
+        found = (columns_for(raw, self.role_map) for raw in self.samples[reason])
+        return next(filter(None, found), "")
+
+    def _remedy_of_whole(self) -> str:
+        """Return the columns that read a file as one record, whose turns were taken for records."""
+        if not isinstance(self.source, Part):
+            return ""
+        try:
+            return columns_for(self.source.content.whole(), self.role_map)
+        except Unusable:  # it is several values
+            return ""
 
 
 def read_conversations(paths: str | Path | Sequence[str | Path], **options: Any) -> Reading:

@@ -4,8 +4,9 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ _MORE_THAN_JSON = (
     "unexpected end of hex esca",
 )
 """In what msgspec says of NaN, control characters and halves of surrogate pairs."""
+
+
+_OF_MESSENGER = re.compile(rb"\[\d+([/:-]|\.\d+\.)")
+"""The beginning of a time, which WhatsApp writes before each message."""
 
 
 class DataError(UserError):
@@ -92,9 +97,23 @@ def of_reading(name: Path | str) -> Iterator[None]:
         raise unreadable(name, error) from error
 
 
+def of_web(path: str) -> DataError:
+    """Return the error of a path that is an address of the web."""
+    found = re.match(r"https?://huggingface\.co/datasets/([^/]+/[^/?#]+)", path)
+    return DataError(
+        f"{path} is a URL: download the file and name that, or read a data set of the Hugging Face "
+        f"hub by 'dataset=hub dataset.path={found[1] if found else 'OWNER/NAME'}'."
+    )
+
+
 def no_chat_files(name: str, others: Sequence[str]) -> NoChats:
     """Return the error of a folder or an archive without a file that may hold chats."""
     held = f" It holds {_named(others)}." if others else ""
+    if inner := [name for name in others if re.search(r"\.(zip|tgz|tar(\.\w+)?)$", name.lower())]:
+        return NoChats(
+            f"{name} holds no chats but {_named(inner)}: an archive within an archive is not "
+            "opened. Unpack it, and name what it holds."
+        )
     return NoChats(
         f"{name} holds no *.json, *.jsonl, *.ndjson, *.parquet, *.arrow, *.feather, *.csv or "
         f"*.tsv, plain or as {', '.join(PACKED)}, and no *.zip or *.tar of them, packed or "
@@ -126,6 +145,8 @@ def not_json(name: str, text: bytes | memoryview, error: Exception) -> DataError
     """Return the error of a JSON list or object that `msgspec` refused."""
     if isinstance(error, RecursionError):
         return DataError(f"{name} is nested too deeply. {_CHATS}")
+    if _OF_MESSENGER.match(text[:40]):
+        return DataError(f"{name} is not JSON but plain text, as of a messenger's export. {_CHATS}")
     message, _, place = str(error).removeprefix("JSON is malformed: ").partition(" (byte ")
     position = int(place.rstrip(")")) if place else len(text)
     if position >= len(text):
@@ -187,17 +208,29 @@ def no_records(name: str) -> NoChats:
     )
 
 
-def no_form(name: str, keys: Sequence[str], what: str = "keys", columns: str = "") -> NoChats:
+def no_form(
+    name: str,
+    keys: Sequence[str],
+    what: str = "keys",
+    columns: str = "",
+    named: Iterable[str] = (),
+    seen: str = "",
+) -> NoChats:
     """Return the error of a file none of whose records has a form that is known.
 
-    `columns` is what dataset.columns would read the first of them by.
+    `columns` is what dataset.columns would read the first of them by, `named` the paths that it
+    names, and `seen` a sentence of what was seen in that record.
     """
     if not columns and (words := kind_by_keys(keys)):
         return NoChats(f"{name} {words}")
+    absent = [path for path in named if not {path, path.partition(".")[0]} & {*keys}]
     shown = ", ".join(map(str, keys[:30])) + (" ..." if len(keys) > 30 else "")
     shown = shown.encode("utf-8", "replace").decode()  # a key may hold half a surrogate pair
+    seen = seen.encode("utf-8", "replace").decode()
     one = ""
-    if {"role", "text", "parent_id"} <= set(keys):
+    if absent:
+        one = f" dataset.columns names what is not there: {_with_likely(absent, keys)}."
+    elif {"role", "text", "parent_id"} <= set(keys):
         one = (
             " Each record seems to be one message of a tree: take the file of trees "
             "(*.trees.jsonl.gz of OpenAssistant's), whose records hold the `replies`."
@@ -207,12 +240,67 @@ def no_form(name: str, keys: Sequence[str], what: str = "keys", columns: str = "
             " Each record seems to be one message: gather those of a chat in a list, as "
             '{"messages": [{"role": ..., "content": ...}, ...]}.'
         )
+    elif seen:
+        one = f" {seen}"
     elif is_text_table(name):
         one = _about_header(keys)
-    remedy = f"If they are chats, say 'dataset.columns={columns}'." if columns else _REMEDY
+    remedy = "" if absent or (seen and seen in one) else f" {_REMEDY}"
+    remedy = f" If they are chats, say 'dataset.columns={columns}'." if columns else remedy
     return NoChats(
-        f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one} {remedy}"
+        f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one}{remedy}"
     )
+
+
+def _with_likely(absent: Sequence[str], keys: Sequence[str]) -> str:
+    """Name paths that a record lacks, each with the key that may be meant, if there is one near."""
+    small = {str(key).lower(): str(key) for key in keys}
+    found = []
+    for path in absent:
+        first, dot, rest = path.partition(".")
+        near = get_close_matches(first.lower(), small, 1)
+        found.append(f"{path} (did you mean {small[near[0]]}{dot}{rest}?)" if near else path)
+    return ", ".join(found)
+
+
+_RENDERED = re.compile(
+    r"<\|im_start\|>|\[INST\]|<\|start_header_id\|>|<start_of_turn>|\bUSER:(?=[\s\S]*?\bASSISTANT:)"
+)
+_AS_MESSAGES = 'as {"messages": [{"role": "user", "content": ...}, ...]}'
+
+
+def seen_in(record: Mapping[str, Any], columns: str = "") -> str:
+    """Return what is to be said of a record of no known form, instead of the remedy for all.
+
+    `columns` would read it, though perhaps not the best of it.
+    """
+    if columns:
+        if record.get("annotations") and "annotations" not in columns:
+            return (
+                "Its annotations are not read: if they correct what is, write them in its place "
+                "first."
+            )
+        return ""
+    for key, value in record.items():
+        if isinstance(value, str) and (mark := _RENDERED.search(value[:10_000])):
+            return (
+                f"What stands under {key} is a chat as a template has written it (with {mark[0]}), "
+                f"which is not read: split it into messages, {_AS_MESSAGES}."
+            )
+    message = record.get("message")
+    if isinstance(message, dict) and {"role", "content"} <= message.keys():
+        return (
+            "Each record seems to hold one message, under message: gather those of a chat in a "
+            f"list, {_AS_MESSAGES}."
+        )
+    for key, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            names = ", ".join(map(str, [*value[0]][:30]))
+            return (
+                f"Under {key} stands a list of objects, whose keys are {names}. If they are turns, "
+                f"write them with keys that are known, {_AS_MESSAGES}; of answers, {key}.0.KEY "
+                f"names that of the first. {_REMEDY}"
+            )
+    return ""
 
 
 def no_answer(name: str, columns: str) -> NoChats:
@@ -220,6 +308,14 @@ def no_answer(name: str, columns: str) -> NoChats:
     return NoChats(
         f"{name} has no chat that can be read: none of its records has an assistant turn among its "
         f"messages. The answers seem to stand beside them: say 'dataset.columns={columns}'."
+    )
+
+
+def no_answers_yet(name: str) -> NoChats:
+    """Return the error of the requests of a batch, without its answers."""
+    return NoChats(
+        f"{name} has no chat that can be read: they are the requests of a batch, whose answers are "
+        "in its output file. Write those behind the messages of the requests of the same custom_id."
     )
 
 
@@ -288,6 +384,12 @@ def no_usable_turn(name: str, reason: str, detail: str) -> NoChats:
         "Say whose a role is, as in 'dataset.role_map={narrator: system}', or what the texts stand "
         "under, as in 'dataset.columns={user: KEY, assistant: KEY}'."
     )
+    if reason != "unknown role":
+        remedy = (
+            "Neither dataset.role_map nor dataset.columns reads such turns: write them with keys "
+            f"that are known, {_AS_MESSAGES}. Texts beside them are read by "
+            "'dataset.columns={user: KEY, assistant: KEY}'."
+        )
     if detail.startswith("the role is {"):
         remedy = (
             "Who speaks is an object: write one name in its place, as by `jq '.messages[].author "

@@ -69,6 +69,11 @@ _TRACKED = (
     """write its talks by `jq -c '{messages: [.events[] | select(.event == "user" or .event == """
     """"bot") | {role: .event, content: .text}]}' FILE > chats.jsonl`""",
 )
+_SLACK = (
+    """write each day of a channel, which is a file, by `jq -c '{messages: [.[] | """
+    """select(.type == "message") | {from: .user, value: .text}]}' FILE >> chats.jsonl`, and say """
+    "whose each user is, as in 'dataset.role_map={U1: user, U2: assistant}'"
+)
 _RECORDS = [
     ({"rasa_nlu_data"}, *_INTENTS),
     ({"intents", "responses"}, *_INTENTS),
@@ -78,6 +83,14 @@ _RECORDS = [
     ({"rule", "steps"}, *_INTENTS),
     ({"sender_id", "events"}, *_TRACKED),
     ({"event", "timestamp"}, *_TRACKED),
+    (
+        {"user_name", "character_name", "chat_metadata"},
+        "a chat of SillyTavern, a message a line",
+        """write it as one record by `jq -cs '{messages: [.[] | select(.mes) | {role: (if """
+        """.is_user then "user" else "assistant" end), content: .mes}]}' FILE > chats.jsonl`""",
+    ),
+    ({"id", "name", "members"}, "a list of channels, as of Slack's export", _SLACK),
+    ({"user", "text", "ts"}, "a day of a channel in Slack's export", _SLACK),
     ({"about", "chats"}, "Telegram's export of all chats", TELEGRAM),
 ]
 """Keys of a record that is no chat, what its file is, and what to do."""

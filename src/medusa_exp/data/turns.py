@@ -72,6 +72,11 @@ _IN_OBJECTS = ("text", "parts", "value", "content")
 """Keys of what an object says that stands in the place of a text."""
 _SHOWN = ("image", "audio", "video", "file")
 
+_OF_CALLS = {
+    *("tool_use", "tool_result", "function_call", "function_call_output"),
+    *("functionCall", "functionResponse", "function_response", "toolUse", "toolResult"),
+}
+"""Types of parts that are calls or their results, or the keys of such parts."""
 _ARGUMENTS = ("arguments", "parameters", "args")
 
 _EMPTY: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
@@ -183,7 +188,19 @@ def _part_text(part: Any, keys: tuple[str, ...]) -> str:
         found = (said_in(part.get(key)) for key in keys)
         if (text := next((said for said in found if isinstance(said, str)), None)) is not None:
             return text
-    raise Unusable(NOT_TEXT_PART, f"it is {part!r:.60}")
+    raise Unusable(NOT_TEXT_PART, _about_part(part))
+
+
+def _about_part(part: Record) -> str:
+    """Say of which type a part is, and what to do."""
+    kind = part.get("type")
+    what = f"it is of type {kind}" if isinstance(kind, str) else f"its keys are {', '.join(part)}"
+    if not _OF_CALLS.isdisjoint({str(kind), *part}):
+        return (
+            f"{what}: write calls as tool_calls of the turn, and what they gave as turns of role "
+            "tool"
+        )
+    return f"{what}: leave such parts out, or write them as text"
 
 
 def _is_thought(part: Any) -> bool:
@@ -278,7 +295,9 @@ def with_calls(turn: Record) -> Record:
         return turn
     calls = from_json_text(content)
     if has_calls(turn) or not is_held(calls) or not isinstance(calls, dict | list):
-        raise Unusable(BAD_CALLS, f"a turn of calls says {content!r:.60}")
+        said = f"a turn of calls says {content!r:.60}"
+        remedy = f"write it as JSON, or have it as text by 'dataset.role_map={{{name_in(turn)}: "
+        raise Unusable(BAD_CALLS, f"{said}: {remedy}assistant}}'")
     beside = {key: value for key, value in turn.items() if key != "value"}
     return {**beside, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
 
