@@ -216,6 +216,19 @@ def test_reasons(record, reason):
     assert parse({**beside, **record}) == reason
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"choices": ["1", "2"], "answer": "2"},
+        {"choices": ["1", "2"], "answer": "It is 2."},
+        {"choices": ["2"], "answer": 2},
+        {"answer": 2},
+    ],
+)
+def test_an_answer_that_says_itself_what_was_chosen(beside):
+    assert len(parse({"question": "1+1?", **beside}).messages) == 2
+
+
 @pytest.mark.parametrize("first", ["", " ", "A", "A\n"])
 def test_a_system_text_stands_once(first):
     record = {"messages": [{"role": "system", "content": first}, ASK, REPLY], "system": "A"}
