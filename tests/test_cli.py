@@ -122,6 +122,9 @@ def test_a_stage_alone_starts_from_the_saved_config(run_dir, workplace):
         "stages=[evaluate]", "run_dir=run", "tree=chain", "evaluate.num_prompts=2", cwd=workplace
     )
     assert result.returncode == 0, result.stderr
+    assert f"from {run_dir}/.hydra: +experiment=smoke, evaluate.baselines=[], device=cpu\n" in (
+        result.stdout
+    )
     assert snapshot(run_dir / ".hydra") == hydra
     assert (run_dir / ".hydra-2" / "config.yaml").is_file()
     after = snapshot(run_dir / "heads")
@@ -198,7 +201,33 @@ def test_a_problem_is_one_message_and_exit_code_1(run_dir, workplace, arguments,
     result = medusa_exp(*arguments, "logger=none", cwd=workplace, COVERAGE_PROCESS_CONFIG="")
     assert result.returncode == 1
     assert message in result.stderr + result.stdout
-    assert "Traceback" not in result.stderr + result.stdout
+    words = ["Traceback", "Error executing job"]
+    words += ["HYDRA_FULL_ERROR"] * (message != "nothing")  # which Hydra tells in its own words
+    assert not [word for word in words if word in result.stderr + result.stdout]
+
+
+def test_a_model_that_is_not_named_is_told_before_anything_is_made(tmp_path):
+    refused = medusa_exp("+experiment=medusa1", "logger.mode=offline", cwd=tmp_path)
+    assert refused.returncode == 1 and refused.stderr.startswith("model.path is not set")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_goes_on_with_is_one_short_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(continuation, "_KEPT", [])
+    (tmp_path / ".hydra").mkdir()
+    saved = ["seed=1", "dataset.path=http://me:" + "word" * 99 + "@x/" + "y" * 99]
+    saved += [f"logger.tags=[{number}]" for number in range(6)]
+    (tmp_path / ".hydra/overrides.yaml").write_text(json.dumps(saved))
+    for name in (".hydra/config.yaml", "run.json"):
+        (tmp_path / name).write_text("{}")
+    continuation.arguments(["seed=2", f"run_dir={tmp_path}"])
+    said = continuation.kept_in_words()
+    assert said.startswith("dataset.path=http://x/yyy") and said.endswith(
+        "logger.tags=[4], and 1 more"
+    )
+    assert "word" not in said and "seed" not in said and len(said) < 200
+    continuation.arguments([*saved, f"run_dir={tmp_path}"])
+    assert continuation.kept_in_words() == ""
 
 
 @pytest.mark.parametrize(
@@ -236,7 +265,7 @@ def test_words_are_looked_at_before_what_they_ask_for(tmp_path):
 
 
 def test_the_traceback_is_there_for_those_who_ask(workplace):
-    result = medusa_exp("+experiment=medusa1", "logger=none", cwd=workplace, HYDRA_FULL_ERROR="1")
+    result = medusa_exp("+experiment=smoke", "stages=[a]", cwd=workplace, HYDRA_FULL_ERROR="1")
     assert result.returncode == 1 and "Traceback" in result.stderr
 
 

@@ -141,7 +141,14 @@ def _report_in_our_words() -> None:
                     raise
                 raise _Problem(said) from error
 
-        return report(run)
+        def tell() -> Any:
+            try:
+                return run()
+            except _Problem as problem:
+                _end_with(problem)
+                raise
+
+        return report(tell)
 
     def handle_error(self: logging.Handler, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1] or Exception()
@@ -153,6 +160,16 @@ def _report_in_our_words() -> None:
 
     hydra_utils.run_and_report = run_and_report
     logging.Handler.handleError = handle_error  # type: ignore[method-assign]
+
+
+def _end_with(problem: Exception) -> None:
+    """End the process with a message alone, unless the traceback is asked for.
+
+    Hydra would put a line before it, with the overrides, and behind it the advice to ask.
+    """
+    # private: hydra 1.3
+    if not (hydra_utils._is_env_set("HYDRA_FULL_ERROR") or hydra_utils.is_under_debugger()):
+        sys.exit(str(problem))
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -265,6 +282,8 @@ def _hydra_main(composed: DictConfig) -> float | None:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
     except UserError as error:
+        if job.mode != RunMode.MULTIRUN:  # whose jobs Hydra tells apart, and goes on after
+            _end_with(error)
         raise _Problem(str(error)) from error
 
 
@@ -286,6 +305,8 @@ def _checked_config(composed: DictConfig, out: Path) -> Config:
     if is_sweep and config.logger.group is None:
         config.logger.group = f"{config.name}/{Path(job.sweep.dir).name}"
     _check_stages(config, is_sweep)
+    if kept := continuation.kept_in_words():
+        log.info("from %s: %s", out / continuation.SAVED.parent, kept)
     say_ignored(config, continuation.new_overrides(out, job))
     return config
 

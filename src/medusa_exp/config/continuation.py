@@ -10,6 +10,7 @@ that tries a failed job again is no later call: it composes the job anew, `.hydr
 
 import re
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from medusa_exp.config import Config, load_saved
+from medusa_exp.config.privacy import without_users
 from medusa_exp.config.reading import check_regular
 from medusa_exp.config.trust import check_override, check_saved, load_yaml
 from medusa_exp.errors import UserError
 
 SAVED = Path(".hydra/config.yaml")
+NO_MODEL = "model.path is not set: name a Hugging Face model directory or hub name."
 _BEGUN = "run.json"
 """Without it no stage ever began in a directory: its config was refused, and is none to keep."""
 _OF_RERUN = ("experiment", "rerun.source", "run_dir", "sweep_dir")
@@ -35,6 +39,9 @@ _GROUPS_ALONE = ("experiment", "sweep")
 _BRING_HEADS = {"experiment", "heads_from", "rerun.source", "rerun"}
 _SAID: set[str] = set()
 """Keys that this command line names, also those whose override was saved in just these words."""
+_KEPT: list[str] = []
+"""Saved overrides that this command line goes on with, and does not give."""
+_MOST_SHOWN, _LONGEST_SHOWN = 6, 40
 _LONGEST_WORD = 1 << 16
 """Of a command line; Hydra's parser takes a second for ten thousand characters."""
 _OVERRIDES = Path(".hydra/overrides.yaml")
@@ -47,6 +54,7 @@ def arguments(argv: list[str]) -> list[str]:
     Raises:
         UserError: `argv` asks for what an existing run cannot do (a sweep, another experiment).
     """
+    _KEPT.clear()
     for word in argv:
         if len(word) > _LONGEST_WORD:
             raise UserError(
@@ -74,9 +82,49 @@ def arguments(argv: list[str]) -> list[str]:
     named = set(map(key_of, new))
     _SAID.update(named - set(_GROUPS_ALONE))
     kept = [override for override in saved if key_of(override) not in named]
+    _KEPT[:] = kept
     # A job of a sweep has saved the sweep's overrides too; it is one run from now on.
     ours = ["hydra.mode=RUN", f"hydra.output_subdir={_next_subdir(run_dir)}"]
     return [*flags, *kept, *new, *ours]
+
+
+def kept_in_words() -> str:
+    """Return in a line what this command goes on with that was given when the run began.
+
+    Empty where it gives all of that itself, or begins a run.
+    """
+    bare = map(without_users, _KEPT)
+    shown = [f"{o[: _LONGEST_SHOWN - 3]}..." if len(o) > _LONGEST_SHOWN else o for o in bare]
+    more = [f"and {len(shown) - _MOST_SHOWN} more"] if len(shown) > _MOST_SHOWN else []
+    return ", ".join([*shown[:_MOST_SHOWN], *more])
+
+
+def check_model(config: Any) -> None:
+    """Refuse a config whose stages take a model, and that names none.
+
+    Args:
+        config: as it was composed, or as it was checked.
+
+    Raises:
+        UserError: model.path is not set.
+    """
+    # Data can be looked at by a tokenizer alone, for which that stage asks.
+    stages = {*config.stages} - {"report", "inspect"}
+    if not stages or "demo" in stages or config.model.kind != "pretrained":  # that has its own
+        return
+    if config.model.path is None:
+        raise UserError(NO_MODEL)
+
+
+def check_new(config: DictConfig) -> None:
+    """Refuse a composed config as `check_model` does, if nothing else brings a config with it.
+
+    Raises:
+        UserError: model.path is not set.
+    """
+    with suppress(OmegaConfBaseException):  # which is told where the config is checked
+        if config.rerun.source is None and not _has_begun(Path(config.hydra.run.dir)):
+            check_model(config)
 
 
 def check_begun(argv: list[str], later: Collection[str]) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from medusa_exp.config import DatasetConfig, ModelConfig, PretrainConfig, TokenizerConfig
+from medusa_exp.config.continuation import NO_MODEL
 from medusa_exp.errors import UserError
 from medusa_exp.model.limits import check_directory
 from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
@@ -77,9 +78,7 @@ class ModelSpec:
             check(self.tiny, "Put stage pretrain first in stages: it makes the model anew.")
             return str(self.tiny)
         if self.model.path is None:
-            raise UserError(
-                "model.path is not set: name a Hugging Face model directory or hub name."
-            )
+            raise UserError(NO_MODEL)
         place = _place("model.path", self.model.path)
         path = Path(place)
         if path.is_dir() and not (path / "config.json").is_file():

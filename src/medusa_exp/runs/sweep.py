@@ -48,12 +48,19 @@ def _hydra_subdir(out: str) -> str | None:
 
 
 class _StartedSweeps(Callback):
-    """Remembers the directory of the sweep that this process starts.
+    """Remembers the directory of the sweep that this process starts; refuses what cannot begin.
 
     It is Hydra that resolves it, and only its callbacks are told in the process that launches.
     """
 
     directories: ClassVar[list[Path]] = []
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Look at what needs no run directory, before Hydra makes it."""
+        try:
+            continuation.check_new(config)
+        except UserError as error:
+            sys.exit(str(error))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp import demo
 from medusa_exp.config import Config, from_hydra, load_saved
+from medusa_exp.config.continuation import check_model
 from medusa_exp.config.trust import check_saved
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.prompts import HasRoom, Prompt, prompts_of
@@ -105,6 +106,8 @@ class Session:
         if "demo" in stages:  # it knows its own files
             return
         has_own = config.train.kind == "medusa2" and adapted_path(self.out) is not None
+        if not has_own:
+            check_model(config)
         if stages and config.model.kind == "pretrained" and config.model.path and not has_own:
             self.spec.model_path()
         if stages - {"export", "chat"}:
