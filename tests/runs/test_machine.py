@@ -78,6 +78,10 @@ def test_threads_are_not_more_than_the_cores_unless_they_were_chosen(monkeypatch
     monkeypatch.delenv("OMP_NUM_THREADS")
     machine.limit_threads()
     assert chosen == [before - 1]
+    for none in ("0", "-1", "", "all"):  # which torch takes for not set
+        monkeypatch.setenv("OMP_NUM_THREADS", none)
+        machine.limit_threads()
+    assert chosen == [before - 1] * 5
 
 
 def test_arithmetic_is_timed_where_torch_knows_nothing(monkeypatch):

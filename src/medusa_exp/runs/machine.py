@@ -10,6 +10,7 @@ import getpass
 import logging
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -106,11 +107,13 @@ def limit_threads() -> int:
     """Have torch start no more threads than there are cores to use; return how many.
 
     torch counts the host's cores, whatever a container may use of them, and threads without a core
-    hold up the others. Who sets OMP_NUM_THREADS has chosen.
+    hold up the others. Who sets OMP_NUM_THREADS has chosen, unless it is 0 or no number: torch
+    then counts as if it were not set.
     """
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
+    has_chosen = re.match(r"\s*\+?0*[1-9]", os.environ.get("OMP_NUM_THREADS", ""))
+    if not has_chosen and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())
     return torch.get_num_threads()
 
