@@ -138,6 +138,10 @@ def fault_of(path):
             r"Under answers .* keys are answer, rank.* answers\.0\.KEY .*say what their texts",
         ),
         (
+            b'{"context": [{"role": "user", "content": "Hi"}], "response1": "A"}\n{}',
+            r"stand turns: .*dataset.columns=\{user: context, assistant: KEY\}'",
+        ),
+        (
             b'{"conversation": [{"message": "Hi", "is_human": true}]}\n{}',
             "its keys are message, is_human. Neither dataset.role_map nor .* write them with keys",
         ),

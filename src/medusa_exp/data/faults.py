@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.data.other_kinds import TELEGRAM, kind_by_beginning, kind_by_keys
+from medusa_exp.data.turn_lists import names_a_turn
 from medusa_exp.errors import UserError
 from medusa_exp.runs.extras import lacking
 
@@ -294,6 +295,11 @@ def seen_in(record: Mapping[str, Any], columns: str = "") -> str:
         )
     for key, value in record.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
+            if names_a_turn(value[0]):
+                return (
+                    f"Under {key} stand turns: if what follows them stands beside them, say "
+                    f"'dataset.columns={{user: {key}, assistant: KEY}}'."
+                )
             names = ", ".join(map(str, [*value[0]][:30]))
             return (
                 f"Under {key} stands a list of objects, whose keys are {names}. If they are turns, "
