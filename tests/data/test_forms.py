@@ -689,6 +689,12 @@ def test_what_is_no_child_is_not_read_as_one():
     assert turns(parse({"messages": [ASK | {"children": [{"tag": "p"}]}, REPLY]})) == PAIR
 
 
+def test_a_transcript_may_speak_of_the_marks_of_helpsteer():
+    asked = "What does <extra_id_1> mean?"
+    found = parse({"prompt": f"\n\nHuman: {asked}\n\nAssistant:", "response": A})
+    assert turns(found) == [("user", asked), ("assistant", A)]
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

@@ -44,8 +44,8 @@ def prompt_in(text: Any) -> list[Any]:
     It ends with "Assistant:"; what stands before the first "Human:" is the system's. Marks may
     begin lines where nothing stands before them.
     """
-    if isinstance(text, str) and "<extra_id_1>" in text:
-        return _steered_in(text)
+    if isinstance(text, str) and "<extra_id_1>" in text and (turns := _steered_in(text)):
+        return turns
     if not isinstance(text, str) or not text.rstrip().endswith("Assistant:"):
         return transcript_in(text)
     for marks in (_PARAGRAPHS, _HASHES, _LINES):
