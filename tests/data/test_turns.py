@@ -196,6 +196,12 @@ def test_a_system_prompt_in_its_own_column(key):
         ),
         ({"question": "x", "choices": ["y", "z"], "answer": 1}, _CHOICE),
         ({"prompt": "x", "options": {"A": "y", "B": "z"}, "answer": "B."}, _CHOICE),
+        ({"prompt": "x", "options": {"A": 3, "B": 4}, "answer": "(b)"}, _CHOICE),
+        ({"question": "x", "choices": ["2", "1", "3"], "answer": 2}, _CHOICE),
+        (
+            {"question": "x", "choices": {"label": ["A", "B"], "text": ["y", "z"]}, "answer": "B"},
+            _CHOICE,
+        ),
         ({"tools": "search"}, "tools in an unknown form"),
         ({"messages": [ASK, REPLY | {"value": "5"}]}, "a turn with two roles or two texts"),
         ({"messages": [ASK | {"from": "gpt"}, REPLY]}, "a turn with two roles or two texts"),
@@ -222,6 +228,10 @@ def test_reasons(record, reason):
         {"choices": ["1", "2"], "answer": "2"},
         {"choices": ["1", "2"], "answer": "It is 2."},
         {"choices": ["2"], "answer": 2},
+        {"choices": ["3", "4"], "answer": 4},
+        {"choices": {"A": "1", "B": "2"}, "answer": "2"},
+        {"choices": {"label": ["A", "B"], "text": ["1", "2"]}, "answer": "2"},
+        {"options": {"temperature": 0.5, "num_predict": 8}, "answer": "2"},
         {"answer": 2},
     ],
 )

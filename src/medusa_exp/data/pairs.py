@@ -68,17 +68,28 @@ def _refuse_choice(record: Record, reply: Any) -> None:
     Raises:
         Unusable: it is the number or the letter of one.
     """
-    for key in CHOICES:
+    mark = _MARK.fullmatch(str(reply).strip()) if isinstance(reply, str | int) else None
+    for key in CHOICES if mark else ():
         choices = from_json_text(record.get(key))
-        if not isinstance(choices, list | dict) or len(choices) < 2:
-            continue
-        is_one = isinstance(choices, list) and reply in choices
-        if (
-            isinstance(reply, str | int)
-            and not is_one
-            and _MARK.fullmatch(said := str(reply).strip())
-        ):
-            raise Unusable(ONLY_A_CHOICE, f"it is {said!r}: write what that of {key} says")
+        if mark and _is_mark_of(mark[1].lower(), choices) and reply not in _said_by_each(choices):
+            raise Unusable(ONLY_A_CHOICE, f"it is {mark[0]!r}: write what that of {key} says")
+
+
+def _is_mark_of(mark: str, choices: Any) -> bool:
+    """Is it the key of one of several choices, or its place, from 0, 1 or A?"""
+    said = _said_by_each(choices)
+    is_of_settings = isinstance(choices, dict) and not all(isinstance(v, str | list) for v in said)
+    if is_of_settings or len(said) < 2:  # such as a temperature; of numbers, the keys are the marks
+        return isinstance(choices, dict) and mark in map(str.lower, choices)
+    return (int(mark) if mark.isdigit() else ord(mark) - ord("a") + 1) <= len(said)
+
+
+def _said_by_each(choices: Any) -> list[Any]:
+    """Return choices of a list, of an object of their marks, or of the columns of a table."""
+    if isinstance(choices, dict):
+        texts = choices.get("text")
+        return texts if isinstance(texts, list) else [*choices.values()]
+    return choices if isinstance(choices, list) else []
 
 
 def _is_tree(asked: Any) -> bool:
