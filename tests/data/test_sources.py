@@ -2,6 +2,7 @@ import json
 from collections import Counter
 
 import pytest
+from chat_files import parquet
 
 from medusa_exp.config import DatasetConfig, PretrainConfig, SourceConfig
 from medusa_exp.data import DataError, read_conversations
@@ -74,6 +75,27 @@ def test_several_sources(sharegpt_file, tmp_path):
     dataset.path = str(other)
     with pytest.raises(DataError, match="both set"):
         open_sources(dataset, "no cache")
+
+
+@pytest.mark.parametrize("role", ["system", "reasoning"])
+@pytest.mark.parametrize("kind", ["lines", "table"])
+def test_a_column_that_no_record_has_is_named(tmp_path, role, kind):
+    paths = [tmp_path / name for name in ("with", "without")]
+    records = [{"q": "Hi", "a": "Hello", "n": {"systems": None}}, {"q": "Hi", "a": "Ho"}]
+    for path, record in zip(paths, records, strict=True):
+        path.write_bytes(parquet([record]) if kind == "table" else json.dumps(record).encode())
+    dataset = DatasetConfig(sources={path.name: SourceConfig(path=str(path)) for path in paths})
+    dataset.columns = {"user": "q", "assistant": "a", role: "n.system"}
+    with pytest.raises(DataError, match=r"columns names what is not there: n\.system"):
+        list(walk(open_sources(dataset, "no cache")))
+    dataset.columns[role] = "systems"
+    with pytest.raises(DataError, match="what is not there: systems"):
+        list(walk(open_sources(dataset, "no cache")))
+    dataset.columns[role] = "n.systems"
+    assert len(list(walk(open_sources(dataset, "no cache")))) == 2
+    dataset.columns[role] = "A"
+    with pytest.raises(DataError, match=r"what is not there: A \(did you mean a\?\)"):
+        list(walk(open_sources(dataset, "no cache")))
 
 
 def test_a_conversation_in_two_sources_is_taken_once(sharegpt_file, tmp_path):

@@ -174,6 +174,10 @@ class Reading:
         self.num_looked_at = 0
         self.look_at = _LOOKED_AT
         """Of each file, so many are looked at for keys that are not read."""
+        self.absent: set[str] = set()
+        """Paths of `options.columns` that a record may lack, and that none has had."""
+        self.keys: tuple[str, ...] = ()
+        """Of a record, where there are such paths."""
         self._sources = sources
         self._columns = columns_to_read(options.form, options.columns)
         self._said: set[str] = set()
@@ -188,6 +192,7 @@ class Reading:
         self.forms.clear()
         self.unused.clear()
         self.num_records = self.num_looked_at = 0
+        self.absent = {*self.options.columns.values()}
         seen: set[bytes] = set()
         for conversation in self._all():
             reason = self.options.reason_against(conversation)
@@ -291,6 +296,8 @@ class Reading:
             raise _without_form(options.form, error) from error
         finally:
             self._count_forms(parser, number - faulty.num_chats)
+            self.absent &= parser.absent
+            self.keys = source.keys or parser.keys
             for column in {*source.keys} - {*self._columns, *parser.unused}:
                 self.unused[column] += parser.num_looked_at
 

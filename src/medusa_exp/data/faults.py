@@ -230,7 +230,7 @@ def no_form(
     seen = seen.encode("utf-8", "replace").decode()
     one = ""
     if absent:
-        one = f" dataset.columns names what is not there: {_with_likely(absent, keys)}."
+        one = f" {absent_columns(absent, keys)}"
     elif {"role", "text", "parent_id"} <= set(keys):
         one = (
             " Each record seems to be one message of a tree: take the file of trees "
@@ -250,6 +250,11 @@ def no_form(
     return NoChats(
         f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one}{remedy}"
     )
+
+
+def absent_columns(absent: Sequence[str], keys: Sequence[str]) -> DataError:
+    """Return the error of paths that are in no record; `keys` are those of one."""
+    return DataError(f"dataset.columns names what is not there: {_with_likely(absent, keys)}.")
 
 
 def _with_likely(absent: Sequence[str], keys: Sequence[str]) -> str:

@@ -356,6 +356,10 @@ LABELLED = {*FORMS} - {"chosen", "winner"}
 """Forms of one answer to each question: `LABELS` are of it."""
 
 
+MAY_LACK = ("system", "reasoning")
+"""What `dataset.columns` names, and not every record must have."""
+
+
 def by_columns(columns: Mapping[str, str]) -> Form:
     """Return the form that `dataset.columns` describes: roles, or messages -> key of a record.
 

@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 from msgspec.structs import astuple
 
-from medusa_exp.data.forms import ANSWERED, FORMS, LABELLED, Form, by_columns, columns_of
+from medusa_exp.data.forms import ANSWERED, FORMS, LABELLED, MAY_LACK, Form, by_columns, columns_of
 from medusa_exp.data.pairs import CHOICES, REPLIES, SEVERAL_ANSWERS
 from medusa_exp.data.raw_chats import RawChat, TooLong, decode_leniently, num_bytes, raw_bytes
-from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, id_in
+from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, has, id_in
 from medusa_exp.data.turn_lists import is_alternation, known_names, renamed
 from medusa_exp.data.turns import (
     CALLERS,
@@ -207,6 +207,10 @@ class ChatParser:
         self._source = source
         self.found: Counter[str] = Counter()
         """Name of a form -> raw chats that were read in it, but for the first form."""
+        self.absent = {path for role, path in (columns or {}).items() if role in MAY_LACK}
+        """Paths of columns that a record may lack, and that none has had."""
+        self.keys: tuple[str, ...] = ()
+        """Of the first record, where there are such paths."""
         self.detail = ""
         """What showed why the newest raw chat could not be used."""
 
@@ -277,6 +281,9 @@ class ChatParser:
     def _parse_leniently(self, raw: RawChat, number: int) -> Conversation:
         record = renamed(value_of(raw), self._names)
         self._is_row = isinstance(raw, dict)
+        if self.absent:
+            self.absent = {path for path in self.absent if not has(record, path)}
+            self.keys = self.keys or tuple(record if isinstance(record, dict) else ())
         name, messages, tools, chat = self._read(record)
         if number <= self._look_at:
             self._note_unused(record, name, chat)

@@ -77,6 +77,14 @@ def at(record: Any, path: str) -> Any:
     return at(inner, rest) if dot else inner
 
 
+def has(record: Any, path: str) -> bool:
+    """Is there such a path in a record, whatever stands at its end?"""
+    if isinstance(record, dict) and path in record:
+        return True
+    first, dot, rest = path.partition(".")
+    return has(at(record, first), rest) if dot else at(record, path) is not None
+
+
 def system_in(record: Any) -> Any:
     """Return the system text beside the turns."""
     said = [key for key in SYSTEMS if is_held(get(record, key))]

@@ -19,7 +19,7 @@ from medusa_exp.data.conversations import (
     content_digest,
     read_conversations,
 )
-from medusa_exp.data.faults import unreadable
+from medusa_exp.data.faults import absent_columns, unreadable
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
 
@@ -141,6 +141,9 @@ def walk(sources: list[Source]) -> Iterator[tuple[str, Conversation]]:
     """Yield every conversation with the name of its source.
 
     A reading drops its own duplicates; what several sources have in common is dropped here.
+
+    Raises:
+        DataError: behind the last: dataset.columns names what no record of any source has.
     """
     seen: set[bytes] = set()
     for source in sources:
@@ -153,6 +156,9 @@ def walk(sources: list[Source]) -> Iterator[tuple[str, Conversation]]:
                     continue
                 seen.add(digest)
             yield source.name, conversation
+    readings = [source.reading for source in sources]
+    if absent := set.intersection(*(reading.absent for reading in readings)):
+        raise absent_columns(sorted(absent), readings[0].keys)
 
 
 def counts(source: Source) -> dict[str, Any]:
