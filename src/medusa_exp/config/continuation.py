@@ -30,6 +30,8 @@ from medusa_exp.errors import UserError
 
 SAVED = Path(".hydra/config.yaml")
 NO_MODEL = "model.path is not set: name a Hugging Face model directory or hub name."
+_OF_MODEL = {"regenerate", "train", "calibrate", "evaluate", "export", "chat"}
+"""Stages that take a model, and make none."""
 _BEGUN = "run.json"
 """Without it no stage ever began in a directory: its config was refused, and is none to keep."""
 _OF_RERUN = ("experiment", "rerun.source", "run_dir", "sweep_dir")
@@ -102,17 +104,18 @@ def kept_in_words() -> str:
 def check_model(config: Any) -> None:
     """Refuse a config whose stages take a model, and that names none.
 
+    Not where others are among them: pretrain and demo have their own, and what is no stage is told
+    elsewhere. Data can be looked at by a tokenizer alone, for which that stage asks.
+
     Args:
         config: as it was composed, or as it was checked.
 
     Raises:
         UserError: model.path is not set.
     """
-    # Data can be looked at by a tokenizer alone, for which that stage asks.
     stages = {*config.stages} - {"report", "inspect"}
-    if not stages or "demo" in stages or config.model.kind != "pretrained":  # that has its own
-        return
-    if config.model.path is None:
+    takes_one = bool(stages) and stages <= _OF_MODEL and config.model.kind == "pretrained"
+    if takes_one and config.model.path is None:
         raise UserError(NO_MODEL)
 
 
