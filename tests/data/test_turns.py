@@ -239,6 +239,14 @@ def test_an_answer_that_says_itself_what_was_chosen(beside):
     assert len(parse({"question": "1+1?", **beside}).messages) == 2
 
 
+@pytest.mark.parametrize("form", ["auto", "prompt"])
+def test_choices_of_a_table_are_looked_at_in_each_form(tmp_path, form):
+    row = {"prompt": "1+1?", "completion": "B", "options": ["1", "2"]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    reading = read_conversations(tmp_path / "a.parquet", form=form)
+    assert not list(reading) and reading.dropped == {_CHOICE: 1}
+
+
 @pytest.mark.parametrize("first", ["", " ", "A", "A\n"])
 def test_a_system_text_stands_once(first):
     record = {"messages": [{"role": "system", "content": first}, ASK, REPLY], "system": "A"}
