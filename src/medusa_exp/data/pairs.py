@@ -8,7 +8,6 @@ from medusa_exp.data.records import Chat, all_said, check_alike, columns_in, sys
 from medusa_exp.data.transcripts import prompt_in, transcript_in
 from medusa_exp.data.turn_lists import (
     LISTS,
-    WHO,
     flat,
     get,
     is_alternation,
@@ -20,6 +19,7 @@ from medusa_exp.data.turn_lists import (
 )
 from medusa_exp.data.turns import (
     ROLES,
+    WHO,
     Record,
     Unusable,
     first_filled,

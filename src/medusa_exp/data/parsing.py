@@ -159,9 +159,11 @@ def _hold(values: tuple[Any, ...]) -> bool:
     return any(bytes(value) not in _NOTHING for value in values)
 
 
-def _thinks(values: tuple[Any, ...]) -> bool:
-    """Is there something in fields of reasoning, but for what Nemotron tells by them?"""
-    return any(bytes(value) not in (*_NOTHING, b'"on"', b'"off"') for value in values)
+def _matter(beside: tuple[Any, ...]) -> bool:
+    """Is there something in fields of a whole record, but for what Nemotron says of `REASONING`?"""
+    others, thoughts = beside[: -len(REASONING)], beside[-len(REASONING) :]
+    is_told = any(bytes(value) not in (*_NOTHING, b'"on"', b'"off"') for value in thoughts)
+    return is_told or _hold(others)
 
 
 _OTHER_KEYS = {key for form in FORMS.values() for key in form.keys} - {*FORMS["messages"].keys}
@@ -261,7 +263,7 @@ class ChatParser:
         if chat.system is not from_json_text(chat.system):  # it may be parts of a text
             return None
         beside = fields[_NUM_WITH_MORE:]
-        if not messages or (beside != _ONLY and (_hold(beside[:-3]) or _thinks(beside[-3:]))):
+        if not messages or (beside != _ONLY and _matter(beside)):
             return None
         answers = fields[_NUM_OF_CHAT:_NUM_WITH_MORE]
         if answers != _NO_MORE and messages[-1].role == "user":

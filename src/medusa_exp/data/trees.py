@@ -3,10 +3,9 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from medusa_exp.data.turns import UNCLEAR_TREE, Unusable
+from medusa_exp.data.turns import UNCLEAR_TREE, WHO, Unusable
 
 Message = dict[str, Any]
-_SPEAKERS = ("role", "from", "sender", "speaker", "author")
 
 
 def longest_branch(nodes: Mapping[str, Any], shown: Any = None) -> list[Message]:
@@ -102,7 +101,7 @@ def _nested(message: Any) -> list[Any]:
 
 
 def _speaker_in(message: Any) -> Any:
-    found = (message.get(key) for key in _SPEAKERS) if isinstance(message, dict) else ()
+    found = (message.get(key) for key in WHO) if isinstance(message, dict) else ()
     return next(filter(None, found), None)
 
 

@@ -11,6 +11,7 @@ from medusa_exp.data.turns import (
     ROLES,
     TWO_SYSTEMS,
     USED,
+    WHO,
     Record,
     Unusable,
     first_filled,
@@ -22,10 +23,9 @@ from medusa_exp.data.turns import (
     thought_alone,
 )
 
-SPEAKERS = ("sender", "speaker", "author")
 WORDS = ("parts", "text", "utterance")
-WHO, WHAT = ("from", "role", *SPEAKERS), ("value", "content", *WORDS)
-"""Keys of a turn, the first of which counts."""
+WHAT = ("value", "content", *WORDS)
+"""Keys of what is said in a turn, the first of which counts."""
 TALKS = ("conversation", "chat_messages", "dialog", "dialogue", "internal")
 LISTS = ("conversations", "messages", *TALKS, "contents", "conversation_a", "conversation_b")
 """Keys of lists of turns, and of nothing else."""
@@ -48,12 +48,7 @@ def is_turn(value: Any) -> bool:
 
     This is to be asked where either may stand; of what stands in a list, `names_a_turn` is enough.
     """
-    if not isinstance(value, dict):
-        return False
-    of_turns = {"from", "role", "value", "content", "name", *USED, *SPEAKERS, *WORDS}
-    named = value.keys() & {"from", "role", *SPEAKERS}
-    said = value.keys() & {"value", "content", *WORDS}
-    return bool(named and said) and value.keys() <= of_turns
+    return names_a_turn(value) and value.keys() <= {*WHO, *WHAT, "name", *USED}
 
 
 def get(record: Any, key: str) -> Any:

@@ -10,6 +10,9 @@ from itertools import chain
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+SPEAKERS = ("sender", "speaker", "author")
+WHO = ("from", "role", *SPEAKERS)
+"""Keys of who speaks in a turn, the first of which counts."""
 _NAMES = {
     "user": "user human prompter",
     "assistant": "assistant gpt chatgpt bing bard model bot ai function_call tool_call",
