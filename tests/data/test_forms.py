@@ -290,9 +290,10 @@ def test_what_stands_beside_texts_in_other_words(tmp_path):
         {"messages": [ASK, REPLY], "conversations": same, "system": {"content": "Be brief."}},
         {"messages": [ASK | {"from": "human", "value": Q}, REPLY]},
         {"conversation": [{"human": Q, "gpt": A, "system": ""}]},
+        {"conversation": [{"human": Q, "gpt": A, "system": " "}]},
     ]
     found = list(read_conversations(write(tmp_path / "a", lines(records))))
-    assert [turns(chat) for chat in found] == [PAIR, BRIEF, BRIEF, PAIR, PAIR]
+    assert [turns(chat) for chat in found] == [PAIR, BRIEF, BRIEF, PAIR, PAIR, PAIR]
     assert found[0].messages[1].reasoning == "Hm."
 
 

@@ -189,7 +189,8 @@ def _with_one_system(items: list[Any]) -> list[Any]:
     for item in items:
         if isinstance(item, dict) and "system" in item and len(_names_in(item)) > 1:
             own = item["system"]
-            if not is_held(own) or own == system:
+            is_blank = isinstance(own, str) and not own.strip()
+            if is_blank or not is_held(own) or own == system:
                 item = {key: value for key, value in item.items() if key != "system"}
             elif system is not None:
                 raise Unusable(TWO_SYSTEMS, f"they are {system!r:.40} and {own!r:.40}")
