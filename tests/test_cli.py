@@ -15,6 +15,7 @@ from wandb_files import state as written_state
 
 from medusa_exp import cli, run
 from medusa_exp.config import Config, continuation
+from medusa_exp.config.required import check_model
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json
 from medusa_exp.runs.metric_table import metric_of
@@ -214,9 +215,9 @@ def test_a_model_that_is_not_named_is_told_before_anything_is_made(tmp_path):
 
 @pytest.mark.parametrize("stages", [["trian"], ["pretrain", "train"], ["demo"], ["inspect"], []])
 def test_stages_that_have_no_use_for_a_model_are_told_in_other_words(stages):
-    continuation.check_model(Config(stages=stages))
+    check_model(Config(stages=stages))
     with pytest.raises(UserError, match=r"model\.path is not set"):
-        continuation.check_model(Config(stages=["inspect", "train"]))
+        check_model(Config(stages=["inspect", "train"]))
 
 
 def test_what_a_run_goes_on_with_is_one_short_line(tmp_path, monkeypatch):

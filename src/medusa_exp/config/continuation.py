@@ -25,13 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from medusa_exp.config import Config, load_saved
 from medusa_exp.config.privacy import without_users
 from medusa_exp.config.reading import check_regular
+from medusa_exp.config.required import check_model
 from medusa_exp.config.trust import check_override, check_saved, load_yaml
 from medusa_exp.errors import UserError
 
 SAVED = Path(".hydra/config.yaml")
-NO_MODEL = "model.path is not set: name a Hugging Face model directory or hub name."
-_OF_MODEL = {"regenerate", "train", "calibrate", "evaluate", "export", "chat"}
-"""Stages that take a model, and make none."""
 _BEGUN = "run.json"
 """Without it no stage ever began in a directory: its config was refused, and is none to keep."""
 _OF_RERUN = ("experiment", "rerun.source", "run_dir", "sweep_dir")
@@ -99,24 +97,6 @@ def kept_in_words() -> str:
     shown = [f"{o[: _LONGEST_SHOWN - 3]}..." if len(o) > _LONGEST_SHOWN else o for o in bare]
     more = [f"and {len(shown) - _MOST_SHOWN} more"] if len(shown) > _MOST_SHOWN else []
     return ", ".join([*shown[:_MOST_SHOWN], *more])
-
-
-def check_model(config: Any) -> None:
-    """Refuse a config whose stages take a model, and that names none.
-
-    Not where others are among them: pretrain and demo have their own, and what is no stage is told
-    elsewhere. Data can be looked at by a tokenizer alone, for which that stage asks.
-
-    Args:
-        config: as it was composed, or as it was checked.
-
-    Raises:
-        UserError: model.path is not set.
-    """
-    stages = {*config.stages} - {"report", "inspect"}
-    takes_one = bool(stages) and stages <= _OF_MODEL and config.model.kind == "pretrained"
-    if takes_one and config.model.path is None:
-        raise UserError(NO_MODEL)
 
 
 def check_new(config: DictConfig) -> None:
