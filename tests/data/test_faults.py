@@ -226,6 +226,16 @@ def test_a_key_that_is_not_there_is_named(tmp_path, data, words, form):
         list(read_conversations(path, columns={"user": "question", "assistant": "ansxer"}))
 
 
+def test_a_whole_that_is_too_large_is_no_record(tmp_path):
+    turns = [{"speaker": name, "text": "Hi", "time": 1} for name in ("user", "bot")]
+    path = write(tmp_path / "a.json", json.dumps({"turns": turns}).encode())
+    with pytest.raises(DataError, match=r"\{messages: turns\}"):
+        list(read_conversations(path))
+    with pytest.raises(DataError) as error:
+        list(read_conversations(path, max_record_bytes=60))
+    assert "{messages: turns}" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -66,6 +66,7 @@ T = TypeVar("T")
 HUB = "hub:"
 _LOOKED_AT = 100
 _SAMPLES = 10
+"""So many chats that were refused for one reason are tried with other columns."""
 _MOST_TURNS = 10_000
 """So many messages may be those of one chat."""
 _MATTERING = {
@@ -422,10 +423,13 @@ class _FaultyChats:
 
     def _remedy_of_whole(self) -> str:
         """Return the columns that read a file as one record, whose turns were taken for records."""
-        if not isinstance(self.source, Part):
+        if not isinstance(self.source, Part) or self.source.keys:
+            return ""
+        whole = self.source.content.whole()
+        if len(whole) > self.source.max_bytes:  # it would be dropped
             return ""
         try:
-            return columns_for(self.source.content.whole(), self.role_map)
+            return columns_for(whole, self.role_map)
         except Unusable:  # it is several values
             return ""
 
