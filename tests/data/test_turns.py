@@ -327,6 +327,15 @@ def test_reasoning_of_no_one_answer_is_counted(record, thought):
         assert parser.unused == ({"reasoning": 1} if number == 1 else {})
 
 
+@pytest.mark.parametrize(
+    ("key", "is_of_id"), [("choices", False), ("label", True), ("thinking", True)]
+)
+def test_ids_of_rows_stay_those_of_earlier_runs(key, is_of_id):
+    parser = ChatParser(columns={"user": "q", "assistant": key})
+    first, second = (parser.parse({"q": "2+2?", key: answer}).id for answer in (A, "Four."))
+    assert (first != second) == is_of_id
+
+
 def test_reasoning_that_columns_name(tmp_path):
     record = {"q": "2+2?", "content": A, "thoughts": "Hm."}
     columns = {"user": "q", "assistant": "content", "reasoning": "thoughts"}

@@ -68,12 +68,14 @@ TOO_LARGE = "larger than dataset.max_record_bytes"
 
 _OF_ID = ("conversations", "messages", "id", "system")
 """What the id of a row without one is made of, where it has the first form."""
-_NOT_OF_ID = (*TOOLS, *PICTURES, *LABELS, *REASONING, *CHOICES, "currNode", "conv")
+_NOT_OF_ID = {*TOOLS, *PICTURES, "choices", "currNode", "conv"}
 """What it is not made of in another form: earlier runs did not read it.
 
 All other keys that `columns_of` names count, in its order: one that a form newly reads beside its
 texts belongs here, or the ids of all rows that have it change, and with them the splits.
 """
+_OF_COLUMNS = {*LABELS, *REASONING, *CHOICES} - _NOT_OF_ID
+"""What it is made of only where dataset.columns names it: so were those of earlier runs."""
 _NOTHING = (b"", b"null", b'""', b"[]", b"{}", b'"[]"')
 _UNSAID = ("[]", "{}")  # a set would hash each text
 """Contents in whose place other words count, where a turn has some."""
@@ -296,7 +298,7 @@ class ChatParser:
         else:
             given = id_in(record)
             if isinstance(raw, dict):
-                not_of_id = {*_NOT_OF_ID}.difference(self._forms[name].keys)
+                not_of_id = _NOT_OF_ID | _OF_COLUMNS.difference(self._forms[name].keys)
                 raw = {key: value for key, value in raw.items() if key not in not_of_id}
             self.found[name] += 1
         chat_id = _usable_id(given) or _content_id(raw)
