@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_runs import SMOKE, medusa_exp, read, snapshot
+from omegaconf import OmegaConf
 from wandb_files import run_files
 from wandb_files import state as written_state
 
@@ -218,6 +219,11 @@ def test_stages_that_have_no_use_for_a_model_are_told_in_other_words(stages):
     check_model(Config(stages=stages))
     with pytest.raises(UserError, match=r"model\.path is not set"):
         check_model(Config(stages=["inspect", "train"]))
+
+
+def test_a_directory_that_cannot_be_is_told_by_who_makes_it(tmp_path):
+    place = {"rerun": {"source": None}, "hydra": {"run": {"dir": f"{tmp_path}/{'x' * 300}"}}}
+    continuation.check_new(OmegaConf.create(place))
 
 
 def test_what_a_run_goes_on_with_is_one_short_line(tmp_path, monkeypatch):

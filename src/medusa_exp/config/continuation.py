@@ -105,7 +105,8 @@ def check_new(config: DictConfig) -> None:
     Raises:
         UserError: model.path is not set.
     """
-    with suppress(OmegaConfBaseException):  # which is told where the config is checked
+    # Which are told where the config is checked, and where the directory is made.
+    with suppress(OmegaConfBaseException, OSError):
         if config.rerun.source is None and not _has_begun(Path(config.hydra.run.dir)):
             check_model(config)
 
