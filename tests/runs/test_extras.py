@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medusa_exp import cli
-from medusa_exp.config import Config, LoggerConfig
+from medusa_exp.config import Config, LoggerConfig, ModelConfig
 from medusa_exp.errors import UserError
 from medusa_exp.runs.extras import lacking
 from medusa_exp.runs.record import RunRecord
@@ -39,7 +39,8 @@ def run_stages(config: Config, out: Path, monkeypatch) -> None:
 
 def test_a_report_that_cannot_be_drawn_ends_no_run(bare, tmp_path, monkeypatch, caplog, capsys):
     logger = LoggerConfig(kind="csv")
-    config = Config(stages=["chat", "report"], device="cpu", logger=logger)
+    model = ModelConfig(path="some/model")
+    config = Config(stages=["chat", "report"], device="cpu", logger=logger, model=model)
     with caplog.at_level(logging.WARNING):
         run_stages(config, tmp_path, monkeypatch)
     [said] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
