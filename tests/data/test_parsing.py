@@ -3,7 +3,8 @@ import json
 import pytest
 
 from medusa_exp.data import read_conversations
-from medusa_exp.data.parsing import ChatParser, Message, content_digest
+from medusa_exp.data.messages import Message
+from medusa_exp.data.parsing import ChatParser, content_digest
 
 HI = {"from": "human", "value": "Hi"}
 ASK = {"role": "client", "content": "Hi"}

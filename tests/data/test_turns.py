@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from medusa_exp.data import read_conversations
-from medusa_exp.data.parsing import ChatParser, Message
+from medusa_exp.data.messages import Message
+from medusa_exp.data.parsing import ChatParser
 
 ASK = {"role": "user", "content": "2+2?"}
 REPLY = {"role": "assistant", "content": "4"}

@@ -16,18 +16,16 @@ from medusa_exp.data import faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
 from medusa_exp.data.faults import A_ROW, DataError, NoChats
 from medusa_exp.data.forms import FORMS
+from medusa_exp.data.messages import NO_REPLY, Conversation, Message
 from medusa_exp.data.pairs import REPLIES
 from medusa_exp.data.parsing import (
     NO_FORM,
-    NO_REPLY,
     NOT_A_TURN,
     NOT_JSON,
     NOT_OBJECT,
     NOT_UTF8,
     UNKNOWN_ROLE,
     ChatParser,
-    Conversation,
-    Message,
     columns_to_read,
     content_digest,
     value_of,

@@ -17,6 +17,7 @@ import msgspec
 from msgspec.structs import astuple
 
 from medusa_exp.data.forms import ANSWERED, FORMS, LABELLED, MAY_LACK, Form, by_columns, columns_of
+from medusa_exp.data.messages import Conversation, Message, checked
 from medusa_exp.data.pairs import CHOICES, REPLIES, SEVERAL_ANSWERS
 from medusa_exp.data.raw_chats import RawChat, TooLong, decode_leniently, num_bytes, raw_bytes
 from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, has, id_in
@@ -25,13 +26,11 @@ from medusa_exp.data.turns import (
     CALLERS,
     LABELS,
     NOT_TEXT,
-    NOT_TO_TRAIN,
     PICTURES,
     REASONING,
     ROLE_OF,
     ROLES,
     TOOLS,
-    TWO_SYSTEMS,
     USED,
     Unusable,
     check_one_text,
@@ -59,10 +58,7 @@ NO_FORM = "no known form of chat"
 NO_TURNS = "no turns"
 NOT_A_TURN = "a turn is not an object with a role and a content"
 UNKNOWN_ROLE = "unknown role"
-NO_REPLY = "no assistant turn"
 BAD_ANSWER = "an answer that is marked as bad"
-EMPTY_ANSWER = "a last answer without words"
-EMPTY_QUESTION = "a question without words"
 TOO_LARGE = "larger than dataset.max_record_bytes"
 
 
@@ -79,38 +75,6 @@ _OF_COLUMNS = {*LABELS, *REASONING, *CHOICES} - _NOT_OF_ID
 _NOTHING = (b"", b"null", b'""', b"[]", b"{}", b'"[]"')
 _UNSAID = ("[]", "{}")  # a set would hash each text
 """Contents in whose place other words count, where a turn has some."""
-
-
-class Message(msgspec.Struct, frozen=True, gc=False):
-    """One turn; role is one of `ROLES`. The content may hold lone surrogates."""
-
-    role: str
-    content: str
-    reasoning: str = ""
-    """What the assistant thought before it said that."""
-    is_trained: bool = True
-    """May the turn be trained, if it is the assistant's?"""
-    fields: str = ""
-    """Its tool calls, or the call that it answers: a JSON object, as templates read it."""
-
-
-class Conversation(msgspec.Struct, frozen=True):
-    """A chat with an id that stays the same from run to run."""
-
-    id: str
-    messages: list[Message]
-    source: str = ""
-    """The file, or the member of an archive, that it stands in."""
-    number: int = 0
-    """Its place there, from 1."""
-    tools: str = ""
-    """What the assistant could call: a JSON list, as templates read it."""
-
-    def described(self) -> str:
-        """Return what messages call it."""
-        place = f" ({self.source}, record {self.number})" if self.number else ""
-        return f"conversation {self.id}{place}"
-
 
 _RAW = msgspec.Raw()
 
@@ -271,7 +235,7 @@ class ChatParser:
         if answers != _NO_MORE and messages[-1].role == "user":
             return None
         try:
-            messages = _checked(messages, chat.system)
+            messages = checked(messages, chat.system)
         except Unusable:  # the answer may stand elsewhere
             return None
         if number <= self._look_at:
@@ -368,7 +332,7 @@ class ChatParser:
             system = "" if chat.system is None else texts_of(chat.system)[1]
         except Unusable as fault:
             raise Unusable(str(fault), f"the system text is {chat.system!r:.60}") from fault
-        return _checked(messages, system)
+        return checked(messages, system)
 
     def _message(self, turn: Any) -> Message:
         if not isinstance(turn, dict):
@@ -481,47 +445,3 @@ def _whole_letters(text: str) -> str:
 
 def _content_id(raw: RawChat) -> str:
     return "sha256-" + hashlib.sha256(raw_bytes(raw).strip()).hexdigest()[:16]
-
-
-def _checked(messages: list[Message], system: str | None) -> list[Message]:
-    """Return the messages, after the system text, if there is something to train on."""
-    if system and not system.isspace():
-        first = messages[0]
-        if first.role != "system":
-            messages = [Message("system", system), *messages]
-        elif _is_blank(first.content):
-            messages = [Message("system", system), *messages[1:]]
-        elif first.content.strip() != system.strip():
-            detail = f"{system!r:.40} beside the turns, and {first.content!r:.40} in them"
-            raise Unusable(TWO_SYSTEMS, detail)
-    is_asked = has_reply = False
-    for message in messages:
-        if message.role == "user" and not is_asked:
-            is_asked = not _is_blank(message.content)
-        if message.role == "assistant" and (not _is_blank(message.content) or message.fields):
-            if message.is_trained:
-                _check_both_speak(messages, is_asked)
-                return messages
-            has_reply = True
-    raise Unusable(NOT_TO_TRAIN if has_reply else NO_REPLY)
-
-
-def _check_both_speak(messages: list[Message], is_asked: bool) -> None:
-    """Refuse an answer to no words, and a last one of none, which would be trained.
-
-    Raises:
-        Unusable: there is one.
-    """
-    last = messages[-1]
-    is_silent = last.role == "assistant" and _is_blank(last.content) and last.is_trained
-    if is_silent and not (last.fields or last.reasoning):
-        raise Unusable(EMPTY_ANSWER)
-    if is_asked:
-        return
-    asked = [message for message in messages if message.role == "user"]
-    if asked and all(_is_blank(message.content) for message in asked):
-        raise Unusable(EMPTY_QUESTION)
-
-
-def _is_blank(text: str) -> bool:
-    return not text or text.isspace()

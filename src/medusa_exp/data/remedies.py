@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from itertools import islice, product
 from typing import Any
 
+from medusa_exp.data.messages import Conversation
 from medusa_exp.data.pairs import ASKED, REPLIES
-from medusa_exp.data.parsing import ChatParser, Conversation, value_of
+from medusa_exp.data.parsing import ChatParser, value_of
 from medusa_exp.data.raw_chats import RawChat
 from medusa_exp.data.records import SYSTEMS, Ambiguous, system_text
 from medusa_exp.data.turn_lists import ROLE_NAMES, WHAT, names_a_turn, role_in
