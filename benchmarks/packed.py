@@ -148,7 +148,8 @@ def steps(given: argparse.Namespace) -> dict[str, object]:
         forms += (INT8,)
     limits = Limits(given.tokens, frozenset())
     decoders = [Decoder(backbone, some, limits=limits) for some in (heads, in_int8)]
-    modules, draws = [backbone.model, heads, in_int8], torch.Generator().manual_seed(0)
+    modules = [backbone.model, *(decoder.heads for decoder in decoders)]
+    draws = torch.Generator().manual_seed(0)
     seconds: dict[tuple[str, int], list[float]] = {}
     tokens: dict[tuple[str, int], list[list[int]]] = {}
     backbone.remember_fingerprints()

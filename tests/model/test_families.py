@@ -18,6 +18,7 @@ from medusa_exp.model.heads import (
     advice_on_cost,
     family_for,
     heads_input,
+    layers,
     own_projections_for,
     stack_heads,
 )
@@ -159,6 +160,24 @@ def test_stacked_heads_are_the_same_heads(backbone, family):
         stacked_BKV = StackedHeads(heads, torch.float32)(hidden_BD, count, root_B)
         assert stacked_BKV.shape == (5, count or 3, 64)
         torch.testing.assert_close(stacked_BKV, heads(hidden_BD, count, root_B).detach())
+
+
+def test_large_layers_in_a_half_type_are_called_one_by_one(backbone, family, monkeypatch):
+    heads = moved(backbone, family).to(torch.bfloat16)
+    if heads.is_sequential or not len(heads.lm_heads.output_layers()):
+        return
+    monkeypatch.setattr(layers, "_LARGE", 0)
+    alone = StackedHeads(heads, torch.bfloat16)
+    for layer in heads.lm_heads.output_layers():  # which packing finds there
+        assert any(layer is module for module in alone.modules())
+    hidden_BD, root_B = torch.randn(5, 32).bfloat16(), torch.randint(64, (5,))
+    for count in (None, 2):
+        said = alone(hidden_BD, count, root_B)
+        assert said.dtype == torch.bfloat16
+        assert torch.equal(said, heads(hidden_BD, count, root_B).detach())
+    monkeypatch.setattr(layers, "_LARGE", 1 << 20)
+    for stacked in (StackedHeads(heads, torch.bfloat16), StackedHeads(heads, torch.float32)):
+        assert not any(isinstance(module, layers.OneByOne) for module in stacked.modules())
 
 
 def test_logits_of_the_head_vocabulary_are_those_of_all_tokens(backbone, family):

@@ -10,6 +10,7 @@ from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.on_cpu import pack_decoder
 from medusa_exp.model import Backbone, build_heads, packed
+from medusa_exp.model.heads import layers as layers_of_heads
 from medusa_exp.model.packed import PackedLinear, pack, unpack
 from medusa_exp.tree import Tree, chain
 
@@ -219,3 +220,21 @@ def test_heads_are_packed_as_they_are_loaded_and_still_say_their_type(choose, tm
     pack_decoder(Decoder(backbone, heads, chain(2)), str(tmp_path))
     assert sum(isinstance(module, PackedLinear) for module in heads.modules()) == 5
     assert heads.dtype == torch.float32
+
+
+@torch.inference_mode()
+def test_large_layers_of_stacked_heads_in_a_half_type_are_packed(choose, monkeypatch, tmp_path):
+    choose(ALWAYS)
+    monkeypatch.setattr(layers_of_heads, "_LARGE", 0)
+    backbone = Backbone(build_model("llama").bfloat16())
+    heads = build_heads(backbone, num_heads=3, num_layers=1, kind="medusa").bfloat16()
+    for parameter in heads.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    decoder = Decoder(backbone, heads, chain(3))
+    hidden_BD = torch.randn(2, 32).bfloat16()
+    expected_BKV = decoder.heads(hidden_BD)
+    pack_decoder(decoder, tmp_path)
+    packed_layers = [m for m in decoder.heads.modules() if isinstance(m, PackedLinear)]
+    assert len(packed_layers) == 6
+    assert all(layer._parameters["weight"] is None for layer in packed_layers)
+    torch.testing.assert_close(decoder.heads(hidden_BD), expected_BKV, rtol=0.05, atol=0.05)

@@ -290,9 +290,10 @@ class StackedHeads(nn.Module):
         self._embedding = heads._embedding
         self.config, self.num_heads, self.dtype = heads.config, heads.num_heads, dtype
         self.prefix = deepcopy(heads.prefix).to(dtype) if heads.prefix is not None else None
-        self.layers = [
+        # Modules, those whose layers run one by one and may be packed among them.
+        self.layers = nn.ModuleList(
             blocks[0].stacked(blocks, dtype) for blocks in zip(*heads.blocks, strict=True)
-        ]
+        )
         self.project = heads.lm_heads.stacked(dtype)
         self.over_vocabulary, self.token_map = heads.over_vocabulary, heads.token_map
 
