@@ -6,9 +6,9 @@
 All forms run in turn, prompt by prompt, in one process; only ratios are worth comparing between
 machines. Acceptance does not depend on the form, so that tokens a second follow from the steps; of
 a model with heads they are measured too. With --threads 1 the process's own time is taken, which
-other load on the machine hardly changes. An Intel processor without AVX-512 is imitated by
-`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`, and one of AMD's
-(Zen 3) by the first two and --as-amd: MKL has other products for these, and slow ones of few rows.
+other load on the machine hardly changes. A processor without AVX-512 is imitated by
+`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`, of which MKL heeds
+the last on Intel's alone.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import quantiles
 
 import torch
-from imitated_amd import imitate_amd
 from measuring import best_seconds, machine
 from torch import nn
 from torch.nn.functional import linear
@@ -70,15 +69,12 @@ def main() -> None:
     parser.add_argument("--kind", default="medusa", help="of heads that are made, not loaded")
     parser.add_argument("--cache", help="keeps which form is faster")
     parser.add_argument("--no-shapes", action="store_true")
-    parser.add_argument("--as-amd", action="store_true", help="let MKL take its kernels for a Zen")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    if given.as_amd:
-        imitate_amd()
     torch.set_num_threads(given.threads)
     found = {"machine": machine(), "capability": torch.backends.cpu.get_cpu_capability()}
-    found |= {"imitates_amd": given.as_amd, "threads": given.threads}
-    found |= {"dtype": given.dtype, "model": given.model or "random 14 M"}
+    found |= {"threads": given.threads, "dtype": given.dtype}
+    found |= {"model": given.model or "random 14 M"}
     with torch.inference_mode():
         if not given.no_shapes:
             found["products_us"] = products(getattr(torch, given.dtype))

@@ -170,6 +170,7 @@ def test_a_default_that_changed_since_does_not_slip_into_an_old_run(run_dir, wor
         (["+experiment=rerun", "rerun.source=/no/run"], "rerun.source=/no/run is no run directory"),
         (["+experiment=medusa1", "head.num_hedas=2"], "mean head.num_heads?"),
         (["+experiment=nothing"], "nothing"),
+        (["+experiment=smoke", "name=${nope}"], "'nope' not found (hydra.run.dir is made of it): "),
         (["+experiment=smoke", "stages=[trian]"], "stages=trian is not known: use some of"),
         (["+experiment=medusa1", "device=cpu"], "model.path is not set"),
         (["+experiment=medusa1", "model.path=/no/such/dir"], "model.path=/no/such/dir"),

@@ -30,12 +30,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from medusa_exp.config import (
     Config,
     continuation,
     from_hydra,
     no_list,
+    no_reference,
     register,
     to_dict,
     unknown_key,
@@ -140,6 +142,8 @@ def _report_in_our_words() -> None:
                 if (said := unknown_key(error) or no_list(error)) is None:
                     raise
                 raise _Problem(said) from error
+            except InterpolationResolutionError as error:
+                raise _Problem(no_reference(error)) from error
 
         def tell() -> Any:
             try:

@@ -106,6 +106,18 @@ def unknown_key(error: BaseException | None, of: type = Config) -> str | None:
     return f"{key}: there is no such key; {hint}"
 
 
+def no_reference(error: OmegaConfBaseException) -> str:
+    """Return what to tell of a reference in the command line's values that leads nowhere.
+
+    Hydra meets it as it names the run directory, by the name of the run.
+    """
+    said = [*str(error).splitlines(), ""][0]
+    return (
+        f"{said} ({error.full_key} is made of it): name a key of the config in ${{...}}, or write "
+        "the value out."
+    )
+
+
 def no_list(error: BaseException) -> str | None:
     """Return what to tell of an error of Hydra's that is a single value where a list belongs.
 
