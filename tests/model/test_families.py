@@ -162,22 +162,38 @@ def test_stacked_heads_are_the_same_heads(backbone, family):
         torch.testing.assert_close(stacked_BKV, heads(hidden_BD, count, root_B).detach())
 
 
-def test_large_layers_in_a_half_type_are_called_one_by_one(backbone, family, monkeypatch):
-    heads = moved(backbone, family).to(torch.bfloat16)
-    if heads.is_sequential or not len(heads.lm_heads.output_layers()):
-        return
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_large_layers_in_a_half_type_are_called_one_by_one_where_that_is_faster(
+    backbone, family, is_faster, monkeypatch
+):
+    heads = moved(backbone, family)
+    if heads.is_sequential:
+        pytest.skip("sequential heads are called one by one anyway")
     monkeypatch.setattr(layers, "_LARGE", 0)
-    alone = StackedHeads(heads, torch.bfloat16)
-    for layer in heads.lm_heads.output_layers():  # which packing finds there
-        assert any(layer is module for module in alone.modules())
+    monkeypatch.setattr(layers, "is_faster_unbatched", lambda layers: is_faster)
+    linear_layers = [
+        *(block.linear for blocks in heads.blocks for block in blocks),
+        *heads.lm_heads.output_layers(),
+    ]
+
+    def shared(stacked: StackedHeads) -> list[bool]:
+        return [any(one is module for module in stacked.modules()) for one in linear_layers]
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):  # of another type: batched
+        assert not any(shared(StackedHeads(heads, dtype)))
+    heads.to(torch.bfloat16)
+    stacked = StackedHeads(heads, torch.bfloat16)
+    assert set(shared(stacked)) == {is_faster}  # in which packing finds them
     hidden_BD, root_B = torch.randn(5, 32).bfloat16(), torch.randint(64, (5,))
     for count in (None, 2):
-        said = alone(hidden_BD, count, root_B)
-        assert said.dtype == torch.bfloat16
-        assert torch.equal(said, heads(hidden_BD, count, root_B).detach())
-    monkeypatch.setattr(layers, "_LARGE", 1 << 20)
-    for stacked in (StackedHeads(heads, torch.bfloat16), StackedHeads(heads, torch.float32)):
-        assert not any(isinstance(module, layers.OneByOne) for module in stacked.modules())
+        said = stacked(hidden_BD, count, root_B)
+        expected = heads(hidden_BD, count, root_B).detach()
+        torch.testing.assert_close(said, expected, rtol=0.05, atol=0.05)
+    if is_faster:
+        with pytest.raises(ValueError, match=r"zip\(\)"):
+            stacked(hidden_BD, 4, root_B)
+        monkeypatch.setattr(layers, "_LARGE", 1 << 20)
+        assert not any(shared(StackedHeads(heads, torch.bfloat16)))
 
 
 def test_logits_of_the_head_vocabulary_are_those_of_all_tokens(backbone, family):

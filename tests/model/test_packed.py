@@ -11,6 +11,7 @@ from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.on_cpu import pack_decoder
 from medusa_exp.model import Backbone, build_heads, packed
 from medusa_exp.model.heads import layers as layers_of_heads
+from medusa_exp.model.int8 import Int8Linear
 from medusa_exp.model.packed import PackedLinear, pack, unpack
 from medusa_exp.tree import Tree, chain
 
@@ -226,6 +227,7 @@ def test_heads_are_packed_as_they_are_loaded_and_still_say_their_type(choose, tm
 def test_large_layers_of_stacked_heads_in_a_half_type_are_packed(choose, monkeypatch, tmp_path):
     choose(ALWAYS)
     monkeypatch.setattr(layers_of_heads, "_LARGE", 0)
+    monkeypatch.setattr(layers_of_heads, "is_faster_unbatched", lambda layers: True)
     backbone = Backbone(build_model("llama").bfloat16())
     heads = build_heads(backbone, num_heads=3, num_layers=1, kind="medusa").bfloat16()
     for parameter in heads.parameters():
@@ -238,3 +240,40 @@ def test_large_layers_of_stacked_heads_in_a_half_type_are_packed(choose, monkeyp
     assert len(packed_layers) == 6
     assert all(layer._parameters["weight"] is None for layer in packed_layers)
     torch.testing.assert_close(decoder.heads(hidden_BD), expected_BKV, rtol=0.05, atol=0.05)
+
+
+def test_what_int8_heads_have_in_float32_is_not_packed(choose, tmp_path):
+    choose(ALWAYS)
+    backbone = Backbone(build_model("llama"))
+    heads = build_heads(backbone, num_heads=2, num_layers=1, kind="medusa")
+    for place, layer in enumerate(heads.lm_heads):
+        heads.lm_heads[place] = Int8Linear(layer)
+    decoder = Decoder(backbone, heads, chain(2))
+    pack_decoder(decoder, tmp_path)
+    assert all(type(one.in_float) is nn.Linear for one in heads.lm_heads)
+
+
+def test_a_type_that_torch_does_not_pack_here_is_left(choose, layers, monkeypatch):
+    choose(ALWAYS)
+    packs = lambda dtype: dtype == torch.float32  # noqa: E731
+    monkeypatch.setattr(packed, "_packs", packs)
+    layers[1].to(torch.bfloat16)
+    pack([layers])
+    assert [type(layer) for layer in layers] == [PackedLinear, nn.Linear, PackedLinear]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_by_one_is_timed_against_batched(dtype, monkeypatch):
+    layers = [nn.Linear(64, 96).to(dtype) for _ in range(3)]
+    called = []
+
+    def seconds(_, form, *given):
+        called.append(form)
+        form(*given)
+        return 2.0 if form is torch.bmm else 1.0
+
+    monkeypatch.setattr(packed, "_seconds", seconds)
+    assert packed.is_faster_unbatched(layers)
+    assert called[:2][1] is torch.bmm and len(called) % 2 == 0
+    monkeypatch.setattr(packed, "_seconds", lambda _, form, *given: 3 - seconds(_, form, *given))
+    assert not packed.is_faster_unbatched(layers)

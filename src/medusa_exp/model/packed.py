@@ -21,7 +21,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,9 @@ def pack(
             found[_shape(module)].append(module)
     if not found or (operators := _operators()) is None:
         return
+    found = {shape: layers for shape, layers in found.items() if _packs(shape[-1])}
+    if not found:
+        return
     choices = _choices(found, operators, cache_dir)
     added = freed = 0
     chosen = [(layer, choices[_key(shape)]) for shape in found for layer in found[shape]]
@@ -166,6 +169,47 @@ def _operators() -> Callable[[Tensor], Tensor] | None:
     except (AttributeError, RuntimeError):
         return None
     return reorder
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Does torch pack this type here? bfloat16 it does not on processors without AVX-512."""
+    if dtype not in _DTYPES or (reorder := _operators()) is None:
+        return False
+    try:
+        _product(torch.ones(1, 16, dtype=dtype), reorder(torch.ones(16, 16, dtype=dtype)), None)
+    except RuntimeError:
+        return False
+    return True
+
+
+@torch.inference_mode()
+def is_faster_unbatched(layers: Sequence[nn.Linear]) -> bool:
+    """Time one row through each of these layers, of one shape, called one by one and batched.
+
+    Packed where they will be. A batched product of bfloat16 takes two to three times as long on
+    some processors, and half as long on others.
+    """
+    weights = [layer.weight[: max(1, _MOST // layer.in_features)].detach() for layer in layers]
+    weight_KIO = torch.stack([weight.T for weight in weights]).contiguous()
+    x_K1I = weight_KIO.new_ones(len(layers), 1, layers[0].in_features)
+    multiply, reorder = linear, _operators()
+    if reorder is not None and _packs(weight_KIO.dtype):
+        multiply, weights = _product, [reorder(weight) for weight in weights]
+
+    def one_by_one() -> None:
+        for x_1I, weight in zip(x_K1I, weights, strict=True):
+            multiply(x_1I, weight, None)
+
+    best, clock = [float("inf")] * 2, _clock()
+    end = time.process_time() + _SECONDS / 8 * torch.get_num_threads()
+    for number in range(_TRIES):
+        times = [_seconds(clock, one_by_one), _seconds(clock, torch.bmm, x_K1I, weight_KIO)]
+        best = list(map(min, best, times))
+        if number and time.process_time() > end:  # the first calls of a shape prepare others
+            break
+    unbatched, batched = best
+    return unbatched < batched
 
 
 def _pack_one(
@@ -264,8 +308,7 @@ def _times(shapes: list[_Shape], rows: int) -> tuple[Tensor, Tensor]:
         torch.randn(rows, one.weights[0].shape[1], generator=draws).to(one.weights[0].dtype)
         for one in shapes
     ]
-    # Of the processor's time: a busy machine must not leave too few products to judge by.
-    clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+    clock = _clock()
     best = torch.full((2, len(order)), torch.inf, dtype=torch.double)
     end = time.process_time() + _SECONDS / len(_ROWS) * torch.get_num_threads()
     for number in range(_TRIES):
@@ -283,8 +326,13 @@ def _times(shapes: list[_Shape], rows: int) -> tuple[Tensor, Tensor]:
     return plain_S, ours_S
 
 
+def _clock() -> Callable[[], float]:
+    """Return what tells the processor's time: a busy machine must not decide what is faster."""
+    return time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+
+
 def _seconds(
-    clock: Callable[[], float], multiply: Callable[..., Tensor], *given: Tensor | None
+    clock: Callable[[], float], multiply: Callable[..., object], *given: Tensor | None
 ) -> float:
     start = clock()
     multiply(*given)

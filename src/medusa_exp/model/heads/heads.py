@@ -275,7 +275,8 @@ class StackedHeads(nn.Module):
     """The same heads for decoding, with one tensor a layer instead of one a head and layer.
 
     A step runs all of them on one hidden state: together they take a half to a quarter of the time
-    that they take one by one. In another dtype draft tokens may differ in a near-tie; what is
+    that they take one by one; where not (see `stacked_linear`), their layers are the very ones of
+    the heads. In another dtype draft tokens may differ in a near-tie; what is
     decoded does not, for draft tokens are only proposals.
     """
 
@@ -290,7 +291,6 @@ class StackedHeads(nn.Module):
         self._embedding = heads._embedding
         self.config, self.num_heads, self.dtype = heads.config, heads.num_heads, dtype
         self.prefix = deepcopy(heads.prefix).to(dtype) if heads.prefix is not None else None
-        # Modules, those whose layers run one by one and may be packed among them.
         self.layers = nn.ModuleList(
             blocks[0].stacked(blocks, dtype) for blocks in zip(*heads.blocks, strict=True)
         )
@@ -326,7 +326,7 @@ def stack_heads(heads: MedusaHeads, backbone: Backbone) -> StackedHeads | Medusa
 
     Elsewhere they keep theirs (`load_heads` gives them the backbone's): one row of the half types
     is no faster on a CPU. Sequential heads are run one after the other, and come back as they are,
-    or as a copy in that dtype.
+    or as a copy in that dtype. Others may share layers with `heads`, which packing then changes.
     """
     dtype = backbone.model.dtype if backbone.device.type == "cuda" else heads.dtype
     if not heads.is_sequential:

@@ -3,7 +3,8 @@
 A block starts as the identity. It is a module with
 
     forward(x) -> x    [..., D] each
-    stacked(blocks, dtype) -> (x_KBD, count) -> x_KBD    one of each head at once, for decoding
+    stacked(blocks, dtype) -> (x_KBD, count) -> x_KBD    one of each head at once, for decoding: a
+                                                         module, in which packing finds layers
 
 A projection maps a head's last block to logits. It is a module with
 
@@ -33,11 +34,12 @@ from torch.nn.functional import linear, rms_norm, silu
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads.config import MedusaHeadsConfig
 from medusa_exp.model.int8 import Int8Linear
+from medusa_exp.model.packed import is_faster_unbatched
 
 Stacked = Callable[[Tensor, int], Tensor]
 """Maps x_KBI and the number of heads to use to [count, B, O]."""
 _LARGE = 1 << 20
-"""Weights of a layer from which on it is worth a call of its own, of some 20 us, on a CPU."""
+"""Weights of a layer from which on a call of its own, of some 20 us on a CPU, is little of it."""
 
 
 class ResBlock(nn.Module):
@@ -52,22 +54,22 @@ class ResBlock(nn.Module):
         return x + silu(self.linear(x))
 
     @staticmethod
-    def stacked(blocks: Sequence["ResBlock"], dtype: torch.dtype) -> Stacked:
+    def stacked(blocks: Sequence["ResBlock"], dtype: torch.dtype) -> "StackedBlocks":
         """Return a block of each head at once."""
-        return StackedBlocks(stacked_linear([block.linear for block in blocks], dtype))
+        linear = stacked_linear([block.linear for block in blocks], dtype)
+        return StackedBlocks(linear, lambda x, y: x + silu(y))
 
 
 class StackedBlocks(nn.Module):
-    """A `ResBlock` of each head at once: (x_KBD, count) -> x_KBD."""
+    """A block of each head at once: (x_KBD, count) -> join(x_KBD, linear(x_KBD, count))."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, join: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear, self._join = linear, join
 
     def forward(self, x_KBD: Tensor, count: int) -> Tensor:
         """Apply the blocks of the first `count` heads."""
-        y_KBD: Tensor = self.linear(x_KBD, count)
-        return x_KBD + silu(y_KBD)
+        return self._join(x_KBD, self.linear(x_KBD, count))
 
 
 class GroundedBlock(nn.Module):
@@ -135,22 +137,6 @@ def _zero_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
     return linear
 
 
-class OneByOne(nn.Module):
-    """A linear layer of each head, called one after the other: (x_KBI, count) -> [count, B, O].
-
-    In the dtype of their input.
-    """
-
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x_KBI: Tensor, count: int) -> Tensor:
-        """Stack what the first `count` layers make of a row of inputs each."""
-        pairs = zip(self.layers, x_KBI[:count], strict=False)
-        return torch.stack([layer(x_BI) for layer, x_BI in pairs])
-
-
 class Batched(nn.Module):
     """A linear layer of each head as one batched product: (x_KBI, count) -> [count, B, O]."""
 
@@ -170,23 +156,45 @@ class Batched(nn.Module):
         return torch.baddbmm(self.bias_K1O[:count], x_KBI, self.weight_KIO[:count])
 
 
-def stacked_linear(layers: Iterable[nn.Module], dtype: torch.dtype) -> OneByOne | Batched:
+class Unbatched(nn.Module):
+    """A linear layer of each head, called one by one: (x_KBI, count) -> [count, B, O].
+
+    They are the layers that were given, which packing finds here and changes. Not those in int8:
+    what these have in float32 is for more rows than packing weighs.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._in_order = list(layers)
+        self.packable = nn.ModuleList(one for one in layers if not isinstance(one, Int8Linear))
+
+    def forward(self, x_KBI: Tensor, count: int) -> Tensor:
+        """Call the first `count` layers on a place each."""
+        pairs = zip(self._in_order[:count], x_KBI, strict=True)
+        return torch.stack([layer(x_BI) for layer, x_BI in pairs])
+
+
+def stacked_linear(layers: Iterable[nn.Module], dtype: torch.dtype) -> Batched | Unbatched:
     """Return one linear layer of each head at once: (x_KBI, count) -> [count, B, O].
 
-    Batched, unless they are in int8, or large layers in a half type on a CPU, which `pack` makes
-    twice as fast as a batched product of them is.
+    Batched, unless they are in int8, or large layers in a half type on a CPU, where a batched
+    product may take a multiple of the time.
     """
     layers = list(layers)
-    if layers and all(_runs_alone(layer, dtype) for layer in layers):
-        return OneByOne(layers)
+    is_int8 = bool(layers) and all(isinstance(layer, Int8Linear) for layer in layers)
+    if is_int8 or (_are_large_halves(layers, dtype) and is_faster_unbatched(layers)):
+        return Unbatched(layers)
     return Batched(layers, dtype)
 
 
-def _runs_alone(layer: nn.Module, dtype: torch.dtype) -> bool:
-    if not isinstance(layer, nn.Linear):
-        return isinstance(layer, Int8Linear)
-    is_half = layer.weight.dtype == dtype != torch.float32
-    return is_half and layer.weight.device.type == "cpu" and layer.weight.numel() >= _LARGE
+def _are_large_halves(layers: Sequence[nn.Module], dtype: torch.dtype) -> bool:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    return len(weights) == len(layers) and all(
+        weight.dtype == dtype and weight.device.type == "cpu" and weight.numel() >= _LARGE
+        for weight in weights
+    )
 
 
 class Projection(Protocol):
