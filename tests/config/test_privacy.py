@@ -60,6 +60,12 @@ def test_home_and_passwords_are_taken_out(monkeypatch):
     )
     assert shareable_text("s=http://a:p@w@x:1,http://b:q@y/z") == "s=http://x:1,http://y/z"
     assert shareable_text("http://git.test?to=a@b") == "http://git.test?to=a@b"
+    signed = "http://x/a.json?X-Amz-Signature=ab12&v=2&access_token=cd%3D34&n=1#top"
+    bare = "http://x/a.json?X-Amz-Signature=***&v=2&access_token=***&n=1#top"
+    assert shareable_text(signed) == bare
+    assert shareable_text("Which key=value? No. Why? token = 3") == (
+        "Which key=value? No. Why? token = 3"
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ _REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 _SHORTEST = 4
 """Shorter values stand in any text by chance, and are no secrets."""
 _USER_INFO = re.compile(r"(?<=://)[^/\s?#]+@")
+_QUERY_SECRET = re.compile(
+    r"(?<=[?&])([^=&\s]*(?:token|key|secret|passw|signature)[^=&\s]*=)[^&\s#]+", re.IGNORECASE
+)
 
 
 def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def shareable_text(text: str, home: str = "~") -> str:
 
 def without_users(text: str) -> str:
     """Return `text` with no user, password or token in a URL."""
-    return _USER_INFO.sub("", text)
+    return _QUERY_SECRET.sub(r"\1***", _USER_INFO.sub("", text))
 
 
 def bare_remote(remote: str) -> str:
