@@ -34,7 +34,7 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.int8 import to_int8
 from medusa_exp.model.loading import load_backbone
-from medusa_exp.model.packed import _operators, _product, pack, unpack
+from medusa_exp.model.packed import _product, _reordered, pack, unpack
 from medusa_exp.model.source import ModelSpec
 from medusa_exp.tree import Tree
 
@@ -91,11 +91,10 @@ def products(dtype: torch.dtype) -> list[dict[str, float]]:
 
     Of one matrix again and again: what a cache holds of it, a product does not read from memory.
     """
-    reorder, rows = _operators(), []
-    assert reorder is not None
+    rows = []
     for inputs, outputs in SHAPES:
         weight = torch.randn(outputs, inputs).to(dtype)
-        packed, layers = reorder(weight), nn.ModuleList([nn.Linear(inputs, outputs, bias=False)])
+        packed, layers = _reordered(weight), nn.ModuleList([nn.Linear(inputs, outputs, bias=False)])
         layers[0].weight.copy_(weight)
         has_int8 = to_int8(layers)
         for number in ROWS:

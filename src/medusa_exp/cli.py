@@ -127,7 +127,8 @@ def main() -> None:
 def _report_in_our_words() -> None:
     """Have a full disk and its like told in one message, wherever Hydra or logging meets them.
 
-    And mistyped keys, with the key that may have been meant; and single values for lists.
+    And mistyped keys, with the key that may have been meant; single values for lists; references
+    that lead nowhere.
     """
     report, handle = hydra_utils.run_and_report, logging.Handler.handleError
 

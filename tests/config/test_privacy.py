@@ -1,5 +1,6 @@
 """What is taken out of what is sent."""
 
+import json
 import os
 import subprocess
 
@@ -60,12 +61,16 @@ def test_home_and_passwords_are_taken_out(monkeypatch):
     )
     assert shareable_text("s=http://a:p@w@x:1,http://b:q@y/z") == "s=http://x:1,http://y/z"
     assert shareable_text("http://git.test?to=a@b") == "http://git.test?to=a@b"
-    signed = "http://x/a.json?X-Amz-Signature=ab12&v=2&access_token=cd%3D34&n=1#top"
-    bare = "http://x/a.json?X-Amz-Signature=***&v=2&access_token=***&n=1#top"
+    signed = "http://x/a?X-Amz-Signature=ab12&v=2;access_token=cd%3D34&n=1#top http://y?sig=a"
+    bare = "http://x/a?X-Amz-Signature=***&v=2;access_token=***&n=1#top http://y?sig=***"
     assert shareable_text(signed) == bare
-    assert shareable_text("Which key=value? No. Why? token = 3") == (
-        "Which key=value? No. Why? token = 3"
-    )
+    text = json.dumps([{"a": "GET http://x/v1?api_key=K", "b": "<a href='http://x?key=K'>, \\"}])
+    assert json.loads(shareable_text(text))[0] == {
+        "a": "GET http://x/v1?api_key=***",
+        "b": "<a href='http://x?key=***'>, \\",
+    }
+    for whole in ("Which key=value? No.", "a ? b&token=c", "http://a?x,http://b/token/c?y=1"):
+        assert shareable_text(whole) == whole
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,10 @@ from medusa_exp.model.packed import PackedLinear, pack, unpack
 from medusa_exp.tree import Tree, chain
 
 ALWAYS, NEVER, WIDE = [True] * 4, [False] * 4, [False, True, True, True]
-pytestmark = pytest.mark.skipif(packed._operators() is None, reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(not packed._packs(torch.float32), reason="torch without oneDNN")
+needs_bfloat16 = pytest.mark.skipif(
+    not packed._packs(torch.bfloat16), reason="torch packs no bfloat16 on this processor"
+)
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def choose(monkeypatch):
         asked: list[int] = []
         monkeypatch.setattr(packed, "_FEWEST", fewest)
 
-        def measured(found, _):
+        def measured(found):
             asked.extend(map(len, found.values()))
             return {packed._key(shape): uses for shape in found}
 
@@ -45,7 +48,9 @@ def layers() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("uses", [ALWAYS, WIDE])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+)
 def test_products_are_the_same_and_unpacking_is_exact(choose, layers, uses, dtype):
     choose(uses)
     layers.to(dtype)
@@ -115,7 +120,7 @@ def test_packed_weights_are_used_where_a_whole_step_gains(layers, monkeypatch, s
     found = {packed._shape(layer): [layer] for layer in layers[:2]}
     times = iter(tuple(map(torch.tensor, pair)) for pair in seconds)
     monkeypatch.setattr(packed, "_times", lambda *_: next(times))
-    uses = packed._measured(found, packed._operators())
+    uses = packed._measured(found)
     assert uses == dict(zip(map(packed._key, found), expected, strict=True))
 
 
@@ -124,14 +129,15 @@ def test_shapes_take_turns_and_stand_for_all_their_weights(monkeypatch):
     monkeypatch.setattr(packed, "_SECONDS", 1000.0)
     small = [nn.Linear(16, 64).requires_grad_(False) for _ in range(6)]  # four of six
     large = [nn.Linear(64, 256).requires_grad_(False) for _ in range(3)]  # a quarter of the first
-    shapes = [packed._Shape.of(group, packed._operators()) for group in (small, large)]
+    shapes = [packed._Shape.of(group) for group in (small, large)]
     assert [one.factor for one in shapes] == [1.5, 12.0]
     asked = []
     took = {linear: 1.0, packed._product: 0.5}
 
-    def seconds(_, multiply, x, weight, bias):
-        asked.append((multiply, x.shape[1], len(weight)))
-        return took[multiply] + len(asked) * 1e-9
+    def seconds(_, call):
+        x, weight, _bias = call.args
+        asked.append((call.func, x.shape[1], len(weight)))
+        return took[call.func] + len(asked) * 1e-9
 
     monkeypatch.setattr(packed, "_seconds", seconds)
     monkeypatch.setattr(packed, "_CALL", 0.1)
@@ -166,9 +172,7 @@ def test_what_is_faster_is_measured_once_for_a_shape_and_machine(choose, layers,
 
 def test_a_measurement_finds_one_of_the_two_forms_for_each_number_of_rows(layers, monkeypatch):
     monkeypatch.setattr(packed, "_SECONDS", 0.01)
-    (uses,) = packed._measured(
-        {packed._shape(layers[0]): [layers[0]] * 2}, packed._operators()
-    ).values()
+    (uses,) = packed._measured({packed._shape(layers[0]): [layers[0]] * 2}).values()
     assert len(uses) == len(ALWAYS) and set(uses) <= {True, False}
 
 
@@ -223,6 +227,7 @@ def test_heads_are_packed_as_they_are_loaded_and_still_say_their_type(choose, tm
     assert heads.dtype == torch.float32
 
 
+@needs_bfloat16
 @torch.inference_mode()
 def test_large_layers_of_stacked_heads_in_a_half_type_are_packed(choose, monkeypatch, tmp_path):
     choose(ALWAYS)
@@ -265,15 +270,13 @@ def test_a_type_that_torch_does_not_pack_here_is_left(choose, layers, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_by_one_is_timed_against_batched(dtype, monkeypatch):
     layers = [nn.Linear(64, 96).to(dtype) for _ in range(3)]
-    called = []
+    batched_takes = 2.0
 
-    def seconds(_, form, *given):
-        called.append(form)
-        form(*given)
-        return 2.0 if form is torch.bmm else 1.0
+    def seconds(_, call):
+        call()
+        return batched_takes if getattr(call, "func", None) is torch.bmm else 1.0
 
     monkeypatch.setattr(packed, "_seconds", seconds)
     assert packed.is_faster_unbatched(layers)
-    assert called[:2][1] is torch.bmm and len(called) % 2 == 0
-    monkeypatch.setattr(packed, "_seconds", lambda _, form, *given: 3 - seconds(_, form, *given))
+    batched_takes = 0.5
     assert not packed.is_faster_unbatched(layers)

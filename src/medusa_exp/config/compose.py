@@ -75,7 +75,7 @@ def checked_section(section: type, values: Any) -> Any:
     except _MISFITS as error:
         if unknown := unknown_key(error, of=section):
             raise UserError(unknown) from error
-        said = [*str(getattr(error, "msg", None) or error).splitlines(), ""][0]
+        said = _first_line(getattr(error, "msg", None) or error)
         key = getattr(error, "full_key", None) or _misfit(section, values)
         raise UserError(f"{key}: {said[:_LONGEST_SAID]}") from error
 
@@ -111,11 +111,15 @@ def no_reference(error: OmegaConfBaseException) -> str:
 
     Hydra meets it as it names the run directory, by the name of the run.
     """
-    said = [*str(error).splitlines(), ""][0]
+    said = _first_line(error)
     return (
-        f"{said} ({error.full_key} is made of it): name a key of the config in ${{...}}, or write "
-        "the value out."
+        f"{said} ({error.full_key} is made of it): name a key of the config, or a variable that is "
+        "set, in ${...}, or write the value out."
     )
+
+
+def _first_line(words: object) -> str:
+    return [*str(words).splitlines(), ""][0]
 
 
 def no_list(error: BaseException) -> str | None:

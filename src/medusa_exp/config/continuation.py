@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from medusa_exp.config import Config, load_saved
-from medusa_exp.config.privacy import without_users
+from medusa_exp.config.privacy import without_secrets
 from medusa_exp.config.reading import check_regular
 from medusa_exp.config.required import check_model
 from medusa_exp.config.trust import check_override, check_saved, load_yaml
@@ -93,7 +93,7 @@ def kept_in_words() -> str:
 
     Empty where it gives all of that itself, or begins a run.
     """
-    bare = map(without_users, _KEPT)
+    bare = map(without_secrets, _KEPT)
     shown = [f"{o[: _LONGEST_SHOWN - 3]}..." if len(o) > _LONGEST_SHOWN else o for o in bare]
     more = [f"and {len(shown) - _MOST_SHOWN} more"] if len(shown) > _MOST_SHOWN else []
     return ", ".join([*shown[:_MOST_SHOWN], *more])

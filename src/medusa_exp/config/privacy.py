@@ -1,7 +1,7 @@
 """What may leave this machine: no value of an environment variable, no home path, no password.
 
 What a config has from the environment is shown as `${oc.env:NAME}`, the home directory as `~`, and
-a URL without its user and token.
+a URL without its user, and *** for its tokens and keys.
 """
 
 import os
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from medusa_exp.config.reading import read_bytes
-from medusa_exp.config.trust import load_yaml
+from medusa_exp.config.trust import OF_SECRETS, load_yaml
 from medusa_exp.errors import UserError
 
 _RESOLVER = "oc.env"
@@ -25,9 +25,9 @@ _REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 _SHORTEST = 4
 """Shorter values stand in any text by chance, and are no secrets."""
 _USER_INFO = re.compile(r"(?<=://)[^/\s?#]+@")
-_QUERY_SECRET = re.compile(
-    r"(?<=[?&])([^=&\s]*(?:token|key|secret|passw|signature)[^=&\s]*=)[^&\s#]+", re.IGNORECASE
-)
+_URL = re.compile(r"://[^\s\"'<>\\]+")
+"""Up to what ends one in JSON, HTML or a shell, which have to stay whole."""
+_PARAMETER = re.compile(r"([?&;][\w.-]*+=)[^&;#]+")
 
 
 def without_environment(plain: dict[str, Any], saved: Path) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _shown(value: Any, parent: Any, key: Any) -> Any:
 
 
 def shareable(value: Any) -> Any:
-    """Return JSON-like `value` with the home directory as `~` and no user or token in a URL."""
+    """Return JSON-like `value` with `~` for the home directory, no user, token or key in a URL."""
     if isinstance(value, dict):
         return {shareable(key): shareable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -103,15 +103,20 @@ def shareable(value: Any) -> Any:
 
 
 def shareable_text(text: str, home: str = "~") -> str:
-    """Return `text` with `home` for the home directory and no user or token in a URL."""
+    """Return `text` with `home` for the home directory and no user, token or key in a URL."""
     for path in _homes():
         text = re.sub(rf"{re.escape(path)}(?![\w.-])", lambda _: home, text)
-    return without_users(text)
+    return without_secrets(text)
 
 
-def without_users(text: str) -> str:
-    """Return `text` with no user, password or token in a URL."""
-    return _QUERY_SECRET.sub(r"\1***", _USER_INFO.sub("", text))
+def without_secrets(text: str) -> str:
+    """Return `text` with no user or password in a URL, and *** for its tokens and keys."""
+    bare = _USER_INFO.sub("", text)
+    return _URL.sub(lambda url: _PARAMETER.sub(_hidden, url[0]), bare)
+
+
+def _hidden(parameter: re.Match[str]) -> str:
+    return f"{parameter[1]}***" if OF_SECRETS.search(parameter[1]) else parameter[0]
 
 
 def bare_remote(remote: str) -> str:

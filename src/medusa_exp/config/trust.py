@@ -26,7 +26,8 @@ _REFERENCE = re.compile(r"\$\{[^${}:]*\}")
 _USER = re.compile(r"://(?=([^/?#:]*+:)(?!\d++[/?#]))")  # not a host and its port
 _TOKEN = re.compile(r"://[^/?#:$]{12,}+\Z")
 _PARAMETER = re.compile(r"[?&;]([\w.-]*+)=(?=[^&$])")
-_OF_SECRETS = re.compile("key|token|secret|passw|signature|credential", re.IGNORECASE)
+OF_SECRETS = re.compile(r"key|token|secret|passw|signature|\bsig\b|credential", re.IGNORECASE)
+"""In the name of a parameter whose value is a secret. Such as `max_tokens` it finds too."""
 _NAME_OF_VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _KEY_ITSELF = re.compile(r"(hf|sk|ghp|gsk|xai)_\w{12,}|\w{48,}")
 _HARMLESS = ("now", "medusa_exp.demo", "medusa_exp.saved_objective")
@@ -200,7 +201,7 @@ def _is_secret(word: str) -> bool:
         if any(rest < user.end(1) < end for user in _USER.finditer(piece)) or _TOKEN.search(piece):
             return True
     names = _PARAMETER.findall(word.partition("://")[2])
-    return any(map(_OF_SECRETS.search, names))
+    return any(map(OF_SECRETS.search, names))
 
 
 def _check_nodes(node: Any) -> None:

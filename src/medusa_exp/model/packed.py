@@ -12,6 +12,9 @@ beside it; one that is alone may differ by rounding, where its inputs are many. 
 packed for all numbers of rows are given up, and made again, to the last bit, by `unpack` and for
 whoever saves them; an lm_head's stay.
 
+A layer of all heads at once can be packed where it is not batched: `is_faster_unbatched` times it
+when heads are stacked, and keeps nothing.
+
 M rows, K inputs, N outputs.
 """
 
@@ -21,7 +24,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -119,12 +122,10 @@ def pack(
     for module in dict.fromkeys(inside):
         if type(module) is nn.Linear and _can_be_packed(module):
             found[_shape(module)].append(module)
-    if not found or (operators := _operators()) is None:
-        return
     found = {shape: layers for shape, layers in found.items() if _packs(shape[-1])}
     if not found:
         return
-    choices = _choices(found, operators, cache_dir)
+    choices = _choices(found, cache_dir)
     added = freed = 0
     chosen = [(layer, choices[_key(shape)]) for shape in found for layer in found[shape]]
     chosen = [(layer, uses) for layer, uses in chosen if any(uses)]
@@ -132,7 +133,7 @@ def pack(
         needed = not all(uses) or id(layer.weight) in tied or any(layer is one for one in kept)
         added += layer.weight.nbytes
         freed += 0 if needed else layer.weight.nbytes
-        _pack_one(layer, uses, operators, keeps_weight=needed)
+        _pack_one(layer, uses, keeps_weight=needed)
     if chosen:
         log.log(
             logging.INFO if added >= _WORTH_A_LINE else logging.DEBUG,
@@ -159,63 +160,54 @@ def _can_be_packed(layer: nn.Linear) -> bool:
     return is_plain and is_frozen and weight.dtype in _DTYPES and weight.numel() >= _FEWEST
 
 
-def _operators() -> Callable[[Tensor], Tensor] | None:
-    """Return what packs a weight; None where torch was built without it."""
-    try:
-        reorder: Callable[[Tensor], Tensor] = (
-            torch.ops.mkldnn._reorder_linear_weight  # private: torch 2.13
-        )
-        _product(torch.ones(1, 16), reorder(torch.ones(16, 16)), None)
-    except (AttributeError, RuntimeError):
-        return None
-    return reorder
+def _reordered(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)  # private: torch 2.13
+    return packed
 
 
-@cache
 def _packs(dtype: torch.dtype) -> bool:
-    """Does torch pack this type here? bfloat16 it does not on processors without AVX-512."""
-    if dtype not in _DTYPES or (reorder := _operators()) is None:
-        return False
+    """Does torch pack this type here? None without oneDNN; bfloat16 not without AVX-512."""
     try:
-        _product(torch.ones(1, 16, dtype=dtype), reorder(torch.ones(16, 16, dtype=dtype)), None)
-    except RuntimeError:
+        _product(torch.ones(1, 16, dtype=dtype), _reordered(torch.ones(16, 16, dtype=dtype)), None)
+    except (AttributeError, RuntimeError):
         return False
-    return True
+    return dtype in _DTYPES
 
 
 @torch.inference_mode()
 def is_faster_unbatched(layers: Sequence[nn.Linear]) -> bool:
-    """Time one row through each of these layers, of one shape, called one by one and batched.
+    """Say whether one row through each of some layers is faster one by one than batched.
 
-    Packed where they will be. A batched product of bfloat16 takes two to three times as long on
-    some processors, and half as long on others.
+    Timed here, for an eighth of a second, as if they were packed where torch packs their type. A
+    batched product of bfloat16 takes two to three times as long on some processors, and half as
+    long on others.
+
+    Args:
+        layers: of one shape.
     """
-    weights = [layer.weight[: max(1, _MOST // layer.in_features)].detach() for layer in layers]
+    weights = [_part(layer.weight) for layer in layers]
     weight_KIO = torch.stack([weight.T for weight in weights]).contiguous()
     x_K1I = weight_KIO.new_ones(len(layers), 1, layers[0].in_features)
-    multiply, reorder = linear, _operators()
-    if reorder is not None and _packs(weight_KIO.dtype):
-        multiply, weights = _product, [reorder(weight) for weight in weights]
+    multiply = linear
+    if _packs(weight_KIO.dtype):
+        multiply, weights = _product, [_reordered(weight) for weight in weights]
 
     def one_by_one() -> None:
         for x_1I, weight in zip(x_K1I, weights, strict=True):
             multiply(x_1I, weight, None)
 
-    best, clock = [float("inf")] * 2, _clock()
-    end = time.process_time() + _SECONDS / 8 * torch.get_num_threads()
-    for number in range(_TRIES):
-        times = [_seconds(clock, one_by_one), _seconds(clock, torch.bmm, x_K1I, weight_KIO)]
-        best = list(map(min, best, times))
-        if number and time.process_time() > end:  # the first calls of a shape prepare others
-            break
-    unbatched, batched = best
+    calls = [one_by_one, partial(torch.bmm, x_K1I, weight_KIO)]
+    unbatched, batched = _least_seconds(calls, _SECONDS / 8)
     return unbatched < batched
 
 
-def _pack_one(
-    layer: nn.Linear, uses: Sequence[bool], reorder: Callable[[Tensor], Tensor], keeps_weight: bool
-) -> None:
-    packed = reorder(layer.weight.detach())
+def _part(weight: Tensor) -> Tensor:
+    """Return of a weight what is measured."""
+    return weight[: max(1, _MOST // weight.shape[1])].detach()
+
+
+def _pack_one(layer: nn.Linear, uses: Sequence[bool], keeps_weight: bool) -> None:
+    packed = _reordered(layer.weight.detach())
     layer.__class__ = PackedLinear
     assert isinstance(layer, PackedLinear)
     layer.__dict__["packed"], layer.uses_packed = packed, tuple(uses)  # no buffer: nobody saves it
@@ -232,33 +224,28 @@ def _key(shape: tuple[Any, ...]) -> str:
 
 
 def _choices(
-    found: dict[tuple[Any, ...], list[nn.Linear]],
-    reorder: Callable[[Tensor], Tensor],
-    cache_dir: str | Path | None,
+    found: dict[tuple[Any, ...], list[nn.Linear]], cache_dir: str | Path | None
 ) -> dict[str, list[bool]]:
     """Return for each shape where packed is used, of what is measured now or was before."""
-    measure = partial(_measured, found, reorder)
     if cache_dir is None:
-        return measure()
+        return _measured(found)
     capability = torch.backends.cpu.get_cpu_capability()
     machine = [cpu_name(), capability, torch.get_num_threads(), torch.__version__]
     key = content_key(_FORMAT, machine, [[_key(shape), len(found[shape])] for shape in found])
     with entry(cache_dir, _KIND, f"{key}.json") as (path, partial_path):
         if partial_path is not None:
-            write_json(partial_path, measure())
+            write_json(partial_path, _measured(found))
     choices: dict[str, list[bool]] = read_json(path)
     return choices
 
 
 @torch.inference_mode()
-def _measured(
-    found: dict[tuple[Any, ...], list[nn.Linear]], reorder: Callable[[Tensor], Tensor]
-) -> dict[str, list[bool]]:
+def _measured(found: dict[tuple[Any, ...], list[nn.Linear]]) -> dict[str, list[bool]]:
     """Say for each shape and each of `_ROWS` whether packed weights are used.
 
     Where they are faster, and the whole gains by it.
     """
-    shapes = [_Shape.of(layers, reorder) for layers in found.values()]
+    shapes = [_Shape.of(layers) for layers in found.values()]
     uses: list[list[bool]] = [[] for _ in shapes]
     for rows, worth in zip(_ROWS, _WORTH, strict=True):
         plain_S, ours_S = _times(shapes, rows)
@@ -284,13 +271,13 @@ class _Shape:
     """All weights of the shape over those that are measured."""
 
     @classmethod
-    def of(cls, layers: list[nn.Linear], reorder: Callable[[Tensor], Tensor]) -> "_Shape":
+    def of(cls, layers: list[nn.Linear]) -> "_Shape":
         first = layers[0].weight
-        parts = [layer.weight[: max(1, _MOST // first.shape[1])] for layer in layers]
+        parts = [_part(layer.weight) for layer in layers]
         share = parts[0].numel() / first.numel()
         parts = parts[: max(1, _MOST // parts[0].numel())]
         factor = len(layers) / (len(parts) * share)
-        return cls(parts, [reorder(part) for part in parts], share, factor)
+        return cls(parts, [_reordered(part) for part in parts], share, factor)
 
 
 def _times(shapes: list[_Shape], rows: int) -> tuple[Tensor, Tensor]:
@@ -308,32 +295,33 @@ def _times(shapes: list[_Shape], rows: int) -> tuple[Tensor, Tensor]:
         torch.randn(rows, one.weights[0].shape[1], generator=draws).to(one.weights[0].dtype)
         for one in shapes
     ]
-    clock = _clock()
-    best = torch.full((2, len(order)), torch.inf, dtype=torch.double)
-    end = time.process_time() + _SECONDS / len(_ROWS) * torch.get_num_threads()
-    for number in range(_TRIES):
-        times = [
-            [_seconds(clock, linear, inputs[s], shapes[s].weights[i], None) for s, i in order],
-            [_seconds(clock, _product, inputs[s], shapes[s].packed[i], None) for s, i in order],
-        ]
-        best = torch.minimum(best, torch.tensor(times, dtype=torch.double))
-        if number and time.process_time() > end:  # the first calls of a shape prepare others
-            break
+    calls = [partial(linear, inputs[s], shapes[s].weights[i], None) for s, i in order]
+    calls += [partial(_product, inputs[s], shapes[s].packed[i], None) for s, i in order]
+    best = torch.tensor(_least_seconds(calls, _SECONDS / len(_ROWS)), dtype=torch.double)
     of_order = torch.tensor([s for s, _ in order])
-    sums = torch.zeros(2, len(shapes), dtype=torch.double).index_add(1, of_order, best)
+    sums = torch.zeros(2, len(shapes), dtype=torch.double).index_add(1, of_order, best.view(2, -1))
     sums[1] += _CALL * torch.tensor([len(one.weights) * one.share for one in shapes])
     plain_S, ours_S = sums * torch.tensor([one.factor for one in shapes])
     return plain_S, ours_S
 
 
-def _clock() -> Callable[[], float]:
-    """Return what tells the processor's time: a busy machine must not decide what is faster."""
-    return time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+def _least_seconds(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
+    """Return the least that each call took, of calls in turn for so many seconds in all.
+
+    Of one thread its own time counts. How often they are called goes by the processor's time: a
+    busy machine must not leave too few calls to judge by.
+    """
+    clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+    best = [float("inf")] * len(calls)
+    end = time.process_time() + seconds * torch.get_num_threads()
+    for number in range(_TRIES):
+        best = [min(least, _seconds(clock, call)) for least, call in zip(best, calls, strict=True)]
+        if number and time.process_time() > end:  # the first calls of a shape prepare others
+            break
+    return best
 
 
-def _seconds(
-    clock: Callable[[], float], multiply: Callable[..., object], *given: Tensor | None
-) -> float:
+def _seconds(clock: Callable[[], float], call: Callable[[], object]) -> float:
     start = clock()
-    multiply(*given)
+    call()
     return clock() - start

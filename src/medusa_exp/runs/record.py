@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.config import Config, named_variables
-from medusa_exp.config.privacy import bare_remote, without_users
+from medusa_exp.config.privacy import bare_remote, without_secrets
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import (
     json_text,
@@ -56,7 +56,7 @@ class RunRecord:
     """
 
     def __init__(self, out: Path, config: Config, command: list[str]) -> None:
-        command = [without_users(word) for word in command]
+        command = [without_secrets(word) for word in command]
         self.out, self.config, self.command = out, config, command
         check_record(out, but=config.stages)
         self.metrics: dict[str, float] = read_json(out / "metrics.json", {})

@@ -272,12 +272,12 @@ class MedusaHeads(PreTrainedModel):
 
 
 class StackedHeads(nn.Module):
-    """The same heads for decoding, with one tensor a layer instead of one a head and layer.
+    """The same heads for decoding, all at once on one hidden state.
 
-    A step runs all of them on one hidden state: together they take a half to a quarter of the time
-    that they take one by one; where not (see `stacked_linear`), their layers are the very ones of
-    the heads. In another dtype draft tokens may differ in a near-tie; what is
-    decoded does not, for draft tokens are only proposals.
+    Most layers are one tensor of all heads, and take a half to a quarter of the time that they take
+    one by one. Those that `stacked_linear` leaves apart are the very layers of `heads`. In another
+    dtype draft tokens may differ in a near-tie; what is decoded does not, for draft tokens are only
+    proposals.
     """
 
     is_sequential = False
@@ -324,9 +324,9 @@ class StackedHeads(nn.Module):
 def stack_heads(heads: MedusaHeads, backbone: Backbone) -> StackedHeads | MedusaHeads:
     """Make heads ready for decoding with a backbone: on a GPU in its dtype, for half the reading.
 
-    Elsewhere they keep theirs (`load_heads` gives them the backbone's): one row of the half types
-    is no faster on a CPU. Sequential heads are run one after the other, and come back as they are,
-    or as a copy in that dtype. Others may share layers with `heads`, which packing then changes.
+    Elsewhere they keep theirs (`load_heads` gives them the backbone's). Sequential heads are run
+    one after the other, and come back as they are, or as a copy in that dtype. Others may share
+    layers with `heads`, which packing then changes: load those anew to train or to save.
     """
     dtype = backbone.model.dtype if backbone.device.type == "cuda" else heads.dtype
     if not heads.is_sequential:

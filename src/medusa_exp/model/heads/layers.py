@@ -17,7 +17,7 @@ A projection maps a head's last block to logits. It is a module with
                                       which drafting may replace them by quantized ones
                                       (`model/int8.py`); empty where the matrix is the backbone's
     stacked(dtype) -> (x_KBD, count) -> logits_KBW    all heads at once, for decoding, by
-                                      `stacked_linear`
+                                      `stacked_linear`; a module where packing is to find layers
     token_map                         token ids of the head vocabulary, or None: all V tokens
 
 B batch, D hidden, V vocabulary, W head vocabulary, K heads, R rows, J draft tokens, S rank, I and
@@ -39,7 +39,7 @@ from medusa_exp.model.packed import is_faster_unbatched
 Stacked = Callable[[Tensor, int], Tensor]
 """Maps x_KBI and the number of heads to use to [count, B, O]."""
 _LARGE = 1 << 20
-"""Weights of a layer from which on a call of its own, of some 20 us on a CPU, is little of it."""
+"""Weights of a layer from which on the 20 us of a call of its own are little of its time."""
 
 
 class ResBlock(nn.Module):
@@ -137,7 +137,7 @@ def _zero_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
     return linear
 
 
-class Batched(nn.Module):
+class BatchedLinear(nn.Module):
     """A linear layer of each head as one batched product: (x_KBI, count) -> [count, B, O]."""
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
@@ -156,11 +156,11 @@ class Batched(nn.Module):
         return torch.baddbmm(self.bias_K1O[:count], x_KBI, self.weight_KIO[:count])
 
 
-class Unbatched(nn.Module):
+class UnbatchedLinear(nn.Module):
     """A linear layer of each head, called one by one: (x_KBI, count) -> [count, B, O].
 
-    They are the layers that were given, which packing finds here and changes. Not those in int8:
-    what these have in float32 is for more rows than packing weighs.
+    They are the very layers that were given, which packing finds here and changes. Not those in
+    int8: packing judges by the rows of a step, and their float32 form is for more than eight alone.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -174,20 +174,22 @@ class Unbatched(nn.Module):
         return torch.stack([layer(x_BI) for layer, x_BI in pairs])
 
 
-def stacked_linear(layers: Iterable[nn.Module], dtype: torch.dtype) -> Batched | Unbatched:
+def stacked_linear(
+    layers: Iterable[nn.Module], dtype: torch.dtype
+) -> BatchedLinear | UnbatchedLinear:
     """Return one linear layer of each head at once: (x_KBI, count) -> [count, B, O].
 
-    Batched, unless they are in int8, or large layers in a half type on a CPU, where a batched
-    product may take a multiple of the time.
+    Batched, as a copy in `dtype`. One by one, the very layers: those in int8, and large ones in a
+    half type on a CPU where timing says that a row is faster so.
     """
     layers = list(layers)
     is_int8 = bool(layers) and all(isinstance(layer, Int8Linear) for layer in layers)
-    if is_int8 or (_are_large_halves(layers, dtype) and is_faster_unbatched(layers)):
-        return Unbatched(layers)
-    return Batched(layers, dtype)
+    if is_int8 or (_are_large_in_half_type(layers, dtype) and is_faster_unbatched(layers)):
+        return UnbatchedLinear(layers)
+    return BatchedLinear(layers, dtype)
 
 
-def _are_large_halves(layers: Sequence[nn.Module], dtype: torch.dtype) -> bool:
+def _are_large_in_half_type(layers: Sequence[nn.Module], dtype: torch.dtype) -> bool:
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
