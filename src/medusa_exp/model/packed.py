@@ -196,7 +196,7 @@ def is_faster_unbatched(layers: Sequence[nn.Linear]) -> bool:
         for x_1I, weight in zip(x_K1I, weights, strict=True):
             multiply(x_1I, weight, None)
 
-    calls = [one_by_one, partial(torch.bmm, x_K1I, weight_KIO)]
+    calls: list[Callable[[], object]] = [one_by_one, partial(torch.bmm, x_K1I, weight_KIO)]
     unbatched, batched = _least_seconds(calls, _SECONDS / 8)
     return unbatched < batched
 
