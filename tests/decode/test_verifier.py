@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from medusa_exp.decode import rule
+from medusa_exp.decode.cpu_verify import verify_on_cpu
 from medusa_exp.decode.cuda.verify import (
     ARGUMENTS,
     KernelVerify,
@@ -16,7 +17,7 @@ from medusa_exp.decode.cuda.verify import (
     launch_config,
 )
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, pick_verify
-from medusa_exp.decode.verify import verify, verify_on_cpu
+from medusa_exp.decode.verify import verify
 from medusa_exp.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_exp.decode import verify
-from medusa_exp.decode.verify import probabilities, verify_on_cpu
+from medusa_exp.decode.cpu_verify import verify_on_cpu
+from medusa_exp.decode.verify import probabilities
 
 RULES = ("greedy", "sampling", "typical")
 VOCAB = 4

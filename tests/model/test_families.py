@@ -32,6 +32,7 @@ from medusa_exp.model.targets import (
     AcceptanceLoss,
     AcceptanceTargets,
     DistributionTargets,
+    Teacher,
     TokenTargets,
     TopTargets,
 )
@@ -241,14 +242,19 @@ def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss, 
     def next_logits(hidden_RD):
         return heads.from_head_vocab(backbone.next_logits(hidden_RD))
 
-    def next_log_probs(hidden_RD):
-        return heads.from_head_vocab(backbone.next_logits(hidden_RD).log_softmax(-1))
+    def of_all(hidden_RD):
+        return heads.from_head_vocab(backbone.next_logits(hidden_RD).softmax(-1))
+
+    def of_head_vocab(hidden_RD):
+        return next_logits(hidden_RD).softmax(-1)
 
     targets = {
         "ce": lambda: TokenTargets(heads.to_head_vocab(ids_BT)),
-        "kl": lambda: DistributionTargets(hidden_BTD, next_logits),
+        "kl": lambda: DistributionTargets(Teacher(hidden_BTD, of_head_vocab)),
         "topk_kl": lambda: TopTargets(hidden_BTD, torch.arange(ids_BT.numel()), next_logits, 5),
-        "lk": lambda: AcceptanceTargets(hidden_BTD, next_log_probs, AcceptanceLoss("lk")),
+        "lk": lambda: AcceptanceTargets(
+            Teacher(hidden_BTD, of_all, labeled[0]), AcceptanceLoss("lk")
+        ),
     }[loss]()
     read_BTD = heads_input(heads.prefix, hidden_BTD)
     losses = medusa_losses(heads, read_BTD, targets, labeled, ids_BT, chunk_rows=8, form=form)

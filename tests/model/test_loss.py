@@ -20,6 +20,7 @@ from medusa_exp.model.targets import (
     AcceptanceLoss,
     AcceptanceTargets,
     DistributionTargets,
+    Teacher,
     TokenTargets,
     TopAcceptanceTargets,
     TopTargets,
@@ -132,9 +133,14 @@ def test_divergence_from_the_backbone(example, backbone, chunk_rows):
     parameters = list(heads.parameters())
     gradients = torch.autograd.grad(torch.stack(expected).sum(), parameters)
     everywhere = torch.arange(ids_BT.numel())
-    full = DistributionTargets(hidden_BTD, backbone.next_logits)
+
+    def probabilities(hidden_RD):
+        return backbone.next_logits(hidden_RD).softmax(-1)
+
+    full = DistributionTargets(Teacher(hidden_BTD, probabilities))
+    kept = DistributionTargets(Teacher(hidden_BTD, probabilities, everywhere))
     top = TopTargets(hidden_BTD, everywhere, backbone.next_logits, backbone.vocab_size)
-    for targets in (full, top):  # all tokens are the likeliest ones
+    for targets in (full, kept, top):  # all tokens are the likeliest ones
         losses = medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=chunk_rows)
         assert [loss.num_labels for loss in losses] == labels
         for loss, value in zip(losses, expected, strict=True):
@@ -167,23 +173,21 @@ def test_acceptance_losses_and_their_gradients_in_float64(kind, reach):
     plain = plain_acceptance(kind, p_RW, logits_RW.softmax(-1), 3.0)
     expected = torch.autograd.grad(plain.sum(), logits_RW)[0]
     for found in (
-        _ByLogits.apply(logits_RW, p_RW.log(), form)[0],
+        _ByLogits.apply(logits_RW, p_RW, form)[0],
         form.of(p_RW.log(), logits_RW.log_softmax(-1))[0],
     ):
         torch.testing.assert_close(found, plain)
         torch.testing.assert_close(torch.autograd.grad(found.sum(), logits_RW)[0], expected)
     if kind != "lk":  # its share is a number to autograd, and not to differences
-        assert torch.autograd.gradcheck(
-            lambda x: _ByLogits.apply(x, p_RW.log(), form)[0], logits_RW
-        )
+        assert torch.autograd.gradcheck(lambda x: _ByLogits.apply(x, p_RW, form)[0], logits_RW)
 
 
 def test_lk_of_a_constant_share_passes_gradcheck():
     torch.manual_seed(2)
     logits_RW = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
-    log_p_RW = torch.randn(4, 7, dtype=torch.float64).log_softmax(-1)
+    p_RW = torch.randn(4, 7, dtype=torch.float64).softmax(-1)
     form = AcceptanceLoss("lk", 0.0)  # the share is 1: KL alone
-    assert torch.autograd.gradcheck(lambda x: _ByLogits.apply(x, log_p_RW, form)[0], logits_RW)
+    assert torch.autograd.gradcheck(lambda x: _ByLogits.apply(x, p_RW, form)[0], logits_RW)
 
 
 @pytest.mark.parametrize("kind", ["tv", "nla", "lk"])
@@ -192,7 +196,7 @@ def test_acceptance_losses_stay_finite_where_nothing_is_accepted(kind):
     log_p_RW = torch.tensor([[-300.0, -300.0, 0.0], [-300.0, -torch.inf, -300.0]])
     form = AcceptanceLoss(kind)
     for found in (
-        _ByLogits.apply(logits_RW, log_p_RW, form)[0],
+        _ByLogits.apply(logits_RW, log_p_RW.exp(), form)[0],
         form.of(log_p_RW, logits_RW.log_softmax(-1))[0],
     ):
         assert found.isfinite().all()
@@ -224,9 +228,15 @@ def test_acceptance_in_chunks_equals_the_plain_form(backbone, kind, num_tokens, 
         return heads.from_head_vocab(backbone.next_logits(hidden_RD).log_softmax(-1))
 
     loss, size = AcceptanceLoss(kind), num_tokens or backbone.vocab_size
+
+    def probabilities(hidden_RD):
+        return log_probs(hidden_RD).exp()
+
+    everywhere = torch.arange(ids_BT.numel())
     for targets in (
-        AcceptanceTargets(hidden_BTD, log_probs, loss),
-        TopAcceptanceTargets(hidden_BTD, torch.arange(ids_BT.numel()), log_probs, size, loss),
+        AcceptanceTargets(Teacher(hidden_BTD, probabilities), loss),
+        AcceptanceTargets(Teacher(hidden_BTD, probabilities, index[0]), loss),
+        TopAcceptanceTargets(hidden_BTD, everywhere, log_probs, size, loss),
     ):
         losses = medusa_losses(heads, hidden_BTD, targets, index, ids_BT, chunk_rows=5, form=form)
         for found, value in zip(losses, expected, strict=True):
@@ -304,15 +314,15 @@ def test_bytes_of_a_logit(loss, form):
     frozen = torch.nn.Linear(8, vocabulary, bias=False).requires_grad_(False)
     hidden_1TD, index_R = torch.randn(1, rows + 1, 8), torch.arange(rows)
 
-    def log_probs(hidden_RD):
-        return frozen(hidden_RD).float().log_softmax(-1)
+    def probabilities(hidden_RD):
+        return frozen(hidden_RD).float().softmax(-1)
 
     targets = {
         "ce": lambda: TokenTargets(torch.zeros(1, rows + 1, dtype=torch.long)),
-        "kl": lambda: DistributionTargets(hidden_1TD, frozen),
+        "kl": lambda: DistributionTargets(Teacher(hidden_1TD, probabilities)),
         "topk_kl": lambda: TopTargets(hidden_1TD, torch.arange(rows + 1), frozen, 4),
-        "tv": lambda: AcceptanceTargets(hidden_1TD, log_probs, AcceptanceLoss("tv")),
-        "lk": lambda: AcceptanceTargets(hidden_1TD, log_probs, AcceptanceLoss("lk")),
+        "tv": lambda: AcceptanceTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("tv")),
+        "lk": lambda: AcceptanceTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("lk")),
     }[loss]()
     parameters = list(projection.parameters()) if form == "at_once" else []
     with Held() as held, torch.autocast("cpu", torch.bfloat16):

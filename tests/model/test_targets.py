@@ -14,7 +14,7 @@ from medusa_exp.model.loss import (
     medusa_loss,
     medusa_losses,
 )
-from medusa_exp.model.targets import DistributionTargets, TokenTargets
+from medusa_exp.model.targets import DistributionTargets, Teacher, TokenTargets
 
 LOSSES = [
     ("ce", "full"),
@@ -88,9 +88,9 @@ def test_of_a_token_it_is_the_probability_and_of_kl_only_where_asked_for():
     _, accepted_C = tokens.losses(logits_CW, *tokens.at(torch.arange(3)))
     q_CW = logits_CW.softmax(-1)
     torch.testing.assert_close(accepted_C, torch.stack([q_CW[0, 5], torch.zeros(()), q_CW[2, 2]]))
-    found = {}
+    found, teacher = {}, Teacher(hidden_BTD, torch.nn.Softmax(-1))
     for measures in (True, False):
-        full = DistributionTargets(hidden_BTD, torch.nn.Identity(), measures_acceptance=measures)
+        full = DistributionTargets(teacher, measures_acceptance=measures)
         found[measures] = full.losses(logits_CW, *full.at(torch.arange(3)))
     assert torch.equal(found[True][0], found[False][0]) and found[False][1] is None
 

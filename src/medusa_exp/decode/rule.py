@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa_exp.decode.cpu_verify import verify_on_cpu
 from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
 from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import (
@@ -19,7 +20,6 @@ from medusa_exp.decode.verify import (
     TreeRelations,
     Verdict,
     verify,
-    verify_on_cpu,
 )
 from medusa_exp.errors import UserError
 from medusa_exp.model.argmax import argmax
@@ -33,7 +33,7 @@ def pick_verify(name: str, device: torch.device, *, is_filtered: bool) -> Callab
 
     Args:
         name: torch, cupy, or auto: the kernels on a CUDA device where CuPy is installed and they
-            can do what is asked, a walk over lists on a CPU where there is one, else torch.
+            can do what is asked, a walk on a CPU, else torch.
         device: where the logits are.
         is_filtered: whether top_k or top_p is set, which the kernels do not do.
 
@@ -204,6 +204,7 @@ class Verifier:
                 tokens_BN.shape, generator=self._generator, device=tokens_BN.device
             )
         options = dict(self._options, uniforms_BN=uniforms_BN, max_depth=max_depth, nodes=nodes)
-        if drawn is not None:
-            return verify(logits_BNV, tokens_BN, parents_BN, drawn=drawn, **options)
-        return self._verify(logits_BNV, tokens_BN, parents_BN, **options)
+        if drawn is None:
+            return self._verify(logits_BNV, tokens_BN, parents_BN, **options)
+        judge = verify_on_cpu if self._verify is verify_on_cpu else verify  # the kernels take none
+        return judge(logits_BNV, tokens_BN, parents_BN, drawn=drawn, **options)

@@ -3,16 +3,14 @@
 Three rules, one signature. `greedy` and `sampling` are lossless: what is committed is distributed
 as if the backbone had generated it token by token. `typical` is Medusa's acceptance, which is not.
 Drafts that were sampled (`drawn`) are verified by rejection; all others are taken as given.
-`verify_on_cpu` does the same, greedy by a walk over Python lists: where tensors lie in the host's
-memory anyway, one pass over a few dozen nodes takes a fraction of what two dozen small tensor
-operations take to be called. The kernels' twin is `decode/cuda/verify.py`.
+`decode/cpu_verify.py` does the same faster where tensors lie in the host's memory, and the kernels
+of `decode/cuda/verify.py` on a GPU.
 
 A logit that is NaN counts as minus infinity. B batch, N tree nodes, V vocabulary, L path length. No
 operation of `verify` waits for the device.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,19 +30,29 @@ def probabilities(
     infinity, token 0 has it.
     """
     wide_V = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
-    wide_V = without_nan(wide_V)
-    largest_1 = wide_V.amax(-1, keepdim=True)
-    # Differences to the largest: infinities of one sign are equal, and not NaN. Divided only then,
-    # or a tiny temperature would make infinities of several logits.
-    below_V = torch.where(wide_V == largest_1, 0.0, (wide_V - largest_1) / temperature)
-    token_V = torch.arange(below_V.shape[-1], device=below_V.device)
-    below_V = below_V.masked_fill((largest_1 == -torch.inf) & (token_V > 0), -torch.inf)
+    below_V = _below_largest(wide_V, temperature)
     if top_k is not None:
         kth_1 = below_V.topk(min(top_k, below_V.shape[-1]), dim=-1).values[..., -1:]
         below_V = below_V.masked_fill(below_V < kth_1, -torch.inf)
     if top_p is not None and top_p < 1:  # the sum of all may round to more than 1 before its end
         below_V = _nucleus(below_V, top_p)
     return below_V.softmax(-1)
+
+
+def _below_largest(logits_V: Tensor, temperature: float) -> Tensor:
+    """Return differences to the largest logit, in units of the temperature."""
+    largest_1 = logits_V.amax(-1, keepdim=True)  # NaN, where there is one
+    is_small = temperature < torch.finfo(logits_V.dtype).tiny  # 0 over it is NaN
+    if logits_V.device.type == "cpu" and not is_small and bool(largest_1.isfinite().all()):
+        below_V = logits_V - largest_1
+        return below_V if temperature == 1 else below_V.div_(temperature)
+    logits_V = without_nan(logits_V)
+    largest_1 = logits_V.amax(-1, keepdim=True)
+    # Infinities of one sign are equal, and not NaN. Divided only then, or a tiny temperature would
+    # make infinities of several logits.
+    below_V = torch.where(logits_V == largest_1, 0.0, (logits_V - largest_1) / temperature)
+    token_V = torch.arange(below_V.shape[-1], device=below_V.device)
+    return below_V.masked_fill((largest_1 == -torch.inf) & (token_V > 0), -torch.inf)
 
 
 def _nucleus(logits_V: Tensor, top_p: float) -> Tensor:
@@ -123,12 +131,7 @@ def verify(
     Raises:
         ValueError: the rule is not known, or lacks what it needs.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule={rule} is not known: use one of {', '.join(RULES)}.")
-    if rule != "greedy" and not temperature > 0:
-        raise ValueError(f"rule={rule} needs a temperature above 0; at 0, use rule=greedy.")
-    if rule == "sampling" and uniforms_BN is None:
-        raise ValueError("rule=sampling needs uniforms_BN, a number in [0, 1) for each node.")
+    check_rule(rule, temperature, uniforms_BN)
     trees = TreeBatch(logits_BNV, tokens_BN, nodes or TreeRelations(parents_BN, max_depth))
     if rule == "greedy":
         return _greedy(trees)
@@ -138,6 +141,16 @@ def verify(
     if drawn is not None:
         return _rejection(trees, drawn, uniforms_BN, (temperature, top_k, top_p))
     return _sampling(trees, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
+
+
+def check_rule(rule: str, temperature: float, uniforms_BN: Tensor | None) -> None:
+    """Raise the errors of `verify`."""
+    if rule not in RULES:
+        raise ValueError(f"rule={rule} is not known: use one of {', '.join(RULES)}.")
+    if rule != "greedy" and not temperature > 0:
+        raise ValueError(f"rule={rule} needs a temperature above 0; at 0, use rule=greedy.")
+    if rule == "sampling" and uniforms_BN is None:
+        raise ValueError("rule=sampling needs uniforms_BN, a number in [0, 1) for each node.")
 
 
 class TreeRelations:
@@ -335,44 +348,3 @@ def _child_probability(trees: TreeBatch, p_BNV: Tensor) -> Tensor:
     place_BN = nodes.parent_BN * p_BNV.shape[2] + tokens_BN
     p_BN = p_BNV.flatten(1).gather(1, place_BN)
     return p_BN.masked_fill(~nodes.is_child_BN | is_copy_BN, 0.0)
-
-
-def verify_on_cpu(
-    logits_BNV: Tensor,
-    tokens_BN: Tensor,
-    parents_BN: Tensor,
-    *,
-    rule: str = "greedy",
-    max_depth: int | None = None,
-    **options: Any,
-) -> Verdict:
-    """Find the path of accepted draft tokens; see `verify`, which does the other rules."""
-    if rule == "greedy":
-        return verify_greedy(logits_BNV, tokens_BN, parents_BN, max_depth)
-    return verify(logits_BNV, tokens_BN, parents_BN, rule=rule, max_depth=max_depth, **options)
-
-
-def verify_greedy(
-    logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, max_depth: int | None = None
-) -> Verdict:
-    """Return what `verify` returns with the rule greedy; tensors are on the CPU."""
-    num_nodes = tokens_BN.shape[1]
-    width = 1 + (num_nodes - 1 if max_depth is None else max_depth)
-    targets = argmax(logits_BNV).tolist()
-    paths, last_tokens = [], []
-    for target, tokens, parents in zip(
-        targets, tokens_BN.tolist(), parents_BN.tolist(), strict=True
-    ):
-        path, at = [0], 0
-        # Parents stand before children, and of equal siblings the first counts: one pass will do.
-        for node in range(1, num_nodes):
-            if parents[node] == at and tokens[node] == target[at]:
-                path.append(node)
-                at = node
-        paths.append(path)
-        last_tokens.append(target[at])
-    return Verdict(
-        torch.tensor([path + [-1] * (width - len(path)) for path in paths]),
-        torch.tensor([len(path) - 1 for path in paths]),
-        torch.tensor(last_tokens),
-    )

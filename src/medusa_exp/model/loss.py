@@ -40,9 +40,11 @@ from medusa_exp.model.targets import (
     DistributionTargets,
     NextLogits,
     Targets,
+    Teacher,
     TokenTargets,
     TopAcceptanceTargets,
     TopTargets,
+    kept_rows,
 )
 from medusa_exp.model.teacher_forcing import teacher_forced
 
@@ -112,15 +114,19 @@ class Objective:
         def next_log_probs(hidden_RD: Tensor) -> Tensor:
             return heads.from_head_vocab(backbone.next_logits(hidden_RD).float().log_softmax(-1))
 
-        if self.loss == "kl":
-            measures = self.measures_acceptance
-            return DistributionTargets(hidden_BTD, next_logits, measures_acceptance=measures)
+        def teacher(probabilities: NextLogits) -> Teacher:
+            most = kept_rows(hidden_BTD.device, heads.config.head_vocab_size)
+            return Teacher(hidden_BTD, probabilities, index_R if len(index_R) <= most else None)
+
         index_R = batch.labeled[0]
+        if self.loss == "kl":
+            of_head_vocab = teacher(lambda rows_RD: next_logits(rows_RD).float().softmax(-1))
+            return DistributionTargets(of_head_vocab, measures_acceptance=self.measures_acceptance)
         if self.loss == "topk_kl":
             return TopTargets(hidden_BTD, index_R, next_logits, self.top_k)
         form = AcceptanceLoss(self.loss, self.lk_decay)
         if self.teacher == "full":
-            return AcceptanceTargets(hidden_BTD, next_log_probs, form)
+            return AcceptanceTargets(teacher(lambda rows_RD: next_log_probs(rows_RD).exp()), form)
         return TopAcceptanceTargets(hidden_BTD, index_R, next_log_probs, self.top_k, form)
 
     def factor(self, step: int, max_steps: int) -> float:

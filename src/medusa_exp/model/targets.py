@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from medusa_exp.runs.machine import gpu_memory
+
 _TINY = 1e-30
 """The least probability whose logarithm is taken: all of p may lie where no head can reach."""
 ROWS = 1024
 """Rows whose logits of the backbone exist at one time."""
+_CPU_ROOM = 2**30
+"""Bytes of probabilities that may be kept on a CPU, whatever its memory: it has other work, too."""
+_SHARE = 16
+"""Of a GPU's memory, one part in so many is for them."""
 NextLogits = Callable[[Tensor], Tensor]
-"""From hidden_RD to the backbone's logits_RW, or log-probabilities, of the head vocabulary."""
+"""From hidden_RD to the backbone's logits_RW, or (log-)probabilities, of the head vocabulary."""
 RowLosses = tuple[Tensor, Tensor | None]
 """The loss of each row in nats, and its alpha, without gradient, where that is known."""
 
@@ -60,25 +66,71 @@ class TokenTargets:
         return losses_C, losses_C.detach().neg().exp().masked_fill(rows[0] < 0, 0.0)
 
 
+class Teacher:
+    """The backbone's probabilities at positions of a batch, of the tokens of the head vocabulary.
+
+    Each head asks for nearly all of them, and twice where logits are computed again: kept, they
+    cost one product with the backbone's lm_head in place of one or two for each head.
+    """
+
+    def __init__(
+        self, hidden_BTD: Tensor, probabilities: NextLogits, index_R: Tensor | None = None
+    ) -> None:
+        """Take hidden states of the backbone, and what makes probabilities p_RW of them.
+
+        index_R: flat positions b * T + t, of which p is computed now and kept, [R, W] in float32.
+            Without them it is computed wherever it is asked for.
+        """
+        self.hidden, self.probabilities = hidden_BTD.flatten(0, 1), probabilities
+        self.kept: Tensor | None = None
+        if index_R is None or not len(index_R):
+            return
+        self.row = _rows_of(index_R, len(self.hidden))
+        with torch.no_grad():
+            for start in range(0, len(index_R), ROWS):
+                part_CW = probabilities(self.hidden[index_R[start : start + ROWS]])
+                if self.kept is None:
+                    self.kept = part_CW.new_empty(len(index_R), part_CW.shape[1])
+                self.kept[start : start + ROWS] = part_CW
+
+    def at(self, index_R: Tensor) -> Tensor:
+        """Return, with a row each, what `of` reads for these positions."""
+        return self.hidden[index_R] if self.kept is None else self.row[index_R]
+
+    @torch.no_grad()
+    def of(self, rows: Tensor) -> Tensor:
+        """Return p_CW of some rows of `at`."""
+        return self.probabilities(rows) if self.kept is None else self.kept.index_select(0, rows)
+
+
+def kept_rows(device: torch.device, num_tokens: int) -> int:
+    """Return at how many positions a `Teacher` may keep the probabilities of so many tokens."""
+    memory = gpu_memory(device)
+    room = _CPU_ROOM if memory is None else memory // _SHARE
+    return room // (4 * num_tokens)
+
+
+def _rows_of(index_R: Tensor, number: int) -> Tensor:
+    """Return for each of so many positions its place in index_R, or 0."""
+    row_I = torch.zeros(number, dtype=torch.long, device=index_R.device)
+    row_I[index_R] = torch.arange(len(index_R), device=index_R.device)
+    return row_I
+
+
 class DistributionTargets:
     """KL divergence of a head's distribution from the backbone's."""
 
-    def __init__(
-        self, hidden_BTD: Tensor, next_logits: NextLogits, *, measures_acceptance: bool = False
-    ) -> None:
-        """Take the backbone's hidden states, and what makes logits of them."""
-        self.hidden = hidden_BTD.flatten(0, 1)
-        self.next_logits = next_logits
-        self.measures_acceptance = measures_acceptance
+    def __init__(self, teacher: Teacher, *, measures_acceptance: bool = False) -> None:
+        """Take a teacher whose probabilities are of the head vocabulary alone, and sum to 1."""
+        self.teacher, self.measures_acceptance = teacher, measures_acceptance
 
     def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
-        """Return (hidden_RD,): their logits are made chunk by chunk."""
-        return (self.hidden[index_R],)
+        """Return what the teacher reads."""
+        return (self.teacher.at(index_R),)
 
     def losses(self, logits_CW: Tensor, *rows: Tensor) -> RowLosses:
         """Return KL(backbone || head) of each row, of the head vocabulary alone."""
-        with torch.no_grad():
-            teacher_CW = self.next_logits(rows[0]).float().softmax(-1)
+        teacher_CW = self.teacher.of(*rows)
         log_q_CW, accepted_C = logits_CW.log_softmax(-1), None
         if self.measures_acceptance:
             q_CW = log_q_CW.detach().exp()
@@ -106,8 +158,7 @@ class TopTargets:
         is_truncated: make the probabilities sum to 1. Else they are what `next_logits` says.
         """
         hidden_ID = hidden_BTD.flatten(0, 1)  # I = B * T
-        self.row = torch.zeros(len(hidden_ID), dtype=torch.long, device=index_R.device)
-        self.row[index_R] = torch.arange(len(index_R), device=index_R.device)
+        self.row = _rows_of(index_R, len(hidden_ID))
         tops = []
         with torch.no_grad():
             for rows_RD in hidden_ID[index_R].split(ROWS):
@@ -155,7 +206,9 @@ class AcceptanceLoss:
         """Return the loss of each row, of probabilities as logarithms, and alpha."""
         p_CX = log_p_CX.exp()
         alpha_C = torch.minimum(p_CX, log_q_CX.exp()).sum(-1)
-        kl_C = self._kl(p_CX, (p_CX * log_q_CX).sum(-1))
+        kl_C = alpha_C  # of which a share of 0 is taken
+        if self.kind == "lk":
+            kl_C = self._kl(p_CX, (p_CX * log_q_CX).sum(-1))
         return self.mix(alpha_C, self.share(alpha_C), kl_C), alpha_C.detach()
 
     def share(self, alpha_C: Tensor) -> Tensor:
@@ -170,31 +223,32 @@ class AcceptanceLoss:
             return 1 - alpha_C
         return share_C * kl_C - (1 - share_C) * alpha_C.clamp(min=_TINY).log()
 
-    def of_logits(self, log_p_CW: Tensor, logits_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def of_logits(self, p_CW: Tensor, logits_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss of each row, its gradient by the logits [C, W], and alpha.
 
-        With a = 1[q < p], d alpha / d logits = q * (a - sum_v a_v q_v), and d KL / d logits =
-        S * q - p. Left to autograd, twice as many tensors [C, W] would exist at one time.
+        With m = q where q < p and else 0, d alpha / d logits = m - q * sum_v m_v, and
+        d KL / d logits = S * q - p. Left to autograd, more tensors [C, W] would exist at one time.
         """
-        p_CW, log_z_C = log_p_CW.exp(), logits_CW.logsumexp(-1)
-        reach_C = p_CW.sum(-1)
-        kl_C = self._kl(p_CW, (p_CW * logits_CW).sum(-1) - reach_C * log_z_C)
-        q_CW = (logits_CW - log_z_C[:, None]).exp_()
+        q_CW = logits_CW.softmax(-1)
         alpha_C = torch.minimum(p_CW, q_CW).sum(-1)
-        share_C = self.share(alpha_C)
+        share_C, kl_C = self.share(alpha_C), alpha_C  # of which a share of 0 is taken
         # What alpha's gradient counts: 1, or that of its logarithm.
         slope_C = (1 - share_C) / (1 if self.kind == "tv" else alpha_C.clamp(min=_TINY))
-        is_less_CW = q_CW < p_CW
-        less_C = (q_CW * is_less_CW).sum(-1)
-        gradient_CW = is_less_CW * -slope_C[:, None]
-        gradient_CW += (share_C * reach_C + slope_C * less_C)[:, None]
-        gradient_CW.mul_(q_CW).sub_(p_CW.mul_(share_C[:, None]))
+        m_CW = torch.lt(q_CW, p_CW, out=torch.empty_like(q_CW)).mul_(q_CW)  # a mask is slower
+        of_q_C = slope_C * m_CW.sum(-1)
+        if self.kind == "lk":
+            reach_C = p_CW.sum(-1)
+            log_q_p_C = (p_CW * logits_CW).sum(-1) - reach_C * logits_CW.logsumexp(-1)
+            kl_C = self._kl(p_CW, log_q_p_C)
+            of_q_C = of_q_C + share_C * reach_C
+        gradient_CW = q_CW.mul_(of_q_C[:, None])
+        gradient_CW.addcmul_(m_CW, slope_C[:, None], value=-1)
+        if self.kind == "lk":
+            gradient_CW.addcmul_(p_CW, share_C[:, None], value=-1)
         return self.mix(alpha_C, share_C, kl_C), gradient_CW, alpha_C
 
     def _kl(self, p_CX: Tensor, of_q_C: Tensor) -> Tensor:
         """Return S * KL(p / S || q); of_q_C is sum_v p_v log q_v."""
-        if self.kind != "lk":
-            return of_q_C
         reach_C = p_CX.sum(-1)
         return (
             torch.special.xlogy(p_CX, p_CX).sum(-1) - torch.special.xlogy(reach_C, reach_C) - of_q_C
@@ -206,10 +260,10 @@ class _ByLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_CW: Tensor, log_p_CW: Tensor, form: AcceptanceLoss
+        ctx: Any, logits_CW: Tensor, p_CW: Tensor, form: AcceptanceLoss
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of each row, and alpha."""
-        loss_C, gradient_CW, alpha_C = form.of_logits(log_p_CW, logits_CW)
+        loss_C, gradient_CW, alpha_C = form.of_logits(p_CW, logits_CW)
         ctx.save_for_backward(gradient_CW)
         ctx.mark_non_differentiable(alpha_C)
         return loss_C, alpha_C
@@ -224,22 +278,17 @@ class _ByLogits(torch.autograd.Function):
 class AcceptanceTargets:
     """Losses that fall with what is accepted of sampled drafts, by the backbone's distribution."""
 
-    def __init__(
-        self, hidden_BTD: Tensor, next_log_probs: NextLogits, form: AcceptanceLoss
-    ) -> None:
-        """Take hidden states of the backbone, and what makes log-probabilities [R, W] of them."""
-        self.hidden = hidden_BTD.flatten(0, 1)
-        self.next_log_probs, self.form = next_log_probs, form
+    def __init__(self, teacher: Teacher, form: AcceptanceLoss) -> None:
+        """Take a teacher whose probabilities sum to less than 1 where heads cannot reach all."""
+        self.teacher, self.form = teacher, form
 
     def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
-        """Return (hidden_RD,): their probabilities are computed chunk by chunk."""
-        return (self.hidden[index_R],)
+        """Return what the teacher reads."""
+        return (self.teacher.at(index_R),)
 
     def losses(self, logits_CW: Tensor, *rows: Tensor) -> RowLosses:
         """Return loss and alpha of each row."""
-        with torch.no_grad():
-            log_p_CW = self.next_log_probs(rows[0])
-        losses: RowLosses = _ByLogits.apply(logits_CW, log_p_CW, self.form)
+        losses: RowLosses = _ByLogits.apply(logits_CW, self.teacher.of(*rows), self.form)
         return losses
 
 

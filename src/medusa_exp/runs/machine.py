@@ -296,6 +296,15 @@ def _peak_by_psutil() -> int:
     return int(getattr(memory, "peak_wset", memory.rss))
 
 
+def gpu_memory(device: "torch.device") -> int | None:
+    """Return the bytes of a GPU's memory, used ones too; None of a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def available_memory() -> int | None:
     """Return the bytes of memory that processes may still take; None where it cannot be known."""
     try:

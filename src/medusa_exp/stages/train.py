@@ -31,7 +31,7 @@ from medusa_exp.model.heads import MedusaHeads, build_heads, family_for, own_pro
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.model.tokenizer import save_tokenizer
 from medusa_exp.runs.locks import locked
-from medusa_exp.runs.machine import pick_device
+from medusa_exp.runs.machine import gpu_memory, pick_device
 from medusa_exp.runs.record import Notes
 from medusa_exp.runs.seals import seal
 from medusa_exp.stages.session import Session, limits_of
@@ -51,7 +51,6 @@ from medusa_exp.train.checkpointing import (
 from medusa_exp.train.defaults import (
     compiled_backbone,
     describe,
-    gpu_memory,
     is_compiled_here,
     learning_rate,
     settle,

@@ -20,9 +20,8 @@ from medusa_exp.data.datamodule import Batch
 from medusa_exp.errors import UserError
 from medusa_exp.model.checkpoint import save_tensors
 from medusa_exp.runs.files import publish, sha256_file
-from medusa_exp.runs.machine import peak_memory_bytes, synchronize
+from medusa_exp.runs.machine import gpu_memory, peak_memory_bytes, synchronize
 from medusa_exp.runs.progress import ProgressBar
-from medusa_exp.train.defaults import gpu_memory
 from medusa_exp.train.failures import memory_of_training
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.train.optimizer import STATE_BYTES

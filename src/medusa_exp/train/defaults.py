@@ -31,7 +31,7 @@ _CPU_GRADIENTS = 2**30
 """Bytes of gradients that may wait on a CPU, whatever its memory: it has other work, too."""
 _CLASS = 8 * 2**30
 """Two devices of one kind differ a little in what memory they say they have."""
-LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 24, "tv": 24, "nla": 24, "lk": 24}
+LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 24, "tv": 16, "nla": 16, "lk": 20}
 """By loss: bytes that exist at one time for each logit of a chunk: the logits, their logarithms of
 the softmax and gradients in float32, or with less precise copies. tests/model/test_loss.py counts.
 """
@@ -46,13 +46,6 @@ _ROWS_AT_ONCE = 1 << 15
 _COMPILED_OPERATIONS = 3e16
 """Floating-point operations of a training above which compiling, which takes some ten seconds,
 pays: two minutes of an H200, ten of a small GPU."""
-
-
-def gpu_memory(device: torch.device) -> int | None:
-    """Return the bytes of a GPU's memory, used ones too; None of a CPU."""
-    if device.type != "cuda":
-        return None
-    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def settle(

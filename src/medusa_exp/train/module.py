@@ -44,7 +44,7 @@ from medusa_exp.model.loss import (
     medusa_loss,
     medusa_losses,
 )
-from medusa_exp.model.targets import DistributionTargets, Targets, TokenTargets
+from medusa_exp.model.targets import DistributionTargets, Targets, Teacher, TokenTargets
 from medusa_exp.train.acceptance import HeldOutResponse, accept_lengths
 from medusa_exp.train.defaults import settled_of
 from medusa_exp.train.failures import check_losses
@@ -90,7 +90,11 @@ class JointLoss:
         with torch.no_grad(), self.adapted.disable_adapter():
             teacher_BTD = backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
         self.adapted.train()
-        return DistributionTargets(teacher_BTD, backbone.next_logits)
+
+        def probabilities(hidden_RD: Tensor) -> Tensor:
+            return backbone.next_logits(hidden_RD).float().softmax(-1)
+
+        return DistributionTargets(Teacher(teacher_BTD, probabilities))
 
 
 class MedusaModule(L.LightningModule):
