@@ -10,6 +10,7 @@ from tiny_models import VOCAB_SIZE, build_model
 from torch import nn
 
 from medusa_exp.decode import verify
+from medusa_exp.decode.cpu_verify import verify_on_cpu
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import build_drafter
 from medusa_exp.decode.loop import Limits
@@ -54,7 +55,7 @@ def law_of_draws(q_QV, number):
     for middle, length in pieces_of(np.concatenate(sums)):
         left = [q.copy() for q in q_QV]
         for q, ends in zip(left, sums, strict=True):
-            q[min(np.searchsorted(ends, middle, side="right"), VOCAB - 1)] = 0
+            q[min(np.searchsorted(ends, middle, side="right"), len(q) - 1)] = 0
         for others, weight in law_of_draws(left, number - 1):
             yield (middle, *others), length * weight
 
@@ -75,7 +76,7 @@ def pieces_of_node(p, q, tokens):
 
 
 @torch.no_grad()
-def law_of_a_step(drafter, rule, tree, logits_DVV, hidden_1D):
+def law_of_a_step(verifier, drafter, rule, tree, logits_DVV, hidden_1D):
     """Return what a step can commit, with its probability, by enumeration of its draws.
 
     The backbone's logits after a node hang on its depth and its token.
@@ -98,14 +99,16 @@ def law_of_a_step(drafter, rule, tree, logits_DVV, hidden_1D):
             draws.append([*first, *second])
             weights.append(weight * more)
     draft = drafts_of(draws)
-    tokens_BN, q_BQV = draft.tokens_BN.tolist(), draft.drawn.q_BQW.numpy()
+    tokens_BN, q_BQW = draft.tokens_BN.tolist(), draft.drawn.q_BQW.numpy()
+    token_map = slice(None) if draft.drawn.token_map is None else draft.drawn.token_map.numpy()
     known = {}
 
     def pieces_at(row, node):
         children = [tokens_BN[row][c] for c in draft.drawn.children_NC[node].tolist() if c >= 0]
         key = node, tokens_BN[row][node], *children
         if key not in known:
-            q_V = q_BQV[row, draft.drawn.row_N[node] if children else 0]
+            q_V = np.zeros(VOCAB)
+            q_V[token_map] = q_BQW[row, draft.drawn.row_N[node] if children else 0]
             p_V = p_DVV[tree.depths[node], tokens_BN[row][node]]
             known[key] = pieces_of_node(p_V, q_V, children)
         return known[key]
@@ -120,7 +123,7 @@ def law_of_a_step(drafter, rule, tree, logits_DVV, hidden_1D):
             for middle, length in pieces_at(row, node)
         ]
         rows = torch.tensor([row for row, *_ in work])
-        verdict = verify(
+        verdict = verifier(
             logits_BNV[rows],
             draft.tokens_BN[rows],
             draft.parents_BN[rows],
@@ -149,9 +152,10 @@ def law_of_a_step(drafter, rule, tree, logits_DVV, hidden_1D):
 FILTERS = [{}, {"top_k": 3}, {"top_p": 0.7, "temperature": 0.8}, {"top_k": 1}]
 
 
-@pytest.mark.parametrize("kind", ["parallel", "hydra", "recurrent"])
+@pytest.mark.parametrize("verifier", [verify, verify_on_cpu])
+@pytest.mark.parametrize("kind", ["parallel", "few tokens", "hydra", "recurrent"])
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_the_law_of_a_step_is_the_backbones(kind, filters):
+def test_the_law_of_a_step_is_the_backbones(verifier, kind, filters):
     """Every outcome of the draws and of verification: given the tokens so far, the next one that is
     committed has the probability that the backbone gives it."""
     rng = np.random.default_rng(len(kind) + len(str(filters)))
@@ -160,13 +164,16 @@ def test_the_law_of_a_step_is_the_backbones(kind, filters):
     if kind == "parallel":
         heads = FixedHeads(torch.from_numpy(rng.normal(0, 1.5, (2, VOCAB))))
     else:
-        tree = Tree.from_paths([(0,), (0, 0)] + [(1,), (1, 0)] * (kind == "hydra"))
+        tree = Tree.from_paths([(0,), (0, 0)] + [(1,), (1, 0)] * (kind != "recurrent"))
         backbone = Backbone(build_model("llama", vocab_size=VOCAB, spread=1.5))
-        heads = build_heads(backbone, num_heads=2, kind=kind).double()
+        counts = torch.tensor([1, 3, 0, 5, 0, 0, 2, 4])  # the head vocabulary is 0, 1, 3, 6, 7
+        few = {"kind": "medusa_lowrank", "num_tokens": 5, "token_counts": counts}
+        options = few if kind == "few tokens" else {"kind": kind}
+        heads = build_heads(backbone, num_heads=2, **options).double()
         hidden_1D = torch.from_numpy(rng.normal(0, 1, (1, backbone.hidden_size)))
     logits_DVV = torch.from_numpy(rng.normal(0, 1.5, (tree.depth + 1, VOCAB, VOCAB)))
     drafter = build_drafter(heads, tree, torch.device("cpu"), rule)
-    law, p_DVV = law_of_a_step(drafter, rule, tree, logits_DVV, hidden_1D)
+    law, p_DVV = law_of_a_step(verifier, drafter, rule, tree, logits_DVV, hidden_1D)
     assert math.fsum(law.values()) == pytest.approx(1, abs=1e-12)
     distance = 0.0
     for depth in range(tree.depth + 1):

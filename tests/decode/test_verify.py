@@ -15,6 +15,7 @@ from medusa_exp.decode.verify import probabilities
 
 RULES = ("greedy", "sampling", "typical")
 VOCAB = 4
+BOTH = pytest.mark.parametrize("verifier", [verify, verify_on_cpu])
 
 
 def children_of(node, parents, tokens):
@@ -81,7 +82,7 @@ def trees(draw):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("verifier", [verify, verify_on_cpu])
+@BOTH
 @settings(max_examples=200)
 @given(rows=st.lists(trees(), min_size=1, max_size=3))
 def test_equals_a_walk_in_plain_python(verifier, rule, rows):
@@ -121,8 +122,9 @@ def pieces_of(p_V, first):
     return (edges[1:] + edges[:-1]) / 2, np.diff(edges)
 
 
+@BOTH
 @pytest.mark.parametrize("seed", range(12))
-def test_the_law_of_a_step_is_the_backbones(seed):
+def test_the_law_of_a_step_is_the_backbones(verifier, seed):
     """Every outcome of the uniforms is enumerated: what is committed has the probability that the
     backbone, token by token, gives it."""
     rng = np.random.default_rng(seed)
@@ -139,7 +141,7 @@ def test_the_law_of_a_step_is_the_backbones(seed):
     uniforms = np.array(list(itertools.product(*(middles for middles, _ in parts))))
     weights = np.prod(list(itertools.product(*(lengths for _, lengths in parts))), axis=1)
     count = len(uniforms)
-    verdict = verify(
+    verdict = verifier(
         logits_NV.expand(count, -1, -1),
         torch.tensor([tokens]).expand(count, -1),
         torch.tensor([parents]).expand(count, -1),
@@ -164,19 +166,21 @@ def test_the_law_of_a_step_is_the_backbones(seed):
     assert distance <= 1e-12
 
 
-def test_ties_go_to_the_lowest_id_and_the_first_sibling():
+@BOTH
+def test_ties_go_to_the_lowest_id_and_the_first_sibling(verifier):
     logits_BNV = torch.tensor([[[1.0, 1.0, 0.0]] * 4])
-    verdict = verify(logits_BNV, torch.tensor([[2, 1, 0, 0]]), torch.tensor([[-1, 0, 0, 0]]))
+    verdict = verifier(logits_BNV, torch.tensor([[2, 1, 0, 0]]), torch.tensor([[-1, 0, 0, 0]]))
     assert verdict.path_BL.tolist() == [[0, 2, -1, -1]]
     assert verdict.next_token_B.tolist() == [0]
 
 
+@BOTH
 @pytest.mark.parametrize("rule", RULES)
-def test_padding_is_never_accepted(rule):
+def test_padding_is_never_accepted(verifier, rule):
     """The reference takes padding for token 0, and accepts it where token 0 is likely."""
     logits_BNV = torch.zeros(1, 3, 4)
     logits_BNV[..., 0] = 9.0
-    verdict = verify(
+    verdict = verifier(
         logits_BNV,
         torch.tensor([[3, 0, 0]]),
         torch.tensor([[-1, 0, -1]]),
@@ -186,13 +190,14 @@ def test_padding_is_never_accepted(rule):
     assert verdict.path_BL.tolist() == [[0, 1, -1]]
 
 
+@BOTH
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_no_numbers_have_a_defined_end(rule, value):
+def test_logits_that_are_no_numbers_have_a_defined_end(verifier, rule, value):
     logits_BNV = torch.zeros(2, 4, 3)
     logits_BNV[0] = value
     logits_BNV[1, :, 2] = value
-    verdict = verify(
+    verdict = verifier(
         logits_BNV,
         torch.tensor([[1, 0, 2, 0]] * 2),
         torch.tensor([[-1, 0, 0, 1]] * 2),
@@ -207,6 +212,7 @@ def test_logits_that_are_no_numbers_have_a_defined_end(rule, value):
         assert verdict.path_BL[1].tolist() == [0, 2, -1, -1]
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -215,9 +221,9 @@ def test_logits_that_are_no_numbers_have_a_defined_end(rule, value):
         ({"rule": "typical", "temperature": 0.0}, "temperature above 0"),
     ],
 )
-def test_what_cannot_be_asked(options, message):
+def test_what_cannot_be_asked(verifier, options, message):
     with pytest.raises(ValueError, match=message):
-        verify(torch.zeros(1, 1, 2), torch.tensor([[0]]), torch.tensor([[-1]]), **options)
+        verifier(torch.zeros(1, 1, 2), torch.tensor([[0]]), torch.tensor([[-1]]), **options)
 
 
 def test_filters_are_those_of_transformers():

@@ -182,7 +182,7 @@ class _Draws:
         """Return the same of children that were drawn, which are tried one after the other."""
         assert self._drawn is not None
         row_O, at_O = torch.tensor(rows), torch.tensor(at)
-        q_OW = self._drawn.q_BQW[row_O, self._drawn.row_N[at_O]]
+        q_OW = self._drawn.q_BQW[row_O, self._drawn.row_N[at_O]].to(p_OV.dtype)
         token_map = self._drawn.token_map
         p_OX, place_V = p_OV, None
         if token_map is not None:
