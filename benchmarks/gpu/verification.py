@@ -26,7 +26,8 @@ from rivals.verification import SplitWalk, compiled, eager, options_of
 
 from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.verify import KernelVerify, launch_config
-from medusa_exp.decode.verify import Verdict, probabilities, verify
+from medusa_exp.decode.distribution import probabilities
+from medusa_exp.decode.verify import Verdict, verify
 
 NEAR = 1e-6
 """So near to a token's edge, a float32 draw may fall on the other side."""

@@ -1,16 +1,12 @@
-"""Sampled drafts: the law of a step, of the draws, and of whole continuations."""
+"""Sampled drafts: the law of the draws, what is left of two distributions, and whole steps."""
 
-import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, build_model
+from tiny_models import VOCAB_SIZE
 from torch import nn
 
-from medusa_exp.decode import verify
-from medusa_exp.decode.cpu_verify import verify_on_cpu
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import build_drafter
 from medusa_exp.decode.loop import Limits
@@ -18,9 +14,8 @@ from medusa_exp.decode.replay import _ranks
 from medusa_exp.decode.rule import AcceptanceRule, Verifier
 from medusa_exp.decode.sampled import Rejection, draw
 from medusa_exp.decode.slots import Request
-from medusa_exp.decode.verify import probabilities
 from medusa_exp.errors import UserError
-from medusa_exp.model import Backbone, build_heads
+from medusa_exp.model import build_heads
 from medusa_exp.tree import Tree
 
 VOCAB = 8
@@ -37,155 +32,6 @@ class FixedHeads(nn.Module):
 
     def forward(self, hidden_BD):
         return self.logits_KV.expand(len(hidden_BD), -1, -1)
-
-
-def pieces_of(edges):
-    """Return the middles and lengths of what lies between edges in [0, 1]."""
-    edges = np.unique(np.clip([0.0, *edges, 1.0], 0, 1))
-    middles, lengths = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
-    return [(m, n) for m, n in zip(middles, lengths, strict=True) if n > 1e-15]
-
-
-def law_of_draws(q_QV, number):
-    """Yield uniforms and their weight, such that all outcomes of drawing by them are there."""
-    if not number:
-        yield (), 1.0
-        return
-    sums = [np.cumsum(q) / max(q.sum(), 1e-300) for q in q_QV]
-    for middle, length in pieces_of(np.concatenate(sums)):
-        left = [q.copy() for q in q_QV]
-        for q, ends in zip(left, sums, strict=True):
-            q[min(np.searchsorted(ends, middle, side="right"), len(q) - 1)] = 0
-        for others, weight in law_of_draws(left, number - 1):
-            yield (middle, *others), length * weight
-
-
-def pieces_of_node(p, q, tokens):
-    """Rejection as the papers write it: everything normalized anew after each child."""
-    edges, is_open, p, q = [0.0], 1.0, p.copy(), q.copy()
-    for token in tokens:
-        if q[token] > 0:
-            share = min(1.0, p[token] / q[token])
-            edges.append(edges[-1] + is_open * share)
-            is_open *= 1 - share
-            rest = np.maximum(p - q, 0)
-            p = rest / rest.sum() if rest.sum() > 0 else p
-            q[token] = 0
-            q = q / q.sum() if q.sum() > 0 else q
-    return pieces_of([*edges, *(edges[-1] + is_open * np.cumsum(p))])
-
-
-@torch.no_grad()
-def law_of_a_step(verifier, drafter, rule, tree, logits_DVV, hidden_1D):
-    """Return what a step can commit, with its probability, by enumeration of its draws.
-
-    The backbone's logits after a node hang on its depth and its token.
-    """
-    size, filters = len(tree), (rule.temperature, rule.top_k, rule.top_p)
-    p_DVV = probabilities(logits_DVV, *filters).numpy()
-    number = (drafter.num_uniforms - size) // 2
-
-    def drafts_of(draws):
-        numbers = torch.tensor([[0.5] * size + [*one] for one in draws], dtype=torch.float64)
-        root_B = torch.zeros(len(draws), dtype=torch.long)
-        return drafter(root_B, hidden_1D.expand(len(draws), -1), numbers)
-
-    [q_V] = drafts_of([[0.5] * 2 * number]).drawn.q_BQW[:, 0].numpy()
-    firsts = [*law_of_draws([q_V], number)]
-    of_firsts = drafts_of([[*one, *[0.5] * number] for one, _ in firsts]).drawn.q_BQW[:, 1:].numpy()
-    draws, weights = [], []
-    for (first, weight), q_QV in zip(firsts, of_firsts, strict=True):
-        for second, more in law_of_draws([*q_QV], number):
-            draws.append([*first, *second])
-            weights.append(weight * more)
-    draft = drafts_of(draws)
-    tokens_BN, q_BQW = draft.tokens_BN.tolist(), draft.drawn.q_BQW.numpy()
-    token_map = slice(None) if draft.drawn.token_map is None else draft.drawn.token_map.numpy()
-    known = {}
-
-    def pieces_at(row, node):
-        children = [tokens_BN[row][c] for c in draft.drawn.children_NC[node].tolist() if c >= 0]
-        key = node, tokens_BN[row][node], *children
-        if key not in known:
-            q_V = np.zeros(VOCAB)
-            q_V[token_map] = q_BQW[row, draft.drawn.row_N[node] if children else 0]
-            p_V = p_DVV[tree.depths[node], tokens_BN[row][node]]
-            known[key] = pieces_of_node(p_V, q_V, children)
-        return known[key]
-
-    logits_BNV = logits_DVV[torch.from_numpy(tree.depths), draft.tokens_BN]
-    found = {}
-    work = [(row, [0.5] * size, weight, 0) for row, weight in enumerate(weights)]
-    while work:
-        work = [
-            (row, [*numbers[:node], middle, *numbers[node + 1 :]], weight * length, node)
-            for row, numbers, weight, node in work
-            for middle, length in pieces_at(row, node)
-        ]
-        rows = torch.tensor([row for row, *_ in work])
-        verdict = verifier(
-            logits_BNV[rows],
-            draft.tokens_BN[rows],
-            draft.parents_BN[rows],
-            rule="sampling",
-            temperature=rule.temperature,
-            top_k=rule.top_k,
-            top_p=rule.top_p,
-            uniforms_BN=torch.tensor([numbers for _, numbers, *_ in work], dtype=torch.float64),
-            max_depth=2,
-            drawn=replace(draft.drawn, q_BQW=draft.drawn.q_BQW[rows]),
-        )
-        following = []
-        for (row, numbers, weight, node), path, token in zip(
-            work, verdict.path_BL.tolist(), verdict.next_token_B.tolist(), strict=True
-        ):
-            path = [n for n in path if n >= 0]
-            if path[-1] != node:
-                following.append((row, numbers, weight, path[path.index(node) + 1]))
-                continue
-            said = (*(tokens_BN[row][n] for n in path[1:]), token)
-            found.setdefault(said, []).append(weight)
-        work = following
-    return {said: math.fsum(some) for said, some in found.items()}, p_DVV
-
-
-FILTERS = [{}, {"top_k": 3}, {"top_p": 0.7, "temperature": 0.8}, {"top_k": 1}]
-
-
-@pytest.mark.parametrize("verifier", [verify, verify_on_cpu])
-@pytest.mark.parametrize("kind", ["parallel", "few tokens", "hydra", "recurrent"])
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_the_law_of_a_step_is_the_backbones(verifier, kind, filters):
-    """Every outcome of the draws and of verification: given the tokens so far, the next one that is
-    committed has the probability that the backbone gives it."""
-    rng = np.random.default_rng(len(kind) + len(str(filters)))
-    rule = AcceptanceRule("sampling", draft="sampled", **filters)
-    tree, hidden_1D = TREE, torch.zeros(1, 16, dtype=torch.float64)
-    if kind == "parallel":
-        heads = FixedHeads(torch.from_numpy(rng.normal(0, 1.5, (2, VOCAB))))
-    else:
-        tree = Tree.from_paths([(0,), (0, 0)] + [(1,), (1, 0)] * (kind != "recurrent"))
-        backbone = Backbone(build_model("llama", vocab_size=VOCAB, spread=1.5))
-        counts = torch.tensor([1, 3, 0, 5, 0, 0, 2, 4])  # the head vocabulary is 0, 1, 3, 6, 7
-        few = {"kind": "medusa_lowrank", "num_tokens": 5, "token_counts": counts}
-        options = few if kind == "few tokens" else {"kind": kind}
-        heads = build_heads(backbone, num_heads=2, **options).double()
-        hidden_1D = torch.from_numpy(rng.normal(0, 1, (1, backbone.hidden_size)))
-    logits_DVV = torch.from_numpy(rng.normal(0, 1.5, (tree.depth + 1, VOCAB, VOCAB)))
-    drafter = build_drafter(heads, tree, torch.device("cpu"), rule)
-    law, p_DVV = law_of_a_step(verifier, drafter, rule, tree, logits_DVV, hidden_1D)
-    assert math.fsum(law.values()) == pytest.approx(1, abs=1e-12)
-    distance = 0.0
-    for depth in range(tree.depth + 1):
-        found = {}
-        for said, weight in law.items():
-            if len(said) > depth:
-                found.setdefault(said[:depth], np.zeros(VOCAB))[said[depth]] += weight
-        for before, by_token in found.items():
-            p_V = p_DVV[depth, before[-1] if before else 0]
-            distance += np.abs(by_token - by_token.sum() * p_V).sum() / 2
-    assert distance <= 1e-12
-    assert "top_k" in filters or any(len(said) == 3 for said in law)
 
 
 @pytest.mark.parametrize("sure", [1.0, 30.0])
@@ -206,9 +52,7 @@ def test_a_draw_from_too_few_tokens_is_never_accepted():
     [tokens] = draw(q_1V, torch.tensor([[0.2, 0.4, 0.9]])).tolist()
     assert tokens[0] == 1
     left = Rejection(torch.tensor([[0.3, 0.1, 0.3, 0.3]]), q_1V)
-    accepted = [
-        float(left.attempt(torch.tensor([[token]]), torch.tensor([[True]]))) for token in tokens
-    ]
+    accepted = [float(left.attempt(torch.tensor([[token]]))) for token in tokens]
     assert accepted == [pytest.approx(0.1), 0, 0]
     assert left.rest()[0].tolist() == pytest.approx([0.3, 0, 0.3, 0.3])
 
@@ -284,7 +128,7 @@ def test_rules_that_cannot_be(options, error):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_replayed_ranks_have_the_law_of_decoding(seed):
+def test_replayed_ranks_have_the_law_of_recursive_rejection(seed):
     """The token that comes, drawn by p, and then its rank: against drawing and verifying."""
     generator = torch.Generator().manual_seed(seed)
     p_V, q_V = torch.softmax(1.5 * torch.randn(2, 6, generator=generator), -1)
@@ -296,7 +140,7 @@ def test_replayed_ranks_have_the_law_of_decoding(seed):
     expected = torch.zeros(6, number)
     for rank in range(number):
         token_B1 = tokens_BR[:, rank : rank + 1]
-        accepted_B1 = left.attempt(token_B1, torch.ones_like(token_B1, dtype=torch.bool))
+        accepted_B1 = left.attempt(token_B1)
         expected[:, rank] = torch.zeros(6).scatter_add_(0, token_B1[:, 0], accepted_B1[:, 0])
     found = torch.zeros(6, number + 1)
     found.index_put_((truth_B, ranks_B), torch.ones(count), accumulate=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medusa_exp.decode import verify
 from medusa_exp.decode.cpu_verify import verify_on_cpu
-from medusa_exp.decode.verify import probabilities
+from medusa_exp.decode.distribution import probabilities
 
 RULES = ("greedy", "sampling", "typical")
 VOCAB = 4

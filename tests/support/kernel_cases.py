@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.verify import Verdict, probabilities, verify
+from medusa_exp.decode.distribution import probabilities
+from medusa_exp.decode.verify import Verdict, verify
 
 RULES = ("greedy", "sampling", "typical")
 SHAPES = ("random", "random", "bushy", "chain", "star", "single", "padded")

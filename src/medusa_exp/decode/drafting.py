@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.sampled import Drawn, children_of, draw, in_draw_order
-from medusa_exp.decode.verify import TreeRelations, probabilities
+from medusa_exp.decode.verify import TreeRelations
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import (
     MedusaHeads,
@@ -96,39 +97,47 @@ _NO_CHANCE = -1e4
 
 
 class _Draws:
-    """Draws the tokens of a tree that stays the same, after the rule's temperature and filters."""
+    """Draws the tokens of a tree that stays the same, after the rule's temperature and filters.
 
-    def __init__(self, rule: AcceptanceRule, tree: Tree, device: torch.device) -> None:
+    M nodes of a depth have children; each draws them by R numbers of its own.
+    """
+
+    def __init__(self, rule: AcceptanceRule, tree: Tree) -> None:
         self._filters = rule.temperature, rule.top_k, rule.top_p
-        self._num_nodes, self.num_ranks = len(tree), max(tree.ranks) + 1
-        self.number = tree.depth * self.num_ranks
-        children_NC, self._widths = children_of(tree)
-        self._children_NC = children_NC.to(device)
+        self.num_ranks = max(tree.ranks) + 1
+        self._children = children_of(tree)
+        nodes = [node for node in range(len(tree)) if self._children[node]]
+        self.inner = sorted(nodes, key=lambda node: (tree.depths[node], node))
+        """Nodes that have children, by depth."""
+        depths = [int(tree.depths[node]) for node in self.inner]
+        self._number_by_depth = [depths.count(depth) for depth in range(tree.depth)]
+        self._first = [
+            len(tree) + self.num_ranks * depths.index(depth) for depth in range(tree.depth)
+        ]
+        self.number = self.num_ranks * len(self.inner)
 
     def of_depth(self, logits: Tensor, uniforms_BU: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """Return draws [B, M, R] and what they are from [B, M, W], of logits [B, M, W].
+        """Return draws [B, M, R], and what they are from, of logits [B, M, W], or [B, 1, W] where
+        they are the same for all M; depth 0 is that of head 1."""
+        q = probabilities(logits, *self._filters)
+        count, start = self._number_by_depth[depth], self._first[depth]
+        uniforms_BV = uniforms_BU[:, start : start + count * self.num_ranks]
+        uniforms_BMR = uniforms_BV.unflatten(1, (count, self.num_ranks))
+        return draw(q.expand(-1, count, -1), uniforms_BMR), q
 
-        All nodes of a depth draw by the same numbers; depth 0 is that of head 1.
-        """
-        q_BMW = probabilities(logits, *self._filters)
-        start = self._num_nodes + depth * self.num_ranks
-        uniforms_BR = uniforms_BU[:, start : start + self.num_ranks]
-        uniforms_BMR = uniforms_BR[:, None].expand(-1, logits.shape[1], -1)
-        return draw(q_BMW, uniforms_BMR), q_BMW
-
-    def from_(self, q_BQW: Tensor, row_N: Tensor, token_map: Tensor | None = None) -> Drawn:
-        """Return the record of a step's draws."""
-        return Drawn(q_BQW, row_N, self._children_NC, self._widths, token_map)
+    def from_(self, q_BQW: Tensor, rows: list[int], token_map: Tensor | None = None) -> Drawn:
+        """Return the record of a step's draws: the Q of `Drawn.q_BQW` that inner nodes have."""
+        row_of = dict(zip(self.inner, rows, strict=True))
+        every = tuple(row_of.get(node, 0) for node in range(len(self._children)))
+        return Drawn(q_BQW, every, self._children, token_map)
 
 
-def _draws_of(
-    rule: AcceptanceRule | None, tree: Tree, device: torch.device
-) -> tuple[Tree, _Draws | None]:
+def _draws_of(rule: AcceptanceRule | None, tree: Tree) -> tuple[Tree, _Draws | None]:
     """Return the tree as it is to be filled, and what draws its tokens, if anything does."""
     if rule is None or rule.draft == "top" or not tree.depth:
         return tree, None
     tree = in_draw_order(tree)
-    return tree, _Draws(rule, tree, device)
+    return tree, _Draws(rule, tree)
 
 
 def key_of_draws(rule: AcceptanceRule | None) -> Hashable:
@@ -148,14 +157,19 @@ class FixedTreeDrafter:
         device: torch.device,
         rule: AcceptanceRule | None = None,
     ) -> None:
-        tree, self._draws = _draws_of(rule, tree, device)
+        tree, self._draws = _draws_of(rule, tree)
         self.num_nodes, self.depth = len(tree), tree.depth
         self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
         self._heads = heads
         self.prefix = getattr(heads, "prefix", None) if self.depth else None
         self.key: Hashable = (id(heads) if self.depth else None, tree, key_of_draws(rule))
         self._num_ranks = max(tree.ranks) + 1
-        self._place_N = torch.from_numpy(_places(tree, self._num_ranks)).to(device)
+        places = _places(tree, self._num_ranks)
+        if self._draws is not None:
+            rows = [self._draws.inner.index(max(parent, 0)) for parent in tree.parents]
+            places[1:] = 1 + np.array(rows[1:]) * self._num_ranks + np.array(tree.ranks[1:])
+            self._rows = [int(tree.depths[node]) for node in self._draws.inner]
+        self._place_N = torch.from_numpy(places).to(device)
         self._parents_1N = torch.tensor([tree.parents], device=device)
         ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
         self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
@@ -190,7 +204,7 @@ class FixedTreeDrafter:
         ]
         draft, q = zip(*by_depth, strict=True)
         token_map = head_vocabulary(self._heads)
-        drawn = self._draws.from_(torch.cat(q, 1), self._depths_1N[0], token_map)
+        drawn = self._draws.from_(torch.cat(q, 1), self._rows, token_map)
         return torch.cat(draft, 1), drawn
 
 
@@ -346,16 +360,12 @@ class SequentialDrafter:
         check_tree_fits_heads(
             tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.head_vocab_size
         )
-        tree, self._draws = _draws_of(rule, tree, device)
+        tree, self._draws = _draws_of(rule, tree)
         self.num_nodes, self.depth = len(tree), tree.depth
         self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
         self._heads, self.prefix = heads, heads.prefix
         self.key: Hashable = (id(heads), tree, key_of_draws(rule))
         self._depths = [_plan(tree, depth, device) for depth in range(1, tree.depth + 1)]
-        inner = sorted(set(tree.parents[1:]), key=lambda node: (tree.depths[node], node))
-        rows = [inner.index(node) if node in inner else 0 for node in range(len(tree))]
-        self._row_N = torch.tensor(rows, device=device)
-        """Where the distribution that a node's children are drawn from stands among all."""
         self._parents_1N = torch.tensor([tree.parents], device=device)
         ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
         self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
@@ -389,7 +399,8 @@ class SequentialDrafter:
         drawn = None
         if self._draws is not None:
             token_map = head_vocabulary(self._heads)
-            drawn = self._draws.from_(torch.cat(found, 1), self._row_N, token_map)
+            rows = list(range(len(self._draws.inner)))
+            drawn = self._draws.from_(torch.cat(found, 1), rows, token_map)
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),

@@ -13,8 +13,9 @@ temperature the response is one draw, and the replay is unbiased if ranks are dr
   weight q(x) - min(p(x), q(x)). Both are simulated, child by child (from the law of rejection in
   `decode/sampled.py`, by Bayes' rule).
 
-Either way a path of the tree is accepted with the probability that decoding accepts it with, since
-depths draw by numbers of their own.
+Of likeliest tokens a path of the tree is accepted with the probability that decoding accepts it
+with. Of sampled drafts it is what recursive rejection would accept, node by node. Decoding judges
+whole paths (`decode/traversal.py`), which one response does not tell, and accepts some more.
 
 P positions of a response, C of a chunk, D hidden, K heads, R draws, V vocabulary, W head
 vocabulary.
@@ -24,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.sampled import Rejection, draw
-from medusa_exp.decode.verify import probabilities
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 
@@ -96,11 +97,10 @@ def _ranks(
     rank_C = torch.full_like(truth_C, max_rank)
     shape = (len(truth_C), 2, max_rank)
     uniforms_C2R = torch.rand(shape, generator=generator, device=p_CW.device)
-    always_C1 = torch.ones_like(can_be_C1)
     for rank in range(max_rank):
         is_hit_C1 = can_be_C1 & (uniforms_C2R[:, 0, rank, None] < left.share_of(truth_C1))
         is_first_C = is_hit_C1[:, 0] & (rank_C == max_rank)
         rank_C = torch.where(is_first_C, rank, rank_C)
         token_C1 = draw(left.rejected(), uniforms_C2R[:, 1, rank, None])
-        left.attempt(token_C1, always_C1)
+        left.fail(token_C1)
     return rank_C

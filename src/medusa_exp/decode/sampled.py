@@ -1,18 +1,16 @@
 """Sampled drafts: how children are drawn, and what is left of two distributions as they fail.
 
 The children of a node are drawn without replacement from the head's distribution q, in an order.
-The first is accepted with probability min(1, p(x) / q(x)), where p is the backbone's. If it is not,
-p becomes norm(max(p - q, 0)) and q loses x; then the next child is tried in the same way, and after
-the last one a token is drawn from the p that is left. What comes out is distributed by p. (For one
-child Leviathan et al., arXiv 2211.17192; recursively, without replacement, Jeon et al., arXiv
-2402.14160, and Sequoia, arXiv 2402.12374.)
+Recursive rejection accepts the first with probability min(1, p(x) / q(x)), where p is the
+backbone's. If it is not accepted, p becomes norm(max(p - q, 0)) and q loses x; then the next child
+is tried in the same way, and after the last one a token is drawn from the p that is left. What
+comes out is distributed by p. (For one child Leviathan et al., arXiv 2211.17192; recursively,
+without replacement, Jeon et al., arXiv 2402.14160, and Sequoia, arXiv 2402.12374.) By it trees are
+replayed and chosen (`decode/replay.py`); decoding looks at whole paths and accepts more
+(`decode/traversal.py`).
 
-All nodes of one depth share the numbers that their children are drawn by. One of them at most is on
-the accepted path, and which one it is was decided by other numbers: that is as good as numbers of
-its own for each.
-
-B rows, N tree nodes, C most children of a node, Q distributions, W tokens that heads can propose, V
-vocabulary, R draws; `...` stands for any leading dimensions.
+B rows, N tree nodes, Q distributions, W tokens that heads can propose, V vocabulary, R draws; `...`
+stands for any leading dimensions.
 """
 
 from dataclasses import dataclass
@@ -25,26 +23,16 @@ from medusa_exp.tree import Tree
 
 @dataclass(frozen=True)
 class Drawn:
-    """Where the children of a draft were drawn from."""
+    """Where the children of a draft were drawn from; all rows have the same tree."""
 
     q_BQW: Tensor
     """The distributions, after temperature, top-k and top-p."""
-    row_N: Tensor
-    """Which of the Q each node's children come from; anything, for a node without children."""
-    children_NC: Tensor
-    """Each node's children in the order of the draw, then -1."""
-    widths: tuple[int, ...]
-    """Most children of a node, by depth from the root on."""
+    rows: tuple[int, ...]
+    """Which of the Q each node's children come from; 0 for a node without children."""
+    children: tuple[tuple[int, ...], ...]
+    """Each node's children, in the order of the draw."""
     token_map: Tensor | None = None
     """Token ids [W] where heads cannot propose all V tokens: q is zero elsewhere."""
-
-    def at(self, node_B1: Tensor, vocab_size: int) -> Tensor:
-        """Return q_BV of the children of one node in each row."""
-        row_B11 = self.row_N[node_B1][..., None].expand(-1, 1, self.q_BQW.shape[2])
-        q_BW = self.q_BQW.gather(1, row_B11)[:, 0]
-        if self.token_map is None:
-            return q_BW
-        return q_BW.new_zeros(len(q_BW), vocab_size).index_copy_(1, self.token_map, q_BW)
 
 
 def in_draw_order(tree: Tree) -> Tree:
@@ -61,18 +49,12 @@ def in_draw_order(tree: Tree) -> Tree:
     return Tree(tree.parents, tuple(ranks))
 
 
-def children_of(tree: Tree) -> tuple[Tensor, tuple[int, ...]]:
-    """Return `Drawn.children_NC` and `Drawn.widths` of a tree."""
+def children_of(tree: Tree) -> tuple[tuple[int, ...], ...]:
+    """Return `Drawn.children` of a tree."""
     children: list[list[int]] = [[] for _ in tree.parents]
     for node, parent in enumerate(tree.parents[1:], 1):
         children[parent].append(node)
-    widest = max(map(len, children))
-    widths = [
-        max(len(some) for some, at in zip(children, tree.depths, strict=True) if at == depth)
-        for depth in range(tree.depth)
-    ]
-    padded = [some + [-1] * (widest - len(some)) for some in children]
-    return torch.tensor(padded, dtype=torch.long).view(len(tree), widest), tuple(widths)
+    return tuple(map(tuple, children))
 
 
 def draw(q: Tensor, uniforms: Tensor) -> Tensor:
@@ -102,59 +84,72 @@ def draw(q: Tensor, uniforms: Tensor) -> Tensor:
 class Rejection:
     """What is left of p and q [..., V] as children are tried in the order of their draw.
 
-    Two identities make it cheap. Rejected again and again, p becomes norm(max(p - c q, 0)) with one
-    number c for all tokens, which grows with every rejection; and a token that was rejected has
-    none of it left, so that the q of the beginning will do.
+    With a weight a (1 node by node; see `decode/traversal.py`) a child's share is
+    min(1, a p(x) / q(x)). Two identities make it cheap. Rejected again and again, p becomes
+    norm(max(p - c q, 0)) with one number c for all tokens, which grows with every rejection; and a
+    token that was rejected has none of it left, as its share was below 1, so that the q of the
+    beginning will do.
     """
 
-    def __init__(self, p: Tensor, q: Tensor | None) -> None:
-        """Begin with the backbone's distribution and the head's: None where there is no child."""
-        self._p, self._q = p, p if q is None else q
-        self._factor = torch.zeros_like(p[..., :1])
+    def __init__(self, p: Tensor, q: Tensor, weight: Tensor | None = None) -> None:
+        """Begin with the backbone's distribution and the head's, and a weight [..., 1]."""
+        self._p, self._q, self._q_left = p, q, q.clone()
+        self.factor = torch.zeros_like(p[..., :1])
+        """The number c."""
+        self.weight = torch.ones_like(self.factor) if weight is None else weight
         self._p_sum = p.sum(-1, keepdim=True)
-        self._q_left = None if q is None else q.clone()
-        self.open = torch.ones_like(self._factor)
-        """Probability that none of the children so far is accepted [..., 1]."""
+        self.open = torch.ones_like(self.factor)
+        """Probability that none of the children so far is accepted, node by node [..., 1]."""
 
-    def attempt(self, token: Tensor, is_child: Tensor) -> Tensor:
-        """Try the next child; return the probability that it is accepted, and no elder one.
+    def share(self, token: Tensor) -> Tensor:
+        """Return min(1, a p(x) / q(x)) of the next child.
 
-        One that q does not have, or no longer, is passed over: rounding, or a distribution of few
+        It is 0 for one that q does not have, or no longer: rounding, or a distribution of few
         tokens, may leave nothing to draw.
 
         Args:
             token: [..., 1].
-            is_child: [..., 1], False where there is none.
         """
-        assert self._q_left is not None
         q_left = self._q_left.gather(-1, token)
-        is_tried = is_child & (q_left > 0)
+        p_of_token = (self._p.gather(-1, token) - self.factor * q_left).clamp(min=0)
         q_sum = self._q_left.sum(-1, keepdim=True)
-        p_of_token = (self._p.gather(-1, token) - self._factor * q_left).clamp(min=0)
-        share = (p_of_token * q_sum / (self._p_sum * q_left)).nan_to_num(nan=0.0).clamp(max=1)
-        share = torch.where(is_tried, share, 0.0)
+        share = (self.weight * p_of_token * q_sum / (self._p_sum * q_left)).clamp(max=1)
+        return torch.where(q_left > 0, share.nan_to_num(nan=0.0), 0.0)
+
+    def fail(self, token: Tensor) -> None:
+        """Take note that this child failed; one that q does not have is passed over."""
+        q_left = self._q_left.gather(-1, token)
+        is_tried = (q_left > 0) & (self.weight > 0)
+        q_sum, before = self._q_left.sum(-1, keepdim=True), self._p_sum
+        added = (before / (self.weight * q_sum)).nan_to_num(nan=0.0, posinf=0.0)
+        self.factor = self.factor + torch.where(is_tried, added, 0.0)
+        self._p_sum = self.rest().sum(-1, keepdim=True)
+        left = (self.weight * self._p_sum / before).nan_to_num(nan=0.0)
+        weight = (left / (left + 1 - self.weight)).nan_to_num(nan=0.0)
+        # Of a weight of 1 nothing is lost: 0 / 0 would be where p and q are equal.
+        self.weight = torch.where(is_tried & (self.weight < 1), weight, self.weight)
+        self._q_left.scatter_(-1, token, 0.0)
+
+    def attempt(self, token: Tensor) -> Tensor:
+        """Try the next child; return the probability that it is accepted, and no elder one."""
+        share = self.share(token)
         accepted = self.open * share
         self.open = self.open * (1 - share)
-        added = (self._p_sum / q_sum).nan_to_num(nan=0.0, posinf=0.0)
-        self._factor = self._factor + torch.where(is_tried, added, 0.0)
-        self._p_sum = self.rest().sum(-1, keepdim=True)
-        self._q_left.scatter_(-1, token, torch.where(is_tried, 0.0, q_left))
+        self.fail(token)
         return accepted
 
     def share_of(self, token: Tensor) -> Tensor:
         """Return the probability that the next child is this token and accepted, of those of it
         that the next draw of what is left of p would be [..., 1]; see `decode.replay`."""
-        assert self._q_left is not None
         q_of_token = self._q_left.gather(-1, token) / self._q_left.sum(-1, keepdim=True)
         p_of_token = self.rest().gather(-1, token) / self._p_sum
         return (q_of_token / p_of_token).nan_to_num(nan=0.0, posinf=1.0).clamp(max=1)
 
     def rejected(self) -> Tensor:
         """Return how likely each token is to be the next child, and rejected [..., V]."""
-        assert self._q_left is not None
         q = (self._q_left / self._q_left.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
         return (q - (self.rest() / self._p_sum).nan_to_num(nan=0.0)).clamp(min=0)
 
     def rest(self) -> Tensor:
         """Return what is left of p, not normalized."""
-        return (self._p - self._factor * self._q).clamp(min=0)
+        return (self._p - self.factor * self._q).clamp(min=0)

@@ -2,7 +2,7 @@
 
 Three rules, one signature. `greedy` and `sampling` are lossless: what is committed is distributed
 as if the backbone had generated it token by token. `typical` is Medusa's acceptance, which is not.
-Drafts that were sampled (`drawn`) are verified by rejection; all others are taken as given.
+Drafts that were sampled (`drawn`) go through `decode/traversal.py`; others are taken as given.
 `decode/cpu_verify.py` does the same faster where tensors lie in the host's memory, and the kernels
 of `decode/cuda/verify.py` on a GPU.
 
@@ -15,53 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.sampled import Drawn, Rejection
-from medusa_exp.model.argmax import argmax, without_nan
-
-
-def probabilities(
-    logits_V: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Return probabilities over the last dimension, in float32 or wider.
-
-    Temperature, then top-k, then top-p, as transformers applies them: of tokens that tie for place
-    k all stay, and top-p keeps the token with which the sum reaches `top_p`. NaN counts as minus
-    infinity; tokens of infinite logit share all the probability, and where none is above minus
-    infinity, token 0 has it.
-    """
-    wide_V = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
-    below_V = _below_largest(wide_V, temperature)
-    if top_k is not None:
-        kth_1 = below_V.topk(min(top_k, below_V.shape[-1]), dim=-1).values[..., -1:]
-        below_V = below_V.masked_fill(below_V < kth_1, -torch.inf)
-    if top_p is not None and top_p < 1:  # the sum of all may round to more than 1 before its end
-        below_V = _nucleus(below_V, top_p)
-    return below_V.softmax(-1)
-
-
-def _below_largest(logits_V: Tensor, temperature: float) -> Tensor:
-    """Return differences to the largest logit, in units of the temperature."""
-    largest_1 = logits_V.amax(-1, keepdim=True)  # NaN, where there is one
-    is_small = temperature < torch.finfo(logits_V.dtype).tiny  # 0 over it is NaN
-    if logits_V.device.type == "cpu" and not is_small and bool(largest_1.isfinite().all()):
-        below_V = logits_V - largest_1
-        return below_V if temperature == 1 else below_V.div_(temperature)
-    logits_V = without_nan(logits_V)
-    largest_1 = logits_V.amax(-1, keepdim=True)
-    # Infinities of one sign are equal, and not NaN. Divided only then, or a tiny temperature would
-    # make infinities of several logits.
-    below_V = torch.where(logits_V == largest_1, 0.0, (logits_V - largest_1) / temperature)
-    token_V = torch.arange(below_V.shape[-1], device=below_V.device)
-    return below_V.masked_fill((largest_1 == -torch.inf) & (token_V > 0), -torch.inf)
-
-
-def _nucleus(logits_V: Tensor, top_p: float) -> Tensor:
-    ordered_V, place_V = logits_V.sort(dim=-1, descending=True, stable=True)
-    p_V = ordered_V.softmax(-1)
-    is_out_V = p_V.cumsum(-1) - p_V >= top_p
-    is_out_V[..., 0] = False
-    return logits_V.masked_fill(is_out_V.gather(-1, place_V.argsort(-1)), -torch.inf)
-
+from medusa_exp.decode.distribution import probabilities
+from medusa_exp.decode.sampled import Drawn
+from medusa_exp.decode.traversal import Traversal
+from medusa_exp.model.argmax import argmax
 
 RULES = ("greedy", "sampling", "typical")
 
@@ -139,7 +96,13 @@ def verify(
         return _typical(trees, probabilities(logits_BNV, temperature), epsilon, alpha)
     assert uniforms_BN is not None
     if drawn is not None:
-        return _rejection(trees, drawn, uniforms_BN, (temperature, top_k, top_p))
+        traversal = Traversal(
+            logits_BNV, tokens_BN, drawn, uniforms_BN, (temperature, top_k, top_p)
+        )
+        next_token_B, nodes = traversal.run(), trees.nodes
+        end_B11 = traversal.end_B1[..., None].expand(-1, 1, nodes.size)
+        ancestors_BNN = nodes.ancestors_BNN.expand(len(tokens_BN), -1, -1)
+        return nodes.verdict(ancestors_BNN.gather(1, end_B11)[:, 0], next_token_B)
     return _sampling(trees, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
 
 
@@ -262,63 +225,6 @@ def _sampling(trees: TreeBatch, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
     final_B = torch.where(rest_BV > 0, token_V, -1).amax(-1)
     next_token_B = torch.where(final_B < 0, likeliest_B, drawn_B.minimum(final_B))
     return nodes.verdict(is_on_path_BN, next_token_B)
-
-
-def _rejection(
-    trees: TreeBatch,
-    drawn: Drawn,
-    uniforms_BN: Tensor,
-    filters: tuple[float, int | None, float | None],
-) -> Verdict:
-    """Walk down from the root, one depth after the other: a node is tried where its parent stood.
-
-    A node's number in [0, 1) falls into the interval of a child, or behind them all; these are as
-    long as children are likely to be accepted, in the order of the draw.
-    """
-    nodes, logits_BNV = trees.nodes, trees.logits_BNV
-    num_rows, _, vocab_size = logits_BNV.shape
-    at_B1 = torch.zeros(num_rows, 1, dtype=torch.long, device=logits_BNV.device)
-    is_open_B1 = torch.ones_like(at_B1, dtype=torch.bool)
-    is_on_path_BN = (nodes.number_N == 0).repeat(num_rows, 1)
-    next_token_B1 = torch.zeros_like(at_B1)
-    for width in (*drawn.widths, 0):
-        p_BV = probabilities(_at_node(logits_BNV, at_B1), *filters)
-        left = Rejection(p_BV, drawn.at(at_B1, vocab_size) if width else None)
-        uniform_B1 = uniforms_BN.gather(1, at_B1).to(p_BV.dtype)
-        child_BC = drawn.children_NC[at_B1[:, 0]]
-        passed_B1 = torch.full_like(at_B1, -1)
-        for place in range(width):
-            child_B1 = child_BC[:, place : place + 1]
-            left.attempt(trees.tokens_BN.gather(1, child_B1.clamp(min=0)), child_B1 >= 0)
-            is_hit_B1 = (passed_B1 < 0) & (child_B1 >= 0) & (uniform_B1 < 1 - left.open)
-            passed_B1 = torch.where(is_hit_B1, child_B1, passed_B1)
-        ends_B1 = is_open_B1 & (passed_B1 < 0)
-        # What is left of the number is uniform again.
-        place_B1 = (uniform_B1 - (1 - left.open)) / left.open
-        token_B1 = _token_at(left.rest(), place_B1, p_BV)
-        next_token_B1 = torch.where(ends_B1, token_B1, next_token_B1)
-        is_open_B1 = is_open_B1 & (passed_B1 >= 0)
-        at_B1 = torch.where(is_open_B1, passed_B1, at_B1)
-        is_on_path_BN = is_on_path_BN | ((nodes.number_N == at_B1) & is_open_B1)
-    return nodes.verdict(is_on_path_BN, next_token_B1[:, 0])
-
-
-def _token_at(weights_BV: Tensor, place_B1: Tensor, p_BV: Tensor) -> Tensor:
-    """Return the token [B, 1] at a place in [0, 1) of unnormalized weights.
-
-    Rounding may leave no weight at all: then p's likeliest token.
-    """
-    sums_BV = weights_BV.cumsum(-1)
-    place_B1 = place_B1.clamp(0, 1) * sums_BV[:, -1:]
-    drawn_B1 = torch.searchsorted(sums_BV, place_B1.contiguous(), right=True)
-    token_V = torch.arange(weights_BV.shape[1], device=weights_BV.device)
-    final_B1 = torch.where(weights_BV > 0, token_V, -1).amax(-1, keepdim=True)
-    likeliest_B1 = argmax(p_BV)[:, None]
-    return torch.where(final_B1 < 0, likeliest_B1, drawn_B1.minimum(final_B1))
-
-
-def _at_node(logits_BNV: Tensor, node_B1: Tensor) -> Tensor:
-    return logits_BNV.gather(1, node_B1[..., None].expand(-1, 1, logits_BNV.shape[2]))[:, 0]
 
 
 def _typical(trees: TreeBatch, p_BNV: Tensor, epsilon: float, alpha: float) -> Verdict:
