@@ -638,7 +638,7 @@ class DecodeConfig:
     draft: str = choice("auto", "top", "sampled")
     """With rule=sampling, what heads draft: top (their likeliest tokens, verified by the draw of
     the next token), sampled (draws from their distributions, after the same temperature, top_k and
-    top_p, verified by rejection), or auto (what stage calibrate found to be faster at this
+    top_p, verified path by path), or auto (what stage calibrate found to be faster at this
     temperature; top before). The distribution is that of plain sampling with each."""
     epsilon: float = between(0.0, 1.0, default=0.09)
     """Typical acceptance: a draft token is accepted if its probability is above
