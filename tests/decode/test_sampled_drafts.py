@@ -52,8 +52,11 @@ def test_a_draw_from_too_few_tokens_is_never_accepted():
     [tokens] = draw(q_1V, torch.tensor([[0.2, 0.4, 0.9]])).tolist()
     assert tokens[0] == 1
     left = Rejection(torch.tensor([[0.3, 0.1, 0.3, 0.3]]), q_1V)
-    accepted = [float(left.attempt(torch.tensor([[token]]))) for token in tokens]
-    assert accepted == [pytest.approx(0.1), 0, 0]
+    weights = []
+    for token in tokens:
+        weights.append(float(left.child_weight(torch.tensor([[token]]))))
+        left.fail(torch.tensor([[token]]))
+    assert weights == [pytest.approx(0.1), 0, 0]
     assert left.rest()[0].tolist() == pytest.approx([0.3, 0, 0.3, 0.3])
 
 
@@ -137,10 +140,12 @@ def test_replayed_ranks_have_the_law_of_recursive_rejection(seed):
     truth_B = torch.multinomial(p_V, count, replacement=True, generator=generator)
     ranks_B = _ranks(p_BV, q_BV, truth_B, number, generator)
     left, tokens_BR = Rejection(p_BV, q_BV), draw(q_BV, torch.rand(count, 3, generator=generator))
-    expected = torch.zeros(6, number)
+    expected, open_B1 = torch.zeros(6, number), torch.ones(count, 1)
     for rank in range(number):
         token_B1 = tokens_BR[:, rank : rank + 1]
-        accepted_B1 = left.attempt(token_B1)
+        weight_B1 = left.child_weight(token_B1)
+        accepted_B1, open_B1 = open_B1 * weight_B1, open_B1 * (1 - weight_B1)
+        left.fail(token_B1)
         expected[:, rank] = torch.zeros(6).scatter_add_(0, token_B1[:, 0], accepted_B1[:, 0])
     found = torch.zeros(6, number + 1)
     found.index_put_((truth_B, ranks_B), torch.ones(count), accumulate=True)

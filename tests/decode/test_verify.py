@@ -224,32 +224,3 @@ def test_logits_that_are_no_numbers_have_a_defined_end(verifier, rule, value):
 def test_what_cannot_be_asked(verifier, options, message):
     with pytest.raises(ValueError, match=message):
         verifier(torch.zeros(1, 1, 2), torch.tensor([[0]]), torch.tensor([[-1]]), **options)
-
-
-def test_filters_are_those_of_transformers():
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    logits_BV = torch.randn(50, 20, generator=torch.manual_seed(0), dtype=torch.float64)
-    for k, p, temperature in [(5, 0.6, 0.7), (20, 0.95, 1.3), (1, 0.5, 1.0), (50, 1.0, 2.0)]:
-        warped_BV = logits_BV
-        for warper in (
-            TemperatureLogitsWarper(temperature),
-            TopKLogitsWarper(k),
-            TopPLogitsWarper(p),
-        ):
-            warped_BV = warper(None, warped_BV)
-        torch.testing.assert_close(
-            probabilities(logits_BV, temperature, k, p), warped_BV.softmax(-1)
-        )
-
-
-def test_a_filter_that_keeps_everything_keeps_everything():
-    """In float32 the sum of many probabilities passes 1 before the last."""
-    logits_V = torch.randn(50_000, generator=torch.manual_seed(0)) * 4
-    assert torch.equal(probabilities(logits_V, 1.0, None, 1.0), probabilities(logits_V, 1.0))
-
-
-@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-46])
-def test_a_tiny_temperature_leaves_the_likeliest_token_alone(temperature):
-    logits_V = torch.tensor([1.0, 5.0, 4.9, -3.0, 5.0])
-    assert probabilities(logits_V, temperature).tolist() == [0, 0.5, 0, 0, 0.5]

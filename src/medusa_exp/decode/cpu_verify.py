@@ -4,26 +4,29 @@ The specification, `decode/verify.py`, asks the same of every node, in few and l
 waits for nothing: as a GPU wants it. In the host's memory it is cheaper to see where a path ends.
 Greedily that is one pass over Python lists. Where the next token is drawn, probabilities are
 computed of the two or three nodes that are come to: of nine nodes of 262,144 logits in 0.5 ms, for
-which the specification takes 9.5 (two cores). Numbers decide what they decide there. (Drafts that
-were drawn have one code for all devices, `decode/traversal.py`, which stops early on a CPU.)
+which the specification takes 9.5 (two cores). Of few rows, paths of drafts that were drawn are
+judged one row at a time, in a third to two thirds of the time of `decode/traversal.py`, which
+visits all nodes. Numbers decide what they decide there. The rule `typical`, which asks all nodes,
+is left to the specification.
 
-B rows of a batch, O rows whose walk goes on, N tree nodes, C most children of the nodes where these
-stand, V vocabulary, L path length.
+B rows of a batch, O rows whose paths go on, E that end, N tree nodes, V vocabulary, Q distributions
+of W tokens that heads can propose.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.distribution import probabilities, token_at
+from medusa_exp.decode.distribution import Filters, probabilities, token_at
 from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import Verdict, check_rule, verify
 from medusa_exp.model.argmax import argmax
 
-Chosen = list[tuple[int, int]]
-"""For each of O rows the child that is accepted, or -1, and then the token that ends the path."""
+_FEW_ROWS = 3
+"""Of 8 rows and more the operations of all at once are as fast, and threads share them."""
 
 
 def verify_on_cpu(
@@ -42,19 +45,23 @@ def verify_on_cpu(
 ) -> Verdict:
     """Find the path of accepted draft tokens; arguments and errors are those of `verify`."""
     check_rule(rule, temperature, uniforms_BN)
-    width = 1 + (tokens_BN.shape[1] - 1 if max_depth is None else max_depth)
+    length = tokens_BN.shape[1] if max_depth is None else 1 + max_depth
     if rule == "greedy":
-        return _greedy(logits_BNV, tokens_BN, parents_BN, width)
-    if rule == "sampling" and drawn is None:
+        return _greedy(logits_BNV, tokens_BN, parents_BN, length)
+    if rule == "sampling":
         assert uniforms_BN is not None
-        choose = _Draws(logits_BNV, tokens_BN, uniforms_BN, (temperature, top_k, top_p))
-        return _walk(tokens_BN, parents_BN, width, choose)
+        trees = logits_BNV, tokens_BN, parents_BN, uniforms_BN
+        filters = temperature, top_k, top_p
+        if drawn is None:
+            return _sampling(*trees, filters, length)
+        if len(tokens_BN) <= _FEW_ROWS:
+            return _traversal(*trees, filters, drawn, length)
     options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "drawn": drawn}
-    options |= {"uniforms_BN": uniforms_BN}
-    return verify(logits_BNV, tokens_BN, parents_BN, rule=rule, max_depth=max_depth, **options)
+    options |= {"uniforms_BN": uniforms_BN, "max_depth": max_depth}
+    return verify(logits_BNV, tokens_BN, parents_BN, rule=rule, **options)
 
 
-def _greedy(logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, width: int) -> Verdict:
+def _greedy(logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, length: int) -> Verdict:
     targets = argmax(logits_BNV).tolist()
     paths, last_tokens = [], []
     for target, tokens, parents in zip(
@@ -68,104 +75,152 @@ def _greedy(logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, width: in
                 at = node
         paths.append(path)
         last_tokens.append(target[at])
-    return _verdict(paths, last_tokens, width)
+    return _verdict(paths, last_tokens, length)
 
 
-def _verdict(paths: list[list[int]], last_tokens: list[int], width: int) -> Verdict:
+def _sampling(
+    logits_BNV: Tensor,
+    tokens_BN: Tensor,
+    parents_BN: Tensor,
+    uniforms_BN: Tensor,
+    filters: Filters,
+    length: int,
+) -> Verdict:
+    """Go down one depth after the other, with all rows whose paths go on."""
+    tokens, parents = tokens_BN.tolist(), parents_BN.tolist()
+    paths: list[list[int]] = [[0] for _ in tokens]
+    last_tokens = [0] * len(tokens)
+    rows = list(range(len(tokens)))
+    while rows:
+        at = [paths[row][-1] for row in rows]
+        # All are at the root at first: a view of their logits does, and picking would copy them.
+        is_start = len(rows) == len(tokens) and not any(at)
+        logits_OV = logits_BNV[:, 0] if is_start else logits_BNV[rows, at]
+        p_OV = probabilities(logits_OV, *filters)
+        places = uniforms_BN[rows, at].tolist()
+        rest_OV, ended = p_OV, []
+        for o, (row, node) in enumerate(zip(rows, at, strict=True)):
+            child_of: dict[int, int] = {}  # of copies the first
+            for child in range(node + 1, len(tokens[row])):
+                if parents[row][child] == node:
+                    child_of.setdefault(tokens[row][child], child)
+            if child_of:
+                taken = list(child_of)
+                chosen, places[o] = _first_child(p_OV[o, taken].tolist(), places[o])
+                if chosen is not None:
+                    paths[row].append(child_of[taken[chosen]])
+                    continue
+                if rest_OV is p_OV:
+                    rest_OV = p_OV.clone()
+                rest_OV[o, taken] = 0.0
+            ended.append(o)
+        if ended:
+            part = slice(None) if len(ended) == len(rows) else ended
+            place_E1 = torch.tensor([places[o] for o in ended], dtype=torch.float64)[:, None]
+            found = token_at(rest_OV[part], place_E1, p_OV[part])
+            for o, token in zip(ended, found.tolist(), strict=True):
+                last_tokens[rows[o]] = token
+        done = set(ended)
+        rows = [row for o, row in enumerate(rows) if o not in done]
+    return _verdict(paths, last_tokens, length)
+
+
+def _first_child(p_of_children: list[float], place: float) -> tuple[int | None, float]:
+    """Return which child a place in [0, 1) falls on, and else the place behind them all."""
+    for number, p in enumerate(p_of_children):
+        if place < p:
+            return number, place
+        place -= p
+    return None, place
+
+
+def _traversal(
+    logits_BNV: Tensor,
+    tokens_BN: Tensor,
+    parents_BN: Tensor,
+    uniforms_BN: Tensor,
+    filters: Filters,
+    drawn: Drawn,
+    length: int,
+) -> Verdict:
+    """Do what `decode/traversal.py` does."""
+    parents = parents_BN.tolist()
+    places_BN = tokens_BN.clone()
+    if drawn.token_map is not None:
+        place_V = torch.full(logits_BNV.shape[2:], -1)  # of tokens that heads cannot propose
+        place_V[drawn.token_map] = torch.arange(len(drawn.token_map))
+        places_BN = place_V[tokens_BN]
+    places, uniforms = places_BN.tolist(), uniforms_BN.tolist()
+    paths, rests, p_of_ends, place_of_ends = [], [], [], []
+    for row in range(len(places)):
+        end = _Row(logits_BNV[row], drawn, row, places[row], uniforms[row], filters).visit(0, 1.0)
+        assert end is not None  # the root is always kept
+        node, p_V, rest_V = end
+        path = [node]
+        while node:
+            node = parents[row][node]
+            path.append(node)
+        paths.append(path[::-1])
+        rests.append(rest_V)
+        p_of_ends.append(p_V)
+        place_of_ends.append(uniforms[row][0] * float(rest_V.sum()))
+    place_B1 = torch.tensor(place_of_ends, dtype=torch.float64)[:, None]
+    found = token_at(torch.stack(rests), place_B1, torch.stack(p_of_ends))
+    return _verdict(paths, found.tolist(), length)
+
+
+@dataclass
+class _Row:
+    """A tree whose nodes are visited; the names are those of `decode.sampled.Rejection`."""
+
+    logits_NV: Tensor
+    drawn: Drawn
+    row: int
+    places: list[int]
+    """Of each node's token in the head vocabulary, or -1."""
+    uniforms: list[float]
+    filters: Filters
+
+    def visit(self, node: int, weight: float) -> tuple[int, Tensor, Tensor] | None:
+        """Return the path's last node where this subtree has it, p_V there, and what is left."""
+        children = self.drawn.children[node]
+        if node and not children and self.uniforms[node] >= weight:
+            return None
+        p_V, token_map = probabilities(self.logits_NV[node], *self.filters), self.drawn.token_map
+        if children:
+            p_W = (p_V if token_map is None else p_V.index_select(0, token_map)).numpy()
+            q_W = self.drawn.q_BQW[self.row, self.drawn.q_index[node]].to(p_V.dtype).numpy()
+            q_left_W, rest_W, factor = q_W.copy(), p_W, 0.0
+            q_sum, p_sum = float(q_W.sum()), float(p_V.sum())
+            others = max(p_sum - float(p_W.sum()), 0.0) if token_map is not None else 0.0
+            for child in children:
+                place = self.places[child]
+                q_left = float(q_left_W[place]) if place >= 0 else 0.0
+                if not (q_left > 0 and p_sum > 0 and weight > 0):
+                    continue
+                of_child = weight * float(rest_W[place]) * q_sum / (p_sum * q_left)
+                end = self.visit(child, min(1.0, of_child))
+                if end is not None:
+                    return end
+                factor += p_sum / (weight * q_sum)
+                rest_W = np.maximum(p_W - factor * q_W, 0)
+                before, p_sum = p_sum, float(rest_W.sum()) + others
+                if weight < 1:
+                    left = weight * p_sum / before
+                    weight = left / (left + 1 - weight)
+                q_left_W[place] = 0
+                q_sum = float(q_left_W.sum())
+        if node and self.uniforms[node] >= weight:
+            return None
+        if not children:
+            return node, p_V, p_V
+        own_W = torch.from_numpy(rest_W)
+        return node, p_V, own_W if token_map is None else p_V.index_copy(0, token_map, own_W)
+
+
+def _verdict(paths: list[list[int]], last_tokens: list[int], length: int) -> Verdict:
     return Verdict(
-        torch.tensor([path + [-1] * (width - len(path)) for path in paths]),
+        torch.tensor([path + [-1] * (length - len(path)) for path in paths]),
         torch.tensor([len(path) - 1 for path in paths]),
         torch.tensor(last_tokens),
     )
-
-
-def _walk(
-    tokens_BN: Tensor,
-    parents_BN: Tensor,
-    width: int,
-    choose: Callable[[list[int], list[int], list[list[int]]], Chosen],
-) -> Verdict:
-    """Take all rows down from their roots, one depth after the other.
-
-    choose: of rows, the nodes where they stand, and the children of these.
-    """
-    parents = parents_BN.tolist()
-    paths: list[list[int]] = [[0] for _ in parents]
-    last_tokens = [0] * len(parents)
-    rows = list(range(len(parents)))
-    while rows:
-        at = [paths[row][-1] for row in rows]
-        children = [
-            [child for child in range(node + 1, len(parents[row])) if parents[row][child] == node]
-            for row, node in zip(rows, at, strict=True)
-        ]
-        still = []
-        for row, (child, token) in zip(rows, choose(rows, at, children), strict=True):
-            if child < 0:
-                last_tokens[row] = token
-            else:
-                paths[row].append(child)
-                still.append(row)
-        rows = still
-    return _verdict(paths, last_tokens, width)
-
-
-class _Draws:
-    """Chooses by one number a node, as the rule sampling says of drafts that were not drawn."""
-
-    def __init__(
-        self,
-        logits_BNV: Tensor,
-        tokens_BN: Tensor,
-        uniforms_BN: Tensor,
-        filters: tuple[float, int | None, float | None],
-    ) -> None:
-        self._logits_BNV, self._tokens_BN = logits_BNV, tokens_BN
-        self._uniforms_BN, self._filters = uniforms_BN, filters
-
-    def __call__(self, rows: list[int], at: list[int], children: list[list[int]]) -> Chosen:
-        """Choose; see `_walk`."""
-        all_at_root = len(rows) == len(self._logits_BNV) and not any(at)
-        logits_OV = self._logits_BNV[:, 0] if all_at_root else self._logits_BNV[rows, at]
-        p_OV = probabilities(logits_OV, *self._filters)
-        chosen, rest_OV, places_O = [-1] * len(rows), p_OV, self._uniforms_BN[rows, at]
-        if any(children):
-            chosen, rest_OV, places_O = self._of_given(p_OV, places_O, rows, children)
-        ended = [o for o, child in enumerate(chosen) if child < 0]
-        tokens = [-1] * len(rows)
-        if ended:
-            part = slice(None) if len(ended) == len(rows) else ended
-            found = token_at(rest_OV[part], places_O[part, None], p_OV[part])
-            for o, token in zip(ended, found.tolist(), strict=True):
-                tokens[o] = token
-        return list(zip(chosen, tokens, strict=True))
-
-    def _of_given(
-        self, p_OV: Tensor, uniforms_O: Tensor, rows: list[int], children: list[list[int]]
-    ) -> tuple[list[int], Tensor, Tensor]:
-        """Return the children that are accepted, and where none is, weights and a place in them.
-
-        The children's tokens come first in the order of the draw, and of copies one.
-        """
-        tokens_BN = self._tokens_BN.tolist()
-        tokens = [
-            [tokens_BN[row][child] for child in some]
-            for row, some in zip(rows, children, strict=True)
-        ]
-        most = max(map(len, tokens))
-        padded_OC = torch.tensor([some + [0] * (most - len(some)) for some in tokens])
-        p_by_row = p_OV.gather(1, padded_OC).tolist()
-        uniforms = uniforms_O.tolist()
-        chosen, places, rest_OV = [-1] * len(rows), [], p_OV.clone()
-        for o, (some, own) in enumerate(zip(children, tokens, strict=True)):
-            end = 0.0
-            for child, token, p, place in zip(some, own, p_by_row[o], range(most), strict=False):
-                if token in own[:place]:
-                    continue
-                end += p
-                if p > 0 and uniforms[o] < end:
-                    chosen[o] = child
-                    break
-            places.append(uniforms[o] - end)
-            rest_OV[o, own] = 0.0
-        return chosen, rest_OV, torch.tensor(places, dtype=torch.float64)

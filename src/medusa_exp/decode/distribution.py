@@ -1,6 +1,6 @@
 """Distributions that tokens are drawn from: those of logits, and the token at a place in one.
 
-V vocabulary, R rows, K blocks of S tokens.
+V vocabulary, R rows, K blocks of S tokens, X one or the other.
 """
 
 import torch
@@ -9,8 +9,10 @@ from torch.nn.functional import pad
 
 from medusa_exp.model.argmax import argmax, without_nan
 
+Filters = tuple[float, int | None, float | None]
+"""Temperature, top-k and top-p: what `probabilities` takes besides logits."""
 _BLOCK = 256
-"""Some thousandth of a vocabulary: a sum of so many tokens, and then of so many sums."""
+"""About the root of a large vocabulary, 512 of 262,144: as many sums, as tokens in each."""
 
 
 def probabilities(
@@ -34,12 +36,11 @@ def probabilities(
 
 
 def _below_largest(logits_V: Tensor, temperature: float) -> Tensor:
-    """Return differences to the largest logit, in units of the temperature."""
+    """Return differences to the largest logit, in units of the temperature, or some all shifted."""
     largest_1 = logits_V.amax(-1, keepdim=True)  # NaN, where there is one
     is_small = temperature < torch.finfo(logits_V.dtype).tiny  # 0 over it is NaN
     if logits_V.device.type == "cpu" and not is_small and bool(largest_1.isfinite().all()):
-        below_V = logits_V - largest_1
-        return below_V if temperature == 1 else below_V.div_(temperature)
+        return logits_V if temperature == 1 else (logits_V - largest_1).div_(temperature)
     logits_V = without_nan(logits_V)
     largest_1 = logits_V.amax(-1, keepdim=True)
     # Infinities of one sign are equal, and not NaN. Divided only then, or a tiny temperature would
@@ -63,6 +64,11 @@ def token_at(weights_RV: Tensor, place_R1: Tensor, p_RV: Tensor) -> Tensor:
     Sums are taken of blocks, and within one: fewer roundings than in a sum over all, and on a CPU
     less time. Rounding may still leave a place behind them all: then it is the last token that has
     a weight, and where none has any, p's likeliest.
+
+    Args:
+        weights_RV: of the tokens, of any sum.
+        place_R1: from 0 to their sum.
+        p_RV: the distribution that they are left of.
     """
     if missing := -weights_RV.shape[1] % _BLOCK:
         weights_RV = pad(weights_RV, (0, missing))

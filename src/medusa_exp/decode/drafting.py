@@ -99,37 +99,45 @@ _NO_CHANCE = -1e4
 class _Draws:
     """Draws the tokens of a tree that stays the same, after the rule's temperature and filters.
 
-    M nodes of a depth have children; each draws them by R numbers of its own.
+    M nodes of a depth have children; each draws them by R numbers of its own (why:
+    `decode/traversal.py`).
     """
 
     def __init__(self, rule: AcceptanceRule, tree: Tree) -> None:
         self._filters = rule.temperature, rule.top_k, rule.top_p
-        self.num_ranks = max(tree.ranks) + 1
+        self._num_nodes, self._num_ranks = len(tree), max(tree.ranks) + 1
         self._children = children_of(tree)
-        nodes = [node for node in range(len(tree)) if self._children[node]]
-        self.inner = sorted(nodes, key=lambda node: (tree.depths[node], node))
+        self._inner: list[list[int]] = [[] for _ in range(tree.depth)]
         """Nodes that have children, by depth."""
-        depths = [int(tree.depths[node]) for node in self.inner]
-        self._number_by_depth = [depths.count(depth) for depth in range(tree.depth)]
-        self._first = [
-            len(tree) + self.num_ranks * depths.index(depth) for depth in range(tree.depth)
-        ]
-        self.number = self.num_ranks * len(self.inner)
+        for node, children in enumerate(self._children):
+            if children:
+                self._inner[tree.depths[node]].append(node)
+        self.number = self._num_ranks * sum(map(len, self._inner))
+
+    def places(self, tree: Tree) -> np.ndarray:
+        """Return where each node's token stands in [root, the draws of each inner node]."""
+        inner = [node for nodes in self._inner for node in nodes]
+        first = {node: 1 + place * self._num_ranks for place, node in enumerate(inner)}
+        pairs = zip(tree.parents[1:], tree.ranks[1:], strict=True)
+        return np.array([0, *(first[parent] + rank for parent, rank in pairs)])
 
     def of_depth(self, logits: Tensor, uniforms_BU: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Return draws [B, M, R], and what they are from, of logits [B, M, W], or [B, 1, W] where
         they are the same for all M; depth 0 is that of head 1."""
         q = probabilities(logits, *self._filters)
-        count, start = self._number_by_depth[depth], self._first[depth]
-        uniforms_BV = uniforms_BU[:, start : start + count * self.num_ranks]
-        uniforms_BMR = uniforms_BV.unflatten(1, (count, self.num_ranks))
+        before, count = sum(map(len, self._inner[:depth])), len(self._inner[depth])
+        start, stop = (self._num_nodes + self._num_ranks * n for n in (before, before + count))
+        uniforms_BMR = uniforms_BU[:, start:stop].unflatten(1, (count, self._num_ranks))
         return draw(q.expand(-1, count, -1), uniforms_BMR), q
 
-    def from_(self, q_BQW: Tensor, rows: list[int], token_map: Tensor | None = None) -> Drawn:
-        """Return the record of a step's draws: the Q of `Drawn.q_BQW` that inner nodes have."""
-        row_of = dict(zip(self.inner, rows, strict=True))
-        every = tuple(row_of.get(node, 0) for node in range(len(self._children)))
-        return Drawn(q_BQW, every, self._children, token_map)
+    def record(self, q_by_depth: list[Tensor], token_map: Tensor | None) -> Drawn:
+        """Return what a step's tokens were drawn from: q of each depth, as `of_depth` has it."""
+        q_index, start = [0] * self._num_nodes, 0
+        for nodes, q in zip(self._inner, q_by_depth, strict=True):
+            for place, node in enumerate(nodes):
+                q_index[node] = start + min(place, q.shape[1] - 1)
+            start += q.shape[1]
+        return Drawn(torch.cat(q_by_depth, 1), tuple(q_index), self._children, token_map)
 
 
 def _draws_of(rule: AcceptanceRule | None, tree: Tree) -> tuple[Tree, _Draws | None]:
@@ -164,11 +172,8 @@ class FixedTreeDrafter:
         self.prefix = getattr(heads, "prefix", None) if self.depth else None
         self.key: Hashable = (id(heads) if self.depth else None, tree, key_of_draws(rule))
         self._num_ranks = max(tree.ranks) + 1
-        places = _places(tree, self._num_ranks)
-        if self._draws is not None:
-            rows = [self._draws.inner.index(max(parent, 0)) for parent in tree.parents]
-            places[1:] = 1 + np.array(rows[1:]) * self._num_ranks + np.array(tree.ranks[1:])
-            self._rows = [int(tree.depths[node]) for node in self._draws.inner]
+        draws = self._draws
+        places = _places(tree, self._num_ranks) if draws is None else draws.places(tree)
         self._place_N = torch.from_numpy(places).to(device)
         self._parents_1N = torch.tensor([tree.parents], device=device)
         ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
@@ -183,10 +188,10 @@ class FixedTreeDrafter:
         if self.depth:
             logits_BKW = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
             if self._draws is None:
-                draft_BKR = logits_BKW.topk(self._num_ranks, dim=-1).indices
+                found = logits_BKW.topk(self._num_ranks, dim=-1).indices
             else:
-                draft_BKR, drawn = self._draw(logits_BKW, uniforms_BU)
-            draft_BR = from_head_places(self._heads, draft_BKR).flatten(1)
+                found, drawn = self._draw(logits_BKW, uniforms_BU)
+            draft_BR = from_head_places(self._heads, found).flatten(1)
             tokens_BN = torch.cat([tokens_BN, draft_BR], dim=1)[:, self._place_N]
         return Draft(
             tokens_BN,
@@ -203,9 +208,7 @@ class FixedTreeDrafter:
             for k in range(self.depth)
         ]
         draft, q = zip(*by_depth, strict=True)
-        token_map = head_vocabulary(self._heads)
-        drawn = self._draws.from_(torch.cat(q, 1), self._rows, token_map)
-        return torch.cat(draft, 1), drawn
+        return torch.cat(draft, 1), self._draws.record(list(q), head_vocabulary(self._heads))
 
 
 class DynamicTreeDrafter:
@@ -398,9 +401,7 @@ class SequentialDrafter:
             tokens_BN[:, plan.children_C] = top_BMR[:, plan.parent_C, plan.rank_C]
         drawn = None
         if self._draws is not None:
-            token_map = head_vocabulary(self._heads)
-            rows = list(range(len(self._draws.inner)))
-            drawn = self._draws.from_(torch.cat(found, 1), rows, token_map)
+            drawn = self._draws.record(found, head_vocabulary(self._heads))
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),

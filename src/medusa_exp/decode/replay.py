@@ -1,4 +1,4 @@
-"""Ranks of sampled responses: which draft of each head decoding would have accepted, and where.
+"""Ranks of sampled responses: which draft of each head is accepted, node by node, and where.
 
 `tree/search.py` replays decoding from ranks_PK. Of greedy responses these are facts. At a
 temperature the response is one draw, and the replay is unbiased if ranks are drawn given it:
@@ -17,17 +17,18 @@ Of likeliest tokens a path of the tree is accepted with the probability that dec
 with. Of sampled drafts it is what recursive rejection would accept, node by node. Decoding judges
 whole paths (`decode/traversal.py`), which one response does not tell, and accepts some more.
 
-P positions of a response, C of a chunk, D hidden, K heads, R draws, V vocabulary, W head
-vocabulary.
+P positions of a response, T of it and its prompt, C of a chunk, D hidden, K heads, R draws, V
+vocabulary, W head vocabulary, X = V, or W and all others as one.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.rule import AcceptanceRule
-from medusa_exp.decode.sampled import Rejection, draw
+from medusa_exp.decode.sampled import Rejection, draw, with_others
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 
@@ -67,10 +68,7 @@ def drawn_ranks(
     for start in range(0, number, _CHUNK):
         stop = min(start + _CHUNK + heads.num_heads, number)
         p_CV = probabilities(backbone.next_logits(hidden_PD[start:stop]), *filters)
-        if heads.token_map is not None:  # all tokens that heads cannot draw are one
-            p_CW = p_CV[:, heads.token_map]
-            rest_C1 = (1 - p_CW.sum(-1, keepdim=True)).clamp(min=0)
-            p_CV = torch.cat([p_CW, rest_C1], 1)
+        p_CX = p_CV if heads.token_map is None else with_others(p_CV, heads.token_map)
         for k in range(heads.num_heads):
             end = min(start + _CHUNK, number - k - 1)
             if end <= start:
@@ -79,24 +77,23 @@ def drawn_ranks(
             if heads.sees_tokens:
                 given.append(tokens_P.unfold(0, k + 1, 1)[start:end])
             q_CW = probabilities(heads.head_logits(k, *given), *filters)
-            p_CW = p_CV[k + 1 : k + 1 + end - start]
-            if q_CW.shape[1] < p_CW.shape[1]:
-                q_CW = torch.cat([q_CW, q_CW.new_zeros(len(q_CW), 1)], 1)
+            q_CX = pad(q_CW, (0, p_CX.shape[1] - q_CW.shape[1]))
+            of_k_CX = p_CX[k + 1 : k + 1 + end - start]
             truth_C = places_P[start + k + 1 : end + k + 1]
-            ranks_PK[start:end, k] = _ranks(p_CW, q_CW, truth_C, max_rank, generator).cpu()
+            ranks_PK[start:end, k] = _ranks(of_k_CX, q_CX, truth_C, max_rank, generator).cpu()
     return ranks_PK.numpy()
 
 
 def _ranks(
-    p_CW: Tensor, q_CW: Tensor, truth_C: Tensor, max_rank: int, generator: torch.Generator
+    p_CX: Tensor, q_CX: Tensor, truth_C: Tensor, max_rank: int, generator: torch.Generator
 ) -> Tensor:
     """Return rank_C: which child is the token that came; outside the head vocabulary none is."""
-    left = Rejection(p_CW, q_CW)
+    left = Rejection(p_CX, q_CX)
     can_be_C1 = (truth_C >= 0)[:, None]
     truth_C1 = truth_C.clamp(min=0)[:, None]
     rank_C = torch.full_like(truth_C, max_rank)
     shape = (len(truth_C), 2, max_rank)
-    uniforms_C2R = torch.rand(shape, generator=generator, device=p_CW.device)
+    uniforms_C2R = torch.rand(shape, generator=generator, device=p_CX.device)
     for rank in range(max_rank):
         is_hit_C1 = can_be_C1 & (uniforms_C2R[:, 0, rank, None] < left.share_of(truth_C1))
         is_first_C = is_hit_C1[:, 0] & (rank_C == max_rank)

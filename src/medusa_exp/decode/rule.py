@@ -1,7 +1,9 @@
 """Acceptance rule and verifier, and the choice between torch, CPU and CUDA verification.
 
-The torch code of `decode/verify.py` is the specification; the kernels of `decode/cuda/verify.py` do
-the same faster. B batch, N tree nodes, V vocabulary.
+The torch code of `decode/verify.py` is the specification; the kernels of `decode/cuda/verify.py`,
+and on a CPU the walk of `decode/cpu_verify.py`, do the same faster.
+
+B batch, N tree nodes, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -15,12 +17,7 @@ from torch import Tensor
 from medusa_exp.decode.cpu_verify import verify_on_cpu
 from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
 from medusa_exp.decode.sampled import Drawn
-from medusa_exp.decode.verify import (
-    RULES,
-    TreeRelations,
-    Verdict,
-    verify,
-)
+from medusa_exp.decode.verify import RULES, TreeRelations, Verdict, verify
 from medusa_exp.errors import UserError
 from medusa_exp.model.argmax import argmax
 
@@ -29,7 +26,7 @@ DRAFTS = ("top", "sampled")
 
 
 def pick_verify(name: str, device: torch.device, *, is_filtered: bool) -> Callable[..., Verdict]:
-    """Return `decode.verify.verify`, or what does the same by kernels.
+    """Return `decode.verify.verify`, or what does the same faster: kernels, or a walk on a CPU.
 
     Args:
         name: torch, cupy, or auto: the kernels on a CUDA device where CuPy is installed and they
@@ -206,5 +203,5 @@ class Verifier:
         options = dict(self._options, uniforms_BN=uniforms_BN, max_depth=max_depth, nodes=nodes)
         if drawn is None:
             return self._verify(logits_BNV, tokens_BN, parents_BN, **options)
-        judge = verify_on_cpu if self._verify is verify_on_cpu else verify  # the kernels take none
+        judge = verify_on_cpu if self._verify is verify_on_cpu else verify  # no kernel takes these
         return judge(logits_BNV, tokens_BN, parents_BN, drawn=drawn, **options)

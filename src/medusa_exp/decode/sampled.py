@@ -9,7 +9,7 @@ without replacement, Jeon et al., arXiv 2402.14160, and Sequoia, arXiv 2402.1237
 replayed and chosen (`decode/replay.py`); decoding looks at whole paths and accepts more
 (`decode/traversal.py`).
 
-B rows, N tree nodes, Q distributions, W tokens that heads can propose, V vocabulary, R draws; `...`
+B rows, Q distributions, W tokens that heads can propose, V vocabulary, R draws; `...`
 stands for any leading dimensions.
 """
 
@@ -27,7 +27,7 @@ class Drawn:
 
     q_BQW: Tensor
     """The distributions, after temperature, top-k and top-p."""
-    rows: tuple[int, ...]
+    q_index: tuple[int, ...]
     """Which of the Q each node's children come from; 0 for a node without children."""
     children: tuple[tuple[int, ...], ...]
     """Each node's children, in the order of the draw."""
@@ -81,47 +81,50 @@ def draw(q: Tensor, uniforms: Tensor) -> Tensor:
     return torch.cat(drawn, -1)
 
 
-class Rejection:
-    """What is left of p and q [..., V] as children are tried in the order of their draw.
+def with_others(p: Tensor, token_map: Tensor) -> Tensor:
+    """Return [..., W + 1] of p [..., V]: tokens that heads can propose, and all others as one."""
+    own = p.index_select(-1, token_map)
+    others = (p.sum(-1, keepdim=True) - own.sum(-1, keepdim=True)).clamp(min=0)
+    return torch.cat([own, others], -1)
 
-    With a weight a (1 node by node; see `decode/traversal.py`) a child's share is
-    min(1, a p(x) / q(x)). Two identities make it cheap. Rejected again and again, p becomes
-    norm(max(p - c q, 0)) with one number c for all tokens, which grows with every rejection; and a
-    token that was rejected has none of it left, as its share was below 1, so that the q of the
-    beginning will do.
+
+class Rejection:
+    """What is left of p and q [..., V] as children fail in the order of their draw.
+
+    Node by node (recursive rejection) the weight a is 1 throughout; see `decode/traversal.py` for
+    others. Two identities make it cheap. Rejected again and again, p becomes norm(max(p - c q, 0))
+    with one number c for all tokens, which grows with every rejection; and a token that failed has
+    none of it left, as its own weight was below 1, so that the q of the beginning will do.
     """
 
     def __init__(self, p: Tensor, q: Tensor, weight: Tensor | None = None) -> None:
-        """Begin with the backbone's distribution and the head's, and a weight [..., 1]."""
+        """Begin with the backbone's distribution and the head's, and a [..., 1]."""
         self._p, self._q, self._q_left = p, q, q.clone()
-        self.factor = torch.zeros_like(p[..., :1])
-        """The number c."""
-        self.weight = torch.ones_like(self.factor) if weight is None else weight
-        self._p_sum = p.sum(-1, keepdim=True)
-        self.open = torch.ones_like(self.factor)
-        """Probability that none of the children so far is accepted, node by node [..., 1]."""
+        self._p_sum, self._q_sum = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
+        self.factor = torch.zeros_like(self._p_sum)
+        """The number c [..., 1]."""
+        self.weight = torch.ones_like(self._p_sum) if weight is None else weight
+        """The number a [..., 1]."""
 
-    def share(self, token: Tensor) -> Tensor:
-        """Return min(1, a p(x) / q(x)) of the next child.
+    def child_weight(self, token: Tensor) -> Tensor:
+        """Return min(1, a p(x) / q(x)) of the next child, whose token [..., 1] is x.
 
         It is 0 for one that q does not have, or no longer: rounding, or a distribution of few
         tokens, may leave nothing to draw.
-
-        Args:
-            token: [..., 1].
         """
         q_left = self._q_left.gather(-1, token)
         p_of_token = (self._p.gather(-1, token) - self.factor * q_left).clamp(min=0)
-        q_sum = self._q_left.sum(-1, keepdim=True)
-        share = (self.weight * p_of_token * q_sum / (self._p_sum * q_left)).clamp(max=1)
-        return torch.where(q_left > 0, share.nan_to_num(nan=0.0), 0.0)
+        weight = self.weight * p_of_token * self._q_sum / (self._p_sum * q_left)
+        return torch.where(q_left > 0, weight.clamp(max=1).nan_to_num(nan=0.0), 0.0)
 
     def fail(self, token: Tensor) -> None:
-        """Take note that this child failed; one that q does not have is passed over."""
-        q_left = self._q_left.gather(-1, token)
-        is_tried = (q_left > 0) & (self.weight > 0)
-        q_sum, before = self._q_left.sum(-1, keepdim=True), self._p_sum
-        added = (before / (self.weight * q_sum)).nan_to_num(nan=0.0, posinf=0.0)
+        """Take note that the child with this token failed.
+
+        Nothing is left to change where q does not have it, or a is 0.
+        """
+        is_tried = (self._q_left.gather(-1, token) > 0) & (self.weight > 0)
+        before = self._p_sum
+        added = (before / (self.weight * self._q_sum)).nan_to_num(nan=0.0, posinf=0.0)
         self.factor = self.factor + torch.where(is_tried, added, 0.0)
         self._p_sum = self.rest().sum(-1, keepdim=True)
         left = (self.weight * self._p_sum / before).nan_to_num(nan=0.0)
@@ -129,25 +132,18 @@ class Rejection:
         # Of a weight of 1 nothing is lost: 0 / 0 would be where p and q are equal.
         self.weight = torch.where(is_tried & (self.weight < 1), weight, self.weight)
         self._q_left.scatter_(-1, token, 0.0)
-
-    def attempt(self, token: Tensor) -> Tensor:
-        """Try the next child; return the probability that it is accepted, and no elder one."""
-        share = self.share(token)
-        accepted = self.open * share
-        self.open = self.open * (1 - share)
-        self.fail(token)
-        return accepted
+        self._q_sum = self._q_left.sum(-1, keepdim=True)
 
     def share_of(self, token: Tensor) -> Tensor:
         """Return the probability that the next child is this token and accepted, of those of it
         that the next draw of what is left of p would be [..., 1]; see `decode.replay`."""
-        q_of_token = self._q_left.gather(-1, token) / self._q_left.sum(-1, keepdim=True)
+        q_of_token = self._q_left.gather(-1, token) / self._q_sum
         p_of_token = self.rest().gather(-1, token) / self._p_sum
         return (q_of_token / p_of_token).nan_to_num(nan=0.0, posinf=1.0).clamp(max=1)
 
     def rejected(self) -> Tensor:
         """Return how likely each token is to be the next child, and rejected [..., V]."""
-        q = (self._q_left / self._q_left.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
+        q = (self._q_left / self._q_sum).nan_to_num(nan=0.0)
         return (q - (self.rest() / self._p_sum).nan_to_num(nan=0.0)).clamp(min=0)
 
     def rest(self) -> Tensor:

@@ -1,8 +1,9 @@
 """Verification in torch, the specification: which draft tokens of a tree are accepted.
 
 Three rules, one signature. `greedy` and `sampling` are lossless: what is committed is distributed
-as if the backbone had generated it token by token. `typical` is Medusa's acceptance, which is not.
-Drafts that were sampled (`drawn`) go through `decode/traversal.py`; others are taken as given.
+as if the backbone had generated it token by token (with `drawn`: together with what follows).
+`typical` is Medusa's acceptance, which is not. Drafts that were sampled (`drawn`) go through
+`decode/traversal.py`; others are taken as given.
 `decode/cpu_verify.py` does the same faster where tensors lie in the host's memory, and the kernels
 of `decode/cuda/verify.py` on a GPU.
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.sampled import Drawn
-from medusa_exp.decode.traversal import Traversal
+from medusa_exp.decode.traversal import traverse
 from medusa_exp.model.argmax import argmax
 
 RULES = ("greedy", "sampling", "typical")
@@ -60,7 +61,8 @@ def verify(
     number, with the children's tokens first in the order of the draw. It is child c with
     probability p(c) and any other token x with p(x): what comes out is distributed by p, whatever
     is drafted, and no lossless rule accepts more of drafts that are not random. Of drafts that are,
-    more pass: with `drawn`, children are tried as `decode.sampled` says, by the same one number.
+    more pass: with `drawn`, whole paths are verified as `decode.traversal` says. A node's number
+    decides whether it is kept, and the root's draws the token after the path.
 
     typical: a draft token x is accepted if p(x) > min(epsilon, alpha * exp(-entropy)) after its
     parent; of the accepted paths the longest counts, of these the likeliest, of these the first.
@@ -78,7 +80,7 @@ def verify(
         temperature: divides the logits for sampling and typical; above 0.
         top_k: sampling draws from the k likeliest tokens, and those that tie with the last.
         top_p: sampling draws from the likeliest tokens that together have this probability.
-        uniforms_BN: for sampling, a number in [0, 1) for each node.
+        uniforms_BN: for sampling, a number in [0, 1) for each node; more of them are not read.
         epsilon: of typical, the highest threshold.
         alpha: of typical, the factor on exp(-entropy).
         max_depth: depth of the deepest tree; N - 1 unless the caller knows better.
@@ -96,18 +98,18 @@ def verify(
         return _typical(trees, probabilities(logits_BNV, temperature), epsilon, alpha)
     assert uniforms_BN is not None
     if drawn is not None:
-        traversal = Traversal(
-            logits_BNV, tokens_BN, drawn, uniforms_BN, (temperature, top_k, top_p)
-        )
-        next_token_B, nodes = traversal.run(), trees.nodes
-        end_B11 = traversal.end_B1[..., None].expand(-1, 1, nodes.size)
-        ancestors_BNN = nodes.ancestors_BNN.expand(len(tokens_BN), -1, -1)
-        return nodes.verdict(ancestors_BNN.gather(1, end_B11)[:, 0], next_token_B)
+        filters = temperature, top_k, top_p
+        end_B1, next_token_B = traverse(logits_BNV, tokens_BN, drawn, uniforms_BN, filters)
+        return trees.nodes.verdict(trees.nodes.path_to(end_B1), next_token_B)
     return _sampling(trees, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
 
 
 def check_rule(rule: str, temperature: float, uniforms_BN: Tensor | None) -> None:
-    """Raise the errors of `verify`."""
+    """See that a rule has what it needs; arguments as for `verify`.
+
+    Raises:
+        ValueError: the rule is not known, or lacks what it needs.
+    """
     if rule not in RULES:
         raise ValueError(f"rule={rule} is not known: use one of {', '.join(RULES)}.")
     if rule != "greedy" and not temperature > 0:
@@ -165,6 +167,11 @@ class TreeRelations:
         path_BL = path_BN[:, : self.depth + 1]
         path_BL = path_BL.masked_fill(path_BL == self.size, -1)
         return Verdict(path_BL, is_on_path_BN.sum(1) - 1, next_token_B)
+
+    def path_to(self, end_B1: Tensor) -> Tensor:
+        """Return which nodes are on the path to one [B, N], the root and the node itself too."""
+        end_B1N = end_B1[..., None].expand(-1, 1, self.size)
+        return self.ancestors_BNN.expand(len(end_B1), -1, -1).gather(1, end_B1N)[:, 0]
 
     def last(self, is_on_path_BN: Tensor) -> Tensor:
         """Return the path's deepest node [B, 1]."""
@@ -239,8 +246,7 @@ def _typical(trees: TreeBatch, p_BNV: Tensor, epsilon: float, alpha: float) -> V
     step_BN = torch.where(is_reached_BN & nodes.is_child_BN, p_BN, 1.0).log()
     score_BN = torch.einsum("bnm,bm->bn", way_BNN.to(step_BN.dtype), step_BN)
     end_B1 = score_BN.masked_fill(~is_longest_BN, -torch.inf).argmax(1, keepdim=True)
-    is_on_path_BN = way_BNN.gather(1, end_B1[..., None].expand(-1, 1, nodes.size))[:, 0]
-    return nodes.verdict(is_on_path_BN, trees.argmax().gather(1, end_B1)[:, 0])
+    return nodes.verdict(nodes.path_to(end_B1), trees.argmax().gather(1, end_B1)[:, 0])
 
 
 def _child_probability(trees: TreeBatch, p_BNV: Tensor) -> Tensor:
