@@ -16,6 +16,7 @@ the same for all cases. Of each case, tokens per step:
     greedy       the best tree of so many nodes
     sampling     the same where tokens are sampled and drafts are the heads' likeliest tokens
     sampled      a chain of drafts that are sampled too, accepted with probability min(1, p / q)
+                 (decoding judges the whole chain, and accepts some more)
 
 In the last, a token of the answer was drawn from p. It is the draft token, accepted, in a share
 min(1, q / p) of the cases, and in the rest what was drawn after a rejection: with these shares the

@@ -35,7 +35,8 @@ class Count:
     draft: str
     num_nodes: int
     expected: float
-    """Tokens per step of the replay that chose the tree, prompts' steps included."""
+    """Tokens per step of the replay that chose the tree, prompts' steps included; of sampled drafts
+    by recursive rejection, which accepts less than decoding."""
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0

@@ -7,6 +7,7 @@ from tiny_models import build_model
 from medusa_exp.data.batching import label_positions
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model import Backbone, build_heads
+from medusa_exp.model import loss as loss_module
 from medusa_exp.model.loss import (
     Objective,
     acceptance_weights,
@@ -115,3 +116,32 @@ def test_a_loss_is_weighted_by_given_weights(case):
     weights = torch.tensor([0.5, 0.25, 0.0]).unbind()
     torch.testing.assert_close(medusa_loss(losses, weights), means[0] / 2 + means[1] / 4)
     assert losses[0].reached_sum is None
+
+
+@pytest.mark.parametrize("form", ["recompute", "at_once"])
+@pytest.mark.parametrize("loss", ["kl", "tv", "nla", "lk"])
+def test_the_backbone_is_asked_once_for_all_heads(case, monkeypatch, loss, form):
+    """Where there is room; and what comes out is the same where there is none."""
+    backbone, heads, batch, hidden_BTD = case
+    asked, next_logits = [], backbone.next_logits
+
+    def counted(hidden_RD):
+        asked.append(len(hidden_RD))
+        return next_logits(hidden_RD)
+
+    monkeypatch.setattr(backbone, "next_logits", counted)
+    found = {}
+    for most in (10_000, 0):
+        monkeypatch.setattr(loss_module, "kept_rows", lambda *_, most=most: most)
+        asked.clear()
+        heads.zero_grad()
+        targets = Objective(loss=loss).targets(backbone, heads, hidden_BTD, batch)
+        rest = (batch.labeled, batch.input_ids_BT)
+        losses = medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=64, form=form)
+        sum(part.loss_sum for part in losses).backward()
+        gradients = [p.grad.clone() for p in heads.parameters()]
+        found[most] = sum(asked), torch.stack([part.loss_sum for part in losses]), gradients
+    assert found[10_000][0] == len(batch.labeled[0]) < found[0][0] / heads.num_heads
+    torch.testing.assert_close(found[10_000][1], found[0][1])
+    for kept, computed in zip(found[10_000][2], found[0][2], strict=True):
+        torch.testing.assert_close(kept, computed)

@@ -638,7 +638,7 @@ class DecodeConfig:
     draft: str = choice("auto", "top", "sampled")
     """With rule=sampling, what heads draft: top (their likeliest tokens, verified by the draw of
     the next token), sampled (draws from their distributions, after the same temperature, top_k and
-    top_p, verified path by path), or auto (what stage calibrate found to be faster at this
+    top_p, verified as whole paths), or auto (what stage calibrate found to be faster at this
     temperature; top before). The distribution is that of plain sampling with each."""
     epsilon: float = between(0.0, 1.0, default=0.09)
     """Typical acceptance: a draft token is accepted if its probability is above
@@ -660,7 +660,8 @@ class DecodeConfig:
     true, false, or auto (on a GPU, where the steps of calibrate and evaluate, or of regenerate, are
     many enough to pay for it). true on a CPU needs a C++ compiler."""
     verifier: str = choice("auto", "torch", "cupy")
-    """torch, cupy (the CUDA kernels), or auto (the kernels wherever they can be used)."""
+    """torch, cupy (the CUDA kernels), or auto (the kernels wherever they can be used; on a CPU, the
+    nodes of a path alone)."""
     max_new_tokens: int = between(1, 1 << 20, default=128)
     """Tokens after which an answer ends at the latest. A prompt has to leave room for them."""
     stop_ids: list[int] = between(0, 1 << 24, default=[])

@@ -6,7 +6,7 @@ h_t is the backbone's last hidden state at position t. The backbone's own lm_hea
 head k the k-th token after that. (Medusa, Cai et al. 2024, equation 1; head_decay^k is lambda_k,
 and the config's `train.decay` is head_decay.) y is the text's token or the backbone's argmax
 (teacher labels); instead of cross entropy there may be the divergence from the backbone's
-distribution, or what a draft token that is sampled from the head's has to be rejected for
+distribution, or what falls as more tokens are accepted that are sampled from the head's
 (`targets.py`). The logits of all heads never exist at once.
 
 `head` counts from 1, as labels and metrics do (0 is the lm_head); `k` in code is an index, from 0,
@@ -38,7 +38,7 @@ from medusa_exp.model.targets import (
     AcceptanceLoss,
     AcceptanceTargets,
     DistributionTargets,
-    NextLogits,
+    FromHidden,
     Targets,
     Teacher,
     TokenTargets,
@@ -114,19 +114,23 @@ class Objective:
         def next_log_probs(hidden_RD: Tensor) -> Tensor:
             return heads.from_head_vocab(backbone.next_logits(hidden_RD).float().log_softmax(-1))
 
-        def teacher(probabilities: NextLogits) -> Teacher:
+        def next_probs(hidden_RD: Tensor) -> Tensor:
+            return heads.from_head_vocab(backbone.next_logits(hidden_RD).float().softmax(-1))
+
+        index_R = batch.labeled[0]
+
+        def teacher_of(probabilities: FromHidden) -> Teacher:
             most = kept_rows(hidden_BTD.device, heads.config.head_vocab_size)
             return Teacher(hidden_BTD, probabilities, index_R if len(index_R) <= most else None)
 
-        index_R = batch.labeled[0]
         if self.loss == "kl":
-            of_head_vocab = teacher(lambda rows_RD: next_logits(rows_RD).float().softmax(-1))
+            of_head_vocab = teacher_of(lambda rows_RD: next_logits(rows_RD).float().softmax(-1))
             return DistributionTargets(of_head_vocab, measures_acceptance=self.measures_acceptance)
         if self.loss == "topk_kl":
             return TopTargets(hidden_BTD, index_R, next_logits, self.top_k)
         form = AcceptanceLoss(self.loss, self.lk_decay)
         if self.teacher == "full":
-            return AcceptanceTargets(teacher(lambda rows_RD: next_log_probs(rows_RD).exp()), form)
+            return AcceptanceTargets(teacher_of(next_probs), form)
         return TopAcceptanceTargets(hidden_BTD, index_R, next_log_probs, self.top_k, form)
 
     def factor(self, step: int, max_steps: int) -> float:
@@ -151,7 +155,7 @@ def teacher_labels(backbone: Backbone, hidden_BTD: Tensor, batch: Batch) -> Tens
 
 
 @torch.no_grad()
-def teacher_argmax(next_logits: NextLogits, hidden_RD: Tensor) -> Tensor:
+def teacher_argmax(next_logits: FromHidden, hidden_RD: Tensor) -> Tensor:
     """Return the likeliest next token at each of these hidden states: tokens_R."""
     chunks = [argmax(next_logits(hidden_CD)) for hidden_CD in hidden_RD.split(ROWS)]
     return torch.cat(chunks)

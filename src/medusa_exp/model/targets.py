@@ -1,7 +1,8 @@
 """What heads are to predict at a position, and the loss of a row: of a token, or of a distribution.
 
 With p the backbone's distribution at a position and q the head's, a token drawn from q is accepted
-with probability alpha = sum_v min(p_v, q_v) (speculative sampling, Leviathan et al. 2023).
+with probability alpha = sum_v min(p_v, q_v) (speculative sampling, Leviathan et al. 2023), token by
+token; `decode/traversal.py`, which judges whole paths, accepts no less.
 
 C rows of a chunk, R rows, D hidden, V vocabulary, W tokens of the head vocabulary (V, or fewer of
 them), J likeliest tokens, X tokens of one or the other, B batch, T time.
@@ -25,7 +26,7 @@ _CPU_ROOM = 2**30
 """Bytes of probabilities that may be kept on a CPU, whatever its memory: it has other work, too."""
 _SHARE = 16
 """Of a GPU's memory, one part in so many is for them."""
-NextLogits = Callable[[Tensor], Tensor]
+FromHidden = Callable[[Tensor], Tensor]
 """From hidden_RD to the backbone's logits_RW, or (log-)probabilities, of the head vocabulary."""
 RowLosses = tuple[Tensor, Tensor | None]
 """The loss of each row in nats, and its alpha, without gradient, where that is known."""
@@ -74,33 +75,33 @@ class Teacher:
     """
 
     def __init__(
-        self, hidden_BTD: Tensor, probabilities: NextLogits, index_R: Tensor | None = None
+        self, hidden_BTD: Tensor, probabilities: FromHidden, index_R: Tensor | None = None
     ) -> None:
         """Take hidden states of the backbone, and what makes probabilities p_RW of them.
 
-        index_R: flat positions b * T + t, of which p is computed now and kept, [R, W] in float32.
-            Without them it is computed wherever it is asked for.
+        index_R: flat positions b * T + t: the only ones that are asked for then. Of these p is
+            computed now and kept, [R, W] in float32; without them, wherever it is asked for.
         """
-        self.hidden, self.probabilities = hidden_BTD.flatten(0, 1), probabilities
-        self.kept: Tensor | None = None
+        self._hidden, self._probabilities = hidden_BTD.flatten(0, 1), probabilities
+        self._kept, self._row = None, None
         if index_R is None or not len(index_R):
             return
-        self.row = _rows_of(index_R, len(self.hidden))
+        self._row = _rows_of(index_R, len(self._hidden))
         with torch.no_grad():
             for start in range(0, len(index_R), ROWS):
-                part_CW = probabilities(self.hidden[index_R[start : start + ROWS]])
-                if self.kept is None:
-                    self.kept = part_CW.new_empty(len(index_R), part_CW.shape[1])
-                self.kept[start : start + ROWS] = part_CW
+                part_CW = probabilities(self._hidden[index_R[start : start + ROWS]])
+                if self._kept is None:  # filled in place: to join parts would take twice the room
+                    self._kept = part_CW.new_empty(len(index_R), part_CW.shape[1])
+                self._kept[start : start + ROWS] = part_CW
 
     def at(self, index_R: Tensor) -> Tensor:
         """Return, with a row each, what `of` reads for these positions."""
-        return self.hidden[index_R] if self.kept is None else self.row[index_R]
+        return self._hidden[index_R] if self._row is None else self._row[index_R]
 
     @torch.no_grad()
     def of(self, rows: Tensor) -> Tensor:
         """Return p_CW of some rows of `at`."""
-        return self.probabilities(rows) if self.kept is None else self.kept.index_select(0, rows)
+        return self._probabilities(rows) if self._kept is None else self._kept.index_select(0, rows)
 
 
 def kept_rows(device: torch.device, num_tokens: int) -> int:
@@ -117,16 +118,22 @@ def _rows_of(index_R: Tensor, number: int) -> Tensor:
     return row_I
 
 
-class DistributionTargets:
-    """KL divergence of a head's distribution from the backbone's."""
-
-    def __init__(self, teacher: Teacher, *, measures_acceptance: bool = False) -> None:
-        """Take a teacher whose probabilities are of the head vocabulary alone, and sum to 1."""
-        self.teacher, self.measures_acceptance = teacher, measures_acceptance
+class _TeachersTargets:
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
 
     def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
         """Return what the teacher reads."""
         return (self.teacher.at(index_R),)
+
+
+class DistributionTargets(_TeachersTargets):
+    """KL divergence of a head's distribution from the backbone's."""
+
+    def __init__(self, teacher: Teacher, *, measures_acceptance: bool = False) -> None:
+        """Take a teacher whose probabilities are of the head vocabulary alone, and sum to 1."""
+        super().__init__(teacher)
+        self.measures_acceptance = measures_acceptance
 
     def losses(self, logits_CW: Tensor, *rows: Tensor) -> RowLosses:
         """Return KL(backbone || head) of each row, of the head vocabulary alone."""
@@ -148,7 +155,7 @@ class TopTargets:
         self,
         hidden_BTD: Tensor,
         index_R: Tensor,
-        next_logits: NextLogits,
+        next_logits: FromHidden,
         num_top: int,
         *,
         is_truncated: bool = True,
@@ -206,9 +213,7 @@ class AcceptanceLoss:
         """Return the loss of each row, of probabilities as logarithms, and alpha."""
         p_CX = log_p_CX.exp()
         alpha_C = torch.minimum(p_CX, log_q_CX.exp()).sum(-1)
-        kl_C = alpha_C  # of which a share of 0 is taken
-        if self.kind == "lk":
-            kl_C = self._kl(p_CX, (p_CX * log_q_CX).sum(-1))
+        kl_C = self._kl(p_CX, (p_CX * log_q_CX).sum(-1)) if self.kind == "lk" else None
         return self.mix(alpha_C, self.share(alpha_C), kl_C), alpha_C.detach()
 
     def share(self, alpha_C: Tensor) -> Tensor:
@@ -217,11 +222,12 @@ class AcceptanceLoss:
             return torch.zeros_like(alpha_C, requires_grad=False)
         return (-self.lk_decay * alpha_C.detach()).exp()
 
-    def mix(self, alpha_C: Tensor, share_C: Tensor, kl_C: Tensor) -> Tensor:
+    def mix(self, alpha_C: Tensor, share_C: Tensor, kl_C: Tensor | None) -> Tensor:
         """Return the loss of each row of its parts."""
         if self.kind == "tv":
             return 1 - alpha_C
-        return share_C * kl_C - (1 - share_C) * alpha_C.clamp(min=_TINY).log()
+        nla_C = -alpha_C.clamp(min=_TINY).log()
+        return nla_C if kl_C is None else share_C * kl_C + (1 - share_C) * nla_C
 
     def of_logits(self, p_CW: Tensor, logits_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss of each row, its gradient by the logits [C, W], and alpha.
@@ -231,15 +237,15 @@ class AcceptanceLoss:
         """
         q_CW = logits_CW.softmax(-1)
         alpha_C = torch.minimum(p_CW, q_CW).sum(-1)
-        share_C, kl_C = self.share(alpha_C), alpha_C  # of which a share of 0 is taken
+        share_C, kl_C = self.share(alpha_C), None
         # What alpha's gradient counts: 1, or that of its logarithm.
         slope_C = (1 - share_C) / (1 if self.kind == "tv" else alpha_C.clamp(min=_TINY))
         m_CW = torch.lt(q_CW, p_CW, out=torch.empty_like(q_CW)).mul_(q_CW)  # a mask is slower
         of_q_C = slope_C * m_CW.sum(-1)
         if self.kind == "lk":
             reach_C = p_CW.sum(-1)
-            log_q_p_C = (p_CW * logits_CW).sum(-1) - reach_C * logits_CW.logsumexp(-1)
-            kl_C = self._kl(p_CW, log_q_p_C)
+            p_log_q_C = (p_CW * logits_CW).sum(-1) - reach_C * logits_CW.logsumexp(-1)
+            kl_C = self._kl(p_CW, p_log_q_C)
             of_q_C = of_q_C + share_C * reach_C
         gradient_CW = q_CW.mul_(of_q_C[:, None])
         gradient_CW.addcmul_(m_CW, slope_C[:, None], value=-1)
@@ -247,11 +253,13 @@ class AcceptanceLoss:
             gradient_CW.addcmul_(p_CW, share_C[:, None], value=-1)
         return self.mix(alpha_C, share_C, kl_C), gradient_CW, alpha_C
 
-    def _kl(self, p_CX: Tensor, of_q_C: Tensor) -> Tensor:
-        """Return S * KL(p / S || q); of_q_C is sum_v p_v log q_v."""
+    def _kl(self, p_CX: Tensor, p_log_q_C: Tensor) -> Tensor:
+        """Return S * KL(p / S || q); p_log_q_C is sum_v p_v log q_v."""
         reach_C = p_CX.sum(-1)
         return (
-            torch.special.xlogy(p_CX, p_CX).sum(-1) - torch.special.xlogy(reach_C, reach_C) - of_q_C
+            torch.special.xlogy(p_CX, p_CX).sum(-1)
+            - torch.special.xlogy(reach_C, reach_C)
+            - p_log_q_C
         )
 
 
@@ -275,16 +283,13 @@ class _ByLogits(torch.autograd.Function):
         return gradient_CW * grad_outputs[0][:, None], None, None
 
 
-class AcceptanceTargets:
+class AcceptanceTargets(_TeachersTargets):
     """Losses that fall with what is accepted of sampled drafts, by the backbone's distribution."""
 
     def __init__(self, teacher: Teacher, form: AcceptanceLoss) -> None:
         """Take a teacher whose probabilities sum to less than 1 where heads cannot reach all."""
-        self.teacher, self.form = teacher, form
-
-    def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
-        """Return what the teacher reads."""
-        return (self.teacher.at(index_R),)
+        super().__init__(teacher)
+        self.form = form
 
     def losses(self, logits_CW: Tensor, *rows: Tensor) -> RowLosses:
         """Return loss and alpha of each row."""
@@ -299,7 +304,7 @@ class TopAcceptanceTargets(TopTargets):
         self,
         hidden_BTD: Tensor,
         index_R: Tensor,
-        next_log_probs: NextLogits,
+        next_log_probs: FromHidden,
         num_top: int,
         form: AcceptanceLoss,
     ) -> None:

@@ -2,8 +2,8 @@
 
 The backbone answers held-out prompts once, before the training. A validation then looks up which
 draft token of each head is accepted at each position of these responses, and replays decoding from
-that (`tree/search.py`). The loss says how surprised heads are everywhere; this, what they are
-worth.
+that (`tree/search.py`; of sampled drafts decoding makes some more). The loss says how surprised
+heads are everywhere; this, what they are worth.
 
 P positions of a response, T of prompt and response but the last, D hidden, K heads.
 """

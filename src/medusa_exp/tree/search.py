@@ -2,7 +2,9 @@
 
 The ranks_PK of a response say, at each of its P positions, which draft token of head k was
 right. With them a decoding run can be replayed for any tree, without the model: exactly in float32;
-in lower precision the shape of a step's batch moves logits a little, and now and then a rank.
+in lower precision the shape of a step's batch moves logits a little, and now and then a rank. Ranks
+of sampled drafts are those of recursive rejection, node by node: decoding takes fewer steps
+(`decode/replay.py`).
 
 The reference counts at all positions alike. Decoding does not visit them alike: it jumps over what
 is easy, and stands where a run of guesses has just ended, so that such a mean promises more than
