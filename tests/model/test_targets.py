@@ -123,6 +123,7 @@ def test_a_loss_is_weighted_by_given_weights(case):
 def test_the_backbone_is_asked_once_for_all_heads(case, monkeypatch, loss, form):
     """Where there is room; and what comes out is the same where there is none."""
     backbone, heads, batch, hidden_BTD = case
+    hidden_BTD = hidden_BTD.detach()
     asked, next_logits = [], backbone.next_logits
 
     def counted(hidden_RD):

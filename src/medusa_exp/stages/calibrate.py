@@ -377,9 +377,8 @@ def _rehearsed(
     rehearsed = replayed.ranks[:_REHEARSED_PROMPTS]
     found = replayed.found and replayed.found[:_REHEARSED_PROMPTS]
     seconds, steps = rehearse(decoder, trees, prompts[:_REHEARSED_PROMPTS])
-    # Other draws, other responses: what a step took counts. Of sampled drafts the replay counts more
-    # steps than decoding takes, which no few prompts tell apart from chance: likeliest ones, to
-    # which they are compared, are favoured by that.
+    # Other draws, other responses: what a step took counts. Of sampled drafts the replay counts too
+    # many steps, by less than a few prompts can tell: likeliest ones are favoured by that.
     if decoder.rule.name == "sampling":
         expected = {tree: num_steps(rehearsed, tree or chain(0), found) for tree in seconds}
         seconds = {tree: took * expected[tree] / steps[tree] for tree, took in seconds.items()}
