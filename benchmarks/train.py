@@ -1,6 +1,6 @@
 """How fast heads train, what hidden states on disk save, and how much memory the loss takes.
 
-    python benchmarks/train.py [--only online,cache,memory,overhead] [--out FILE]
+    python benchmarks/train.py [--only online,cache,memory,overhead,teacher] [--out FILE]
 
 Models are random Llamas and documents are random tokens of ShareGPT's lengths: only shapes matter
 here. Seconds are the processor's. It takes some minutes on two cores, and up to 14 GB for the plain
@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,10 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_exp.config import Config
 from medusa_exp.config import HeadConfig as Head
+from medusa_exp.data.datamodule import Batch
 from medusa_exp.data.examples import Examples, Table
 from medusa_exp.data.feature_cache import Features
-from medusa_exp.model import Backbone, build_heads
-from medusa_exp.model.loss import medusa_loss, medusa_losses
+from medusa_exp.model import Backbone, build_heads, loss
+from medusa_exp.model.loss import Objective, medusa_loss, medusa_losses
 from medusa_exp.stages.train import build_module
 from medusa_exp.stages.training_inputs import Inputs
 from medusa_exp.train.precompute import FeatureSettings, open_features
@@ -200,6 +202,48 @@ def memory_rows(work: Path) -> list[Row]:
     return [row]
 
 
+def teacher_rows(work: Path) -> list[Row]:
+    """A step of the heads by a loss of the backbone's distribution, which all heads share."""
+    vocabulary, num_tokens = 49_152, 16_384
+    case = build_case(work, layers=1, width=512, vocabulary=vocabulary, documents=24)
+    backbone = case.inputs.backbone
+    counts = torch.arange(vocabulary, 0, -1)
+    shape = {"kind": "recurrent", "num_heads": 4, "num_tokens": num_tokens}
+    heads = build_heads(backbone, token_counts=counts, **shape)
+    batch = ready_batches(case)[0]
+    hidden_BTD = backbone.hidden_states(batch.input_ids_BT).detach()
+
+    def step(name: str, most: int) -> Callable[[], None]:
+        objective = Objective(loss=name, form="at_once")
+
+        def run() -> None:
+            with mock.patch.object(loss, "kept_rows", return_value=most):
+                with torch.autocast("cpu", torch.bfloat16):
+                    targets = objective.targets(backbone, heads, hidden_BTD, batch)
+                    rest = (batch.labeled, batch.input_ids_BT)
+                    settings = {"chunk_rows": 256, "form": "at_once"}
+                    losses = medusa_losses(heads, hidden_BTD.float(), targets, *rest, **settings)
+                    total = medusa_loss(losses, 0.8)
+                total.backward()
+
+        return run
+
+    steps = [step("nla", 1 << 20), step("nla", 0), step("ce", 0)]
+    kept, asked, ce = best_seconds(_REPEATS, *steps, clock=_CLOCK)
+    return [
+        Row(
+            what="a step of train.loss=nla, the backbone's distribution kept for all heads",
+            unit="s",
+            ours=kept,
+            bar="< computed by each head",
+            is_cleared=kept < asked,
+            reference=asked,
+            ratio=asked / kept,
+            details={"train.loss=ce, s": ce, "vocabulary": vocabulary, "of heads": num_tokens},
+        )
+    ]
+
+
 def overhead_rows(work: Path) -> list[Row]:
     """What a step takes besides backbone, heads, loss and optimiser: batches and Lightning."""
     # Many documents: what Lightning takes to start up is no part of a step.
@@ -221,13 +265,19 @@ def overhead_rows(work: Path) -> list[Row]:
     ]
 
 
+def ready_batches(case: Case) -> list[Batch]:
+    """Return the batches of a pass."""
+    batches = case.inputs.batches(case.config)
+    names = ("global_step", "max_steps", "global_rank", "world_size")
+    values = (0, batches.batches_per_epoch(), 0, 1)
+    batches.trainer = type("Trainer", (), dict(zip(names, values, strict=True)))
+    return list(batches.train_dataloader())
+
+
 def bare_epoch(case: Case) -> Callable[[], None]:
     """Return a pass of nothing but the arithmetic, on batches that are there already."""
-    batches = case.inputs.batches(case.config)
-    steps = batches.batches_per_epoch()
-    names = ("global_step", "max_steps", "global_rank", "world_size")
-    batches.trainer = type("Trainer", (), dict(zip(names, (0, steps, 0, 1), strict=True)))
-    ready = list(batches.train_dataloader())
+    ready = ready_batches(case)
+    steps = len(ready)
 
     def epoch() -> None:
         heads = build_heads(case.inputs.backbone, num_heads=4)
@@ -239,8 +289,8 @@ def bare_epoch(case: Case) -> Callable[[], None]:
                 targets = module.objective.targets(module.backbone, heads, hidden_BTD, batch)
                 rest = (batch.labeled, batch.input_ids_BT)
                 losses = medusa_losses(heads, hidden_BTD.float(), targets, *rest, chunk_rows=256)
-                loss = medusa_loss(losses, 0.8)
-            loss.backward()
+                total = medusa_loss(losses, 0.8)
+            total.backward()
             torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -258,6 +308,7 @@ _PARTS = {
     "cache": cache_rows,
     "memory": memory_rows,
     "overhead": overhead_rows,
+    "teacher": teacher_rows,
 }
 
 
