@@ -35,6 +35,12 @@ def test_a_tiny_temperature_leaves_the_likeliest_token_alone(temperature):
     assert probabilities(logits_V, temperature).tolist() == [0, 0.5, 0, 0, 0.5]
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+def test_where_no_token_can_be_it_is_the_first(value):
+    p_RV = probabilities(torch.full((2, 5), value), 1.0)
+    assert p_RV.tolist() == [[1, 0, 0, 0, 0]] * 2
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_a_row_that_is_no_number_changes_no_other(temperature):
     """Where all maxima are finite a CPU takes a shorter way."""
@@ -52,7 +58,9 @@ def test_all_tokens_of_a_row_are_found_with_their_weights():
     weights_1V = torch.zeros(1, 700, dtype=torch.float64)
     weights_1V[0, [3, 255, 256, 600]] = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     places = torch.tensor([0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.5999, 0.6001, 0.9999, 7.0])
-    found = token_at(weights_1V.expand(9, -1), places[:, None], weights_1V.expand(9, -1))
+    p_1V = torch.zeros(1, 700)
+    p_1V[0, 9] = 1.0  # is not asked
+    found = token_at(weights_1V.expand(9, -1), places[:, None], p_1V.expand(9, -1))
     assert found.tolist() == [3, 3, 255, 255, 256, 256, 600, 600, 600]
 
 

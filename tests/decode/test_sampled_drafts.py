@@ -60,6 +60,15 @@ def test_a_draw_from_too_few_tokens_is_never_accepted():
     assert left.rest()[0].tolist() == pytest.approx([0.3, 0, 0.3, 0.3])
 
 
+def test_a_token_that_the_head_cannot_draw_changes_nothing():
+    p_1V, q_1V = torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.tensor([[0.0, 0.5, 0.5, 0.0]])
+    left, token_11 = Rejection(p_1V, q_1V, torch.tensor([[0.7]])), torch.tensor([[3]])
+    assert left.child_weight(token_11).tolist() == [[0]]
+    left.fail(token_11)
+    assert left.weight.tolist() == [[pytest.approx(0.7)]] and left.factor.tolist() == [[0]]
+    assert torch.equal(left.rest(), p_1V)
+
+
 @pytest.mark.parametrize("scale", [1e-7, 1e-3, 1.0])
 def test_the_rest_is_never_negative_in_float32(scale):
     """p and q that are nearly equal, or equal: what is left is clamped, and a token comes out."""

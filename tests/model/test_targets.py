@@ -1,12 +1,14 @@
 """What is accepted of drawn drafts, as the losses know it, and heads weighted by it."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from tiny_models import build_model
 
 from medusa_exp.data.batching import label_positions
 from medusa_exp.data.datamodule import Batch
-from medusa_exp.model import Backbone, build_heads
+from medusa_exp.model import Backbone, build_heads, targets
 from medusa_exp.model import loss as loss_module
 from medusa_exp.model.loss import (
     Objective,
@@ -15,7 +17,7 @@ from medusa_exp.model.loss import (
     medusa_loss,
     medusa_losses,
 )
-from medusa_exp.model.targets import DistributionTargets, Teacher, TokenTargets
+from medusa_exp.model.targets import DistributionTargets, Teacher, TokenTargets, kept_rows
 
 LOSSES = [
     ("ce", "full"),
@@ -132,17 +134,37 @@ def test_the_backbone_is_asked_once_for_all_heads(case, monkeypatch, loss, form)
 
     monkeypatch.setattr(backbone, "next_logits", counted)
     found = {}
-    for most in (10_000, 0):
-        monkeypatch.setattr(loss_module, "kept_rows", lambda *_, most=most: most)
+    number = len(batch.labeled[0])
+    for most in (number, number - 1):
+        room_for = Mock(return_value=most)
+        monkeypatch.setattr(loss_module, "kept_rows", room_for)
         asked.clear()
         heads.zero_grad()
-        targets = Objective(loss=loss).targets(backbone, heads, hidden_BTD, batch)
+        wanted = Objective(loss=loss).targets(backbone, heads, hidden_BTD, batch)
         rest = (batch.labeled, batch.input_ids_BT)
-        losses = medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=64, form=form)
+        losses = medusa_losses(heads, hidden_BTD, wanted, *rest, chunk_rows=64, form=form)
         sum(part.loss_sum for part in losses).backward()
         gradients = [p.grad.clone() for p in heads.parameters()]
         found[most] = sum(asked), torch.stack([part.loss_sum for part in losses]), gradients
-    assert found[10_000][0] == len(batch.labeled[0]) < found[0][0] / heads.num_heads
-    torch.testing.assert_close(found[10_000][1], found[0][1])
-    for kept, computed in zip(found[10_000][2], found[0][2], strict=True):
-        torch.testing.assert_close(kept, computed)
+        room_for.assert_called_once_with(torch.device("cpu"), 40)  # tokens of the head vocabulary
+    kept, computed = found[number], found[number - 1]
+    assert kept[0] == number < computed[0] / heads.num_heads
+    torch.testing.assert_close(kept[1], computed[1])
+    for mine, theirs in zip(kept[2], computed[2], strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_room_for_what_is_kept(monkeypatch):
+    assert kept_rows(torch.device("cpu"), 16_384) == 2**30 // (4 * 16_384)
+    monkeypatch.setattr(targets, "gpu_memory", lambda device: 80 * 2**30)
+    assert kept_rows(torch.device("cuda"), 128_000) == 5 * 2**30 // (4 * 128_000)
+
+
+def test_a_teacher_computes_part_by_part(monkeypatch):
+    monkeypatch.setattr(targets, "ROWS", 5)
+    hidden_BTD = torch.randn(2, 9, 8)
+    index_R = torch.tensor([1, 2, 3, 5, 8, 9, 10, 12, 13, 15, 16])
+    kept = Teacher(hidden_BTD, torch.nn.Softmax(-1), index_R)
+    expected = hidden_BTD.flatten(0, 1).softmax(-1)
+    for some in (index_R, torch.tensor([16, 3, 9])):
+        torch.testing.assert_close(kept.of(kept.at(some)), expected[some])
