@@ -1,5 +1,7 @@
 """What comes behind the lm_head is the model's, in all that reads logits: scales, caps, biases."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
@@ -156,8 +158,9 @@ def test_a_scale_teaches_what_the_same_scale_in_the_lm_head_teaches():
     for backbone in (Backbone(model), Backbone(folded)):
         heads = build_heads(backbone, num_heads=2)
         hidden_TD, _ = states_and_logits(backbone)
-        targets = Objective(loss="kl").targets(backbone, heads, hidden_TD[None], None)
         index_R = torch.arange(5)
+        batch = SimpleNamespace(labeled=[torch.arange(len(hidden_TD))])
+        targets = Objective(loss="kl").targets(backbone, heads, hidden_TD[None], batch)
         logits_RV = heads.head_logits(0, hidden_TD[:5])
         losses.append(targets.losses(logits_RV, *targets.at(index_R)))
     torch.testing.assert_close(*losses)
