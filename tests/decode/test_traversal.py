@@ -104,7 +104,12 @@ def all_drafts(drafter, tree, hidden_1D):
     size, children = len(tree), children_of(tree)
     inner = [node for node in range(size) if children[node]]
     inner.sort(key=lambda node: (tree.depths[node], node))
-    ranks = max(tree.ranks) + 1
+    starts, start = {}, size
+    for depth in range(tree.depth):
+        at = [place for place, node in enumerate(inner) if tree.depths[node] == depth]
+        ranks = max(len(children[inner[place]]) for place in at)
+        starts |= {place: start + i * ranks for i, place in enumerate(at)}
+        start += len(at) * ranks
     rows = [([0.5] * drafter.num_uniforms, 1.0)]
 
     def drafts_of(rows):
@@ -124,8 +129,7 @@ def all_drafts(drafter, tree, hidden_1D):
             for combined in itertools.product(*laws):
                 new = list(numbers)
                 for place, (draws, _) in zip(at, combined, strict=True):
-                    start = size + place * ranks
-                    new[start : start + len(draws)] = draws
+                    new[starts[place] : starts[place] + len(draws)] = draws
                 following.append((new, weight * math.prod(one for _, one in combined)))
         rows = following
     return drafts_of(rows), [weight for _, weight in rows]

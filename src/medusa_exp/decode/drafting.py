@@ -10,7 +10,7 @@ numbers to draw by. Of a dynamic tree, M nodes to choose from. Of sequential hea
 depth that have children, J tokens from the root to a node, Q = B x M states that a head reads.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,38 +99,51 @@ _NO_CHANCE = -1e4
 class _Draws:
     """Draws the tokens of a tree that stays the same, after the rule's temperature and filters.
 
-    M nodes of a depth have children; each draws them by R numbers of its own (why:
+    M nodes of a depth have children, R at most; each draws so many by numbers of its own (why:
     `decode/traversal.py`).
     """
 
     def __init__(self, rule: AcceptanceRule, tree: Tree) -> None:
         self._filters = rule.temperature, rule.top_k, rule.top_p
-        self._num_nodes, self._num_ranks = len(tree), max(tree.ranks) + 1
-        self._children = children_of(tree)
+        self._num_nodes, self._children = len(tree), children_of(tree)
         self._inner: list[list[int]] = [[] for _ in range(tree.depth)]
         """Nodes that have children, by depth."""
         for node, children in enumerate(self._children):
             if children:
                 self._inner[tree.depths[node]].append(node)
-        self.number = self._num_ranks * sum(map(len, self._inner))
+        self._num_ranks = [
+            max(len(self._children[node]) for node in nodes) for nodes in self._inner
+        ]
+        """R, by depth."""
+        by_depth = [len(nodes) * ranks for nodes, ranks in self._by_depth()]
+        self._starts = [sum(by_depth[:depth]) for depth in range(tree.depth)]
+        self.number = sum(by_depth)
+
+    def _by_depth(self) -> Iterator[tuple[list[int], int]]:
+        return zip(self._inner, self._num_ranks, strict=True)
 
     def places(self, tree: Tree) -> np.ndarray:
         """Return where each node's token stands in [root, the draws of each inner node]."""
-        inner = [node for nodes in self._inner for node in nodes]
-        first = {node: 1 + place * self._num_ranks for place, node in enumerate(inner)}
+        first, start = {}, 1
+        for nodes, num_ranks in self._by_depth():
+            for node in nodes:
+                first[node], start = start, start + num_ranks
         pairs = zip(tree.parents[1:], tree.ranks[1:], strict=True)
         return np.array([0, *(first[parent] + rank for parent, rank in pairs)])
 
-    def of_depth(self, logits: Tensor, uniforms_BU: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """Return draws [B, M, R], and what they are from, of logits [B, M, W], or [B, 1, W] where
-        they are the same for all M; depth 0 is that of head 1."""
-        q = probabilities(logits, *self._filters)
-        before, count = sum(map(len, self._inner[:depth])), len(self._inner[depth])
-        start, stop = (self._num_nodes + self._num_ranks * n for n in (before, before + count))
-        uniforms_BMR = uniforms_BU[:, start:stop].unflatten(1, (count, self._num_ranks))
-        return draw(q.expand(-1, count, -1), uniforms_BMR), q
+    def distributions(self, logits: Tensor) -> Tensor:
+        """Return what is drawn from where heads say so."""
+        return probabilities(logits, *self._filters)
 
-    def record(self, q_by_depth: list[Tensor], token_map: Tensor | None) -> Drawn:
+    def of_depth(self, q: Tensor, uniforms_BU: Tensor, depth: int) -> Tensor:
+        """Return draws [B, M, R] from q [B, M, W], or [B, 1, W] where it is the same for all M;
+        depth 0 is that of head 1."""
+        shape = count, num_ranks = len(self._inner[depth]), self._num_ranks[depth]
+        start = self._num_nodes + self._starts[depth]
+        uniforms_BMR = uniforms_BU[:, start : start + count * num_ranks].unflatten(1, shape)
+        return draw(q.expand(-1, count, -1), uniforms_BMR)
+
+    def record(self, q_by_depth: Sequence[Tensor], token_map: Tensor | None) -> Drawn:
         """Return what a step's tokens were drawn from: q of each depth, as `of_depth` has it."""
         q_index, start = [0] * self._num_nodes, 0
         for nodes, q in zip(self._inner, q_by_depth, strict=True):
@@ -203,12 +216,12 @@ class FixedTreeDrafter:
 
     def _draw(self, logits_BKW: Tensor, uniforms_BU: Tensor | None) -> tuple[Tensor, Drawn]:
         assert self._draws is not None and uniforms_BU is not None
-        by_depth = [
-            self._draws.of_depth(logits_BKW[:, k : k + 1], uniforms_BU, k)
-            for k in range(self.depth)
+        q_by_depth = self._draws.distributions(logits_BKW).split(1, dim=1)
+        draft = [
+            self._draws.of_depth(q_B1W, uniforms_BU, k).flatten(1)
+            for k, q_B1W in enumerate(q_by_depth)
         ]
-        draft, q = zip(*by_depth, strict=True)
-        return torch.cat(draft, 1), self._draws.record(list(q), head_vocabulary(self._heads))
+        return torch.cat(draft, 1), self._draws.record(q_by_depth, head_vocabulary(self._heads))
 
 
 class DynamicTreeDrafter:
@@ -395,8 +408,8 @@ class SequentialDrafter:
                 top_BMR = logits_BMW.topk(plan.num_ranks).indices
             else:
                 assert uniforms_BU is not None
-                top_BMR, q_BMW = self._draws.of_depth(logits_BMW, uniforms_BU, k)
-                found.append(q_BMW)
+                found.append(self._draws.distributions(logits_BMW))
+                top_BMR = self._draws.of_depth(found[-1], uniforms_BU, k)
             top_BMR = from_head_places(self._heads, top_BMR)
             tokens_BN[:, plan.children_C] = top_BMR[:, plan.parent_C, plan.rank_C]
         drawn = None
