@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE
-from torch import nn
+from tiny_models import VOCAB_SIZE, FixedHeads
 
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import build_drafter
@@ -21,17 +20,6 @@ from medusa_exp.tree import Tree
 VOCAB = 8
 TREE = Tree.from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0)])
 SAMPLED = AcceptanceRule("sampling", seed=3, draft="sampled")
-
-
-class FixedHeads(nn.Module):
-    """Heads that say the same everywhere."""
-
-    def __init__(self, logits_KV):
-        super().__init__()
-        self.logits_KV = logits_KV
-
-    def forward(self, hidden_BD):
-        return self.logits_KV.expand(len(hidden_BD), -1, -1)
 
 
 @pytest.mark.parametrize("sure", [1.0, 30.0])

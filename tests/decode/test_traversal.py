@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import build_model
-from torch import nn
+from tiny_models import FixedHeads, build_model
 
 from medusa_exp.decode import cpu_verify, verify
 from medusa_exp.decode.distribution import probabilities
@@ -19,17 +18,6 @@ from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree
 
 CHUNK, VOCAB = 50_000, 1000
-
-
-class FixedHeads(nn.Module):
-    """Heads that say the same everywhere."""
-
-    def __init__(self, logits_KV):
-        super().__init__()
-        self.logits_KV = logits_KV
-
-    def forward(self, hidden_BD):
-        return self.logits_KV.expand(len(hidden_BD), -1, -1)
 
 
 def pieces_of(edges):

@@ -1,6 +1,7 @@
 """Tiny random backbones of several architectures."""
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB_SIZE = 64
@@ -29,6 +30,17 @@ ARCHITECTURES = {
     "olmo2": {"num_key_value_heads": 2},
     "phi3": {"num_key_value_heads": 2, "sliding_window": 12},
 }
+
+
+class FixedHeads(nn.Module):
+    """Heads that say the same everywhere."""
+
+    def __init__(self, logits_KV):
+        super().__init__()
+        self.logits_KV = logits_KV
+
+    def forward(self, hidden_BD):
+        return self.logits_KV.expand(len(hidden_BD), -1, -1)
 
 
 def build_model(
