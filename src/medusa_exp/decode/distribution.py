@@ -26,7 +26,7 @@ def probabilities(
     infinity, token 0 has it.
     """
     wide_V = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
-    below_V = _below_largest(wide_V, temperature)
+    below_V = _tempered(wide_V, temperature)
     if top_k is not None:
         kth_1 = below_V.topk(min(top_k, below_V.shape[-1]), dim=-1).values[..., -1:]
         below_V = below_V.masked_fill(below_V < kth_1, -torch.inf)
@@ -35,8 +35,8 @@ def probabilities(
     return below_V.softmax(-1)
 
 
-def _below_largest(logits_V: Tensor, temperature: float) -> Tensor:
-    """Return differences to the largest logit, in units of the temperature, or some all shifted."""
+def _tempered(logits_V: Tensor, temperature: float) -> Tensor:
+    """Return logits over the temperature, and over a row any number more: no softmax sees that."""
     largest_1 = logits_V.amax(-1, keepdim=True)  # NaN, where there is one
     is_small = temperature < torch.finfo(logits_V.dtype).tiny  # 0 over it is NaN
     if logits_V.device.type == "cpu" and not is_small and bool(largest_1.isfinite().all()):

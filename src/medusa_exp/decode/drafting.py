@@ -132,7 +132,7 @@ class _Draws:
         return np.array([0, *(first[parent] + rank for parent, rank in pairs)])
 
     def distributions(self, logits: Tensor) -> Tensor:
-        """Return what is drawn from where heads say so."""
+        """Return the distributions [..., W] that draws are from, of the heads' logits."""
         return probabilities(logits, *self._filters)
 
     def of_depth(self, q: Tensor, uniforms_BU: Tensor, depth: int) -> Tensor:

@@ -9,8 +9,8 @@ without replacement, Jeon et al., arXiv 2402.14160, and Sequoia, arXiv 2402.1237
 replayed and chosen (`decode/replay.py`); decoding looks at whole paths and accepts more
 (`decode/traversal.py`).
 
-B rows, Q distributions, W tokens that heads can propose, V vocabulary, R draws; `...`
-stands for any leading dimensions.
+B rows, Q distributions, W tokens that heads can propose, V vocabulary, R draws; `...` stands for
+any leading dimensions.
 """
 
 from dataclasses import dataclass
