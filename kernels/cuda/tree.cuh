@@ -1,11 +1,13 @@
-// What the three rules of verification share: arguments, the draft tree, the walk, the entries' form.
+// What the rules of verification share: arguments, the draft tree, the walk, the entries' form.
 //
 // A block, or a cluster of blocks, takes a sequence. It reads the root's row of logits, chooses a
 // child, reads that child's row, and so on: only rows on the path are read (typical.cu: the rows of
-// all nodes that are accepted and have children). README.md in this folder is the contract.
+// all nodes that are accepted and have children; traversal.cu: of all that it tries). README.md in
+// this folder is the contract.
 //
-// Whatever the input, a walk goes from a node to one with a higher number: it ends.
-// B batch, N tree nodes, V vocabulary, L path length.
+// Whatever the input, a walk goes from a node to one with a higher number, or back to one whose
+// children it has tried: it ends.
+// B batch, N tree nodes, V vocabulary, L path length, Q distributions of W tokens.
 
 #pragma once
 #include "rows.cuh"
@@ -20,8 +22,12 @@ struct Arguments {
     long long tokens_stride_b;
     const long long* parents_BN;  // -1 of the root and of padding
     long long parents_stride_b;
-    const float* uniforms_BN;  // in [0, 1); of sampling.cu alone, else null
+    const float* uniforms_BN;  // in [0, 1); of sampling.cu and traversal.cu, else null
     long long uniforms_stride_b;
+    const float* q_BQW;  // what draft tokens were drawn from; this and the next four: of traversal.cu
+    long long q_stride_b, q_stride_q;
+    const long long* q_index_N;  // which of the Q each node's children come from
+    const int* places_V;  // of each token among the W, or -1; null: W = V, each at its own
     long long* path_BL;        // out: nodes from the root down, then -1
     long long* num_accepted_B;  // out: nodes of the path without the root
     long long* next_token_B;    // out
@@ -71,6 +77,11 @@ __device__ __forceinline__ void load_tree(const Arguments& a, Tree& tree, int se
         if (elder < n && tree.parent[elder] == tree.parent[n] && tree.token[elder] == tree.token[n])
             tree.is_copy[n] = 1;
     }
+}
+
+__device__ __forceinline__ void load_uniforms(const Arguments& a, float* uniform, int sequence) {
+    for (int n = threadIdx.x; n < (int)a.num_nodes; n += blockDim.x)
+        uniform[n] = a.uniforms_BN[sequence * a.uniforms_stride_b + n];
 }
 
 // A draft token's probability after its parent, whose row is known.

@@ -17,6 +17,7 @@ from medusa_exp.decode.cuda.verify import (
     launch_config,
 )
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, pick_verify
+from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import verify
 from medusa_exp.errors import UserError
 
@@ -81,6 +82,55 @@ def test_wrong_arguments_are_refused_and_never_launched(kernels, name, value, me
     with pytest.raises(ValueError, match=message):
         KernelVerify(kernels)(**arguments(**{name: value}))
     assert kernels.launches == []
+
+
+def drawn(**changed):
+    """Return what three nodes were drawn from, of five tokens or some."""
+    return Drawn(
+        **{"q_BQW": torch.zeros(2, 2, 5), "q_index": (1, 0, 0), "children": ((1, 2), (), ())}
+        | changed
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"q_BQW": torch.zeros(2, 2, 5).double()}, "q_BQW is torch.float64"),
+        ({"q_BQW": torch.zeros(1, 2, 5)}, r"must be \[2, Q, 5\]"),
+        ({"q_BQW": torch.zeros(2, 5)}, r"must be \[2, Q, 5\]"),
+        ({"token_map": torch.tensor([4, 1])}, r"must be \[2, Q, 2\]"),
+        ({"q_BQW": torch.zeros(2, 5, 2).transpose(1, 2)}, "contiguous along W"),
+        ({"q_BQW": torch.zeros(2, 2, 5, device="meta")}, "on meta"),
+        ({"q_index": (2, 0, 0)}, "one of 2 distributions for each of 3 nodes"),
+        ({"q_index": (0, 0)}, "one of 2 distributions for each of 3 nodes"),
+    ],
+)
+def test_wrong_draws_are_refused_and_never_launched(kernels, changed, message):
+    with pytest.raises(ValueError, match=message):
+        KernelVerify(kernels)(**arguments(drawn=drawn(**changed)))
+    assert kernels.launches == []
+
+
+def test_what_the_kernel_of_drawn_drafts_is_told(kernels):
+    verifier_, wide = KernelVerify(kernels), torch.zeros(2, 3, 6)[:, 1:, 4:]
+    some = drawn(q_BQW=wide, token_map=torch.tensor([4, 1]))
+    given = arguments(drawn=some, uniforms_BN=torch.zeros(2, 7))
+    verifier_(**given)
+    verifier_(**given)
+    verifier_(**arguments(drawn=drawn()))
+    verifier_(**arguments(drawn=some, rule="greedy"))
+    files = [launch[0] for launch in kernels.launches]
+    assert files == ["traversal.cu", "traversal.cu", "traversal.cu", "greedy.cu"]
+    told, again, whole, greedy = (launch[-1] for launch in kernels.launches)
+    assert told == again  # nothing was allocated anew
+    assert told["q"] == wide.data_ptr()
+    assert (told["q_stride_b"], told["q_stride_q"], told["uniforms_stride_b"]) == (18, 6, 7)
+    [few, all_] = verifier_._tables.values()
+    assert few.places_V.tolist() == [-1, 1, -1, -1, 0]
+    assert told["places"] == few.places_V.data_ptr() and whole["places"] == 0
+    assert few.q_index_N.tolist() == [1, 0, 0]
+    assert told["q_index"] == few.q_index_N.data_ptr() != all_.q_index_N.data_ptr()
+    assert greedy["q"] == greedy["uniforms"] == 0
 
 
 def test_what_the_kernels_are_told(kernels):
@@ -154,6 +204,12 @@ def test_auto_uses_the_kernels_where_they_can(monkeypatch, kernels):
     assert not can_verify(odd)
     judge(**arguments(logits_BNV=odd))
     assert len(kernels.launches) == 1
+    judge(**arguments(drawn=drawn()))
+    assert len(kernels.launches) == 2
+    wide = drawn(q_BQW=torch.full((2, 2, 5), 0.2).double())
+    assert not can_verify(torch.zeros(2, 3, 5), wide)
+    judge(**arguments(drawn=wide))
+    assert len(kernels.launches) == 2
     monkeypatch.setattr(rule, "find_spec", lambda name: None)
     assert pick_verify("auto", CUDA, is_filtered=False) is verify
 

@@ -1,11 +1,15 @@
 """Decoding whose steps mask and keep nodes by kernels says what it says without."""
 
 import pytest
-from tiny_models import build_model
+import torch
+from tiny_models import VOCAB_SIZE, build_model
 
-from medusa_exp.decode import captured_steps
+from medusa_exp.decode import captured_steps, rule
+from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.verify import verify
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree
 
@@ -27,6 +31,26 @@ def test_the_kernels_decode_what_torch_decodes(monkeypatch, architecture, shim):
     assert [a.tokens for a in ours] == expected
     wants_dict = architecture == "gemma2"  # of masks, by kind of layer
     assert set(launched) == {"commit"} | (set() if wants_dict else {"tree_mask"})
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("kind", ["medusa", "medusa_lowrank", "recurrent"])
+def test_drafts_that_were_drawn_are_judged_as_by_torch(monkeypatch, kind, cuda_graph, shim):
+    """Heads that share a distribution over a depth, have few tokens, or have one for each node."""
+    backbone, few = Backbone(build_model("llama")), {}
+    if kind == "medusa_lowrank":
+        few = {"num_tokens": VOCAB_SIZE // 2, "token_counts": torch.arange(VOCAB_SIZE)}
+    heads = build_heads(backbone, num_heads=3, kind=kind, **few)
+    found, launched = [], []
+    monkeypatch.setattr(shim, "launch", _spy(shim.launch, launched))
+    kernels = KernelVerify(shim, LaunchConfig(2, threads=64))
+    for judge in (verify, kernels):
+        monkeypatch.setattr(rule, "pick_verify", lambda *given, judge=judge, **more: judge)
+        sampled = AcceptanceRule("sampling", seed=5, draft="sampled")
+        decoder = Decoder(backbone, heads, TREE, sampled, cuda_graph=cuda_graph)
+        found.append([a.tokens for a in decoder.decode(PROMPTS, Limits(30))])
+    assert found[0] == found[1]
+    assert set(launched) == {"verify_2"}
 
 
 def _spy(launch, entries: list[str]):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import RULES, cases_alike, exact_cases
+from kernel_cases import KERNELS, cases_alike, exact_cases
 from kernel_checks import assert_equal
 from kernel_device import compare_step, compare_verification, configs_of, moved
 
@@ -33,15 +33,15 @@ def test_the_kernels_are_right_on_the_device(kernels):
     assert compare_step(kernels) == "equal"
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, rule):
-    first, *others = cases_alike(rule, 4)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, kernel):
+    first, *others = cases_alike(kernel, 4)
     for config in configs_of(kernels):
         case, verifier = moved(first, kernels.device), KernelVerify(kernels, config)
 
         def call(case=case, verifier=verifier):
             return verifier(
-                case.logits_BNV, case.tokens_BN, case.parents_BN, rule=rule, **case.options
+                case.logits_BNV, case.tokens_BN, case.parents_BN, rule=case.rule, **case.options
             )
 
         call()
@@ -52,8 +52,10 @@ def test_a_captured_call_judges_what_is_there_when_it_is_replayed(kernels, rule)
             there = moved(other, kernels.device)
             for name in ("logits_BNV", "tokens_BN", "parents_BN"):
                 getattr(case, name).copy_(getattr(there, name))
-            if rule == "sampling":
+            if "uniforms_BN" in case.options:
                 case.options["uniforms_BN"].copy_(there.options["uniforms_BN"])
+            if "drawn" in case.options:
+                case.options["drawn"].q_BQW.copy_(there.options["drawn"].q_BQW)
             graph.replay()
             graph.replay()
             assert_equal(on_cpu(verdict), other.expected())

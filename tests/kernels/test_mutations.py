@@ -28,10 +28,17 @@ FAULTS = [
     ("greedy", "logits.cuh", "if (x > s.largest) {", "if (x >= s.largest) {"),
     ("greedy", "rows.cuh", "if (largest > s.largest) {", "if (largest >= s.largest) {"),
     ("sampling", "sampling.cu", "p > 0.0f && u < spent + end", "p > 0.0f && u <= spent + end"),
-    ("sampling", "sampling.cu", "before <= target", "before < target"),
-    ("sampling", "sampling.cu", "target < before + end", "target <= before + end"),
-    ("sampling", "sampling.cu", "__ffs(passing) - 1", "__ffs(passing)"),
-    ("sampling", "sampling.cu", "sum > target)", "sum >= target)"),
+    ("sampling", "draw.cuh", "before <= target", "before < target"),
+    ("sampling", "draw.cuh", "target < before + end", "target <= before + end"),
+    ("sampling", "draw.cuh", "__ffs(passing) - 1", "__ffs(passing)"),
+    ("sampling", "draw.cuh", "sum > target)", "sum >= target)"),
+    ("traversal", "traversal.cu", "[node] < scratch.frame[node]", "[node] <= scratch.frame[node]"),
+    (
+        "traversal",
+        "traversal.cu",
+        "before += tree.parent[m] < parent",
+        "before += tree.parent[m] <= parent",
+    ),
     ("typical", "typical.cu", "is_accepted[n] = p > threshold", "is_accepted[n] = p >= threshold"),
     ("commit", "commit.cu", "column < a.num_columns", "column <= a.num_columns"),
     ("mask", "mask.cu", "column < length", "column <= length"),
@@ -40,12 +47,23 @@ FAULTS = [
     ("greedy", "greedy.cu", "int first = node + 1;", "int first = node + 2;"),
     ("greedy", "tree.cuh", "return length;", "return length + 1;"),
     ("sampling", "sampling.cu", "int first = node + 1;", "int first = node + 2;"),
+    ("traversal", "traversal.cu", "i <= last", "i < last"),
+    ("traversal", "traversal.cu", "place >= 0; n = tree", "place > 0; n = tree"),
     ("typical", "typical.cu", "place = best.length - 1,", "place = best.length - 2,"),
     ("commit", "commit.cu", "a.num_accepted_B[row] + 1", "a.num_accepted_B[row]"),
     ("mask", "mask.cu", "steps[n] = depth++", "steps[n] = ++depth"),
     # a barrier less
     ("greedy", "tree.cuh", f"{BARRIER}\n        if (tree.path", "if (tree.path"),
-    ("sampling", "sampling.cu", f"{BARRIER}\n    float total", "float total"),
+    ("sampling", "draw.cuh", f"{BARRIER}\n    float total", "float total"),
+    ("traversal", "traversal.cu", f"{BARRIER}\n    return true;", "return true;"),
+    ("traversal", "traversal.cu", f"if (is_new) {BARRIER}", ""),
+    # a rule that is not quite the paper's
+    ("traversal", "traversal.cu", "left.weight * p * left.q_sum", "p * left.q_sum"),
+    ("traversal", "traversal.cu", "(left.weight * left.q_sum)", "left.q_sum"),
+    ("traversal", "traversal.cu", "(p_left + 1.0f - left.weight)", "(p_left + 1.0f)"),
+    ("traversal", "traversal.cu", "left.q_sum = sums.slope;", ""),
+    ("traversal", "traversal.cu", "&& !tree.is_copy[child]", ""),
+    ("traversal", "traversal.cu", "return place >= 0 ?", "return true ?"),
     ("typical", "typical.cu", f"n == 0;\n    {BARRIER}", "n == 0;"),
     ("typical", "typical.cu", f"scratch);\n    {BARRIER}", "scratch);"),
     ("sampling", "tree.cuh", "cluster_sync<CLUSTER>();  // of the cluster", "// of the cluster"),
@@ -75,7 +93,7 @@ def check(kernel: str, shim) -> None:
         check_verification(shim, cases(kernel), ["random"])
 
 
-@pytest.mark.parametrize("kernel", ["greedy", "sampling", "typical", "commit", "mask"])
+@pytest.mark.parametrize("kernel", ["greedy", "sampling", "typical", "traversal", "commit", "mask"])
 def test_without_a_fault_nothing_is_noticed(kernel, shim, tmp_path):
     if kernel != "commit":
         cases(kernel)

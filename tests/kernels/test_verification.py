@@ -7,77 +7,68 @@ import os
 import numpy as np
 import pytest
 import torch
-from kernel_cases import RULES, Case, cases_alike, exact_cases, is_borderline, make_case
+from kernel_cases import KERNELS, Case, cases_alike, changed, exact_cases, is_borderline, make_case
 from kernel_checks import CONFIGS, assert_equal, cases_of, check_verification, judged
 from kernel_shim import ORDERS, ShimError, ShimKernels
 
 from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
+from medusa_exp.decode.sampled import Drawn
 
 CASES, CHUNKS = int(os.environ.get("KERNEL_TEST_CASES", "350")), 7
-"""Of each rule; fewer under a sanitizer."""
+"""Of each kernel; fewer under a sanitizer."""
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-@pytest.mark.parametrize("rule", RULES)
-def test_equals_the_specification_in_every_order(shim, rule, chunk):
-    check_verification(shim, cases_of(rule, range(chunk, CASES, CHUNKS)))
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_equals_the_specification_in_every_order(shim, kernel, chunk):
+    check_verification(shim, cases_of(kernel, range(chunk, CASES, CHUNKS)))
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_edges_are_the_specifications(shim, rule):
-    check_verification(shim, [(case, case.expected()) for case in exact_cases(rule)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_edges_are_the_specifications(shim, kernel):
+    check_verification(shim, [(case, case.expected()) for case in exact_cases(kernel)])
 
 
 @pytest.mark.parametrize("vocab", [4099, 32000, 262144])
-@pytest.mark.parametrize("rule", RULES)
-def test_large_vocabularies(shim, rule, vocab):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_large_vocabularies(shim, kernel, vocab):
     for seed, config in enumerate(
         (LaunchConfig(threads=128), LaunchConfig(2, threads=96), LaunchConfig(4, threads=64))
     ):
-        case = make_case(1000 + seed, rule, vocab, nodes=3)
-        assert not is_borderline(case)
+        several = (make_case(n, kernel, vocab, nodes=3) for n in itertools.count(1000 + seed, 3))
+        case = next(case for case in several if not is_borderline(case))
         assert_equal(judged(shim, config, case), case.expected())
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("config", CONFIGS[:3])
-def test_the_largest_tree_and_a_large_batch(shim, rule, config):
-    case = make_case(3, rule, vocab=7, nodes=256)
+def test_the_largest_tree_and_a_large_batch(shim, kernel, config):
+    case = make_case(3, kernel, vocab=7, nodes=256)
     assert not is_borderline(case)
     assert_equal(judged(shim, config, case), case.expected())
-    case = make_case(5, rule, vocab=2, nodes=2)
+    case = make_case(5, kernel, vocab=2, nodes=2)
     assert not is_borderline(case)
-    wide = {
-        name: value.repeat(100, 1) if isinstance(value, torch.Tensor) else value
-        for name, value in case.options.items()
-    }
-    case = Case(
-        rule,
-        case.logits_BNV.repeat(100, 1, 1),
-        case.tokens_BN.repeat(100, 1),
-        case.parents_BN.repeat(100, 1),
-        wide,
-    )
+    case = changed(case, lambda value: value.repeat(100, *[1] * (value.ndim - 1)))
     assert_equal(judged(shim, config, case), case.expected())
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("rule", RULES)
-def test_the_same_call_again(shim, rule, config):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_same_call_again(shim, kernel, config):
     """Nothing of the last call is left: what a CUDA graph relies on."""
     verifier = KernelVerify(shim, config)
     shim.order = "random"
-    for seed, case in enumerate(cases_alike(rule, 5)):
+    for seed, case in enumerate(cases_alike(kernel, 5)):
         shim.seed = seed
         found = verifier(
-            case.logits_BNV, case.tokens_BN, case.parents_BN, rule=rule, **case.options
+            case.logits_BNV, case.tokens_BN, case.parents_BN, rule=case.rule, **case.options
         )
         assert_equal(found, case.expected())
 
 
 @pytest.mark.parametrize("config", CONFIGS[:4])
-@pytest.mark.parametrize("rule", RULES)
-def test_nonsense_has_an_end(shim, rule, config):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nonsense_has_an_end(shim, kernel, config):
     """Parents in circles, tokens of no vocabulary, depths that are too small: a defined outcome."""
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -86,9 +77,13 @@ def test_nonsense_has_an_end(shim, rule, config):
         tokens_BN = torch.from_numpy(rng.integers(-3, 8, (2, 12)))
         logits_BNV = torch.from_numpy(rng.normal(0, 3, (2, 12, 5))).float()
         options = {"max_depth": int(rng.integers(0, 14))}
-        if rule == "sampling":
+        if kernel in ("sampling", "traversal"):
             options["uniforms_BN"] = torch.from_numpy(rng.random((2, 12))).float()
-        case = Case(rule, logits_BNV, tokens_BN, parents_BN, options)
+        if kernel == "traversal":
+            odd_BQW = rng.choice([0.0, 0.5, 1.0, -1.0, 1e30, np.inf, np.nan], (2, 3, 5))
+            q_BQW = torch.from_numpy(odd_BQW).float()
+            options["drawn"] = Drawn(q_BQW, (0, 1, 2) * 4, ((),) * 12)
+        case = Case(kernel, logits_BNV, tokens_BN, parents_BN, options)
         verdict = judged(shim, config, case)
         depth = min(options["max_depth"], 11)
         assert verdict.path_BL.shape == (2, depth + 1)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
+from kernel_cases import KERNELS, Case, exact_cases, is_borderline, make_case
 from kernel_checks import CONFIGS, cases_of, check_mask, check_verification, mask_cases
 from kernel_mutants import is_caught
 from kernel_shim import GXX, SOURCES
@@ -34,11 +34,11 @@ def barriers() -> list[tuple[str, int, str]]:
 
 
 @functools.cache
-def cases(rule: str) -> list[tuple[Case, Verdict]]:
-    exact = [(case, case.expected()) for case in exact_cases(rule)]
-    large = [make_case(seed, rule, vocab=64, nodes=40) for seed in range(2 * len(CONFIGS))]
+def cases(kernel: str) -> list[tuple[Case, Verdict]]:
+    exact = [(case, case.expected()) for case in exact_cases(kernel)]
+    large = [make_case(seed, kernel, vocab=64, nodes=40) for seed in range(2 * len(CONFIGS))]
     clear = [(case, case.expected()) for case in large if not is_borderline(case)]
-    return exact * 3 + clear + cases_of(rule, range(150))
+    return exact * 3 + clear + cases_of(kernel, range(150))
 
 
 def check(kernel: str, shim) -> None:
@@ -61,17 +61,18 @@ def without(file: str, place: int, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kernel", [*RULES, "mask"])
+@pytest.mark.parametrize("kernel", [*KERNELS, "mask"])
 def test_with_all_barriers_nothing_is_noticed(kernel, shim):
     check(kernel, shim)
 
 
 @pytest.mark.parametrize(("file", "place", "line"), barriers())
 def test_a_missing_barrier_is_noticed(file, place, line, tmp_path):
-    rules = [rule for rule in ("sampling", "greedy", "typical") if file == f"{rule}.cu"]
-    kernels = ["mask"] if file == "mask.cu" else rules or ["sampling", "greedy", "typical"]
-    for rule in set(kernels) - {"mask"}:
-        cases(rule)
+    kernels = [kernel for kernel in (*KERNELS, "mask") if file == f"{kernel}.cu"] or [
+        *("sampling", "greedy", "typical", "traversal")
+    ]
+    for kernel in set(kernels) - {"mask"}:
+        cases(kernel)
     is_noticed = False
     for kernel in kernels:
         folder = tmp_path / kernel

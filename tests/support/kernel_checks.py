@@ -50,9 +50,9 @@ def assert_equal(found: Verdict, expected: Verdict) -> None:
     assert found.next_token_B.tolist() == expected.next_token_B.tolist()
 
 
-def cases_of(rule: str, seeds: range) -> list[tuple[Case, Verdict]]:
+def cases_of(kernel: str, seeds: range) -> list[tuple[Case, Verdict]]:
     """Return cases and what is expected of them, but for a few that hang on rounding."""
-    cases = [make_case(seed, rule) for seed in seeds]
+    cases = [make_case(seed, kernel) for seed in seeds]
     clear = [(case, case.expected()) for case in cases if not is_borderline(case)]
     assert len(clear) >= 0.96 * len(cases), f"{len(cases) - len(clear)} of {len(cases)} left out"
     return clear

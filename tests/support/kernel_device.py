@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_cases import RULES, Case, exact_cases, is_borderline, make_case
+from kernel_cases import KERNELS, Case, changed, exact_cases, is_borderline, make_case
 from kernel_checks import COMMITS, check_commit, check_commit_within, check_mask, mask_cases
 from kernel_shim import GXX, ShimKernels
 
@@ -34,28 +34,24 @@ def configs_of(kernels: Kernels) -> list[LaunchConfig]:
 def moved(case: Case, device: torch.device) -> Case:
     """Return a case with its tensors, and their strides, on a device."""
 
-    def there(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
+    def there(value: torch.Tensor) -> torch.Tensor:
         copy = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
         return copy.copy_(value)
 
-    changed = {field.name: there(getattr(case, field.name)) for field in dataclasses.fields(case)}
-    changed["options"] = {name: there(value) for name, value in case.options.items()}
-    return Case(**changed)
+    return changed(case, there)
 
 
 def compare_verification(kernels: Kernels, num_cases: int) -> dict[str, Any]:
-    """Compare every launch of every rule; return what was counted, mismatches by name."""
+    """Compare every launch of every kernel; return what was counted, mismatches by name."""
     counted: Counter[str] = Counter()
     mismatches: list[str] = []
     configs = configs_of(kernels)
     with tempfile.TemporaryDirectory() as folder:
         shim = KernelVerify(ShimKernels(Path(folder)), LaunchConfig(threads=64)) if GXX else None
-        for rule in RULES:
-            cases = [*exact_cases(rule), *(make_case(seed, rule) for seed in range(num_cases))]
+        for kernel in KERNELS:
+            cases = [*exact_cases(kernel), *(make_case(seed, kernel) for seed in range(num_cases))]
             for number, case in enumerate(cases):
-                is_near = number >= len(exact_cases(rule)) and is_borderline(case)
+                is_near = number >= len(exact_cases(kernel)) and is_borderline(case)
                 counted["borderline"] += is_near
                 expected = case.expected()
                 there = moved(case, kernels.device)
@@ -63,11 +59,11 @@ def compare_verification(kernels: Kernels, num_cases: int) -> dict[str, Any]:
                     found = _judged(KernelVerify(kernels, config), there)
                     counted["compared"] += not is_near
                     if not is_near and found != _told(expected):
-                        mismatches.append(f"{rule} {number} {config}")
+                        mismatches.append(f"{kernel} {number} {config}")
                 if shim is not None and number % 5 == 0:
                     counted["compared_with_shim"] += 1
                     if _judged(shim, case) != _judged(KernelVerify(kernels, configs[0]), there):
-                        mismatches.append(f"shim {rule} {number}")
+                        mismatches.append(f"shim {kernel} {number}")
     return {
         **counted,
         "mismatches": mismatches,
@@ -76,15 +72,15 @@ def compare_verification(kernels: Kernels, num_cases: int) -> dict[str, Any]:
 
 
 def compare_small(kernels: Kernels) -> list[str]:
-    """Judge a case of each rule with each launch, for a sanitizer; return the mismatches."""
+    """Judge a case of each kernel with each launch, for a sanitizer; return the mismatches."""
     mismatches = []
-    for rule in RULES:
-        some = (make_case(seed, rule, vocab=1000, nodes=9) for seed in itertools.count())
+    for kernel in KERNELS:
+        some = (make_case(seed, kernel, vocab=1000, nodes=9) for seed in itertools.count())
         case = next(case for case in some if not is_borderline(case))
         there = moved(case, kernels.device)
         for config in configs_of(kernels):
             if _judged(KernelVerify(kernels, config), there) != _told(case.expected()):
-                mismatches.append(f"{rule} {config}")
+                mismatches.append(f"{kernel} {config}")
     return mismatches
 
 

@@ -684,11 +684,6 @@ class DecodeConfig:
                 f"decode.draft=sampled goes with decode=sampling, not decode.rule={self.rule}: "
                 "set decode=sampling, or decode.draft=auto."
             )
-        if self.draft == "sampled" and self.verifier == "cupy":
-            raise UserError(
-                "decode.verifier=cupy has no kernel for decode.draft=sampled: set "
-                "decode.verifier=auto, or decode.draft=top."
-            )
         if "" in self.stop_strings:
             raise UserError("decode.stop_strings has an empty one, which ends any answer: drop it.")
 

@@ -72,10 +72,14 @@ def _kernels_where_they_can(device: torch.device) -> Callable[..., Verdict]:
     verify_by_kernels = _kernels(device)
 
     def verify_where_they_can(
-        logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor, **options: Any
+        logits_BNV: Tensor,
+        tokens_BN: Tensor,
+        parents_BN: Tensor,
+        drawn: Drawn | None = None,
+        **options: Any,
     ) -> Verdict:
-        function = verify_by_kernels if can_verify(logits_BNV) else verify
-        return function(logits_BNV, tokens_BN, parents_BN, **options)
+        function = verify_by_kernels if can_verify(logits_BNV, drawn) else verify
+        return function(logits_BNV, tokens_BN, parents_BN, drawn=drawn, **options)
 
     return verify_where_they_can
 
@@ -93,7 +97,7 @@ class AcceptanceRule:
     seed: int | None = None
     """Seed of sampling; None draws anew each time."""
     verifier: str = "auto"
-    """Who applies the rule: one of IMPLEMENTATIONS. Sampled drafts have torch alone so far."""
+    """Who applies the rule: one of IMPLEMENTATIONS."""
     draft: str = "top"
     """What sampling drafts: the heads' likeliest tokens, or draws from them (sampled)."""
 
@@ -108,11 +112,6 @@ class AcceptanceRule:
             raise ValueError(f"draft={self.draft} is not one of {', '.join(DRAFTS)}.")
         if self.draft == "sampled" and self.name != "sampling":
             raise ValueError(f"draft=sampled goes with rule=sampling, not rule={self.name}.")
-        if self.draft == "sampled" and self.verifier == "cupy":
-            raise UserError(
-                "decode.verifier=cupy has no kernel for decode.draft=sampled: set "
-                "decode.verifier=auto, or decode.draft=top."
-            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -201,7 +200,4 @@ class Verifier:
                 tokens_BN.shape, generator=self._generator, device=tokens_BN.device
             )
         options = dict(self._options, uniforms_BN=uniforms_BN, max_depth=max_depth, nodes=nodes)
-        if drawn is None:
-            return self._verify(logits_BNV, tokens_BN, parents_BN, **options)
-        judge = verify_on_cpu if self._verify is verify_on_cpu else verify  # no kernel takes these
-        return judge(logits_BNV, tokens_BN, parents_BN, drawn=drawn, **options)
+        return self._verify(logits_BNV, tokens_BN, parents_BN, drawn=drawn, **options)

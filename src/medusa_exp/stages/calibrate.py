@@ -171,7 +171,7 @@ def _drafts(config: Config) -> list[str]:
     decode, tree = config.decode, config.tree
     if decode.rule != "sampling" or decode.draft == "top" or tree.kind == "dynamic":
         return ["top"]
-    can_be_drawn = decode.verifier != "cupy" and not tree.lookup  # see `check_draft`
+    can_be_drawn = not tree.lookup  # see `check_draft`
     return ["sampled"] if decode.draft == "sampled" else ["top", "sampled"][: 1 + can_be_drawn]
 
 

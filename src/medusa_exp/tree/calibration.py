@@ -332,14 +332,13 @@ def draft_of(settings: DecodeConfig, tree: TreeConfig, out: Path, batch_size: in
     """Return what is drafted, top or sampled, for so many rows at a time.
 
     decode.draft=auto is what the run's calibration found to be faster, where it was made for this
-    temperature, top_k and top_p; top otherwise, beside tokens that are looked up, and with
-    decode.verifier=cupy, which verifies no draws.
+    temperature, top_k and top_p; top otherwise, and beside tokens that are looked up.
     """
     if settings.rule != "sampling" or settings.draft == "top":
         return "top"
     if settings.draft == "sampled":
         return "sampled"
-    if tree.kind != "calibrated" or tree.lookup or settings.verifier == "cupy":
+    if tree.kind != "calibrated" or tree.lookup:
         return "top"
     if not (out / CALIBRATION).is_file():
         return "top"

@@ -15,7 +15,7 @@ from pathlib import Path
 MODULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     *(
         (f"{rule}.cu", (f"LOGIT_{dtype}",))
-        for rule in ("greedy", "sampling", "typical")
+        for rule in ("greedy", "sampling", "traversal", "typical")
         for dtype in ("FLOAT32", "FLOAT16", "BFLOAT16")
     ),
     ("mask.cu", ()),

@@ -10,7 +10,7 @@ one CUDA graph if it is captured: call it once before, so that nothing is compil
 during capture. Temperature, epsilon and alpha are frozen in a graph; logits, tokens, parents and
 uniforms are read anew from their places.
 
-B batch, N tree nodes, V vocabulary, L path length.
+B batch, N tree nodes, V vocabulary, L path length, Q distributions of W tokens.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, struct_of
+from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import RULES, TreeRelations, Verdict
 
 DEFINES = {
@@ -33,7 +34,8 @@ MAX_VOCAB = 1 << 24
 """Infinite logits are counted in float32."""
 ARGUMENTS = struct_of(
     "logits logits_stride_b logits_stride_n tokens tokens_stride_b parents parents_stride_b "
-    "uniforms uniforms_stride_b path num_accepted next_token num_nodes vocab_size path_length",
+    "uniforms uniforms_stride_b q q_stride_b q_stride_q q_index places "
+    "path num_accepted next_token num_nodes vocab_size path_length",
     "scale epsilon alpha",
 )
 """struct Arguments of kernels/cuda/tree.cuh."""
@@ -71,10 +73,22 @@ def launch_config(batch: int, row_bytes: int, kernels: Kernels) -> LaunchConfig:
     return LaunchConfig(cluster=8 if is_long else 2, threads=512)
 
 
-def can_verify(logits_BNV: Tensor) -> bool:
-    """Return whether the kernels take logits of this type, shape and layout."""
+def can_verify(logits_BNV: Tensor, drawn: Drawn | None = None) -> bool:
+    """Return whether the kernels take what is of this type, shape and layout."""
     fits = logits_BNV.shape[1] <= MAX_NODES and logits_BNV.shape[2] <= MAX_VOCAB
-    return fits and logits_BNV.dtype in DEFINES and logits_BNV.stride(2) == 1
+    takes = logits_BNV.dtype in DEFINES and logits_BNV.stride(2) == 1
+    return fits and takes and (drawn is None or drawn.q_BQW.dtype == torch.float32)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the kernel reads of a `Drawn` that stays the same from step to step."""
+
+    token_map: Tensor | None
+    """Kept, so that no other can have its address."""
+    q_index_N: Tensor
+    places_V: Tensor | None
+    """Of each token among the W, or -1."""
 
 
 @dataclass
@@ -98,6 +112,7 @@ class KernelVerify:
         self.kernels = kernels
         self._config = config
         self._workspaces: dict[tuple[Any, ...], _Workspace] = {}
+        self._tables: dict[tuple[Any, ...], _Tables] = {}
 
     def __call__(
         self,
@@ -114,6 +129,7 @@ class KernelVerify:
         alpha: float = 0.3,
         max_depth: int | None = None,
         nodes: TreeRelations | None = None,
+        drawn: Drawn | None = None,
     ) -> Verdict:
         """Find the path of accepted draft tokens; see `decode.verify.verify`.
 
@@ -128,11 +144,13 @@ class KernelVerify:
             temperature: see `decode.verify.verify`.
             top_k: must be None.
             top_p: must be None.
-            uniforms_BN: float32, in [0, 1); needed by sampling.
+            uniforms_BN: float32, in [0, 1); needed by sampling. More than N are not read.
             epsilon: see `decode.verify.verify`.
             alpha: see `decode.verify.verify`.
             max_depth: see `decode.verify.verify`.
             nodes: not needed; the kernels read the tree from parents_BN.
+            drawn: see `decode.verify.verify`; q_BQW is float32, any strides but that of W, which
+                is 1. Children are drawn in the order of their numbers, as `in_draw_order` has it.
 
         Raises:
             ValueError: an argument has the wrong device, type, shape or strides, or asks for what
@@ -140,16 +158,18 @@ class KernelVerify:
         """
         self._check_options(rule, temperature, top_k, top_p)
         self._check_tensors(logits_BNV, tokens_BN, parents_BN)
+        num_nodes, vocab_size = logits_BNV.shape[1:]
         if rule != "sampling":
-            uniforms_BN = None
+            uniforms_BN = drawn = None
         elif uniforms_BN is None:
             raise ValueError("rule=sampling needs uniforms_BN, a number in [0, 1) for each node.")
         else:
+            uniforms_BN = uniforms_BN[:, :num_nodes]
             self._check_nodes("uniforms_BN", uniforms_BN, torch.float32, tuple(tokens_BN.shape))
-        num_nodes = logits_BNV.shape[1]
         depth = num_nodes - 1 if max_depth is None else min(max_depth, num_nodes - 1)
         if depth < 0:
             raise ValueError(f"max_depth={max_depth} must be at least 0.")
+        of_draws = (0, 0, 0, 0, 0) if drawn is None else self._of_draws(drawn, logits_BNV)
         space = self._workspace(logits_BNV, depth + 1)
         verdict = space.verdict
         space.arguments[0] = (
@@ -162,18 +182,19 @@ class KernelVerify:
             parents_BN.stride(0),
             0 if uniforms_BN is None else uniforms_BN.data_ptr(),
             0 if uniforms_BN is None else uniforms_BN.stride(0),
+            *of_draws,
             verdict.path_BL.data_ptr(),
             verdict.num_accepted_B.data_ptr(),
             verdict.next_token_B.data_ptr(),
             num_nodes,
-            logits_BNV.shape[2],
+            vocab_size,
             depth + 1,
             0.0 if rule == "greedy" else _LOG2_E / temperature,
             epsilon,
             alpha,
         )
         self.kernels.launch(
-            f"{rule}.cu",
+            f"{rule if drawn is None else 'traversal'}.cu",
             DEFINES[logits_BNV.dtype],
             f"verify_{space.config.cluster}",
             (space.config.cluster, 1, len(logits_BNV)),
@@ -181,6 +202,48 @@ class KernelVerify:
             space.arguments,
         )
         return verdict
+
+    def _of_draws(self, drawn: Drawn, logits_BNV: Tensor) -> tuple[int, int, int, int, int]:
+        """Return the fields of ARGUMENTS from q to places."""
+        batch, num_nodes, vocab_size = logits_BNV.shape
+        q_BQW, token_map = drawn.q_BQW, drawn.token_map
+        width = vocab_size if token_map is None else len(token_map)
+        if q_BQW.dtype != torch.float32:
+            raise ValueError(f"drawn.q_BQW is {q_BQW.dtype}: it must be torch.float32.")
+        if q_BQW.ndim != 3 or (len(q_BQW), q_BQW.shape[2]) != (batch, width):
+            raise ValueError(
+                f"drawn.q_BQW has shape {list(q_BQW.shape)}: it must be [{batch}, Q, {width}]."
+            )
+        if width > 1 and q_BQW.stride(2) != 1:
+            raise ValueError("drawn.q_BQW must be contiguous along W: call .contiguous().")
+        self._check_device("drawn.q_BQW", q_BQW)
+        key = drawn.q_index, q_BQW.shape[1], vocab_size, id(token_map)
+        if key not in self._tables:
+            if len(drawn.q_index) != num_nodes or not all(
+                0 <= place < q_BQW.shape[1] for place in drawn.q_index
+            ):
+                raise ValueError(
+                    f"drawn.q_index must name one of {q_BQW.shape[1]} distributions for each of "
+                    f"{num_nodes} nodes."
+                )
+            self._tables[key] = self._make_tables(drawn, vocab_size)
+        tables = self._tables[key]
+        return (
+            q_BQW.data_ptr(),
+            q_BQW.stride(0),
+            q_BQW.stride(1),
+            tables.q_index_N.data_ptr(),
+            0 if tables.places_V is None else tables.places_V.data_ptr(),
+        )
+
+    def _make_tables(self, drawn: Drawn, vocab_size: int) -> _Tables:
+        device, places_V = self.kernels.device, None
+        if drawn.token_map is not None:
+            token_map = drawn.token_map.to(device)
+            places_V = torch.full((vocab_size,), -1, dtype=torch.int32, device=device)
+            number_W = torch.arange(len(token_map), dtype=torch.int32, device=device)
+            places_V[token_map] = number_W
+        return _Tables(drawn.token_map, torch.tensor(drawn.q_index, device=device), places_V)
 
     def _workspace(self, logits_BNV: Tensor, length: int) -> _Workspace:
         batch, _, vocab_size = shape = tuple(logits_BNV.shape)
