@@ -13,9 +13,10 @@ import kernel_device
 import pytest
 import torch
 from gpu import bars, correctness, decode_step, models, run, training, verification
-from gpu.points import Point, configs_of, figures, floors_us, make_inputs, points, tree_of
+from gpu.points import KERNELS, Point, configs_of, figures, floors_us, make_inputs, points, tree_of
 from gpu.timing import num_copies
 from kernel_shim import GXX, ShimKernels
+from rivals.verification import options_of
 from tiny_models import build_model
 
 from medusa_exp.decode import step
@@ -30,7 +31,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.py"
 
 def test_the_grid_has_every_combination_once():
     grid = points()
-    assert len(grid) == len(set(grid)) == 6 * 3 * 2 * 3
+    assert len(grid) == len(set(grid)) == 6 * 3 * 2 * 4
     assert grid[0] == Point("greedy", 1, 32000, 64)
 
 
@@ -44,11 +45,13 @@ def test_floors_of_the_fact_sheet():
     assert floors["path"] == pytest.approx(3 * 5.47 / 64, abs=0.01)
 
 
-@pytest.mark.parametrize("rule", ["greedy", "typical", "sampling"])
-def test_inputs_accept_what_they_promise(rule):
-    inputs = make_inputs(Point(rule, 5, 3000, 16), torch.device("cpu"))
-    options = {"uniforms_BN": inputs.uniforms_BN * 0.9} if rule == "sampling" else {}
-    verdict = verify(inputs.logits_BNV, inputs.tokens_BN, inputs.parents_BN, rule=rule, **options)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_inputs_accept_what_they_promise(kernel):
+    point = Point(kernel, 5, 3000, 16)
+    inputs = make_inputs(point, torch.device("cpu"))
+    inputs.uniforms_BN *= 0.9
+    options = options_of(point, inputs)
+    verdict = verify(inputs.logits_BNV, inputs.tokens_BN, inputs.parents_BN, **options)
     assert len(inputs.tree) == 16
     assert verdict.num_accepted_B.tolist() == inputs.accepted_B
     assert max(inputs.accepted_B) > 0
@@ -189,8 +192,10 @@ def shim(tmp_path):
     return ShimKernels(tmp_path)
 
 
-@pytest.mark.parametrize("rule", ["greedy", "typical", "sampling"])
-def test_a_point_is_judged_in_float64_and_a_failing_launch_costs_no_other(monkeypatch, shim, rule):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_point_is_judged_in_float64_and_a_failing_launch_costs_no_other(
+    monkeypatch, shim, kernel
+):
     launch = shim.launch
 
     def launch_some(file, defines, entry, *rest):
@@ -203,7 +208,7 @@ def test_a_point_is_judged_in_float64_and_a_failing_launch_costs_no_other(monkey
     monkeypatch.setattr(verification, "measure", lambda calls, **how: times)
     small = [LaunchConfig(threads=32), LaunchConfig(8, threads=32)]
     monkeypatch.setattr(verification, "configs_of", lambda *given: small)
-    entry = verification.measure_point(shim, Point(rule, 2, 300, 16), cache_bytes=1)
+    entry = verification.measure_point(shim, Point(kernel, 2, 300, 16), cache_bytes=1)
     assert list(entry["failed"]) == ["8 x 32"]
     assert entry["differs"] == {} and {*entry["times_us"]} == {"1 x 32", "eager"}
 
@@ -228,6 +233,28 @@ def test_a_draw_at_an_edge_is_told_from_a_wrong_one():
         inputs, b, node, after
     )
     assert not verification.is_near(inputs, b, node, after + 5)
+
+
+def test_a_draw_of_traversal_at_an_edge_is_told_from_a_wrong_one():
+    point = Point("traversal", 2, 300, 16)
+    inputs = make_inputs(point, torch.device("cpu"))
+    right = verification.expected(point, inputs)
+    assert verification.differences(point, inputs, right, right) == {}
+    other = dataclasses.replace(right, next_token_B=right.next_token_B + 1)
+    assert verification.differences(point, inputs, other, right) == {"sequences": 2, "near": 0}
+    low, high = 0.0, 1.0
+    for _ in range(60):  # to an edge between two tokens
+        inputs.uniforms_BN[0, 0] = (low + high) / 2
+        token = int(verification.expected(point, inputs).next_token_B[0])
+        low, high = (low, (low + high) / 2) if token > 150 else ((low + high) / 2, high)
+    edge = [
+        int(verification.expected_of_row(point, inputs, 0, s).next_token_B) for s in (-1e-7, 1e-7)
+    ]
+    assert edge[0] < edge[1]
+    right.next_token_B[0] = edge[0]
+    other = dataclasses.replace(right, next_token_B=right.next_token_B.clone())
+    other.next_token_B[0] = edge[1]
+    assert verification.differences(point, inputs, other, right) == {"sequences": 1, "near": 1}
 
 
 def test_a_small_case_for_the_sanitizer(monkeypatch, shim):

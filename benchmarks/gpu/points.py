@@ -14,12 +14,15 @@ from torch import Tensor
 
 from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.verify import LaunchConfig
+from medusa_exp.decode.sampled import Drawn, children_of
 from medusa_exp.tree import Tree
 
 BATCHES = (1, 4, 8, 16, 32, 64)
 VOCABS = (32000, 128256, 151936)
 NODES = (16, 64)
 RULES = ("greedy", "sampling", "typical")
+KERNELS = (*RULES, "traversal")
+"""The last is rule sampling of drafts that were drawn."""
 RIVALS = ("eager", "compiled", "split")
 """See rivals/verification.py."""
 BANDWIDTH = 3.0e12
@@ -31,6 +34,7 @@ class Point:
     """One place of the grid."""
 
     rule: str
+    """One of KERNELS."""
     batch: int
     vocab: int
     nodes: int
@@ -40,8 +44,8 @@ class Point:
 def points() -> list[Point]:
     """Return the grid, in an order that begins with what is asked for most."""
     grid = [
-        Point(rule, batch, vocab, nodes)
-        for batch, vocab, nodes, rule in itertools.product(BATCHES, VOCABS, NODES, RULES)
+        Point(kernel, batch, vocab, nodes)
+        for batch, vocab, nodes, kernel in itertools.product(BATCHES, VOCABS, NODES, KERNELS)
     ]
     return sorted(grid, key=lambda p: (p.nodes != 64, p.vocab == 151936))
 
@@ -64,6 +68,8 @@ class Inputs:
     uniforms_BN: Tensor
     accepted_B: list[int]
     tree: Tree
+    drawn: Drawn | None = None
+    """Of traversal, distributions of random heads: one at each depth."""
 
 
 def make_inputs(point: Point, device: torch.device, seed: int = 0) -> Inputs:
@@ -81,6 +87,12 @@ def make_inputs(point: Point, device: torch.device, seed: int = 0) -> Inputs:
         while node > 0:  # but these are right: the token has nearly all of the probability
             logits_BNV[row, tree.parents[node], tokens_BN[row, node]] = 30.0
             node = tree.parents[node]
+    drawn = None
+    if point.rule == "traversal":
+        shape_of_q = (point.batch, tree.depth, point.vocab)
+        q_BQW = torch.randn(shape_of_q, generator=generator, device=device).softmax(-1)
+        q_index = [min(int(depth), tree.depth - 1) for depth in tree.depths]
+        drawn = Drawn(q_BQW, tuple(q_index), children_of(tree))
     return Inputs(
         logits_BNV,
         tokens_BN,
@@ -88,6 +100,7 @@ def make_inputs(point: Point, device: torch.device, seed: int = 0) -> Inputs:
         torch.rand(shape, generator=generator, device=device),
         [int(tree.depths[node]) for node in choice.tolist()],
         tree,
+        drawn,
     )
 
 
@@ -107,7 +120,7 @@ def floors_us(point: Point, tree: Tree, accepted_B: list[int]) -> dict[str, floa
     """Return microseconds at `BANDWIDTH` for the rows of a point.
 
     all: every row. needed: those of nodes with children, and one more a sequence. path: those on
-    the accepted path, which a walk reads.
+    the accepted path, which a walk reads (traversal reads those of other nodes that it tries, too).
     """
     internal = len(set(tree.parents) - {-1})
     row = point.vocab * point.itemsize / BANDWIDTH * 1e6

@@ -6,11 +6,12 @@ What fails is written down, and the rest goes on. B batch, N tree nodes, V vocab
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from gpu.points import (
+    KERNELS,
     RULES,
     Inputs,
     Point,
@@ -35,7 +36,7 @@ FIELDS = ("path_BL", "num_accepted_B", "next_token_B")
 
 Method = Callable[[Inputs], Callable[[], Verdict]]
 SOME = ((1, 32000), (1, 128256), (16, 128256), (64, 128256))
-"""Batch and vocabulary of a dozen points, with three rules and 64 nodes."""
+"""Batch and vocabulary of some points, with all kernels and 64 nodes."""
 FEW = ((1, 300), (2, 300))
 """The same of a rehearsal."""
 COMPILED_BATCHES = (8, 64, 1)
@@ -45,11 +46,11 @@ COMPILED_BATCHES = (8, 64, 1)
 def measure_some(
     kernels: Kernels, is_over: Callable[[], bool], some: Sequence[tuple[int, int]] = SOME
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the time of the chosen launch at a dozen points: in a graph, with cold caches."""
+    """Yield the time of the chosen launch at some points: in a graph, with cold caches."""
     cache_bytes = 1
     if kernels.device.type == "cuda":
         cache_bytes = torch.cuda.get_device_properties(kernels.device).L2_cache_size
-    for (batch, vocab), rule in itertools.product(some, RULES):
+    for (batch, vocab), rule in itertools.product(some, KERNELS):
         if is_over():
             yield "left_out", f"from {rule}, B={batch}, V={vocab} on"
             return
@@ -138,7 +139,7 @@ def measure_point(
     few = {"repeats": 3, "at_least": 5}
     if not only_chosen:
         add("eager", lambda copy: eager(point, copy), **few)
-    if split_walk is not None and point.rule != "typical":
+    if split_walk is not None and point.rule in ("greedy", "sampling"):
         add("split", lambda copy: split_walk(point, copy), **few)
     entry = figures(point, floors_us(point, inputs.tree, inputs.accepted_B), times)
     return {**entry, "chosen_config": name_of(chosen), "differs": differs, "failed": failed}
@@ -179,16 +180,21 @@ def told(error: Exception) -> str:
 
 def expected(point: Point, inputs: Inputs) -> Verdict:
     """Return what the specification says in float64; a sequence at a time, to save memory."""
-    options, verdicts = options_of(point, inputs), []
-    for b in range(point.batch):
-        row = slice(b, b + 1)
-        if point.rule == "sampling":
-            options["uniforms_BN"] = inputs.uniforms_BN[row].double()
-        logits_1NV = inputs.logits_BNV[row].double()
-        verdicts.append(
-            verify(logits_1NV, inputs.tokens_BN[row], inputs.parents_BN[row], **options)
-        )
+    verdicts = [expected_of_row(point, inputs, b) for b in range(point.batch)]
     return Verdict(*(torch.cat([getattr(v, field) for v in verdicts]) for field in FIELDS))
+
+
+def expected_of_row(point: Point, inputs: Inputs, b: int, step: float = 0.0) -> Verdict:
+    """Return the verdict on one sequence; `step` is added to the root's number to draw by."""
+    options, row = options_of(point, inputs), slice(b, b + 1)
+    if "uniforms_BN" in options:
+        uniforms_1N = inputs.uniforms_BN[row].double()
+        uniforms_1N[:, 0] = (uniforms_1N[:, 0] + step).clamp(0, 1 - 1e-16)
+        options["uniforms_BN"] = uniforms_1N
+    if inputs.drawn is not None:
+        options["drawn"] = replace(inputs.drawn, q_BQW=inputs.drawn.q_BQW[row].double())
+    logits_1NV = inputs.logits_BNV[row].double()
+    return verify(logits_1NV, inputs.tokens_BN[row], inputs.parents_BN[row], **options)
 
 
 def differences(point: Point, inputs: Inputs, found: Verdict, right: Verdict) -> dict[str, int]:
@@ -202,9 +208,13 @@ def differences(point: Point, inputs: Inputs, found: Verdict, right: Verdict) ->
     odd = (~is_same_B).nonzero()[:, 0].tolist()
     near = 0
     for b in odd:
+        token = int(found.next_token_B[b])
         if point.rule == "sampling" and same_path_B[b]:
             end = int(right.path_BL[b, int(right.num_accepted_B[b])])
-            near += is_near(inputs, b, end, int(found.next_token_B[b]))
+            near += is_near(inputs, b, end, token)
+        if point.rule == "traversal" and same_path_B[b]:  # the root's number draws, over all paths
+            edges = [int(expected_of_row(point, inputs, b, s).next_token_B) for s in (-NEAR, NEAR)]
+            near += edges[0] <= token <= edges[1]
     return {"sequences": len(odd), "near": near} if odd else {}
 
 

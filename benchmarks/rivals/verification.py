@@ -24,8 +24,8 @@ _ARGUMENTS = np.dtype([(name, np.int64) for name in _FIELDS])
 def options_of(point: Point, inputs: Inputs) -> dict[str, Any]:
     """Return the keyword arguments of `verify` for a point."""
     options: dict[str, Any] = {"rule": point.rule, "max_depth": inputs.tree.depth}
-    if point.rule == "sampling":
-        options["uniforms_BN"] = inputs.uniforms_BN
+    if point.rule in ("sampling", "traversal"):
+        options |= {"rule": "sampling", "uniforms_BN": inputs.uniforms_BN, "drawn": inputs.drawn}
     return options
 
 
