@@ -11,6 +11,17 @@
 #pragma once
 #include "rows.cuh"
 
+// Which of 32 tokens from `first` on are among those that are taken?
+__device__ __forceinline__ unsigned among(const int* taken, int num_taken, int first) {
+    unsigned found = 0;
+#pragma unroll 1
+    for (int i = 0; i < num_taken; ++i) {
+        const int place = taken[i] - first;
+        if (place >= 0 && place < 32) found |= 1u << place;
+    }
+    return found;
+}
+
 struct Crossing {
     float warp_mass[32];
     int thread;    // whose interval holds what is looked for; -1: none

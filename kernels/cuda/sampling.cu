@@ -15,8 +15,8 @@
 
 struct Scratch {
     float uniform[MAX_NODES];
-    float spent;            // how much of [0, 1) the children of the path's end take
-    int taken[MAX_NODES];   // their tokens
+    float spent;  // how much of [0, 1) the children of the path's end take
+    int taken[MAX_NODES];  // their tokens
     int num_taken;
     Crossing crossing;
 };
@@ -63,13 +63,7 @@ struct Rest {
         return mass_of(to_float(row[token]), token, largest, scale);
     }
     __device__ __forceinline__ unsigned taken_among(int first) const {
-        unsigned taken = 0;
-#pragma unroll 1
-        for (int i = 0; i < scratch.num_taken; ++i) {
-            const int place = scratch.taken[i] - first;
-            if (place >= 0 && place < 32) taken |= 1u << place;
-        }
-        return taken;
+        return among(scratch.taken, scratch.num_taken, first);
     }
     // A slice's mass, without what is taken of it.
     __device__ __forceinline__ float slice_mass(const Statistics& slice, int begin, int end) const {
@@ -105,7 +99,8 @@ __device__ __forceinline__ void walk(const Arguments& a, Shared& shared, Scratch
             scratch.taken[atomicAdd(&scratch.num_taken, 1)] = tree.token[n];
     const int num_slices = CLUSTER * (int)(blockDim.x >> 5);
     __syncthreads();
-    const Rest rest = {row_of(a, sequence, node), vocab_size, tree.row[node].largest, scale, scratch};
+    const Rest rest = {row_of(a, sequence, node), vocab_size, tree.row[node].largest, scale,
+                       scratch};
     const int length = slice_length(vocab_size, num_slices), slice = threadIdx.x;
     const int begin = min(slice * length, vocab_size), end = min(begin + length, vocab_size);
     float mass = 0.0f;

@@ -35,7 +35,7 @@ def test_the_kernels_decode_what_torch_decodes(monkeypatch, architecture, shim):
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("kind", ["medusa", "medusa_lowrank", "recurrent"])
-def test_drafts_that_were_drawn_are_judged_as_by_torch(monkeypatch, kind, cuda_graph, shim):
+def test_drafts_are_drawn_and_judged_as_by_torch(monkeypatch, kind, cuda_graph, shim):
     """Heads that share a distribution over a depth, have few tokens, or have one for each node."""
     backbone, few = Backbone(build_model("llama")), {}
     if kind == "medusa_lowrank":
@@ -44,13 +44,14 @@ def test_drafts_that_were_drawn_are_judged_as_by_torch(monkeypatch, kind, cuda_g
     found, launched = [], []
     monkeypatch.setattr(shim, "launch", _spy(shim.launch, launched))
     kernels = KernelVerify(shim, LaunchConfig(2, threads=64))
-    for judge in (verify, kernels):
+    for judge, drawer in ((verify, None), (kernels, shim)):
         monkeypatch.setattr(rule, "pick_verify", lambda *given, judge=judge, **more: judge)
+        monkeypatch.setattr(rule, "step_kernels", lambda name, device, drawer=drawer: drawer)
         sampled = AcceptanceRule("sampling", seed=5, draft="sampled")
         decoder = Decoder(backbone, heads, TREE, sampled, cuda_graph=cuda_graph)
         found.append([a.tokens for a in decoder.decode(PROMPTS, Limits(30))])
     assert found[0] == found[1]
-    assert set(launched) == {"verify_2"}
+    assert set(launched) == {"verify_2", "draws"}
 
 
 def _spy(launch, entries: list[str]):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 ARCHS = ("80", "90", "100")
 BUDGET = 64
 """Registers of a thread, where a block may have 1024."""
-STEP = [module for module in MODULES if module[0] in ("mask.cu", "commit.cu")]
+STEP = [module for module in MODULES if module[0] in ("draws.cu", "mask.cu", "commit.cu")]
 VERIFICATION = [module for module in MODULES if module not in STEP]
 
 

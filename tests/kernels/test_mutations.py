@@ -13,6 +13,7 @@ from kernel_checks import (
     cases_of,
     check_commit,
     check_commit_within,
+    check_draws,
     check_mask,
     check_verification,
     mask_cases,
@@ -43,6 +44,8 @@ FAULTS = [
     ("commit", "commit.cu", "column < a.num_columns", "column <= a.num_columns"),
     ("mask", "mask.cu", "column < length", "column <= length"),
     ("mask", "mask.cu", "steps < a.window", "steps <= a.window"),
+    ("draws", "draws.cu", "if (warp == token / length)", "if (false)"),
+    ("draws", "draws.cu", ">> lane & 1)) sum", ">> lane & 0)) sum"),
     # an off-by-one in a walk
     ("greedy", "greedy.cu", "int first = node + 1;", "int first = node + 2;"),
     ("greedy", "tree.cuh", "return length;", "return length + 1;"),
@@ -57,6 +60,8 @@ FAULTS = [
     ("sampling", "draw.cuh", f"{BARRIER}\n    float total", "float total"),
     ("traversal", "traversal.cu", f"{BARRIER}\n    return true;", "return true;"),
     ("traversal", "traversal.cu", f"if (is_new) {BARRIER}", ""),
+    ("draws", "draws.cu", f"scratch, length);\n    {BARRIER}", "scratch, length);"),
+    ("draws", "draws.cu", f"scratch, length);\n        {BARRIER}", "scratch, length);"),
     # a rule that is not quite the paper's
     ("traversal", "traversal.cu", "left.weight * p * left.q_sum", "p * left.q_sum"),
     ("traversal", "traversal.cu", "(left.weight * left.q_sum)", "left.q_sum"),
@@ -89,13 +94,18 @@ def check(kernel: str, shim) -> None:
             for seed in range(4):
                 check_commit(shim, dtype, head, unit, seed)
         check_commit_within(shim)
+    elif kernel == "draws":
+        shim.order = "random"
+        check_draws(shim, range(100))
     else:
         check_verification(shim, cases(kernel), ["random"])
 
 
-@pytest.mark.parametrize("kernel", ["greedy", "sampling", "typical", "traversal", "commit", "mask"])
+@pytest.mark.parametrize(
+    "kernel", ["greedy", "sampling", "typical", "traversal", "commit", "mask", "draws"]
+)
 def test_without_a_fault_nothing_is_noticed(kernel, shim, tmp_path):
-    if kernel != "commit":
+    if kernel not in ("commit", "draws"):
         cases(kernel)
     assert not is_caught(
         mutate(tmp_path, "mask.cu", "// Grid", "// grid"),
@@ -115,6 +125,6 @@ FIRST = {kernel: number for number, (kernel, *_) in reversed([*enumerate(FAULTS)
     ],
 )
 def test_a_fault_is_noticed(kernel, file, old, new, tmp_path):
-    if kernel != "commit":
+    if kernel not in ("commit", "draws"):
         cases(kernel)
     assert is_caught(mutate(tmp_path, file, old, new), tmp_path, functools.partial(check, kernel))

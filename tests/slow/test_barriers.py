@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 from kernel_cases import KERNELS, Case, exact_cases, is_borderline, make_case
-from kernel_checks import CONFIGS, cases_of, check_mask, check_verification, mask_cases
+from kernel_checks import (
+    CONFIGS,
+    cases_of,
+    check_draws,
+    check_mask,
+    check_verification,
+    mask_cases,
+)
 from kernel_mutants import is_caught
 from kernel_shim import GXX, SOURCES
 
@@ -44,6 +51,9 @@ def cases(kernel: str) -> list[tuple[Case, Verdict]]:
 def check(kernel: str, shim) -> None:
     if kernel == "mask":
         check_mask(shim, mask_cases("mistral", range(30)))
+    elif kernel == "draws":
+        shim.order = "random"
+        check_draws(shim, range(300))
     else:
         check_verification(shim, cases(kernel), ["random"])
 
@@ -61,17 +71,17 @@ def without(file: str, place: int, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, "mask"])
+@pytest.mark.parametrize("kernel", [*KERNELS, "mask", "draws"])
 def test_with_all_barriers_nothing_is_noticed(kernel, shim):
     check(kernel, shim)
 
 
 @pytest.mark.parametrize(("file", "place", "line"), barriers())
 def test_a_missing_barrier_is_noticed(file, place, line, tmp_path):
-    kernels = [kernel for kernel in (*KERNELS, "mask") if file == f"{kernel}.cu"] or [
+    kernels = [kernel for kernel in (*KERNELS, "mask", "draws") if file == f"{kernel}.cu"] or [
         *("sampling", "greedy", "typical", "traversal")
     ]
-    for kernel in set(kernels) - {"mask"}:
+    for kernel in set(kernels) - {"mask", "draws"}:
         cases(kernel)
     is_noticed = False
     for kernel in kernels:

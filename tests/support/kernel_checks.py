@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from kernel_cases import Case, is_borderline, make_case
+from kernel_cases import NEAR, Case, is_borderline, make_case
 from kernel_shim import ORDERS, ShimKernels
 from tiny_models import build_model
 from torch import Tensor
 
 from medusa_exp.decode.cache import GrowingCache
+from medusa_exp.decode.cuda.draws import KernelDraw
 from medusa_exp.decode.cuda.mask_and_commit import CacheCommit, build_mask
 from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
 from medusa_exp.decode.masks import StepMask
+from medusa_exp.decode.sampled import draw
 from medusa_exp.decode.verify import Verdict
 
 CONFIGS = (
@@ -137,6 +139,61 @@ def check_mask(shim: Any, cases: list[MaskCase], order: str = "random") -> None:
         )
         assert mask_B1NK.cpu().equal(case.mask_B1NK)
         assert positions_BN.cpu().equal(case.positions_BN)
+
+
+def check_draws(shim: Any, seeds: range) -> None:
+    """Fail unless the kernel draws the tokens that torch draws in float64."""
+    for seed in seeds:
+        shim.seed = seed
+        rng = np.random.default_rng(seed)
+        batch, count = (int(n) for n in rng.integers(1, 4, 2))
+        width = int(rng.choice([1, 2, 7, 64, 111, 1000, 5000]))
+        number = int(rng.integers(1, 7))
+        q_BMW = np.stack(
+            [[_a_distribution(rng, width) for _ in range(count)] for _ in range(batch)]
+        )
+        if is_shared := rng.random() < 0.4:
+            q_BMW[:] = q_BMW[:, :1]
+        wide = torch.zeros(batch, count, width + int(rng.integers(3)), device=shim.device)
+        found = wide[..., :width].copy_(torch.from_numpy(q_BMW))
+        q_BMW = found.double().cpu().numpy()
+        uniforms = [[_clear_draws(rng, q_W, number) for q_W in q_MW] for q_MW in q_BMW]
+        uniforms_BMR = torch.tensor(uniforms, dtype=torch.float32)
+        expected_BMR = draw(torch.from_numpy(q_BMW), uniforms_BMR.double())
+        if is_shared:
+            found = found[:, :1].expand(-1, count, -1)
+        tokens_BMR = KernelDraw(shim)(found, uniforms_BMR.to(shim.device)).cpu()
+        # Where nothing is left, any token will do.
+        has_some_BMR = torch.arange(number) < torch.from_numpy((q_BMW > 0).sum(-1))[..., None]
+        assert tokens_BMR[has_some_BMR].equal(expected_BMR[has_some_BMR])
+        assert ((tokens_BMR >= 0) & (tokens_BMR < width)).all()
+
+
+def _a_distribution(rng: np.random.Generator, width: int) -> np.ndarray:
+    """Return one that is even, has few tokens, is nearly sure of one, or as it comes."""
+    kind = rng.integers(4)
+    q_W = np.full(width, 1 / width) if kind == 0 else rng.dirichlet(np.full(width, 0.5))
+    if kind == 1:
+        q_W[rng.random(width) < 0.9] = 0
+    if kind == 2:
+        q_W *= 1e-9
+        q_W[rng.integers(width)] = 1
+    return q_W
+
+
+def _clear_draws(rng: np.random.Generator, q_W: np.ndarray, number: int) -> list[float]:
+    """Return numbers of which each lies well within a token's interval."""
+    left_W, uniforms = q_W.copy(), []
+    for _ in range(number):
+        wide_W = np.where(left_W > 20 * NEAR * left_W.sum(), left_W, 0)
+        if not wide_W.sum():
+            uniforms.append(0.5)
+            continue
+        token = int(rng.choice(len(q_W), p=wide_W / wide_W.sum()))
+        place = left_W[:token].sum() + left_W[token] * rng.uniform(0.1, 0.9)
+        uniforms.append(place / left_W.sum())
+        left_W[token] = 0
+    return uniforms
 
 
 def check_commit(shim: Any, dtype: torch.dtype, head: int, unit: int, seed: int) -> None:

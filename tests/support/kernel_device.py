@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from kernel_cases import KERNELS, Case, changed, exact_cases, is_borderline, make_case
-from kernel_checks import COMMITS, check_commit, check_commit_within, check_mask, mask_cases
+from kernel_checks import (
+    COMMITS,
+    check_commit,
+    check_commit_within,
+    check_draws,
+    check_mask,
+    mask_cases,
+)
 from kernel_shim import GXX, ShimKernels
 
 from medusa_exp.decode.cuda.runtime import Kernels
@@ -85,7 +92,7 @@ def compare_small(kernels: Kernels) -> list[str]:
 
 
 def compare_step(kernels: Kernels) -> str:
-    """Compare the mask and the commit with the torch code; return "equal" or what differs."""
+    """Compare mask, commit and draws with the torch code; return "equal" or what differs."""
     try:
         for architecture in ("llama", "mistral"):
             check_mask(kernels, mask_cases(architecture, range(20)))
@@ -93,6 +100,7 @@ def compare_step(kernels: Kernels) -> str:
             for seed in range(10):
                 check_commit(kernels, dtype, head, unit, seed)
         check_commit_within(kernels)
+        check_draws(kernels, range(60))
     except AssertionError as error:
         return f"differs: {error!r}"
     return "equal"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from medusa_exp.decode.distribution import probabilities
-from medusa_exp.decode.rule import AcceptanceRule
-from medusa_exp.decode.sampled import Drawn, children_of, draw, in_draw_order
+from medusa_exp.decode.rule import AcceptanceRule, pick_draw
+from medusa_exp.decode.sampled import Drawn, children_of, in_draw_order
 from medusa_exp.decode.verify import TreeRelations
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import (
@@ -103,7 +103,8 @@ class _Draws:
     `decode/traversal.py`).
     """
 
-    def __init__(self, rule: AcceptanceRule, tree: Tree) -> None:
+    def __init__(self, rule: AcceptanceRule, tree: Tree, device: torch.device) -> None:
+        self._draw = pick_draw(rule.verifier, device)
         self._filters = rule.temperature, rule.top_k, rule.top_p
         self._num_nodes, self._children = len(tree), children_of(tree)
         self._inner: list[list[int]] = [[] for _ in range(tree.depth)]
@@ -141,7 +142,7 @@ class _Draws:
         shape = count, num_ranks = len(self._inner[depth]), self._num_ranks[depth]
         start = self._num_nodes + self._starts[depth]
         uniforms_BMR = uniforms_BU[:, start : start + count * num_ranks].unflatten(1, shape)
-        return draw(q.expand(-1, count, -1), uniforms_BMR)
+        return self._draw(q.expand(-1, count, -1), uniforms_BMR)
 
     def record(self, q_by_depth: Sequence[Tensor], token_map: Tensor | None) -> Drawn:
         """Return what a step's tokens were drawn from: q of each depth, as `of_depth` has it."""
@@ -153,12 +154,14 @@ class _Draws:
         return Drawn(torch.cat(q_by_depth, 1), tuple(q_index), self._children, token_map)
 
 
-def _draws_of(rule: AcceptanceRule | None, tree: Tree) -> tuple[Tree, _Draws | None]:
+def _draws_of(
+    rule: AcceptanceRule | None, tree: Tree, device: torch.device
+) -> tuple[Tree, _Draws | None]:
     """Return the tree as it is to be filled, and what draws its tokens, if anything does."""
     if rule is None or rule.draft == "top" or not tree.depth:
         return tree, None
     tree = in_draw_order(tree)
-    return tree, _Draws(rule, tree)
+    return tree, _Draws(rule, tree, device)
 
 
 def key_of_draws(rule: AcceptanceRule | None) -> Hashable:
@@ -178,7 +181,7 @@ class FixedTreeDrafter:
         device: torch.device,
         rule: AcceptanceRule | None = None,
     ) -> None:
-        tree, self._draws = _draws_of(rule, tree)
+        tree, self._draws = _draws_of(rule, tree, device)
         self.num_nodes, self.depth = len(tree), tree.depth
         self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
         self._heads = heads
@@ -376,7 +379,7 @@ class SequentialDrafter:
         check_tree_fits_heads(
             tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.head_vocab_size
         )
-        tree, self._draws = _draws_of(rule, tree)
+        tree, self._draws = _draws_of(rule, tree, device)
         self.num_nodes, self.depth = len(tree), tree.depth
         self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
         self._heads, self.prefix = heads, heads.prefix

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cpu_verify import verify_on_cpu
+from medusa_exp.decode.cuda.draws import KernelDraw, can_draw
 from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
-from medusa_exp.decode.sampled import Drawn
+from medusa_exp.decode.sampled import Drawn, draw
 from medusa_exp.decode.verify import RULES, TreeRelations, Verdict, verify
 from medusa_exp.errors import UserError
 from medusa_exp.model.argmax import argmax
@@ -58,6 +59,23 @@ def step_kernels(name: str, device: torch.device) -> Kernels | None:
     if device.type != "cuda" or name == "torch" or (name == "auto" and find_spec("cupy") is None):
         return None
     return kernels_on(device)
+
+
+def pick_draw(name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `decode.sampled.draw`, or what does the same by a kernel wherever it can.
+
+    Arguments are those of `pick_verify`.
+    """
+    kernels = step_kernels(name, device)
+    if kernels is None:
+        return draw
+    draw_by_kernel = KernelDraw(kernels)
+
+    def draw_where_it_can(q_BMW: Tensor, uniforms_BMR: Tensor) -> Tensor:
+        function = draw_by_kernel if can_draw(q_BMW, uniforms_BMR) else draw
+        return function(q_BMW, uniforms_BMR)
+
+    return draw_where_it_can
 
 
 def _kernels(device: torch.device) -> Callable[..., Verdict]:

@@ -18,6 +18,7 @@ MODULES: tuple[tuple[str, tuple[str, ...]], ...] = (
         for rule in ("greedy", "sampling", "traversal", "typical")
         for dtype in ("FLOAT32", "FLOAT16", "BFLOAT16")
     ),
+    ("draws.cu", ("LOGIT_FLOAT32",)),
     ("mask.cu", ()),
     *(("commit.cu", (f"UNIT_BYTES={size}",)) for size in (16, 4, 2)),
 )
