@@ -204,7 +204,9 @@ def figures_of(name: str, scale: Scale, is_over: IsOver) -> Iterator[tuple[str, 
         yield from training.measure_training("8B", kinds, scale, is_over)
     elif name == "kernels":
         some = verification.FEW if scale.is_rehearsal else verification.SOME
-        yield from verification.measure_some(correctness.kernels_of(scale), is_over, some)
+        kernels = correctness.kernels_of(scale)
+        yield from verification.measure_some(kernels, is_over, some)
+        yield from verification.measure_draws(kernels, is_over, some)
     elif name == "grid":
         yield from verification.measure_grid(correctness.kernels_of(scale), is_over)
     elif name == "sanitize":

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from gpu.points import (
 from gpu.timing import measure, num_copies
 from rivals.verification import SplitWalk, compiled, eager, options_of
 
+from medusa_exp.decode.cuda.draws import KernelDraw
 from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.verify import KernelVerify, launch_config
 from medusa_exp.decode.distribution import probabilities
+from medusa_exp.decode.sampled import draw
 from medusa_exp.decode.verify import Verdict, verify
 
 NEAR = 1e-6
@@ -57,6 +60,40 @@ def measure_some(
         entry = measure_point(kernels, Point(rule, batch, vocab, 64), cache_bytes, only_chosen=True)
         time = entry["times_us"].get(entry["chosen_config"], {}).get("graph_cold")
         yield f"{rule}, B={batch}, V={vocab}", {"microseconds": time, **entry}
+        release()
+
+
+DRAWS = (4, 3)
+"""Distributions of a depth, and draws from each."""
+
+
+def measure_draws(
+    kernels: Kernels, is_over: Callable[[], bool], some: Sequence[tuple[int, int]] = SOME
+) -> Iterator[tuple[str, Any]]:
+    """Yield the times of draws from random distributions, by the kernel and by torch."""
+    for batch, vocab in some:
+        if is_over():
+            yield "draws_left_out", f"from B={batch}, W={vocab} on"
+            return
+        generator = torch.Generator(kernels.device).manual_seed(0)
+        made = {"generator": generator, "device": kernels.device}
+        q_BMW = torch.randn(batch, DRAWS[0], vocab, **made).softmax(-1)
+        uniforms_BMR = torch.rand(batch, *DRAWS, **made)
+        by_kernel = KernelDraw(kernels)
+        right = draw(q_BMW.double(), uniforms_BMR.double())
+        times_us = {
+            name: measure([partial(function, q_BMW, uniforms_BMR)])
+            for name, function in (("kernel", by_kernel), ("torch", draw))
+        }
+        yield (
+            f"draws, B={batch}, W={vocab}",
+            {
+                "microseconds": times_us["kernel"]["graph_warm"],
+                "times_us": times_us,
+                "draws_otherwise": int((by_kernel(q_BMW, uniforms_BMR) != right).sum()),
+                "of": right.numel(),
+            },
+        )
         release()
 
 
