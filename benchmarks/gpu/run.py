@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/run.py               at most eight minutes, then one table
     python benchmarks/gpu/run.py --rehearse    the same on a CPU, tiny: does the script run?
-    python benchmarks/gpu/run.py --grid        verification at 108 points, every launch, rivals
+    python benchmarks/gpu/run.py --grid        verification at 144 points, every launch, rivals
     python benchmarks/gpu/run.py --sanitize    the kernels under compute-sanitizer's four tools
 
 Needs what docs/guide/gpu.md says. Each part runs in a process of its own, so that none is lost by

@@ -27,6 +27,8 @@ struct Frame {
     int at;  // the child that is tried, by its place in Scratch.child
 };
 
+constexpr float LARGEST = 3.4e38f;  // times a q of 0 it is 0, as infinity is not
+
 struct Scratch {
     float uniform[MAX_NODES];
     float q[MAX_NODES];        // of the node's token after its parent, before a child has failed
@@ -147,7 +149,8 @@ __device__ __forceinline__ float child_weight(const Arguments& a, const Tree& tr
     const Rest rest = rest_of(a, tree, sequence, node, left.factor);
     const float q = scratch.q[child];
     const float p = rest.left_of(tree.logit[child], tree.token[child], q);
-    return fminf(or_zero(left.weight * p * left.q_sum / (left.p_sum * q)), 1.0f);
+    // Each quotient alone stays far from the numbers that are flushed to zero.
+    return fminf(or_zero(left.weight * p / left.p_sum * (left.q_sum / q)), 1.0f);
 }
 
 // The child at `at` has failed. Returns, in all threads, whether sums were taken anew.
@@ -156,8 +159,7 @@ __device__ __forceinline__ bool fail(const Arguments& a, Shared& shared, Scratch
                                      int sequence, int node, int at, int& turn) {
     Left left = scratch.frame[node].left;
     if (!(left.weight > 0.0f) || !is_drawn(shared.tree, scratch, scratch.child[at])) return false;
-    const float added = left.p_sum / (left.weight * left.q_sum);
-    if (added < POSITIVE_INFINITY) left.factor += added;
+    left.factor = fminf(left.factor + or_zero(left.p_sum / left.weight / left.q_sum), LARGEST);
     const Statistics sums =
         sums_of<CLUSTER>(rest_of(a, shared.tree, sequence, node, left.factor), shared.tree, scratch,
                          shared.slices, turn, scratch.start[node], at);

@@ -63,8 +63,14 @@ FAULTS = [
     ("draws", "draws.cu", f"scratch, length);\n    {BARRIER}", "scratch, length);"),
     ("draws", "draws.cu", f"scratch, length);\n        {BARRIER}", "scratch, length);"),
     # a rule that is not quite the paper's
-    ("traversal", "traversal.cu", "left.weight * p * left.q_sum", "p * left.q_sum"),
-    ("traversal", "traversal.cu", "(left.weight * left.q_sum)", "left.q_sum"),
+    ("traversal", "traversal.cu", "left.weight * p / left.p_sum", "p / left.p_sum"),
+    (
+        "traversal",
+        "traversal.cu",
+        "left.p_sum / left.weight / left.q_sum",
+        "left.p_sum / left.q_sum",
+    ),
+    ("traversal", "traversal.cu", "left.weight * sums.sum / left.p_sum", "left.weight * sums.sum"),
     ("traversal", "traversal.cu", "(p_left + 1.0f - left.weight)", "(p_left + 1.0f)"),
     ("traversal", "traversal.cu", "left.q_sum = sums.slope;", ""),
     ("traversal", "traversal.cu", "&& !tree.is_copy[child]", ""),

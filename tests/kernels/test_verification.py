@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ import torch
 from kernel_cases import KERNELS, Case, cases_alike, changed, exact_cases, is_borderline, make_case
 from kernel_checks import CONFIGS, assert_equal, cases_of, check_verification, judged
 from kernel_shim import ORDERS, ShimError, ShimKernels
+from tiny_models import FixedHeads
 
 from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
+from medusa_exp.decode.drafting import build_drafter
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.sampled import Drawn
+from medusa_exp.tree import Tree
 
 CASES, CHUNKS = int(os.environ.get("KERNEL_TEST_CASES", "350")), 7
 """Of each kernel; fewer under a sanitizer."""
@@ -95,6 +100,62 @@ def test_nonsense_has_an_end(shim, kernel, config):
             for parent, node in itertools.pairwise(nodes):
                 assert parents_BN[b, node] == parent < node
                 assert 0 <= tokens_BN[b, node] < 5
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2])
+def test_draws_below_the_greatest_depth_are_not_tried(shim, config):
+    number = 0
+    for seed, depth in itertools.product(range(40), range(3)):
+        case = make_case(seed, "traversal", vocab=40, nodes=9)
+        cut = replace(case, options=case.options | {"max_depth": depth})
+        above_BN, drawn = _above(case.parents_BN, depth), case.options["drawn"]
+        left = tuple(tuple(n for n in some if above_BN[0, n] >= 0) for some in drawn.children)
+        pruned = replace(
+            cut,
+            parents_BN=above_BN,
+            options=cut.options | {"drawn": replace(drawn, children=left)},
+        )
+        if not is_borderline(pruned):
+            number += 1
+            assert_equal(judged(shim, config, cut, seed=seed), pruned.expected())
+    assert number > 80
+
+
+def _above(parents_BN: torch.Tensor, depth: int) -> torch.Tensor:
+    """Return parents where nodes that are deeper are padding."""
+    depths_BN = torch.zeros_like(parents_BN)
+    for node in range(1, parents_BN.shape[1]):
+        parent_B1 = parents_BN[:, node : node + 1]
+        depths_BN[:, node] = torch.where(
+            parent_B1 >= 0, depths_BN.gather(1, parent_B1.clamp(min=0)) + 1, 0
+        )[:, 0]
+    return parents_BN.masked_fill(depths_BN > depth, -1)
+
+
+@pytest.mark.parametrize("gap", [6.5, 6.9, 7.5, 8.5, 9.2])
+def test_the_smallest_numbers_are_not_missed(shim, gap):
+    """A head that is nearly sure, at temperature 0.1, where as on a GPU the smallest are zero."""
+    rows, tree = 300, Tree.from_paths([(0,), (1,), (2,)])
+    rule = AcceptanceRule("sampling", 0.1, draft="sampled")
+    heads = FixedHeads(torch.tensor([[gap, 0.3, 0.2, 0.15, 0.1, 0.0]]))
+    drafter = build_drafter(heads, tree, torch.device("cpu"), rule)
+    generator = torch.Generator().manual_seed(0)
+    numbers_BU = torch.rand(rows, drafter.num_uniforms, generator=generator)
+    draft = drafter(torch.zeros(rows, dtype=torch.long), torch.zeros(rows, 2), numbers_BU)
+    p_V = torch.tensor([0.5, 0.36, 0.06, 0.04, 0.02, 0.02])
+    logits_BNV = (0.1 * p_V.log()).expand(rows, 4, -1).contiguous()
+    options = {"temperature": 0.1, "uniforms_BN": numbers_BU, "drawn": draft.drawn}
+    case = Case("traversal", logits_BNV, draft.tokens_BN, draft.parents_BN, options)
+    expected = case.expected()
+    torch.set_flush_denormal(True)
+    try:
+        found = judged(shim, LaunchConfig(threads=32), case)
+    finally:
+        torch.set_flush_denormal(False)
+    differ_B = (found.path_BL != expected.path_BL).any(1)
+    differ_B |= found.next_token_B != expected.next_token_B
+    assert differ_B.sum() <= 1
+    assert (expected.num_accepted_B > 0).float().mean() > (0.6 if gap < 6.6 else 0.4)
 
 
 @pytest.mark.parametrize("config", CONFIGS[:4])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.distribution import probabilities
-from medusa_exp.decode.sampled import Drawn
+from medusa_exp.decode.sampled import LEAST_DRAWN, Drawn
 from medusa_exp.decode.verify import Verdict, verify
 
 KERNELS = ("greedy", "sampling", "typical", "traversal")
@@ -211,12 +211,32 @@ def _exact_draws(parents_BN: Tensor, tokens_BN: Tensor) -> list[Case]:
                 cases.append(
                     Case("traversal", torch.zeros(1, 4, 8), tokens_BN, parents_BN, options)
                 )
+    cases += _cases_of_two_failures()
     for seed in range(6):
         case = _last_token_case(seed)
         q_BQW = torch.zeros(1, 1, 500).index_fill(2, torch.tensor(60), 1.0)
         options = {**case.options, "drawn": Drawn(q_BQW, (0, 0), ((1,), ()))}
         cases.append(Case("traversal", case.logits_BNV, case.tokens_BN, case.parents_BN, options))
     return cases
+
+
+def _cases_of_two_failures() -> list[Case]:
+    """Return a node of weight 1/2 that is kept with 1/5 once both its children, or its only one,
+    have failed; and a root whose second child is a copy of the first."""
+    logits_BNV, of_root = torch.zeros(1, 4, 8), [1, 1, 1, 1, 4, 8, 0, 0]
+    q_BQW = torch.tensor([[[4, 4, 4, 0, 0, 4, 0, 0], [1, 1, 1, 8, 4, 1, 0, 0], of_root]]) / 16
+    tokens_BN, parents_BN = torch.tensor([[0, 5, 3, 4]]), torch.tensor([[-1, 0, 1, 1]])
+    drawn = Drawn(q_BQW, (0, 1, 0, 0), ((1,), (2, 3), (), ()))
+    options = {"uniforms_BN": torch.tensor([[0.3, 0.1, 0.9, 0.9]]), "drawn": drawn}
+    cases = [Case("traversal", logits_BNV, tokens_BN, parents_BN, options)]
+    alone = Drawn(q_BQW, (0, 1, 0, 0), ((1,), (2,), (), ()))
+    options = {"uniforms_BN": torch.tensor([[0.3, 0.25, 0.9, 0.9]]), "drawn": alone}
+    of_one_BN = torch.tensor([[-1, 0, 1, -1]])
+    cases.append(Case("traversal", logits_BNV, tokens_BN, of_one_BN, options))
+    twice = Drawn(q_BQW, (2, 0, 0, 0), ((1, 2), (), (), ()))
+    options = {"uniforms_BN": torch.tensor([[0.3, 0.9, 0.9, 0.9]]), "drawn": twice}
+    tokens_BN, parents_BN = torch.tensor([[0, 5, 5, 0]]), torch.tensor([[-1, 0, 0, -1]])
+    return [*cases, Case("traversal", logits_BNV, tokens_BN, parents_BN, options)]
 
 
 def _draws(
@@ -273,7 +293,7 @@ def _near(rng: np.random.Generator, p_W: np.ndarray) -> np.ndarray:
         q_W = rng.dirichlet(np.full(width, 0.3))
     if rng.random() < 0.2:
         q_W[rng.random(width) < 0.8] = 0
-    q_W = np.where(q_W > 1e-30, q_W, 0.0)  # kernels know no denormal numbers
+    q_W = np.where(q_W > LEAST_DRAWN, q_W, 0.0)
     return q_W / q_W.sum() if q_W.sum() > 0 else np.full(width, 1 / width)
 
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from medusa_exp.config import TrainConfig
+from medusa_exp.config import Config, DecodeConfig, TrainConfig, TreeConfig
 from medusa_exp.errors import UserError
 from medusa_exp.stages import train
 from medusa_exp.train import defaults
-from medusa_exp.train.defaults import chunk_rows, learning_rate, settle
+from medusa_exp.train.defaults import chunk_rows, learning_rate, objective_of, settle
 
 GB = 2**30
 
@@ -23,6 +23,42 @@ def run(config, out):
 
 def settled(out) -> dict:
     return torch.load(out / "checkpoints/last.ckpt", weights_only=True)["settled"]
+
+
+SAMPLED = {"rule": "sampling"}
+
+
+@pytest.mark.parametrize(
+    ("train_", "decode", "tree", "expected"),
+    [
+        ({}, {}, {}, "ce decay"),
+        ({}, SAMPLED, {}, "nla acceptance"),
+        ({}, {**SAMPLED, "temperature": 0.7}, {}, "nla acceptance"),
+        ({}, {**SAMPLED, "temperature": 0.69}, {}, "ce decay"),
+        ({}, {**SAMPLED, "draft": "top"}, {}, "ce decay"),
+        ({}, SAMPLED, {"kind": "dynamic"}, "ce decay"),
+        ({}, SAMPLED, {"kind": "chain"}, "ce decay"),
+        ({}, SAMPLED, {"lookup": 4}, "ce decay"),
+        ({}, SAMPLED, {"lookup": 0}, "nla acceptance"),
+        ({}, {**SAMPLED, "draft": "sampled"}, {"kind": "chain"}, "nla acceptance"),
+        ({}, {"rule": "typical"}, {}, "ce decay"),
+        ({"kind": "medusa2"}, SAMPLED, {}, "ce decay"),
+        ({"loss": "nla"}, {}, {}, "nla acceptance"),
+        ({"loss": "lk"}, SAMPLED, {}, "lk decay"),
+        ({"loss": "ce"}, SAMPLED, {}, "ce decay"),
+        ({"head_weights": "decay"}, SAMPLED, {}, "nla decay"),
+        ({"head_weights": "acceptance"}, {}, {}, "ce acceptance"),
+    ],
+)
+def test_heads_are_taught_for_the_drafts_that_decoding_makes(train_, decode, tree, expected):
+    config = Config(
+        train=TrainConfig(**train_), decode=DecodeConfig(**decode), tree=TreeConfig(**tree)
+    )
+    found = objective_of(config)
+    assert f"{found.loss} {found.head_weights}" == expected
+    before = objective_of(config, {"loss": "kl", "head_weights": "decay"})
+    assert before.loss == (train_.get("loss") or "kl")
+    assert objective_of(config, {"learning_rate": 1.0}) == found
 
 
 @pytest.mark.parametrize(
@@ -46,7 +82,7 @@ def test_rows_of_a_chunk_by_memory(memory, vocabulary, loss, rows):
 def test_what_is_automatic_and_what_is_not():
     def taken(memory, **settings):
         keys = {"vocabulary": 32_000, "trained": 10**9, "rate": 2e-3, "operations": 1e18}
-        found = settle(TrainConfig(**settings), memory=memory, **keys)
+        found = settle(objective_of(Config(train=TrainConfig(**settings))), memory=memory, **keys)
         return found.loss_chunk_rows, found.loss_form, found.compile
 
     assert taken(None) == (256, "at_once", "false")
@@ -60,7 +96,7 @@ def test_what_is_automatic_and_what_is_not():
     assert taken(80 * GB, **explicit) == tuple(explicit.values())
     assert taken(None, compile=True) == (256, "at_once", "true")  # as YAML and Python say it
     small = {"vocabulary": 9, "rate": 2e-3}
-    short = settle(TrainConfig(), memory=80 * GB, trained=1, operations=1e15, **small)
+    short = settle(objective_of(Config()), memory=80 * GB, trained=1, operations=1e15, **small)
     assert short.compile == "false"
     for memory, held, form in (
         (None, 3 * 10**8, "at_once"),  # a GB of gradients of what heads share may wait on a CPU
@@ -68,7 +104,7 @@ def test_what_is_automatic_and_what_is_not():
         (80 * GB, 14 * 10**8, "at_once"),
         (80 * GB, 16 * 10**8, "recompute"),
     ):
-        shared = settle(TrainConfig(), memory=memory, trained=10**8, held=held, **small)
+        shared = settle(objective_of(Config()), memory=memory, trained=10**8, held=held, **small)
         assert shared.loss_form == form
 
 
@@ -117,6 +153,8 @@ def test_a_resumed_training_takes_what_its_checkpoint_was_made_with(config, tmp_
     monkeypatch.setattr(train, "learning_rate", lambda backbone, tokens: 7e-3)
     run(config, tmp_path / "run")
     assert settled(tmp_path / "run") == {
+        "loss": "ce",
+        "head_weights": "decay",
         "learning_rate": 7e-3,
         "loss_chunk_rows": 8192,
         "loss_form": "at_once",
@@ -130,6 +168,21 @@ def test_a_resumed_training_takes_what_its_checkpoint_was_made_with(config, tmp_
     run(config, tmp_path / "run")
     found = settled(tmp_path / "run")
     assert found["loss_chunk_rows"] == 256 and found["learning_rate"] != 7e-3
+
+
+def test_a_resumed_training_keeps_its_loss(config, tmp_path):
+    """Decoding at another temperature is no other training."""
+    config.decode = DecodeConfig(rule="sampling")
+    config.train.max_steps = 2
+    metrics = run(config, tmp_path / "run")
+    found = settled(tmp_path / "run")
+    assert (found["loss"], found["head_weights"]) == ("nla", "acceptance")
+    config.decode = DecodeConfig()
+    assert run(config, tmp_path / "run")["train/loss"] == metrics["train/loss"]
+    assert settled(tmp_path / "run") == found
+    config.train.resume = "never"
+    run(config, tmp_path / "run")
+    assert settled(tmp_path / "run")["loss"] == "ce"
 
 
 def test_a_cpu_that_goes_on_with_a_training_of_a_gpu_compiles_nothing(

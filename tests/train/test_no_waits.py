@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import (  # private: torch 2.13
 )
 from torch.utils._python_dispatch import TorchDispatchMode  # private: torch 2.13
 
-from medusa_exp.config import TrainConfig
+from medusa_exp.config import Config, TrainConfig
 from medusa_exp.data.datamodule import Batch, collate
 from medusa_exp.data.examples import Example
 from medusa_exp.model import Backbone, build_heads
-from medusa_exp.train.defaults import settle
+from medusa_exp.train.defaults import objective_of, settle
 from medusa_exp.train.module import MedusaModule
 
 HEADS = 2
@@ -62,7 +62,9 @@ def module_of(head: dict, settings: TrainConfig) -> MedusaModule:
     module = MedusaModule(
         backbone,
         build_heads(backbone, num_heads=HEADS, **head),
-        settle(settings, memory=None, vocabulary=64, trained=1, rate=2e-3),
+        settle(
+            objective_of(Config(train=settings)), memory=None, vocabulary=64, trained=1, rate=2e-3
+        ),
         max_steps=10,
         responses=list,
         max_rank=5,

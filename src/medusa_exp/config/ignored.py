@@ -67,7 +67,7 @@ USES = (
     _use("train.lora.*", train__kind="medusa2"),
     _use("train.epochs", "train.min_steps", train__max_steps="null"),
     _use("train.top_k", train__loss="topk_kl", train__teacher="top_k"),
-    _use("train.teacher", train__loss="tv nla lk"),
+    _use("train.teacher", train__loss="tv nla lk auto"),
     _use("train.lk_decay", train__loss="lk"),
     _use("train.feature_workers", train__features="cache"),
     _use("train.compile", train__features="online"),

@@ -379,11 +379,13 @@ class TrainConfig:
     """teacher (the backbone's own argmax after the same text, which is what decoding checks draft
     tokens against; `own` is the old word for it) or data (the token that stands there). Used by
     loss=ce, and by validation."""
-    loss: str = choice("ce", "kl", "topk_kl", "tv", "nla", "lk")
+    loss: str = choice("auto", "ce", "kl", "topk_kl", "tv", "nla", "lk")
     """ce (cross entropy with the labels), kl (divergence from the backbone's own distribution) or
     topk_kl (the same, from its `top_k` likeliest tokens alone: nearly as cheap as ce). For drafts
     that are sampled, by their probability alpha to be accepted at temperature 1: tv (1 - alpha, the
-    total variation), nla (-log alpha) or lk (kl and nla, mixed by `lk_decay`)."""
+    total variation), nla (-log alpha) or lk (kl and nla, mixed by `lk_decay`). auto is nla where
+    decoding may sample drafts (decode.rule and decode.draft) at a temperature of 0.7 or more, else
+    ce."""
     teacher: str = choice("full", "top_k")
     """With loss=tv, nla and lk: the backbone's full distribution, or its `top_k` likeliest tokens,
     as if others were never accepted."""
@@ -417,10 +419,11 @@ class TrainConfig:
     place in the end; 0 keeps none."""
     decay: float = between(0.01, 1.0, default=0.8)
     """Weight of the heads' losses: head k's counts decay**k (Medusa, section 2.2.1)."""
-    head_weights: str = choice("decay", "acceptance")
-    """decay (powers of `decay`) or acceptance (by what a head adds to the expected length of a
-    draft, as far as the training has come; their sum is that of the powers). It matters where heads
-    share parameters: head=recurrent, head=rooted, head.prefix_attention."""
+    head_weights: str = choice("auto", "decay", "acceptance")
+    """decay (powers of `decay`), acceptance (by what a head adds to the expected length of a
+    draft, as far as the training has come; their sum is that of the powers) or auto (acceptance
+    with loss=nla, else decay). It matters where heads share parameters: head=recurrent,
+    head=rooted, head.prefix_attention."""
     own_drafts_from: float | None = between(0.0, 1.0, default=None)
     """Share of the steps after which heads of kind hydra or recurrent see the tokens that they
     draft themselves in place of the text's, as in drafts that go astray; null is never."""

@@ -191,6 +191,7 @@ class _Row:
             p_W = (p_V if token_map is None else p_V.index_select(0, token_map)).numpy()
             q_W = self.drawn.q_BQW[self.row, self.drawn.q_index[node]].to(p_V.dtype).numpy()
             q_left_W, rest_W, factor = q_W.copy(), p_W, 0.0
+            largest = float(np.finfo(q_W.dtype).max)
             q_sum, p_sum = float(q_W.sum()), float(p_V.sum())
             others = max(p_sum - float(p_W.sum()), 0.0) if token_map is not None else 0.0
             for child in children:
@@ -198,11 +199,11 @@ class _Row:
                 q_left = float(q_left_W[place]) if place >= 0 else 0.0
                 if not (q_left > 0 and p_sum > 0 and weight > 0):
                     continue
-                of_child = weight * float(rest_W[place]) * q_sum / (p_sum * q_left)
+                of_child = weight * float(rest_W[place]) / p_sum * (q_sum / q_left)
                 end = self.visit(child, min(1.0, of_child))
                 if end is not None:
                     return end
-                factor += p_sum / (weight * q_sum)
+                factor = min(factor + p_sum / weight / q_sum, largest)
                 rest_W = np.maximum(p_W - factor * q_W, 0)
                 before, p_sum = p_sum, float(rest_W.sum()) + others
                 if weight < 1:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.rule import AcceptanceRule, pick_draw
-from medusa_exp.decode.sampled import Drawn, children_of, in_draw_order
+from medusa_exp.decode.sampled import LEAST_DRAWN, Drawn, children_of, in_draw_order
 from medusa_exp.decode.verify import TreeRelations
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import (
@@ -134,7 +134,8 @@ class _Draws:
 
     def distributions(self, logits: Tensor) -> Tensor:
         """Return the distributions [..., W] that draws are from, of the heads' logits."""
-        return probabilities(logits, *self._filters)
+        q = probabilities(logits, *self._filters)
+        return q.where(q >= LEAST_DRAWN, 0.0)
 
     def of_depth(self, q: Tensor, uniforms_BU: Tensor, depth: int) -> Tensor:
         """Return draws [B, M, R] from q [B, M, W], or [B, 1, W] where it is the same for all M;

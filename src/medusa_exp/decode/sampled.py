@@ -20,6 +20,10 @@ from torch import Tensor
 
 from medusa_exp.tree import Tree
 
+LEAST_DRAWN = 1e-30
+"""Tokens of a smaller probability are not drawn: beside it float32 has no room for the quotients
+and products of verification, and a GPU takes the smallest of its numbers for zero."""
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -114,7 +118,7 @@ class Rejection:
         """
         q_left = self._q_left.gather(-1, token)
         p_of_token = (self._p.gather(-1, token) - self.factor * q_left).clamp(min=0)
-        weight = self.weight * p_of_token * self._q_sum / (self._p_sum * q_left)
+        weight = self.weight * p_of_token / self._p_sum * (self._q_sum / q_left)
         return torch.where(q_left > 0, weight.clamp(max=1).nan_to_num(nan=0.0), 0.0)
 
     def fail(self, token: Tensor) -> None:
@@ -124,8 +128,9 @@ class Rejection:
         """
         is_tried = (self._q_left.gather(-1, token) > 0) & (self.weight > 0)
         before = self._p_sum
-        added = (before / (self.weight * self._q_sum)).nan_to_num(nan=0.0, posinf=0.0)
-        self.factor = self.factor + torch.where(is_tried, added, 0.0)
+        added = (before / self.weight / self._q_sum).nan_to_num(nan=0.0)
+        largest = torch.finfo(added.dtype).max  # times a q of 0 it is 0, as infinity is not
+        self.factor = (self.factor + torch.where(is_tried, added, 0.0)).clamp(max=largest)
         self._p_sum = self.rest().sum(-1, keepdim=True)
         left = (self.weight * self._p_sum / before).nan_to_num(nan=0.0)
         weight = (left / (left + 1 - self.weight)).nan_to_num(nan=0.0)

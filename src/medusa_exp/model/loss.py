@@ -73,7 +73,8 @@ class Objective:
     @classmethod
     def of(cls, settings: TrainConfig) -> "Objective":
         """Return what the section `train` asks for, in which nothing is automatic any more."""
-        assert settings.loss_chunk_rows is not None and settings.loss_form != "auto"
+        assert settings.loss_chunk_rows is not None
+        assert "auto" not in (settings.loss, settings.head_weights, settings.loss_form)
         return cls(
             loss=settings.loss,
             labels=settings.labels,

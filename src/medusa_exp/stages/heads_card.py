@@ -14,6 +14,7 @@ from medusa_exp.export.card import Facts, run_card
 from medusa_exp.runs.files import publish, read_json
 from medusa_exp.runs.seals import check_heads
 from medusa_exp.tracking.terminal import headlines
+from medusa_exp.train.defaults import objective_of
 
 CARD = "README.md"
 _FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
@@ -84,7 +85,7 @@ def _trained(
         "tokens that they know": heads.get("num_tokens") or "all",
         "data": config.dataset.kind if not config.dataset.path else Path(config.dataset.path).name,
         "text": train.text,
-        "labels, loss": f"{train.labels}, {train.loss}",
+        "labels, loss": f"{train.labels}, {objective_of(config).loss}",
         "backbone": backbone,
         "steps": metrics.get("train/steps", _UNKNOWN),
         "commit of medusa_exp": record.get("git", {}).get("commit") or _UNKNOWN,

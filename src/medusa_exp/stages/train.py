@@ -53,6 +53,7 @@ from medusa_exp.train.defaults import (
     describe,
     is_compiled_here,
     learning_rate,
+    objective_of,
     settle,
     settled_of,
 )
@@ -116,6 +117,7 @@ def train(session: Session) -> dict[str, float]:
         max_steps = _num_steps(config, batches)
         log.info("%s; %d steps", heads.describe(), max_steps)
         taken = settled_before(out, config.train.resume)
+        config = replace(config, train=objective_of(config, taken))
         module = build_module(config, inputs, heads, max_steps, taken)
         is_compiled = is_compiled_here(config.train, module.settings, inputs.backbone.device)
         log.info("%s", describe(module.settings, is_compiled=is_compiled))

@@ -234,7 +234,9 @@ def training_key(
     In `train` nothing is automatic any more, see `defaults.settle`.
     """
     settings = settings_in_key(train, _IN_KEY, but=_NOT_IN_KEY)
-    assert settings["compile"] != "auto"
+    assert "auto" not in (settings["compile"], settings["loss"])
+    if settings["head_weights"] == "decay":  # which was the default, and so did not count
+        del settings["head_weights"]
     settings["compile"] = settings["compile"] == "true"  # as it was
     for name, word in _OLD_WORDS:
         settings[name] = "own" if settings[name] == word else settings[name]

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from medusa_exp.config import TrainConfig
+from medusa_exp.config import Config, TrainConfig
 from medusa_exp.model.backbone import Backbone
 
 log = logging.getLogger(__name__)
 
-SETTLED = ("learning_rate", "loss_chunk_rows", "loss_form", "compile")
+SETTLED = ("loss", "head_weights", "learning_rate", "loss_chunk_rows", "loss_form", "compile")
 """Keys of `train` that may be automatic."""
 _CPU_ROWS = 256
 _FEWEST_ROWS, _MOST_ROWS = 256, 8192
@@ -35,6 +35,9 @@ LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 24, "tv": 16, "nla": 16, "lk": 20}
 """By loss: bytes that exist at one time for each logit of a chunk: the logits, their logarithms of
 the softmax and gradients in float32, or with less precise copies. tests/model/test_loss.py counts.
 """
+_SAMPLED_FROM = 0.7
+"""The temperature from which on nla is worth more than ce to drafts that are sampled: measured at
+0.7 and 1 (LOG.md, 2026-11-30), and it loses where the next token is the likeliest one."""
 _RATE = 0.4
 """Measured on models of 0.26 and 268 million parameters: see `learning_rate`."""
 _USUAL_RATE = 1e-3
@@ -46,6 +49,35 @@ _ROWS_AT_ONCE = 1 << 15
 _COMPILED_OPERATIONS = 3e16
 """Floating-point operations of a training above which compiling, which takes some ten seconds,
 pays: two minutes of an H200, ten of a small GPU."""
+
+
+def may_sample_drafts(config: Config) -> bool:
+    """Say whether decoding samples its drafts, or does where calibration finds that to be faster.
+
+    Before there is a calibration: `tree.calibration.draft_of` says what is done after one.
+    """
+    decode, tree = config.decode, config.tree
+    if decode.rule != "sampling" or decode.draft == "top":
+        return False
+    return decode.draft == "sampled" or (tree.kind == "calibrated" and not tree.lookup)
+
+
+def objective_of(config: Config, taken: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Return the section `train` with a word in place of loss=auto and of head_weights=auto.
+
+    Args:
+        config: whose heads learn what they will be decoded by.
+        taken: as for `settle`.
+    """
+    settings, taken = config.train, taken or {}
+    loss, head_weights = settings.loss, settings.head_weights
+    if loss == "auto":
+        is_frozen, temperature = settings.kind == "medusa1", config.decode.temperature
+        is_drawn = is_frozen and may_sample_drafts(config) and temperature >= _SAMPLED_FROM
+        loss = taken.get("loss", "nla" if is_drawn else "ce")
+    if head_weights == "auto":
+        head_weights = taken.get("head_weights", "acceptance" if loss == "nla" else "decay")
+    return replace(settings, loss=loss, head_weights=head_weights)
 
 
 def settle(
@@ -62,7 +94,7 @@ def settle(
     """Return the settings with a value in place of each automatic one.
 
     Args:
-        settings: the section `train` of the config.
+        settings: the section `train` of the config, as `objective_of` returns it.
         memory: of the GPU in bytes, None on a CPU.
         vocabulary: W.
         trained: parameters of the heads.
@@ -160,9 +192,11 @@ def describe(settings: TrainConfig, *, is_compiled: bool) -> str:
     }
     compiled = "the backbone's layers" if is_compiled else "nothing"
     return (
+        f"loss {settings.loss}, heads weighted by {settings.head_weights}; "
         f"learning rate {settings.learning_rate:g}; loss in chunks of at most "
         f"{settings.loss_chunk_rows:,} rows, {form[settings.loss_form]}; {compiled} compiled "
-        "(train.learning_rate, train.loss_chunk_rows, train.loss_form, train.compile)"
+        "(train.loss, train.head_weights, train.learning_rate, train.loss_chunk_rows, "
+        "train.loss_form, train.compile)"
     )
 
 

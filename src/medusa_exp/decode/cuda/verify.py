@@ -77,7 +77,9 @@ def can_verify(logits_BNV: Tensor, drawn: Drawn | None = None) -> bool:
     """Return whether the kernels take what is of this type, shape and layout."""
     fits = logits_BNV.shape[1] <= MAX_NODES and logits_BNV.shape[2] <= MAX_VOCAB
     takes = logits_BNV.dtype in DEFINES and logits_BNV.stride(2) == 1
-    return fits and takes and (drawn is None or drawn.q_BQW.dtype == torch.float32)
+    if drawn is not None and (drawn.q_BQW.dtype != torch.float32 or drawn.q_BQW.stride(2) != 1):
+        return False
+    return fits and takes
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ class KernelVerify:
             max_depth: see `decode.verify.verify`.
             nodes: not needed; the kernels read the tree from parents_BN.
             drawn: see `decode.verify.verify`; q_BQW is float32, any strides but that of W, which
-                is 1. Children are drawn in the order of their numbers, as `in_draw_order` has it.
+                is 1. Children are drawn in the order of their numbers, as `in_draw_order` has it;
+                token_map is read once.
 
         Raises:
             ValueError: an argument has the wrong device, type, shape or strides, or asks for what
