@@ -22,7 +22,7 @@ GIVEN = {
     "train.lora.rank": ("4", "train.kind=medusa2"),
     "train.lora": ("{rank: 4}", "train.kind=medusa2"),
     "model.pretrain.max_steps": ("7", "model.kind=tiny"),
-    "train.top_k": ("3", "train.loss=topk_kl (it is ce), or with train.teacher=top_k"),
+    "train.top_k": ("3", "train.loss=topk_kl (it is auto), or with train.teacher=top_k"),
     "serving.patience": ("3", "regenerate.server=something (it is null)"),
     "logger.project": ("x", "logger.kind=wandb"),
 }

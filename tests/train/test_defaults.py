@@ -10,6 +10,7 @@ import torch
 from medusa_exp.config import Config, DecodeConfig, TrainConfig, TreeConfig
 from medusa_exp.errors import UserError
 from medusa_exp.stages import train
+from medusa_exp.stages.training_inputs import validation_rule
 from medusa_exp.train import defaults
 from medusa_exp.train.defaults import chunk_rows, learning_rate, objective_of, settle
 
@@ -245,3 +246,21 @@ def test_a_model_without_a_list_of_layers_runs_as_it_is(caplog):
     with defaults.compiled_backbone(backbone, None) as is_compiled:
         assert not is_compiled
     assert "it has no list of its 2 layers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("train_", "decode", "expected"),
+    [
+        ({}, {}, "top"),
+        ({}, SAMPLED, "sampled"),
+        ({"loss": "ce"}, SAMPLED, "top"),
+        ({"loss": "lk"}, SAMPLED, "sampled"),
+        ({"loss": "ce"}, {**SAMPLED, "draft": "sampled"}, "sampled"),
+        ({"loss": "nla"}, {**SAMPLED, "draft": "top"}, "top"),
+        ({"loss": "nla"}, {}, "top"),
+        ({"loss": "nla"}, {"rule": "typical"}, "top"),
+    ],
+)
+def test_validation_counts_the_drafts_that_the_heads_are_taught_for(train_, decode, expected):
+    config = Config(train=TrainConfig(**train_), decode=DecodeConfig(**decode))
+    assert validation_rule(config).draft == expected
