@@ -368,7 +368,8 @@ def test_the_end_that_lightning_makes_of_ctrl_c_is_told_by_the_status(
             sys.exit(1)
         sys.exit(1)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    changed = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in changed}
     monkeypatch.setattr(cli, "_hydra_main", end)
     monkeypatch.setattr(sys, "argv", ["medusa_exp"])
     monkeypatch.setattr(cli.atexit, "register", lambda *given: None)
@@ -380,6 +381,31 @@ def test_the_end_that_lightning_makes_of_ctrl_c_is_told_by_the_status(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert ended.value.code == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_libraries_load_ends_all_at_once(tmp_path, number):
+    """An exception there makes C++ code abort, and was once told as a mistyped key."""
+    early = (
+        "import os, sys\n"
+        "from medusa_exp import cli\n"
+        "def loading():\n"
+        f"    try: os.kill(os.getpid(), {int(number)}); sum(range(10**6))\n"
+        "    finally: print('not at once')\n"
+        "cli._hydra_main = loading\n"
+        "sys.argv = ['medusa_exp']\n"
+        "print('begun', end=' ')\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", early], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "begun ", "")
+    later = early.replace("cli.main()", "cli._loading.clear(); cli.main()")
+    done = subprocess.run(
+        [sys.executable, "-c", later], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert (done.returncode, done.stdout) == (128 + number, "begun not at once\n")
 
 
 def test_a_signal_that_comes_when_all_is_done_shows_no_traceback(tmp_path):

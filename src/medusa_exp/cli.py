@@ -16,9 +16,11 @@ stages, records what each left and mirrors it to W&B.
 import atexit
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -53,6 +55,8 @@ from medusa_exp.tracking.wandb_variables import with_variables
 
 log = logging.getLogger(__name__)
 
+_loading = ["libraries, and the config"]
+"""Not empty until a run begins."""
 STAGES = {
     "pretrain": "medusa_exp.stages.pretrain",
     "inspect": "medusa_exp.stages.inspection",
@@ -109,6 +113,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _leave)
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, _leave)  # of SLURM, before a job's time is over
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         _hydra_main()
     except KeyboardInterrupt:
@@ -179,7 +185,26 @@ def _end_with(problem: Exception) -> None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     """End the process as an exception does: what is open is closed on the way."""
+    _leave_while_loading(number)
     sys.exit(128 + number)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _leave_while_loading(number)
+    raise KeyboardInterrupt
+
+
+def _leave_while_loading(number: int) -> None:
+    """End the process at once as long as nothing is open.
+
+    An exception between any two instructions is not safe where libraries load and Hydra composes:
+    torch's C++ code aborts, and OmegaConf tells of a key that does not exist.
+    """
+    if _loading:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # it may be in the middle of a write
+                stream.flush()
+        os._exit(128 + number)
 
 
 def _print_sweeps() -> None:
@@ -365,13 +390,15 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     check_config(out)
     if config.cache.verify:
         verify(Path(config.cache_dir), out)
+    modules = {name: importlib.import_module(STAGES[name]) for name in config.stages}
+    _loading.clear()
     record = RunRecord(out, config, command)
     with Tracker(record) as tracker:
         session = Session(config, out, tracker.log_step)
         for name in config.stages:
             log.info("stage %s", name)
             with record.stage(name) as session.notes:
-                metrics = importlib.import_module(STAGES[name]).run(config, out, session)
+                metrics = modules[name].run(config, out, session)
                 _check_promised(name, out)
             record.merge_metrics(name, metrics)
             write_card(config, out)

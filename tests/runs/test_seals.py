@@ -272,3 +272,11 @@ def test_a_training_does_not_go_on_from_what_is_damaged(config, tmp_path, monkey
     last.write_bytes(b"")
     with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
         train.run(config, out)
+
+
+def test_what_another_process_is_writing_is_not_sealed(tmp_path):
+    """It will have another name, or none, when it is looked for."""
+    (tmp_path / "config.yaml").write_text("a: 1")
+    (tmp_path / f".{seals.SEAL}.partial-7da8057e-623-2659695f").write_text("{")
+    seals.seal(tmp_path)
+    assert [*read_json(tmp_path / seals.SEAL, {})["files"]] == ["config.yaml"]

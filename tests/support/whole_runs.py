@@ -40,6 +40,7 @@ SWEEP = (
 _UNLIKE = re.compile(
     r"(^|/)(wandb|\.hydra-\d+)/|^\.(cache|config|netrc|triton)|\.log$|uncommitted\.diff$"
     r"|^tmp/tmp\w+/data/\w+\.table\.json$"  # W&B's own, where it is killed as it logs a table
+    r"|^tmp/tmp\w+/port-\d+\.txt$"  # and as its service begins
 )
 """Files of which each call makes others, or as many as it likes."""
 NOT_ALWAYS = "calibrate/break_even_batch_size"

@@ -49,6 +49,11 @@ _HERE, _EXCHANGE = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux."""
 
 
+def is_partial(path: Path) -> bool:
+    """Is this what somebody is just writing, or was killed at, and will be named otherwise?"""
+    return path.name.startswith(".") and _OWNER.search(path.name) is not None
+
+
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write a file or a directory at; rename it to `path` on success.

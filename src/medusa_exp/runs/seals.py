@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_exp.errors import UserError
-from medusa_exp.runs.files import read_json, remove, sha256_file, sync, write_json
+from medusa_exp.runs.files import is_partial, read_json, remove, sha256_file, sync, write_json
 from medusa_exp.runs.schemas import SEAL, seal_beside
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,9 @@ _PREFIXES_OF_SYSTEMS = ("._", ".nfs")
 def seal(place: Path, path: Path | None = None) -> None:
     """Write the seal of a directory, or of a file that lies at `place` and is to be at `path`."""
     if place.is_dir():
-        files = {str(file.relative_to(place)): file for file in sorted(place.rglob("*"))}
+        # Without what another process, of the same call, is about to put there.
+        there = [file for file in sorted(place.rglob("*")) if not is_partial(file)]
+        files = {str(file.relative_to(place)): file for file in there}
         target = place / SEAL
     else:
         path = path or place
