@@ -401,7 +401,7 @@ def test_a_signal_while_libraries_load_ends_all_at_once(tmp_path, number):
         [sys.executable, "-c", early], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "begun ", "")
-    later = early.replace("cli.main()", "cli._loading.clear(); cli.main()")
+    later = early.replace("def loading():\n", "def loading():\n    cli._begin()\n")
     done = subprocess.run(
         [sys.executable, "-c", later], capture_output=True, text=True, cwd=tmp_path, check=False
     )

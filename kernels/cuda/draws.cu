@@ -9,7 +9,8 @@
 //      what that leaves. (A sum of all, less what was taken, would round away what is left by a
 //      head that is nearly sure.)
 //
-// Grid (1, M, B): a block draws from one distribution. Block 32..1024. Compile with -DLOGIT_FLOAT32.
+// Grid (1, M, B): a block draws from one distribution. Block 32..1024. Compile with -DLOGIT_FLOAT32,
+// which rows.cuh asks for.
 // B batch, M distributions of a depth, W tokens that heads can propose, R draws (at most MAX_DRAWS).
 
 #include "draw.cuh"
@@ -85,7 +86,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) draws(const __grid_constan
         const Rest rest = {q_W, vocab_size, scratch.taken, r};
         int token = draw(rest, scratch.crossing, mass, num_warps, length, uniforms_R[r] * total);
         if (token < 0) token = vocab_size - 1;
-        if (threadIdx.x == 0) scratch.taken[r] = (int)(tokens_R[r] = token);
+        if (threadIdx.x == 0) {
+            scratch.taken[r] = token;
+            tokens_R[r] = token;
+        }
         __syncthreads();
         if (warp == token / length)
             sum_slice({q_W, vocab_size, scratch.taken, r + 1}, scratch, length);

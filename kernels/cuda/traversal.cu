@@ -27,7 +27,7 @@ struct Frame {
     int at;  // the child that is tried, by its place in Scratch.child
 };
 
-constexpr float LARGEST = 3.4e38f;  // times a q of 0 it is 0, as infinity is not
+constexpr float LARGEST = 3.402823466e38f;  // times a q of 0 it is 0, as infinity is not
 
 struct Scratch {
     float uniform[MAX_NODES];

@@ -55,8 +55,6 @@ from medusa_exp.tracking.wandb_variables import with_variables
 
 log = logging.getLogger(__name__)
 
-_loading = ["libraries, and the config"]
-"""Not empty until a run begins."""
 STAGES = {
     "pretrain": "medusa_exp.stages.pretrain",
     "inspect": "medusa_exp.stages.inspection",
@@ -69,7 +67,7 @@ STAGES = {
     "demo": "medusa_exp.stages.demo",
     "report": "medusa_exp.stages.report",
 }
-"""Stage -> module whose `run(config, out, session) -> metrics` does it. Imported only when it runs:
+"""Stage -> module whose `run(config, out, session) -> metrics` does it. Imported when a run begins:
 the command line itself must answer without torch."""
 
 _LATER = ("calibrate", "evaluate", "export", "chat", "demo", "report")
@@ -110,11 +108,7 @@ def main() -> None:
             continuation.check_begun(given, _LATER)
     except UserError as error:
         sys.exit(str(error))
-    signal.signal(signal.SIGTERM, _leave)
-    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
-        signal.signal(signal.SIGUSR1, _leave)  # of SLURM, before a job's time is over
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    _listen_to_signals(is_sweep=continuation.is_sweep(given))
     try:
         _hydra_main()
     except KeyboardInterrupt:
@@ -183,28 +177,42 @@ def _end_with(problem: Exception) -> None:
         sys.exit(str(problem))
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """End the process as an exception does: what is open is closed on the way."""
-    _leave_while_loading(number)
-    sys.exit(128 + number)
+def _listen_to_signals(*, is_sweep: bool) -> None:
+    """Have a signal end the process: a run's at once, until `_begin` says that there is one.
+
+    A sweep's own process has workers to end from its first moment on.
+    """
+    leave = _leave if is_sweep else _exit_at_once
+    signal.signal(signal.SIGTERM, leave)
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, leave)  # of SLURM, before a job's time is over
+    if not is_sweep and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit_at_once)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    _leave_while_loading(number)
-    raise KeyboardInterrupt
-
-
-def _leave_while_loading(number: int) -> None:
-    """End the process at once as long as nothing is open.
+def _exit_at_once(number: int, frame: FrameType | None) -> None:
+    """End the process, in which nothing is open yet.
 
     An exception between any two instructions is not safe where libraries load and Hydra composes:
     torch's C++ code aborts, and OmegaConf tells of a key that does not exist.
     """
-    if _loading:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(Exception):  # it may be in the middle of a write
-                stream.flush()
-        os._exit(128 + number)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # it may be in the middle of a write
+            stream.flush()
+    os._exit(128 + number)
+
+
+def _begin() -> None:
+    """From here on signals are exceptions: there may be something to close."""
+    for number in signal.valid_signals():
+        if signal.getsignal(number) is _exit_at_once:
+            is_interrupt = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_interrupt else _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End the process as an exception does: what is open is closed on the way."""
+    sys.exit(128 + number)
 
 
 def _print_sweeps() -> None:
@@ -379,6 +387,8 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     from medusa_exp.tracking.terminal import print_summary, quiet_libraries
     from medusa_exp.tracking.tracker import Tracker
 
+    modules = {name: importlib.import_module(STAGES[name]) for name in config.stages}
+    _begin()
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
         quiet_libraries(config.stages)
     Session(config, out).check_places()
@@ -390,8 +400,6 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     check_config(out)
     if config.cache.verify:
         verify(Path(config.cache_dir), out)
-    modules = {name: importlib.import_module(STAGES[name]) for name in config.stages}
-    _loading.clear()
     record = RunRecord(out, config, command)
     with Tracker(record) as tracker:
         session = Session(config, out, tracker.log_step)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medusa_exp.config import Config, DatasetConfig, HeadConfig, ModelConfig
+from medusa_exp.config import Config, DatasetConfig, DecodeConfig, HeadConfig, ModelConfig
 from medusa_exp.errors import UserError
 from medusa_exp.stages.heads_card import CARD, license_of, write_card
 
@@ -48,6 +48,18 @@ def test_a_card_names_the_heads_that_auto_has_become(tmp_path):
     _, body = written(config, tmp_path)
     assert "| heads | 4 of kind recurrent |" in body and "auto" not in body
     assert "| tokens that they know | 16384 |" in body
+
+
+def test_a_card_names_the_loss_that_was_taken(tmp_path):
+    """Not what auto would be by now, with decoding set otherwise."""
+    config = run_of(tmp_path, "meta/llama", decode=DecodeConfig(rule="sampling"))
+    assert "| labels, loss | teacher, unknown |" in written(config, tmp_path)[1]
+    record = {"stages": {"train": {"settled": {"loss": "ce"}}}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert "| labels, loss | teacher, ce |" in written(config, tmp_path)[1]
+    (tmp_path / "run.json").write_text("{}")
+    config.train.loss = "kl"
+    assert "| labels, loss | teacher, kl |" in written(config, tmp_path)[1]
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"kind": "medusa"'])

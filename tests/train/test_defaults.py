@@ -9,10 +9,10 @@ import torch
 
 from medusa_exp.config import Config, DecodeConfig, TrainConfig, TreeConfig
 from medusa_exp.errors import UserError
+from medusa_exp.runs import seals
 from medusa_exp.stages import train
-from medusa_exp.stages.training_inputs import validation_rule
 from medusa_exp.train import defaults
-from medusa_exp.train.defaults import chunk_rows, learning_rate, objective_of, settle
+from medusa_exp.train.defaults import chunk_rows, learning_rate, settle, with_objective
 
 GB = 2**30
 
@@ -55,11 +55,11 @@ def test_heads_are_taught_for_the_drafts_that_decoding_makes(train_, decode, tre
     config = Config(
         train=TrainConfig(**train_), decode=DecodeConfig(**decode), tree=TreeConfig(**tree)
     )
-    found = objective_of(config)
+    found = with_objective(config).train
     assert f"{found.loss} {found.head_weights}" == expected
-    before = objective_of(config, {"loss": "kl", "head_weights": "decay"})
+    before = with_objective(config, {"loss": "kl", "head_weights": "decay"}).train
     assert before.loss == (train_.get("loss") or "kl")
-    assert objective_of(config, {"learning_rate": 1.0}) == found
+    assert with_objective(config, {"learning_rate": 1.0}).train == found
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,9 @@ def test_rows_of_a_chunk_by_memory(memory, vocabulary, loss, rows):
 def test_what_is_automatic_and_what_is_not():
     def taken(memory, **settings):
         keys = {"vocabulary": 32_000, "trained": 10**9, "rate": 2e-3, "operations": 1e18}
-        found = settle(objective_of(Config(train=TrainConfig(**settings))), memory=memory, **keys)
+        found = settle(
+            with_objective(Config(train=TrainConfig(**settings))).train, memory=memory, **keys
+        )
         return found.loss_chunk_rows, found.loss_form, found.compile
 
     assert taken(None) == (256, "at_once", "false")
@@ -97,7 +99,9 @@ def test_what_is_automatic_and_what_is_not():
     assert taken(80 * GB, **explicit) == tuple(explicit.values())
     assert taken(None, compile=True) == (256, "at_once", "true")  # as YAML and Python say it
     small = {"vocabulary": 9, "rate": 2e-3}
-    short = settle(objective_of(Config()), memory=80 * GB, trained=1, operations=1e15, **small)
+    short = settle(
+        with_objective(Config()).train, memory=80 * GB, trained=1, operations=1e15, **small
+    )
     assert short.compile == "false"
     for memory, held, form in (
         (None, 3 * 10**8, "at_once"),  # a GB of gradients of what heads share may wait on a CPU
@@ -105,7 +109,9 @@ def test_what_is_automatic_and_what_is_not():
         (80 * GB, 14 * 10**8, "at_once"),
         (80 * GB, 16 * 10**8, "recompute"),
     ):
-        shared = settle(objective_of(Config()), memory=memory, trained=10**8, held=held, **small)
+        shared = settle(
+            with_objective(Config()).train, memory=memory, trained=10**8, held=held, **small
+        )
         assert shared.loss_form == form
 
 
@@ -248,19 +254,30 @@ def test_a_model_without_a_list_of_layers_runs_as_it_is(caplog):
     assert "it has no list of its 2 layers" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("train_", "decode", "expected"),
-    [
-        ({}, {}, "top"),
-        ({}, SAMPLED, "sampled"),
-        ({"loss": "ce"}, SAMPLED, "top"),
-        ({"loss": "lk"}, SAMPLED, "sampled"),
-        ({"loss": "ce"}, {**SAMPLED, "draft": "sampled"}, "sampled"),
-        ({"loss": "nla"}, {**SAMPLED, "draft": "top"}, "top"),
-        ({"loss": "nla"}, {}, "top"),
-        ({"loss": "nla"}, {"rule": "typical"}, "top"),
-    ],
-)
-def test_validation_counts_the_drafts_that_the_heads_are_taught_for(train_, decode, expected):
-    config = Config(train=TrainConfig(**train_), decode=DecodeConfig(**decode))
-    assert validation_rule(config).draft == expected
+def test_an_old_training_goes_on_with_its_loss(config, tmp_path):
+    """Its checkpoint names none: there was no choice but that of the config."""
+    config.decode = DecodeConfig(rule="sampling")
+    config.train.max_steps = 2
+    config.train.loss, config.train.head_weights = "ce", "decay"
+    metrics = run(config, tmp_path / "run")
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    for name in ("loss", "head_weights"):
+        del checkpoint["settled"][name]
+    torch.save(checkpoint, path)
+    seals.seal(path)
+    config.train.loss = config.train.head_weights = "auto"
+    assert run(config, tmp_path / "run")["train/loss"] == metrics["train/loss"]
+
+
+def test_only_a_loss_that_reads_the_backbone_counts_its_lm_head(config):
+    """Of the share of the matrix rate: an automatic loss is what it becomes."""
+    config.train.features = "cache"
+    backbone = SimpleNamespace(config=None)
+    asked = []
+    for name in ("ce", "auto", "nla"):
+        config.train.loss = name
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.Operations, "of", lambda *given, **more: asked.append(more))
+            train.operations_of(with_objective(config).train, backbone, None)
+    assert [more["asks_lm_head"] for more in asked] == [False, False, True]

@@ -13,7 +13,7 @@ from medusa_exp.stages.regenerate import key_of_responses
 from medusa_exp.stages.session import limits_of
 from medusa_exp.train.acceptance import responses_key
 from medusa_exp.train.checkpointing import training_key
-from medusa_exp.train.defaults import objective_of, settle
+from medusa_exp.train.defaults import settle, with_objective
 from medusa_exp.train.precompute import FeatureSettings, features_key, fingerprint_note
 
 BACKBONE = SimpleNamespace(
@@ -33,7 +33,7 @@ def keys(config: Config) -> dict[str, str]:
     settings = FeatureSettings(config.dtype.precision, attention, config.head.prefix_attention)
     taken = {"loss_form": "recompute"}  # as auto was on a CPU
     sizes = {"vocabulary": 100, "trained": 10, "rate": 2e-3}
-    settled = settle(objective_of(config), memory=None, **sizes, taken=taken)
+    settled = settle(with_objective(config).train, memory=None, **sizes, taken=taken)
     sections = (config.head, settled, config.dataset)
     note = fingerprint_note("cache", "files", config.tokenizer, config.model.quantization)
     return {

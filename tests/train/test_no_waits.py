@@ -17,7 +17,7 @@ from medusa_exp.config import Config, TrainConfig
 from medusa_exp.data.datamodule import Batch, collate
 from medusa_exp.data.examples import Example
 from medusa_exp.model import Backbone, build_heads
-from medusa_exp.train.defaults import objective_of, settle
+from medusa_exp.train.defaults import settle, with_objective
 from medusa_exp.train.module import MedusaModule
 
 HEADS = 2
@@ -63,7 +63,11 @@ def module_of(head: dict, settings: TrainConfig) -> MedusaModule:
         backbone,
         build_heads(backbone, num_heads=HEADS, **head),
         settle(
-            objective_of(Config(train=settings)), memory=None, vocabulary=64, trained=1, rate=2e-3
+            with_objective(Config(train=settings)).train,
+            memory=None,
+            vocabulary=64,
+            trained=1,
+            rate=2e-3,
         ),
         max_steps=10,
         responses=list,

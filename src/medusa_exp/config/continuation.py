@@ -137,6 +137,11 @@ def check_begun(argv: list[str], later: Collection[str]) -> None:
         raise UserError(f"run_dir={run_dir}: there is no such run, and {words}; {yours}.")
 
 
+def is_sweep(argv: list[str]) -> bool:
+    """Say whether a command line asks for a sweep."""
+    return _is_sweep(argv, _overrides(argv))
+
+
 def _is_sweep(argv: list[str], overrides: list[str]) -> bool:
     names_one = any(key_of(override) == "sweep" for override in overrides)
     return names_one or bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(argv))

@@ -383,9 +383,9 @@ class TrainConfig:
     """ce (cross entropy with the labels), kl (divergence from the backbone's own distribution) or
     topk_kl (the same, from its `top_k` likeliest tokens alone: nearly as cheap as ce). For drafts
     that are sampled, by their probability alpha to be accepted at temperature 1: tv (1 - alpha, the
-    total variation), nla (-log alpha) or lk (kl and nla, mixed by `lk_decay`). auto is nla where
-    decoding may sample drafts (decode.rule and decode.draft) at a temperature of 0.7 or more, else
-    ce."""
+    total variation), nla (-log alpha) or lk (kl and nla, mixed by `lk_decay`). auto is nla with
+    kind=medusa1 where decoding may sample drafts (decode.draft=sampled, or auto with
+    tree=calibrated and no tree.lookup) at a temperature of 0.7 or more, else ce."""
     teacher: str = choice("full", "top_k")
     """With loss=tv, nla and lk: the backbone's full distribution, or its `top_k` likeliest tokens,
     as if others were never accepted."""

@@ -55,7 +55,7 @@ def pick_verify(name: str, device: torch.device, *, is_filtered: bool) -> Callab
 
 
 def step_kernels(name: str, device: torch.device) -> Kernels | None:
-    """Return kernels for the mask and the cache of a step, where it verifies by kernels too."""
+    """Return kernels for mask, cache and draws of a step, where it verifies by kernels too."""
     if device.type != "cuda" or name == "torch" or (name == "auto" and find_spec("cupy") is None):
         return None
     return kernels_on(device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from medusa_exp.tree import Tree
 
 LEAST_DRAWN = 1e-30
-"""Tokens of a smaller probability are not drawn: beside it float32 has no room for the quotients
+"""Decoding draws no token of a smaller probability: beside it float32 has no room for the quotients
 and products of verification, and a GPU takes the smallest of its numbers for zero."""
 
 

@@ -7,14 +7,13 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import try_to_load_from_cache
 
-from medusa_exp.config import Config
+from medusa_exp.config import Config, TrainConfig
 from medusa_exp.config.privacy import shareable_text
 from medusa_exp.errors import UserError
 from medusa_exp.export.card import Facts, run_card
 from medusa_exp.runs.files import publish, read_json
 from medusa_exp.runs.seals import check_heads
 from medusa_exp.tracking.terminal import headlines
-from medusa_exp.train.defaults import objective_of
 
 CARD = "README.md"
 _FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
@@ -85,11 +84,17 @@ def _trained(
         "tokens that they know": heads.get("num_tokens") or "all",
         "data": config.dataset.kind if not config.dataset.path else Path(config.dataset.path).name,
         "text": train.text,
-        "labels, loss": f"{train.labels}, {objective_of(config).loss}",
+        "labels, loss": f"{train.labels}, {_loss_of(train, record)}",
         "backbone": backbone,
         "steps": metrics.get("train/steps", _UNKNOWN),
         "commit of medusa_exp": record.get("git", {}).get("commit") or _UNKNOWN,
     }
+
+
+def _loss_of(train: TrainConfig, record: dict[str, Any]) -> str:
+    """Return what the training has taken, however decoding is set now."""
+    settled = record.get("stages", {}).get("train", {}).get("settled", {})
+    return settled.get("loss", _UNKNOWN if train.loss == "auto" else train.loss)
 
 
 def license_of(model: str | None, revision: str | None = None) -> str:

@@ -53,9 +53,9 @@ from medusa_exp.train.defaults import (
     describe,
     is_compiled_here,
     learning_rate,
-    objective_of,
     settle,
     settled_of,
+    with_objective,
 )
 from medusa_exp.train.failures import BadLoss, explain_memory, memory_of_training
 from medusa_exp.train.launch import Job, main, ray_parts, train_in_processes, train_on_ray
@@ -106,7 +106,9 @@ def train_as_worker(config: dict[str, Any], out: Path, notes: Notes) -> dict[str
 
 def train(session: Session) -> dict[str, float]:
     """Train in this process, alone or as one of several; return the metrics."""
-    config, out = session.config, session.out
+    out = session.out
+    taken = settled_before(out, session.config.train.resume)
+    config = session.config = with_objective(session.config, taken)
     with explain_memory(memory_of_training(config.train)):
         L.seed_everything(config.seed, verbose=False)
         inputs = open_inputs(session)
@@ -116,8 +118,6 @@ def train(session: Session) -> dict[str, float]:
         batches = inputs.batches(config)
         max_steps = _num_steps(config, batches)
         log.info("%s; %d steps", heads.describe(), max_steps)
-        taken = settled_before(out, config.train.resume)
-        config = replace(config, train=objective_of(config, taken))
         module = build_module(config, inputs, heads, max_steps, taken)
         is_compiled = is_compiled_here(config.train, module.settings, inputs.backbone.device)
         log.info("%s", describe(module.settings, is_compiled=is_compiled))

@@ -6,7 +6,7 @@ of the backbone as there is need for.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
@@ -30,7 +30,6 @@ from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.stages.regenerate import key_of_responses
 from medusa_exp.stages.session import Session, limits_of, rule_of
 from medusa_exp.train.acceptance import HeldOutResponse, held_out_responses, responses_key
-from medusa_exp.train.defaults import may_sample_drafts, objective_of
 from medusa_exp.train.precompute import (
     FeatureSettings,
     fingerprint_note,
@@ -107,7 +106,7 @@ def open_inputs(session: Session) -> Inputs:
         features = _open_features(session, documents, data_key, opener)
     elif config.train.batching == "packed":
         backbone.check_packing()
-    reads_text_alone = objective_of(config).loss == "ce" and config.train.labels == "data"
+    reads_text_alone = config.train.loss == "ce" and config.train.labels == "data"
     if config.train.kind == "medusa2" or not reads_text_alone:
         backbone.check_next_logits()
     prompts = _held_out_prompts(session, tokenizer, backbone)
@@ -130,14 +129,9 @@ def open_inputs(session: Session) -> Inputs:
 def validation_rule(config: Config) -> AcceptanceRule:
     """Return the rule that val/accept_length is of: that of decoding, or greedy for a lossy one.
 
-    decode.draft=auto counts what the heads are taught for: drafts of likeliest tokens, whose replay
-    costs less, or with train.loss=tv, nla and lk sampled ones.
+    decode.draft=auto counts the likeliest tokens, whose replay costs less.
     """
-    if config.decode.rule == "typical":
-        return GREEDY
-    is_for_draws = objective_of(config).loss in ("tv", "nla", "lk") and may_sample_drafts(config)
-    rule = rule_of(config)
-    return replace(rule, draft="sampled") if is_for_draws else rule
+    return GREEDY if config.decode.rule == "typical" else rule_of(config)
 
 
 class _BackboneOpener:

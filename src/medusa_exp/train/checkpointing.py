@@ -283,7 +283,8 @@ def settled_before(out: Path, resume: str) -> dict[str, Any]:
     path = out / "checkpoints" / CHECKPOINT
     if resume == "never" or not path.is_file():
         return {}
-    return dict(_read(path).settled)
+    # Before these two could be automatic, no checkpoint named them.
+    return {"loss": "ce", "head_weights": "decay", **_read(path).settled}
 
 
 def _drop_unfinished(out: Path) -> None:

@@ -1,7 +1,7 @@
-"""What the automatic settings of a training become: by the device, the backbone and the heads.
+"""What the automatic settings of a training become: by device, backbone, heads and decoding.
 
-All of it follows from what does not change from call to call, so that a training that resumes on
-the same machine takes the same; on another one it takes what its checkpoint was made with.
+A training that goes on takes what its checkpoint was made with, on another machine too, and where
+decoding is set otherwise by then.
 
 D hidden, W tokens of the head vocabulary, T tokens of a row.
 """
@@ -37,7 +37,7 @@ the softmax and gradients in float32, or with less precise copies. tests/model/t
 """
 _SAMPLED_FROM = 0.7
 """The temperature from which on nla is worth more than ce to drafts that are sampled: measured at
-0.7 and 1 (LOG.md, 2026-11-30), and it loses where the next token is the likeliest one."""
+0.7 and 1 (LOG.md, 2026-11-29 and 2026-11-30). It loses where the next token is the likeliest."""
 _RATE = 0.4
 """Measured on models of 0.26 and 268 million parameters: see `learning_rate`."""
 _USUAL_RATE = 1e-3
@@ -62,8 +62,8 @@ def may_sample_drafts(config: Config) -> bool:
     return decode.draft == "sampled" or (tree.kind == "calibrated" and not tree.lookup)
 
 
-def objective_of(config: Config, taken: Mapping[str, Any] | None = None) -> TrainConfig:
-    """Return the section `train` with a word in place of loss=auto and of head_weights=auto.
+def with_objective(config: Config, taken: Mapping[str, Any] | None = None) -> Config:
+    """Return the config with a word in place of train.loss=auto and of train.head_weights=auto.
 
     Args:
         config: whose heads learn what they will be decoded by.
@@ -77,7 +77,7 @@ def objective_of(config: Config, taken: Mapping[str, Any] | None = None) -> Trai
         loss = taken.get("loss", "nla" if is_drawn else "ce")
     if head_weights == "auto":
         head_weights = taken.get("head_weights", "acceptance" if loss == "nla" else "decay")
-    return replace(settings, loss=loss, head_weights=head_weights)
+    return replace(config, train=replace(settings, loss=loss, head_weights=head_weights))
 
 
 def settle(
@@ -94,7 +94,7 @@ def settle(
     """Return the settings with a value in place of each automatic one.
 
     Args:
-        settings: the section `train` of the config, as `objective_of` returns it.
+        settings: the section `train` of the config, after `with_objective`.
         memory: of the GPU in bytes, None on a CPU.
         vocabulary: W.
         trained: parameters of the heads.

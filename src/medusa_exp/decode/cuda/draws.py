@@ -21,13 +21,14 @@ MAX_DRAWS = 256
 """As kernels/cuda/draws.cu has it."""
 _DEFINES = ("LOGIT_FLOAT32",)
 _FEW_TOKENS = 1024
-"""Of fewer tokens some warps do."""
+"""Up to so many tokens a block has 4 warps, else 32."""
 
 
 def can_draw(q_BMW: Tensor, uniforms_BMR: Tensor) -> bool:
-    """Return whether the kernel takes so many numbers, of these types."""
+    """Return whether the kernel takes so many numbers, of these types and layouts."""
     is_float = q_BMW.dtype == uniforms_BMR.dtype == torch.float32
-    return is_float and uniforms_BMR.shape[2] <= MAX_DRAWS
+    is_contiguous = q_BMW.stride(2) == uniforms_BMR.stride(2) == 1
+    return is_float and is_contiguous and uniforms_BMR.shape[2] <= MAX_DRAWS
 
 
 class KernelDraw:
@@ -81,7 +82,7 @@ class KernelDraw:
             raise ValueError(f"{name} is {value.dtype}: it must be torch.float32.")
         if value.ndim != 3 or 0 in value.shape:
             raise ValueError(
-                f"{name} has shape {list(value.shape)}: it must have three dimensions."
+                f"{name} has shape {list(value.shape)}: it must have three dimensions, none empty."
             )
         if value.shape[2] > 1 and value.stride(2) != 1:
             raise ValueError(f"{name} must be contiguous along its last dimension.")
