@@ -55,11 +55,12 @@ def test_heads_are_taught_for_the_drafts_that_decoding_makes(train_, decode, tre
     config = Config(
         train=TrainConfig(**train_), decode=DecodeConfig(**decode), tree=TreeConfig(**tree)
     )
-    found = with_objective(config).train
+    sections = config.train, config.decode, config.tree
+    found = with_objective(*sections)
     assert f"{found.loss} {found.head_weights}" == expected
-    before = with_objective(config, {"loss": "kl", "head_weights": "decay"}).train
+    before = with_objective(*sections, {"loss": "kl", "head_weights": "decay"})
     assert before.loss == (train_.get("loss") or "kl")
-    assert with_objective(config, {"learning_rate": 1.0}).train == found
+    assert with_objective(*sections, {"learning_rate": 1.0}) == found
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,9 @@ def test_what_is_automatic_and_what_is_not():
     def taken(memory, **settings):
         keys = {"vocabulary": 32_000, "trained": 10**9, "rate": 2e-3, "operations": 1e18}
         found = settle(
-            with_objective(Config(train=TrainConfig(**settings))).train, memory=memory, **keys
+            with_objective(TrainConfig(**settings), DecodeConfig(), TreeConfig()),
+            memory=memory,
+            **keys,
         )
         return found.loss_chunk_rows, found.loss_form, found.compile
 
@@ -100,7 +103,11 @@ def test_what_is_automatic_and_what_is_not():
     assert taken(None, compile=True) == (256, "at_once", "true")  # as YAML and Python say it
     small = {"vocabulary": 9, "rate": 2e-3}
     short = settle(
-        with_objective(Config()).train, memory=80 * GB, trained=1, operations=1e15, **small
+        with_objective(TrainConfig(), DecodeConfig(), TreeConfig()),
+        memory=80 * GB,
+        trained=1,
+        operations=1e15,
+        **small,
     )
     assert short.compile == "false"
     for memory, held, form in (
@@ -110,7 +117,11 @@ def test_what_is_automatic_and_what_is_not():
         (80 * GB, 16 * 10**8, "recompute"),
     ):
         shared = settle(
-            with_objective(Config()).train, memory=memory, trained=10**8, held=held, **small
+            with_objective(TrainConfig(), DecodeConfig(), TreeConfig()),
+            memory=memory,
+            trained=10**8,
+            held=held,
+            **small,
         )
         assert shared.loss_form == form
 
@@ -279,5 +290,7 @@ def test_only_a_loss_that_reads_the_backbone_counts_its_lm_head(config):
         config.train.loss = name
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train.Operations, "of", lambda *given, **more: asked.append(more))
-            train.operations_of(with_objective(config).train, backbone, None)
+            train.operations_of(
+                with_objective(config.train, config.decode, config.tree), backbone, None
+            )
     assert [more["asks_lm_head"] for more in asked] == [False, False, True]

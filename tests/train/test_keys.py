@@ -33,7 +33,9 @@ def keys(config: Config) -> dict[str, str]:
     settings = FeatureSettings(config.dtype.precision, attention, config.head.prefix_attention)
     taken = {"loss_form": "recompute"}  # as auto was on a CPU
     sizes = {"vocabulary": 100, "trained": 10, "rate": 2e-3}
-    settled = settle(with_objective(config).train, memory=None, **sizes, taken=taken)
+    settled = settle(
+        with_objective(config.train, config.decode, config.tree), memory=None, **sizes, taken=taken
+    )
     sections = (config.head, settled, config.dataset)
     note = fingerprint_note("cache", "files", config.tokenizer, config.model.quantization)
     return {

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import (  # private: torch 2.13
 )
 from torch.utils._python_dispatch import TorchDispatchMode  # private: torch 2.13
 
-from medusa_exp.config import Config, TrainConfig
+from medusa_exp.config import DecodeConfig, TrainConfig, TreeConfig
 from medusa_exp.data.datamodule import Batch, collate
 from medusa_exp.data.examples import Example
 from medusa_exp.model import Backbone, build_heads
@@ -63,7 +63,7 @@ def module_of(head: dict, settings: TrainConfig) -> MedusaModule:
         backbone,
         build_heads(backbone, num_heads=HEADS, **head),
         settle(
-            with_objective(Config(train=settings)).train,
+            with_objective(settings, DecodeConfig(), TreeConfig()),
             memory=None,
             vocabulary=64,
             trained=1,

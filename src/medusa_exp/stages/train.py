@@ -106,9 +106,10 @@ def train_as_worker(config: dict[str, Any], out: Path, notes: Notes) -> dict[str
 
 def train(session: Session) -> dict[str, float]:
     """Train in this process, alone or as one of several; return the metrics."""
-    out = session.out
-    taken = settled_before(out, session.config.train.resume)
-    config = session.config = with_objective(session.config, taken)
+    config, out = session.config, session.out
+    taken = settled_before(out, config.train.resume)
+    settings = with_objective(config.train, config.decode, config.tree, taken)
+    config = session.config = replace(config, train=settings)
     with explain_memory(memory_of_training(config.train)):
         L.seed_everything(config.seed, verbose=False)
         inputs = open_inputs(session)
@@ -209,14 +210,15 @@ def build_module(
     """Return what Lightning trains; `taken` is what automatic settings were before it resumes."""
     backbone = inputs.backbone
     step_tokens = config.train.accumulate * config.train.batch_tokens
+    asked = with_objective(config.train, config.decode, config.tree, taken)
     settings = settle(
-        config.train,
+        asked,
         memory=gpu_memory(backbone.device),
         vocabulary=heads.config.head_vocab_size,
         trained=sum(p.numel() for p in heads.parameters()),
         rate=learning_rate(backbone, step_tokens * config.train.devices),
         held=sum(p.numel() for k in range(heads.num_heads) for p in heads.head_parameters(k)),
-        operations=operations_of(config.train, backbone, heads).of_tokens(
+        operations=operations_of(asked, backbone, heads).of_tokens(
             max_steps * step_tokens, min(inputs.row_tokens, config.train.batch_tokens)
         ),
         taken=taken,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from medusa_exp.config import Config, TrainConfig
+from medusa_exp.config import DecodeConfig, TrainConfig, TreeConfig
 from medusa_exp.model.backbone import Backbone
 
 log = logging.getLogger(__name__)
@@ -51,33 +51,38 @@ _COMPILED_OPERATIONS = 3e16
 pays: two minutes of an H200, ten of a small GPU."""
 
 
-def may_sample_drafts(config: Config) -> bool:
+def may_sample_drafts(decode: DecodeConfig, tree: TreeConfig) -> bool:
     """Say whether decoding samples its drafts, or does where calibration finds that to be faster.
 
     Before there is a calibration: `tree.calibration.draft_of` says what is done after one.
     """
-    decode, tree = config.decode, config.tree
     if decode.rule != "sampling" or decode.draft == "top":
         return False
     return decode.draft == "sampled" or (tree.kind == "calibrated" and not tree.lookup)
 
 
-def with_objective(config: Config, taken: Mapping[str, Any] | None = None) -> Config:
-    """Return the config with a word in place of train.loss=auto and of train.head_weights=auto.
+def with_objective(
+    settings: TrainConfig,
+    decode: DecodeConfig,
+    tree: TreeConfig,
+    taken: Mapping[str, Any] | None = None,
+) -> TrainConfig:
+    """Return the settings with a word in place of loss=auto and of head_weights=auto.
 
     Args:
-        config: whose heads learn what they will be decoded by.
+        settings: the section `train` of the config.
+        decode: its section of that name, by which the heads will be decoded.
+        tree: the same.
         taken: as for `settle`.
     """
-    settings, taken = config.train, taken or {}
-    loss, head_weights = settings.loss, settings.head_weights
+    loss, head_weights, taken = settings.loss, settings.head_weights, taken or {}
     if loss == "auto":
-        is_frozen, temperature = settings.kind == "medusa1", config.decode.temperature
-        is_drawn = is_frozen and may_sample_drafts(config) and temperature >= _SAMPLED_FROM
+        is_drawn = settings.kind == "medusa1" and may_sample_drafts(decode, tree)
+        is_drawn = is_drawn and decode.temperature >= _SAMPLED_FROM
         loss = taken.get("loss", "nla" if is_drawn else "ce")
     if head_weights == "auto":
         head_weights = taken.get("head_weights", "acceptance" if loss == "nla" else "decay")
-    return replace(config, train=replace(settings, loss=loss, head_weights=head_weights))
+    return replace(settings, loss=loss, head_weights=head_weights)
 
 
 def settle(
