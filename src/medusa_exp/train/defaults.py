@@ -17,6 +17,7 @@ import torch
 
 from medusa_exp.config import DecodeConfig, TrainConfig, TreeConfig
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.tree.calibration import may_sample_drafts
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +50,6 @@ _ROWS_AT_ONCE = 1 << 15
 _COMPILED_OPERATIONS = 3e16
 """Floating-point operations of a training above which compiling, which takes some ten seconds,
 pays: two minutes of an H200, ten of a small GPU."""
-
-
-def may_sample_drafts(decode: DecodeConfig, tree: TreeConfig) -> bool:
-    """Say whether decoding samples its drafts, or does where calibration finds that to be faster.
-
-    Before there is a calibration: `tree.calibration.draft_of` says what is done after one.
-    """
-    if decode.rule != "sampling" or decode.draft == "top":
-        return False
-    return decode.draft == "sampled" or (tree.kind == "calibrated" and not tree.lookup)
 
 
 def with_objective(

@@ -328,18 +328,23 @@ def faster(curves: list[Curve]) -> Curve:
     return replace(best, tokens_per_second=by_draft)
 
 
+def may_sample_drafts(settings: DecodeConfig, tree: TreeConfig) -> bool:
+    """Say whether decoding samples its drafts, or may, if calibration finds that to be faster."""
+    if settings.rule != "sampling" or settings.draft == "top":
+        return False
+    return settings.draft == "sampled" or (tree.kind == "calibrated" and not tree.lookup)
+
+
 def draft_of(settings: DecodeConfig, tree: TreeConfig, out: Path, batch_size: int = 1) -> str:
     """Return what is drafted, top or sampled, for so many rows at a time.
 
     decode.draft=auto is what the run's calibration found to be faster, where it was made for this
     temperature, top_k and top_p; top otherwise, and beside tokens that are looked up.
     """
-    if settings.rule != "sampling" or settings.draft == "top":
+    if not may_sample_drafts(settings, tree):
         return "top"
     if settings.draft == "sampled":
         return "sampled"
-    if tree.kind != "calibrated" or tree.lookup:
-        return "top"
     if not (out / CALIBRATION).is_file():
         return "top"
     calibration = load_calibration(out)
