@@ -387,7 +387,8 @@ def test_the_end_that_lightning_makes_of_ctrl_c_is_told_by_the_status(
 def test_a_signal_while_libraries_load_ends_all_at_once(tmp_path, number):
     """An exception there makes C++ code abort, and was once told as a mistyped key."""
     early = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background: ignored
         "from medusa_exp import cli\n"
         "def loading():\n"
         f"    try: os.kill(os.getpid(), {int(number)}); sum(range(10**6))\n"
