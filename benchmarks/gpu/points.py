@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import LaunchConfig
+from medusa_exp.decode.cuda.launch import LaunchConfig
 from medusa_exp.decode.sampled import Drawn, children_of
 from medusa_exp.tree import Tree
 

@@ -28,7 +28,8 @@ from rivals.verification import SplitWalk, compiled, eager, options_of
 
 from medusa_exp.decode.cuda.draws import KernelDraw
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import KernelVerify, launch_config
+from medusa_exp.decode.cuda.launch import launch_config
+from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.sampled import draw
 from medusa_exp.decode.verify import Verdict, verify

@@ -105,12 +105,23 @@ __device__ __forceinline__ void store_remote(Statistics* at, int rank, const Sta
                  "r"(__float_as_int(s.slope)), "r"(s.argmax)
                  : "memory");
 }
+// Read the same place in a block's shared memory; a barrier of the cluster has to come before.
+template <int CLUSTER>
+__device__ __forceinline__ unsigned load_remote(const unsigned* at, int rank) {
+    if (CLUSTER == 1) return *at;
+    unsigned address = (unsigned)__cvta_generic_to_shared(at), there, value;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(there) : "memory");
+    return value;
+}
 #else  // no clusters before sm_90: the entries that need them are not compiled
 template <int CLUSTER>
 __device__ __forceinline__ int cluster_rank() { return 0; }
 template <int CLUSTER>
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ void store_remote(Statistics*, int, const Statistics&) {}
+template <int CLUSTER>
+__device__ __forceinline__ unsigned load_remote(const unsigned* at, int) { return *at; }
 #endif
 #endif
 

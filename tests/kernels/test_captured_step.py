@@ -5,7 +5,8 @@ import torch
 from tiny_models import VOCAB_SIZE, build_model
 
 from medusa_exp.decode import captured_steps, rule
-from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
+from medusa_exp.decode.cuda.launch import LaunchConfig
+from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.rule import AcceptanceRule

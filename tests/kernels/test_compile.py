@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medusa_exp.decode.cuda.source import MODULES, source_of
-from medusa_exp.decode.cuda.verify import DEFINES
+from medusa_exp.decode.cuda.launch import DEFINES
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None,
@@ -22,7 +22,8 @@ ARCHS = ("80", "90", "100")
 BUDGET = 64
 """Registers of a thread, where a block may have 1024."""
 STEP = [module for module in MODULES if module[0] in ("draws.cu", "mask.cu", "commit.cu")]
-VERIFICATION = [module for module in MODULES if module not in STEP]
+OF_ROWS = [module for module in MODULES if module not in STEP]
+"""That read rows of logits, in clusters of blocks: verification, and what goes before."""
 
 
 @functools.cache
@@ -52,11 +53,12 @@ def resources(report: str) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("file", "defines"), VERIFICATION)
-def test_verification_fits_its_registers(file, defines, arch):
+@pytest.mark.parametrize(("file", "defines"), OF_ROWS)
+def test_what_reads_rows_fits_its_registers(file, defines, arch):
     entries = resources(compiled(file, defines, arch)[1])
     clusters = (1,) if arch == "80" else (1, 2, 4, 8)
-    assert set(entries) == {f"verify_{size}" for size in clusters}
+    name = "filter" if file == "filter.cu" else "verify"
+    assert set(entries) == {f"{name}_{size}" for size in clusters}
     for entry, (registers, spilled) in entries.items():
         assert spilled == 0, f"{entry} spills {spilled} bytes"
         assert registers <= BUDGET, f"{entry} needs {registers} registers"

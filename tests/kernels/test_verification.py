@@ -13,7 +13,8 @@ from kernel_checks import CONFIGS, assert_equal, cases_of, check_verification, j
 from kernel_shim import ORDERS, ShimError, ShimKernels
 from tiny_models import FixedHeads
 
-from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
+from medusa_exp.decode.cuda.launch import LaunchConfig
+from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.drafting import build_drafter
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.sampled import Drawn

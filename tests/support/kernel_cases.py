@@ -74,9 +74,9 @@ def make_case(seed: int, kernel: str, vocab: int | None = None, nodes: int | Non
     parents = np.stack([_parents(rng, shape, nodes) for _ in range(batch)])
     if kernel == "traversal":
         parents[:] = parents[0]
-    logits = np.stack([_logits(rng, nodes, vocab) for _ in range(batch)])
+    logits = np.stack([some_logits(rng, nodes, vocab) for _ in range(batch)])
     dtype = DTYPES[int(rng.integers(len(DTYPES)))]
-    logits_BNV = _strided(rng, torch.from_numpy(logits).to(dtype))
+    logits_BNV = strided(rng, torch.from_numpy(logits).to(dtype))
     options: dict[str, Any] = {}
     if kernel != "greedy":
         options["temperature"] = float(rng.choice([0.3, 0.7, 1.0, 2.0]))
@@ -101,7 +101,7 @@ def make_case(seed: int, kernel: str, vocab: int | None = None, nodes: int | Non
     for _ in range(5 if kernel == "traversal" else 0):  # until they lie well within
         uniforms = rng.random(options["uniforms_BN"].shape)
         options["uniforms_BN"] = torch.tensor(uniforms, dtype=torch.float32)
-        if not _hangs_on_a_digit(case):
+        if not hangs_on_a_digit(case):
             break
     return case
 
@@ -275,7 +275,7 @@ def _draws(
             elif elders and chance < 0.95:
                 tokens[b, child] = tokens[b, children[node][int(rng.integers(elders))]]
     drawn = Drawn(
-        _strided(rng, torch.from_numpy(q_BQW)),
+        strided(rng, torch.from_numpy(q_BQW)),
         tuple(q_index),
         children,
         None if token_map is None else torch.from_numpy(token_map),
@@ -322,7 +322,7 @@ def _depth(parents: np.ndarray) -> int:
     return int(depths.max())
 
 
-def _logits(rng: np.random.Generator, nodes: int, vocab: int) -> np.ndarray:
+def some_logits(rng: np.random.Generator, nodes: int, vocab: int) -> np.ndarray:
     kind = str(rng.choice(LOGITS))
     logits = rng.normal(0, 8 if kind == "peaked" else 2, (nodes, vocab))
     logits += rng.choice([0.0, 30.0, -30.0])
@@ -342,7 +342,7 @@ def _logits(rng: np.random.Generator, nodes: int, vocab: int) -> np.ndarray:
     return logits
 
 
-def _strided(rng: np.random.Generator, logits_BNV: Tensor) -> Tensor:
+def strided(rng: np.random.Generator, logits_BNV: Tensor) -> Tensor:
     """Lay the same logits out so that rows begin at odd places, or sequences stand side by side."""
     batch, nodes, vocab = logits_BNV.shape
     kind = rng.integers(3)
@@ -396,7 +396,7 @@ def _uniforms(
 def is_borderline(case: Case) -> bool:
     """Say whether acceptance, typical or of draws, hangs on the last digits of a float32."""
     if case.kernel == "traversal":
-        return _hangs_on_a_digit(case)
+        return hangs_on_a_digit(case)
     if case.kernel != "typical":
         return False
     temperature = case.options["temperature"]
@@ -420,7 +420,7 @@ def is_borderline(case: Case) -> bool:
     return False
 
 
-def _hangs_on_a_digit(case: Case) -> bool:
+def hangs_on_a_digit(case: Case) -> bool:
     """Numbers a little smaller or larger, or float32 throughout, change what is specified."""
     uniforms_BN = case.options["uniforms_BN"]
     told = case.expected()

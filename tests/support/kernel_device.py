@@ -24,7 +24,8 @@ from kernel_checks import (
 from kernel_shim import GXX, ShimKernels
 
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import KernelVerify, LaunchConfig
+from medusa_exp.decode.cuda.launch import LaunchConfig
+from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.verify import Verdict
 
 

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medusa_exp.decode.distribution import probabilities
-from medusa_exp.decode.rule import AcceptanceRule, pick_draw
+from medusa_exp.decode.rule import AcceptanceRule, pick_draw, pick_probabilities
 from medusa_exp.decode.sampled import LEAST_DRAWN, Drawn, children_of, in_draw_order
 from medusa_exp.decode.verify import TreeRelations
 from medusa_exp.errors import UserError
@@ -105,6 +104,7 @@ class _Draws:
 
     def __init__(self, rule: AcceptanceRule, tree: Tree, device: torch.device) -> None:
         self._draw = pick_draw(rule.verifier, device)
+        self._probabilities = pick_probabilities(rule.verifier, device)
         self._filters = rule.temperature, rule.top_k, rule.top_p
         self._num_nodes, self._children = len(tree), children_of(tree)
         self._inner: list[list[int]] = [[] for _ in range(tree.depth)]
@@ -134,7 +134,7 @@ class _Draws:
 
     def distributions(self, logits: Tensor) -> Tensor:
         """Return the distributions [..., W] that draws are from, of the heads' logits."""
-        q = probabilities(logits, *self._filters)
+        q = self._probabilities(logits, *self._filters)
         return q.where(q >= LEAST_DRAWN, 0.0)
 
     def of_depth(self, q: Tensor, uniforms_BU: Tensor, depth: int) -> Tensor:

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from medusa_exp.decode.cpu_verify import verify_on_cpu
 from medusa_exp.decode.cuda.draws import KernelDraw, can_draw
+from medusa_exp.decode.cuda.filter import KernelFilter
+from medusa_exp.decode.cuda.launch import can_read
 from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
+from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.sampled import Drawn, draw
 from medusa_exp.decode.verify import RULES, TreeRelations, Verdict, verify
 from medusa_exp.errors import UserError
@@ -26,14 +29,13 @@ IMPLEMENTATIONS = ("auto", "torch", "cupy")
 DRAFTS = ("top", "sampled")
 
 
-def pick_verify(name: str, device: torch.device, *, is_filtered: bool) -> Callable[..., Verdict]:
+def pick_verify(name: str, device: torch.device) -> Callable[..., Verdict]:
     """Return `decode.verify.verify`, or what does the same faster: kernels, or a walk on a CPU.
 
     Args:
         name: torch, cupy, or auto: the kernels on a CUDA device where CuPy is installed and they
             can do what is asked, a walk on a CPU, else torch.
         device: where the logits are.
-        is_filtered: whether top_k or top_p is set, which the kernels do not do.
 
     Raises:
         UserError: cupy is asked for and cannot be had.
@@ -43,19 +45,14 @@ def pick_verify(name: str, device: torch.device, *, is_filtered: bool) -> Callab
     if name == "auto" and device.type == "cpu":
         return verify_on_cpu
     if name == "auto":
-        if device.type != "cuda" or is_filtered or find_spec("cupy") is None:
+        if device.type != "cuda" or find_spec("cupy") is None:
             return verify
         return _kernels_where_they_can(device)
-    if is_filtered:
-        raise UserError(
-            "decode.verifier=cupy does not filter by decode.top_k or decode.top_p: "
-            "leave them out, or set decode.verifier=auto."
-        )
     return _kernels(device)
 
 
 def step_kernels(name: str, device: torch.device) -> Kernels | None:
-    """Return kernels for mask, cache and draws of a step, where it verifies by kernels too."""
+    """Return kernels for mask, cache, draws and filters of a step, where it verifies by kernels too."""
     if device.type != "cuda" or name == "torch" or (name == "auto" and find_spec("cupy") is None):
         return None
     return kernels_on(device)
@@ -76,6 +73,28 @@ def pick_draw(name: str, device: torch.device) -> Callable[[Tensor, Tensor], Ten
         return function(q_BMW, uniforms_BMR)
 
     return draw_where_it_can
+
+
+def pick_probabilities(name: str, device: torch.device) -> Callable[..., Tensor]:
+    """Return `decode.distribution.probabilities` of logits [B, N, V], filtered by a kernel wherever
+    it can.
+
+    Arguments are those of `pick_verify`.
+    """
+    kernels = step_kernels(name, device)
+    if kernels is None:
+        return probabilities
+    kernel_filter = KernelFilter(kernels)
+
+    def filter_where_it_can(
+        logits_BNV: Tensor, temperature: float, top_k: int | None, top_p: float | None
+    ) -> Tensor:
+        is_filtered = top_k is not None or top_p is not None
+        if not is_filtered or not can_read(logits_BNV):
+            return probabilities(logits_BNV, temperature, top_k, top_p)
+        return probabilities(kernel_filter(logits_BNV, temperature, top_k, top_p), temperature)
+
+    return filter_where_it_can
 
 
 def _kernels(device: torch.device) -> Callable[..., Verdict]:
@@ -149,7 +168,7 @@ class Verifier:
 
     def __init__(self, rule: AcceptanceRule, device: torch.device) -> None:
         self.rule = rule
-        self._verify = pick_verify(rule.verifier, device, is_filtered=rule.is_filtered)
+        self._verify = pick_verify(rule.verifier, device)
         self._generator = torch.Generator(device)
         self.uniforms_BN: Tensor | None = None
         """Numbers that all samples are drawn by, where a caller writes its own here; None draws

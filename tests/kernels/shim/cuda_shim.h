@@ -121,3 +121,6 @@ void cluster_sync() {
 
 template <class T>
 void store_remote(T* at, int rank, const T& value) { *shim::remote(at, (unsigned)rank) = value; }
+
+template <int CLUSTER>
+unsigned load_remote(const unsigned* at, int rank) { return *shim::remote(const_cast<unsigned*>(at), (unsigned)rank); }

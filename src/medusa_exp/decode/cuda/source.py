@@ -14,8 +14,8 @@ from pathlib import Path
 
 MODULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     *(
-        (f"{rule}.cu", (f"LOGIT_{dtype}",))
-        for rule in ("greedy", "sampling", "traversal", "typical")
+        (f"{name}.cu", (f"LOGIT_{dtype}",))
+        for name in ("greedy", "sampling", "traversal", "typical", "filter")
         for dtype in ("FLOAT32", "FLOAT16", "BFLOAT16")
     ),
     ("draws.cu", ("LOGIT_FLOAT32",)),

@@ -1,8 +1,7 @@
 """The CUDA verifier: which draft tokens are accepted, with the signature of `decode.verify.verify`.
 
-That torch function is the specification; kernels/README.md is the kernels' contract. Of sampling,
-top_k and top_p are not among the kernels' work: they need the row sorted, and torch does them
-(decode.verifier=auto sees to it).
+That torch function is the specification; kernels/README.md is the kernels' contract. What top_k and
+top_p leave out is taken from the logits first (filter.py).
 
 No call waits for the device. Outputs are allocated once for a shape, and a verdict's tensors are
 written again by the next call of the same shape. So a `KernelVerify` belongs to one stream, and to
@@ -20,18 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medusa_exp.decode.cuda.filter import KernelFilter
+from medusa_exp.decode.cuda.launch import (
+    DEFINES,
+    LOG2_E,
+    MAX_BATCH,
+    MAX_VOCAB,
+    LaunchConfig,
+    can_read,
+    launch_config,
+)
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, struct_of
 from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import RULES, TreeRelations, Verdict
 
-DEFINES = {
-    torch.float32: ("LOGIT_FLOAT32",),
-    torch.float16: ("LOGIT_FLOAT16",),
-    torch.bfloat16: ("LOGIT_BFLOAT16",),
-}
-MAX_BATCH = 65535
-MAX_VOCAB = 1 << 24
-"""Infinite logits are counted in float32."""
 ARGUMENTS = struct_of(
     "logits logits_stride_b logits_stride_n tokens tokens_stride_b parents parents_stride_b "
     "uniforms uniforms_stride_b q q_stride_b q_stride_q q_index places "
@@ -39,47 +40,11 @@ ARGUMENTS = struct_of(
     "scale epsilon alpha",
 )
 """struct Arguments of kernels/cuda/tree.cuh."""
-_LOG2_E = 1.4426950408889634
-_SHORT_ROW = 128 << 10
-"""Bytes of a row that two blocks read as fast as eight: between V = 32,000 and 128,256 in bf16."""
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How a sequence's work is divided: so many blocks (a cluster) of so many threads."""
-
-    cluster: int = 1
-    threads: int = 1024
-
-    def check(self, kernels: Kernels) -> None:
-        """Raise ValueError if the kernels would not survive this on the device."""
-        if self.threads % 32 or not 32 <= self.threads <= 1024:
-            raise ValueError(f"{self}: threads must be a multiple of 32, from 32 to 1024.")
-        if self.cluster not in (1, 2, 4, 8):
-            raise ValueError(f"{self}: a cluster has 1, 2, 4 or 8 blocks.")
-        if self.cluster > 1 and not kernels.has_clusters:
-            raise ValueError(f"{self}: clusters need sm_90.")
-
-
-def launch_config(batch: int, row_bytes: int, kernels: Kernels) -> LaunchConfig:
-    """Choose for a batch of sequences whose rows of logits take so many bytes.
-
-    Measured on an H200 at 108 points (three rules, B 1 to 64, V 32,000 to 151,936, bf16): at most
-    3.0 us above the best configuration of a point, 0.15 us on average.
-    """
-    if not kernels.has_clusters:
-        return LaunchConfig()
-    is_long = row_bytes > _SHORT_ROW and 8 * batch <= kernels.num_processors
-    return LaunchConfig(cluster=8 if is_long else 2, threads=512)
-
-
 def can_verify(logits_BNV: Tensor, drawn: Drawn | None = None) -> bool:
     """Return whether the kernels take what is of this type, shape and layout."""
-    fits = logits_BNV.shape[1] <= MAX_NODES and logits_BNV.shape[2] <= MAX_VOCAB
-    takes = logits_BNV.dtype in DEFINES and logits_BNV.stride(2) == 1
     if drawn is not None and (drawn.q_BQW.dtype != torch.float32 or drawn.q_BQW.stride(2) != 1):
         return False
-    return fits and takes
+    return logits_BNV.shape[1] <= MAX_NODES and can_read(logits_BNV)
 
 
 @dataclass(frozen=True)
@@ -113,6 +78,7 @@ class KernelVerify:
     def __init__(self, kernels: Kernels, config: LaunchConfig | None = None) -> None:
         self.kernels = kernels
         self._config = config
+        self._filter = KernelFilter(kernels, config)
         self._workspaces: dict[tuple[Any, ...], _Workspace] = {}
         self._tables: dict[tuple[Any, ...], _Tables] = {}
 
@@ -144,8 +110,8 @@ class KernelVerify:
             parents_BN: int64; any stride of B.
             rule: one of `RULES`.
             temperature: see `decode.verify.verify`.
-            top_k: must be None.
-            top_p: must be None.
+            top_k: see `decode.verify.verify`.
+            top_p: see `decode.verify.verify`.
             uniforms_BN: float32, in [0, 1); needed by sampling. More than N are not read.
             epsilon: see `decode.verify.verify`.
             alpha: see `decode.verify.verify`.
@@ -159,7 +125,7 @@ class KernelVerify:
             ValueError: an argument has the wrong device, type, shape or strides, or asks for what
                 the kernels do not do. Nothing is launched then.
         """
-        self._check_options(rule, temperature, top_k, top_p)
+        self._check_options(rule, temperature)
         self._check_tensors(logits_BNV, tokens_BN, parents_BN)
         num_nodes, vocab_size = logits_BNV.shape[1:]
         if rule != "sampling":
@@ -173,6 +139,8 @@ class KernelVerify:
         if depth < 0:
             raise ValueError(f"max_depth={max_depth} must be at least 0.")
         of_draws = (0, 0, 0, 0, 0) if drawn is None else self._of_draws(drawn, logits_BNV)
+        if rule == "sampling" and (top_k is not None or top_p is not None):
+            logits_BNV = self._filter(logits_BNV, temperature, top_k, top_p)
         space = self._workspace(logits_BNV, depth + 1)
         verdict = space.verdict
         space.arguments[0] = (
@@ -192,7 +160,7 @@ class KernelVerify:
             num_nodes,
             vocab_size,
             depth + 1,
-            0.0 if rule == "greedy" else _LOG2_E / temperature,
+            0.0 if rule == "greedy" else LOG2_E / temperature,
             epsilon,
             alpha,
         )
@@ -264,17 +232,11 @@ class KernelVerify:
             self._workspaces[key] = _Workspace(verdict, config, np.zeros(1, ARGUMENTS))
         return self._workspaces[key]
 
-    def _check_options(
-        self, rule: str, temperature: float, top_k: int | None, top_p: float | None
-    ) -> None:
+    def _check_options(self, rule: str, temperature: float) -> None:
         if rule not in RULES:
             raise ValueError(f"rule={rule} is not known: use one of {', '.join(RULES)}.")
         if rule != "greedy" and not temperature > 0:
             raise ValueError(f"rule={rule} needs a temperature above 0; at 0, use rule=greedy.")
-        if rule == "sampling" and (top_k is not None or top_p is not None):
-            raise ValueError(
-                "the kernels do not filter by top_k or top_p: use decode.verify.verify."
-            )
 
     def _check_tensors(self, logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor) -> None:
         if logits_BNV.dtype not in DEFINES:

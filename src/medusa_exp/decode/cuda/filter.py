@@ -1,0 +1,102 @@
+"""Logits without the tokens that top-k and top-p leave out, by a CUDA kernel.
+
+`decode.distribution.probabilities` is the specification: a softmax of what the kernel returns is
+what that function makes of top_k and top_p. In torch the rows are sorted, twice for top-p, and all
+of them at every step; the kernel finds where a row is to be cut (kernels/cuda/filter.cu).
+
+B rows, N places, V vocabulary.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medusa_exp.decode.cuda.launch import (
+    DEFINES,
+    LOG2_E,
+    MAX_BATCH,
+    MAX_VOCAB,
+    LaunchConfig,
+    launch_config,
+)
+from medusa_exp.decode.cuda.runtime import Kernels, struct_of
+
+ARGUMENTS = struct_of(
+    "logits logits_stride_b logits_stride_n filtered filtered_stride_b filtered_stride_n "
+    "vocab_size top_k",
+    "scale top_p",
+)
+"""struct Arguments of kernels/cuda/filter.cu."""
+
+
+class KernelFilter:
+    """Filters with the CUDA kernel. Nothing waits for the device.
+
+    Args:
+        kernels: device to launch on.
+        config: how every call is launched; None chooses by shape.
+    """
+
+    def __init__(self, kernels: Kernels, config: LaunchConfig | None = None) -> None:
+        self._kernels, self._config = kernels, config
+
+    def __call__(
+        self, logits_BNV: Tensor, temperature: float, top_k: int | None, top_p: float | None
+    ) -> Tensor:
+        """Return a copy of the logits in which tokens that are never drawn are minus infinity.
+
+        Args:
+            logits_BNV: float32, float16 or bfloat16; any strides but that of V, which is 1.
+            temperature: see `decode.distribution.probabilities`, as for the next two.
+            top_k: None keeps all.
+            top_p: None keeps all.
+
+        Raises:
+            ValueError: an argument has the wrong device, type, shape or strides. Nothing is
+                launched then.
+        """
+        self._check(logits_BNV)
+        batch, count, vocab_size = logits_BNV.shape
+        row_bytes = vocab_size * logits_BNV.itemsize
+        config = self._config or launch_config(batch * count, row_bytes, self._kernels)
+        config.check(self._kernels)
+        filtered_BNV = torch.empty_like(logits_BNV, memory_format=torch.contiguous_format)
+        arguments = np.zeros(1, ARGUMENTS)
+        arguments[0] = (
+            logits_BNV.data_ptr(),
+            *logits_BNV.stride()[:2],
+            filtered_BNV.data_ptr(),
+            *filtered_BNV.stride()[:2],
+            vocab_size,
+            0 if top_k is None else min(top_k, vocab_size),
+            LOG2_E / temperature,
+            1.0 if top_p is None else top_p,
+        )
+        self._kernels.launch(
+            "filter.cu",
+            DEFINES[logits_BNV.dtype],
+            f"filter_{config.cluster}",
+            (config.cluster, count, batch),
+            config.threads,
+            arguments,
+        )
+        return filtered_BNV
+
+    def _check(self, logits_BNV: Tensor) -> None:
+        if logits_BNV.dtype not in DEFINES:
+            raise ValueError(f"logits_BNV is {logits_BNV.dtype}: use float32, float16 or bfloat16.")
+        if logits_BNV.ndim != 3 or 0 in logits_BNV.shape:
+            raise ValueError(
+                f"logits_BNV has shape {list(logits_BNV.shape)}: it must be [B, N, V]."
+            )
+        if max(logits_BNV.shape[:2]) > MAX_BATCH or logits_BNV.shape[2] > MAX_VOCAB:
+            raise ValueError(
+                f"logits_BNV has shape {list(logits_BNV.shape)}: at most {MAX_BATCH} rows of "
+                f"{MAX_BATCH} places over {MAX_VOCAB} tokens."
+            )
+        if logits_BNV.shape[2] > 1 and logits_BNV.stride(2) != 1:
+            raise ValueError("logits_BNV must be contiguous along V: call .contiguous().")
+        if logits_BNV.device != self._kernels.device:
+            raise ValueError(
+                f"logits_BNV is on {logits_BNV.device}, the kernels on {self._kernels.device}."
+            )

@@ -1,0 +1,57 @@
+"""How kernels that read rows of logits are launched: macros of a type, blocks and threads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa_exp.decode.cuda.runtime import Kernels
+
+DEFINES = {
+    torch.float32: ("LOGIT_FLOAT32",),
+    torch.float16: ("LOGIT_FLOAT16",),
+    torch.bfloat16: ("LOGIT_BFLOAT16",),
+}
+MAX_BATCH = 65535
+MAX_VOCAB = 1 << 24
+"""Infinite logits are counted in float32."""
+LOG2_E = 1.4426950408889634
+_SHORT_ROW = 128 << 10
+"""Bytes of a row that two blocks read as fast as eight: between V = 32,000 and 128,256 in bf16."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a row's work is divided: so many blocks (a cluster) of so many threads."""
+
+    cluster: int = 1
+    threads: int = 1024
+
+    def check(self, kernels: Kernels) -> None:
+        """Raise ValueError if the kernels would not survive this on the device."""
+        if self.threads % 32 or not 32 <= self.threads <= 1024:
+            raise ValueError(f"{self}: threads must be a multiple of 32, from 32 to 1024.")
+        if self.cluster not in (1, 2, 4, 8):
+            raise ValueError(f"{self}: a cluster has 1, 2, 4 or 8 blocks.")
+        if self.cluster > 1 and not kernels.has_clusters:
+            raise ValueError(f"{self}: clusters need sm_90.")
+
+
+def launch_config(batch: int, row_bytes: int, kernels: Kernels) -> LaunchConfig:
+    """Choose for so many rows of logits at a time, each of so many bytes.
+
+    Measured on an H200 at 108 points of verification, where a sequence reads one row at a time
+    (three rules, B 1 to 64, V 32,000 to 151,936, bf16): at most 3.0 us above the best configuration
+    of a point, 0.15 us on average.
+    """
+    if not kernels.has_clusters:
+        return LaunchConfig()
+    is_long = row_bytes > _SHORT_ROW and 8 * batch <= kernels.num_processors
+    return LaunchConfig(cluster=8 if is_long else 2, threads=512)
+
+
+def can_read(logits: Tensor) -> bool:
+    """Return whether kernels take logits of this type, size and layout along their last axis."""
+    return (
+        logits.dtype in DEFINES and logits.shape[-1] <= MAX_VOCAB and logits.stride(-1) == 1
+    )

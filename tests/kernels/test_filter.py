@@ -1,0 +1,84 @@
+"""Top-k and top-p by a kernel, run on the CPU, against the specification in float64."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from filter_cases import (
+    FILTERS,
+    FilterCase,
+    check_filter,
+    clear_filter_cases,
+    exact_filter_cases,
+    filter_case,
+)
+from kernel_cases import hangs_on_a_digit, make_case
+from kernel_checks import CONFIGS, assert_equal, judged
+from kernel_shim import ORDERS
+
+from medusa_exp.decode.cuda.filter import KernelFilter
+from medusa_exp.decode.cuda.launch import LaunchConfig
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_equals_the_specification(shim, order):
+    shim.order = order
+    check_filter(shim, clear_filter_cases(range(300)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_ties_are_parted_where_the_specification_parts_them(shim, order):
+    shim.order = order
+    check_filter(shim, exact_filter_cases())
+
+
+@pytest.mark.parametrize("vocab", [4099, 32000, 151936])
+def test_large_vocabularies(shim, vocab):
+    several = (filter_case(seed, vocab) for seed in itertools.count())
+    check_filter(shim, itertools.islice((c for c in several if not c.hangs_on_a_digit()), 6))
+
+
+def test_a_cut_where_nearly_all_tokens_are_far_from_the_largest(shim):
+    """Counted in one bin, and there told apart by all of their bits."""
+    logits_11V = torch.randn(1, 1, 3000, generator=torch.Generator().manual_seed(0))
+    logits_11V[..., 7] = 1e30
+    for dtype in (torch.float32, torch.bfloat16):
+        case = FilterCase(logits_11V.to(dtype), 1.0, 1000, None)
+        check_filter(shim, [case])
+        found = KernelFilter(shim, LaunchConfig(2, 64))(case.logits_BNV, 1.0, 1000, None)
+        expected = logits_11V.to(dtype).topk(1000).values.min()
+        assert found[found > -torch.inf].min() == expected
+
+
+@pytest.mark.parametrize("config", CONFIGS[:4])
+@pytest.mark.parametrize("kernel", ["sampling", "traversal"])
+def test_verification_is_of_what_is_left(shim, kernel, config):
+    compared = 0
+    for seed in range(40):
+        case = make_case(seed, kernel)
+        top_k, top_p = FILTERS[seed % 3]
+        case = replace(case, options=case.options | {"top_k": top_k, "top_p": top_p})
+        left = FilterCase(case.logits_BNV, case.options["temperature"], top_k, top_p)
+        if not hangs_on_a_digit(case) and not left.hangs_on_a_digit():
+            assert_equal(judged(shim, config, case, seed=seed), case.expected())
+            compared += 1
+    assert compared > 30
+
+
+def test_what_cannot_be_filtered(shim):
+    logits_BNV = torch.zeros(2, 3, 8)
+    kernel = KernelFilter(shim)
+    assert kernel(logits_BNV, 1.0, None, None).equal(logits_BNV)
+    for logits, message in (
+        (logits_BNV.double(), "torch.float64"),
+        (logits_BNV[0], r"\[B, N, V\]"),
+        (logits_BNV[:, :0], r"\[B, N, V\]"),
+        (logits_BNV.transpose(1, 2), "contiguous along V"),
+        (logits_BNV.to("meta"), "on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernel(logits, 1.0, 2, 0.5)
+    with pytest.raises(ValueError, match="sm_90"):
+        shim.has_clusters = False
+        KernelFilter(shim, LaunchConfig(2))(logits_BNV, 1.0, 2, 0.5)
