@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.launch import LaunchConfig
+from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.sampled import Drawn, children_of
 from medusa_exp.tree import Tree
 

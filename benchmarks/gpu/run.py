@@ -207,6 +207,7 @@ def figures_of(name: str, scale: Scale, is_over: IsOver) -> Iterator[tuple[str, 
         kernels = correctness.kernels_of(scale)
         yield from verification.measure_some(kernels, is_over, some)
         yield from verification.measure_draws(kernels, is_over, some)
+        yield from verification.measure_filters(kernels, is_over, some)
     elif name == "grid":
         yield from verification.measure_grid(correctness.kernels_of(scale), is_over)
     elif name == "sanitize":

@@ -27,8 +27,9 @@ from gpu.timing import measure, num_copies
 from rivals.verification import SplitWalk, compiled, eager, options_of
 
 from medusa_exp.decode.cuda.draws import KernelDraw
-from medusa_exp.decode.cuda.runtime import Kernels
+from medusa_exp.decode.cuda.filter import KernelFilter
 from medusa_exp.decode.cuda.launch import launch_config
+from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.sampled import draw
@@ -93,6 +94,42 @@ def measure_draws(
                 "times_us": times_us,
                 "draws_otherwise": int((by_kernel(q_BMW, uniforms_BMR) != right).sum()),
                 "of": right.numel(),
+            },
+        )
+        release()
+
+
+FILTERED = (16, 0.7, 20, 0.8)
+"""Nodes, temperature, top-k and top-p."""
+
+
+def measure_filters(
+    kernels: Kernels, is_over: Callable[[], bool], some: Sequence[tuple[int, int]] = SOME
+) -> Iterator[tuple[str, Any]]:
+    """Yield the times of filtering random logits, by the kernel and by torch."""
+    nodes, *filters = FILTERED
+    for batch, vocab in some:
+        if is_over():
+            yield "filters_left_out", f"from B={batch}, V={vocab} on"
+            return
+        generator = torch.Generator(kernels.device).manual_seed(0)
+        made = {"generator": generator, "device": kernels.device, "dtype": torch.bfloat16}
+        logits_BNV = 3 * torch.randn(batch, nodes, vocab, **made)
+        by_kernel = KernelFilter(kernels)
+        few = {"repeats": 3, "at_least": 5}
+        times_us = {
+            "kernel": measure([partial(by_kernel, logits_BNV, *filters)]),
+            "torch": measure([partial(probabilities, logits_BNV, *filters)], **few),
+        }
+        left_NV = by_kernel(logits_BNV, *filters)[0] > -torch.inf
+        right_NV = probabilities(logits_BNV[0].double(), *filters) > 0
+        yield (
+            f"filter, B={batch}, V={vocab}",
+            {
+                "microseconds": times_us["kernel"]["graph_warm"],
+                "times_us": times_us,
+                "rows_otherwise": int((left_NV != right_NV).any(-1).sum()),
+                "of": nodes,
             },
         )
         release()

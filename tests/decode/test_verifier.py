@@ -9,13 +9,8 @@ import torch
 
 from medusa_exp.decode import rule
 from medusa_exp.decode.cpu_verify import verify_on_cpu
-from medusa_exp.decode.cuda.verify import (
-    ARGUMENTS,
-    KernelVerify,
-    LaunchConfig,
-    can_verify,
-    launch_config,
-)
+from medusa_exp.decode.cuda.launch import LaunchConfig, launch_config
+from medusa_exp.decode.cuda.verify import ARGUMENTS, KernelVerify, can_verify
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, pick_verify
 from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import verify
@@ -59,8 +54,6 @@ def arguments(**changed):
     [
         ("rule", "nucleus", "use one of"),
         ("temperature", 0.0, "temperature above 0"),
-        ("top_k", 3, "do not filter"),
-        ("top_p", 0.5, "do not filter"),
         ("max_depth", -1, "at least 0"),
         ("logits_BNV", torch.zeros(2, 3, 5).double(), "float32, float16 or bfloat16"),
         ("logits_BNV", torch.zeros(2, 3), r"must be \[B, N, V\]"),
@@ -187,17 +180,29 @@ def test_launches_that_the_kernels_would_not_survive(kernels, config):
 
 
 def test_on_the_cpu_auto_walks_on_the_host():
-    assert pick_verify("auto", CPU, is_filtered=False) is verify_on_cpu
-    assert pick_verify("torch", CPU, is_filtered=False) is verify
-    assert pick_verify("torch", CUDA, is_filtered=False) is verify
+    assert pick_verify("auto", CPU) is verify_on_cpu
+    assert pick_verify("torch", CPU) is verify
+    assert pick_verify("torch", CUDA) is verify
     assert Verifier(AcceptanceRule(), CPU)._verify is verify_on_cpu
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}])
+def test_filters_come_before_verification(kernels, options):
+    KernelVerify(kernels)(**arguments(**options, temperature=0.5))
+    of_filter, verification = kernels.launches
+    assert of_filter[:4] == ("filter.cu", ("LOGIT_FLOAT32",), "filter_2", (2, 3, 2))
+    told = of_filter[-1]
+    assert (told["top_k"], told["top_p"]) == (options.get("top_k", 0), options.get("top_p", 1.0))
+    assert told["scale"] == verification[-1]["scale"]
+    assert told["filtered"] == verification[-1]["logits"] != told["logits"]
+    KernelVerify(kernels)(**arguments(**options, rule="greedy"))
+    assert [launch[0] for launch in kernels.launches[2:]] == ["greedy.cu"]
 
 
 def test_auto_uses_the_kernels_where_they_can(monkeypatch, kernels):
     monkeypatch.setattr(rule, "find_spec", lambda name: name)
     monkeypatch.setattr(rule, "_kernels", lambda device: KernelVerify(kernels))
-    assert pick_verify("auto", CUDA, is_filtered=True) is verify
-    judge = pick_verify("auto", CUDA, is_filtered=False)
+    judge = pick_verify("auto", CUDA)
     judge(**arguments())
     assert len(kernels.launches) == 1
     odd = torch.zeros(2, 3, 5).double()
@@ -211,14 +216,12 @@ def test_auto_uses_the_kernels_where_they_can(monkeypatch, kernels):
     judge(**arguments(drawn=wide))
     assert len(kernels.launches) == 2
     monkeypatch.setattr(rule, "find_spec", lambda name: None)
-    assert pick_verify("auto", CUDA, is_filtered=False) is verify
+    assert pick_verify("auto", CUDA) is verify
 
 
 def test_cupy_that_cannot_be_had_is_named():
     with pytest.raises(UserError, match="CUDA device"):
-        pick_verify("cupy", CPU, is_filtered=False)
-    with pytest.raises(UserError, match=r"decode\.top_k"):
-        pick_verify("cupy", CPU, is_filtered=True)
+        pick_verify("cupy", CPU)
     with pytest.raises(ValueError, match="verifier=numba"):
         AcceptanceRule(verifier="numba")
 

@@ -35,8 +35,9 @@ def test_the_kernels_decode_what_torch_decodes(monkeypatch, architecture, shim):
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 12, "top_p": 0.9}])
 @pytest.mark.parametrize("kind", ["medusa", "medusa_lowrank", "recurrent"])
-def test_drafts_are_drawn_and_judged_as_by_torch(monkeypatch, kind, cuda_graph, shim):
+def test_drafts_are_drawn_and_judged_as_by_torch(monkeypatch, kind, filters, cuda_graph, shim):
     """Heads that share a distribution over a depth, have few tokens, or have one for each node."""
     backbone, few = Backbone(build_model("llama")), {}
     if kind == "medusa_lowrank":
@@ -48,11 +49,11 @@ def test_drafts_are_drawn_and_judged_as_by_torch(monkeypatch, kind, cuda_graph, 
     for judge, drawer in ((verify, None), (kernels, shim)):
         monkeypatch.setattr(rule, "pick_verify", lambda *given, judge=judge, **more: judge)
         monkeypatch.setattr(rule, "step_kernels", lambda name, device, drawer=drawer: drawer)
-        sampled = AcceptanceRule("sampling", seed=5, draft="sampled")
+        sampled = AcceptanceRule("sampling", seed=5, draft="sampled", **filters)
         decoder = Decoder(backbone, heads, TREE, sampled, cuda_graph=cuda_graph)
         found.append([a.tokens for a in decoder.decode(PROMPTS, Limits(30))])
     assert found[0] == found[1]
-    assert set(launched) == {"verify_2", "draws"}
+    assert set(launched) == {"verify_2", "draws"} | ({"filter_2"} if filters else set())
 
 
 def _spy(launch, entries: list[str]):

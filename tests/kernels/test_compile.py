@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_exp.decode.cuda.source import MODULES, source_of
 from medusa_exp.decode.cuda.launch import DEFINES
+from medusa_exp.decode.cuda.source import MODULES, source_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None,

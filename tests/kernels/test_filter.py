@@ -24,7 +24,7 @@ from medusa_exp.decode.cuda.launch import LaunchConfig
 @pytest.mark.parametrize("order", ORDERS)
 def test_equals_the_specification(shim, order):
     shim.order = order
-    check_filter(shim, clear_filter_cases(range(300)))
+    check_filter(shim, clear_filter_cases(range(150)))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -36,7 +36,7 @@ def test_ties_are_parted_where_the_specification_parts_them(shim, order):
 @pytest.mark.parametrize("vocab", [4099, 32000, 151936])
 def test_large_vocabularies(shim, vocab):
     several = (filter_case(seed, vocab) for seed in itertools.count())
-    check_filter(shim, itertools.islice((c for c in several if not c.hangs_on_a_digit()), 6))
+    check_filter(shim, itertools.islice((c for c in several if not c.hangs_on_a_digit()), 4))
 
 
 def test_a_cut_where_nearly_all_tokens_are_far_from_the_largest(shim):
@@ -55,7 +55,7 @@ def test_a_cut_where_nearly_all_tokens_are_far_from_the_largest(shim):
 @pytest.mark.parametrize("kernel", ["sampling", "traversal"])
 def test_verification_is_of_what_is_left(shim, kernel, config):
     compared = 0
-    for seed in range(40):
+    for seed in range(24):
         case = make_case(seed, kernel)
         top_k, top_p = FILTERS[seed % 3]
         case = replace(case, options=case.options | {"top_k": top_k, "top_p": top_p})
@@ -63,10 +63,10 @@ def test_verification_is_of_what_is_left(shim, kernel, config):
         if not hangs_on_a_digit(case) and not left.hangs_on_a_digit():
             assert_equal(judged(shim, config, case, seed=seed), case.expected())
             compared += 1
-    assert compared > 30
+    assert compared > 18
 
 
-def test_what_cannot_be_filtered(shim):
+def test_what_cannot_be_filtered(monkeypatch, shim):
     logits_BNV = torch.zeros(2, 3, 8)
     kernel = KernelFilter(shim)
     assert kernel(logits_BNV, 1.0, None, None).equal(logits_BNV)
@@ -79,6 +79,6 @@ def test_what_cannot_be_filtered(shim):
     ):
         with pytest.raises(ValueError, match=message):
             kernel(logits, 1.0, 2, 0.5)
+    monkeypatch.setattr(shim, "has_clusters", False)
     with pytest.raises(ValueError, match="sm_90"):
-        shim.has_clusters = False
         KernelFilter(shim, LaunchConfig(2))(logits_BNV, 1.0, 2, 0.5)

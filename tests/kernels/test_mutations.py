@@ -7,6 +7,7 @@ tries one fault of each kernel.
 import functools
 
 import pytest
+from filter_cases import check_filter, clear_filter_cases, exact_filter_cases
 from kernel_cases import exact_cases
 from kernel_checks import (
     COMMITS,
@@ -46,7 +47,18 @@ FAULTS = [
     ("mask", "mask.cu", "steps < a.window", "steps <= a.window"),
     ("draws", "draws.cu", "if (warp == token / length)", "if (false)"),
     ("draws", "draws.cu", ">> lane & 1)) sum", ">> lane & 0)) sum"),
+    ("filter", "filter.cu", "above < goal && goal <= next", "above <= goal && goal < next"),
+    ("filter", "filter.cu", "token <= last", "token < last"),
+    ("filter", "filter.cu", "if (needed <", "if (needed <="),
+    ("filter", "filter.cu", "return of <= kept ?", "return of < kept ?"),
     # an off-by-one in a walk
+    ("filter", "filter.cu", "shift > 24 - 8 * DIGITS", "shift > 32 - 8 * DIGITS"),
+    ("filter", "filter.cu", "(float)(needed - 1)", "(float)needed"),
+    ("filter", "filter.cu", "(missing % each > 0)", "1"),
+    ("filter", "filter.cu", "(before + part < part)", "0u"),
+    ("filter", "filter.cu", "goal += (double)goal <", "goal += 0.0 *"),
+    ("filter", "filter.cu", " == distance)\n                next", " >= 0)\n                next"),
+    ("filter", "filter.cu", "? 0xff800000u :", "? 0xff800000u + 1u :"),
     ("greedy", "greedy.cu", "int first = node + 1;", "int first = node + 2;"),
     ("greedy", "tree.cuh", "return length;", "return length + 1;"),
     ("sampling", "sampling.cu", "int first = node + 1;", "int first = node + 2;"),
@@ -87,6 +99,8 @@ def cases(kernel: str):
     """Return what a kernel is tried on; the expectations are made before any process is forked."""
     if kernel == "mask":
         return [mask_cases(architecture, range(12)) for architecture in ("llama", "mistral")]
+    if kernel == "filter":
+        return exact_filter_cases() * 2 + clear_filter_cases(range(100))
     exact = [(case, case.expected()) for case in exact_cases(kernel)]
     return exact * 3 + cases_of(kernel, range(60))
 
@@ -103,12 +117,15 @@ def check(kernel: str, shim) -> None:
     elif kernel == "draws":
         shim.order = "random"
         check_draws(shim, range(100))
+    elif kernel == "filter":
+        shim.order = "random"
+        check_filter(shim, cases(kernel))
     else:
         check_verification(shim, cases(kernel), ["random"])
 
 
 @pytest.mark.parametrize(
-    "kernel", ["greedy", "sampling", "typical", "traversal", "commit", "mask", "draws"]
+    "kernel", ["greedy", "sampling", "typical", "traversal", "commit", "mask", "draws", "filter"]
 )
 def test_without_a_fault_nothing_is_noticed(kernel, shim, tmp_path):
     if kernel not in ("commit", "draws"):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from filter_cases import check_filter, clear_filter_cases, exact_filter_cases
 from kernel_cases import KERNELS, Case, exact_cases, is_borderline, make_case
 from kernel_checks import (
     CONFIGS,
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++")
 BARRIER = re.compile(r"(?:__syncthreads|cluster_sync<CLUSTER>)\(\);")
 DEVICE_ONLY = re.compile(r"#ifndef CUDA_SHIM\n.*?\n#endif\n#endif\n", re.DOTALL)
 """In rows.cuh: barriers in PTX, for which the shim has its own."""
+OTHERS = ("mask", "draws", "filter")
 TIMEOUT = 900
 
 
@@ -54,6 +56,9 @@ def check(kernel: str, shim) -> None:
     elif kernel == "draws":
         shim.order = "random"
         check_draws(shim, range(300))
+    elif kernel == "filter":
+        shim.order = "random"
+        check_filter(shim, exact_filter_cases() * 3 + clear_filter_cases(range(150)))
     else:
         check_verification(shim, cases(kernel), ["random"])
 
@@ -71,17 +76,17 @@ def without(file: str, place: int, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, "mask", "draws"])
+@pytest.mark.parametrize("kernel", [*KERNELS, *OTHERS])
 def test_with_all_barriers_nothing_is_noticed(kernel, shim):
     check(kernel, shim)
 
 
 @pytest.mark.parametrize(("file", "place", "line"), barriers())
 def test_a_missing_barrier_is_noticed(file, place, line, tmp_path):
-    kernels = [kernel for kernel in (*KERNELS, "mask", "draws") if file == f"{kernel}.cu"] or [
+    kernels = [kernel for kernel in (*KERNELS, *OTHERS) if file == f"{kernel}.cu"] or [
         *("sampling", "greedy", "typical", "traversal")
     ]
-    for kernel in set(kernels) - {"mask", "draws"}:
+    for kernel in set(kernels) - {*OTHERS}:
         cases(kernel)
     is_noticed = False
     for kernel in kernels:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.cuda.draws import KernelDraw
-from medusa_exp.decode.cuda.mask_and_commit import CacheCommit, build_mask
 from medusa_exp.decode.cuda.launch import LaunchConfig
+from medusa_exp.decode.cuda.mask_and_commit import CacheCommit, build_mask
 from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.sampled import draw

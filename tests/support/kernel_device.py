@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filter_cases import check_filter, clear_filter_cases, exact_filter_cases
 from kernel_cases import KERNELS, Case, changed, exact_cases, is_borderline, make_case
 from kernel_checks import (
     COMMITS,
@@ -23,8 +24,8 @@ from kernel_checks import (
 )
 from kernel_shim import GXX, ShimKernels
 
-from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.launch import LaunchConfig
+from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.verify import Verdict
 
@@ -93,7 +94,7 @@ def compare_small(kernels: Kernels) -> list[str]:
 
 
 def compare_step(kernels: Kernels) -> str:
-    """Compare mask, commit and draws with the torch code; return "equal" or what differs."""
+    """Compare mask, commit, draws and filter with the torch code; "equal", or what differs."""
     try:
         for architecture in ("llama", "mistral"):
             check_mask(kernels, mask_cases(architecture, range(20)))
@@ -102,6 +103,7 @@ def compare_step(kernels: Kernels) -> str:
                 check_commit(kernels, dtype, head, unit, seed)
         check_commit_within(kernels)
         check_draws(kernels, range(60))
+        check_filter(kernels, [*exact_filter_cases(), *clear_filter_cases(range(60))])
     except AssertionError as error:
         return f"differs: {error!r}"
     return "equal"

@@ -22,7 +22,6 @@ from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.sampled import Drawn, draw
 from medusa_exp.decode.verify import RULES, TreeRelations, Verdict, verify
-from medusa_exp.errors import UserError
 from medusa_exp.model.argmax import argmax
 
 IMPLEMENTATIONS = ("auto", "torch", "cupy")
@@ -52,7 +51,7 @@ def pick_verify(name: str, device: torch.device) -> Callable[..., Verdict]:
 
 
 def step_kernels(name: str, device: torch.device) -> Kernels | None:
-    """Return kernels for mask, cache, draws and filters of a step, where it verifies by kernels too."""
+    """Return kernels for all else of a step, where it verifies by kernels too."""
     if device.type != "cuda" or name == "torch" or (name == "auto" and find_spec("cupy") is None):
         return None
     return kernels_on(device)

@@ -52,6 +52,4 @@ def launch_config(batch: int, row_bytes: int, kernels: Kernels) -> LaunchConfig:
 
 def can_read(logits: Tensor) -> bool:
     """Return whether kernels take logits of this type, size and layout along their last axis."""
-    return (
-        logits.dtype in DEFINES and logits.shape[-1] <= MAX_VOCAB and logits.stride(-1) == 1
-    )
+    return logits.dtype in DEFINES and logits.shape[-1] <= MAX_VOCAB and logits.stride(-1) == 1

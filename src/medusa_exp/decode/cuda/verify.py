@@ -40,6 +40,8 @@ ARGUMENTS = struct_of(
     "scale epsilon alpha",
 )
 """struct Arguments of kernels/cuda/tree.cuh."""
+
+
 def can_verify(logits_BNV: Tensor, drawn: Drawn | None = None) -> bool:
     """Return whether the kernels take what is of this type, shape and layout."""
     if drawn is not None and (drawn.q_BQW.dtype != torch.float32 or drawn.q_BQW.stride(2) != 1):
