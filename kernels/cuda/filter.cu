@@ -165,7 +165,6 @@ __device__ __forceinline__ Weight find_bin(Scratch& scratch, Weight above, Weigh
     if (share < 1.0) {
         const Weight all = __shfl_sync(0xffffffffu, end, 31);
         goal = (Weight)(share * (double)all);
-        goal += (double)goal < share * (double)all;
         goal = goal > 0 ? goal : 1;
     }
     above += end - own;

@@ -16,7 +16,7 @@ from medusa_exp.decode.cuda.filter import KernelFilter
 from medusa_exp.decode.cuda.launch import LaunchConfig
 from medusa_exp.decode.distribution import probabilities
 
-FILTERS = ((20, None), (None, 0.9), (20, 0.8), (1, None), (None, 1e-9), (5, 0.3), (300, 0.999))
+FILTERS = ((20, None), (None, 0.9), (20, 0.8), (1, None), (None, 1e-15), (5, 0.3), (300, 0.999))
 FILTER_CONFIGS = (
     LaunchConfig(threads=96),
     LaunchConfig(2, threads=64),
@@ -73,6 +73,9 @@ def exact_filter_cases() -> list[FilterCase]:
     for cut in (slice(None), slice(4), slice(1, 3)):  # two infinities; two zeros; nothing
         for top_p in (0.25, 0.5, 0.75):
             cases.append(FilterCase(halves_V[cut][None, None].clone(), 1.0, None, top_p))
+    # Counted together, as they are far from the largest, and told apart by all of their bits.
+    far_V = torch.tensor([60.0, torch.nan, -0.1, -0.3, torch.nan, -0.2, -0.4])
+    cases += [FilterCase(far_V.to(d)[None, None], 1.0, k, None) for d in DTYPES for k in (3, 6)]
     quarters_V = torch.full((1, 1, 300), -torch.inf)
     quarters_V[..., [3, 290, 40, 170]] = torch.tensor([1.0, 0.0, 0.0, 0.0])
     temperature = 1 / np.log(2)  # p of 2/5 and 1/5
@@ -90,6 +93,7 @@ def check_filter(kernels: Any, cases: Iterable[FilterCase]) -> None:
         expected_BNV = case.expected()
         left_BNV = probabilities(found_BNV.double(), case.temperature)
         assert (left_BNV - expected_BNV).abs().max() < 1e-9, case
+        assert (left_BNV > 0).equal(expected_BNV > 0), case
         is_left_BNV = (expected_BNV > 0) & ~case.logits_BNV.isnan()  # as they were
         assert found_BNV[is_left_BNV].equal(case.logits_BNV[is_left_BNV]), case
 

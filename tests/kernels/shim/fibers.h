@@ -53,6 +53,7 @@ struct Block {
     std::vector<std::vector<Exchange>> warps;
     std::vector<char> shared;  // while another block of the cluster runs
     int votes = 0, vote_result = 0;
+    bool has_begun = false;  // some thread has run
 };
 
 struct Machine {

@@ -6,8 +6,9 @@
 // depends on the order without a barrier shows. Shared memory starts as 0xCD bytes.
 //
 // `launch` returns null, or the text of what went wrong: a barrier that not all threads reach, threads
-// at different barriers, a lane outside its mask. Not seen: faults of the memory model (a missing
-// __threadfence), true concurrency between blocks, inline PTX.
+// at different barriers, a lane outside its mask, shared memory of a block that has not begun or has
+// ended. Not seen: faults of the memory model (a missing __threadfence), true concurrency between
+// blocks, inline PTX.
 
 #pragma once
 #include "fibers.h"
@@ -62,6 +63,7 @@ inline void begin_block(Block& block, uint3 index) {
     block.warps.assign((num_threads + 31) / 32, {});
     block.shared.assign(shared_bytes(), (char)0xCD);
     block.votes = 0;
+    block.has_begun = false;
     if (block.fibers.size() != num_threads) {
         block.fibers.clear();
         for (unsigned i = 0; i < num_threads; ++i) block.fibers.push_back(make_fiber(i));
@@ -74,11 +76,12 @@ inline void copy_shared(char* to, const char* from) {
     if (shared_bytes() > 0) std::memcpy(to, from, shared_bytes());
 }
 
+inline bool is_done(Block& block) {
+    return std::all_of(block.fibers.begin(), block.fibers.end(),
+                       [](auto& fiber) { return fiber->state == State::done; });
+}
+
 inline void run_cluster() {
-    auto is_done = [](Block& block) {
-        return std::all_of(block.fibers.begin(), block.fibers.end(),
-                           [](auto& fiber) { return fiber->state == State::done; });
-    };
     uint64_t late = 0;  // warps that do not run, in random order: some fall far behind the others
     unsigned redraw = 0;
     for (unsigned round = 0;; ++round) {
@@ -93,8 +96,10 @@ inline void run_cluster() {
             machine.block = &block;
             copy_shared(__start_shim_shared, block.shared.data());
             for (unsigned i : counted<unsigned>(block.fibers.size()))
-                if (!(late >> (i / 32 + 7 * rank) % 64 & 1) && can_run(block, *block.fibers[i]))
+                if (!(late >> (i / 32 + 7 * rank) % 64 & 1) && can_run(block, *block.fibers[i])) {
+                    block.has_begun = true;
                     resume(*block.fibers[i]);
+                }
             if (is_complete(block, State::at_barrier, true)) release(block, State::at_barrier);
             copy_shared(block.shared.data(), __start_shim_shared);
             is_all_done &= is_done(block);
@@ -136,6 +141,8 @@ template <class T>
 T* remote(T* here, unsigned rank) {
     Block& there = machine.cluster[rank];
     if (&there == machine.block) return here;
+    if (!there.has_begun) fail("shared memory of a block that has not begun");
+    if (is_done(there)) fail("shared memory of a block that has ended");
     return reinterpret_cast<T*>(there.shared.data() + (reinterpret_cast<char*>(here) - __start_shim_shared));
 }
 
