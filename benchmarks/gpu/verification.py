@@ -27,7 +27,7 @@ from gpu.timing import measure, num_copies
 from rivals.verification import SplitWalk, compiled, eager, options_of
 
 from medusa_exp.decode.cuda.draws import KernelDraw
-from medusa_exp.decode.cuda.filter import KernelFilter
+from medusa_exp.decode.cuda.filter import KernelFilter, filter_config
 from medusa_exp.decode.cuda.launch import launch_config
 from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.verify import KernelVerify
@@ -116,11 +116,12 @@ def measure_filters(
         made = {"generator": generator, "device": kernels.device, "dtype": torch.bfloat16}
         logits_BNV = 3 * torch.randn(batch, nodes, vocab, **made)
         by_kernel = KernelFilter(kernels)
-        few = {"repeats": 3, "at_least": 5}
-        times_us = {
-            "kernel": measure([partial(by_kernel, logits_BNV, *filters)]),
-            "torch": measure([partial(probabilities, logits_BNV, *filters)], **few),
-        }
+        times_us = {"kernel": measure([partial(by_kernel, logits_BNV, *filters)])}
+        few: dict[str, Any] = {"repeats": 3, "at_least": 5}
+        for config in configs_of(filter_config(batch * nodes, vocab, kernels), kernels):
+            method = partial(KernelFilter(kernels, config), logits_BNV, *filters)
+            times_us[name_of(config)] = measure([method], **few)
+        times_us["torch"] = measure([partial(probabilities, logits_BNV, *filters)], **few)
         left_NV = by_kernel(logits_BNV, *filters)[0] > -torch.inf
         right_NV = probabilities(logits_BNV[0].double(), *filters) > 0
         yield (

@@ -139,7 +139,7 @@ __device__ __forceinline__ void gather(Scratch& scratch, int turn) {
 #pragma unroll 1
     for (int bin = threadIdx.x; bin < BINS; bin += blockDim.x) {
         Weight total = 0;
-#pragma unroll 1
+#pragma unroll
         for (int rank = 0; rank < CLUSTER; ++rank) {
             const Weight high = load_remote<CLUSTER>(&scratch.high[turn][bin], rank);
             total += (high << 32) + load_remote<CLUSTER>(&scratch.low[turn][bin], rank);

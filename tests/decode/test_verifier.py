@@ -9,6 +9,7 @@ import torch
 
 from medusa_exp.decode import rule
 from medusa_exp.decode.cpu_verify import verify_on_cpu
+from medusa_exp.decode.cuda.filter import filter_config
 from medusa_exp.decode.cuda.launch import LaunchConfig, launch_config
 from medusa_exp.decode.cuda.verify import ARGUMENTS, KernelVerify, can_verify
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, pick_verify
@@ -190,7 +191,7 @@ def test_on_the_cpu_auto_walks_on_the_host():
 def test_filters_come_before_verification(kernels, options):
     KernelVerify(kernels)(**arguments(**options, temperature=0.5))
     of_filter, verification = kernels.launches
-    assert of_filter[:4] == ("filter.cu", ("LOGIT_FLOAT32",), "filter_2", (2, 3, 2))
+    assert of_filter[:4] == ("filter.cu", ("LOGIT_FLOAT32",), "filter_1", (1, 3, 2))
     told = of_filter[-1]
     assert (told["top_k"], told["top_p"]) == (options.get("top_k", 0), options.get("top_p", 1.0))
     assert told["scale"] == verification[-1]["scale"]
@@ -237,3 +238,13 @@ def test_cupy_that_cannot_be_had_is_named():
 )
 def test_what_filters(rule, expected):
     assert rule.is_filtered is expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "cluster"),
+    [(1, 300, 1), (1, 32000, 4), (16, 128256, 8), (64, 128256, 4), (1088, 128256, 1)],
+)
+def test_rows_to_be_filtered_fill_the_device(kernels, rows, vocab, cluster):
+    assert filter_config(rows, vocab, kernels) == LaunchConfig(cluster, 512)
+    kernels.has_clusters = False
+    assert filter_config(rows, vocab, kernels) == LaunchConfig()

@@ -17,7 +17,6 @@ from medusa_exp.decode.cuda.launch import (
     MAX_BATCH,
     MAX_VOCAB,
     LaunchConfig,
-    launch_config,
 )
 from medusa_exp.decode.cuda.runtime import Kernels, struct_of
 
@@ -27,6 +26,21 @@ ARGUMENTS = struct_of(
     "scale top_p",
 )
 """struct Arguments of kernels/cuda/filter.cu."""
+
+
+_THREADS = 512
+
+
+def filter_config(rows: int, vocab_size: int, kernels: Kernels) -> LaunchConfig:
+    """Choose for so many rows, all of which are read at a time. (Reasoned, not measured.)
+
+    As many blocks as the device holds, two to a processor, as long as a thread has eight logits to
+    load at once.
+    """
+    if not kernels.has_clusters:
+        return LaunchConfig()
+    most = min(2 * kernels.num_processors // rows, vocab_size // (8 * _THREADS))
+    return LaunchConfig(next((size for size in (8, 4, 2) if size <= most), 1), _THREADS)
 
 
 class KernelFilter:
@@ -57,8 +71,7 @@ class KernelFilter:
         """
         self._check(logits_BNV)
         batch, count, vocab_size = logits_BNV.shape
-        row_bytes = vocab_size * logits_BNV.itemsize
-        config = self._config or launch_config(batch * count, row_bytes, self._kernels)
+        config = self._config or filter_config(batch * count, vocab_size, self._kernels)
         config.check(self._kernels)
         filtered_BNV = torch.empty_like(logits_BNV, memory_format=torch.contiguous_format)
         arguments = np.zeros(1, ARGUMENTS)
