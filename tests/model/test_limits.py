@@ -75,6 +75,8 @@ def test_pipes_devices_and_directories_are_refused(model, name):
         ({"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers is beyond 2,000"),
         ({"num_attention_heads": -(10**9)}, "num_attention_heads is beyond"),
         ({"n_layer": 10**9}, "n_layer is beyond 2,000"),
+        ({"num_local_experts": 10**7}, "num_local_experts is beyond 1,048,576"),
+        ({"num_experts": 10**6}, "asks for 8,000,000 weights"),
         ({"vocab_size": 10**15}, "vocab_size is beyond"),
         (
             {"vocab_size": 10**9},
@@ -89,6 +91,12 @@ def test_pipes_devices_and_directories_are_refused(model, name):
 def test_configs_beyond_any_model_are_refused(model, changes, said):
     (model / "config.json").write_text(json.dumps(CONFIG | changes))
     refused(model, said)
+
+
+def test_experts_may_be_many(model):
+    """Doge has 16,384, a row of a matrix each."""
+    (model / "config.json").write_text(json.dumps(CONFIG | {"num_experts": 4_000}))
+    ModelSpec(ModelConfig(path=str(model))).tokenizer_path()
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,10 @@ _MOST_HEADER = 100 << 20
 """Bytes of the header of a safetensors file, as its format has it."""
 _MOST_PARSED = 1 << 24
 """Bytes of a header that is looked into: that of ten thousand tensors has a tenth of it."""
-_MOST_LAYERS, _MOST_ENTRIES, _MOST_NUMBER = 2_000, 100_000, 1 << 40
-_LAYERS = re.compile(r"(num|n)_(\w*_)?(layers?|blocks?|experts?|heads?)\w*$")
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_ENTRIES, _MOST_NUMBER = 2_000, 1 << 20, 100_000, 1 << 40
+_LAYERS = re.compile(r"(num|n)_(\w*_)?(layers?|blocks?|heads?)\w*$")
+_EXPERTS = re.compile(r"(num|n)_(\w*_)?experts?\w*$")
+"""Experts may be single rows of a matrix: Doge has 16,384."""
 _WEIGHTS_OF_A_BYTE = 16
 """More than any quantized format has: what a config asks for beyond this is in no file there."""
 
@@ -122,7 +124,11 @@ def _check_config(what: str, config: Any, weight_bytes: int) -> None:
     for number, (name, value) in enumerate(_numbers(config)):
         if number > _MOST_ENTRIES:
             raise UserError(f"{what} has more than {_MOST_ENTRIES:,} numbers: restore it.")
-        most = _MOST_LAYERS if _LAYERS.match(name) else _MOST_NUMBER
+        most = _MOST_NUMBER
+        if _LAYERS.match(name):
+            most = _MOST_LAYERS
+        elif _EXPERTS.match(name):
+            most = _MOST_EXPERTS
         if isinstance(value, int) and abs(value) > most:
             raise UserError(
                 f"{what}: {name} is beyond {most:,}, which no model has: restore the file."
@@ -133,6 +139,7 @@ def _check_config(what: str, config: Any, weight_bytes: int) -> None:
     asked = max(
         width * _size(text, "vocab_size"),
         width * width * _size(text, "num_hidden_layers", "n_layer", "num_layers"),
+        width * _size(text, "num_experts", "num_local_experts", "n_routed_experts"),
     )
     if weight_bytes and asked > _WEIGHTS_OF_A_BYTE * weight_bytes:
         raise UserError(
