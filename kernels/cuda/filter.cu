@@ -5,13 +5,14 @@
 //      the k-th, then, in the order of their probabilities and of their numbers, all after the one
 //      with which the sum reaches top_p. As decode/distribution.py, probabilities. What is left is
 //      distributed as there: a softmax sees no difference between left out and minus infinity.
-// Floor: a row once from memory and once into it. In between it is read from the L2 cache three to
-//      five times for each of both, and once more where tokens that tie are parted.
+// Floor: a row once from memory and once into it. In between it is read from the L2 cache twice or
+//      three times for each of both (float32: four or five times), and once more where tokens that
+//      tie are parted.
 //
-// The place where a row is cut is found digit by digit: tokens are counted, or weighed, into 256 bins,
-// and what lies in the bin with the cut into 256 again. Weights are integers, whose sums depend on no
-// order. The first bins are distances to the largest logit, on which tokens spread well; the digits
-// after them are those of the logit's bits.
+// The place where a row is cut is found step by step: tokens are counted, or weighed, into 256 bins,
+// and what lies in the bin with the cut into 256 again. The first bins are distances to the largest
+// logit, on which tokens spread well; those after it are of the bits in which its logits can differ.
+// Weights are integers, whose sums depend on no order: a mass of less than 2^-40 counts as none.
 //
 // entry      grid         block       needs
 // filter_C   (C, N, B)    32..1024    C > 1: sm_90 (a cluster of C blocks a row)
@@ -36,19 +37,21 @@ constexpr float BINS_PER_HALVING = 4.0f;  // of probability
 constexpr int AHEAD = 8;                  // loads in flight in each thread
 constexpr float UNIT = 549755813888.0f;   // 2^39: a mass of 1, and 2^24 of them fit into a Weight
 #if defined(LOGIT_FLOAT32)
-constexpr int DIGITS = 4;  // of 8 bits, in which logits may differ
+constexpr int UNUSED = 0;  // of the bits of a float, the last, which no logit of this type has
 #elif defined(LOGIT_FLOAT16)
-constexpr int DIGITS = 3;
+constexpr int UNUSED = 13;
 #else
-constexpr int DIGITS = 2;
+constexpr int UNUSED = 16;
 #endif
+constexpr unsigned UNUSED_BITS = (1u << UNUSED) - 1u;
 
 struct Scratch {
     Slices slices;
     unsigned low[2][BINS], high[2][BINS];  // of this block's weights; passes take turns
-    Weight total[BINS];                    // of the row's
-    Weight above;                          // the bin that was found: what weighs more than it
-    int bin;
+    Weight total[BINS + BINS / 8];         // of the row's; see place_of
+    Weight goal;
+    int bin;  // that was found, with the weight before it and its own
+    Weight above, own;
     Crossing crossing;
 };
 
@@ -64,7 +67,9 @@ __device__ __forceinline__ Logit minus_infinity() {
 
 // The larger a logit, the lower; equal ones have the same. NaN counts as minus infinity.
 __device__ __forceinline__ unsigned order_of(float x) {
-    const unsigned bits = x == x ? (unsigned)__float_as_int(x + 0.0f) : 0xff800000u;
+    unsigned bits = (unsigned)__float_as_int(x);  // no arithmetic: it would flush the smallest to 0
+    if ((bits & 0x7fffffffu) > 0x7f800000u) bits = 0xff800000u;
+    if (bits == 0x80000000u) bits = 0u;
     return bits >> 31 ? bits : bits ^ 0x7fffffffu;
 }
 
@@ -131,6 +136,9 @@ struct Putting {
     }
 };
 
+// Where a bin stands in `total`: eight to a lane, on different banks.
+__device__ __forceinline__ int place_of(int bin) { return bin + (bin >> 3); }
+
 // Add up the bins of all blocks, and empty those of the next pass: whoever read them, in the last
 // pass, has been to a barrier since. All threads call this.
 template <int CLUSTER>
@@ -144,40 +152,51 @@ __device__ __forceinline__ void gather(Scratch& scratch, int turn) {
             const Weight high = load_remote<CLUSTER>(&scratch.high[turn][bin], rank);
             total += (high << 32) + load_remote<CLUSTER>(&scratch.low[turn][bin], rank);
         }
-        scratch.total[bin] = total;
+        scratch.total[place_of(bin)] = total;
         scratch.low[turn ^ 1][bin] = scratch.high[turn ^ 1][bin] = 0;
     }
     __syncthreads();
 }
 
-// Find the bin with which the sum, begun at `above`, reaches the goal: a share of all, or a number.
-// Returns the goal as a number. All threads call this.
-__device__ __forceinline__ Weight find_bin(Scratch& scratch, Weight above, Weight goal, double share) {
+// Find the bin with which the sum, begun at `above`, reaches a goal, or a share of all if that is
+// below 1. All threads call this.
+__device__ __forceinline__ void find_bin(Scratch& scratch, Weight above, Weight goal, double share) {
     constexpr int EACH = BINS / 32;
-    const int lane = threadIdx.x & 31;
-    Weight own = 0;
-    for (int i = 0; i < EACH; ++i) own += scratch.total[lane * EACH + i];
-    Weight end = own;
-    for (int step = 1; step < 32; step <<= 1) {
-        const Weight before = __shfl_up_sync(0xffffffffu, end, step);
-        if (lane >= step) end += before;
-    }
-    if (share < 1.0) {
-        const Weight all = __shfl_sync(0xffffffffu, end, 31);
-        goal = (Weight)(share * (double)all);
-        goal = goal > 0 ? goal : 1;
-    }
-    above += end - own;
-    for (int i = 0; i < EACH; ++i) {
-        const Weight next = above + scratch.total[lane * EACH + i];
-        if (threadIdx.x < 32 && above < goal && goal <= next) {  // of all bins, one
-            scratch.bin = lane * EACH + i;
-            scratch.above = above;
+    const int lane = threadIdx.x;
+    if (lane < 32) {
+        Weight own[EACH], sum = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) sum += own[i] = scratch.total[place_of(lane * EACH) + i];
+        Weight end = sum;
+        for (int step = 1; step < 32; step <<= 1) {
+            const Weight before = __shfl_up_sync(0xffffffffu, end, step);
+            if (lane >= step) end += before;
         }
-        above = next;
+        if (share < 1.0) {
+            goal = (Weight)(share * (double)__shfl_sync(0xffffffffu, end, 31));
+            goal = goal > 0 ? goal : 1;
+        }
+        if (lane == 0) scratch.goal = goal;
+        above += end - sum;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            if (above < goal && goal <= above + own[i]) {  // of all bins, one
+                scratch.bin = lane * EACH + i;
+                scratch.above = above;
+                scratch.own = own[i];
+            }
+            above += own[i];
+        }
     }
     __syncthreads();
-    return goal;
+}
+
+// The orders that a bin of distances may have.
+__device__ __forceinline__ void bounds_of(int bin, const Row& row, unsigned& low, unsigned& high) {
+    const float width = 1.0f / (row.scale * BINS_PER_HALVING), slack = 0.01f;
+    low = order_of(row.largest - ((float)bin - slack) * width);
+    high = bin == BINS - 1 ? ~0u : order_of(row.largest - ((float)(bin + 1) + slack) * width);
+    low &= ~UNUSED_BITS;
 }
 
 // Cut a row where the sum of weigh(logit, order) reaches a number, or a share of it all.
@@ -190,33 +209,30 @@ __device__ __forceinline__ Cut cut_at(const Row& row, Scratch& scratch, int& tur
     });
     first.flush();
     gather<CLUSTER>(scratch, turn);
-    goal = find_bin(scratch, 0, goal, share);
+    find_bin(scratch, 0, goal, share);
+    goal = scratch.goal;
     const int distance = scratch.bin;
-    unsigned prefix = 0;
-#pragma unroll 1
-    for (int shift = 24; shift > 24 - 8 * DIGITS; shift -= 8) {
+    unsigned low, high;
+    bounds_of(distance, row, low, high);
+    int shift = max(24 - __clz((int)(high - low)), UNUSED);
+    for (;; shift = max(shift - 8, UNUSED)) {
         turn ^= 1;
         Putting next = {scratch.low[turn], scratch.high[turn], 0, 0};
         row.each([&](float x, Logit, int) {
-            const unsigned order = order_of(x);
-            if (shift < 24 && order >> (shift + 8) != prefix) return;
-            if (distance_bin(x, row.largest, row.scale) == distance)
-                next.put((int)(order >> shift & 255u), weigh(x, order));
+            const unsigned order = order_of(x), bin = (order - low) >> shift;
+            if (bin < BINS && distance_bin(x, row.largest, row.scale) == distance)
+                next.put((int)bin, weigh(x, order));
         });
         next.flush();
         const Weight above = scratch.above;
         gather<CLUSTER>(scratch, turn);
         find_bin(scratch, above, goal, 1.0);
-        prefix = prefix << 8 | (unsigned)scratch.bin;
+        low += (unsigned)scratch.bin << shift;
+        if (shift == UNUSED) break;
     }
     turn ^= 1;
-    // Bits that no logit of this type has are 0, and turned where it is not negative.
-    constexpr int REST = 32 - 8 * DIGITS;
-    if (REST > 0) {
-        const unsigned turned = prefix >> (8 * DIGITS - 1) ? 0u : (1u << REST) - 1u;
-        prefix = prefix << (REST & 31) | turned;
-    }
-    return {prefix, scratch.above, scratch.total[scratch.bin], goal};
+    // The unused bits are 0, and turned where a logit is not negative.
+    return {low >> 31 ? low : low | UNUSED_BITS, scratch.above, scratch.own, goal};
 }
 
 // ---- tokens that tie at the cut ----------------------------------------------------------------
@@ -274,7 +290,8 @@ __device__ __forceinline__ void filter(const Arguments& a, Scratch& scratch) {
     if (has_some && a.top_p < 1.0) {
         const auto mass = [&](float x) {
             const bool is_largest = x == row.largest;
-            return (Weight)((is_largest ? 1.0f : mass_of(x, 1, row.largest, row.scale)) * UNIT);
+            const float part = is_largest ? 1.0f : mass_of(x, 1, row.largest, row.scale);
+            return (Weight)(fmaxf(part, 0.0f) * UNIT + 0.5f);
         };
         const unsigned kept = order;
         const Cut cut = cut_at<CLUSTER>(
@@ -286,13 +303,13 @@ __device__ __forceinline__ void filter(const Arguments& a, Scratch& scratch) {
         if (needed < cut.own / each)
             last = tied_token<CLUSTER>(row, scratch, order, (float)(needed - 1));
     }
+    cluster_sync<CLUSTER>();  // no block ends while another reads its bins
     Logit* filtered_V = a.filtered_BNV + b * a.filtered_stride_b + n * a.filtered_stride_n;
     row.each([&](float x, Logit raw, int token) {
         const unsigned other = order_of(x);
         const bool is_kept = other < order || (other == order && token <= last);
         filtered_V[token] = is_kept ? raw : minus_infinity();
     });
-    cluster_sync<CLUSTER>();  // no block ends while another reads its bins
 }
 
 #define ENTRY(CLUSTER, ATTRIBUTE)                                                                  \

@@ -17,6 +17,7 @@ from kernel_cases import hangs_on_a_digit, make_case
 from kernel_checks import CONFIGS, assert_equal, judged
 from kernel_shim import ORDERS
 
+from medusa_exp.decode import rule
 from medusa_exp.decode.cuda.filter import KernelFilter
 from medusa_exp.decode.cuda.launch import LaunchConfig
 
@@ -54,10 +55,39 @@ def test_verification_is_of_what_is_left(shim, kernel, config):
     assert compared > 18
 
 
+def test_the_smallest_logits_are_told_apart(shim):
+    """As a GPU computes, they are zero."""
+    smallest_V = torch.tensor([1e-40, 2e-40, -1e-40, 0.0])
+    torch.set_flush_denormal(True)
+    try:
+        found = KernelFilter(shim)(smallest_V[None, None], 1.0, 1, None)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (found > -torch.inf).tolist() == [[[False, True, False, False]]]
+
+
+def test_where_nothing_is_left_out_nothing_is_launched(monkeypatch, shim):
+    monkeypatch.setattr(rule, "step_kernels", lambda name, device: shim)
+    filtered = rule.pick_probabilities("auto", shim.device)
+    case, logits_BNV = make_case(0, "sampling"), torch.zeros(1, 2, 8)
+    before, thirds = len(shim.launched), pytest.approx([1 / 3] * 3 + [0.0] * 5)
+    for top_k, top_p in ((None, None), (None, 1.0), (8, None), (100, 1.0)):
+        assert filtered(logits_BNV, 1.0, top_k, top_p).equal(torch.full((1, 2, 8), 1 / 8))
+    assert filtered(logits_BNV.double(), 1.0, 2, 0.3)[0, 0].tolist() == thirds
+    options = case.options | {"top_k": case.logits_BNV.shape[2], "top_p": 1.0}
+    judged(shim, CONFIGS[0], replace(case, options=options))
+    assert shim.launched[before:] == ["verify_1"]
+    assert filtered(logits_BNV, 1.0, None, 0.3)[0, 0].tolist() == thirds
+    assert shim.launched[before + 1 :] == ["filter_1"]
+
+
 def test_what_cannot_be_filtered(monkeypatch, shim):
     logits_BNV = torch.zeros(2, 3, 8)
     kernel = KernelFilter(shim)
     assert kernel(logits_BNV, 1.0, None, None).equal(logits_BNV)
+    for top_k, top_p in ((0, None), (None, 0.0), (None, -1.0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            kernel(logits_BNV, 1.0, top_k, top_p)
     for logits, message in (
         (logits_BNV.double(), "torch.float64"),
         (logits_BNV[0], r"\[B, N, V\]"),

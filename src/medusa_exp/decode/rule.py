@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medusa_exp.decode.cpu_verify import verify_on_cpu
 from medusa_exp.decode.cuda.draws import KernelDraw, can_draw
-from medusa_exp.decode.cuda.filter import KernelFilter
+from medusa_exp.decode.cuda.filter import KernelFilter, leaves_out
 from medusa_exp.decode.cuda.launch import can_read
 from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
 from medusa_exp.decode.distribution import probabilities
@@ -88,7 +88,7 @@ def pick_probabilities(name: str, device: torch.device) -> Callable[..., Tensor]
     def filter_where_it_can(
         logits_BNV: Tensor, temperature: float, top_k: int | None, top_p: float | None
     ) -> Tensor:
-        is_filtered = top_k is not None or top_p is not None
+        is_filtered = leaves_out(top_k, top_p, logits_BNV.shape[-1])
         if not is_filtered or not can_read(logits_BNV):
             return probabilities(logits_BNV, temperature, top_k, top_p)
         return probabilities(kernel_filter(logits_BNV, temperature, top_k, top_p), temperature)

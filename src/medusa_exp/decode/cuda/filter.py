@@ -31,6 +31,11 @@ ARGUMENTS = struct_of(
 _THREADS = 512
 
 
+def leaves_out(top_k: int | None, top_p: float | None, vocab_size: int) -> bool:
+    """Return whether any token may be left out."""
+    return (top_k is not None and top_k < vocab_size) or (top_p is not None and top_p < 1)
+
+
 def filter_config(rows: int, vocab_size: int, kernels: Kernels) -> LaunchConfig:
     """Choose for so many rows, all of which are read at a time. (Reasoned, not measured.)
 
@@ -70,6 +75,8 @@ class KernelFilter:
                 launched then.
         """
         self._check(logits_BNV)
+        if (top_k is not None and top_k < 1) or (top_p is not None and not top_p > 0):
+            raise ValueError(f"top_k={top_k} must be at least 1, and top_p={top_p} above 0.")
         batch, count, vocab_size = logits_BNV.shape
         config = self._config or filter_config(batch * count, vocab_size, self._kernels)
         config.check(self._kernels)

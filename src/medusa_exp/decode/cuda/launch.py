@@ -49,6 +49,8 @@ def launch_config(batch: int, row_bytes: int, kernels: Kernels) -> LaunchConfig:
     return LaunchConfig(cluster=8 if is_long else 2, threads=512)
 
 
-def can_read(logits: Tensor) -> bool:
-    """Return whether kernels take logits of this type, size and layout along their last axis."""
-    return logits.dtype in DEFINES and logits.shape[-1] <= MAX_VOCAB and logits.stride(-1) == 1
+def can_read(logits_BNV: Tensor) -> bool:
+    """Return whether kernels take logits of this type, size and layout."""
+    shape = logits_BNV.shape
+    fits = 0 not in shape and max(shape[:2]) <= MAX_BATCH and shape[2] <= MAX_VOCAB
+    return fits and logits_BNV.dtype in DEFINES and logits_BNV.stride(2) == 1

@@ -6,8 +6,9 @@ top_p leave out is taken from the logits first (filter.py).
 No call waits for the device. Outputs are allocated once for a shape, and a verdict's tensors are
 written again by the next call of the same shape. So a `KernelVerify` belongs to one stream, and to
 one CUDA graph if it is captured: call it once before, so that nothing is compiled or allocated
-during capture. Temperature, epsilon and alpha are frozen in a graph; logits, tokens, parents and
-uniforms are read anew from their places.
+during capture but a copy of the logits where some are left out, which a graph has in its own
+memory. Temperature, the filters, epsilon and alpha are frozen in a graph; logits, tokens, parents
+and uniforms are read anew from their places.
 
 B batch, N tree nodes, V vocabulary, L path length, Q distributions of W tokens.
 """
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda.filter import KernelFilter
+from medusa_exp.decode.cuda.filter import KernelFilter, leaves_out
 from medusa_exp.decode.cuda.launch import (
     DEFINES,
     LOG2_E,
@@ -141,7 +142,7 @@ class KernelVerify:
         if depth < 0:
             raise ValueError(f"max_depth={max_depth} must be at least 0.")
         of_draws = (0, 0, 0, 0, 0) if drawn is None else self._of_draws(drawn, logits_BNV)
-        if rule == "sampling" and (top_k is not None or top_p is not None):
+        if rule == "sampling" and leaves_out(top_k, top_p, vocab_size):
             logits_BNV = self._filter(logits_BNV, temperature, top_k, top_p)
         space = self._workspace(logits_BNV, depth + 1)
         verdict = space.verdict
