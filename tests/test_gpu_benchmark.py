@@ -307,6 +307,13 @@ def test_captured_steps_that_say_otherwise_are_named(monkeypatch):
     assert "captured, B=1" in differ and "eager tree, B=1" not in differ
 
 
+def test_rules_under_which_captured_steps_draw_otherwise_are_named(monkeypatch):
+    backbone = Backbone(build_model("llama"))
+    assert correctness.rules_that_differ(backbone) == []
+    monkeypatch.setattr(step.CapturedStep, "_mask_and_positions", _blind)
+    assert correctness.rules_that_differ(backbone) == [*correctness.RULES]
+
+
 def _blind(self, draft):
     """Positions that are one too high."""
     lengths_B, columns = self.cache.lengths_B, self.cache.capacity

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,20 @@ from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.slots import Request
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree
 
 MODELS = ("llama", "qwen3", "mistral", "gemma2", "gpt_neox")
 TREE = Tree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3)])
+RULES = {
+    "sampling": AcceptanceRule("sampling", temperature=2.0),
+    "sampling, filtered": AcceptanceRule("sampling", temperature=2.0, top_k=12, top_p=0.9),
+    "drawn drafts": AcceptanceRule("sampling", draft="sampled"),
+    "drawn drafts, filtered": AcceptanceRule("sampling", top_k=12, top_p=0.9, draft="sampled"),
+    "typical": AcceptanceRule("typical"),
+}
 NUM_CASES = 20
 """Drawn cases of each rule by which the kernels are judged."""
 RUN_SECONDS = 120
@@ -57,7 +67,10 @@ def check_kernels(scale: Scale) -> dict[str, Any]:
 
 
 def check_steps(scale: Scale, is_over: Callable[[], bool]) -> Iterator[tuple[str, Any]]:
-    """Yield, for each model, whether captured and compiled steps say what eager ones do."""
+    """Yield for each model which captured and compiled steps do not say what eager ones do.
+
+    For the first one also under which rules.
+    """
     models = MODELS[:1] if scale.is_rehearsal else MODELS
     for name in models:
         if is_over():
@@ -65,6 +78,8 @@ def check_steps(scale: Scale, is_over: Callable[[], bool]) -> Iterator[tuple[str
             return
         backbone = Backbone(build_model(name).to(scale.device))
         yield name, ways_that_differ(backbone, scale)
+        if name == models[0]:
+            yield f"{name}, rules", rules_that_differ(backbone)
 
 
 def ways_that_differ(backbone: Backbone, scale: Scale) -> list[str]:
@@ -93,6 +108,33 @@ def ways_that_differ(backbone: Backbone, scale: Scale) -> list[str]:
                     differ.append(f"{told}, B={count}")
     if compiled.layers.is_refused:
         differ.append("compiled: its layers were not")
+    return differ
+
+
+def rules_that_differ(backbone: Backbone) -> list[str]:
+    """Return under which rules captured steps with kernels do not draw what eager ones in torch do.
+
+    Each request has numbers of its own to draw by, whatever the steps are.
+    """
+    rng, differ = random.Random(1), []
+    heads = build_heads(backbone, num_heads=3).to(backbone.device)
+    requests = [
+        Request([rng.randrange(VOCAB_SIZE)] * 5, Limits(30, {7}), seed=(0, number), tag=number)
+        for number in range(6)
+    ]
+    for told, rule in RULES.items():
+        ways = (replace(rule, verifier="torch"), False), (rule, True)
+        found = [
+            {
+                done.request.tag: done.response.tokens
+                for done in Decoder(backbone, heads, TREE, used, cuda_graph=is_captured)
+                .slots(2, 128)
+                .decode(iter(requests))
+            }
+            for used, is_captured in ways
+        ]
+        if found[0] != found[1]:
+            differ.append(told)
     return differ
 
 
