@@ -28,9 +28,8 @@ from rivals.verification import SplitWalk, compiled, eager, options_of
 
 from medusa_exp.decode.cuda.draws import KernelDraw
 from medusa_exp.decode.cuda.filter import KernelFilter, filter_config
-from medusa_exp.decode.cuda.launch import launch_config
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import KernelVerify
+from medusa_exp.decode.cuda.verify import KernelVerify, launch_config
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.sampled import draw
 from medusa_exp.decode.verify import Verdict, verify
@@ -115,22 +114,30 @@ def measure_filters(
         generator = torch.Generator(kernels.device).manual_seed(0)
         made = {"generator": generator, "device": kernels.device, "dtype": torch.bfloat16}
         logits_BNV = 3 * torch.randn(batch, nodes, vocab, **made)
-        by_kernel = KernelFilter(kernels)
-        times_us = {"kernel": measure([partial(by_kernel, logits_BNV, *filters)])}
-        few: dict[str, Any] = {"repeats": 3, "at_least": 5}
-        for config in configs_of(filter_config(batch * nodes, vocab, kernels), kernels):
-            method = partial(KernelFilter(kernels, config), logits_BNV, *filters)
-            times_us[name_of(config)] = measure([method], **few)
-        times_us["torch"] = measure([partial(probabilities, logits_BNV, *filters)], **few)
-        left_NV = by_kernel(logits_BNV, *filters)[0] > -torch.inf
-        right_NV = probabilities(logits_BNV[0].double(), *filters) > 0
+        chosen = filter_config(batch * nodes, vocab, kernels)
+        configs = configs_of(chosen, kernels) if kernels.device.type == "cuda" else [chosen]
+        methods: dict[str, Callable[[], Any]] = {
+            name_of(config): partial(KernelFilter(kernels, config), logits_BNV, *filters)
+            for config in configs
+        }
+        by_kernel = methods[name_of(chosen)]
+        temperature, *_ = filters
+        methods["kernel and softmax"] = lambda: probabilities(by_kernel(), temperature)  # noqa: B023
+        methods["torch"] = partial(probabilities, logits_BNV, *filters)
+        times_us: dict[str, dict[str, float]] = {}
+        failed: dict[str, str] = {}
+        for name, method in methods.items():
+            try:
+                times_us[name] = measure([method], repeats=3, at_least=5)
+            except Exception as error:
+                failed[name] = told(error)
         yield (
             f"filter, B={batch}, V={vocab}",
             {
-                "microseconds": times_us["kernel"]["graph_warm"],
+                "microseconds": times_us.get(name_of(chosen), {}).get("graph_warm"),
                 "times_us": times_us,
-                "rows_otherwise": int((left_NV != right_NV).any(-1).sum()),
-                "of": nodes,
+                "chosen_config": name_of(chosen),
+                "failed": failed,
             },
         )
         release()

@@ -147,19 +147,20 @@ def test_trees(monkeypatch, tree, rule):
     assert part_of_host(warm_step(monkeypatch, "llama", RULES[rule], TREES[tree])) == []
 
 
+TWO, NUMBER = torch.tensor([0, 1]), torch.tensor(2)  # of the host, and made beforehand
 WAITS = {
     "item": lambda t: t[0, 0].item(),
     "if": lambda t: 1 if (t > 0).any() else 0,
     "list of values": lambda t: t.tolist(),
     "size": lambda t: t[: t[0, 0]],
     "mask": lambda t: t[t > 0],
-    "sent": lambda t: torch.tensor([0, 1]).to(t.device),
+    "sent": lambda t: TWO.to(t.device),
     "made there": lambda t: torch.tensor([0, 1], device=t.device),
     "made alike": lambda t: t.new_tensor([0, 1]),
     "array": lambda t: torch.from_numpy(np.arange(2)).to(t.device),
-    "copied": lambda t: t.copy_(torch.zeros(t.shape)),
-    "number": lambda t: t * torch.tensor(2),
-    "index": lambda t: t[torch.arange(2)],
+    "copied": lambda t: t[0, :2].copy_(TWO),
+    "number": lambda t: t * NUMBER,
+    "index": lambda t: t[TWO],
     "index of numbers": lambda t: t[:, [0, 1]],
     "number put": lambda t: t.__setitem__(torch.arange(2, device=t.device), 5),
     "put by a mask": lambda t: t.__setitem__(t > 0, t.flatten()),

@@ -10,8 +10,8 @@ import torch
 from medusa_exp.decode import rule
 from medusa_exp.decode.cpu_verify import verify_on_cpu
 from medusa_exp.decode.cuda.filter import filter_config
-from medusa_exp.decode.cuda.launch import LaunchConfig, launch_config
-from medusa_exp.decode.cuda.verify import ARGUMENTS, KernelVerify, can_verify
+from medusa_exp.decode.cuda.launch import LaunchConfig
+from medusa_exp.decode.cuda.verify import ARGUMENTS, KernelVerify, can_verify, launch_config
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, pick_verify
 from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import verify
@@ -225,19 +225,6 @@ def test_cupy_that_cannot_be_had_is_named():
         pick_verify("cupy", CPU)
     with pytest.raises(ValueError, match="verifier=numba"):
         AcceptanceRule(verifier="numba")
-
-
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        (AcceptanceRule("sampling", top_k=4), True),
-        (AcceptanceRule("sampling", top_p=0.9), True),
-        (AcceptanceRule("sampling", top_p=1.0), False),
-        (AcceptanceRule("greedy", top_k=4, top_p=0.9), False),
-    ],
-)
-def test_what_filters(rule, expected):
-    assert rule.is_filtered is expected
 
 
 @pytest.mark.parametrize(

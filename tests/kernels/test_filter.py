@@ -1,5 +1,6 @@
 """Top-k and top-p by a kernel, run on the CPU, against the specification in float64."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -13,13 +14,15 @@ from filter_cases import (
     exact_filter_cases,
     filter_case,
 )
-from kernel_cases import hangs_on_a_digit, make_case
+from kernel_cases import Case, hangs_on_a_digit, make_case
 from kernel_checks import CONFIGS, assert_equal, judged
 from kernel_shim import ORDERS
 
 from medusa_exp.decode import rule
-from medusa_exp.decode.cuda.filter import KernelFilter
+from medusa_exp.decode.cuda.filter import KernelFilter, filter_config
 from medusa_exp.decode.cuda.launch import LaunchConfig
+from medusa_exp.decode.distribution import probabilities
+from medusa_exp.decode.verify import Verdict
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -36,23 +39,39 @@ def test_ties_are_parted_where_the_specification_parts_them(shim, order):
 
 @pytest.mark.parametrize("vocab", [4099, 32000, 151936])
 def test_large_vocabularies(shim, vocab):
+    """Launched as on a device, too."""
+    shim.order = "random"
     several = (filter_case(seed, vocab) for seed in itertools.count())
-    check_filter(shim, itertools.islice((c for c in several if not c.hangs_on_a_digit()), 4))
+    clear = (case for case in several if not case.hangs_on_a_digit())
+    check_filter(shim, itertools.islice(clear, 3))
+    case, config = next(clear), filter_config(1, vocab, shim)
+    found_BNV = KernelFilter(shim, LaunchConfig(config.cluster, 512))(
+        case.logits_BNV, case.temperature, case.top_k, case.top_p
+    )
+    left_BNV = probabilities(found_BNV.double(), case.temperature)
+    assert (left_BNV - case.expected).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("config", CONFIGS[:4])
-@pytest.mark.parametrize("kernel", ["sampling", "traversal"])
-def test_verification_is_of_what_is_left(shim, kernel, config):
-    compared = 0
+@functools.cache
+def filtered_cases(kernel: str) -> list[tuple[Case, Verdict]]:
+    """Return cases of verification with filters, and what is expected of them."""
+    found = []
     for seed in range(24):
         case = make_case(seed, kernel)
         top_k, top_p = FILTERS[seed % 3]
         case = replace(case, options=case.options | {"top_k": top_k, "top_p": top_p})
         left = FilterCase(case.logits_BNV, case.options["temperature"], top_k, top_p)
         if not hangs_on_a_digit(case) and not left.hangs_on_a_digit():
-            assert_equal(judged(shim, config, case, seed=seed), case.expected())
-            compared += 1
-    assert compared > 18
+            found.append((case, case.expected()))
+    assert len(found) > 18
+    return found
+
+
+@pytest.mark.parametrize("config", CONFIGS[:4])
+@pytest.mark.parametrize("kernel", ["sampling", "traversal"])
+def test_verification_is_of_what_is_left(shim, kernel, config):
+    for seed, (case, expected) in enumerate(filtered_cases(kernel)):
+        assert_equal(judged(shim, config, case, seed=seed), expected)
 
 
 def test_the_smallest_logits_are_told_apart(shim):
@@ -66,7 +85,7 @@ def test_the_smallest_logits_are_told_apart(shim):
     assert (found > -torch.inf).tolist() == [[[False, True, False, False]]]
 
 
-def test_where_nothing_is_left_out_nothing_is_launched(monkeypatch, shim):
+def test_the_kernel_is_launched_where_it_can_leave_something_out(monkeypatch, shim):
     monkeypatch.setattr(rule, "step_kernels", lambda name, device: shim)
     filtered = rule.pick_probabilities("auto", shim.device)
     case, logits_BNV = make_case(0, "sampling"), torch.zeros(1, 2, 8)
@@ -84,7 +103,6 @@ def test_where_nothing_is_left_out_nothing_is_launched(monkeypatch, shim):
 def test_what_cannot_be_filtered(monkeypatch, shim):
     logits_BNV = torch.zeros(2, 3, 8)
     kernel = KernelFilter(shim)
-    assert kernel(logits_BNV, 1.0, None, None).equal(logits_BNV)
     for top_k, top_p in ((0, None), (None, 0.0), (None, -1.0)):
         with pytest.raises(ValueError, match="at least 1"):
             kernel(logits_BNV, 1.0, top_k, top_p)

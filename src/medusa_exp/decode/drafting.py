@@ -132,9 +132,9 @@ class _Draws:
         pairs = zip(tree.parents[1:], tree.ranks[1:], strict=True)
         return np.array([0, *(first[parent] + rank for parent, rank in pairs)])
 
-    def distributions(self, logits: Tensor) -> Tensor:
-        """Return the distributions [..., W] that draws are from, of the heads' logits."""
-        q = self._probabilities(logits, *self._filters)
+    def distributions(self, logits_BMW: Tensor) -> Tensor:
+        """Return the distributions that draws are from, of the heads' logits."""
+        q = self._probabilities(logits_BMW, *self._filters)
         return q.where(q >= LEAST_DRAWN, 0.0)
 
     def of_depth(self, q: Tensor, uniforms_BU: Tensor, depth: int) -> Tensor:

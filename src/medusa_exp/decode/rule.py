@@ -17,8 +17,9 @@ from torch import Tensor
 from medusa_exp.decode.cpu_verify import verify_on_cpu
 from medusa_exp.decode.cuda.draws import KernelDraw, can_draw
 from medusa_exp.decode.cuda.filter import KernelFilter, leaves_out
-from medusa_exp.decode.cuda.launch import can_read
+from medusa_exp.decode.cuda.launch import fault_of
 from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
+from medusa_exp.decode.cuda.verify import KernelVerify, can_verify
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.sampled import Drawn, draw
 from medusa_exp.decode.verify import RULES, TreeRelations, Verdict, verify
@@ -51,7 +52,7 @@ def pick_verify(name: str, device: torch.device) -> Callable[..., Verdict]:
 
 
 def step_kernels(name: str, device: torch.device) -> Kernels | None:
-    """Return kernels for all else of a step, where it verifies by kernels too."""
+    """Return kernels for the rest of a step that they do, where it verifies by kernels."""
     if device.type != "cuda" or name == "torch" or (name == "auto" and find_spec("cupy") is None):
         return None
     return kernels_on(device)
@@ -85,26 +86,21 @@ def pick_probabilities(name: str, device: torch.device) -> Callable[..., Tensor]
         return probabilities
     kernel_filter = KernelFilter(kernels)
 
-    def filter_where_it_can(
+    def probabilities_where_it_can(
         logits_BNV: Tensor, temperature: float, top_k: int | None, top_p: float | None
     ) -> Tensor:
-        is_filtered = leaves_out(top_k, top_p, logits_BNV.shape[-1])
-        if not is_filtered or not can_read(logits_BNV):
+        if fault_of(logits_BNV) or not leaves_out(top_k, top_p, logits_BNV.shape[2]):
             return probabilities(logits_BNV, temperature, top_k, top_p)
         return probabilities(kernel_filter(logits_BNV, temperature, top_k, top_p), temperature)
 
-    return filter_where_it_can
+    return probabilities_where_it_can
 
 
 def _kernels(device: torch.device) -> Callable[..., Verdict]:
-    from medusa_exp.decode.cuda.verify import KernelVerify
-
     return KernelVerify(kernels_on(device))
 
 
 def _kernels_where_they_can(device: torch.device) -> Callable[..., Verdict]:
-    from medusa_exp.decode.cuda.verify import can_verify
-
     verify_by_kernels = _kernels(device)
 
     def verify_where_they_can(
@@ -155,12 +151,6 @@ class AcceptanceRule:
         if self.name != "greedy" and not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0, or use greedy.")
 
-    @property
-    def is_filtered(self) -> bool:
-        """Are some tokens never drawn?"""
-        has_nucleus = self.top_p is not None and self.top_p < 1
-        return self.name == "sampling" and (self.top_k is not None or has_nucleus)
-
 
 class Verifier:
     """Applies a rule, step after step."""
@@ -176,8 +166,8 @@ class Verifier:
         self._options: dict[str, Any] = {
             "rule": rule.name,
             "temperature": rule.temperature,
-            "top_k": rule.top_k if rule.is_filtered else None,
-            "top_p": rule.top_p if rule.is_filtered else None,
+            "top_k": rule.top_k,
+            "top_p": rule.top_p,
             "epsilon": rule.epsilon,
             "alpha": rule.alpha,
         }

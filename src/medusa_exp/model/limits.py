@@ -25,9 +25,10 @@ _MOST_HEADER = 100 << 20
 _MOST_PARSED = 1 << 24
 """Bytes of a header that is looked into: that of ten thousand tensors has a tenth of it."""
 _MOST_LAYERS, _MOST_EXPERTS, _MOST_ENTRIES, _MOST_NUMBER = 2_000, 1 << 20, 100_000, 1 << 40
+"""Of layers, blocks or heads; of experts, which may be single rows of a matrix (Doge has 16,384);
+of numbers in a file, and the largest of them."""
 _LAYERS = re.compile(r"(num|n)_(\w*_)?(layers?|blocks?|heads?)\w*$")
 _EXPERTS = re.compile(r"(num|n)_(\w*_)?experts?\w*$")
-"""Experts may be single rows of a matrix: Doge has 16,384."""
 _WEIGHTS_OF_A_BYTE = 16
 """More than any quantized format has: what a config asks for beyond this is in no file there."""
 

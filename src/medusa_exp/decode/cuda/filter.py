@@ -1,23 +1,17 @@
 """Logits without the tokens that top-k and top-p leave out, by a CUDA kernel.
 
-`decode.distribution.probabilities` is the specification: a softmax of what the kernel returns is
-what that function makes of top_k and top_p. In torch the rows are sorted, twice for top-p, and all
-of them at every step; the kernel finds where a row is to be cut (kernels/cuda/filter.cu).
+`decode.distribution.probabilities` is the specification: of what the kernel returns, and the
+temperature, it makes what it makes of the logits with top_k and top_p. In torch top-p sorts each
+row twice, at every step; the kernel finds where a row is to be cut (kernels/cuda/filter.cu).
 
-B rows, N places, V vocabulary.
+B batch, N places, V vocabulary; a row is the V logits of a place.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda.launch import (
-    DEFINES,
-    LOG2_E,
-    MAX_BATCH,
-    MAX_VOCAB,
-    LaunchConfig,
-)
+from medusa_exp.decode.cuda.launch import DEFINES, LOG2_E, LaunchConfig, check_logits
 from medusa_exp.decode.cuda.runtime import Kernels, struct_of
 
 ARGUMENTS = struct_of(
@@ -28,7 +22,8 @@ ARGUMENTS = struct_of(
 """struct Arguments of kernels/cuda/filter.cu."""
 
 
-_THREADS = 512
+_THREADS, _AHEAD = 512, 8
+"""Of a block of a cluster; loads of a thread at a time, AHEAD of kernels/cuda/filter.cu."""
 
 
 def leaves_out(top_k: int | None, top_p: float | None, vocab_size: int) -> bool:
@@ -36,15 +31,15 @@ def leaves_out(top_k: int | None, top_p: float | None, vocab_size: int) -> bool:
     return (top_k is not None and top_k < vocab_size) or (top_p is not None and top_p < 1)
 
 
-def filter_config(rows: int, vocab_size: int, kernels: Kernels) -> LaunchConfig:
-    """Choose for so many rows, all of which are read at a time. (Reasoned, not measured.)
+def filter_config(num_rows: int, vocab_size: int, kernels: Kernels) -> LaunchConfig:
+    """Choose for so many rows. (Reasoned, not measured.)
 
-    As many blocks as the device holds, two to a processor, as long as a thread has eight logits to
-    load at once.
+    The largest cluster with which all rows are read at a time, by two blocks to a processor, and a
+    thread has as much to load as it loads at a time. Without clusters, a block a row.
     """
     if not kernels.has_clusters:
         return LaunchConfig()
-    most = min(2 * kernels.num_processors // rows, vocab_size // (8 * _THREADS))
+    most = min(2 * kernels.num_processors // num_rows, vocab_size // (_AHEAD * _THREADS))
     return LaunchConfig(next((size for size in (8, 4, 2) if size <= most), 1), _THREADS)
 
 
@@ -62,7 +57,7 @@ class KernelFilter:
     def __call__(
         self, logits_BNV: Tensor, temperature: float, top_k: int | None, top_p: float | None
     ) -> Tensor:
-        """Return a copy of the logits in which tokens that are never drawn are minus infinity.
+        """Return a copy of the logits in which tokens that are left out are minus infinity.
 
         Args:
             logits_BNV: float32, float16 or bfloat16; any strides but that of V, which is 1.
@@ -74,7 +69,7 @@ class KernelFilter:
             ValueError: an argument has the wrong device, type, shape or strides. Nothing is
                 launched then.
         """
-        self._check(logits_BNV)
+        check_logits(logits_BNV, self._kernels)
         if (top_k is not None and top_k < 1) or (top_p is not None and not top_p > 0):
             raise ValueError(f"top_k={top_k} must be at least 1, and top_p={top_p} above 0.")
         batch, count, vocab_size = logits_BNV.shape
@@ -101,22 +96,3 @@ class KernelFilter:
             arguments,
         )
         return filtered_BNV
-
-    def _check(self, logits_BNV: Tensor) -> None:
-        if logits_BNV.dtype not in DEFINES:
-            raise ValueError(f"logits_BNV is {logits_BNV.dtype}: use float32, float16 or bfloat16.")
-        if logits_BNV.ndim != 3 or 0 in logits_BNV.shape:
-            raise ValueError(
-                f"logits_BNV has shape {list(logits_BNV.shape)}: it must be [B, N, V]."
-            )
-        if max(logits_BNV.shape[:2]) > MAX_BATCH or logits_BNV.shape[2] > MAX_VOCAB:
-            raise ValueError(
-                f"logits_BNV has shape {list(logits_BNV.shape)}: at most {MAX_BATCH} rows of "
-                f"{MAX_BATCH} places over {MAX_VOCAB} tokens."
-            )
-        if logits_BNV.shape[2] > 1 and logits_BNV.stride(2) != 1:
-            raise ValueError("logits_BNV must be contiguous along V: call .contiguous().")
-        if logits_BNV.device != self._kernels.device:
-            raise ValueError(
-                f"logits_BNV is on {logits_BNV.device}, the kernels on {self._kernels.device}."
-            )

@@ -21,15 +21,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.filter import KernelFilter, leaves_out
-from medusa_exp.decode.cuda.launch import (
-    DEFINES,
-    LOG2_E,
-    MAX_BATCH,
-    MAX_VOCAB,
-    LaunchConfig,
-    can_read,
-    launch_config,
-)
+from medusa_exp.decode.cuda.launch import DEFINES, LOG2_E, LaunchConfig, check_logits, fault_of
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, struct_of
 from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import RULES, TreeRelations, Verdict
@@ -43,11 +35,27 @@ ARGUMENTS = struct_of(
 """struct Arguments of kernels/cuda/tree.cuh."""
 
 
+_SHORT_ROW = 128 << 10
+"""Bytes of a row that two blocks read as fast as eight: between V = 32,000 and 128,256 in bf16."""
+
+
+def launch_config(batch: int, row_bytes: int, kernels: Kernels) -> LaunchConfig:
+    """Choose for a batch of sequences whose rows of logits take so many bytes.
+
+    Measured on an H200 at 108 points (three rules, B 1 to 64, V 32,000 to 151,936, bf16): at most
+    3.0 us above the best configuration of a point, 0.15 us on average.
+    """
+    if not kernels.has_clusters:
+        return LaunchConfig()
+    is_long = row_bytes > _SHORT_ROW and 8 * batch <= kernels.num_processors
+    return LaunchConfig(cluster=8 if is_long else 2, threads=512)
+
+
 def can_verify(logits_BNV: Tensor, drawn: Drawn | None = None) -> bool:
     """Return whether the kernels take what is of this type, shape and layout."""
     if drawn is not None and (drawn.q_BQW.dtype != torch.float32 or drawn.q_BQW.stride(2) != 1):
         return False
-    return logits_BNV.shape[1] <= MAX_NODES and can_read(logits_BNV)
+    return fault_of(logits_BNV, MAX_NODES) is None
 
 
 @dataclass(frozen=True)
@@ -242,21 +250,8 @@ class KernelVerify:
             raise ValueError(f"rule={rule} needs a temperature above 0; at 0, use rule=greedy.")
 
     def _check_tensors(self, logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor) -> None:
-        if logits_BNV.dtype not in DEFINES:
-            raise ValueError(f"logits_BNV is {logits_BNV.dtype}: use float32, float16 or bfloat16.")
-        if logits_BNV.ndim != 3 or 0 in logits_BNV.shape:
-            raise ValueError(
-                f"logits_BNV has shape {list(logits_BNV.shape)}: it must be [B, N, V]."
-            )
-        batch, num_nodes, vocab_size = logits_BNV.shape
-        if batch > MAX_BATCH or num_nodes > MAX_NODES or vocab_size > MAX_VOCAB:
-            raise ValueError(
-                f"logits_BNV has shape {list(logits_BNV.shape)}: at most {MAX_BATCH} sequences of "
-                f"{MAX_NODES} nodes over {MAX_VOCAB} tokens."
-            )
-        if vocab_size > 1 and logits_BNV.stride(2) != 1:
-            raise ValueError("logits_BNV must be contiguous along V: call .contiguous().")
-        self._check_device("logits_BNV", logits_BNV)
+        check_logits(logits_BNV, self.kernels, MAX_NODES)
+        batch, num_nodes, _ = logits_BNV.shape
         self._check_nodes("tokens_BN", tokens_BN, torch.int64, (batch, num_nodes))
         self._check_nodes("parents_BN", parents_BN, torch.int64, (batch, num_nodes))
 
