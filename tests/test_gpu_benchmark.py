@@ -258,6 +258,18 @@ def test_a_draw_of_traversal_at_an_edge_is_told_from_a_wrong_one():
     assert verification.differences(point, inputs, other, right) == {"sequences": 1, "near": 1}
 
 
+def test_filters_are_timed_beside_torch(monkeypatch, shim):
+    monkeypatch.setattr(verification, "measure", lambda calls, **how: {"graph_warm": len(calls)})
+    some = ((1, 40), (2, 40))
+    [[name, figures], _] = verification.measure_filters(shim, lambda: False, some)
+    assert name == "filter, B=1, V=40"
+    assert set(figures["times_us"]) == {"1 x 512", "kernel and softmax", "torch"}
+    assert figures["microseconds"] == 1 and figures["failed"] == {}
+    assert [*verification.measure_filters(shim, lambda: True, some)] == [
+        ("filters_left_out", "from B=1, V=40 on")
+    ]
+
+
 def test_a_small_case_for_the_sanitizer(monkeypatch, shim):
     small = [LaunchConfig(threads=32), LaunchConfig(2, threads=32)]
     monkeypatch.setattr(kernel_device, "configs_of", lambda kernels: small)

@@ -1,4 +1,4 @@
-// The entries of a rule's file, which has defined walk(arguments, shared, scratch, sequence).
+// The entries of a rule's file (filter.cu has the same sizes), which has defined walk(arguments, shared, scratch, sequence).
 //
 // entry      grid         block       needs
 // verify_C   (C, 1, B)    32..1024    C > 1: sm_90 (a cluster of C blocks a sequence)

@@ -6,7 +6,7 @@
 //      temperature) with the children's tokens first in the order of the draw: child c is accepted
 //      where u < p(c) + the elder children's; if none is, the next token is drawn with what is left
 //      of u from the other tokens. Its law is p, whatever the draft is. Equal to
-//      decode/verify.py, rule sampling without top_k and top_p.
+//      decode/verify.py, rule sampling without top_k and top_p (filter.cu comes before).
 // Floor: as greedy.cu. The draw reads one slice of one row again, from the L2 cache: its mass
 //      is known, the rest of the row's too, so that nothing is summed twice.
 

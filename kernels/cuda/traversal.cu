@@ -6,7 +6,7 @@
 // Out: path_BL, num_accepted_B, next_token_B. decode/traversal.py has the rule, with its source, and
 //      decode/sampled.py (Rejection) its numbers, whose names are kept: a node's weight a, and of
 //      the p and q of its children the factor c and both sums, as children fail. Equal to
-//      decode/verify.py, rule sampling with drawn drafts and without top_k and top_p.
+//      decode/verify.py, rule sampling with drawn drafts and without top_k and top_p (filter.cu comes before).
 // Floor: the rows of logits of all nodes that are tried and have children, and of the path's end,
 //      once; and for each child that failed, its parent's row once more, from the L2 cache, with
 //      its q: 6 bytes a token in bfloat16, 10 where heads have a vocabulary of their own.
