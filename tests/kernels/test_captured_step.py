@@ -53,7 +53,7 @@ def test_drafts_are_drawn_and_judged_as_by_torch(monkeypatch, kind, filters, cud
         decoder = Decoder(backbone, heads, TREE, sampled, cuda_graph=cuda_graph)
         found.append([a.tokens for a in decoder.decode(PROMPTS, Limits(30))])
     assert found[0] == found[1]
-    assert set(launched) == {"verify_2", "draws"} | ({"filter_1"} if filters else set())
+    assert set(launched) == {"verify_2", "draws"} | ({"filter_1", "filter_2"} if filters else set())
 
 
 def _spy(launch, entries: list[str]):
