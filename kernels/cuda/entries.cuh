@@ -1,4 +1,4 @@
-// The entries of a rule's file (filter.cu has the same sizes), which has defined walk(arguments, shared, scratch, sequence).
+// The entries of a rule's file, which has defined walk(arguments, shared, scratch, sequence).
 //
 // entry      grid         block       needs
 // verify_C   (C, 1, B)    32..1024    C > 1: sm_90 (a cluster of C blocks a sequence)
@@ -16,9 +16,4 @@
         walk<CLUSTER>(a, shared, scratch, blockIdx.z);                                             \
     }
 
-ENTRY(1, )
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-ENTRY(2, __cluster_dims__(2, 1, 1))
-ENTRY(4, __cluster_dims__(4, 1, 1))
-ENTRY(8, __cluster_dims__(8, 1, 1))
-#endif
+FOR_EACH_CLUSTER(ENTRY)

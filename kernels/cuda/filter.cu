@@ -17,7 +17,7 @@
 // entry      grid         block       needs
 // filter_C   (C, N, B)    32..1024    C > 1: sm_90 (a cluster of C blocks a row)
 //
-// The list of clusters is that of entries.cuh. Compile with one of the macros of logits.cuh.
+// Compile with one of the macros of logits.cuh.
 // B batch, N places, V vocabulary, C blocks. A row is the V logits of a place.
 
 #include "draw.cuh"
@@ -331,9 +331,4 @@ __device__ __forceinline__ void filter(const Arguments& a, Scratch& scratch) {
         filter<CLUSTER>(a, scratch);                                                               \
     }
 
-ENTRY(1, )
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-ENTRY(2, __cluster_dims__(2, 1, 1))
-ENTRY(4, __cluster_dims__(4, 1, 1))
-ENTRY(8, __cluster_dims__(8, 1, 1))
-#endif
+FOR_EACH_CLUSTER(ENTRY)

@@ -125,6 +125,17 @@ __device__ __forceinline__ unsigned load_remote(const unsigned* at, int) { retur
 #endif
 #endif
 
+// ENTRY(blocks, attribute) for each size of a cluster that there is.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define FOR_EACH_CLUSTER(ENTRY)           \
+    ENTRY(1, )                            \
+    ENTRY(2, __cluster_dims__(2, 1, 1))   \
+    ENTRY(4, __cluster_dims__(4, 1, 1))   \
+    ENTRY(8, __cluster_dims__(8, 1, 1))
+#else
+#define FOR_EACH_CLUSTER(ENTRY) ENTRY(1, )
+#endif
+
 // Give every thread what all warps saw. Each call writes where the one before it did not, so that
 // one barrier is enough: a warp that is still reading is at most one call behind.
 template <bool SUMS, int CLUSTER>

@@ -20,8 +20,6 @@ ARGUMENTS = struct_of(
     "scale top_p",
 )
 """struct Arguments of kernels/cuda/filter.cu."""
-
-
 _THREADS, _AHEAD = 512, 8
 """Of a block of a cluster; loads of a thread at a time, AHEAD of kernels/cuda/filter.cu."""
 

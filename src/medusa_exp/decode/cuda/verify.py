@@ -24,7 +24,7 @@ from medusa_exp.decode.cuda.filter import KernelFilter, leaves_out
 from medusa_exp.decode.cuda.launch import DEFINES, LOG2_E, LaunchConfig, check_logits, fault_of
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, struct_of
 from medusa_exp.decode.sampled import Drawn
-from medusa_exp.decode.verify import RULES, TreeRelations, Verdict
+from medusa_exp.decode.verify import TreeRelations, Verdict, check_rule
 
 ARGUMENTS = struct_of(
     "logits logits_stride_b logits_stride_n tokens tokens_stride_b parents parents_stride_b "
@@ -136,14 +136,13 @@ class KernelVerify:
             ValueError: an argument has the wrong device, type, shape or strides, or asks for what
                 the kernels do not do. Nothing is launched then.
         """
-        self._check_options(rule, temperature)
+        check_rule(rule, temperature, uniforms_BN)
         self._check_tensors(logits_BNV, tokens_BN, parents_BN)
         num_nodes, vocab_size = logits_BNV.shape[1:]
         if rule != "sampling":
             uniforms_BN = drawn = None
-        elif uniforms_BN is None:
-            raise ValueError("rule=sampling needs uniforms_BN, a number in [0, 1) for each node.")
         else:
+            assert uniforms_BN is not None
             uniforms_BN = uniforms_BN[:, :num_nodes]
             self._check_nodes("uniforms_BN", uniforms_BN, torch.float32, tuple(tokens_BN.shape))
         depth = num_nodes - 1 if max_depth is None else min(max_depth, num_nodes - 1)
@@ -242,12 +241,6 @@ class KernelVerify:
             )
             self._workspaces[key] = _Workspace(verdict, config, np.zeros(1, ARGUMENTS))
         return self._workspaces[key]
-
-    def _check_options(self, rule: str, temperature: float) -> None:
-        if rule not in RULES:
-            raise ValueError(f"rule={rule} is not known: use one of {', '.join(RULES)}.")
-        if rule != "greedy" and not temperature > 0:
-            raise ValueError(f"rule={rule} needs a temperature above 0; at 0, use rule=greedy.")
 
     def _check_tensors(self, logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor) -> None:
         check_logits(logits_BNV, self.kernels, MAX_NODES)
