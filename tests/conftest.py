@@ -47,7 +47,7 @@ def config(tmp_path, tokenizer, sharegpt_file) -> Config:
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return Config(
-        device="cpu",
+        device=os.environ.get("MEDUSA_EXP_TEST_DEVICE", "cpu"),
         cache_dir=str(tmp_path / "cache"),
         model=ModelConfig(path=str(tmp_path / "model")),
         dataset=DatasetConfig(path=str(sharegpt_file), val_fraction=0.2, test_fraction=0.2),

@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one call: is it right, and how fast is the product on it?
 
     python benchmarks/gpu/run.py               at most eight minutes, then one table
-    python benchmarks/gpu/run.py --rehearse    the same on a CPU, tiny: does the script run?
+    python benchmarks/gpu/run.py --rehearse    the same, tiny, without a GPU too: does it run?
     python benchmarks/gpu/run.py --grid        verification at 144 points, every launch, rivals
     python benchmarks/gpu/run.py --sanitize    the kernels under compute-sanitizer's four tools
 
@@ -63,7 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=7.8, help="of all parts together")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, everything tiny")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="everything tiny, on a GPU or a CPU"
+    )
     parser.add_argument("--grid", action="store_true", help="the whole grid of verification alone")
     parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer alone")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART")

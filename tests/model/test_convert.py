@@ -34,7 +34,7 @@ def load(directory):
 
 def logits_of(model):
     with torch.no_grad():
-        return model(torch.tensor([[5, 6, 7]])).logits
+        return model(torch.tensor([[5, 6, 7]], device=model.device)).logits.cpu()
 
 
 def test_an_old_checkpoint_is_refused_with_the_command_that_converts_it(old):

@@ -27,7 +27,9 @@ from torch._dynamo.exc import (  # private: torch 2.13
 )
 
 from medusa_exp.decode.cache import FixedCache
+from medusa_exp.decode.fused import fuse, groups_of
 from medusa_exp.errors import UserError
+from medusa_exp.model.attention import fold_for_layer
 from medusa_exp.model.backbone import Backbone
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,8 @@ class CompiledLayers:
         """What it made: at most one for each kind of layer, by whether batch and tree are 1."""
         self.is_refused = False
         """Has it failed? Then all runs as without it."""
-        self._call, self._backend = _compiler(backend)
+        self._backend = backend
+        self._groups = {layer: groups_of(layer) for layer in self.layers}
         if not self.layers:
             self._refuse("its decoder layers are not found, or are run by hooks")
 
@@ -90,14 +93,19 @@ class CompiledLayers:
         if not self.is_refused:
             viewed = tuple(view if value is cache else value for value in args)
             named = {key: view if value is cache else value for key, value in kwargs.items()}
-            before, start = self._backend.num_graphs, time.perf_counter()
+            if "attention_mask" in named:
+                mask = fold_for_layer(layer, named["attention_mask"], view.keys.dtype)
+                named["attention_mask"] = mask
+            joined = tuple(group.paths for group in self._groups[layer] if group.join())
+            call, backend = _compiler(self._backend, joined)
+            before, start = backend.num_graphs, time.perf_counter()
             try:
-                return self._call(layer, viewed, named)
+                return call(layer, viewed, named)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 # Raised before any of the layer has run.
                 self._refuse(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
             finally:
-                if made := self._backend.num_graphs - before:
+                if made := backend.num_graphs - before:
                     self.num_graphs += made
                     self.seconds += time.perf_counter() - start
         return type(layer).forward(layer, *args, **kwargs)
@@ -136,21 +144,25 @@ class _LayerView:
 
 
 class _Backend:
-    """A backend of torch.compile that counts what it makes."""
+    """A backend of torch.compile that fuses products of one input, and counts what it makes."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, joined: tuple[tuple[str, ...], ...]) -> None:
         self.num_graphs = 0
+        self._joined = joined
         self._backend = torch._dynamo.lookup_backend(name)  # private: torch 2.13
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        fuse(graph, self._joined)
         compiled: Callable[..., Any] = self._backend(graph, inputs)
         self.num_graphs += 1
         return compiled
 
 
 @cache  # one for the process: what a model's decoders compile, others of it find
-def _compiler(backend: str) -> tuple[Callable[..., Any], _Backend]:
-    counting = _Backend(backend)
+def _compiler(
+    backend: str, joined: tuple[tuple[str, ...], ...]
+) -> tuple[Callable[..., Any], _Backend]:
+    counting = _Backend(backend, joined)
     return torch.compile(_forward, backend=counting, fullgraph=True, dynamic=True), counting
 
 

@@ -112,21 +112,23 @@ def grouped_attention(
         query: [B, H, N, E].
         key: [B, J, K, E].
         value: [B, J, K, F].
-        attention_mask: [B or 1, 1, N, K], True where to look, or what is added to the scores; None,
-            of one query, is to look at everything.
+        attention_mask: [B or 1, 1, N, K], True where to look, or what is added to the scores, or
+            `folded_mask` of these; None, of one query, is to look at everything.
         dropout: of the weights.
         scaling: of the scores; None is 1 / sqrt(E).
         kwargs: what else sdpa takes.
     """
     num_heads, num_queries = query.shape[1:3]
     groups = num_heads // key.shape[1]
-    if groups == 1 or dropout or not _is_step(query, attention_mask, kwargs):
+    if groups == 1 or dropout or not _is_step(query, groups, attention_mask, kwargs):
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         found: tuple[Tensor, None] = sdpa(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return found
-    mask = None if attention_mask is None else _mask_of_groups(attention_mask, groups, query.dtype)
+    mask = attention_mask
+    if mask is not None and mask.shape[2] == num_queries:
+        mask = folded_mask(mask, groups, query.dtype)
     rows_BJRE = query.unflatten(1, (-1, groups)).flatten(2, 3)
     found_BJRF = scaled_dot_product_attention(
         rows_BJRE, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=scaling
@@ -135,18 +137,32 @@ def grouped_attention(
     return found_BHNF.transpose(1, 2).contiguous(), None
 
 
-def _is_step(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+def _is_step(query: Tensor, groups: int, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     """Are these the queries of a step, under a mask that all heads share?"""
     num_queries = query.shape[2]
     if any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")):
         return False
     if mask is None:  # torch's CPU kernel groups as well, and is slow at it in the half types alone
         return num_queries == 1 and (query.is_cuda or query.dtype != torch.float32)
-    is_shared = mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == num_queries
-    return is_shared and num_queries <= _MOST_QUERIES
+    is_shared = mask.ndim == 4 and mask.shape[1] == 1 and num_queries <= _MOST_QUERIES
+    return is_shared and mask.shape[2] in (num_queries, groups * num_queries)
 
 
-def _mask_of_groups(mask_B1NK: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+def fold_for_layer(layer: nn.Module, mask: Any, dtype: torch.dtype) -> Any:
+    """Return a step's mask as this layer's attention is fastest given it, if that is sdpa or ours.
+
+    A compiled layer is given this: in its graph the mask would be made anew in every layer.
+    """
+    attention = next((m for m in layer.modules() if hasattr(m, "num_key_value_groups")), None)
+    name = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    is_step = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1
+    if attention is None or name not in (NAME, "sdpa") or not is_step:
+        return mask
+    groups = attention.num_key_value_groups if name == NAME else 1
+    return folded_mask(mask, groups, dtype) if mask.shape[2] <= _MOST_QUERIES else mask
+
+
+def folded_mask(mask_B1NK: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """Return `_fold_mask` of a mask, made in the first of the layers that share it."""
     known = None if torch.compiler.is_compiling() else _folded.get()
     if known is None:
@@ -165,7 +181,8 @@ def _fold_mask(mask_B1NK: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """
     batch, _, num_queries, columns = mask_B1NK.shape
     groups = groups if num_queries > 1 else 1
-    pad = -columns % _ALIGNED if mask_B1NK.is_cuda else 0
+    is_aligned = not mask_B1NK.is_cuda or mask_B1NK.stride(2) % _ALIGNED == 0
+    pad = 0 if is_aligned else -columns % _ALIGNED
     is_boolean = mask_B1NK.dtype == torch.bool
     if groups == 1 and not pad and not is_boolean:
         return mask_B1NK

@@ -37,6 +37,8 @@ _EXPECTED_WARNINGS = (
     ".*your dataloader is not resumable.*",
     # Pretraining validates nothing.
     "You passed in a `val_dataloader` but have no `validation_step`",
+    # device=cpu was asked for.
+    "GPU available but not used",
     # Lightning 2.6 with torch 2.13.
     ".*LeafSpec.*is deprecated",
 )
