@@ -3,11 +3,13 @@
     python benchmarks/gpu/run.py               at most eight minutes, then one table
     python benchmarks/gpu/run.py --rehearse    the same, tiny, without a GPU too: does it run?
     python benchmarks/gpu/run.py --grid        verification at 144 points, every launch, rivals
+    python benchmarks/gpu/run.py --forms       how a step could be faster: layers, attention
     python benchmarks/gpu/run.py --sanitize    the kernels under compute-sanitizer's four tools
 
 Needs what docs/guide/gpu.md says. Each part runs in a process of its own, so that none is lost by
 another's fault, and writes what it finds as it finds it. One JSON file:
-benchmarks/results/gpu-<name>.json. bars.py has the table's rows.
+benchmarks/results/gpu-<name>.json (forms-, grid- or sanitize-<name>.json). bars.py has the table's
+rows.
 """
 
 import argparse
@@ -52,6 +54,8 @@ PARTS = {
 """Parts, and the seconds that are kept for each: together eight minutes. The first ones matter
 most. After its own seconds a part begins nothing more; it is ended where it would take those of
 the parts behind it, for which it has what the parts before it have left."""
+FORMS = {"attention": 60, "forms_7B": 190, "forms_8B": 200}
+"""Parts of --forms, and the seconds of each."""
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 MEASURED = re.compile(r"[^a-z0-9]+")
 
@@ -67,6 +71,7 @@ def main() -> None:
         "--rehearse", action="store_true", help="everything tiny, on a GPU or a CPU"
     )
     parser.add_argument("--grid", action="store_true", help="the whole grid of verification alone")
+    parser.add_argument("--forms", action="store_true", help="forms of a captured step alone")
     parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer alone")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what one process does
@@ -84,8 +89,10 @@ def main() -> None:
     if given.part:
         write_part(given.part, scale, given.seconds, given.out)
         return
-    out = given.out or default_place(given.rehearse)
     extra = [name for name in ("grid", "sanitize") if getattr(given, name)]
+    extra += FORMS if given.forms else []
+    kind = "forms" if given.forms else "-".join(extra) or "gpu"
+    out = given.out or default_place(given.rehearse, kind)
     found = Benchmark(out, given.minutes, is_rehearsal=given.rehearse).run(extra or given.parts)
     if not extra:
         print(shown(found["table"]))
@@ -94,12 +101,12 @@ def main() -> None:
     print(f"\n{out}")
 
 
-def default_place(is_rehearsal: bool) -> Path:
+def default_place(is_rehearsal: bool, kind: str) -> Path:
     """Return where the JSON goes: what a rehearsal found is no result."""
     if is_rehearsal:
-        return Path(tempfile.gettempdir()) / "gpu-rehearsal.json"
+        return Path(tempfile.gettempdir()) / f"{kind}-rehearsal.json"
     name = MEASURED.sub("-", torch.cuda.get_device_name().lower()).strip("-")
-    return RESULTS / f"gpu-{name}.json"
+    return RESULTS / f"{kind}-{name}.json"
 
 
 class Benchmark:
@@ -115,11 +122,11 @@ class Benchmark:
         for number, name in enumerate(parts, 1):
             begin = time.monotonic()
             left = self._end - begin
-            seconds = min(PARTS.get(name, left), left)
+            seconds = min((PARTS | FORMS).get(name, left), left)
             if seconds < 5:
                 self.found[name] = {"left_out": "no time left"}
                 continue
-            kept = sum(PARTS.get(later, 0) for later in parts[number:])
+            kept = sum((PARTS | FORMS).get(later, 0) for later in parts[number:])
             self.found[name] = self.run_part(name, seconds, max(seconds, left - kept))
             self.found["seconds"][name] = round(time.monotonic() - begin, 1)
             self.write()
@@ -185,7 +192,7 @@ def write_part(name: str, scale: Scale, seconds: float, out: Path) -> None:
 
 def figures_of(name: str, scale: Scale, is_over: IsOver) -> Iterator[tuple[str, Any]]:
     """Yield what a part finds."""
-    from gpu import correctness, decode_step, training, verification
+    from gpu import correctness, decode_step, forms, training, verification
 
     if name == "machine":
         yield from _machine(scale)
@@ -212,6 +219,10 @@ def figures_of(name: str, scale: Scale, is_over: IsOver) -> Iterator[tuple[str, 
         yield from verification.measure_filters(kernels, is_over, some)
     elif name == "grid":
         yield from verification.measure_grid(correctness.kernels_of(scale), is_over)
+    elif name == "attention":
+        yield from forms.measure_attention(scale, is_over)
+    elif name.startswith("forms_"):
+        yield from forms.measure_forms(name.removeprefix("forms_"), scale, is_over)
     elif name == "sanitize":
         yield from _sanitized(is_over)
     elif name == "from_scratch":

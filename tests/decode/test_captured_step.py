@@ -10,7 +10,7 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
+from medusa_exp.decode.loop import GREEDY, Limits, Responses, decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slots import Request
 from medusa_exp.decode.step import CapturedStep
@@ -33,7 +33,12 @@ def captured(backbone: Backbone, rule: AcceptanceRule = GREEDY) -> Decoder:
 
 
 def steps_of(decoder: Decoder) -> list[CapturedStep]:
-    return [step for pool in decoder._captured.values() for step in pool._steps.values()]
+    return [
+        step
+        for kept in decoder._captured.values()
+        for c in kept._caches
+        for step in c.steps.values()
+    ]
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -64,18 +69,38 @@ def test_a_step_is_kept_and_forgets_the_prompts_before(backbone):
     decoder.decode(first, Limits(60))
     again = [a.tokens for a in decoder.decode(second, Limits(20))]
     assert again == alone
-    [pool] = decoder._captured.values()
-    [shape] = pool._caches
-    assert shape == (2, 256)
-    assert len(pool._steps) == 1
+    [kept] = decoder._captured.values()
+    [cache] = kept._caches
+    assert (cache.num_rows, cache.columns, len(cache.steps)) == (2, 256, 1)
 
 
 def test_old_caches_make_room(backbone):
     decoder = captured(backbone)
     for count in range(1, 8):
         decoder.decode_plain(prompts_of(random.Random(count), count), Limits(3))
-    [pool] = decoder._captured.values()
-    assert len(pool._caches) == len(pool._steps) == 4
+    [kept] = decoder._captured.values()
+    assert len(kept._caches) == len(steps_of(decoder)) == 4
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_answers_side_by_side_leave_each_other_alone(backbone, prefixed):
+    heads = build_heads(backbone, num_heads=3, prefix_attention=prefixed)
+    decoder = Decoder(backbone, heads, TREE, cuda_graph=True)
+    prompts = prompts_of(random.Random(3), 6)
+    alone = [decode_plain(backbone, [prompt], Limits(30))[0].tokens for prompt in prompts]
+    beside = [Responses(1, Limits(30)) for _ in prompts]
+    waiting = [
+        (decoder.steps if number % 2 else decoder.plain_steps)([prompt], responses)
+        for number, (prompt, responses) in enumerate(zip(prompts, beside, strict=True))
+    ]
+    for given_up in (decoder.steps, decoder.plain_steps):
+        next(given_up([prompts[0]], Responses(1, Limits(30))))
+    while waiting:
+        waiting = [steps for steps in waiting if next(steps, None) is not None]
+    assert [responses.rows[0].tokens for responses in beside] == alone
+    assert not any(cache.is_used for kept in decoder._captured.values() for cache in kept._caches)
+    decoder.decode([prompts[0]] * 2, Limits(3))
+    assert all(len(kept._caches) <= 4 for kept in decoder._captured.values())
 
 
 def test_the_cache_may_be_full(backbone):
@@ -99,7 +124,11 @@ def test_draws_depend_on_the_seed_alone(backbone):
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """What a capture asks of torch.cuda, doing nothing; a list with the debug mode last set."""
-    nothing = SimpleNamespace(wait_stream=lambda other: None, register_generator_state=id)
+    nothing = SimpleNamespace(wait_stream=lambda other: None)
+
+    class Graph:
+        register_generator_state = pool = id
+
     modes = ["default"]
 
     def set_mode(mode):
@@ -111,8 +140,9 @@ def fake_cuda(monkeypatch):
         "Stream": lambda: nothing,
         "current_stream": lambda: nothing,
         "stream": lambda stream: nullcontext(),
-        "CUDAGraph": lambda: nothing,
+        "CUDAGraph": Graph,
         "graph": lambda graph, pool: nullcontext(),
+        "graph_pool_handle": lambda: (0, 1),
         "get_sync_debug_mode": lambda: modes[-1],
         "set_sync_debug_mode": set_mode,
     }

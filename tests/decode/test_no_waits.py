@@ -109,7 +109,8 @@ def warm_step(monkeypatch, architecture, rule, tree=TREE, **head) -> CapturedSte
     decoder, on_host = Decoder(backbone, heads, tree, rule, cuda_graph=True), torch.Generator
     with monkeypatch.context() as patched:
         patched.setattr(torch, "Generator", lambda device: on_host())  # there is none on "meta"
-        step = decoder._step(decoder.drafter(), rule, len(PROMPTS), 40)
+        with decoder._step(decoder.drafter(), rule, len(PROMPTS), 40) as step:
+            pass
     step.backbone.hidden_scale = scale
     if rule.name == "sampling":
         size = len(PROMPTS), step.drafter.num_uniforms

@@ -8,6 +8,7 @@ B rows, T prompt tokens, N tokens of one forward, D hidden, V vocabulary.
 
 import importlib
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -322,10 +323,10 @@ class Decoder:
         """
         drafter = drafter or self.drafter(rule=rule)
         length, last = find_room(self.backbone, prompts, responses.limits)
-        step = self._step(drafter, rule or self.rule, len(prompts), length)
-        if seed is not None:
-            step.verifier.restart(seed)
-        yield from tree_steps(step, prompts, responses, last)
+        with self._step(drafter, rule or self.rule, len(prompts), length) as step:
+            if seed is not None:
+                step.verifier.restart(seed)
+            yield from tree_steps(step, prompts, responses, last)
 
     def plain_steps(
         self,
@@ -408,17 +409,23 @@ class Decoder:
             self._drafters[key] = drafter
         return self._drafters[key]
 
-    def _step(self, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int) -> Step:
-        """Return a step over an empty cache, for prompts and responses of this length together."""
+    @contextmanager
+    def _step(
+        self, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int
+    ) -> Iterator[Step]:
+        """Lend a step over an empty cache, for prompts and responses of this length together."""
         if self.is_recurrent:
-            return ChainStep(self.backbone, drafter, rule, self.observer)
+            yield ChainStep(self.backbone, drafter, rule, self.observer)
+            return
         backbone = self._backbone_of(drafter)
         if not self.uses_fixed_shapes:
-            return EagerStep(backbone, drafter, rule, num_rows, length, self.observer)
+            yield EagerStep(backbone, drafter, rule, num_rows, length, self.observer)
+            return
         is_prefixed = drafter.prefix is not None
         if is_prefixed not in self._captured:
             self._captured[is_prefixed] = CapturedSteps(backbone, self.observer, self.layers)
-        return self._captured[is_prefixed].get(drafter, rule, num_rows, length)
+        with self._captured[is_prefixed].used(drafter, rule, num_rows, length) as step:
+            yield step
 
     def _backbone_of(self, drafter: Drafter) -> Backbone:
         """Return the backbone whose hidden states a drafter reads."""

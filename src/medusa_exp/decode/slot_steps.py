@@ -8,7 +8,7 @@ B rows, R rows among them, N nodes of a draft tree, D hidden.
 """
 
 from collections.abc import Hashable, Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,15 @@ from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.memory import one_column
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
-from medusa_exp.decode.step import UNOBSERVED, CapturedStep, EagerStep, Observer, Step, check_room
+from medusa_exp.decode.step import (
+    UNOBSERVED,
+    CapturedStep,
+    EagerStep,
+    GraphPool,
+    Observer,
+    Step,
+    check_room,
+)
 from medusa_exp.model.backbone import Backbone
 
 _COLUMNS = 256
@@ -110,9 +118,7 @@ class CapturedSlots:
         self.backbone, self.observer, self.layers = backbone, observer, layers
         self._base: FixedCache | None = None
         self._steps: dict[Hashable, CapturedStep] = {}
-        self._pool: Any = None
-        if backbone.device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
+        self._pool = GraphPool()
 
     def open(
         self, drafter: Drafter, rule: AcceptanceRule, num_slots: int, num_columns: int

@@ -25,6 +25,7 @@ import logging
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -188,6 +189,26 @@ class EagerStep:
         self.active = list(range(len(places)))
 
 
+class GraphPool:
+    """The memory that captured steps work in, one at a time: as much as the largest needs.
+
+    torch gives a pool up with the last graph in it, and captures nothing in it from then on.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+    def handle(self) -> Any:
+        """Return what a capture is told: the pool of a graph that is there, or a new one."""
+        for graph in self._graphs:
+            return graph.pool()
+        return torch.cuda.graph_pool_handle()
+
+    def add(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Hear of a graph that has been captured in it."""
+        self._graphs.add(graph)
+
+
 class CapturedStep:
     """A step of fixed shapes; rows that have ended run along, and nothing of them is kept."""
 
@@ -200,7 +221,7 @@ class CapturedStep:
         mask: StepMask,
         *,
         kernels: Kernels | None = None,
-        pool: Any = None,
+        pool: GraphPool | None = None,
         layers: CompiledLayers | None = None,
         observer: Observer = UNOBSERVED,
     ) -> None:
@@ -213,7 +234,7 @@ class CapturedStep:
             cache: of as many rows as there are prompts.
             mask: of the backbone, for this cache.
             kernels: that write the mask and keep accepted nodes; None leaves it to torch.
-            pool: of the memory that a captured graph works in.
+            pool: that the graph shares with those of other steps.
             layers: of the backbone, compiled; None runs them as they are.
             observer: is told of the parts.
         """
@@ -233,7 +254,7 @@ class CapturedStep:
         self.outcome = torch.zeros(num_rows, width, dtype=torch.long, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_capturable = backbone.device.type == "cuda"
-        self._pool = pool
+        self._pool = pool or GraphPool()
         self.active: list[int] = []
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
@@ -323,8 +344,9 @@ class CapturedStep:
         if self._warm_up():
             graph = torch.cuda.CUDAGraph()
             self.verifier.register(graph)
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool.handle()):
                 self._run()
+            self._pool.add(graph)
             self.observer.captured(graph)
         for tensor, before in zip(state, saved, strict=True):
             tensor.copy_(before)
