@@ -12,7 +12,7 @@ from served_models import byte_tokenizer
 from tiny_models import build_model
 from transformers import PreTrainedTokenizerFast
 
-from medusa_exp.config import Config, DatasetConfig, ModelConfig, TrainConfig
+from medusa_exp.config import Config, DatasetConfig, DecodeConfig, ModelConfig, TrainConfig
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.model import Backbone
 
@@ -20,6 +20,9 @@ from medusa_exp.model import Backbone
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.load_profile("quick")
+
+DEVICE = os.environ.get("MEDUSA_EXP_TEST_DEVICE", "cpu")
+"""Where the config's models run: "cuda" tries the product on a GPU, a real or an emulated one."""
 
 
 @pytest.fixture
@@ -47,7 +50,9 @@ def config(tmp_path, tokenizer, sharegpt_file) -> Config:
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return Config(
-        device=os.environ.get("MEDUSA_EXP_TEST_DEVICE", "cpu"),
+        device=DEVICE,
+        # The kernels have tests of their own, and an emulated GPU takes long for them.
+        decode=DecodeConfig(verifier="auto" if DEVICE == "cpu" else "torch"),
         cache_dir=str(tmp_path / "cache"),
         model=ModelConfig(path=str(tmp_path / "model")),
         dataset=DatasetConfig(path=str(sharegpt_file), val_fraction=0.2, test_fraction=0.2),

@@ -1,0 +1,174 @@
+"""The product on a GPU that is emulated: `nox -s emulated_gpu`. See tests/support/emulated.py.
+
+What is found out so: what mixes devices, what waits for the host within a capture, what a replay
+finds at the addresses that were captured, and who else wrote there.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+
+if reason := emulated.why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+VARIANTS = {
+    "as it is": [],
+    "recurrent heads": ["head=recurrent"],
+    "rooted heads, tied": ["head=rooted", "dtype=bf16"],
+    "low-rank heads": ["head=medusa_lowrank"],
+    "prefix attention": ["head.prefix_attention=true"],
+    "looked up": ["tree.lookup=4"],
+    "dynamic tree": ["tree=dynamic"],
+    "eager steps": ["decode.cuda_graph=false"],
+    "eager attention": ["model.attn_implementation=eager"],
+    "growing batches": ["evaluate.batch_sizes=[1,2,3]"],
+    "both learn": ["train=medusa2", "evaluate.batch_sizes=[1,2]"],
+    "packed, averaged": ["train.batching=packed", "train.average=0.9", "train.accumulate=2"],
+    "features from disk": ["train.features=cache", "train.loss=topk_kl"],
+    "muon, reproducible": ["train.optimizer=muon", "train.deterministic=true"],
+    "its own answers": [
+        "stages=[pretrain,regenerate,train,regenerate,calibrate,evaluate,export,report]",
+        *("dataset.max_length=256", "regenerate.max_new_tokens=24", "train.text=regenerated"),
+        "regenerate.use_heads=true",
+    ],
+}
+SAMPLED = {
+    "likeliest drafts": ["decode.top_p=0.9", "decode.top_k=20", "decode.temperature=0.7"],
+    "drawn drafts": ["decode.draft=sampled", "head=recurrent", "evaluate.batch_sizes=[1,2]"],
+}
+OF_TORCH = "decode.verifier=torch"  # kernels take a tenth of a second a step on a CPU
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    emulated.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """The pretrained model, once for all."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(
+    gpu: Path, *arguments: str, complains: bool = False, **options
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=emulated.environment(gpu) | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert ("emulated GPU:" in done.stderr) == complains, done.stderr[-3000:]
+    return done
+
+
+def smoke(gpu: Path, cache: Path, out: Path, *settings: str) -> dict[str, float]:
+    command = ["-m", "medusa_exp", "+experiment=smoke", "device=cuda", f"run_dir={out}"]
+    few = ["tree.num_prompts=1", "evaluate.num_prompts=3", f"cache_dir={cache}"]
+    run(gpu, *command, *few, *settings)
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_answers_are_those_of_plain_decoding(gpu, cache, tmp_path, name):
+    metrics = smoke(gpu, cache, tmp_path / "run", OF_TORCH, *VARIANTS[name])
+    assert metrics["eval/identical_fraction"] == 1 and metrics["eval/tokens_per_step"] >= 1
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_draws_by_the_kernels_too(gpu, cache, tmp_path, name):
+    metrics = smoke(gpu, cache, tmp_path / "run", "decode=sampling", *SAMPLED[name])
+    assert metrics["eval/tokens_per_step"] >= 1
+
+
+def test_a_demo_on_a_gpu(gpu, tmp_path):
+    command = ["-m", "medusa_exp", "+experiment=demo", "device=cuda", "evaluate.num_prompts=2"]
+    done = run(gpu, *command, f"run_dir={tmp_path}/run", f"cache_dir={tmp_path}/cache", OF_TORCH)
+    assert done.stdout.count("the same tokens") == 4 and "NOT the same" not in done.stdout
+
+
+def test_the_tests_of_a_gpu(gpu):
+    folders = ["tests/decode", "tests/model", "tests/kernels/test_gpu.py"]
+    # That one compares what the kernels' tests for the CPU compare too, and takes an hour here.
+    left_out = ("-k", "not right_on_the_device")
+    done = run(gpu, "-m", "pytest", "-q", "-m", "gpu", *left_out, *folders, cwd=ROOT)
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("parts", [["--parts", "steps_8B", "regeneration", "speedup"], ["--forms"]])
+def test_the_benchmark_of_a_gpu(gpu, tmp_path, parts):
+    out = tmp_path / "found.json"
+    command = ["benchmarks/gpu/run.py", "--rehearse", "--minutes", "14", "--out", str(out)]
+    run(gpu, *command, *parts, cwd=ROOT)
+    found = json.loads(out.read_text())
+    assert found["seconds"] and not [name for name in found["seconds"] if "failed" in found[name]]
+
+
+CAPTURES = """
+import torch
+
+state = torch.zeros(3, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    told = state * 2 + 1
+    state.add_(1)
+assert state.tolist() == [0, 0, 0]  # a capture computes nothing
+for number in range(3):
+    graph.replay()
+    assert state[0] == number + 1 and told[0] == 2 * number + 1
+
+
+def refused(work, message):
+    try:
+        work()
+    except RuntimeError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+
+def waiting_capture(work):
+    def capture():
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            work()
+    return capture
+
+
+masked = lambda: state[state > 1]
+for wait in (state.cpu, state.sum().item, state.nonzero, masked, torch.cuda.synchronize):
+    refused(waiting_capture(wait), "captur")
+torch.cuda.set_sync_debug_mode("error")
+for wait in (state.cpu, state.nonzero, lambda: torch.zeros(2).to("cuda")):
+    refused(wait, "synchronizing")
+torch.cuda.set_sync_debug_mode("default")
+refused(lambda: state + torch.zeros(3), "same device")
+torch.manual_seed(3)
+first = torch.rand(4, device="cuda")
+torch.manual_seed(3)
+assert torch.equal(first, torch.rand(4, device="cuda"))
+assert torch.empty(2**25, dtype=torch.uint8, device="cuda").eq(0xCD).all()  # as it was given
+assert torch.cuda.memory_allocated() > 0 and "emulated" in torch.cuda.get_device_name()
+q, k, v = (torch.randn(1, 4, 5, 16, device="cuda", requires_grad=True) for _ in range(3))
+host = [x.detach().cpu().requires_grad_() for x in (q, k, v)]
+attend = torch.nn.functional.scaled_dot_product_attention
+attend(q, k, v, is_causal=True).square().sum().backward()
+attend(*host, is_causal=True).square().sum().backward()
+for there, here in zip((q, k, v), host):
+    torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_what_a_gpu_refuses_is_refused(gpu):
+    run(gpu, "-c", CAPTURES, complains=True)
