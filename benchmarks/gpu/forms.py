@@ -6,6 +6,7 @@ times the attention of one layer of a step by each of torch's kernels.
 B rows, J key-value heads, G query heads for each, N nodes, K columns of the cache and the tree.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from medusa_exp.decode import compiled
 from medusa_exp.model import build_heads
+from medusa_exp.runs.machine import synchronize
 
 HEAD = 128
 FORMS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -132,11 +134,39 @@ def measure_attention(scale: Scale, is_over: IsOver) -> Iterator[tuple[str, Any]
         yield told, dict(_by_each(case, scale))
 
 
+def measure_first_calls(scale: Scale, is_over: IsOver) -> Iterator[tuple[str, Any]]:
+    """Yield milliseconds of a prompt's attention at lengths that its kernel has not met, by each.
+
+    Of cuDNN's kernel most is a plan, which model/attention.py leaves to calls of few shapes.
+    """
+    kernels = {"flash": SDPBackend.FLASH_ATTENTION, **BACKENDS}
+    for number, (name, backend) in enumerate(kernels.items()):
+        if is_over():
+            return
+        lengths = [301 + 10 * number + 97 * place for place in range(5)]
+        with sdpa_kernel([backend]):
+            found = [_first_call(length, scale) for length in lengths]
+        yield f"first call, {name}", found
+
+
+def _first_call(length: int, scale: Scale) -> float | str:
+    query, key, value = torch.randn(3, 1, 8, length, HEAD, device=scale.device, dtype=scale.dtype)
+    synchronize(scale.device)
+    start = time.perf_counter()
+    try:
+        scaled_dot_product_attention(query, key, value, is_causal=True)
+    except RuntimeError as error:
+        return f"{error}".partition("\n")[0][:200]
+    synchronize(scale.device)
+    return (time.perf_counter() - start) * 1e3
+
+
 def _by_each(case: Attention, scale: Scale) -> Iterator[tuple[str, float | str]]:
     given = [case.inputs(scale) for _ in range(case.copies(scale))]
     for told, backend in BACKENDS.items():
         with sdpa_kernel([backend]):
-            yield told, _microseconds(_masked, given)
+            found = _microseconds(_masked, given)
+        yield told, found
     if not scale.is_rehearsal:  # which would want Triton
         yield "flex", _microseconds(torch.compile(_by_flex, dynamic=False), given)
 

@@ -220,6 +220,7 @@ def figures_of(name: str, scale: Scale, is_over: IsOver) -> Iterator[tuple[str, 
     elif name == "grid":
         yield from verification.measure_grid(correctness.kernels_of(scale), is_over)
     elif name == "attention":
+        yield from forms.measure_first_calls(scale, is_over)
         yield from forms.measure_attention(scale, is_over)
     elif name.startswith("forms_"):
         yield from forms.measure_forms(name.removeprefix("forms_"), scale, is_over)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from medusa_exp.config import ModelConfig
 from medusa_exp.decode.cache import FixedCache, GrowingCache
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.model import Backbone, load_backbone
-from medusa_exp.model.attention import NAME, grouped_attention
+from medusa_exp.model.attention import NAME, few_shapes, grouped_attention, kernels_for
 from medusa_exp.model.source import ModelSpec
 from medusa_exp.tree import Tree, chain
 
@@ -219,3 +220,26 @@ def test_who_names_sdpa_gets_transformers_own(tmp_path, wanted, is_used):
     build_model("llama").save_pretrained(tmp_path)
     backbone = load_backbone(ModelSpec(ModelConfig(path=str(tmp_path), attn_implementation=wanted)))
     assert backbone.uses_grouped_attention == is_used
+
+
+def test_only_few_shapes_are_planned_for():
+    is_on, cuda = torch.backends.cuda.cudnn_sdp_enabled, torch.device("cuda")
+    assert is_on()
+    with suppress(ZeroDivisionError), kernels_for(cuda):
+        assert not is_on()
+        with kernels_for(cuda):
+            assert not is_on()
+        assert not is_on()
+        raise ZeroDivisionError
+    assert is_on()
+    with few_shapes(), kernels_for(cuda):
+        assert is_on()
+    with kernels_for(torch.device("cpu")):
+        assert is_on()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # somebody's own choice
+    try:
+        with kernels_for(cuda):
+            assert not is_on()
+        assert not is_on()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)

@@ -170,5 +170,38 @@ for there, here in zip((q, k, v), host):
 """
 
 
+KERNELS = """
+import emulated_operations, torch
+from tiny_models import build_model
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.tree import chain
+
+backbone = Backbone(build_model("llama").cuda().bfloat16())
+heads = build_heads(backbone, num_heads=2).cuda().bfloat16()
+decoder = Decoder(backbone, heads, chain(2), AcceptanceRule(verifier="torch"), cuda_graph=True)
+
+
+def kernels(work):
+    emulated_operations.ran.clear()
+    work()
+    return {name for name in emulated_operations.ran if name.endswith(" attention")}
+
+
+flash = {"flash attention"}
+assert kernels(lambda: decoder.decode([[3, 4, 5]], Limits(2))) == flash | {"cudnn attention"}
+assert kernels(lambda: decoder.decode([[3, 4, 5, 6]], Limits(2))) == flash  # and what was captured
+ids = torch.ones(1, 7, dtype=torch.long).cuda()
+assert kernels(lambda: backbone.hidden_states(ids)) == flash
+assert torch.backends.cuda.cudnn_sdp_enabled()
+"""
+
+
+def test_what_comes_in_many_shapes_has_no_kernel_planned_for_each(gpu):
+    run(gpu, "-c", KERNELS)
+
+
 def test_what_a_gpu_refuses_is_refused(gpu):
     run(gpu, "-c", CAPTURES, complains=True)

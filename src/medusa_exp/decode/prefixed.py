@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from medusa_exp.decode.masks import FULL, MODELS
 from medusa_exp.decode.step import UNOBSERVED, Observer
+from medusa_exp.model.attention import kernels_for
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import PrefixAttention
 
@@ -54,7 +55,7 @@ class PrefixedBackbone(Backbone):
             )
         finally:
             handle.remove()
-        with self._observer.part("heads"):
+        with self._observer.part("heads"), kernels_for(self.device):
             hidden_BND = self.prefix(
                 self.as_read(whole[0].to(self.device)),
                 position_ids_BN,

@@ -39,6 +39,7 @@ from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import AcceptanceRule, Verifier
 from medusa_exp.decode.verify import Verdict
 from medusa_exp.errors import UserError
+from medusa_exp.model.attention import few_shapes
 from medusa_exp.model.backbone import Backbone
 
 log = logging.getLogger(__name__)
@@ -300,7 +301,7 @@ class CapturedStep:
             mask, position_BN = self._mask_and_positions(draft)
         position_BN = torch.minimum(position_BN, self.last)
         compiled = self.layers.in_place(cache) if self.layers else nullcontext()
-        with part("backbone"), compiled:
+        with part("backbone"), compiled, few_shapes():
             logits_BNV, hidden_BND = self.backbone.forward(
                 draft.tokens_BN, cache, mask=mask, position_ids_BN=position_BN
             )

@@ -1,4 +1,4 @@
-"""Attention of decoding steps over grouped queries, without copies of the KV cache.
+"""Attention of decoding steps over grouped queries, without copies of the KV cache; its kernels.
 
 In grouped-query attention (Ainslie et al., arXiv 2305.13245) G query heads read one key-value head.
 Under a mask transformers' sdpa repeats keys and values G times, in every layer of every step. Here
@@ -33,6 +33,8 @@ _MOST_QUERIES = 256
 """More queries of a row than a tree has: a piece of a prompt, whose mask is the larger copy."""
 _ALIGNED = 16
 """Columns that CUDA kernels want a mask's rows to be a multiple of, or pad them in every layer."""
+
+_comes_in_few_shapes: ContextVar[bool] = ContextVar("comes_in_few_shapes", default=False)
 
 _Folded = dict[tuple[int, int], tuple[Tensor, Tensor]]
 """Masks by identity and G: as the model was given them (kept, for its identity), and folded."""
@@ -76,6 +78,35 @@ class GroupedAttention:
             _folded.reset(token)
             for config in changed:
                 config._attn_implementation_internal = "sdpa"  # private: transformers 5.23
+
+
+@contextmanager
+def few_shapes() -> Iterator[None]:
+    """Say that calls of a model within the block come in few shapes, again and again."""
+    token = _comes_in_few_shapes.set(True)
+    try:
+        yield
+    finally:
+        _comes_in_few_shapes.reset(token)
+
+
+@contextmanager
+def kernels_for(device: torch.device) -> Iterator[None]:
+    """Let sdpa take no kernel within the block that would be planned anew for each shape.
+
+    Since 2.11 torch takes cuDNN's on Hopper and datacenter Blackwell, for all shapes in 16 bits. It
+    makes a plan for each that it has not met: 55 to 70 ms (flashinfer's pull request 5245, on a
+    Blackwell), far more than a prompt of a few hundred tokens takes. Within `few_shapes` it may.
+    """
+    cuda = torch.backends.cuda
+    if device.type != "cuda" or _comes_in_few_shapes.get() or not cuda.cudnn_sdp_enabled():
+        yield
+        return
+    cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(True)
 
 
 @cache

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from medusa_exp.errors import UserError
 from medusa_exp.identity import bfloat16_bytes, identity_of
-from medusa_exp.model.attention import GroupedAttention
+from medusa_exp.model.attention import GroupedAttention, kernels_for
 
 _SAMPLE = 4096
 """Values of a parameter that `Backbone.weights_fingerprint` reads, about."""
@@ -156,7 +156,8 @@ class Backbone:
         of what stands before it in the row: transformers makes the mask from the positions.
         """
         assert self.has_body, "only the ends of this model were loaded"
-        output = self.body(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False)
+        with kernels_for(self.device):
+            output = self.body(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False)
         return self.as_read(output.last_hidden_state.to(self.device))
 
     def as_read(self, body_BTD: Tensor) -> Tensor:
@@ -268,7 +269,8 @@ class Backbone:
             position_ids_BN: None counts on from the cache.
             keep: numbers of the tokens whose logits and hidden states are wanted; None is all.
         """
-        with self._grouped.used() if self._grouped is not None else nullcontext():
+        grouped = self._grouped.used() if self._grouped is not None else nullcontext()
+        with grouped, kernels_for(self.device):
             return self._with_lm_head_input(
                 input_ids=input_ids_BN,
                 **{self._cache_argument: cache},

@@ -32,6 +32,7 @@ from medusa_exp.config import LoraSettings, TrainConfig
 from medusa_exp.data.datamodule import Batch, send
 from medusa_exp.decode.loop import GREEDY
 from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.model.attention import few_shapes
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
 from medusa_exp.model.loss import (
@@ -87,7 +88,7 @@ class JointLoss:
         if not self.settings.self_distillation:
             return TokenTargets(batch.input_ids_BT)
         self.adapted.eval()  # a teacher does not drop out
-        with torch.no_grad(), self.adapted.disable_adapter():
+        with torch.no_grad(), few_shapes(), self.adapted.disable_adapter():
             teacher_BTD = backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
         self.adapted.train()
 
@@ -243,7 +244,8 @@ class MedusaModule(L.LightningModule):
         """Return hidden_BTD of a batch, read or computed."""
         if batch.hidden_BTD is not None:
             return batch.hidden_BTD
-        return self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
+        with few_shapes():
+            return self.backbone.hidden_states(batch.input_ids_BT, batch.positions_BT)
 
     def _heads_input(self, batch: Batch, hidden_BTD: Tensor) -> Tensor:
         example_BT = None if batch.positions_BT is None else batch.example_BT  # one a row

@@ -288,7 +288,6 @@ def attend(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return what a fused kernel of attention does: [B, H, N, F], and logsumexp [B, H, N]."""
-    ran["attention"] += 1
     if bias is not None and bias.dtype != query.dtype:
         raise RuntimeError("invalid dtype for bias - should match query's dtype")
     shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
@@ -350,6 +349,7 @@ def _no_seed() -> Tensor:
 
 def efficient(query, key, value, bias, sums, dropout=0.0, causal=False, *, scale=None):  # type: ignore
     """The kernel for long sequences in little memory."""
+    ran["efficient attention"] += 1
     return *attend(query, key, value, bias, causal, scale), _no_seed(), _no_seed()
 
 
@@ -375,6 +375,7 @@ def efficient_backward(  # type: ignore
 
 def flash(query, key, value, dropout=0.0, causal=False, debug=False, *, scale=None):  # type: ignore
     """FlashAttention, which takes no bias."""
+    ran["flash attention"] += 1
     found = attend(query, key, value, None, causal, scale)
     sizes = query.shape[2], key.shape[2]
     return *found, None, None, *sizes, _no_seed(), _no_seed(), query.new_empty(0)
@@ -404,6 +405,7 @@ def flash_backward(  # type: ignore
 
 def cudnn(query, key, value, bias, sums, dropout=0.0, causal=False, debug=False, *, scale=None):  # type: ignore
     """cuDNN's kernel."""
+    ran["cudnn attention"] += 1
     found = attend(query, key, value, bias, causal, scale)
     sizes = query.shape[2], key.shape[2]
     return *found, None, None, *sizes, _no_seed(), _no_seed(), query.new_empty(0)
