@@ -26,7 +26,7 @@ from medusa_exp.decode.verify import verify
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.train.throughput import Operations
 
-SCALE = models.rehearsal()
+SCALE = dataclasses.replace(models.rehearsal(), device=torch.device("cpu"))
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.py"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 from gpu.decode_step import KINDS, decoder_of, step_milliseconds
@@ -32,14 +33,17 @@ from medusa_exp.runs.machine import synchronize
 HEAD = 128
 FORMS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "as it is": nullcontext,
-    "products of their own": lambda: _Without("groups_of", lambda layer: []),
-    "masks of their own": lambda: _Without("fold_for_layer", lambda layer, mask, dtype: mask),
+    "products of their own": lambda: mock.patch.object(compiled, "groups_of", return_value=[]),
+    "masks of their own": lambda: mock.patch.object(
+        compiled, "fold_for_layer", lambda layer, mask, dtype: mask
+    ),
     "combo kernels": lambda: inductor.patch(
         combo_kernels=True, combo_kernel_foreach_dynamic_shapes=True
     ),
     "products of one row by Triton": lambda: inductor.patch(coordinate_descent_tuning=True),
 }
-"""What each changes, from what the product does."""
+"""What each changes, from what the product does. A rehearsal's backend knows of no kernels, so that
+the last two change nothing there."""
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -49,20 +53,6 @@ SHAPES = {"7B": (32, 1), "8B": (8, 4)}
 """J and G."""
 
 IsOver = Callable[[], bool]
-
-
-class _Without:
-    """Puts something else in the place of a part of decode/compiled.py."""
-
-    def __init__(self, name: str, other: Any) -> None:
-        self.name, self.other = name, other
-
-    def __enter__(self) -> None:
-        self.before = getattr(compiled, self.name)
-        setattr(compiled, self.name, self.other)
-
-    def __exit__(self, *_: object) -> None:
-        setattr(compiled, self.name, self.before)
 
 
 def measure_forms(name: str, scale: Scale, is_over: IsOver) -> Iterator[tuple[str, Any]]:

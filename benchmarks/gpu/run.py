@@ -56,6 +56,7 @@ most. After its own seconds a part begins nothing more; it is ended where it wou
 the parts behind it, for which it has what the parts before it have left."""
 FORMS = {"attention": 60, "forms_7B": 190, "forms_8B": 200}
 """Parts of --forms, and the seconds of each."""
+SECONDS = PARTS | FORMS
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 MEASURED = re.compile(r"[^a-z0-9]+")
 
@@ -122,11 +123,11 @@ class Benchmark:
         for number, name in enumerate(parts, 1):
             begin = time.monotonic()
             left = self._end - begin
-            seconds = min((PARTS | FORMS).get(name, left), left)
+            seconds = min(SECONDS.get(name, left), left)
             if seconds < 5:
                 self.found[name] = {"left_out": "no time left"}
                 continue
-            kept = sum((PARTS | FORMS).get(later, 0) for later in parts[number:])
+            kept = sum(SECONDS.get(later, 0) for later in parts[number:])
             self.found[name] = self.run_part(name, seconds, max(seconds, left - kept))
             self.found["seconds"][name] = round(time.monotonic() - begin, 1)
             self.write()

@@ -71,7 +71,7 @@ def test_a_step_is_kept_and_forgets_the_prompts_before(backbone):
     assert again == alone
     [kept] = decoder._captured.values()
     [cache] = kept._caches
-    assert (cache.num_rows, cache.columns, len(cache.steps)) == (2, 256, 1)
+    assert (cache.shape, cache.columns, len(cache.steps)) == ((2, torch.float32), 256, 1)
 
 
 def test_old_caches_make_room(backbone):
@@ -98,7 +98,7 @@ def test_answers_side_by_side_leave_each_other_alone(backbone, prefixed):
     while waiting:
         waiting = [steps for steps in waiting if next(steps, None) is not None]
     assert [responses.rows[0].tokens for responses in beside] == alone
-    assert not any(cache.is_used for kept in decoder._captured.values() for cache in kept._caches)
+    assert not any(cache.is_lent for kept in decoder._captured.values() for cache in kept._caches)
     decoder.decode([prompts[0]] * 2, Limits(3))
     assert all(len(kept._caches) <= 4 for kept in decoder._captured.values())
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import VOCAB_SIZE, build_model
 
+from medusa_exp.decode import compiled
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, decode_plain
@@ -73,6 +74,42 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_is_named_once(backbone, monke
     [warning] = [r.getMessage() for r in caplog.records if r.name.startswith("medusa_exp")]
     assert "its layers are not compiled (Unsupported" in warning
     assert decoder.layers.is_refused and decoder.layers.num_graphs == 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_steps_mask_is_made_outside_of_the_layers(architecture, monkeypatch):
+    torch._dynamo.reset()
+    backbone, graphs = Backbone(build_model(architecture)), []
+    assert backbone.body.layers[0].self_attn.num_key_value_groups > 1
+    fuse = compiled.fuse
+
+    def kept(graph, groups):
+        fuse(graph, groups)
+        graphs.append({getattr(n.target, "__name__", n.target) for n in graph.graph.nodes})
+
+    monkeypatch.setattr(compiled, "fuse", kept)
+    decoder = compiling(backbone)
+    expected = [a.tokens for a in decode_plain(backbone, [[3, 4, 5]], Limits(12))]
+    assert [a.tokens for a in decoder.decode([[3, 4, 5]], Limits(12))] == expected
+    assert [a.tokens for a in decoder.decode_plain([[3, 4, 5]], Limits(12))] == expected
+    made = {"masked_fill_", "masked_fill", "new_zeros", "where", "invert"}
+    assert len(graphs) == 2 and not any(names & made for names in graphs)
+
+
+def test_a_layer_that_reads_the_mask_is_given_it_as_it_is(backbone, monkeypatch):
+    attention = type(backbone.body.layers[0].self_attn)
+    forward = attention.forward
+
+    def reading(self, hidden_states, *args, attention_mask=None, **kwargs):
+        if attention_mask is not None:  # a row for each token
+            hidden_states = hidden_states + attention_mask[:, 0, :, :1].clamp(0, 0)
+        return forward(self, hidden_states, *args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", reading)
+    decoder = compiling(backbone)
+    expected = [a.tokens for a in decode_plain(backbone, [[3, 4, 5]], Limits(12))]
+    assert [a.tokens for a in decoder.decode([[3, 4, 5]], Limits(12))] == expected
+    assert not decoder.layers.is_refused and not decoder.layers._folds_masks
 
 
 def test_layers_that_hooks_run_are_left_alone(backbone, caplog):

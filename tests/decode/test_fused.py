@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from medusa_exp.decode import compiled
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.fused import Group, fuse, groups_of
+from medusa_exp.decode.fused import fuse, groups_of, join, num_moves
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model import Backbone
 
@@ -55,7 +55,7 @@ def tokens_of(decoder: Decoder) -> list[int]:
 
 
 def run_compiled(layer: nn.Module, *given: torch.Tensor) -> torch.Tensor:
-    joined = tuple(group.paths for group in groups_of(layer) if group.join())
+    joined = tuple(group.paths for group in groups_of(layer) if group.lies_joined(layer))
     call, _ = compiled._compiler("aot_eager", joined)
     with torch.inference_mode():
         return call(layer, given, {})
@@ -75,16 +75,17 @@ def test_a_layer_has_one_product_for_each_input(architecture, products, counted)
 def test_joined_weights_are_what_they_were_and_held_once(tmp_path):
     model = build_model("qwen2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moves = num_moves()
+    join(model.model.layers)
+    assert num_moves() == moves + 2 * 3  # of each layer, and its biases
     for layer in model.model.layers:
-        assert all(group.join() for group in groups_of(layer))
+        assert [group.lies_joined(layer) for group in groups_of(layer)] == [True, True]
     attention = model.model.layers[0].self_attn
     parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
     [memory] = {part.untyped_storage().data_ptr() for part in parts}
     assert parts[0].untyped_storage().nbytes() == sum(part.nbytes for part in parts)
-    place = memory
-    for group in groups_of(model.model.layers[0]):
-        assert group.join()  # which leaves what lies joined where it is
-    assert parts[0].data_ptr() == place
+    join(model.model.layers)  # which leaves what lies joined where it is
+    assert parts[0].data_ptr() == memory and num_moves() == moves + 2 * 3
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
     model.save_pretrained(tmp_path)
@@ -94,6 +95,7 @@ def test_joined_weights_are_what_they_were_and_held_once(tmp_path):
 
 def test_only_products_of_one_input_are_fused(counted):
     layer = Mlp()
+    join([layer])
     x, other = torch.randn(2, 3, 8)
     expected = layer(x, other)
     assert [group.paths for group in groups_of(layer)] == [
@@ -104,30 +106,102 @@ def test_only_products_of_one_input_are_fused(counted):
     assert counted == [4]  # of five; gate and up are called in the other order
 
 
-def test_weights_that_were_moved_are_joined_again(counted):
-    layer, other = Mlp(), Mlp()
-    given = torch.randn(2, 3, 8)
+def test_layers_of_a_kind_of_which_one_lies_joined_say_what_they_say(counted):
+    layers, given = [Mlp() for _ in range(3)], torch.randn(2, 3, 8)
+    join(layers[:2])
+    for layer in [*layers, *layers]:
+        torch.testing.assert_close(run_compiled(layer, *given), layer(*given))
+    assert counted == [4, 5]  # the second of the joined is given the graph of the first
+
+
+def test_weights_that_were_moved_have_products_of_their_own(counted):
+    layer, given = Mlp(), torch.randn(2, 3, 8)
+    join([layer])
     run_compiled(layer, *given)
-    for weight in layer.parameters():
-        weight.data = weight.data + 1
+    layer.gate_proj.weight.data = layer.gate_proj.weight + 1
     torch.testing.assert_close(run_compiled(layer, *given), layer(*given))
-    # Another of the same kind is given the same graph.
-    torch.testing.assert_close(run_compiled(other, *given), other(*given))
-    assert counted == [4]
+    join([layer])
+    layer.up_proj = nn.Linear(8, 6)  # what lies behind gate is not its weight any more
+    torch.testing.assert_close(run_compiled(layer, *given), layer(*given))
+    assert counted == [4, 5]
 
 
-def test_layers_that_differ_are_not_joined(counted):
-    layer = Mlp()
-    layer.up_proj = nn.Linear(8, 6, bias=False)
+def test_a_projection_that_is_replaced_while_decoding(backbone, counted):
+    decoder = compiling(backbone)
+    tokens_of(decoder)
+    for layer in backbone.body.layers:
+        for parent, name in ((layer.self_attn, "k_proj"), (layer.mlp, "up_proj")):
+            old = getattr(parent, name)
+            setattr(parent, name, nn.Linear(old.in_features, old.out_features, bias=False))
+    expected = decode_plain(backbone, [[3, 4, 5]], Limits(12))[0].tokens
+    assert tokens_of(decoder) == expected
+    assert counted == [4, 7]
+
+
+def test_weights_can_be_trained_and_loaded_on_when_they_lie_joined():
+    layer, plain = Mlp(), Mlp()
+    plain.load_state_dict(layer.state_dict())
+    join([layer])
     given = torch.randn(2, 3, 8)
-    assert not groups_of(layer)[1].join()
+    for one in (layer, plain):
+        optimizer = torch.optim.SGD(one.parameters(), 0.1)
+        one(*given).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(layer(*given), plain(*given))
+    assert all(group.lies_joined(layer) for group in groups_of(layer))
+    plain.load_state_dict(layer.state_dict())
+    layer.load_state_dict(Mlp().state_dict())
+    assert all(group.lies_joined(layer) for group in groups_of(layer))
+
+
+def test_what_differs_or_is_tied_is_not_joined(counted):
+    layer = Mlp()
+    layer.up_proj = nn.Linear(8, 6, bias=False)  # gate has one
+    layer.v_proj.weight = layer.k_proj.weight
+    given = torch.randn(2, 3, 8)
+    join([layer])
+    assert not any(group.lies_joined(layer) for group in groups_of(layer))
     torch.testing.assert_close(run_compiled(layer, *given), layer(*given))
     assert counted == [5]
-    assert not Group(("a", "b"), (nn.Linear(8, 6), nn.Linear(8, 6).double())).join()
-    assert not Group(("a", "b"), (nn.Linear(8, 6), nn.Linear(4, 6))).join()
 
     class Own(nn.Linear):
         """Of a library that quantizes, say."""
 
     layer.up_proj = Own(8, 6)
     assert len(groups_of(layer)) == 1
+    one, other = Mlp(), Mlp()
+    other.k_proj.weight = one.k_proj.weight  # layers that share a weight
+    join([one, other])
+    assert [group.lies_joined(one) for group in groups_of(one)] == [True, True]
+    assert [group.lies_joined(other) for group in groups_of(other)] == [False, True]
+    moves = num_moves()
+    join([one, other])
+    assert num_moves() == moves
+
+
+def test_weights_of_inference_mode_stay_where_they_are():
+    with torch.inference_mode():
+        layer = Mlp()
+    join([layer])
+    assert not any(group.lies_joined(layer) for group in groups_of(layer))
+    layer.gate_proj(torch.randn(1, 8))
+
+
+def test_products_that_are_not_just_two_by_two_weights_stay(counted):
+    class Twice(Mlp):
+        def forward(self, x):
+            return self.gate_proj(self.gate_proj(x) @ self.up_proj.weight) + self.gate_proj(x)
+
+    class Changed(Mlp):
+        def forward(self, x):
+            x = x + 0
+            found = self.gate_proj(x)
+            x.add_(1)
+            return found + self.up_proj(x)
+
+    given = torch.randn(3, 8)
+    for layer, products in ((Twice(), 3), (Changed(), 2)):
+        join([layer])
+        expected = layer(given)
+        torch.testing.assert_close(run_compiled(layer, given), expected)
+        assert counted.pop() == products

@@ -1,12 +1,16 @@
 """Run Python where torch sees an H200 that is not there.
 
-Nothing stands between the CUDA build of torch and a GPU but libraries that can be had in another
-form: the CUDA runtime, whose place `emulated_gpu/cudart.cpp` takes with memory of the host, and the
-kernels of torch's operations, whose place torch's CPU kernels take (emulated_operations.py). All
-else is the real thing: devices, streams, the caching allocator, autocast, captured graphs, and the
-project's kernels, compiled for the CPU. It is slow, and says nothing about speed.
+Two things of the CUDA build of torch are replaced: the CUDA runtime (`emulated_gpu/cudart.cpp`), by
+one whose memory is the host's, and the kernels of torch's operations, by torch's CPU kernels
+(`emulated_operations.py`). The caching allocator, autograd, autocast, views and the choice of
+kernels are torch's own; the project's kernels are compiled for the CPU.
 
-Needed: a build of torch with CUDA, and g++.
+It is slow, and says nothing about speed. Streams do at once what they are given, so that no order
+of streams, and no copy that has not ended, is wrong here. Values are the CPU's, ties and sums in 16
+bits as well. What determinism forbids is allowed.
+
+Needed: a build of torch with CUDA, and g++. `python tests/support/emulated.py FOLDER -m medusa_exp
+...` runs a command so; FOLDER keeps what is compiled.
 """
 
 import os
@@ -19,6 +23,8 @@ import torch
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "emulated_gpu"
+PACKAGES = Path(torch.__file__).parents[1]
+HEADERS = (PACKAGES / "nvidia/cu13/include", PACKAGES / "triton/backends/nvidia/include")
 DRIVER = """
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *is_active) {
   if (flags) *flags = 0;
@@ -35,14 +41,14 @@ def why_not() -> str | None:
         return "this build of torch has no CUDA"
     if shutil.which("g++") is None:
         return "there is no g++"
+    if not all(path.is_dir() for path in HEADERS):
+        return f"there are no headers of CUDA in {HEADERS[0]}"
     return None
 
 
 def build(folder: Path) -> None:
     """Compile the runtime and the driver into a folder."""
-    packages = Path(torch.__file__).parents[1]
-    headers = (packages / "nvidia/cu13/include", packages / "triton/backends/nvidia/include")
-    runtime = [*("-std=c++20", "-shared", "-fPIC", "-O1"), *(f"-I{path}" for path in headers)]
+    runtime = [*("-std=c++20", "-shared", "-fPIC", "-O1"), *(f"-I{path}" for path in HEADERS)]
     runtime += [str(FOLDER / "cudart.cpp"), "-o", str(folder / "libcudart.so")]
     driver = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-"]
     for arguments, text in ((runtime, ""), ([*driver, "-o", str(folder / "libcuda.so.1")], DRIVER)):
@@ -51,13 +57,16 @@ def build(folder: Path) -> None:
 
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment of a process that sees the GPU, built into this folder."""
-    paths = [str(FOLDER), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **os.environ,
-        "LD_PRELOAD": str(folder / "libcudart.so"),
-        "LD_LIBRARY_PATH": str(folder),
-        "PYTHONPATH": os.pathsep.join(paths),
+    added = {
+        "LD_PRELOAD": [folder / "libcudart.so"],
+        "LD_LIBRARY_PATH": [folder],
+        "PYTHONPATH": [FOLDER, HERE],
     }
+    joined = {
+        name: os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get(name)])])
+        for name, paths in added.items()
+    }
+    return {**os.environ, **joined}
 
 
 if __name__ == "__main__":  # python tests/support/emulated.py FOLDER ARGUMENTS...

@@ -4,10 +4,13 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 from medusa_exp.decode.cache import FixedCache
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.cuda.runtime import MAX_NODES
 from medusa_exp.decode.drafting import Drafter
+from medusa_exp.decode.fused import num_moves
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
 from medusa_exp.decode.step import UNOBSERVED, CapturedStep, GraphPool, Observer, check_room
@@ -16,26 +19,28 @@ from medusa_exp.model.backbone import Backbone
 _COLUMNS = 256
 """Capacities are multiples of it, so that prompts of many lengths share a step."""
 _MAX_CACHES = 4
+_Shape = tuple[int, torch.dtype]
+"""Rows, and the model's dtype, which keys and values have too."""
 
 
 @dataclass(eq=False)
 class _Cache:
     """A cache with the steps that have been captured over it."""
 
-    num_rows: int
+    shape: _Shape
     columns: int
     """Before the tree's."""
     cache: FixedCache
     steps: dict[Hashable, CapturedStep] = field(default_factory=dict)
-    is_used: bool = False
+    is_lent: bool = False
     """Is an answer in it that has not ended?"""
 
 
 class CapturedSteps:
-    """The captured steps of a backbone, each made once.
+    """The captured steps of a backbone, kept with the caches that they are captured over.
 
-    Steps of as many rows and columns share a cache, unless it is in use, and all share one pool of
-    memory.
+    Steps of as many rows and columns share a cache, unless an answer is in it that has not ended;
+    all share one pool of memory.
     """
 
     def __init__(
@@ -47,9 +52,10 @@ class CapturedSteps:
         self.backbone, self.observer, self.layers = backbone, observer, layers
         self._caches: list[_Cache] = []
         self._pool = GraphPool()
+        self._moves = num_moves()
 
     @contextmanager
-    def used(
+    def lent(
         self, drafter: Drafter, rule: AcceptanceRule, num_rows: int, length: int
     ) -> Iterator[CapturedStep]:
         """Lend a step over an empty cache, for prompts and responses of this length together.
@@ -57,49 +63,63 @@ class CapturedSteps:
         Answers that are given side by side have caches of their own.
         """
         check_room(drafter)
-        lent = self._free(num_rows, length)
-        step = self._step(lent, drafter, rule)
+        moves, dtype = num_moves(), self.backbone.model.dtype
+        if moves != self._moves:  # all that was captured reads weights where they are no more
+            for cache in self._caches:
+                cache.steps.clear()
+            self._moves = moves
+        key = (drafter.key, rule)
+        columns = -(-length // _COLUMNS) * _COLUMNS
+        shape = num_rows, dtype
+        cache = self._fitting(shape, columns, key) or self._made(shape, columns)
+        if key not in cache.steps:
+            cache.steps[key] = self._step(cache, drafter, rule)
+        step = cache.steps[key]
         step.cache.empty()
         step.verifier.restart()
-        lent.is_used = True
+        cache.is_lent = True
         try:
             yield step
         finally:
-            lent.is_used = False
+            cache.is_lent = False
+            self._drop(len(self._caches) - _MAX_CACHES)
 
-    def _step(self, lent: _Cache, drafter: Drafter, rule: AcceptanceRule) -> CapturedStep:
-        backbone = self.backbone
-        key = (drafter.key, rule, backbone.model.dtype)
-        if key not in lent.steps:
-            is_prefixed = drafter.prefix is not None
-            lent.steps[key] = CapturedStep(
-                backbone,
-                drafter,
-                Verifier(rule, backbone.device),
-                lent.cache,
-                StepMask(backbone.model, lent.columns + MAX_NODES, keeps_full=is_prefixed),
-                kernels=step_kernels(rule.verifier, backbone.device),
-                pool=self._pool,
-                layers=self.layers,
-                observer=self.observer,
-            )
-        return lent.steps[key]
-
-    def _free(self, num_rows: int, length: int) -> _Cache:
-        """Return a cache that is free and not far too large, or a new one.
+    def _fitting(self, shape: _Shape, columns: int, key: Hashable) -> _Cache | None:
+        """Return a cache that is not lent and not far too large; one with this step, if any.
 
         Attention reads all columns, so that a far larger one would cost more than a capture.
         """
-        columns = -(-length // _COLUMNS) * _COLUMNS
-        free = [one for one in self._caches if not one.is_used]
         fitting = [
-            o for o in free if o.num_rows == num_rows and columns <= o.columns <= 2 * columns
+            cache
+            for cache in self._caches
+            if not cache.is_lent
+            and cache.shape == shape
+            and columns <= cache.columns <= 2 * columns
         ]
-        if fitting:
-            return min(fitting, key=lambda one: one.columns)
-        while free and len(self._caches) >= _MAX_CACHES:
-            self._caches.remove(free.pop(0))  # the oldest, with its steps
+        return min(fitting, key=lambda c: (key not in c.steps, c.columns), default=None)
+
+    def _made(self, shape: _Shape, columns: int) -> _Cache:
+        self._drop(len(self._caches) + 1 - _MAX_CACHES)
         backbone = self.backbone
-        cache = FixedCache(backbone.num_layers, columns, MAX_NODES, num_rows, backbone.device)
-        self._caches.append(_Cache(num_rows, columns, cache))
+        cache = FixedCache(backbone.num_layers, columns, MAX_NODES, shape[0], backbone.device)
+        self._caches.append(_Cache(shape, columns, cache))
         return self._caches[-1]
+
+    def _drop(self, count: int) -> None:
+        """Drop so many of the oldest caches, with their steps; none that is lent."""
+        for cache in [cache for cache in self._caches if not cache.is_lent][: max(0, count)]:
+            self._caches.remove(cache)
+
+    def _step(self, cache: _Cache, drafter: Drafter, rule: AcceptanceRule) -> CapturedStep:
+        backbone, is_prefixed = self.backbone, drafter.prefix is not None
+        return CapturedStep(
+            backbone,
+            drafter,
+            Verifier(rule, backbone.device),
+            cache.cache,
+            StepMask(backbone.model, cache.columns + MAX_NODES, keeps_full=is_prefixed),
+            kernels=step_kernels(rule.verifier, backbone.device),
+            pool=self._pool,
+            layers=self.layers,
+            observer=self.observer,
+        )

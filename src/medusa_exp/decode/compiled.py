@@ -8,11 +8,13 @@ Layers of a kind differ, for torch, in one thing: the number by which each finds
 values in the cache. So each is given a view of its own keys and values in the cache's stead, whose
 `update` does not look at that number. Sizes of batch, tree and cache are symbols. Where one is 1
 torch compiles anew, so that plain decoding (trees of one node) has a compilation of its own.
+
+Products of one input are one product (fused.py), and a step's mask is folded before the layers.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
@@ -27,7 +29,7 @@ from torch._dynamo.exc import (  # private: torch 2.13
 )
 
 from medusa_exp.decode.cache import FixedCache
-from medusa_exp.decode.fused import fuse, groups_of
+from medusa_exp.decode.fused import fuse, groups_of, join
 from medusa_exp.errors import UserError
 from medusa_exp.model.attention import fold_for_layer
 from medusa_exp.model.backbone import Backbone
@@ -35,7 +37,8 @@ from medusa_exp.model.backbone import Backbone
 log = logging.getLogger(__name__)
 
 _KINDS = 64
-"""Graphs of a process: kinds of layers, by whether batch and tree are 1. torch allows 8."""
+"""Graphs of a process: kinds of layers, by whether batch and tree are 1, and by which products are
+one. torch allows 8."""
 
 
 class CompiledLayers:
@@ -57,11 +60,16 @@ class CompiledLayers:
         self.seconds = 0.0
         """What compiling took."""
         self.num_graphs = 0
-        """What it made: at most one for each kind of layer, by whether batch and tree are 1."""
+        """What it made: at most one for each kind of layer, by whether batch and tree are 1, and by
+        which products are one."""
         self.is_refused = False
         """Has it failed? Then all runs as without it."""
         self._backend = backend
+        self._folds_masks = True
+        join(self.layers)
         self._groups = {layer: groups_of(layer) for layer in self.layers}
+        self._known: dict[Hashable, tuple[tuple[str, ...], ...]] = {}
+        """What `_joined` has found."""
         if not self.layers:
             self._refuse("its decoder layers are not found, or are run by hooks")
 
@@ -90,25 +98,43 @@ class CompiledLayers:
     def _run(
         self, layer: nn.Module, view: "_LayerView", cache: FixedCache, *args: Any, **kwargs: Any
     ) -> Any:
-        if not self.is_refused:
-            viewed = tuple(view if value is cache else value for value in args)
-            named = {key: view if value is cache else value for key, value in kwargs.items()}
-            if "attention_mask" in named:
-                mask = fold_for_layer(layer, named["attention_mask"], view.keys.dtype)
-                named["attention_mask"] = mask
-            joined = tuple(group.paths for group in self._groups[layer] if group.join())
-            call, backend = _compiler(self._backend, joined)
+        viewed = tuple(view if value is cache else value for value in args)
+        named = {key: view if value is cache else value for key, value in kwargs.items()}
+        while not self.is_refused:
+            call, backend = _compiler(self._backend, self._joined(layer))
+            folded = self._folded(layer, view, named)
             before, start = backend.num_graphs, time.perf_counter()
             try:
-                return call(layer, viewed, named)
+                return call(layer, viewed, folded)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 # Raised before any of the layer has run.
+                if folded is not named:  # a layer may do more with a mask than attend by it
+                    self._folds_masks = False
+                    continue
                 self._refuse(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
             finally:
                 if made := backend.num_graphs - before:
                     self.num_graphs += made
                     self.seconds += time.perf_counter() - start
         return type(layer).forward(layer, *args, **kwargs)
+
+    def _joined(self, layer: nn.Module) -> tuple[tuple[str, ...], ...]:
+        """Return the paths of the groups whose weights lie joined, now."""
+        groups = self._groups[layer]
+        place = (layer, *(group.place(layer) for group in groups))
+        if place not in self._known:
+            self._known[place] = tuple(g.paths for g in groups if g.lies_joined(layer))
+        return self._known[place]
+
+    def _folded(
+        self, layer: nn.Module, view: "_LayerView", named: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return arguments with the mask folded; the same ones where nothing is to be folded."""
+        mask = named.get("attention_mask")
+        if not self._folds_masks or mask is None:
+            return named
+        folded = fold_for_layer(layer, mask, view.keys.dtype)
+        return named if folded is mask else {**named, "attention_mask": folded}
 
     def _refuse(self, reason: str) -> None:
         self.is_refused = True

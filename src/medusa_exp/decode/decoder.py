@@ -424,7 +424,7 @@ class Decoder:
         is_prefixed = drafter.prefix is not None
         if is_prefixed not in self._captured:
             self._captured[is_prefixed] = CapturedSteps(backbone, self.observer, self.layers)
-        with self._captured[is_prefixed].used(drafter, rule, num_rows, length) as step:
+        with self._captured[is_prefixed].lent(drafter, rule, num_rows, length) as step:
             yield step
 
     def _backbone_of(self, drafter: Drafter) -> Backbone:

@@ -8,12 +8,16 @@ one behind the other in one piece of memory, of which each stays a view: nothing
 whoever reads the model finds what was there. In the graph of a compiled layer (compiled.py) their
 products become one product, by a view of all of that memory.
 
-M rows, K inputs, N outputs.
+Weights move when they are joined, as they do by `Module.to`. A captured graph reads where they lay:
+`num_moves` tells who keeps graphs that others are needed. `save_pretrained` and safetensors'
+`save_file` write joined weights as they write others; `save_model` refuses what shares memory.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -25,58 +29,116 @@ _NAMES = (
     ("q_a_proj", "kv_a_proj_with_mqa"),  # multi-head latent attention
 )
 """What transformers calls linear layers that are given the same input, in one parent."""
+_OPERATORS = {"add", "sub", "mul", "truediv", "matmul"}
 
 
+_moves = 0
+
+
+def num_moves() -> int:
+    """Return how many times weights have been moved to lie joined, in this process."""
+    return _moves
+
+
+@dataclass(frozen=True)
 class Group:
-    """Linear layers of one parent that may have one product."""
+    """Linear layers of one parent that may have one product: their paths within a layer."""
 
-    def __init__(self, paths: tuple[str, ...], layers: tuple[nn.Linear, ...]) -> None:
-        self.paths, self.layers = paths, layers
+    paths: tuple[str, ...]
 
-    def join(self) -> bool:
-        """Let the weights (and biases) lie one behind the other, if they can; return if they do."""
-        weights = [layer.weight for layer in self.layers]
-        biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        if biases and len(biases) < len(weights):
-            return False
-        return _join(weights) and (not biases or _join(biases))
+    def tensors(self, layer: nn.Module) -> list[list[nn.Parameter]]:
+        """Return the weights, and the biases if there are any; nothing of what cannot be joined."""
+        found = [layer.get_submodule(path) for path in self.paths]
+        # Not of subclasses: what is quantized, packed or adapted has products of its own.
+        if any(type(linear_) is not nn.Linear for linear_ in found):
+            return []
+        weights = [linear_._parameters.get("weight") for linear_ in found]
+        biases = [linear_._parameters.get("bias") for linear_ in found]
+        columns = [weights] if not any(bias is not None for bias in biases) else [weights, biases]
+        kept = [[t for t in column if t is not None] for column in columns]
+        return kept if all(map(_is_alike, kept)) and _is_complete(kept, found) else []
+
+    def place(self, layer: nn.Module) -> tuple[tuple[int, int], ...]:
+        """Return which modules these are, and where their weights lie; quick to ask, at each call.
+
+        What `lies_joined` says stays true for as long as this is the same.
+        """
+        found = []
+        for path in self.paths:
+            module: Any = layer
+            for name in path.split("."):
+                module = module._modules[name]
+            weight = module._parameters.get("weight")
+            found.append((id(module), -1 if weight is None else weight.data_ptr()))
+        return tuple(found)
+
+    def lies_joined(self, layer: nn.Module) -> bool:
+        """Do their weights, and biases, lie one behind the other in the same memory?"""
+        columns = self.tensors(layer)
+        return bool(columns) and all(map(_lie_joined, columns))
+
+
+def _is_complete(columns: list[list[nn.Parameter]], found: list[nn.Module]) -> bool:
+    return all(len(column) == len(found) for column in columns)
+
+
+def _is_alike(tensors: list[nn.Parameter]) -> bool:
+    kinds = {(tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in tensors}
+    is_tied = len({id(tensor) for tensor in tensors}) < len(tensors)
+    return len(kinds) == 1 and not is_tied and not any(tensor.is_inference() for tensor in tensors)
 
 
 def groups_of(layer: nn.Module) -> list[Group]:
     """Return the groups of a decoder layer, by the names of their linear layers."""
-    return [*_groups(layer)]
+    return [
+        Group(tuple(f"{path}.{name}".lstrip(".") for name in names))
+        for path, parent in layer.named_modules()
+        for names in _NAMES
+        if all(type(parent._modules.get(name)) is nn.Linear for name in names)
+    ]
 
 
-def _groups(layer: nn.Module) -> Iterator[Group]:
-    for path, parent in layer.named_modules():
-        for names in _NAMES:
-            # Not of subclasses: what is quantized, packed or adapted has products of its own.
-            found = tuple(p for p in map(parent._modules.get, names) if type(p) is nn.Linear)
-            if len(found) == len(names):
-                yield Group(tuple(f"{path}.{name}".lstrip(".") for name in names), found)
+def join(layers: Iterable[nn.Module]) -> None:
+    """Let the weights of each group of these layers lie joined, where they can.
+
+    Not within a step: memory is given back here, and graphs that were captured are for nothing. A
+    weight that belongs to several groups, of tied layers, stays with the first.
+    """
+    taken: set[int] = set()
+    for layer in layers:
+        for group in groups_of(layer):
+            columns = group.tensors(layer)
+            some = {id(tensor) for column in columns for tensor in column}
+            if some & taken:
+                continue
+            taken |= some
+            for tensors in columns:
+                if not _lie_joined(tensors) and not _join(tensors):
+                    return  # there is no memory for it: nor for what follows
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # else what lay apart stays, beside what lies joined
 
 
 def _join(tensors: list[nn.Parameter]) -> bool:
-    if not _lie_joined(tensors):
-        first = tensors[0]
-        kind = (first.dtype, first.device, first.shape[1:])
-        if any((t.dtype, t.device, t.shape[1:]) != kind for t in tensors):
-            return False
+    global _moves
+    try:
         with torch.inference_mode(False), torch.no_grad():
             joined = torch.cat([tensor.data for tensor in tensors])
-            for tensor, part in zip(tensors, joined.split([len(t) for t in tensors]), strict=True):
-                tensor.data = part
+    except torch.OutOfMemoryError:
+        return False
+    _moves += 1
+    for tensor, part in zip(tensors, joined.split([len(t) for t in tensors]), strict=True):
+        tensor.data = part
     return True
 
 
 def _lie_joined(tensors: list[nn.Parameter]) -> bool:
-    """Is each behind the one before it, in the same memory?"""
     memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     ends = accumulate((tensor.nbytes for tensor in tensors), initial=tensors[0].data_ptr())
     return (
         len(memory) == 1
-        and all(t.is_contiguous() for t in tensors)
-        and [t.data_ptr() for t in tensors] == [*ends][:-1]
+        and all(tensor.is_contiguous() for tensor in tensors)
+        and [tensor.data_ptr() for tensor in tensors] == [*ends][:-1]
     )
 
 
@@ -100,6 +162,10 @@ def _fuse(graph: fx.Graph, paths: tuple[str, ...]) -> None:
     weights = [inputs[name] for name in names if name in inputs]
     products = [node for node in graph.nodes if _is_product_by(node, weights)]
     if len(products) != len(paths) or len({node.args[0] for node in products}) > 1:
+        return
+    if {node.args[1] for node in products} != set(weights) or len(set(weights)) != len(paths):
+        return
+    if _is_changed_between(graph, products):
         return
     first, ordered = products[0], sorted(products, key=lambda node: weights.index(node.args[1]))
     biases = [node.args[2] for node in ordered]
@@ -126,8 +192,24 @@ def _is_product_by(node: fx.Node, weights: list[fx.Node]) -> bool:
     return is_product and not node.kwargs and node.args[1] in weights
 
 
+def _is_changed_between(graph: fx.Graph, products: list[fx.Node]) -> bool:
+    """Is the products' input written to between the first and the last of them?"""
+    nodes = [*graph.nodes]
+    between = nodes[nodes.index(products[0]) : nodes.index(products[-1])]
+    return any(
+        node.args and node.args[0] is products[0].args[0] and _writes(node.target)
+        for node in between
+    )
+
+
+def _writes(target: Any) -> bool:
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    is_in_place = name.endswith("_") and not name.endswith("__")
+    return is_in_place or name == "setitem" or (name[:1] == "i" and name[1:] in _OPERATORS)
+
+
 def _all_of(graph: fx.Graph, first: fx.Node | None, size: int) -> fx.Node | None:
-    """Return all that lies behind the first of some joined weights or biases, itself included."""
+    """Return a view of all joined weights, or biases, by the first of them."""
     if first is None:
         return None
     shape = (size, *first.meta["example_value"].shape[1:])

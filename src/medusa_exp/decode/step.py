@@ -23,7 +23,8 @@ B rows, N tree nodes, L path length, D hidden, V vocabulary.
 
 import logging
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -199,14 +200,14 @@ class GraphPool:
     def __init__(self) -> None:
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
-    def handle(self) -> Any:
-        """Return what a capture is told: the pool of a graph that is there, or a new one."""
-        for graph in self._graphs:
-            return graph.pool()
-        return torch.cuda.graph_pool_handle()
+    @contextmanager
+    def handle(self) -> Iterator[Any]:
+        """Lend what a capture is told: the pool of a graph that is there, or a new one."""
+        graph = next(iter(self._graphs), None)  # held until the capture has begun, and after
+        yield torch.cuda.graph_pool_handle() if graph is None else graph.pool()
 
     def add(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Hear of a graph that has been captured in it."""
+        """Remember a graph that was captured in it, for as long as that lives."""
         self._graphs.add(graph)
 
 
@@ -254,6 +255,7 @@ class CapturedStep:
         width = 2 + 2 * (drafter.depth + 1)
         self.outcome = torch.zeros(num_rows, width, dtype=torch.long, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._read: list[Tensor] = []
         self._is_capturable = backbone.device.type == "cuda"
         self._pool = pool or GraphPool()
         self.active: list[int] = []
@@ -345,9 +347,11 @@ class CapturedStep:
         if self._warm_up():
             graph = torch.cuda.CUDAGraph()
             self.verifier.register(graph)
-            with torch.cuda.graph(graph, pool=self._pool.handle()):
+            with self._pool.handle() as pool, torch.cuda.graph(graph, pool=pool):
                 self._run()
             self._pool.add(graph)
+            # It reads the memory of now, wherever weights may be moved later (decode/fused.py).
+            self._read = [weight.data for weight in self.backbone.model.parameters()]
             self.observer.captured(graph)
         for tensor, before in zip(state, saved, strict=True):
             tensor.copy_(before)

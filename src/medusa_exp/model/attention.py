@@ -180,9 +180,10 @@ def _is_step(query: Tensor, groups: int, mask: Tensor | None, kwargs: dict[str, 
 
 
 def fold_for_layer(layer: nn.Module, mask: Any, dtype: torch.dtype) -> Any:
-    """Return a step's mask as this layer's attention is fastest given it, if that is sdpa or ours.
+    """Return a step's mask [B or 1, 1, N, K] as this layer's attention is fastest given it.
 
-    A compiled layer is given this: in its graph the mask would be made anew in every layer.
+    That is `folded_mask`, where attention is sdpa or ours and the layer says how many heads share a
+    key. A compiled layer is given this: in its graph the mask would be made anew in every layer.
     """
     attention = next((m for m in layer.modules() if hasattr(m, "num_key_value_groups")), None)
     name = getattr(getattr(attention, "config", None), "_attn_implementation", None)
@@ -212,16 +213,18 @@ def _fold_mask(mask_B1NK: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """
     batch, _, num_queries, columns = mask_B1NK.shape
     groups = groups if num_queries > 1 else 1
-    is_aligned = not mask_B1NK.is_cuda or mask_B1NK.stride(2) % _ALIGNED == 0
-    pad = 0 if is_aligned else -columns % _ALIGNED
-    is_boolean = mask_B1NK.dtype == torch.bool
-    if groups == 1 and not pad and not is_boolean:
+    is_boolean, is_cuda = mask_B1NK.dtype == torch.bool, mask_B1NK.is_cuda
+    is_aligned = not is_cuda or mask_B1NK.stride(2) % _ALIGNED == 0
+    if groups == 1 and is_aligned and not is_boolean:
         return mask_B1NK
-    folded_BGNK = mask_B1NK.new_zeros(
-        batch, groups, num_queries, columns + pad, dtype=dtype if is_boolean else mask_B1NK.dtype
+    width = columns + (-columns % _ALIGNED if is_cuda else 0)
+    # Made in its last shape: views that merge or drop sizes of 1 would forget the wider rows.
+    folded_B1RK = mask_B1NK.new_zeros(
+        *(batch, 1, groups * num_queries, width), dtype=dtype if is_boolean else mask_B1NK.dtype
     )[..., :columns]
+    folded_B1GNK = folded_B1RK.unflatten(2, (groups, num_queries))
     if is_boolean:
-        folded_BGNK.masked_fill_(~mask_B1NK, torch.finfo(dtype).min)
+        folded_B1GNK.masked_fill_(~mask_B1NK[:, :, None], torch.finfo(dtype).min)
     else:
-        folded_BGNK.copy_(mask_B1NK)
-    return folded_BGNK.flatten(1, 2)[:, None]
+        folded_B1GNK.copy_(mask_B1NK[:, :, None])
+    return folded_B1RK

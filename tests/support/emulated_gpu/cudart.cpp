@@ -3,7 +3,8 @@
 // Memory of the device is memory of the host, streams do at once what they are given, events know
 // the time. A captured graph is a number: emulated_operations.py keeps what is to be done, and is
 // called where it is launched. No kernel runs: one that is launched has not been emulated, and ends
-// the process. What CUDA refuses within a capture is refused. Device memory begins as 0xCD.
+// the process. What CUDA refuses within a capture is refused, and spoils it. Device memory begins as
+// 0xCD. EMULATED_GPU_GIGABYTES says how much there is.
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -21,11 +22,17 @@ namespace {
 using Memory = std::map<uintptr_t, size_t>;  // begin -> bytes
 
 struct Event {
-  double milliseconds = 0;  // when it was recorded; 0 is never
+  double milliseconds = 0;   // when it was recorded; 0 is never
+  bool is_captured = false;  // as a part of a graph, which the host cannot ask for
 };
 
-constexpr size_t TOTAL = size_t(139) << 30;     // bytes of an H200
-constexpr size_t WIPED = size_t(256) << 20;     // larger blocks are left as the system gives them
+size_t gigabytes() {
+  const char *text = getenv("EMULATED_GPU_GIGABYTES");
+  return text ? strtoull(text, nullptr, 10) : 139;  // of an H200
+}
+
+const size_t TOTAL = gigabytes() << 30;
+constexpr size_t WIPED = size_t(256) << 20;  // larger blocks are left as the system gives them
 constexpr unsigned char WIPE = 0xCD;
 
 std::recursive_mutex lock;
@@ -33,13 +40,15 @@ std::map<const void *, std::string> kernels;  // by the host's function that sta
 Memory device, pinned;
 size_t used = 0;
 cudaStream_t capturing = nullptr;
+bool is_spoilt = false;  // the capture that is under way
 unsigned long long num_captures = 0, num_streams = 0, num_graphs = 0;
 cudaError_t last_error = cudaSuccess;
 void (*replay)(unsigned long long) = nullptr;
+void (*record_event)(void *) = nullptr;
 
 double now() {
-  std::chrono::duration<double, std::milli> passed = std::chrono::steady_clock::now().time_since_epoch();
-  return passed.count();
+  auto passed = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double, std::milli>(passed).count();
 }
 
 bool holds(const Memory &memory, const void *pointer) {
@@ -53,8 +62,12 @@ cudaError_t failed(cudaError_t error, const char *what) {
 }
 
 cudaError_t unless_capturing(const char *what) {
-  return capturing ? failed(cudaErrorStreamCaptureUnsupported, what) : cudaSuccess;
+  if (!capturing) return cudaSuccess;
+  is_spoilt = true;
+  return failed(cudaErrorStreamCaptureUnsupported, what);
 }
+
+Event &event_of(cudaEvent_t event) { return *reinterpret_cast<Event *>(event); }
 
 cudaError_t launched(const void *function) {
   std::lock_guard held(lock);
@@ -66,7 +79,8 @@ cudaError_t launched(const void *function) {
 
 cudaError_t allocate(void **pointer, size_t bytes, Memory &memory) {
   std::lock_guard held(lock);
-  if (posix_memalign(pointer, 512, bytes ? bytes : 1)) return last_error = cudaErrorMemoryAllocation;
+  if (posix_memalign(pointer, 512, bytes ? bytes : 1))
+    return last_error = cudaErrorMemoryAllocation;
   memory[uintptr_t(*pointer)] = bytes;
   return cudaSuccess;
 }
@@ -93,6 +107,9 @@ extern "C" {
 // For emulated_operations.py.
 
 int emulated_is_capturing() { return capturing != nullptr; }
+void emulated_spoil() { is_spoilt = true; }
+void emulated_set_time(void *event) { reinterpret_cast<Event *>(event)->milliseconds = now(); }
+void emulated_record_by(void (*function)(void *)) { record_event = function; }
 unsigned long long emulated_last_graph() { return num_graphs; }
 void emulated_replay_by(void (*function)(unsigned long long)) { replay = function; }
 
@@ -273,7 +290,8 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const vo
                      : holds(pinned, pointer) ? cudaMemoryTypeHost
                                               : cudaMemoryTypeUnregistered;
   attributes->hostPointer = const_cast<void *>(pointer);
-  if (attributes->type != cudaMemoryTypeUnregistered) attributes->devicePointer = attributes->hostPointer;
+  if (attributes->type != cudaMemoryTypeUnregistered)
+    attributes->devicePointer = attributes->hostPointer;
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void *target, const void *source, size_t bytes, cudaMemcpyKind) {
@@ -314,9 +332,12 @@ cudaError_t cudaStreamGetPriority(cudaStream_t, int *priority) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return unless_capturing("cudaStreamSynchronize"); }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return unless_capturing("cudaStreamSynchronize");
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t call, void *data, unsigned) {
+cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t call, void *data,
+                                  unsigned) {
   call(stream, cudaSuccess, data);
   return cudaSuccess;
 }
@@ -333,19 +354,32 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete reinterpret_cast<Event *>(event);
   return cudaSuccess;
 }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t, unsigned) {
-  reinterpret_cast<Event *>(event)->milliseconds = now();
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t, unsigned flags) {
+  bool is_external = flags & cudaEventRecordExternal;  // to be recorded at each replay
+  event_of(event).is_captured = capturing && !is_external;
+  if (capturing && is_external && record_event)
+    record_event(event);
+  else
+    event_of(event).milliseconds = now();
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  return cudaEventRecordWithFlags(event, stream, 0);
+  return cudaEventRecordWithFlags(event, stream, cudaEventRecordDefault);
 }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return unless_capturing("cudaEventSynchronize"); }
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (event_of(event).is_captured) return failed(cudaErrorCapturedEvent, "cudaEventQuery");
+  return unless_capturing("cudaEventQuery");
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (event_of(event).is_captured) return failed(cudaErrorCapturedEvent, "cudaEventSynchronize");
+  return unless_capturing("cudaEventSynchronize");
+}
 cudaError_t cudaEventElapsedTime(float *passed, cudaEvent_t from, cudaEvent_t to) {
-  double start = reinterpret_cast<Event *>(from)->milliseconds;
-  double end = reinterpret_cast<Event *>(to)->milliseconds;
-  if (!start || !end) return failed(cudaErrorInvalidResourceHandle, "cudaEventElapsedTime");
+  const char *name = "cudaEventElapsedTime";
+  if (event_of(from).is_captured || event_of(to).is_captured)
+    return failed(cudaErrorCapturedEvent, name);
+  double start = event_of(from).milliseconds, end = event_of(to).milliseconds;
+  if (!start || !end) return failed(cudaErrorInvalidResourceHandle, name);
   *passed = float(end - start);
   return cudaSuccess;
 }
@@ -353,13 +387,16 @@ cudaError_t cudaEventElapsedTime(float *passed, cudaEvent_t from, cudaEvent_t to
 // Graphs.
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-  if (capturing || !stream) return failed(cudaErrorStreamCaptureUnsupported, "cudaStreamBeginCapture");
+  if (capturing || !stream)
+    return failed(cudaErrorStreamCaptureUnsupported, "cudaStreamBeginCapture");
   capturing = stream;
+  is_spoilt = false;
   ++num_captures;
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
   capturing = nullptr;
+  if (is_spoilt) return failed(cudaErrorStreamCaptureInvalidated, "cudaStreamEndCapture");
   *graph = cudaGraph_t(++num_graphs);
   return cudaSuccess;
 }
@@ -413,7 +450,11 @@ const char *cudaGetErrorName(cudaError_t) { return "error of the emulated GPU"; 
 const char *cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated:
+      return "operation failed due to a previous error during capture";
+    case cudaErrorCapturedEvent: return "event was recorded in a capturing stream";
     default: return "error of the emulated GPU";
   }
 }

@@ -34,6 +34,8 @@ recording: list[Callable[[], Any]] = []
 """Of the capture that is under way."""
 graphs: dict[int, list[Callable[[], Any]]] = {}
 """What replays of each graph run."""
+registered: dict[int, set[int]] = {}
+"""Generators that were registered with a graph, by its id; of the one that is captured under 0."""
 
 _KEPT = {
     *("empty.memory_format", "empty_strided", "resize_", "_resize_output_", "record_stream"),
@@ -81,6 +83,7 @@ def on_host(value: Any) -> Any:
 def check_waiting(what: str) -> None:
     """Raise what CUDA and torch raise where the host would wait, and must not."""
     if is_capturing():
+        RUNTIME.emulated_spoil()
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
     mode = torch.cuda.get_sync_debug_mode()
     if mode == 2:
@@ -115,16 +118,17 @@ class Operation:
         return self._told(self._compute(given), given)
 
     def _check(self, given: dict[str, Any]) -> None:
-        if self.name in _WAITING:
+        if self.name in _WAITING and given.get("output_size") is None:
             check_waiting(self.name)
+        checked = given
         if self.name in _INDEXING:
             for index in given["indices"]:
                 if index is not None and not index.is_cuda:
                     check_waiting(f"{self.name} by an index on the host")
                 if index is not None and index.dtype in (torch.bool, torch.uint8):
                     check_waiting(f"{self.name} by a mask")
-            return
-        for value in tree_leaves(given):
+            checked = {name: value for name, value in given.items() if name != "indices"}
+        for value in tree_leaves(checked):
             if isinstance(value, Tensor) and value.device.type == "cpu" and value.ndim:
                 raise RuntimeError(
                     "Expected all tensors to be on the same device, but found at least two "
@@ -172,7 +176,7 @@ class Operation:
         if is_in_place and len(self.returns) == 1:
             sizes = None
         told = self._returned(sizes, given, _empty_on_device)
-        held = tree_map(on_host, given)
+        held = tree_map(_held, given)
         made = [] if is_in_place else [on_host(v) for v in tree_leaves(told) if _is_cuda(v)]
 
         def again() -> None:
@@ -199,14 +203,16 @@ class Operation:
         sizes = outputs("meta")
         try:
             self._run(tree_map(_to_meta, inputs) | sizes)
-        except (NotImplementedError, RuntimeError):  # without a meta kernel, or of values
+        except (NotImplementedError, RuntimeError) as error:  # sizes that are values
+            if "meta" not in str(error).lower():
+                raise
             check_waiting(self.name)
             sizes = outputs("cpu")
             self._run(tree_map(lambda v: _generator_of(on_host(v)), inputs) | sizes)
         for name, target in targets.items():
             if target.shape != sizes[name].shape:
                 target.resize_(sizes[name].shape)
-        held, there = tree_map(on_host, inputs), tree_map(on_host, targets)
+        held, there = tree_map(_held, inputs), tree_map(on_host, targets)
 
         def again() -> None:
             found = outputs("cpu")
@@ -244,6 +250,18 @@ def _to_meta(value: Any) -> Any:
             value.size(), value.stride(), dtype=value.dtype, device=torch.device("meta")
         )
     return value
+
+
+def _held(value: Any) -> Any:
+    """Return what a graph keeps of an argument: of the host's numbers, what they are now."""
+    if isinstance(value, torch.Generator) and value.device.type == "cuda":
+        default = torch.cuda.default_generators[0]
+        if value is not default and id(value) not in registered.get(0, ()):
+            raise RuntimeError("the CUDA generator was not registered with the graph")
+        return value
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        return value.clone()
+    return on_host(value)
 
 
 def _generator_of(value: Any) -> Any:
@@ -284,10 +302,13 @@ def attend(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    dropout: float,
     causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return what a fused kernel of attention does: [B, H, N, F], and logsumexp [B, H, N]."""
+    if dropout:
+        raise NotImplementedError("dropout within attention is not emulated")
     if bias is not None and bias.dtype != query.dtype:
         raise RuntimeError("invalid dtype for bias - should match query's dtype")
     shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
@@ -325,6 +346,7 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    dropout: float,
     causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -340,101 +362,54 @@ def attend_backward(
     of_keys = (grad_scores.mT @ q.float() * factor, weights.mT @ g)
     of_key, of_value = (t.unflatten(1, (-1, groups)).sum(2) for t in of_keys)
     made = ((of_query, query), (of_key, key), (of_value, value))
-    return tuple(_to_device(told.to(like.dtype)) for told, like in made)  # type: ignore
+    grad_q, grad_k, grad_v = (_to_device(told.to(like.dtype)) for told, like in made)
+    return grad_q, grad_k, grad_v
 
 
-def _no_seed() -> Tensor:
-    return torch.empty((), dtype=torch.long)
+def dropout(given: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """Return what is left of a tensor, and what was kept, by draws of the device's generator."""
+    kept = torch.rand_like(given, dtype=torch.float32) >= (p if train is not False else 0.0)
+    return given * kept / (1 - p if train is not False else 1.0), kept
 
 
-def efficient(query, key, value, bias, sums, dropout=0.0, causal=False, *, scale=None):  # type: ignore
-    """The kernel for long sequences in little memory."""
-    ran["efficient attention"] += 1
-    return *attend(query, key, value, bias, causal, scale), _no_seed(), _no_seed()
+class Attention:
+    """One of torch's fused kernels of attention, or its backward."""
+
+    def __init__(self, kind: str, suffix: str) -> None:
+        name = f"_scaled_dot_product_{kind}_attention{suffix}"
+        schema = getattr(torch.ops.aten, name).default._schema
+        self.kind, self.names = kind, [argument.name for argument in schema.arguments]
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        options = given.get("attn_bias"), given.get("dropout_p", 0.0)
+        attended = (given["query"], given["key"], given["value"], *options)
+        return *attended, given.get("is_causal", False), given.get("scale")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what torch's does: found, logsumexp, and more that its backward is given."""
+        ran[f"{self.kind} attention"] += 1
+        query, key, *_ = given = self._given(args, kwargs)
+        seeds = (torch.empty((), dtype=torch.long) for _ in range(2))
+        if self.kind == "efficient":
+            return *attend(*given), *seeds
+        lengths = query.shape[2], key.shape[2]
+        return *attend(*given), None, None, *lengths, *seeds, query.new_empty(0)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the gradients of queries, keys and values; of a bias there is none."""
+        found = attend_backward(args[0], *self._given(args, kwargs))
+        return (*found, None) if self.kind == "efficient" else found
 
 
-def efficient_backward(  # type: ignore
-    grad,
-    query,
-    key,
-    value,
-    bias,
-    out,
-    sums,
-    seed,
-    offset,
-    dropout,
-    wanted,
-    causal=False,
-    *,
-    scale=None,
-):
-    """Its backward."""
-    return *attend_backward(grad, query, key, value, bias, causal, scale), None
-
-
-def flash(query, key, value, dropout=0.0, causal=False, debug=False, *, scale=None):  # type: ignore
-    """FlashAttention, which takes no bias."""
-    ran["flash attention"] += 1
-    found = attend(query, key, value, None, causal, scale)
-    sizes = query.shape[2], key.shape[2]
-    return *found, None, None, *sizes, _no_seed(), _no_seed(), query.new_empty(0)
-
-
-def flash_backward(  # type: ignore
-    grad,
-    query,
-    key,
-    value,
-    out,
-    sums,
-    cum_q,
-    cum_k,
-    max_q,
-    max_k,
-    dropout,
-    causal,
-    seed,
-    offset,
-    *,
-    scale=None,
-):
-    """Its backward."""
-    return attend_backward(grad, query, key, value, None, causal, scale)
-
-
-def cudnn(query, key, value, bias, sums, dropout=0.0, causal=False, debug=False, *, scale=None):  # type: ignore
-    """cuDNN's kernel."""
-    ran["cudnn attention"] += 1
-    found = attend(query, key, value, bias, causal, scale)
-    sizes = query.shape[2], key.shape[2]
-    return *found, None, None, *sizes, _no_seed(), _no_seed(), query.new_empty(0)
-
-
-def cudnn_backward(  # type: ignore
-    grad,
-    query,
-    key,
-    value,
-    out,
-    sums,
-    seed,
-    offset,
-    bias,
-    cum_q,
-    cum_k,
-    max_q,
-    max_k,
-    dropout,
-    causal,
-    *,
-    scale=None,
-):
-    """Its backward."""
-    return attend_backward(grad, query, key, value, bias, causal, scale)
-
-
-def rms_norm_backward(grad, given, shape, scale, weight, wanted):  # type: ignore
+def rms_norm_backward(
+    grad: Tensor,
+    given: Tensor,
+    shape: list[int],
+    scale: Tensor,
+    weight: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of a root mean square norm's input and weight (scale is 1 / rms)."""
     g, x, s, w = map(on_host, (grad, given, scale, weight))
     dims = tuple(range(x.ndim - len(shape), x.ndim))
@@ -452,13 +427,13 @@ _OWN = {
     "copy_": copy_,
     "_assert_async": assert_async,
     "_assert_async.msg": assert_async,
+    "native_dropout": dropout,
     "_fused_rms_norm_backward": rms_norm_backward,
-    "_scaled_dot_product_efficient_attention": efficient,
-    "_scaled_dot_product_efficient_attention_backward": efficient_backward,
-    "_scaled_dot_product_flash_attention": flash,
-    "_scaled_dot_product_flash_attention_backward": flash_backward,
-    "_scaled_dot_product_cudnn_attention": cudnn,
-    "_scaled_dot_product_cudnn_attention_backward": cudnn_backward,
+    **{
+        f"_scaled_dot_product_{kind}_attention{suffix}": getattr(Attention(kind, suffix), way)
+        for kind in ("efficient", "flash", "cudnn")
+        for suffix, way in (("", "forward"), ("_backward", "backward"))
+    },
 }
 """Operations that the CPU has not, or not so."""
 
@@ -500,13 +475,24 @@ def _end(self: torch.cuda.CUDAGraph) -> None:
 
 def _begin(self: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
     recording.clear()
+    registered[0] = registered.pop(id(self), set())
     _capture_begin(self, *args, **kwargs)
+
+
+def _register(self: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
+    _register_generator(self, generator)
+    registered.setdefault(id(self), set()).add(id(generator))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def _record(event: int) -> None:
+    recording.append(lambda: RUNTIME.emulated_set_time(ctypes.c_void_p(event)))
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_ulonglong)
 def _replay(graph: int) -> None:
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             for again in graphs[graph]:
                 again()
     except BaseException:  # an error of a device ends all; from here none would reach the caller
@@ -516,5 +502,8 @@ def _replay(graph: int) -> None:
 
 _capture_begin, _capture_end = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end
 torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end = _begin, _end  # type: ignore
+_register_generator = torch.cuda.CUDAGraph.register_generator_state
+torch.cuda.CUDAGraph.register_generator_state = _register  # type: ignore[method-assign]
 RUNTIME.emulated_replay_by(_replay)
+RUNTIME.emulated_record_by(_record)
 INSTALLED = install()
