@@ -326,7 +326,7 @@ def emulated_gpu(session: nox.Session) -> None:
     # Not as constrained: the version that the GPU's figures are of. On PyPI it is built with CUDA.
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     constraints = session.cache_dir / "emulated_gpu.txt"
-    others = [line for line in lines if not line.startswith("torch==")]
+    others = [line for line in lines if not line.startswith(("torch==", "setuptools=="))]
     constraints.write_text("\n".join([*others, "torch==2.11.0"]), encoding="utf-8")
     session.install("-c", str(constraints), "-e", ".", *group("test"))
     tests = "tests/slow/test_emulated_gpu.py"
