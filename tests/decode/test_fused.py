@@ -1,5 +1,7 @@
 """Products of one input become one, on the same weights, and say what they said."""
 
+import operator
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +12,7 @@ from torch.nn.functional import linear
 from medusa_exp.decode import compiled
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.fused import fuse, groups_of, join, num_moves
+from medusa_exp.decode.fused import fuse, groups_of, join
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.model import Backbone
 
@@ -75,9 +77,7 @@ def test_a_layer_has_one_product_for_each_input(architecture, products, counted)
 def test_joined_weights_are_what_they_were_and_held_once(tmp_path):
     model = build_model("qwen2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    moves = num_moves()
     join(model.model.layers)
-    assert num_moves() == moves + 2 * 3  # of each layer, and its biases
     for layer in model.model.layers:
         assert [group.lies_joined(layer) for group in groups_of(layer)] == [True, True]
     attention = model.model.layers[0].self_attn
@@ -85,7 +85,7 @@ def test_joined_weights_are_what_they_were_and_held_once(tmp_path):
     [memory] = {part.untyped_storage().data_ptr() for part in parts}
     assert parts[0].untyped_storage().nbytes() == sum(part.nbytes for part in parts)
     join(model.model.layers)  # which leaves what lies joined where it is
-    assert parts[0].data_ptr() == memory and num_moves() == moves + 2 * 3
+    assert parts[0].data_ptr() == memory
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
     model.save_pretrained(tmp_path)
@@ -138,6 +138,48 @@ def test_a_projection_that_is_replaced_while_decoding(backbone, counted):
     assert counted == [4, 7]
 
 
+def drawn(linear_: nn.Linear) -> torch.Tensor:
+    return torch.randn(linear_.out_features)
+
+
+CHANGES = {
+    "another bias": lambda a: setattr(a.v_proj, "bias", nn.Parameter(drawn(a.v_proj))),
+    "no bias": lambda a: setattr(a.k_proj, "bias", None),
+    "another bias's memory": lambda a: setattr(a.k_proj.bias, "data", drawn(a.k_proj)),
+    "turned": lambda a: setattr(a.q_proj.weight, "data", a.q_proj.weight.data.t()),
+    "a wrapper": lambda a: setattr(a, "q_proj", nn.Sequential(a.q_proj)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_while_decoding_is_seen(change, counted):
+    backbone = Backbone(build_model("qwen2"))
+    decoder = compiling(backbone)
+    tokens_of(decoder)
+    for layer in backbone.body.layers:
+        CHANGES[change](layer.self_attn)
+    expected = decode_plain(backbone, [[3, 4, 5]], Limits(12))[0].tokens
+    assert tokens_of(decoder) == expected and not decoder.layers.is_refused
+
+
+def test_a_part_that_is_gone_or_of_another_kind(counted):
+    backbone = Backbone(build_model("llama"))
+    decoder = compiling(backbone)
+    tokens_of(decoder)
+    for layer in backbone.body.layers:
+        layer.mlp = nn.Linear(layer.mlp.gate_proj.in_features, layer.mlp.down_proj.out_features)
+    expected = decode_plain(backbone, [[3, 4, 5]], Limits(12))[0].tokens
+    assert tokens_of(decoder) == expected
+
+    class Own(torch.Tensor):
+        """As libraries keep quantized weights, in a layer that stays a Linear."""
+
+    layer = Mlp()
+    layer.up_proj.weight = nn.Parameter(layer.up_proj.weight.data.as_subclass(Own))
+    join([layer])
+    assert [group.lies_joined(layer) for group in groups_of(layer)] == [True, False]
+
+
 def test_weights_can_be_trained_and_loaded_on_when_they_lie_joined():
     layer, plain = Mlp(), Mlp()
     plain.load_state_dict(layer.state_dict())
@@ -174,9 +216,9 @@ def test_what_differs_or_is_tied_is_not_joined(counted):
     join([one, other])
     assert [group.lies_joined(one) for group in groups_of(one)] == [True, True]
     assert [group.lies_joined(other) for group in groups_of(other)] == [False, True]
-    moves = num_moves()
+    before = [group.place(layer) for layer in (one, other) for group in groups_of(layer)]
     join([one, other])
-    assert num_moves() == moves
+    assert before == [g.place(layer) for layer in (one, other) for g in groups_of(layer)]
 
 
 def test_weights_of_inference_mode_stay_where_they_are():
@@ -193,14 +235,26 @@ def test_products_that_are_not_just_two_by_two_weights_stay(counted):
             return self.gate_proj(self.gate_proj(x) @ self.up_proj.weight) + self.gate_proj(x)
 
     class Changed(Mlp):
+        def __init__(self, change):
+            super().__init__()
+            self.change = change
+
         def forward(self, x):
             x = x + 0
             found = self.gate_proj(x)
-            x.add_(1)
+            self.change(x)
             return found + self.up_proj(x)
 
+    changes = (
+        lambda x: x.add_(1),
+        lambda x: x[..., :4].add_(1),
+        lambda x: torch.add(x, 1, out=x),
+        lambda x: torch.nn.functional.relu(x, inplace=True),
+        lambda x: x.__setitem__((..., 0), 1.0),
+        lambda x: operator.iadd(x, 1),
+    )
     given = torch.randn(3, 8)
-    for layer, products in ((Twice(), 3), (Changed(), 2)):
+    for layer, products in ((Twice(), 3), *((Changed(change), 2) for change in changes)):
         join([layer])
         expected = layer(given)
         torch.testing.assert_close(run_compiled(layer, given), expected)

@@ -10,7 +10,6 @@ from medusa_exp.decode.cache import FixedCache
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.cuda.runtime import MAX_NODES
 from medusa_exp.decode.drafting import Drafter
-from medusa_exp.decode.fused import num_moves
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
 from medusa_exp.decode.step import UNOBSERVED, CapturedStep, GraphPool, Observer, check_room
@@ -52,7 +51,6 @@ class CapturedSteps:
         self.backbone, self.observer, self.layers = backbone, observer, layers
         self._caches: list[_Cache] = []
         self._pool = GraphPool()
-        self._moves = num_moves()
 
     @contextmanager
     def lent(
@@ -63,18 +61,16 @@ class CapturedSteps:
         Answers that are given side by side have caches of their own.
         """
         check_room(drafter)
-        moves, dtype = num_moves(), self.backbone.model.dtype
-        if moves != self._moves:  # all that was captured reads weights where they are no more
-            for cache in self._caches:
-                cache.steps.clear()
-            self._moves = moves
         key = (drafter.key, rule)
         columns = -(-length // _COLUMNS) * _COLUMNS
-        shape = num_rows, dtype
+        shape = num_rows, self.backbone.model.dtype
         cache = self._fitting(shape, columns, key) or self._made(shape, columns)
         if key not in cache.steps:
             cache.steps[key] = self._step(cache, drafter, rule)
         step = cache.steps[key]
+        # Whatever moves weights meanwhile, what this step reads is there until it has ended.
+        read = [weight.data for weight in self.backbone.model.parameters()]  # noqa: F841
+        step.check_weights()
         step.cache.empty()
         step.verifier.restart()
         cache.is_lent = True

@@ -40,6 +40,9 @@ _KINDS = 64
 """Graphs of a process: kinds of layers, by whether batch and tree are 1, and by which products are
 one. torch allows 8."""
 
+_PLACES = 4
+"""Places of a layer's weights that are remembered."""
+
 
 class CompiledLayers:
     """The decoder layers of a backbone, compiled at their first calls within `in_place`."""
@@ -123,6 +126,8 @@ class CompiledLayers:
         groups = self._groups[layer]
         place = (layer, *(group.place(layer) for group in groups))
         if place not in self._known:
+            if len(self._known) > _PLACES * len(self.layers):
+                self._known.clear()
             self._known[place] = tuple(g.paths for g in groups if g.lies_joined(layer))
         return self._known[place]
 

@@ -8,19 +8,19 @@ one behind the other in one piece of memory, of which each stays a view: nothing
 whoever reads the model finds what was there. In the graph of a compiled layer (compiled.py) their
 products become one product, by a view of all of that memory.
 
-Weights move when they are joined, as they do by `Module.to`. A captured graph reads where they lay:
-`num_moves` tells who keeps graphs that others are needed. `save_pretrained` and safetensors'
-`save_file` write joined weights as they write others; `save_model` refuses what shares memory.
+Weights move when they are joined, as they do by `Module.to`: captured steps look whether they lie
+where they did. `save_pretrained` and safetensors' `save_file` write joined weights as they write
+others; `save_model` refuses what shares memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import getitem
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.functional import linear
 
 _NAMES = (
@@ -29,15 +29,8 @@ _NAMES = (
     ("q_a_proj", "kv_a_proj_with_mqa"),  # multi-head latent attention
 )
 """What transformers calls linear layers that are given the same input, in one parent."""
-_OPERATORS = {"add", "sub", "mul", "truediv", "matmul"}
-
-
-_moves = 0
-
-
-def num_moves() -> int:
-    """Return how many times weights have been moved to lie joined, in this process."""
-    return _moves
+_IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
+_IN_PLACE |= {"iand", "ior", "ixor", "ilshift", "irshift"}
 
 
 @dataclass(frozen=True)
@@ -48,28 +41,38 @@ class Group:
 
     def tensors(self, layer: nn.Module) -> list[list[nn.Parameter]]:
         """Return the weights, and the biases if there are any; nothing of what cannot be joined."""
-        found = [layer.get_submodule(path) for path in self.paths]
-        # Not of subclasses: what is quantized, packed or adapted has products of its own.
-        if any(type(linear_) is not nn.Linear for linear_ in found):
+        try:
+            found = [layer.get_submodule(path) for path in self.paths]
+        except AttributeError:
             return []
-        weights = [linear_._parameters.get("weight") for linear_ in found]
-        biases = [linear_._parameters.get("bias") for linear_ in found]
-        columns = [weights] if not any(bias is not None for bias in biases) else [weights, biases]
-        kept = [[t for t in column if t is not None] for column in columns]
-        return kept if all(map(_is_alike, kept)) and _is_complete(kept, found) else []
+        # Not of subclasses: what is quantized, packed or adapted has products of its own.
+        if any(type(module) is not nn.Linear for module in found):
+            return []
+        weights = [module._parameters.get("weight") for module in found]
+        biases = [module._parameters.get("bias") for module in found]
+        columns = [weights] if all(bias is None for bias in biases) else [weights, biases]
+        kept = [[tensor for tensor in column if tensor is not None] for column in columns]
+        is_complete = all(len(column) == len(found) for column in kept)
+        return kept if is_complete and all(map(_is_alike, kept)) else []
 
-    def place(self, layer: nn.Module) -> tuple[tuple[int, int], ...]:
+    def place(self, layer: nn.Module) -> Hashable:
         """Return which modules these are, and where their weights lie; quick to ask, at each call.
 
-        What `lies_joined` says stays true for as long as this is the same.
+        What `lies_joined` says stays true for as long as this is the same; None is no such place.
         """
-        found = []
-        for path in self.paths:
-            module: Any = layer
-            for name in path.split("."):
-                module = module._modules[name]
-            weight = module._parameters.get("weight")
-            found.append((id(module), -1 if weight is None else weight.data_ptr()))
+        found: list[Hashable] = []
+        try:
+            for path in self.paths:
+                module: Any = layer
+                for name in path.split("."):
+                    module = module._modules[name]
+                found.append(id(module))
+                for name in ("weight", "bias"):
+                    if (tensor := module._parameters.get(name)) is not None:
+                        found += (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                    found.append(name)
+        except (AttributeError, KeyError, RuntimeError):  # of what is gone, or has no address
+            return None
         return tuple(found)
 
     def lies_joined(self, layer: nn.Module) -> bool:
@@ -78,11 +81,9 @@ class Group:
         return bool(columns) and all(map(_lie_joined, columns))
 
 
-def _is_complete(columns: list[list[nn.Parameter]], found: list[nn.Module]) -> bool:
-    return all(len(column) == len(found) for column in columns)
-
-
 def _is_alike(tensors: list[nn.Parameter]) -> bool:
+    if any(type(t) is not nn.Parameter or type(t.data) is not Tensor for t in tensors):
+        return False
     kinds = {(tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in tensors}
     is_tied = len({id(tensor) for tensor in tensors}) < len(tensors)
     return len(kinds) == 1 and not is_tied and not any(tensor.is_inference() for tensor in tensors)
@@ -101,8 +102,8 @@ def groups_of(layer: nn.Module) -> list[Group]:
 def join(layers: Iterable[nn.Module]) -> None:
     """Let the weights of each group of these layers lie joined, where they can.
 
-    Not within a step: memory is given back here, and graphs that were captured are for nothing. A
-    weight that belongs to several groups, of tied layers, stays with the first.
+    Not within a step: memory is given back here, and what was captured is for nothing. A weight that
+    belongs to several groups, of tied layers, stays with the first.
     """
     taken: set[int] = set()
     for layer in layers:
@@ -120,13 +121,11 @@ def join(layers: Iterable[nn.Module]) -> None:
 
 
 def _join(tensors: list[nn.Parameter]) -> bool:
-    global _moves
     try:
         with torch.inference_mode(False), torch.no_grad():
             joined = torch.cat([tensor.data for tensor in tensors])
     except torch.OutOfMemoryError:
         return False
-    _moves += 1
     for tensor, part in zip(tensors, joined.split([len(t) for t in tensors]), strict=True):
         tensor.data = part
     return True
@@ -169,7 +168,8 @@ def _fuse(graph: fx.Graph, paths: tuple[str, ...]) -> None:
         return
     first, ordered = products[0], sorted(products, key=lambda node: weights.index(node.args[1]))
     biases = [node.args[2] for node in ordered]
-    if any(biases) and biases != [inputs.get(_input_name(path, "bias")) for path in paths]:
+    names = [_input_name(path, "bias") for path in paths]
+    if any(biases) and biases != [inputs.get(name, name) for name in names]:
         return
     sizes = [weight.meta["example_value"].shape[0] for weight in weights]
     with graph.inserting_before(first):
@@ -193,19 +193,17 @@ def _is_product_by(node: fx.Node, weights: list[fx.Node]) -> bool:
 
 
 def _is_changed_between(graph: fx.Graph, products: list[fx.Node]) -> bool:
-    """Is the products' input written to between the first and the last of them?"""
+    """Is anything written to between the first and the last of the products: their input, maybe?"""
     nodes = [*graph.nodes]
-    between = nodes[nodes.index(products[0]) : nodes.index(products[-1])]
-    return any(
-        node.args and node.args[0] is products[0].args[0] and _writes(node.target)
-        for node in between
-    )
+    return any(map(_writes, nodes[nodes.index(products[0]) : nodes.index(products[-1])]))
 
 
-def _writes(target: Any) -> bool:
+def _writes(node: fx.Node) -> bool:
+    target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     is_in_place = name.endswith("_") and not name.endswith("__")
-    return is_in_place or name == "setitem" or (name[:1] == "i" and name[1:] in _OPERATORS)
+    is_operator = getattr(target, "__module__", "") == "_operator" and name in _IN_PLACE
+    return is_in_place or is_operator or bool(node.kwargs.get("out") or node.kwargs.get("inplace"))
 
 
 def _all_of(graph: fx.Graph, first: fx.Node | None, size: int) -> fx.Node | None:

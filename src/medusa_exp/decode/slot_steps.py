@@ -16,7 +16,6 @@ from torch import Tensor
 from medusa_exp.decode.cache import FixedCache
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter
-from medusa_exp.decode.fused import num_moves
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.memory import one_column
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
@@ -120,7 +119,6 @@ class CapturedSlots:
         self._base: FixedCache | None = None
         self._steps: dict[Hashable, CapturedStep] = {}
         self._pool = GraphPool()
-        self._moves = num_moves()
 
     def open(
         self, drafter: Drafter, rule: AcceptanceRule, num_slots: int, num_columns: int
@@ -130,8 +128,8 @@ class CapturedSlots:
         self.drafter, self.rule = drafter, rule
         self.num_slots, self.num_columns = num_slots, -(-num_columns // _COLUMNS) * _COLUMNS
         base, nodes = self._base, drafter.num_nodes
-        if self._moves != num_moves():  # what was captured reads weights where they are no more
-            self._moves, self._steps = num_moves(), {}
+        for step in self._steps.values():
+            step.check_weights()
         if base is None or not (
             len(base.lengths_B) >= num_slots and base.waste >= self.num_columns + nodes
         ):

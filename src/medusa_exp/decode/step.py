@@ -255,7 +255,8 @@ class CapturedStep:
         width = 2 + 2 * (drafter.depth + 1)
         self.outcome = torch.zeros(num_rows, width, dtype=torch.long, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._read: list[Tensor] = []
+        self._places: list[int] = []
+        """Where the graph reads the weights."""
         self._is_capturable = backbone.device.type == "cuda"
         self._pool = pool or GraphPool()
         self.active: list[int] = []
@@ -278,6 +279,14 @@ class CapturedStep:
         if self._is_capturable and self._graph is None:
             self._graph = self._capture()
             self._is_capturable = self._graph is not None
+
+    def check_weights(self) -> None:
+        """Forget what was captured, if the model's weights have been moved since."""
+        if self._graph is not None and self._places != self._places_of_weights():
+            self._graph = None
+
+    def _places_of_weights(self) -> list[int]:
+        return [weight.data_ptr() for weight in self.backbone.model.parameters()]
 
     def __call__(self) -> list[list[int]]:
         """Return the tokens that each active row commits; see `Step`."""
@@ -350,8 +359,7 @@ class CapturedStep:
             with self._pool.handle() as pool, torch.cuda.graph(graph, pool=pool):
                 self._run()
             self._pool.add(graph)
-            # It reads the memory of now, wherever weights may be moved later (decode/fused.py).
-            self._read = [weight.data for weight in self.backbone.model.parameters()]
+            self._places = self._places_of_weights()
             self.observer.captured(graph)
         for tensor, before in zip(state, saved, strict=True):
             tensor.copy_(before)

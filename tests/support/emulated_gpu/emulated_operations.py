@@ -256,7 +256,7 @@ def _held(value: Any) -> Any:
     """Return what a graph keeps of an argument: of the host's numbers, what they are now."""
     if isinstance(value, torch.Generator) and value.device.type == "cuda":
         default = torch.cuda.default_generators[0]
-        if value is not default and id(value) not in registered.get(0, ()):
+        if value._cdata not in registered.get(0, set()) | {default._cdata}:
             raise RuntimeError("the CUDA generator was not registered with the graph")
         return value
     if isinstance(value, Tensor) and value.device.type == "cpu":
@@ -305,14 +305,19 @@ def attend(
     dropout: float,
     causal: bool,
     scale: float | None,
+    *,
+    is_cudnn: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return what a fused kernel of attention does: [B, H, N, F], and logsumexp [B, H, N]."""
     if dropout:
         raise NotImplementedError("dropout within attention is not emulated")
     if bias is not None and bias.dtype != query.dtype:
         raise RuntimeError("invalid dtype for bias - should match query's dtype")
-    shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    found = torch.empty(shape, dtype=query.dtype, device=CUDA).transpose(1, 2)
+    shape = (*query.shape[:3], value.shape[3])
+    order = (0, 2, 1, 3)
+    if is_cudnn:  # which keeps the layout of the queries
+        order = tuple(sorted(range(4), key=query.stride().__getitem__, reverse=True))
+    found = torch.empty_permuted(shape, order, dtype=query.dtype, device=CUDA)
     sums = torch.empty(query.shape[:3], dtype=torch.float32, device=CUDA)
     q, k, v, b, told, told_sums = map(on_host, (query, key, value, bias, found, sums))
 
@@ -392,9 +397,10 @@ class Attention:
         query, key, *_ = given = self._given(args, kwargs)
         seeds = (torch.empty((), dtype=torch.long) for _ in range(2))
         if self.kind == "efficient":
-            return *attend(*given), *seeds
+            return *attend(*given, is_cudnn=False), *seeds
         lengths = query.shape[2], key.shape[2]
-        return *attend(*given), None, None, *lengths, *seeds, query.new_empty(0)
+        found = attend(*given, is_cudnn=self.kind == "cudnn")
+        return *found, None, None, *lengths, *seeds, query.new_empty(0)
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the gradients of queries, keys and values; of a bias there is none."""
@@ -481,7 +487,7 @@ def _begin(self: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
 
 def _register(self: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
     _register_generator(self, generator)
-    registered.setdefault(id(self), set()).add(id(generator))
+    registered.setdefault(id(self), set()).add(generator._cdata)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
