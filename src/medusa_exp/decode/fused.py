@@ -102,8 +102,8 @@ def groups_of(layer: nn.Module) -> list[Group]:
 def join(layers: Iterable[nn.Module]) -> None:
     """Let the weights of each group of these layers lie joined, where they can.
 
-    Not within a step: memory is given back here, and what was captured is for nothing. A weight that
-    belongs to several groups, of tied layers, stays with the first.
+    Not within a step: memory is given back here, and what was captured is for nothing. A weight
+    that belongs to several groups, of tied layers, stays with the first.
     """
     taken: set[int] = set()
     for layer in layers:
