@@ -29,6 +29,8 @@ _NAMES = (
     ("q_a_proj", "kv_a_proj_with_mqa"),  # multi-head latent attention
 )
 """What transformers calls linear layers that are given the same input, in one parent."""
+_ALIGNED = 16
+"""Bytes. Of an input that begins elsewhere inductor makes a copy, of that weight alone."""
 _IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
 _IN_PLACE |= {"iand", "ior", "ixor", "ilshift", "irshift"}
 
@@ -124,7 +126,7 @@ def _join(tensors: list[nn.Parameter]) -> bool:
     try:
         with torch.inference_mode(False), torch.no_grad():
             joined = torch.cat([tensor.data for tensor in tensors])
-    except torch.OutOfMemoryError:
+    except RuntimeError:  # of memory; a CPU's has no class of its own
         return False
     for tensor, part in zip(tensors, joined.split([len(t) for t in tensors]), strict=True):
         tensor.data = part
@@ -136,6 +138,7 @@ def _lie_joined(tensors: list[nn.Parameter]) -> bool:
     ends = accumulate((tensor.nbytes for tensor in tensors), initial=tensors[0].data_ptr())
     return (
         len(memory) == 1
+        and tensors[0].data_ptr() % _ALIGNED == 0
         and all(tensor.is_contiguous() for tensor in tensors)
         and [tensor.data_ptr() for tensor in tensors] == [*ends][:-1]
     )
