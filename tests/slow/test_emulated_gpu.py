@@ -33,9 +33,8 @@ VARIANTS = {
     "features from disk": ["train.features=cache", "train.loss=topk_kl"],
     "muon": ["train.optimizer=muon"],
     "its own answers": [
-        "stages=[pretrain,regenerate,train,regenerate,calibrate,evaluate,export,report]",
+        "stages=[pretrain,regenerate,train,calibrate,evaluate,export,report]",
         *("dataset.max_length=256", "regenerate.max_new_tokens=24", "train.text=regenerated"),
-        "regenerate.use_heads=true",
     ],
 }
 SAMPLED = {
