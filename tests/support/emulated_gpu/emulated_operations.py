@@ -510,6 +510,7 @@ _capture_begin, _capture_end = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CU
 torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end = _begin, _end  # type: ignore
 _register_generator = torch.cuda.CUDAGraph.register_generator_state
 torch.cuda.CUDAGraph.register_generator_state = _register  # type: ignore[method-assign]
+torch.cuda._sleep = lambda cycles: None  # no stream is ever behind
 RUNTIME.emulated_replay_by(_replay)
 RUNTIME.emulated_record_by(_record)
 INSTALLED = install()
