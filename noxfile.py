@@ -322,7 +322,7 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def emulated_gpu(session: nox.Session) -> None:
-    """Run the product on a GPU that is emulated. Twenty minutes on two cores, and 5 GB to install."""
+    """Run the product on a GPU that is emulated. Twenty minutes, and 5 GB to install."""
     # Not as constrained: the version that the GPU's figures are of. On PyPI it is built with CUDA.
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     constraints = session.cache_dir / "emulated_gpu.txt"
