@@ -202,7 +202,7 @@ for there, here in zip((q, k, v), host):
 
 
 KERNELS = """
-import emulated_operations, torch
+import torch, emulated_device
 from tiny_models import build_model
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
@@ -216,9 +216,9 @@ decoder = Decoder(backbone, heads, chain(2), AcceptanceRule(verifier="torch"), c
 
 
 def kernels(work):
-    emulated_operations.ran.clear()
+    emulated_device.ran.clear()
     work()
-    return {name for name in emulated_operations.ran if name.endswith(" attention")}
+    return {name for name in emulated_device.ran if name.endswith(" attention")}
 
 
 flash = {"flash attention"}

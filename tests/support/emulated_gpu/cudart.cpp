@@ -1,7 +1,7 @@
 // A CUDA runtime without a GPU, to be loaded before the real one: what torch links of it.
 //
 // Memory of the device is memory of the host, streams do at once what they are given, events know
-// the time. A captured graph is a number: emulated_operations.py keeps what is to be done, and is
+// the time. A captured graph is a number: emulated_device.py keeps what is to be done, and is
 // called where it is launched. No kernel runs: one that is launched has not been emulated, and ends
 // the process. What CUDA refuses within a capture is refused, and spoils it. Device memory begins as
 // 0xCD. EMULATED_GPU_GIGABYTES says how much there is.
@@ -104,7 +104,7 @@ CUresult done() { return CUDA_SUCCESS; }
 
 extern "C" {
 
-// For emulated_operations.py.
+// For emulated_device.py.
 
 int emulated_is_capturing() { return capturing != nullptr; }
 void emulated_spoil() { is_spoilt = true; }

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import emulated_operations
+import emulated_device
 import numpy as np
 import torch
 from kernel_shim import ShimKernels
@@ -32,8 +32,8 @@ class EmulatedKernels:
         arguments: np.ndarray[Any, Any],
     ) -> None:
         """Launch an entry, or record that."""
-        emulated_operations.ran[entry] += 1
+        emulated_device.ran[entry] += 1
         told = arguments.copy()  # by value, as CUDA takes it
-        emulated_operations.run_or_record(
+        emulated_device.run_or_record(
             lambda: self._shim.launch(file, defines, entry, grid, threads, told)
         )

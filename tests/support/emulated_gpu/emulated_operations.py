@@ -1,41 +1,32 @@
 """What an emulated GPU computes: each of torch's operations on CUDA tensors, by torch's CPU kernel.
 
-Memory of the device is memory of the host (cudart.cpp), so that over the bytes of each CUDA tensor
-there can lie a CPU tensor. Here every operation that has a CUDA kernel is given another: one that
-does its work on such tensors. Views, allocations and all that autograd, autocast and composite
-operations do on the way are torch's own, for CUDA.
-
-As on a GPU, within a capture nothing is computed: outputs get the sizes that the meta device tells,
-and the operation is kept; a replay runs what was kept, on the same addresses. What makes the host
-wait is refused within a capture, and under `torch.cuda.set_sync_debug_mode("error")`. Tensors of
-several devices do not mix.
+Every operation that has a CUDA kernel is given another: one that does its work on CPU tensors over
+the same bytes (emulated_device.py). Views, allocations and all that autograd, autocast and
+composite operations do on the way are torch's own, for CUDA. Within a capture outputs get the sizes
+that the meta device tells, and the operation is kept. Tensors of several devices do not mix.
 """
 
-import ctypes
-import math
-import os
-import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from emulated_device import (
+    check_waiting,
+    empty_on_device,
+    generator_of,
+    held_by_graph,
+    is_capturing,
+    is_cuda,
+    on_host,
+    ran,
+    recording,
+    run_or_record,
+    to_device,
+)
+from emulated_missing import MISSING
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-RUNTIME = ctypes.CDLL(None)  # cudart.cpp, which was loaded before all else
-RUNTIME.emulated_last_graph.restype = ctypes.c_ulonglong
-
-ran: Counter[str] = Counter()
-"""Operations and kernels that ran or were captured, by name."""
-recording: list[Callable[[], Any]] = []
-"""Of the capture that is under way."""
-graphs: dict[int, list[Callable[[], Any]]] = {}
-"""What replays of each graph run."""
-registered: dict[int, set[int]] = {}
-"""Generators that were registered with a graph, by its id; of the one that is captured under 0."""
 
 _KEPT = {
     *("empty.memory_format", "empty_strided", "resize_", "_resize_output_", "record_stream"),
@@ -51,45 +42,6 @@ _WAITING = {
 """Operations for which the host waits: their outputs' sizes are values on the device."""
 _INDEXING = {"index.Tensor", "_index_put_impl_", "index_put_", "_unsafe_index.Tensor"}
 """They take indices from the host, and masks, of which they count the true ones: both wait."""
-
-
-def is_capturing() -> bool:
-    """Is a graph being captured?"""
-    return bool(RUNTIME.emulated_is_capturing())
-
-
-def run_or_record(work: Callable[[], Any]) -> None:
-    """Do something, or keep it for the replays of the graph that is being captured."""
-    if is_capturing():
-        recording.append(work)
-    else:
-        work()
-
-
-def on_host(value: Any) -> Any:
-    """Return a CPU tensor over the bytes of a CUDA tensor; the host's for the device; else same."""
-    if isinstance(value, torch.device) and value.type == "cuda":
-        return CPU
-    if not _is_cuda(value):
-        return value
-    bytes_ = value.untyped_storage()
-    if not bytes_.nbytes():
-        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
-    there = torch._C._construct_storage_from_data_pointer(bytes_.data_ptr(), CPU, bytes_.nbytes())
-    empty = torch.empty(0, dtype=value.dtype)
-    return empty.set_(there, value.storage_offset(), value.size(), value.stride())
-
-
-def check_waiting(what: str) -> None:
-    """Raise what CUDA and torch raise where the host would wait, and must not."""
-    if is_capturing():
-        RUNTIME.emulated_spoil()
-        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
-    mode = torch.cuda.get_sync_debug_mode()
-    if mode == 2:
-        raise RuntimeError(f"called a synchronizing CUDA operation ({what})")
-    if mode == 1:
-        warnings.warn(f"called a synchronizing CUDA operation ({what})", stacklevel=3)
 
 
 class Operation:
@@ -137,7 +89,7 @@ class Operation:
 
     def _compute(self, given: dict[str, Any]) -> Any:
         """Run the CPU kernel on what the device has in memory now."""
-        return self._run(tree_map(lambda value: _generator_of(on_host(value)), given))
+        return self._run(tree_map(lambda value: generator_of(on_host(value)), given))
 
     def _run(self, given: dict[str, Any]) -> Any:
         positional, named, call, is_complete = [], {}, self.overload, True
@@ -156,7 +108,7 @@ class Operation:
 
     def _told(self, found: Any, given: dict[str, Any]) -> Any:
         """Return what was computed as CUDA tensors; arguments that were written as themselves."""
-        return self._returned(found, given, _to_device)
+        return self._returned(found, given, to_device)
 
     def _returned(self, found: Any, given: dict[str, Any], make: Callable[[Tensor], Tensor]) -> Any:
         if not self.returns:
@@ -175,12 +127,12 @@ class Operation:
         sizes = (None,) * len(self.returns) if is_in_place else self._sizes(given)
         if is_in_place and len(self.returns) == 1:
             sizes = None
-        told = self._returned(sizes, given, _empty_on_device)
-        held = tree_map(_held, given)
-        made = [] if is_in_place else [on_host(v) for v in tree_leaves(told) if _is_cuda(v)]
+        told = self._returned(sizes, given, empty_on_device)
+        held = tree_map(held_by_graph, given)
+        made = [] if is_in_place else [on_host(v) for v in tree_leaves(told) if is_cuda(v)]
 
         def again() -> None:
-            found = self._run(tree_map(_generator_of, held))
+            found = self._run(tree_map(generator_of, held))
             tensors = [value for value in tree_leaves(found) if isinstance(value, Tensor)]
             for target, value in zip(made, tensors, strict=False):
                 target.copy_(value)
@@ -208,36 +160,21 @@ class Operation:
                 raise
             check_waiting(self.name)
             sizes = outputs("cpu")
-            self._run(tree_map(lambda v: _generator_of(on_host(v)), inputs) | sizes)
+            self._run(tree_map(lambda v: generator_of(on_host(v)), inputs) | sizes)
         for name, target in targets.items():
             if target.shape != sizes[name].shape:
                 target.resize_(sizes[name].shape)
-        held, there = tree_map(_held, inputs), tree_map(on_host, targets)
+        held, there = tree_map(held_by_graph, inputs), tree_map(on_host, targets)
 
         def again() -> None:
             found = outputs("cpu")
-            self._run(tree_map(_generator_of, held) | found)
+            self._run(tree_map(generator_of, held) | found)
             for name, target in there.items():
                 target.copy_(found[name])
 
         run_or_record(again)
         told = [targets[name] for name in self.out]
         return told[0] if len(told) == 1 else tuple(told)
-
-
-def _is_cuda(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cuda"
-
-
-def _empty_on_device(like: Tensor) -> Tensor:
-    return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=CUDA)
-
-
-def _to_device(value: Tensor) -> Tensor:
-    told = _empty_on_device(value)
-    if value.numel():
-        on_host(told).copy_(value)
-    return told
 
 
 def _to_meta(value: Any) -> Any:
@@ -250,27 +187,6 @@ def _to_meta(value: Any) -> Any:
             value.size(), value.stride(), dtype=value.dtype, device=torch.device("meta")
         )
     return value
-
-
-def _held(value: Any) -> Any:
-    """Return what a graph keeps of an argument: of the host's numbers, what they are now."""
-    if isinstance(value, torch.Generator) and value.device.type == "cuda":
-        default = torch.cuda.default_generators[0]
-        if value._cdata not in registered.get(0, set()) | {default._cdata}:
-            raise RuntimeError("the CUDA generator was not registered with the graph")
-        return value
-    if isinstance(value, Tensor) and value.device.type == "cpu":
-        return value.clone()
-    return on_host(value)
-
-
-def _generator_of(value: Any) -> Any:
-    """Return a CPU generator for a CUDA one where that stands now, and move that on."""
-    if not isinstance(value, torch.Generator) or value.device.type != "cuda":
-        return value
-    offset = value.get_offset()
-    value.set_offset(offset + 64)
-    return torch.Generator().manual_seed(hash((value.initial_seed(), offset)) % 2**62)
 
 
 def copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
@@ -297,149 +213,11 @@ def assert_async(self: Tensor, message: str = "") -> None:
     run_or_record(check)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    dropout: float,
-    causal: bool,
-    scale: float | None,
-    *,
-    is_cudnn: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return what a fused kernel of attention does: [B, H, N, F], and logsumexp [B, H, N]."""
-    if dropout:
-        raise NotImplementedError("dropout within attention is not emulated")
-    if bias is not None and bias.dtype != query.dtype:
-        raise RuntimeError("invalid dtype for bias - should match query's dtype")
-    shape = (*query.shape[:3], value.shape[3])
-    order = (0, 2, 1, 3)
-    if is_cudnn:  # which keeps the layout of the queries
-        order = tuple(sorted(range(4), key=query.stride().__getitem__, reverse=True))
-    found = torch.empty_permuted(shape, order, dtype=query.dtype, device=CUDA)
-    sums = torch.empty(query.shape[:3], dtype=torch.float32, device=CUDA)
-    q, k, v, b, told, told_sums = map(on_host, (query, key, value, bias, found, sums))
-
-    def run() -> None:
-        scores, values = _scores(q, k, v, b, causal, scale)
-        told_sums.copy_(scores.logsumexp(-1))
-        told.copy_(scores.softmax(-1) @ values)
-
-    run_or_record(run)
-    return found, sums
-
-
-def _scores(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    groups = q.shape[1] // k.shape[1]
-    q, k, v = (
-        t.float() for t in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
-    )
-    scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    if bias is not None:
-        scores = scores + bias.float()
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-    return scores, v
-
-
-def attend_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    dropout: float,
-    causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values."""
-    g, q, k, v, b = map(on_host, (grad, query, key, value, bias))
-    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    groups = q.shape[1] // k.shape[1]
-    scores, values = _scores(q, k, v, b, causal, scale)
-    weights, g = scores.softmax(-1), g.float()
-    grad_weights = g @ values.mT
-    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True))
-    of_query = grad_scores @ k.repeat_interleave(groups, 1).float() * factor
-    of_keys = (grad_scores.mT @ q.float() * factor, weights.mT @ g)
-    of_key, of_value = (t.unflatten(1, (-1, groups)).sum(2) for t in of_keys)
-    made = ((of_query, query), (of_key, key), (of_value, value))
-    grad_q, grad_k, grad_v = (_to_device(told.to(like.dtype)) for told, like in made)
-    return grad_q, grad_k, grad_v
-
-
-def dropout(given: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    """Return what is left of a tensor, and what was kept, by draws of the device's generator."""
-    kept = torch.rand_like(given, dtype=torch.float32) >= (p if train is not False else 0.0)
-    return given * kept / (1 - p if train is not False else 1.0), kept
-
-
-class Attention:
-    """One of torch's fused kernels of attention, or its backward."""
-
-    def __init__(self, kind: str, suffix: str) -> None:
-        name = f"_scaled_dot_product_{kind}_attention{suffix}"
-        schema = getattr(torch.ops.aten, name).default._schema
-        self.kind, self.names = kind, [argument.name for argument in schema.arguments]
-
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        options = given.get("attn_bias"), given.get("dropout_p", 0.0)
-        attended = (given["query"], given["key"], given["value"], *options)
-        return *attended, given.get("is_causal", False), given.get("scale")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what torch's does: found, logsumexp, and more that its backward is given."""
-        ran[f"{self.kind} attention"] += 1
-        query, key, *_ = given = self._given(args, kwargs)
-        seeds = (torch.empty((), dtype=torch.long) for _ in range(2))
-        if self.kind == "efficient":
-            return *attend(*given, is_cudnn=False), *seeds
-        lengths = query.shape[2], key.shape[2]
-        found = attend(*given, is_cudnn=self.kind == "cudnn")
-        return *found, None, None, *lengths, *seeds, query.new_empty(0)
-
-    def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the gradients of queries, keys and values; of a bias there is none."""
-        found = attend_backward(args[0], *self._given(args, kwargs))
-        return (*found, None) if self.kind == "efficient" else found
-
-
-def rms_norm_backward(
-    grad: Tensor,
-    given: Tensor,
-    shape: list[int],
-    scale: Tensor,
-    weight: Tensor | None,
-    wanted: list[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of a root mean square norm's input and weight (scale is 1 / rms)."""
-    g, x, s, w = map(on_host, (grad, given, scale, weight))
-    dims = tuple(range(x.ndim - len(shape), x.ndim))
-    normal, g = x.float() * s, g.float()
-    scaled = g if w is None else g * w.float()
-    of_x = s * (scaled - normal * (scaled * normal).mean(dims, keepdim=True))
-    of_w = (g * normal).sum(tuple(range(x.ndim - len(shape))))
-    return (
-        _to_device(of_x.to(x.dtype)) if wanted[0] else None,
-        _to_device(of_w.to(x.dtype)) if wanted[1] else None,
-    )
-
-
 _OWN = {
     "copy_": copy_,
     "_assert_async": assert_async,
     "_assert_async.msg": assert_async,
-    "native_dropout": dropout,
-    "_fused_rms_norm_backward": rms_norm_backward,
-    **{
-        f"_scaled_dot_product_{kind}_attention{suffix}": getattr(Attention(kind, suffix), way)
-        for kind in ("efficient", "flash", "cudnn")
-        for suffix, way in (("", "forward"), ("_backward", "backward"))
-    },
+    **MISSING,
 }
 """Operations that the CPU has not, or not so."""
 
@@ -473,44 +251,4 @@ def _operation(name: str) -> Callable[..., Any] | None:
     return run
 
 
-def _end(self: torch.cuda.CUDAGraph) -> None:
-    _capture_end(self)
-    graphs[RUNTIME.emulated_last_graph()] = [*recording]
-    recording.clear()
-
-
-def _begin(self: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
-    recording.clear()
-    registered[0] = registered.pop(id(self), set())
-    _capture_begin(self, *args, **kwargs)
-
-
-def _register(self: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
-    _register_generator(self, generator)
-    registered.setdefault(id(self), set()).add(generator._cdata)
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def _record(event: int) -> None:
-    recording.append(lambda: RUNTIME.emulated_set_time(ctypes.c_void_p(event)))
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_ulonglong)
-def _replay(graph: int) -> None:
-    try:
-        with torch.inference_mode():
-            for again in graphs[graph]:
-                again()
-    except BaseException:  # an error of a device ends all; from here none would reach the caller
-        traceback.print_exc()
-        os._exit(1)
-
-
-_capture_begin, _capture_end = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end
-torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end = _begin, _end  # type: ignore
-_register_generator = torch.cuda.CUDAGraph.register_generator_state
-torch.cuda.CUDAGraph.register_generator_state = _register  # type: ignore[method-assign]
-torch.cuda._sleep = lambda cycles: None  # no stream is ever behind
-RUNTIME.emulated_replay_by(_replay)
-RUNTIME.emulated_record_by(_record)
 INSTALLED = install()
