@@ -69,14 +69,6 @@ __device__ __forceinline__ Logit minus_infinity() {
 
 // ---- a row in the order of its logits -----------------------------------------------------------
 
-// A sort key: the larger a logit, the lower; equal ones have the same. NaN counts as minus infinity.
-__device__ __forceinline__ unsigned key_of(float x) {
-    unsigned bits = (unsigned)__float_as_int(x);  // no arithmetic: it would flush the smallest to 0
-    if ((bits & 0x7fffffffu) > 0x7f800000u) bits = 0xff800000u;
-    if (bits == 0x80000000u) bits = 0u;
-    return bits >> 31 ? bits : bits ^ 0x7fffffffu;
-}
-
 __device__ __forceinline__ float logit_of(unsigned key) {
     return __int_as_float((int)(key >> 31 ? key : key ^ 0x7fffffffu));
 }

@@ -71,6 +71,14 @@ __device__ __forceinline__ void unpack(const uint4& words, float* x) {
     unpack(words.w, x + PACK * 3 / 4);
 }
 
+// A sort key: the larger a logit, the lower; equal ones have the same. NaN counts as minus infinity.
+__device__ __forceinline__ unsigned key_of(float x) {
+    unsigned bits = (unsigned)__float_as_int(x);  // no arithmetic: it would flush the smallest to 0
+    if ((bits & 0x7fffffffu) > 0x7f800000u) bits = 0xff800000u;
+    if (bits == 0x80000000u) bits = 0u;
+    return bits >> 31 ? bits : bits ^ 0x7fffffffu;
+}
+
 // ---- what is known of a row, or of a part of one ----------------------------------------------
 
 // With y = (x - largest) * scale and scale = log2(e) / temperature, so that 2^y is a token's mass:

@@ -105,6 +105,12 @@ __device__ __forceinline__ void store_remote(Statistics* at, int rank, const Sta
                  "r"(__float_as_int(s.slope)), "r"(s.argmax)
                  : "memory");
 }
+__device__ __forceinline__ void store_remote(unsigned long long* at, int rank,
+                                             unsigned long long value) {
+    unsigned address = (unsigned)__cvta_generic_to_shared(at), there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(value) : "memory");
+}
 // Read the same place in a block's shared memory; a barrier of the cluster has to come before.
 template <int CLUSTER>
 __device__ __forceinline__ unsigned load_remote(const unsigned* at, int rank) {
@@ -120,6 +126,7 @@ __device__ __forceinline__ int cluster_rank() { return 0; }
 template <int CLUSTER>
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ void store_remote(Statistics*, int, const Statistics&) {}
+__device__ __forceinline__ void store_remote(unsigned long long*, int, unsigned long long) {}
 template <int CLUSTER>
 __device__ __forceinline__ unsigned load_remote(const unsigned* at, int) { return *at; }
 #endif

@@ -57,7 +57,7 @@ def resources(report: str) -> dict[str, tuple[int, int]]:
 def test_what_reads_rows_fits_its_registers(file, defines, arch):
     entries = resources(compiled(file, defines, arch)[1])
     clusters = (1,) if arch == "80" else (1, 2, 4, 8)
-    name = "filter" if file == "filter.cu" else "verify"
+    name = {"filter.cu": "filter", "topk.cu": "topk"}.get(file, "verify")
     assert set(entries) == {f"{name}_{size}" for size in clusters}
     for entry, (registers, spilled) in entries.items():
         assert spilled == 0, f"{entry} spills {spilled} bytes"
@@ -90,11 +90,14 @@ def disassembled(code: bytes, entry: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("file", ["greedy.cu", "sampling.cu"])
-def test_four_loads_are_in_flight(file, arch, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "entry"),
+    [("greedy.cu", "verify_1"), ("sampling.cu", "verify_1"), ("topk.cu", "topk_1")],
+)
+def test_four_loads_are_in_flight(file, entry, arch, tmp_path):
     """A row streams in 16-byte loads, four of them issued before anything is done with one."""
     code, _ = compiled(file, DEFINES[torch.bfloat16], arch)
-    instructions = disassembled(code, "verify_1", tmp_path)
+    instructions = disassembled(code, entry, tmp_path)
     assert len(instructions) > 100
     loads = [i for i, name in enumerate(instructions) if name.startswith("LDG.E.128.CONSTANT")]
     assert len(loads) >= 4

@@ -21,6 +21,7 @@ from kernel_checks import (
 )
 from kernel_mutants import is_caught, mutate
 from kernel_shim import GXX
+from topk_cases import check_topk, exact_topk_cases, topk_case
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++")
 
@@ -50,6 +51,17 @@ FAULTS = [
     ("filter", "filter.cu", "before < goal && goal <=", "before <= goal && goal <"),
     ("filter", "filter.cu", "token <= last", "token < last"),
     ("filter", "filter.cu", "return of <= kept ?", "return of < kept ?"),
+    ("topk", "topk.cu", "if (candidate > before)", "if (candidate >= before)"),
+    ("topk", "topk.cu", "best[slice] < candidate", "best[slice] <= candidate"),
+    ("topk", "topk.cu", "max(own - 1, 0) >= num", "own >= num"),
+    ("topk", "topk.cu", "max(own - 1, 0) >= num", "max(own - 1, 0) + 1 >= num"),
+    ("topk", "topk.cu", "[list][n] < candidate", "[list][n] <= candidate"),
+    ("topk", "topk.cu", "place / num_ranks != m", "place / num_ranks > m"),
+    ("topk", "topk.cu", "tail < to", "tail + 1 < to"),
+    ("topk", "topk.cu", "if (from + lane < body)", "if (from + lane + 1 < body)"),
+    ("topk", "topk.cu", "if (own == 0) list = better", "list = better"),
+    ("topk", "topk.cu", "own + 1 < num_ranks) candidate", "own + 2 < num_ranks) candidate"),
+    ("topk", "logits.cuh", "if (bits == 0x80000000u) bits = 0u;", ""),
     # an off-by-one in a walk
     ("greedy", "greedy.cu", "int first = node + 1;", "int first = node + 2;"),
     ("greedy", "tree.cuh", "return length;", "return length + 1;"),
@@ -71,10 +83,11 @@ FAULTS = [
     ("filter", "filter.cu", "(float)(needed - 1)", "(float)needed"),
     ("filter", "filter.cu", "(missing % each > 0)", "1"),
     ("filter", "filter.cu", "there + part < part", "false"),
-    ("filter", "filter.cu", "if (bits == 0x80000000u) bits = 0u;", ""),
+    ("filter", "logits.cuh", "if (bits == 0x80000000u) bits = 0u;", ""),
     ("filter", "filter.cu", "low >> 31 ? low : low | UNUSED_BITS", "low"),
     ("filter", "filter.cu", " == distance)\n                next", " >= 0)\n                next"),
-    ("filter", "filter.cu", "> 0x7f800000u) bits", "> 0xff800000u) bits"),
+    ("filter", "logits.cuh", "> 0x7f800000u) bits", "> 0xff800000u) bits"),
+    ("topk", "logits.cuh", "> 0x7f800000u) bits", "> 0xff800000u) bits"),
     # a rule that is not quite the paper's
     ("traversal", "traversal.cu", "left.weight * p / left.p_sum", "p / left.p_sum"),
     (
@@ -104,6 +117,10 @@ def cases(kernel: str):
         made = exact_filter_cases() + clear_filter_cases(range(100))
         assert all(case.expected is not None for case in made)
         return exact_filter_cases() + made
+    if kernel == "topk":
+        made = exact_topk_cases() * 7 + [topk_case(seed) for seed in range(140)]
+        assert all(case.expected is not None for case in made)
+        return made
     exact = [(case, case.expected()) for case in exact_cases(kernel)]
     return exact * 3 + cases_of(kernel, range(60))
 
@@ -123,12 +140,16 @@ def check(kernel: str, shim) -> None:
     elif kernel == "filter":
         shim.order = "random"
         check_filter(shim, cases(kernel))
+    elif kernel == "topk":
+        shim.order = "random"
+        check_topk(shim, cases(kernel))
     else:
         check_verification(shim, cases(kernel), ["random"])
 
 
 @pytest.mark.parametrize(
-    "kernel", ["greedy", "sampling", "typical", "traversal", "commit", "mask", "draws", "filter"]
+    "kernel",
+    ["greedy", "sampling", "typical", "traversal", "commit", "mask", "draws", "filter", "topk"],
 )
 def test_without_a_fault_nothing_is_noticed(kernel, shim, tmp_path):
     if kernel not in ("commit", "draws"):

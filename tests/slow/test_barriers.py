@@ -17,6 +17,7 @@ from kernel_checks import (
 )
 from kernel_mutants import is_caught
 from kernel_shim import GXX, SOURCES
+from topk_cases import check_topk, exact_topk_cases, topk_case
 
 from medusa_exp.decode.verify import Verdict
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++")
 BARRIER = re.compile(r"(?:__syncthreads|cluster_sync<CLUSTER>)\(\);")
 DEVICE_ONLY = re.compile(r"#ifndef CUDA_SHIM\n.*?\n#endif\n#endif\n", re.DOTALL)
 """In rows.cuh: barriers in PTX, for which the shim has its own."""
-OTHERS = ("mask", "draws", "filter")
+OTHERS = ("mask", "draws", "filter", "topk")
 TIMEOUT = 900
 
 
@@ -59,6 +60,9 @@ def check(kernel: str, shim) -> None:
     elif kernel == "filter":
         shim.order = "random"
         check_filter(shim, exact_filter_cases() * 3 + clear_filter_cases(range(150)))
+    elif kernel == "topk":
+        shim.order = "random"
+        check_topk(shim, exact_topk_cases() * 7 + [topk_case(seed) for seed in range(250)])
     else:
         check_verification(shim, cases(kernel), ["random"])
 

@@ -23,6 +23,7 @@ from kernel_checks import (
     mask_cases,
 )
 from kernel_shim import GXX, ShimKernels
+from topk_cases import check_topk, exact_topk_cases, topk_case
 
 from medusa_exp.decode.cuda.launch import LaunchConfig
 from medusa_exp.decode.cuda.runtime import Kernels
@@ -94,7 +95,7 @@ def compare_small(kernels: Kernels) -> list[str]:
 
 
 def compare_step(kernels: Kernels) -> str:
-    """Compare mask, commit, draws and filter with the torch code; "equal", or what differs."""
+    """Compare mask, commit, draws, filter and top-k with the torch code; "equal", or what differs."""
     try:
         for architecture in ("llama", "mistral"):
             check_mask(kernels, mask_cases(architecture, range(20)))
@@ -104,6 +105,7 @@ def compare_step(kernels: Kernels) -> str:
         check_commit_within(kernels)
         check_draws(kernels, range(60))
         check_filter(kernels, [*exact_filter_cases(), *clear_filter_cases(range(60))])
+        check_topk(kernels, [*exact_topk_cases(), *map(topk_case, range(140))])
     except AssertionError as error:
         return f"differs: {error!r}"
     return "equal"

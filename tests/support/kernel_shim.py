@@ -17,7 +17,8 @@ FLAGS = (
     *("-std=c++20", "-O1", "-g", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"),
     "-U_FORTIFY_SOURCE",  # on by default in Ubuntu; it aborts at a longjmp between fibers
 )
-CLUSTERS = {f"{name}_{size}": size for name in ("verify", "filter") for size in (1, 2, 4, 8)}
+CLUSTERED = ("verify", "filter", "topk")
+CLUSTERS = {f"{name}_{size}": size for name in CLUSTERED for size in (1, 2, 4, 8)}
 
 
 class ShimError(Exception):

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medusa_exp.decode.rule import AcceptanceRule, pick_draw, pick_probabilities
+from medusa_exp.decode.cuda.topk import KernelTopK, can_pick
+from medusa_exp.decode.rule import AcceptanceRule, pick_draw, pick_probabilities, pick_topk
 from medusa_exp.decode.sampled import LEAST_DRAWN, Drawn, children_of, in_draw_order
 from medusa_exp.decode.verify import TreeRelations
 from medusa_exp.errors import UserError
@@ -192,6 +193,8 @@ class FixedTreeDrafter:
         draws = self._draws
         places = _places(tree, self._num_ranks) if draws is None else draws.places(tree)
         self._place_N = torch.from_numpy(places).to(device)
+        self._topk = _topk_of(rule, device) if draws is None and self.depth else None
+        self._drafted_N = self._place_N - 1
         self._parents_1N = torch.tensor([tree.parents], device=device)
         ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
         self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
@@ -204,12 +207,17 @@ class FixedTreeDrafter:
         tokens_BN, drawn = root_B[:, None], None
         if self.depth:
             logits_BKW = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
-            if self._draws is None:
-                found = logits_BKW.topk(self._num_ranks, dim=-1).indices
+            if self._topk is not None and can_pick(logits_BKW, self._num_ranks):
+                tokens_BN = tokens_BN.repeat(1, self.num_nodes)
+                names = head_vocabulary(self._heads)
+                self._topk(tokens_BN, logits_BKW, self._drafted_N, self._num_ranks, names)
             else:
-                found, drawn = self._draw(logits_BKW, uniforms_BU)
-            draft_BR = from_head_places(self._heads, found).flatten(1)
-            tokens_BN = torch.cat([tokens_BN, draft_BR], dim=1)[:, self._place_N]
+                if self._draws is None:
+                    found = logits_BKW.topk(self._num_ranks, dim=-1).indices
+                else:
+                    found, drawn = self._draw(logits_BKW, uniforms_BU)
+                draft_BR = from_head_places(self._heads, found).flatten(1)
+                tokens_BN = torch.cat([tokens_BN, draft_BR], dim=1)[:, self._place_N]
         return Draft(
             tokens_BN,
             self._parents_1N.expand(len(root_B), -1),
@@ -350,12 +358,15 @@ class _Depth:
 
     path_MJ: Tensor
     """Nodes from the root to each parent, which is the last of them."""
-    above_M: Tensor
-    """Place of each parent's own parent among the M of the depth before; the root has itself."""
+    above_M: Tensor | None
+    """Place of each parent's own parent among the M of the depth before; the root has itself. None
+    where these are all M, in order."""
     children_C: Tensor
     parent_C: Tensor
     """Place of each child's parent among the M."""
     rank_C: Tensor
+    places_N: Tensor
+    """Of each node, the place of its parent times `num_ranks`, and its rank; else -1."""
     num_ranks: int
 
 
@@ -384,6 +395,7 @@ class SequentialDrafter:
         self.num_nodes, self.depth = len(tree), tree.depth
         self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
         self._heads, self.prefix = heads, heads.prefix
+        self._topk = _topk_of(rule, device) if self._draws is None else None
         self.key: Hashable = (id(heads), tree, key_of_draws(rule))
         self._depths = [_plan(tree, depth, device) for depth in range(1, tree.depth + 1)]
         self._parents_1N = torch.tensor([tree.parents], device=device)
@@ -400,14 +412,19 @@ class SequentialDrafter:
         state_BMD = hidden_BD[:, None]
         found: list[Tensor] = []
         for k, plan in enumerate(self._depths):
-            drafted_BMJ = tokens_BN[:, plan.path_MJ]
             if self._heads.is_recurrent:
-                state_BMD = self._heads.advance(state_BMD[:, plan.above_M], drafted_BMJ[..., -1])
+                above_BMD = state_BMD if plan.above_M is None else state_BMD[:, plan.above_M]
+                state_BMD = self._heads.advance(above_BMD, tokens_BN[:, plan.path_MJ[:, -1]])
                 logits_QW = self._heads.lm_heads(k, state_BMD.flatten(0, 1))
             else:
+                drafted_BMJ = tokens_BN[:, plan.path_MJ]
                 hidden_QD = hidden_BD.repeat_interleave(drafted_BMJ.shape[1], 0)
                 logits_QW = self._heads.head_logits(k, hidden_QD, drafted_BMJ.flatten(0, 1))
-            logits_BMW = logits_QW.view(*drafted_BMJ.shape[:2], -1)
+            logits_BMW = logits_QW.view(len(tokens_BN), len(plan.path_MJ), -1)
+            if self._topk is not None and can_pick(logits_BMW, plan.num_ranks):
+                names = head_vocabulary(self._heads)
+                self._topk(tokens_BN, logits_BMW, plan.places_N, plan.num_ranks, names)
+                continue
             if self._draws is None:
                 top_BMR = logits_BMW.topk(plan.num_ranks).indices
             else:
@@ -428,21 +445,29 @@ class SequentialDrafter:
         )
 
 
+def _topk_of(rule: AcceptanceRule | None, device: torch.device) -> KernelTopK | None:
+    return pick_topk("auto" if rule is None else rule.verifier, device)
+
+
 def _plan(tree: Tree, depth: int, device: torch.device) -> _Depth:
     children = [node for node in range(len(tree)) if tree.depths[node] == depth]
     parents = sorted({tree.parents[node] for node in children})
-    nodes = range(len(tree))
-    before = sorted({max(tree.parents[n], 0) for n in nodes if tree.depths[n] == depth - 1})
+    before = sorted(
+        {max(tree.parents[n], 0) for n in range(len(tree)) if tree.depths[n] == depth - 1}
+    )
+    above = [before.index(max(tree.parents[parent], 0)) for parent in parents]
+    of_children = [parents.index(tree.parents[node]) for node in children]
     ranks = [tree.ranks[node] for node in children]
+    places, num_ranks = np.full(len(tree), -1), max(ranks) + 1
+    places[children] = np.array(of_children) * num_ranks + ranks
     return _Depth(
         torch.tensor(
             [tree.mask[parent].nonzero()[0].tolist() for parent in parents], device=device
         ),
-        torch.tensor(
-            [before.index(max(tree.parents[parent], 0)) for parent in parents], device=device
-        ),
+        None if above == [*range(len(before))] else torch.tensor(above, device=device),
         torch.tensor(children, device=device),
-        torch.tensor([parents.index(tree.parents[node]) for node in children], device=device),
+        torch.tensor(of_children, device=device),
         torch.tensor(ranks, device=device),
-        max(ranks) + 1,
+        torch.from_numpy(places).to(device),
+        num_ranks,
     )

@@ -19,6 +19,7 @@ from medusa_exp.decode.cuda.draws import KernelDraw, can_draw
 from medusa_exp.decode.cuda.filter import KernelFilter, leaves_out
 from medusa_exp.decode.cuda.launch import fault_of
 from medusa_exp.decode.cuda.runtime import Kernels, kernels_on
+from medusa_exp.decode.cuda.topk import KernelTopK
 from medusa_exp.decode.cuda.verify import KernelVerify, can_verify
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.sampled import Drawn, draw
@@ -94,6 +95,15 @@ def pick_probabilities(name: str, device: torch.device) -> Callable[..., Tensor]
         return probabilities(kernel_filter(logits_BNV, temperature, top_k, top_p), temperature)
 
     return probabilities_where_it_can
+
+
+def pick_topk(name: str, device: torch.device) -> KernelTopK | None:
+    """Return what puts the heads' likeliest tokens on nodes by a kernel; None leaves it to torch.
+
+    Arguments are those of `pick_verify`.
+    """
+    kernels = step_kernels(name, device)
+    return None if kernels is None else KernelTopK(kernels)
 
 
 def _kernels(device: torch.device) -> Callable[..., Verdict]:

@@ -90,6 +90,7 @@ T __ldcg(const T* at) { return *at; }
 inline float __int_as_float(int bits) { return shim_value<float>((unsigned)bits); }
 inline int __float_as_int(float value) { return (int)shim_bits(value); }
 inline int __ffs(unsigned bits) { return __builtin_ffs((int)bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz((unsigned)bits) : 32; }
 using std::max;
 using std::min;

@@ -15,7 +15,7 @@ from pathlib import Path
 MODULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     *(
         (f"{name}.cu", (f"LOGIT_{dtype}",))
-        for name in ("greedy", "sampling", "traversal", "typical", "filter")
+        for name in ("greedy", "sampling", "traversal", "typical", "filter", "topk")
         for dtype in ("FLOAT32", "FLOAT16", "BFLOAT16")
     ),
     ("draws.cu", ("LOGIT_FLOAT32",)),
