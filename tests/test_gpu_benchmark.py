@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import kernel_device
 import pytest
 import torch
-from gpu import bars, correctness, decode_step, models, run, training, verification
+from gpu import bars, correctness, decode_step, drafts, models, run, training, verification
 from gpu.points import KERNELS, Point, configs_of, figures, floors_us, make_inputs, points, tree_of
 from gpu.timing import num_copies
 from kernel_shim import GXX, ShimKernels
@@ -258,16 +258,27 @@ def test_a_draw_of_traversal_at_an_edge_is_told_from_a_wrong_one():
     assert verification.differences(point, inputs, other, right) == {"sequences": 1, "near": 1}
 
 
-def test_filters_are_timed_beside_torch(monkeypatch, shim):
-    monkeypatch.setattr(verification, "measure", lambda calls, **how: {"graph_warm": len(calls)})
+@pytest.mark.parametrize(
+    ("kernel", "measured", "methods"),
+    [
+        ("filter", drafts.measure_filters, {"1 x 512", "kernel and softmax", "torch"}),
+        ("topk", drafts.measure_topk, {"2 x 512", "torch"}),
+    ],
+)
+def test_kernels_are_timed_beside_torch(monkeypatch, shim, kernel, measured, methods):
+    def called(calls, **how):
+        calls[0]()
+        return {"graph_warm": len(calls)}
+
+    monkeypatch.setattr(drafts, "measure", called)
     some = ((1, 40), (2, 40))
-    [[name, figures], _] = verification.measure_filters(shim, lambda: False, some)
-    assert name == "filter, B=1, V=40"
-    assert set(figures["times_us"]) == {"1 x 512", "kernel and softmax", "torch"}
+    [[name, figures], _] = measured(shim, lambda: False, some)
+    assert name.startswith(f"{kernel}, B=1, ")
+    assert set(figures["times_us"]) == methods
     assert figures["microseconds"] == 1 and figures["failed"] == {}
-    assert [*verification.measure_filters(shim, lambda: True, some)] == [
-        ("filters_left_out", "from B=1, V=40 on")
-    ]
+    [[name, left_out]] = measured(shim, lambda: True, some)
+    assert name == ("filters_left_out" if kernel == "filter" else "topk_left_out")
+    assert left_out.startswith("from B=1, ")
 
 
 def test_a_small_case_for_the_sanitizer(monkeypatch, shim):

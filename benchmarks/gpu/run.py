@@ -193,7 +193,7 @@ def write_part(name: str, scale: Scale, seconds: float, out: Path) -> None:
 
 def figures_of(name: str, scale: Scale, is_over: IsOver) -> Iterator[tuple[str, Any]]:
     """Yield what a part finds."""
-    from gpu import correctness, decode_step, forms, training, verification
+    from gpu import correctness, decode_step, drafts, forms, training, verification
 
     if name == "machine":
         yield from _machine(scale)
@@ -216,8 +216,9 @@ def figures_of(name: str, scale: Scale, is_over: IsOver) -> Iterator[tuple[str, 
         some = verification.FEW if scale.is_rehearsal else verification.SOME
         kernels = correctness.kernels_of(scale)
         yield from verification.measure_some(kernels, is_over, some)
-        yield from verification.measure_draws(kernels, is_over, some)
-        yield from verification.measure_filters(kernels, is_over, some)
+        yield from drafts.measure_topk(kernels, is_over, some)
+        yield from drafts.measure_draws(kernels, is_over, some)
+        yield from drafts.measure_filters(kernels, is_over, some)
     elif name == "grid":
         yield from verification.measure_grid(correctness.kernels_of(scale), is_over)
     elif name == "attention":

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +25,9 @@ from gpu.points import (
 from gpu.timing import measure, num_copies
 from rivals.verification import SplitWalk, compiled, eager, options_of
 
-from medusa_exp.decode.cuda.draws import KernelDraw
-from medusa_exp.decode.cuda.filter import KernelFilter, filter_config
 from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.verify import KernelVerify, launch_config
 from medusa_exp.decode.distribution import probabilities
-from medusa_exp.decode.sampled import draw
 from medusa_exp.decode.verify import Verdict, verify
 
 NEAR = 1e-6
@@ -61,85 +57,6 @@ def measure_some(
         entry = measure_point(kernels, Point(rule, batch, vocab, 64), cache_bytes, only_chosen=True)
         time = entry["times_us"].get(entry["chosen_config"], {}).get("graph_cold")
         yield f"{rule}, B={batch}, V={vocab}", {"microseconds": time, **entry}
-        release()
-
-
-DRAWS = (4, 3)
-"""Distributions of a depth, and draws from each."""
-
-
-def measure_draws(
-    kernels: Kernels, is_over: Callable[[], bool], some: Sequence[tuple[int, int]] = SOME
-) -> Iterator[tuple[str, Any]]:
-    """Yield the times of draws from random distributions, by the kernel and by torch."""
-    for batch, vocab in some:
-        if is_over():
-            yield "draws_left_out", f"from B={batch}, W={vocab} on"
-            return
-        generator = torch.Generator(kernels.device).manual_seed(0)
-        made = {"generator": generator, "device": kernels.device}
-        q_BMW = torch.randn(batch, DRAWS[0], vocab, **made).softmax(-1)
-        uniforms_BMR = torch.rand(batch, *DRAWS, **made)
-        by_kernel = KernelDraw(kernels)
-        right = draw(q_BMW.double(), uniforms_BMR.double())
-        times_us = {
-            name: measure([partial(function, q_BMW, uniforms_BMR)])
-            for name, function in (("kernel", by_kernel), ("torch", draw))
-        }
-        yield (
-            f"draws, B={batch}, W={vocab}",
-            {
-                "microseconds": times_us["kernel"]["graph_warm"],
-                "times_us": times_us,
-                "draws_otherwise": int((by_kernel(q_BMW, uniforms_BMR) != right).sum()),
-                "of": right.numel(),
-            },
-        )
-        release()
-
-
-FILTERED = (16, 0.7, 20, 0.8)
-"""Nodes, temperature, top-k and top-p."""
-
-
-def measure_filters(
-    kernels: Kernels, is_over: Callable[[], bool], some: Sequence[tuple[int, int]] = SOME
-) -> Iterator[tuple[str, Any]]:
-    """Yield the times of filtering random logits, by the kernel and by torch."""
-    nodes, *filters = FILTERED
-    for batch, vocab in some:
-        if is_over():
-            yield "filters_left_out", f"from B={batch}, V={vocab} on"
-            return
-        generator = torch.Generator(kernels.device).manual_seed(0)
-        made = {"generator": generator, "device": kernels.device, "dtype": torch.bfloat16}
-        logits_BNV = 3 * torch.randn(batch, nodes, vocab, **made)
-        chosen = filter_config(batch * nodes, vocab, kernels)
-        configs = configs_of(chosen, kernels) if kernels.device.type == "cuda" else [chosen]
-        methods: dict[str, Callable[[], Any]] = {
-            name_of(config): partial(KernelFilter(kernels, config), logits_BNV, *filters)
-            for config in configs
-        }
-        by_kernel = methods[name_of(chosen)]
-        temperature, *_ = filters
-        methods["kernel and softmax"] = lambda: probabilities(by_kernel(), temperature)  # noqa: B023
-        methods["torch"] = partial(probabilities, logits_BNV, *filters)
-        times_us: dict[str, dict[str, float]] = {}
-        failed: dict[str, str] = {}
-        for name, method in methods.items():
-            try:
-                times_us[name] = measure([method], repeats=3, at_least=5)
-            except Exception as error:
-                failed[name] = told(error)
-        yield (
-            f"filter, B={batch}, V={vocab}",
-            {
-                "microseconds": times_us.get(name_of(chosen), {}).get("graph_warm"),
-                "times_us": times_us,
-                "chosen_config": name_of(chosen),
-                "failed": failed,
-            },
-        )
         release()
 
 

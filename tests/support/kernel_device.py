@@ -95,7 +95,7 @@ def compare_small(kernels: Kernels) -> list[str]:
 
 
 def compare_step(kernels: Kernels) -> str:
-    """Compare mask, commit, draws, filter and top-k with the torch code; "equal", or what differs."""
+    """Compare the other kernels with the torch code; "equal", or what differs."""
     try:
         for architecture in ("llama", "mistral"):
             check_mask(kernels, mask_cases(architecture, range(20)))
