@@ -9,6 +9,7 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import DynamicTreeDrafter, FixedTreeDrafter
 from medusa_exp.decode.loop import Limits, Responses, decode_plain
+from medusa_exp.decode.step import CapturedStep
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
@@ -157,6 +158,38 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(backbone):
     assert stop in text(found) and stop not in text(found[:-1]) and found == answer[: len(found)]
     with pytest.raises(ValueError, match="stop_strings need decode_text"):
         Limits(20, stop_strings=[stop])
+
+
+def test_is_end_says_what_until_end_says(backbone):
+    rng = random.Random(0)
+    ends = 0
+    for _ in range(500):
+        stops = [*("", [7], (5, 6, 7))][rng.randrange(3)]
+        text = {"stop_strings": ["33"], "decode_text": lambda t: "".join(map(str, t))}
+        limits = Limits(rng.randrange(8), [*stops], **(text if rng.random() < 0.3 else {}))
+        before, tokens = ([rng.randrange(9) for _ in range(rng.randrange(6))] for _ in range(2))
+        ends += limits.is_end(before, tokens)
+        assert limits.is_end(before, tokens) == limits.until_end(before, tokens)[1]
+    assert 100 < ends < 400
+
+
+@pytest.mark.parametrize("num_lookup", [0, 3])
+def test_tokens_are_told_beside_the_next_step(backbone, beside, monkeypatch, num_lookup):
+    steps = []
+    begin = CapturedStep.begin
+    monkeypatch.setattr(
+        CapturedStep, "begin", lambda step, *given: (steps.append(step), begin(step, *given))[1]
+    )
+    heads, prompts = build_heads(backbone, num_heads=3), [[5, 6, 7], [9]]
+    tree = Tree(chain(3).parents, chain(3).ranks, num_lookup=num_lookup)
+    decoder = Decoder(backbone, heads, tree, cuda_graph=True)
+    drafter, answers = decoder.drafter(tree), Responses(2, Limits(20))
+    was_at_work = []
+    for _ in decoder.steps(prompts, answers, drafter):
+        was_at_work += [bool(answers.active) and steps[-1].is_at_work] if steps else []
+    assert [row.tokens for row in answers.rows] == answer_plainly(backbone, prompts, Limits(20))
+    assert was_at_work == [not num_lookup] * (len(was_at_work) - 1) + [False]
+    assert not steps[-1].is_at_work
 
 
 @pytest.mark.parametrize("max_new_tokens", [0, 1, 2, 5])

@@ -24,7 +24,16 @@ from medusa_exp.model.heads import stack_heads
 from medusa_exp.tree import Tree, chain
 
 TREE = Tree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 3)])
-FORMS = pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "fixed"])
+FORMS = pytest.mark.parametrize("cuda_graph", [False, True, "beside"], indirect=True)
+"""Eager steps, steps of fixed shapes, and such as a device takes beside the host."""
+
+
+@pytest.fixture
+def cuda_graph(request):
+    """As a decoder takes it."""
+    if request.param == "beside":
+        request.getfixturevalue("beside")
+    return bool(request.param)
 
 
 def prompts_of(rng: random.Random, count: int, longest: int = 30) -> list[list[int]]:
@@ -71,7 +80,9 @@ def decoder_of(backbone, cuda_graph: bool, rule=GREEDY, tree=TREE) -> Decoder:
 @pytest.mark.parametrize(
     ("architecture", "cuda_graph"),
     [(name, False) for name in sorted(ARCHITECTURES)]
-    + [(name, True) for name in ("gemma2", "gpt2", "llama", "mistral")],
+    + [(name, True) for name in ("gemma2", "gpt2", "llama", "mistral")]
+    + [("llama", "beside")],
+    indirect=["cuda_graph"],
 )
 def test_equal_to_one_by_one(architecture, cuda_graph):
     backbone = Backbone(build_model(architecture))
@@ -83,7 +94,14 @@ def test_equal_to_one_by_one(architecture, cuda_graph):
 
 
 @FORMS
-@pytest.mark.parametrize("tree", [chain(0), Tree(TREE.parents, TREE.ranks, num_picked=5)])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        chain(0),
+        Tree(TREE.parents, TREE.ranks, num_picked=5),
+        Tree(TREE.parents, TREE.ranks, num_lookup=4),
+    ],
+)
 def test_other_trees_and_one_slot(backbone, cuda_graph, tree):
     requests = requests_of(random.Random(1), 5)
     expected = alone(backbone, requests)
@@ -173,6 +191,33 @@ def test_next_turns_beyond_a_longrope_boundary_wait_until_the_batch_is_empty(cud
             prompt = [*request.prompt, *finished.response.tokens, *[7] * 40]
             finished.next = Request(prompt, Limits(9), tag=6)
     assert turns == 12
+
+
+@pytest.mark.parametrize("num_lookup", [0, 4])
+def test_what_a_step_gave_is_looked_at_beside_the_next(backbone, beside, monkeypatch, num_lookup):
+    """But for what is looked up behind it, for prompts, and for a smaller batch."""
+    seen = []
+    commit = slots_module.Slots._commit
+
+    def sees(slots, running, tokens, seconds):
+        is_end = any(
+            slot.request.limits.is_end(slot.response.tokens, added)
+            for slot, added in zip(running, tokens, strict=True)
+        )
+        seen.append((slots._step.is_at_work, is_end))
+        yield from commit(slots, running, tokens, seconds)
+        assert slots._step.is_at_work == seen[-1][0]
+
+    monkeypatch.setattr(slots_module.Slots, "_commit", sees)
+    tree = Tree(TREE.parents, TREE.ranks, num_lookup=num_lookup)
+    requests = [Request([n], Limits(3 + n), tag=n) for n in range(40)][::-1]
+    found, _ = answers(decoder_of(backbone, True, tree=tree), requests, 32)
+    assert found == alone(backbone, requests)
+    beside_next = [is_end for is_at_work, is_end in seen if is_at_work]
+    if num_lookup:
+        assert not beside_next
+    else:
+        assert len(beside_next) > 0.5 * len(seen) and any(beside_next)
 
 
 @FORMS

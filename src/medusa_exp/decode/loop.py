@@ -14,6 +14,7 @@ B rows, T prompt tokens, E ends of prompts among some of them, D hidden, V vocab
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,18 @@ class Limits:
             if token in self.stop_ids or self._is_stop_text(before + tokens[:place]):
                 return tokens[:place], True
         return tokens[:room], len(tokens) >= room
+
+    def is_end(self, before: list[int], tokens: list[int]) -> bool:
+        """Return whether a response ends with new tokens: what `until_end` says, but sooner."""
+        if len(before) + len(tokens) >= self.max_new_tokens:
+            return True
+        if self.stop_strings:
+            return self.until_end(before, tokens)[1]
+        return not self._stop_set.isdisjoint(tokens)
+
+    @cached_property
+    def _stop_set(self) -> frozenset[int]:
+        return frozenset(self.stop_ids)
 
     def _is_stop_text(self, tokens: list[int]) -> bool:
         if not self.stop_strings:
@@ -204,15 +217,21 @@ def tree_steps(
     yield added
     step.begin(root_B, hidden_BD, last)
     step.keep_rows(responses.kept)
+    is_started = False
     while responses.active:
         if texts:
             for row in responses.active:
                 texts[row].extend(added[row])
             wanted = [texts[row].continuation(found.width) for row in responses.active]
             found.write(step.active, wanted)
-        added = responses.commit(step())
-        yield added
+        if not is_started:
+            step.start()
+        added = responses.commit(step.finish())
         step.keep_rows(responses.kept)
+        is_started = bool(responses.active) and not texts
+        if is_started:  # what the caller does with the tokens, it does beside the next step
+            step.start()
+        yield added
 
 
 def find_room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> tuple[int, int]:

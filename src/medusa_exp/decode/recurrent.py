@@ -36,7 +36,7 @@ from medusa_exp.decode.step import (
     Observer,
     at_end,
     outcome_of,
-    read_outcome,
+    tokens_of,
     verdict_on,
 )
 from medusa_exp.errors import UserError
@@ -205,6 +205,8 @@ def _part(value: Any, part: slice, length: int) -> Any:
 class ChainStep:
     """One step for a row of a model with recurrent layers; see `decode.step.Step`."""
 
+    is_at_work = False
+
     def __init__(
         self,
         backbone: Backbone,
@@ -225,7 +227,10 @@ class ChainStep:
         self.active = list(range(len(root_B)))
         self._pending = []
 
-    def __call__(self) -> list[list[int]]:
+    def start(self) -> None:
+        """Do nothing: a step needs the host within; see `Step`."""
+
+    def finish(self) -> list[list[int]]:
         """Return the tokens that the row commits; see `Step`."""
         part, cache, pending = self.observer.part, self.cache, self._pending
         # 1. Draft
@@ -247,7 +252,7 @@ class ChainStep:
         # 4. Commit
         root = int(self.root_B)
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_1ND[:, kept:], verdict)
-        [tokens], _ = read_outcome(outcome_of(draft, verdict).tolist())
+        [tokens] = tokens_of(outcome_of(draft, verdict).tolist())
         with part("cache"):
             if len(tokens) == draft.tokens_BN.shape[1]:  # all of the draft, and the token after it
                 cache.set_lengths([start + ids_1N.shape[1]])

@@ -74,7 +74,7 @@ class Finished:
     what is there is not run again."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     request: Request
     row: int = -1
@@ -134,18 +134,53 @@ class Slots:
                 return
             self._arrange()
             for group in self._groups() if is_time else ():
-                yield from self._commit(group, self._prefill(group))
-            if running := self._running():
-                yield from self._commit(running, self._run_step(running))
+                yield from self._commit(group, self._prefill(group), self._lap())
+            yield from self._take_steps()
+
+    def _take_steps(self) -> Iterator[Finished]:
+        """Take steps until it is time to run prompts, or for a step of another size.
+
+        What the host has to do after a step, it does beside the next, if a device works by itself:
+        with many slots a response ends at most steps.
+        """
+        running = self._running()
+        if running:
+            self._start(running)
+        while running:
+            added, before = self._step.finish(), running
+            seconds = self._lap()
+            going_on = [
+                slot
+                for slot, tokens in zip(before, added, strict=True)
+                if not slot.request.limits.is_end(slot.response.tokens, tokens)
+            ]
+            running = going_on if self._may_start(going_on) else []
+            if running:
+                self._start(running)
+            for slot, tokens in zip(before, added, strict=True):
+                slot.cached += len(tokens)
+            yield from self._commit(before, added, seconds)
+
+    def _may_start(self, running: list[_Slot]) -> bool:
+        """May a step of these begin before the tokens of the last one have been committed?"""
+        if not running or self._step.found.width:  # what may follow is looked up behind them
+            return False
+        if self._is_full(len(running)):
+            return True
+        is_all = self._is_draining and all(slot.is_running for slot in self._live)
+        return is_all and self._size == self._size_for(running)
+
+    def _is_full(self, num_running: int) -> bool:
+        """Are too few slots free for prompts to be run now?"""
+        num_rows = self._size[0]
+        return num_running > 0 and (num_rows - num_running) * _GATHERED < num_rows
 
     def _running(self) -> list[_Slot]:
         return sorted((slot for slot in self._live if slot.is_running), key=lambda slot: slot.row)
 
     def _admit(self, requests: Iterator[Request]) -> bool:
         """Take requests for free slots, if it is time to run prompts; return whether it is."""
-        num_running = sum(slot.is_running for slot in self._live)
-        num_rows = self._size[0]
-        if num_running and (num_rows - num_running) * _GATHERED < num_rows:
+        if self._is_full(sum(slot.is_running for slot in self._live)):
             return False
         while len(self._live) < self.num_slots:
             if not self._queue:
@@ -173,10 +208,7 @@ class Slots:
 
     def _arrange(self) -> None:
         """Have a step of the size that is needed, and a row of it for each request."""
-        num_rows = self.num_slots
-        if self._is_draining:
-            num_rows = self.source.num_rows(len(self._live))
-        size = num_rows, max(slot.request.room for slot in self._live)
+        size = num_rows, _ = self._size_for(self._live)
         used = {slot.row for slot in self._live}
         free = (row for row in range(num_rows) if row not in used)
         if size != self._size:
@@ -185,9 +217,13 @@ class Slots:
             self._resize(size, rows, to)
             for slot, row in zip(moved, to, strict=True):
                 slot.row = row
-            self._step.activate([slot.row for slot in self._running()])
         for slot in self._live:
             slot.row = next(free) if slot.row < 0 else slot.row
+
+    def _size_for(self, slots: list[_Slot]) -> tuple[int, int]:
+        """Return the rows and columns of a step for these."""
+        num_rows = self.source.num_rows(len(slots)) if self._is_draining else self.num_slots
+        return num_rows, max(slot.request.room for slot in slots)
 
     def _resize(self, size: tuple[int, int], rows: list[int], to: list[int]) -> None:
         source, is_new = self.source, not self._size[0]
@@ -253,7 +289,6 @@ class Slots:
         step.root_B[index], step.hidden_BD[index] = root_R, hidden_RD
         for slot in group:
             slot.cached, slot.is_running = len(slot.request.prompt), True
-        step.activate([slot.row for slot in self._running()])
         return [[token] for token in root_R.tolist()]
 
     def _first_draws(self, group: list[_Slot]) -> Tensor | None:
@@ -262,44 +297,48 @@ class Slots:
         draws = [slot.draws.random(1, np.float32) for slot in group if slot.draws]
         return torch.from_numpy(np.stack(draws)).to(self.source.backbone.device)
 
-    def _run_step(self, running: list[_Slot]) -> list[list[int]]:
+    def _start(self, running: list[_Slot]) -> None:
+        """Begin a step of these."""
+        step, rows = self._step, [slot.row for slot in running]
+        if rows != step.active:
+            step.activate(rows)
         if self.source.rule.name == "sampling":
-            given = self._step.verifier.uniforms_BN
+            given = step.verifier.uniforms_BN
             assert given is not None
             for slot in running:
                 assert slot.draws is not None
                 slot.draws.random(dtype=np.float32, out=self._uniforms_BN[slot.row])
             given.copy_(torch.from_numpy(self._uniforms_BN))
-        if width := self._step.found.width:
-            wanted = [_look_up(slot, width) for slot in running]
-            self._step.found.write([slot.row for slot in running], wanted)
-        tokens = self._step()
-        for slot, added in zip(running, tokens, strict=True):
-            slot.cached += len(added)
+        if width := step.found.width:
+            step.found.write(rows, [_look_up(slot, width) for slot in running])
+        step.start()
         self.slot_steps += self._size[0]
         self.busy_slot_steps += len(running)
-        return tokens
 
-    def _commit(self, slots: list[_Slot], tokens: list[list[int]]) -> Iterator[Finished]:
+    def _lap(self) -> float:
+        """Return the seconds since the last call."""
+        before, self._clock = self._clock, perf_counter()
+        return self._clock - before
+
+    def _commit(
+        self, slots: list[_Slot], tokens: list[list[int]], seconds: float
+    ) -> Iterator[Finished]:
         """Add tokens to the responses; yield those that end, and give their slots away."""
-        seconds = (perf_counter() - self._clock) / len(slots)
-        self._clock = perf_counter()
         ended = []
         for slot, added in zip(slots, tokens, strict=True):
             response = slot.response
             kept, is_done = slot.request.limits.until_end(response.tokens, added)
             response.tokens += kept
             response.accept_lengths.append(len(kept))
-            response.step_seconds.append(seconds)
+            response.step_seconds.append(seconds / len(slots))
             if is_done:
                 slot.is_running = False
                 ended.append(slot)
-        if ended:
-            self._step.activate([slot.row for slot in self._running()])
         for slot in ended:
-            finished = Finished(slot.request, slot.response)
+            finished, asked = Finished(slot.request, slot.response), perf_counter()
             yield finished
-            self._clock = perf_counter()  # what the caller does meanwhile is no response's time
+            if not self._step.is_at_work:  # what the caller does meanwhile is no response's time
+                self._clock += perf_counter() - asked
             self._replace(slot, finished.next)
 
     def _replace(self, slot: _Slot, request: Request | None) -> None:

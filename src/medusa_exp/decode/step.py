@@ -85,7 +85,10 @@ UNOBSERVED = NoObserver()
 
 
 class Step(Protocol):
-    """Decodes one accepted path of each row at each call."""
+    """Decodes one accepted path of each active row, from `start` to `finish`.
+
+    In between the host may do what it likes, but for this step: a device works meanwhile.
+    """
 
     backbone: Backbone
     cache: Any
@@ -93,11 +96,13 @@ class Step(Protocol):
     verifier: Verifier
     observer: Observer
     found: Found
-    """What was looked up for each row, to be written before each call."""
+    """What was looked up for each row, to be written before each start."""
     root_B: Tensor
     hidden_BD: Tensor
     active: list[int]
-    """Rows that a call decodes, in order."""
+    """Rows that are decoded, in order."""
+    is_at_work: bool
+    """Has a device been given a step that has not been finished?"""
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
         """Begin after the prompts.
@@ -109,8 +114,12 @@ class Step(Protocol):
         """
         ...
 
-    def __call__(self) -> list[list[int]]:
-        """Return the tokens that each active row commits."""
+    def start(self) -> None:
+        """Give the device its work, where it can do it by itself; else nothing is done yet."""
+        ...
+
+    def finish(self) -> list[list[int]]:
+        """Return the tokens that each active row commits, once the step has been done."""
         ...
 
     def keep_rows(self, places: list[int]) -> None:
@@ -124,6 +133,8 @@ class Step(Protocol):
 
 class EagerStep:
     """A step whose tensors grow with the longest row, and shrink with the number of rows."""
+
+    is_at_work = False
 
     def __init__(
         self,
@@ -151,7 +162,10 @@ class EagerStep:
         """Decode these rows from now on; see `Step`."""
         self.active = rows
 
-    def __call__(self) -> list[list[int]]:
+    def start(self) -> None:
+        """Do nothing: a step needs the host within; see `Step`."""
+
+    def finish(self) -> list[list[int]]:
         """Return the tokens that each row commits; see `Step`."""
         part, lengths = self.observer.part, self.cache.lengths
         # 1. Draft
@@ -171,8 +185,8 @@ class EagerStep:
             verdict = verdict_on(draft, logits_BNV, self.verifier, self.drafter.depth, uniforms_BU)
         # 4. Commit
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_BND, verdict)
-        # The step's one wait for the device.
-        tokens, paths = read_outcome(outcome_of(draft, verdict).tolist())
+        rows = outcome_of(draft, verdict).tolist()  # the step's one wait for the device
+        tokens, paths = tokens_of(rows), paths_of(rows)
         if len(self.active) < len(paths):
             is_active = set(self.active)
             paths = [path if row in is_active else [] for row, path in enumerate(paths)]
@@ -258,6 +272,7 @@ class CapturedStep:
         self._places: list[int] = []
         """Where the graph reads the weights."""
         self._is_capturable = backbone.device.type == "cuda"
+        self.is_at_work = False
         self._pool = pool or GraphPool()
         self.active: list[int] = []
 
@@ -288,18 +303,22 @@ class CapturedStep:
     def _places_of_weights(self) -> list[int]:
         return [weight.data_ptr() for weight in self.backbone.model.parameters()]
 
-    def __call__(self) -> list[list[int]]:
-        """Return the tokens that each active row commits; see `Step`."""
+    def start(self) -> None:
+        """Replay the graph, if there is one; see `Step`."""
         self.prepare()
         if self._graph is not None:
             self._graph.replay()
-        else:
+            self.is_at_work = True
+
+    def finish(self) -> list[list[int]]:
+        """Return the tokens that each active row commits; see `Step`."""
+        if self._graph is None:
             self._run()
         rows = self.outcome.tolist()  # the step's one wait for the device
         if self._graph is not None:
+            self.is_at_work = False
             self.observer.replayed(self._graph)
-        tokens, _ = read_outcome([rows[row] for row in self.active])
-        return tokens
+        return tokens_of([rows[row] for row in self.active])
 
     def _run(self) -> None:
         part, cache = self.observer.part, self.cache
@@ -449,11 +468,13 @@ def outcome_of(draft: Draft, verdict: Verdict) -> Tensor:
     return torch.cat([*first, verdict.path_BL, on_path_BL], 1)
 
 
-def read_outcome(rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return each row's tokens, and its path, of what `outcome_of` holds."""
-    tokens, paths = [], []
-    for next_token, accepted, *rest in rows:
-        width = len(rest) // 2
-        paths.append(rest[: accepted + 1])
-        tokens.append([*rest[width + 1 : width + 1 + accepted], next_token])
-    return tokens, paths
+def tokens_of(rows: list[list[int]]) -> list[list[int]]:
+    """Return each row's new tokens, of what `outcome_of` holds."""
+    width = (len(rows[0]) - 2) // 2 if rows else 0
+    first = 2 + width + 1  # behind the root, which was committed a step before
+    return [[*row[first : first + row[1]], row[0]] for row in rows]
+
+
+def paths_of(rows: list[list[int]]) -> list[list[int]]:
+    """Return each row's accepted nodes, the root first, of what `outcome_of` holds."""
+    return [row[2 : 3 + row[1]] for row in rows]
