@@ -131,6 +131,14 @@ def test_zeros_in_the_place_of_a_header_are_no_end_of_a_tar(tmp_path, zeros):
         list(read_conversations(write(tmp_path / "a.tar", bytes(data))))
 
 
+def test_a_tar_that_was_cut_between_two_files_is_no_whole_one(tmp_path):
+    data = tarred({"a.jsonl": LINES, "b.jsonl": LINES})
+    data = data[: data.find(b"b.jsonl")]
+    for name, packed in (("a.tar", data), ("a.tar.gz", gzipped(data))):
+        with pytest.raises(DataError, match="nothing marks its end: was it cut"):
+            list(read_conversations(write(tmp_path / name, packed)))
+
+
 def test_behind_the_end_of_a_tar_may_be_anything(tmp_path):
     data = tarred({"a.jsonl": LINES})[:-512] + b"as old programs left it in a buffer".ljust(512)
     assert len(list(read_conversations(write(tmp_path / "a.tar", data)))) == len(RECORDS)

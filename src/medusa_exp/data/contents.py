@@ -328,10 +328,12 @@ def _tar_members(content: Content) -> Iterator[Content]:
     import tarfile
 
     class Member(tarfile.TarInfo):
-        """A header; tarfile takes one that is damaged for the end, unless it is the first."""
+        """A header; tarfile takes a damaged one, or none, for the end, unless it is the first."""
 
         @classmethod
         def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
+            if not buf:
+                raise tarfile.ReadError("nothing marks its end: was it cut?")
             try:
                 return super().frombuf(buf, encoding, errors)
             except tarfile.HeaderError as error:
