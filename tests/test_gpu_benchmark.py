@@ -276,6 +276,7 @@ def test_kernels_are_timed_beside_torch(monkeypatch, shim, kernel, measured, met
     assert name.startswith(f"{kernel}, B=1, ")
     assert set(figures["times_us"]) == methods
     assert figures["microseconds"] == 1 and figures["failed"] == {}
+    assert figures.get("ranks_otherwise", 0) == 0
     [[name, left_out]] = measured(shim, lambda: True, some)
     assert name == ("filters_left_out" if kernel == "filter" else "topk_left_out")
     assert left_out.startswith("from B=1, ")

@@ -110,7 +110,9 @@ def measure_topk(
             name_of(config): partial(KernelTopK(kernels, config), *given) for config in configs
         }
         methods["torch"] = partial(_by_torch, *given)
-        yield f"topk, B={batch}, W={width}", _timed(methods, name_of(chosen))
+        entry = _timed(methods, name_of(chosen))
+        entry["ranks_otherwise"] = _other_ranks(KernelTopK(kernels), *given)
+        yield f"topk, B={batch}, W={width}", entry
         release()
 
 
@@ -118,6 +120,21 @@ def _by_torch(
     tokens_BN: torch.Tensor, logits_BMW: torch.Tensor, places_N: torch.Tensor, ranks: int
 ) -> None:
     tokens_BN.copy_(logits_BMW.topk(ranks).indices.flatten(1)[:, places_N])
+
+
+def _other_ranks(
+    topk: KernelTopK,
+    tokens_BN: torch.Tensor,
+    logits_BMW: torch.Tensor,
+    places_N: torch.Tensor,
+    ranks: int,
+) -> int:
+    """Count the ranks whose logits are not those of torch's; tokens that tie may change places."""
+    topk(tokens_BN.fill_(0), logits_BMW, places_N, ranks)
+    found_BMR = tokens_BN.unflatten(1, (logits_BMW.shape[1], ranks))
+    found = logits_BMW.gather(2, found_BMR)
+    are_twice = (found_BMR.sort(-1).values.diff(dim=-1) == 0).sum()
+    return int((found != logits_BMW.topk(ranks).values).sum() + are_twice)
 
 
 def _timed(methods: dict[str, Callable[[], Any]], chosen: str) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 // In:  logits_BMW; places_N, which of the M * R draft tokens each node has, or -1 where it has none of
 //      them; token_map_W, the token id of each of the W, null where they are the same.
 // Out: tokens_BN of those nodes. Draft token m * R + r is the one of rank r in row m: the likeliest
-//      first, of those that tie the first in the row. NaN counts as minus infinity. But for ties,
-//      these are torch.topk's.
+//      first, of those that tie the first in the row. NaN counts as minus infinity. But for ties
+//      and NaN, these are torch.topk's.
 // Floor: a row once from memory. Slices of it that have a token among the R likeliest are read again,
 //      once for each of those, from the L2 cache.
 //

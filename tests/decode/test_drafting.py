@@ -8,6 +8,7 @@ import torch
 from tiny_models import VOCAB_SIZE
 
 from medusa_exp.decode import generate
+from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import DynamicTreeDrafter, build_drafter
 from medusa_exp.decode.loop import GREEDY, Limits, decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
@@ -163,3 +164,13 @@ def test_a_tree_of_guesses_beyond_the_head_vocabulary(backbone, kind):
     with pytest.raises(UserError, match="guess 10 of a head, and it has 9"):
         generate(backbone, heads, ids, tree=Tree((-1, 0), (-1, 9)), max_new_tokens=4)
     generate(backbone, heads, ids, tree=Tree((-1, 0), (-1, 8)), max_new_tokens=4)
+
+
+def test_each_verifier_has_drafters_of_its_own(backbone):
+    """A kernel may draft for one of them."""
+    decoder = Decoder(backbone, build_heads(backbone, num_heads=2), chain(2))
+    auto, by_torch = (
+        decoder.drafter(rule=replace(GREEDY, verifier=name)) for name in ("auto", "torch")
+    )
+    assert auto is not by_torch and auto.key != by_torch.key
+    assert decoder.drafter(rule=replace(GREEDY, verifier="auto")) is auto

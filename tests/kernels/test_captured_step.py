@@ -27,11 +27,12 @@ def test_the_kernels_decode_what_torch_decodes(monkeypatch, architecture, shim):
     expected = [a.tokens for a in by_torch.decode(PROMPTS, limits)]
     launched = []
     monkeypatch.setattr(shim, "launch", _spy(shim.launch, launched))
-    monkeypatch.setattr(captured_steps, "step_kernels", lambda name, device: shim)
+    for module in (captured_steps, rule):
+        monkeypatch.setattr(module, "step_kernels", lambda name, device: shim)
     ours = Decoder(backbone, heads, TREE, cuda_graph=True).decode(PROMPTS, limits)
     assert [a.tokens for a in ours] == expected
     wants_dict = architecture == "gemma2"  # of masks, by kind of layer
-    assert set(launched) == {"commit"} | (set() if wants_dict else {"tree_mask"})
+    assert set(launched) == {"commit", "topk_2"} | (set() if wants_dict else {"tree_mask"})
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

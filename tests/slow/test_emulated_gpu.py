@@ -32,6 +32,11 @@ VARIANTS = {
     "packed, averaged": ["train.batching=packed", "train.average=0.9", "train.accumulate=2"],
     "features from disk": ["train.features=cache", "train.loss=topk_kl"],
     "muon": ["train.optimizer=muon"],
+    "deterministic": [
+        *("train.deterministic=true", "train.loss=nla", "train.head_weights=acceptance"),
+        "head.prefix_attention=true",
+    ],
+    "deterministic, both learn": ["train.deterministic=true", "train=medusa2", "train.loss=kl"],
     "its own answers": [
         "stages=[pretrain,regenerate,train,calibrate,evaluate,export,report]",
         *("dataset.max_length=256", "regenerate.max_new_tokens=24", "train.text=regenerated"),

@@ -7,7 +7,7 @@ kernels are torch's own; the project's kernels are compiled for the CPU.
 
 It is slow, and says nothing about speed. Streams do at once what they are given, so that no order
 of streams, and no copy that has not ended, is wrong here. Values are the CPU's, ties and sums in 16
-bits as well. What determinism forbids is allowed.
+bits as well.
 
 Needed: a build of torch with CUDA, and g++. `python tests/support/emulated.py FOLDER -m medusa_exp
 ...` runs a command so; FOLDER keeps what is compiled.

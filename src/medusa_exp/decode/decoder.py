@@ -19,7 +19,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from medusa_exp.decode.captured_steps import CapturedSteps
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.compiled import CompiledLayers
-from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter, key_of_draws
+from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter, key_of_rule
 from medusa_exp.decode.lookup import LookupDrafter, check_draft
 from medusa_exp.decode.loop import (
     GREEDY,
@@ -400,7 +400,7 @@ class Decoder:
         if self.is_recurrent:
             check_chain(self.backbone.name, tree)
         rule = rule or self.rule
-        key = (tree, key_of_draws(rule))
+        key = (tree, key_of_rule(rule))
         if key not in self._drafters:
             drafter = build_drafter(self.heads, tree, self.backbone.device, rule)
             if tree.num_lookup:

@@ -166,11 +166,13 @@ def _draws_of(
     return tree, _Draws(rule, tree, device)
 
 
-def key_of_draws(rule: AcceptanceRule | None) -> Hashable:
-    """Return what of a rule decides how a drafter drafts."""
-    if rule is None or rule.draft == "top":
+def key_of_rule(rule: AcceptanceRule | None) -> Hashable:
+    """Return what of a rule decides how a drafter drafts, and by which kernels."""
+    if rule is None:
         return None
-    return rule.temperature, rule.top_k, rule.top_p
+    if rule.draft == "top":
+        return rule.verifier
+    return rule.verifier, rule.temperature, rule.top_k, rule.top_p
 
 
 class FixedTreeDrafter:
@@ -188,7 +190,7 @@ class FixedTreeDrafter:
         self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
         self._heads = heads
         self.prefix = getattr(heads, "prefix", None) if self.depth else None
-        self.key: Hashable = (id(heads) if self.depth else None, tree, key_of_draws(rule))
+        self.key: Hashable = (id(heads) if self.depth else None, tree, key_of_rule(rule))
         self._num_ranks = max(tree.ranks) + 1
         draws = self._draws
         places = _places(tree, self._num_ranks) if draws is None else draws.places(tree)
@@ -396,7 +398,7 @@ class SequentialDrafter:
         self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
         self._heads, self.prefix = heads, heads.prefix
         self._topk = _topk_of(rule, device) if self._draws is None else None
-        self.key: Hashable = (id(heads), tree, key_of_draws(rule))
+        self.key: Hashable = (id(heads), tree, key_of_rule(rule))
         self._depths = [_plan(tree, depth, device) for depth in range(1, tree.depth + 1)]
         self._parents_1N = torch.tensor([tree.parents], device=device)
         ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]

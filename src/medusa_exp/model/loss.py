@@ -287,7 +287,8 @@ def acceptance_weights(reached_K: Tensor, decay: float) -> Tensor:
         reached_K: the mean product of each head and those before it.
         decay: head_decay.
     """
-    gain_K = reached_K.flip(0).cumsum(0).flip(0)
+    # No cumsum, of which CUDA has no deterministic one.
+    gain_K = torch.stack([reached_K[k:].sum() for k in range(len(reached_K))])
     total = sum(decay_weights(decay, len(reached_K)))
     return gain_K * (total / gain_K.sum().clamp(min=torch.finfo(gain_K.dtype).tiny))
 

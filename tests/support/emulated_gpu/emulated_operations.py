@@ -42,6 +42,12 @@ _WAITING = {
 """Operations for which the host waits: their outputs' sizes are values on the device."""
 _INDEXING = {"index.Tensor", "_index_put_impl_", "index_put_", "_unsafe_index.Tensor"}
 """They take indices from the host, and masks, of which they count the true ones: both wait."""
+_OF_NO_ORDER = {
+    *("histc", "put_", "median.dim", "median.dim_values", "grid_sampler_2d_backward"),
+    *("cumsum", "cumsum_", "cumsum.out", "bincount", "scatter_reduce.two", "_ctc_loss_backward"),
+}
+"""Operations whose CUDA kernels may add up in any order, as torch's documentation of
+use_deterministic_algorithms has them."""
 
 
 class Operation:
@@ -70,6 +76,8 @@ class Operation:
         return self._told(self._compute(given), given)
 
     def _check(self, given: dict[str, Any]) -> None:
+        if self.name in _OF_NO_ORDER and torch.are_deterministic_algorithms_enabled():
+            self._check_order(given)
         if self.name in _WAITING and given.get("output_size") is None:
             check_waiting(self.name)
         checked = given
@@ -86,6 +94,16 @@ class Operation:
                     "Expected all tensors to be on the same device, but found at least two "
                     f"devices, cuda:0 and cpu! ({self.name})"
                 )
+
+    def _check_order(self, given: dict[str, Any]) -> None:
+        """Raise what torch raises, under deterministic algorithms, of an operation without any."""
+        is_ordered = (
+            (self.packet.__name__.startswith("cumsum") and not given["self"].is_floating_point())
+            or (self.name == "bincount" and given.get("weights") is None)
+            or (self.name == "scatter_reduce.two" and given["reduce"] != "prod")
+        )
+        if not is_ordered and not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(f"{self.name} does not have a deterministic implementation")
 
     def _compute(self, given: dict[str, Any]) -> Any:
         """Run the CPU kernel on what the device has in memory now."""

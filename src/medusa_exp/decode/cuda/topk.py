@@ -1,8 +1,8 @@
 """Draft tokens put on their nodes by a CUDA kernel: the likeliest of the heads' logits.
 
-What torch does for it is the specification: topk, the head vocabulary's token ids, and the nodes'
-picks of these. On a GPU topk alone is up to a dozen kernels, one after the other; this is one
-(kernels/cuda/topk.cu).
+What torch does for it is the specification (topk, the head vocabulary's token ids, the nodes' picks
+of these), but for NaN and the order of tokens that tie. On a GPU topk alone is 14 kernels, one
+after the other; this is one (kernels/cuda/topk.cu).
 
 B batch, M rows of a sequence (one a head, or one for each node that is drafted from), W tokens that
 heads can propose, R ranks, N tree nodes.
