@@ -283,6 +283,7 @@ class CapturedStep:
         self.last.fill_(last)
         self.is_active_B.fill_(True)
         self.active = list(range(len(root_B)))
+        self.is_at_work = False  # what was given up is of no interest
 
     def activate(self, rows: list[int]) -> None:
         """Decode these rows from now on; see `Step`."""
