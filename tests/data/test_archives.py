@@ -139,6 +139,21 @@ def test_a_tar_that_was_cut_between_two_files_is_no_whole_one(tmp_path):
             list(read_conversations(write(tmp_path / name, packed)))
 
 
+@pytest.mark.parametrize("is_label", [False, True])
+def test_a_tar_whose_first_header_has_no_mark(tmp_path, is_label):
+    """The oldest format has none, and GNU's label of an archive."""
+    header = tarfile.TarInfo("label" if is_label else "a.jsonl")
+    header.size = 0 if is_label else len(LINES)
+    header.type = b"V" if is_label else tarfile.REGTYPE
+    block = bytearray(header.tobuf(tarfile.USTAR_FORMAT))
+    block[257:265], block[148:156] = bytes(8), b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    first = b"" if is_label else LINES.ljust(-(-len(LINES) // 512) * 512, b"\0")
+    data = bytes(block) + first + tarred({"b.jsonl": LINES})
+    found = list(read_conversations(write(tmp_path / "a.tar", data)))
+    assert len(found) == len(RECORDS) * (1 if is_label else 2)
+
+
 def test_behind_the_end_of_a_tar_may_be_anything(tmp_path):
     data = tarred({"a.jsonl": LINES})[:-512] + b"as old programs left it in a buffer".ljust(512)
     assert len(list(read_conversations(write(tmp_path / "a.tar", data)))) == len(RECORDS)

@@ -160,17 +160,27 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(backbone):
         Limits(20, stop_strings=[stop])
 
 
-def test_is_end_says_what_until_end_says(backbone):
-    rng = random.Random(0)
-    ends = 0
-    for _ in range(500):
-        stops = [*("", [7], (5, 6, 7))][rng.randrange(3)]
-        text = {"stop_strings": ["33"], "decode_text": lambda t: "".join(map(str, t))}
-        limits = Limits(rng.randrange(8), [*stops], **(text if rng.random() < 0.3 else {}))
+def test_the_end_of_a_response_is_that_of_one_token_after_the_other():
+    def text(tokens):
+        return "".join(map(str, tokens))
+
+    rng, ends = random.Random(0), 0
+    for _ in range(1000):
+        stops, strings = rng.choice([[], [7], (5, 6, 7)]), rng.choice([[], [], ["33"]])
         before, tokens = ([rng.randrange(9) for _ in range(rng.randrange(6))] for _ in range(2))
-        ends += limits.is_end(before, tokens)
-        assert limits.is_end(before, tokens) == limits.until_end(before, tokens)[1]
-    assert 100 < ends < 400
+        limits = Limits(len(before) + rng.randrange(8), stops, strings, text)
+        expected, is_end = [], len(before) >= limits.max_new_tokens
+        for token in tokens:
+            if is_end:
+                break
+            expected.append(token)
+            is_end = len(before) + len(expected) >= limits.max_new_tokens or token in stops
+            is_end |= any(string in text([*before, *expected]) for string in strings)
+        if strings and strings[0] in text(before):
+            continue  # it would have ended before
+        ends += is_end
+        assert limits.until_end(before, tokens) == (expected, is_end)
+    assert 200 < ends < 900
 
 
 @pytest.mark.parametrize("num_lookup", [0, 3])

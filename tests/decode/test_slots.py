@@ -199,13 +199,9 @@ def test_what_a_step_gave_is_looked_at_beside_the_next(backbone, beside, monkeyp
     seen = []
     commit = slots_module.Slots._commit
 
-    def sees(slots, running, tokens, seconds):
-        is_end = any(
-            slot.request.limits.is_end(slot.response.tokens, added)
-            for slot, added in zip(running, tokens, strict=True)
-        )
-        seen.append((slots._step.is_at_work, is_end))
-        yield from commit(slots, running, tokens, seconds)
+    def sees(slots, running, added):
+        seen.append((slots._step.is_at_work, any(has_ended for _, has_ended in added)))
+        yield from commit(slots, running, added)
         assert slots._step.is_at_work == seen[-1][0]
 
     monkeypatch.setattr(slots_module.Slots, "_commit", sees)
@@ -217,7 +213,7 @@ def test_what_a_step_gave_is_looked_at_beside_the_next(backbone, beside, monkeyp
     if num_lookup:
         assert not beside_next
     else:
-        assert len(beside_next) > 0.5 * len(seen) and any(beside_next)
+        assert len(beside_next) > 0.3 * len(seen) and any(beside_next)
 
 
 @FORMS

@@ -41,6 +41,7 @@ _PACKED = 1 << 14
 """Bytes of streams that are read at a time: what stands behind each of them is copied."""
 ROWS_TOGETHER = 256
 """Rows of a table that are in memory as Python objects."""
+_OCTAL = re.compile(rb"[0-7]{1,7}")
 _BOM = b"\xef\xbb\xbf"
 _FREELY_UNPACKED = 1 << 28
 """Bytes that anything may unpack to."""
@@ -280,7 +281,18 @@ def members_of(content: Content, head: bytes) -> Iterator[Content] | None:
 
 
 def _is_header_of_tar(block: bytes) -> bool:
-    return block[257:262] == b"ustar"
+    """Tell by its mark, or its checksum: the oldest format and labels of archives have no mark."""
+    if block[257:262] == b"ustar":
+        return True
+    if not _OCTAL.fullmatch(block[148:156].strip(b" \0")):
+        return False
+    import tarfile
+
+    try:
+        tarfile.TarInfo.frombuf(block[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _zip_members(content: Content) -> Iterator[Content]:
@@ -333,7 +345,7 @@ def _tar_members(content: Content) -> Iterator[Content]:
         @classmethod
         def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
             if not buf:
-                raise tarfile.ReadError("nothing marks its end: was it cut?")
+                raise tarfile.ReadError("nothing marks its end: was it cut? If not, unpack it")
             try:
                 return super().frombuf(buf, encoding, errors)
             except tarfile.HeaderError as error:

@@ -58,23 +58,17 @@ class Limits:
             before: the response so far.
             tokens: what a step adds.
         """
-        room = self.max_new_tokens - len(before)
+        room, has_no_stop = self.max_new_tokens - len(before), self._stop_set.isdisjoint(tokens)
+        if has_no_stop and not self.stop_strings and len(tokens) < room:  # as nearly always
+            return tokens, False
         for place, token in enumerate(tokens[:room], 1):
-            if token in self.stop_ids or self._is_stop_text(before + tokens[:place]):
+            if token in self._stop_set or self._is_stop_text(before + tokens[:place]):
                 return tokens[:place], True
         return tokens[:room], len(tokens) >= room
 
-    def is_end(self, before: list[int], tokens: list[int]) -> bool:
-        """Return whether a response ends with new tokens: what `until_end` says, but sooner."""
-        if len(before) + len(tokens) >= self.max_new_tokens:
-            return True
-        if self.stop_strings:
-            return self.until_end(before, tokens)[1]
-        return not self._stop_set.isdisjoint(tokens)
-
     @cached_property
     def _stop_set(self) -> frozenset[int]:
-        return frozenset(self.stop_ids)
+        return frozenset(map(int, self.stop_ids))
 
     def _is_stop_text(self, tokens: list[int]) -> bool:
         if not self.stop_strings:
@@ -96,7 +90,8 @@ class Response:
     tokens: list[int] = field(default_factory=list)
     accept_lengths: list[int] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    """Of each step of the whole batch; in slots, this response's share of them."""
+    """Of each step of the whole batch; in slots, this response's share of them. What a caller does
+    with tokens counts, in slots only if it takes longer than a device takes for a step."""
 
 
 class Responses:
@@ -198,7 +193,8 @@ def tree_steps(
 ) -> Iterator[list[list[int]]]:
     """Yield the tokens that each step adds to each row: as `plain_steps`, in fewer steps.
 
-    With the rules greedy and sampling what comes out is the same, or has the same distribution.
+    With the rules greedy and sampling what comes out is the same, or has the same distribution. On
+    a device the next step is at work when tokens are yielded; who closes the generator gives it up.
 
     Args:
         step: with an empty cache, large enough for prompts and responses.

@@ -74,15 +74,13 @@ class Finished:
     what is there is not run again."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # or to find one among others would compare their prompts
 class _Slot:
     request: Request
     row: int = -1
     response: Response = field(default_factory=Response)
     prefix: int = 0
     """Tokens of the prompt that are in the row already."""
-    cached: int = 0
-    """Tokens in the row."""
     is_running: bool = False
     draws: np.random.Generator | None = None
     looked_up: int = 0
@@ -104,6 +102,8 @@ class Slots:
         """Can nothing more join those in the slots?"""
         self._size = 0, 0
         self._step: Step
+        self._clock = self._seconds = 0.0
+        """When tokens last came, and how long they took."""
         self._mask: StepMask | None = None
 
     def prepare(self) -> None:
@@ -134,44 +134,36 @@ class Slots:
                 return
             self._arrange()
             for group in self._groups() if is_time else ():
-                yield from self._commit(group, self._prefill(group), self._lap())
+                yield from self._commit(group, self._until_end(group, self._prefill(group)))
             yield from self._take_steps()
 
     def _take_steps(self) -> Iterator[Finished]:
-        """Take steps until it is time to run prompts, or for a step of another size.
+        """Take steps until it is time to run prompts or to shrink the batch.
 
-        What the host has to do after a step, it does beside the next, if a device works by itself:
-        with many slots a response ends at most steps.
+        The host's work after a step is done while a device runs the next one: with many slots, a
+        response ends in nearly every step.
         """
         running = self._running()
         if running:
             self._start(running)
         while running:
-            added, before = self._step.finish(), running
-            seconds = self._lap()
-            going_on = [
-                slot
-                for slot, tokens in zip(before, added, strict=True)
-                if not slot.request.limits.is_end(slot.response.tokens, tokens)
-            ]
-            running = going_on if self._may_start(going_on) else []
+            before, added = running, self._until_end(running, self._step.finish())
+            running = [s for s, (_, has_ended) in zip(before, added, strict=True) if not has_ended]
+            running = running if self._may_start(running) else []
             if running:
                 self._start(running)
-            for slot, tokens in zip(before, added, strict=True):
-                slot.cached += len(tokens)
-            yield from self._commit(before, added, seconds)
+            yield from self._commit(before, added)
 
     def _may_start(self, running: list[_Slot]) -> bool:
         """May a step of these begin before the tokens of the last one have been committed?"""
         if not running or self._step.found.width:  # what may follow is looked up behind them
             return False
-        if self._is_full(len(running)):
-            return True
-        is_all = self._is_draining and all(slot.is_running for slot in self._live)
-        return is_all and self._size == self._size_for(running)
+        # In a batch that drains, a next turn is run at once: so nobody may have ended.
+        is_same = self._is_draining and len(running) == len(self._live)
+        return self._is_full(len(running)) or (is_same and self._size == self._size_for(running))
 
     def _is_full(self, num_running: int) -> bool:
-        """Are too few slots free for prompts to be run now?"""
+        """Are too few slots free for prompts to be run now? They wait for others: `_GATHERED`."""
         num_rows = self._size[0]
         return num_running > 0 and (num_rows - num_running) * _GATHERED < num_rows
 
@@ -288,7 +280,7 @@ class Slots:
             step.cache.put(rows, cache)
         step.root_B[index], step.hidden_BD[index] = root_R, hidden_RD
         for slot in group:
-            slot.cached, slot.is_running = len(slot.request.prompt), True
+            slot.is_running = True
         return [[token] for token in root_R.tolist()]
 
     def _first_draws(self, group: list[_Slot]) -> Tensor | None:
@@ -315,29 +307,33 @@ class Slots:
         self.slot_steps += self._size[0]
         self.busy_slot_steps += len(running)
 
-    def _lap(self) -> float:
-        """Return the seconds since the last call."""
-        before, self._clock = self._clock, perf_counter()
-        return self._clock - before
+    def _until_end(
+        self, slots: list[_Slot], tokens: list[list[int]]
+    ) -> list[tuple[list[int], bool]]:
+        """Return what of its tokens belongs to each slot's response, and whether that has ended."""
+        now = perf_counter()
+        self._seconds, self._clock = now - self._clock, now
+        return [
+            slot.request.limits.until_end(slot.response.tokens, added)
+            for slot, added in zip(slots, tokens, strict=True)
+        ]
 
     def _commit(
-        self, slots: list[_Slot], tokens: list[list[int]], seconds: float
+        self, slots: list[_Slot], added: list[tuple[list[int], bool]]
     ) -> Iterator[Finished]:
         """Add tokens to the responses; yield those that end, and give their slots away."""
         ended = []
-        for slot, added in zip(slots, tokens, strict=True):
-            response = slot.response
-            kept, is_done = slot.request.limits.until_end(response.tokens, added)
-            response.tokens += kept
-            response.accept_lengths.append(len(kept))
-            response.step_seconds.append(seconds / len(slots))
-            if is_done:
+        for slot, (tokens, has_ended) in zip(slots, added, strict=True):
+            slot.response.tokens += tokens
+            slot.response.accept_lengths.append(len(tokens))
+            slot.response.step_seconds.append(self._seconds / len(slots))
+            if has_ended:
                 slot.is_running = False
                 ended.append(slot)
         for slot in ended:
             finished, asked = Finished(slot.request, slot.response), perf_counter()
             yield finished
-            if not self._step.is_at_work:  # what the caller does meanwhile is no response's time
+            if not self._step.is_at_work:  # else the caller works beside the step
                 self._clock += perf_counter() - asked
             self._replace(slot, finished.next)
 
@@ -357,7 +353,7 @@ class Slots:
         known = slot.request.prompt + slot.response.tokens
         if prompt[: len(known)] != known:
             return 0
-        return min(slot.cached, len(known), len(prompt) - 1)
+        return len(known) - 1  # the last token of a response has not been run
 
 
 def _look_up(slot: _Slot, length: int) -> list[int]:

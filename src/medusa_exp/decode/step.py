@@ -87,7 +87,8 @@ UNOBSERVED = NoObserver()
 class Step(Protocol):
     """Decodes one accepted path of each active row, from `start` to `finish`.
 
-    In between the host may do what it likes, but for this step: a device works meanwhile.
+    In between, a device may be at work: nothing of the step, of its cache's rows, or of what was
+    written for it may be touched. Both calls belong to one stream of the device.
     """
 
     backbone: Backbone
@@ -115,7 +116,7 @@ class Step(Protocol):
         ...
 
     def start(self) -> None:
-        """Give the device its work, where it can do it by itself; else nothing is done yet."""
+        """Begin on the device, if the step is captured there; else `finish` does all of it."""
         ...
 
     def finish(self) -> list[list[int]]:
@@ -283,7 +284,7 @@ class CapturedStep:
         self.last.fill_(last)
         self.is_active_B.fill_(True)
         self.active = list(range(len(root_B)))
-        self.is_at_work = False  # what was given up is of no interest
+        self.is_at_work = False  # what a closed generator left comes before this in the stream
 
     def activate(self, rows: list[int]) -> None:
         """Decode these rows from now on; see `Step`."""
@@ -307,18 +308,18 @@ class CapturedStep:
     def start(self) -> None:
         """Replay the graph, if there is one; see `Step`."""
         self.prepare()
+        self.is_at_work = self._graph is not None
         if self._graph is not None:
             self._graph.replay()
-            self.is_at_work = True
 
     def finish(self) -> list[list[int]]:
         """Return the tokens that each active row commits; see `Step`."""
-        if self._graph is None:
+        if not self.is_at_work:
             self._run()
         rows = self.outcome.tolist()  # the step's one wait for the device
-        if self._graph is not None:
-            self.is_at_work = False
+        if self.is_at_work and self._graph is not None:
             self.observer.replayed(self._graph)
+        self.is_at_work = False
         return tokens_of([rows[row] for row in self.active])
 
     def _run(self) -> None:

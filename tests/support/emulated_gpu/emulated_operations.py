@@ -42,12 +42,11 @@ _WAITING = {
 """Operations for which the host waits: their outputs' sizes are values on the device."""
 _INDEXING = {"index.Tensor", "_index_put_impl_", "index_put_", "_unsafe_index.Tensor"}
 """They take indices from the host, and masks, of which they count the true ones: both wait."""
-_OF_NO_ORDER = {
+_UNDETERMINED = {
     *("histc", "put_", "median.dim", "median.dim_values", "grid_sampler_2d_backward"),
     *("cumsum", "cumsum_", "cumsum.out", "bincount", "scatter_reduce.two", "_ctc_loss_backward"),
 }
-"""Operations whose CUDA kernels may add up in any order, as torch's documentation of
-use_deterministic_algorithms has them."""
+"""Some of what torch refuses under use_deterministic_algorithms: what might be called here."""
 
 
 class Operation:
@@ -76,8 +75,8 @@ class Operation:
         return self._told(self._compute(given), given)
 
     def _check(self, given: dict[str, Any]) -> None:
-        if self.name in _OF_NO_ORDER and torch.are_deterministic_algorithms_enabled():
-            self._check_order(given)
+        if self.name in _UNDETERMINED and torch.are_deterministic_algorithms_enabled():
+            self._check_determinism(given)
         if self.name in _WAITING and given.get("output_size") is None:
             check_waiting(self.name)
         checked = given
@@ -95,14 +94,14 @@ class Operation:
                     f"devices, cuda:0 and cpu! ({self.name})"
                 )
 
-    def _check_order(self, given: dict[str, Any]) -> None:
+    def _check_determinism(self, given: dict[str, Any]) -> None:
         """Raise what torch raises, under deterministic algorithms, of an operation without any."""
-        is_ordered = (
+        is_determined = (
             (self.packet.__name__.startswith("cumsum") and not given["self"].is_floating_point())
             or (self.name == "bincount" and given.get("weights") is None)
             or (self.name == "scatter_reduce.two" and given["reduce"] != "prod")
         )
-        if not is_ordered and not torch.is_deterministic_algorithms_warn_only_enabled():
+        if not is_determined and not torch.is_deterministic_algorithms_warn_only_enabled():
             raise RuntimeError(f"{self.name} does not have a deterministic implementation")
 
     def _compute(self, given: dict[str, Any]) -> Any:
