@@ -310,7 +310,10 @@ class Slots:
     def _until_end(
         self, slots: list[_Slot], tokens: list[list[int]]
     ) -> list[tuple[list[int], bool]]:
-        """Return what of its tokens belongs to each slot's response, and whether that has ended."""
+        """Return what of its tokens belongs to each slot's response, and whether that has ended.
+
+        Called as soon as they come: how long they took is noted.
+        """
         now = perf_counter()
         self._seconds, self._clock = now - self._clock, now
         return [
