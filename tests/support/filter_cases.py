@@ -18,7 +18,7 @@ from medusa_exp.decode.cuda.launch import LaunchConfig
 from medusa_exp.decode.distribution import probabilities
 
 FILTERS = ((20, None), (None, 0.9), (20, 0.8), (1, None), (None, 1e-15), (5, 0.3), (300, 0.999))
-FILTER_CONFIGS = (
+ROW_CONFIGS = (
     LaunchConfig(threads=96),
     LaunchConfig(2, threads=64),
     LaunchConfig(8, threads=32),
@@ -27,7 +27,7 @@ FILTER_CONFIGS = (
     LaunchConfig(threads=1024),
     LaunchConfig(2, threads=512),
 )
-"""Seven, for the made-up cases come in threes."""
+"""Launches of kernels that read rows. Seven, for the made-up cases come in threes."""
 _NEAR = 1e-6
 """Relative distance at which float32 and float64 may cut a row differently."""
 
@@ -94,7 +94,7 @@ def check_filter(kernels: Any, cases: Iterable[FilterCase]) -> None:
     """Fail unless the kernel leaves what is expected, launched in one way after the other."""
     for number, case in enumerate(cases):
         kernels.seed = number
-        config = FILTER_CONFIGS[number % len(FILTER_CONFIGS)]
+        config = ROW_CONFIGS[number % len(ROW_CONFIGS)]
         found_BNV = KernelFilter(kernels, config)(
             case.logits_BNV.to(kernels.device), case.temperature, case.top_k, case.top_p
         ).cpu()

@@ -10,22 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from filter_cases import ROW_CONFIGS
 from kernel_cases import DTYPES, some_logits, strided
 from torch import Tensor
 
-from medusa_exp.decode.cuda.launch import LaunchConfig
 from medusa_exp.decode.cuda.topk import MAX_RANKS, KernelTopK
 
-TOPK_CONFIGS = (
-    LaunchConfig(threads=96),
-    LaunchConfig(2, threads=64),
-    LaunchConfig(8, threads=32),
-    LaunchConfig(threads=32),
-    LaunchConfig(4, threads=32),
-    LaunchConfig(threads=1024),
-    LaunchConfig(2, threads=512),
-)
-"""Seven, for the made-up cases come in threes."""
 _UNTOUCHED = -7
 
 
@@ -85,7 +75,7 @@ def check_topk(kernels: Any, cases: Iterable[TopKCase]) -> None:
     """Fail unless the kernel finds what is expected, launched in one way after the other."""
     for number, case in enumerate(cases):
         kernels.seed = number
-        config = TOPK_CONFIGS[number % len(TOPK_CONFIGS)]
+        config = ROW_CONFIGS[number % len(ROW_CONFIGS)]
         there = kernels.device
         logits_BMW = torch.empty_strided(
             case.logits_BMW.size(),
