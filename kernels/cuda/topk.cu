@@ -9,9 +9,9 @@
 //      once for each of those, from the L2 cache.
 //
 // Each warp finds the best token of its slice. A token is among the R best of the row only if fewer
-// than R are better; so it is out where its slice has so many that are better, or those of other
-// slices that are known to be better, their best, come to as many. What is left, some R to 2 R tokens,
-// one block puts in order.
+// than R are better. Known to be better are those of its own slice, and of each other slice its best,
+// if that is: where these come to R, the token is out. Some R to 2 R are left, and one block puts
+// them in order.
 //
 // entry    grid         block       needs
 // topk_C   (C, M, B)    32..1024    C > 1: sm_90 (a cluster of C blocks a row)
@@ -118,7 +118,7 @@ __device__ __forceinline__ void list_slice(Scratch& scratch, const Logit* row, i
     for (int own = 0; own < num_ranks && candidate != NO_CANDIDATE; ++own) {
         const int better = num_better(scratch.best, num_slices, candidate);
         if (own == 0) list = better;
-        // Of the slices, its own is one that has a better best, but at first.
+        // From the second token on, its own slice is one of those whose best is better.
         if (better + max(own - 1, 0) >= num_ranks) return;
         if ((threadIdx.x & 31) == 0) put<CLUSTER>(&scratch.listed[list][own], 0, candidate);
         if (own + 1 < num_ranks) candidate = best_behind(candidate, row, from, to);

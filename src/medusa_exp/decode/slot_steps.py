@@ -162,7 +162,7 @@ class CapturedSlots:
     ) -> Step:
         """Return a step of that size; see `StepSource`."""
         other = self._get(num_rows, num_columns)
-        other.is_at_work = False  # what a closed stream left comes before this in the device's
+        other.is_at_work = False  # what a closed generator left comes first in the device's stream
         if step is not None and other is not step:
             assert isinstance(step, CapturedStep) and self._base is not None
             self._base.move(rows, to)

@@ -200,7 +200,8 @@ class Slots:
 
     def _arrange(self) -> None:
         """Have a step of the size that is needed, and a row of it for each request."""
-        size = num_rows, _ = self._size_for(self._live)
+        size = self._size_for(self._live)
+        num_rows, _ = size
         used = {slot.row for slot in self._live}
         free = (row for row in range(num_rows) if row not in used)
         if size != self._size:
