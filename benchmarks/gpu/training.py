@@ -26,7 +26,7 @@ from medusa_exp.model import Backbone, build_heads
 from medusa_exp.runs.machine import matrix_rate, synchronize
 from medusa_exp.stages.train import build_module, operations_of
 from medusa_exp.stages.training_inputs import Inputs
-from medusa_exp.train.defaults import compiled_backbone, settled_of
+from medusa_exp.train.defaults import settled_of
 from medusa_exp.train.throughput import Operations
 from medusa_exp.train.trainer import AUTOCAST, build_trainer, pick_precision
 
@@ -103,10 +103,8 @@ def _train(
         backbone.device, work, "train", max_steps=steps, precision=precision, callbacks=[clock]
     )
     compiles = module.settings.compile == "true"
-    layers = (
-        compiled_backbone(backbone, AUTOCAST.get(precision)) if compiles else nullcontext(False)
-    )
-    with layers as is_compiled:
+    compiled = module.compiled(AUTOCAST.get(precision)) if compiles else nullcontext(False)
+    with compiled as is_compiled:
         trainer.fit(module, inputs.batches(config))
     num_tokens = STEPS * rows * length
     return {

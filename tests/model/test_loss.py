@@ -2,6 +2,7 @@ import weakref
 
 import pytest
 import torch
+from row_losses import plain_acceptance
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode  # private: torch 2.13
 from torch.utils._pytree import tree_leaves  # private: torch 2.13
@@ -16,16 +17,8 @@ from medusa_exp.model.loss import (
     medusa_loss,
     medusa_losses,
 )
-from medusa_exp.model.targets import (
-    AcceptanceLoss,
-    AcceptanceTargets,
-    DistributionTargets,
-    Teacher,
-    TokenTargets,
-    TopAcceptanceTargets,
-    TopTargets,
-    _ByLogits,
-)
+from medusa_exp.model.row_loss import AcceptanceLoss, Divergence, TopAcceptance
+from medusa_exp.model.targets import Teacher, TeacherTargets, TokenTargets, TopTargets
 from medusa_exp.train.defaults import LOGIT_BYTES
 
 #         u1  u2  a1  a2  end pad     two tokens of the user's, three of the assistant's
@@ -137,8 +130,8 @@ def test_divergence_from_the_backbone(example, backbone, chunk_rows):
     def probabilities(hidden_RD):
         return backbone.next_logits(hidden_RD).softmax(-1)
 
-    full = DistributionTargets(Teacher(hidden_BTD, probabilities))
-    kept = DistributionTargets(Teacher(hidden_BTD, probabilities, everywhere))
+    full = TeacherTargets(Teacher(hidden_BTD, probabilities), Divergence())
+    kept = TeacherTargets(Teacher(hidden_BTD, probabilities, everywhere), Divergence())
     top = TopTargets(hidden_BTD, everywhere, backbone.next_logits, backbone.vocab_size)
     for targets in (full, kept, top):  # all tokens are the likeliest ones
         losses = medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=chunk_rows)
@@ -148,59 +141,6 @@ def test_divergence_from_the_backbone(example, backbone, chunk_rows):
         ours = torch.autograd.grad(sum(loss.loss_sum for loss in losses), parameters)
         for mine, theirs in zip(ours, gradients, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-
-
-def plain_acceptance(kind, p_RW, q_RW, decay=10.0):
-    """The formulas, of probabilities; p may sum to less than 1."""
-    alpha_R = torch.minimum(p_RW, q_RW).sum(-1)
-    if kind == "tv":
-        return 1 - alpha_R
-    if kind == "nla":
-        return -alpha_R.log()
-    reach_R1 = p_RW.sum(-1, keepdim=True)
-    kl_R = reach_R1[:, 0] * (p_RW / reach_R1 * (p_RW / reach_R1 / q_RW).log()).sum(-1)
-    share_R = (-decay * alpha_R).exp().detach()
-    return share_R * kl_R - (1 - share_R) * alpha_R.log()
-
-
-@pytest.mark.parametrize("reach", [1.0, 0.3])
-@pytest.mark.parametrize("kind", ["tv", "nla", "lk"])
-def test_acceptance_losses_and_their_gradients_in_float64(kind, reach):
-    torch.manual_seed(1)
-    logits_RW = (2 * torch.randn(6, 11, dtype=torch.float64)).requires_grad_()
-    p_RW = reach * (2 * torch.randn(6, 11, dtype=torch.float64)).softmax(-1)
-    form = AcceptanceLoss(kind, 3.0)
-    plain = plain_acceptance(kind, p_RW, logits_RW.softmax(-1), 3.0)
-    expected = torch.autograd.grad(plain.sum(), logits_RW)[0]
-    for found in (
-        _ByLogits.apply(logits_RW, p_RW, form)[0],
-        form.of(p_RW.log(), logits_RW.log_softmax(-1))[0],
-    ):
-        torch.testing.assert_close(found, plain)
-        torch.testing.assert_close(torch.autograd.grad(found.sum(), logits_RW)[0], expected)
-    if kind != "lk":  # its share is a number to autograd, and not to differences
-        assert torch.autograd.gradcheck(lambda x: _ByLogits.apply(x, p_RW, form)[0], logits_RW)
-
-
-def test_lk_of_a_constant_share_passes_gradcheck():
-    torch.manual_seed(2)
-    logits_RW = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
-    p_RW = torch.randn(4, 7, dtype=torch.float64).softmax(-1)
-    form = AcceptanceLoss("lk", 0.0)  # the share is 1: KL alone
-    assert torch.autograd.gradcheck(lambda x: _ByLogits.apply(x, p_RW, form)[0], logits_RW)
-
-
-@pytest.mark.parametrize("kind", ["tv", "nla", "lk"])
-def test_acceptance_losses_stay_finite_where_nothing_is_accepted(kind):
-    logits_RW = torch.tensor([[300.0, 0.0, -300.0], [0.0, 0.0, 0.0]], requires_grad=True)
-    log_p_RW = torch.tensor([[-300.0, -300.0, 0.0], [-300.0, -torch.inf, -300.0]])
-    form = AcceptanceLoss(kind)
-    for found in (
-        _ByLogits.apply(logits_RW, log_p_RW.exp(), form)[0],
-        form.of(log_p_RW, logits_RW.log_softmax(-1))[0],
-    ):
-        assert found.isfinite().all()
-        assert torch.autograd.grad(found.sum(), logits_RW)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("form", ["recompute", "at_once"])
@@ -234,9 +174,9 @@ def test_acceptance_in_chunks_equals_the_plain_form(backbone, kind, num_tokens, 
 
     everywhere = torch.arange(ids_BT.numel())
     for targets in (
-        AcceptanceTargets(Teacher(hidden_BTD, probabilities), loss),
-        AcceptanceTargets(Teacher(hidden_BTD, probabilities, index[0]), loss),
-        TopAcceptanceTargets(hidden_BTD, everywhere, log_probs, size, loss),
+        TeacherTargets(Teacher(hidden_BTD, probabilities), loss),
+        TeacherTargets(Teacher(hidden_BTD, probabilities, index[0]), loss),
+        TopTargets(hidden_BTD, everywhere, log_probs, size, TopAcceptance(loss)),
     ):
         losses = medusa_losses(heads, hidden_BTD, targets, index, ids_BT, chunk_rows=5, form=form)
         for found, value in zip(losses, expected, strict=True):
@@ -319,11 +259,11 @@ def test_bytes_of_a_logit(loss, form):
 
     targets = {
         "ce": lambda: TokenTargets(torch.zeros(1, rows + 1, dtype=torch.long)),
-        "kl": lambda: DistributionTargets(Teacher(hidden_1TD, probabilities)),
+        "kl": lambda: TeacherTargets(Teacher(hidden_1TD, probabilities), Divergence()),
         "topk_kl": lambda: TopTargets(hidden_1TD, torch.arange(rows + 1), frozen, 4),
-        "tv": lambda: AcceptanceTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("tv")),
-        "nla": lambda: AcceptanceTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("nla")),
-        "lk": lambda: AcceptanceTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("lk")),
+        "tv": lambda: TeacherTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("tv")),
+        "nla": lambda: TeacherTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("nla")),
+        "lk": lambda: TeacherTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("lk")),
     }[loss]()
     parameters = list(projection.parameters()) if form == "at_once" else []
     with Held() as held, torch.autocast("cpu", torch.bfloat16):

@@ -162,5 +162,5 @@ def test_a_scale_teaches_what_the_same_scale_in_the_lm_head_teaches():
         batch = SimpleNamespace(labeled=[torch.arange(len(hidden_TD))])
         targets = Objective(loss="kl").targets(backbone, heads, hidden_TD[None], batch)
         logits_RV = heads.head_logits(0, hidden_TD[:5])
-        losses.append(targets.losses(logits_RV, *targets.at(index_R)))
+        losses.append(targets.loss(logits_RV, *targets.wanted(*targets.at(index_R))))
     torch.testing.assert_close(*losses)

@@ -17,7 +17,7 @@ from medusa_exp.model.loss import (
     medusa_loss,
     medusa_losses,
 )
-from medusa_exp.model.targets import DistributionTargets, Teacher, TokenTargets, kept_rows
+from medusa_exp.model.targets import Teacher, kept_rows
 
 LOSSES = [
     ("ce", "full"),
@@ -82,20 +82,6 @@ def test_what_is_accepted_comes_with_every_loss(case, loss, teacher, form):
         torch.testing.assert_close(part.reached_sum, reached_I[index_R].sum())
         assert 0 < part.reached_sum < part.num_labels and not part.reached_sum.requires_grad
     sum(part.loss_sum for part in losses).backward()
-
-
-def test_of_a_token_it_is_the_probability_and_of_kl_only_where_asked_for():
-    torch.manual_seed(0)
-    logits_CW, hidden_BTD = torch.randn(3, 8), torch.randn(1, 3, 8)
-    tokens = TokenTargets(torch.tensor([[0, 5, -100, 2]]))  # -100: no head can say it
-    _, accepted_C = tokens.losses(logits_CW, *tokens.at(torch.arange(3)))
-    q_CW = logits_CW.softmax(-1)
-    torch.testing.assert_close(accepted_C, torch.stack([q_CW[0, 5], torch.zeros(()), q_CW[2, 2]]))
-    found, teacher = {}, Teacher(hidden_BTD, torch.nn.Softmax(-1))
-    for measures in (True, False):
-        full = DistributionTargets(teacher, measures_acceptance=measures)
-        found[measures] = full.losses(logits_CW, *full.at(torch.arange(3)))
-    assert torch.equal(found[True][0], found[False][0]) and found[False][1] is None
 
 
 def test_weights_are_the_gradient_of_the_expected_length():

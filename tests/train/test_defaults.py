@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from medusa_exp.config import Config, DecodeConfig, TrainConfig, TreeConfig
 from medusa_exp.errors import UserError
+from medusa_exp.model import loss as loss_module
 from medusa_exp.runs import seals
 from medusa_exp.stages import train
 from medusa_exp.train import defaults
@@ -68,10 +70,10 @@ def test_heads_are_taught_for_the_drafts_that_decoding_makes(train_, decode, tre
     [
         (None, 128_256, "ce", 256),
         (int(139.8 * GB), 32_000, "ce", 8192),
-        (int(139.8 * GB), 128_256, "ce", 4096),
-        (int(79.1 * GB), 128_256, "ce", 2048),
-        (int(79.6 * GB), 128_256, "ce", 2048),  # another driver on the same device
-        (int(79.1 * GB), 128_256, "kl", 1024),
+        (int(139.8 * GB), 128_256, "ce", 5888),
+        (int(79.1 * GB), 128_256, "ce", 3328),
+        (int(79.6 * GB), 128_256, "ce", 3328),  # another driver on the same device
+        (int(79.1 * GB), 128_256, "kl", 1792),
         (int(23.6 * GB), 128_256, "ce", 1024),
         (int(11.6 * GB), 256_000, "kl", 256),
         (2 * GB, 1000, "ce", 8192),
@@ -97,7 +99,8 @@ def test_what_is_automatic_and_what_is_not():
     # Gradients of two micro-batches at one time: 4 GB are within a sixteenth of 80, not of 24.
     assert taken(80 * GB, accumulate=2)[1] == "at_once"
     assert taken(24 * GB, accumulate=2)[1] == "recompute"
-    assert taken(80 * GB, kind="medusa2")[2] == taken(80 * GB, features="cache")[2] == "false"
+    assert taken(80 * GB, kind="medusa2")[2] == "false"
+    assert taken(80 * GB, features="cache")[2] == "true"  # the loss
     explicit = {"loss_chunk_rows": 7, "loss_form": "recompute", "compile": "false"}
     assert taken(80 * GB, **explicit) == tuple(explicit.values())
     assert taken(None, compile=True) == (256, "at_once", "true")  # as YAML and Python say it
@@ -210,7 +213,8 @@ def test_a_cpu_that_goes_on_with_a_training_of_a_gpu_compiles_nothing(
     monkeypatch.setattr(train, "gpu_memory", lambda device: 8 * GB)
     monkeypatch.setattr(defaults, "_COMPILED_OPERATIONS", 0.0)
     calls = []
-    monkeypatch.setattr(train, "compiled_backbone", lambda *given: calls.append(1) or nullcontext())
+    compiled = lambda *given: calls.append(1) or nullcontext()  # noqa: E731
+    monkeypatch.setattr(train.MedusaModule, "compiled", compiled)
     run(config, tmp_path / "run")
     monkeypatch.setattr(train, "gpu_memory", lambda device: None)
     run(config, tmp_path / "run")
@@ -231,28 +235,38 @@ def test_what_was_taken_is_said_and_noted(config, tmp_path, caplog):
     assert "loss in chunks of at most 256 rows, gradients with the loss" in caplog.text
 
 
-@pytest.mark.parametrize("backend", ["eager", "broken"])
-def test_a_compiled_training_is_the_same(config, tmp_path, monkeypatch, caplog, backend):
-    """Where torch cannot compile, a line says so, and the training runs as it is."""
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # by torch itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # that torch asks for, too
+@pytest.mark.parametrize(
+    ("backend", "loss", "form"),
+    [("eager", "ce", "at_once"), ("eager", "nla", "recompute"), ("broken", "ce", "at_once")],
+)
+def test_a_compiled_training_is_the_same(
+    config, tmp_path, monkeypatch, caplog, backend, loss, form
+):
+    """Where torch cannot compile, lines say so, and the training runs as it is."""
     config.train.max_steps, config.dtype.precision = 3, "32-true"
+    config.train.loss, config.train.loss_form = loss, form
     plain = run(config, tmp_path / "plain")
-    calls = []
+    graphs = {"layers": [], "loss": []}
 
-    def broken(graph, inputs):
-        raise RuntimeError("there is no compiler")
-
-    def counted(graph, inputs):
-        calls.append(graph)
+    def chosen(of, graph, inputs):
+        if backend == "broken":
+            raise RuntimeError("there is no compiler")
+        graphs[of].append(graph)
         return graph
 
-    compiled = defaults.Backbone.compiled
-    chosen = {"eager": counted, "broken": broken}[backend]
-    monkeypatch.setattr(defaults.Backbone, "compiled", lambda self: compiled(self, chosen))
+    compiled, of_layers = defaults.Backbone.compiled, partial(chosen, "layers")
+    monkeypatch.setattr(defaults.Backbone, "compiled", lambda self: compiled(self, of_layers))
+    of_loss = partial(loss_module.compiled_loss, backend=partial(chosen, "loss"))
+    monkeypatch.setattr(loss_module, "compiled_loss", of_loss)
     config.train.compile = "true"
     found = run(config, tmp_path / "compiled")
-    assert found["train/loss"] == plain["train/loss"]
-    assert bool(calls) == (backend == "eager")
-    assert ("torch compiles no layer here" in caplog.text) == (backend == "broken")
+    exact = plain["train/loss"]
+    assert found["train/loss"] == (exact if loss == "ce" else pytest.approx(exact, rel=1e-6))
+    assert len(graphs["loss"]) == bool(graphs["layers"]) == (backend == "eager")
+    for part in ("layer here", "loss"):
+        assert (f"torch compiles no {part}" in caplog.text) == (backend == "broken")
 
 
 def test_a_model_without_a_list_of_layers_runs_as_it_is(caplog):

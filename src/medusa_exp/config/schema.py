@@ -446,8 +446,8 @@ class TrainConfig:
     """With features=cache: processes of a Ray cluster that make the hidden states side by side, a
     GPU or a core each (see RAY_ADDRESS); 0 is this process alone."""
     compile: str = choice("auto", "true", "false")
-    """Let torch.compile work on the layers of the frozen backbone, for quicker steps: true, false,
-    or auto (on a GPU, where the training is longer than a few minutes)."""
+    """Let torch.compile work on the loss and on the layers of the frozen backbone, for quicker
+    steps: true, false, or auto (on a GPU, where the training is longer than a few minutes)."""
     val_every: int = between(1, 10_000_000, default=200)
     """Optimizer steps between validations; one more comes at the end."""
     val_batches: int = between(1, 1_000_000, default=16)

@@ -33,22 +33,25 @@ from medusa_exp.data.datamodule import Batch
 from medusa_exp.model.argmax import argmax
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads
+from medusa_exp.model.row_loss import (
+    AcceptanceLoss,
+    Divergence,
+    TopAcceptance,
+    compiled_loss,
+)
 from medusa_exp.model.targets import (
     ROWS,
-    AcceptanceLoss,
-    AcceptanceTargets,
-    DistributionTargets,
     FromHidden,
     Targets,
     Teacher,
+    TeacherTargets,
     TokenTargets,
-    TopAcceptanceTargets,
     TopTargets,
     kept_rows,
 )
 from medusa_exp.model.teacher_forcing import teacher_forced
 
-_ROW_STEP = 256
+ROW_STEP = 256
 """Rows of a chunk are a multiple of this, where there may be more: few shapes, little padding."""
 ChunkLoss = tuple[Tensor, Tensor | None]
 """The loss of some rows, summed, and what is accepted of each, where that is known."""
@@ -69,6 +72,8 @@ class Objective:
     coefficient_schedule: str = "constant"
     chunk_rows: int = 256
     form: str = "recompute"
+    is_compiled: bool = False
+    """Does torch compile the loss of a row?"""
 
     @classmethod
     def of(cls, settings: TrainConfig) -> "Objective":
@@ -106,17 +111,30 @@ class Objective:
         self, backbone: Backbone, heads: MedusaHeads, hidden_BTD: Tensor, batch: Batch
     ) -> Targets:
         """Return what the heads are to predict on a batch."""
+        targets = self._targets(backbone, heads, hidden_BTD, batch)
+        if self.is_compiled:
+            targets.loss = compiled_loss(targets.loss)
+        return targets
+
+    def _targets(
+        self, backbone: Backbone, heads: MedusaHeads, hidden_BTD: Tensor, batch: Batch
+    ) -> Targets:
         if self.loss == "ce":
             return TokenTargets(heads.to_head_vocab(self.labels_of(backbone, hidden_BTD, batch)))
 
         def next_logits(hidden_RD: Tensor) -> Tensor:
             return heads.from_head_vocab(backbone.next_logits(hidden_RD))
 
-        def next_log_probs(hidden_RD: Tensor) -> Tensor:
-            return heads.from_head_vocab(backbone.next_logits(hidden_RD).float().log_softmax(-1))
+        def head_vocab_probs(hidden_RD: Tensor) -> Tensor:
+            return next_logits(hidden_RD).softmax(-1, torch.float32)
 
         def next_probs(hidden_RD: Tensor) -> Tensor:
-            return heads.from_head_vocab(backbone.next_logits(hidden_RD).float().softmax(-1))
+            probs_RV = backbone.next_logits(hidden_RD).softmax(-1, torch.float32)
+            return heads.from_head_vocab(probs_RV)
+
+        def next_log_probs(hidden_RD: Tensor) -> Tensor:
+            log_probs_RV = backbone.next_logits(hidden_RD).log_softmax(-1, torch.float32)
+            return heads.from_head_vocab(log_probs_RV)
 
         index_R = batch.labeled[0]
 
@@ -125,14 +143,14 @@ class Objective:
             return Teacher(hidden_BTD, probabilities, index_R if len(index_R) <= most else None)
 
         if self.loss == "kl":
-            of_head_vocab = teacher_of(lambda rows_RD: next_logits(rows_RD).float().softmax(-1))
-            return DistributionTargets(of_head_vocab, measures_acceptance=self.measures_acceptance)
+            divergence = Divergence(self.measures_acceptance)
+            return TeacherTargets(teacher_of(head_vocab_probs), divergence)
         if self.loss == "topk_kl":
             return TopTargets(hidden_BTD, index_R, next_logits, self.top_k)
-        form = AcceptanceLoss(self.loss, self.lk_decay)
+        loss = AcceptanceLoss(self.loss, self.lk_decay)
         if self.teacher == "full":
-            return AcceptanceTargets(teacher_of(next_probs), form)
-        return TopAcceptanceTargets(hidden_BTD, index_R, next_log_probs, self.top_k, form)
+            return TeacherTargets(teacher_of(next_probs), loss)
+        return TopTargets(hidden_BTD, index_R, next_log_probs, self.top_k, TopAcceptance(loss))
 
     def factor(self, step: int, max_steps: int) -> float:
         """Return what the heads' loss is multiplied by at an optimizer step (from 0)."""
@@ -358,8 +376,8 @@ def loss_and_acceptance(
     """
 
     def chunk_loss(is_real_C: Tensor, *rows: Tensor) -> ChunkLoss:
-        logits_CW = logits_of(*rows[: len(inputs)]).float()  # they are bf16 under autocast
-        losses_C, accepted_C = targets.losses(logits_CW, *rows[len(inputs) :])
+        logits_CW = logits_of(*rows[: len(inputs)])
+        losses_C, accepted_C = targets.loss(logits_CW, *targets.wanted(*rows[len(inputs) :]))
         return (losses_C * is_real_C).sum(), accepted_C
 
     # Every chunk has the same shape: each new one would cost the libraries a set-up of its own.
@@ -391,7 +409,7 @@ def _joined(accepted: Sequence[Tensor | None]) -> Tensor | None:
 
 def _even_rows(number: int, most: int) -> int:
     """Return the rows of chunks that are equally full: large ones would end in much padding."""
-    step = min(most, _ROW_STEP)
+    step = min(most, ROW_STEP)
     rows = -(-number // max(1, -(-number // most)))
     return min(most, max(1, -(-rows // step)) * step)
 

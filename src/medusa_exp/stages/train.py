@@ -49,7 +49,6 @@ from medusa_exp.train.checkpointing import (
     training_key,
 )
 from medusa_exp.train.defaults import (
-    compiled_backbone,
     describe,
     is_compiled_here,
     learning_rate,
@@ -279,7 +278,7 @@ def fit(session: Session, module: MedusaModule, batches: Batches) -> dict[str, f
     trainer = _trainer(session, module, bool(batches.val), callbacks)
     compiles = is_compiled_here(settings, module.settings, module.backbone.device)
     try:
-        with compiled_backbone(module.backbone, dtype) if compiles else nullcontext():
+        with module.compiled(dtype) if compiles else nullcontext():
             trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
         steps = trainer.global_step
         if batches.val and module.last_val_step != steps:

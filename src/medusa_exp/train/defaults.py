@@ -17,6 +17,7 @@ import torch
 
 from medusa_exp.config import DecodeConfig, TrainConfig, TreeConfig
 from medusa_exp.model.backbone import Backbone
+from medusa_exp.model.loss import ROW_STEP
 from medusa_exp.tree.calibration import may_sample_drafts
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 SETTLED = ("loss", "head_weights", "learning_rate", "loss_chunk_rows", "loss_form", "compile")
 """Keys of `train` that may be automatic."""
 _CPU_ROWS = 256
-_FEWEST_ROWS, _MOST_ROWS = 256, 8192
+_MOST_ROWS = 8192
 """Fewer keep a GPU waiting for gradients to be added up; more bring nothing."""
 _SHARE = 16
 """Of a GPU's memory, one part in so many is for the logits of a chunk, or for another gradient."""
@@ -32,7 +33,7 @@ _CPU_GRADIENTS = 2**30
 """Bytes of gradients that may wait on a CPU, whatever its memory: it has other work, too."""
 _CLASS = 8 * 2**30
 """Two devices of one kind differ a little in what memory they say they have."""
-LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 24, "tv": 16, "nla": 16, "lk": 20}
+LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 22, "tv": 14, "nla": 14, "lk": 18}
 """By loss: bytes that exist at one time for each logit of a chunk: the logits, their logarithms of
 the softmax and gradients in float32, or with less precise copies. tests/model/test_loss.py counts.
 """
@@ -142,12 +143,12 @@ def learning_rate(backbone: Backbone, tokens: int) -> float:
 
 
 def chunk_rows(memory: int | None, vocabulary: int, loss: str = "ce") -> int:
-    """Return the most rows whose logits exist at one time: a power of two."""
+    """Return the most rows whose logits exist at one time: a multiple of `ROW_STEP`."""
     if memory is None:
         return _CPU_ROWS
     room = max(1, round(memory / _CLASS)) * _CLASS // _SHARE
     rows = room // (vocabulary * LOGIT_BYTES[loss])
-    return min(_MOST_ROWS, max(_FEWEST_ROWS, 1 << max(0, rows.bit_length() - 1)))
+    return min(_MOST_ROWS, max(1, rows // ROW_STEP) * ROW_STEP)
 
 
 def _form(settings: TrainConfig, memory: int | None, trained: int, held: int) -> str:
@@ -161,18 +162,17 @@ def _form(settings: TrainConfig, memory: int | None, trained: int, held: int) ->
 
 def _compiles(settings: TrainConfig, memory: int | None, operations: float) -> bool:
     is_possible = settings.kind == "medusa1" and settings.strategy != "fsdp"
-    runs_layers = settings.features == "online"
-    return memory is not None and is_possible and runs_layers and operations >= _COMPILED_OPERATIONS
+    return memory is not None and is_possible and operations >= _COMPILED_OPERATIONS
 
 
 def is_compiled_here(asked: TrainConfig, settled: TrainConfig, device: torch.device) -> bool:
-    """Say whether the backbone's layers are to be compiled on this device.
+    """Say whether the loss, and the backbone's layers, are to be compiled on this device.
 
     What auto became on a GPU, where a training began, stays in its checkpoint's key; a CPU that
     goes on with it compiles nothing for that.
     """
     is_meant = asked.compile == "true" or device.type == "cuda"
-    return settled.compile == "true" and settled.features == "online" and is_meant
+    return settled.compile == "true" and is_meant
 
 
 def settled_of(settings: TrainConfig) -> dict[str, Any]:
@@ -186,7 +186,8 @@ def describe(settings: TrainConfig, *, is_compiled: bool) -> str:
         "at_once": "gradients with the loss",
         "recompute": "logits computed again for gradients",
     }
-    compiled = "the backbone's layers" if is_compiled else "nothing"
+    parts = "the loss and the backbone's layers" if settings.features == "online" else "the loss"
+    compiled = parts if is_compiled else "nothing"
     return (
         f"loss {settings.loss}, heads weighted by {settings.head_weights}; "
         f"learning rate {settings.learning_rate:g}; loss in chunks of at most "

@@ -18,9 +18,9 @@ after Cai et al., "Medusa" (2024), section 2.2.2: L = L_LM + lambda_0 * L_heads 
 B batch, T time, D hidden, K heads, H the lm_head and the heads.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -45,9 +45,10 @@ from medusa_exp.model.loss import (
     medusa_loss,
     medusa_losses,
 )
-from medusa_exp.model.targets import DistributionTargets, Targets, Teacher, TokenTargets
+from medusa_exp.model.row_loss import Divergence
+from medusa_exp.model.targets import Targets, Teacher, TeacherTargets, TokenTargets
 from medusa_exp.train.acceptance import HeldOutResponse, accept_lengths
-from medusa_exp.train.defaults import settled_of
+from medusa_exp.train.defaults import compiled_backbone, settled_of
 from medusa_exp.train.failures import check_losses
 from medusa_exp.train.optimizer import build_optimizer, scheduled
 
@@ -93,9 +94,9 @@ class JointLoss:
         self.adapted.train()
 
         def probabilities(hidden_RD: Tensor) -> Tensor:
-            return backbone.next_logits(hidden_RD).float().softmax(-1)
+            return backbone.next_logits(hidden_RD).softmax(-1, torch.float32)
 
-        return DistributionTargets(Teacher(teacher_BTD, probabilities))
+        return TeacherTargets(Teacher(teacher_BTD, probabilities), Divergence())
 
 
 class MedusaModule(L.LightningModule):
@@ -150,6 +151,28 @@ class MedusaModule(L.LightningModule):
         self._reached_K: Tensor | None = None
         """Running mean over the steps, where acceptance is measured: see `HeadLoss.reached_sum`."""
         self._val_counts: Tensor | None = None
+
+    @contextmanager
+    def compiled(self, autocast: torch.dtype | None) -> Iterator[bool]:
+        """Have torch compile the loss, and the backbone's layers where a step runs them.
+
+        For as long as this lasts. Where torch cannot, they run as they are, and a line says why.
+
+        Args:
+            autocast: the dtype of training's autocast, if it has any.
+
+        Yields:
+            Are the layers compiled?
+        """
+        plain, runs_layers = self.objective, self.settings.features == "online"
+        self.objective = replace(plain, is_compiled=True)
+        try:
+            with (
+                compiled_backbone(self.backbone, autocast) if runs_layers else nullcontext(False)
+            ) as is_compiled:
+                yield is_compiled
+        finally:
+            self.objective = plain
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return a micro-batch's part of its optimizer step's loss, a mean over all its labels.
