@@ -40,6 +40,8 @@ class RowLoss(Protocol):
         """
         ...
 
+    def __hash__(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class CrossEntropy:

@@ -48,7 +48,8 @@ class TokenTargets:
 
     def __init__(self, labels_BT: Tensor) -> None:
         """Take, at each position, the token to be predicted there."""
-        self.labels, self.loss = labels_BT.flatten(), CrossEntropy()
+        self.labels = labels_BT.flatten()
+        self.loss: RowLoss = CrossEntropy()
 
     def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
         """Return (labels_R,)."""
@@ -118,7 +119,8 @@ class TeacherTargets:
 
         For a `Divergence` they are to sum to 1.
         """
-        self.teacher, self.loss = teacher, loss
+        self.teacher = teacher
+        self.loss: RowLoss = loss
 
     def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
         """Return what the teacher reads."""
@@ -147,7 +149,8 @@ class TopTargets:
 
         make: its logits of hidden states; for a `TopAcceptance` its log-probabilities.
         """
-        self.loss, is_truncated = loss, isinstance(loss, TopDivergence)
+        self.loss: RowLoss = loss
+        is_truncated = isinstance(loss, TopDivergence)
         hidden_ID = hidden_BTD.flatten(0, 1)  # I = B * T
         self.row = _rows_of(index_R, len(hidden_ID))
         tops = []
