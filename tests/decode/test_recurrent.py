@@ -6,7 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from medusa_exp.decode import rule as rules
 from medusa_exp.decode.compatibility import check_tree_attention
+from medusa_exp.decode.cuda.launch import LaunchConfig
+from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
@@ -106,6 +109,19 @@ def test_chains_say_what_model_generate_says(name):
         requests = [Request(p, Limits(NEW_TOKENS), tag=n) for n, p in enumerate(PROMPTS)]
         found = {one.request.tag: one.response.tokens for one in slots.decode(requests)}
         assert [found[n] for n in range(len(PROMPTS))] == said
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_kernels_write_each_verdict_where_the_last_one_was(name, shim, monkeypatch):
+    """And the root of a step is what the last verdict said: it must not be read too late."""
+    kernels = KernelVerify(shim, LaunchConfig(threads=32))
+    monkeypatch.setattr(rules, "pick_verify", lambda *given: kernels)
+    backbone = build(name)
+    said = expected(backbone)
+    for depth, heads in ((2, Oracle(said)), (5, Oracle(said, 1.0)), (3, Oracle(said, 0.0))):
+        decoder = Decoder(backbone, heads, chain(depth), limits=Limits(NEW_TOKENS))
+        assert [row.tokens for row in decoder.decode(PROMPTS)] == said
 
 
 class Perfect(torch.nn.Module):

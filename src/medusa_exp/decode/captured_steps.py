@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import torch
 
 from medusa_exp.decode.cache import FixedCache
+from medusa_exp.decode.capture import GraphPool
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.cuda.runtime import MAX_NODES
 from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
-from medusa_exp.decode.step import UNOBSERVED, CapturedStep, GraphPool, Observer, check_room
+from medusa_exp.decode.step import UNOBSERVED, CapturedStep, Observer, check_room
 from medusa_exp.model.backbone import Backbone
 
 _COLUMNS = 256
@@ -50,7 +51,7 @@ class CapturedSteps:
     ) -> None:
         self.backbone, self.observer, self.layers = backbone, observer, layers
         self._caches: list[_Cache] = []
-        self._pool = GraphPool()
+        self._pool = GraphPool(backbone.device)
 
     @contextmanager
     def lent(

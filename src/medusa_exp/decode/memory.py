@@ -79,9 +79,18 @@ def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a GPU or of the host; None where it cannot be known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + cached)
+        return int(free + _cached_bytes(device))
     return available_memory()
+
+
+def _cached_bytes(device: torch.device) -> int:
+    """Return what torch holds and nobody uses, but for what captured graphs work in."""
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == number and segment["segment_pool_id"] == (0, 0)
+    )
 
 
 def bytes_of_column(backbone: Backbone) -> int:

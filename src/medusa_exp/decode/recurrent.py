@@ -36,6 +36,7 @@ from medusa_exp.decode.step import (
     Observer,
     at_end,
     outcome_of,
+    roots_of,
     tokens_of,
     verdict_on,
 )
@@ -250,9 +251,10 @@ class ChainStep:
             depth, drafted_1NV = self.drafter.depth, logits_1NV[:, kept:]
             verdict = verdict_on(draft, drafted_1NV, self.verifier, depth, uniforms_BU)
         # 4. Commit
-        root = int(self.root_B)
+        rows = outcome_of(draft, verdict).tolist()
+        [tokens], [root] = tokens_of(rows), roots_of(rows)
+        # Not read from here any more: kernels write each verdict where the last one was.
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_1ND[:, kept:], verdict)
-        [tokens] = tokens_of(outcome_of(draft, verdict).tolist())
         with part("cache"):
             if len(tokens) == draft.tokens_BN.shape[1]:  # all of the draft, and the token after it
                 cache.set_lengths([start + ids_1N.shape[1]])

@@ -7,13 +7,14 @@ shapes for each of few sizes (the batch shrinks by halves), eager ones shrink ro
 B rows, R rows among them, N nodes of a draft tree, D hidden.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from medusa_exp.decode.cache import FixedCache
+from medusa_exp.decode.capture import GraphPool
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.masks import StepMask
@@ -23,7 +24,6 @@ from medusa_exp.decode.step import (
     UNOBSERVED,
     CapturedStep,
     EagerStep,
-    GraphPool,
     Observer,
     Step,
     check_room,
@@ -118,7 +118,7 @@ class CapturedSlots:
         self.backbone, self.observer, self.layers = backbone, observer, layers
         self._base: FixedCache | None = None
         self._steps: dict[Hashable, CapturedStep] = {}
-        self._pool = GraphPool()
+        self._pool = GraphPool(backbone.device)
 
     def open(
         self, drafter: Drafter, rule: AcceptanceRule, num_slots: int, num_columns: int
@@ -218,6 +218,7 @@ def bucket(length: int) -> int:
     return columns
 
 
-def _move(tensors: Iterable[Tensor], rows: list[int], to: list[int]) -> None:
+def _move(tensors: Sequence[Tensor], rows: list[int], to: list[int]) -> None:
+    to_R, rows_R = torch.tensor([to, rows], device=tensors[0].device)
     for tensor in tensors if rows else ():
-        tensor[torch.tensor(to)] = tensor[torch.tensor(rows)]
+        tensor[to_R] = tensor[rows_R]

@@ -15,23 +15,21 @@ Two classes do this, with the same numbers in their comments. `EagerStep` has te
 that are needed, and looks at the outcome on the host to know them. `CapturedStep` has the same
 sizes at every step, so that a CUDA graph holds it whole: how far each row is, which rows go on,
 roots and hidden states all lie in tensors that are written in place. On a GPU it is captured once
-and replayed; elsewhere the same code runs as it is. `captured_steps.py` keeps such steps from
-prompt to prompt.
+and replayed (capture.py); elsewhere the same code runs as it is. `captured_steps.py` keeps such
+steps from prompt to prompt.
 
 B rows, N tree nodes, L path length, D hidden, V vocabulary.
 """
 
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from medusa_exp.decode.cache import FixedCache, GrowingCache
+from medusa_exp.decode.capture import GraphPool, capture
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels
 from medusa_exp.decode.drafting import Draft, Drafter
@@ -44,9 +42,6 @@ from medusa_exp.model.attention import few_shapes
 from medusa_exp.model.backbone import Backbone
 
 log = logging.getLogger(__name__)
-
-_WARM_UPS = 3
-"""Runs before capture: libraries choose and allocate at their first calls."""
 
 
 class Observer(Protocol):
@@ -186,7 +181,7 @@ class EagerStep:
             verdict = verdict_on(draft, logits_BNV, self.verifier, self.drafter.depth, uniforms_BU)
         # 4. Commit
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_BND, verdict)
-        rows = outcome_of(draft, verdict).tolist()  # the step's one wait for the device
+        rows = outcome_of(draft, verdict).tolist()  # for which the device is waited for
         tokens, paths = tokens_of(rows), paths_of(rows)
         if len(self.active) < len(paths):
             is_active = set(self.active)
@@ -204,26 +199,6 @@ class EagerStep:
         index = torch.tensor(places, device=self.root_B.device)
         self.root_B, self.hidden_BD = self.root_B[index], self.hidden_BD[index]
         self.active = list(range(len(places)))
-
-
-class GraphPool:
-    """The memory that captured steps work in, one at a time: as much as the largest needs.
-
-    torch gives a pool up with the last graph in it, and captures nothing in it from then on.
-    """
-
-    def __init__(self) -> None:
-        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
-
-    @contextmanager
-    def handle(self) -> Iterator[Any]:
-        """Lend what a capture is told: the pool of a graph that is there, or a new one."""
-        graph = next(iter(self._graphs), None)  # held until the capture has begun, and after
-        yield torch.cuda.graph_pool_handle() if graph is None else graph.pool()
-
-    def add(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Remember a graph that was captured in it, for as long as that lives."""
-        self._graphs.add(graph)
 
 
 class CapturedStep:
@@ -274,7 +249,7 @@ class CapturedStep:
         """Where the graph reads the weights."""
         self._is_capturable = backbone.device.type == "cuda"
         self.is_at_work = False
-        self._pool = pool or GraphPool()
+        self._pool = pool or GraphPool(device)
         self.active: list[int] = []
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
@@ -365,21 +340,19 @@ class CapturedStep:
         return mask, lengths_B[:, None] + draft.depths_BN
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
-        """Run the step a few times, put everything back, and capture it.
-
-        None if the model waits for the host somewhere: no graph can hold that.
-        """
+        """Capture the step, and put everything back that it has changed; None if it cannot be."""
         state = (self.root_B, self.hidden_BD, self.cache.lengths_B)
         saved, draws = [tensor.clone() for tensor in state], self.verifier.get_state()
         # Columns behind the rows' ends are written meanwhile; nothing is seen there.
         self.is_active_B.fill_(False)
-        graph = None
-        if self._warm_up():
-            graph = torch.cuda.CUDAGraph()
-            self.verifier.register(graph)
-            with self._pool.handle() as pool, torch.cuda.graph(graph, pool=pool):
-                self._run()
-            self._pool.add(graph)
+        graph = capture(self._run, self._pool, self.verifier.register)
+        if graph is None:
+            log.warning(
+                "%s waits for the host within a step: steps run without a CUDA graph "
+                "(decode.cuda_graph=false says so from the start)",
+                self.backbone.name,
+            )
+        else:
             self._places = self._places_of_weights()
             self.observer.captured(graph)
         for tensor, before in zip(state, saved, strict=True):
@@ -387,37 +360,6 @@ class CapturedStep:
         self.verifier.set_state(draws)
         self._mark_active()
         return graph
-
-    def _warm_up(self) -> bool:
-        """Run the step as libraries need it before a capture; return whether it can be captured."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._run()
-            can_be_captured = self._runs_without_waiting()
-        torch.cuda.current_stream().wait_stream(stream)
-        return can_be_captured
-
-    def _runs_without_waiting(self) -> bool:
-        mode = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            self._run()
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-            log.warning(
-                "%s waits for the host within a step: steps run without a CUDA graph "
-                "(decode.cuda_graph=false says so from the start)",
-                self.backbone.name,
-            )
-            return False
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-        return True
 
 
 def check_room(drafter: Drafter) -> None:
@@ -475,6 +417,11 @@ def tokens_of(rows: list[list[int]]) -> list[list[int]]:
     width = (len(rows[0]) - 2) // 2 if rows else 0
     first = 2 + width + 1  # behind the root, which was committed a step before
     return [[*row[first : first + row[1]], row[0]] for row in rows]
+
+
+def roots_of(rows: list[list[int]]) -> list[int]:
+    """Return each row's root, of what `outcome_of` holds."""
+    return [row[2 + (len(row) - 2) // 2] for row in rows]
 
 
 def paths_of(rows: list[list[int]]) -> list[list[int]]:
