@@ -6,6 +6,7 @@ import shutil
 from itertools import accumulate
 
 import pytest
+import torch
 from rich.console import Console
 from tiny_models import build_model
 
@@ -18,6 +19,8 @@ from medusa_exp.model import Backbone, build_heads
 from medusa_exp.stages.demo import Racer, of_each_category, race, racers, verdict
 from medusa_exp.stages.session import Session
 from medusa_exp.tree import chain
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def steps_of(*added: list[int]):
 
 def test_accepted_drafts_are_colored_and_what_the_backbone_said_is_not(tokenizer):
     ids = tokenizer("abcdef", add_special_tokens=False).input_ids
-    racer = Racer("x", steps_of(ids[:1], ids[1:4], ids[4:5], ids[5:6]), tokenizer)
+    racer = Racer("x", steps_of(ids[:1], ids[1:4], ids[4:5], ids[5:6]), tokenizer, CPU)
     while not racer.is_done:
         racer.advance()
     assert racer.text.plain == racer.shown == "abcdef" and racer.num_steps == 4
@@ -58,7 +61,7 @@ def test_the_one_whose_clock_is_behind_goes_next(tokenizer, monkeypatch):
     clock = accumulate([0, 3] + [0, 1] * 20)  # the first step of the first takes 3, all others 1
     monkeypatch.setattr("medusa_exp.stages.demo.time.perf_counter", lambda: next(clock))
     order = []
-    slow, quick = (Racer(name, steps_of(*[[65]] * 4), tokenizer) for name in ("slow", "quick"))
+    slow, quick = (Racer(name, steps_of(*[[65]] * 4), tokenizer, CPU) for name in ("slow", "quick"))
     for racer in (slow, quick):
         advance = racer.advance
         racer.advance = lambda racer=racer, advance=advance: (order.append(racer.name), advance())

@@ -73,18 +73,17 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.num_columns
 
-    def put(self, rows: list[int], other: "_Layer", num_columns: int) -> None:
+    def put(self, rows_R: Tensor, other: "_Layer", num_columns: int) -> None:
         """Replace what is in some rows by the first columns of another layer's rows."""
-        index = torch.tensor(rows, device=self.keys.device)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            # All columns: a NaN that the row's last prompt left would be one of this prompt too.
-            mine[index] = 0
-            mine[index, :, :num_columns] = theirs[:, :, :num_columns]
+            mine[rows_R, :, :num_columns] = theirs[:, :, :num_columns]
+            # A NaN that the row's last prompt left would be one of this prompt too.
+            mine[:, :, num_columns:].index_fill_(0, rows_R, 0)
 
-    def move(self, rows: list[int], to: list[int]) -> None:
+    def move(self, rows_R: Tensor, to_R: Tensor) -> None:
         """Copy rows to where other rows are."""
-        for states in (self.keys, self.values) if rows else ():
-            states[torch.tensor(to)] = states[torch.tensor(rows)]
+        for states in (self.keys, self.values):
+            states[to_R] = states[rows_R]
 
 
 class GrowingCache(Cache):
@@ -128,8 +127,7 @@ class GrowingCache(Cache):
     def put(self, rows: list[int], prompts: "GrowingCache") -> None:
         """Replace what is in some rows by the rows of another cache."""
         _allocate(self, prompts, len(self.lengths))
-        for mine, theirs in zip(self.layers, prompts.layers, strict=True):
-            mine.put(rows, theirs, max(prompts.lengths))
+        _put(self, rows, prompts)
         lengths = list(self.lengths)
         for row, length in zip(rows, prompts.lengths, strict=True):
             lengths[row] = length
@@ -144,8 +142,8 @@ class GrowingCache(Cache):
         lengths = list(self.lengths)
         for row, place in zip(rows, to, strict=True):
             lengths[place] = lengths[row]
+        _move(self, rows, to)
         for layer in self.layers:
-            layer.move(rows, to)
             layer.keys, layer.values = layer.keys[:num_rows], layer.values[:num_rows]
         self.set_lengths(lengths[:num_rows])
 
@@ -204,8 +202,7 @@ class FixedCache(Cache):
 
     def put(self, rows: list[int], prompts: GrowingCache) -> None:
         """Replace what is in some rows by the rows of another cache."""
-        for mine, theirs in zip(self.layers, prompts.layers, strict=True):
-            mine.put(rows, theirs, max(prompts.lengths))
+        _put(self, rows, prompts)
         device = self.lengths_B.device
         self.lengths_B[torch.tensor(rows, device=device)] = torch.tensor(
             prompts.lengths, device=device
@@ -213,8 +210,7 @@ class FixedCache(Cache):
 
     def move(self, rows: list[int], to: list[int]) -> None:
         """Copy keys and values of rows to where others are."""
-        for layer in self.layers:
-            layer.move(rows, to)
+        _move(self, rows, to)
 
     def _set_start(self, column: int) -> None:
         for layer in self.layers:
@@ -257,12 +253,27 @@ def _allocate(cache: Cache, like: Cache, num_rows: int) -> None:
             mine.allocate(theirs, num_rows)
 
 
+def _put(cache: Cache, rows: list[int], prompts: GrowingCache) -> None:
+    rows_R = torch.tensor(rows)
+    for mine, theirs in zip(cache.layers, prompts.layers, strict=True):
+        rows_R = rows_R.to(mine.keys.device)  # a model may be spread over several; else sent once
+        mine.put(rows_R, theirs, max(prompts.lengths))
+
+
+def _move(cache: Cache, rows: list[int], to: list[int]) -> None:
+    places_2R = torch.tensor([rows, to])
+    for layer in cache.layers if rows else ():
+        places_2R = places_2R.to(layer.keys.device)
+        layer.move(*places_2R)
+
+
 def copy_of(cache: Cache, rows: list[int], lengths: list[int], num_columns: int) -> GrowingCache:
     """Return a cache of the first tokens of some rows of one, with room for so many columns."""
     copy = GrowingCache(len(cache.layers), num_columns, len(rows))
     _allocate(copy, cache, len(rows))
+    index = torch.tensor(rows)
     for mine, theirs in zip(copy.layers, cache.layers, strict=True):
-        index = torch.tensor(rows, device=theirs.keys.device)
+        index = index.to(theirs.keys.device)
         for to, states in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
             to[:, :, : max(lengths)] = states[index, :, : max(lengths)]
     copy.set_lengths(lengths)

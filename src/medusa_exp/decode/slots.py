@@ -229,11 +229,11 @@ class Slots:
             )
             step.begin(root_B, hidden_BD, self._last)
         if source.rule.name == "sampling":
-            shape = size[0], source.drafter.num_uniforms
-            self._uniforms_BN = np.zeros(shape, np.float32)
+            shape, device = (size[0], source.drafter.num_uniforms), source.backbone.device
+            self._uniforms_BN = torch.zeros(shape, pin_memory=device.type == "cuda")
             given = step.verifier.uniforms_BN
             if given is None or given.shape != shape:
-                step.verifier.uniforms_BN = torch.zeros(shape, device=source.backbone.device)
+                step.verifier.uniforms_BN = torch.zeros(shape, device=device)
         self._step, self._size = step, size
 
     def _groups(self) -> Iterator[list[_Slot]]:
@@ -296,12 +296,13 @@ class Slots:
         if rows != step.active:
             step.activate(rows)
         if self.source.rule.name == "sampling":
-            given = step.verifier.uniforms_BN
+            given, made_BN = step.verifier.uniforms_BN, self._uniforms_BN.numpy()
             assert given is not None
             for slot in running:
                 assert slot.draws is not None
-                slot.draws.random(dtype=np.float32, out=self._uniforms_BN[slot.row])
-            given.copy_(torch.from_numpy(self._uniforms_BN))
+                slot.draws.random(dtype=np.float32, out=made_BN[slot.row])
+            # They are written again when this step has ended, and with it the copy.
+            given.copy_(self._uniforms_BN, non_blocking=True)
         if width := step.found.width:
             step.found.write(rows, [_look_up(slot, width) for slot in running])
         step.start()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -22,6 +23,7 @@ from medusa_exp.config import Config
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Responses
+from medusa_exp.runs.machine import synchronize
 from medusa_exp.stages.chat import STYLES
 from medusa_exp.stages.session import Session
 
@@ -40,6 +42,7 @@ class Racer:
     name: str
     steps: Steps
     tokenizer: PreTrainedTokenizerBase
+    device: torch.device
     tokens: list[int] = field(default_factory=list)
     text: Text = field(default_factory=Text)
     shown: str = ""
@@ -52,6 +55,7 @@ class Racer:
         """Take a step."""
         start = time.perf_counter()
         added = next(self.steps, None)
+        synchronize(self.device)  # a device is at work on the next step by now, which counts here
         self.seconds += time.perf_counter() - start
         if added is None:
             self.is_done = True
@@ -104,12 +108,12 @@ def of_each_category(prompts: list[Prompt]) -> list[Prompt]:
 
 def racers(decoder: Decoder, ids: list[int]) -> tuple[Racer, Racer]:
     """Return plain decoding and decoding over the tree at the start of a prompt."""
-    tokenizer = decoder.tokenizer
+    tokenizer, device = decoder.tokenizer, decoder.backbone.device
     assert tokenizer is not None
     plain, heads = (Responses(1, decoder.limits) for _ in range(2))
     return (
-        Racer(_PLAIN, decoder.plain_steps([ids], plain), tokenizer),
-        Racer(_HEADS, decoder.steps([ids], heads), tokenizer),
+        Racer(_PLAIN, decoder.plain_steps([ids], plain), tokenizer, device),
+        Racer(_HEADS, decoder.steps([ids], heads), tokenizer, device),
     )
 
 
