@@ -63,7 +63,7 @@ class Features:
             raise self._damaged("hidden.npy")
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return an example's (hidden_PD, own_P): own is what the backbone says after the position.
+        """Return an example's (hidden_PD, teacher_P): the backbone's own token after each position.
 
         Raises:
             UserError: the bytes on disk have changed since they were written.
@@ -84,7 +84,7 @@ class Features:
         is_trained_BT: Tensor,
         input_ids_BT: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return (hidden_BTD, own_BT) of a batch: zeros, and its own tokens, where nothing is kept.
+        """Return (hidden_BTD, teacher_BT) of a batch: zeros and its tokens where nothing is kept.
 
         `teacher_BT` has in place of each trained token what the backbone says there.
         """

@@ -58,8 +58,10 @@ class MaskedTokens:
     is_cut: bool = False
     """Was it longer than a limit?"""
     num_cut_off: int = 0
-    """Trained tokens that the cut has cost."""
-    """Where a text is far longer than the limit: those of them that were looked at."""
+    """Trained tokens that the cut has cost.
+
+    Where a text is far longer than the limit, only those that were looked at are counted.
+    """
     num_needed: int = 0
     """The limit at which one trained token would be left, where the cut has cost them all."""
     left_out: frozenset[str] = frozenset()

@@ -375,7 +375,7 @@ class _Depth:
 class SequentialDrafter:
     """Fills the same tree at every step, each draft token with those before it in view.
 
-    See `draft.Drafter`.
+    See `Drafter`.
     """
 
     def __init__(

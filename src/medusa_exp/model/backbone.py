@@ -1,6 +1,6 @@
 """The backbone: the frozen target model, with the hidden states and logits that heads need.
 
-`fingerprint_of` and `weights_fingerprint_of` name the model, in whatever dtype it is loaded.
+`Backbone.identity` and `weights_fingerprint` name the model, in whatever dtype it is loaded.
 
 B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 """
