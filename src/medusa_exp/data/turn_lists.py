@@ -154,10 +154,10 @@ def _renamed_turn(turn: Any, names: Mapping[str, str]) -> Any:
     return turn | {key: role_called(turn[key], names) for key in WHO if key in turn}
 
 
-def turns_of(value: Any, shown: Any = None) -> list[Any] | None:
+def turns_of(value: Any) -> list[Any] | None:
     """Return the turns of a list of them, or of a single one; None for all else.
 
-    Of a tree of messages, they are those of one branch: `shown` is the message at its end.
+    Of a tree of messages, they are those of one branch.
     Telegram's notes of what was done, as joining a group, are no turns.
     """
     value = listed(value)
@@ -170,7 +170,7 @@ def turns_of(value: Any, shown: Any = None) -> list[Any] | None:
     if is_alternation(value):
         roles = ("user", "assistant")
         return [{"role": roles[i % 2], "content": text} for i, text in enumerate(value)]
-    items = _with_one_system(branch_in(value, shown))
+    items = _with_one_system(branch_in(value))
     return with_thoughts([turn for item in items for turn in _usual(item)])
 
 
