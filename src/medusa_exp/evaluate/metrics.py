@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 Record = dict[str, Any]
+_DRAWS = 2000
+"""Draws of a bootstrap."""
 
 
 def summarize(records: list[Record]) -> dict[str, float]:
@@ -61,7 +63,7 @@ def _figures(records: list[Record]) -> dict[str, float]:
     return figures
 
 
-def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, float] | None:
+def speedup_interval(records: list[Record]) -> tuple[float, float] | None:
     """Return the 95 % bootstrap interval of the speed-up: prompts are drawn anew, with repeats.
 
     Prompts that were answered side by side shared their steps: what slowed one slowed the others,
@@ -71,19 +73,18 @@ def speedup_interval(records: list[Record], draws: int = 2000) -> tuple[float, f
 
     Args:
         records: of one method and batch size, in the order of the prompts.
-        draws: how often.
     """
     keys = ("new_tokens", "seconds", "baseline_new_tokens", "baseline_seconds")
     values = np.array([[float(record[key]) for key in keys] for record in records])
     values = np.add.reduceat(values, range(0, len(values), records[0]["batch_size"]))
     if len(values) < 2:
         return None
-    ours, seconds, plain, plain_seconds = _drawn_sums(values, draws)
+    ours, seconds, plain, plain_seconds = _drawn_sums(values)
     low, high = np.quantile((ours / seconds) / (plain / plain_seconds), (0.025, 0.975))
     return float(low), float(high)
 
 
-def most_tokens_per_step(records: list[Record], draws: int = 2000) -> float:
+def most_tokens_per_step(records: list[Record]) -> float:
     """Return the upper end of the 95 % bootstrap interval of tokens per step, over prompts.
 
     Of a single prompt it is infinite: it says nothing of how others would do.
@@ -91,14 +92,14 @@ def most_tokens_per_step(records: list[Record], draws: int = 2000) -> float:
     if len(records) < 2:
         return math.inf
     values = np.array([[float(record["new_tokens"]), record["steps"]] for record in records])
-    tokens, steps = _drawn_sums(values, draws)
+    tokens, steps = _drawn_sums(values)
     return float(np.quantile(tokens / steps, 0.975))
 
 
-def _drawn_sums(values: np.ndarray, draws: int) -> np.ndarray:
+def _drawn_sums(values: np.ndarray) -> np.ndarray:
     """Return [columns, draws]: each column's sum, for each draw of as many rows with repeats."""
     rng = np.random.default_rng(0)
-    picked = rng.integers(0, len(values), (draws, len(values)))
+    picked = rng.integers(0, len(values), (_DRAWS, len(values)))
     return np.asarray(values[picked].sum(1).T)
 
 
