@@ -16,6 +16,7 @@ from torch import Tensor
 from medusa_exp.errors import UserError
 from medusa_exp.export.faults import structural
 from medusa_exp.export.reading import FORMATS, Reading, read_heads
+from medusa_exp.identity import bfloat16_bytes
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import WEIGHTS, adopt_heads, save_heads
 from medusa_exp.model.heads import LOW_RANK, MedusaHeads, MedusaHeadsConfig, heads_input
@@ -172,8 +173,7 @@ def _our_names(reading: Reading, config: MedusaHeadsConfig) -> dict[str, Tensor]
 
 def lm_head_sha256(weight_VD: Tensor) -> str:
     """Name a matrix, in whatever dtype it is: heads that are tied to it came with it."""
-    rounded = weight_VD.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8)
-    return hashlib.sha256(rounded.numpy().data).hexdigest()
+    return hashlib.sha256(bfloat16_bytes(weight_VD.detach())).hexdigest()
 
 
 def check_origin(heads: MedusaHeads, backbone: Backbone, place: Path) -> None:
