@@ -219,9 +219,7 @@ def costs_chart(rows: Sequence[Row], keys: Sequence[str]) -> Spec | None:
     for row in rows:
         tokens, speedup = (row["metrics"].get(name) for name in names)
         if tokens and speedup:
-            label = " ".join(
-                f"{key}={row['settings'][key]}" for key in keys if key in row["settings"]
-            )
+            label = _settings_text(row, keys)
             text = f"#{row['number']} {label}: {tokens:.2f} tokens, {speedup:.2f} times as fast"
             points.append(
                 {"cost": tokens / speedup, "tokens": tokens, "setting": label, "text": text}
@@ -241,8 +239,11 @@ def costs_chart(rows: Sequence[Row], keys: Sequence[str]) -> Spec | None:
 
 def job_label(row: Row, keys: Sequence[str], objective: str) -> str:
     """Return what a job is, in a line: `#3 head.num_heads=4: eval/speedup 2.31`."""
-    settings = " ".join(f"{key}={row['settings'][key]}" for key in keys if key in row["settings"])
-    return f"#{row['number']} {settings}: {objective} {row['value']:.4g}"
+    return f"#{row['number']} {_settings_text(row, keys)}: {objective} {row['value']:.4g}"
+
+
+def _settings_text(row: Row, keys: Sequence[str]) -> str:
+    return " ".join(f"{key}={row['settings'][key]}" for key in keys if key in row["settings"])
 
 
 Axis = tuple[str, list[float], dict[str, float]]
