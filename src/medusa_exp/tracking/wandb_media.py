@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import vl_convert
 import wandb
 from PIL import Image
@@ -129,12 +130,10 @@ _MEDIA: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-def _histogram(records: list[Row]) -> tuple[list[int], list[float]]:
+def _histogram(records: list[Row]) -> tuple[np.ndarray, np.ndarray]:
     """Return numpy's form of a histogram: steps that gave 1, 2, 3 ... tokens, and edges of bins."""
     lengths = [length for record in records for length in record["accept_lengths"]]
-    sizes = range(1, 1 + max(lengths))
-    edges = [size - 0.5 for size in [*sizes, len(sizes) + 1]]
-    return [lengths.count(size) for size in sizes], edges
+    return np.histogram(lengths, bins=np.arange(1, max(lengths) + 2) - 0.5)
 
 
 def _sample_row(sample: Row) -> Row:
