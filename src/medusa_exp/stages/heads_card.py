@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from medusa_exp.config import Config, TrainConfig
 from medusa_exp.config.privacy import shareable_text
@@ -16,8 +16,6 @@ from medusa_exp.runs.seals import check_heads
 from medusa_exp.tracking.terminal import headlines
 
 CARD = "README.md"
-_FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
-_LONGEST = 1 << 20
 _UNKNOWN = "unknown"
 
 
@@ -111,13 +109,9 @@ def license_of(model: str | None, revision: str | None = None) -> str:
         found = try_to_load_from_cache(model, CARD, revision=revision)
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return _UNKNOWN
-    with Path(found).open(encoding="utf-8", errors="replace") as file:
-        front = _FRONT.match(file.read(_LONGEST))
     try:
-        metadata = yaml.safe_load(front[1]) if front else None
-    except (yaml.YAMLError, RecursionError):
-        return _UNKNOWN
-    if not isinstance(metadata, dict):
+        metadata = metadata_load(found) or {}
+    except (ValueError, yaml.YAMLError, RecursionError):
         return _UNKNOWN
     name = metadata.get("license_name") or metadata.get("license")
     words = re.sub(r"[^\w.+-]", " ", str(name)).split() if isinstance(name, str) else []
