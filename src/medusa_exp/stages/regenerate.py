@@ -227,30 +227,17 @@ class Document:
     outcome: str = "whole"
     """Or why later turns are missing: `unfinished` or `no room`."""
 
-    def next_turn(self, new_tokens: int, limit: int) -> bool:
-        """Append what stands before the next turn, if there is one with room for a response.
-
-        Args:
-            new_tokens: most of a response.
-            limit: most tokens of the document up to the end of that response.
-        """
-        turn = len(self.answers)
-        if self.outcome != "whole" or turn == len(self.contexts):
-            return False
-        if len(self.tokens) + len(self.contexts[turn]) + new_tokens > limit:
-            self.outcome = "no room"
-            return False
-        self.tokens += self.contexts[turn]
-        return True
-
     def prompt(self, limits: Limits, max_length: int, backbone: Backbone) -> list[int] | None:
         """Begin the next turn, and return what it is to follow; None where the document ends."""
         turn = len(self.answers)
-        if turn == len(self.contexts):
+        if self.outcome != "whole" or turn == len(self.contexts):
             return None
         length = len(self.tokens) + len(self.contexts[turn])
-        limit = min(max_length, backbone.max_length_from(length))
-        return list(self.tokens) if self.next_turn(limits.max_new_tokens, limit) else None
+        if length + limits.max_new_tokens > min(max_length, backbone.max_length_from(length)):
+            self.outcome = "no room"
+            return None
+        self.tokens += self.contexts[turn]
+        return list(self.tokens)
 
     def take(self, tokens: list[int], limits: Limits) -> None:
         """Append a response; without an end within the limit it is the document's last."""
