@@ -49,10 +49,9 @@ def find_difference(
     """
     if plain == other:
         return None
-    position = 0
-    while position < min(len(plain), len(other)) and plain[position] == other[position]:
-        position += 1
-    if position == min(len(plain), len(other)):  # one goes on where the other has stopped
+    shorter = min(len(plain), len(other))
+    position = next((i for i in range(shorter) if plain[i] != other[i]), shorter)
+    if position == shorter:  # one goes on where the other has stopped
         return Difference(position, float("inf"), 0.0, False)
     prefix = prompt + plain[:position]
     single_WV = _last_logits(backbone, prefix, 1)
