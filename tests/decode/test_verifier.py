@@ -202,7 +202,7 @@ def test_filters_come_before_verification(kernels, options):
 
 def test_auto_uses_the_kernels_where_they_can(monkeypatch, kernels):
     monkeypatch.setattr(rule, "find_spec", lambda name: name)
-    monkeypatch.setattr(rule, "_kernels", lambda device: KernelVerify(kernels))
+    monkeypatch.setattr(rule, "kernels_on", lambda device: kernels)
     judge = pick_verify("auto", CUDA)
     judge(**arguments())
     assert len(kernels.launches) == 1

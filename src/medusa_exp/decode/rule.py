@@ -41,15 +41,12 @@ def pick_verify(name: str, device: torch.device) -> Callable[..., Verdict]:
     Raises:
         UserError: cupy is asked for and cannot be had.
     """
-    if name == "torch":
-        return verify
     if name == "auto" and device.type == "cpu":
         return verify_on_cpu
-    if name == "auto":
-        if device.type != "cuda" or find_spec("cupy") is None:
-            return verify
-        return _kernels_where_they_can(device)
-    return _kernels(device)
+    if name == "cupy":
+        return KernelVerify(kernels_on(device))
+    kernels = step_kernels(name, device)
+    return verify if kernels is None else _kernels_where_they_can(kernels)
 
 
 def step_kernels(name: str, device: torch.device) -> Kernels | None:
@@ -106,12 +103,8 @@ def pick_topk(name: str, device: torch.device) -> KernelTopK | None:
     return None if kernels is None else KernelTopK(kernels)
 
 
-def _kernels(device: torch.device) -> Callable[..., Verdict]:
-    return KernelVerify(kernels_on(device))
-
-
-def _kernels_where_they_can(device: torch.device) -> Callable[..., Verdict]:
-    verify_by_kernels = _kernels(device)
+def _kernels_where_they_can(kernels: Kernels) -> Callable[..., Verdict]:
+    verify_by_kernels = KernelVerify(kernels)
 
     def verify_where_they_can(
         logits_BNV: Tensor,
