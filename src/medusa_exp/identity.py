@@ -6,6 +6,8 @@ of a model's files, in processes that should load nothing else of this project.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -47,32 +49,42 @@ def identity_of_files(path: str, **hub_options: Any) -> str | None:
         loads alone (such as a quantization with a library of its own).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list all that is left out
     options = {**hub_options, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(path, **options)
-        text = config.get_text_config()
-        num_layers, text.num_hidden_layers = text.num_hidden_layers, 0
-        if getattr(text, "layer_types", None):
-            text.layer_types = []
+        num_layers = config.get_text_config().num_hidden_layers
         if hasattr(config, "quantization_config"):  # of the layers: the ends are as they were
             del config.quantization_config
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype="auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        with without_layers(config):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype="auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
     except Exception:  # transformers raises what it likes at models of others
         return None
+    return None if report["missing_keys"] else identity_of(model, num_layers)
+
+
+@contextmanager
+def without_layers(config: Any) -> Iterator[None]:
+    """Let transformers load by a config all but the layers, which it leaves out without a word."""
+    from transformers.utils import logging
+
+    text = config.get_text_config()
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None):
+        text.layer_types = []
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list all that is left out
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
-    return None if report["missing_keys"] else identity_of(model, num_layers)
 
 
 def bfloat16_bytes(values: Any) -> bytes:

@@ -21,9 +21,9 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from medusa_exp.errors import UserError
+from medusa_exp.identity import without_layers
 from medusa_exp.model.adapters import load_adapters
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines, from_gguf, is_adapters
@@ -76,16 +76,8 @@ def load_ends(spec: ModelSpec, identity: str, weights_fingerprint: str) -> Backb
     """
     spec = replace(spec, model=replace(spec.model, device_map=None))  # they are small
     model_config = spec.model_config()
-    text_config = model_config.get_text_config()
-    text_config.num_hidden_layers = 0
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = []
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it would list all that is left out
-    try:
+    with without_layers(model_config):
         backbone = Backbone(_read(spec, {"config": model_config}))
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     backbone.leave_out_body(identity, weights_fingerprint)
     return backbone
 
