@@ -67,8 +67,7 @@ class Inputs:
         """Count the trained tokens [V] of the training documents."""
         counts_V = np.zeros(self.backbone.vocab_size, np.int64)
         for example in self.documents["train"]:
-            ids = example.input_ids[example.is_trained]
-            counts_V += np.bincount(ids, minlength=len(counts_V))
+            np.add.at(counts_V, example.input_ids[example.is_trained], 1)
         return torch.from_numpy(counts_V)
 
     def batches(self, config: Config) -> Batches:
