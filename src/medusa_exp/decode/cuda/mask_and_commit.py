@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, struct_of
+from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, check_tensor, struct_of
 
 MASK_ARGUMENTS = struct_of(
     "parents parents_stride_b lengths mask positions num_nodes num_past window last_position"
@@ -53,10 +53,11 @@ def build_mask(
     if num_nodes > MAX_NODES:
         raise ValueError(f"parents_BN has {num_nodes} nodes: at most {MAX_NODES} are allowed.")
     columns = mask_B1NK.shape[-1]
-    _check(kernels, "parents_BN", parents_BN, torch.int64, (batch, num_nodes), is_expanded=True)
-    _check(kernels, "lengths_B", lengths_B, torch.int64, (batch,))
-    _check(kernels, "mask_B1NK", mask_B1NK, torch.bool, (batch, 1, num_nodes, columns))
-    _check(kernels, "positions_BN", positions_BN, torch.int64, (batch, num_nodes))
+    by_node = batch, num_nodes
+    check_tensor(kernels, "parents_BN", parents_BN, torch.int64, by_node, is_expanded=True)
+    check_tensor(kernels, "lengths_B", lengths_B, torch.int64, (batch,))
+    check_tensor(kernels, "mask_B1NK", mask_B1NK, torch.bool, (batch, 1, num_nodes, columns))
+    check_tensor(kernels, "positions_BN", positions_BN, torch.int64, by_node)
     if columns < num_nodes:
         raise ValueError(f"mask_B1NK has {columns} columns: the tree alone needs {num_nodes}.")
     most = 1 << 62
@@ -129,13 +130,13 @@ class CacheCommit:
         """
         batch, num_heads, num_columns, _ = self._tensors[0].shape
         length = path_BL.shape[-1]
-        _check(self._kernels, "path_BL", path_BL, torch.int64, (batch, length))
+        check_tensor(self._kernels, "path_BL", path_BL, torch.int64, (batch, length))
         for name, value in (
             ("num_accepted_B", num_accepted_B),
             ("from_B", from_B),
             ("to_B", to_B),
         ):
-            _check(self._kernels, name, value, torch.int64, (batch,))
+            check_tensor(self._kernels, name, value, torch.int64, (batch,))
         arguments = np.zeros(1, COMMIT_ARGUMENTS)
         arguments[0] = (
             self._table.data_ptr(),
@@ -152,23 +153,3 @@ class CacheCommit:
         threads = min(512, -(-num_heads * self._head_units // 32) * 32)
         grid = (len(self._tensors), 1, batch)
         self._kernels.launch("commit.cu", self._defines, "commit", grid, threads, arguments)
-
-
-def _check(
-    kernels: Kernels,
-    name: str,
-    value: Tensor,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    *,
-    is_expanded: bool = False,
-) -> None:
-    if value.dtype != dtype:
-        raise ValueError(f"{name} is {value.dtype}: it must be {dtype}.")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} has shape {list(value.shape)}: it must have {list(shape)}.")
-    row = value[0] if is_expanded else value
-    if not row.is_contiguous():
-        raise ValueError(f"{name} must be contiguous: call .contiguous().")
-    if value.device != kernels.device:
-        raise ValueError(f"{name} is on {value.device}, the kernels on {kernels.device}.")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medusa_exp.decode.cuda.source import find_prebuilt, source_of
 from medusa_exp.errors import UserError
@@ -53,6 +54,27 @@ def struct_of(integers: str, floats: str = "") -> np.dtype[Any]:
     """Return a struct of 8-byte fields, addresses among the integers, as kernels take it."""
     fields = [(name, np.int64) for name in integers.split()]
     return np.dtype(fields + [(name, np.float64) for name in floats.split()])
+
+
+def check_tensor(
+    kernels: Kernels,
+    name: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    *,
+    is_expanded: bool = False,
+) -> None:
+    """Raise ValueError if a tensor is not what a kernel takes; rows may be one that is expanded."""
+    if value.dtype != dtype:
+        raise ValueError(f"{name} is {value.dtype}: it must be {dtype}.")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}: it must have {list(shape)}.")
+    row = value[0] if is_expanded else value
+    if not row.is_contiguous():
+        raise ValueError(f"{name} must be contiguous: call .contiguous().")
+    if value.device != kernels.device:
+        raise ValueError(f"{name} is on {value.device}, the kernels on {kernels.device}.")
 
 
 class CupyKernels:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.launch import DEFINES, LaunchConfig, check_logits, fault_of
-from medusa_exp.decode.cuda.runtime import Kernels, struct_of
+from medusa_exp.decode.cuda.runtime import Kernels, check_tensor, struct_of
 from medusa_exp.decode.cuda.verify import launch_config
 
 ARGUMENTS = struct_of(
@@ -69,10 +69,10 @@ class KernelTopK:
                 "than tokens."
             )
         num_nodes = tokens_BN.shape[-1]
-        self._check("tokens_BN", tokens_BN, (batch, num_nodes))
-        self._check("places_N", places_N, (num_nodes,))
+        check_tensor(self._kernels, "tokens_BN", tokens_BN, torch.int64, (batch, num_nodes))
+        check_tensor(self._kernels, "places_N", places_N, torch.int64, (num_nodes,))
         if token_map is not None:
-            self._check("token_map", token_map, (width,))
+            check_tensor(self._kernels, "token_map", token_map, torch.int64, (width,))
         config = self._config or launch_config(
             batch * count, width * logits_BMW.itemsize, self._kernels
         )
@@ -96,13 +96,3 @@ class KernelTopK:
             config.threads,
             arguments,
         )
-
-    def _check(self, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-        if value.dtype != torch.int64:
-            raise ValueError(f"{name} is {value.dtype}: it must be torch.int64.")
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name} has shape {list(value.shape)}: it must have {list(shape)}.")
-        if not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous.")
-        if value.device != self._kernels.device:
-            raise ValueError(f"{name} is on {value.device}, the kernels on {self._kernels.device}.")
