@@ -159,7 +159,7 @@ def _report_in_our_words() -> None:
         error = sys.exc_info()[1] or Exception()
         if isinstance(error, BrokenPipeError) and isinstance(self, logging.StreamHandler):
             drop_output(self.stream)  # of `| head`: the run goes on, and so does its log
-        # The log has no room for a line; that there is none is told by whom it keeps from his work.
+        # A full disk is reported once, by the stage that cannot go on: not by each line of log.
         elif machine_faults.message(error) is None:
             handle(self, record)
 

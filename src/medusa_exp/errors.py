@@ -43,6 +43,6 @@ def as_program() -> Iterator[None]:
 def drop_output(stream: TextIO) -> None:
     """Have what is still printed go nowhere: its reader has gone, and each line would fail anew.
 
-    What Python still holds too, which it writes as it ends.
+    So does what Python has buffered, and would write as it ends.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

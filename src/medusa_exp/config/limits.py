@@ -32,7 +32,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class NotBelow:
-    """A number that is not below another key's, or than that key allows."""
+    """A number that must be at least `bound`, which another key may set."""
 
     bound: float
 

@@ -321,7 +321,7 @@ class Reading:
 
 
 def _without_form(form: str, error: DataError) -> DataError:
-    """Return an error, which where dataset.columns mends it says what cannot be beside that."""
+    """Return the error; where it advises dataset.columns, add that dataset.form must go."""
     if form == "auto" or "dataset.columns=" not in str(error):
         return error
     return type(error)(f"{error} Leave out dataset.form={form} then.")

@@ -24,7 +24,7 @@ def raw_bytes(raw: RawChat) -> bytes:
 
 
 def num_bytes(raw: RawChat) -> int:
-    """Return the length of that, which of a row is an estimate: without its marks and escapes."""
+    """Return the length of that text; of a row, about: JSON's marks and escapes are not counted."""
     if isinstance(raw, TooLong):
         return raw.num_bytes
     return _size(raw) if isinstance(raw, dict) else memoryview(raw).nbytes

@@ -139,8 +139,8 @@ def tokens_per_step(records: list[Record]) -> float:
 def speedup(records: list[Record]) -> float:
     """Return the tokens a second of these records over those of plain decoding.
 
-    Where responses are identical this is the ratio of wall times; a response that ends sooner is
-    not for that a faster one.
+    Where responses are identical this is the ratio of wall times. A response does not count as
+    faster because it is shorter.
     """
     return tokens_per_second(records) / (
         total(records, "baseline_new_tokens") / total(records, "baseline_seconds")

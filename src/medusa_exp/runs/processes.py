@@ -18,7 +18,7 @@ def this_process() -> str:
 def is_process_alive(name: str) -> bool | None:
     """Say whether a process is still there that `this_process` has named; None if it is not known.
 
-    That is so for processes of other machines.
+    Of processes on other machines it is never known.
     """
     machine, _, number = name.partition("-")
     is_here = machine == _machine() and number.isdecimal() and len(number) < 10

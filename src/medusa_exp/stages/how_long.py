@@ -91,7 +91,7 @@ def say_of_quickstart(session: Session) -> None:
 def time_steps(model: LlamaForCausalLM, precision: str) -> tuple[float, float]:
     """Return the seconds of a token of training the model, and of a step of one token.
 
-    The shorter of two each: the first has libraries set themselves up.
+    Each is the shorter of two: in the first, libraries set themselves up.
     """
     best = [float("inf")] * 2
     length = min(_TIMED_LENGTH, model.config.max_position_embeddings)

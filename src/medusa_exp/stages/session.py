@@ -188,7 +188,7 @@ class Session:
     def has_room(self, backbone: Backbone, spare: int = 0) -> HasRoom:
         """Return what says whether a prompt of some length leaves room for a response.
 
-        Of which `spare` tokens more may be drafted than are kept.
+        `spare`: draft tokens that may stand behind the response, and are not kept.
         """
         new_tokens = self.config.decode.max_new_tokens + spare
         return lambda length: length + new_tokens <= backbone.max_length_from(length)

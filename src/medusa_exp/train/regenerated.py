@@ -86,8 +86,8 @@ def regenerated_key(
 
     An engine's responses have a name of their own, since its arithmetic is its own: whoever trains
     on them says `regenerate.server` too. Which engine it was, and where, does not count: each is
-    held against this backbone before it is asked. Nor does what computes here, of which that
-    depends in process: so the stage may run with device=cpu beside an engine that has the GPU.
+    held against this backbone before it is asked. Nor do this process's precision and versions
+    count then, so that the stage may run with device=cpu beside an engine that has the GPU.
 
     `documents_key` names the tokenized documents, `precision` is as `pick_precision` has it.
     """
