@@ -244,6 +244,16 @@ def test_no_choice_names_keys_within_a_request(tmp_path):
     assert "{user: messages" not in str(caught.value)
 
 
+def test_what_is_said_of_many_keys_and_files_has_an_order_of_its_own(tmp_path, caplog):
+    others = {f"key{number}": 1 for number in range(9, 0, -1)}
+    write(tmp_path / "a.jsonl", lines([{"messages": [ASK, REPLY], **others}]))
+    files = [write(tmp_path / f"b{number}.jsonl", lines([{"x": 1}])) for number in range(9)]
+    reading = read_conversations(tmp_path)
+    assert len(list(reading)) == 1 and list(reading.unused) == sorted(others)
+    said = [text for text in caplog.messages if "for it holds no chats" in text]
+    assert [f"{file} has no" in text for file, text in zip(files, said, strict=True)] == [True] * 9
+
+
 def test_keys_below_a_path_that_are_not_used_are_counted(tmp_path):
     chat = {"messages": [ASK, REPLY | {"deleted": True}], "topic": "sums"}
     path = write(tmp_path / "a", lines([{"chat": chat, "n": 1}]))

@@ -255,8 +255,9 @@ class Reading:
                 passed_over[source.name] = error
         if passed_over and not have_chats:
             raise next(iter(passed_over.values()))
-        for name in passed_over.keys() - self._said:
-            log.warning("data: passed over, for it holds no chats: %s", passed_over[name])
+        for name, reason in passed_over.items():
+            if name not in self._said:
+                log.warning("data: passed over, for it holds no chats: %s", reason)
         self._said.update(passed_over)
 
     def _usable(self, source: Part | HubData) -> Iterator[Conversation]:
@@ -297,7 +298,7 @@ class Reading:
             self._count_forms(parser, number - faulty.num_chats)
             self.absent &= parser.absent
             self.keys = source.keys or parser.keys
-            for column in {*source.keys} - {*self._columns, *parser.unused}:
+            for column in sorted({*source.keys} - {*self._columns, *parser.unused}):
                 self.unused[column] += parser.num_looked_at
 
     def _watched(self, source: ChatFile | Part | HubData, items: Iterable[T]) -> Iterator[T]:

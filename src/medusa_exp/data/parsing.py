@@ -276,7 +276,7 @@ class ChatParser:
         unused = unused_keys(record, form, keys)
         if chat is not None:
             unused = unused.difference(chat.more).union(chat.passed_over)
-        self.unused.update(map(_whole_letters, unused))
+        self.unused.update(sorted(map(_whole_letters, unused)))
 
     def _read(self, record: Any) -> tuple[str, list[Message], str, Chat]:
         """Return the name of a record's form, its messages, its tools, and how it was read."""
