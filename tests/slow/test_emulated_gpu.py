@@ -259,6 +259,47 @@ for batch, nodes, groups, columns in (1, 1, 1, 257), (1, 4, 1, 260), (2, 1, 4, 2
 """
 
 
+TRAINING = """
+import torch
+from tiny_models import build_model
+from medusa_exp.config import TrainConfig
+from medusa_exp.data.batching import label_positions
+from medusa_exp.data.datamodule import Batch
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.train.module import MedusaModule
+
+ids_BT = torch.randint(1, 60, (2, 24)).cuda()
+is_trained_BT = torch.arange(24).cuda().expand(2, -1) % 3 > 0
+restarted_BT = (torch.arange(24) % 10).cuda().expand(2, -1)
+for name in ("llama", "gemma2"):
+    backbone = Backbone(build_model(name).cuda())
+    for loss in ("ce", "kl", "topk_kl", "nla"):
+        settings = TrainConfig(
+            loss=loss, head_weights="decay", learning_rate=1e-3, loss_chunk_rows=256,
+            loss_form="at_once", compile="false",
+        )
+        heads = build_heads(backbone, num_heads=2).cuda()
+        module = MedusaModule(
+            backbone, heads, settings, max_steps=9, responses=list, max_rank=3, key=""
+        )
+        for positions_BT in (None, restarted_BT):
+            example_BT = torch.ones_like(ids_BT)
+            labeled = label_positions(is_trained_BT, example_BT, 2)
+            some = torch.cat(list(labeled[1:])).unique()
+            batch = Batch(
+                ids_BT, is_trained_BT, example_BT, positions_BT, labeled=labeled, any_labeled=some
+            )
+            module.batch_loss(batch, [1, 1, 1])[0].backward()  # what is asked for once
+            torch.cuda.set_sync_debug_mode("error")
+            module.batch_loss(batch, [1, 1, 1])[0].backward()
+            torch.cuda.set_sync_debug_mode("default")
+"""
+
+
+def test_a_micro_batch_does_not_wait_for_the_device(gpu):
+    run(gpu, "-c", TRAINING)
+
+
 def test_rows_of_masks_are_as_wide_as_kernels_want_them(gpu):
     run(gpu, "-c", MASKS)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -156,7 +156,7 @@ class Backbone:
         of what stands before it in the row: transformers makes the mask from the positions.
         """
         assert self.has_body, "only the ends of this model were loaded"
-        with kernels_for(self.device):
+        with kernels_for(self.device), _told_what_is_packed(positions_BT is not None):
             output = self.body(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False)
         return self.as_read(output.last_hidden_state.to(self.device))
 
@@ -433,6 +433,22 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
         del module.forward
         if before is not None:
             module.forward = before
+
+
+@contextmanager
+def _told_what_is_packed(is_packed: bool) -> Iterator[None]:
+    """Let transformers not look whether rows hold several documents: it would wait for a GPU."""
+
+    def documents_of(position_ids: Tensor) -> Tensor | None:
+        is_first = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
+        return is_first.cumsum(-1) if is_packed else None
+
+    before = masking_utils.find_packed_sequence_indices  # private: transformers 5.23
+    masking_utils.find_packed_sequence_indices = documents_of
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 def _factor(before: Tensor, after: Tensor) -> float:
