@@ -32,6 +32,7 @@ VARIANTS = {
     "packed, averaged": ["train.batching=packed", "train.average=0.9", "train.accumulate=2"],
     "features from disk": ["train.features=cache", "train.loss=topk_kl"],
     "muon": ["train.optimizer=muon"],
+    "float16": ["dtype.precision=16-mixed", "train.loss=lk"],
     "deterministic": [
         *("train.deterministic=true", "train.loss=nla", "train.head_weights=acceptance"),
         "head.prefix_attention=true",
