@@ -17,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx2
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -65,10 +64,17 @@ def push(run: Path, name: str, *, private: bool = False) -> str:
             place = api.create_repo(name, private=private or None, exist_ok=True)
             message = "Upload heads, tree and card by medusa_exp"
             api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
-        except (httpx2.HTTPError, HfHubHTTPError, OSError, ValueError) as error:
+        except _hub_errors() as error:
             said = " ".join(str(error).split()).replace(token, "...")[:300]
             raise UserError(f"the hub did not take {name}: {said}") from error
     return str(place)
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Return what the hub raises: beneath it are httpx, or, from huggingface-hub 2 on, httpx2."""
+    loaded = [sys.modules.get(name) for name in ("httpx", "httpx2")]
+    of_network = [module.HTTPError for module in loaded if module is not None]
+    return (*of_network, HfHubHTTPError, OSError, ValueError)
 
 
 def stage(run: Path, folder: Path) -> None:

@@ -1,3 +1,4 @@
+import architectures
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_model
@@ -88,7 +89,7 @@ def test_directories_that_hold_no_model(model_dir, spoil, message):
 
 
 def test_a_model_without_sdpa_gets_eager_attention(tmp_path, caplog):
-    build_model("gemma2").save_pretrained(tmp_path / "model")
+    architectures.build("gptj", architectures.ROTARY).save_pretrained(tmp_path / "model")
     caplog.set_level("INFO")
     spec = spec_for(tmp_path / "model")
 
@@ -101,11 +102,11 @@ def test_a_model_without_sdpa_gets_eager_attention(tmp_path, caplog):
 
 
 def test_who_names_sdpa_gets_no_other_attention(tmp_path, model_dir):
-    build_model("gemma2").save_pretrained(tmp_path / "gemma2")
+    architectures.build("gptj", architectures.ROTARY).save_pretrained(tmp_path / "gptj")
     wanted = {"attn_implementation": "sdpa"}
 
     with pytest.raises(UserError, match=r"model\.path=.*does not support .*scaled_dot_product_att"):
-        load_backbone(ModelSpec(ModelConfig(path=str(tmp_path / "gemma2"), **wanted)))
+        load_backbone(ModelSpec(ModelConfig(path=str(tmp_path / "gptj"), **wanted)))
 
     for settings in ({}, wanted):  # the same model, and the same keys
         spec = ModelSpec(ModelConfig(path=str(model_dir), **settings))

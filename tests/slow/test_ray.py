@@ -62,7 +62,12 @@ def test_a_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(
     assert killed
     entry = read_json(tmp_path / "ray/run.json")["stages"]["train"]
     assert entry["resumed_from_step"] >= 5 and entry["resumed_from_step"] % 5 == 0
-    assert metrics == pytest.approx(whole, rel=1e-5)
+    measured = {"train/tokens_per_second", "train/mfu", "train/peak_memory_gb"}  # on either way
+    assert measured <= metrics.keys() == whole.keys()
+    learned = metrics.keys() - measured
+    assert {n: metrics[n] for n in learned} == pytest.approx(
+        {n: whole[n] for n in learned}, rel=1e-5
+    )
     heads = [load_heads(tmp_path / name / "heads").state_dict() for name in ("whole", "ray")]
     for name, value in heads[0].items():
         torch.testing.assert_close(heads[1][name], value)
@@ -71,7 +76,9 @@ def test_a_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(
 
 def test_what_a_worker_says_is_what_the_stage_says(config, tmp_path):
     config.train.strategy, config.train.devices = "ray", 2
-    config.train.learning_rate, config.train.warmup_fraction = 1e20, 0.0
+    config.train.learning_rate, config.train.warmup_fraction = 10.0, 0.0
+    # Each step multiplies the weights by some -1,000.
+    config.train.weight_decay, config.train.max_steps = 100.0, 40
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, on conversations"):
         run(config, tmp_path / "run")
 
