@@ -1,9 +1,10 @@
 // The attention mask and positions of a step that verifies a draft tree.
 //
-// In:  parents_BN, the number of cached tokens of each row, the columns P before the tree.
+// In:  parents_BN, the number of cached tokens of each row, the columns P before the tree, the
+//      last position that the model has, which changes from prompt to prompt.
 // Out: mask_BNK, K = P + N: a node sees its row's cached tokens, its ancestors and itself; with a
 //      window of w, only those fewer than w positions back. positions_BN: cached tokens + depth, at
-//      most last_position. Equal to decode/masks.py, StepMask.
+//      most the last. Equal to decode/masks.py, StepMask.
 // Floor: the mask's own bytes, B * N * K, written once (64 nodes over 4096 columns: 0.1 us at 3.0 TB/s).
 //
 // Grid (N, 1, B), any block. B batch, N nodes, K columns.
@@ -15,9 +16,10 @@ struct Arguments {
     const long long* parents_BN;
     long long parents_stride_b;
     const long long* lengths_B;
+    const long long* last;
     unsigned char* mask_BNK;
     long long* positions_BN;
-    long long num_nodes, num_past, window, last_position;
+    long long num_nodes, num_past, window;
 };
 
 // Steps from a node up to each of its ancestors: 0 to itself, -1 to the others.
@@ -48,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(1024) tree_mask(const __grid_consta
     find_ancestors(a, ancestors, row, node);
     const long long length = a.lengths_B[row], place = row * a.num_nodes + node;
     const long long position = length + ancestors.depth, num_columns = a.num_past + a.num_nodes;
-    if (threadIdx.x == 0) a.positions_BN[place] = min(position, a.last_position);
+    if (threadIdx.x == 0) a.positions_BN[place] = min(position, *a.last);
     auto sees = [&](long long column) {
         if (column < a.num_past) return column < length && position - column < a.window;
         const int steps = ancestors.steps[column - a.num_past];

@@ -94,6 +94,7 @@ def test_what_cannot_be_masked(shim):
         given = {
             "parents_BN": parents_BN,
             "lengths_B": lengths_B,
+            "last": torch.tensor(9),
             "mask_B1NK": mask_B1NK,
             "positions_BN": positions_BN,
         } | changed
@@ -105,6 +106,7 @@ def test_what_cannot_be_masked(shim):
         ("mask_B1NK", torch.zeros(1, 1, 5, 2, dtype=torch.bool).transpose(2, 3)),
         ("mask_B1NK", mask_B1NK[..., :1].contiguous()),
         ("lengths_B", lengths_B.to("meta")),
+        ("last", torch.tensor([9])),
         ("positions_BN", positions_BN[:, :1]),
         ("parents_BN", torch.zeros(1, 257).long()),
     ):

@@ -133,10 +133,10 @@ def check_mask(shim: Any, cases: list[MaskCase], order: str = "random") -> None:
             shim,
             case.parents_BN.to(shim.device),
             case.lengths_B.to(shim.device),
+            torch.tensor(100, device=shim.device),
             mask_B1NK=mask_B1NK,
             positions_BN=positions_BN,
             window=case.window,
-            last_position=100,
         )
         assert mask_B1NK.cpu().equal(case.mask_B1NK)
         assert positions_BN.cpu().equal(case.positions_BN)

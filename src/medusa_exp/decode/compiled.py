@@ -150,11 +150,8 @@ class CompiledLayers:
 
 def layers_of(backbone: Backbone) -> list[nn.Module]:
     """Return the decoder layers of a model, in order; none where something else runs them."""
-    count = backbone.model.config.get_text_config().num_hidden_layers
-    for module in backbone.body.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return [] if any("forward" in layer.__dict__ for layer in module) else [*module]
-    return []
+    layers = [*(backbone.layers() or ())]
+    return [] if any("forward" in layer.__dict__ for layer in layers) else layers
 
 
 class _LayerView:

@@ -105,9 +105,9 @@ class StepMask:
         return {kind: self._finish(masks[kind]) for kind in sorted(self.kinds)}
 
     def by_kernel(
-        self, kernels: Kernels, lengths_B: Tensor, columns: int, parents_BN: Tensor
+        self, kernels: Kernels, lengths_B: Tensor, columns: int, parents_BN: Tensor, last: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return a boolean mask over so many columns and the tree's, and positions_BN.
+        """Return a boolean mask over so many columns and the tree's, and positions_BN up to `last`.
 
         For models that take one, where `takes_boolean` is set; the same otherwise as `over`.
         """
@@ -118,6 +118,7 @@ class StepMask:
             kernels,
             parents_BN.expand(batch, -1),
             lengths_B,
+            last,
             mask_B1NK=mask_B1NK,
             positions_BN=positions_BN,
             window=self.window,

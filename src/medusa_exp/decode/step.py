@@ -306,7 +306,6 @@ class CapturedStep:
         # 2. Forward
         with part("mask"):
             mask, position_BN = self._mask_and_positions(draft)
-        position_BN = torch.minimum(position_BN, self.last)
         compiled = self.layers.in_place(cache) if self.layers else nullcontext()
         with part("backbone"), compiled, few_shapes():
             logits_BNV, hidden_BND = self.backbone.forward(
@@ -335,9 +334,10 @@ class CapturedStep:
     def _mask_and_positions(self, draft: Draft) -> tuple[Any, Tensor]:
         lengths_B, columns = self.cache.lengths_B, self.cache.capacity
         if self.kernels is not None and self.mask.takes_boolean:
-            return self.mask.by_kernel(self.kernels, lengths_B, columns, draft.parents_BN)
+            parents_BN, last = draft.parents_BN, self.last
+            return self.mask.by_kernel(self.kernels, lengths_B, columns, parents_BN, last)
         mask = self.mask.over(lengths_B, columns, draft.ancestors_BNN, draft.depths_BN)
-        return mask, lengths_B[:, None] + draft.depths_BN
+        return mask, torch.minimum(lengths_B[:, None] + draft.depths_BN, self.last)
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         """Capture the step, and put everything back that it has changed; None if it cannot be."""

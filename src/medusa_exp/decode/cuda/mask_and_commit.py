@@ -15,7 +15,7 @@ from torch import Tensor
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, check_tensor, struct_of
 
 MASK_ARGUMENTS = struct_of(
-    "parents parents_stride_b lengths mask positions num_nodes num_past window last_position"
+    "parents parents_stride_b lengths last mask positions num_nodes num_past window"
 )
 """struct Arguments of kernels/cuda/mask.cu."""
 COMMIT_ARGUMENTS = struct_of(
@@ -29,11 +29,11 @@ def build_mask(
     kernels: Kernels,
     parents_BN: Tensor,
     lengths_B: Tensor,
+    last: Tensor,
     *,
     mask_B1NK: Tensor,
     positions_BN: Tensor,
     window: int | None = None,
-    last_position: int | None = None,
 ) -> None:
     """Write a step's attention mask and positions; see kernels/cuda/mask.cu.
 
@@ -41,10 +41,10 @@ def build_mask(
         kernels: device to launch on.
         parents_BN: int64; any stride of B.
         lengths_B: int64, number of cached tokens of each row.
+        last: int64 without sizes, the last position; later ones are clamped to it.
         mask_B1NK: bool, written; its first K - N columns are the cache's, its last the tree's.
-        positions_BN: int64, written: cached tokens + depth.
+        positions_BN: int64, written: cached tokens + depth, at most `last`.
         window: number of positions a node sees, itself included, in sliding-window attention.
-        last_position: largest position; later ones are clamped to it.
 
     Raises:
         ValueError: a tensor has the wrong device, type, shape or strides.
@@ -56,22 +56,22 @@ def build_mask(
     by_node = batch, num_nodes
     check_tensor(kernels, "parents_BN", parents_BN, torch.int64, by_node, is_expanded=True)
     check_tensor(kernels, "lengths_B", lengths_B, torch.int64, (batch,))
+    check_tensor(kernels, "last", last, torch.int64, ())
     check_tensor(kernels, "mask_B1NK", mask_B1NK, torch.bool, (batch, 1, num_nodes, columns))
     check_tensor(kernels, "positions_BN", positions_BN, torch.int64, by_node)
     if columns < num_nodes:
         raise ValueError(f"mask_B1NK has {columns} columns: the tree alone needs {num_nodes}.")
-    most = 1 << 62
     arguments = np.zeros(1, MASK_ARGUMENTS)
     arguments[0] = (
         parents_BN.data_ptr(),
         parents_BN.stride(0),
         lengths_B.data_ptr(),
+        last.data_ptr(),
         mask_B1NK.data_ptr(),
         positions_BN.data_ptr(),
         num_nodes,
         columns - num_nodes,
-        most if window is None else window,
-        most if last_position is None else last_position,
+        1 << 62 if window is None else window,
     )
     threads = 32 if columns <= 128 else 128
     kernels.launch("mask.cu", (), "tree_mask", (num_nodes, 1, batch), threads, arguments)
