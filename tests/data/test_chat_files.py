@@ -1,6 +1,8 @@
 import gzip
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from chat_files import (
@@ -165,6 +167,53 @@ def test_a_folder_says_what_it_passes_over(tmp_path, caplog):
     found = find_files(tmp_path)
     assert [path.name for path in found] == ["B.JSON", "a.json"]
     assert "2 files passed over: c.txt, d.json.lz4" in caplog.text
+
+
+@pytest.mark.parametrize("of_whole", [True, False])
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, of_whole):
+    locked = tmp_path / "chats" if of_whole else tmp_path / "chats/locked"
+    locked.mkdir(parents=True)
+    write(tmp_path / "chats/a.json", LIST)
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == locked:  # root may read all
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=f"^{locked} cannot be read: Permission denied"):
+        find_files(tmp_path / "chats")
+
+
+def test_links_to_folders_are_followed_but_not_twice(tmp_path, caplog):
+    folder = tmp_path / "chats"
+    for name in ("chats/z/a.json", "chats/.hidden/b.json", "elsewhere/d/c.json", "e.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, LIST)
+    links = {"loop": ".", "y": "z", "again": "../elsewhere/d", "up": "..", "m": "../elsewhere"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    assert find_files(folder) == [folder / "again/c.json", folder / "z/a.json"]
+    assert (
+        "3 files passed over: loop (a link to a folder that is read anyway), "
+        "up (a link to a folder that it is in), y (a link to a folder that is read anyway)"
+    ) in caplog.text
+
+
+def test_what_is_no_file_is_named(tmp_path, caplog):
+    links = {"gone.json": "nowhere.json", "ring.json": "ring.json", "there.json": "a"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(DataError, match=r"holds gone\.json \(a link to what is not there\), pipe"):
+        find_files(tmp_path)
+    write(tmp_path / "a", LIST)
+    assert find_files(tmp_path) == [tmp_path / "there.json"]
+    assert (
+        "4 files passed over: gone.json (a link to what is not there), pipe.json (no regular "
+        "file), ring.json (a link to what is not there), a"
+    ) in caplog.text
 
 
 @pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["plain", "gzip"])

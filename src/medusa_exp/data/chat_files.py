@@ -7,12 +7,15 @@ a JSON list is mapped into memory, and its chats are views of it. A file that ca
 """
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from errno import ELOOP, ENOENT
 from glob import glob
 from itertools import chain
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import msgspec
@@ -52,29 +55,86 @@ def find_files(path: str | Path) -> list[Path]:
     if re.match(r"https?://", str(path)):
         raise faults.of_web(str(path))
     place = Path(path).expanduser()
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        # Hidden ones are caches and unfinished downloads.
-        files = [
-            p
-            for p in sorted(place.rglob("*"))
-            if p.is_file() and not any(n.startswith(".") for n in p.relative_to(place).parts)
-        ]
-        chosen = {p for p in files if p.name.lower().endswith((*SUFFIXES, *ARCHIVES))}
-        chosen -= files_beside_rows(files)
-        found = [p for p in files if p in chosen]
-        others = [str(p.relative_to(place)) for p in files if p not in chosen]
-        if not found:
-            raise faults.no_chat_files(str(place), others)
-        faults.say_passed_over(str(place), others)
-        return found
+    with faults.of_reading(place):
+        if place.is_file():
+            return [place]
+        if place.is_dir():
+            return _chat_files_below(place)
     # Path.glob would need the pattern cut from its root.
     matches = glob(str(place), recursive=True)  # noqa: PTH207
     found = sorted(Path(match) for match in matches if Path(match).is_file())
     if not found:
         raise DataError(f"{place}: there is no such file, folder or match. Check dataset.path.")
     return found
+
+
+def _chat_files_below(place: Path) -> list[Path]:
+    files, other_kinds = _files_below(place)
+    chosen = {p for p in files if p.name.lower().endswith((*SUFFIXES, *ARCHIVES))}
+    chosen -= files_beside_rows(files)
+    found = [p for p in files if p in chosen]
+    others = other_kinds + [str(p.relative_to(place)) for p in files if p not in chosen]
+    if not found:
+        raise faults.no_chat_files(str(place), others)
+    faults.say_passed_over(str(place), others)
+    return found
+
+
+def _files_below(place: Path) -> tuple[list[Path], list[str]]:
+    """Return the files of a folder at any depth, and what else there is, with the kind of each.
+
+    Folders that links lead to are read last, and none is read twice: its chats would count twice.
+
+    Raises:
+        DataError: something in it may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise faults.unreadable(error.filename, error) from error
+
+    files: list[Path] = []
+    others: list[str] = []
+    read: set[Path] = set()
+    starts = [place]
+    for start in starts:  # to which links are added
+        if start != place and (why := _why_not_followed(start, read)):
+            others.append(f"{start.relative_to(place)} ({why})")
+            continue
+        for name, inner, names in os.walk(start, onerror=refuse):
+            folder, real = Path(name), Path(name).resolve()
+            # Hidden ones are caches and unfinished downloads.
+            inner[:] = sorted(n for n in inner if not n.startswith(".") and real not in read)
+            starts += [folder / n for n in inner if (folder / n).is_symlink()]
+            for path in (folder / n for n in names if not n.startswith(".") and real not in read):
+                if kind := _other_kind(path):
+                    others.append(f"{path.relative_to(place)} ({kind})")
+                else:
+                    files.append(path)
+            read.add(real)
+    return sorted(files), sorted(others)
+
+
+def _why_not_followed(link: Path, read: set[Path]) -> str:
+    """Say what speaks against reading the folder that a link leads to, if anything does."""
+    real = link.resolve()
+    if real in read:
+        return "a link to a folder that is read anyway"
+    return "a link to a folder that it is in" if real in link.parent.resolve().parents else ""
+
+
+def _other_kind(path: Path) -> str:
+    """Say what stands in the place of a file, or nothing of one.
+
+    Raises:
+        DataError: the system does not tell.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno in (ENOENT, ELOOP) and path.is_symlink():
+            return "a link to what is not there"
+        raise faults.unreadable(path, error) from error
+    return "" if S_ISREG(mode) else "no regular file"
 
 
 @dataclass
