@@ -248,6 +248,27 @@ def test_files_of_a_folder_without_chats_are_passed_over(tmp_path, caplog):
         list(read_conversations(tmp_path))
 
 
+@pytest.mark.parametrize("data", [b"", b" \n", gzipped(b"")])
+def test_an_empty_file_among_others_is_passed_over(tmp_path, caplog, data):
+    write(tmp_path / "a.jsonl", LINES)
+    empty = write(tmp_path / "today.jsonl", data)
+    write(tmp_path / "b.zip", zipped({"c.jsonl": data}))
+    reading = read_conversations(tmp_path)
+    assert len(list(reading)) == 5 and len(list(reading)) == 5
+    for name in (empty, tmp_path / "b.zip!c.jsonl"):
+        assert caplog.text.count(f"passed over, for it holds no chats: {name} is empty") == 1
+    with pytest.raises(DataError, match="is empty"):
+        list(read_conversations(empty))
+
+
+@pytest.mark.parametrize("name", ["b.parquet", "b.arrow", "b.zip", "b.tar.gz"])
+def test_an_empty_table_or_archive_is_what_a_copy_has_left(tmp_path, name):
+    write(tmp_path / "a.jsonl", LINES)
+    write(tmp_path / name, b"")
+    with pytest.raises(DataError, match=f"{name} is empty"):
+        list(read_conversations(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("member", "words"),
     [

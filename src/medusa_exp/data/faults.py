@@ -24,6 +24,8 @@ _CHATS = (
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Ends of the names of files that are packed."""
+_NEVER_EMPTY = (".parquet", ".arrow", ".feather", ".zip", ".tar", ".tgz", ".tbz2", ".txz")
+"""Ends of the names of files that have bytes even where they hold nothing."""
 
 # JSON begins with ASCII: where the zero bytes are tells the encoding. The longer ones come first.
 _WIDE = [
@@ -55,8 +57,12 @@ class NoChats(DataError):
 
 
 def empty(name: str) -> DataError:
-    """Return the error of a file without a byte, or with nothing but white space."""
-    return DataError(f"{name} is empty. {_CHATS}")
+    """Return the error of a file without a byte, or with nothing but white space.
+
+    As text it is one of no chats. A table or an archive without a byte is what a copy has left.
+    """
+    is_text = not unpacked_name(name.lower()).endswith(_NEVER_EMPTY)
+    return (NoChats if is_text else DataError)(f"{name} is empty. {_CHATS}")
 
 
 def unreadable(path: Path | str, error: Exception) -> DataError:
