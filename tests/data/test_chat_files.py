@@ -161,6 +161,12 @@ def test_paths_that_lead_nowhere(tmp_path):
         find_files(tmp_path)
 
 
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(DataError, match=r"pipe\.json is no regular file but a pipe.*into a file"):
+        find_files(tmp_path / "pipe.json")
+
+
 def test_a_folder_says_what_it_passes_over(tmp_path, caplog):
     for name in ("a.json", "B.JSON", "c.txt", "d.json.lz4"):
         (tmp_path / name).write_bytes(b"[]")

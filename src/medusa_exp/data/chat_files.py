@@ -60,6 +60,8 @@ def find_files(path: str | Path) -> list[Path]:
             return [place]
         if place.is_dir():
             return _chat_files_below(place)
+        if place.exists():
+            raise faults.no_regular_file(place)
     # Path.glob would need the pattern cut from its root.
     matches = glob(str(place), recursive=True)  # noqa: PTH207
     found = sorted(Path(match) for match in matches if Path(match).is_file())

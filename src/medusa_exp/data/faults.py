@@ -74,6 +74,14 @@ def unreadable(path: Path | str, error: Exception) -> DataError:
     return damaged(str(path), error)
 
 
+def no_regular_file(path: Path) -> DataError:
+    """Return the error of a path that is neither a file nor a folder."""
+    return DataError(
+        f"{path} is no regular file but a pipe, a socket or a device, and chats are read more than "
+        "once: write them into a file, and name that."
+    )
+
+
 def no_end(name: str) -> DataError:
     """Return the error of a file that lacks the mark that its writer puts at the end."""
     return DataError(f"{name} is cut off: it has no mark of its end. Copy or download it again.")
