@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from medusa_exp.data import faults
+from medusa_exp.data import faults, record_faults
 from medusa_exp.data.contents import (
     ARCHIVES,
     ROWS_TOGETHER,
@@ -335,9 +335,9 @@ def chosen_columns(
     """
     chosen = [column for column in wanted if column in present]
     if not chosen:
-        raise faults.no_form(name, present, "columns", named=(paths or {}).values())
+        raise record_faults.no_form(name, present, "columns", named=(paths or {}).values())
     if twice := [column for column in chosen if present.count(column) > 1]:
-        raise faults.same_columns(name, twice[0])
+        raise record_faults.same_columns(name, twice[0])
     return chosen
 
 

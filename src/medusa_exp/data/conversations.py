@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medusa_exp.data import faults
+from medusa_exp.data import faults, record_faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
-from medusa_exp.data.faults import A_ROW, DataError, NoChats
+from medusa_exp.data.faults import DataError, NoChats
 from medusa_exp.data.forms import FORMS
 from medusa_exp.data.messages import NO_REPLY, Conversation, Message
 from medusa_exp.data.pairs import REPLIES
@@ -31,6 +31,7 @@ from medusa_exp.data.parsing import (
     value_of,
 )
 from medusa_exp.data.raw_chats import RawChat, raw_bytes
+from medusa_exp.data.record_faults import A_ROW
 from medusa_exp.data.records import SYSTEMS, Ambiguous
 from medusa_exp.data.remedies import columns_for
 from medusa_exp.data.turn_lists import WRAPPERS, names_a_turn
@@ -290,7 +291,7 @@ class Reading:
                 self.examples.setdefault(found, f"{place}{detail}")
             faulty.check(number)
         except Ambiguous as ways:
-            error = faults.ambiguous(_place(source, number), str(ways), ways.remedy)
+            error = record_faults.ambiguous(_place(source, number), str(ways), ways.remedy)
             raise _without_form(options.form, error) from ways
         except NoChats as error:
             raise _without_form(options.form, error) from error
@@ -382,7 +383,7 @@ class _FaultyChats:
         """
         name = self.source.name
         if not num_records:
-            raise faults.no_records(name)
+            raise record_faults.no_records(name)
         if self.num_chats < num_records:
             return
         reason = max(self.reasons, key=lambda reason: self.reasons[reason])
@@ -396,24 +397,24 @@ class _FaultyChats:
             record = value_of(first)
             keys = self.source.keys or tuple(record)
             for key in self.source.columns:
-                if error := faults.not_json_list(name, key, record.get(key)):
+                if error := record_faults.not_json_list(name, key, record.get(key)):
                     raise error
             columns = self._remedy(reason)
             if not columns and names_a_turn(record) and num_records <= _MOST_TURNS:
                 columns = self._remedy_of_whole()
-            seen = faults.seen_in(record, columns)
+            seen = record_faults.seen_in(record, columns)
             what, named = "columns" if is_table else "keys", self.columns.values()
-            raise faults.no_form(name, keys, what, columns, named, seen)
+            raise record_faults.no_form(name, keys, what, columns, named, seen)
         if reason == PICTURE and ENTITIES in str(value_of(first)):
-            raise faults.no_words(name, detail)
+            raise record_faults.no_words(name, detail)
         if reason == NO_REPLY and (columns := self._remedy(reason)):
-            raise faults.no_answer(name, columns)
+            raise record_faults.no_answer(name, columns)
         if reason == NO_REPLY and _is_request(value_of(first)):
-            raise faults.no_answers_yet(name)
+            raise record_faults.no_answers_yet(name)
         if reason == NOT_OBJECT:
             raise faults.single_value(name, value_of(first))
         if reason in (UNKNOWN_ROLE, NOT_A_TURN, A_ROW):
-            raise faults.no_usable_turn(name, reason, detail)
+            raise record_faults.no_usable_turn(name, reason, detail)
 
     def _remedy(self, reason: str) -> str:
         """Return the columns that would read the first chat that was refused so, or one near."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from medusa_exp.data.faults import A_ROW, AS_RECORDS
 from medusa_exp.data.pairs import (
     ASKED,
     CHOICES,
@@ -24,6 +23,7 @@ from medusa_exp.data.pairs import (
     said_by,
     without_question,
 )
+from medusa_exp.data.record_faults import A_ROW, AS_RECORDS
 from medusa_exp.data.records import (
     IDS,
     NOT_ALIKE,

@@ -19,7 +19,8 @@ from medusa_exp.data.conversations import (
     content_digest,
     read_conversations,
 )
-from medusa_exp.data.faults import absent_columns, unreadable
+from medusa_exp.data.faults import unreadable
+from medusa_exp.data.record_faults import absent_columns
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from medusa_exp.data import faults
+from medusa_exp.data import faults, record_faults
 from medusa_exp.data.faults import DataError
 from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser
 from medusa_exp.data.raw_chats import RawChat, decode_leniently
@@ -48,7 +48,7 @@ def rows_of_text(name: str, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any
             if lines.is_done and columns:
                 raise _open_quote(name, lines.number)
             if twice := [name for name in columns if columns.count(name) > 1 and name]:
-                raise faults.same_columns(name, twice[0])
+                raise record_faults.same_columns(name, twice[0])
             is_first = True
             for row in reader:
                 line = before + reader.line_num
@@ -92,7 +92,7 @@ def _refuse_printed_messages(name: str, row: dict[str, str]) -> None:
         error
         for key in ("prompt", "completion", "chosen", "rejected")
         if row.get(key, "").rstrip().endswith(("}]", "dtype=object)"))
-        and (error := faults.not_json_list(name, key, row[key]))
+        and (error := record_faults.not_json_list(name, key, row[key]))
     ]
     if len(found) > 1:
         raise found[0]
