@@ -142,6 +142,30 @@ def fault_of(path):
             r"stand turns: .*dataset.columns=\{user: context, assistant: KEY\}'",
         ),
         (
+            b'{"chat": [{"role": "customer", "content": "Hi"}, {"role": "bot", "content": "Ho"}]}',
+            r"say 'dataset\.columns=\{messages: chat\}' 'dataset\.role_map=\{customer: user\}' "
+            r"\(the roles of customer are guessed\)\.$",
+        ),
+        (
+            b'{"a": {"b": [{"speaker": "agent", "text": "Hi"}, {"speaker": "Ann", "text": "Ho"}]}}',
+            r"\{messages: a\.b\}' 'dataset\.role_map=\{agent: assistant, Ann: user\}' \(.* agent, "
+            "Ann are guessed",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "Zed", "content": "Ho"}]}',
+            r"the role is 'Zed'. Say .* as in 'dataset\.role_map=\{Zed: assistant\}'",
+        ),
+        (
+            b'{"messages": [{"role": "Ann", "content": "Hi"}]}\n'
+            b'{"messages": [{"role": "Ann", "content": "Hi"}, {"role": "Bob", "content": "Ho"}]}',
+            r"'dataset\.role_map=\{Ann: user, Bob: assistant\}'",
+        ),
+        (
+            b'{"messages": [{"role": "Ann", "content": "Hi"}, {"role": "bot", "content": 3}]}',
+            r"'dataset\.role_map=\{Ann: user\}'",
+        ),
+        (b'{"messages": [{"role": "a:b", "content": "Hi"}]}', r"\{narrator: system\}"),
+        (
             b'{"conversation": [{"message": "Hi", "is_human": true}]}\n{}',
             "its keys are message, is_human. Neither dataset.role_map nor .* write them with keys",
         ),

@@ -7,7 +7,7 @@ file that cannot be read is a `DataError`.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from medusa_exp.data.parsing import (
 from medusa_exp.data.raw_chats import RawChat, raw_bytes
 from medusa_exp.data.record_faults import A_ROW
 from medusa_exp.data.records import SYSTEMS, Ambiguous
-from medusa_exp.data.remedies import columns_for
+from medusa_exp.data.remedies import columns_for, roles_for, settings_for
 from medusa_exp.data.turn_lists import WRAPPERS, names_a_turn
 from medusa_exp.data.turns import (
     CALLS,
@@ -273,7 +273,7 @@ class Reading:
             options.max_record_bytes,
         )
         parse = parser.parse
-        faulty = _FaultyChats(source, options.role_map, options.columns)
+        faulty = _FaultyChats(source, options.role_map, options.columns, options.form)
         number = 0
         try:
             for number, raw in enumerate(self._watched(source, source), 1):
@@ -347,6 +347,7 @@ class _FaultyChats:
     source: Part | HubData
     role_map: Mapping[str, str]
     columns: Mapping[str, str] = field(default_factory=dict)
+    form: str = "auto"
     reasons: Counter[str] = field(default_factory=Counter)
     firsts: dict[str, tuple[RawChat, int, str]] = field(default_factory=dict)
     """Of each reason, the first chat, its line and what shows it."""
@@ -399,37 +400,39 @@ class _FaultyChats:
             for key in self.source.columns:
                 if error := record_faults.not_json_list(name, key, record.get(key)):
                     raise error
-            columns = self._remedy(reason)
-            if not columns and names_a_turn(record) and num_records <= _MOST_TURNS:
-                columns = self._remedy_of_whole()
-            seen = record_faults.seen_in(record, columns)
+            settings = self._remedy(reason, settings_for)
+            if not settings and names_a_turn(record) and num_records <= _MOST_TURNS:
+                settings = self._remedy_of_whole()
+            seen = record_faults.seen_in(record, settings)
             what, named = "columns" if is_table else "keys", self.columns.values()
-            raise record_faults.no_form(name, keys, what, columns, named, seen)
+            raise record_faults.no_form(name, keys, what, settings, named, seen)
         if reason == PICTURE and ENTITIES in str(value_of(first)):
             raise record_faults.no_words(name, detail)
-        if reason == NO_REPLY and (columns := self._remedy(reason)):
+        if reason == NO_REPLY and (columns := self._remedy(reason, columns_for)):
             raise record_faults.no_answer(name, columns)
         if reason == NO_REPLY and _is_request(value_of(first)):
             raise record_faults.no_answers_yet(name)
         if reason == NOT_OBJECT:
             raise faults.single_value(name, value_of(first))
         if reason in (UNKNOWN_ROLE, NOT_A_TURN, A_ROW):
-            raise record_faults.no_usable_turn(name, reason, detail)
+            samples = self.samples[reason]
+            roles = roles_for(samples, self.role_map, self.form, self.columns)
+            raise record_faults.no_usable_turn(name, reason, detail, roles)
 
-    def _remedy(self, reason: str) -> str:
-        """Return the columns that would read the first chat that was refused so, or one near."""
-        found = (columns_for(raw, self.role_map) for raw in self.samples[reason])
+    def _remedy(self, reason: str, remedy_for: Callable[..., str]) -> str:
+        """Return what would read the first chat that was refused so, or one near."""
+        found = (remedy_for(raw, self.role_map) for raw in self.samples[reason])
         return next(filter(None, found), "")
 
     def _remedy_of_whole(self) -> str:
-        """Return the columns that read a file as one record, whose turns were taken for records."""
+        """Return what reads a file as one record, whose turns were taken for records."""
         if not isinstance(self.source, Part) or self.source.keys:
             return ""
         whole = self.source.content.whole()
         if len(whole) > self.source.max_bytes:  # it would be dropped
             return ""
         try:
-            return columns_for(whole, self.role_map)
+            return settings_for(whole, self.role_map)
         except Unusable:  # it is several values
             return ""
 

@@ -181,6 +181,8 @@ class ChatParser:
         """Of the first record, where there are such paths."""
         self.detail = ""
         """What showed why the newest raw chat could not be used."""
+        self.stranger: Any = None
+        """Whose role is not known in the newest raw chat that was refused for that."""
 
     def parse(self, raw: RawChat, number: int = 0) -> Conversation | str:
         """Return a conversation, or why the chat cannot be used.
@@ -345,6 +347,7 @@ class ChatParser:
         check_one_text(turn, self._role_of)
         role = role_called(name, self._role_of)
         if role not in ROLES:
+            self.stranger = name
             raise Unusable(UNKNOWN_ROLE, f"the role is {name!r}")
         refuse_pictures(turn)
         _check_is_text(content, role)

@@ -33,16 +33,16 @@ def no_form(
     name: str,
     keys: Sequence[str],
     what: str = "keys",
-    columns: str = "",
+    settings: str = "",
     named: Iterable[str] = (),
     seen: str = "",
 ) -> NoChats:
     """Return the error of a file none of whose records has a form that is known.
 
-    `columns` is what dataset.columns would read the first of them by, `named` the paths that it
-    names, and `seen` a sentence of what was seen in that record.
+    `settings` would read the first of them, `named` are the paths that dataset.columns names, and
+    `seen` is a sentence of what was seen in that record.
     """
-    if not columns and (words := kind_by_keys(keys)):
+    if not settings and (words := kind_by_keys(keys)):
         return NoChats(f"{name} {words}")
     absent = [path for path in named if not {path, path.partition(".")[0]} & {*keys}]
     shown = ", ".join(map(str, keys[:30])) + (" ..." if len(keys) > 30 else "")
@@ -66,7 +66,7 @@ def no_form(
     elif is_text_table(name):
         one = _about_header(keys)
     remedy = "" if absent or (seen and seen in one) else f" {_REMEDY}"
-    remedy = f" If they are chats, say 'dataset.columns={columns}'." if columns else remedy
+    remedy = f" If they are chats, say {settings}." if settings else remedy
     return NoChats(
         f"{name} has no known form of chat: its {what} are {shown or 'none'}.{one}{remedy}"
     )
@@ -94,13 +94,13 @@ _RENDERED = re.compile(
 _AS_MESSAGES = 'as {"messages": [{"role": "user", "content": ...}, ...]}'
 
 
-def seen_in(record: Mapping[str, Any], columns: str = "") -> str:
+def seen_in(record: Mapping[str, Any], settings: str = "") -> str:
     """Return what is to be said of a record of no known form, instead of the remedy for all.
 
-    `columns` would read it, though perhaps not the best of it.
+    `settings` would read it, though perhaps not the best of it.
     """
-    if columns:
-        if record.get("annotations") and "annotations" not in columns:
+    if settings:
+        if record.get("annotations") and "annotations" not in settings:
             return (
                 "Its annotations are not read: if they correct what is, write them in its place "
                 "first."
@@ -204,11 +204,14 @@ def same_columns(name: str, column: str) -> DataError:
     return DataError(f"{name}: two of its columns are called {column}: rename or drop one of them.")
 
 
-def no_usable_turn(name: str, reason: str, detail: str) -> NoChats:
-    """Return the error of a file all of whose records fail for want of turns that are known."""
+def no_usable_turn(name: str, reason: str, detail: str, roles: str = "") -> NoChats:
+    """Return the error of a file all of whose records fail for want of turns that are known.
+
+    `roles` are what dataset.role_map would read the first of them by.
+    """
     remedy = (
-        "Say whose a role is, as in 'dataset.role_map={narrator: system}', or what the texts stand "
-        "under, as in 'dataset.columns={user: KEY, assistant: KEY}'."
+        f"Say whose a role is, as in 'dataset.role_map={roles or '{narrator: system}'}', or what "
+        "the texts stand under, as in 'dataset.columns={user: KEY, assistant: KEY}'."
     )
     if reason != "unknown role":
         remedy = (

@@ -1,13 +1,13 @@
-"""Which `dataset.columns` would read a record of no known form, or without an answer."""
+"""Which `dataset.columns` and `dataset.role_map` would read a record that cannot be read."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, product
 from typing import Any
 
 from medusa_exp.data.messages import Conversation
 from medusa_exp.data.pairs import ASKED, REPLIES
-from medusa_exp.data.parsing import ChatParser, value_of
+from medusa_exp.data.parsing import UNKNOWN_ROLE, ChatParser, value_of
 from medusa_exp.data.raw_chats import RawChat
 from medusa_exp.data.records import SYSTEMS, Ambiguous, system_text
 from medusa_exp.data.turn_lists import ROLE_NAMES, WHAT, names_a_turn, role_in
@@ -23,9 +23,91 @@ _GUESSED = {"suggestions", "predictions"}
 """Keys of what a machine proposes to those who write the answers: never one."""
 _PLAIN_KEY = re.compile(r"[A-Za-z_][\w-]*|\d+")
 """A key that can be written in a path on the command line as it is."""
+_PLAIN_NAME = re.compile(r"(?!(?:true|false|null)$)[A-Za-z_](?:[\w .-]*\w)?", re.ASCII | re.I)
+"""A name that can be written as a key of dataset.role_map on the command line."""
+_ANSWERING = ("agent", "support", "operator", "advisor", "expert", "doctor", "therapist", "tutor")
+_LIKELY = {"narrator": "system", **dict.fromkeys(_ANSWERING, "assistant")}
+"""Name of a role in some files, in small letters -> whose it probably is; of others it is open."""
+_MOST_NAMES = 5
 _DEPTH = 8
 _MOST_PLACES = 400
 _MOST_PAIRS = 50
+
+
+def settings_for(raw: RawChat, role_map: Mapping[str, str]) -> str:
+    """Return what would be said on the command line to read a record, or nothing.
+
+    That is dataset.columns; where names of roles in it are not known, dataset.role_map too.
+    """
+    if direct := columns_for(raw, role_map):
+        return f"'dataset.columns={direct}'"
+    record = value_of(raw)
+    for columns in _candidates(dict(_places(record))) if isinstance(record, dict) else ():
+        if "messages" in columns and (roles := _role_map_for(raw, role_map, columns=columns)):
+            strangers = ", ".join(name for name in roles if name not in role_map)
+            return (
+                f"'dataset.columns={_written(columns)}' 'dataset.role_map={_written(roles)}' "
+                f"(the roles of {strangers} are guessed)"
+            )
+    return ""
+
+
+def roles_for(raws: Sequence[RawChat], role_map: Mapping[str, str], *how: Any) -> str:
+    """Return what dataset.role_map would say to read one of some raw chats, or nothing.
+
+    Of none of them that it would read, it has a name at least. `how` are dataset.form and columns.
+    """
+    for raw in raws:
+        if found := _role_map_for(raw, role_map, *how):
+            return _written(found)
+    names = next(filter(None, (_strangers(raw, role_map, *how) for raw in raws)), [])
+    return _written({**role_map, names[0]: "user"}) if names else ""
+
+
+def _role_map_for(
+    raw: RawChat,
+    role_map: Mapping[str, str],
+    form: str = "auto",
+    columns: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return dataset.role_map with the names in a raw chat that are of no known role, or nothing.
+
+    What is returned reads it, as one of both; whose each name is, is guessed.
+    """
+    for guess in _guesses(_strangers(raw, role_map, form, columns)):
+        found = _parsed(ChatParser({**role_map, **guess}, form, columns), raw)
+        if isinstance(found, Conversation) and _are_both_in(found):
+            return {**role_map, **guess}
+    return {}
+
+
+def _strangers(
+    raw: RawChat,
+    role_map: Mapping[str, str],
+    form: str = "auto",
+    columns: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Return the names that are of no known role; none, if they cannot be said."""
+    names: list[str] = []
+    while len(names) <= _MOST_NAMES:
+        known = {**role_map, **dict.fromkeys(names, "user")}
+        parser = ChatParser(known, form, columns)
+        if _parsed(parser, raw) != UNKNOWN_ROLE:
+            return names
+        name = parser.stranger
+        if not isinstance(name, str) or name in known or not _PLAIN_NAME.fullmatch(name):
+            break
+        names.append(name)
+    return []
+
+
+def _guesses(names: list[str]) -> Iterator[dict[str, str]]:
+    """Yield whose each name may be, the likelier first."""
+    if not names:
+        return
+    yield {name: _LIKELY.get(name.lower(), "user") for name in names}
+    for assistant in names[1:2] + names[:1]:
+        yield {name: "assistant" if name == assistant else "user" for name in names}
 
 
 def columns_for(raw: RawChat, role_map: Mapping[str, str]) -> str:
@@ -39,16 +121,26 @@ def columns_for(raw: RawChat, role_map: Mapping[str, str]) -> str:
         return ""
     open_ended = ""
     for columns in _candidates(dict(_places(record))):
-        try:
-            found = ChatParser(role_map, columns=columns).parse(raw)
-        except (Ambiguous, TypeError):  # a row may hold what cannot be written as JSON
-            continue
+        found = _parsed(ChatParser(role_map, columns=columns), raw)
         if isinstance(found, Conversation) and _is_of_both(found):
-            said = "{" + ", ".join(f"{role}: {path}" for role, path in columns.items()) + "}"
+            said = _written(columns)
             if found.messages[-1].role != "user":
                 return said
             open_ended = open_ended or said
     return open_ended
+
+
+def _parsed(parser: ChatParser, raw: RawChat) -> Conversation | str:
+    try:
+        return parser.parse(raw)
+    except Ambiguous as ways:
+        return str(ways)
+    except TypeError:  # a row may hold what cannot be written as JSON
+        return ""
+
+
+def _written(setting: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in setting.items()) + "}"
 
 
 def _candidates(places: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -125,6 +217,10 @@ def _shortened(answer: str, places: dict[str, Any]) -> str:
     text = f"{answer}.content"
     has_text = isinstance(places.get(text), str) and is_held(places[text])
     return text if has_text else answer
+
+
+def _are_both_in(chat: Conversation) -> bool:
+    return {"user", "assistant"} <= {message.role for message in chat.messages}
 
 
 def _is_of_both(chat: Conversation) -> bool:
