@@ -166,6 +166,12 @@ def fault_of(path):
         ),
         (b'{"messages": [{"role": "a:b", "content": "Hi"}]}', r"\{narrator: system\}"),
         (
+            b'{"export": {"of": {"threads": [{"x": {"talk": [{"role": "user", "content": "Hi"}, '
+            b'{"role": "bot", "content": "Ho"}]}}, {"x": {"talk": []}}]}}}',
+            r"its keys are x\. If .*'dataset\.columns=\{messages: x\.talk\}'",
+        ),
+        (b'{"export": {"threads": [{"x": 1}, {"x": 2}]}}', r"its keys are export\."),
+        (
             b'{"conversation": [{"message": "Hi", "is_human": true}]}\n{}',
             "its keys are message, is_human. Neither dataset.role_map nor .* write them with keys",
         ),

@@ -34,6 +34,7 @@ from medusa_exp.data.raw_chats import RawChat, raw_bytes
 from medusa_exp.data.record_faults import A_ROW
 from medusa_exp.data.records import SYSTEMS, Ambiguous
 from medusa_exp.data.remedies import columns_for, roles_for, settings_for
+from medusa_exp.data.tables import records_within
 from medusa_exp.data.turn_lists import WRAPPERS, names_a_turn
 from medusa_exp.data.turns import (
     CALLS,
@@ -403,6 +404,11 @@ class _FaultyChats:
             settings = self._remedy(reason, settings_for)
             if not settings and names_a_turn(record) and num_records <= _MOST_TURNS:
                 settings = self._remedy_of_whole()
+            if not settings and num_records == 1 and not is_table:
+                for inner in records_within(name, first)[:1]:
+                    if settings := settings_for(inner, self.role_map):
+                        record = value_of(inner)
+                        keys = tuple(record)
             seen = record_faults.seen_in(record, settings)
             what, named = "columns" if is_table else "keys", self.columns.values()
             raise record_faults.no_form(name, keys, what, settings, named, seen)

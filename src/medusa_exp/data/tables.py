@@ -173,6 +173,20 @@ def _wrapped(name: str, text: Any, columns: Mapping[str, str] | None) -> list[Ra
     return inner if inner and _is_chat(inner[0], columns) else None
 
 
+def records_within(name: str, text: Any) -> list[RawChat]:
+    """Return the records, whatever they are, in the only object of an object, at any depth."""
+    try:
+        while True:
+            objects = [v for v in _decode_object(text).values() if _opens(v, b"{")]
+            if len(objects) != 1:
+                return []
+            text = objects[0]
+            if found := records_of_object(name, text):
+                return list(found)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        return []
+
+
 class _Served(msgspec.Struct):
     """A row as the hub's data-set server gives it."""
 
