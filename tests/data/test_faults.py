@@ -170,6 +170,14 @@ def fault_of(path):
             b'{"role": "bot", "content": "Ho"}]}}, {"x": {"talk": []}}]}}}',
             r"its keys are x\. If .*'dataset\.columns=\{messages: x\.talk\}'",
         ),
+        (
+            b'{"role": "user", "message": "Hi"}\n{"role": "bot", "message": "Hello"}\n',
+            "Each record seems to be one message: gather those of a chat in a list",
+        ),
+        (
+            parquet([{"chat": 1, "speaker": "Ann", "utterance": "Hi"}]),
+            "its columns are chat, speaker, utterance. Each record seems to be one message",
+        ),
         (b'{"export": {"threads": [{"x": 1}, {"x": 2}]}}', r"its keys are export\."),
         (
             b'{"conversation": [{"message": "Hi", "is_human": true}]}\n{}',

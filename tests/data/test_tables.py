@@ -243,6 +243,7 @@ def test_rows_of_csv(tmp_path):
         ("question,answer\nx,caf\u00e9\n".encode("latin-1"), "iconv -f ISO-8859-1"),
         ("question,answer\nx,y\n".encode("utf-16"), "iconv -f UTF-16"),
         ("", "is empty"),
+        ("id,role,message\n1,user,Hi\n1,bot,Ho\n", "Each record seems to be one message: gather"),
         ("question,answer,answer\nx,y,z\n", "two of its columns are called answer"),
         ("question,answer\n", "holds no record"),
         ("sep=;\n", "holds no record"),

@@ -21,6 +21,11 @@ _REMEDY = (
 )
 
 
+_SPEAKS = {"role", "speaker", "sender", "from"}
+_SAYS = {"content", "text", "message", "msg", "body", "utterance", "value"}
+"""Keys of who speaks and what is said, in a record that is one message."""
+
+
 def no_records(name: str) -> NoChats:
     """Return the error of a list, or a table, of nothing."""
     return NoChats(
@@ -56,7 +61,7 @@ def no_form(
             " Each record seems to be one message of a tree: take the file of trees "
             "(*.trees.jsonl.gz of OpenAssistant's), whose records hold the `replies`."
         )
-    elif {"role", "content"} <= set(keys) or {"role", "text"} <= set(keys):
+    elif _SPEAKS & {*keys} and _SAYS & {*keys}:
         one = (
             " Each record seems to be one message: gather those of a chat in a list, as "
             '{"messages": [{"role": ..., "content": ...}, ...]}.'
