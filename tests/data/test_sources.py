@@ -1,13 +1,15 @@
 import json
+import re
 from collections import Counter
 
 import pytest
 from chat_files import parquet
 
-from medusa_exp.config import DatasetConfig, PretrainConfig, SourceConfig
+from medusa_exp.config import Config, DatasetConfig, PretrainConfig, SourceConfig
 from medusa_exp.data import DataError, read_conversations
-from medusa_exp.data.sources import files_of, load_split, open_sources, split_of, walk
+from medusa_exp.data.sources import empty_split, files_of, load_split, open_sources, split_of, walk
 from medusa_exp.model.source import tiny_dir
+from medusa_exp.stages.session import Session
 
 
 def test_splits_are_disjoint_complete_and_of_the_asked_size():
@@ -31,6 +33,37 @@ def test_an_empty_split_says_what_to_raise(sharegpt_file):
     dataset = DatasetConfig(path=str(sharegpt_file), val_fraction=0.0)
     with pytest.raises(DataError, match=r"no conversation for split val: .* dataset.val_fraction"):
         load_split(open_sources(dataset, "no cache"), dataset, "val")
+
+
+@pytest.mark.parametrize(
+    ("number", "ids", "split", "words"),
+    [
+        (40, ["x"], "train", r"40 records \(none dropped\)\. All 40 conversations have the id"),
+        (40, ["x"], "val", "the id decides the split: give each an id of its own, or leave"),
+        (1, ["a"], "val", "One conversation .* add others. .* in val, about 20 are needed"),
+        (1, ["x"], "train", "One conversation .* add others. .* in train, about 2 are needed"),
+        (3, ["a", "b", "c"], "val", "Of 3 conversations none .* about 20 are .* or raise dataset"),
+        (0, [], "val", r"0 records \(none dropped\)\. Check the file, or raise dataset"),
+    ],
+)
+def test_an_empty_split_says_what_can_help(number, ids, split, words):
+    found = {"a": {"records": number, "dropped": {}}}
+    dataset = DatasetConfig(val_fraction=0.05, test_fraction=0.05)
+    error = str(empty_split(split, found, {*ids}, dataset))
+    assert re.search(words, error), error
+
+
+def test_the_ids_are_those_of_all_that_was_read(tmp_path, tokenizer):
+    path = tmp_path / "same.json"
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    path.write_text(json.dumps([{"id": "x", "conversations": turns}] * 3))
+    config = Config(cache_dir=str(tmp_path / "cache"))
+    config.dataset = DatasetConfig(path=str(path), deduplicate=False)
+    said = "All 3 conversations have the id 'x'"
+    with pytest.raises(DataError, match=said):
+        load_split(open_sources(config.dataset, "no cache"), config.dataset, "val")
+    with pytest.raises(DataError, match=said):
+        Session(config, tmp_path).tokenized(tokenizer, 100).split("val")
 
 
 def test_no_assistant_turn_at_all(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -134,7 +135,9 @@ def load_split(sources: list[Source], dataset: DatasetConfig, split: str) -> lis
     """
     chosen = [chat for _, chat in walk(sources) if split_of(chat.id, dataset) == split]
     if not chosen:
-        raise empty_split(split, {source.name: counts(source) for source in sources})
+        ids = {chat.id for _, chat in walk(sources)}
+        found = {source.name: counts(source) for source in sources}
+        raise empty_split(split, found, ids, dataset)
     return chosen
 
 
@@ -168,18 +171,53 @@ def counts(source: Source) -> dict[str, Any]:
     return {"records": reading.num_records, "dropped": dict(reading.dropped)}
 
 
-def empty_split(split: str, found: dict[str, dict[str, Any]]) -> DataError:
-    """Return the error that says why a split has no conversation, with `counts` of each source."""
+def empty_split(
+    split: str, found: dict[str, dict[str, Any]], ids: set[str], dataset: DatasetConfig
+) -> DataError:
+    """Return the error that says why a split has no conversation.
+
+    Args:
+        split: train, val or test.
+        found: `counts` of each source.
+        ids: those of all conversations.
+        dataset: says how they are split.
+    """
     whys = []
+    number = 0
     for name, outcome in found.items():
         reasons = "; ".join(f"{reason}: {n}" for reason, n in outcome["dropped"].items())
         whys.append(f"{name}: {outcome['records']} records ({reasons or 'none dropped'})")
-    advice = f"raise dataset.{split}_fraction"
-    if split == "train":
-        advice = "lower dataset.val_fraction and dataset.test_fraction"
+        number += outcome["records"] - sum(outcome["dropped"].values())
     return DataError(
-        f"the data set has no conversation for split {split}: {', '.join(whys)}. Check the file, "
-        f"or {advice}."
+        f"the data set has no conversation for split {split}: {', '.join(whys)}. "
+        f"{_advice(split, number, ids, dataset)}"
+    )
+
+
+def _advice(split: str, number: int, ids: set[str], dataset: DatasetConfig) -> str:
+    """Say what gives a split a conversation, where so many have these ids, and none is in it."""
+    if number > 1 and len(ids) == 1:
+        return (
+            f"All {number} conversations have the id {ids.pop()!r:.60}, and the id decides the "
+            "split: give each an id of its own, or leave the ids out."
+        )
+    if split == "train":
+        more = "lower dataset.val_fraction and dataset.test_fraction"
+        share = 1 - dataset.val_fraction - dataset.test_fraction
+    else:
+        more = f"raise dataset.{split}_fraction"
+        share = getattr(dataset, f"{split}_fraction")
+    needed = math.ceil(1 / share) if share > 0 else 0
+    if not ids or len(ids) >= needed:
+        return f"Check the file, or {more}."
+    if len(ids) == 1:
+        return (
+            "One conversation cannot be in two splits: add others. For one to be expected in "
+            f"{split}, about {needed} are needed."
+        )
+    return (
+        f"Of {len(ids)} conversations none is in it by chance, and for one to be expected there, "
+        f"about {needed} are needed: add others, or {more}."
     )
 
 

@@ -126,7 +126,8 @@ class Tokenized:
             DataError: there is none.
         """
         if not len(rows := self.rows(name)):
-            raise empty_split(name, self.summary["sources"])
+            ids = {*self.table.strings("conversation_id")}
+            raise empty_split(name, self.summary["sources"], ids, self.dataset)
         return select(self.table, rows, self.dataset, name)
 
     def rows(self, name: str) -> np.ndarray:
