@@ -1,4 +1,6 @@
 import json
+import zipfile
+from pathlib import Path
 
 import pytest
 from tiny_models import build_model
@@ -6,6 +8,7 @@ from tiny_models import build_model
 from medusa_exp.config import Config, DatasetConfig, InspectConfig, ModelConfig, TokenizerConfig
 from medusa_exp.data import Conversation, Message
 from medusa_exp.stages import doctor, inspection
+from medusa_exp.stages.session import Session
 
 
 @pytest.fixture
@@ -54,6 +57,23 @@ def test_counts_and_samples_without_a_model(config, tmp_path, capsys):
     assert "\u27e60 + 1 = 1.<|end|>\u27e7" in shown and "dropped: no turns" in shown
     assert "the first chat as it was read" in shown and "of the form messages" in shown
     assert "doctor" not in found
+
+
+def test_what_is_passed_over_is_said_once(config, tmp_path, caplog):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    (folder / "a.json").write_bytes(Path(config.dataset.path).read_bytes())
+    (folder / "none.json").write_text("[]")
+    (folder / "notes.txt").write_text("x")
+    with zipfile.ZipFile(folder / "b.zip", "w") as archive:
+        archive.write(folder / "a.json", "c.json")
+        archive.writestr("notes.txt", "x")
+    config.dataset.path = str(folder)
+    session = Session(config, tmp_path)
+    inspection.run(config, tmp_path, session)
+    for said in (f"{folder}: 1 files", f"{folder}/b.zip: 1 files", "data: passed over, for it"):
+        assert caplog.text.count(said) == 1
+    assert [source.reading.look_at for source in session.sources()] == [100]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ a JSON list is mapped into memory, and its chats are views of it. A file that ca
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from errno import ELOOP, ENOENT
 from glob import glob
@@ -146,11 +146,18 @@ class ChatFile:
     path: Path
     is_named: bool = True
     """Was it named by itself, and not found in a folder?"""
+    is_told: bool = field(default=False, init=False)
+    """Was it said which members of the archive are passed over?"""
 
     @property
     def name(self) -> str:
         """Return what errors call it."""
         return str(self.path)
+
+    def _say_passed_over(self, name: str, others: Sequence[str]) -> None:
+        if not self.is_told:  # it is read more than once
+            faults.say_passed_over(name, others)
+        self.is_told = True
 
     def parts(
         self, columns: tuple[str, ...], max_bytes: int, paths: Mapping[str, str] | None = None
@@ -163,7 +170,7 @@ class ChatFile:
         with faults.of_reading(self.path):
             content = content_of(self.path)
             head = content.head()
-            members = members_of(content, head)
+            members = members_of(content, head, self._say_passed_over)
             if members is None:
                 yield Part(content, columns, self.is_named, max_bytes, paths)
                 return

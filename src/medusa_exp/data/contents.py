@@ -9,7 +9,7 @@ import io
 import mmap
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -264,10 +264,14 @@ def content_of(path: Path) -> Content:
     return Content(str(path), opened, Budget(str(path), path.stat().st_size), path)
 
 
-def members_of(content: Content, head: bytes) -> Iterator[Content] | None:
+_Say = Callable[[str, Sequence[str]], None]
+
+
+def members_of(content: Content, head: bytes, say_passed_over: _Say) -> Iterator[Content] | None:
     """Return the chat files of an archive one by one, or None if it is none.
 
-    Each is to be read before the next is asked for.
+    Each is to be read before the next is asked for. What is passed over is said by the function
+    that is given, as `faults.say_passed_over` does.
 
     Raises:
         NoChats: (once asked for the first) the archive has none.
@@ -276,8 +280,8 @@ def members_of(content: Content, head: bytes) -> Iterator[Content] | None:
     if content.path is None:
         return None
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return _zip_members(content)
-    return _tar_members(content) if _is_header_of_tar(head) else None
+        return _zip_members(content, say_passed_over)
+    return _tar_members(content, say_passed_over) if _is_header_of_tar(head) else None
 
 
 def _is_header_of_tar(block: bytes) -> bool:
@@ -295,7 +299,7 @@ def _is_header_of_tar(block: bytes) -> bool:
     return True
 
 
-def _zip_members(content: Content) -> Iterator[Content]:
+def _zip_members(content: Content, say_passed_over: _Say) -> Iterator[Content]:
     import zipfile
 
     damage: _Damage = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
@@ -320,7 +324,7 @@ def _zip_members(content: Content) -> Iterator[Content]:
             if words := kind_by_members(others):
                 raise NoChats(f"{content.name} {words}")
             raise faults.no_chat_files(content.name, others)
-        faults.say_passed_over(content.name, others)
+        say_passed_over(content.name, others)
         if any(info.flag_bits & 1 for info in chosen):
             raise DataError(f"{content.name} is locked by a password: unpack it yourself.")
         for info in chosen:
@@ -336,7 +340,7 @@ def _damage_of_xz() -> _Damage:
     return (lzma.LZMAError,)
 
 
-def _tar_members(content: Content) -> Iterator[Content]:
+def _tar_members(content: Content, say_passed_over: _Say) -> Iterator[Content]:
     import tarfile
 
     class Member(tarfile.TarInfo):
@@ -374,7 +378,7 @@ def _tar_members(content: Content) -> Iterator[Content]:
         raise faults.damaged(content.name, error) from error
     if is_empty:
         raise faults.no_chat_files(content.name, others)
-    faults.say_passed_over(content.name, others)
+    say_passed_over(content.name, others)
 
 
 def _check_end_of_tar(file: Any) -> None:

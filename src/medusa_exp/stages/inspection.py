@@ -40,9 +40,12 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     limit = min(config.dataset.max_length, backbone.max_length if backbone else 2**30)
     tokenized = session.tokenized(tokenizer, limit)
     sources = session.sources()
+    looked_at = [source.reading.look_at for source in sources]
     for source in sources:
         source.reading.look_at = _ALL
     sampled = _sampled(sources, tokenized, config.inspect.num_conversations)
+    for source, number in zip(sources, looked_at, strict=True):  # for the stages that follow
+        source.reading.look_at = number
     rows = sample_rows(sampled, tokenizer, tokenized.summary["notes"])
     found: dict[str, Any] = {
         **tokenized.summary,

@@ -74,6 +74,7 @@ class Session:
         self.notes = Notes()
         """Notes for run.json of the running stage."""
         self._backbone: tuple[Path | None, Backbone] | None = None
+        self._sources: list[Source] | None = None
 
     @classmethod
     def of_run(
@@ -118,12 +119,13 @@ class Session:
             find_heads("train.heads_from", config.train.heads_from)
 
     def sources(self) -> list[Source]:
-        """Open the data set, and note what it is made of."""
+        """Open the data set, once, and note what it is made of for the running stage."""
         dataset = self.config.dataset
-        sources = open_sources(dataset, self.config.cache_dir)
+        if self._sources is None:
+            self._sources = open_sources(dataset, self.config.cache_dir)
         keys = {"dataset": dataset_key(dataset)} if dataset.kind == "synthetic" else {}
-        self.notes.add_inputs(files_of(sources), **keys)
-        return sources
+        self.notes.add_inputs(files_of(self._sources), **keys)
+        return self._sources
 
     def split(self, name: str) -> list[Conversation]:
         """Read the conversations of train, val or test."""
