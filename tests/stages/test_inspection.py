@@ -59,6 +59,20 @@ def test_counts_and_samples_without_a_model(config, tmp_path, capsys):
     assert "doctor" not in found
 
 
+def test_control_characters_are_shown_and_not_obeyed(config, tmp_path, capsys):
+    records = json.loads(Path(config.dataset.path).read_text())
+    records[0]["conversations"][1]["value"] = "a\x1b[31mb\r\n\u202ec\x9bd\t[e]"
+    records[0] |= {"id": "i\x07", "k\x1b": 1}
+    Path(config.dataset.path).write_text(json.dumps(records))
+    inspection.run(config, tmp_path)
+    shown = capsys.readouterr().out
+    assert not set("\x1b\r\u202e\x9b\x07") & set(shown)
+    for text in (r"a\x1b[31mb\r", r"\u202ec\x9bd", "[e]", r"i\x07", r"key `k\x1b`"):
+        assert text in shown
+    found = json.loads((tmp_path / "data.json").read_text())
+    assert found["first_chat"]["turns"][1][1].startswith("a\x1b[31mb\r\n\u202ec\x9bd")
+
+
 def test_what_is_passed_over_is_said_once(config, tmp_path, caplog):
     folder = tmp_path / "chats"
     folder.mkdir()

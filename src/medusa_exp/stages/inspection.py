@@ -4,6 +4,7 @@ Of a data set, a tokenizer and, if one is given, a model. Writes `data.json` (al
 `data_samples.jsonl` (rows cut into trained and other text); W&B gets the samples as a table.
 """
 
+import re
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +29,8 @@ _SHOWN_CHARS = 1200
 """Characters of a sample that are printed; data_samples.jsonl has all of it."""
 _SHOWN_TURNS = 8
 _ALL = 2**62
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Control characters but for tabs and ends of lines, and those that change the direction."""
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
 """Around trained text where there is no color."""
 
@@ -74,7 +77,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     samples = [_sample(row) for row in rows[: config.inspect.num_samples]]
     write_json(out / "data.json", found)
     write_jsonl(out / "data_samples.jsonl", samples)
-    print_all(found, samples)
+    print_all(_visible(found), _visible(samples))
     return _metrics(found)
 
 
@@ -156,6 +159,15 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
         metrics["doctor/top1"] = found["agreement"]["top1"]
         metrics["doctor/problems"] = sum(not finding["is_fine"] for finding in found["doctor"])
     return metrics
+
+
+def _visible(value: Any) -> Any:
+    """Return what is printed with an escape for each character that a terminal would obey."""
+    if isinstance(value, dict):
+        return {_visible(key): _visible(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_visible(inner) for inner in value]
+    return _OBEYED.sub(lambda m: ascii(m[0])[1:-1], value) if isinstance(value, str) else value
 
 
 def print_all(found: dict[str, Any], samples: list[dict[str, Any]]) -> None:
