@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from medusa_exp.evaluate.advice import Facts, advice
+from medusa_exp.evaluate.advice import Facts, Tried, advice
 from medusa_exp.evaluate.break_even import break_even
 from medusa_exp.evaluate.waterfall import Way, metrics_of, waterfalls
 from medusa_exp.runs.metric_table import PARTS_OF_LOSS, metric_of
@@ -180,6 +180,37 @@ def test_a_large_batch_is_a_part_of_its_own():
     assert "drafts pay there still" in advice(many, tree, plain, faster)
     slower = replace(FACTS, when=break_even("tree", {1: 0.9, 16: 0.5}))
     assert "decode plainly" in advice(many, tree, plain, slower)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"tried": Tried(3, 1.2, 0.8, 0.25)}, "(the first head is right 25% of the time), or a st"),
+        ({"tried": Tried(3, 1.2, 0.8)}, "of 3 nodes, a step makes 1.20 tokens in the time of 1.50"),
+        ({"tried": Tried(3, 1.2, 0.8)}, "Train longer, or on the model's own answers"),
+        ({"tried": Tried(3, 1.2, 0.8), "is_regenerated": True}, "ng. Train longer."),
+        ({"tried": Tried(3, 1.2, 0.8), "is_tree_set": True}, "The heads guess too badly, or"),
+        (
+            {"tried": Tried(3, 1.8, 1.3), "is_tree_set": True},
+            "a tree of 3 nodes to be 1.30 times as fast: tree=calibrated tree.num_nodes=null takes",
+        ),
+        (
+            {"tree_kind": "custom", "is_calibrated": False},
+            "run_dir=RUN_DIR tree=calibrated` takes as many nodes as pay here.",
+        ),
+        (
+            {"tree_kind": "custom", "is_calibrated": False, "can_calibrate": False},
+            "A tree of more nodes may be faster.",
+        ),
+    ],
+)
+def test_a_tree_of_one_node_has_no_guesses_whatever_takes_most(facts, said):
+    for parts in (TREE, {**TREE, "backbone": 40.0}, PLAIN):
+        tree, plain = ways(parts, prompt=sum(PLAIN.values()), tokens=1000, steps=1000)
+        [found] = falls(tree, plain)
+        sentence = advice(found, tree, plain, replace(FACTS, num_nodes=1, **facts))
+        assert sentence.startswith("No guesses are drafted, as the tree has one node")
+        assert said in sentence
 
 
 def test_without_a_step_there_is_nothing_to_explain():

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tiny_models import build_model
 
@@ -14,6 +15,7 @@ from medusa_exp.runs.metric_table import PARTS_OF_LOSS
 from medusa_exp.stages import evaluate, why
 from medusa_exp.stages.session import Session
 from medusa_exp.tree import Tree, chain
+from medusa_exp.tree.calibration import Timing, choose, summarize
 
 
 @pytest.fixture
@@ -89,8 +91,10 @@ IN_VALIDATION = {"val/accept_length": 3.6, "val/accept_length_chain": 2.5}
         ("chain", chain(2), "typical", "top", IN_VALIDATION, None),
         ("medusa_63", chain(2), "greedy", "top", IN_VALIDATION, None),
         ("calibrated", chain(15), "greedy", "top", IN_VALIDATION, 3.6),
-        ("calibrated", chain(7), "greedy", "top", IN_VALIDATION, 3.6 * 2.0 / 2.4),
-        ("calibrated", chain(11), "greedy", "top", IN_VALIDATION, 3.6 * 2.2 / 2.4),
+        ("calibrated", chain(7), "greedy", "top", IN_VALIDATION, 1 + 2.6 * 1.0 / 1.4),
+        ("calibrated", chain(11), "greedy", "top", IN_VALIDATION, 1 + 2.6 * 1.2 / 1.4),
+        ("calibrated", chain(0), "greedy", "top", IN_VALIDATION, None),
+        ("chain", chain(0), "greedy", "top", IN_VALIDATION, None),
         ("calibrated", chain(7), "sampling", "sampled", IN_VALIDATION, None),
         ("calibrated", chain(7), "greedy", "top", {}, None),
     ],
@@ -105,3 +109,32 @@ def test_what_validation_says_of_a_tree(
     monkeypatch.setattr(why, "_calibration", lambda session: calibration)
     found = why.expected_tokens_per_step(run, tree)
     assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_where_calibration_accepted_no_guess_nothing_is_expected_of_other_sizes():
+    useless = [SimpleNamespace(num_nodes=n, tokens_per_step=1.0) for n in (1, 8, 16)]
+    assert why._relative(SimpleNamespace(curve=useless), 8, 16) is None
+
+
+def test_a_tree_without_guesses_is_told_so(run, monkeypatch):
+    """It has no gap of acceptance, whatever validation found over trees that have guesses."""
+    run.config.tree.kind, run.config.tree.num_nodes = "calibrated", 1
+    write_json(run.out / "metrics.json", IN_VALIDATION)
+    ranks = [np.array([[0, 9], [9, 9], [9, 9], [9, 9]] * 4)]
+    times = {chain(0): 1.1, chain(1): 2.0, chain(2): 1.6}
+    curve = choose(ranks, Timing(1, times, plain=1.0, prefill=1.0))
+    calibration = summarize([curve], ranks, 9, choices=chain(2), heads_sha256="x")
+    monkeypatch.setattr(why, "load_calibration", lambda out: calibration)
+    monkeypatch.setattr("medusa_exp.tree.calibration.load_calibration", lambda out: calibration)
+    evaluate.run(run.config, run.out, run)
+    found = read_json(run.out / "why.json")
+    assert [fall["ideal"] for fall in found["waterfalls"]] == [1.0, 1.0]
+    assert all(fall["parts"][0]["name"] != "acceptance" for fall in found["waterfalls"])
+    [sentence] = found["advice"]
+    assert "No guesses are drafted, as the tree has one node" in sentence
+    assert "(the first head is right 25% of the time)" in sentence
+    seconds, plain = 1 + 11 * 1.6, 1 + 15 * 1.0  # of the answer over three nodes, and plainly
+    assert (
+        f"of 3 nodes, a step makes {16 / 12:.2f} tokens in the time of "
+        f"{16 / 12 * seconds / plain:.2f} of plain decoding" in sentence
+    )

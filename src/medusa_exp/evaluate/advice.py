@@ -17,6 +17,18 @@ SMALL = 0.01
 
 
 @dataclass(frozen=True)
+class Tried:
+    """The fastest tree with guesses that calibration tried."""
+
+    num_nodes: int
+    tokens_per_step: float
+    speedup: float
+    """Over plain decoding, prompts included."""
+    top1: float | None = None
+    """How often the first head's likeliest guess came true."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """What was measured and how, as far as advice depends on it."""
 
@@ -44,6 +56,10 @@ class Facts:
     """Has the run a calibration?"""
     can_calibrate: bool = True
     """Has its data set prompts for one?"""
+    is_tree_set: bool = False
+    """Did the config say which tree it is, or of how many nodes?"""
+    tried: Tried | None = None
+    """None without a calibration."""
 
     @property
     def calibration(self) -> str | None:
@@ -57,13 +73,15 @@ class Facts:
 
 
 def advice(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
-    """Return what to do about the largest part of a waterfall.
+    """Return what to do about the largest part of a waterfall; without guesses, about that.
 
     Args:
         found: the way down.
         tree, plain: what it was made of.
         facts: about the run.
     """
+    if facts.num_nodes == 1:
+        return _no_guesses(facts)
     part = found.largest
     if part.share < SMALL:
         return "Next to nothing is lost: more tokens per step are what would make it faster."
@@ -74,6 +92,27 @@ def share_of_step(way: Way, *parts: str) -> float:
     """Return which share (0..1) of a step after the prompt's some of PARTS_OF_TIME take."""
     of_all = sum(way.of_a_step.values())
     return sum(way.of_a_step.get(part, 0.0) for part in parts) / of_all if of_all else 0.0
+
+
+def _no_guesses(facts: Facts) -> str:
+    said = "No guesses are drafted, as the tree has one node: this is plain decoding."
+    tried = facts.tried
+    if tried is None:
+        how = f": {facts.calibration} takes as many nodes as pay here" if facts.calibration else ""
+        return f"{said} A tree of more nodes may be faster{how}."
+    if facts.is_tree_set and tried.speedup > 1:
+        return (
+            f"{said} Calibration found a tree of {tried.num_nodes} nodes to be "
+            f"{tried.speedup:.2f} times as fast: tree=calibrated tree.num_nodes=null takes it."
+        )
+    right = "" if tried.top1 is None else f" (the first head is right {tried.top1:.0%} of the time)"
+    own = "" if facts.is_regenerated else ", or on the model's own answers (train.text=regenerated)"
+    return (
+        f"{said} The heads guess too badly{right}, or a step costs too much here: over the fastest "
+        f"tree with guesses that calibration tried, of {tried.num_nodes} nodes, a step makes "
+        f"{tried.tokens_per_step:.2f} tokens in the time of "
+        f"{tried.tokens_per_step / tried.speedup:.2f} of plain decoding. Train longer{own}."
+    )
 
 
 def _lost(found: Waterfall) -> str:

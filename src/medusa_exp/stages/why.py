@@ -16,7 +16,7 @@ from medusa_exp.data.sources import split_of, walk
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.rule import step_kernels
 from medusa_exp.errors import UserError
-from medusa_exp.evaluate.advice import Facts, advice
+from medusa_exp.evaluate.advice import Facts, Tried, advice
 from medusa_exp.evaluate.break_even import BreakEven, break_even, prompts
 from medusa_exp.evaluate.metrics import (
     Record,
@@ -87,7 +87,7 @@ def explain(
     }
     when = break_even("tree", speedups, intervals)
     reasons = list(_reasons(session, decoder, tokenizer, smallest, expected)) if found else []
-    facts = _facts(session, decoder, measured.tree, tokens_per_step(smallest), when, reasons)
+    facts = _facts(session, decoder, measured.tree, smallest, when, reasons)
     by_cause: dict[str, str] = {}  # for each cause once, from the smallest batch on
     for one in found:
         by_cause.setdefault(one.largest.name, advice(one, tree, plain, facts))
@@ -95,7 +95,7 @@ def explain(
         session.out / WHY,
         {
             "waterfalls": [asdict(one) for one in found],
-            "advice": list(by_cause.values()),
+            "advice": list(dict.fromkeys(by_cause.values())),
             "validation": expected,
             "when": when.sentence(),
             "schedule": _schedule(session, facts.num_heads, by_size, when),
@@ -130,10 +130,10 @@ def expected_tokens_per_step(session: Session, tree: Tree) -> float | None:
     Validation replays the chain, and the best tree of train.val_tree_nodes nodes. A calibrated tree
     of another size is taken to differ from that one as it does among those that calibration grew.
     Trees of other kinds, looked-up branches and typical acceptance have nothing there to be
-    compared with.
+    compared with; a tree of one node has no guess that could be accepted, here or there.
     """
     config, metrics = session.config, read_json(session.out / "metrics.json", {})
-    if tree.num_lookup or config.decode.rule == "typical":
+    if tree.num_lookup or tree.num_checked == 1 or config.decode.rule == "typical":
         return None
     if config.tree.kind == "chain":
         value = metrics.get("val/accept_length_chain")
@@ -142,7 +142,8 @@ def expected_tokens_per_step(session: Session, tree: Tree) -> float | None:
     calibration = _calibration(session) if config.tree.kind == "calibrated" else None
     if value is None or calibration is None or calibration.draft != _validated(session):
         return None
-    return float(value) * _relative(calibration, len(tree), config.train.val_tree_nodes)
+    share = _relative(calibration, len(tree), config.train.val_tree_nodes)
+    return None if share is None else 1 + (float(value) - 1) * share
 
 
 def _validated(session: Session) -> str:
@@ -150,12 +151,17 @@ def _validated(session: Session) -> str:
     return "sampled" if session.config.decode.draft == "sampled" else "top"
 
 
-def _relative(calibration: Calibration, nodes: int, others: int) -> float:
-    """Return tokens per step of the best tree of so many nodes, over those of so many others."""
+def _relative(calibration: Calibration, nodes: int, others: int) -> float | None:
+    """Return the guesses accepted a step over the best tree of so many nodes, of those over so many
+    others; None where the others have none.
+
+    Of the tokens of a step one is the backbone's own, whatever the tree: only the rest grows with
+    its nodes.
+    """
     points = sorted(calibration.curve, key=lambda point: point.num_nodes)
     sizes = [point.num_nodes for point in points]
-    found = np.interp([nodes, others], sizes, [point.tokens_per_step for point in points])
-    return float(found[0] / found[1])
+    found = np.interp([nodes, others], sizes, [point.tokens_per_step - 1 for point in points])
+    return float(found[0] / found[1]) if found[1] > 0 else None
 
 
 def _calibration(session: Session) -> Calibration | None:
@@ -169,13 +175,15 @@ def _facts(
     session: Session,
     decoder: Decoder,
     tree: Tree,
-    in_decoding: float,
+    records: list[Record],
     when: BreakEven,
     reasons: list[str],
 ) -> Facts:
+    """Return what advice depends on; `records` are of the tree, of the smallest batch size."""
     heads, config = decoder.heads, session.config
     assert isinstance(heads, MedusaHeads | StackedHeads)
-    is_calibrated = _calibration(session) is not None
+    calibration = _calibration(session)
+    is_calibrated = calibration is not None
     return Facts(
         num_heads=heads.num_heads,
         num_layers=heads.config.num_layers,
@@ -187,14 +195,31 @@ def _facts(
         is_captured=decoder.uses_fixed_shapes,
         uses_kernels=step_kernels(decoder.rule.verifier, decoder.backbone.device) is not None,
         is_regenerated=config.train.text == "regenerated",
-        tokens_per_step=in_decoding,
+        tokens_per_step=tokens_per_step(records),
         max_new_tokens=config.decode.max_new_tokens,
         when=when,
         reasons=reasons,
         run_dir=str(session.out),
         is_calibrated=is_calibrated,
         can_calibrate=is_calibrated or _has_held_out(session),
+        is_tree_set=config.tree.kind == "custom" or config.tree.num_nodes is not None,
+        tried=_tried(calibration, records[0]["batch_size"]),
     )
+
+
+def _tried(calibration: Calibration | None, batch_size: int) -> Tried | None:
+    """Return the fastest tree with guesses that calibration tried; None if it tried none."""
+    if calibration is None:
+        return None
+    curve = calibration.of_batch_size(batch_size)
+    points = [point for point in curve.fastest() if point.num_nodes > 1]
+    if not points:
+        return None
+    best = next((point for point in points if point.is_rehearsed), points[0])
+    speedup = curve.plain_expected_seconds / best.expected_seconds
+    shares = calibration.rank_share
+    top1 = shares[0][0] if shares and shares[0] else None
+    return Tried(best.num_nodes, best.tokens_per_step, speedup, top1)
 
 
 def _has_held_out(session: Session) -> bool:
