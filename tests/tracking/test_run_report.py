@@ -7,11 +7,13 @@ import sys
 
 import pytest
 from report_pages import (
+    CALIBRATION,
     FILES,
     METRICS,
     RECORDS,
     RUN,
     SAMPLES,
+    TREE,
     WHY,
     Page,
     page_of,
@@ -138,6 +140,18 @@ def test_other_tree_than_the_calibrated_one_is_drawn_without_probability(tmp_pat
     page = page_of(write_run(tmp_path, tree__json={"parents": [-1, 0], "ranks": [-1, 0]}))
     assert "2 nodes, 1 deep" in page.text
     assert "The stronger the colour" not in page.text
+
+
+def test_what_a_tree_predicts_is_what_its_calibration_says(tmp_path):
+    """Probabilities are of steps after the prompts', 2.2 together; of the tree that was chosen."""
+    shape = {**TREE, "num_picked": None, "num_lookup": 0}
+    measured = {**CALIBRATION, "tree": shape, "predicted_tokens_per_step": 1.95}
+    page = page_of(write_run(tmp_path, calibration__json=measured))
+    assert "commits the node; calibration predicted 1.95 tokens per step" in page.text
+    assert "2.20" not in page.text
+    for other in ({**TREE, "ranks": [-1, 0, 2, 0]}, {**TREE, "num_lookup": 2}):
+        page = page_of(write_run(tmp_path, calibration__json=measured, tree__json=other))
+        assert "The stronger the colour" not in page.text and "1.95" not in page.text
 
 
 def test_tree_layout_puts_parents_between_their_children():

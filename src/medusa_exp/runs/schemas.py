@@ -191,6 +191,7 @@ class _Calibration(msgspec.Struct):
     break_even_batch_size: Count | None
     heads_sha256: str = ""
     tree: TreeShape | None = None
+    predicted_tokens_per_step: Finite | None = None
 
 
 class _Part(msgspec.Struct):

@@ -249,8 +249,9 @@ def tree(used: Row | None, measured: Row | None) -> Row | None:
     """Draw tree.json, with each node's probability where calibration.json knows it."""
     if used is None:
         return None
-    parents, probability = used["parents"], (measured or {}).get("node_probability", [])
-    if len(probability) != len(parents):
+    parents, measured = used["parents"], measured or {}
+    probability = measured.get("node_probability", [])
+    if len(probability) != len(parents) or not _is_same(used, measured.get("tree")):
         probability = None  # another tree than the calibrated one
     nodes = charts.tree_layout(parents, used["ranks"], probability)
     return {
@@ -258,9 +259,15 @@ def tree(used: Row | None, measured: Row | None) -> Row | None:
         "num_lookup": used.get("num_lookup", 0),
         "depth": max(node["depth"] for node in nodes),
         "has_probability": probability is not None,
-        "expected": sum(probability or []),
+        "expected": measured.get("predicted_tokens_per_step"),
         "chart": charts.tree_chart(parents, used["ranks"], probability),
     }
+
+
+def _is_same(tree: Row, other: Row | None) -> bool:
+    """Are they the same trees, as far as it is known of the other?"""
+    shape = ("parents", "ranks", "num_picked", "num_lookup")
+    return other is None or all((tree.get(k) or 0) == (other.get(k) or 0) for k in shape)
 
 
 def calibration(measured: Row | None) -> Row | None:
