@@ -24,6 +24,7 @@ from medusa_exp.tree.calibration import (
     correct,
     draft_of,
     drawn_by,
+    expected_seconds,
     faster,
     save_calibration,
     summarize,
@@ -142,6 +143,45 @@ def test_a_rehearsal_outweighs_what_was_expected():
     curve = correct(curve, rehearsed, answers[:1])
     assert curve.num_nodes == 2
     assert curve.predicted_speedup == pytest.approx(46 / 24)
+
+
+def test_trees_that_were_not_rehearsed_are_corrected_as_the_others_were():
+    """Whole answers took twice what steps alone promise: no estimate looks better for that."""
+    answers = [np.zeros((21, 5), dtype=int)] * 2
+    seconds = dict(zip(map(chain, range(6)), (1.0, 1.2, 1.3, 1.4, 1.5, 1.6), strict=True))
+    timing = Timing(1, seconds, plain=1.0, prefill=3.0)
+    before = choose(answers, timing)
+    factor = {None: 1.5, chain(5): 2.2, chain(4): 1.9, chain(2): 2.0}
+    took = {tree: f * expected_seconds(answers, tree, timing) for tree, f in factor.items()}
+    after = correct(before, took, answers)
+    assert after.tree == chain(4)
+    pairs = list(zip(before.curve, after.curve, strict=True))
+    assert [new.tree for _, new in pairs if new.is_rehearsed] == [chain(2), chain(4), chain(5)]
+    for old, new in pairs:  # the median is of the trees, and not of plain decoding
+        assert new.expected_seconds / old.expected_seconds == pytest.approx(
+            factor.get(new.tree, 2.0)
+        )
+        assert new.tokens_per_second * new.expected_seconds == pytest.approx(42)
+        assert new.step_seconds == old.step_seconds
+        chosen = before.plain_expected_seconds * 1.5 / after.predicted_speedup
+        assert chosen <= new.expected_seconds
+
+
+def test_without_looked_up_nodes_the_fastest_is_one_that_was_rehearsed(tmp_path, monkeypatch):
+    """An estimate of another tree, however good, has not been held against whole answers."""
+    ranks, found = [np.full((18, 1), 99)], [np.arange(17, -1, -1)]
+    wider = replace(chain(0), num_lookup=16)
+    timing = Timing(1, {chain(0): 1.0, chain(1): 1.1, wider: 1.2}, plain=1.0, prefill=1.0)
+    took = {None: 18.0, wider: 2.2, chain(1): 30.0}
+    curve = correct(choose(ranks, timing, found), took, ranks, found)
+    assert curve.tree == wider
+    points = {point.tree: point for point in curve.curve}
+    assert points[chain(0)].tokens_per_second > points[chain(1)].tokens_per_second
+    assert curve.without_lookup() == chain(1)
+    calibration = summarize([curve], ranks, 9, choices=chain(1), heads_sha256="x", found=found)
+    save_calibration(calibration, tmp_path)
+    monkeypatch.setattr("medusa_exp.tree.calibration.heads_sha256", lambda out: "x")
+    assert choose_tree(TreeConfig(lookup=0), tmp_path, num_heads=1) == chain(1)
 
 
 def test_neighbours_of_the_tree_that_should_be_fastest_are_rehearsed():

@@ -154,6 +154,53 @@ def test_what_a_tree_predicts_is_what_its_calibration_says(tmp_path):
         assert "The stronger the colour" not in page.text and "1.95" not in page.text
 
 
+def _point(nodes: int, num_lookup: int, speed: float, is_rehearsed: bool) -> dict:
+    shape = {"parents": list(range(-1, nodes - 1)), "ranks": [-1, *[0] * (nodes - 1)]}
+    return {
+        "num_nodes": nodes + num_lookup,
+        "tokens_per_step": 1.5,
+        "step_seconds": 0.002,
+        "tokens_per_second": speed,
+        "tree": {**shape, "num_picked": None, "num_lookup": num_lookup},
+        "is_rehearsed": is_rehearsed,
+    }
+
+
+def test_trees_that_were_tried_on_whole_answers_are_told_from_estimates(tmp_path):
+    curve = [_point(1, 0, 411, True), _point(2, 0, 433, False), _point(3, 0, 422, True)]
+    looked_up = [_point(2, 2, 455, True), _point(1, 2, 444, False)]
+    for chosen, said in (
+        (curve[2], "3 nodes for the most tokens"),
+        (looked_up[0], "2 nodes and 2 looked up for the most tokens"),
+        (curve[0], "1 node, as no guesses pay"),
+    ):
+        measured = {
+            **CALIBRATION,
+            **{"curve": curve, "with_lookup": looked_up},
+            **{"tree": chosen["tree"], "num_nodes": chosen["num_nodes"]},
+        }
+        page = page_of(write_run(tmp_path, calibration__json=measured))
+        assert f"calibration chose {said}" in page.text
+        assert "and the fastest of these was chosen. Tokens per second of the others" in page.text
+        _, _, table = page.text.partition("tokens per secondfound by")
+        rows = ("1", 411, "tried"), ("2", 433, "estimated"), ("3", 422, "tried")
+        rows += ("2 + 2 looked up", 455, "tried"), ("1 + 2 looked up", 444, "estimated")
+        for row, (nodes, speed, found_by) in zip([*curve, *looked_up], rows, strict=True):
+            mark = " (chosen)" if row is chosen else ""
+            assert f"{nodes}{mark} 1.501.11\u00d7{speed}{found_by}" in table
+        assert table.count("(chosen)") == 1
+        drawn = [spec for spec in page.specs if "(pale: estimated)" in json.dumps(spec)]
+        assert len(drawn) == 1 and "datum.is_estimate" in json.dumps(drawn)
+    curve[0]["is_rehearsed"] = False  # chosen where looking up does not pay
+    page = page_of(write_run(tmp_path, calibration__json=measured))
+    assert "tried on whole answers: none was faster than plain decoding." in page.text
+
+
+def test_where_no_tree_was_tried_nothing_is_told_apart(tmp_path):
+    page = page_of(write_run(tmp_path))
+    assert "estimated" not in page.text and "4 (chosen) 2.00" in page.text
+
+
 def test_tree_layout_puts_parents_between_their_children():
     nodes = tree_layout([-1, 0, 0, 1, 1], [-1, 0, 1, 1, 0], None)
     assert [node["row"] for node in nodes] == [1.25, 0.5, 2.0, 1.0, 0.0]

@@ -166,6 +166,7 @@ class _Point(msgspec.Struct):
     step_seconds: Positive
     tokens_per_second: Finite
     tree: TreeShape | None = None
+    is_rehearsed: bool = False
 
 
 class _Curve(msgspec.Struct):
@@ -191,6 +192,7 @@ class _Calibration(msgspec.Struct):
     break_even_batch_size: Count | None
     heads_sha256: str = ""
     tree: TreeShape | None = None
+    with_lookup: list[_Point] = []
     predicted_tokens_per_step: Finite | None = None
 
 

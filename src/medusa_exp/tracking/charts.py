@@ -178,12 +178,19 @@ def tree_layout(
 
 
 def calibration_chart(curve: Sequence[Row], field: str, title: str, chosen: int) -> Spec:
-    """Draw `field` of the calibration curve against the number of nodes, and mark the choice."""
+    """Draw `field` of the calibration curve against the number of nodes, and mark the choice.
+
+    Tokens per second that are an estimate are pale.
+    """
     x = alt.X("num_nodes:Q", title="nodes in the tree", axis=alt.Axis(tickMinStep=1))
     y = alt.Y(f"{field}:Q", title=None, scale=alt.Scale(zero=False))
     tooltip = [alt.Tooltip("num_nodes:Q", title="nodes"), alt.Tooltip(f"{field}:Q", format=",.2f")]
     base = alt.Chart(inline_data(curve), title=title).encode(x=x, y=y, tooltip=tooltip)
-    lines = base.mark_line() + base.mark_point(filled=True, size=34, opacity=1)
+    points = base.mark_point(filled=True, size=34, opacity=1)
+    if field == "tokens_per_second":
+        pale = alt.condition("datum.is_estimate", alt.value(0.35), alt.value(1))
+        points = points.encode(opacity=pale)
+    lines = base.mark_line() + points
     marked = [row for row in curve if row["num_nodes"] == chosen]
     if marked:  # Vega warns about a layer without data
         ring = alt.Chart(inline_data(marked)).encode(x=x, y=y, tooltip=tooltip)

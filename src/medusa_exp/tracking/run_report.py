@@ -276,19 +276,36 @@ def calibration(measured: Row | None) -> Row | None:
     if measured is None:
         return None
     plain, chosen = measured["plain_step_seconds"], measured["num_nodes"]
-    tree = measured.get("tree") or {}
-    if tree.get("num_lookup"):  # the heads' own tree is on the curve
+    tree, with_lookup = measured.get("tree"), measured.get("with_lookup", [])
+    num_lookup = (tree or {}).get("num_lookup", 0)
+    if tree and with_lookup and num_lookup:  # the heads' own tree is on the curve
         chosen = len(tree["parents"])
-    curve = [{**row, "relative": row["step_seconds"] / plain} for row in measured["curve"]]
+    points = [*measured["curve"], *with_lookup]
+    is_tried = any(row.get("is_rehearsed") for row in points)
+    rows = [
+        {
+            **row,
+            "relative": row["step_seconds"] / plain,
+            "num_lookup": (row.get("tree") or {}).get("num_lookup", 0),
+            "is_estimate": is_tried and not row.get("is_rehearsed"),
+            "is_chosen": row["num_nodes"] == measured["num_nodes"]
+            and (not row.get("tree") or _is_same(row["tree"], tree)),
+        }
+        for row in points
+    ]
+    curve = rows[: len(measured["curve"])]
     titles = {
         "tokens_per_step": "Tokens per step",
         "relative": "Step time (plain step = 1)",
-        "tokens_per_second": "Tokens per second",
+        "tokens_per_second": f"Tokens per second{' (pale: estimated)' if is_tried else ''}",
     }
     return {
         "num_positions": measured["num_positions"],
-        "curve": curve,
-        "chosen": chosen,
+        "rows": rows,
+        "is_tried": is_tried,
+        "is_choice_tried": any(r["is_chosen"] and not r["is_estimate"] for r in rows),
+        "num_nodes": measured["num_nodes"] - num_lookup,
+        "num_lookup": num_lookup,
         "batch_sizes": measured.get("batch_sizes", []),
         "break_even": measured.get("break_even_batch_size"),
         "charts": {t: charts.calibration_chart(curve, f, t, chosen) for f, t in titles.items()},

@@ -8,6 +8,7 @@ import logging
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -76,7 +77,8 @@ class Point:
     tokens_per_second: float
     tree: Tree
     is_rehearsed: bool = False
-    """Do the seconds come from whole answers, not from steps alone?"""
+    """Do the seconds come from whole answers? Else from steps alone; `correct` has made them
+    comparable."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,11 @@ class Curve:
         return list(trees)[:number]
 
     def without_lookup(self) -> Tree:
-        """Return the fastest tree of the heads alone."""
+        """Return the fastest tree of the heads alone: of those that were rehearsed, if any was."""
         if not self.tree.num_lookup:
             return self.tree
-        return max(self.curve, key=lambda point: point.tokens_per_second).tree
+        points = [point for point in self.curve if point.is_rehearsed] or self.curve
+        return max(points, key=lambda point: point.tokens_per_second).tree
 
     def up_to(self, num_nodes: int) -> Tree:
         """Return the largest tree of at most so many nodes; looked-up ones come on top of them.
@@ -272,33 +275,35 @@ def correct(
     """Choose anew among the trees that were rehearsed, by what they took rather than should have.
 
     The rehearsal is of some prompts; what it says about these, in proportion to what was expected
-    of these, is carried over to all of them. `curve` is that of `choose` for batch size 1,
-    `seconds` those of `rehearse`, and `ranks` and `found` are of the answers to the rehearsed
-    prompts.
+    of these, is carried over to all of them. Other trees are corrected by the median proportion of
+    those that were rehearsed: steps alone are timed warm, over one prompt, so that all trees seem
+    faster than whole answers are. Plain decoding's proportion says less of them: it drafts nothing.
+
+    `curve` is that of `choose` for batch size 1, `seconds` those of `rehearse`, and `ranks` and
+    `found` are of the answers to the rehearsed prompts.
     """
     times = {point.tree: point.step_seconds for point in curve.fastest()}
     timing = Timing(1, times, curve.plain_step_seconds, curve.prefill_seconds)
     factor = {
         tree: took / expected_seconds(ranks, tree, timing, found) for tree, took in seconds.items()
     }
-    rehearsed = [
-        replace(
+    of_others = median(value for tree, value in factor.items() if tree is not None)
+    by_tree = {
+        point.tree: replace(
             point,
-            expected_seconds=point.expected_seconds * factor[point.tree],
-            tokens_per_second=point.tokens_per_second / factor[point.tree],
-            is_rehearsed=True,
+            expected_seconds=point.expected_seconds * factor.get(point.tree, of_others),
+            tokens_per_second=point.tokens_per_second / factor.get(point.tree, of_others),
+            is_rehearsed=point.tree in factor,
         )
         for point in curve.fastest()
-        if point.tree in factor
-    ]
-    by_tree = {point.tree: point for point in rehearsed}
+    }
     plain_seconds = curve.plain_expected_seconds * factor[None]
     return replace(
         curve,
         plain_expected_seconds=plain_seconds,
-        curve=[by_tree.get(point.tree, point) for point in curve.curve],
-        with_lookup=[by_tree.get(point.tree, point) for point in curve.with_lookup],
-        **_chosen(rehearsed, plain_seconds),
+        curve=[by_tree[point.tree] for point in curve.curve],
+        with_lookup=[by_tree[point.tree] for point in curve.with_lookup],
+        **_chosen([point for point in by_tree.values() if point.is_rehearsed], plain_seconds),
     )
 
 
