@@ -1,5 +1,7 @@
 """From which batch size on plain decoding is faster: found, said, and as a schedule for engines."""
 
+import math
+
 import pytest
 
 from medusa_exp.evaluate.break_even import break_even
@@ -28,39 +30,83 @@ def test_the_crossing_lies_between_two_measurements(speedups, size, said):
     assert said in found.sentence()
 
 
-@pytest.mark.parametrize(
-    ("speedups", "intervals", "said"),
-    [
-        (
-            {1: 1.03},
-            {1: (0.84, 1.48)},
-            "No clear difference from plain decoding at 1 prompt at a time (1.03x, 95 %: 0.84 to "
-            "1.48): more",
-        ),
-        (
-            {1: 0.9, 4: 0.97},
-            {1: (0.8, 1.1), 4: (0.7, 1.2)},
-            "No clear difference from plain decoding at 1 prompt at a time (0.90x, 95 %: 0.80 to "
-            "1.10), and no clearer one up to 4 prompts",
-        ),
-        (
-            {1: 1.5, 4: 1.1},
-            {1: (1.2, 1.7), 4: (0.9, 1.3)},
-            "showed no clear difference from plain decoding at the largest batch size measured, "
-            "4 prompts at a time (1.10x, 95 %: 0.90 to 1.30). The",
-        ),
-        (
-            {1: 1.5, 4: 0.9},
-            {1: (1.2, 1.7), 4: (0.8, 1.1)},
-            "(1.50x) and 4 prompts at a time (0.90x, ",
-        ),
-        ({1: 1.5}, {1: (1.2, 1.7)}, "Only 1 prompt at a time (1.50x) was measured"),
-    ],
-)
-def test_what_chance_may_have_made_is_no_difference(speedups, intervals, said):
+UNCLEAR = [
+    (
+        {1: 1.03},
+        {1: (0.84, 1.48)},
+        None,
+        "No clear difference from plain decoding at 1 prompt at a time (1.03x, 95 %: 0.84 to "
+        "1.48): more",
+    ),
+    (
+        {1: 0.9, 4: 0.97},
+        {1: (0.8, 1.1), 4: (0.7, 1.2)},
+        None,
+        "No clear difference from plain decoding at 1 prompt at a time (0.90x, 95 %: 0.80 to "
+        "1.10), and no clearer one up to 4 prompts",
+    ),
+    (
+        {1: 1.5, 4: 1.1},
+        {1: (1.2, 1.7), 4: (0.9, 1.3)},
+        None,
+        "showed no clear difference from plain decoding at the largest batch size measured, "
+        "4 prompts at a time (1.10x, 95 %: 0.90 to 1.30). The",
+    ),
+    (
+        {1: 1.5, 4: 0.9},
+        {1: (1.2, 1.7), 4: (0.8, 1.1)},
+        None,
+        "4 prompts at a time (0.90x, 95 %: 0.80 to 1.10). The size from which on plain decoding is "
+        "faster is not known: more prompts (evaluate.num_prompts) or a larger one may tell.",
+    ),
+    ({1: 1.5}, {1: (1.2, 1.7)}, None, "Only 1 prompt at a time (1.50x) was measured"),
+    (
+        {1: 1.5, 4: 0.9, 16: 0.5},
+        {1: (1.2, 1.7), 4: (0.8, 1.1), 16: (0.4, 0.6)},
+        4.0,
+        "From 4 prompts at a time on, plain decoding is faster than over the tree: between 1 "
+        "prompt at a time (1.50x) and 16 prompts at a time (0.50x).",
+    ),
+    (
+        {1: 1.03, 4: 0.8},
+        {1: (0.9, 1.2), 4: (0.7, 0.9)},
+        4.0,
+        "From 4 prompts at a time on, plain decoding is faster than over the tree: it was at 4 "
+        "prompts at a time (0.80x); no clear difference at 1 prompt at a time (1.03x, 95 %",
+    ),
+    (
+        {1: 2.0, 4: 0.5, 16: 1.1},
+        {4: (0.4, 0.6), 16: (0.9, 1.3)},
+        4 ** (2 / 3),
+        "and 4 prompts at a time (0.50x); no clear difference at 16 prompts at a time (1.10x, ",
+    ),
+    (
+        {1: 0.8, 4: 1.1},
+        {1: (0.7, 0.9), 4: (0.9, 1.3)},
+        1.0,
+        "from 1 prompt at a time (0.80x), but for 4 prompts at a time (1.10x, 95 %: 0.90 to 1.30): "
+        "no clear difference.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("speedups", "intervals", "size", "said"), UNCLEAR)
+def test_what_chance_may_have_made_is_no_difference(speedups, intervals, size, said):
     found = break_even("tree", speedups, intervals)
     assert said in found.sentence()
-    assert found.size == break_even("tree", speedups).size
+    assert found.size == (None if size is None else pytest.approx(size, rel=1e-5))
+
+
+@pytest.mark.parametrize(("speedups", "intervals", "size", "said"), UNCLEAR)
+def test_a_schedule_and_the_whole_number_follow_the_same_rule(speedups, intervals, size, said):
+    found = break_even("tree", speedups, intervals)
+    last = max(speedups)
+    if size is None:
+        assert found.slower_from is None and found.schedule(3) == [[1, last, 3]]
+        return
+    assert found.slower_from == math.ceil(size)
+    drafted = [[1, found.slower_from - 1, 3]] if found.slower_from > 1 else []
+    assert found.schedule(3) == [*drafted, [found.slower_from, last, 0]]
 
 
 @pytest.mark.parametrize(

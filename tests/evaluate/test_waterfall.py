@@ -178,6 +178,9 @@ def test_a_large_batch_is_a_part_of_its_own():
     assert "speculate up to 6 prompts at a time, and calibrate" in said
     faster = replace(FACTS, when=break_even("tree", {1: 2.0, 16: 1.1}))
     assert "drafts pay there still" in advice(many, tree, plain, faster)
+    unclear = break_even("tree", {1: 2.0, 16: 0.9}, {16: (0.7, 1.1)})
+    said = advice(many, tree, plain, replace(FACTS, when=unclear))
+    assert "whether drafts pay there is not clear" in said
     slower = replace(FACTS, when=break_even("tree", {1: 0.9, 16: 0.5}))
     assert "decode plainly" in advice(many, tree, plain, slower)
 

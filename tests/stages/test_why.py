@@ -8,12 +8,14 @@ import pytest
 from tiny_models import build_model
 
 from medusa_exp.config import Config
+from medusa_exp.evaluate.break_even import break_even
 from medusa_exp.model import build_heads
 from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.runs.files import read_json, write_json
-from medusa_exp.runs.metric_table import PARTS_OF_LOSS
+from medusa_exp.runs.metric_table import PARTS_OF_LOSS, metric_of
 from medusa_exp.stages import evaluate, why
 from medusa_exp.stages.session import Session
+from medusa_exp.tracking.terminal import headlines
 from medusa_exp.tree import Tree, chain
 from medusa_exp.tree.calibration import Timing, choose, summarize
 
@@ -114,6 +116,37 @@ def test_what_validation_says_of_a_tree(
 def test_where_calibration_accepted_no_guess_nothing_is_expected_of_other_sizes():
     useless = [SimpleNamespace(num_nodes=n, tokens_per_step=1.0) for n in (1, 8, 16)]
     assert why._relative(SimpleNamespace(curve=useless), 8, 16) is None
+
+
+def test_the_table_has_the_whole_number_that_the_sentence_says(run, monkeypatch):
+    when = break_even("tree", {1: 2.0, 3: 0.5})
+    assert 2 < when.size < 2.1
+    monkeypatch.setattr(why, "break_even", lambda *measured: when)
+    metrics = evaluate.run(run.config, run.out, run)
+    assert read_json(run.out / "why.json")["when"].startswith("From 3 prompts at a time on")
+    assert (metric_of("why/break_even_batch_size").title, "3") in headlines(metrics)
+
+
+def test_engines_draft_where_plain_decoding_is_not_clearly_faster(tmp_path):
+    """Of two prompts a time one took twice as long as plainly, and the other two thirds."""
+    seconds = {1: (5.0, 5.0), 2: (20.0, 20.0, 6.7, 6.7)}
+    by_size = {
+        size: [
+            {
+                **{"method": method, "batch_size": size, "accept_lengths": [1, 2, 3]},
+                **{"new_tokens": 6, "seconds": took, "steps": 3, "prompt_seconds": 1.0},
+                **{"baseline_new_tokens": 6, "baseline_seconds": 10.0},
+            }
+            for method in ("tree", "chain")
+            for took in some
+        ]
+        for size, some in seconds.items()
+    }
+    when = why._break_even("tree", by_size)
+    assert when.speedups == pytest.approx({1: 2.0, 2: 0.75}, abs=0.01)
+    assert when.is_unclear(2) and when.size is None
+    run = Session(Config(), tmp_path)
+    assert why._schedule(run, 3, by_size, when) == [[1, 2, 3]]
 
 
 def test_a_tree_without_guesses_is_told_so(run, monkeypatch):

@@ -207,9 +207,11 @@ def _host(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
 def _batch(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
     limit = facts.when.faster_up_to
     wanted = f"speculate up to {prompts(limit)} at a time" if limit else "decode plainly"
+    size = found.batch_size
     if facts.when.size is None:
         wanted = "drafts pay there still, but fewer of them"
-    size = found.batch_size
+        if facts.when.is_unclear(size):
+            wanted = "whether drafts pay there is not clear, and fewer of them may do better"
     calibrate = (
         f", and calibrate for this size (tree=calibrated, tree.batch_sizes with {size} in it)"
     )

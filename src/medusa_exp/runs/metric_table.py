@@ -182,7 +182,7 @@ METRICS = (
         "why/break_even_batch_size",
         "prompts at a time from which on plain decoding is faster",
         unit="",
-        digits=1,
+        digits=0,
         is_headline=True,
     ),
     _share("why/b{batch_size}/kept", "the same at a batch size", is_timed=True),

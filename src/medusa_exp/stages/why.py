@@ -72,20 +72,14 @@ def explain(
     smallest = of_method(by_size[min(by_size)], "tree")
     expected = expected_tokens_per_step(session, measured.tree)
     tree, plain = _ways(by_size, measured)
-    speedups = {size: speedup(of_method(some, "tree")) for size, some in by_size.items()}
+    when = _break_even("tree", by_size)
     found = waterfalls(
         tree,
         plain,
         tokens_per_step=tokens_per_step(smallest),
-        speedups=speedups,
+        speedups=when.speedups,
         expected=expected,
     )
-    intervals = {
-        size: interval
-        for size, some in by_size.items()
-        if (interval := speedup_interval(of_method(some, "tree"))) is not None
-    }
-    when = break_even("tree", speedups, intervals)
     reasons = list(_reasons(session, decoder, tokenizer, smallest, expected)) if found else []
     facts = _facts(session, decoder, measured.tree, smallest, when, reasons)
     by_cause: dict[str, str] = {}  # for each cause once, from the smallest batch on
@@ -102,9 +96,21 @@ def explain(
         },
     )
     metrics = metrics_of(found)
-    if when.size is not None:
-        metrics["why/break_even_batch_size"] = when.size
+    if when.slower_from is not None:
+        metrics["why/break_even_batch_size"] = float(when.slower_from)
     return metrics
+
+
+def _break_even(method: str, by_size: dict[int, list[Record]]) -> BreakEven:
+    """Return from which batch size on plain decoding is faster than a method, by its records."""
+    records = {size: of_method(some, method) for size, some in by_size.items()}
+    intervals = {
+        size: interval
+        for size, some in records.items()
+        if (interval := speedup_interval(some)) is not None
+    }
+    speedups = {size: speedup(some) for size, some in records.items()}
+    return break_even(method, speedups, intervals)
 
 
 def _by_batch_size(records: list[Record]) -> dict[int, list[Record]]:
@@ -285,9 +291,8 @@ def _schedule(
     """
     if len(by_size) < 2:
         return None
-    chains = {size: of_method(some, "chain") for size, some in by_size.items()}
-    if all(chains.values()):
-        when = break_even("chain", {size: speedup(some) for size, some in chains.items()})
+    if all(of_method(some, "chain") for some in by_size.values()):
+        when = _break_even("chain", by_size)
     calibration = _calibration(session)
     rates = chain_rates([r for some in by_size.values() for r in some], calibration, num_heads)
     if calibration is None or rates is None:
