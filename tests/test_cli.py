@@ -17,7 +17,7 @@ from wandb_files import state as written_state
 from medusa_exp import cli, run
 from medusa_exp.config import Config, continuation
 from medusa_exp.config.required import check_model
-from medusa_exp.errors import UserError
+from medusa_exp.errors import UserError, end_without_reader
 from medusa_exp.runs.files import read_json
 from medusa_exp.runs.metric_table import metric_of
 
@@ -50,6 +50,27 @@ def test_help_is_quick_and_light(tmp_path):
         f"experiment: {', '.join(sorted(path.stem for path in folder.iterdir()))}" in result.stdout
     )
     assert result.stdout.endswith("False False\n")
+
+
+@pytest.mark.parametrize("flags", ["--help", "--cfg job"])
+def test_a_reader_that_goes_ends_it_quietly(tmp_path, flags):
+    # `true` has gone long before there is anything to read.
+    command = f"{{ {sys.executable} -m medusa_exp {flags}; echo $? >&2; }} | true"
+    found = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert found.stderr in ("141\n", "0\n")
+
+
+def test_a_pipe_of_others_that_breaks_is_told(capsys):
+    with pytest.raises(BrokenPipeError, match="of a server"):
+        end_without_reader(BrokenPipeError("of a server"))
+
+
+def test_an_option_that_there_is_not_is_one_message_and_exit_code_1(tmp_path):
+    refused = medusa_exp("--experiment=medusa1", cwd=tmp_path)
+    assert refused.returncode == 1 and "Write +experiment=medusa1" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ from medusa_exp.config import (
     unknown_key,
 )
 from medusa_exp.config.ignored import say_ignored
-from medusa_exp.errors import Stopped, UserError, drop_output
+from medusa_exp.errors import Stopped, UserError, drop_output, end_without_reader
 from medusa_exp.runs import machine_faults, sweep
 from medusa_exp.runs.extras import lacking
 from medusa_exp.runs.files import publish, read_json
@@ -113,12 +113,18 @@ def main() -> None:
         _hydra_main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError as error:
+        end_without_reader(error)  # of `--help | head`: Hydra prints it beside what it reports
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's end after Ctrl-C is a 1
             sys.exit(128 + signal.SIGINT)
         raise
     finally:
         _print_sweeps()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # Python would tell of it as it ends
+            drop_output(sys.stdout)
         # Registered last, done first: late signals stop nothing any more, and show no traceback.
         for number in (signal.SIGINT, signal.SIGTERM):
             atexit.register(signal.signal, number, signal.SIG_IGN)
@@ -145,6 +151,9 @@ def _report_in_our_words() -> None:
                 raise _Problem(said) from error
             except InterpolationResolutionError as error:
                 raise _Problem(no_reference(error)) from error
+            except BrokenPipeError as error:
+                end_without_reader(error)  # such as `--cfg job | head`
+                raise
 
         def tell() -> Any:
             try:

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+_NO_READER = 128 + getattr(signal, "SIGPIPE", 13)
+"""Exit code of a program whose output nobody reads any more, as shells have it."""
+
 
 class UserError(ValueError):
     """Something a user can put right: says what is wrong, where, and what to do.
@@ -37,7 +40,22 @@ def as_program() -> Iterator[None]:
         sys.exit(str(error))
     except BrokenPipeError:
         drop_output(sys.stdout)
-        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
+        sys.exit(_NO_READER)
+
+
+def end_without_reader(error: BrokenPipeError) -> None:
+    """End the process quietly where it is its own output that nobody reads any more.
+
+    Raises:
+        BrokenPipeError: it is another pipe that broke, such as a server's.
+    """
+    try:
+        # An empty line, since what could not be written need not be in the buffer still.
+        print(flush=True)
+    except BrokenPipeError:
+        drop_output(sys.stdout)
+        sys.exit(_NO_READER)
+    raise error
 
 
 def drop_output(stream: TextIO) -> None:

@@ -302,3 +302,32 @@ def test_what_an_existing_run_cannot_do_is_refused_before_hydra(
         (tmp_path / "run" / name).write_text("[]")
     with pytest.raises(UserError, match=re.escape(message)):
         continuation.arguments(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "written"),
+    [
+        (["--experiment=medusa1"], "Write +experiment=medusa1;"),
+        (["--experiment", "medusa1", "seed=1"], "Write +experiment=medusa1;"),
+        (["seed=1", "--sweep", "head.num_heads=2"], "Write +sweep=VALUE;"),
+        (
+            ["--run-dir=x"],
+            "--run-dir=x is no option: a key stands without dashes before it. Write run_dir=x;",
+        ),
+        (["--model.path=a", "-m"], "Write model.path=a;"),
+        (["--multi", "seed=1,2"], "--multi is no option"),
+        (["-x"], "Write KEY=VALUE;"),
+        (["--cfg", "joob"], "argument --cfg/-c: invalid choice: 'joob'"),
+        (["seed=1", "--cfg"], "argument --cfg/-c: expected one argument."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_that_there_is_not_is_answered_with_the_key(argv, written):
+    with pytest.raises(UserError, match=re.escape(written)):
+        continuation.arguments(argv)
+
+
+def test_options_that_there_are_pass_wherever_they_stand():
+    flags = ["--cfg", "job", "--multirun", "-m", "--help", "--config-dir", "x", "-p", "y"]
+    assert continuation.arguments(["name=x", *flags, "~seed"]) == ["name=x", "~seed", *flags]
+    assert continuation.is_sweep(["name=x", "-m", "seed=1,2"])

@@ -9,6 +9,7 @@ that tries a failed job again is no later call: it composes the job anew, `.hydr
 """
 
 import re
+from argparse import ArgumentError
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -52,7 +53,8 @@ def arguments(argv: list[str]) -> list[str]:
     """Return the arguments for Hydra: `argv`, after the saved overrides of the run it names.
 
     Raises:
-        UserError: `argv` asks for what an existing run cannot do (a sweep, another experiment).
+        UserError: `argv` asks for what an existing run cannot do (a sweep, another experiment), or
+            has options that nobody knows.
     """
     _KEPT.clear()
     for word in argv:
@@ -61,6 +63,7 @@ def arguments(argv: list[str]) -> list[str]:
                 f"{word[:60]}... has {len(word):,} characters: an argument has "
                 f"{_LONGEST_WORD:,} at most. Put what is longer into a file, such as tree.path."
             )
+    _refuse_unknown_flags(argv)
     _refuse_hidden_run_dirs(argv)
     run_dir, new = _run_dir(argv), _overrides(argv)
     if run_dir is not None and _is_sweep(argv, new):
@@ -68,10 +71,10 @@ def arguments(argv: list[str]) -> list[str]:
             f"run_dir={run_dir} is one run, and a sweep makes many, in sweep_dir: "
             "leave out run_dir, or leave out -m and +sweep."
         )
-    if run_dir is None or not _has_begun(run_dir):
-        return argv
-    _check_logs(run_dir)
     flags = [argument for argument in argv if argument not in new]
+    if run_dir is None or not _has_begun(run_dir):
+        return [*new, *flags]  # Hydra would not find those that flags divide
+    _check_logs(run_dir)
     saved = _saved_overrides(run_dir)
     for override in new:
         if key_of(override) == "experiment" and override not in saved:
@@ -237,6 +240,32 @@ def _has_begun(run_dir: Path) -> bool:
     return (run_dir / SAVED).is_file() and (run_dir / _BEGUN).is_file()
 
 
+def _refuse_unknown_flags(argv: list[str]) -> None:
+    """Refuse options that Hydra has not, keys in the form of options above all.
+
+    Raises:
+        UserError: there is one; says how its key is written.
+    """
+    try:
+        unknown = _split(argv)[1]
+    except ArgumentError as error:  # of an option that Hydra has: its value is missing or wrong
+        raise UserError(f"{error}.") from error
+    if not unknown:
+        return
+    word, _, value = unknown[0].partition("=")
+    key = word.lstrip("-").replace("-", "_")
+    following = argv[argv.index(unknown[0]) + 1 :]
+    if not value:  # it may be a word of its own
+        value = next((w for w in following[:1] if not w.startswith("-") and "=" not in w), "VALUE")
+    written = f"+{key}={value}" if key in _GROUPS_ALONE else f"{key}={value}"
+    if not word.startswith("--"):
+        written = "KEY=VALUE"
+    raise UserError(
+        f"{unknown[0]} is no option: a key stands without dashes before it. Write {written}; "
+        "`python -m medusa_exp --help` lists all keys, and --hydra-help the options."
+    )
+
+
 def _refuse_hidden_run_dirs(argv: list[str]) -> None:
     """Refuse ways to name an existing run in which Hydra would write over its record.
 
@@ -338,7 +367,22 @@ def split_override(override: str) -> tuple[str, str]:
 
 def _overrides(argv: list[str]) -> list[str]:
     """Return the overrides among arguments: what is neither a flag of Hydra's nor its value."""
-    return list(get_args_parser().parse_known_args(argv)[0].overrides)
+    return _split(argv)[0]
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return the overrides among arguments, and the options that Hydra has not.
+
+    Raises:
+        ArgumentError: an option lacks its value, or has another than it may.
+    """
+    parser = get_args_parser()
+    # --experiment is no abbreviation of --experimental-rerun, nor --multi one that we look for.
+    parser.allow_abbrev, parser.exit_on_error = False, False
+    found, unknown = parser.parse_known_args(argv)
+    # It looks for overrides in one place alone: in `seed=1 -m head.num_heads=2,3` not behind -m.
+    later = [word for word in unknown if not word.startswith("-")]
+    return [*found.overrides, *later], [word for word in unknown if word.startswith("-")]
 
 
 def newest_saved(run_dir: Path) -> Path:
