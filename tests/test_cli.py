@@ -19,6 +19,7 @@ from medusa_exp.config import Config, continuation
 from medusa_exp.config.required import check_model
 from medusa_exp.errors import UserError, end_without_reader
 from medusa_exp.runs.files import read_json
+from medusa_exp.runs.list import read_run
 from medusa_exp.runs.metric_table import metric_of
 
 PLANT = Path(__file__).parent / "support" / "elsewhere"
@@ -303,6 +304,29 @@ def test_words_are_looked_at_before_what_they_ask_for(tmp_path):
 def test_the_traceback_is_there_for_those_who_ask(workplace):
     result = medusa_exp("+experiment=smoke", "stages=[a]", cwd=workplace, HYDRA_FULL_ERROR="1")
     assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("word", ["head.num_heads=99", "stages=[trian]", "model.path="])
+def test_nothing_is_left_of_a_run_whose_config_is_refused(tmp_path, word):
+    refused = medusa_exp("+experiment=smoke", "run_dir=new", word, cwd=tmp_path)
+    assert refused.returncode == 1 and not (tmp_path / "new").exists()
+
+
+def test_what_a_directory_has_besides_stays_when_a_config_is_refused(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/notes.txt").touch()
+    refused = medusa_exp("+experiment=smoke", "run_dir=new", "head.num_heads=99", cwd=tmp_path)
+    assert refused.returncode == 1 and (tmp_path / "new/notes.txt").is_file()
+
+
+def test_why_no_stage_began_is_noted_in_the_run(config, tmp_path):
+    config.stages, config.heads_from = ["calibrate"], str(tmp_path / "nowhere")
+    config.model.path, config.dataset.kind = "no/such/model/dir", "synthetic"
+    with pytest.raises(UserError, match="no/such/model/dir"):
+        run(config, tmp_path / "a")
+    found = read_run(tmp_path / "a")
+    assert found.status == "failed" and not (tmp_path / "a/run.json").exists()
+    assert found.reason.startswith("before stage calibrate: UserError: model.path=no/such/model")
 
 
 def test_a_run_whose_config_was_refused_is_no_run_yet(workplace):

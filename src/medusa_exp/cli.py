@@ -50,6 +50,7 @@ from medusa_exp.runs import machine_faults, sweep
 from medusa_exp.runs.extras import lacking
 from medusa_exp.runs.files import publish, read_json
 from medusa_exp.runs.machine import ensure_home
+from medusa_exp.runs.record import drop_refused, noted_failure
 from medusa_exp.runs.seals import check_config, seal_config, verify
 from medusa_exp.tracking.wandb_variables import with_variables
 
@@ -315,7 +316,12 @@ def _hydra_main(composed: DictConfig) -> float | None:
         saved = out / (job.output_subdir or continuation.SAVED.parent)
         with machine_faults.told(out, written["cache_dir"]):
             seal_config(saved)  # as Hydra has written it, perhaps in place of an older one
-            config = _checked_config(composed, out)
+            try:
+                config = _checked_config(composed, out)
+            except UserError:
+                if job.mode == RunMode.RUN:  # a job of a sweep is recorded, and tried again
+                    drop_refused(out)
+                raise
             seal_config(saved)  # of a run that is done again, it is that run's by now
             return run_stages(config, out, command)
 
@@ -400,16 +406,17 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     _begin()
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
         quiet_libraries(config.stages)
-    Session(config, out).check_places()
-    log_machine(config.device)
-    if config.heads_from is not None:
-        Session(config, out).adopt_heads(config.heads_from)
-    if config.rerun.source is not None:
-        check_config(Path(config.rerun.source).expanduser())
-    check_config(out)
-    if config.cache.verify:
-        verify(Path(config.cache_dir), out)
-    record = RunRecord(out, config, command)
+    with noted_failure(out):
+        Session(config, out).check_places()
+        log_machine(config.device)
+        if config.heads_from is not None:
+            Session(config, out).adopt_heads(config.heads_from)
+        if config.rerun.source is not None:
+            check_config(Path(config.rerun.source).expanduser())
+        check_config(out)
+        if config.cache.verify:
+            verify(Path(config.cache_dir), out)
+        record = RunRecord(out, config, command)
     with Tracker(record) as tracker:
         session = Session(config, out, tracker.log_step)
         for name in config.stages:

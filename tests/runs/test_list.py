@@ -42,6 +42,36 @@ def test_how_a_run_stands(tmp_path, run, is_old, status, reason):
     assert (found.status, found.reason) == (status, reason)
 
 
+JOB = {"number": 0, "overrides": [], "objective": "x", "value": None}
+
+
+@pytest.mark.parametrize(
+    ("files", "status", "reason"),
+    [
+        ({"failure.json": {"error": "E: x\ny"}}, "failed", "before stage train: E: x y"),
+        (
+            {"job.json": {**JOB, "status": "failed", "error": "E: z"}},
+            "failed",
+            "before stage train: E: z",
+        ),
+        (
+            {"job.json": {**JOB, "status": "running"}, "failure.json": {"error": "E: old"}},
+            "running",
+            "",
+        ),
+        ({"job.json": "{"}, "malformed", None),
+        ({"failure.json": {"error": "E: old"}, "run.json": stages(train="done")}, "done", ""),
+    ],
+)
+def test_what_failed_before_its_first_stage_says_why(tmp_path, files, status, reason):
+    path = write_run(tmp_path / "a")
+    (path / "run.json").unlink()
+    for name, content in files.items():
+        write(path / name, content)
+    found = read_run(path)
+    assert (found.status, found.reason) == (status, found.reason if reason is None else reason)
+
+
 HERE, GONE = this_process(), f"{this_process().partition('-')[0]}-4194305"
 
 

@@ -22,6 +22,7 @@ GOOD = {
     **FILES,
     "history.jsonl": FILES["history.jsonl"][:2],
     "job.json": {"number": 0, "overrides": ["a=1"], "objective": "x", "status": "done", "value": 1},
+    "failure.json": {"error": "E: x"},
     "data.json": {
         "key": "0c",
         "sources": {"a": {"records": 3, "dropped": {"x": 1}, "kept records": 2}},

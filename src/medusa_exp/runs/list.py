@@ -29,7 +29,9 @@ from rich.text import Text
 from medusa_exp.config.trust import load_yaml
 from medusa_exp.errors import UserError, as_program
 from medusa_exp.runs.files import read_json
+from medusa_exp.runs.jobs import JOB
 from medusa_exp.runs.processes import is_process_alive
+from medusa_exp.runs.record import FAILURE
 
 STATUSES = ("done", "running", "stopped", "failed", "malformed")
 QUIET = timedelta(minutes=10)
@@ -116,6 +118,16 @@ def _read_files(run: Run, path: Path, newest: datetime) -> None:
     run.cache_keys = _cache_keys(record, stages, _object(path / "regenerated.json"))
     wanted = config.get("stages", [])
     run.status, run.reason = _status(stages, wanted, datetime.now(UTC) - newest)
+    if not stages and (error := _failure(path)):
+        run.status, run.reason = "failed", f"{_before(wanted, stages)}: {' '.join(error.split())}"
+
+
+def _failure(path: Path) -> str | None:
+    """Return why a run has no stage: as the sweep has it that it is a job of, or it itself."""
+    job = _object(path / JOB)
+    found = job if job.get("status") == "failed" else _object(path / FAILURE)
+    # Where a job of a sweep is tried again, what its last try met is over.
+    return None if job.get("status") == "running" else found.get("error")
 
 
 def _status(stages: dict[str, Any], wanted: Any, quiet: timedelta) -> tuple[str, str]:
@@ -139,11 +151,17 @@ def _status(stages: dict[str, Any], wanted: Any, quiet: timedelta) -> tuple[str,
             return "stopped", f"in stage {name}"
         if status == "running":
             return "stopped", f"in stage {name}, {since}"
-    left = [name for name in names if name not in stages]
-    if left or not stages:
-        before = f"before stage {left[0]}" if left else "before its first stage"
+    if not stages or any(name not in stages for name in names):
+        before = _before(wanted, stages)
         return ("running", "") if seems_alive else ("stopped", f"{before}, {since}")
     return "done", ""
+
+
+def _before(wanted: Any, stages: dict[str, Any]) -> str:
+    """Return in words which stage of those that are wanted is the next."""
+    names = wanted if isinstance(wanted, list) else []
+    left = [name for name in map(str, names) if name not in stages]
+    return f"before stage {left[0]}" if left else "before its first stage"
 
 
 def _is_past(entry: dict[str, Any], stages: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import (
     json_text,
     read_json,
+    remove,
     sha256_file,
     sync,
     write_json,
@@ -35,7 +36,11 @@ from medusa_exp.runs.locks import locked
 from medusa_exp.runs.machine import device_name, peak_memory_bytes
 from medusa_exp.runs.processes import this_process
 
+FAILURE = "failure.json"
+"""Why no stage of a run began; a run that has a record tells it of its stages there."""
 _LOCK = ".record.lock"
+_OF_REFUSED = {".hydra", "medusa_exp.log"}
+"""What Hydra makes in the directory of a run before its config is checked."""
 _LEFT_BY = {
     "inspect": ["data_samples.jsonl"],
     "calibrate": ["calibration.json"],
@@ -165,6 +170,27 @@ class RunRecord:
     def _locked(self) -> AbstractContextManager[None]:
         self.out.mkdir(parents=True, exist_ok=True)
         return locked(self.out / _LOCK)
+
+
+@contextmanager
+def noted_failure(out: Path) -> Iterator[None]:
+    """Around what is looked at before the record begins: what it refuses is noted in the run."""
+    (out / FAILURE).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        # Whatever else is wrong, such as a disk that is full, is not to hide it.
+        with suppress(Exception):
+            if not (isinstance(error, Stopped) or (out / "run.json").exists()):
+                said = named_variables(f"{type(error).__name__}: {error}", out)
+                write_json(out / FAILURE, {"error": said})
+        raise
+
+
+def drop_refused(out: Path) -> None:
+    """Remove the directory of a run whose config was refused, if it has nothing but that."""
+    if {path.name for path in out.iterdir()} <= _OF_REFUSED:
+        remove(out)
 
 
 def check_record(out: Path, but: Collection[str] = ()) -> None:

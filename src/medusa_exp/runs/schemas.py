@@ -76,6 +76,10 @@ class _Job(msgspec.Struct):
     error: str | None = None
 
 
+class _Failure(msgspec.Struct):
+    error: str
+
+
 class _Record(msgspec.Struct):
     category: str
     method: str
@@ -277,6 +281,7 @@ SCHEMAS = {
     "job.json": Schema(
         _Job, "restore it, or delete it: the sweep then does this job again", has_check=True
     ),
+    "failure.json": Schema(_Failure, "delete it: the next call writes its own, if it fails too"),
     "history.jsonl": Schema(
         _HistoryLine, "delete that line, or restore the file: its other lines count", has_nan=True
     ),
