@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 from cli_runs import SMOKE, medusa_exp, read, snapshot, without_logs
+from omegaconf import OmegaConf
 from report_pages import Page
 from wandb_files import of_type, run_files
 from wandb_files import records as written_records
 from wandb_files import state as written_state
 
 from medusa_exp.config import Config
+from medusa_exp.errors import UserError
+from medusa_exp.runs import sweep as sweep_module
 from medusa_exp.runs.record import RunRecord
 
 SWEEP = [
@@ -95,6 +98,37 @@ def test_a_finished_sweep_is_ranked_by_another_metric_without_running_again(swee
     assert [read(job / "job.json")["value"] for job in done] == losses
     text = " ".join(Page((workplace / "sweep/report.html").read_text()).text.split())
     assert "is the best train/loss" in text
+
+
+def test_a_sweep_whose_stages_do_not_measure_its_objective_begins_no_job(tmp_path):
+    command = ["-m", *SMOKE, "stages=[pretrain,train]", "head.num_heads=1,2", "sweep_dir=sweep"]
+    refused = medusa_exp(*command, cwd=tmp_path)
+    assert refused.returncode == 1 and not (tmp_path / "sweep").exists()
+    said = "objective=eval/speedup is a metric of stage evaluate, which stages=[pretrain,train]"
+    assert said in refused.stderr and "Set objective=val/accept_length" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "others"),
+    [
+        ([], {"stages": ["evaluate"]}),
+        ([], {"stages": ["export"]}),  # which measures nothing
+        (["stages=[train],[evaluate]"], {}),
+        (["objective=val/accept_length,train/loss"], {}),
+        (["+experiment=a,b"], {}),
+        ([], {"rerun": {"source": "x"}}),  # it has that run's stages
+        ([], {"hydra": {"sweeper": {"params": {"stages": "[train],[evaluate]"}}}}),
+    ],
+)
+def test_what_the_jobs_of_a_sweep_may_measure_is_let_pass(tmp_path, task, others):
+    hydra = {"overrides": {"task": task}, "sweeper": {}, "sweep": {"dir": str(tmp_path)}}
+    config = {"objective": "eval/speedup", "stages": ["train"], "rerun": {"source": None}}
+    base = OmegaConf.create({**config, "hydra": hydra})
+    sweep_module._check_objective(OmegaConf.merge(base, others))
+    with pytest.raises(UserError, match="a metric of stage evaluate"):
+        sweep_module._check_objective(
+            OmegaConf.merge(base, {"hydra": {"overrides": {"task": ["seed=1,2", "name=x"]}}})
+        )
 
 
 @pytest.mark.slow
@@ -181,8 +215,9 @@ def test_a_signal_ends_the_sweep_and_not_only_its_job(workplace, number, stage, 
     process = subprocess.Popen(
         [
             sys.executable, "-m", "medusa_exp", "-m", *SMOKE, "stages=[pretrain,train]",
-            "head.num_heads=1,2", f"sweep_dir={stage}", "logger=wandb", "logger.artifacts=false",
-            "train.max_steps=9999", f"model.pretrain.max_steps={pretraining_steps}",
+            "head.num_heads=1,2", f"sweep_dir={stage}", "objective=train/loss",
+            "logger=wandb", "logger.artifacts=false", "train.max_steps=9999",
+            f"model.pretrain.max_steps={pretraining_steps}",
         ],
         cwd=workplace,
         stdout=subprocess.DEVNULL,

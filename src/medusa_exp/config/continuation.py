@@ -333,6 +333,12 @@ def key_of(override: str) -> str:
     return str(_parsed(override).key_or_group).lstrip("/")
 
 
+def swept_keys(overrides: Iterable[str]) -> set[str]:
+    """Return the keys that overrides of a sweep give several values."""
+    parsed = map(_parsed, overrides)
+    return {str(one.key_or_group).lstrip("/") for one in parsed if one.is_sweep_override()}
+
+
 def _parsed(override: str) -> Override:
     try:
         return OverridesParser.create().parse_override(override)

@@ -22,10 +22,12 @@ from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import content_key, read_json, write_json
 from medusa_exp.runs.jobs import JOB, held, is_done, is_held, read_jobs
 from medusa_exp.runs.machine_faults import is_ours
-from medusa_exp.runs.metric_table import as_objective
+from medusa_exp.runs.metric_table import METRICS, as_objective
 from medusa_exp.runs.record import check_record
 
 log = logging.getLogger(__name__)
+_DECIDE = {"stages", "objective", "experiment", "rerun", "rerun.source"}
+"""Keys that say what jobs measure and are compared by: not known where a sweep tries several."""
 
 
 def register() -> None:
@@ -65,6 +67,7 @@ class _StartedSweeps(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             _check_search(config.hydra.sweeper, config.objective, config.stages)
+            _check_objective(config)
         except UserError as error:  # of errors in a callback Hydra makes warnings
             sys.exit(str(error))
         self.directories.append(Path(str(config.hydra.sweep.dir)))
@@ -94,6 +97,33 @@ def _check_search(sweeper: Any, objective: str, stages: Sequence[str]) -> None:
             f"hydra.sweeper.direction={given} with objective={objective} looks for the worst: "
             f"set hydra.sweeper.direction={wanted}{hint}."
         )
+
+
+def _check_objective(config: DictConfig) -> None:
+    """Refuse a sweep whose jobs would all end without the metric that they are compared by.
+
+    Not where a job is done: the metric may have been measured by a later call of its run.
+
+    Raises:
+        UserError: other stages measure it; names a metric that these do.
+    """
+    task = config.hydra.overrides.task
+    swept = {*(config.hydra.sweeper.get("params") or {}), *continuation.swept_keys(task)}
+    stages, objective = [str(stage) for stage in config.stages], config.objective
+    if swept & _DECIDE or config.rerun.source is not None:
+        return
+    stage = as_objective(objective).stage
+    others = [row.name for row in METRICS if row.stage in stages and row.better]
+    if stage in stages or not others:
+        return
+    jobs = read_jobs(Path(str(config.hydra.sweep.dir))).values()
+    if any(job["status"] == "done" for job in jobs):
+        return
+    raise UserError(
+        f"objective={objective} is a metric of stage {stage}, which stages=[{','.join(stages)}] "
+        f"leaves out: nothing would compare these jobs. Set objective={others[0]} or another "
+        "that they measure (docs/reference/metrics.md has all), or add that stage."
+    )
 
 
 def started() -> dict[Path, dict[str, dict[str, Any]]]:
