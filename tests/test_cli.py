@@ -192,6 +192,7 @@ def test_a_default_that_changed_since_does_not_slip_into_an_old_run(run_dir, wor
         (["+experiment=rerun", "rerun.source=/no/run"], "rerun.source=/no/run is no run directory"),
         (["+experiment=medusa1", "head.num_hedas=2"], "mean head.num_heads?"),
         (["+experiment=nothing"], "nothing"),
+        (["+experiment=smoke", "train.max_steps=ten"], "train.max_steps=ten: Value 'ten' of type"),
         (["+experiment=smoke", "name=${nope}"], "'nope' not found (hydra.run.dir is made of it): "),
         (["+experiment=smoke", "stages=[trian]"], "stages=trian is not known: use some of"),
         (["+experiment=medusa1", "device=cpu"], "model.path is not set"),
@@ -226,7 +227,7 @@ def test_a_problem_is_one_message_and_exit_code_1(run_dir, workplace, arguments,
     result = medusa_exp(*arguments, "logger=none", cwd=workplace, COVERAGE_PROCESS_CONFIG="")
     assert result.returncode == 1
     assert message in result.stderr + result.stdout
-    words = ["Traceback", "Error executing job"]
+    words = ["Traceback", "Error executing job", "object_type"]
     words += ["HYDRA_FULL_ERROR"] * (message != "nothing")  # which Hydra tells in its own words
     assert not [word for word in words if word in result.stderr + result.stdout]
 

@@ -40,6 +40,7 @@ from medusa_exp.config import (
     from_hydra,
     no_list,
     no_reference,
+    no_value,
     register,
     to_dict,
     unknown_key,
@@ -134,8 +135,8 @@ def main() -> None:
 def _report_in_our_words() -> None:
     """Have a full disk and its like told in one message, wherever Hydra or logging meets them.
 
-    And mistyped keys, with the key that may have been meant; single values for lists; references
-    that lead nowhere.
+    And mistyped keys, with the key that may have been meant; single values for lists, and values
+    of other types; references that lead nowhere.
     """
     report, handle = hydra_utils.run_and_report, logging.Handler.handleError
 
@@ -147,7 +148,8 @@ def _report_in_our_words() -> None:
             except UserError as error:
                 raise _Problem(str(error)) from error
             except HydraException as error:
-                if (said := unknown_key(error) or no_list(error)) is None:
+                said = unknown_key(error) or no_list(error) or no_value(error)
+                if said is None:
                     raise
                 raise _Problem(said) from error
             except InterpolationResolutionError as error:
@@ -248,7 +250,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             composed = hydra.compose("config", list(overrides))
             config = from_hydra(composed)
     except HydraException as error:
-        raise UserError(unknown_key(error) or no_list(error) or str(error)) from error
+        said = unknown_key(error) or no_list(error) or no_value(error)
+        raise UserError(said or str(error)) from error
     config.logger = with_variables(config.logger, overrides)
     vars(config)["_composed"] = composed
     say_ignored(config, overrides)

@@ -108,6 +108,22 @@ def test_one_value_within_a_section_too():
 
 
 @pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.max_steps=ten", "train.max_steps=ten: Value 'ten' of type 'str' could not be c"),
+        ("train.max_steps=1e3", "train.max_steps=1e3: Value '1000.0' of type 'float' could not"),
+        ("train.lora.rank=x", "train.lora.rank=x: Value 'x' of type 'str' could not be conv"),
+        ("train={seed: 1, max_steps: x}", "train.seed: there is no such key"),
+        ("+train={max_steps: x}", "+train={max_steps: x}: train.max_steps: Value 'x' of type"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(override, said):
+    with pytest.raises(UserError, match=f"^{re.escape(said)}.*$") as caught:
+        cli.compose(["+experiment=smoke", override])
+    assert "\n" not in str(caught.value) and "object_type" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "value",
     ["date=2024-01-01/a.jsonl", "a, b=c.jsonl", "caf\u00e9.jsonl", "a(1).jsonl", "[x]a.jsonl"],
 )

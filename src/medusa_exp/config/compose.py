@@ -138,6 +138,20 @@ def no_list(error: BaseException) -> str | None:
     return f"{override}: {cause.full_key} is a list: write '{key}=[{value}]'."
 
 
+def no_value(error: BaseException) -> str | None:
+    """Return what to tell of an error of Hydra's that is a value which its key cannot take.
+
+    Args:
+        error: of merging an override, which its text gives last.
+    """
+    cause, (_, found, override) = error.__cause__, _first_line(error).partition(" override ")
+    if not (isinstance(cause, OmegaConfBaseException) and found):
+        return None
+    key = override.partition("=")[0].lstrip("+")
+    place = f" {cause.full_key}:" if cause.full_key not in (None, key) else ""
+    return f"{override}:{place} {_first_line(cause.msg or cause)}."
+
+
 def _keys(section: Any, before: str = "") -> Iterator[str]:
     """Yield each key of nested values, with dots; a section before what is in it."""
     for name, value in section.items() if isinstance(section, dict) else ():
