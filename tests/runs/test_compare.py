@@ -39,6 +39,16 @@ def test_what_is_no_run_directory_is_said(tmp_path):
         main([str(tmp_path)])
 
 
+def test_a_table_in_a_pipe_has_one_line_a_metric(tmp_path, capsys):
+    name = f"eval/category/{'long' * 20}/tokens_per_step"
+    for run in ("old", "new"):
+        (tmp_path / run).mkdir()
+        write_json(tmp_path / run / "metrics.json", {name: 1.5})
+    print_comparison(compare(tmp_path / "old", tmp_path / "new"))
+    [line] = [line for line in capsys.readouterr().out.splitlines() if name in line]
+    assert line.count("1.5") == 2 and "equal" in line
+
+
 def test_later_calls_of_the_old_run_are_told(tmp_path, capsys):
     for name in ("old/.hydra-2", "new"):
         (tmp_path / name).mkdir(parents=True)

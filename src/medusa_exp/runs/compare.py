@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from medusa_exp.errors import UserError, as_program
 from medusa_exp.runs.files import read_json, write_json
+from medusa_exp.runs.list import wide_console
 from medusa_exp.runs.metric_table import is_timed
 from medusa_exp.runs.record import check_record
 
@@ -65,7 +65,7 @@ def compare_with_source(source: str | None, out: Path) -> None:
 
 def print_comparison(found: Found) -> None:
     """Print both runs' numbers side by side, and what else is not the same."""
-    console = Console()
+    console = wide_console()
     table = Table(Column("metric", overflow="fold"), "then", "now", "now / then")
     for name, (old, new) in found["metrics"].items():
         shown = ("" if value is None else f"{value:.6g}" for value in (old, new))
