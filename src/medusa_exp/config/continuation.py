@@ -106,12 +106,25 @@ def check_new(config: DictConfig) -> None:
     """Refuse a composed config as `check_model` does, if nothing else brings a config with it.
 
     Raises:
-        UserError: model.path is not set.
+        UserError: model.path is not set, or rerun.source where a run is to be done again.
     """
     # Which are told where the config is checked, and where the directory is made.
     with suppress(OmegaConfBaseException, OSError):
+        _check_source(config, config.hydra)
         if config.rerun.source is None and not _has_begun(Path(config.hydra.run.dir)):
             check_model(config)
+
+
+def _check_source(config: DictConfig, hydra_config: Any) -> None:
+    """Refuse to do a run again that is not named.
+
+    Raises:
+        UserError: rerun.source is not set.
+    """
+    if config.rerun.source is None and hydra_config.runtime.choices.get("experiment") == "rerun":
+        raise UserError(
+            "rerun.source is not set: name the run directory of the run that is to be done again."
+        )
 
 
 def check_begun(argv: list[str], later: Collection[str]) -> None:
@@ -168,6 +181,7 @@ def effective_config(composed: DictConfig, out: Path, hydra_config: HydraConf) -
         check_saved(config, out / SAVED, [*keys, *again])
         OmegaConf.save(config, out / str(hydra_config.output_subdir) / SAVED.name)
         return config
+    _check_source(composed, hydra_config)
     if composed.rerun.source is None:
         return composed
     source = Path(composed.rerun.source).expanduser()
