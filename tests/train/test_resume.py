@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.model import load_heads
 from medusa_exp.stages import train
-from medusa_exp.train.checkpointing import random_state, restore_random_state
+from medusa_exp.train.checkpointing import made_of, random_state, restore_random_state
 
 KILLED = Path(__file__).parents[1] / "support" / "killed.py"
 
@@ -82,6 +83,29 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(config, tmp_path, group):
         run(config, tmp_path / "run")
     config.train.resume = "never"
     run(config, tmp_path / "run")
+
+
+def test_what_another_training_has_otherwise_is_said_by_key(config, tmp_path):
+    config.train.max_steps = 2
+    run(config, tmp_path / "run")
+    config.train.max_steps, config.head.num_heads, config.seed = 3, 3, 7
+    others = r"train\.max_steps \(2 then, 3 now\), seed \(0 then, 7 now\): set train.resume=never"
+    with pytest.raises(UserError, match=rf"another head\.num_heads \(. then, 3 now\), {others}"):
+        run(config, tmp_path / "run")
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    old = torch.load(path, weights_only=True)
+    del old["made_of"]  # as older versions wrote it
+    torch.save(old, path)
+    with pytest.raises(UserError, match=r"made with another head, train, dataset, tokenizer"):
+        run(config, tmp_path / "run")
+
+
+def test_what_may_be_a_secret_is_in_no_checkpoint(config):
+    config.train.heads_from = "/home/somebody/heads"
+    backbone = SimpleNamespace(weights_fingerprint=lambda: "weights")
+    sections = (config.head, config.train, config.dataset)
+    found = [made_of(*sections, seed=0, data_key="data", backbone=backbone) for _ in range(2)]
+    assert found[0] == found[1] and "somebody" not in str(found)
 
 
 @pytest.mark.parametrize("part", [slice(0), slice(5000), slice(64, None)])

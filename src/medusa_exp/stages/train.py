@@ -45,6 +45,7 @@ from medusa_exp.train.checkpointing import (
     CHECKPOINT,
     Checkpoints,
     checkpoint_to_resume,
+    made_of,
     settled_before,
     training_key,
 )
@@ -222,14 +223,13 @@ def build_module(
         ),
         taken=taken,
     )
-    key = training_key(
-        config.head,
-        settings,
-        config.dataset,
-        seed=config.seed,
-        data_key=inputs.data_key,
-        backbone=backbone,
-    )
+    sections = (config.head, settings, config.dataset)
+    key_of: dict[str, Any] = {
+        "seed": config.seed,
+        "data_key": inputs.data_key,
+        "backbone": backbone,
+    }
+    key, key_is_of = training_key(*sections, **key_of), made_of(*sections, **key_of)
     joint = None
     responses: Callable[[], list[HeldOutResponse]] = lambda: inputs.responses  # noqa: E731
     if settings.kind == "medusa2":
@@ -248,6 +248,7 @@ def build_module(
         max_rank=config.tree.max_rank,
         rule=validation_rule(config),
         key=key,
+        made_of=key_is_of,
         joint=joint,
     )
 
@@ -259,7 +260,7 @@ def fit(session: Session, module: MedusaModule, batches: Batches) -> dict[str, f
         UserError: a loss is NaN or infinite.
     """
     out, settings = session.out, session.config.train
-    checkpoint, step = checkpoint_to_resume(out, module.key, settings.resume)
+    checkpoint, step = checkpoint_to_resume(out, module.key, settings.resume, module.made_of)
     session.notes.add(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
     is_best_kept = settings.keep == "best"

@@ -7,7 +7,8 @@ puts it there:
     heads and optimizer in float32, schedule, steps    Lightning
     of Medusa-2, the adapters without what is frozen   MedusaModule.on_save_checkpoint
     random_state, of every library                     Checkpoints.on_save_checkpoint, here
-    made_with, the training key; measured; settled     MedusaModule.on_save_checkpoint
+    made_with, the training key; made_of, in words     MedusaModule.on_save_checkpoint
+    measured; settled                                  MedusaModule.on_save_checkpoint
     acceptance, the running mean of each head's        MedusaModule.on_save_checkpoint
     best validation and early stopping; EMA            BestHeads, EMAHeads: state_dict
 
@@ -21,7 +22,7 @@ import random
 import signal
 import zipfile
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -68,6 +69,9 @@ _NOT_IN_KEY = (
 key that is in neither makes a checkpoint one of another training where it is not at its default."""
 _OLD_WORDS = (("labels", "teacher"), ("text", "regenerated"))
 """Keys of `train` and words that count in a checkpoint's key as `own`, their name of old."""
+_DATA = "dataset, tokenizer or regenerated responses"
+_HASHED = ("train.heads_from", _DATA, "model")
+"""What a checkpoint has the hash of alone."""
 _HEAD_IN_KEY = "kind num_heads num_layers bias rank num_tokens prefix_attention".split()
 
 
@@ -248,10 +252,55 @@ def training_key(
     return content_key(of_head, settings, data, seed, backbone.weights_fingerprint())
 
 
-def checkpoint_to_resume(out: Path, key: str, resume: str) -> tuple[Path | None, int]:
+def made_of(
+    head: HeadConfig,
+    train: TrainConfig,
+    dataset: DatasetConfig,
+    *,
+    seed: int,
+    data_key: str,
+    backbone: Backbone,
+) -> dict[str, Any]:
+    """Return what `training_key` is made of, by name: to say what another training has otherwise.
+
+    What may lead to places of a user, or be the value of a variable, is there as a hash.
+    """
+    head = replace(head, own_projections=head.own_projections or None)
+    of_train = {k: v for k, v in asdict(train).items() if k not in _NOT_IN_KEY}
+    lora = {f"train.lora.{name}": value for name, value in of_train.pop("lora").items()}
+    return {
+        **{f"head.{name}": value for name, value in asdict(head).items()},
+        **{f"train.{name}": value for name, value in of_train.items()},
+        **lora,
+        "train.heads_from": train.heads_from and content_key(train.heads_from),
+        "dataset.val_fraction": dataset.val_fraction,
+        "dataset.test_fraction": dataset.test_fraction,
+        "weights of dataset.sources": {n: source.weight for n, source in dataset.sources.items()},
+        _DATA: data_key,
+        "seed": seed,
+        "model": backbone.weights_fingerprint(),
+    }
+
+
+def _others(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return in words what two trainings have not in common."""
+    return ", ".join(
+        name if name in _HASHED else f"{name} ({_word(then[name])} then, {_word(value)} now)"
+        for name, value in now.items()
+        if name in then and then[name] != value
+    )
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def checkpoint_to_resume(
+    out: Path, key: str, resume: str, now: dict[str, Any] | None = None
+) -> tuple[Path | None, int]:
     """Return the checkpoint of the training with this key, and its step; none is step 0.
 
-    `resume` is auto, or never, which removes older checkpoints.
+    `resume` is auto, or never, which removes older checkpoints; `now` is what the key is made of.
 
     Raises:
         UserError: the checkpoint there is damaged, or was made with other settings.
@@ -264,7 +313,12 @@ def checkpoint_to_resume(out: Path, key: str, resume: str) -> tuple[Path | None,
         return None, 0
     checkpoint = _read(path)
     if checkpoint.made_with != key:
-        raise UserError(
+        if checkpoint.made_of and (others := _others(checkpoint.made_of, now or {})):
+            raise UserError(
+                f"{path} was made with another {others}: set train.resume=never to train anew "
+                "here, or choose another run_dir."
+            )
+        raise UserError(  # by an older version, which wrote the key alone
             f"{path} was made with another head, train, dataset, tokenizer, seed or model: set "
             "train.resume=never to train anew here, or choose another run_dir. (Where an older "
             "version made it with head.kind=auto, that was medusa_tied or medusa: name it; "
@@ -308,6 +362,7 @@ class _About(msgspec.Struct, kw_only=True):
     made_with: str
     global_step: Annotated[int, msgspec.Meta(ge=0)]
     settled: dict[str, Any] = {}
+    made_of: dict[str, Any] = {}
 
 
 class _Checkpoint(_About, kw_only=True):

@@ -114,6 +114,7 @@ class MedusaModule(L.LightningModule):
         max_rank: draft tokens of a head that val/accept_length considers.
         rule: by which the responses were made, and drafts of them are accepted.
         key: `training_key` of the training, for its checkpoints.
+        made_of: what the key is made of.
         joint: of Medusa-2.
     """
 
@@ -128,12 +129,14 @@ class MedusaModule(L.LightningModule):
         max_rank: int,
         rule: AcceptanceRule = GREEDY,
         key: str,
+        made_of: dict[str, Any] | None = None,
         joint: JointLoss | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.heads, self.settings = backbone, heads, settings
         self.objective = Objective.of(settings)
-        self.max_steps, self.responses, self.key = max_steps, responses, key
+        self.max_steps, self.responses = max_steps, responses
+        self.key, self.made_of = key, made_of or {}
         self.max_rank, self.rule = min(max_rank, heads.config.head_vocab_size), rule
         self.joint = joint
         if joint is not None:
@@ -386,14 +389,14 @@ class MedusaModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen; say what the checkpoint was made with, and what was measured.
 
-        `made_with` and `settled` are read by `checkpointing`.
+        `made_with`, `made_of` and `settled` are read by `checkpointing`.
         """
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {
             n: v for n, v in state if n in trained or n.startswith("heads.")
         }
-        checkpoint["made_with"] = self.key
+        checkpoint["made_with"], checkpoint["made_of"] = self.key, self.made_of
         checkpoint["settled"] = settled_of(self.settings)
         metrics = {name: float(value) for name, value in self.last_metrics.items()}
         checkpoint["measured"] = {"metrics": metrics, "val_step": self.last_val_step}
