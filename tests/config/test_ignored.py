@@ -65,6 +65,9 @@ def test_a_key_that_is_given_in_vain_is_said(key, caplog):
         ["train.loss=tv", "train.teacher=top_k", "train.top_k=3"],
         ["evaluate.server=http://x", "serving.patience=3", "evaluate.server_concurrency=[2]"],
         ["stages=[export]", "export.dtype=float16"],
+        ["stages=[inspect]", "head.num_heads=2", "train.max_steps=3"],  # a later call may train
+        ["stages=[train,evaluate]", "head.num_heads=2"],
+        ["stages=[evaluate]", "train.kind=medusa2"],  # which decodes with an adapted backbone
         ["decode.top_k=null", "tree.paths=[]"],
         ["train.max_steps=3"],
     ],
@@ -72,6 +75,18 @@ def test_a_key_that_is_given_in_vain_is_said(key, caplog):
 def test_what_has_an_effect_is_not(overrides, caplog):
     say(overrides)
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("given", ["head.num_heads=2", "train.max_steps=3", "head={num_heads: 2}"])
+def test_how_heads_are_trained_is_given_in_vain_where_none_are(given, caplog):
+    say(["stages=[calibrate,report]", given])
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "has no effect: it is for stage train, which stages=[calibrate,report] leaves" in said
+
+
+def test_a_family_is_given_in_vain_too(caplog):
+    compose(["stages=[calibrate]", "model.path=x", "head=medusa_tied"])
+    assert caplog.text.count("head has no effect: it is for stage train") == 1
 
 
 def test_the_choices_of_an_experiment_are_not_its_callers(caplog):

@@ -98,11 +98,21 @@ USES = (
 """Every key that a choice of another ignores."""
 
 
+_OF_TRAINING = Use(("head", "head.*", "train.*"), ())
+"""What says how heads are trained."""
+_LATER_TOO = ("train.kind", "train.text", "train.val_tree_nodes")
+"""Of that, what later stages read: which backbone decodes, and what `evaluate` finds causes by."""
+_BEFORE_HEADS = {"pretrain", "inspect", "regenerate", "train"}
+"""Stages of a run whose heads are still to be trained, by this call or a later one."""
+
+
 def say_ignored(config: Config, overrides: Iterable[str]) -> None:
     """Warn of each key that these overrides, of a command line, give in vain.
 
     A value that is the default is passed over: it may be there to say that it is.
     """
+    stages = ",".join(map(str, config.stages))
+    has_heads = bool(stages) and not _BEFORE_HEADS & {*config.stages}
     for key in sorted(set(_keys_of(overrides))):
         rows = (row for row in USES if _names(row, key))
         is_default = _value(config, key) == _value(Config(), key)
@@ -110,6 +120,13 @@ def say_ignored(config: Config, overrides: Iterable[str]) -> None:
             if not is_default and not row.is_met(config):
                 # Not its value, which may come from the environment.
                 log.warning("%s has no effect: it is used with %s", key, row.wanted(config))
+        is_of_training = _names(_OF_TRAINING, key) and key not in _LATER_TOO
+        if has_heads and is_of_training and not is_default:
+            log.warning(
+                "%s has no effect: it is for stage train, which stages=[%s] leaves out, and the "
+                "heads are those that are there",
+                *(key, stages),
+            )
 
 
 def _names(row: Use, key: str) -> bool:
