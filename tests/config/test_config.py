@@ -1,6 +1,9 @@
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -19,6 +22,7 @@ from medusa_exp.config import (
     unknown_key,
 )
 from medusa_exp.errors import UserError
+from medusa_exp.stages.session import Session
 
 CONF = resources.files("medusa_exp.conf")
 EXPERIMENTS = sorted(p.name.removesuffix(".yaml") for p in (CONF / "experiment").iterdir())
@@ -347,3 +351,41 @@ def test_options_that_there_are_pass_wherever_they_stand():
     flags = ["--cfg", "job", "--multirun", "-m", "--help", "--config-dir", "x", "-p", "y"]
     assert continuation.arguments(["name=x", *flags, "~seed"]) == ["name=x", "~seed", *flags]
     assert continuation.is_sweep(["name=x", "-m", "seed=1,2"])
+
+
+@pytest.fixture
+def moved_on(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """The folder in which a run began with relative paths, and its directory, seen from another."""
+    began, out = tmp_path / "began", tmp_path / "run"
+    for folder in (began / "model", began / "chats", out / ".hydra", tmp_path / "here"):
+        folder.mkdir(parents=True)
+    (began / "chats/a.json").touch()
+    saved = {"model": {"path": "model"}, "dataset": {"path": "chats/*.json"}}
+    saved["tokenizer"] = {"path": "org/name"}  # of the hub
+    (out / ".hydra/config.yaml").write_text(json.dumps(saved))
+    (out / ".hydra/hydra.yaml").write_text(json.dumps({"hydra": {"runtime": {"cwd": str(began)}}}))
+    monkeypatch.chdir(tmp_path / "here")
+    return began, out
+
+
+def test_saved_paths_that_lead_nowhere_here_are_told_with_where_they_lead(moved_on):
+    began, out = moved_on
+    where = f"the folder in which it began, {began}: give the command there, or add "
+    where += f"model.path={began}/model dataset.path={began}/chats/*.json."
+    with pytest.raises(UserError, match="no such directory. Saved .*" + re.escape(where)):
+        Session.of_run(out).decoder()
+
+
+@pytest.mark.parametrize("change", ["given", "moved", "unknown", "broken"])
+def test_other_places_are_told_as_they_are(moved_on, change):
+    began, out = moved_on
+    config = from_hydra(load_saved(out / ".hydra/config.yaml"))
+    if change == "given":  # by this call
+        config.model.path, config.dataset.path = "other", None
+    elif change == "moved":  # the machine is another
+        shutil.rmtree(began)
+    else:
+        text = "a: [" if change == "broken" else "{}"
+        (out / ".hydra/hydra.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"^as it is$"), continuation.told_of_places(out, config):
+        raise UserError("as it is")

@@ -10,8 +10,8 @@ that tries a failed job again is no later call: it composes the job anew, `.hydr
 
 import re
 from argparse import ArgumentError
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from medusa_exp.config import Config, load_saved
+from medusa_exp.config import Config, load_saved, to_dict
 from medusa_exp.config.privacy import without_secrets
 from medusa_exp.config.reading import check_regular
 from medusa_exp.config.required import check_model
@@ -46,6 +46,12 @@ _MOST_SHOWN, _LONGEST_SHOWN = 6, 40
 _LONGEST_WORD = 1 << 16
 """Of a command line; Hydra's parser takes a second for ten thousand characters."""
 _OVERRIDES = Path(".hydra/overrides.yaml")
+_OF_HYDRA = Path(".hydra/hydra.yaml")
+_PLACES = (
+    *("model.path", "tokenizer.path", "dataset.path", "heads_from", "train.heads_from"),
+    *("tree.path", "evaluate.path"),
+)
+"""Keys that may be paths to what is read."""
 _LATER_CALL = re.compile(r"\.hydra-[0-9]{1,9}")
 
 
@@ -250,6 +256,51 @@ def continues(out: Path, hydra_config: HydraConf) -> bool:
     return bool(subdir) and subdir != SAVED.parent.name and _has_begun(out)
 
 
+@contextmanager
+def told_of_places(out: Path, config: Config) -> Iterator[None]:
+    """Around what opens places that a config names: add to an error where saved ones are found.
+
+    A run's saved paths are those that were typed, relative to where that was, and this call may be
+    from elsewhere.
+    """
+    try:
+        yield
+    except UserError as error:
+        began, elsewhere = "", dict[str, Path]()
+        with suppress(UserError, OSError, OmegaConfBaseException):
+            began = str(_at(_plain(out / _OF_HYDRA), ["hydra", "runtime", "cwd"]) or "")
+            elsewhere = _left_elsewhere(out, config, Path(began)) if began else {}
+        if not elsewhere:
+            raise
+        words = " ".join(f"{key}={place}" for key, place in elsewhere.items())
+        raise UserError(
+            f"{error} Saved paths of this run are relative to the folder in which it began, "
+            f"{began}: give the command there, or add {words}."
+        ) from error
+
+
+def _left_elsewhere(out: Path, config: Config, began: Path) -> dict[str, Path]:
+    """Return the saved relative paths that lead nowhere here, and to something where a run began.
+
+    By their keys, as absolute paths.
+    """
+    saved, now = _plain(out / SAVED), to_dict(config)
+    keys = [*_PLACES, *(f"dataset.sources.{name}.path" for name in config.dataset.sources)]
+    found = {}
+    for key in keys:
+        value = _at(now, key.split("."))
+        if not value or value != _at(saved, key.split(".")) or Path(value).expanduser().exists():
+            continue
+        place = began / value
+        if place.exists() or ("*" in value and any(began.glob(value))):
+            found[key] = place
+    return found
+
+
+def _plain(path: Path) -> Any:
+    return OmegaConf.to_container(load_yaml(path), resolve=False) if path.is_file() else {}
+
+
 def _has_begun(run_dir: Path) -> bool:
     return (run_dir / SAVED).is_file() and (run_dir / _BEGUN).is_file()
 
@@ -329,7 +380,7 @@ def _check_logs(run_dir: Path) -> None:
 
 def _saved_overrides(run_dir: Path) -> list[str]:
     path = run_dir / _OVERRIDES
-    saved: Any = OmegaConf.to_container(load_yaml(path), resolve=False) if path.is_file() else []
+    saved = _plain(path) if path.is_file() else []
     if not (isinstance(saved, list) and all(isinstance(one, str) for one in saved)):
         raise UserError(f"{path} is no list of overrides, as Hydra saves it: restore it.")
     for override in saved:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_exp import demo
 from medusa_exp.config import Config, from_hydra, load_saved
+from medusa_exp.config.continuation import told_of_places
 from medusa_exp.config.required import check_model
 from medusa_exp.config.trust import check_saved
 from medusa_exp.data.conversations import Conversation
@@ -258,8 +259,9 @@ class Session:
         Raises:
             UserError: the run has no heads or no tree, or its model cannot be decoded with trees.
         """
-        self.check_drafts()
-        backbone, tokenizer = self._loaded(), self.tokenizer()
+        with told_of_places(self.out, self.config):
+            self.check_drafts()
+            backbone, tokenizer = self._loaded(), self.tokenizer()
         heads = load_heads(self.out / "heads", backbone)
         self._check_origin(heads, backbone, tokenizer)
         decoder = Decoder(
