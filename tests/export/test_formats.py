@@ -15,7 +15,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.export import formats, publishing
 from medusa_exp.export.check import check
 from medusa_exp.export.faults import all_faults
-from medusa_exp.export.formats import FORMATS, table, why_not
+from medusa_exp.export.formats import FORMATS, check_holds, table, why_not
 from medusa_exp.export.importing import adopt, import_heads
 from medusa_exp.export.reading import read_heads
 from medusa_exp.model import Backbone, load_heads
@@ -76,6 +76,31 @@ def test_an_lm_head_with_a_bias_goes_to_vllm_alone(tmp_path):
         exported(backbone, family, "vllm", tmp_path / family)
         with pytest.raises(UserError, match=r"no bias, and the target's lm_head has one|run side"):
             exported(backbone, family, "tgi", tmp_path / family)
+
+
+@pytest.mark.parametrize("format_", ["vllm_medusa", "tgi", "mlc"])
+@pytest.mark.parametrize(
+    ("heads", "remedy"),
+    [
+        ({"kind": "rooted"}, ", or train with head=medusa, medusa_tied or medusa_lowrank"),
+        (
+            {"kind": "hydra", "prefix_attention": True},
+            ", or train with head=medusa, medusa_tied or medusa_lowrank and "
+            "head.prefix_attention=false",
+        ),
+        ({"prefix_attention": True}, ", or train with head.prefix_attention=false"),
+        ({"lm_head_bias": True}, ""),
+        ({"kind": "recurrent", "lm_head_bias": True}, ""),
+    ],
+)
+def test_a_refusal_says_what_would_be_held(format_, heads, remedy):
+    with pytest.raises(UserError) as refused:
+        check_holds(format_, MedusaHeadsConfig(**heads), "these heads")
+    wanted = f". Take export.format=vllm or hf_generate{remedy}."
+    assert str(refused.value).startswith(f"export.format={format_} cannot hold these heads: ")
+    assert str(refused.value).endswith(wanted)
+    for possible in ("vllm", "hf_generate"):
+        check_holds(possible, MedusaHeadsConfig(**heads), "these heads")
 
 
 def test_the_table_names_every_format_and_reason():

@@ -224,6 +224,19 @@ def test_heads_that_are_gone_on_from_decide_on_their_projections(
         run(config, tmp_path / "third")
 
 
+@pytest.mark.parametrize("format_", ["tgi", "mlc", "vllm_medusa"])
+def test_an_export_that_would_be_refused_is_before_anything_long(config, tmp_path, format_):
+    config.head, config.export.format = Head(num_heads=2, kind="auto"), format_
+    config.stages = ["train", "export"]
+    with pytest.raises(UserError, match=rf"^export.format={format_} cannot hold the heads of this"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "data.json").exists()  # no document was read
+    config.head.kind, config.train.max_steps = "medusa", 1
+    run(config, tmp_path / "run")
+    config.head.kind, config.stages = "auto", ["train"]  # which promises no export
+    run(config, tmp_path / "other")
+
+
 @pytest.mark.parametrize(("limit", "taken"), [(100_000, "rooted"), (10, "recurrent")])
 def test_auto_heads_are_recurrent_where_the_vocabulary_is_large(
     config, tmp_path, monkeypatch, caplog, limit, taken

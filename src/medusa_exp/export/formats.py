@@ -198,11 +198,13 @@ FORMATS = {
     "mlc": Format(_mlc, "model.safetensors", reads_all=False),
 }
 """The formats that are tensors and a config, by `export.format`."""
+WHOLE_MODEL = "hf_generate"
+"""The `export.format` that takes heads as they are, of every family."""
 
 
 def why_not(config: MedusaHeadsConfig, format_: str) -> str | None:
     """Return why these heads cannot be held by a format; None where they can."""
-    if FORMATS[format_].reads_all:
+    if format_ == WHOLE_MODEL or FORMATS[format_].reads_all:
         return None
     if FAMILIES[config.kind].is_recurrent:
         return "it has a block for each head, and the heads of this kind share one"
@@ -215,6 +217,32 @@ def why_not(config: MedusaHeadsConfig, format_: str) -> str | None:
     if config.lm_head_bias:
         return "its vocabulary projections have no bias, and the target's lm_head has one"
     return None
+
+
+def check_holds(format_: str, config: MedusaHeadsConfig, what: str) -> None:
+    """Raise a UserError where a format cannot hold heads; it says why, and what to do.
+
+    Args:
+        format_: as in `export.format`.
+        config: of the heads.
+        what: the heads, in words.
+    """
+    if (reason := why_not(config, format_)) is None:
+        return
+    without = {"prefix_attention": False, "lm_head_bias": config.lm_head_bias}
+    kinds = [k for k in FAMILIES if why_not(MedusaHeadsConfig(kind=k, **without), format_) is None]
+    possible = [name for name in (*FORMATS, WHOLE_MODEL) if why_not(config, name) is None]
+    remedy = f"Take export.format={_either(possible)}"
+    if kinds:  # none can do without the bias that the target's lm_head has
+        changes = [] if config.kind in kinds else [f"head={_either(kinds)}"]
+        changes += ["head.prefix_attention=false"] if config.prefix_attention else []
+        remedy += f", or train with {' and '.join(changes)}"
+    raise UserError(f"export.format={format_} cannot hold {what}: {reason}. {remedy}.")
+
+
+def _either(words: list[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def table() -> list[tuple[str, str, str]]:
@@ -235,12 +263,7 @@ def write(source: Source, format_: str, place: Path) -> None:
     Raises:
         UserError: the format cannot hold these heads; says why.
     """
-    if reason := why_not(source.config, format_):
-        possible = [name for name in FORMATS if why_not(source.config, name) is None]
-        raise UserError(
-            f"export.format={format_} cannot hold heads of kind {source.config.kind}: {reason}. "
-            f"Use one of {', '.join(possible)}, hf_generate."
-        )
+    check_holds(format_, source.config, f"heads of kind {source.config.kind}")
     config, tensors = FORMATS[format_].write(source)
     config["medusa_backbone"] = shareable_text(source.config.backbone)
     config["medusa_backbone_identity"] = source.config.backbone_identity

@@ -12,7 +12,7 @@ from pathlib import Path
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.export import card, hf_generate
-from medusa_exp.export.formats import why_not
+from medusa_exp.export.formats import check_holds
 from medusa_exp.export.publishing import export, open_source, read_back
 from medusa_exp.identity import identity_of
 from medusa_exp.model.backbone import Backbone
@@ -39,8 +39,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     if format_ == "hf_generate":
         _export_whole_model(config, out, session, place)
         return {}
-    if reason := why_not(load_heads(heads).config, format_):
-        _refuse(format_, reason)
+    check_holds(format_, load_heads(heads).config, "the heads of this run")
     backbone, target = open_target(session)
     check_fit(load_heads(heads), backbone, heads)
     source, ours = open_source(heads, backbone, target, config.export.dtype)
@@ -137,7 +136,3 @@ def _calibration(out: Path) -> Calibration | None:
     except UserError as error:
         log.info("the heads are complete, but no calibration goes with them: %s", error)
         return None
-
-
-def _refuse(format_: str, reason: str) -> None:
-    raise UserError(f"export.format={format_} cannot hold the heads of this run: {reason}.")

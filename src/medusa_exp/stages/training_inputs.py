@@ -88,15 +88,17 @@ class Inputs:
         )
 
 
-def open_inputs(session: Session) -> Inputs:
+def open_inputs(session: Session, opener: "BackboneOpener | None" = None) -> Inputs:
     """Load, or make and keep, all that heads are trained on.
+
+    Args:
+        session: of the command.
+        opener: of its backbone, where it has been opened before.
 
     Raises:
         UserError: the backbone cannot be decoded with trees, or something is not there.
     """
-    config = session.config
-    session.check_drafts()
-    opener = _BackboneOpener(session)
+    config, opener = session.config, opener or BackboneOpener(session)
     backbone, tokenizer = opener.ends, session.tokenizer()
     row_tokens = min(config.dataset.max_length, backbone.max_length)
     data_key, documents = _open_documents(session, backbone, tokenizer, row_tokens)
@@ -133,10 +135,15 @@ def validation_rule(config: Config) -> AcceptanceRule:
     return GREEDY if config.decode.rule == "typical" else rule_of(config)
 
 
-class _BackboneOpener:
-    """The backbone with as little of it as there is need for."""
+class BackboneOpener:
+    """The backbone with as little of it as there is need for.
+
+    Raises:
+        UserError: it cannot check what is to be drafted, as `Session.check_drafts` has it.
+    """
 
     def __init__(self, session: Session) -> None:
+        session.check_drafts()
         config, files = session.config, session.spec.files_fingerprint()
         self.session, self.config = session, config
         self.note = fingerprint_note(
@@ -180,7 +187,7 @@ def _open_documents(
 
 
 def _open_features(
-    session: Session, documents: dict[str, Examples], data_key: str, opener: _BackboneOpener
+    session: Session, documents: dict[str, Examples], data_key: str, opener: BackboneOpener
 ) -> dict[str, Features]:
     config, backbone = session.config, opener.ends
     settings = FeatureSettings(
