@@ -19,6 +19,7 @@ from medusa_exp.export.formats import FORMATS, check_holds, table, why_not
 from medusa_exp.export.importing import adopt, import_heads
 from medusa_exp.export.reading import read_heads
 from medusa_exp.model import Backbone, load_heads
+from medusa_exp.model.checkpoint import find_heads
 from medusa_exp.model.heads import MedusaHeadsConfig
 
 ONLY_VLLM = {
@@ -271,6 +272,34 @@ def test_heads_are_adopted_once_and_others_refused(backbone, tmp_path):
     exported(backbone, "no bias", "vllm_medusa", tmp_path)
     with pytest.raises(UserError, match="other heads than those in"):
         adopt(str(tmp_path / "vllm_medusa"), run, no_vocab_size)
+
+
+def test_heads_are_adopted_from_beside_a_whole_model(backbone, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    backbone.model.save_pretrained(whole)
+    for key in ("heads_from", "train.heads_from"):
+        with pytest.raises(UserError, match=f"{key}=.* holds no heads"):
+            find_heads(key, str(whole))
+    with pytest.raises(UserError, match="holds no Medusa heads that are known here"):
+        adopt(str(whole), run, no_vocab_size)
+    save_moved(backbone, "medusa", whole / "heads")
+    for named in (whole, whole / "heads", whole):
+        adopt(str(named), run, no_vocab_size)
+        assert find_heads("heads_from", str(named)) == whole / "heads"
+    ours, theirs = (load_file(place / "heads" / "model.safetensors") for place in (run, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("change", [{"model_type": "llama"}, {"kind": "other"}, {"num_layers": 2}])
+def test_heads_that_cannot_be_loaded_are_not_put_in_place(backbone, tmp_path, change):
+    source, run = tmp_path / "heads", tmp_path / "run"
+    save_moved(backbone, "medusa", source)
+    (source / "sha256.json").unlink()  # changed on purpose
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=re.escape(f"{source}")):
+        adopt(str(source), run, no_vocab_size)
+    assert not run.exists()
 
 
 def test_heads_without_a_matrix_take_the_vocabulary_of_the_model(backbone, tmp_path):

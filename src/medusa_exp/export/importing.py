@@ -18,21 +18,11 @@ from medusa_exp.export.faults import structural
 from medusa_exp.export.reading import FORMATS, Reading, read_heads
 from medusa_exp.identity import bfloat16_bytes
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.checkpoint import WEIGHTS, adopt_heads, save_heads
+from medusa_exp.model.checkpoint import adopt_heads, check_same, own_heads, save_heads
 from medusa_exp.model.heads import LOW_RANK, MedusaHeads, MedusaHeadsConfig, heads_input
 from medusa_exp.model.scoring import answer_ranks
-from medusa_exp.runs.files import read_json, sha256_file
 
 log = logging.getLogger(__name__)
-
-
-def is_ours(named: str | Path) -> bool:
-    """Is this a directory of ours, a run or its heads/, which needs no import?"""
-    path = Path(named).expanduser()
-    return any(
-        "kind" in read_json(place / "config.json", {}) and (place / WEIGHTS).is_file()
-        for place in (path, path / "heads")
-    )
 
 
 def adopt(heads_from: str, out: Path, vocab_size: Callable[[], int]) -> None:
@@ -46,7 +36,7 @@ def adopt(heads_from: str, out: Path, vocab_size: Callable[[], int]) -> None:
     Raises:
         UserError: there are none, they lack something, or the run directory has others already.
     """
-    if is_ours(heads_from) or not Path(heads_from).expanduser().is_dir():
+    if own_heads(heads_from) or not Path(heads_from).expanduser().is_dir():
         adopt_heads(heads_from, out)
         return
     heads, target = import_heads(heads_from, vocab_size), out / "heads"
@@ -55,12 +45,7 @@ def adopt(heads_from: str, out: Path, vocab_size: Callable[[], int]) -> None:
         return
     with TemporaryDirectory() as scratch:
         save_heads(heads, Path(scratch) / "heads")
-        found = sha256_file(Path(scratch) / "heads" / WEIGHTS)
-    if found != sha256_file(target / WEIGHTS):
-        raise UserError(
-            f"heads_from={heads_from} names other heads than those in {target}: "
-            "take another run_dir."
-        )
+        check_same(heads_from, Path(scratch) / "heads", target)
 
 
 def import_heads(named: str | Path, vocab_size: Callable[[], int]) -> MedusaHeads:

@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import FAMILIES, MedusaHeads
-from medusa_exp.runs.files import publish, remove, sha256_file
+from medusa_exp.runs.files import publish, read_json, remove, sha256_file
 from medusa_exp.runs.seals import check_heads, seal
 
 WEIGHTS = "model.safetensors"
@@ -138,17 +138,29 @@ def check_weights(heads: MedusaHeads, place: Path) -> None:
                 )
 
 
+def own_heads(named: str | Path) -> Path | None:
+    """Return where a directory has heads of ours, in heads/ or in it; None where it has none.
+
+    In heads/ first: beside it a whole model may lie, as `export.format=hf_generate` writes it.
+    """
+    path = Path(named).expanduser()
+    for place in (path / "heads", path):
+        config = read_json(place / "config.json", {})
+        is_ours = isinstance(config, dict) and "kind" in config  # which no other format says
+        if is_ours and (place / WEIGHTS).is_file():
+            return place
+    return None
+
+
 def find_heads(key: str, named: str) -> Path:
     """Return the directory of the heads that a key of the config names.
 
     Raises:
         UserError: it holds none, and is no run directory that does.
     """
-    path = Path(named).expanduser()
-    for place in (path, path / "heads"):
-        if (place / "config.json").is_file() and (place / WEIGHTS).is_file():
-            return place
-    raise UserError(f"{key}={named} holds no heads: name a run directory or its heads/.")
+    if (place := own_heads(named)) is None:
+        raise UserError(f"{key}={named} holds no heads: name a run directory or its heads/.")
+    return place
 
 
 def adopt_heads(heads_from: str, out: Path) -> None:
@@ -157,13 +169,26 @@ def adopt_heads(heads_from: str, out: Path) -> None:
     Files are linked, where the file system can: heads are never written into, only replaced.
 
     Raises:
-        UserError: there are none, or the run directory has others already.
+        UserError: there are none, they cannot be loaded, or the run directory has others already.
     """
     source, target = find_heads("heads_from", heads_from), out / "heads"
-    if not target.exists():
-        with publish(target) as partial:
-            shutil.copytree(source, partial, copy_function=_link)
-    elif sha256_file(source / WEIGHTS) != sha256_file(target / WEIGHTS):
+    if target.exists():
+        check_same(heads_from, source, target)
+        return
+    load_heads(source)  # what cannot be loaded is told of where it lies, and not put in place
+    with publish(target) as partial:
+        shutil.copytree(source, partial, copy_function=_link)
+
+
+def check_same(heads_from: str, source: Path, target: Path) -> None:
+    """Raise a UserError where the heads in a run directory are not those that are to be put there.
+
+    Args:
+        heads_from: as in the config.
+        source: directory of the heads that it names.
+        target: directory of those that are there.
+    """
+    if sha256_file(source / WEIGHTS) != sha256_file(target / WEIGHTS):
         raise UserError(
             f"heads_from={heads_from} names other heads than those in {target}: "
             "take another run_dir."
