@@ -106,6 +106,8 @@ def test_a_whole_model_that_transformers_serves(finished, tmp_path):
     assert (place / "custom_generate" / "generate.py").is_file() and (place / "heads").is_dir()
     what, faults = check(str(place))
     assert faults == [] and "heads of this project: 3 heads" in what
+    assert "loaded by: transformers with medusa_exp installed beside it" in what
+    assert "loaded by: medusa_exp itself" in check(str(place / "heads"))[0]
     assert "transformers serve DIR --trust-remote-code" in (place / "README.md").read_text()
     assert (tmp_path / "run" / "heads" / "config.json").read_bytes() == before
 

@@ -11,6 +11,7 @@ K heads, P positions, J offsets, D hidden.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from medusa_exp.config import ModelConfig
 from medusa_exp.errors import as_program
 from medusa_exp.export.declared import Fault
 from medusa_exp.export.faults import all_faults
+from medusa_exp.export.hf_generate import is_whole_model
 from medusa_exp.export.reading import FORMATS, NoHeadsError, Reading, read_heads
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone
@@ -30,6 +32,7 @@ ENGINES = {
     "vllm_medusa": "vLLM up to 0.32 (method medusa)",
     "tgi": "TGI; vLLM 0.25 to 0.32 takes the names too, if the config is of its form",
     "mlc": "MLC-LLM",
+    "hf_generate": "transformers with medusa_exp installed beside it: a whole model and its heads",
     "modelopt": "none as it is: import it by heads_from, and export it",
 }
 _ROWS, _TOKENS = 12, 40
@@ -53,15 +56,16 @@ def check(named: str, target: str | None = None, device: str = "auto") -> tuple[
     faults = all_faults(reading)
     if target is not None and reading.heads:
         faults += _against_target(reading, target, device, is_whole=not _blocks(faults))
-    return _what(reading), faults
+    engine = "hf_generate" if is_whole_model(Path(named).expanduser()) else reading.format
+    return _what(reading, ENGINES[engine]), faults
 
 
-def _what(reading: Reading) -> str:
+def _what(reading: Reading, engine: str) -> str:
     number, layers = len(reading.heads), reading.num_layers
     what = f"{FORMATS[reading.format]}: {number} heads of {layers} blocks"
     if reading.declared.backbone:
         what += f", for {reading.declared.backbone}"
-    return f"{what}\nloaded by: {ENGINES[reading.format]}"
+    return f"{what}\nloaded by: {engine}"
 
 
 def _blocks(faults: list[Fault]) -> bool:

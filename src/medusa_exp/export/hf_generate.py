@@ -106,6 +106,12 @@ def write(
         )
 
 
+def is_whole_model(place: Path) -> bool:
+    """Is this a directory that `write` has made?"""
+    ours = place / "custom_generate" / "generate.py"
+    return ours.is_file() and "medusa_exp" in ours.read_text("utf-8", errors="replace")
+
+
 def _check_identity(source: Path, heads: Path) -> None:
     config = json.loads((heads / "config.json").read_text("utf-8"))
     wanted, found = config["backbone_identity"], identity_of_files(str(source))

@@ -93,9 +93,9 @@ def _check_place(place: Path, out: Path) -> None:
     """Refuse directories that are not an export's: what is there would be replaced."""
     if place.is_symlink() or any(parent.is_file() for parent in place.parents):
         raise UserError(f"export.out={place} is a link, or lies in a file: name a new directory.")
-    config, ours = read_json(place / "config.json"), place / "custom_generate" / "generate.py"
+    config = read_json(place / "config.json")
     is_export = isinstance(config, dict) and "medusa_heads_sha256" in config
-    is_export |= ours.is_file() and "medusa_exp" in ours.read_text("utf-8", errors="replace")
+    is_export |= hf_generate.is_whole_model(place)
     if place.resolve() == out.resolve() or (place.exists() and not is_export):
         if place.is_dir() and not any(place.iterdir()):
             return
