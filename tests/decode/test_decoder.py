@@ -1,11 +1,13 @@
 """The decoder, and `generate`: what is called from Python."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import build_model
 
 from medusa_exp import Decoder, build_heads, generate
 from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone
 from medusa_exp.tree import Tree, chain
 
@@ -95,6 +97,67 @@ def test_steps_are_streamed_as_text_and_as_tokens(tokenizer):
     assert {step.text for step in mute.stream(ids)} == {""}
     with pytest.raises(ValueError, match="a prompt of text needs"):
         list(mute.stream("hello"))
+
+
+@pytest.fixture
+def decoder(tokenizer):
+    backbone = Backbone(build_model("llama", vocab_size=len(tokenizer)))
+    heads = build_heads(backbone, num_heads=2)
+    return Decoder(backbone, heads, chain(2), limits=Limits(6), tokenizer=tokenizer)
+
+
+def test_all_take_the_same_prompts(decoder, tokenizer):
+    ids, longer = tokenizer("hello").input_ids, tokenizer("hello, you").input_ids
+    first, second = (r.tokens for r in decode_plain(decoder.backbone, [ids, longer], Limits(6)))
+    as_tensors = tokenizer("hello", return_tensors="pt")
+    tensor, array = torch.tensor(ids), np.array(ids)
+    for one in ("hello", ids, tensor, tensor[None], array, tokenizer("hello"), as_tensors):
+        assert [token for step in decoder.stream(one) for token in step.tokens] == first
+        for prompts in (one, [one]):
+            assert [response.tokens for response in decoder.decode(prompts)] == [first]
+            assert [response.tokens for response in decoder.decode_plain(prompts)] == [first]
+            if prompts is not tensor:  # of a tensor it is [B, T], as transformers has it
+                assert decoder.generate(prompts).sequences == [first]
+        both = [one, longer]
+        assert decoder.generate(both).sequences == [first, second]
+        assert [response.tokens for response in decoder.decode(both)] == [first, second]
+    assert decoder.generate(**as_tensors).sequences == [first]
+    tokenizer.pad_token = tokenizer.eos_token
+    for side in ("left", "right"):
+        padded = tokenizer(["hello", "hello, you"], padding=True, padding_side=side)
+        assert len(padded.input_ids[0]) == len(longer) > len(ids)
+        assert decoder.generate(padded).sequences == [first, second]
+        assert [response.tokens for response in decoder.decode(padded)] == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "None is no prompt: a prompt is text, a list or tensor of token ids, or an enc"),
+        ({"text": "hello"}, "is no prompt: a prompt is text"),
+        ([1.5], "1.5 is no prompt: a prompt is text"),
+        ([4, "hello"], "4 is no prompt: a prompt is text"),
+        ([4, -1], "-1 is no token: ids are integers from 0 to"),
+        ([100_000], "100000 is no token: ids are integers from 0 to"),
+        ([], "the prompt has no token"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_all(decoder, prompt, message):
+    for call in (decoder.stream, decoder.generate, decoder.decode, decoder.decode_plain):
+        with pytest.raises(UserError, match=message):
+            list(call(prompt))
+
+
+def test_several_prompts_are_no_single_one(decoder, tokenizer):
+    for prompts in ([[4], [5, 6]], ["a", "b"], tokenizer(["a", "b"])):
+        with pytest.raises(UserError, match="2 prompts stand where one is wanted"):
+            list(decoder.stream(prompts))
+        with pytest.raises(UserError, match="2 prompts stand where one is wanted"):
+            decoder.decode([prompts])
+    with pytest.raises(UserError, match="attention_mask goes with input_ids as a tensor"):
+        decoder.generate([4, 5], attention_mask=[1, 1])
+    with pytest.raises(UserError, match="a prompt of text needs"):
+        generate(decoder.backbone, decoder.heads, "hello", tree=chain(2), max_new_tokens=2)
 
 
 def test_a_tree_needs_heads_and_plain_decoding_none(backbone):

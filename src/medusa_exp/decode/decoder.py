@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_exp.decode.captured_steps import CapturedSteps
 from medusa_exp.decode.compatibility import check_tree_attention
@@ -32,11 +32,13 @@ from medusa_exp.decode.loop import (
 )
 from medusa_exp.decode.memory import slots_with_room
 from medusa_exp.decode.prefixed import PrefixedBackbone
+from medusa_exp.decode.prompt_ids import Prompt, Prompts, ids_of_each, ids_of_one
 from medusa_exp.decode.recurrent import ChainStep, check_chain, check_prefix, is_recurrent
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slot_steps import CapturedSlots, EagerSlots
 from medusa_exp.decode.slots import OneByOne, Slots
 from medusa_exp.decode.step import UNOBSERVED, EagerStep, Observer, Step
+from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, stack_heads
 from medusa_exp.tree import Tree, chain
@@ -86,7 +88,7 @@ class Decoder:
             decode over a tree take another one as `tree=`.
         rule: which draft tokens are accepted.
         limits: where responses end; by default at the model's own stop tokens, or after 128 tokens.
-        tokenizer: turns text into tokens and back, for `stream`.
+        tokenizer: turns prompts of text into tokens, and for `stream` tokens into text.
         cuda_graph: take steps of fixed shapes, which on a GPU are captured as CUDA graphs. None
             does so where the whole model lies on one CUDA device.
         compiles: run the model's layers compiled within steps of fixed shapes, which are then taken
@@ -174,7 +176,7 @@ class Decoder:
 
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Prompts,
         *,
         attention_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
@@ -184,8 +186,8 @@ class Decoder:
         """Continue prompts as the model alone would, in fewer steps.
 
         Args:
-            input_ids: prompts [B, T].
-            attention_mask: [B, T], False or 0 at padding, left or right.
+            input_ids: prompts [B, T]; or one prompt, or a list of them, each as for `stream`.
+            attention_mask: [B, T], False or 0 at padding, left or right; an encoding has its own.
             max_new_tokens: at most so many a row; that of `limits` by default.
             eos_token_id: ids that end a row; those of `limits` by default.
             on_step: is called after each step with the tokens that it adds to each row.
@@ -193,7 +195,7 @@ class Decoder:
         Raises:
             ValueError: the model is in training mode, where its dropout would change what it says;
                 or an argument has no such value.
-            UserError: a row is empty, or longer than the model's positions.
+            UserError: a row is empty, longer than the model's positions, or no prompt.
         """
         if self.backbone.model.training:
             raise ValueError("the model is in training mode: call model.eval() first.")
@@ -203,9 +205,15 @@ class Decoder:
         if eos_token_id is not None:
             ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
             limits = replace(limits, stop_ids=ids)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        _check(input_ids, mask, limits.max_new_tokens, self.backbone.vocab_size)
-        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        _check_limit(limits.max_new_tokens)
+        prompts = input_ids
+        if isinstance(input_ids, Tensor):
+            prompts = _without_padding(input_ids, attention_mask, self.backbone.vocab_size)
+        elif attention_mask is not None:
+            raise UserError(
+                "attention_mask goes with input_ids as a tensor [B, T]: ask the tokenizer for "
+                "return_tensors='pt', or pass what it returns whole."
+            )
         responses = self.decode(prompts, limits, on_step=on_step)
         return Generation(
             [response.tokens for response in responses],
@@ -213,23 +221,17 @@ class Decoder:
             max(len(response.accept_lengths) for response in responses),
         )
 
-    def stream(self, prompt: str | list[int] | Tensor | BatchEncoding) -> Iterator[StreamedStep]:
+    def stream(self, prompt: Prompt) -> Iterator[StreamedStep]:
         """Yield what each step adds to the response to one prompt: text, token ids, or an encoding.
 
         Text is tokenized as it is: no chat template is applied. For a chat, pass
         `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`.
 
         Raises:
-            ValueError: the prompt is text, and there is no tokenizer.
-            UserError: the prompt is empty, or leaves no room for a response.
+            UserError: the prompt is none of these, is text where there is no tokenizer, is empty,
+                or leaves no room for a response.
         """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("a prompt of text needs Decoder(..., tokenizer=...).")
-            prompt = self.tokenizer(prompt)
-        if isinstance(prompt, BatchEncoding):
-            prompt = prompt["input_ids"]
-        ids = [int(token) for token in torch.as_tensor(prompt).flatten()]
+        ids = ids_of_one(prompt, self.tokenizer, self.backbone.vocab_size)
         tokens: list[int] = []
         shown = ""
         for [added] in self.steps([ids], Responses(1, self.limits)):
@@ -244,7 +246,7 @@ class Decoder:
 
     def decode(
         self,
-        prompts: list[list[int]],
+        prompts: Prompts,
         limits: Limits | None = None,
         *,
         tree: Tree | None = None,
@@ -252,23 +254,27 @@ class Decoder:
         seed: int | None = None,
         on_step: OnStep | None = None,
     ) -> list[Response]:
-        """Decode prompts over a tree, one accepted path per step for each row; see `steps`."""
+        """Decode prompts over a tree, one accepted path per step for each row; see `steps`.
+
+        Prompts are a list of what `stream` takes, or one such.
+        """
         drafter = self.drafter(tree, rule)
+        rows = ids_of_each(prompts, self.tokenizer, self.backbone.vocab_size)
 
         def decode(places: list[int]) -> list[Response]:
             responses = Responses(len(places), limits or self.limits)
-            some = [prompts[place] for place in places]
+            some = [rows[place] for place in places]
             for added in self.steps(some, responses, drafter, rule, seed):
                 if on_step is not None:
                     by_place = dict(zip(places, added, strict=True))
-                    on_step([by_place.get(place, []) for place in range(len(prompts))])
+                    on_step([by_place.get(place, []) for place in range(len(rows))])
             return responses.rows
 
-        return self._by_rotary(prompts, decode)
+        return self._by_rotary(rows, decode)
 
     def decode_plain(
         self,
-        prompts: list[list[int]],
+        prompts: Prompts,
         limits: Limits | None = None,
         *,
         rule: AcceptanceRule | None = None,
@@ -277,16 +283,17 @@ class Decoder:
         """Decode a batch of prompts without heads, one token per step for each row.
 
         With fixed shapes a step is that of a tree which is only a root, captured like any other.
-        `seed` is as for `steps`.
+        Prompts are as for `decode`, and `seed` is as for `steps`.
         """
+        rows = ids_of_each(prompts, self.tokenizer, self.backbone.vocab_size)
 
         def decode(places: list[int]) -> list[Response]:
             responses = Responses(len(places), limits or self.limits)
-            for _ in self.plain_steps([prompts[place] for place in places], responses, rule, seed):
+            for _ in self.plain_steps([rows[place] for place in places], responses, rule, seed):
                 pass
             return responses.rows
 
-        return self._by_rotary(prompts, decode)
+        return self._by_rotary(rows, decode)
 
     def _by_rotary(
         self, prompts: list[list[int]], decode: Callable[[list[int]], list[Response]]
@@ -435,7 +442,10 @@ class Decoder:
         return self._prefixed
 
 
-def _check(input_ids: Tensor, mask: Tensor, max_new_tokens: int, vocab_size: int) -> None:
+def _without_padding(
+    input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int
+) -> list[list[int]]:
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if input_ids.ndim != 2 or not len(input_ids):
         raise ValueError(f"input_ids must be [B, T], not of shape {list(input_ids.shape)}.")
     if mask.shape != input_ids.shape:
@@ -448,5 +458,9 @@ def _check(input_ids: Tensor, mask: Tensor, max_new_tokens: int, vocab_size: int
         kept.numel() and not 0 <= kept.min() <= kept.max() < vocab_size
     ):
         raise ValueError(f"input_ids must be integers from 0 to {vocab_size - 1}.")
+    return [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+
+
+def _check_limit(max_new_tokens: int) -> None:
     if max_new_tokens != int(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more, and whole.")

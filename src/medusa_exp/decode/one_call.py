@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from medusa_exp.decode.decoder import Decoder, Generation, OnStep
 from medusa_exp.decode.loop import GREEDY
+from medusa_exp.decode.prompt_ids import Prompts
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import Tree
@@ -18,7 +19,7 @@ from medusa_exp.tree import Tree
 def generate(
     model: PreTrainedModel | Backbone,
     heads: nn.Module,
-    input_ids: Tensor,
+    input_ids: Prompts,
     *,
     tree: Tree,
     attention_mask: Tensor | None = None,
@@ -42,9 +43,9 @@ def generate(
     Args:
         model: a causal language model of transformers.
         heads: any module with `heads(hidden_BD) -> logits_BKV`.
-        input_ids: prompts [B, T].
+        input_ids: prompts [B, T]; or token ids or encodings, as for `Decoder.generate`.
         tree: the draft tokens that a step checks; not deeper than there are heads.
-        attention_mask: [B, T], False or 0 at padding, left or right.
+        attention_mask: [B, T], False or 0 at padding, left or right; an encoding has its own.
         max_new_tokens: at most so many a row.
         temperature: 0 is greedy.
         top_k: draw from the k likeliest tokens alone.
