@@ -36,6 +36,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from medusa_exp.config import (
     Config,
+    checked_again,
     continuation,
     from_hydra,
     no_list,
@@ -245,6 +246,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: naming the key and what it may be.
     """
+    if isinstance(overrides, str):  # whose letters would be taken one by one
+        raise UserError(f"compose takes a list of overrides: compose([{overrides!r}]).")
     try:
         with hydra.initialize_config_module("medusa_exp.conf", version_base="1.3"):
             composed = hydra.compose("config", list(overrides))
@@ -265,10 +268,13 @@ def run(config: Config, out: str | Path) -> dict[str, float]:
         What its metrics.json holds.
 
     Raises:
-        UserError: a stage is unknown, or the config does not fit data, model or machine.
+        UserError: a key of the config has a value that it cannot have, a stage is unknown, or the
+            config does not fit data, model or machine.
     """
-    out = Path(out)
+    out, composed = Path(out), vars(config).get("_composed")
     config.run_dir = str(out)
+    config = checked_again(config)  # what was set since then has been checked by nobody
+    vars(config)["_composed"] = composed
     _check_stages(config, is_sweep=False)
     saved = out / continuation.SAVED
     with machine_faults.told(out, config.cache_dir):

@@ -104,6 +104,29 @@ def test_one_value_where_a_list_belongs_is_answered_with_the_list(key):
         cli.compose(["+experiment=smoke", f"{key}=train"])
 
 
+def test_one_override_where_a_list_of_them_belongs_is_answered_with_the_list():
+    said = "compose takes a list of overrides: compose(['+experiment=smoke'])."
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        cli.compose("+experiment=smoke")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("train", "max_steps", "ten", "train.max_steps: Value 'ten' of type 'str' could not"),
+        ("train", "lora", None, "train.lora: field 'train.lora' is not Optional"),
+        ("train", "kind", "zzz", "train.kind=zzz is not known: use one of medusa1, medusa2."),
+        (None, "stages", "train", "stages: a list is wanted"),
+    ],
+)
+def test_what_python_code_sets_is_checked_before_anything(tmp_path, section, key, value, said):
+    config = cli.compose(["+experiment=smoke"])
+    setattr(getattr(config, section) if section else config, key, value)
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        cli.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_value_within_a_section_too():
     with pytest.raises(
         UserError, match=r"^\+decode={.*}: a list, .*, is wanted at decode\.stop_ids"

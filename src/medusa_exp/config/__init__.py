@@ -1,6 +1,7 @@
 """What can be set, and how it is composed, checked, continued and shared."""
 
 from medusa_exp.config.compose import (
+    checked_again,
     from_dict,
     from_hydra,
     load_saved,
@@ -55,6 +56,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "TreeConfig",
+    "checked_again",
     "from_dict",
     "from_hydra",
     "load_saved",

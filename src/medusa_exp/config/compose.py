@@ -1,7 +1,7 @@
 """Turn what Hydra and OmegaConf compose into plain, checked dataclasses, and back."""
 
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -76,6 +76,8 @@ def checked_section(section: type, values: Any) -> Any:
         if unknown := unknown_key(error, of=section):
             raise UserError(unknown) from error
         said = _first_line(getattr(error, "msg", None) or error)
+        if "is not a ListConfig" in said:
+            said = "a list is wanted"
         key = getattr(error, "full_key", None) or _misfit(section, values)
         raise UserError(f"{key}: {said[:_LONGEST_SAID]}") from error
 
@@ -177,6 +179,15 @@ def from_dict(values: dict[str, Any]) -> Config:
     """Turn what `to_dict` gave, perhaps in another process, into the checked config again."""
     checked: Config = checked_section(Config, values)
     return checked
+
+
+def checked_again(config: Config) -> Config:
+    """Return a config that Python code has changed since it was composed, checked as it was then.
+
+    Raises:
+        UserError: naming the key and what it may be.
+    """
+    return from_dict(asdict(config))
 
 
 def load_saved(path: Path) -> DictConfig:
