@@ -39,12 +39,10 @@ from medusa_exp.config import (
     checked_again,
     continuation,
     from_hydra,
-    no_list,
     no_reference,
-    no_value,
     register,
+    said_of,
     to_dict,
-    unknown_key,
 )
 from medusa_exp.config.ignored import say_ignored
 from medusa_exp.errors import Stopped, UserError, drop_output, end_without_reader
@@ -149,7 +147,7 @@ def _report_in_our_words() -> None:
             except UserError as error:
                 raise _Problem(str(error)) from error
             except HydraException as error:
-                said = unknown_key(error) or no_list(error) or no_value(error)
+                said = said_of(error)
                 if said is None:
                     raise
                 raise _Problem(said) from error
@@ -157,7 +155,6 @@ def _report_in_our_words() -> None:
                 raise _Problem(no_reference(error)) from error
             except BrokenPipeError as error:
                 end_without_reader(error)  # such as `--cfg job | head`
-                raise
 
         def tell() -> Any:
             try:
@@ -253,8 +250,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             composed = hydra.compose("config", list(overrides))
             config = from_hydra(composed)
     except HydraException as error:
-        said = unknown_key(error) or no_list(error) or no_value(error)
-        raise UserError(said or str(error)) from error
+        raise UserError(said_of(error) or str(error)) from error
     config.logger = with_variables(config.logger, overrides)
     vars(config)["_composed"] = composed
     say_ignored(config, overrides)

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 _NO_READER = 128 + getattr(signal, "SIGPIPE", 13)
 """Exit code of a program whose output nobody reads any more, as shells have it."""
@@ -43,7 +43,7 @@ def as_program() -> Iterator[None]:
         sys.exit(_NO_READER)
 
 
-def end_without_reader(error: BrokenPipeError) -> None:
+def end_without_reader(error: BrokenPipeError) -> NoReturn:
     """End the process quietly where it is its own output that nobody reads any more.
 
     Raises:

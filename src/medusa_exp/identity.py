@@ -56,7 +56,7 @@ def identity_of_files(path: str, **hub_options: Any) -> str | None:
         num_layers = config.get_text_config().num_hidden_layers
         if hasattr(config, "quantization_config"):  # of the layers: the ends are as they were
             del config.quantization_config
-        with without_layers(config):
+        with loading_without_layers(config):
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -71,8 +71,12 @@ def identity_of_files(path: str, **hub_options: Any) -> str | None:
 
 
 @contextmanager
-def without_layers(config: Any) -> Iterator[None]:
-    """Let transformers load by a config all but the layers, which it leaves out without a word."""
+def loading_without_layers(config: Any) -> Iterator[None]:
+    """Let transformers load all but the layers by this config, which has none from then on.
+
+    In here, for those who name a model and those who load its ends. Nothing is said of what is
+    left out while this lasts.
+    """
     from transformers.utils import logging
 
     text = config.get_text_config()

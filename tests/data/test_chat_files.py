@@ -212,13 +212,13 @@ def test_what_is_no_file_is_named(tmp_path, caplog):
     for name, target in links.items():
         (tmp_path / name).symlink_to(target)
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(DataError, match=r"holds gone\.json \(a link to what is not there\), pipe"):
+    with pytest.raises(DataError, match=r"holds gone\.json \(a broken link\), pipe"):
         find_files(tmp_path)
     write(tmp_path / "a", LIST)
     assert find_files(tmp_path) == [tmp_path / "there.json"]
     assert (
-        "4 files passed over: gone.json (a link to what is not there), pipe.json (no regular "
-        "file), ring.json (a link to what is not there), a"
+        "4 files passed over: gone.json (a broken link), pipe.json (no regular "
+        "file), ring.json (a broken link), a"
     ) in caplog.text
 
 

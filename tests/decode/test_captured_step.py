@@ -1,6 +1,7 @@
 """Steps of fixed shapes, as a CUDA graph holds them, give what plain decoding gives."""
 
 import random
+import threading
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
+from medusa_exp.decode.capture import GraphPool, capture
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY, Limits, Responses, decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
@@ -213,6 +215,23 @@ def test_a_model_that_waits_for_the_host_runs_uncaptured(backbone, fake_cuda, ca
     assert fake_cuda[-1] == "default"
     [warning] = caplog.messages
     assert "decode.cuda_graph=false" in warning
+
+
+def test_another_thread_may_wait_for_the_device_meanwhile(fake_cuda):
+    """torch's debug mode holds for all threads: a server sends the next prompt in another."""
+
+    def wait():
+        if fake_cuda[-1] == "warn":
+            warnings.warn("called a synchronizing CUDA operation (a test)", stacklevel=1)
+
+    def beside():
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join()
+
+    pool = GraphPool(torch.device("cuda"))
+    assert capture(beside, pool, lambda graph: None) is not None
+    assert capture(wait, pool, lambda graph: None) is None and fake_cuda[-1] == "default"
 
 
 @pytest.mark.gpu

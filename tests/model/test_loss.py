@@ -2,7 +2,7 @@ import weakref
 
 import pytest
 import torch
-from row_losses import plain_acceptance
+from loss_formulas import plain_acceptance
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode  # private: torch 2.13
 from torch.utils._pytree import tree_leaves  # private: torch 2.13

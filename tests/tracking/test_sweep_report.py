@@ -3,7 +3,7 @@
 import pytest
 from report_pages import Page, write, write_sweep
 
-from medusa_exp.config.continuation import split_override
+from medusa_exp.config.command_line import split_override
 from medusa_exp.tracking.sweep_report import content, write_comparison
 
 

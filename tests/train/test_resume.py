@@ -104,8 +104,11 @@ def test_what_may_be_a_secret_is_in_no_checkpoint(config):
     config.train.heads_from = "/home/somebody/heads"
     backbone = SimpleNamespace(weights_fingerprint=lambda: "weights")
     sections = (config.head, config.train, config.dataset)
-    found = [made_of(*sections, seed=0, data_key="data", backbone=backbone) for _ in range(2)]
-    assert found[0] == found[1] and "somebody" not in str(found)
+    found = made_of(*sections, seed=0, data_key="data", backbone=backbone)
+    assert "somebody" not in str(found)
+    config.train.heads_from = "/home/somebody/others"
+    other = made_of(*sections, seed=0, data_key="data", backbone=backbone)
+    assert [n for n in found if found[n] != other[n]] == ["train.heads_from"]
 
 
 @pytest.mark.parametrize("part", [slice(0), slice(5000), slice(64, None)])

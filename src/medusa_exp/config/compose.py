@@ -77,7 +77,7 @@ def checked_section(section: type, values: Any) -> Any:
             raise UserError(unknown) from error
         said = _first_line(getattr(error, "msg", None) or error)
         if "is not a ListConfig" in said:
-            said = "a list is wanted"
+            said = "a list is wanted, in brackets"
         key = getattr(error, "full_key", None) or _misfit(section, values)
         raise UserError(f"{key}: {said[:_LONGEST_SAID]}") from error
 
@@ -106,6 +106,11 @@ def unknown_key(error: BaseException | None, of: type = Config) -> str | None:
         near = sorted(near, key=lambda name: name.count("."))[:2]
     hint = f"did you mean {' or '.join(near)}?" if near else "`--cfg job` prints all there are."
     return f"{key}: there is no such key; {hint}"
+
+
+def said_of(error: BaseException) -> str | None:
+    """Return what to tell of an error of Hydra's that a user can mend; None of others."""
+    return unknown_key(error) or no_list(error) or _wrong_type(error)
 
 
 def no_reference(error: OmegaConfBaseException) -> str:
@@ -140,7 +145,7 @@ def no_list(error: BaseException) -> str | None:
     return f"{override}: {cause.full_key} is a list: write '{key}=[{value}]'."
 
 
-def no_value(error: BaseException) -> str | None:
+def _wrong_type(error: BaseException) -> str | None:
     """Return what to tell of an error of Hydra's that is a value which its key cannot take.
 
     Args:

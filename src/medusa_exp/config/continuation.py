@@ -9,21 +9,23 @@ that tries a failed job again is no later call: it composes the job anew, `.hydr
 """
 
 import re
-from argparse import ArgumentError
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser  # private: hydra 1.3
 from hydra.conf import HydraConf
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from medusa_exp.config import Config, load_saved, to_dict
+from medusa_exp.config.command_line import (
+    GROUPS_ALONE,
+    check_words,
+    key_of,
+    overrides_in,
+    parsed,
+)
 from medusa_exp.config.privacy import without_secrets
 from medusa_exp.config.reading import check_regular
 from medusa_exp.config.required import check_model
@@ -35,16 +37,12 @@ _BEGUN = "run.json"
 """Without it no stage ever began in a directory: its config was refused, and is none to keep."""
 _OF_RERUN = ("experiment", "rerun.source", "run_dir", "sweep_dir")
 """Keys that say how a run is done again, not what is done."""
-_GROUPS_ALONE = ("experiment", "sweep")
-"""Groups that are no keys."""
 _BRING_HEADS = {"experiment", "heads_from", "rerun.source", "rerun"}
 _SAID: set[str] = set()
 """Keys that this command line names, also those whose override was saved in just these words."""
 _KEPT: list[str] = []
 """Saved overrides that this command line goes on with, and does not give."""
 _MOST_SHOWN, _LONGEST_SHOWN = 6, 40
-_LONGEST_WORD = 1 << 16
-"""Of a command line; Hydra's parser takes a second for ten thousand characters."""
 _OVERRIDES = Path(".hydra/overrides.yaml")
 _OF_HYDRA = Path(".hydra/hydra.yaml")
 _PLACES = (
@@ -63,15 +61,9 @@ def arguments(argv: list[str]) -> list[str]:
             has options that nobody knows.
     """
     _KEPT.clear()
-    for word in argv:
-        if len(word) > _LONGEST_WORD:
-            raise UserError(
-                f"{word[:60]}... has {len(word):,} characters: an argument has "
-                f"{_LONGEST_WORD:,} at most. Put what is longer into a file, such as tree.path."
-            )
-    _refuse_unknown_flags(argv)
+    check_words(argv)
     _refuse_hidden_run_dirs(argv)
-    run_dir, new = _run_dir(argv), _overrides(argv)
+    run_dir, new = _run_dir(argv), overrides_in(argv)
     if run_dir is not None and _is_sweep(argv, new):
         raise UserError(
             f"run_dir={run_dir} is one run, and a sweep makes many, in sweep_dir: "
@@ -89,7 +81,7 @@ def arguments(argv: list[str]) -> list[str]:
                 "an experiment belongs to a new run; override single keys or groups instead."
             )
     named = set(map(key_of, new))
-    _SAID.update(named - set(_GROUPS_ALONE))
+    _SAID.update(named - set(GROUPS_ALONE))
     kept = [override for override in saved if key_of(override) not in named]
     _KEPT[:] = kept
     # A job of a sweep has saved the sweep's overrides too; it is one run from now on.
@@ -143,9 +135,9 @@ def check_begun(argv: list[str], later: Collection[str]) -> None:
     Raises:
         UserError: nothing is there that they could go on with.
     """
-    new = _overrides(argv)
+    new = overrides_in(argv)
     named = {key_of(override): override for override in new}
-    stages: Any = _parsed(named["stages"]).value() if "stages" in named else None
+    stages: Any = parsed(named["stages"]).value() if "stages" in named else None
     can_begin = not isinstance(stages, list) or not stages or set(map(str, stages)) - set(later)
     # These may bring heads with them; and flags ask for something else than a run.
     if can_begin or _BRING_HEADS & set(named) or _is_sweep(argv, new) or len(new) < len(argv):
@@ -161,7 +153,7 @@ def check_begun(argv: list[str], later: Collection[str]) -> None:
 
 def is_sweep(argv: list[str]) -> bool:
     """Say whether a command line asks for a sweep."""
-    return _is_sweep(argv, _overrides(argv))
+    return _is_sweep(argv, overrides_in(argv))
 
 
 def _is_sweep(argv: list[str], overrides: list[str]) -> bool:
@@ -305,32 +297,6 @@ def _has_begun(run_dir: Path) -> bool:
     return (run_dir / SAVED).is_file() and (run_dir / _BEGUN).is_file()
 
 
-def _refuse_unknown_flags(argv: list[str]) -> None:
-    """Refuse options that Hydra has not, keys in the form of options above all.
-
-    Raises:
-        UserError: there is one; says how its key is written.
-    """
-    try:
-        unknown = _split(argv)[1]
-    except ArgumentError as error:  # of an option that Hydra has: its value is missing or wrong
-        raise UserError(f"{error}.") from error
-    if not unknown:
-        return
-    word, _, value = unknown[0].partition("=")
-    key = word.lstrip("-").replace("-", "_")
-    following = argv[argv.index(unknown[0]) + 1 :]
-    if not value:  # it may be a word of its own
-        value = next((w for w in following[:1] if not w.startswith("-") and "=" not in w), "VALUE")
-    written = f"+{key}={value}" if key in _GROUPS_ALONE else f"{key}={value}"
-    if not word.startswith("--"):
-        written = "KEY=VALUE"
-    raise UserError(
-        f"{unknown[0]} is no option: a key stands without dashes before it. Write {written}; "
-        "`python -m medusa_exp --help` lists all keys, and --hydra-help the options."
-    )
-
-
 def _refuse_hidden_run_dirs(argv: list[str]) -> None:
     """Refuse ways to name an existing run in which Hydra would write over its record.
 
@@ -338,7 +304,7 @@ def _refuse_hidden_run_dirs(argv: list[str]) -> None:
         UserError: hydra.run.dir or hydra.sweep.dir has runs in it, or run_dir is no plain path;
             or nothing is named.
     """
-    for override in _overrides(argv):
+    for override in overrides_in(argv):
         key, _, value = override.lstrip("+").partition("=")
         if key in ("hydra.run.dir", "hydra.sweep.dir") and _has_runs(override):
             raise UserError(
@@ -352,16 +318,16 @@ def _refuse_hidden_run_dirs(argv: list[str]) -> None:
 
 
 def _has_runs(override: str) -> bool:
-    return any(Path(str(_parsed(override).value())).glob(f"**/{SAVED}"))
+    return any(Path(str(parsed(override).value())).glob(f"**/{SAVED}"))
 
 
 def _run_dir(argv: list[str]) -> Path | None:
-    named = [a for a in _overrides(argv) if a.lstrip("+").startswith("run_dir=")]
+    named = [a for a in overrides_in(argv) if a.lstrip("+").startswith("run_dir=")]
     if not named:
         return None
     # By Hydra's own parser: it may be in quotes, and a blank may have a backslash before it.
-    parsed = _parsed(named[-1])
-    value = named[-1].partition("=")[2] if parsed.is_sweep_override() else parsed.value()
+    found = parsed(named[-1])
+    value = named[-1].partition("=")[2] if found.is_sweep_override() else found.value()
     return Path(str(value))
 
 
@@ -384,76 +350,9 @@ def _saved_overrides(run_dir: Path) -> list[str]:
     if not (isinstance(saved, list) and all(isinstance(one, str) for one in saved)):
         raise UserError(f"{path} is no list of overrides, as Hydra saves it: restore it.")
     for override in saved:
-        parsed = _parsed(override)
-        check_override(parsed.package, parsed.key_or_group, override, path)
+        found = parsed(override)
+        check_override(found.package, found.key_or_group, override, path)
     return saved
-
-
-def key_of(override: str) -> str:
-    """Return the key or group that an override names: `head` of `+head@x=medusa`.
-
-    Raises:
-        UserError: Hydra cannot read it.
-    """
-    return str(_parsed(override).key_or_group).lstrip("/")
-
-
-def swept_keys(overrides: Iterable[str]) -> set[str]:
-    """Return the keys that overrides of a sweep give several values."""
-    parsed = map(_parsed, overrides)
-    return {str(one.key_or_group).lstrip("/") for one in parsed if one.is_sweep_override()}
-
-
-def _parsed(override: str) -> Override:
-    try:
-        return OverridesParser.create().parse_override(override)
-    except HydraException as error:
-        raise UserError(
-            f"{override} is no override that Hydra can read: {error}{_in_quotes(override)}"
-        ) from error
-
-
-def _in_quotes(override: str) -> str:
-    """Return the advice to put a value in quotes, where that makes an override readable."""
-    key, sign, value = override.partition("=")
-    word = f"{key}='{value}'"
-    if not sign or re.search(r"['\"\\$`!]", value):
-        return ""
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        return ""
-    return f'. Put the value in quotes, within those of the shell: "{word}"'
-
-
-def split_override(override: str) -> tuple[str, str]:
-    """Return key and value of an override, without signs: `+a.b=1` gives `("a.b", "1")`."""
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-    except HydraException:  # Hydra took it once: shown as it is
-        key, _, value = override.partition("=")
-        return key.lstrip("+"), value
-    return str(parsed.key_or_group), str(parsed.value())
-
-
-def _overrides(argv: list[str]) -> list[str]:
-    """Return the overrides among arguments: what is neither a flag of Hydra's nor its value."""
-    return _split(argv)[0]
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Return the overrides among arguments, and the options that Hydra has not.
-
-    Raises:
-        ArgumentError: an option lacks its value, or has another than it may.
-    """
-    parser = get_args_parser()
-    # --experiment is no abbreviation of --experimental-rerun, nor --multi one that we look for.
-    parser.allow_abbrev, parser.exit_on_error = False, False
-    found, unknown = parser.parse_known_args(argv)
-    # It looks for overrides in one place alone: in `seed=1 -m head.num_heads=2,3` not behind -m.
-    later = [word for word in unknown if not word.startswith("-")]
-    return [*found.overrides, *later], [word for word in unknown if word.startswith("-")]
 
 
 def newest_saved(run_dir: Path) -> Path:

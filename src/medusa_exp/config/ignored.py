@@ -70,7 +70,6 @@ USES = (
     _use("train.teacher", train__loss="tv nla lk auto"),
     _use("train.lk_decay", train__loss="lk"),
     _use("train.feature_workers", train__features="cache"),
-    _use("train.compile", train__features="online"),
     _use("train.val_tree_nodes", "train.patience", train__val_prompts=_SET),
     _use("train.max_failures", train__strategy="ray"),
     _use(

@@ -134,7 +134,7 @@ def _other_kind(path: Path) -> str:
         mode = path.stat().st_mode
     except OSError as error:
         if error.errno in (ENOENT, ELOOP) and path.is_symlink():
-            return "a link to what is not there"
+            return "a broken link"
         raise faults.unreadable(path, error) from error
     return "" if S_ISREG(mode) else "no regular file"
 

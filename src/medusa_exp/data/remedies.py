@@ -52,15 +52,21 @@ def settings_for(raw: RawChat, role_map: Mapping[str, str]) -> str:
     return ""
 
 
-def roles_for(raws: Sequence[RawChat], role_map: Mapping[str, str], *how: Any) -> str:
-    """Return what dataset.role_map would say to read one of some raw chats, or nothing.
+def roles_for(
+    raws: Sequence[RawChat],
+    role_map: Mapping[str, str],
+    form: str = "auto",
+    columns: Mapping[str, str] | None = None,
+) -> str:
+    """Return the dataset.role_map that reads one of some raw chats.
 
-    Of none of them that it would read, it has a name at least. `how` are dataset.form and columns.
+    If none can be found, it still names one unknown role; nothing if there is no such name.
     """
     for raw in raws:
-        if found := _role_map_for(raw, role_map, *how):
+        if found := _role_map_for(raw, role_map, form, columns):
             return _written(found)
-    names = next(filter(None, (_strangers(raw, role_map, *how) for raw in raws)), [])
+    strangers = (_strangers(raw, role_map, form, columns) for raw in raws)
+    names = next(filter(None, strangers), [])
     return _written({**role_map, names[0]: "user"}) if names else ""
 
 
@@ -70,13 +76,14 @@ def _role_map_for(
     form: str = "auto",
     columns: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return dataset.role_map with the names in a raw chat that are of no known role, or nothing.
+    """Return dataset.role_map with the unknown names of a raw chat added, so that it can be read.
 
-    What is returned reads it, as one of both; whose each name is, is guessed.
+    It then has a user and an assistant in it. Which name is whose is a guess. Nothing if no guess
+    reads it.
     """
     for guess in _guesses(_strangers(raw, role_map, form, columns)):
         found = _parsed(ChatParser({**role_map, **guess}, form, columns), raw)
-        if isinstance(found, Conversation) and _are_both_in(found):
+        if isinstance(found, Conversation) and _has_both_roles(found):
             return {**role_map, **guess}
     return {}
 
@@ -102,7 +109,7 @@ def _strangers(
 
 
 def _guesses(names: list[str]) -> Iterator[dict[str, str]]:
-    """Yield whose each name may be, the likelier first."""
+    """Yield guesses of which role each name has, the likeliest first."""
     if not names:
         return
     yield {name: _LIKELY.get(name.lower(), "user") for name in names}
@@ -122,7 +129,7 @@ def columns_for(raw: RawChat, role_map: Mapping[str, str]) -> str:
     open_ended = ""
     for columns in _candidates(dict(_places(record))):
         found = _parsed(ChatParser(role_map, columns=columns), raw)
-        if isinstance(found, Conversation) and _is_of_both(found):
+        if isinstance(found, Conversation) and _begins_with_user(found):
             said = _written(columns)
             if found.messages[-1].role != "user":
                 return said
@@ -219,10 +226,10 @@ def _shortened(answer: str, places: dict[str, Any]) -> str:
     return text if has_text else answer
 
 
-def _are_both_in(chat: Conversation) -> bool:
+def _has_both_roles(chat: Conversation) -> bool:
     return {"user", "assistant"} <= {message.role for message in chat.messages}
 
 
-def _is_of_both(chat: Conversation) -> bool:
+def _begins_with_user(chat: Conversation) -> bool:
     roles = [message.role for message in chat.messages if message.role != "system"]
     return roles[0] == "user" and "assistant" in roles

@@ -195,7 +195,7 @@ def empty_split(
 
 
 def _advice(split: str, number: int, ids: set[str], dataset: DatasetConfig) -> str:
-    """Say what gives a split a conversation, where so many have these ids, and none is in it."""
+    """Say how the split gets a conversation; `number` is how many there are in all."""
     if number > 1 and len(ids) == 1:
         return (
             f"All {number} conversations have the id {ids.pop()!r:.60}, and the id decides the "
@@ -216,8 +216,8 @@ def _advice(split: str, number: int, ids: set[str], dataset: DatasetConfig) -> s
             f"{split}, about {needed} are needed."
         )
     return (
-        f"Of {len(ids)} conversations none is in it by chance, and for one to be expected there, "
-        f"about {needed} are needed: add others, or {more}."
+        f"By chance none of {len(ids)} conversations is in it, where one is to be expected of "
+        f"about {needed}: add others, or {more}."
     )
 
 

@@ -69,7 +69,7 @@ def capture(
             return None
         graph = torch.cuda.CUDAGraph()
         register(graph)
-        # What other threads do meanwhile (a server sends the next prompt) is no business of it.
+        # What other threads do meanwhile (a server sends the next prompt) must not break it.
         options = {"stream": pool.stream, "capture_error_mode": "thread_local"}
         with pool.handle() as handle, torch.cuda.graph(graph, pool=handle, **options):
             work()

@@ -84,7 +84,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _cached_bytes(device: torch.device) -> int:
-    """Return what torch holds and nobody uses, but for what captured graphs work in."""
+    """Return what torch caches and can give out again: not what captured graphs work in."""
     number = torch.cuda.current_device() if device.index is None else device.index
     return sum(
         segment["total_size"] - segment["allocated_size"]

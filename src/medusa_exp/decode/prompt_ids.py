@@ -13,11 +13,11 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from medusa_exp.errors import UserError
 
-Prompt: TypeAlias = str | Sequence[int] | Tensor | BatchEncoding
+Prompt: TypeAlias = str | Sequence[int] | Tensor | np.ndarray | BatchEncoding
 Prompts: TypeAlias = Prompt | Sequence[Prompt]
 """One, or several: a list of prompts, a tensor [B, T], or an encoding of several."""
 _TAKEN = (
-    "a prompt is text, a list or tensor of token ids, or an encoding, which is what a tokenizer "
+    "a prompt is text, a list, array or tensor of token ids, or an encoding, which a tokenizer "
     "and its apply_chat_template return"
 )
 
@@ -78,7 +78,7 @@ def _rows(given: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[list[in
         given = given.tolist()
     if not isinstance(given, list | tuple):
         raise UserError(f"{given!r:.60} is no prompt: {_TAKEN}.")
-    if {*map(type, given)} <= {int}:  # by far the most, and long
+    if {*map(type, given)} <= {int}:  # the usual case, and prompts are long
         return [[*given]]
     if all(map(_is_id, given)):
         return [[*map(index, given)]]

@@ -253,7 +253,7 @@ class ChainStep:
         # 4. Commit
         rows = outcome_of(draft, verdict).tolist()
         [tokens], [root] = tokens_of(rows), roots_of(rows)
-        # Not read from here any more: kernels write each verdict where the last one was.
+        # The root was read above: kernels wrote this verdict where root_B lay.
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_1ND[:, kept:], verdict)
         with part("cache"):
             if len(tokens) == draft.tokens_BN.shape[1]:  # all of the draft, and the token after it

@@ -181,7 +181,7 @@ class EagerStep:
             verdict = verdict_on(draft, logits_BNV, self.verifier, self.drafter.depth, uniforms_BU)
         # 4. Commit
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_BND, verdict)
-        rows = outcome_of(draft, verdict).tolist()  # for which the device is waited for
+        rows = outcome_of(draft, verdict).tolist()  # here the host waits for the device
         tokens, paths = tokens_of(rows), paths_of(rows)
         if len(self.active) < len(paths):
             is_active = set(self.active)

@@ -73,7 +73,7 @@ class Facts:
 
 
 def advice(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
-    """Return what to do about the largest part of a waterfall; without guesses, about that.
+    """Return what to do about the largest part of a waterfall, or about a tree without guesses.
 
     Args:
         found: the way down.
@@ -109,9 +109,9 @@ def _no_guesses(facts: Facts) -> str:
     own = "" if facts.is_regenerated else ", or on the model's own answers (train.text=regenerated)"
     return (
         f"{said} The heads guess too badly{right}, or a step costs too much here: over the fastest "
-        f"tree with guesses that calibration tried, of {tried.num_nodes} nodes, a step makes "
-        f"{tried.tokens_per_step:.2f} tokens in the time of "
-        f"{tried.tokens_per_step / tried.speedup:.2f} of plain decoding. Train longer{own}."
+        f"tree with guesses that calibration timed, of {tried.num_nodes} nodes, a step makes "
+        f"{tried.tokens_per_step:.2f} tokens in the time in which plain decoding makes "
+        f"{tried.tokens_per_step / tried.speedup:.2f}. Train longer{own}."
     )
 
 
@@ -205,12 +205,15 @@ def _host(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
 
 
 def _batch(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
-    limit = facts.when.faster_up_to
+    when, size = facts.when, found.batch_size
+    limit = when.drafts_up_to
+    is_faster = any(s > 1 and not when.is_unclear(n) for n, s in when.speedups.items())
     wanted = f"speculate up to {prompts(limit)} at a time" if limit else "decode plainly"
-    size = found.batch_size
-    if facts.when.size is None:
+    if limit and not is_faster:
+        wanted = f"decode plainly from {prompts(limit + 1)} at a time on"
+    if when.size is None:
         wanted = "drafts pay there still, but fewer of them"
-        if facts.when.is_unclear(size):
+        if when.is_unclear(size):
             wanted = "whether drafts pay there is not clear, and fewer of them may do better"
     calibrate = (
         f", and calibrate for this size (tree=calibrated, tree.batch_sizes with {size} in it)"

@@ -35,11 +35,11 @@ class BreakEven:
         return None if self.size is None else math.ceil(self.size)
 
     @property
-    def faster_up_to(self) -> int:
-        """The largest whole number of prompts at a time that is below; 0 if none is known."""
+    def drafts_up_to(self) -> int:
+        """The most prompts at a time of which plain decoding is not known to be faster, or 0."""
         if self.size is None:
             return max(self.speedups)
-        # Of sizes that are smaller than any measured nothing is known but by one that was faster.
+        # Below the smallest size measured nothing is known.
         return math.ceil(self.size) - 1 if self.size > min(self.speedups) else 0
 
     def sentence(self) -> str:
@@ -75,7 +75,7 @@ class BreakEven:
                 f"Plain decoding was faster at every batch size measured, from {self._at(first)}"
                 f"{but}.{smaller if first > 1 else ''}"
             )
-        said = f"From {prompts(math.ceil(self.size))} at a time on, plain decoding is faster than "
+        said = f"From {prompts(self.slower_from or 0)} at a time on, plain decoding is faster than "
         counted = [size for size in self.speedups if size not in unclear]
         above = min(size for size in counted if size >= self.size)
         below = max((size for size in counted if size < self.size), default=None)
@@ -107,7 +107,7 @@ class BreakEven:
         """
         last = max(self.speedups)
         wanted = [[1, last, num_tokens]] if isinstance(num_tokens, int) else num_tokens
-        limit = self.faster_up_to
+        limit = self.drafts_up_to
         kept = [[low, min(high, limit), n] for low, high, n in wanted if low <= limit]
         if self.size is None:
             return [list(entry) for entry in wanted]

@@ -437,7 +437,7 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
 
 @contextmanager
 def _told_what_is_packed(is_packed: bool) -> Iterator[None]:
-    """Let transformers not look whether rows hold several documents: it would wait for a GPU."""
+    """Tell transformers whether rows are packed: to find out, it would wait for the GPU."""
 
     def documents_of(position_ids: Tensor) -> Tensor | None:
         is_first = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from medusa_exp.errors import UserError
-from medusa_exp.identity import without_layers
+from medusa_exp.identity import loading_without_layers
 from medusa_exp.model.adapters import load_adapters
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines, from_gguf, is_adapters
@@ -76,7 +76,7 @@ def load_ends(spec: ModelSpec, identity: str, weights_fingerprint: str) -> Backb
     """
     spec = replace(spec, model=replace(spec.model, device_map=None))  # they are small
     model_config = spec.model_config()
-    with without_layers(model_config):
+    with loading_without_layers(model_config):
         backbone = Backbone(_read(spec, {"config": model_config}))
     backbone.leave_out_body(identity, weights_fingerprint)
     return backbone

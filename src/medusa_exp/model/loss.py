@@ -7,7 +7,7 @@ head k the k-th token after that. (Medusa, Cai et al. 2024, equation 1; head_dec
 and the config's `train.decay` is head_decay.) y is the text's token or the backbone's argmax
 (teacher labels); instead of cross entropy there may be the divergence from the backbone's
 distribution, or what falls as more tokens are accepted that are sampled from the head's
-(`targets.py`). The logits of all heads never exist at once.
+(`row_loss.py`). The logits of all heads never exist at once.
 
 `head` counts from 1, as labels and metrics do (0 is the lm_head); `k` in code is an index, from 0,
 as the heads themselves do.
@@ -355,7 +355,7 @@ def loss_and_acceptance(
     logits_of: Callable[..., Tensor],
     targets: Targets,
     inputs: tuple[Tensor, ...],
-    wanted: tuple[Tensor, ...],
+    target_rows: tuple[Tensor, ...],
     chunk_rows: int,
     parameters: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None]:
@@ -369,7 +369,7 @@ def loss_and_acceptance(
         logits_of: from rows of `inputs` to logits_CW.
         targets: what the rows are to predict.
         inputs: tensors with a row each, which may want a gradient.
-        wanted: the rows of `targets`.
+        target_rows: what `targets.at` has for these rows.
         chunk_rows: the most that C may be.
         parameters: all that `logits_of` trains, for the form at_once. Where there is none, logits
             are recomputed.
@@ -387,7 +387,7 @@ def loss_and_acceptance(
     is_real_R = torch.ones(number, device=inputs[0].device)
     padded = [
         pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)).split(chunk_rows)
-        for rows in (is_real_R, *inputs, *wanted)
+        for rows in (is_real_R, *inputs, *target_rows)
     ]
     chunks = zip(*padded, strict=True)
     if parameters:

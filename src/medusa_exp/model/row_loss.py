@@ -4,10 +4,10 @@ With p the backbone's distribution at a position and q the head's, a token drawn
 with probability alpha = sum_v min(p_v, q_v) (speculative sampling, Leviathan et al. 2023), token by
 token; `decode/traversal.py`, which judges whole paths, accepts no less.
 
-Each loss is a function of tensors alone, so that torch can compile it (`compiled_loss`). As it is,
-one operation after the other reads and writes C x W numbers: of logits in bfloat16, 36 bytes each
-with cross entropy and 96 with nla. Compiled they are 6 and 12, forward and backward together, in
-what inductor writes for an H200. What comes out differs in rounding.
+Each loss is a function of tensors alone, so that torch can compile it (`compiled_loss`). If it does
+not, one operation after the other reads and writes C x W numbers: of logits in bfloat16, 36 bytes
+each with cross entropy and 96 with nla. Compiled they are 6 and 12, forward and backward together,
+in what inductor writes for an H200. What comes out differs in rounding.
 
 C rows of a chunk, W tokens of the head vocabulary, J likeliest tokens, X tokens of one of these.
 """
@@ -189,14 +189,14 @@ class _ByLogits(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class TopAcceptance:
-    """The same by the backbone's J likeliest tokens, as if others were never accepted."""
+    """An AcceptanceLoss of the backbone's J likeliest tokens, as if others were never accepted."""
 
-    of_all: AcceptanceLoss
+    loss: AcceptanceLoss
 
     def __call__(self, logits_CW: Tensor, *wanted: Tensor) -> RowLosses:
         """Return loss and alpha of tokens_CJ and log_p_CJ."""
         tokens_CJ, log_p_CJ = wanted
-        return self.of_all.of(log_p_CJ, _log_probs_of(tokens_CJ, logits_CW))
+        return self.loss.of(log_p_CJ, _log_probs_of(tokens_CJ, logits_CW))
 
 
 def _wide(logits_CW: Tensor) -> torch.dtype:
@@ -213,7 +213,7 @@ def _log_probs_of(tokens_CJ: Tensor, logits_CW: Tensor) -> Tensor:
 
 
 class _Compiled:
-    """A loss under torch.compile. Where torch cannot, it is as it was, and a line says why."""
+    """A loss under torch.compile. Where torch cannot, it runs uncompiled, and a line says why."""
 
     def __init__(self, plain: RowLoss, backend: Any) -> None:
         def run(*tensors: Tensor) -> RowLosses:
@@ -233,7 +233,9 @@ class _Compiled:
                 return self._run(logits_CW, *wanted)
             except torch._dynamo.exc.TorchDynamoException as error:  # before any of it has run
                 said = " ".join(str(error).split())[:200]
-                log.warning("train.compile: torch compiles no loss, it runs as it is: %s", said)
+                log.warning(
+                    "train.compile: torch cannot compile the loss, it runs uncompiled: %s", said
+                )
                 self._is_refused = True
         return self._plain(logits_CW, *wanted)
 

@@ -140,13 +140,13 @@ class TopTargets:
         self,
         hidden_BTD: Tensor,
         index_R: Tensor,
-        make: FromHidden,
+        scores_of: FromHidden,
         num_top: int,
         loss: TopDivergence | TopAcceptance = _TOP_DIVERGENCE,
     ) -> None:
         """Read the backbone at these flat positions b * T + t.
 
-        make: its logits of hidden states; for a `TopAcceptance` its log-probabilities.
+        scores_of: makes logits of hidden states; log-probabilities for a `TopAcceptance`.
         """
         self.loss: RowLoss = loss
         is_truncated = isinstance(loss, TopDivergence)
@@ -155,7 +155,7 @@ class TopTargets:
         tops = []
         with torch.no_grad():
             for rows_RD in hidden_ID[index_R].split(ROWS):
-                logits_RW = make(rows_RD).float()
+                logits_RW = scores_of(rows_RD).float()
                 tops.append(logits_RW.topk(min(num_top, logits_RW.shape[-1])))
             self.tokens = torch.cat([top.indices for top in tops])
             self.log_probs = torch.cat(

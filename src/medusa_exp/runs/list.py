@@ -123,7 +123,10 @@ def _read_files(run: Run, path: Path, newest: datetime) -> None:
 
 
 def _failure(path: Path) -> str | None:
-    """Return why a run has no stage: as the sweep has it that it is a job of, or it itself."""
+    """Return why no stage began: by job.json where a sweep ran it, else by its failure.json.
+
+    None if neither says.
+    """
     job = _object(path / JOB)
     found = job if job.get("status") == "failed" else _object(path / FAILURE)
     # Where a job of a sweep is tried again, what its last try met is over.

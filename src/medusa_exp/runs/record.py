@@ -37,7 +37,7 @@ from medusa_exp.runs.machine import device_name, peak_memory_bytes
 from medusa_exp.runs.processes import this_process
 
 FAILURE = "failure.json"
-"""Why no stage of a run began; a run that has a record tells it of its stages there."""
+"""Why no stage of a run began. Once there is a run.json, failures stand there."""
 _LOCK = ".record.lock"
 _OF_REFUSED = {".hydra", "medusa_exp.log"}
 """What Hydra makes in the directory of a run before its config is checked."""
@@ -174,7 +174,7 @@ class RunRecord:
 
 @contextmanager
 def noted_failure(out: Path) -> Iterator[None]:
-    """Around what is looked at before the record begins: what it refuses is noted in the run."""
+    """Note in the run what fails within this block, which comes before its record."""
     (out / FAILURE).unlink(missing_ok=True)
     try:
         yield
@@ -188,7 +188,7 @@ def noted_failure(out: Path) -> Iterator[None]:
 
 
 def drop_refused(out: Path) -> None:
-    """Remove the directory of a run whose config was refused, if it has nothing but that."""
+    """Remove the directory of a run whose config was refused, if it has only Hydra's files."""
     if {path.name for path in out.iterdir()} <= _OF_REFUSED:
         remove(out)
 

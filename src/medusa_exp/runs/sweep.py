@@ -18,6 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from medusa_exp.config import continuation, named_variables
+from medusa_exp.config.command_line import swept_keys
 from medusa_exp.errors import Stopped, UserError
 from medusa_exp.runs.files import content_key, read_json, write_json
 from medusa_exp.runs.jobs import JOB, held, is_done, is_held, read_jobs
@@ -108,7 +109,7 @@ def _check_objective(config: DictConfig) -> None:
         UserError: other stages measure it; names a metric that these do.
     """
     task = config.hydra.overrides.task
-    swept = {*(config.hydra.sweeper.get("params") or {}), *continuation.swept_keys(task)}
+    swept = {*(config.hydra.sweeper.get("params") or {}), *swept_keys(task)}
     stages, objective = [str(stage) for stage in config.stages], config.objective
     if swept & _DECIDE or config.rerun.source is not None:
         return

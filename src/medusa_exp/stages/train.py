@@ -188,12 +188,13 @@ def check_export(config: Config, backbone: Backbone) -> None:
     Raises:
         UserError: its format has no place for something of theirs.
     """
+    if "export" not in config.stages:
+        return
     head, has_bias = config.head, getattr(backbone.lm_head, "bias", None) is not None
     shape = MedusaHeadsConfig(
         kind=head.kind, prefix_attention=head.prefix_attention, lm_head_bias=has_bias
     )
-    if "export" in config.stages:
-        check_holds(config.export.format, shape, "the heads of this run")
+    check_holds(config.export.format, shape, "the heads of this run")
 
 
 def start_heads(config: Config, inputs: Inputs, begun: MedusaHeads | None = None) -> MedusaHeads:
@@ -245,13 +246,13 @@ def build_module(
         ),
         taken=taken,
     )
-    sections = (config.head, settings, config.dataset)
-    key_of: dict[str, Any] = {
+    counted = (config.head, settings, config.dataset)
+    others: dict[str, Any] = {
         "seed": config.seed,
         "data_key": inputs.data_key,
         "backbone": backbone,
     }
-    key, key_is_of = training_key(*sections, **key_of), made_of(*sections, **key_of)
+    key, key_parts = training_key(*counted, **others), made_of(*counted, **others)
     joint = None
     responses: Callable[[], list[HeldOutResponse]] = lambda: inputs.responses  # noqa: E731
     if settings.kind == "medusa2":
@@ -270,7 +271,7 @@ def build_module(
         max_rank=config.tree.max_rank,
         rule=validation_rule(config),
         key=key,
-        made_of=key_is_of,
+        made_of=key_parts,
         joint=joint,
     )
 

@@ -136,13 +136,14 @@ def validation_rule(config: Config) -> AcceptanceRule:
 
 
 class BackboneOpener:
-    """The backbone with as little of it as there is need for.
-
-    Raises:
-        UserError: it cannot check what is to be drafted, as `Session.check_drafts` has it.
-    """
+    """Opens as little of the backbone as is needed."""
 
     def __init__(self, session: Session) -> None:
+        """Check first that the model can verify what is to be drafted.
+
+        Raises:
+            UserError: as `Session.check_drafts`.
+        """
         session.check_drafts()
         config, files = session.config, session.spec.files_fingerprint()
         self.session, self.config = session, config

@@ -158,8 +158,8 @@ def _validated(session: Session) -> str:
 
 
 def _relative(calibration: Calibration, nodes: int, others: int) -> float | None:
-    """Return the guesses accepted a step over the best tree of so many nodes, of those over so many
-    others; None where the others have none.
+    """Return how many times as many guesses a step accepts over the best tree of `nodes` nodes as
+    over that of `others`; None where the latter accepts none.
 
     Of the tokens of a step one is the backbone's own, whatever the tree: only the rest grows with
     its nodes.

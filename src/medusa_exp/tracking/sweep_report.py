@@ -7,7 +7,7 @@ from pathlib import Path
 
 import altair as alt
 
-from medusa_exp.config.continuation import split_override
+from medusa_exp.config.command_line import split_override
 from medusa_exp.config.privacy import shareable, shell_command
 from medusa_exp.errors import UserError
 from medusa_exp.runs.files import read_json

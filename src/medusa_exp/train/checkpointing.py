@@ -70,6 +70,7 @@ key that is in neither makes a checkpoint one of another training where it is no
 _OLD_WORDS = (("labels", "teacher"), ("text", "regenerated"))
 """Keys of `train` and words that count in a checkpoint's key as `own`, their name of old."""
 _DATA = "dataset, tokenizer or regenerated responses"
+"""Checkpoints hold these names: one that is reworded is no longer compared."""
 _HASHED = ("train.heads_from", _DATA, "model")
 """What a checkpoint has the hash of alone."""
 _HEAD_IN_KEY = "kind num_heads num_layers bias rank num_tokens prefix_attention".split()
@@ -263,7 +264,8 @@ def made_of(
 ) -> dict[str, Any]:
     """Return what `training_key` is made of, by name: to say what another training has otherwise.
 
-    What may lead to places of a user, or be the value of a variable, is there as a hash.
+    `train.heads_from`, the data and the model are there as hashes: paths, and values of variables,
+    are not to be in a checkpoint.
     """
     head = replace(head, own_projections=head.own_projections or None)
     of_train = {k: v for k, v in asdict(train).items() if k not in _NOT_IN_KEY}
@@ -282,8 +284,8 @@ def made_of(
     }
 
 
-def _others(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return in words what two trainings have not in common."""
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Say in which settings two trainings differ; nothing of what the older one did not write."""
     return ", ".join(
         name if name in _HASHED else f"{name} ({_word(then[name])} then, {_word(value)} now)"
         for name, value in now.items()
@@ -313,12 +315,12 @@ def checkpoint_to_resume(
         return None, 0
     checkpoint = _read(path)
     if checkpoint.made_with != key:
-        if checkpoint.made_of and (others := _others(checkpoint.made_of, now or {})):
+        if differences := _differences(checkpoint.made_of, now or {}):
             raise UserError(
-                f"{path} was made with another {others}: set train.resume=never to train anew "
+                f"{path} was made with another {differences}: set train.resume=never to train anew "
                 "here, or choose another run_dir."
             )
-        raise UserError(  # by an older version, which wrote the key alone
+        raise UserError(  # an older version wrote no made_of, or nothing that it names differs
             f"{path} was made with another head, train, dataset, tokenizer, seed or model: set "
             "train.resume=never to train anew here, or choose another run_dir. (Where an older "
             "version made it with head.kind=auto, that was medusa_tied or medusa: name it; "

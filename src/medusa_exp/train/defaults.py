@@ -26,7 +26,7 @@ SETTLED = ("loss", "head_weights", "learning_rate", "loss_chunk_rows", "loss_for
 """Keys of `train` that may be automatic."""
 _CPU_ROWS = 256
 _MOST_ROWS = 8192
-"""Fewer keep a GPU waiting for gradients to be added up; more bring nothing."""
+"""Of a chunk: more bring nothing. (Fewer than ROW_STEP keep a GPU adding gradients up.)"""
 _SHARE = 16
 """Of a GPU's memory, one part in so many is for the logits of a chunk, or for another gradient."""
 _CPU_GRADIENTS = 2**30
