@@ -72,6 +72,8 @@ def test_an_option_that_there_is_not_is_one_message_and_exit_code_1(tmp_path):
     refused = medusa_exp("--experiment=medusa1", cwd=tmp_path)
     assert refused.returncode == 1 and "Write +experiment=medusa1" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+    with pytest.raises(UserError, match="--multi is no option: write --multirun"):
+        continuation.arguments(["--multi", "seed=1,2"])
 
 
 @pytest.mark.slow
@@ -327,6 +329,14 @@ def test_what_a_directory_has_besides_stays_when_a_config_is_refused(tmp_path):
     (tmp_path / "new/notes.txt").touch()
     refused = medusa_exp("+experiment=smoke", "run_dir=new", "head.num_heads=99", cwd=tmp_path)
     assert refused.returncode == 1 and (tmp_path / "new/notes.txt").is_file()
+
+
+def test_a_directory_that_was_there_stays_when_a_config_is_refused(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "new").symlink_to("disk")
+    refused = medusa_exp("+experiment=smoke", "run_dir=new", "head.num_heads=99", cwd=tmp_path)
+    assert refused.returncode == 1 and (tmp_path / "new").is_symlink()
+    assert (tmp_path / "disk").is_dir()
 
 
 def test_why_no_stage_began_is_noted_in_the_run(config, tmp_path):

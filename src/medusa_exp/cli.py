@@ -324,7 +324,8 @@ def _hydra_main(composed: DictConfig) -> float | None:
             try:
                 config = _checked_config(composed, out)
             except UserError:
-                if job.mode == RunMode.RUN:  # a job of a sweep is recorded, and tried again
+                # A job of a sweep is recorded, and tried again. What was there is somebody's.
+                if job.mode == RunMode.RUN and not continuation.was_there():
                     drop_refused(out)
                 raise
             seal_config(saved)  # of a run that is done again, it is that run's by now

@@ -21,6 +21,7 @@ from medusa_exp.config import (
     to_dict,
     unknown_key,
 )
+from medusa_exp.config.compose import checked_again
 from medusa_exp.errors import UserError
 from medusa_exp.stages.session import Session
 
@@ -125,6 +126,14 @@ def test_what_python_code_sets_is_checked_before_anything(tmp_path, section, key
     with pytest.raises(UserError, match=f"^{re.escape(said)}"):
         cli.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_python_code_sets_is_no_reference():
+    config = cli.compose([r"name='a\${b}c'"])
+    assert config.name == checked_again(config).name == "a${b}c"
+    config.dataset.path, config.tree.paths = "${oc.env:HOME}", [[0], [0, 1]]
+    again = checked_again(config)
+    assert again == config and again.dataset.path == "${oc.env:HOME}"
 
 
 def test_one_value_within_a_section_too():
@@ -397,6 +406,24 @@ def test_saved_paths_that_lead_nowhere_here_are_told_with_where_they_lead(moved_
     where += f"model.path={began}/model dataset.path={began}/chats/*.json."
     with pytest.raises(UserError, match="no such directory. Saved .*" + re.escape(where)):
         Session.of_run(out).decoder()
+
+
+@pytest.mark.parametrize("pattern", ["{}/chats/*.json", "chats/**.json", "chats/*.jsonl"])
+def test_other_patterns_are_told_as_they_are(moved_on, pattern):
+    began, out = moved_on
+    saved = {"dataset": {"path": pattern.format(began)}}
+    (out / ".hydra/config.yaml").write_text(json.dumps(saved))
+    config = from_hydra(load_saved(out / ".hydra/config.yaml"))
+    with pytest.raises(UserError, match="as it is"), continuation.told_of_places(out, config):
+        raise UserError("as it is")
+
+
+def test_in_the_folder_in_which_it_began_nothing_is_said_of_others(moved_on, monkeypatch):
+    began, out = moved_on
+    monkeypatch.chdir(began)
+    config = from_hydra(load_saved(out / ".hydra/config.yaml"))
+    with pytest.raises(UserError, match=r"^as it is$"), continuation.told_of_places(out, config):
+        raise UserError("as it is")
 
 
 @pytest.mark.parametrize("change", ["given", "moved", "unknown", "broken"])

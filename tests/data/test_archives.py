@@ -261,7 +261,7 @@ def test_an_empty_file_among_others_is_passed_over(tmp_path, caplog, data):
         list(read_conversations(empty))
 
 
-@pytest.mark.parametrize("name", ["b.parquet", "b.arrow", "b.zip", "b.tar.gz"])
+@pytest.mark.parametrize("name", ["b.parquet", "b.arrow", "b.zip", "b.tar.gz", "b.jsonl.gz"])
 def test_an_empty_table_or_archive_is_what_a_copy_has_left(tmp_path, name):
     write(tmp_path / "a.jsonl", LINES)
     write(tmp_path / name, b"")

@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import sys
+from errno import EACCES
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,23 @@ def test_links_to_folders_are_followed_but_not_twice(tmp_path, caplog):
         "3 files passed over: loop (a link to a folder that is read anyway), "
         "up (a link to a folder that it is in), y (a link to a folder that is read anyway)"
     ) in caplog.text
+
+
+def test_a_folder_of_the_systems_that_may_not_be_read_is_passed_over(tmp_path, caplog, monkeypatch):
+    """On a whole disk it is there, and nobody but its administrator may read it."""
+    for name in ("lost+found", "more"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "more/a.json", LIST)
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert find_files(tmp_path) == [tmp_path / "more/a.json"]
+    assert "1 files passed over: lost+found (may not be read)" in caplog.text
 
 
 def test_what_is_no_file_is_named(tmp_path, caplog):

@@ -42,7 +42,12 @@ def test_an_empty_split_says_what_to_raise(sharegpt_file):
         (40, ["x"], "val", "the id decides the split: give each an id of its own, or leave"),
         (1, ["a"], "val", "One conversation .* add others. .* in val, about 20 are needed"),
         (1, ["x"], "train", "One conversation .* add others. .* in train, about 2 are needed"),
-        (3, ["a", "b", "c"], "val", "Of 3 conversations none .* about 20 are .* or raise dataset"),
+        (
+            3,
+            ["a", "b", "c"],
+            "val",
+            "By chance none of 3 .* of about 20: .* or raise dataset",
+        ),
         (0, [], "val", r"0 records \(none dropped\)\. Check the file, or raise dataset"),
     ],
 )

@@ -133,7 +133,10 @@ def test_all_take_the_same_prompts(decoder, tokenizer):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (None, "None is no prompt: a prompt is text, a list or tensor of token ids, or an enc"),
+        (
+            None,
+            "None is no prompt: a prompt is text, a list, array or tensor of token ids, or",
+        ),
         ({"text": "hello"}, "is no prompt: a prompt is text"),
         ([1.5], "1.5 is no prompt: a prompt is text"),
         ([4, "hello"], "4 is no prompt: a prompt is text"),

@@ -98,15 +98,23 @@ def test_what_chance_may_have_made_is_no_difference(speedups, intervals, size, s
 
 
 @pytest.mark.parametrize(("speedups", "intervals", "size", "said"), UNCLEAR)
-def test_a_schedule_and_the_whole_number_follow_the_same_rule(speedups, intervals, size, said):
-    found = break_even("tree", speedups, intervals)
+def test_the_whole_number_follows_the_intervals_and_a_schedule_what_is_likelier(
+    speedups, intervals, size, said
+):
+    found, likely = break_even("tree", speedups, intervals), break_even("tree", speedups)
+    assert found.slower_from == (None if size is None else math.ceil(size))
     last = max(speedups)
-    if size is None:
-        assert found.slower_from is None and found.schedule(3) == [[1, last, 3]]
+    if likely.slower_from is None:
+        assert found.schedule(3) == [[1, last, 3]]
         return
-    assert found.slower_from == math.ceil(size)
-    drafted = [[1, found.slower_from - 1, 3]] if found.slower_from > 1 else []
-    assert found.schedule(3) == [*drafted, [found.slower_from, last, 0]]
+    drafted = [[1, likely.slower_from - 1, 3]] if likely.slower_from > 1 else []
+    assert found.schedule(3) == [*drafted, [likely.slower_from, max(likely.slower_from, last), 0]]
+
+
+def test_an_engine_does_not_draft_where_plain_decoding_was_faster_by_a_wide_interval():
+    intervals = {1: (1.3, 1.7), 8: (0.4, 1.05), 32: (0.3, 1.01)}
+    found = break_even("tree", {1: 1.5, 8: 0.7, 32: 0.6}, intervals)
+    assert found.size is None and found.schedule(4) == [[1, 3, 4], [4, 32, 0]]
 
 
 @pytest.mark.parametrize(

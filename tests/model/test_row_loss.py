@@ -125,6 +125,17 @@ def test_compiled_once_for_all_numbers_of_rows_it_is_the_same(loss, dtype):
     assert counter.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_of_many_losses_in_a_process_each_is_compiled(caplog):
+    """A sweep over train.lk_decay has one for each value; torch allows 8 by itself."""
+    torch._dynamo.reset()
+    logits_CW, p_CW = torch.randn(4, 9), torch.randn(4, 9).softmax(-1)
+    for number in range(12):
+        loss = AcceptanceLoss("lk", 20.0 + number)
+        outcome(compiled_loss(loss, CompileCounterWithBackend("eager")), logits_CW, (p_CW,))
+    assert "cannot compile" not in caplog.text
+
+
 def test_equal_losses_are_compiled_as_one():
     assert compiled_loss(AcceptanceLoss("lk", 3.0)) is compiled_loss(AcceptanceLoss("lk", 3.0))
     assert compiled_loss(AcceptanceLoss("lk", 3.0)) is not compiled_loss(AcceptanceLoss("lk", 2.0))

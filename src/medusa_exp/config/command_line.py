@@ -87,6 +87,11 @@ def _refuse_unknown_flags(argv: list[str]) -> None:
     following = argv[argv.index(unknown[0]) + 1 :]
     if not value:  # it may be a word of its own
         value = next((w for w in following[:1] if not w.startswith("-") and "=" not in w), "VALUE")
+    begun = [
+        option for option in get_args_parser()._option_string_actions if option.startswith(word)
+    ]
+    if len(word) > 2 and begun and key not in GROUPS_ALONE:
+        raise UserError(f"{unknown[0]} is no option: write {begun[0]}.")
     written = f"+{key}={value}" if key in GROUPS_ALONE else f"{key}={value}"
     if not word.startswith("--"):
         written = "KEY=VALUE"

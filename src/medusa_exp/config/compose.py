@@ -192,7 +192,16 @@ def checked_again(config: Config) -> Config:
     Raises:
         UserError: naming the key and what it may be.
     """
-    return from_dict(asdict(config))
+    return from_dict(_as_written(asdict(config)))
+
+
+def _as_written(value: Any) -> Any:
+    """Return values such that none is taken for a reference: they have been resolved."""
+    if isinstance(value, dict):
+        return {key: _as_written(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(_as_written, value)]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def load_saved(path: Path) -> DictConfig:

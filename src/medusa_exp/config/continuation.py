@@ -11,6 +11,7 @@ that tries a failed job again is no later call: it composes the job anew, `.hydr
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ _SAID: set[str] = set()
 """Keys that this command line names, also those whose override was saved in just these words."""
 _KEPT: list[str] = []
 """Saved overrides that this command line goes on with, and does not give."""
+_THERE: set[Path] = set()
+"""The run directory that this command line names, if there was one already."""
 _MOST_SHOWN, _LONGEST_SHOWN = 6, 40
 _OVERRIDES = Path(".hydra/overrides.yaml")
 _OF_HYDRA = Path(".hydra/hydra.yaml")
@@ -64,6 +67,9 @@ def arguments(argv: list[str]) -> list[str]:
     check_words(argv)
     _refuse_hidden_run_dirs(argv)
     run_dir, new = _run_dir(argv), overrides_in(argv)
+    _THERE.clear()
+    if run_dir is not None and (run_dir.exists() or run_dir.is_symlink()):
+        _THERE.add(run_dir)
     if run_dir is not None and _is_sweep(argv, new):
         raise UserError(
             f"run_dir={run_dir} is one run, and a sweep makes many, in sweep_dir: "
@@ -87,6 +93,11 @@ def arguments(argv: list[str]) -> list[str]:
     # A job of a sweep has saved the sweep's overrides too; it is one run from now on.
     ours = ["hydra.mode=RUN", f"hydra.output_subdir={_next_subdir(run_dir)}"]
     return [*flags, *kept, *new, *ours]
+
+
+def was_there() -> bool:
+    """Say whether the directory of the named run was there before this command."""
+    return bool(_THERE)
 
 
 def kept_in_words() -> str:
@@ -259,9 +270,10 @@ def told_of_places(out: Path, config: Config) -> Iterator[None]:
         yield
     except UserError as error:
         began, elsewhere = "", dict[str, Path]()
-        with suppress(UserError, OSError, OmegaConfBaseException):
+        with suppress(UserError, OSError, ValueError, OmegaConfBaseException):
             began = str(_at(_plain(out / _OF_HYDRA), ["hydra", "runtime", "cwd"]) or "")
-            elsewhere = _left_elsewhere(out, config, Path(began)) if began else {}
+            if began and Path(began) != Path.cwd():
+                elsewhere = _left_elsewhere(out, config, Path(began))
         if not elsewhere:
             raise
         words = " ".join(f"{key}={place}" for key, place in elsewhere.items())
@@ -281,12 +293,16 @@ def _left_elsewhere(out: Path, config: Config, began: Path) -> dict[str, Path]:
     found = {}
     for key in keys:
         value = _at(now, key.split("."))
-        if not value or value != _at(saved, key.split(".")) or Path(value).expanduser().exists():
+        if not value or value != _at(saved, key.split(".")) or _leads_somewhere(Path(value)):
             continue
-        place = began / value
-        if place.exists() or ("*" in value and any(began.glob(value))):
-            found[key] = place
+        if not Path(value).expanduser().is_absolute() and _leads_somewhere(began / value):
+            found[key] = began / value
     return found
+
+
+def _leads_somewhere(place: Path) -> bool:
+    # Not pathlib's, which takes fewer patterns than are read here.
+    return place.expanduser().exists() or bool(glob(str(place), recursive=True))  # noqa: PTH207
 
 
 def _plain(path: Path) -> Any:

@@ -70,6 +70,10 @@ def find_files(path: str | Path) -> list[Path]:
     return found
 
 
+_LOST = "lost+found"
+"""A folder of the system's in a disk's uppermost one, which nobody else may read."""
+
+
 def _chat_files_below(place: Path) -> list[Path]:
     files, other_kinds = _files_below(place)
     chosen = {p for p in files if p.name.lower().endswith((*SUFFIXES, *ARCHIVES))}
@@ -92,7 +96,9 @@ def _files_below(place: Path) -> tuple[list[Path], list[str]]:
     """
 
     def refuse(error: OSError) -> None:
-        raise faults.unreadable(error.filename, error) from error
+        if Path(error.filename).name != _LOST:
+            raise faults.unreadable(error.filename, error) from error
+        others.append(f"{Path(error.filename).relative_to(place)} (may not be read)")
 
     files: list[Path] = []
     others: list[str] = []

@@ -57,9 +57,10 @@ class NoChats(DataError):
 def empty(name: str) -> DataError:
     """Return the error of a file without a byte, or with nothing but white space.
 
-    As text it is one of no chats. A table or an archive without a byte is what a copy has left.
+    As text it is one of no chats. Where it is a table, an archive or a packed file, which are never
+    empty, it is what a copy has left.
     """
-    is_text = not unpacked_name(name.lower()).endswith(_NEVER_EMPTY)
+    is_text = not name.lower().endswith((*_NEVER_EMPTY, *PACKED))
     return (NoChats if is_text else DataError)(f"{name} is empty. {_CHATS}")
 
 

@@ -85,6 +85,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _cached_bytes(device: torch.device) -> int:
     """Return what torch caches and can give out again: not what captured graphs work in."""
+    if torch.cuda.get_allocator_backend() != "native":  # others do not tell
+        return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     number = torch.cuda.current_device() if device.index is None else device.index
     return sum(
         segment["total_size"] - segment["allocated_size"]

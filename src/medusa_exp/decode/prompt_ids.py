@@ -36,12 +36,7 @@ def ids_of_each(
         UserError: something is no prompt, or no token of the model's; or is text, and there is no
             tokenizer.
     """
-    rows = _rows(given, tokenizer)
-    for row in rows:
-        if row and not 0 <= min(row) <= max(row) < vocab_size:
-            wrong = next(token for token in row if not 0 <= token < vocab_size)
-            raise UserError(f"{wrong} is no token: ids are integers from 0 to {vocab_size - 1}.")
-    return rows
+    return _checked(_rows(given, tokenizer), vocab_size)
 
 
 def ids_of_one(
@@ -52,7 +47,15 @@ def ids_of_one(
     Raises:
         UserError: as `ids_of_each`, or there are several.
     """
-    return _only(ids_of_each(given, tokenizer, vocab_size))
+    return _only(_checked(_rows(given, tokenizer), vocab_size))
+
+
+def _checked(rows: list[list[int]], vocab_size: int) -> list[list[int]]:
+    for row in rows:
+        if row and not 0 <= min(row) <= max(row) < vocab_size:
+            wrong = next(token for token in row if not 0 <= token < vocab_size)
+            raise UserError(f"{wrong} is no token: ids are integers from 0 to {vocab_size - 1}.")
+    return rows
 
 
 def _only(rows: list[list[int]]) -> list[int]:
@@ -76,7 +79,7 @@ def _rows(given: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[list[in
         ]
     if isinstance(given, Tensor | np.ndarray):
         given = given.tolist()
-    if not isinstance(given, list | tuple):
+    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
         raise UserError(f"{given!r:.60} is no prompt: {_TAKEN}.")
     if {*map(type, given)} <= {int}:  # the usual case, and prompts are long
         return [[*given]]

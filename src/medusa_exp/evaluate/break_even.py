@@ -102,14 +102,18 @@ class BreakEven:
     def schedule(self, num_tokens: int | Schedule) -> Schedule:
         """Return how many tokens an engine should draft at which batch size: none from here on.
 
+        By the speed-ups as they were measured, whatever their intervals: an engine does one or the
+        other, and the likelier is better.
+
         Args:
             num_tokens: below this size: a number, or a schedule of which the rest is cut off.
         """
         last = max(self.speedups)
         wanted = [[1, last, num_tokens]] if isinstance(num_tokens, int) else num_tokens
-        limit = self.drafts_up_to
+        likely = break_even(self.method, self.speedups)
+        limit = likely.drafts_up_to
         kept = [[low, min(high, limit), n] for low, high, n in wanted if low <= limit]
-        if self.size is None:
+        if likely.size is None:
             return [list(entry) for entry in wanted]
         return [*kept, [limit + 1, max(limit + 1, last, wanted[-1][1]), 0]]
 

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cached_property
 from random import Random
 from typing import Any
@@ -435,20 +436,30 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
             module.forward = before
 
 
+_find_packed = masking_utils.find_packed_sequence_indices  # private: transformers 5.23
+_is_packed: ContextVar[bool | None] = ContextVar("is_packed", default=None)
+"""Do rows of the forward call that is running hold several documents? None: it is another's."""
+
+
+def _documents_of(position_ids: Tensor) -> Tensor | None:
+    if (is_packed := _is_packed.get()) is None:
+        found: Tensor | None = _find_packed(position_ids)
+        return found
+    is_first = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
+    return is_first.cumsum(-1) if is_packed else None
+
+
+masking_utils.find_packed_sequence_indices = _documents_of
+
+
 @contextmanager
 def _told_what_is_packed(is_packed: bool) -> Iterator[None]:
     """Tell transformers whether rows are packed: to find out, it would wait for the GPU."""
-
-    def documents_of(position_ids: Tensor) -> Tensor | None:
-        is_first = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
-        return is_first.cumsum(-1) if is_packed else None
-
-    before = masking_utils.find_packed_sequence_indices  # private: transformers 5.23
-    masking_utils.find_packed_sequence_indices = documents_of
+    token = _is_packed.set(is_packed)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = before
+        _is_packed.reset(token)
 
 
 def _factor(before: Tensor, after: Tensor) -> float:

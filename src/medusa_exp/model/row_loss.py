@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _TINY = 1e-30
 """The least probability whose logarithm is taken: all of p may lie where no head can reach."""
+_KINDS = 64
+"""Graphs of a process: losses, by vocabulary and precision. torch allows 8."""
 RowLosses = tuple[Tensor, Tensor | None]
 """The loss of each row in nats, and its alpha, without gradient, where that is known."""
 
@@ -229,9 +231,14 @@ class _Compiled:
 
             for tensor in (logits_CW, *wanted):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            dynamo, limit = torch._dynamo, {"recompile_limit": _KINDS}
             try:
-                return self._run(logits_CW, *wanted)
-            except torch._dynamo.exc.TorchDynamoException as error:  # before any of it has run
+                with dynamo.config.patch(limit):
+                    return self._run(logits_CW, *wanted)
+            except (  # before any of it has run
+                dynamo.exc.TorchDynamoException,
+                dynamo.exc.FailOnRecompileLimitHit,
+            ) as error:
                 said = " ".join(str(error).split())[:200]
                 log.warning(
                     "train.compile: torch cannot compile the loss, it runs uncompiled: %s", said
