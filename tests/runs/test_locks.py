@@ -59,9 +59,10 @@ def test_who_waits_says_for_what_and_for_whom(monkeypatch, tmp_path, caplog, is_
             thread.start()
         time.sleep(0.5)
         assert not has_waited
+        # Of those behind them, one may look just when the lock goes from one to the other.
+        lines = [line for line in caplog.messages if line.startswith("waiting for")]
     for thread in waiting:
         thread.join(10)
-    lines = [line for line in caplog.messages if line.startswith("waiting for")]
     assert 2 <= len(lines) < 10 and {*map(type, has_waited)} == {str, type(None)}
     for line in lines:
         assert re.match(r"waiting for the entry \(\d s\): ", line) and str(path) in line
