@@ -239,7 +239,7 @@ class _Compiled:
                 dynamo.exc.TorchDynamoException,
                 dynamo.exc.FailOnRecompileLimitHit,
             ) as error:
-                said = " ".join(str(error).split())[:200]
+                said = " ".join(str(error).split()).partition(" Set TORCHDYNAMO")[0][:200]
                 log.warning(
                     "train.compile: torch cannot compile the loss, it runs uncompiled: %s", said
                 )
