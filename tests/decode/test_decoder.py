@@ -130,6 +130,22 @@ def test_all_take_the_same_prompts(decoder, tokenizer):
         assert [response.tokens for response in decoder.decode(padded)] == [first, second]
 
 
+def test_a_prompt_may_have_ids_that_the_model_cannot_say():
+    """Some models have embeddings of tokens that their lm_head has no row for."""
+    backbone = Backbone(build_model("llama"))
+    backbone.model.get_input_embeddings().weight = torch.nn.Parameter(
+        torch.randn(backbone.vocab_size + 5, backbone.hidden_size), requires_grad=False
+    )
+    decoder = Decoder(backbone, build_heads(backbone, num_heads=2), chain(2), limits=Limits(3))
+    prompt = [1, backbone.vocab_size + 4]
+    [answer] = decoder.decode_plain([prompt])
+    assert max(answer.tokens) < backbone.vocab_size
+    generated = decoder.generate(torch.tensor([prompt]))
+    assert generated.sequences == [answer.tokens]
+    with pytest.raises(UserError, match=f"from 0 to {backbone.num_ids - 1}"):
+        decoder.decode_plain([[backbone.num_ids]])
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

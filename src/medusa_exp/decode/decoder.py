@@ -208,7 +208,7 @@ class Decoder:
         _check_limit(limits.max_new_tokens)
         prompts = input_ids
         if isinstance(input_ids, Tensor):
-            prompts = _without_padding(input_ids, attention_mask, self.backbone.vocab_size)
+            prompts = _without_padding(input_ids, attention_mask, self.backbone.num_ids)
         elif attention_mask is not None:
             raise UserError(
                 "attention_mask goes with input_ids as a tensor [B, T]: ask the tokenizer for "
@@ -231,7 +231,7 @@ class Decoder:
             UserError: the prompt is none of these, is text where there is no tokenizer, is empty,
                 or leaves no room for a response.
         """
-        ids = ids_of_one(prompt, self.tokenizer, self.backbone.vocab_size)
+        ids = ids_of_one(prompt, self.tokenizer, self.backbone.num_ids)
         tokens: list[int] = []
         shown = ""
         for [added] in self.steps([ids], Responses(1, self.limits)):
@@ -259,7 +259,7 @@ class Decoder:
         Prompts are a list of what `stream` takes, or one such.
         """
         drafter = self.drafter(tree, rule)
-        rows = ids_of_each(prompts, self.tokenizer, self.backbone.vocab_size)
+        rows = ids_of_each(prompts, self.tokenizer, self.backbone.num_ids)
 
         def decode(places: list[int]) -> list[Response]:
             responses = Responses(len(places), limits or self.limits)
@@ -285,7 +285,7 @@ class Decoder:
         With fixed shapes a step is that of a tree which is only a root, captured like any other.
         Prompts are as for `decode`, and `seed` is as for `steps`.
         """
-        rows = ids_of_each(prompts, self.tokenizer, self.backbone.vocab_size)
+        rows = ids_of_each(prompts, self.tokenizer, self.backbone.num_ids)
 
         def decode(places: list[int]) -> list[Response]:
             responses = Responses(len(places), limits or self.limits)
@@ -443,7 +443,7 @@ class Decoder:
 
 
 def _without_padding(
-    input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int
+    input_ids: Tensor, attention_mask: Tensor | None, num_ids: int
 ) -> list[list[int]]:
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if input_ids.ndim != 2 or not len(input_ids):
@@ -454,10 +454,8 @@ def _without_padding(
             f"not {list(mask.shape)}."
         )
     kept = input_ids[mask.bool()]
-    if kept.is_floating_point() or (
-        kept.numel() and not 0 <= kept.min() <= kept.max() < vocab_size
-    ):
-        raise ValueError(f"input_ids must be integers from 0 to {vocab_size - 1}.")
+    if kept.is_floating_point() or (kept.numel() and not 0 <= kept.min() <= kept.max() < num_ids):
+        raise ValueError(f"input_ids must be integers from 0 to {num_ids - 1}.")
     return [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
 
 

@@ -23,38 +23,36 @@ _TAKEN = (
 
 
 def ids_of_each(
-    given: Prompts, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+    given: Prompts, tokenizer: PreTrainedTokenizerBase | None, num_ids: int
 ) -> list[list[int]]:
     """Return the token ids of each prompt, without padding that an encoding marks as such.
 
     Args:
         given: one prompt, or several.
         tokenizer: for text.
-        vocab_size: that of the model.
+        num_ids: how many the model has.
 
     Raises:
         UserError: something is no prompt, or no token of the model's; or is text, and there is no
             tokenizer.
     """
-    return _checked(_rows(given, tokenizer), vocab_size)
+    return _checked(_rows(given, tokenizer), num_ids)
 
 
-def ids_of_one(
-    given: Prompt, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
-) -> list[int]:
+def ids_of_one(given: Prompt, tokenizer: PreTrainedTokenizerBase | None, num_ids: int) -> list[int]:
     """Return the token ids of one prompt.
 
     Raises:
         UserError: as `ids_of_each`, or there are several.
     """
-    return _only(_checked(_rows(given, tokenizer), vocab_size))
+    return _only(_checked(_rows(given, tokenizer), num_ids))
 
 
-def _checked(rows: list[list[int]], vocab_size: int) -> list[list[int]]:
+def _checked(rows: list[list[int]], num_ids: int) -> list[list[int]]:
     for row in rows:
-        if row and not 0 <= min(row) <= max(row) < vocab_size:
-            wrong = next(token for token in row if not 0 <= token < vocab_size)
-            raise UserError(f"{wrong} is no token: ids are integers from 0 to {vocab_size - 1}.")
+        if row and not 0 <= min(row) <= max(row) < num_ids:
+            wrong = next(token for token in row if not 0 <= token < num_ids)
+            raise UserError(f"{wrong} is no token: ids are integers from 0 to {num_ids - 1}.")
     return rows
 
 

@@ -95,6 +95,12 @@ class Backbone:
         return self.lm_head.weight.shape[0]
 
     @property
+    def num_ids(self) -> int:
+        """Rows of the embedding: token ids that a prompt may have. Some models say fewer."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
+
+    @property
     def num_layers(self) -> int:
         """Layers that keep keys and values."""
         return int(self.model.config.get_text_config().num_hidden_layers)

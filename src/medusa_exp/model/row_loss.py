@@ -227,18 +227,15 @@ class _Compiled:
     def __call__(self, logits_CW: Tensor, *wanted: Tensor) -> RowLosses:
         """Return loss and alpha of each row; compiled once for all numbers of rows."""
         if not self._is_refused:
-            import torch._dynamo  # private: torch 2.13; takes a second
+            from torch import _dynamo as dynamo  # private: torch 2.13; takes a second
 
             for tensor in (logits_CW, *wanted):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            dynamo, limit = torch._dynamo, {"recompile_limit": _KINDS}
+                dynamo.maybe_mark_dynamic(tensor, 0)
+            refusals = (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit)
             try:
-                with dynamo.config.patch(limit):
+                with dynamo.config.patch(recompile_limit=_KINDS):
                     return self._run(logits_CW, *wanted)
-            except (  # before any of it has run
-                dynamo.exc.TorchDynamoException,
-                dynamo.exc.FailOnRecompileLimitHit,
-            ) as error:
+            except refusals as error:  # before any of it has run
                 said = " ".join(str(error).split()).partition(" Set TORCHDYNAMO")[0][:200]
                 log.warning(
                     "train.compile: torch cannot compile the loss, it runs uncompiled: %s", said
