@@ -193,6 +193,37 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, of_whole)
         find_files(tmp_path / "chats")
 
 
+@pytest.mark.parametrize("pattern", ["**/*.json", "*/*.json", "locked/*.json", "**"])
+def test_a_glob_names_a_folder_that_may_not_be_read(tmp_path, monkeypatch, pattern):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    write(tmp_path / "a.json", LIST)
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == locked:  # root may read all
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert find_files(f"{tmp_path}/*.json") == [tmp_path / "a.json"]  # it does not look in there
+    with pytest.raises(DataError, match=f"^{locked}/? cannot be read: Permission denied"):
+        find_files(f"{tmp_path}/{pattern}")
+
+
+def test_a_glob_reads_nothing_twice_and_says_what_it_passes_over(tmp_path, caplog):
+    (tmp_path / "z").mkdir()
+    write(tmp_path / "z/a.json", LIST)
+    (tmp_path / "z/loop").symlink_to(".")
+    (tmp_path / "y").symlink_to("z")
+    (tmp_path / "gone.json").symlink_to("nowhere.json")
+    assert find_files(f"{tmp_path}/**/*.json") == [tmp_path / "y/a.json"]
+    assert f"1 files passed over: {tmp_path}/gone.json (a broken link)" in caplog.text
+    caplog.clear()
+    assert find_files(f"{tmp_path}/z/*") == [tmp_path / "z/a.json"]
+    assert f"1 files passed over: {tmp_path}/z/loop (a folder)" in caplog.text
+
+
 def test_links_to_folders_are_followed_but_not_twice(tmp_path, caplog):
     folder = tmp_path / "chats"
     for name in ("chats/z/a.json", "chats/.hidden/b.json", "elsewhere/d/c.json", "e.json"):

@@ -9,10 +9,10 @@ a JSON list is mapped into memory, and its chats are views of it. A file that ca
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from errno import ELOOP, ENOENT
-from glob import glob
+from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
 from stat import S_ISREG
@@ -62,12 +62,7 @@ def find_files(path: str | Path) -> list[Path]:
             return _chat_files_below(place)
         if place.exists():
             raise faults.no_regular_file(place)
-    # Path.glob would need the pattern cut from its root.
-    matches = glob(str(place), recursive=True)  # noqa: PTH207
-    found = sorted(Path(match) for match in matches if Path(match).is_file())
-    if not found:
-        raise DataError(f"{place}: there is no such file, folder or match. Check dataset.path.")
-    return found
+    return _matches_of(place)
 
 
 _LOST = "lost+found"
@@ -84,6 +79,44 @@ def _chat_files_below(place: Path) -> list[Path]:
         raise faults.no_chat_files(str(place), others)
     faults.say_passed_over(str(place), others)
     return found
+
+
+def _matches_of(pattern: Path) -> list[Path]:
+    """Return the files that match, each once: `**` follows links, and may come by one twice.
+
+    Raises:
+        DataError: there is none, or something on the way may not be read.
+    """
+    parts = pattern.parts
+    for number, part in enumerate(parts):
+        if has_magic(part):
+            _check_readable(_glob(*parts[: number + (part == "**")], ""))
+    found: dict[Path, Path] = {}
+    others = []
+    for path in sorted(map(Path, _glob(*parts))):
+        if path.is_dir():
+            others += [] if "**" in parts else [f"{path} (a folder)"]
+        elif kind := _other_kind(path):
+            others.append(f"{path} ({kind})")
+        else:
+            found.setdefault(path.resolve(), path)
+    faults.say_passed_over(str(pattern), others)
+    if not found:
+        raise DataError(f"{pattern}: there is no such file, folder or match. Check dataset.path.")
+    return list(found.values())
+
+
+def _glob(*parts: str) -> list[str]:
+    # Path.glob would need the pattern cut from its root.
+    return glob(os.path.join(*parts), recursive=True)  # noqa: PTH118, PTH207
+
+
+def _check_readable(folders: Iterable[str]) -> None:
+    """Raise a DataError where glob would say nothing: of a folder in which it may not look."""
+    for folder in folders:
+        if Path(folder).name != _LOST:
+            with faults.of_reading(folder):
+                os.scandir(folder).close()
 
 
 def _files_below(place: Path) -> tuple[list[Path], list[str]]:
