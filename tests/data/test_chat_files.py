@@ -271,6 +271,20 @@ def test_what_is_no_file_is_named(tmp_path, caplog):
     ) in caplog.text
 
 
+def test_no_name_is_a_command_to_the_terminal(tmp_path, caplog):
+    caplog.set_level("INFO")
+    odd = "a\x1b[31m\x9b\r"
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
+    write(tmp_path / "a.json", json.dumps([{"conversations": turns, odd: 1}]).encode())
+    write(tmp_path / f"{odd}.md", b"")
+    assert len(list(read_conversations(tmp_path))) == 1
+    write(tmp_path / "b.json", json.dumps([{odd: 1}]).encode())
+    with pytest.raises(DataError) as raised:
+        list(read_conversations(tmp_path / "b.json"))
+    said = f"{caplog.text} {raised.value}"
+    assert said.count(r"a\x1b[31m\x9b\r") >= 3 and odd not in said
+
+
 @pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["plain", "gzip"])
 def test_long_and_blank_lines(tmp_path, packed):
     """What is too long is not kept in memory, and blank lines are skipped by the block."""

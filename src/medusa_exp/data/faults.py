@@ -44,10 +44,23 @@ _MORE_THAN_JSON = (
 
 _OF_MESSENGER = re.compile(rb"\[\d+([/:-]|\.\d+\.)")
 """The beginning of a time, which WhatsApp writes before each message."""
+_OBEYED = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters but for tabs and ends of lines, those that change the direction, and halves of
+surrogate pairs, which are in no encoding."""
+
+
+def printable(text: str) -> str:
+    """Return a text in which what a terminal would obey, or could not show, is escaped."""
+    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class DataError(UserError):
     """Chat data that cannot be used; names the file or the record."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class NoChats(DataError):
@@ -142,7 +155,7 @@ def say_passed_over(name: str, others: Sequence[str]) -> None:
 
 
 def _named(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+    return printable(", ".join(names[:5])) + (" ..." if len(names) > 5 else "")
 
 
 def foreign(name: str, head: bytes) -> DataError | None:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import astuple
 
+from medusa_exp.data.faults import printable
 from medusa_exp.data.forms import ANSWERED, FORMS, LABELLED, MAY_LACK, Form, by_columns, columns_of
 from medusa_exp.data.messages import Conversation, Message, checked
 from medusa_exp.data.pairs import CHOICES, REPLIES, SEVERAL_ANSWERS
@@ -200,7 +201,7 @@ class ChatParser:
                     return conversation
             return self._parse_leniently(raw, number)
         except Unusable as reason:
-            self.detail = _whole_letters(reason.detail)
+            self.detail = printable(reason.detail)
             return str(reason)
 
     def _parse_strictly(
@@ -278,7 +279,7 @@ class ChatParser:
         unused = unused_keys(record, form, keys)
         if chat is not None:
             unused = unused.difference(chat.more).union(chat.passed_over)
-        self.unused.update(sorted(map(_whole_letters, unused)))
+        self.unused.update(sorted(map(printable, unused)))
 
     def _read(self, record: Any) -> tuple[str, list[Message], str, Chat]:
         """Return the name of a record's form, its messages, its tools, and how it was read."""

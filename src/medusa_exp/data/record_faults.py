@@ -51,8 +51,6 @@ def no_form(
         return NoChats(f"{name} {words}")
     absent = [path for path in named if not {path, path.partition(".")[0]} & {*keys}]
     shown = ", ".join(map(str, keys[:30])) + (" ..." if len(keys) > 30 else "")
-    shown = shown.encode("utf-8", "replace").decode()  # a key may hold half a surrogate pair
-    seen = seen.encode("utf-8", "replace").decode()
     one = ""
     if absent:
         one = f" {absent_columns(absent, keys)}"

@@ -4,7 +4,6 @@ Of a data set, a tokenizer and, if one is given, a model. Writes `data.json` (al
 `data_samples.jsonl` (rows cut into trained and other text); W&B gets the samples as a table.
 """
 
-import re
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.text import Text
 from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.examples import Example, Examples
+from medusa_exp.data.faults import printable
 from medusa_exp.data.sources import Source, walk
 from medusa_exp.data.tokenized import CUT, KEPT, LEFT_OUT, LOST_ROWS, REFUSED, UNTRAINED, Tokenized
 from medusa_exp.runs.files import write_json, write_jsonl
@@ -29,8 +29,6 @@ _SHOWN_CHARS = 1200
 """Characters of a sample that are printed; data_samples.jsonl has all of it."""
 _SHOWN_TURNS = 8
 _ALL = 2**62
-_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""Control characters but for tabs and ends of lines, and those that change the direction."""
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
 """Around trained text where there is no color."""
 
@@ -167,7 +165,7 @@ def _visible(value: Any) -> Any:
         return {_visible(key): _visible(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_visible(inner) for inner in value]
-    return _OBEYED.sub(lambda m: ascii(m[0])[1:-1], value) if isinstance(value, str) else value
+    return printable(value) if isinstance(value, str) else value
 
 
 def print_all(found: dict[str, Any], samples: list[dict[str, Any]]) -> None:
