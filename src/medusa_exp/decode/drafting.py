@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medusa_exp.decode.cuda.topk import KernelTopK, can_pick
+from medusa_exp.decode.cuda.topk import can_pick
 from medusa_exp.decode.rule import AcceptanceRule, pick_draw, pick_probabilities, pick_topk
 from medusa_exp.decode.sampled import LEAST_DRAWN, Drawn, children_of, in_draw_order
 from medusa_exp.decode.verify import TreeRelations
@@ -175,7 +175,37 @@ def key_of_rule(rule: AcceptanceRule | None) -> Hashable:
     return rule.verifier, rule.temperature, rule.top_k, rule.top_p
 
 
-class FixedTreeDrafter:
+class _SameTreeDrafter:
+    """What drafters have in common that fill the same tree at every step."""
+
+    def __init__(
+        self, heads: nn.Module, tree: Tree, device: torch.device, rule: AcceptanceRule | None
+    ) -> None:
+        self._tree, self._draws = _draws_of(rule, tree, device)
+        self.num_nodes, self.depth = len(tree), tree.depth
+        self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
+        self._heads = heads
+        self.prefix = getattr(heads, "prefix", None) if self.depth else None
+        key_of_heads = id(heads) if self.depth else None
+        self.key: Hashable = (key_of_heads, self._tree, key_of_rule(rule))
+        verifier = "auto" if rule is None else rule.verifier
+        needs_topk = self.depth and self._draws is None
+        self._topk = pick_topk(verifier, device) if needs_topk else None
+        self._parents_1N = torch.tensor([self._tree.parents], device=device)
+        ancestors_1NN = torch.from_numpy(self._tree.mask).to(device)[None]
+        self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
+        self._depths_1N = torch.from_numpy(self._tree.depths).to(device)[None]
+
+    def _filled(self, tokens_BN: Tensor, q_by_depth: Sequence[Tensor]) -> Draft:
+        """Return the tree with its tokens, and what they were drawn from, if they were."""
+        drawn = None
+        if self._draws is not None:
+            drawn = self._draws.record(q_by_depth, head_vocabulary(self._heads))
+        parents_BN = self._parents_1N.expand(len(tokens_BN), -1)
+        return Draft(tokens_BN, parents_BN, self._nodes, self._depths_1N, drawn)
+
+
+class FixedTreeDrafter(_SameTreeDrafter):
     """Fills the same tree with the heads' draft tokens at every step."""
 
     def __init__(
@@ -185,57 +215,40 @@ class FixedTreeDrafter:
         device: torch.device,
         rule: AcceptanceRule | None = None,
     ) -> None:
-        tree, self._draws = _draws_of(rule, tree, device)
-        self.num_nodes, self.depth = len(tree), tree.depth
-        self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
-        self._heads = heads
-        self.prefix = getattr(heads, "prefix", None) if self.depth else None
-        self.key: Hashable = (id(heads) if self.depth else None, tree, key_of_rule(rule))
+        super().__init__(heads, tree, device, rule)
+        tree, draws = self._tree, self._draws
         self._num_ranks = max(tree.ranks) + 1
-        draws = self._draws
         places = _places(tree, self._num_ranks) if draws is None else draws.places(tree)
         self._place_N = torch.from_numpy(places).to(device)
-        self._topk = _topk_of(rule, device) if draws is None and self.depth else None
         self._drafted_N = self._place_N - 1
-        self._parents_1N = torch.tensor([tree.parents], device=device)
-        ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
-        self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
-        self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
 
     def __call__(
         self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
     ) -> Draft:
         """Return trees below the roots; see `Drafter`."""
-        tokens_BN, drawn = root_B[:, None], None
-        if self.depth:
-            logits_BKW = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
-            if self._topk is not None and can_pick(logits_BKW, self._num_ranks):
-                tokens_BN = tokens_BN.repeat(1, self.num_nodes)
-                names = head_vocabulary(self._heads)
-                self._topk(tokens_BN, logits_BKW, self._drafted_N, self._num_ranks, names)
-            else:
-                if self._draws is None:
-                    found = logits_BKW.topk(self._num_ranks, dim=-1).indices
-                else:
-                    found, drawn = self._draw(logits_BKW, uniforms_BU)
-                draft_BR = from_head_places(self._heads, found).flatten(1)
-                tokens_BN = torch.cat([tokens_BN, draft_BR], dim=1)[:, self._place_N]
-        return Draft(
-            tokens_BN,
-            self._parents_1N.expand(len(root_B), -1),
-            self._nodes,
-            self._depths_1N,
-            drawn,
-        )
-
-    def _draw(self, logits_BKW: Tensor, uniforms_BU: Tensor | None) -> tuple[Tensor, Drawn]:
-        assert self._draws is not None and uniforms_BU is not None
-        q_by_depth = self._draws.distributions(logits_BKW).split(1, dim=1)
-        draft = [
-            self._draws.of_depth(q_B1W, uniforms_BU, k).flatten(1)
-            for k, q_B1W in enumerate(q_by_depth)
-        ]
-        return torch.cat(draft, 1), self._draws.record(q_by_depth, head_vocabulary(self._heads))
+        tokens_B1 = root_B[:, None]
+        if not self.depth:
+            return self._filled(tokens_B1, ())
+        logits_BKW = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
+        if self._topk is not None and can_pick(logits_BKW, self._num_ranks):
+            tokens_BN = tokens_B1.repeat(1, self.num_nodes)
+            names = head_vocabulary(self._heads)
+            self._topk(tokens_BN, logits_BKW, self._drafted_N, self._num_ranks, names)
+            return self._filled(tokens_BN, ())
+        q_by_depth: Sequence[Tensor] = ()
+        if self._draws is None:
+            found = logits_BKW.topk(self._num_ranks, dim=-1).indices.flatten(1)
+        else:
+            assert uniforms_BU is not None
+            q_by_depth = self._draws.distributions(logits_BKW).split(1, dim=1)
+            draws = [
+                self._draws.of_depth(q_B1W, uniforms_BU, depth).flatten(1)
+                for depth, q_B1W in enumerate(q_by_depth)
+            ]
+            found = torch.cat(draws, 1)
+        drafted_BR = from_head_places(self._heads, found)
+        tokens_BN = torch.cat([tokens_B1, drafted_BR], dim=1)[:, self._place_N]
+        return self._filled(tokens_BN, q_by_depth)
 
 
 class DynamicTreeDrafter:
@@ -372,11 +385,13 @@ class _Depth:
     num_ranks: int
 
 
-class SequentialDrafter:
+class SequentialDrafter(_SameTreeDrafter):
     """Fills the same tree at every step, each draft token with those before it in view.
 
     See `Drafter`.
     """
+
+    _heads: MedusaHeads
 
     def __init__(
         self,
@@ -393,17 +408,8 @@ class SequentialDrafter:
         check_tree_fits_heads(
             tree.depth, max(tree.ranks) + 1, heads.num_heads, heads.config.head_vocab_size
         )
-        tree, self._draws = _draws_of(rule, tree, device)
-        self.num_nodes, self.depth = len(tree), tree.depth
-        self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
-        self._heads, self.prefix = heads, heads.prefix
-        self._topk = _topk_of(rule, device) if self._draws is None else None
-        self.key: Hashable = (id(heads), tree, key_of_rule(rule))
-        self._depths = [_plan(tree, depth, device) for depth in range(1, tree.depth + 1)]
-        self._parents_1N = torch.tensor([tree.parents], device=device)
-        ancestors_1NN = torch.from_numpy(tree.mask).to(device)[None]
-        self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
-        self._depths_1N = torch.from_numpy(tree.depths).to(device)[None]
+        super().__init__(heads, tree, device, rule)
+        self._depths = [_plan(self._tree, depth, device) for depth in range(1, self.depth + 1)]
 
     def __call__(
         self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
@@ -412,7 +418,7 @@ class SequentialDrafter:
         tokens_BN = root_B[:, None].repeat(1, self.num_nodes)
         hidden_BD = hidden_BD.to(self._heads.dtype)
         state_BMD = hidden_BD[:, None]
-        found: list[Tensor] = []
+        q_by_depth: list[Tensor] = []
         for k, plan in enumerate(self._depths):
             if self._heads.is_recurrent:
                 above_BMD = state_BMD if plan.above_M is None else state_BMD[:, plan.above_M]
@@ -428,27 +434,14 @@ class SequentialDrafter:
                 self._topk(tokens_BN, logits_BMW, plan.places_N, plan.num_ranks, names)
                 continue
             if self._draws is None:
-                top_BMR = logits_BMW.topk(plan.num_ranks).indices
+                found_BMR = logits_BMW.topk(plan.num_ranks).indices
             else:
                 assert uniforms_BU is not None
-                found.append(self._draws.distributions(logits_BMW))
-                top_BMR = self._draws.of_depth(found[-1], uniforms_BU, k)
-            top_BMR = from_head_places(self._heads, top_BMR)
-            tokens_BN[:, plan.children_C] = top_BMR[:, plan.parent_C, plan.rank_C]
-        drawn = None
-        if self._draws is not None:
-            drawn = self._draws.record(found, head_vocabulary(self._heads))
-        return Draft(
-            tokens_BN,
-            self._parents_1N.expand(len(root_B), -1),
-            self._nodes,
-            self._depths_1N,
-            drawn,
-        )
-
-
-def _topk_of(rule: AcceptanceRule | None, device: torch.device) -> KernelTopK | None:
-    return pick_topk("auto" if rule is None else rule.verifier, device)
+                q_by_depth.append(self._draws.distributions(logits_BMW))
+                found_BMR = self._draws.of_depth(q_by_depth[-1], uniforms_BU, k)
+            drafted_BMR = from_head_places(self._heads, found_BMR)
+            tokens_BN[:, plan.children_C] = drafted_BMR[:, plan.parent_C, plan.rank_C]
+        return self._filled(tokens_BN, q_by_depth)
 
 
 def _plan(tree: Tree, depth: int, device: torch.device) -> _Depth:
