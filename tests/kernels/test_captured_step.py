@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import VOCAB_SIZE, build_model
 
-from medusa_exp.decode import captured_steps, rule
+from medusa_exp.decode import rule, step
 from medusa_exp.decode.cuda.launch import LaunchConfig
 from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.decoder import Decoder
@@ -27,7 +27,7 @@ def test_the_kernels_decode_what_torch_decodes(monkeypatch, architecture, shim):
     expected = [a.tokens for a in by_torch.decode(PROMPTS, limits)]
     launched = []
     monkeypatch.setattr(shim, "launch", _spy(shim.launch, launched))
-    for module in (captured_steps, rule):
+    for module in (rule, step):
         monkeypatch.setattr(module, "step_kernels", lambda name, device: shim)
     ours = Decoder(backbone, heads, TREE, cuda_graph=True).decode(PROMPTS, limits)
     assert [a.tokens for a in ours] == expected

@@ -11,8 +11,7 @@ from medusa_exp.decode.capture import GraphPool
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.cuda.runtime import MAX_NODES
 from medusa_exp.decode.drafting import Drafter
-from medusa_exp.decode.masks import StepMask
-from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.step import UNOBSERVED, CapturedStep, Observer, check_room
 from medusa_exp.model.backbone import Backbone
 
@@ -108,14 +107,11 @@ class CapturedSteps:
             self._caches.remove(cache)
 
     def _step(self, cache: _Cache, drafter: Drafter, rule: AcceptanceRule) -> CapturedStep:
-        backbone, is_prefixed = self.backbone, drafter.prefix is not None
         return CapturedStep(
-            backbone,
+            self.backbone,
             drafter,
-            Verifier(rule, backbone.device),
+            rule,
             cache.cache,
-            StepMask(backbone.model, cache.columns + MAX_NODES, keeps_full=is_prefixed),
-            kernels=step_kernels(rule.verifier, backbone.device),
             pool=self._pool,
             layers=self.layers,
             observer=self.observer,

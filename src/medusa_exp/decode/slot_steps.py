@@ -17,9 +17,8 @@ from medusa_exp.decode.cache import FixedCache
 from medusa_exp.decode.capture import GraphPool
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter
-from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.memory import one_column
-from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
+from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.step import (
     UNOBSERVED,
     CapturedStep,
@@ -183,14 +182,11 @@ class CapturedSlots:
         key = (num_rows, columns, drafter.key, rule)
         if key not in self._steps:
             cache = base.view(num_rows, columns, drafter.num_nodes)
-            width, is_prefixed = columns + drafter.num_nodes, drafter.prefix is not None
             self._steps[key] = CapturedStep(
                 backbone,
                 drafter,
-                Verifier(rule, backbone.device),
+                rule,
                 cache,
-                StepMask(backbone.model, width, keeps_full=is_prefixed),
-                kernels=step_kernels(rule.verifier, backbone.device),
                 pool=self._pool,
                 layers=self.layers,
                 observer=self.observer,

@@ -31,11 +31,11 @@ from torch import Tensor
 from medusa_exp.decode.cache import FixedCache, GrowingCache
 from medusa_exp.decode.capture import GraphPool, capture
 from medusa_exp.decode.compiled import CompiledLayers
-from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels
+from medusa_exp.decode.cuda.runtime import MAX_NODES
 from medusa_exp.decode.drafting import Draft, Drafter
 from medusa_exp.decode.lookup import Found
 from medusa_exp.decode.masks import StepMask
-from medusa_exp.decode.rule import AcceptanceRule, Verifier
+from medusa_exp.decode.rule import AcceptanceRule, Verifier, step_kernels
 from medusa_exp.decode.verify import Verdict
 from medusa_exp.errors import UserError
 from medusa_exp.model.attention import few_shapes
@@ -208,11 +208,9 @@ class CapturedStep:
         self,
         backbone: Backbone,
         drafter: Drafter,
-        verifier: Verifier,
+        rule: AcceptanceRule,
         cache: FixedCache,
-        mask: StepMask,
         *,
-        kernels: Kernels | None = None,
         pool: GraphPool | None = None,
         layers: CompiledLayers | None = None,
         observer: Observer = UNOBSERVED,
@@ -222,18 +220,19 @@ class CapturedStep:
         Args:
             backbone: runs on the trees.
             drafter: makes the trees.
-            verifier: tells what of them is accepted.
+            rule: tells what of them is accepted.
             cache: of as many rows as there are prompts.
-            mask: of the backbone, for this cache.
-            kernels: that write the mask and keep accepted nodes; None leaves it to torch.
             pool: that the graph shares with those of other steps.
             layers: of the backbone, compiled; None runs them as they are.
             observer: is told of the parts.
         """
-        self.backbone, self.drafter, self.verifier = backbone, drafter, verifier
-        self.cache, self.mask, self.kernels, self.observer = cache, mask, kernels, observer
-        self.layers = layers
+        self.backbone, self.drafter, self.cache = backbone, drafter, cache
+        self.layers, self.observer = layers, observer
         num_rows, device = len(cache.lengths_B), backbone.device
+        self.verifier = Verifier(rule, device)
+        self.mask = StepMask(backbone.model, cache.waste, keeps_full=drafter.prefix is not None)
+        self.kernels = step_kernels(rule.verifier, device)
+        """Write the mask and keep accepted nodes; None leaves it to torch."""
         self.found = Found(drafter, num_rows, device)
         self.root_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.hidden_BD = torch.zeros(
