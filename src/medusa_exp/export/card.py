@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from medusa_exp.errors import UserError
+from medusa_exp.export.formats import WHOLE_MODEL
 from medusa_exp.tree.calibration import CALIBRATION, Calibration, Curve
 
 Record = dict[str, Any]
@@ -31,16 +32,16 @@ _NEEDS = {
     "vllm_medusa": "vLLM 0.32 or earlier: later ones have no medusa method.",
     "tgi": "Text Generation Inference. It drafts for at most 128 tokens at a time.",
     "mlc": "MLC-LLM, and the target converted for it. Not tried by this project.",
-    "hf_generate": "transformers and medusa_exp (`pip install 'CLONE[serve]'`). `model.generate` "
+    WHOLE_MODEL: "transformers and medusa_exp (`pip install 'CLONE[serve]'`). `model.generate` "
     "then decodes with the tree wherever the model is loaded with `trust_remote_code=True`.",
 }
-_HEADS_ALONE = (
+_OF_HEADS_ALONE = (
     "The heads were read back from these files by a reading of the format alone, and their "
     "logits are those of the trained heads. `config.json` names the target's weights "
     "(`medusa_backbone_identity`) and each head (`medusa_heads_sha256`); "
     "`python -m medusa_exp.export.check DIR --target TARGET` compares all that.\n"
 )
-_WHOLE_MODEL = (
+_OF_WHOLE_MODEL = (
     "The target's own files, `heads/`, `tree.json`, and `custom_generate/generate.py`, a few lines "
     "that call medusa_exp. Without `trust_remote_code` it is the target, and decodes plainly.\n"
 )
@@ -183,7 +184,7 @@ def command(format_: str, target: str, place: str, num_heads: int) -> str:
             "num_speculative_tokens": num_heads,
         }
         return f"vllm serve {shlex.quote(target)} --speculative-config {_quoted(spoken)}"
-    if format_ == "hf_generate":
+    if format_ == WHOLE_MODEL:
         return f"transformers serve {shlex.quote(place)} --trust-remote-code"
     if format_ == "tgi":
         return f"text-generation-launcher --model-id {shlex.quote(place)}"
@@ -212,7 +213,7 @@ def card(format_: str, facts: Facts, num_heads: int, found: dict[str, Any] | Non
         _about_settings(found),
         *_history(facts, "; not in this engine"),
         "## Files\n",
-        _WHOLE_MODEL if format_ == "hf_generate" else _HEADS_ALONE,
+        _OF_WHOLE_MODEL if format_ == WHOLE_MODEL else _OF_HEADS_ALONE,
         _about_licenses(facts),
     ]
     return "\n".join(part for part in parts if part)

@@ -20,6 +20,7 @@ from medusa_exp.config import ModelConfig
 from medusa_exp.errors import as_program
 from medusa_exp.export.declared import Fault
 from medusa_exp.export.faults import all_faults
+from medusa_exp.export.formats import WHOLE_MODEL
 from medusa_exp.export.hf_generate import is_whole_model
 from medusa_exp.export.reading import FORMATS, NoHeadsError, Reading, read_heads
 from medusa_exp.model.backbone import Backbone
@@ -32,7 +33,7 @@ ENGINES = {
     "vllm_medusa": "vLLM up to 0.32 (method medusa)",
     "tgi": "TGI; vLLM 0.25 to 0.32 takes the names too, if the config is of its form",
     "mlc": "MLC-LLM",
-    "hf_generate": "transformers with medusa_exp installed beside it: a whole model and its heads",
+    WHOLE_MODEL: "transformers with medusa_exp installed beside it: a whole model and its heads",
     "modelopt": "none as it is: import it by heads_from, and export it",
 }
 _ROWS, _TOKENS = 12, 40
@@ -56,7 +57,7 @@ def check(named: str, target: str | None = None, device: str = "auto") -> tuple[
     faults = all_faults(reading)
     if target is not None and reading.heads:
         faults += _against_target(reading, target, device, is_whole=not _blocks(faults))
-    engine = "hf_generate" if is_whole_model(Path(named).expanduser()) else reading.format
+    engine = WHOLE_MODEL if is_whole_model(Path(named).expanduser()) else reading.format
     return _what(reading, ENGINES[engine]), faults
 
 

@@ -8,11 +8,12 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.export import card, hf_generate
-from medusa_exp.export.formats import check_holds
+from medusa_exp.export.formats import WHOLE_MODEL, check_holds
 from medusa_exp.export.publishing import export, open_source, read_back
 from medusa_exp.identity import identity_of
 from medusa_exp.model.backbone import Backbone
@@ -36,9 +37,12 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     format_, heads = config.export.format, out / "heads"
     place = Path(config.export.out).expanduser() if config.export.out else out / "export" / format_
     _check_place(place, out)
-    if format_ == "hf_generate":
-        _export_whole_model(config, out, session, place)
-        return {}
+    is_whole_model = format_ == WHOLE_MODEL
+    if is_whole_model and config.export.dtype != "auto":
+        raise UserError(
+            f"export.dtype={config.export.dtype}: export.format={format_} takes the heads' files "
+            "as they are, and loads them in the model's dtype. Leave it out."
+        )
     check_holds(format_, load_heads(heads).config, "the heads of this run")
     backbone, target = open_target(session)
     check_fit(load_heads(heads), backbone, heads)
@@ -46,47 +50,36 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     number = ours.num_heads
 
     def add(partial: Path) -> None:
-        records, measured = read_jsonl(out / "records.jsonl"), read_json(out / WHY, {})
-        schedule = measured.get("schedule")
-        found = card.settings(format_, number, records, _calibration(out), schedule)
-        if found is not None:
-            write_json(partial / card.SETTINGS, found)
-        for name in _BESIDE:
-            if (out / name).is_file():
-                shutil.copy2(out / name, partial / name)
+        found = None
+        if is_whole_model:
+            read_back(partial, ours, backbone)
+        else:
+            found = _add_settings(partial, out, format_, number)
         text = card.card(format_, facts_of(config, out, target), number, found)
         (partial / "README.md").write_text(text, encoding="utf-8")
 
-    export(source, ours, backbone, format_, place, add=add)
+    if is_whole_model:
+        with_code = config.model.trust_remote_code
+        hf_generate.write(heads, out / "tree.json", target, place, with_code=with_code, add=add)
+    else:
+        export(source, ours, backbone, format_, place, add=add)
     session.notes.add(format=format_, directory=str(place))
     log.info("exported to %s: read back, and its logits are those of the run's heads", place)
     log.info("serve with:\n%s", card.command(format_, target, str(place.resolve()), number))
     return {}
 
 
-def _export_whole_model(config: Config, out: Path, session: Session, place: Path) -> None:
-    """Write a directory of the whole model, whose heads are the run's own files."""
-    if config.export.dtype != "auto":
-        raise UserError(
-            f"export.dtype={config.export.dtype}: export.format=hf_generate takes the heads' files "
-            "as they are, and loads them in the model's dtype. Leave it out."
-        )
-    backbone, target = open_target(session)
-    check_fit(load_heads(out / "heads"), backbone, out / "heads")
-    _, heads = open_source(out / "heads", backbone, target)
-
-    def add(partial: Path) -> None:
-        read_back(partial, heads, backbone)
-        text = card.card("hf_generate", facts_of(config, out, target), heads.num_heads, None)
-        (partial / "README.md").write_text(text, encoding="utf-8")
-
-    with_code = config.model.trust_remote_code
-    parts = out / "heads", out / "tree.json"
-    hf_generate.write(*parts, target, place, with_code=with_code, add=add)
-    session.notes.add(format="hf_generate", directory=str(place))
-    command = card.command("hf_generate", target, str(place.resolve()), heads.num_heads)
-    log.info("exported to %s: read back, and its logits are those of the run's heads", place)
-    log.info("serve with:\n%s", command)
+def _add_settings(partial: Path, out: Path, format_: str, number: int) -> dict[str, Any] | None:
+    """Put an engine's settings beside so many heads, and what they come from; return them."""
+    records, measured = read_jsonl(out / "records.jsonl"), read_json(out / WHY, {})
+    schedule = measured.get("schedule")
+    found = card.settings(format_, number, records, _calibration(out), schedule)
+    if found is not None:
+        write_json(partial / card.SETTINGS, found)
+    for name in _BESIDE:
+        if (out / name).is_file():
+            shutil.copy2(out / name, partial / name)
+    return found
 
 
 def _check_place(place: Path, out: Path) -> None:
