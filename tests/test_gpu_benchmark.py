@@ -20,8 +20,7 @@ from rivals.verification import options_of
 from tiny_models import build_model
 
 from medusa_exp.decode import step
-from medusa_exp.decode.cuda.launch import LaunchConfig
-from medusa_exp.decode.cuda.verify import launch_config
+from medusa_exp.decode.cuda.launch import LaunchConfig, launch_config
 from medusa_exp.decode.verify import verify
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.train.throughput import Operations

@@ -15,9 +15,9 @@ from gpu.verification import SOME, release, told
 
 from medusa_exp.decode.cuda.draws import KernelDraw
 from medusa_exp.decode.cuda.filter import KernelFilter, filter_config
+from medusa_exp.decode.cuda.launch import launch_config
 from medusa_exp.decode.cuda.runtime import Kernels
 from medusa_exp.decode.cuda.topk import KernelTopK
-from medusa_exp.decode.cuda.verify import launch_config
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.sampled import draw
 

@@ -25,8 +25,9 @@ from gpu.points import (
 from gpu.timing import measure, num_copies
 from rivals.verification import SplitWalk, compiled, eager, options_of
 
+from medusa_exp.decode.cuda.launch import launch_config
 from medusa_exp.decode.cuda.runtime import Kernels
-from medusa_exp.decode.cuda.verify import KernelVerify, launch_config
+from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.distribution import probabilities
 from medusa_exp.decode.verify import Verdict, verify
 

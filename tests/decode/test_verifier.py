@@ -10,8 +10,8 @@ import torch
 from medusa_exp.decode import rule
 from medusa_exp.decode.cpu_verify import verify_on_cpu
 from medusa_exp.decode.cuda.filter import filter_config
-from medusa_exp.decode.cuda.launch import LaunchConfig
-from medusa_exp.decode.cuda.verify import ARGUMENTS, KernelVerify, can_verify, launch_config
+from medusa_exp.decode.cuda.launch import LaunchConfig, launch_config
+from medusa_exp.decode.cuda.verify import ARGUMENTS, KernelVerify, can_verify
 from medusa_exp.decode.rule import AcceptanceRule, Verifier, pick_verify
 from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import verify

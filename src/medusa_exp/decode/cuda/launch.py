@@ -21,6 +21,8 @@ MAX_VOCAB = 1 << 24
 """Tokens that tie are counted in float32, and so are infinite logits; of filter.cu, so many weights
 fit into 64 bits."""
 LOG2_E = 1.4426950408889634
+_SHORT_ROW = 128 << 10
+"""Bytes of a row that two blocks read as fast as eight: between V = 32,000 and 128,256 in bf16."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,18 @@ class LaunchConfig:
             raise ValueError(f"{self}: a cluster has 1, 2, 4 or 8 blocks.")
         if self.cluster > 1 and not kernels.has_clusters:
             raise ValueError(f"{self}: clusters need sm_90.")
+
+
+def launch_config(batch: int, row_bytes: int, kernels: Kernels) -> LaunchConfig:
+    """Choose for a batch of sequences whose rows of logits take so many bytes.
+
+    Measured on an H200 at 108 points (three rules, B 1 to 64, V 32,000 to 151,936, bf16): at most
+    3.0 us above the best configuration of a point, 0.15 us on average.
+    """
+    if not kernels.has_clusters:
+        return LaunchConfig()
+    is_long = row_bytes > _SHORT_ROW and 8 * batch <= kernels.num_processors
+    return LaunchConfig(cluster=8 if is_long else 2, threads=512)
 
 
 def fault_of(logits_BNV: Tensor, most_places: int = MAX_GRID) -> str | None:

@@ -12,9 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda.launch import DEFINES, LaunchConfig, check_logits, fault_of
+from medusa_exp.decode.cuda.launch import (
+    DEFINES,
+    LaunchConfig,
+    check_logits,
+    fault_of,
+    launch_config,
+)
 from medusa_exp.decode.cuda.runtime import Kernels, check_tensor, struct_of
-from medusa_exp.decode.cuda.verify import launch_config
 
 ARGUMENTS = struct_of(
     "logits logits_stride_b logits_stride_m places token_map tokens num_tokens num_ranks num_nodes"

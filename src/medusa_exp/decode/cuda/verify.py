@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cuda.filter import KernelFilter, leaves_out
-from medusa_exp.decode.cuda.launch import DEFINES, LOG2_E, LaunchConfig, check_logits, fault_of
+from medusa_exp.decode.cuda.launch import (
+    DEFINES,
+    LOG2_E,
+    LaunchConfig,
+    check_logits,
+    fault_of,
+    launch_config,
+)
 from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, struct_of
 from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import TreeRelations, Verdict, check_rule
@@ -33,22 +40,6 @@ ARGUMENTS = struct_of(
     "scale epsilon alpha",
 )
 """struct Arguments of kernels/cuda/tree.cuh."""
-
-
-_SHORT_ROW = 128 << 10
-"""Bytes of a row that two blocks read as fast as eight: between V = 32,000 and 128,256 in bf16."""
-
-
-def launch_config(batch: int, row_bytes: int, kernels: Kernels) -> LaunchConfig:
-    """Choose for a batch of sequences whose rows of logits take so many bytes.
-
-    Measured on an H200 at 108 points (three rules, B 1 to 64, V 32,000 to 151,936, bf16): at most
-    3.0 us above the best configuration of a point, 0.15 us on average.
-    """
-    if not kernels.has_clusters:
-        return LaunchConfig()
-    is_long = row_bytes > _SHORT_ROW and 8 * batch <= kernels.num_processors
-    return LaunchConfig(cluster=8 if is_long else 2, threads=512)
 
 
 def can_verify(logits_BNV: Tensor, drawn: Drawn | None = None) -> bool:
