@@ -8,8 +8,9 @@ import logging
 import re
 from codecs import BOM_UTF8 as BOM
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -59,29 +60,14 @@ def prompts_of(
     """
     template = ChatTemplate(tokenizer)
     left_out: Counter[str] = Counter()
-    prompts: list[Prompt] = []
-    too_long = f"more than {max_tokens} tokens"
-    for conversation in conversations:
-        asked = _Asked(conversation, tokenizer, template)
-        for number, turn in enumerate(asked.turns):
-            try:
-                prompt = asked.prompt(turn)
-            except DataError:
-                left_out["refused by the chat template"] += 1
-                continue
-            if len(prompt.input_ids) > max_tokens:
-                left_out[too_long] += 1
-                if asked.is_longer_from_here_on(prompt, turn, _FAR_TIMES * max_tokens):
-                    left_out[too_long] += len(asked.turns) - number - 1
-                    break
-            elif not has_room(len(prompt.input_ids)):
-                left_out[NO_ROOM] += 1
-            else:
-                prompts.append(prompt)
-            if len(prompts) == num_prompts:
-                break
-        if len(prompts) == num_prompts:
-            break
+    found = (
+        prompt
+        for conversation in conversations
+        for prompt in _prompts_in(
+            _Asked(conversation, tokenizer, template), max_tokens, has_room, left_out
+        )
+    )
+    prompts = list(islice(found, num_prompts))
     for reason, count in left_out.items():
         log.warning("data: prompts left out: %d (%s)", count, reason)
     if not prompts and not left_out:
@@ -94,6 +80,28 @@ def prompts_of(
             f"to a prompt: lower it{longer}."
         )
     return _merge_many_categories(prompts)
+
+
+def _prompts_in(
+    asked: "_Asked", max_tokens: int, has_room: HasRoom, left_out: Counter[str]
+) -> Iterator[Prompt]:
+    """Yield the prompts of a conversation that fit; count the others, by why they do not."""
+    too_long = f"more than {max_tokens} tokens"
+    for number, turn in enumerate(asked.turns):
+        try:
+            prompt = asked.prompt(turn)
+        except DataError:
+            left_out["refused by the chat template"] += 1
+            continue
+        if len(prompt.input_ids) > max_tokens:
+            left_out[too_long] += 1
+            if asked.is_longer_from_here_on(prompt, turn, _FAR_TIMES * max_tokens):
+                left_out[too_long] += len(asked.turns) - number - 1
+                return
+        elif not has_room(len(prompt.input_ids)):
+            left_out[NO_ROOM] += 1
+        else:
+            yield prompt
 
 
 class _Asked:
