@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.runs.files import write_jsonl
 from medusa_exp.runs.progress import track
 from medusa_exp.stages.engines import check_servers, measure_servers
-from medusa_exp.stages.session import Session, prompt_file
+from medusa_exp.stages.session import Session, evenly_spread, prompt_file
 from medusa_exp.stages.why import Measured, explain
 from medusa_exp.tree import Tree
 
@@ -54,7 +54,6 @@ _MAX_SAMPLES = 12
 _TIMED_PROMPTS, _TIMED_SECONDS = 8, 10.0
 """Prompts on which it is measured where time goes, and after how long no further one is taken."""
 
-T = TypeVar("T")
 Timed = tuple[list[MethodResponse], float]
 """Responses to a batch, and the seconds they took together."""
 Respond = Callable[[list[int]], list[int]]
@@ -95,7 +94,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             _warm_up(methods, of_each_size(prompts, decoder.limits.max_new_tokens), 9, 1)
         if first is None:
             tree.save(out / "tree.json")
-            timed_prompts = [prompt.input_ids for prompt in _spread(prompts, _TIMED_PROMPTS)]
+            timed_prompts = [prompt.input_ids for prompt in evenly_spread(prompts, _TIMED_PROMPTS)]
             first = tree, *profile(decoder, timed_prompts, seconds=_TIMED_SECONDS)
         for batch, responses in _responses(config, methods, prompts, batch_size, backbone):
             records += records_of(
@@ -234,13 +233,7 @@ def load_prompts(
 def _spread_questions(questions: list[Question], num_prompts: int) -> list[Question]:
     """Return evenly spread questions of so many turns in all: such files are sorted by category."""
     turns = np.mean([len(question.turns) for question in questions])
-    return _spread(questions, max(1, round(num_prompts / turns)))
-
-
-def _spread(things: list[T], number: int) -> list[T]:
-    """Return so many of them, or as many as there are, evenly spread."""
-    count = min(len(things), number)
-    return [things[i] for i in np.linspace(0, len(things) - 1, count).round().astype(int)]
+    return evenly_spread(questions, max(1, round(num_prompts / turns)))
 
 
 def _of_questions(

@@ -17,13 +17,12 @@ from rich.text import Text
 
 from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation
-from medusa_exp.data.examples import Example, Examples
 from medusa_exp.data.faults import printable
 from medusa_exp.data.sources import Source, walk
 from medusa_exp.data.tokenized import CUT, KEPT, LEFT_OUT, LOST_ROWS, REFUSED, UNTRAINED, Tokenized
 from medusa_exp.runs.files import write_json, write_jsonl
 from medusa_exp.stages.doctor import Row, count_roles, count_runs, examine, sample_rows
-from medusa_exp.stages.session import Session
+from medusa_exp.stages.session import Session, evenly_spread
 
 _SHOWN_CHARS = 1200
 """Characters of a sample that are printed; data_samples.jsonl has all of it."""
@@ -67,7 +66,8 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             tokenizer,
             [conversation for _, conversation in sampled],
             rows,
-            _spread(tokenized.split("train"), config.inspect.num_documents),
+            # From all over the data set: its sources stand one after the other.
+            evenly_spread(tokenized.split("train"), config.inspect.num_documents),
             tokenized.summary["notes"],
         )
         found["doctor"] = [asdict(finding) for finding in findings]
@@ -86,7 +86,7 @@ def _sampled(
     outcomes = tokenized.summary["sources"].values()
     reasons = (REFUSED, UNTRAINED)
     read = sum(o[KEPT] + sum(o["dropped"].get(r, 0) for r in reasons) for o in outcomes)
-    places = set(np.linspace(0, read - 1, min(number, read)).round().astype(int).tolist())
+    places = {*evenly_spread(range(read), number)}
     return [sourced for place, sourced in enumerate(walk(sources)) if place in places]
 
 
@@ -130,12 +130,6 @@ def _sample(row: Row) -> dict[str, Any]:
         "num_trained": sum(row.rendered.is_trained),
         "runs": [["".join(piece for piece, _ in run), is_trained] for is_trained, run in runs],
     }
-
-
-def _spread(examples: Examples, count: int) -> list[Example]:
-    """Return examples from all over a data set: its sources stand one after the other."""
-    places = np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int)
-    return [examples[int(place)] for place in places]
 
 
 def _metrics(found: dict[str, Any]) -> dict[str, float]:

@@ -4,10 +4,13 @@ Here the whole `Config` is taken apart; what loads data and models knows of its 
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -51,6 +54,7 @@ from medusa_exp.tree.calibration import choose_tree, draft_of
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _IMPORTED, _TRIED_PROMPTS = "imported_heads.json", 10
 """Where it is noted what imported heads are worth, and prompts on which that is measured."""
 _BRANCHED, _A_FORK = ("medusa_63", "dynamic"), Tree.from_paths([[0], [1]])
@@ -397,6 +401,12 @@ class Session:
         heads = decoder.heads
         width = heads.config.head_vocab_size
         return choose_tree(settings, self.out, heads.num_heads, batch_size, width)
+
+
+def evenly_spread(things: Sequence[T], number: int) -> list[T]:
+    """Return so many of them, or as many as there are, from the first to the last."""
+    places = np.linspace(0, len(things) - 1, min(number, len(things))).round().astype(int)
+    return [things[place] for place in places.tolist()]
 
 
 def prompt_file(config: Config) -> Path:
