@@ -371,7 +371,7 @@ def chosen_columns(
     name: str,
     present: tuple[str, ...],
     wanted: tuple[str, ...],
-    paths: Mapping[str, str] | None = None,
+    paths: Mapping[str, str] | None,
 ) -> list[str]:
     """Return the columns of a table that are to be read; `paths` are dataset.columns.
 

@@ -102,9 +102,7 @@ class _Rendered:
         return self.template.render([[*self.chat[:i], turn or self.chat[i]]])[0]
 
 
-def mask_text(
-    conversation: Conversation, template: ChatTemplate, reach: Reach = lambda _: EVERYTHING
-) -> list[MaskedText]:
+def mask_text(conversation: Conversation, template: ChatTemplate, reach: Reach) -> list[MaskedText]:
     """Render a conversation: as one text, or as one an assistant turn.
 
     One text, if every turn stands in it just as it does while it is the newest. Else (Qwen3 drops

@@ -97,7 +97,7 @@ _RENDERED = re.compile(
 _AS_MESSAGES = 'as {"messages": [{"role": "user", "content": ...}, ...]}'
 
 
-def seen_in(record: Mapping[str, Any], settings: str = "") -> str:
+def seen_in(record: Mapping[str, Any], settings: str) -> str:
     """Return what is to be said of a record of no known form, instead of the remedy for all.
 
     `settings` would read it, though perhaps not the best of it.
@@ -207,7 +207,7 @@ def same_columns(name: str, column: str) -> DataError:
     return DataError(f"{name}: two of its columns are called {column}: rename or drop one of them.")
 
 
-def no_usable_turn(name: str, reason: str, detail: str, roles: str = "") -> NoChats:
+def no_usable_turn(name: str, reason: str, detail: str, roles: str) -> NoChats:
     """Return the error of a file all of whose records fail for want of turns that are known.
 
     `roles` are what dataset.role_map would read the first of them by.

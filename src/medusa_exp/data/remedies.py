@@ -43,7 +43,7 @@ def settings_for(raw: RawChat, role_map: Mapping[str, str]) -> str:
         return f"'dataset.columns={direct}'"
     record = value_of(raw)
     for columns in _candidates(dict(_places(record))) if isinstance(record, dict) else ():
-        if "messages" in columns and (roles := _role_map_for(raw, role_map, columns=columns)):
+        if "messages" in columns and (roles := _role_map_for(raw, role_map, "auto", columns)):
             strangers = ", ".join(name for name in roles if name not in role_map)
             return (
                 f"'dataset.columns={_written(columns)}' 'dataset.role_map={_written(roles)}' "
@@ -55,8 +55,8 @@ def settings_for(raw: RawChat, role_map: Mapping[str, str]) -> str:
 def roles_for(
     raws: Sequence[RawChat],
     role_map: Mapping[str, str],
-    form: str = "auto",
-    columns: Mapping[str, str] | None = None,
+    form: str,
+    columns: Mapping[str, str],
 ) -> str:
     """Return the dataset.role_map that reads one of some raw chats.
 
@@ -73,8 +73,8 @@ def roles_for(
 def _role_map_for(
     raw: RawChat,
     role_map: Mapping[str, str],
-    form: str = "auto",
-    columns: Mapping[str, str] | None = None,
+    form: str,
+    columns: Mapping[str, str],
 ) -> dict[str, str]:
     """Return dataset.role_map with the unknown names of a raw chat added, so that it can be read.
 
@@ -91,8 +91,8 @@ def _role_map_for(
 def _strangers(
     raw: RawChat,
     role_map: Mapping[str, str],
-    form: str = "auto",
-    columns: Mapping[str, str] | None = None,
+    form: str,
+    columns: Mapping[str, str],
 ) -> list[str]:
     """Return the names that are of no known role; none, if they cannot be said."""
     names: list[str] = []

@@ -8,7 +8,7 @@ from medusa_exp.data.turns import UNCLEAR_TREE, WHO, Unusable
 Message = dict[str, Any]
 
 
-def longest_branch(nodes: Mapping[str, Any], shown: Any = None) -> list[Message]:
+def longest_branch(nodes: Mapping[str, Any], shown: Any) -> list[Message]:
     """Return the messages of the longest branch of an exported chat, from its root on.
 
     Args:

@@ -340,7 +340,7 @@ def _call(item: Any) -> Record:
     return {**known, "type": "function", "function": function}
 
 
-def tools_of(record: Record, is_row: bool = False) -> str:
+def tools_of(record: Record, is_row: bool) -> str:
     """Return as a JSON list what could be called, as templates take it; empty without any.
 
     Raises:

@@ -12,7 +12,7 @@ from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.cuda.runtime import MAX_NODES
 from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.rule import AcceptanceRule
-from medusa_exp.decode.step import UNOBSERVED, CapturedStep, Observer, check_room
+from medusa_exp.decode.step import CapturedStep, Observer, check_room
 from medusa_exp.model.backbone import Backbone
 
 _COLUMNS = 256
@@ -45,8 +45,8 @@ class CapturedSteps:
     def __init__(
         self,
         backbone: Backbone,
-        observer: Observer = UNOBSERVED,
-        layers: CompiledLayers | None = None,
+        observer: Observer,
+        layers: CompiledLayers | None,
     ) -> None:
         self.backbone, self.observer, self.layers = backbone, observer, layers
         self._caches: list[_Cache] = []

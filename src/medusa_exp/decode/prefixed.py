@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from medusa_exp.decode.masks import FULL, MODELS
-from medusa_exp.decode.step import UNOBSERVED, Observer
+from medusa_exp.decode.step import Observer
 from medusa_exp.model.attention import kernels_for
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import PrefixAttention
@@ -22,9 +22,7 @@ class PrefixedBackbone(Backbone):
     in the same cache, as one layer more, so that what commits accepted nodes commits these too.
     """
 
-    def __init__(
-        self, backbone: Backbone, prefix: PrefixAttention, observer: Observer = UNOBSERVED
-    ) -> None:
+    def __init__(self, backbone: Backbone, prefix: PrefixAttention, observer: Observer) -> None:
         super().__init__(backbone.model, uses_grouped_attention=backbone.uses_grouped_attention)
         self.prefix, self._observer = prefix, observer
 

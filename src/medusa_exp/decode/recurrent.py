@@ -32,7 +32,6 @@ from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.lookup import Found
 from medusa_exp.decode.rule import AcceptanceRule, Verifier
 from medusa_exp.decode.step import (
-    UNOBSERVED,
     Observer,
     at_end,
     outcome_of,
@@ -213,7 +212,7 @@ class ChainStep:
         backbone: Backbone,
         drafter: Drafter,
         rule: AcceptanceRule,
-        observer: Observer = UNOBSERVED,
+        observer: Observer,
     ) -> None:
         self.backbone, self.drafter, self.observer = backbone, drafter, observer
         self.verifier = Verifier(rule, backbone.device)

@@ -20,7 +20,6 @@ from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.memory import one_column
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.step import (
-    UNOBSERVED,
     CapturedStep,
     EagerStep,
     Observer,
@@ -71,7 +70,7 @@ class EagerSlots:
         drafter: Drafter,
         rule: AcceptanceRule,
         num_columns: int,
-        observer: Observer = UNOBSERVED,
+        observer: Observer,
     ) -> None:
         self.backbone, self.drafter, self.rule = backbone, drafter, rule
         self.num_columns, self.observer = num_columns, observer
@@ -111,8 +110,8 @@ class CapturedSlots:
     def __init__(
         self,
         backbone: Backbone,
-        observer: Observer = UNOBSERVED,
-        layers: CompiledLayers | None = None,
+        observer: Observer,
+        layers: CompiledLayers | None,
     ) -> None:
         self.backbone, self.observer, self.layers = backbone, observer, layers
         self._base: FixedCache | None = None

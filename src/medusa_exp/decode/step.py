@@ -139,7 +139,7 @@ class EagerStep:
         rule: AcceptanceRule,
         num_rows: int,
         length: int,
-        observer: Observer = UNOBSERVED,
+        observer: Observer,
     ) -> None:
         """Prepare for prompts and responses of this length together; see `Step`."""
         self.backbone, self.drafter, self.observer = backbone, drafter, observer
@@ -211,9 +211,9 @@ class CapturedStep:
         rule: AcceptanceRule,
         cache: FixedCache,
         *,
-        pool: GraphPool | None = None,
-        layers: CompiledLayers | None = None,
-        observer: Observer = UNOBSERVED,
+        pool: GraphPool,
+        layers: CompiledLayers | None,
+        observer: Observer,
     ) -> None:
         """Prepare for any prompts that fit into the cache: see `begin`.
 
@@ -248,7 +248,7 @@ class CapturedStep:
         """Where the graph reads the weights."""
         self._is_capturable = backbone.device.type == "cuda"
         self.is_at_work = False
-        self._pool = pool or GraphPool(device)
+        self._pool = pool
         self.active: list[int] = []
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:

@@ -21,7 +21,7 @@ _CPU_ROOM = 2**30
 """Bytes of probabilities that may be kept on a CPU, whatever its memory: it has other work, too."""
 _SHARE = 16
 """Of a GPU's memory, one part in so many is for them."""
-_CROSS_ENTROPY, _TOP_DIVERGENCE = CrossEntropy(), TopDivergence()
+_TOP_DIVERGENCE = TopDivergence()
 FromHidden = Callable[[Tensor], Tensor]
 """From hidden_RD to the backbone's logits_RW, or (log-)probabilities, of the head vocabulary."""
 
@@ -46,9 +46,10 @@ class Targets(Protocol):
 class TokenTargets:
     """A token at each position."""
 
-    def __init__(self, labels_BT: Tensor, loss: RowLoss = _CROSS_ENTROPY) -> None:
+    def __init__(self, labels_BT: Tensor) -> None:
         """Take, at each position, the token to be predicted there."""
-        self.labels, self.loss = labels_BT.flatten(), loss
+        self.labels = labels_BT.flatten()
+        self.loss: RowLoss = CrossEntropy()
 
     def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
         """Return (labels_R,)."""

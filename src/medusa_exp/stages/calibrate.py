@@ -234,7 +234,7 @@ def head_ranks(
 
 
 def grown_trees(
-    ranks: list[np.ndarray], max_nodes: int, max_rank: int, *, is_drawn: bool = False
+    ranks: list[np.ndarray], max_nodes: int, max_rank: int, *, is_drawn: bool
 ) -> list[Tree]:
     """Return the best tree of each of some sizes, the smallest first; see `best_tree`."""
     sizes = [*(size for size in _SIZES if size < max_nodes), max_nodes]

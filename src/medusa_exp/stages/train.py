@@ -153,7 +153,7 @@ def begun_heads(heads_from: str | None) -> MedusaHeads | None:
     return load_heads(find_heads("train.heads_from", heads_from)) if heads_from else None
 
 
-def with_family(session: Session, backbone: Backbone, begun: MedusaHeads | None = None) -> Config:
+def with_family(session: Session, backbone: Backbone, begun: MedusaHeads | None) -> Config:
     """Return the config with what head.kind=auto and head.own_projections=null stand for.
 
     Which family that is, is said: that of the heads that training starts from, where there are any.
@@ -197,7 +197,7 @@ def check_export(config: Config, backbone: Backbone) -> None:
     check_holds(config.export.format, shape, "the heads of this run")
 
 
-def start_heads(config: Config, inputs: Inputs, begun: MedusaHeads | None = None) -> MedusaHeads:
+def start_heads(config: Config, inputs: Inputs, begun: MedusaHeads | None) -> MedusaHeads:
     """Return fresh heads, or those that train.heads_from names, which are changed.
 
     Raises:

@@ -216,7 +216,7 @@ def length_chart(lengths: Sequence[int]) -> Spec:
     return spec_of(bars + labels)
 
 
-def curve_chart(rows: Sequence[Row], title: str, is_share: bool = False) -> Spec:
+def curve_chart(rows: Sequence[Row], title: str, is_share: bool) -> Spec:
     """Draw lines of `value` against `step`, one for each `series`, colours in order of `rows`."""
     axis = _PERCENT if is_share else alt.Axis(tickCount=5)
     y = alt.Y("value:Q", title=None, axis=axis, scale=alt.Scale(zero=False))

@@ -94,7 +94,7 @@ def held_out_responses(
     limits: Limits,
     ends: Backbone,
     body: Callable[[], Backbone],
-    rule: AcceptanceRule = GREEDY,
+    rule: AcceptanceRule,
 ) -> list[HeldOutResponse]:
     """Return the backbone's responses to held-out prompts, from the cache where it has them.
 

@@ -98,9 +98,7 @@ class BestHeads(L.Callback):
     no better.
     """
 
-    def __init__(
-        self, directory: Path, patience: int | None = None, *, is_restored: bool = True
-    ) -> None:
+    def __init__(self, directory: Path, patience: int | None, *, is_restored: bool) -> None:
         self.directory, self.patience, self.is_restored = directory, patience, is_restored
         self._saved_step = 0
         self.value: float | None = None

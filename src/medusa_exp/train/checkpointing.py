@@ -298,7 +298,7 @@ def _word(value: Any) -> str:
 
 
 def checkpoint_to_resume(
-    out: Path, key: str, resume: str, now: dict[str, Any] | None = None
+    out: Path, key: str, resume: str, now: dict[str, Any]
 ) -> tuple[Path | None, int]:
     """Return the checkpoint of the training with this key, and its step; none is step 0.
 
@@ -315,7 +315,7 @@ def checkpoint_to_resume(
         return None, 0
     checkpoint = _read(path)
     if checkpoint.made_with != key:
-        if differences := _differences(checkpoint.made_of, now or {}):
+        if differences := _differences(checkpoint.made_of, now):
             raise UserError(
                 f"{path} was made with another {differences}: set train.resume=never to train anew "
                 "here, or choose another run_dir."

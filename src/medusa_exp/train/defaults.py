@@ -142,7 +142,7 @@ def learning_rate(backbone: Backbone, tokens: int) -> float:
     return float(f"{min(_MOST_RATE, max(_LEAST_RATE, rate)):.1e}")
 
 
-def chunk_rows(memory: int | None, vocabulary: int, loss: str = "ce") -> int:
+def chunk_rows(memory: int | None, vocabulary: int, loss: str) -> int:
     """Return the most rows whose logits exist at one time: a multiple of `ROW_STEP`."""
     if memory is None:
         return _CPU_ROWS

@@ -118,7 +118,7 @@ def num_steps(answers: list[np.ndarray], tree: Tree, found: list[np.ndarray] | N
 
 
 def _replayed(
-    answers: list[np.ndarray], tree: Tree, found: list[np.ndarray] | None = None
+    answers: list[np.ndarray], tree: Tree, found: list[np.ndarray] | None
 ) -> list[list[int]]:
     if found is None:
         return [replay(ranks_PK, tree) for ranks_PK in answers]

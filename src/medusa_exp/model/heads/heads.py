@@ -346,7 +346,7 @@ def from_head_places(heads: nn.Module, places: Tensor) -> Tensor:
 
 
 def family_for(
-    kind: str, vocab_size: int, num_tokens: int | None = None, *, can_share: bool = True
+    kind: str, vocab_size: int, num_tokens: int | None, *, can_share: bool
 ) -> tuple[str, int | None]:
     """Return the family and the head vocabulary that `head.kind` and `head.num_tokens` stand for.
 
@@ -372,7 +372,7 @@ def family_for(
 
 
 def own_projections_for(
-    kind: str, vocab_size: int, num_tokens: int | None, asked: bool | None = None
+    kind: str, vocab_size: int, num_tokens: int | None, asked: bool | None
 ) -> bool | None:
     """Say whether each head of kind recurrent has its own projection; None of other kinds.
 
