@@ -7,6 +7,7 @@ run of one token, because architectures differ. D hidden, N nodes of a draft tre
 import logging
 
 import torch
+from rich.filesize import decimal
 
 from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.drafting import Drafter
@@ -51,18 +52,18 @@ def slots_with_room(
     number = int((_USABLE * free - of_prompts) // of_slot)
     if number < 1:
         raise UserError(
-            f"there is no room to decode {num_columns} tokens: {_gb(of_slot + of_prompts)} are "
-            f"needed, and {_gb(free)} of memory are free. Lower the most new tokens of a response "
-            "or dataset.max_length."
+            f"there is no room to decode {num_columns} tokens: {decimal(of_slot + of_prompts)} are "
+            f"needed, and {decimal(free)} of memory are free. Lower the most new tokens of a "
+            "response or dataset.max_length."
         )
     if number < wanted:
         log.warning(
             "memory has room for %d of %d prompts at a time: %s each for up to %d tokens, %s free",
             number,
             wanted,
-            _gb(of_slot),
+            decimal(of_slot),
             num_columns,
-            _gb(free),
+            decimal(free),
         )
     return min(number, wanted)
 
@@ -125,7 +126,3 @@ def _bytes_of_prompts(backbone: Backbone) -> int:
     inner = getattr(config, "intermediate_size", None) or 4 * width
     of_token = _STATES * width + _INNER_STATES * int(inner)
     return PREFILL_TOKENS * of_token * backbone.model.dtype.itemsize
-
-
-def _gb(number: float) -> str:
-    return f"{number / 1e9:.2f} GB"

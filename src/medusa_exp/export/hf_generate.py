@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from rich.filesize import decimal
 from transformers.utils import cached_file
 
 from medusa_exp.errors import UserError
@@ -94,9 +95,8 @@ def write(
         (partial / "custom_generate" / "generate.py").write_text(GENERATE, encoding="utf-8")
     if copied:
         log.info(
-            "%s lies on another file system than what it is made of: %.2f GB were copied, not "
-            "linked",
-            *(out, copied / 1e9),
+            "%s lies on another file system than what it is made of: %s were copied, not linked",
+            *(out, decimal(copied)),
         )
     if missing := missing_for_server():
         log.info(

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -174,9 +175,9 @@ def _dtype_to_ask_for(spec: ModelSpec, own: torch.dtype | None) -> str | torch.d
 def _say_float32(path: str, stored: str, number: int) -> None:
     log.info(
         "the model in %s is stored in %s, for which there is no arithmetic here: it is loaded in "
-        "float32, which is several times faster, and takes %.2f GB instead of %.2f. "
+        "float32, which is several times faster, and takes %s instead of %s. "
         "dtype.backbone=%s keeps it as it is",
-        *(path, stored, 4e-9 * number, 2e-9 * number, stored),
+        *(path, stored, decimal(4 * number), decimal(2 * number), stored),
     )
 
 

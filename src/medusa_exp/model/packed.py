@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -137,9 +138,9 @@ def pack(
     if chosen:
         log.log(
             logging.INFO if added >= _WORTH_A_LINE else logging.DEBUG,
-            "%d of %d linear layers are packed for this processor: %.2f GB, of which %.2f take the "
+            "%d of %d linear layers are packed for this processor: %s, of which %s take the "
             "place of the weights as they were",
-            *(len(chosen), sum(map(len, found.values())), added / 1e9, freed / 1e9),
+            *(len(chosen), sum(map(len, found.values())), decimal(added), decimal(freed)),
         )
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from filelock import Timeout
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from medusa_exp.errors import UserError, as_program
 from medusa_exp.runs.cache import lock_of
 from medusa_exp.runs.files import remove
-from medusa_exp.runs.list import Run, read_runs, size_and_newest, size_text, wide_console
+from medusa_exp.runs.list import Run, read_runs, size_and_newest, wide_console
 from medusa_exp.runs.locks import locked
 from medusa_exp.runs.schemas import is_seal, seal_beside
 from medusa_exp.runs.seals import is_of_system
@@ -173,7 +174,7 @@ def print_cache(entries: list[Entry], console: Console) -> None:
     for (kind, use), some in sorted(groups.items()):
         ages = sorted(entry.age_days for entry in some)
         table.add_row(
-            *(kind, KINDS[kind], use, str(len(some)), size_text(sum(e.bytes for e in some))),
+            *(kind, KINDS[kind], use, str(len(some)), decimal(sum(e.bytes for e in some))),
             f"{ages[0]:.0f} to {ages[-1]:.0f}",
             str(len({run for entry in some for run in entry.runs})),
         )
@@ -213,12 +214,12 @@ def main(arguments: Sequence[str]) -> None:
         for entry in going:
             console.print(
                 f"{'removed' if options.yes else 'would be removed'}: {entry.path} "
-                f"({size_text(entry.bytes)}, {entry.age_days:.0f} days, {entry.use})",
+                f"({decimal(entry.bytes)}, {entry.age_days:.0f} days, {entry.use})",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
-        total = size_text(sum(entry.bytes for entry in going))
+        total = decimal(sum(entry.bytes for entry in going))
         console.print(f"{len(runs)} runs looked at. {_outcome(options, len(going), total)}")
 
 

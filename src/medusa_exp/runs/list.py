@@ -23,6 +23,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -304,18 +305,9 @@ def table_of(runs: list[Run], root: Path) -> Table:
             "" if run.tokens_per_step is None else f"{run.tokens_per_step:.2f}",
             "" if run.speedup is None else f"{run.speedup:.2f}x",
             "" if run.identical is None else f"{run.identical:.1%}",
-            size_text(run.bytes),
+            decimal(run.bytes),
         )
     return table
-
-
-def size_text(number: float) -> str:
-    """Return bytes in the unit that suits them."""
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"
 
 
 def wide_console() -> Console:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -237,9 +238,9 @@ class TrainingPreview(L.Callback):
         log.info(
             "parameters trained: %.2f M, %s with gradients and optimizer; peak memory so far: %s%s",
             number / 1e6,
-            _bytes(number * self.bytes_of_parameter),
-            _bytes(peak),
-            f" of {_bytes(memory)}" if memory else "",
+            decimal(number * self.bytes_of_parameter),
+            decimal(peak),
+            f" of {decimal(memory)}" if memory else "",
         )
         if memory and peak > _FULL * memory:
             log.warning(
@@ -265,10 +266,6 @@ class TrainingPreview(L.Callback):
 def _now(device: torch.device) -> float:
     synchronize(device)
     return time.perf_counter()
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from medusa_exp.config import DatasetConfig, TokenizerConfig
@@ -135,7 +136,7 @@ def _write(
     starts = np.concatenate([[0], np.cumsum(positions)]).astype(np.int64)
     size = int(starts[-1]) * (ends.hidden_size * settings.dtype.itemsize + 4)
     _check_room(path.parent, size)
-    log.info("writing %.2f GB of hidden states", size / 1e9)
+    log.info("writing %s of hidden states", decimal(size))
     path.mkdir()
     _create(path / "hidden.npy", settings.dtype, (int(starts[-1]), ends.hidden_size))
     _create(path / "own.npy", np.dtype(np.int32), (int(starts[-1]),))
@@ -154,8 +155,8 @@ def _check_room(directory: Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if size > 0.95 * free:
         raise UserError(
-            f"train.features=cache: hidden states take {size / 1e9:.2f} GB, and {directory} has "
-            f"{free / 1e9:.2f} GB left: set train.features=online, cache_dir to a larger disk, or "
+            f"train.features=cache: hidden states take {decimal(size)}, and {directory} has "
+            f"{decimal(free)} left: set train.features=online, cache_dir to a larger disk, or "
             "dataset.sample_fraction to less."
         )
 

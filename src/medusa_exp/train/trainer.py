@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from rich.filesize import decimal
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -147,7 +148,7 @@ def shard_layers(backbone: Backbone) -> dict[str, int]:
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     kept = _local_bytes(backbone)
-    log.info("each process keeps %.1f MB of the backbone's %.1f MB", kept / 1e6, before / 1e6)
+    log.info("each process keeps %s of the backbone's %s", decimal(kept), decimal(before))
     return {"whole": before, "kept": kept}
 
 
