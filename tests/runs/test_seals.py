@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runs import flip
+from interrupted import dies_at
 from safetensors.torch import load_file, save_file
 
 from medusa_exp.data.examples import Examples, Table, Writer, open_examples
@@ -238,21 +239,12 @@ def test_a_checkpoint_that_was_replaced_is_neither_kept_nor_believed(tmp_path):
     assert _read(path).global_step == 2
 
 
-def test_a_training_does_not_go_on_from_what_is_damaged(config, tmp_path, monkeypatch):
+def test_a_training_does_not_go_on_from_what_is_damaged(config, tmp_path):
     config.decode.max_new_tokens = 16
     out = tmp_path / "run"
     out.mkdir()
-    step = train.MedusaModule.training_step
-
-    def dies(module, batch, batch_idx):
-        if module.global_step == 9:
-            raise RuntimeError("power cut")
-        return step(module, batch, batch_idx)
-
-    monkeypatch.setattr(train.MedusaModule, "training_step", dies)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with dies_at(9):
         train.run(config, out)
-    monkeypatch.setattr(train.MedusaModule, "training_step", step)
     last, (best,) = out / "checkpoints/last.ckpt", (out / "checkpoints").glob("best-*")
     for file in (last, best):
         content = file.read_bytes()

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from interrupted import dies_at
 
 from medusa_exp.config import HeadConfig as Head
 from medusa_exp.errors import UserError
@@ -134,20 +135,11 @@ def test_the_average_follows_and_takes_the_heads_place(backbone):
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_the_average_is_what_is_kept_and_goes_on_after_a_stop(config, tmp_path, keep, monkeypatch):
+def test_the_average_is_what_is_kept_and_goes_on_after_a_stop(config, tmp_path, keep):
     config.train.keep, config.train.average = keep, 0.8
     run(config, tmp_path / "whole")
-    training_step = MedusaModule.training_step
-
-    def dies(module, batch, batch_idx):
-        if module.global_step == 9:
-            raise RuntimeError("power cut")
-        return training_step(module, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MedusaModule, "training_step", dies)
-        with pytest.raises(RuntimeError, match="power cut"):
-            run(config, tmp_path / "cut")
+    with dies_at(9):
+        run(config, tmp_path / "cut")
     run(config, tmp_path / "cut")
     whole, cut = (load_heads(tmp_path / n / "heads").state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from interrupted import dies_at
 from transformers import AutoModelForCausalLM
 
 from medusa_exp.config import Config
@@ -41,18 +42,9 @@ def test_resume_gives_the_same_loss_curve_and_the_same_heads(config, tmp_path, m
         config.train.loss, config.train.head_weights = "lk", "acceptance"
     monkeypatch.setattr("medusa_exp.train.trainer.LOG_EVERY", 1)
     run(config, tmp_path / "whole")
-    step = train.MedusaModule.training_step
-
-    def dies(module, batch, batch_idx):
-        if module.global_step == 9:
-            raise RuntimeError("power cut")
-        return step(module, batch, batch_idx)
-
-    monkeypatch.setattr(train.MedusaModule, "training_step", dies)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with dies_at(9):
         run(config, tmp_path / "cut")
     assert not (tmp_path / "cut" / "heads").exists()
-    monkeypatch.setattr(train.MedusaModule, "training_step", step)
     run(config, tmp_path / "cut")
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
     whole, cut = (load_heads(tmp_path / n / "heads").state_dict() for n in ("whole", "cut"))
