@@ -168,10 +168,13 @@ def open_fresh(case: Case) -> None:
 def features_of(case: Case, key: str) -> dict[str, Features]:
     """Return the hidden states of the documents, from the cache where they lie under the key."""
     backbone, settings = case.inputs.backbone, FeatureSettings("bf16-mixed", batch_tokens=2048)
-    config, documents = case.config, case.inputs.documents
-    return open_features(
-        config.cache_dir, documents, config.dataset, key, settings, backbone, lambda: backbone
-    )
+    place, dataset = case.config.cache_dir, case.config.dataset
+    return {
+        split: open_features(
+            place, split, examples, dataset, key, settings, backbone, lambda: backbone
+        )
+        for split, examples in case.inputs.documents.items()
+    }
 
 
 def memory_rows(work: Path) -> list[Row]:

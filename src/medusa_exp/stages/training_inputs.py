@@ -203,8 +203,8 @@ def _open_features(
         load = partial(load_backbone, session.spec)
     features: dict[str, Features] = {}
     for split, examples in documents.items():
-        features |= open_features(
-            config.cache_dir, {split: examples}, config.dataset, data_key, settings, backbone, load
+        features[split] = open_features(
+            config.cache_dir, split, examples, config.dataset, data_key, settings, backbone, load
         )
         # At once: the next split may take hours, and runs.clean removes what nobody has noted.
         session.notes.add(features={name: found.path.name for name, found in features.items()})

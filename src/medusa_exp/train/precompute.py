@@ -70,18 +70,20 @@ class FeatureSettings:
 
 def open_features(
     cache_dir: str,
-    documents: dict[str, Examples],
+    split: str,
+    examples: Examples,
     dataset: DatasetConfig,
     data_key: str,
     settings: FeatureSettings,
     ends: Backbone,
     load: Callable[[], Backbone],
-) -> dict[str, Features]:
-    """Return the hidden states of each split's documents, which are made where there are none.
+) -> Features:
+    """Return the hidden states of a split's documents, which are made where there are none.
 
     Args:
         cache_dir: where they are kept.
-        documents: of each split.
+        split: train or val.
+        examples: its documents.
         dataset: how it is split.
         data_key: names all documents.
         settings: how they are computed.
@@ -91,19 +93,17 @@ def open_features(
     Raises:
         UserError: the disk is too small, or what lies there is damaged or of another model.
     """
-    found = {}
-    for split, examples in documents.items():
-        key = features_key(split, dataset, data_key, settings, ends)
-        with entry(cache_dir, "features", key) as (path, partial_path):
-            if partial_path is not None:
-                _write(partial_path, key, examples, settings, ends, load)
-        found[split] = Features(path)
-        if (theirs := found[split].summary)["key"] != key:
-            raise UserError(
-                f"{path} holds hidden states of {theirs['backbone']}, or of other data, and not "
-                f"those of {ends.name}: delete that directory, and they are made."
-            )
-        log.info("hidden states of %s: %s", split, path)
+    key = features_key(split, dataset, data_key, settings, ends)
+    with entry(cache_dir, "features", key) as (path, partial_path):
+        if partial_path is not None:
+            _write(partial_path, key, examples, settings, ends, load)
+    found = Features(path)
+    if found.summary["key"] != key:
+        raise UserError(
+            f"{path} holds hidden states of {found.summary['backbone']}, or of other data, and not "
+            f"those of {ends.name}: delete that directory, and they are made."
+        )
+    log.info("hidden states of %s: %s", split, path)
     return found
 
 
