@@ -25,7 +25,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from medusa_exp.config import Config
+from medusa_exp.config import Config, TreeConfig
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.lookup import count_found
 from medusa_exp.decode.loop import GREEDY, Limits
@@ -99,14 +99,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     for draft in _drafts(config):
         decoder.rule = replace(decoder.rule, draft=draft)
         ranks = _ranks_of(session, decoder, prompts, responses, max_rank)
-        if decoder.is_recurrent:
-            trees = [
-                chain(depth) for depth in range(min(heads.num_heads, config.tree.max_nodes - 1) + 1)
-            ]
-        else:
-            trees = grown_trees(ranks, config.tree.max_nodes, max_rank, is_drawn=draft == "sampled")
-        if draft == "top" and config.tree.lookup:
-            trees = [replace(tree, num_lookup=config.tree.lookup) for tree in trees]
+        trees = _trees_to_time(decoder, config.tree, ranks, max_rank)
         replayed = _Replayed(ranks, found if draft == "top" else None, config.tree.lookup)
         curves = [
             _at_batch_size(decoder, replayed, trees, with_longest_response, size) for size in sizes
@@ -173,6 +166,24 @@ def _drafts(config: Config) -> list[str]:
         return ["top"]
     can_be_drawn = not tree.lookup  # see `check_draft`
     return ["sampled"] if decode.draft == "sampled" else ["top", "sampled"][: 1 + can_be_drawn]
+
+
+def _trees_to_time(
+    decoder: Decoder, settings: TreeConfig, ranks: list[np.ndarray], max_rank: int
+) -> list[Tree]:
+    """Return trees of some sizes, the smallest first, for the drafts that the decoder's rule makes.
+
+    With as many looked-up nodes as tree.lookup says, if it does.
+    """
+    is_drawn = decoder.rule.draft == "sampled"
+    if decoder.is_recurrent:
+        deepest = min(ranks[0].shape[1], settings.max_nodes - 1)
+        trees = [chain(depth) for depth in range(deepest + 1)]
+    else:
+        trees = grown_trees(ranks, settings.max_nodes, max_rank, is_drawn=is_drawn)
+    if settings.lookup and not is_drawn:
+        return [replace(tree, num_lookup=settings.lookup) for tree in trees]
+    return trees
 
 
 def _ranks_of(
