@@ -70,20 +70,11 @@ def build_methods(
     plain_rule = GREEDY if rule.name == "typical" else rule
     tree, all_heads = decoder.tree, chain(decoder.heads.num_heads)  # type: ignore[union-attr]
     if batch_size > 1:
-        columns = longest + limits.max_new_tokens
         drafters = {"plain": decoder.root_only(), "tree": decoder.drafter(tree)}
         if "chain" in baselines:
             drafters["chain"] = decoder.drafter(all_heads)
-        for drafter in drafters.values():
-            number = decoder.slots_with_room(batch_size, columns, drafter, rule)
-            if number < batch_size:
-                raise UserError(
-                    f"evaluate.batch_sizes: {batch_size} prompts at a time do not fit into the "
-                    f"free memory, which has room for {number}: name a smaller size."
-                )
-        # The largest tree first: room that is made later for a larger one loses what is captured.
-        largest = max(drafters.values(), key=lambda drafter: drafter.num_nodes)
-        decoder.slots(batch_size, columns, largest, rule)
+        columns = longest + limits.max_new_tokens
+        _make_room(decoder, drafters.values(), batch_size, columns)
         return {
             name: partial(
                 answer_in_slots,
@@ -111,6 +102,26 @@ def build_methods(
         log.info("prompt_lookup is left out: %s has recurrent layers", backbone.name)
         chosen.remove("prompt_lookup")
     return {name: methods[name] for name in ("plain", "tree", *chosen)}
+
+
+def _make_room(
+    decoder: Decoder, drafters: Collection[Drafter], batch_size: int, columns: int
+) -> None:
+    """Make room for so many prompts at a time, whichever of the drafters answers them.
+
+    Raises:
+        UserError: memory is too small.
+    """
+    for drafter in drafters:
+        number = decoder.slots_with_room(batch_size, columns, drafter, decoder.rule)
+        if number < batch_size:
+            raise UserError(
+                f"evaluate.batch_sizes: {batch_size} prompts at a time do not fit into the free "
+                f"memory, which has room for {number}: name a smaller size."
+            )
+    # For the largest tree first: to make more later would lose what is captured.
+    largest = max(drafters, key=lambda drafter: drafter.num_nodes)
+    decoder.slots(batch_size, columns, largest, decoder.rule)
 
 
 def answer_in_slots(

@@ -80,18 +80,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     first: tuple[Tree, Profile, Profile] | None = None
     plain: list[list[int]] = []
     for batch_size in sorted(config.evaluate.batch_sizes):
-        decoder.tree = tree = session.tree(decoder, batch_size)
-        decoder.rule = session.rule(batch_size)
-        methods = build_methods(
-            decoder,
-            baselines=config.evaluate.baselines,
-            batch_size=batch_size,
-            longest=max(len(prompt.input_ids) for prompt in prompts),
-        )
-        num_warm = config.evaluate.warmup_prompts
-        _warm_up(methods, prompts, num_warm, batch_size)
-        if num_warm and batch_size == 1 and decoder.uses_fixed_shapes:
-            _warm_up(methods, of_each_size(prompts, decoder.limits.max_new_tokens), 9, 1)
+        methods, tree = _methods_at(session, decoder, prompts, batch_size)
         if first is None:
             tree.save(out / "tree.json")
             timed_prompts = [prompt.input_ids for prompt in evenly_spread(prompts, _TIMED_PROMPTS)]
@@ -102,10 +91,8 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
             )
             if len(plain) < len(prompts):  # of the first batch size
                 plain += [response.tokens for response in responses["plain"][0]]
-            for place in range(0, len(batch), batch_size):
-                if len(samples) < _MAX_SAMPLES:
-                    shown = batch[place], responses["tree"][0][place]
-                    samples.append(sample_of(*shown, tokenizer))
+            shown = range(0, len(batch), batch_size)[: _MAX_SAMPLES - len(samples)]
+            samples += [sample_of(batch[i], responses["tree"][0][i], tokenizer) for i in shown]
     write_jsonl(out / "records.jsonl", records)
     write_jsonl(out / "samples.jsonl", samples)
     assert first is not None  # there is a batch size
@@ -125,6 +112,25 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         **_agreement(session, backbone, tokenizer),
         **explain(session, decoder, tokenizer, measured),
     }
+
+
+def _methods_at(
+    session: Session, decoder: Decoder, prompts: list[Prompt], batch_size: int
+) -> tuple[dict[str, Method], Tree]:
+    """Return what answers so many prompts at a time, warmed up, and the tree it decodes over."""
+    settings = session.config.evaluate
+    decoder.tree = tree = session.tree(decoder, batch_size)
+    decoder.rule = session.rule(batch_size)
+    methods = build_methods(
+        decoder,
+        baselines=settings.baselines,
+        batch_size=batch_size,
+        longest=max(len(prompt.input_ids) for prompt in prompts),
+    )
+    _warm_up(methods, prompts, settings.warmup_prompts, batch_size)
+    if settings.warmup_prompts and batch_size == 1 and decoder.uses_fixed_shapes:
+        _warm_up(methods, of_each_size(prompts, decoder.limits.max_new_tokens), 9, 1)
+    return methods, tree
 
 
 def _advise(decoder: Decoder, shares: dict[str, float]) -> None:
