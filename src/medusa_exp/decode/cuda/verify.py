@@ -29,7 +29,7 @@ from medusa_exp.decode.cuda.launch import (
     fault_of,
     launch_config,
 )
-from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, struct_of
+from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, check_tensor, struct_of
 from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import TreeRelations, Verdict, check_rule
 
@@ -128,14 +128,19 @@ class KernelVerify:
                 the kernels do not do. Nothing is launched then.
         """
         check_rule(rule, temperature, uniforms_BN)
-        self._check_tensors(logits_BNV, tokens_BN, parents_BN)
-        num_nodes, vocab_size = logits_BNV.shape[1:]
+        check_logits(logits_BNV, self.kernels, MAX_NODES)
+        batch, num_nodes, vocab_size = logits_BNV.shape
+        by_node = batch, num_nodes
+        for name, value_BN in (("tokens_BN", tokens_BN), ("parents_BN", parents_BN)):
+            check_tensor(self.kernels, name, value_BN, torch.int64, by_node, is_expanded=True)
         if rule != "sampling":
             uniforms_BN = drawn = None
         else:
             assert uniforms_BN is not None
             uniforms_BN = uniforms_BN[:, :num_nodes]
-            self._check_nodes("uniforms_BN", uniforms_BN, torch.float32, tuple(tokens_BN.shape))
+            check_tensor(
+                self.kernels, "uniforms_BN", uniforms_BN, torch.float32, by_node, is_expanded=True
+            )
         depth = num_nodes - 1 if max_depth is None else min(max_depth, num_nodes - 1)
         if depth < 0:
             raise ValueError(f"max_depth={max_depth} must be at least 0.")
@@ -169,7 +174,7 @@ class KernelVerify:
             f"{rule if drawn is None else 'traversal'}.cu",
             DEFINES[logits_BNV.dtype],
             f"verify_{space.config.cluster}",
-            (space.config.cluster, 1, len(logits_BNV)),
+            (space.config.cluster, 1, batch),
             space.config.threads,
             space.arguments,
         )
@@ -188,7 +193,10 @@ class KernelVerify:
             )
         if width > 1 and q_BQW.stride(2) != 1:
             raise ValueError("drawn.q_BQW must be contiguous along W: call .contiguous().")
-        self._check_device("drawn.q_BQW", q_BQW)
+        if q_BQW.device != self.kernels.device:
+            raise ValueError(
+                f"drawn.q_BQW is on {q_BQW.device}, the kernels on {self.kernels.device}."
+            )
         key = drawn.q_index, q_BQW.shape[1], vocab_size, id(token_map)
         if key not in self._tables:
             if len(drawn.q_index) != num_nodes or not all(
@@ -232,26 +240,3 @@ class KernelVerify:
             )
             self._workspaces[key] = _Workspace(verdict, config, np.zeros(1, ARGUMENTS))
         return self._workspaces[key]
-
-    def _check_tensors(self, logits_BNV: Tensor, tokens_BN: Tensor, parents_BN: Tensor) -> None:
-        check_logits(logits_BNV, self.kernels, MAX_NODES)
-        batch, num_nodes, _ = logits_BNV.shape
-        self._check_nodes("tokens_BN", tokens_BN, torch.int64, (batch, num_nodes))
-        self._check_nodes("parents_BN", parents_BN, torch.int64, (batch, num_nodes))
-
-    def _check_nodes(
-        self, name: str, value_BN: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> None:
-        if value_BN.dtype != dtype:
-            raise ValueError(f"{name} is {value_BN.dtype}: it must be {dtype}.")
-        if tuple(value_BN.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {list(value_BN.shape)}, and logits_BNV asks for {list(shape)}."
-            )
-        if shape[1] > 1 and value_BN.stride(1) != 1:
-            raise ValueError(f"{name} must be contiguous along N: call .contiguous().")
-        self._check_device(name, value_BN)
-
-    def _check_device(self, name: str, value: Tensor) -> None:
-        if value.device != self.kernels.device:
-            raise ValueError(f"{name} is on {value.device}, the kernels on {self.kernels.device}.")
