@@ -409,23 +409,10 @@ def _fill(reading: Reading, names: dict[str, Path]) -> None:
             reading.faults.append(Fault("wrong shape", text))
             continue
         head = by_head.setdefault(int(found["k"]), Head()) if "k" in found else Head()
-        if role in ("block", "inner"):
-            part = found["part"]
-            setattr(head.blocks.setdefault(int(found["l"]), Block()), part, tensor)
-        elif role in ("skip", "outer"):
-            setattr(head.blocks.setdefault(int(found["l"]), Block()), role, tensor)
-        elif role == "down":
-            head.down = tensor
-        elif role.startswith("root_"):
-            reading.root_block = reading.root_block or Block()
-            part = role.removeprefix("root_")
-            setattr(reading.root_block, found["part"] if part == "inner" else part, tensor)
-        elif role == "prefix":
-            reading.prefix[found["part"]] = tensor
-        elif role == "out":
+        if role == "out":
             late.append((name, found, tensor))
         else:
-            setattr(reading, role, tensor)
+            _put(reading, head, role, found, tensor)
     num_layers = max((max(head.blocks, default=-1) for head in by_head.values()), default=-1) + 1
     for name, found, tensor in late:
         if int(found.get("l", num_layers)) != num_layers:
@@ -441,6 +428,24 @@ def _fill(reading: Reading, names: dict[str, Path]) -> None:
         is_model = len(stray) > len(names) / 2  # a whole model with heads in it, as of Medusa-2
         text = f"{len(stray)} tensors are no part of this format, and are passed over: {some}"
         reading.faults.append(Fault("stray tensors", text, is_error=not is_model))
+
+
+def _put(reading: Reading, head: Head, role: str, found: dict[str, str], tensor: Tensor) -> None:
+    """Put a tensor where its role says; `found` are the parts of its name."""
+    if role in ("block", "inner"):
+        setattr(head.blocks.setdefault(int(found["l"]), Block()), found["part"], tensor)
+    elif role in ("skip", "outer"):
+        setattr(head.blocks.setdefault(int(found["l"]), Block()), role, tensor)
+    elif role == "down":
+        head.down = tensor
+    elif role.startswith("root_"):
+        reading.root_block = reading.root_block or Block()
+        part = role.removeprefix("root_")
+        setattr(reading.root_block, found["part"] if part == "inner" else part, tensor)
+    elif role == "prefix":
+        reading.prefix[found["part"]] = tensor
+    else:
+        setattr(reading, role, tensor)
 
 
 def _share_blocks(reading: Reading) -> list[str]:
