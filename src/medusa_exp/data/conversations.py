@@ -395,23 +395,7 @@ class _FaultyChats:
         if self.reasons[NOT_JSON] or self.reasons[NOT_UTF8]:
             return
         if reason == NO_FORM:
-            is_table = bool(self.source.keys)
-            record = value_of(first)
-            keys = self.source.keys or tuple(record)
-            for key in self.source.columns:
-                if error := record_faults.not_json_list(name, key, record.get(key)):
-                    raise error
-            settings = self._remedy(reason, settings_for)
-            if not settings and names_a_turn(record) and num_records <= _MOST_TURNS:
-                settings = self._remedy_of_whole()
-            if not settings and num_records == 1 and not is_table:
-                for inner in records_within(name, first)[:1]:
-                    if settings := settings_for(inner, self.role_map):
-                        record = value_of(inner)
-                        keys = tuple(record)
-            seen = record_faults.seen_in(record, settings)
-            what, named = "columns" if is_table else "keys", self.columns.values()
-            raise record_faults.no_form(name, keys, what, settings, named, seen)
+            raise self._no_form(first, num_records)
         if reason == PICTURE and ENTITIES in str(value_of(first)):
             raise record_faults.no_words(name, detail)
         if reason == NO_REPLY and (columns := self._remedy(reason, columns_for)):
@@ -424,6 +408,25 @@ class _FaultyChats:
             samples = self.samples[reason]
             roles = roles_for(samples, self.role_map, self.form, self.columns)
             raise record_faults.no_usable_turn(name, reason, detail, roles)
+
+    def _no_form(self, first: RawChat, num_records: int) -> DataError:
+        """Return the error of a source without a record of a known form, and what would read it."""
+        name, is_table, record = self.source.name, bool(self.source.keys), value_of(first)
+        keys = self.source.keys or tuple(record)
+        for key in self.source.columns:
+            if error := record_faults.not_json_list(name, key, record.get(key)):
+                return error
+        settings = self._remedy(NO_FORM, settings_for)
+        if not settings and names_a_turn(record) and num_records <= _MOST_TURNS:
+            settings = self._remedy_of_whole()
+        if not settings and num_records == 1 and not is_table:
+            for inner in records_within(name, first)[:1]:
+                if settings := settings_for(inner, self.role_map):
+                    record = value_of(inner)
+                    keys = tuple(record)
+        seen = record_faults.seen_in(record, settings)
+        what = "columns" if is_table else "keys"
+        return record_faults.no_form(name, keys, what, settings, self.columns.values(), seen)
 
     def _remedy(self, reason: str, remedy_for: Callable[..., str]) -> str:
         """Return what would read the first chat that was refused so, or one near."""
