@@ -1,6 +1,8 @@
 """A directory whose `generate` decodes with heads: text, streaming, limits, draws, refusals."""
 
 import logging
+import os
+import shutil
 
 import pytest
 import torch
@@ -89,11 +91,25 @@ def test_the_directory_stands_alone_and_takes_no_room_for_weights(directory):
     assert AutoTokenizer.from_pretrained(place).chat_template
 
 
+def test_weights_in_a_cache_of_the_hub_are_linked(directory, tmp_path):
+    """There a file's name is a link to one that is named by its digest."""
+    snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    shutil.copytree(directory / "target", snapshot)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.replace(blobs / str(number))
+        file.symlink_to(blobs / str(number))
+    parts = (directory / "medusa" / "heads", directory / "no tree.json")
+    hf_generate.write(*parts, str(snapshot), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_nlink == 2
+    assert (tmp_path / "out" / "config.json").stat().st_nlink == 1
+
+
 def test_another_file_system_gets_copies_and_is_told(directory, tmp_path, monkeypatch, caplog):
     def refuse(source, target):
         raise OSError("Invalid cross-device link")
 
-    monkeypatch.setattr(hf_generate.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     caplog.set_level(logging.INFO)
     parts = (directory / "medusa" / "heads", directory / "no tree.json")
     hf_generate.write(*parts, str(directory / "target"), tmp_path / "out")

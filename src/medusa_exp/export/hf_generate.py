@@ -7,7 +7,6 @@ which transformers loads in place of its `generate` where `trust_remote_code` is
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.identity import identity_of_files
 from medusa_exp.model.checkpoint import WEIGHTS
 from medusa_exp.model.source import is_adapters
-from medusa_exp.runs.files import publish
+from medusa_exp.runs.files import link_or_copy, publish
 from medusa_exp.runs.schemas import SEAL
 from medusa_exp.runs.seals import is_of_system
 
@@ -153,18 +152,11 @@ def _files(source: Path, with_code: bool) -> Iterator[Path]:
 
 
 def _place(source: Path, target: Path) -> int:
-    """Link a file, or copy it where that cannot be; return the bytes that were copied.
+    """Link weights, or copy them where that cannot be; return the bytes that were copied so.
 
-    Small ones are always copied: they are the ones that people edit.
+    Small files are always copied, and do not count: they are the ones that people edit.
     """
-    source = source.resolve()  # a hub's cache holds links
-    size = source.stat().st_size
-    if source.suffix == ".safetensors":
-        try:
-            os.link(source, target)
-            return 0
-        except OSError:
-            shutil.copy2(source, target)
-            return size
+    if source.suffix == ".safetensors":  # by its own name, for a hub's cache gives it another
+        return 0 if link_or_copy(source, target) else target.stat().st_size
     shutil.copy2(source, target)
     return 0

@@ -1,6 +1,5 @@
 """Save and load heads: `heads/config.json` and `heads/model.safetensors`."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +13,7 @@ from transformers import AutoModel, PreTrainedModel
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import FAMILIES, MedusaHeads
-from medusa_exp.runs.files import publish, read_json, remove, sha256_file
+from medusa_exp.runs.files import link_or_copy, publish, read_json, remove, sha256_file
 from medusa_exp.runs.seals import check_heads, seal
 
 WEIGHTS = "model.safetensors"
@@ -177,7 +176,7 @@ def adopt_heads(heads_from: str, out: Path) -> None:
         return
     load_heads(source)  # what cannot be loaded is told of where it lies, and not put in place
     with publish(target) as partial:
-        shutil.copytree(source, partial, copy_function=_link)
+        shutil.copytree(source, partial, copy_function=link_or_copy)
 
 
 def check_same(heads_from: str, source: Path, target: Path) -> None:
@@ -193,13 +192,6 @@ def check_same(heads_from: str, source: Path, target: Path) -> None:
             f"heads_from={heads_from} names other heads than those in {target}: "
             "take another run_dir."
         )
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(Path(source).resolve(), target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def check_fit(heads: MedusaHeads, backbone: Backbone, place: Path) -> None:

@@ -147,6 +147,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> bool:
+    """Link a file hard, or copy it where the file system cannot; return whether it is linked."""
+    source = Path(source).resolve()  # a hub's cache holds links
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        return False
+    return True
+
+
 def sync(path: Path) -> None:
     """Have a file, or all of a directory, on the disk: without, power lost leaves empty files.
 

@@ -8,9 +8,7 @@ Data sets, responses and hidden states are large, and may be private: theirs hol
 """
 
 import json
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ import wandb
 
 from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import shareable, shareable_text
-from medusa_exp.runs.files import read_json, sha256_file
+from medusa_exp.runs.files import link_or_copy, read_json, sha256_file
 from medusa_exp.runs.schemas import SEAL
 from medusa_exp.runs.seals import is_of_system
 
@@ -163,10 +161,7 @@ def _staged(source: Path, place: Path, out: Path) -> Path:
         if (clean := shareable_text(_without_variables(source.name, text, out))) != text:
             staged.write_text(clean, encoding="utf-8")
             return staged
-    try:
-        os.link(source, staged)
-    except OSError:  # a file system without them
-        shutil.copyfile(source, staged)
+    link_or_copy(source, staged)
     return staged
 
 
