@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import tiny_models
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,19 +20,8 @@ from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
 
-V, NEW_TOKENS = 64, 16
-SHAPE = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+V, NEW_TOKENS = tiny_models.VOCAB_SIZE, 16
+SHAPE = {**tiny_models.SHAPE, "num_key_value_heads": 2}
 LINEAR = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,

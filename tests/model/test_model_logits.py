@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
+from tiny_models import ARCHITECTURES, build_model
+from tiny_models import SHAPE as TINY
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,16 +15,8 @@ from medusa_exp.model.heads import stack_heads
 from medusa_exp.model.loss import Objective
 
 SHAPE = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+    **TINY,
+    **{"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
 }
 CHANGED = {
     "granite 10": ("granite", {"logits_scaling": 10.0}, 0.1),

@@ -3,21 +3,12 @@
 import random
 
 import pytest
+import tiny_models
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-V, NEW_TOKENS = 64, 40
-SHAPE = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+V, NEW_TOKENS = tiny_models.VOCAB_SIZE, 40
+SHAPE = {**tiny_models.SHAPE, "num_hidden_layers": 4}
 GROUPED = {"num_key_value_heads": 2}
 WIDE = {**GROUPED, "head_dim": 8}
 WINDOW = {"sliding_window": 12}

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB_SIZE = 64
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -52,7 +52,7 @@ def build_model(
 ):
     """Build a random causal LM whose outputs vary: weights far larger than at initialisation."""
     torch.manual_seed(seed)
-    shape = {**_SHAPE, "vocab_size": vocab_size}
+    shape = {**SHAPE, "vocab_size": vocab_size}
     if architecture == "gpt2":
         shape = {key: shape[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
     config = AutoConfig.for_model(architecture, **shape, **ARCHITECTURES[architecture])
@@ -66,7 +66,7 @@ def build_longrope():
     half = 4  # of the head size
     config = AutoConfig.for_model(
         "phi3",
-        **_SHAPE,
+        **SHAPE,
         original_max_position_embeddings=40,
         rope_parameters={
             "rope_type": "longrope",
