@@ -146,9 +146,8 @@ def why(found: Row | None) -> Row | None:
     falls = found["waterfalls"]
     if not falls:
         return {**found, "rows": []}
-    rows: list[Row] = []
     by_name = [{part["name"]: part for part in fall["parts"]} for fall in falls]
-    rows += [
+    parts_of_way = [
         {
             "title": title,
             "is_part": True,
@@ -160,10 +159,16 @@ def why(found: Row | None) -> Row | None:
         for name, title in PARTS_OF_LOSS.items()
         if any(name in parts for parts in by_name)
     ]
-    ends = {"ideal": "tokens per step, if all steps cost the same", "measured": "speed-up"}
-    for place, (end, title) in enumerate(ends.items()):
-        cells = [(fall[end], fall[end] / fall["ideal"]) for fall in falls]
-        rows.insert(place * len(rows), {"title": title, "is_part": False, "cells": cells})
+
+    def end(key: str, title: str) -> Row:
+        cells = [(fall[key], fall[key] / fall["ideal"]) for fall in falls]
+        return {"title": title, "is_part": False, "cells": cells}
+
+    rows = [
+        end("ideal", "tokens per step, if all steps cost the same"),
+        *parts_of_way,
+        end("measured", "speed-up"),
+    ]
     return {
         **found,
         "sizes": [fall["batch_size"] for fall in falls],
