@@ -407,9 +407,9 @@ def advice_on_cost(heads: MedusaHeads | StackedHeads, share: float) -> str | Non
         return None
     return (
         f"the heads take {share:.0%} of a step (eval/time/heads): each reads a projection of its "
-        f"own to {config.vocab_size:,} tokens. head=recurrent head.num_tokens=16384 reads those of "
-        "frequent tokens alone; head=medusa_tied shares the backbone's lm_head: train with one of "
-        "them and compare eval/speedup"
+        f"own to {config.vocab_size:,} tokens. head=recurrent head.num_tokens={FREQUENT_TOKENS} "
+        "reads those of frequent tokens alone; head=medusa_tied shares the backbone's lm_head: "
+        "train with one of them and compare eval/speedup"
     )
 
 
