@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from medusa_exp.decode.captured_steps import CapturedSteps
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.compiled import CompiledLayers
-from medusa_exp.decode.drafting import Drafter, FixedTreeDrafter, build_drafter, key_of_rule
+from medusa_exp.decode.drafting import Drafter, build_drafter, key_of_rule, root_only
 from medusa_exp.decode.lookup import LookupDrafter, check_draft
 from medusa_exp.decode.loop import (
     GREEDY,
@@ -41,7 +41,7 @@ from medusa_exp.decode.step import UNOBSERVED, EagerStep, Observer, Step
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, stack_heads
-from medusa_exp.tree import Tree, chain
+from medusa_exp.tree import Tree
 
 _NEW_TOKENS = 128
 """Default limit of new tokens."""
@@ -392,7 +392,7 @@ class Decoder:
 
     def root_only(self) -> Drafter:
         """Return the drafter that drafts nothing: steps over it decode plainly."""
-        return FixedTreeDrafter(nn.Identity(), chain(0), self.backbone.device)
+        return root_only(self.backbone.device)
 
     def drafter(self, tree: Tree | None = None, rule: AcceptanceRule | None = None) -> Drafter:
         """Return what fills a tree with draft tokens: by default this decoder's, for its rule.

@@ -251,6 +251,11 @@ class FixedTreeDrafter(_SameTreeDrafter):
         return self._filled(tokens_BN, q_by_depth)
 
 
+def root_only(device: torch.device) -> Drafter:
+    """Return the drafter that drafts nothing: steps over it decode plainly."""
+    return FixedTreeDrafter(nn.Identity(), chain(0), device)
+
+
 class DynamicTreeDrafter:
     """Picks, at every step and for every row, the likeliest nodes of a larger tree.
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medusa_exp.decode.cache import FixedCache, GrowingCache
-from medusa_exp.decode.drafting import FixedTreeDrafter
+from medusa_exp.decode.drafting import root_only
 from medusa_exp.decode.lookup import Text
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.recurrent import ChainStep, StateCache, is_recurrent
@@ -28,7 +28,6 @@ from medusa_exp.decode.rule import AcceptanceRule, Verifier
 from medusa_exp.decode.step import UNOBSERVED, Observer, Step, positions
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.tree import chain
 
 GREEDY = AcceptanceRule()
 PREFILL_TOKENS = 4096
@@ -157,8 +156,7 @@ def plain_steps(
     """
     length, last = find_room(backbone, prompts, responses.limits)
     if is_recurrent(backbone):
-        root_only = FixedTreeDrafter(nn.Identity(), chain(0), backbone.device)
-        step = ChainStep(backbone, root_only, rule, observer)
+        step = ChainStep(backbone, root_only(backbone.device), rule, observer)
         yield from tree_steps(step, prompts, responses, last)
         return
     cache = GrowingCache(backbone.num_layers, length + 1, len(prompts))
