@@ -17,7 +17,7 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.data.conversations import Conversation, DataError, Message
-from medusa_exp.data.template import ChatTemplate
+from medusa_exp.data.template import REFUSED, ChatTemplate
 from medusa_exp.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def _prompts_in(
         try:
             prompt = asked.prompt(turn)
         except DataError:
-            left_out["refused by the chat template"] += 1
+            left_out[REFUSED] += 1
             continue
         if len(prompt.input_ids) > max_tokens:
             left_out[too_long] += 1

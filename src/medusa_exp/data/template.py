@@ -18,6 +18,8 @@ from medusa_exp.data.turns import REASONING
 
 log = logging.getLogger(__name__)
 
+REFUSED = "refused by the chat template"
+"""Why a conversation, or a prompt, is left out of which the template raises an error."""
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 

@@ -31,7 +31,7 @@ from medusa_exp.data.examples import Examples, Row, Table, Writer, open_examples
 from medusa_exp.data.masking import NO_REASONING, NO_TOOLS
 from medusa_exp.data.rendering import Renderer
 from medusa_exp.data.sources import Source, counts, empty_split, files_of, split_of, walk
-from medusa_exp.data.template import describe
+from medusa_exp.data.template import REFUSED, describe
 from medusa_exp.errors import UserError
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import content_key, read_json, sha256_file, write_json
@@ -54,7 +54,6 @@ _SERIAL_CHUNKS = 12
 
 # Names of outcomes, as summary.json and messages have them.
 KEPT = "kept records"
-REFUSED = "refused by the chat template"
 UNTRAINED = "no assistant token left"
 TOO_SHORT = "cut before the first reply"
 """Of those without an assistant's token: what the others lack has another cause."""

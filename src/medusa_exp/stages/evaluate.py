@@ -30,7 +30,7 @@ from medusa_exp.data.prompts import (
     read_questions,
 )
 from medusa_exp.data.sources import reading_options
-from medusa_exp.data.template import ChatTemplate
+from medusa_exp.data.template import REFUSED, ChatTemplate
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY
 from medusa_exp.errors import UserError
@@ -259,7 +259,7 @@ def _of_questions(
             try:
                 prompt_text = template.prompt(messages)
             except DataError:
-                left_out["refused by the chat template"] += len(question.turns) - turn
+                left_out[REFUSED] += len(question.turns) - turn
                 break
             ids = tokenizer(prompt_text, add_special_tokens=False, verbose=False).input_ids
             if len(ids) > room or not has_room(len(ids)):

@@ -19,7 +19,8 @@ from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.faults import printable
 from medusa_exp.data.sources import Source, walk
-from medusa_exp.data.tokenized import CUT, KEPT, LEFT_OUT, LOST_ROWS, REFUSED, UNTRAINED, Tokenized
+from medusa_exp.data.template import REFUSED
+from medusa_exp.data.tokenized import CUT, KEPT, LEFT_OUT, LOST_ROWS, UNTRAINED, Tokenized
 from medusa_exp.runs.files import write_json, write_jsonl
 from medusa_exp.stages.doctor import Row, count_roles, count_runs, examine, sample_rows
 from medusa_exp.stages.session import Session, evenly_spread
