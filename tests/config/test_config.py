@@ -234,6 +234,20 @@ def test_a_wrong_value_is_refused_with_what_it_may_be(override, message):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("export.dtype=float16",), r"export\.dtype=float16: .*Leave it out"),
+        (("train=medusa2", "train.lora.output=adapter"), r"set train\.lora\.output=merged"),
+    ],
+)
+def test_what_no_whole_model_is_exported_of_is_refused_before_the_training(overrides, message):
+    wanted = ("export.format=hf_generate", *overrides)
+    composed(*wanted)  # the stage is not asked for
+    with pytest.raises(UserError, match=message):
+        composed("stages=[train,export]", *wanted)
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         ("dataset.test_fraction=0", "evaluate.path=questions.txt"),

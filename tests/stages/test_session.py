@@ -51,6 +51,8 @@ def test_stop_ids(backbone, tokenizer):
         (["chat"], {"dataset": {"path": "/no"}}, None),
         (["train"], {"train": {"heads_from": "/no"}}, "train.heads_from=/no holds no heads"),
         (["evaluate"], {"evaluate": {"path": "/no/prompts"}}, "evaluate.path=/no/prompts does not"),
+        (["evaluate", "export"], {"export": {"out": "/etc"}}, "export.out=/etc is there already"),
+        (["evaluate"], {"export": {"out": "/etc"}}, None),
     ],
 )
 def test_what_is_not_there_is_said_before_anything_is_begun(

@@ -752,6 +752,14 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check(self, "export")
 
+    def check_dtype(self) -> None:
+        """Raise a UserError where the format stores no type of its own; not before it is used."""
+        if self.format == "hf_generate" and self.dtype != "auto":
+            raise UserError(
+                f"export.dtype={self.dtype}: export.format=hf_generate takes the heads' files as "
+                "they are, and loads them in the model's dtype. Leave it out."
+            )
+
 
 @dataclass
 class LoggerConfig:
@@ -846,6 +854,7 @@ class Config:
             )
         self._check_tree()
         self._check_prompts()
+        self._check_export()
         if self.train.own_drafts_from is not None:
             kinds = ("hydra", "recurrent")
             OneOf(kinds).check("head.kind (with train.own_drafts_from)", self.head.kind)
@@ -885,6 +894,18 @@ class Config:
                     f"{dataset.max_length} to a prompt of stage {stage}: lower one or raise the "
                     "other."
                 )
+
+    def _check_export(self) -> None:
+        """Refuse, before anything long, what a whole model for transformers cannot be."""
+        if "export" not in self.stages or self.export.format != "hf_generate":
+            return
+        self.export.check_dtype()
+        is_adapted = "train" in self.stages and self.train.kind == "medusa2"
+        if is_adapted and self.train.lora.output == "adapter":
+            raise UserError(
+                "train.lora.output=adapter leaves no whole model, which export.format=hf_generate "
+                "is to write: set train.lora.output=merged, or leave export out of stages."
+            )
 
     def _check_tree(self) -> None:
         """Refuse, before anything long, a tree that these stages will not be able to use."""

@@ -11,17 +11,41 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from medusa_exp.config import ExportConfig
 from medusa_exp.errors import UserError
+from medusa_exp.export import hf_generate
 from medusa_exp.export.formats import DTYPES, FORMATS, Source, write
 from medusa_exp.export.reading import Reading, config_text, read_heads
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import WEIGHTS, load_heads
 from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig
-from medusa_exp.runs.files import publish
+from medusa_exp.runs.files import publish, read_json
 
 _ROWS, _POSITIONS = 16, 5
 _ROUNDING = 1e-5
 """Relative error of a product of two factors that a format makes one matrix, in float32."""
+
+
+def place_of(settings: ExportConfig, out: Path) -> Path:
+    """Return the directory that an export of the run directory `out` is written to.
+
+    Raises:
+        UserError: it is not an export's: what is there would be replaced.
+    """
+    named = settings.out
+    place = Path(named).expanduser() if named else out / "export" / settings.format
+    if place.is_symlink() or any(parent.is_file() for parent in place.parents):
+        raise UserError(f"export.out={place} is a link, or lies in a file: name a new directory.")
+    config = read_json(place / "config.json")
+    is_export = isinstance(config, dict) and "medusa_heads_sha256" in config
+    is_export |= hf_generate.is_whole_model(place)
+    if place.resolve() == out.resolve() or (place.exists() and not is_export):
+        if place.is_dir() and not any(place.iterdir()):
+            return place
+        raise UserError(
+            f"export.out={place} is there already, and holds no export: name a new directory."
+        )
+    return place
 
 
 def open_source(

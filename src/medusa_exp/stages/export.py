@@ -14,7 +14,7 @@ from medusa_exp.config import Config
 from medusa_exp.errors import UserError
 from medusa_exp.export import card, hf_generate
 from medusa_exp.export.formats import WHOLE_MODEL, check_holds
-from medusa_exp.export.publishing import export, open_source, read_back
+from medusa_exp.export.publishing import export, open_source, place_of, read_back
 from medusa_exp.identity import identity_of
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, load_heads
@@ -35,14 +35,9 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     """Export the heads; it adds no number."""
     session = session or Session(config, out)
     format_, heads = config.export.format, out / "heads"
-    place = Path(config.export.out).expanduser() if config.export.out else out / "export" / format_
-    _check_place(place, out)
     is_whole_model = format_ == WHOLE_MODEL
-    if is_whole_model and config.export.dtype != "auto":
-        raise UserError(
-            f"export.dtype={config.export.dtype}: export.format={format_} takes the heads' files "
-            "as they are, and loads them in the model's dtype. Leave it out."
-        )
+    place = place_of(config.export, out)
+    config.export.check_dtype()
     check_holds(format_, load_heads(heads).config, "the heads of this run")
     backbone, target = open_target(session)
     check_fit(load_heads(heads), backbone, heads)
@@ -80,21 +75,6 @@ def _add_settings(partial: Path, out: Path, format_: str, number: int) -> dict[s
         if (out / name).is_file():
             shutil.copy2(out / name, partial / name)
     return found
-
-
-def _check_place(place: Path, out: Path) -> None:
-    """Refuse directories that are not an export's: what is there would be replaced."""
-    if place.is_symlink() or any(parent.is_file() for parent in place.parents):
-        raise UserError(f"export.out={place} is a link, or lies in a file: name a new directory.")
-    config = read_json(place / "config.json")
-    is_export = isinstance(config, dict) and "medusa_heads_sha256" in config
-    is_export |= hf_generate.is_whole_model(place)
-    if place.resolve() == out.resolve() or (place.exists() and not is_export):
-        if place.is_dir() and not any(place.iterdir()):
-            return
-        raise UserError(
-            f"export.out={place} is there already, and holds no export: name a new directory."
-        )
 
 
 def open_target(session: Session) -> tuple[Backbone, str]:

@@ -38,6 +38,7 @@ from medusa_exp.decode.recurrent import check_chain, check_prefix, has_recurrent
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.export import importing
+from medusa_exp.export.publishing import place_of
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import find_heads, load_heads
 from medusa_exp.model.heads import MedusaHeads, MedusaHeadsConfig
@@ -106,7 +107,8 @@ class Session:
         """Look whether model and data are where the config says, before anything is begun.
 
         Raises:
-            UserError: a directory or file that a stage will read is not there.
+            UserError: a directory or file that a stage will read is not there, or what stage
+                export would write over is no export.
         """
         config, stages = self.config, {*self.config.stages} - {"report"}
         if "demo" in stages:  # it knows its own files
@@ -122,6 +124,8 @@ class Session:
             prompt_file(config)
         if "train" in stages and config.train.heads_from is not None:
             find_heads("train.heads_from", config.train.heads_from)
+        if "export" in stages:
+            place_of(config.export, self.out)
 
     def sources(self) -> list[Source]:
         """Open the data set, once, and note what it is made of for the running stage."""
