@@ -7,7 +7,7 @@ B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property
@@ -58,6 +58,7 @@ class Backbone:
         self._grouped = GroupedAttention(model) if uses_grouped_attention else None
         self.has_body = True
         self._fingerprints: tuple[str, str] | None = None
+        self._is_rounded = False
         takes_states = "cache_params" in inspect.signature(model.forward).parameters
         self._cache_argument = "cache_params" if takes_states else "past_key_values"
         """Name by which the model takes its cache: models of nothing but states have their own."""
@@ -311,13 +312,36 @@ class Backbone:
             digest.update(f"{name} {list(parameter.shape)}".encode() + sample)
         return digest.hexdigest()
 
+    def has_identity(self, identity: str) -> bool:
+        """Say whether this model is called so; also as it was called before `take_names`."""
+        return identity == self.identity() or self._as_loaded(self.identity) == identity
+
+    def has_weights(self, fingerprint: str) -> bool:
+        """Say whether these are the weights of a `weights_fingerprint`; as `has_identity`."""
+        ours = self.weights_fingerprint()
+        return fingerprint == ours or self._as_loaded(self.weights_fingerprint) == fingerprint
+
+    def take_names(self, identity: str, weights_fingerprint: str) -> None:
+        """Call this model what it is called in a type that rounds its weights less (float16)."""
+        self._fingerprints, self._is_rounded = (identity, weights_fingerprint), True
+
+    def _as_loaded(self, name: Callable[[], str]) -> str | None:
+        """Return a name by the weights as they are here: heads of earlier versions have that."""
+        if not self._is_rounded or not self.has_body:
+            return None
+        taken, self._fingerprints = self._fingerprints, None
+        try:
+            return name()
+        finally:
+            self._fingerprints = taken
+
     def remember_fingerprints(self) -> None:
         """Note which model this is, before its weights are taken apart."""
         self._fingerprints = (self.identity(), self.weights_fingerprint())
 
     def forget_fingerprints(self) -> None:
         """Name the model anew from now on: training has made another of it."""
-        self._fingerprints = None
+        self._fingerprints, self._is_rounded = None, False
 
     def leave_out_body(self, identity: str, weights_fingerprint: str) -> None:
         """Say that this model has no layers, and which whole model its ends are of."""

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from medusa_exp.errors import UserError
-from medusa_exp.identity import loading_without_layers
+from medusa_exp.identity import identity_of, loading_without_layers
 from medusa_exp.model.adapters import load_adapters
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.source import LOADING_ERRORS, ModelSpec, first_lines, from_gguf, is_adapters
@@ -54,6 +54,7 @@ def load_backbone(spec: ModelSpec, adapted: Path | None = None) -> Backbone:
     """
     if adapted is not None:
         check(adapted, "Restore it, or train again in another run_dir.")
+    names = _names(spec) if adapted is None else None  # what was adapted is named as it is saved
     if adapted is None:
         model = _read(spec)
     elif is_adapters(adapted):
@@ -62,8 +63,32 @@ def load_backbone(spec: ModelSpec, adapted: Path | None = None) -> Backbone:
         model = _read(spec, path=str(adapted))
     is_free = spec.model.attn_implementation == "auto"
     backbone = Backbone(model, uses_grouped_attention=is_free)
+    if names is not None:
+        backbone.take_names(*names)
     backbone.check_hidden_states()
     return backbone
+
+
+def _names(spec: ModelSpec) -> tuple[str, str] | None:
+    """Return identity and fingerprint of a model that is to be loaded in float16; else None.
+
+    Rounded to float16 first, many weights are others in bfloat16, by which a model is named: it is
+    read in bfloat16 for a moment, on the CPU.
+    """
+    if spec.dtype != "float16" or spec.model_config().dtype == torch.float16:
+        return None
+    named = replace(spec, dtype="bfloat16")
+    if not _placement(spec):
+        named = replace(named, device="cpu")
+    backbone = Backbone(_read(named))
+    return backbone.identity(), backbone.weights_fingerprint()
+
+
+def identity_from(spec: ModelSpec, ends: Backbone, num_layers: int) -> str:
+    """Return the identity of a model of which nothing but its ends is loaded."""
+    if spec.dtype == "float16":  # see `_names`
+        ends = load_ends(replace(spec, dtype="bfloat16"), "", "")
+    return identity_of(ends.model, num_layers)
 
 
 def load_ends(spec: ModelSpec, identity: str, weights_fingerprint: str) -> Backbone:

@@ -15,10 +15,9 @@ from medusa_exp.errors import UserError
 from medusa_exp.export import card, hf_generate
 from medusa_exp.export.formats import WHOLE_MODEL, check_holds
 from medusa_exp.export.publishing import export, open_source, place_of, read_back
-from medusa_exp.identity import identity_of
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, load_heads
-from medusa_exp.model.loading import load_backbone, load_ends
+from medusa_exp.model.loading import identity_from, load_backbone, load_ends
 from medusa_exp.model.source import adapted_path, is_adapters
 from medusa_exp.runs.files import read_json, read_jsonl, write_json
 from medusa_exp.stages.heads_card import facts_of
@@ -98,7 +97,7 @@ def open_target(session: Session) -> tuple[Backbone, str]:
         return load_backbone(spec), place
     num_layers = spec.model_config().get_text_config().num_hidden_layers
     ends = load_ends(spec, "", "")
-    ends.leave_out_body(identity_of(ends.model, num_layers), "")
+    ends.leave_out_body(identity_from(spec, ends, num_layers), "")
     return ends, place
 
 

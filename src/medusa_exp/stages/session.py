@@ -430,7 +430,7 @@ def has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:
     is_comparable = config.backbone_weights and not getattr(backbone.model, "is_quantized", False)
     if not is_comparable or backbone.is_adapted:  # adapted together with the heads
         return False
-    return bool(config.backbone_weights != backbone.weights_fingerprint())
+    return not backbone.has_weights(config.backbone_weights)
 
 
 def measured_steps(config: Config) -> int:
