@@ -194,6 +194,24 @@ def test_training_takes_own_answers_and_asks_for_them(exact, tmp_path):
         train.run(exact, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("export", "format", "tgi", r"export\.format=tgi cannot hold the heads of this run"),
+        ("tree", "kind", "dynamic", r"heads of kind=hydra cannot guess ahead of a choice"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_anything_is_answered(
+    exact, tmp_path, section, key, value, message
+):
+    exact.stages = ["regenerate", "train", "evaluate", "export"]
+    exact.head.kind = "hydra"
+    setattr(getattr(exact, section), key, value)
+    with pytest.raises(UserError, match=message):
+        regenerate.run(exact, tmp_path / "run")
+    assert not [*Path(exact.cache_dir).glob("regenerated/*")]
+
+
 def test_both_stages_note_the_responses_that_they_use(exact, tmp_path):
     exact.train.text = "regenerated"
     session = Session(exact, tmp_path)

@@ -126,6 +126,33 @@ def test_where_tokens_are_drawn_none_is_looked_up(tmp_path):
         Session(Config(decode=decode, tree=TreeConfig(lookup=2)), tmp_path).check_drafts()
 
 
+@pytest.mark.parametrize(
+    ("head", "draft", "message"),
+    [
+        ("hydra", "auto", r"heads of kind=hydra cannot guess ahead of a choice\. Set tree"),
+        ("recurrent", "auto", r"heads of kind=recurrent cannot guess ahead"),
+        ("medusa", "sampled", r"Set tree=calibrated, or decode\.draft=top"),
+        ("rooted", "top", None),
+    ],
+)
+def test_heads_of_which_no_nodes_can_be_picked_are_refused_before_anything_long(
+    tmp_path, head, draft, message
+):
+    LlamaConfig(vocab_size=100, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    config = Config(
+        model=ModelConfig(path=str(tmp_path / "model")),
+        tree=TreeConfig(kind="dynamic"),
+        head=HeadConfig(kind=head),
+        decode=DecodeConfig(rule="sampling", draft=draft),
+        stages=["train", "calibrate"],
+    )
+    session = Session(config, tmp_path)
+    session.check_drafts()  # calibration can do without
+    config.stages.append("evaluate")
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        session.check_drafts()
+
+
 @pytest.mark.skipif(not int8.is_supported(), reason="torch without such products")
 @pytest.mark.parametrize("is_on", [True, False])
 def test_the_config_says_whether_heads_draft_in_integers(

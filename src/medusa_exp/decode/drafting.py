@@ -24,6 +24,7 @@ from medusa_exp.decode.sampled import LEAST_DRAWN, Drawn, children_of, in_draw_o
 from medusa_exp.decode.verify import TreeRelations
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import (
+    FAMILIES,
     MedusaHeads,
     PrefixAttention,
     StackedHeads,
@@ -333,19 +334,33 @@ def build_drafter(
         UserError: nodes are to be picked, and each head waits for the one before, or their tokens
             are to be drawn.
     """
-    if tree.num_picked is not None and rule is not None and rule.draft == "sampled":
-        raise UserError(
-            "tree=dynamic picks the likeliest nodes, and decode.draft=sampled draws them: a node "
-            "that was picked for its token is no draw. Set tree=calibrated, or decode.draft=top."
-        )
-    if getattr(heads, "is_sequential", False):
-        if tree.num_picked is not None:
-            kind = heads.config.kind
-            raise UserError(f"tree=dynamic: heads of kind={kind} cannot guess ahead of a choice.")
+    is_sequential = bool(getattr(heads, "is_sequential", False))
+    if tree.num_picked is not None:
+        kind = heads.config.kind if is_sequential else None
+        check_picks(kind, "top" if rule is None else rule.draft)
+    if is_sequential:
         return SequentialDrafter(heads, tree, device, rule)
     if tree.num_picked is None or tree.num_picked == 1:
         return FixedTreeDrafter(heads, tree if tree.num_picked is None else chain(0), device, rule)
     return DynamicTreeDrafter(heads, tree, tree.num_picked, device)
+
+
+def check_picks(kind: str | None, draft: str) -> None:
+    """Ask whether heads of this family (None: any that run side by side) can have nodes picked.
+
+    Raises:
+        UserError: each head waits for the one before, or their tokens are drawn.
+    """
+    if draft == "sampled":
+        raise UserError(
+            "tree=dynamic picks the likeliest nodes, and decode.draft=sampled draws them: a node "
+            "that was picked for its token is no draw. Set tree=calibrated, or decode.draft=top."
+        )
+    if kind in FAMILIES and FAMILIES[kind].is_sequential:
+        raise UserError(
+            f"tree=dynamic: heads of kind={kind} cannot guess ahead of a choice. Set "
+            "tree=calibrated, or train heads of another kind (head=rooted, medusa)."
+        )
 
 
 def _places(tree: Tree, num_ranks: int) -> np.ndarray:

@@ -85,6 +85,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     backbone, tokenizer = session.backbone(is_adapted=False), session.tokenizer()
     if config.regenerate.use_heads:
         check_tree_attention(backbone)  # before anything long
+    session.check_training(backbone)
     limit = min(config.dataset.max_length, backbone.max_length)
     documents = session.tokenized(tokenizer, limit)
     documents.log()

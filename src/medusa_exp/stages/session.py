@@ -30,7 +30,9 @@ from medusa_exp.data.sources import (
     open_sources,
 )
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
+from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.drafting import check_picks
 from medusa_exp.decode.lookup import check_draft
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.on_cpu import pack_decoder, ready_to_draft
@@ -38,6 +40,7 @@ from medusa_exp.decode.recurrent import check_chain, check_prefix, has_recurrent
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.export import importing
+from medusa_exp.export.formats import check_holds
 from medusa_exp.export.publishing import place_of
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import find_heads, load_heads
@@ -287,6 +290,8 @@ class Session:
             decoder.tree, decoder.rule = self.tree(decoder), self.rule()
         elif self.config.tree.kind == "custom":  # it is refused before anything long
             self.tree(decoder)
+        elif self.picks_nodes:
+            check_picks(heads.config.kind, decoder.rule.draft)
         return decoder
 
     def check_drafts(self) -> None:
@@ -294,12 +299,14 @@ class Session:
 
         Raises:
             UserError: it has recurrent layers, and the tree has branches, or the heads attention;
-                or some tokens are to be drawn, and others looked up; or a custom tree does not fit
-                the heads that are to be trained.
+                or some tokens are to be drawn, and others looked up; or the tree does not fit the
+                heads that are to be trained.
         """
         config, spec = self.config, self.spec
         if config.tree.lookup:
             check_draft(rule_of(config))
+        if self.picks_nodes:
+            check_picks(config.head.kind if "train" in config.stages else None, config.decode.draft)
         model_config = spec.model_config()
         is_custom, stages = config.tree.kind == "custom", {*config.stages}
         if is_custom and "train" in stages and stages & {"calibrate", "evaluate", "chat"}:
@@ -315,6 +322,29 @@ class Session:
         check_chain(name, Tree((-1,), (-1,), num_lookup=config.tree.lookup or 0))
         if is_custom:
             check_chain(name, choose_tree(config.tree, self.out, config.head.num_heads))
+
+    @property
+    def picks_nodes(self) -> bool:
+        """Will a stage of this call decode with tree=dynamic? Calibration can do without."""
+        return self.config.tree.kind == "dynamic" and bool(
+            {"evaluate", "chat"} & {*self.config.stages}
+        )
+
+    def check_training(self, backbone: Backbone) -> None:
+        """Ask, before a stage that may take hours, what stage train will ask of the same command.
+
+        Raises:
+            UserError: it could not train such heads for this backbone.
+        """
+        if "train" not in self.config.stages:
+            return
+        self.check_drafts()
+        check_tree_attention(backbone)
+        settings = self.config.train
+        if settings.batching == "packed" and settings.features == "online":
+            backbone.check_packing()
+        if self.config.head.kind != "auto":
+            check_export(self.config, backbone)
 
     def adopt_heads(self, heads_from: str) -> None:
         """Put the heads that the config names into the run directory.
@@ -411,6 +441,21 @@ def evenly_spread(things: Sequence[T], number: int) -> list[T]:
     """Return so many of them, or as many as there are, from the first to the last."""
     places = np.linspace(0, len(things) - 1, min(number, len(things))).round().astype(int)
     return [things[place] for place in places.tolist()]
+
+
+def check_export(config: Config, backbone: Backbone) -> None:
+    """Ask before anything long whether stage export of this command can write such heads.
+
+    Raises:
+        UserError: its format has no place for something of theirs.
+    """
+    if "export" not in config.stages:
+        return
+    head, has_bias = config.head, getattr(backbone.lm_head, "bias", None) is not None
+    shape = MedusaHeadsConfig(
+        kind=head.kind, prefix_attention=head.prefix_attention, lm_head_bias=has_bias
+    )
+    check_holds(config.export.format, shape, "the heads of this run")
 
 
 def prompt_file(config: Config) -> Path:

@@ -23,14 +23,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from medusa_exp.config import Config, TrainConfig, from_dict, to_dict
 from medusa_exp.data.datamodule import Batches
+from medusa_exp.decode.drafting import check_picks
 from medusa_exp.errors import UserError
-from medusa_exp.export.formats import check_holds
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, find_heads, load_heads, save_heads
 from medusa_exp.model.heads import (
     MedusaHeads,
-    MedusaHeadsConfig,
     build_heads,
     family_for,
     own_projections_for,
@@ -41,7 +40,7 @@ from medusa_exp.runs.locks import locked
 from medusa_exp.runs.machine import gpu_memory, pick_device
 from medusa_exp.runs.record import Notes
 from medusa_exp.runs.seals import seal
-from medusa_exp.stages.session import Session, limits_of
+from medusa_exp.stages.session import Session, check_export, limits_of
 from medusa_exp.stages.training_inputs import BackboneOpener, Inputs, open_inputs, validation_rule
 from medusa_exp.train.acceptance import (
     HeldOutResponse,
@@ -122,6 +121,8 @@ def train(session: Session) -> dict[str, float]:
         opener, begun = BackboneOpener(session), begun_heads(config.train.heads_from)
         config = with_family(session, opener.ends, begun)
         check_export(config, opener.ends)
+        if session.picks_nodes:  # by heads whose kind is known only now
+            check_picks(config.head.kind, config.decode.draft)
         inputs = open_inputs(session, opener)
         heads = start_heads(config, inputs, begun)
         batches = inputs.batches(config)
@@ -180,21 +181,6 @@ def with_family(session: Session, backbone: Backbone, begun: MedusaHeads | None)
         own = own_projections_for(kind, size, num_tokens, own)
     named = replace(head, kind=kind, num_tokens=num_tokens, rank=rank, own_projections=own)
     return replace(config, head=named)
-
-
-def check_export(config: Config, backbone: Backbone) -> None:
-    """Ask before anything long whether stage export of this command can write such heads.
-
-    Raises:
-        UserError: its format has no place for something of theirs.
-    """
-    if "export" not in config.stages:
-        return
-    head, has_bias = config.head, getattr(backbone.lm_head, "bias", None) is not None
-    shape = MedusaHeadsConfig(
-        kind=head.kind, prefix_attention=head.prefix_attention, lm_head_bias=has_bias
-    )
-    check_holds(config.export.format, shape, "the heads of this run")
 
 
 def start_heads(config: Config, inputs: Inputs, begun: MedusaHeads | None) -> MedusaHeads:
