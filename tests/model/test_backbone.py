@@ -35,6 +35,16 @@ def test_identity_is_the_same_in_every_dtype():
     assert Backbone(build_model("llama", seed=1)).identity() not in identities
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_autocast_to_the_other_half_type_leaves_hidden_states_as_they_are(architecture):
+    backbone, ids_BT = Backbone(build_model(architecture)), torch.tensor([[3, 1, 4, 1, 5]])
+    for own, autocast in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        backbone.model.to(own)
+        expected_BTD = backbone.hidden_states(ids_BT)
+        with torch.autocast("cpu", autocast):
+            assert torch.equal(backbone.hidden_states(ids_BT), expected_BTD)
+
+
 def test_wrapping_a_model_changes_nothing_about_it():
     model = build_model("llama").train()
     Backbone(model)

@@ -8,7 +8,7 @@ B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property
 from random import Random
@@ -164,9 +164,25 @@ class Backbone:
         of what stands before it in the row: transformers makes the mask from the positions.
         """
         assert self.has_body, "only the ends of this model were loaded"
-        with kernels_for(self.device), _told_what_is_packed(positions_BT is not None):
+        with (
+            kernels_for(self.device),
+            _told_what_is_packed(positions_BT is not None),
+            self._without_mixed_halves(),
+        ):
             output = self.body(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False)
         return self.as_read(output.last_hidden_state.to(self.device))
+
+    def _without_mixed_halves(self) -> AbstractContextManager[Any]:
+        """Turn off an autocast to the other half type than the weights'.
+
+        On a CPU a LayerNorm takes no input of the one with weights of the other.
+        """
+        other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}
+        if self.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return nullcontext()
+        if torch.get_autocast_dtype("cpu") != other.get(self.model.dtype):
+            return nullcontext()
+        return torch.autocast("cpu", enabled=False)
 
     def as_read(self, body_BTD: Tensor) -> Tensor:
         """Return what `lm_head` is given of what the layers and the final norm make."""
