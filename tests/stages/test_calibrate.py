@@ -375,6 +375,16 @@ def test_looked_up_nodes_that_cost_more_than_they_save_are_not_kept(caplog):
         caplog.clear()
 
 
+@pytest.mark.parametrize(
+    ("num_nodes", "said"), [(1, "pay here: too few"), (3, "here (0.80x): too")]
+)
+def test_no_factor_is_told_of_plain_decoding(num_nodes, said, caplog):
+    numbers = {"predicted_tokens_per_step": 1.0, "break_even_batch_size": None}
+    predicted = 1.7 if num_nodes == 1 else 0.8
+    calibrate._metrics(SimpleNamespace(num_nodes=num_nodes, predicted_speedup=predicted, **numbers))
+    assert said in caplog.text
+
+
 def test_num_nodes_counts_those_of_the_heads(tmp_path, monkeypatch):
     """Of tree.lookup=8 every tree that was timed has more nodes than tree.num_nodes=1 or 2."""
     ranks, found = [np.full((18, 1), 99)], [np.arange(17, -1, -1)]

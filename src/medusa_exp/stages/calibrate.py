@@ -399,13 +399,14 @@ def _rehearsed(
 def _metrics(calibration: Calibration) -> dict[str, float]:
     """Return what the stage found; say so where it is that no tree pays."""
     if calibration.predicted_speedup < 1 or calibration.num_nodes == 1:
+        # Of one node it is plain decoding, whose factor would tell of noise alone.
+        is_plain, predicted = calibration.num_nodes == 1, calibration.predicted_speedup
         kept = f"The fastest that was tried is kept, of {calibration.num_nodes} nodes"
         log.warning(
-            "no tree is expected to pay here (%.2fx): too few draft tokens of the heads are "
-            "accepted (see val/top1_head1), or a step on this device costs too much for what is. "
-            "%s",
-            calibration.predicted_speedup,
-            "The tree has one node: plain decoding" if calibration.num_nodes == 1 else kept,
+            "no tree is expected to pay here%s: too few draft tokens of the heads are accepted "
+            "(see val/top1_head1), or a step on this device costs too much for what is. %s",
+            "" if is_plain else f" ({predicted:.2f}x)",
+            "The tree has one node: plain decoding" if is_plain else kept,
         )
     elif calibration.tree.depth == 0:
         log.warning(
