@@ -118,6 +118,11 @@ def _read(
     except (*LOADING_ERRORS, RuntimeError, SafetensorError) as error:
         if _NO_SAFETENSORS.search(first_lines(error)):
             raise UserError(_conversion(path, spec)) from error
+        if _NO_SDPA in str(error):
+            raise UserError(
+                f"model.attn_implementation={spec.model.attn_implementation}: the model in {path} "
+                "has no such attention. Set model.attn_implementation=auto, or eager."
+            ) from error
         raise UserError(f"model.path={path} cannot be loaded: {first_lines(error)}") from error
     if report["missing_keys"]:  # transformers would go on with random values for them
         names = ", ".join(sorted(report["missing_keys"])[:4])
