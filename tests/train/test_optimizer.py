@@ -104,7 +104,9 @@ def test_a_fused_optimizer_takes_the_same_steps(config, tmp_path, monkeypatch, o
 
 def test_muon_without_a_matrix_for_it(config, tmp_path):
     config.head.num_layers, config.train.optimizer = 0, "muon"
-    with pytest.raises(UserError, match=r"num_layers=0 have no matrix for it"):
+    with pytest.raises(
+        UserError, match=r"num_layers=0 have no matrix for it\. Set train\.optimizer=adamw"
+    ):
         run(config, tmp_path / "run")
 
 

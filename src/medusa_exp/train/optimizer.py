@@ -70,7 +70,10 @@ def build_optimizer(
         of_torch = fused if name == "adamw" else {}
         return _adam_class(name)(others, lr=learning_rate, **of_torch)
     if not hidden:
-        raise UserError("train.optimizer=muon: heads with head.num_layers=0 have no matrix for it.")
+        raise UserError(
+            "train.optimizer=muon: heads with head.num_layers=0 have no matrix for it. Set "
+            "train.optimizer=adamw, or head.num_layers=1."
+        )
     muon = torch.optim.Muon(
         hidden.values(),
         lr=learning_rate,
