@@ -50,7 +50,12 @@ def test_no_prompt_at_all(tokenizer):
 
 @pytest.mark.parametrize(
     ("conversation_id", "category"),
-    [("arithmetic-000123", "arithmetic"), ("gsm8k_train_600", "gsm8k_train"), ("7", "all")],
+    [
+        ("arithmetic-000123", "arithmetic"),
+        ("gsm8k_train_600", "gsm8k_train"),
+        ("7", "all"),
+        ("sha256-9d2ce12345678901", "all"),
+    ],
 )
 def test_category(conversation_id, category):
     assert category_of(conversation_id) == category

@@ -145,7 +145,12 @@ class _Asked:
 
 
 def category_of(conversation_id: str) -> str:
-    """Return an id without its running number: arithmetic-000123 is of category arithmetic."""
+    """Return an id without its running number: arithmetic-000123 is of category arithmetic.
+
+    The digest that stands for the id of a chat without one has no kind in it.
+    """
+    if re.fullmatch(r"sha256-[0-9a-f]{16}", conversation_id):
+        return "all"
     return re.sub(r"[-_#]?\d+$", "", conversation_id) or "all"
 
 
