@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from sessions import session_of
 
 from medusa_exp.data.prompts import Prompt
-from medusa_exp.stages.evaluate import _warm_up, of_each_size
+from medusa_exp.stages.evaluate import _agreement, _warm_up, of_each_size
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,11 @@ def test_prompts_of_each_size_are_few():
     prompts = [Prompt(str(n), "", "", [1] * n) for n in lengths]
     found = [len(prompt.input_ids) for prompt in of_each_size(prompts, 10)]
     assert found == [1300, 620, 300, 20]
+
+
+def test_prompts_of_a_file_need_no_held_out_text(config, tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config.dataset.test_fraction, config.evaluate.path = 0.0, str(tmp_path / "questions.txt")
+    session = session_of(config)
+    assert _agreement(session, session.backbone(), tokenizer) == {}
+    assert "no held-out loss" in caplog.text

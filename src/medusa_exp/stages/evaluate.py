@@ -387,11 +387,19 @@ def sample_of(
 def _agreement(
     session: Session, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
-    """Return how near the backbone is to the held-out text of the data set."""
+    """Return how near the backbone is to the held-out text of the data set, if it has any.
+
+    Prompts of a file need none.
+    """
     config = session.config
     limit = min(config.dataset.max_length, backbone.max_length)
-    heldout = session.tokenized(tokenizer, limit).split("test")
-    examples = heldout[: config.evaluate.num_prompts]
+    tokenized = session.tokenized(tokenizer, limit)
+    if config.evaluate.path is not None and not len(tokenized.rows("test")):
+        log.info(
+            "no held-out loss: the data set has no conversation for it (dataset.test_fraction)"
+        )
+        return {}
+    examples = tokenized.split("test")[: config.evaluate.num_prompts]
     agreement = measure_agreement(backbone, examples, "held-out loss")
     return {
         "eval/backbone_nats_per_token": agreement.nats_per_token,
