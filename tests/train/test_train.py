@@ -237,6 +237,26 @@ def test_an_export_that_would_be_refused_is_before_anything_long(config, tmp_pat
     run(config, tmp_path / "other")
 
 
+def test_rows_that_an_exported_model_would_lack_are_told_before_the_training(config, tmp_path):
+    config.stages, config.export.format = ["train", "export"], "hf_generate"
+    config.tokenizer.additional_special_tokens = ["<x>"]
+    config.tokenizer.resize_embedding, config.train.max_steps = True, 1
+    with pytest.raises(UserError, match=r"rows that its files lack: save that model first"):
+        run(config, tmp_path / "run")
+    config.tokenizer.additional_special_tokens = []
+    run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["calibrated", "dynamic"])
+def test_a_tree_that_nothing_calibrates_is_told_before_the_training(config, tmp_path, kind):
+    config.stages, config.tree.kind = ["train", "evaluate", "calibrate"], kind
+    config.train.max_steps, config.decode.max_new_tokens = 1, 8
+    with pytest.raises(UserError, match=r"calibration\.json does not exist: run stage calibrate"):
+        run(config, tmp_path / "run")
+    config.stages = ["train", "calibrate", "evaluate"]
+    run(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("limit", "taken"), [(100_000, "rooted"), (10, "recurrent")])
 def test_auto_heads_are_recurrent_where_the_vocabulary_is_large(
     config, tmp_path, monkeypatch, caplog, limit, taken

@@ -75,7 +75,9 @@ def write(
             model that the heads were trained for.
     """
     source = _directory(target)
-    _check_identity(source, heads)
+    config = json.loads((heads / "config.json").read_text("utf-8"))
+    whose = f"the heads in {heads} were trained for {config['backbone']}"
+    check_files(target, config["backbone_identity"], whose)
     with publish(out) as partial:
         partial.mkdir(parents=True, exist_ok=True)
         copied = sum(_place(file, partial / file.name) for file in _files(source, with_code))
@@ -111,14 +113,23 @@ def is_whole_model(place: Path) -> bool:
     return ours.is_file() and "medusa_exp" in ours.read_text("utf-8", errors="replace")
 
 
-def _check_identity(source: Path, heads: Path) -> None:
-    config = json.loads((heads / "config.json").read_text("utf-8"))
-    wanted, found = config["backbone_identity"], identity_of_files(str(source))
-    if wanted and found not in (None, wanted):  # imported heads may not say
+def check_files(target: str, identity: str, whose: str) -> None:
+    """Compare the files of a model with the identity that heads know, or will know, it by.
+
+    Args:
+        target: as `write` takes it.
+        identity: of `Backbone.identity`; empty where imported heads do not say.
+        whose: the heads, in words.
+
+    Raises:
+        UserError: they are another model's.
+    """
+    source = _directory(target)
+    if identity and identity_of_files(str(source)) not in (None, identity):
         raise UserError(
-            f"the heads in {heads} were trained for {config['backbone']}, and the files in "
-            f"{source} are another model's. With tokenizer.resize_embedding the model that heads "
-            "are trained for has rows that its files lack: save that model first."
+            f"{whose}, and the files in {source} are another model's. With "
+            "tokenizer.resize_embedding the model that heads are trained for has rows that its "
+            "files lack: save that model first."
         )
 
 

@@ -39,7 +39,7 @@ from medusa_exp.decode.on_cpu import pack_decoder, ready_to_draft
 from medusa_exp.decode.recurrent import check_chain, check_prefix, has_recurrent_layers
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
-from medusa_exp.export import importing
+from medusa_exp.export import hf_generate, importing
 from medusa_exp.export.formats import check_holds
 from medusa_exp.export.publishing import place_of
 from medusa_exp.model.backbone import Backbone
@@ -54,7 +54,7 @@ from medusa_exp.runs.record import Notes
 from medusa_exp.runs.seals import check_config
 from medusa_exp.tracking.history import StepLogger
 from medusa_exp.tree import Tree
-from medusa_exp.tree.calibration import choose_tree, draft_of
+from medusa_exp.tree.calibration import CALIBRATION, choose_tree, draft_of, load_calibration
 
 log = logging.getLogger(__name__)
 
@@ -307,6 +307,7 @@ class Session:
             check_draft(rule_of(config))
         if self.picks_nodes:
             check_picks(config.head.kind if "train" in config.stages else None, config.decode.draft)
+        self._check_calibrated()
         model_config = spec.model_config()
         is_custom, stages = config.tree.kind == "custom", {*config.stages}
         if is_custom and "train" in stages and stages & {"calibrate", "evaluate", "chat"}:
@@ -322,6 +323,20 @@ class Session:
         check_chain(name, Tree((-1,), (-1,), num_lookup=config.tree.lookup or 0))
         if is_custom:
             check_chain(name, choose_tree(config.tree, self.out, config.head.num_heads))
+
+    def _check_calibrated(self) -> None:
+        """Ask whether the tree of heads that are to be trained will be known where it is used.
+
+        Raises:
+            UserError: no stage will have calibrated one by then, and none is there.
+        """
+        stages = self.config.stages
+        uses = [number for number, stage in enumerate(stages) if stage in ("evaluate", "chat")]
+        if "train" not in stages or not uses or "calibrate" in stages[: uses[0]]:
+            return
+        is_calibrated = (self.out / CALIBRATION).is_file()  # perhaps of these heads
+        if self.config.tree.kind in ("calibrated", "dynamic") and not is_calibrated:
+            load_calibration(self.out)
 
     @property
     def picks_nodes(self) -> bool:
@@ -456,6 +471,11 @@ def check_export(config: Config, backbone: Backbone) -> None:
         kind=head.kind, prefix_attention=head.prefix_attention, lm_head_bias=has_bias
     )
     check_holds(config.export.format, shape, "the heads of this run")
+    is_whole = config.export.format == "hf_generate" and config.train.kind == "medusa1"
+    if is_whole and config.tokenizer.resize_embedding:
+        place = str(backbone.model.config.name_or_path)
+        whose = "export.format=hf_generate takes the model's files, without the rows of this run"
+        hf_generate.check_files(place, backbone.identity(), whose)
 
 
 def prompt_file(config: Config) -> Path:
