@@ -172,8 +172,14 @@ def test_heads_of_the_run_give_the_same_answers(exact, tmp_path):
     plain = documents_of(exact, out)
     shutil.rmtree(tmp_path / "cache" / "regenerated")
     save_heads(build_heads(session_of(exact).backbone(), num_heads=2), out / "heads")
-    chain(2).save(out / "tree.json")
     exact.regenerate.use_heads = True
+    with pytest.raises(UserError, match=r"tree\.json does not exist: .* Or choose tree=chain"):
+        regenerate.run(exact, out)
+    exact.tree.kind = "chain"
+    regenerate.run(exact, out)
+    assert documents_of(exact, out) == plain
+    shutil.rmtree(tmp_path / "cache" / "regenerated")
+    chain(2).save(out / "tree.json")
     regenerate.run(exact, out)
     assert documents_of(exact, out) == plain
 
@@ -204,7 +210,7 @@ def test_training_takes_own_answers_and_asks_for_them(exact, tmp_path):
 def test_what_training_would_refuse_is_refused_before_anything_is_answered(
     exact, tmp_path, section, key, value, message
 ):
-    exact.stages = ["regenerate", "train", "evaluate", "export"]
+    exact.stages = ["regenerate", "train", "calibrate", "evaluate", "export"]
     exact.head.kind = "hydra"
     setattr(getattr(exact, section), key, value)
     with pytest.raises(UserError, match=message):

@@ -65,7 +65,7 @@ from medusa_exp.train.regenerated import (
     regeneration_rule,
 )
 from medusa_exp.train.trainer import AUTOCAST, pick_precision
-from medusa_exp.tree import Tree
+from medusa_exp.tree import Tree, chain
 
 log = logging.getLogger(__name__)
 
@@ -411,8 +411,10 @@ def _decoder(config: Config, out: Path, backbone: Backbone, num_documents: int) 
     heads = tree = None
     if settings.use_heads:
         heads = load_heads(out / "heads", backbone)
+        saved = out / "tree.json"
+        needs_none = config.tree.kind == "chain" and not saved.is_file()
+        tree = chain(heads.config.num_heads) if needs_none else Tree.load(saved)
         heads = ready_to_draft(heads, backbone, in_int8=config.decode.int8_heads)
-        tree = Tree.load(out / "tree.json")
     decoder = Decoder(backbone, heads, tree, **options)
     if config.decode.pack_weights:
         pack_decoder(decoder, config.cache_dir)
