@@ -68,6 +68,18 @@ def test_what_is_not_there_is_said_before_anything_is_begun(
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.json", "[[0], [1]]"), ("b.txt", "\n")])
+def test_prompts_that_cannot_be_read_are_told_before_anything_is_begun(
+    config, tmp_path, name, text
+):
+    config.stages, config.evaluate.path = ["train", "evaluate"], str(tmp_path / name)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=name):
+        Session(config, tmp_path / "run").check_places()
+    (tmp_path / name).write_text('[{"messages": [{"role": "user", "content": "Why?"}]}]')
+    Session(config, tmp_path / "run").check_places()
+
+
 @pytest.mark.parametrize(
     ("tree", "head", "message"),
     [

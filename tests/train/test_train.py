@@ -247,6 +247,16 @@ def test_rows_that_an_exported_model_would_lack_are_told_before_the_training(con
     run(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize("stage", ["calibrate", "evaluate"])
+def test_prompts_without_room_are_told_before_the_training(config, tmp_path, stage):
+    config.stages, config.tree.kind = ["train", stage], "chain"
+    config.train.val_prompts, config.decode.max_new_tokens = 0, 120  # of 128 positions
+    with pytest.raises(UserError, match=r"no held-out prompt is left"):
+        run(config, tmp_path / "run")
+    config.stages, config.train.max_steps = ["train"], 1
+    run(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize("kind", ["calibrated", "dynamic"])
 def test_a_tree_that_nothing_calibrates_is_told_before_the_training(config, tmp_path, kind):
     config.stages, config.tree.kind = ["train", "evaluate", "calibrate"], kind

@@ -19,8 +19,14 @@ from medusa_exp.config import Config, from_hydra, load_saved
 from medusa_exp.config.continuation import told_of_places
 from medusa_exp.config.required import check_model
 from medusa_exp.config.trust import check_saved
-from medusa_exp.data.conversations import Conversation
-from medusa_exp.data.prompts import HasRoom, Prompt, prompts_of
+from medusa_exp.data.conversations import Conversation, read_conversations
+from medusa_exp.data.prompts import (
+    HasRoom,
+    Prompt,
+    is_question_file,
+    prompts_of,
+    read_questions,
+)
 from medusa_exp.data.sources import (
     Source,
     check_files,
@@ -28,6 +34,7 @@ from medusa_exp.data.sources import (
     files_of,
     load_split,
     open_sources,
+    reading_options,
 )
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
 from medusa_exp.decode.compatibility import check_tree_attention
@@ -124,7 +131,7 @@ class Session:
         if stages - {"export", "chat"}:
             check_files(config.dataset)
         if "evaluate" in stages and config.evaluate.path is not None:
-            prompt_file(config)
+            check_prompts(config)
         if "train" in stages and config.train.heads_from is not None:
             find_heads("train.heads_from", config.train.heads_from)
         if "export" in stages:
@@ -488,6 +495,19 @@ def prompt_file(config: Config) -> Path:
     if not path.exists():
         raise UserError(f"evaluate.path={path} does not exist.")
     return path
+
+
+def check_prompts(config: Config) -> None:
+    """Read as much of the file of prompts as tells whether stage evaluate can.
+
+    Raises:
+        UserError: nothing is there, or nothing that can be read.
+    """
+    path = prompt_file(config)
+    if path.is_file() and is_question_file(path):
+        read_questions(path)
+    else:
+        next(iter(read_conversations(path, **reading_options(config.dataset))), None)
 
 
 def has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:

@@ -217,16 +217,19 @@ def _held_out_prompts(
     """Return `train.val_prompts` prompts; none, and a warning, where there is none to answer.
 
     Raises:
-        UserError: there is none, and stage calibrate is to answer some later.
+        UserError: there is none, and stage calibrate or evaluate is to answer some later.
     """
     config = session.config
-    if not config.train.val_prompts or not config.dataset.val_fraction:
+    wanted, stages = config.train.val_prompts, {*config.stages}
+    if "evaluate" in stages and config.evaluate.path is None:
+        session.prompts("test", backbone, tokenizer, 1)
+    if not (wanted or "calibrate" in stages) or not config.dataset.val_fraction:
         return []
     try:
-        wanted = config.train.val_prompts
-        return session.prompts("val", backbone, tokenizer, wanted)
+        found = session.prompts("val", backbone, tokenizer, max(1, wanted))
+        return found[:wanted]
     except UserError as error:
-        if "calibrate" in config.stages:  # it would say so after the training
+        if "calibrate" in stages:  # it would say so after the training
             raise
         log.warning("no val/accept_length: %s", error)
         return []
