@@ -130,6 +130,14 @@ def test_text_is_that_of_plain_greedy_decoding(directory, plain, kind):
     assert torch.equal(model.generate(**given), plain.generate(**given))
 
 
+@pytest.mark.parametrize("width", [2, 30])  # transformers' default is 20 tokens behind either
+def test_without_a_limit_a_response_is_as_long_as_transformers_own(model, plain, width):
+    prompt = torch.arange(5, 5 + width)[None]
+    with pytest.warns(UserWarning, match="model-agnostic default"):
+        expected = plain.generate(prompt, eos_token_id=-1)
+    assert torch.equal(model.generate(prompt, eos_token_id=-1), expected)
+
+
 def test_a_model_from_elsewhere_is_told_where_the_heads_are(directory, plain):
     served = str(directory / "medusa_served")
     options = {"max_new_tokens": 20, "custom_generate": served, "trust_remote_code": True}

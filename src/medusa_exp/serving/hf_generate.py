@@ -47,7 +47,7 @@ _NEUTRAL_ONE = {
     *("typical_p", "guidance_scale"),
 }
 """Options that change nothing at 1; all others change nothing where they are empty, 0 or False."""
-_DEFAULT_TOP_K, _DEFAULT_MAX_LENGTH = 50, 20
+_DEFAULT_TOP_K, _DEFAULT_NEW_TOKENS = 50, 20
 """Those of transformers, where neither the caller nor the model says anything."""
 _IGNORED_ARGUMENTS = {"synced_gpus", "use_model_defaults", "negative_prompt_attention_mask"}
 _MAX_RULES = 8
@@ -164,12 +164,14 @@ def _limits(
 ) -> Limits:
     """Return where responses end: no later than where the model has no more positions."""
     wanted = config.max_new_tokens
-    if wanted is None:
-        wanted = (config.max_length or _DEFAULT_MAX_LENGTH) - width
+    if wanted is None and config.max_length is None:
+        wanted = _DEFAULT_NEW_TOKENS
+    elif wanted is None:
+        wanted = config.max_length - width
     if wanted < 1:
         raise UserError(
-            f"max_length={config.max_length or _DEFAULT_MAX_LENGTH} leaves no room behind a prompt "
-            f"of {width} tokens: set max_new_tokens."
+            f"max_length={config.max_length} leaves no room behind a prompt of {width} tokens: set "
+            "max_new_tokens."
         )
     room = min(backbone.max_length_from(len(prompt)) for prompt in prompts) - max(map(len, prompts))
     if 0 < room < wanted:
