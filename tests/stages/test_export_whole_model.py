@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from medusa_exp.config.schema import ExportConfig
+from medusa_exp.config.schema import ExportConfig, TreeConfig
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads, save_heads
 from medusa_exp.stages import export
-from medusa_exp.tree import Tree
+from medusa_exp.tree import Tree, chain
 
 
 @pytest.fixture
@@ -38,6 +38,20 @@ def test_the_export_generates_and_can_be_written_again(config, out):
     assert len(model._medusa_exp[1].tree) == 4
     card = (place / "README.md").read_text("utf-8")
     assert "transformers serve DIR --trust-remote-code" in card and str(out) not in card
+
+
+def test_the_tree_is_the_configs_and_not_the_last_evaluations(config, out, caplog):
+    config.tree = TreeConfig(kind="custom", paths=[[0]])
+    export.run(config, out)
+    place = out / "export" / "hf_generate"
+    assert Tree.load(place / "tree.json") == Tree.from_paths([(0,)])
+    assert "tree=custom (2 nodes)" in caplog.text and "Stage evaluate measures it" in caplog.text
+    assert len(Tree.load(out / "tree.json")) == 4  # what was measured stays what it is
+    config.tree = TreeConfig(kind="chain")
+    chain(2).save(out / "tree.json")
+    caplog.clear()
+    export.run(config, out)
+    assert Tree.load(place / "tree.json") == chain(2) and "last evaluation" not in caplog.text
 
 
 def test_other_models_and_types_are_refused(config, out, tmp_path):

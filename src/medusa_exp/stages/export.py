@@ -17,17 +17,20 @@ from medusa_exp.export.formats import WHOLE_MODEL, check_holds
 from medusa_exp.export.publishing import export, open_source, place_of, read_back
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, load_heads
+from medusa_exp.model.heads import MedusaHeadsConfig
 from medusa_exp.model.loading import identity_from, load_backbone, load_ends
 from medusa_exp.model.source import adapted_path, is_adapters
 from medusa_exp.runs.files import read_json, read_jsonl, write_json
 from medusa_exp.stages.heads_card import facts_of
 from medusa_exp.stages.session import Session
 from medusa_exp.stages.why import WHY
+from medusa_exp.tree import Tree
 from medusa_exp.tree.calibration import CALIBRATION, Calibration, load_calibration
 
 log = logging.getLogger(__name__)
 
-_BESIDE = ("tree.json", CALIBRATION)
+_TREE = "tree.json"
+_BESIDE = (_TREE, CALIBRATION)
 
 
 def run(config: Config, out: Path, session: Session | None = None) -> dict[str, float]:
@@ -42,11 +45,14 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     check_fit(load_heads(heads), backbone, heads)
     source, ours = open_source(heads, backbone, target, config.export.dtype)
     number = ours.num_heads
+    tree = _tree(session, ours.config) if is_whole_model else None
 
     def add(partial: Path) -> None:
         found = None
         if is_whole_model:
             read_back(partial, ours, backbone)
+            if tree is not None:
+                tree.save(partial / _TREE)
         else:
             found = _add_settings(partial, out, format_, number)
         text = card.card(format_, facts_of(config, out, target), number, found)
@@ -54,7 +60,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
 
     if is_whole_model:
         with_code = config.model.trust_remote_code
-        hf_generate.write(heads, out / "tree.json", target, place, with_code=with_code, add=add)
+        hf_generate.write(heads, out / _TREE, target, place, with_code=with_code, add=add)
     else:
         export(source, ours, backbone, format_, place, add=add)
     session.notes.add(format=format_, directory=str(place))
@@ -74,6 +80,26 @@ def _add_settings(partial: Path, out: Path, format_: str, number: int) -> dict[s
         if (out / name).is_file():
             shutil.copy2(out / name, partial / name)
     return found
+
+
+def _tree(session: Session, heads: MedusaHeadsConfig) -> Tree | None:
+    """Return the tree that the config names, over which `Decoder.from_run` decodes too.
+
+    tree.json has that of the last evaluation, which may have tried another. None where there is no
+    calibration to take it from: then tree.json is what there is.
+    """
+    file, kind = session.out / _TREE, session.config.tree.kind
+    if kind in ("calibrated", "dynamic") and _calibration(session.out) is None:
+        return None
+    tree = session.tree_of(heads)
+    if file.is_file() and Tree.load(file) != tree:
+        log.warning(
+            "the export decodes over the tree of this run's config, tree=%s (%d nodes); what its "
+            "card says was measured over that of the last evaluation, tree.json. Stage evaluate "
+            "measures it, or tree=... exports another",
+            *(kind, tree.num_checked),
+        )
+    return tree
 
 
 def open_target(session: Session) -> tuple[Backbone, str]:

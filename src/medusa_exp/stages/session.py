@@ -450,12 +450,15 @@ class Session:
     def tree(self, decoder: Decoder, batch_size: int = 1) -> Tree:
         """Return the tree that the config names, for these heads and so many rows at a time."""
         assert decoder.heads is not None
+        return self.tree_of(decoder.heads.config, batch_size)
+
+    def tree_of(self, heads: MedusaHeadsConfig, batch_size: int = 1) -> Tree:
+        """Return what `tree` does, by the config of the heads."""
         settings = self.config.tree
         is_drawn = self.rule(batch_size).draft == "sampled"
         if settings.kind == "calibrated" and settings.lookup is None and is_drawn:
             settings = replace(settings, lookup=0)  # see `check_draft`
-        heads = decoder.heads
-        width = heads.config.head_vocab_size
+        width = heads.head_vocab_size
         return choose_tree(settings, self.out, heads.num_heads, batch_size, width)
 
 
