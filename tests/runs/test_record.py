@@ -38,6 +38,20 @@ def test_a_stage_says_which_process_is_at_it_while_one_is(tmp_path):
     assert "process" not in read_json(tmp_path / "run.json")["stages"]["evaluate"]
 
 
+def test_a_second_call_at_the_same_stage_is_refused_and_changes_nothing(tmp_path):
+    first, second = (RunRecord(tmp_path, Config(device="cpu"), [word]) for word in ("a", "b"))
+    with first.stage("calibrate"):
+        said = "another process is at stage calibrate in "
+        with pytest.raises(UserError, match=said), second.stage("calibrate"):
+            pytest.fail("both would write calibration.json")
+        with second.stage("evaluate"):  # another stage may be run meanwhile
+            pass
+    stages = read_json(tmp_path / "run.json")["stages"]
+    assert [stages[name]["command"] for name in ("calibrate", "evaluate")] == [["a"], ["b"]]
+    with second.stage("calibrate"):
+        pass
+
+
 def test_a_figure_that_is_no_number_is_told_and_left_out(tmp_path, caplog):
     record = RunRecord(tmp_path, Config(device="cpu"), [])
     with record.stage("evaluate"):

@@ -14,11 +14,13 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from filelock import Timeout
 
 from medusa_exp.config import Config, named_variables
 from medusa_exp.config.privacy import bare_remote, without_secrets
@@ -87,7 +89,16 @@ class RunRecord:
 
         Yields:
             What the stage tells of itself; each note is in run.json at once.
+
+        Raises:
+            UserError: another call is at a stage of this name, whose files both would write.
         """
+        # Of two at once, one would decode over the tree that the other chose, and each would time
+        # its steps beside the other's. Stage train has a lock of its own, for its workers too.
+        with _refusing_second(self.out, name) if name in _LEFT_BY else nullcontext():
+            yield from self._stage(name)
+
+    def _stage(self, name: str) -> Iterator["Notes"]:
         # The top of run.json describes the newest call; each stage keeps what it was made by.
         entry: dict[str, Any] = {
             "status": "running",
@@ -170,6 +181,20 @@ class RunRecord:
     def _locked(self) -> AbstractContextManager[None]:
         self.out.mkdir(parents=True, exist_ok=True)
         return locked(self.out / _LOCK)
+
+
+@contextmanager
+def _refusing_second(out: Path, stage: str) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(out / f".{stage}.lock", timeout=0))
+        except Timeout as error:
+            raise UserError(
+                f"another process is at stage {stage} in {out}: wait for it, or choose another "
+                "run_dir."
+            ) from error
+        yield
 
 
 @contextmanager
