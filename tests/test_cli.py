@@ -18,7 +18,7 @@ from medusa_exp import cli, run
 from medusa_exp.config import Config, continuation
 from medusa_exp.config.required import check_model
 from medusa_exp.errors import UserError, end_without_reader
-from medusa_exp.runs.files import read_json
+from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.list import read_run
 from medusa_exp.runs.metric_table import metric_of
 
@@ -472,6 +472,35 @@ def test_a_signal_while_libraries_load_ends_all_at_once(tmp_path, number):
         [sys.executable, "-c", later], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert (done.returncode, done.stdout) == (128 + number, "begun not at once\n")
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        (KeyboardInterrupt(), "interrupted", "by SIGINT in stage calibrate. This goes on there"),
+        (SystemExit(128 + signal.SIGTERM), "interrupted", "by SIGTERM in stage calibrate."),
+        (
+            KeyboardInterrupt(),
+            None,
+            "by SIGINT before its first stage: give the same command again.",
+        ),
+        (SystemExit(1), "failed", None),
+    ],
+)
+def test_a_run_that_a_signal_ends_says_where_it_goes_on(tmp_path, capsys, end, status, said):
+    out = tmp_path / "a run"
+    if status is not None:
+        stages = {"train": {"status": "done"}, "calibrate": {"status": status}}
+        write_json(out / "run.json", {"stages": stages})
+    stages = ["train", "calibrate", "evaluate"]
+    with pytest.raises(type(end)), cli._told_how_to_go_on(stages, out):
+        raise end
+    found = capsys.readouterr().err
+    if said is None:
+        assert found == ""
+    else:
+        command = f"python -m medusa_exp 'stages=[calibrate,evaluate]' 'run_dir={out}'\n"
+        assert said in found and found.endswith(command) == (status is not None)
 
 
 def test_a_signal_that_comes_when_all_is_done_shows_no_traceback(tmp_path):

@@ -19,8 +19,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -45,6 +45,7 @@ from medusa_exp.config import (
     to_dict,
 )
 from medusa_exp.config.ignored import say_ignored
+from medusa_exp.config.privacy import shell_command
 from medusa_exp.errors import Stopped, UserError, drop_output, end_without_reader
 from medusa_exp.runs import machine_faults, sweep
 from medusa_exp.runs.extras import lacking
@@ -310,6 +311,36 @@ def _unless_changed(now: Any, before: Any, written: Any) -> Any:
     }
 
 
+@contextmanager
+def _told_how_to_go_on(stages: Sequence[str], out: Path) -> Iterator[None]:
+    """Say, where a signal ends a run, in which stage it was and what command goes on there.
+
+    Its directory may have a name that nobody has seen yet. A training says the same itself
+    (`Stopped`), with the step.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as end:
+        number = signal.SIGINT if isinstance(end, KeyboardInterrupt) else _signal_of(end.code)
+        if number is not None:
+            entries = read_json(out / "run.json", {}).get("stages", {})
+            is_there = [entries.get(name, {}).get("status") == "interrupted" for name in stages]
+            said = "before its first stage: give the same command again."
+            if True in is_there:
+                left = stages[is_there.index(True) :]
+                words = [f"stages=[{','.join(left)}]", f"run_dir={out}"]
+                command = shell_command(["python", "-m", "medusa_exp", *words])
+                said = f"in stage {left[0]}. This goes on there:\n{command}"
+            print(f"stopped by {signal.Signals(number).name} {said}", file=sys.stderr)
+        raise
+
+
+def _signal_of(code: object) -> int | None:
+    """Return the number of the signal that an exit code tells of, if it does."""
+    number = code - 128 if isinstance(code, int) else 0
+    return number if number in signal.valid_signals() else None
+
+
 @hydra.main(version_base="1.3", config_path="pkg://medusa_exp.conf", config_name="config")
 def _hydra_main(composed: DictConfig) -> float | None:
     job = HydraConfig.get()
@@ -329,7 +360,10 @@ def _hydra_main(composed: DictConfig) -> float | None:
                     drop_refused(out)
                 raise
             seal_config(saved)  # of a run that is done again, it is that run's by now
-            return run_stages(config, out, command)
+            if job.mode != RunMode.RUN:  # a sweep's command goes on by itself
+                return run_stages(config, out, command)
+            with _told_how_to_go_on(config.stages, out):
+                return run_stages(config, out, command)
 
     try:
         if job.mode == RunMode.MULTIRUN:
