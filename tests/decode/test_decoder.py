@@ -99,6 +99,34 @@ def test_steps_are_streamed_as_text_and_as_tokens(tokenizer):
         list(mute.stream("hello"))
 
 
+def test_a_stream_ends_where_its_caller_says(decoder, tokenizer):
+    ids = tokenizer("hello").input_ids
+    [plain] = decode_plain(decoder.backbone, [ids], Limits(9))
+
+    def streamed(**options):
+        return [token for step in decoder.stream(ids, **options) for token in step.tokens]
+
+    assert streamed(max_new_tokens=9, eos_token_id=-1) == plain.tokens
+    end = plain.tokens.index(plain.tokens[2]) + 1
+    assert streamed(eos_token_id=[plain.tokens[2]]) == plain.tokens[:end]
+    for options, said in (
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be 0 or more"),
+        ({"eos_token_id": "</s>"}, r"eos_token_id='</s>' is text: give the id"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            streamed(**options)
+
+
+def test_a_prompt_that_leaves_too_little_room_says_how_much(decoder):
+    most = decoder.backbone.max_length
+    with pytest.raises(UserError, match=r"Ask for 2 new tokens at most .*max_new_tokens=2\)\."):
+        list(decoder.stream([5] * (most - 2)))
+    assert len([*decoder.stream([5] * (most - 2), max_new_tokens=1)]) == 1
+    for length in (most, most + 1):
+        with pytest.raises(UserError, match=r"positions for it\. Shorten the prompt\."):
+            list(decoder.stream([5] * length, max_new_tokens=1))
+
+
 @pytest.fixture
 def decoder(tokenizer):
     backbone = Backbone(build_model("llama", vocab_size=len(tokenizer)))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,13 +200,7 @@ class Decoder:
         """
         if self.backbone.model.training:
             raise ValueError("the model is in training mode: call model.eval() first.")
-        limits = self.limits
-        if max_new_tokens is not None:
-            limits = replace(limits, max_new_tokens=max_new_tokens)
-        if eos_token_id is not None:
-            ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-            limits = replace(limits, stop_ids=ids)
-        _check_limit(limits.max_new_tokens)
+        limits = self._limits(max_new_tokens, eos_token_id)
         prompts = input_ids
         if isinstance(input_ids, Tensor):
             prompts = _without_padding(input_ids, attention_mask, self.backbone.num_ids)
@@ -221,20 +216,49 @@ class Decoder:
             max(len(response.accept_lengths) for response in responses),
         )
 
-    def stream(self, prompt: Prompt) -> Iterator[StreamedStep]:
+    def _limits(self, max_new_tokens: int | None, eos_token_id: Any) -> Limits:
+        """Return `limits` with what a caller asks for in place of its own."""
+        limits = self.limits
+        if max_new_tokens is not None:
+            limits = replace(limits, max_new_tokens=max_new_tokens)
+        if eos_token_id is not None:
+            if isinstance(eos_token_id, str):  # whose letters would be taken one by one
+                raise ValueError(
+                    f"eos_token_id={eos_token_id!r} is text: give the id, "
+                    "tokenizer.convert_tokens_to_ids(text)."
+                )
+            ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+            limits = replace(limits, stop_ids=ids)
+        _check_limit(limits.max_new_tokens)
+        return limits
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+    ) -> Iterator[StreamedStep]:
         """Yield what each step adds to the response to one prompt: text, token ids, or an encoding.
 
         Text is tokenized as it is: no chat template is applied. For a chat, pass
         `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`.
 
+        Args:
+            prompt: what is continued.
+            max_new_tokens: at most so many; that of `limits` by default.
+            eos_token_id: ids that end the response; those of `limits` by default.
+
         Raises:
+            ValueError: an argument has no such value.
             UserError: the prompt is none of these, is text where there is no tokenizer, is empty,
                 or leaves no room for a response.
         """
+        limits = self._limits(max_new_tokens, eos_token_id)
         ids = ids_of_one(prompt, self.tokenizer, self.backbone.num_ids)
         tokens: list[int] = []
         shown = ""
-        for [added] in self.steps([ids], Responses(1, self.limits)):
+        for [added] in self.steps([ids], Responses(1, limits)):
             tokens += added
             whole = ""
             if self.tokenizer is not None:

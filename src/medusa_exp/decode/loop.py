@@ -240,9 +240,14 @@ def find_room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> t
     length = longest + limits.max_new_tokens
     limit = min(backbone.max_length_from(len(prompt)) for prompt in prompts)
     if length > limit:
+        room = limit - longest
+        remedy = "Shorten the prompt"
+        if room > 0:
+            remedy = f"Ask for {room} new tokens at most (max_new_tokens; of a run's config, "
+            remedy += f"decode.max_new_tokens={room})"
         raise UserError(
             f"a prompt of {longest} tokens and {limits.max_new_tokens} new ones make {length}; "
-            f"the model has {limit} positions for it. Lower decode.max_new_tokens."
+            f"the model has {limit} positions for it. {remedy}."
         )
     return length, limit - 1
 
