@@ -133,6 +133,18 @@ def test_steps_over_more_nodes_are_never_timed_as_faster():
     assert without_dips(Timing(1, times, 1.0, 3.0)).by_tree == times
 
 
+def test_a_tree_of_one_node_promises_nothing():
+    """It decodes plainly, however much faster than plain decoding the clock has seen it."""
+    answers = [np.full((21, 2), 99)]
+    curves = [
+        choose(answers, Timing(size, {chain(0): 0.8, chain(1): 1.2}, plain=1.0, prefill=3.0))
+        for size in (1, 4)
+    ]
+    assert [(curve.num_nodes, curve.predicted_speedup) for curve in curves] == [(1, 1.0)] * 2
+    calibration = summarize(curves, answers, 99, choices=chain(1), heads_sha256="")
+    assert calibration.break_even_batch_size == 1
+
+
 def test_a_rehearsal_outweighs_what_was_expected():
     """Two guesses looked faster; answers over one guess took less."""
     answers = [np.zeros((21, 2), dtype=int)] * 2
