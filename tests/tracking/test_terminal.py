@@ -31,6 +31,14 @@ def test_what_is_said_first():
     ]
 
 
+def test_what_became_of_an_adapted_backbone_is_said():
+    metrics = {"train/backbone_nats_before": 1.25, "train/backbone_nats_after": 1.5}
+    assert list(headlines(metrics)) == [
+        ("backbone's held-out loss before it learned", "1.250"),
+        ("backbone's held-out loss after it learned", "1.500"),
+    ]
+
+
 def test_what_is_lossy_says_so_before_all_else():
     assert next(headlines({"eval/speedup": 3.0, "eval/is_lossless": 0.0}))[0] == "LOSSY"
 

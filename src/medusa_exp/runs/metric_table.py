@@ -270,8 +270,16 @@ METRICS = (
         "share of positions at which drawn drafts of a head and all before it are accepted",
     ),
     _loss("train/loss_backbone", "training loss of the backbone, where it learns too"),
-    _loss("train/backbone_nats_before", "backbone's held-out loss before it learned"),
-    _loss("train/backbone_nats_after", "backbone's held-out loss after it learned"),
+    _loss(
+        "train/backbone_nats_before",
+        "backbone's held-out loss before it learned",
+        is_headline=True,
+    ),
+    _loss(
+        "train/backbone_nats_after",
+        "backbone's held-out loss after it learned",
+        is_headline=True,
+    ),
     _count("train/steps", "optimizer steps"),
     _rate("train/tokens_per_second", "tokens per second of training, without padding"),
     _share("train/mfu", "share of the device's matrix rate that training uses", is_timed=True),
