@@ -23,6 +23,13 @@ MEASURED_IN = ("stages", "train", "evaluate")
 WORDS = ("pretrain", "data", "doctor", "regenerate", "train", "val", "calibrate", "eval", "chat")
 
 
+@pytest.mark.parametrize(("rate", "shown"), [(4.86, "4.9"), (99.4, "99.4"), (842.4, "842")])
+def test_few_tokens_per_second_are_not_rounded_to_whole_ones(rate, shown):
+    """5 beside 6 contradicts a speed-up of 1.30x."""
+    assert metric_of("eval/tokens_per_second").text(rate) == shown
+    assert metric_of("eval/num_nodes").text(4.0) == "4"
+
+
 @pytest.mark.parametrize(
     ("metric", "is_larger"),
     [

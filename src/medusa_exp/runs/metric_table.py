@@ -68,7 +68,13 @@ class Metric:
         """Return a value as a terminal shows it: `1.62x`, `71.3%`, `842`."""
         if self.unit == "share":
             return f"{value:.{self.digits}%}"
-        return f"{value:.{self.digits}f}{self.unit}"
+        return f"{self.bare(value)}{self.unit}"
+
+    def bare(self, value: float) -> str:
+        """Return the number alone: of a share, as 0 to 1."""
+        # Of few tokens per second, whole ones contradict the speed-up beside them.
+        is_slow = self.name.endswith("tokens_per_second") and abs(value) < 100
+        return f"{value:.1f}" if is_slow else self.form % value
 
     @property
     def form(self) -> str:

@@ -125,7 +125,7 @@ def _stats(metrics: Row) -> list[tuple[Metric, str]]:
     """Return (metric, label) of the figures beside the speed-up."""
     measured = [row for row in METRICS if row.name in metrics]
     texts: defaultdict[str, str] = defaultdict(lambda: "\u2013")
-    texts |= {row.name: row.form % metrics[row.name] for row in measured}
+    texts |= {row.name: row.bare(metrics[row.name]) for row in measured}
     return [(row, row.stat.format_map(texts)) for row in measured if row.stat]
 
 
