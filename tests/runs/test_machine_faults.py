@@ -33,7 +33,7 @@ def broken(number: int, *names: str) -> OSError:
     [
         (broken(errno.ENOSPC, "/x/y"), "/x/y could not be written or read: its disk"),
         (broken(errno.ENOSPC), "OUT could not be written or read: its disk is full"),
-        (broken(errno.EROFS, "/x"), "/x .* is read-only.*choose another run_dir or cache_dir"),
+        (broken(errno.EROFS, "/x"), "/x .* is read-only.*place where that was named, as by export"),
         (broken(errno.EACCES, "/x"), "/x .*permission is denied.*give it those rights"),
         (broken(errno.ENAMETOOLONG, "/x" * 400), r"\.\.\. \(800 characters\).*a shorter run_dir"),
         (broken(errno.EMFILE, "/x"), "too many files are open.*raise ulimit -n"),
@@ -56,6 +56,13 @@ def test_what_the_machine_refuses_names_path_and_remedy(error, said, tmp_path):
     with pytest.raises(UserError) as caught, told(tmp_path, "cache"):
         raise outer
     assert str(caught.value) == found
+
+
+@pytest.mark.parametrize("name", ["run/x", "cache/x"])
+def test_of_a_runs_own_places_their_keys_are_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = message(broken(errno.EROFS, str(tmp_path / name)), (tmp_path / "run", "cache"))
+    assert "choose another run_dir or cache_dir" in said
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pathlib import Path
 from medusa_exp.errors import UserError
 
 _ELSEWHERE = "choose another run_dir or cache_dir"
+_OTHER_PLACE = "choose another place where that was named, as by export.out"
 _FULL = f"make room there, or {_ELSEWHERE}"
 _TOLD = {
     errno.ENOSPC: ("its disk is full", _FULL),
@@ -141,8 +142,14 @@ def _told(error: BaseException, number: int, places: tuple[str | Path, ...]) -> 
         what, remedy = "it is a link to what is not there", f"remove it, or {_ELSEWHERE}"
     if number == errno.ENOSPC and place and _has_room(Path(place)) is False:
         what = "its disk has no room for another file (inodes; see df -i)"
+    if named and places and not any(_is_below(named[-1], one) for one in places):
+        remedy = remedy.replace(_ELSEWHERE, _OTHER_PLACE)
     said = f"{_short(place)} could not be written or read" if place else "A file was refused"
     return f"{said}: {what}. To go on: {remedy}; then give the same command again."
+
+
+def _is_below(path: str, place: str | Path) -> bool:
+    return Path(path).absolute().is_relative_to(Path(place).expanduser().absolute())
 
 
 def _full_one(places: tuple[str | Path, ...], number: int) -> str:
