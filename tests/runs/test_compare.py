@@ -29,7 +29,8 @@ def test_what_is_said_of_two_runs(tmp_path, capsys, old, new, said, differing, o
     assert said in " ".join(printed.split())
     compare_with_source(str(tmp_path / "old"), tmp_path / "new")
     assert read_json(tmp_path / "new" / "rerun.json") == found
-    assert capsys.readouterr().out == printed
+    which = f"then: {tmp_path / 'old'}\nnow: {tmp_path / 'new'}\n"
+    assert which + capsys.readouterr().out == printed
 
 
 def test_what_is_no_run_directory_is_said(tmp_path):

@@ -129,7 +129,9 @@ def main(arguments: list[str]) -> None:
         for run in map(Path, arguments):
             if not (run / "metrics.json").is_file():
                 raise UserError(f"{run} is no run directory: it has no metrics.json.")
-        print_comparison(compare(*map(Path, arguments)))
+        found = compare(*map(Path, arguments))
+        print("then: {}\nnow: {}".format(*arguments))
+        print_comparison(found)
 
 
 if __name__ == "__main__":
