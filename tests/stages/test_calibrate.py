@@ -255,8 +255,11 @@ def test_captures_are_no_part_of_a_rehearsal(monkeypatch, has_fixed_shapes):
     ("step_seconds", "is_recurrent", "expected"),
     [(0.003, False, 48), (0.05, False, 24), (5.0, False, 16), (0.0125, True, 24)],
 )
-def test_slow_steps_are_timed_over_fewer_tokens(step_seconds, is_recurrent, expected):
-    """A recurrent model answers the four rows one after the other."""
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_slow_steps_are_timed_over_fewer_tokens(step_seconds, is_recurrent, expected, batch_size):
+    """A recurrent model answers the rows one after the other."""
+    if is_recurrent:
+        step_seconds *= 4 / batch_size
     asked = []
 
     def respond(prompts, limits, tree=None):
@@ -272,10 +275,60 @@ def test_slow_steps_are_timed_over_fewer_tokens(step_seconds, is_recurrent, expe
     )
     trees = [chain(depth) for depth in range(9)]
     found = calibrate.time_steps(
-        decoder, trees, [1], batch_size=4, rounds=4, new_tokens=48, what="timing"
+        decoder, trees, [1], batch_size=batch_size, rounds=4, new_tokens=48, what="timing"
     )
-    assert asked == [16] + 5 * 10 * [expected]  # 5 rounds of 9 trees and of plain decoding
+    # Rounds of 9 trees and of plain decoding; where steps take seconds, no more than it needs.
+    rounds = 5 if step_seconds < 1 else 3 if batch_size == 1 else 2
+    assert asked == [16] + rounds * 10 * [expected]
     assert found.plain == found.by_tree[trees[3]] == step_seconds
+
+
+@pytest.mark.parametrize(
+    ("factor", "most_tokens", "num_timed"),
+    [
+        (1.0, 2.0, 9),
+        (1.5, 2.0, 3),  # 1.5 ** 3 is more than 2 * 1.5: too slow, if timed by half too slow
+        (1.5, 9.0, 7),
+        (20.0, 2.0, 1),
+    ],
+)
+def test_trees_that_cannot_pay_are_not_timed_to_the_end(factor, most_tokens, num_timed):
+    decoded = []
+
+    def respond(prompts, limits, tree=None):
+        decoded.append(tree)
+        seconds = factor ** (0 if tree is None else tree.depth)
+        return [SimpleNamespace(step_seconds=[seconds] * limits.max_new_tokens) for _ in prompts]
+
+    decoder = SimpleNamespace(
+        backbone=SimpleNamespace(max_length_from=lambda length: 1000),
+        decode_plain=respond,
+        decode=respond,
+        is_recurrent=False,
+    )
+    trees = [chain(depth) for depth in range(9)]
+    tokens = dict.fromkeys(trees, 1.0)
+    found = calibrate.time_steps(
+        decoder,
+        trees,
+        [1],
+        batch_size=4,
+        rounds=4,
+        new_tokens=48,
+        tokens_per_step=tokens,
+        most_tokens=most_tokens,
+    )
+    assert list(found.by_tree) == trees[:num_timed]
+    # The first one that is too slow shows it in one round, and those after it are left alone.
+    assert {tree: decoded.count(tree) for tree in trees} == {
+        tree: 2 if n < num_timed else int(n == max(1, num_timed)) for n, tree in enumerate(trees)
+    }
+
+
+def test_a_larger_tree_than_was_timed_can_be_asked_for():
+    curve = choose([np.full((21, 2), 0)], Timing(1, {chain(0): 1.0}, plain=1.0, prefill=1.0))
+    curve = replace(curve, untimed=[chain(1), chain(4)])
+    assert [len(curve.up_to(nodes)) for nodes in (1, 2, 4, 5, 64)] == [1, 2, 2, 5, 5]
 
 
 def test_trees_of_draws_have_no_gap():

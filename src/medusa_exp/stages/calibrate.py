@@ -16,11 +16,14 @@ K heads, P positions, C positions of a chunk, R ranks.
 """
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -65,6 +68,10 @@ _BATCHED_ROUNDS, _BATCHED_TOKENS = 2, 24
 """The same in batches, whose rounds take longer."""
 _TIMING_SECONDS, _FEWEST_TOKENS = 60.0, 16
 """For which steps are timed, about; where they are slow, over fewer new tokens, but not below."""
+_FEWEST_ROUNDS = 3
+"""For trees of single prompts, where steps are slow: one that warms up, and two."""
+_DOUBT = 1.5
+"""By how much a step over a tree may be faster than it was timed to be, before it is left out."""
 _REHEARSED_TREES, _REHEARSED_PROMPTS = 4, 12
 """Trees that may be the fastest, tried on so many whole responses."""
 _LOOKUPS = (2, 4, 8, 16)
@@ -140,6 +147,12 @@ class _Replayed:
 
     def tokens_per_step(self, tree: Tree) -> float:
         return sum(map(len, self.ranks)) / num_steps(self.ranks, tree, self.found)
+
+    def most_tokens_per_step(self, largest: Tree) -> float:
+        """Return what no tree will exceed, with looked-up nodes or without."""
+        can_be_wider = self.found is not None and self.lookup is None
+        wider = replace(largest, num_lookup=_LOOKUPS[-1]) if can_be_wider else largest
+        return self.tokens_per_step(wider)
 
     def with_lookup(self, timing: Timing) -> list[Tree]:
         """Return trees with looked-up nodes that should be fastest, by the times without."""
@@ -275,12 +288,27 @@ def time_steps(
     batch_size: int,
     rounds: int,
     new_tokens: int,
+    tokens_per_step: Mapping[Tree, float] = MappingProxyType({}),
+    most_tokens: float = math.inf,
     what: str = "timing steps",
 ) -> Timing:
     """Time whole decoding steps over several trees, in turn, round by round.
 
     Every row of the batch is the same prompt, so that all rows end together. Large models' steps
-    are slow, and differ less: they are timed over fewer tokens than `new_tokens`.
+    are slow, and differ less: they are timed over fewer tokens than `new_tokens`, then in fewer
+    rounds.
+
+    Args:
+        decoder: with the heads that the trees are for.
+        trees: the smallest first.
+        prompt: what is decoded.
+        batch_size: rows of a step.
+        rounds: how often each tree decodes, after one round that warms up.
+        new_tokens: of a row in each round.
+        tokens_per_step: what each tree gives. Where they are told, trees are left out from the
+            first on that is too slow to become the fastest, by the first round.
+        most_tokens: what a step can give at most, over whatever tree.
+        what: the bar's words.
     """
     seconds: dict[Tree, list[float]] = {tree: [] for tree in trees}
     plain: list[float] = []
@@ -292,19 +320,30 @@ def time_steps(
     some = decoder.decode_plain(prompts, Limits(min(new_tokens, _FEWEST_TOKENS)))[0]
     in_turn = batch_size if decoder.is_recurrent else 1
     # As if each tree gave one token a step, for steps over trees take longer than plain ones.
-    steps = (rounds + 1) * (len(trees) + 1) * new_tokens * in_turn
-    expected = steps * median(some.step_seconds[1:])
-    enough = round(new_tokens * _TIMING_SECONDS / expected)
+    of_round = (len(trees) + 1) * in_turn * median(some.step_seconds[1:])  # for each token
+    enough = round(_TIMING_SECONDS / (rounds + 1) / of_round)
     limits = Limits(min(new_tokens, max(_FEWEST_TOKENS, enough)))
-    for round_number in track(range(rounds + 1), f"{what}, {batch_size} at a time"):
-        response = decoder.decode_plain(prompts, limits)[0]
-        for tree in trees:
-            over_tree = decoder.decode(prompts, limits, tree=tree)[0]
-            if round_number:  # the first round warms up
-                seconds[tree] += over_tree.step_seconds[1:]
-                prefill.append(over_tree.step_seconds[0])
-        if round_number:
-            plain += response.step_seconds[1:]
+    enough = round(_TIMING_SECONDS / of_round / limits.max_new_tokens)
+    num_rounds = min(rounds + 1, max(_FEWEST_ROUNDS if batch_size == 1 else 2, enough))
+    turns = [(number, tree) for number in range(num_rounds) for tree in (None, *trees)]
+    plain_seconds, fastest = math.inf, 1.0
+    for number, tree in track(turns, f"{what}, {batch_size} at a time"):
+        if tree is None:
+            response = decoder.decode_plain(prompts, limits)[0]
+            if number == 0:
+                plain_seconds = median(response.step_seconds[1:])
+            else:
+                plain += response.step_seconds[1:]
+        elif tree in seconds:
+            response = decoder.decode(prompts, limits, tree=tree)[0]
+            if number == 0:
+                factor = median(response.step_seconds[1:]) / plain_seconds
+                fastest = max(fastest, tokens_per_step.get(tree, 0.0) / factor)
+                if most_tokens / factor * _DOUBT < fastest:
+                    seconds = {t: seconds[t] for t in trees[: max(1, trees.index(tree))]}
+            else:
+                seconds[tree] += response.step_seconds[1:]
+                prefill.append(response.step_seconds[0])
     by_tree = {tree: median(taken) for tree, taken in seconds.items()}
     return Timing(batch_size, by_tree, median(plain), median(prefill))
 
@@ -354,21 +393,35 @@ def _at_batch_size(
     if batch_size > 1:
         rounds, new_tokens = _BATCHED_ROUNDS, _BATCHED_TOKENS
         trees = thinned(trees)
+    tokens_per_step = {tree: replayed.tokens_per_step(tree) for tree in trees}
+    most_tokens = max(*tokens_per_step.values(), replayed.most_tokens_per_step(trees[-1]))
 
-    def time_over(trees: list[Tree], what: str) -> Timing:
-        settings = {"batch_size": batch_size, "rounds": rounds, "new_tokens": new_tokens}
-        return without_dips(time_steps(decoder, trees, prompt, what=what, **settings))
-
-    timing = time_over(
-        trees, f"timing steps{' of draws' if decoder.rule.draft == 'sampled' else ''}"
+    time_over = partial(
+        time_steps,
+        decoder,
+        prompt=prompt,
+        batch_size=batch_size,
+        rounds=rounds,
+        new_tokens=new_tokens,
     )
+    timing = time_over(
+        trees,
+        tokens_per_step=tokens_per_step,
+        most_tokens=most_tokens,
+        what=f"timing steps{' of draws' if decoder.rule.draft == 'sampled' else ''}",
+    )
+    timing = without_dips(timing)
+    untimed = [tree for tree in trees if tree not in timing.by_tree]
+    if untimed:
+        most = max(timing.by_tree, key=len)
+        log.info("%d at a time, more than %d nodes are too slow to pay", batch_size, len(most))
     if wider := replayed.with_lookup(timing):
-        later = time_over(wider, "timing looked-up nodes")
+        later = without_dips(time_over(wider, what="timing looked-up nodes"))
         clock = timing.plain / later.plain  # the machine may be slower now
         timed = {tree: seconds * clock for tree, seconds in later.by_tree.items()}
         timing = replace(timing, by_tree=timing.by_tree | timed)
     found = choose(replayed.ranks, timing, replayed.found)
-    return replace(found, draft=decoder.rule.draft)
+    return replace(found, draft=decoder.rule.draft, untimed=untimed)
 
 
 def _rehearsed(

@@ -102,6 +102,8 @@ class Curve:
     """Of the best tree of each kind of draft that was tried."""
     with_lookup: list[Point] = field(default_factory=list, kw_only=True)
     """Trees to which looked-up nodes were added (tree.lookup=null)."""
+    untimed: list[Tree] = field(default_factory=list, kw_only=True)
+    """Larger trees than those of the curve, over which a step takes longer than it can save."""
 
     def fastest(self) -> list[Point]:
         """Return all points, the fastest first."""
@@ -134,7 +136,8 @@ class Curve:
         Raises:
             UserError: none is as small.
         """
-        fitting = [point.tree for point in self.curve if len(point.tree) <= num_nodes]
+        trees = [*(point.tree for point in self.curve), *self.untimed]
+        fitting = [tree for tree in trees if len(tree) <= num_nodes]
         if not fitting:
             raise UserError(
                 f"tree.num_nodes={num_nodes}: {CALIBRATION} has no tree as small: run stage "
