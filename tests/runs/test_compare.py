@@ -33,6 +33,26 @@ def test_what_is_said_of_two_runs(tmp_path, capsys, old, new, said, differing, o
     assert which + capsys.readouterr().out == printed
 
 
+def test_settings_that_differ_are_named(tmp_path, capsys):
+    for name, settings in {
+        "old": "run_dir: a\nhead: {kind: medusa, rank: null}\ntrain: {lr: 1, gone: 2, few: []}",
+        "new": "run_dir: b\nhead: {kind: hydra, rank: 4}\ntrain: {lr: 1, few: [1]}",
+    }.items():
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra/config.yaml").write_text(
+            f"{settings}\nmodel: {{path: '${{x}}'}}"
+        )
+    found = compare(tmp_path / "old", tmp_path / "new")
+    differing = {"head.kind": ["medusa", "hydra"], "head.rank": [None, 4], "train.few": [[], [1]]}
+    assert found["settings"] == differing
+    print_comparison(found)
+    assert "set otherwise: head.kind: medusa then, hydra now\n" in capsys.readouterr().out
+    many = {f"a{n}": [n, n + 1] for n in range(33)}
+    print_comparison({**found, "settings": many})
+    printed = capsys.readouterr().out
+    assert "a29: 29 then" in printed and "a30:" not in printed and "3 more keys" in printed
+
+
 def test_what_is_no_run_directory_is_said(tmp_path):
     with pytest.raises(SystemExit, match=r"is no run directory: it has no metrics\.json"):
         main([str(tmp_path), str(tmp_path)])

@@ -15,11 +15,16 @@ from rich.table import Column, Table
 
 from medusa_exp.errors import UserError, as_program
 from medusa_exp.runs.files import read_json, write_json
-from medusa_exp.runs.list import wide_console
+from medusa_exp.runs.list import saved_config, wide_console
 from medusa_exp.runs.metric_table import is_timed
 from medusa_exp.runs.record import check_record
 
 Found = dict[str, Any]
+
+_OF_PLACES = ("run_dir", "sweep_dir", "cache_dir", "rerun.", "logger.")
+"""How keys begin that say where things go, and nothing of what a run finds."""
+_MOST_SETTINGS = 30
+"""That are printed."""
 
 
 def compare(old: Path, new: Path) -> Found:
@@ -48,7 +53,25 @@ def compare(old: Path, new: Path) -> Found:
         "is_other_tree": None not in trees and trees[0] != trees[1],
         "later_calls": sorted(path.name for path in old.glob(".hydra-*")),
         "provenance": {name: pair for name, pair in made_of.items() if pair[0] != pair[1]},
+        "settings": _other_settings(*map(saved_config, (old, new))),
     }
+
+
+def _other_settings(old: Found, new: Found) -> dict[str, list[Any]]:
+    """Return the keys whose values differ; one that only one has is of another version."""
+    then, now = (
+        {k: v for k, v in _flat(one).items() if not k.startswith(_OF_PLACES)} for one in (old, new)
+    )
+    return {key: [then[key], now[key]] for key in then if key in now and then[key] != now[key]}
+
+
+def _flat(section: Found, before: str = "") -> Found:
+    """Return the values of a section under their dotted keys."""
+    found: Found = {}
+    for key, value in section.items():
+        is_section = isinstance(value, dict) and value
+        found |= _flat(value, f"{before}{key}.") if is_section else {f"{before}{key}": value}
+    return found
 
 
 def _pairs(old: Found, new: Found) -> dict[str, list[Any]]:
@@ -78,6 +101,10 @@ def print_comparison(found: Found) -> None:
 def _remarks(found: Found) -> list[str]:
     provenance = found["provenance"].items()
     lines = [f"not the same: {name}: {old} then, {new} now" for name, (old, new) in provenance]
+    settings = [f"{key}: {old} then, {new} now" for key, (old, new) in found["settings"].items()]
+    lines += [f"set otherwise: {setting}" for setting in settings[:_MOST_SETTINGS]]
+    if len(settings) > _MOST_SETTINGS:
+        lines.append(f"set otherwise: {len(settings) - _MOST_SETTINGS} more keys")
     shared = found["metrics"].keys() - set(found["only_one_has"])
     if found["differing"]:
         lines.append(f"different, and not because of timing: {', '.join(found['differing'])}")

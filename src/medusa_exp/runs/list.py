@@ -106,7 +106,7 @@ def read_run(path: Path) -> Run:
 
 def _read_files(run: Run, path: Path, newest: datetime) -> None:
     record, metrics = (_object(path / name) for name in ("run.json", "metrics.json"))
-    config = _config(path / ".hydra" / "config.yaml")
+    config = saved_config(path)
     stages = _objects(record.get("stages", {}), "stages of run.json")
     run.when = _time(record["created"]) if "created" in record else run.when
     run.experiment = str(record.get("name") or config.get("name") or path.parent.name)
@@ -194,8 +194,9 @@ def _objects(found: Any, what: str) -> dict[str, Any]:
     return found
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """Return the saved config as it is written; its references are not followed."""
+def saved_config(run: Path) -> dict[str, Any]:
+    """Return the config of a run's first call as it is written; its references are not followed."""
+    path = run / ".hydra" / "config.yaml"
     if not path.is_file():
         return {}
     found: Any = OmegaConf.to_container(load_yaml(path), resolve=False)
