@@ -53,7 +53,7 @@ def waterfall_chart(rows: Sequence[tuple[str, float | None, bool]]) -> Spec:
             continue
         start, end = (end, end + value) if is_part else (0.0, value)
         kind = ("lost" if value < 0 else "gained") if is_part else "speed-up"
-        text = f"{value:+.2f}" if is_part else f"{value:.2f}"
+        text = f"{value:+z.2f}" if is_part else f"{value:.2f}"
         bars.append({"part": title, "start": start, "end": end, "kind": kind, "text": text})
     kinds = ["speed-up", "lost", "gained"]
     most = max(bar[side] for bar in bars for side in ("start", "end"))

@@ -74,7 +74,7 @@ def _ideals(found: list[dict[str, Any]]) -> list[str]:
 def _times_of(waterfall: dict[str, Any], name: str) -> str:
     """Return what a part takes of the speed-up, and its share of the ideal."""
     parts = [part for part in waterfall["parts"] if part["name"] == name]
-    return "".join(f"{-part['times']:+.2f}x {-part['share']:+5.0%}" for part in parts)
+    return "".join(f"{-part['times']:+z.2f}x {-part['share']:+z5.0%}" for part in parts)
 
 
 def print_jobs(sweep_dir: Path, jobs: dict[str, dict[str, Any]]) -> None:
