@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 from medusa_exp.evaluate.break_even import BreakEven, prompts
 from medusa_exp.evaluate.waterfall import Waterfall, Way
+from medusa_exp.model.heads import FREQUENT_TOKENS
 
-_FREQUENT = 32768
-"""Tokens of a head vocabulary that leaves out rare ones."""
 SMALL = 0.01
 """Share of the ideal below which no part is worth a change."""
 
@@ -150,8 +149,10 @@ def _heads(found: Waterfall, tree: Way, plain: Way, facts: Facts) -> str:
         why = ": the later ones are accepted least"
     if facts.has_projections:
         said += "head=medusa_tied, whose heads share the backbone's lm_head, or "
-        frequent = f"head=medusa_lowrank with head.num_tokens={_FREQUENT}"
-        return f"{said}{frequent if facts.vocab_size > _FREQUENT else fewer}, and train again."
+        frequent = f"head=medusa_lowrank with head.num_tokens={FREQUENT_TOKENS}"
+        return (
+            f"{said}{frequent if facts.vocab_size > FREQUENT_TOKENS else fewer}, and train again."
+        )
     return f"{said}{fewer}, and train again{why}."
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 from medusa_exp.model.heads.config import MedusaHeadsConfig
 from medusa_exp.model.heads.heads import (
     FAMILIES,
+    FREQUENT_TOKENS,
     LOW_RANK,
     MedusaHeads,
     StackedHeads,
@@ -29,6 +30,7 @@ from medusa_exp.model.heads.prefix_attention import PrefixAttention, heads_input
 
 __all__ = [
     "FAMILIES",
+    "FREQUENT_TOKENS",
     "LOW_RANK",
     "MedusaHeads",
     "MedusaHeadsConfig",
