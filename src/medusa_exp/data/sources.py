@@ -3,10 +3,12 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from medusa_exp.config import DatasetConfig
 from medusa_exp.data import synthetic
@@ -27,7 +29,7 @@ from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
 
 log = logging.getLogger(__name__)
 
-
+T = TypeVar("T")
 _IN_KEY = (
     "hub_split",
     "role_map",
@@ -163,6 +165,15 @@ def walk(sources: list[Source]) -> Iterator[tuple[str, Conversation]]:
     readings = [source.reading for source in sources]
     if absent := set.intersection(*(reading.absent for reading in readings)):
         raise absent_columns(sorted(absent), readings[0].keys)
+
+
+def evenly_spread(things: Sequence[T], number: int) -> list[T]:
+    """Return so many of them, or as many as there are, from the first to the last.
+
+    From all over a data set: its sources stand one after the other, and files may be sorted.
+    """
+    places = np.linspace(0, len(things) - 1, min(number, len(things))).round().astype(int)
+    return [things[place] for place in places.tolist()]
 
 
 def counts(source: Source) -> dict[str, Any]:

@@ -435,7 +435,7 @@ class Decoder:
         if key not in self._drafters:
             drafter = build_drafter(self.heads, tree, self.backbone.device, rule)
             if tree.num_lookup:
-                check_draft(rule)
+                check_draft(rule.draft)
                 drafter = LookupDrafter(drafter, tree.num_lookup, self.backbone.device)
             self._drafters[key] = drafter
         return self._drafters[key]

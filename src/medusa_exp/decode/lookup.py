@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.drafting import Draft, Drafter
-from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.verify import TreeRelations
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import PrefixAttention
@@ -72,9 +71,9 @@ class Text:
         return found
 
 
-def check_draft(rule: AcceptanceRule) -> None:
+def check_draft(draft: str) -> None:
     """Raise a UserError where tokens of the heads are drawn, beside which none is looked up yet."""
-    if rule.draft == "sampled":
+    if draft == "sampled":
         raise UserError(
             "decode.draft=sampled draws all tokens of a tree, and tree.lookup adds some that are "
             "not drawn: set tree.lookup=0, or decode.draft=top."

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.examples import Example
 from medusa_exp.data.rendering import MaskedTokens, Renderer
 from medusa_exp.data.template import ChatTemplate, to_chat
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.scoring import Agreement, measure_agreement
-from medusa_exp.stages.session import stop_ids_of
 
 TEMPLATE = "template"
 """The role of what no message says: headers, marks, blanks."""
@@ -148,9 +146,9 @@ class Finding:
 
 
 def examine(
-    config: Config,
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
+    stop_ids: frozenset[int],
     conversations: Sequence[Conversation],
     rows: Sequence[Row],
     examples: Sequence[Example],
@@ -158,12 +156,12 @@ def examine(
 ) -> tuple[list[Finding], Agreement]:
     """Look at all that makes heads good in training and bad in serving.
 
-    `rows` are conversations of the data set rendered, `examples` what the model is to read, and
-    `notes` what rendering found out about the template.
+    `stop_ids` end a response, `rows` are conversations of the data set rendered, `examples` what
+    the model is to read, and `notes` what rendering found out about the template.
     """
     agreement = measure_agreement(backbone, examples, "reading replies")
     findings = [
-        *examine_text(config, backbone, tokenizer, conversations, rows),
+        *examine_text(backbone, tokenizer, stop_ids, conversations, rows),
         *(Finding("chat template", False, f"{note}.") for note in notes),
         _own_words(agreement),
     ]
@@ -171,9 +169,9 @@ def examine(
 
 
 def examine_text(
-    config: Config,
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
+    stop_ids: frozenset[int],
     conversations: Sequence[Conversation],
     rows: Sequence[Row],
 ) -> list[Finding]:
@@ -182,7 +180,7 @@ def examine_text(
         _vocabulary(backbone, tokenizer),
         _prompt(conversations, rows, tokenizer),
         _bos(rows, tokenizer),
-        _eos(rows, tokenizer, stop_ids_of(config, backbone, tokenizer)),
+        _eos(rows, tokenizer, stop_ids),
     ]
 
 

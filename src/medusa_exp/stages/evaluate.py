@@ -29,7 +29,7 @@ from medusa_exp.data.prompts import (
     prompts_of,
     read_questions,
 )
-from medusa_exp.data.sources import reading_options
+from medusa_exp.data.sources import evenly_spread, reading_options
 from medusa_exp.data.template import REFUSED, ChatTemplate
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY
@@ -43,8 +43,9 @@ from medusa_exp.model.heads import MedusaHeads, StackedHeads, advice_on_cost
 from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.runs.files import write_jsonl
 from medusa_exp.runs.progress import track
+from medusa_exp.stages.early_checks import prompt_file
 from medusa_exp.stages.engines import check_servers, measure_servers
-from medusa_exp.stages.session import Session, evenly_spread, prompt_file
+from medusa_exp.stages.session import Session
 from medusa_exp.stages.why import Measured, explain
 from medusa_exp.tree import Tree
 

@@ -18,12 +18,12 @@ from rich.text import Text
 from medusa_exp.config import Config
 from medusa_exp.data.conversations import Conversation
 from medusa_exp.data.faults import printable
-from medusa_exp.data.sources import Source, walk
+from medusa_exp.data.sources import Source, evenly_spread, walk
 from medusa_exp.data.template import REFUSED
 from medusa_exp.data.tokenized import CUT, KEPT, LEFT_OUT, LOST_ROWS, UNTRAINED, Tokenized
 from medusa_exp.runs.files import write_json, write_jsonl
 from medusa_exp.stages.doctor import Row, count_roles, count_runs, examine, sample_rows
-from medusa_exp.stages.session import Session, evenly_spread
+from medusa_exp.stages.session import Session, stop_ids_of
 
 _SHOWN_CHARS = 1200
 """Characters of a sample that are printed; data_samples.jsonl has all of it."""
@@ -62,12 +62,11 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     }
     if backbone:
         findings, agreement = examine(
-            config,
             backbone,
             tokenizer,
+            stop_ids_of(config, backbone, tokenizer),
             [conversation for _, conversation in sampled],
             rows,
-            # From all over the data set: its sources stand one after the other.
             evenly_spread(tokenized.split("train"), config.inspect.num_documents),
             tokenized.summary["notes"],
         )

@@ -46,6 +46,7 @@ from medusa_exp.runs.files import (
 from medusa_exp.runs.progress import ProgressBar
 from medusa_exp.runs.schemas import RegeneratedSummary
 from medusa_exp.serving.client import answers
+from medusa_exp.stages.early_checks import check_training
 from medusa_exp.stages.engines import open_engines
 from medusa_exp.stages.how_long import say_of_quickstart
 from medusa_exp.stages.session import (
@@ -84,8 +85,8 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     session = session or Session(config, out)
     backbone, tokenizer = session.backbone(is_adapted=False), session.tokenizer()
     if config.regenerate.use_heads:
-        check_tree_attention(backbone)  # before anything long
-    session.check_training(backbone)
+        check_tree_attention(backbone)
+    check_training(config, out, session.spec, backbone)
     limit = min(config.dataset.max_length, backbone.max_length)
     documents = session.tokenized(tokenizer, limit)
     documents.log()

@@ -4,13 +4,10 @@ Here the whole `Config` is taken apart; what loads data and models knows of its 
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -19,14 +16,8 @@ from medusa_exp.config import Config, from_hydra, load_saved
 from medusa_exp.config.continuation import told_of_places
 from medusa_exp.config.required import check_model
 from medusa_exp.config.trust import check_saved
-from medusa_exp.data.conversations import Conversation, read_conversations
-from medusa_exp.data.prompts import (
-    HasRoom,
-    Prompt,
-    is_question_file,
-    prompts_of,
-    read_questions,
-)
+from medusa_exp.data.conversations import Conversation
+from medusa_exp.data.prompts import HasRoom, Prompt, prompts_of
 from medusa_exp.data.sources import (
     Source,
     check_files,
@@ -34,20 +25,15 @@ from medusa_exp.data.sources import (
     files_of,
     load_split,
     open_sources,
-    reading_options,
 )
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
-from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import check_picks
-from medusa_exp.decode.lookup import check_draft
 from medusa_exp.decode.loop import Limits, decode_plain
 from medusa_exp.decode.on_cpu import pack_decoder, ready_to_draft
-from medusa_exp.decode.recurrent import check_chain, check_prefix, has_recurrent_layers
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
-from medusa_exp.export import hf_generate, importing
-from medusa_exp.export.formats import check_holds
+from medusa_exp.export import importing
 from medusa_exp.export.publishing import place_of
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import find_heads, load_heads
@@ -59,17 +45,15 @@ from medusa_exp.model.tokenizer import differences, load_tokenizer
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.record import Notes
 from medusa_exp.runs.seals import check_config
+from medusa_exp.stages.early_checks import check_drafts, check_prompts, picks_nodes
 from medusa_exp.tracking.history import StepLogger
 from medusa_exp.tree import Tree
-from medusa_exp.tree.calibration import CALIBRATION, choose_tree, draft_of, load_calibration
+from medusa_exp.tree.calibration import choose_tree, draft_of
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 _IMPORTED, _TRIED_PROMPTS = "imported_heads.json", 10
 """Where it is noted what imported heads are worth, and prompts on which that is measured."""
-_BRANCHED, _A_FORK = ("medusa_63", "dynamic"), Tree.from_paths([[0], [1]])
-"""Trees that have branches whatever the heads are; the least that has."""
 _SAVED_OF_A_LAYER, _COMPILING = 50e-6, 10.0
 """Seconds that a compiled layer saves at each step, and that its compilation takes."""
 
@@ -278,7 +262,7 @@ class Session:
             UserError: the run has no heads or no tree, or its model cannot be decoded with trees.
         """
         with told_of_places(self.out, self.config):
-            self.check_drafts()
+            check_drafts(self.config, self.out, self.spec)
             backbone, tokenizer = self._loaded(), self.tokenizer()
         heads = load_heads(self.out / "heads", backbone)
         self._check_origin(heads, backbone, tokenizer)
@@ -297,76 +281,9 @@ class Session:
             decoder.tree, decoder.rule = self.tree(decoder), self.rule()
         elif self.config.tree.kind == "custom":  # it is refused before anything long
             self.tree(decoder)
-        elif self.picks_nodes:
+        elif picks_nodes(self.config):
             check_picks(heads.config.kind, decoder.rule.draft)
         return decoder
-
-    def check_drafts(self) -> None:
-        """Ask before anything long whether the model can check what the config has it drafted.
-
-        Raises:
-            UserError: it has recurrent layers, and the tree has branches, or the heads attention;
-                or some tokens are to be drawn, and others looked up; or the tree does not fit the
-                heads that are to be trained.
-        """
-        config, spec = self.config, self.spec
-        if config.tree.lookup:
-            check_draft(rule_of(config))
-        if self.picks_nodes:
-            check_picks(config.head.kind if "train" in config.stages else None, config.decode.draft)
-        self._check_calibrated()
-        model_config = spec.model_config()
-        is_custom, stages = config.tree.kind == "custom", {*config.stages}
-        if is_custom and "train" in stages and stages & {"calibrate", "evaluate", "chat"}:
-            width = model_config.get_text_config().vocab_size
-            width = min(config.head.num_tokens or width, width)
-            choose_tree(config.tree, self.out, config.head.num_heads, head_vocab_size=width)
-        if not has_recurrent_layers(model_config):
-            return
-        name = f"model.path={spec.model_path()}"
-        check_prefix(name, config.head.prefix_attention)
-        if config.tree.kind in _BRANCHED:
-            check_chain(name, _A_FORK)
-        check_chain(name, Tree((-1,), (-1,), num_lookup=config.tree.lookup or 0))
-        if is_custom:
-            check_chain(name, choose_tree(config.tree, self.out, config.head.num_heads))
-
-    def _check_calibrated(self) -> None:
-        """Ask whether the tree of heads that are to be trained will be known where it is used.
-
-        Raises:
-            UserError: no stage will have calibrated one by then, and none is there.
-        """
-        stages = self.config.stages
-        uses = [number for number, stage in enumerate(stages) if stage in ("evaluate", "chat")]
-        if "train" not in stages or not uses or "calibrate" in stages[: uses[0]]:
-            return
-        is_calibrated = (self.out / CALIBRATION).is_file()  # perhaps of these heads
-        if self.config.tree.kind in ("calibrated", "dynamic") and not is_calibrated:
-            load_calibration(self.out)
-
-    @property
-    def picks_nodes(self) -> bool:
-        """Will a stage of this call decode with tree=dynamic? Calibration can do without."""
-        return self.config.tree.kind == "dynamic" and bool(
-            {"evaluate", "chat"} & {*self.config.stages}
-        )
-
-    def check_training(self, backbone: Backbone) -> None:
-        """Ask, before a stage that may take hours, what stage train will ask of the same command.
-
-        Raises:
-            UserError: it could not train such heads for this backbone.
-        """
-        if "train" not in self.config.stages:
-            return
-        self.check_drafts()
-        check_tree_attention(backbone)
-        settings = self.config.train
-        if settings.batching == "packed" and settings.features == "online":
-            backbone.check_packing()
-        if self.config.head.kind != "auto":
-            check_export(self.config, backbone)
 
     def adopt_heads(self, heads_from: str) -> None:
         """Put the heads that the config names into the run directory.
@@ -460,57 +377,6 @@ class Session:
             settings = replace(settings, lookup=0)  # see `check_draft`
         width = heads.head_vocab_size
         return choose_tree(settings, self.out, heads.num_heads, batch_size, width)
-
-
-def evenly_spread(things: Sequence[T], number: int) -> list[T]:
-    """Return so many of them, or as many as there are, from the first to the last."""
-    places = np.linspace(0, len(things) - 1, min(number, len(things))).round().astype(int)
-    return [things[place] for place in places.tolist()]
-
-
-def check_export(config: Config, backbone: Backbone) -> None:
-    """Ask before anything long whether stage export of this command can write such heads.
-
-    Raises:
-        UserError: its format has no place for something of theirs.
-    """
-    if "export" not in config.stages:
-        return
-    head, has_bias = config.head, getattr(backbone.lm_head, "bias", None) is not None
-    shape = MedusaHeadsConfig(
-        kind=head.kind, prefix_attention=head.prefix_attention, lm_head_bias=has_bias
-    )
-    check_holds(config.export.format, shape, "the heads of this run")
-    is_whole = config.export.format == "hf_generate" and config.train.kind == "medusa1"
-    if is_whole and config.tokenizer.resize_embedding:
-        place = str(backbone.model.config.name_or_path)
-        whose = "export.format=hf_generate takes the model's files, without the rows of this run"
-        hf_generate.check_files(place, backbone.identity(), whose)
-
-
-def prompt_file(config: Config) -> Path:
-    """Return where the prompts of stage evaluate are, where they are not the data set's.
-
-    Raises:
-        UserError: nothing is there.
-    """
-    path = Path(str(config.evaluate.path))
-    if not path.exists():
-        raise UserError(f"evaluate.path={path} does not exist.")
-    return path
-
-
-def check_prompts(config: Config) -> None:
-    """Read as much of the file of prompts as tells whether stage evaluate can.
-
-    Raises:
-        UserError: nothing is there, or nothing that can be read.
-    """
-    path = prompt_file(config)
-    if path.is_file() and is_question_file(path):
-        read_questions(path)
-    else:
-        next(iter(read_conversations(path, **reading_options(config.dataset))), None)
 
 
 def has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:

@@ -23,7 +23,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from medusa_exp.config import Config, TrainConfig, from_dict, to_dict
 from medusa_exp.data.datamodule import Batches
-from medusa_exp.decode.drafting import check_picks
 from medusa_exp.errors import UserError
 from medusa_exp.model.adapters import add_adapters, save_adapted
 from medusa_exp.model.backbone import Backbone
@@ -40,7 +39,8 @@ from medusa_exp.runs.locks import locked
 from medusa_exp.runs.machine import gpu_memory, pick_device
 from medusa_exp.runs.record import Notes
 from medusa_exp.runs.seals import seal
-from medusa_exp.stages.session import Session, check_export, limits_of
+from medusa_exp.stages.early_checks import check_family
+from medusa_exp.stages.session import Session, limits_of
 from medusa_exp.stages.training_inputs import BackboneOpener, Inputs, open_inputs, validation_rule
 from medusa_exp.train.acceptance import (
     HeldOutResponse,
@@ -120,9 +120,7 @@ def train(session: Session) -> dict[str, float]:
         L.seed_everything(config.seed, verbose=False)
         opener, begun = BackboneOpener(session), begun_heads(config.train.heads_from)
         config = with_family(session, opener.ends, begun)
-        check_export(config, opener.ends)
-        if session.picks_nodes:  # by heads whose kind is known only now
-            check_picks(config.head.kind, config.decode.draft)
+        check_family(config, opener.ends)
         inputs = open_inputs(session, opener)
         heads = start_heads(config, inputs, begun)
         batches = inputs.batches(config)

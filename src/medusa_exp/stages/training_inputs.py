@@ -27,6 +27,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone, load_ends
 from medusa_exp.runs.files import read_json, write_json
+from medusa_exp.stages.early_checks import check_drafts
 from medusa_exp.stages.regenerate import key_of_responses
 from medusa_exp.stages.session import Session, limits_of, rule_of
 from medusa_exp.train.acceptance import HeldOutResponse, held_out_responses, responses_key
@@ -142,9 +143,9 @@ class BackboneOpener:
         """Check first that the model can verify what is to be drafted.
 
         Raises:
-            UserError: as `Session.check_drafts`.
+            UserError: as `check_drafts`.
         """
-        session.check_drafts()
+        check_drafts(session.config, session.out, session.spec)
         config, files = session.config, session.spec.files_fingerprint()
         self.session, self.config = session, config
         self.note = fingerprint_note(

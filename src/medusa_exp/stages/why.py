@@ -39,7 +39,7 @@ from medusa_exp.model.heads import MedusaHeads, StackedHeads, reads_whole_vocabu
 from medusa_exp.model.tokenizer import differences
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.stages.doctor import examine_text, sample_rows
-from medusa_exp.stages.session import Session, has_other_weights
+from medusa_exp.stages.session import Session, has_other_weights, stop_ids_of
 from medusa_exp.tree import Tree
 from medusa_exp.tree.calibration import Calibration, load_calibration
 
@@ -276,7 +276,8 @@ def _reasons(
         return
     rows = sample_rows(some, tokenizer)
     chats = [conversation for _, conversation in some]
-    for finding in examine_text(config, decoder.backbone, tokenizer, chats, rows):
+    stop_ids = stop_ids_of(config, decoder.backbone, tokenizer)
+    for finding in examine_text(decoder.backbone, tokenizer, stop_ids, chats, rows):
         if not finding.is_fine:
             yield f"the doctor on {finding.name}: {finding.sentence.rstrip('.')}"
 
