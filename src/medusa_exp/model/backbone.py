@@ -9,20 +9,20 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from functools import cached_property
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from medusa_exp.errors import UserError
 from medusa_exp.identity import bfloat16_bytes, identity_of
 from medusa_exp.model.attention import GroupedAttention, kernels_for
+from medusa_exp.model.documents import told_what_is_packed
 
 _SAMPLE = 4096
 """Values of a parameter that `Backbone.weights_fingerprint` reads, about."""
@@ -166,16 +166,16 @@ class Backbone:
         assert self.has_body, "only the ends of this model were loaded"
         with (
             kernels_for(self.device),
-            _told_what_is_packed(positions_BT is not None),
+            told_what_is_packed(positions_BT is not None),
             self._without_mixed_halves(),
         ):
             output = self.body(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False)
         return self.as_read(output.last_hidden_state.to(self.device))
 
     def _without_mixed_halves(self) -> AbstractContextManager[Any]:
-        """Turn off an autocast to the other half type than the weights'.
+        """Turn off an autocast to bfloat16 of a float16 model, or the other way round.
 
-        On a CPU a LayerNorm takes no input of the one with weights of the other.
+        On a CPU a LayerNorm takes no input of the one type with weights of the other.
         """
         other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}
         if self.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
@@ -329,7 +329,7 @@ class Backbone:
         return digest.hexdigest()
 
     def has_identity(self, identity: str) -> bool:
-        """Say whether this model is called so; also as it was called before `take_names`."""
+        """Say whether this is the model of that identity; also by its weights as they are here."""
         return identity == self.identity() or self._as_loaded(self.identity) == identity
 
     def has_weights(self, fingerprint: str) -> bool:
@@ -338,11 +338,11 @@ class Backbone:
         return fingerprint == ours or self._as_loaded(self.weights_fingerprint) == fingerprint
 
     def take_names(self, identity: str, weights_fingerprint: str) -> None:
-        """Call this model what it is called in a type that rounds its weights less (float16)."""
+        """Give this model, rounded to float16 as it was loaded, the names of what was rounded."""
         self._fingerprints, self._is_rounded = (identity, weights_fingerprint), True
 
     def _as_loaded(self, name: Callable[[], str]) -> str | None:
-        """Return a name by the weights as they are here: heads of earlier versions have that."""
+        """Return a name by the rounded weights: heads may have been saved under that."""
         if not self._is_rounded or not self.has_body:
             return None
         taken, self._fingerprints = self._fingerprints, None
@@ -480,32 +480,6 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
         del module.forward
         if before is not None:
             module.forward = before
-
-
-_find_packed = masking_utils.find_packed_sequence_indices  # private: transformers 5.23
-_is_packed: ContextVar[bool | None] = ContextVar("is_packed", default=None)
-"""Do rows of the forward call that is running hold several documents? None: it is another's."""
-
-
-def _documents_of(position_ids: Tensor) -> Tensor | None:
-    if (is_packed := _is_packed.get()) is None:
-        found: Tensor | None = _find_packed(position_ids)
-        return found
-    is_first = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
-    return is_first.cumsum(-1) if is_packed else None
-
-
-masking_utils.find_packed_sequence_indices = _documents_of
-
-
-@contextmanager
-def _told_what_is_packed(is_packed: bool) -> Iterator[None]:
-    """Tell transformers whether rows are packed: to find out, it would wait for the GPU."""
-    token = _is_packed.set(is_packed)
-    try:
-        yield
-    finally:
-        _is_packed.reset(token)
 
 
 def _factor(before: Tensor, after: Tensor) -> float:

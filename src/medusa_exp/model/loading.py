@@ -70,10 +70,10 @@ def load_backbone(spec: ModelSpec, adapted: Path | None = None) -> Backbone:
 
 
 def _names(spec: ModelSpec) -> tuple[str, str] | None:
-    """Return identity and fingerprint of a model that is to be loaded in float16; else None.
+    """Return identity and fingerprint of a model that is to be rounded to float16; else None.
 
-    Rounded to float16 first, many weights are others in bfloat16, by which a model is named: it is
-    read in bfloat16 for a moment, on the CPU.
+    Both are of weights in bfloat16, and a weight that has gone through float16 may be another one
+    there. So the model is read once more, in bfloat16, on the CPU where it is not spread.
     """
     if spec.dtype != "float16" or spec.model_config().dtype == torch.float16:
         return None
