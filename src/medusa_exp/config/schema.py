@@ -752,14 +752,6 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check(self, "export")
 
-    def check_dtype(self) -> None:
-        """Raise a UserError where the format stores no type of its own; not before it is used."""
-        if self.format == "hf_generate" and self.dtype != "auto":
-            raise UserError(
-                f"export.dtype={self.dtype}: export.format=hf_generate takes the heads' files as "
-                "they are, and loads them in the model's dtype. Leave it out."
-            )
-
 
 @dataclass
 class LoggerConfig:
@@ -899,7 +891,11 @@ class Config:
         """Refuse, before anything long, what a whole model for transformers cannot be."""
         if "export" not in self.stages or self.export.format != "hf_generate":
             return
-        self.export.check_dtype()
+        if self.export.dtype != "auto":
+            raise UserError(
+                f"export.dtype={self.export.dtype}: export.format=hf_generate takes the heads' "
+                "files as they are, and loads them in the model's dtype. Leave it out."
+            )
         is_adapted = "train" in self.stages and self.train.kind == "medusa2"
         if is_adapted and self.train.lora.output == "adapter":
             raise UserError(

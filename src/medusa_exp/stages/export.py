@@ -39,7 +39,6 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     format_, heads = config.export.format, out / "heads"
     is_whole_model = format_ == WHOLE_MODEL
     place = place_of(config.export, out)
-    config.export.check_dtype()
     check_holds(format_, load_heads(heads).config, "the heads of this run")
     backbone, target = open_target(session)
     check_fit(load_heads(heads), backbone, heads)
