@@ -324,10 +324,10 @@ def _told_how_to_go_on(stages: Sequence[str], out: Path) -> Iterator[None]:
         number = signal.SIGINT if isinstance(end, KeyboardInterrupt) else _signal_of(end.code)
         if number is not None:
             entries = read_json(out / "run.json", {}).get("stages", {})
-            is_there = [entries.get(name, {}).get("status") == "interrupted" for name in stages]
             said = "before its first stage: give the same command again."
-            if True in is_there:
-                left = stages[is_there.index(True) :]
+            status = {name: entry.get("status") for name, entry in entries.items()}
+            if cut := [name for name in stages if status.get(name) == "interrupted"]:
+                left = stages[stages.index(cut[0]) :]
                 words = [f"stages=[{','.join(left)}]", f"run_dir={out}"]
                 command = shell_command(["python", "-m", "medusa_exp", *words])
                 said = f"in stage {left[0]}. This goes on there:\n{command}"

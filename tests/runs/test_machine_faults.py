@@ -33,7 +33,7 @@ def broken(number: int, *names: str) -> OSError:
     [
         (broken(errno.ENOSPC, "/x/y"), "/x/y could not be written or read: its disk"),
         (broken(errno.ENOSPC), "OUT could not be written or read: its disk is full"),
-        (broken(errno.EROFS, "/x"), "/x .* is read-only.*place where that was named, as by export"),
+        (broken(errno.EROFS, "/x"), "/x .* is read-only.*give the key that named this place"),
         (broken(errno.EACCES, "/x"), "/x .*permission is denied.*give it those rights"),
         (broken(errno.ENAMETOOLONG, "/x" * 400), r"\.\.\. \(800 characters\).*a shorter run_dir"),
         (broken(errno.EMFILE, "/x"), "too many files are open.*raise ulimit -n"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from medusa_exp.errors import UserError
 
 _ELSEWHERE = "choose another run_dir or cache_dir"
-_OTHER_PLACE = "choose another place where that was named, as by export.out"
+_OTHER_PLACE = "give the key that named this place another one (such as export.out)"
 _FULL = f"make room there, or {_ELSEWHERE}"
 _TOLD = {
     errno.ENOSPC: ("its disk is full", _FULL),

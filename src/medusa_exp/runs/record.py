@@ -48,7 +48,7 @@ _LEFT_BY = {
     "calibrate": ["calibration.json"],
     "evaluate": ["records.jsonl", "samples.jsonl", "serving.json", "serving.jsonl"],
 }
-"""Files that a stage alone writes, each at its end."""
+"""Files that a stage alone writes, each at its end: of two calls at once, one would spoil them."""
 _HISTORY, _ADD_LINES = "history.jsonl", ("pretrain", "train")
 log = logging.getLogger(__name__)
 _PACKAGES = ("medusa-exp", "torch", "transformers", "lightning", "tokenizers", "wandb", "numpy")
