@@ -72,14 +72,18 @@ class Metric:
 
     def bare(self, value: float) -> str:
         """Return the number alone: of a share, as 0 to 1."""
-        # Of few tokens per second, whole ones contradict the speed-up beside them.
-        is_slow = self.name.endswith("tokens_per_second") and abs(value) < 100
-        return f"{value:.1f}" if is_slow else self.form % value
+        is_rate = self.name.endswith("tokens_per_second")
+        return rate_text(value) if is_rate else self.form % value
 
     @property
     def form(self) -> str:
         """The printf format of the bare number: of a share, as 0 to 1."""
         return f"%.{self.digits + 2 * (self.unit == 'share')}f"
+
+
+def rate_text(value: float) -> str:
+    """Return tokens per second: few with a decimal, since 5 beside 6 contradicts 1.3x."""
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 PARTS_OF_TIME = {

@@ -26,6 +26,7 @@ from medusa_exp.runs.metric_table import (
     PARTS_OF_TIME,
     Metric,
     metric_of,
+    rate_text,
 )
 from medusa_exp.tracking import charts
 from medusa_exp.tracking.charts import MEASURES, Row
@@ -408,6 +409,7 @@ def render(template: str, values: Row, path: Path) -> Path:
         loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["text_parts"] = text_parts
+    environment.filters["rate_text"] = rate_text
     environment.filters["breakable"] = lambda name: re.findall(r"[^._/]*[._/]?", name)[:-1]
     page = environment.get_template(template).render(values, scripts=_scripts())
     with publish(path) as partial:
