@@ -243,8 +243,7 @@ def find_room(backbone: Backbone, prompts: list[list[int]], limits: Limits) -> t
         room = limit - longest
         remedy = "Shorten the prompt"
         if room > 0:
-            remedy = f"Ask for {room} new tokens at most (max_new_tokens; of a run's config, "
-            remedy += f"decode.max_new_tokens={room})"
+            remedy = f"Set max_new_tokens={room} or less (decode.max_new_tokens in a run's config)"
         raise UserError(
             f"a prompt of {longest} tokens and {limits.max_new_tokens} new ones make {length}; "
             f"the model has {limit} positions for it. {remedy}."

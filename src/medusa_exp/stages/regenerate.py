@@ -413,8 +413,9 @@ def _decoder(config: Config, out: Path, backbone: Backbone, num_documents: int) 
     if settings.use_heads:
         heads = load_heads(out / "heads", backbone)
         saved = out / "tree.json"
-        needs_none = config.tree.kind == "chain" and not saved.is_file()
-        tree = chain(heads.config.num_heads) if needs_none else Tree.load(saved)
+        # A chain needs no calibration: there is one before any stage has saved a tree.
+        is_new = config.tree.kind == "chain" and not saved.is_file()
+        tree = chain(heads.config.num_heads) if is_new else Tree.load(saved)
         heads = ready_to_draft(heads, backbone, in_int8=config.decode.int8_heads)
     decoder = Decoder(backbone, heads, tree, **options)
     if config.decode.pack_weights:

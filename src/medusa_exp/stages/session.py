@@ -370,7 +370,7 @@ class Session:
         return self.tree_of(decoder.heads.config, batch_size)
 
     def tree_of(self, heads: MedusaHeadsConfig, batch_size: int = 1) -> Tree:
-        """Return what `tree` does, by the config of the heads."""
+        """Return the tree that the config names for heads of this config: no decoder is loaded."""
         settings = self.config.tree
         is_drawn = self.rule(batch_size).draft == "sampled"
         if settings.kind == "calibrated" and settings.lookup is None and is_drawn:

@@ -217,8 +217,11 @@ def _held_out_prompts(
 ) -> list[Prompt]:
     """Return `train.val_prompts` prompts; none, and a warning, where there is none to answer.
 
+    Asks on the way whether there will be one for calibrate and evaluate, which would say so after
+    the training.
+
     Raises:
-        UserError: there is none, and stage calibrate or evaluate is to answer some later.
+        UserError: there is none, and a stage that answers some is to follow.
     """
     config = session.config
     wanted, stages = config.train.val_prompts, {*config.stages}
@@ -230,7 +233,7 @@ def _held_out_prompts(
         found = session.prompts("val", backbone, tokenizer, max(1, wanted))
         return found[:wanted]
     except UserError as error:
-        if "calibrate" in stages:  # it would say so after the training
+        if "calibrate" in stages:
             raise
         log.warning("no val/accept_length: %s", error)
         return []
