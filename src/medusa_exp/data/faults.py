@@ -44,7 +44,7 @@ _MORE_THAN_JSON = (
 
 _OF_MESSENGER = re.compile(rb"\[\d+([/:-]|\.\d+\.)")
 """The beginning of a time, which WhatsApp writes before each message."""
-_OBEYED = re.compile(
+_NOT_SHOWN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 """Control characters but for tabs and ends of lines, those that change the direction, and halves of
@@ -52,8 +52,8 @@ surrogate pairs, which are in no encoding."""
 
 
 def printable(text: str) -> str:
-    """Return a text in which what a terminal would obey, or could not show, is escaped."""
-    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+    """Return a text with escapes in place of what a terminal would obey, or cannot show."""
+    return _NOT_SHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class DataError(UserError):
