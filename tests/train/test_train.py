@@ -241,7 +241,7 @@ def test_rows_that_an_exported_model_would_lack_are_told_before_the_training(con
     config.stages, config.export.format = ["train", "export"], "hf_generate"
     config.tokenizer.additional_special_tokens = ["<x>"]
     config.tokenizer.resize_embedding, config.train.max_steps = True, 1
-    with pytest.raises(UserError, match=r"rows that its files lack: save that model first"):
+    with pytest.raises(UserError, match=r"rows that its files lack: save the model with"):
         run(config, tmp_path / "run")
     config.tokenizer.additional_special_tokens = []
     run(config, tmp_path / "run")

@@ -127,9 +127,9 @@ def check_files(target: str, identity: str, whose: str) -> None:
     source = _directory(target)
     if identity and identity_of_files(str(source)) not in (None, identity):
         raise UserError(
-            f"{whose}, and the files in {source} are another model's. With "
-            "tokenizer.resize_embedding the model that heads are trained for has rows that its "
-            "files lack: save that model first."
+            f"{whose}, and the files in {source} are another model's. Where "
+            "tokenizer.resize_embedding=true has added rows that its files lack: save the model "
+            "with its tokenizer and these rows, and set model.path to that directory."
         )
 
 

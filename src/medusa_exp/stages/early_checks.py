@@ -143,5 +143,5 @@ def check_family(config: Config, backbone: Backbone) -> None:
     is_whole = config.export.format == WHOLE_MODEL and config.train.kind == "medusa1"
     if is_whole and config.tokenizer.resize_embedding:
         place = str(backbone.model.config.name_or_path)
-        whose = "export.format=hf_generate takes the model's files, without the rows of this run"
+        whose = "export.format=hf_generate: the heads will be trained for the model as it is loaded"
         hf_generate.check_files(place, backbone.identity(), whose)

@@ -65,7 +65,10 @@ def check_tensor(
     *,
     is_expanded: bool = False,
 ) -> None:
-    """Raise ValueError if a tensor is not what a kernel takes; rows may be one that is expanded."""
+    """Raise ValueError if a tensor is not what a kernel takes.
+
+    With `is_expanded` its first dimension may have any stride, such as the 0 of an expanded row.
+    """
     if value.dtype != dtype:
         raise ValueError(f"{name} is {value.dtype}: it must be {dtype}.")
     if tuple(value.shape) != shape:
