@@ -315,8 +315,8 @@ def _unless_changed(now: Any, before: Any, written: Any) -> Any:
 def _told_how_to_go_on(stages: Sequence[str], out: Path) -> Iterator[None]:
     """Say, where a signal ends a run, in which stage it was and what command goes on there.
 
-    Its directory may have a name that nobody has seen yet. A training says the same itself
-    (`Stopped`), with the step.
+    With the run directory, which may have been named by the clock. A training says the same
+    itself (`Stopped`), with the step.
     """
     try:
         yield

@@ -84,8 +84,8 @@ def _add_settings(partial: Path, out: Path, format_: str, number: int) -> dict[s
 def _tree(session: Session, heads: MedusaHeadsConfig) -> Tree | None:
     """Return the tree that the config names, over which `Decoder.from_run` decodes too.
 
-    tree.json has that of the last evaluation, which may have tried another. None where there is no
-    calibration to take it from: then tree.json is what there is.
+    The last evaluation may have tried another, which is in tree.json: that is said. None where
+    there is no calibration to take it from: the export then gets tree.json, if there is one.
     """
     file, kind = session.out / _TREE, session.config.tree.kind
     if kind in ("calibrated", "dynamic") and _calibration(session.out) is None:
@@ -93,9 +93,9 @@ def _tree(session: Session, heads: MedusaHeadsConfig) -> Tree | None:
     tree = session.tree_of(heads)
     if file.is_file() and Tree.load(file) != tree:
         log.warning(
-            "the export decodes over the tree of this run's config, tree=%s (%d nodes); what its "
-            "card says was measured over that of the last evaluation, tree.json. Stage evaluate "
-            "measures it, or tree=... exports another",
+            "the export decodes over tree=%s of this run's config (%d nodes), and the figures on "
+            "its card are of the tree that the last evaluation took, tree.json: stages=[evaluate] "
+            "measures the config's, and tree=... exports another",
             *(kind, tree.num_checked),
         )
     return tree
