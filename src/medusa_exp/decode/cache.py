@@ -164,9 +164,9 @@ class FixedCache(Cache):
     ) -> None:
         """Make room for prompts and answers, and for trees of at most so many nodes."""
         super().__init__(layers=[])
-        self.capacity, self.num_columns = capacity, capacity + num_nodes
-        # One more, behind the tree's: what nobody keeps is moved there.
-        self.layers = [_Layer(self.num_columns + 1, capacity) for _ in range(num_layers)]
+        self.capacity, self.tree_end = capacity, capacity + num_nodes
+        # One column more, behind the tree's: what nobody keeps is moved there.
+        self.layers = [_Layer(self.tree_end + 1, capacity) for _ in range(num_layers)]
         self.lengths_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._row_B1 = torch.arange(num_rows, device=device)[:, None]
         self._tree_start_B = torch.full_like(self.lengths_B, capacity)
@@ -232,7 +232,7 @@ class FixedCache(Cache):
         place_L = torch.arange(path_BL.shape[1], device=path_BL.device)
         from_BL = self.capacity + path_BL.clamp(min=0)
         is_kept_BL = (path_BL >= 0) & is_active_B[:, None]
-        to_BL = torch.where(is_kept_BL, self.lengths_B[:, None] + place_L, self.num_columns)
+        to_BL = torch.where(is_kept_BL, self.lengths_B[:, None] + place_L, self.tree_end)
         for states in self._tensors():
             states[self._row_B1, :, to_BL] = states[self._row_B1, :, from_BL]
 

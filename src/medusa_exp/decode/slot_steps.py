@@ -129,7 +129,7 @@ class CapturedSlots:
         for step in self._steps.values():
             step.check_weights()
         if base is None or not (
-            len(base.lengths_B) >= num_slots and base.num_columns >= self.num_columns + nodes
+            len(base.lengths_B) >= num_slots and base.tree_end >= self.num_columns + nodes
         ):
             self._base, self._steps = None, {}  # before there is another
             self._base = FixedCache(

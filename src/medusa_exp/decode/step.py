@@ -231,7 +231,7 @@ class CapturedStep:
         num_rows, device = len(cache.lengths_B), backbone.device
         self.verifier = Verifier(rule, device)
         is_prefixed = drafter.prefix is not None
-        self.mask = StepMask(backbone.model, cache.num_columns, keeps_full=is_prefixed)
+        self.mask = StepMask(backbone.model, cache.tree_end, keeps_full=is_prefixed)
         self.kernels = step_kernels(rule.verifier, device)
         """Write the mask and keep accepted nodes; None leaves it to torch."""
         self.found = Found(drafter, num_rows, device)
