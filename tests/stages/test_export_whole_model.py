@@ -54,6 +54,14 @@ def test_the_tree_is_the_configs_and_not_the_last_evaluations(config, out, caplo
     assert Tree.load(place / "tree.json") == chain(2) and "last evaluation" not in caplog.text
 
 
+def test_heads_that_know_a_rounded_model_by_its_former_name_are_exported(config, out):
+    config.dtype.backbone, config.export.format = "float16", "vllm"
+    rounded = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float16)
+    save_heads(build_heads(Backbone(rounded.eval()), num_heads=2), out / "heads")
+    export.run(config, out)
+    assert (out / "export" / "vllm").is_dir()
+
+
 def test_other_models_and_places_are_refused(config, out, tmp_path):
     config.export.out = str(tmp_path / "model")
     with pytest.raises(UserError, match="holds no export"):

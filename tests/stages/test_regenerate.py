@@ -301,3 +301,14 @@ def test_a_backbone_that_is_changed_or_needed_no_more_is_let_go(
     fresh = session.backbone(is_adapted=False)
     assert fresh.has_body and fresh.model is not loaded()
     assert not any("lora" in name for name, _ in fresh.model.named_parameters())
+
+
+def test_responses_under_a_rounded_models_former_name_are_found(config, tmp_path, monkeypatch):
+    config.dtype.backbone, config.train.text = "float16", "regenerated"
+    config.train.features, config.regenerate = "online", RegenerateConfig(max_new_tokens=6)
+    with monkeypatch.context() as earlier:  # versions that named it by its rounded weights
+        earlier.setattr("medusa_exp.model.loading._names", lambda spec: None)
+        regenerate.run(config, tmp_path / "earlier")
+    monkeypatch.setattr(regenerate, "_regenerated", None)
+    regenerate.run(config, tmp_path / "now")
+    train.run(config, tmp_path / "now")

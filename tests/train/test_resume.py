@@ -51,6 +51,19 @@ def test_resume_gives_the_same_loss_curve_and_the_same_heads(config, tmp_path, m
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_a_training_that_knows_a_rounded_model_by_its_former_name_goes_on(
+    config, tmp_path, monkeypatch, caplog
+):
+    config.dtype.backbone, config.train.features = "float16", "online"
+    with monkeypatch.context() as earlier:  # versions that named it by its rounded weights
+        earlier.setattr("medusa_exp.model.loading._names", lambda spec: None)
+        with dies_at(9):
+            run(config, tmp_path / "run")
+    caplog.set_level("INFO")
+    run(config, tmp_path / "run")
+    assert "last.ckpt, step 8" in caplog.text
+
+
 def test_never_resuming_starts_again(config, tmp_path):
     run(config, tmp_path / "run")
     config.train.resume = "never"

@@ -7,7 +7,7 @@ B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from random import Random
@@ -58,7 +58,7 @@ class Backbone:
         self._grouped = GroupedAttention(model) if uses_grouped_attention else None
         self.has_body = True
         self._fingerprints: tuple[str, str] | None = None
-        self._is_rounded = False
+        self._former: tuple[str, str] | None = None
         takes_states = "cache_params" in inspect.signature(model.forward).parameters
         self._cache_argument = "cache_params" if takes_states else "past_key_values"
         """Name by which the model takes its cache: models of nothing but states have their own."""
@@ -329,27 +329,35 @@ class Backbone:
         return digest.hexdigest()
 
     def has_identity(self, identity: str) -> bool:
-        """Say whether this is the model of that identity; also by its weights as they are here."""
-        return identity == self.identity() or self._as_loaded(self.identity) == identity
+        """Say whether this model is called so; also as it was called before `take_names`."""
+        return identity in (self.identity(), self._former and self._former[0])
 
     def has_weights(self, fingerprint: str) -> bool:
         """Say whether these are the weights of a `weights_fingerprint`; as `has_identity`."""
-        ours = self.weights_fingerprint()
-        return fingerprint == ours or self._as_loaded(self.weights_fingerprint) == fingerprint
+        return fingerprint in (self.weights_fingerprint(), self._former and self._former[1])
 
     def take_names(self, identity: str, weights_fingerprint: str) -> None:
-        """Give this model, rounded to float16 as it was loaded, the names of what was rounded."""
-        self._fingerprints, self._is_rounded = (identity, weights_fingerprint), True
+        """Call this model what it is called in a type that rounds its weights less (float16).
 
-    def _as_loaded(self, name: Callable[[], str]) -> str | None:
-        """Return a name by the rounded weights: heads may have been saved under that."""
-        if not self._is_rounded or not self.has_body:
-            return None
-        taken, self._fingerprints = self._fingerprints, None
+        What earlier versions have made knows it by the weights as they are here.
+        """
+        self._former = self.identity(), self.weights_fingerprint()
+        self._fingerprints = identity, weights_fingerprint
+
+    @property
+    def has_former_names(self) -> bool:
+        """Had this model other names in earlier versions?"""
+        return self._former is not None and self._former != self._fingerprints
+
+    @contextmanager
+    def called_as_before(self) -> Iterator[None]:
+        """Give the model its former names for a while, to find what was made under them."""
+        now = self._fingerprints
+        self._fingerprints = self._former or now
         try:
-            return name()
+            yield
         finally:
-            self._fingerprints = taken
+            self._fingerprints = now
 
     def remember_fingerprints(self) -> None:
         """Note which model this is, before its weights are taken apart."""
@@ -357,7 +365,7 @@ class Backbone:
 
     def forget_fingerprints(self) -> None:
         """Name the model anew from now on: training has made another of it."""
-        self._fingerprints, self._is_rounded = None, False
+        self._fingerprints = self._former = None
 
     def leave_out_body(self, identity: str, weights_fingerprint: str) -> None:
         """Say that this model has no layers, and which whole model its ends are of."""

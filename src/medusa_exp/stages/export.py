@@ -15,6 +15,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.export import card, hf_generate
 from medusa_exp.export.formats import WHOLE_MODEL, check_holds
 from medusa_exp.export.publishing import export, open_source, place_of, read_back
+from medusa_exp.identity import identity_of
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, load_heads
 from medusa_exp.model.heads import MedusaHeadsConfig
@@ -122,7 +123,9 @@ def open_target(session: Session) -> tuple[Backbone, str]:
         return load_backbone(spec), place
     num_layers = spec.model_config().get_text_config().num_hidden_layers
     ends = load_ends(spec, "", "")
-    ends.leave_out_body(identity_from(spec, ends, num_layers), "")
+    ends.leave_out_body(identity_of(ends.model, num_layers), "")
+    if (identity := identity_from(spec, ends, num_layers)) != ends.identity():
+        ends.take_names(identity, "")
     return ends, place
 
 

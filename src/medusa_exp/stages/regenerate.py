@@ -90,7 +90,7 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     limit = min(config.dataset.max_length, backbone.max_length)
     documents = session.tokenized(tokenizer, limit)
     documents.log()
-    key = key_of_responses(config, documents, backbone, tokenizer)
+    key = key_in_cache(config, documents, backbone, tokenizer)
     session.notes.add_inputs(regenerated=key)
     advice = (
         f"lower regenerate.batch_size (now {config.regenerate.batch_size}) or "
@@ -130,6 +130,19 @@ def key_of_responses(
         limits=limits_of(config, backbone, tokenizer),
         precision=pick_precision(config.dtype.precision, backbone.device),
     )
+
+
+def key_in_cache(
+    config: Config, documents: Tokenized, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Return `key_of_responses`, or the one under which an earlier version has made them."""
+    key, place = key_of_responses(config, documents, backbone, tokenizer), Path(config.cache_dir)
+    if backbone.has_former_names and not has_responses(place / KIND / key):
+        with backbone.called_as_before():
+            former = key_of_responses(config, documents, backbone, tokenizer)
+        if has_responses(place / KIND / former):
+            return former
+    return key
 
 
 def _regenerated(session: Session, path: Path, documents: Tokenized) -> list[dict[str, Any]]:

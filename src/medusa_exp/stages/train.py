@@ -237,6 +237,10 @@ def build_module(
         "backbone": backbone,
     }
     key, key_parts = training_key(*counted, **others), made_of(*counted, **others)
+    former_key = key
+    if backbone.has_former_names:
+        with backbone.called_as_before():
+            former_key = training_key(*counted, **others)
     joint = None
     responses: Callable[[], list[HeldOutResponse]] = lambda: inputs.responses  # noqa: E731
     if settings.kind == "medusa2":
@@ -255,6 +259,7 @@ def build_module(
         max_rank=config.tree.max_rank,
         rule=validation_rule(config),
         key=key,
+        former_key=former_key,
         made_of=key_parts,
         joint=joint,
     )
@@ -267,7 +272,9 @@ def fit(session: Session, module: MedusaModule, batches: Batches) -> dict[str, f
         UserError: a loss is NaN or infinite.
     """
     out, settings = session.out, session.config.train
-    checkpoint, step = checkpoint_to_resume(out, module.key, settings.resume, module.made_of)
+    checkpoint, step = checkpoint_to_resume(
+        out, {module.key, module.former_key}, settings.resume, module.made_of
+    )
     session.notes.add(resumed_from_step=step)
     checkpoints = Checkpoints(out / "checkpoints" / CHECKPOINT, settings.checkpoint_every)
     is_best_kept = settings.keep == "best"

@@ -28,7 +28,7 @@ from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone, load_ends
 from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.stages.early_checks import check_drafts
-from medusa_exp.stages.regenerate import key_of_responses
+from medusa_exp.stages.regenerate import key_in_cache
 from medusa_exp.stages.session import Session, limits_of, rule_of
 from medusa_exp.train.acceptance import HeldOutResponse, held_out_responses, responses_key
 from medusa_exp.train.precompute import (
@@ -181,7 +181,7 @@ def _open_documents(
         same = known if known.get("key") == tokenized.summary["key"] else {}
         write_json(out / "data.json", {**same, **tokenized.summary})
     if config.train.text == "regenerated":
-        key = key_of_responses(config, tokenized, backbone, tokenizer)
+        key = key_in_cache(config, tokenized, backbone, tokenizer)
         session.notes.add_inputs(regenerated=key)
         return key, open_regenerated(config.cache_dir, key, config.dataset)
     splits = ("train", "val") if config.dataset.val_fraction else ("train",)

@@ -22,6 +22,7 @@ import random
 import signal
 import zipfile
 import zlib
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -298,11 +299,11 @@ def _word(value: Any) -> str:
 
 
 def checkpoint_to_resume(
-    out: Path, key: str, resume: str, now: dict[str, Any]
+    out: Path, keys: Collection[str], resume: str, now: dict[str, Any]
 ) -> tuple[Path | None, int]:
-    """Return the checkpoint of the training with this key, and its step; none is step 0.
+    """Return the checkpoint of the training with one of these keys, and its step; none is step 0.
 
-    `resume` is auto, or never, which removes older checkpoints; `now` is what the key is made of.
+    `resume` is auto, or never, which removes older checkpoints; `now` is what they are made of.
 
     Raises:
         UserError: the checkpoint there is damaged, or was made with other settings.
@@ -314,7 +315,7 @@ def checkpoint_to_resume(
     if resume == "never" or not path.is_file():
         return None, 0
     checkpoint = _read(path)
-    if checkpoint.made_with != key:
+    if checkpoint.made_with not in keys:
         if differences := _differences(checkpoint.made_of, now):
             raise UserError(
                 f"{path} was made with another {differences}: set train.resume=never to train anew "

@@ -114,6 +114,7 @@ class MedusaModule(L.LightningModule):
         max_rank: draft tokens of a head that val/accept_length considers.
         rule: by which the responses were made, and drafts of them are accepted.
         key: `training_key` of the training, for its checkpoints.
+        former_key: what its key was in earlier versions, if it was another.
         made_of: what the key is made of.
         joint: of Medusa-2.
     """
@@ -129,6 +130,7 @@ class MedusaModule(L.LightningModule):
         max_rank: int,
         rule: AcceptanceRule = GREEDY,
         key: str,
+        former_key: str | None = None,
         made_of: dict[str, Any] | None = None,
         joint: JointLoss | None = None,
     ) -> None:
@@ -136,7 +138,7 @@ class MedusaModule(L.LightningModule):
         self.backbone, self.heads, self.settings = backbone, heads, settings
         self.objective = Objective.of(settings)
         self.max_steps, self.responses = max_steps, responses
-        self.key, self.made_of = key, made_of or {}
+        self.key, self.former_key, self.made_of = key, former_key or key, made_of or {}
         self.max_rank, self.rule = min(max_rank, heads.config.head_vocab_size), rule
         self.joint = joint
         if joint is not None:
