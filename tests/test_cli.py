@@ -475,32 +475,57 @@ def test_a_signal_while_libraries_load_ends_all_at_once(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    ("end", "status", "said"),
+    ("end", "now", "said", "left"),
     [
-        (KeyboardInterrupt(), "interrupted", "by SIGINT in stage calibrate. This goes on there"),
-        (SystemExit(128 + signal.SIGTERM), "interrupted", "by SIGTERM in stage calibrate."),
         (
             KeyboardInterrupt(),
-            None,
-            "by SIGINT before its first stage: give the same command again.",
+            {"train": "done", "calibrate": "interrupted"},
+            "by SIGINT in stage calibrate. This goes on there",
+            "calibrate,evaluate",
         ),
-        (SystemExit(1), "failed", None),
+        (
+            SystemExit(128 + signal.SIGTERM),
+            {"train": "done"},
+            "by SIGTERM in stage calibrate.",
+            "calibrate,evaluate",
+        ),
+        (
+            KeyboardInterrupt(),
+            {},
+            "by SIGINT before its first stage: give the same command again.",
+            None,
+        ),
+        (
+            KeyboardInterrupt(),
+            {"train": "done", "calibrate": "done", "evaluate": "done"},
+            "by SIGINT after its last stage.",
+            None,
+        ),
+        (SystemExit(1), {"train": "failed"}, None, None),
     ],
 )
-def test_a_run_that_a_signal_ends_says_where_it_goes_on(tmp_path, capsys, end, status, said):
+def test_a_run_that_a_signal_ends_says_where_it_goes_on(tmp_path, capsys, end, now, said, left):
     out = tmp_path / "a run"
-    if status is not None:
-        stages = {"train": {"status": "done"}, "calibrate": {"status": status}}
-        write_json(out / "run.json", {"stages": stages})
+    entries = {"evaluate": {"status": "interrupted", "began": "by an earlier call"}}
+    write_json(out / "run.json", {"stages": entries})
     stages = ["train", "calibrate", "evaluate"]
-    with pytest.raises(type(end)), cli._told_how_to_go_on(stages, out):
+    given = ["run_dir=x", "stages=[y]", "evaluate.num_prompts=9"]
+
+    def run_until_the_end():
+        entries.update({name: {"status": status, "began": "now"} for name, status in now.items()})
+        write_json(out / "run.json", {"stages": entries})
         raise end
+
+    with pytest.raises(type(end)), cli._told_how_to_go_on(stages, out, given):
+        run_until_the_end()
     found = capsys.readouterr().err
     if said is None:
         assert found == ""
-    else:
-        command = f"python -m medusa_exp 'stages=[calibrate,evaluate]' 'run_dir={out}'\n"
-        assert said in found and found.endswith(command) == (status is not None)
+        return
+    assert said in found
+    if left is not None:  # with what this call has changed, which is not saved with the run
+        command = f"'stages=[{left}]' 'run_dir={out}' evaluate.num_prompts=9\n"
+        assert found.endswith(f"python -m medusa_exp {command}")
 
 
 def test_a_signal_that_comes_when_all_is_done_shows_no_traceback(tmp_path):

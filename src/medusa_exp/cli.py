@@ -44,8 +44,9 @@ from medusa_exp.config import (
     said_of,
     to_dict,
 )
+from medusa_exp.config.command_line import key_of
 from medusa_exp.config.ignored import say_ignored
-from medusa_exp.config.privacy import shell_command
+from medusa_exp.config.privacy import shell_command, without_secrets
 from medusa_exp.errors import Stopped, UserError, drop_output, end_without_reader
 from medusa_exp.runs import machine_faults, sweep
 from medusa_exp.runs.extras import lacking
@@ -312,27 +313,43 @@ def _unless_changed(now: Any, before: Any, written: Any) -> Any:
 
 
 @contextmanager
-def _told_how_to_go_on(stages: Sequence[str], out: Path) -> Iterator[None]:
+def _told_how_to_go_on(
+    stages: Sequence[str], out: Path, overrides: Sequence[str]
+) -> Iterator[None]:
     """Say, where a signal ends a run, in which stage it was and what command goes on there.
 
     With the run directory, which may have been named by the clock. A training says the same
-    itself (`Stopped`), with the step.
+    itself (`Stopped`), with the step. `overrides` are this call's that are not saved with the run.
     """
+    earlier = _entries(out)
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
         number = signal.SIGINT if isinstance(end, KeyboardInterrupt) else _signal_of(end.code)
         if number is not None:
-            entries = read_json(out / "run.json", {}).get("stages", {})
+            entries = _entries(out)
+            begun = [name for name in stages if entries.get(name) != earlier.get(name)]
+            is_done = [entries[name].get("status") == "done" for name in begun]
+            left = list(stages[is_done.count(True) :])
             said = "before its first stage: give the same command again."
-            status = {name: entry.get("status") for name, entry in entries.items()}
-            if cut := [name for name in stages if status.get(name) == "interrupted"]:
-                left = stages[stages.index(cut[0]) :]
+            if not left:
+                said = "after its last stage."
+            elif begun:
                 words = [f"stages=[{','.join(left)}]", f"run_dir={out}"]
+                words += [
+                    without_secrets(o) for o in overrides if key_of(o) not in ("stages", "run_dir")
+                ]
                 command = shell_command(["python", "-m", "medusa_exp", *words])
                 said = f"in stage {left[0]}. This goes on there:\n{command}"
             print(f"stopped by {signal.Signals(number).name} {said}", file=sys.stderr)
         raise
+
+
+def _entries(out: Path) -> dict[str, Any]:
+    with suppress(UserError):  # damaged, which the run itself says
+        entries: dict[str, Any] = read_json(out / "run.json", {}).get("stages", {})
+        return entries
+    return {}
 
 
 def _signal_of(code: object) -> int | None:
@@ -347,7 +364,9 @@ def _hydra_main(composed: DictConfig) -> float | None:
     out = Path(job.runtime.output_dir)
 
     def run() -> float | None:
-        command = ["python", "-m", "medusa_exp", *continuation.new_overrides(out, job)]
+        new = continuation.new_overrides(out, job)
+        command = ["python", "-m", "medusa_exp", *new]
+        unsaved = new if continuation.continues(out, job) else []
         written: Any = OmegaConf.to_container(composed, resolve=False)
         saved = out / (job.output_subdir or continuation.SAVED.parent)
         with machine_faults.told(out, written["cache_dir"]):
@@ -362,7 +381,7 @@ def _hydra_main(composed: DictConfig) -> float | None:
             seal_config(saved)  # of a run that is done again, it is that run's by now
             if job.mode != RunMode.RUN:  # a sweep's command goes on by itself
                 return run_stages(config, out, command)
-            with _told_how_to_go_on(config.stages, out):
+            with _told_how_to_go_on(config.stages, out, unsaved):
                 return run_stages(config, out, command)
 
     try:
