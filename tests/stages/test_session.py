@@ -2,10 +2,12 @@ import logging
 from contextlib import nullcontext
 
 import pytest
+from omegaconf import OmegaConf
 
 from medusa_exp.config import (
     Config,
     DecodeConfig,
+    ExportConfig,
     from_dict,
     to_dict,
 )
@@ -87,3 +89,11 @@ def test_the_config_says_whether_heads_draft_in_integers(
     save_heads(build_heads(session.backbone(), num_heads=2), tmp_path / "run" / "heads")
     session.decoder(is_tree_known=False)
     assert ("8-bit integers (decode.int8_heads)" in caplog.text) == is_on
+
+
+def test_a_run_is_opened_whatever_its_last_stage_was_refused_for(tmp_path):
+    written = to_dict(Config(export=ExportConfig(format="hf_generate", dtype="bfloat16")))
+    written["stages"] = ["train", "export"]  # of which the second once failed, after the first
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.create(written), tmp_path / ".hydra" / "config.yaml")
+    assert Session.of_run(tmp_path).config.export.dtype == "bfloat16"

@@ -93,6 +93,7 @@ class Session:
         check_config(run)
         written = load_saved(saved)
         check_saved(written, saved, ["model.trust_remote_code"] if trust_remote_code else [])
+        written.stages = ["chat"]  # what asks of the saved ones has asked, or came later
         config = from_hydra(written)
         config.run_dir, config.device = str(run), device or config.device
         return cls(config, run)
