@@ -1,12 +1,20 @@
 """What a later stage would refuse is refused before anything long."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from transformers import Lfm2Config, LlamaConfig
 
-from medusa_exp.config import Config, DecodeConfig, HeadConfig, ModelConfig, TreeConfig
+from medusa_exp.config import (
+    Config,
+    DecodeConfig,
+    ExportConfig,
+    HeadConfig,
+    ModelConfig,
+    TreeConfig,
+)
 from medusa_exp.errors import UserError
 from medusa_exp.model.heads import MedusaHeadsConfig
 from medusa_exp.stages.early_checks import check_drafts
@@ -67,6 +75,22 @@ def test_a_tree_with_ranks_beyond_the_vocabulary_is_refused_before_anything_long
     config.head.num_tokens = 99
     with pytest.raises(UserError, match="a head can propose 99 tokens"):
         check(session)
+
+
+def test_a_tree_that_an_export_is_to_have_is_asked_for_before_anything_long(tmp_path):
+    LlamaConfig(vocab_size=100, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    config = Config(
+        model=ModelConfig(path=str(tmp_path / "model")),
+        tree=TreeConfig(kind="custom", path=str(tmp_path / "none.json")),
+        export=ExportConfig(format="vllm"),
+        stages=["train", "export"],
+    )
+    check(Session(config, tmp_path))  # an engine's format has none
+    config.export.format = "hf_generate"
+    with pytest.raises(UserError, match=r"none\.json does not exist"):
+        check(Session(config, tmp_path))
+    with pytest.raises(UserError, match=r"tree=custom needs either tree\.path"):
+        replace(config, tree=TreeConfig(kind="custom"))
 
 
 def test_where_tokens_are_drawn_none_is_looked_up(tmp_path):

@@ -903,11 +903,16 @@ class Config:
                 "is to write: set train.lora.output=merged, or leave export out of stages."
             )
 
+    @property
+    def uses_tree(self) -> bool:
+        """Does a stage decode over the tree, or write it with a whole model?"""
+        is_written = "export" in self.stages and self.export.format == "hf_generate"
+        return is_written or bool({"calibrate", "evaluate", "chat"} & {*self.stages})
+
     def _check_tree(self) -> None:
         """Refuse, before anything long, a tree that these stages will not be able to use."""
         tree, num_heads = self.tree, self.head.num_heads
-        is_used = {"calibrate", "evaluate", "chat"} & {*self.stages}
-        if tree.kind == "custom" and is_used and bool(tree.path) == bool(tree.paths):
+        if tree.kind == "custom" and self.uses_tree and bool(tree.path) == bool(tree.paths):
             raise UserError("tree=custom needs either tree.path, a JSON file, or tree.paths.")
         if "train" not in self.stages:  # heads that are there have a number of their own
             return

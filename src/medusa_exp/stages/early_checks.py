@@ -69,8 +69,8 @@ def check_drafts(config: Config, out: Path, spec: ModelSpec) -> None:
         check_picks(config.head.kind if "train" in config.stages else None, config.decode.draft)
     _check_calibrated(config, out)
     model_config = spec.model_config()
-    is_custom, stages = config.tree.kind == "custom", {*config.stages}
-    if is_custom and "train" in stages and stages & {"calibrate", "evaluate", "chat"}:
+    is_custom = config.tree.kind == "custom"
+    if is_custom and "train" in config.stages and config.uses_tree:
         width = model_config.get_text_config().vocab_size
         width = min(config.head.num_tokens or width, width)
         choose_tree(config.tree, out, config.head.num_heads, head_vocab_size=width)
