@@ -224,6 +224,16 @@ def test_a_glob_reads_nothing_twice_and_says_what_it_passes_over(tmp_path, caplo
     assert f"1 files passed over: {tmp_path}/z/loop (a folder)" in caplog.text
 
 
+def test_a_glob_names_files_by_the_shortest_way(tmp_path, caplog):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "a/b/up").symlink_to("../..")
+    (tmp_path / "c/gone.json").symlink_to("nowhere.json")
+    files = [write(tmp_path / name, LIST) for name in ("a/1.json", "c/2.json")]
+    assert find_files(f"{tmp_path}/**/*.json") == files
+    assert f"1 files passed over: {tmp_path}/c/gone.json (a broken link)\n" in caplog.text
+
+
 def test_links_to_folders_are_followed_but_not_twice(tmp_path, caplog):
     folder = tmp_path / "chats"
     for name in ("chats/z/a.json", "chats/.hidden/b.json", "elsewhere/d/c.json", "e.json"):

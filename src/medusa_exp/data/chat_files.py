@@ -92,18 +92,19 @@ def _matches_of(pattern: Path) -> list[Path]:
         if has_magic(part):
             _check_readable(_glob(*parts[: number + (part == "**")], ""))
     found: dict[Path, Path] = {}
-    others = []
-    for path in sorted(map(Path, _glob(*parts))):
-        if path.is_dir():
-            others += [] if "**" in parts else [f"{path} (a folder)"]
-        elif kind := _other_kind(path):
-            others.append(f"{path} ({kind})")
-        else:
-            found.setdefault(path.resolve(), path)
-    faults.say_passed_over(str(pattern), others)
+    others: dict[Path, str] = {}
+    # Of all ways to a file the shortest names it.
+    for path in sorted(map(Path, _glob(*parts)), key=lambda path: (len(path.parts), path)):
+        place = path.parent.resolve() / path.name  # of a loop, the system follows forty links
+        kind = "a folder" if place.is_dir() else _other_kind(place)
+        if not kind:
+            found.setdefault(place.resolve(), path)
+        elif not (place.is_dir() and "**" in parts):
+            others.setdefault(place, f"{path} ({kind})")
+    faults.say_passed_over(str(pattern), sorted(others.values()))
     if not found:
         raise DataError(f"{pattern}: there is no such file, folder or match. Check dataset.path.")
-    return list(found.values())
+    return sorted(found.values())
 
 
 def _glob(*parts: str) -> list[str]:
