@@ -58,6 +58,13 @@ def test_what_the_machine_refuses_names_path_and_remedy(error, said, tmp_path):
     assert str(caught.value) == found
 
 
+def test_a_place_behind_a_link_is_known(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    found = message(broken(errno.ENOSPC, f"{tmp_path}/disk/x"), (tmp_path / "run", "cache"))
+    assert found and "another run_dir or cache_dir" in found
+
+
 @pytest.mark.parametrize("name", ["run/x", "cache/x"])
 def test_of_a_runs_own_places_their_keys_are_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -149,7 +149,9 @@ def _told(error: BaseException, number: int, places: tuple[str | Path, ...]) -> 
 
 
 def _is_below(path: str, place: str | Path) -> bool:
-    return Path(path).absolute().is_relative_to(Path(place).expanduser().absolute())
+    # Not Path.resolve, which a loop of links fails.
+    inner, outer = os.path.realpath(path), os.path.realpath(Path(place).expanduser())
+    return Path(inner).is_relative_to(outer)
 
 
 def _full_one(places: tuple[str | Path, ...], number: int) -> str:
