@@ -144,15 +144,17 @@ def test_no_prompt_to_answer_is_said_and_training_goes_on(config, tmp_path, capl
     assert "no val/accept_length: no held-out prompt is left" in caplog.text
     assert "val/accept_length" not in metrics and "val/loss_head1" in metrics
     config.stages = ["train", "calibrate"]  # which would have none to answer either
-    with pytest.raises(UserError, match="no held-out prompt is left"):
-        open_inputs(Session(config, tmp_path))
-    config.train.val_prompts = 0
+    for number in (2, 0):
+        config.train.val_prompts = number
+        with pytest.raises(UserError, match="no held-out prompt is left .* leaves 0 tokens"):
+            open_inputs(Session(config, tmp_path))
+    config.stages = ["train"]
     assert open_inputs(Session(config, tmp_path)).responses == []
 
 
 @pytest.mark.parametrize(("stage", "split"), [("calibrate", "val"), ("evaluate", "test")])
 def test_a_split_that_a_later_stage_needs_is_looked_for_at_once(config, tmp_path, stage, split):
-    config.stages = ["train", stage]
+    config.stages, config.tree.kind = ["train", stage], "chain"
     setattr(config.dataset, f"{split}_fraction", 1e-9)
     said = f"stage {stage} would find no prompt: the data set has no conversation for split {split}"
     with pytest.raises(UserError, match=said):

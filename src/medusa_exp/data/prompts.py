@@ -58,7 +58,7 @@ def prompts_of(
     Raises:
         UserError: no turn's has.
     """
-    template = ChatTemplate(tokenizer)
+    template, max_tokens = ChatTemplate(tokenizer), max(0, max_tokens)
     left_out: Counter[str] = Counter()
     found = (
         prompt
