@@ -146,7 +146,7 @@ def test_no_prompt_to_answer_is_said_and_training_goes_on(config, tmp_path, capl
     config.stages = ["train", "calibrate"]  # which would have none to answer either
     for number in (2, 0):
         config.train.val_prompts = number
-        with pytest.raises(UserError, match="no held-out prompt is left .* leaves 0 tokens"):
+        with pytest.raises(UserError, match=r"no held-out prompt is left .* leaves 0 tokens"):
             open_inputs(Session(config, tmp_path))
     config.stages = ["train"]
     assert open_inputs(Session(config, tmp_path)).responses == []
