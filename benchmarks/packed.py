@@ -147,7 +147,7 @@ def steps(given: argparse.Namespace) -> dict[str, object]:
     draws = torch.Generator().manual_seed(0)
     seconds: dict[tuple[str, int], list[float]] = {}
     tokens: dict[tuple[str, int], list[list[int]]] = {}
-    backbone.remember_fingerprints()
+    backbone.names.keep()
     for number in range(given.rounds + 1):  # the first warms up
         prompt = torch.randint(5, backbone.vocab_size, (64,), generator=draws).tolist()
         for form in forms:

@@ -176,19 +176,24 @@ def test_a_folder_says_what_it_passes_over(tmp_path, caplog):
     assert "2 files passed over: c.txt, d.json.lz4" in caplog.text
 
 
+def lock(folder, monkeypatch):
+    """Let nobody read a folder, root neither."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == folder:
+            raise PermissionError(EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
 @pytest.mark.parametrize("of_whole", [True, False])
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, of_whole):
     locked = tmp_path / "chats" if of_whole else tmp_path / "chats/locked"
     locked.mkdir(parents=True)
     write(tmp_path / "chats/a.json", LIST)
-    scandir = os.scandir
-
-    def refuse(path):
-        if Path(path) == locked:  # root may read all
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    lock(locked, monkeypatch)
     with pytest.raises(DataError, match=f"^{locked} cannot be read: Permission denied"):
         find_files(tmp_path / "chats")
 
@@ -198,14 +203,7 @@ def test_a_glob_names_a_folder_that_may_not_be_read(tmp_path, monkeypatch, patte
     locked = tmp_path / "locked"
     locked.mkdir()
     write(tmp_path / "a.json", LIST)
-    scandir = os.scandir
-
-    def refuse(path):
-        if Path(path) == locked:  # root may read all
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    lock(locked, monkeypatch)
     assert find_files(f"{tmp_path}/*.json") == [tmp_path / "a.json"]  # it does not look in there
     with pytest.raises(DataError, match=f"^{locked}/? cannot be read: Permission denied"):
         find_files(f"{tmp_path}/{pattern}")
@@ -254,14 +252,7 @@ def test_a_folder_of_the_systems_that_may_not_be_read_is_passed_over(tmp_path, c
     for name in ("lost+found", "more"):
         (tmp_path / name).mkdir()
     write(tmp_path / "more/a.json", LIST)
-    scan = os.scandir
-
-    def refused(path):
-        if str(path).endswith("lost+found"):
-            raise PermissionError(EACCES, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refused)
+    lock(tmp_path / "lost+found", monkeypatch)
     assert find_files(tmp_path) == [tmp_path / "more/a.json"]
     assert "1 files passed over: lost+found (may not be read)" in caplog.text
 

@@ -51,5 +51,5 @@ def test_heads_that_know_a_rounded_model_by_its_former_name_still_fit(tmp_path):
     heads = build_heads(rounded, num_heads=2)
     assert rounded.identity() != backbone.identity()
     check_fit(heads, backbone, tmp_path)
-    assert backbone.has_weights(rounded.weights_fingerprint())
-    assert not backbone.has_weights("others")
+    assert backbone.names.has_fingerprint(rounded.weights_fingerprint())
+    assert not backbone.names.has_fingerprint("others")

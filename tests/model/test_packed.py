@@ -206,7 +206,7 @@ def test_decoding_says_the_same_tokens(choose, kind, uses):
     prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
     expected = [response.tokens for response in decoder.decode_plain(prompts)]
     fingerprints = backbone.identity(), backbone.weights_fingerprint()
-    backbone.remember_fingerprints()
+    backbone.names.keep()
     pack([backbone.model, decoder.heads], kept=[backbone.lm_head])
     number = sum(isinstance(module, PackedLinear) for module in backbone.model.modules())
     assert number == 7 * backbone.num_layers + 1

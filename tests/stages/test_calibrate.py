@@ -251,6 +251,15 @@ def test_captures_are_no_part_of_a_rehearsal(monkeypatch, has_fixed_shapes):
     assert steps == {None: 8, chain(1): 8}
 
 
+def decoder_of(respond, is_recurrent=False):
+    return SimpleNamespace(
+        backbone=SimpleNamespace(max_length_from=lambda length: 1000),
+        decode_plain=respond,
+        decode=respond,
+        is_recurrent=is_recurrent,
+    )
+
+
 @pytest.mark.parametrize(
     ("step_seconds", "is_recurrent", "expected"),
     [(0.003, False, 48), (0.05, False, 24), (5.0, False, 16), (0.0125, True, 24)],
@@ -267,12 +276,7 @@ def test_slow_steps_are_timed_over_fewer_tokens(step_seconds, is_recurrent, expe
         seconds = [1.0] + [step_seconds] * (asked[-1] - 1)
         return [SimpleNamespace(step_seconds=seconds) for _ in prompts]
 
-    decoder = SimpleNamespace(
-        backbone=SimpleNamespace(max_length_from=lambda length: 1000),
-        decode_plain=respond,
-        decode=respond,
-        is_recurrent=is_recurrent,
-    )
+    decoder = decoder_of(respond, is_recurrent)
     trees = [chain(depth) for depth in range(9)]
     found = calibrate.time_steps(
         decoder, trees, [1], batch_size=batch_size, rounds=4, new_tokens=48, what="timing"
@@ -300,12 +304,7 @@ def test_trees_that_cannot_pay_are_not_timed_to_the_end(factor, most_tokens, num
         seconds = factor ** (0 if tree is None else tree.depth)
         return [SimpleNamespace(step_seconds=[seconds] * limits.max_new_tokens) for _ in prompts]
 
-    decoder = SimpleNamespace(
-        backbone=SimpleNamespace(max_length_from=lambda length: 1000),
-        decode_plain=respond,
-        decode=respond,
-        is_recurrent=False,
-    )
+    decoder = decoder_of(respond)
     trees = [chain(depth) for depth in range(9)]
     tokens = dict.fromkeys(trees, 1.0)
     found = calibrate.time_steps(

@@ -62,7 +62,7 @@ def test_a_backbone_that_has_decoded_before_gets_a_new_identity(config, tmp_path
     config.run_dir = str(tmp_path / "run")
     (tmp_path / "run").mkdir()
     session = session_of(config)
-    session.backbone().remember_fingerprints()
+    session.backbone().names.keep()
     train.run(config, tmp_path / "run", session)
     backbone, heads = adapted_heads(config, tmp_path / "run")
     assert heads.config.backbone_identity == backbone.identity()

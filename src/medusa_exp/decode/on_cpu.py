@@ -47,7 +47,7 @@ def pack_decoder(decoder: Decoder, cache_dir: str | Path) -> None:
     backbone, heads = decoder.backbone, decoder.heads
     is_quantized = getattr(backbone.model, "is_quantized", False)
     if backbone.device.type == "cpu" and not decoder.compiles and not is_quantized:
-        backbone.remember_fingerprints()
+        backbone.names.keep()
         modules, kept = [backbone.model], [backbone.lm_head]
         if heads is not None:
             modules.append(heads.requires_grad_(False))  # what may be trained is not packed

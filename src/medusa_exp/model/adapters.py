@@ -156,7 +156,7 @@ def mark(backbone: Backbone, adapted: PreTrainedModel) -> None:
         if "lora_" in name:
             digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     backbone.model.config.medusa_adapter = digest.hexdigest()
-    backbone.forget_fingerprints()  # it may have answered before, with packed layers
+    backbone.names.forget()  # it may have answered before, with packed layers
 
 
 def load_adapters(model: PreTrainedModel, path: Path) -> PreTrainedModel:

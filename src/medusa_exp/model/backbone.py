@@ -1,31 +1,26 @@
 """The backbone: the frozen target model, with the hidden states and logits that heads need.
 
-`Backbone.identity` and `weights_fingerprint` name the model, in whatever dtype it is loaded.
-
 B batch, T time, N tokens of one forward, D hidden, V vocabulary.
 """
 
-import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cached_property
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from medusa_exp.errors import UserError
-from medusa_exp.identity import bfloat16_bytes, identity_of
 from medusa_exp.model.attention import GroupedAttention, kernels_for
-from medusa_exp.model.documents import told_what_is_packed
+from medusa_exp.model.names import Names
 
-_SAMPLE = 4096
-"""Values of a parameter that `Backbone.weights_fingerprint` reads, about."""
 _LOGIT_SIZES = (0.1, 1.0, 10.0, 100.0)
 """Largest logits of the states that are tried on an lm_head: a cap shows at the large ones, a scale
 at all, and at the small ones a cap does not hide the scale."""
@@ -57,8 +52,7 @@ class Backbone:
             self.body = model.model
         self._grouped = GroupedAttention(model) if uses_grouped_attention else None
         self.has_body = True
-        self._fingerprints: tuple[str, str] | None = None
-        self._former: tuple[str, str] | None = None
+        self.names = Names(model)
         takes_states = "cache_params" in inspect.signature(model.forward).parameters
         self._cache_argument = "cache_params" if takes_states else "past_key_values"
         """Name by which the model takes its cache: models of nothing but states have their own."""
@@ -166,7 +160,7 @@ class Backbone:
         assert self.has_body, "only the ends of this model were loaded"
         with (
             kernels_for(self.device),
-            told_what_is_packed(positions_BT is not None),
+            _told_what_is_packed(positions_BT is not None),
             self._without_mixed_halves(),
         ):
             output = self.body(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False)
@@ -305,72 +299,17 @@ class Backbone:
             )
 
     def identity(self) -> str:
-        """Return a sha256 over dimensions, final norm and lm_head: what heads are trained for.
-
-        Weights count as bfloat16, so that a model has one identity in whatever dtype it is loaded.
-        """
-        if self._fingerprints is not None:
-            return self._fingerprints[0]
-        return identity_of(self.model)
+        """Return what heads are trained for: `Names.identity`."""
+        return self.names.identity()
 
     def weights_fingerprint(self) -> str:
-        """Return a sha256 over a sample of every parameter: what the model's responses depend on.
-
-        A sample, since reading all of a large model takes minutes, and training or merging leaves
-        no tensor's values as they were. In bfloat16, as `identity`.
-        """
-        if self._fingerprints is not None:
-            return self._fingerprints[1]
-        digest = hashlib.sha256(self.identity().encode())
-        for name, parameter in sorted(self.model.named_parameters()):
-            flat = parameter.detach().flatten()
-            sample = bfloat16_bytes(flat[:: max(1, len(flat) // _SAMPLE)])
-            digest.update(f"{name} {list(parameter.shape)}".encode() + sample)
-        return digest.hexdigest()
-
-    def has_identity(self, identity: str) -> bool:
-        """Say whether this model is called so; also as it was called before `take_names`."""
-        return identity in (self.identity(), self._former and self._former[0])
-
-    def has_weights(self, fingerprint: str) -> bool:
-        """Say whether these are the weights of a `weights_fingerprint`; as `has_identity`."""
-        return fingerprint in (self.weights_fingerprint(), self._former and self._former[1])
-
-    def take_names(self, identity: str, weights_fingerprint: str) -> None:
-        """Call this model what it is called in a type that rounds its weights less (float16).
-
-        What earlier versions have made knows it by the weights as they are here.
-        """
-        self._former = self.identity(), self.weights_fingerprint()
-        self._fingerprints = identity, weights_fingerprint
-
-    @property
-    def has_former_names(self) -> bool:
-        """Had this model other names in earlier versions?"""
-        return self._former is not None and self._former != self._fingerprints
-
-    @contextmanager
-    def called_as_before(self) -> Iterator[None]:
-        """Give the model its former names for a while, to find what was made under them."""
-        now = self._fingerprints
-        self._fingerprints = self._former or now
-        try:
-            yield
-        finally:
-            self._fingerprints = now
-
-    def remember_fingerprints(self) -> None:
-        """Note which model this is, before its weights are taken apart."""
-        self._fingerprints = (self.identity(), self.weights_fingerprint())
-
-    def forget_fingerprints(self) -> None:
-        """Name the model anew from now on: training has made another of it."""
-        self._fingerprints = self._former = None
+        """Return what the model's responses depend on: `Names.fingerprint`."""
+        return self.names.fingerprint()
 
     def leave_out_body(self, identity: str, weights_fingerprint: str) -> None:
         """Say that this model has no layers, and which whole model its ends are of."""
         self.has_body = False
-        self._fingerprints = (identity, weights_fingerprint)
+        self.names.give(identity, weights_fingerprint)
 
     def _with_lm_head_input(self, **arguments: Any) -> tuple[Tensor, Tensor]:
         """Call the model; return its logits and what its lm_head read to make them."""
@@ -506,3 +445,30 @@ def _is_close(one: Tensor, other: Tensor, tolerance: float, size: float = 0.0) -
     one, other = one.float(), other.float()
     largest = max(size, float(one.abs().amax()))
     return bool((one - other).abs().amax() <= tolerance * largest + 1e-6)
+
+
+_find_packed = masking_utils.find_packed_sequence_indices  # private: transformers 5.23
+_is_packed: ContextVar[bool | None] = ContextVar("is_packed", default=None)
+"""Do rows of the forward call that is running hold several documents? None: it is another's."""
+
+
+def _documents_of(position_ids: Tensor) -> Tensor | None:
+    """Say which document each position is of; transformers itself would wait for the GPU."""
+    if (is_packed := _is_packed.get()) is None:
+        found: Tensor | None = _find_packed(position_ids)
+        return found
+    is_first = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
+    return is_first.cumsum(-1) if is_packed else None
+
+
+masking_utils.find_packed_sequence_indices = _documents_of
+
+
+@contextmanager
+def _told_what_is_packed(is_packed: bool) -> Iterator[None]:
+    """Say of the forwards within whether their rows are packed with several documents."""
+    token = _is_packed.set(is_packed)
+    try:
+        yield
+    finally:
+        _is_packed.reset(token)

@@ -204,7 +204,7 @@ def check_fit(heads: MedusaHeads, backbone: Backbone, place: Path) -> None:
     ):
         if theirs == "":  # imported heads seldom say
             continue
-        if theirs != ours and not (what == "identity" and backbone.has_identity(str(theirs))):
+        if theirs != ours and not (what == "identity" and backbone.names.has_identity(str(theirs))):
             raise UserError(
                 f"the heads in {place} were trained for {config.backbone}, whose {what} is "
                 f"{theirs}; the model in {name} has {ours}. Load that model, or train heads for "

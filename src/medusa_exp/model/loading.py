@@ -64,7 +64,7 @@ def load_backbone(spec: ModelSpec, adapted: Path | None = None) -> Backbone:
     is_free = spec.model.attn_implementation == "auto"
     backbone = Backbone(model, uses_grouped_attention=is_free)
     if names is not None:
-        backbone.take_names(*names)
+        backbone.names.rename(*names)
     backbone.check_hidden_states()
     return backbone
 

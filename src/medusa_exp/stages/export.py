@@ -125,7 +125,7 @@ def open_target(session: Session) -> tuple[Backbone, str]:
     ends = load_ends(spec, "", "")
     ends.leave_out_body(identity_of(ends.model, num_layers), "")
     if (identity := identity_from(spec, ends, num_layers)) != ends.identity():
-        ends.take_names(identity, "")
+        ends.names.rename(identity, "")
     return ends, place
 
 

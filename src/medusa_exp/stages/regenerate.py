@@ -137,8 +137,8 @@ def key_in_cache(
 ) -> str:
     """Return `key_of_responses`, or the one under which an earlier version has made them."""
     key, place = key_of_responses(config, documents, backbone, tokenizer), Path(config.cache_dir)
-    if backbone.has_former_names and not has_responses(place / KIND / key):
-        with backbone.called_as_before():
+    if backbone.names.has_former and not has_responses(place / KIND / key):
+        with backbone.names.former():
             former = key_of_responses(config, documents, backbone, tokenizer)
         if has_responses(place / KIND / former):
             return former

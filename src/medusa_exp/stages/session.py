@@ -385,7 +385,7 @@ def has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:
     is_comparable = config.backbone_weights and not getattr(backbone.model, "is_quantized", False)
     if not is_comparable or backbone.is_adapted:  # adapted together with the heads
         return False
-    return not backbone.has_weights(config.backbone_weights)
+    return not backbone.names.has_fingerprint(config.backbone_weights)
 
 
 def measured_steps(config: Config) -> int:

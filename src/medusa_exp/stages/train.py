@@ -238,8 +238,8 @@ def build_module(
     }
     key, key_parts = training_key(*counted, **others), made_of(*counted, **others)
     former_key = key
-    if backbone.has_former_names:
-        with backbone.called_as_before():
+    if backbone.names.has_former:
+        with backbone.names.former():
             former_key = training_key(*counted, **others)
     joint = None
     responses: Callable[[], list[HeldOutResponse]] = lambda: inputs.responses  # noqa: E731

@@ -136,7 +136,7 @@ def shard_layers(backbone: Backbone) -> dict[str, int]:
     """
     if not distributed.is_initialized():  # Lightning would do it later, and finds it done
         distributed.init_process_group("nccl" if backbone.device.type == "cuda" else "gloo")
-    backbone.remember_fingerprints()
+    backbone.names.keep()
     before = _local_bytes(backbone)
     mesh = init_device_mesh(backbone.device.type, (distributed.get_world_size(),))
     layers = backbone.layers()
