@@ -1,5 +1,6 @@
 """The command line as a user meets it, in processes of its own."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ from wandb_files import run_files
 from wandb_files import state as written_state
 
 from medusa_exp import cli, run
-from medusa_exp.config import Config, continuation
+from medusa_exp.config import Config, command_line, continuation
 from medusa_exp.config.required import check_model
 from medusa_exp.errors import UserError, end_without_reader
 from medusa_exp.runs.files import read_json
@@ -50,6 +51,16 @@ def test_help_is_quick_and_light(tmp_path):
         f"experiment: {', '.join(sorted(path.stem for path in folder.iterdir()))}" in result.stdout
     )
     assert result.stdout.endswith("False False\n")
+
+
+def test_hydras_parser_is_made_where_each_help_is_checked(monkeypatch):
+    def check_help(parser, action):  # as Python 3.14 does it
+        if action.help is not None and "%" in action.help:
+            raise ValueError("badly formed help string")
+
+    monkeypatch.setattr(argparse._ActionsContainer, "_check_help", check_help, raising=False)
+    command_line._accept_lazy_help()
+    assert command_line.overrides_in(["seed=1", "-m"]) == ["seed=1"]
 
 
 @pytest.mark.parametrize("flags", ["--help", "--cfg job"])

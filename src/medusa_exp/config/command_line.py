@@ -1,5 +1,6 @@
 """The words of a command: which are overrides, which options of Hydra's, and how both are read."""
 
+import argparse
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable
@@ -15,6 +16,25 @@ GROUPS_ALONE = ("experiment", "sweep")
 """Groups that are no keys."""
 _LONGEST_WORD = 1 << 16
 """Of a command line; Hydra's parser takes a second for ten thousand characters."""
+
+
+def _accept_lazy_help() -> None:
+    """Let argparse take a help that is no string until it is printed, as Hydra 1.3 has one.
+
+    From Python 3.14 on it reads each help as soon as it is given, and Hydra ended there.
+    """
+    check = getattr(argparse._ActionsContainer, "_check_help", None)  # private: Python 3.14
+    if check is None:
+        return
+
+    def check_strings(self: argparse._ActionsContainer, action: argparse.Action) -> None:
+        if isinstance(action.help, str):
+            check(self, action)
+
+    argparse._ActionsContainer._check_help = check_strings  # type: ignore[attr-defined]
+
+
+_accept_lazy_help()
 
 
 def check_words(argv: list[str]) -> None:
