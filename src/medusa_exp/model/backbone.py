@@ -28,6 +28,10 @@ _LENGTHS = (3, 8)
 """Of the texts on which a model is compared with our reading of it."""
 _SPECIAL = ("bos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
 
+_CACHE_ARGUMENTS = ("cache_params", "cache", "past_key_values")
+"""Names by which models take their cache: those of nothing but states, those of transformers since
+5.24, and all before it and models with code of their own."""
+
 
 class Backbone:
     """A model with the two things Medusa needs of it: last hidden states, and logits on a tree.
@@ -53,9 +57,8 @@ class Backbone:
         self._grouped = GroupedAttention(model) if uses_grouped_attention else None
         self.has_body = True
         self.names = Names(model)
-        takes_states = "cache_params" in inspect.signature(model.forward).parameters
-        self._cache_argument = "cache_params" if takes_states else "past_key_values"
-        """Name by which the model takes its cache: models of nothing but states have their own."""
+        taken = inspect.signature(model.forward).parameters
+        self._cache_argument = next((n for n in _CACHE_ARGUMENTS if n in taken), "past_key_values")
 
     @property
     def name(self) -> str:
