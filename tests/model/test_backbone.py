@@ -3,7 +3,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_model
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GPTJPreTrainedModel
 
 from medusa_exp.config import ModelConfig
 from medusa_exp.decode import generate
@@ -98,7 +98,13 @@ def test_directories_that_hold_no_model(model_dir, spoil, message):
     assert str(model_dir) in str(caught.value)
 
 
-def test_a_model_without_sdpa_gets_eager_attention(tmp_path, caplog):
+@pytest.fixture
+def without_sdpa(monkeypatch):
+    """Let GPT-J have no sdpa attention: it had none until transformers 5.24."""
+    monkeypatch.setattr(GPTJPreTrainedModel, "_supports_sdpa", False)
+
+
+def test_a_model_without_sdpa_gets_eager_attention(tmp_path, caplog, without_sdpa):
     architectures.build("gptj", architectures.ROTARY).save_pretrained(tmp_path / "model")
     caplog.set_level("INFO")
     spec = spec_for(tmp_path / "model")
@@ -111,7 +117,7 @@ def test_a_model_without_sdpa_gets_eager_attention(tmp_path, caplog):
     assert caplog.text.count("has no sdpa attention: eager is used") == 1
 
 
-def test_who_names_sdpa_gets_no_other_attention(tmp_path, model_dir):
+def test_who_names_sdpa_gets_no_other_attention(tmp_path, model_dir, without_sdpa):
     architectures.build("gptj", architectures.ROTARY).save_pretrained(tmp_path / "gptj")
     wanted = {"attn_implementation": "sdpa"}
 
