@@ -358,6 +358,19 @@ def minimums(session: nox.Session) -> None:
     session.run("pytest", *PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
+@nox.session(default=False)
+def newest(session: nox.Session) -> None:
+    """Run the tests with the newest versions that pyproject.toml allows, torch excepted.
+
+    `nox -s newest -P 3.14` with another Python. Who installs without constraints gets these.
+    """
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = session.cache_dir / "newest.txt"
+    constraints.write_text("\n".join(line for line in lines if line.startswith("torch==")))
+    session.install("--upgrade", "-c", str(constraints), "-e", ".", *group("test"))
+    session.run("pytest", *(session.posargs or PARALLEL), env=ONE_THREAD)
+
+
 def check_contents(session: nox.Session, built: Path) -> None:
     """Fail unless the wheel holds exactly the files that are on disk."""
     on_disk = {

@@ -99,10 +99,10 @@ class CompiledLayers:
             )
 
     def _run(
-        self, layer: nn.Module, view: "_LayerView", cache: FixedCache, *args: Any, **kwargs: Any
+        self, layer: nn.Module, view: "_LayerView", whole: FixedCache, /, *args: Any, **kwargs: Any
     ) -> Any:
-        viewed = tuple(view if value is cache else value for value in args)
-        named = {key: view if value is cache else value for key, value in kwargs.items()}
+        viewed = tuple(view if value is whole else value for value in args)
+        named = {key: view if value is whole else value for key, value in kwargs.items()}
         while not self.is_refused:
             call, backend = _compiler(self._backend, self._joined(layer))
             folded = self._folded(layer, view, named)
