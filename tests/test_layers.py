@@ -112,16 +112,15 @@ def test_hydra_stays_above():
 
 def test_pyarrow_is_imported_where_a_file_asks_for_it():
     """It is an extra: whoever reads no Parquet does without."""
-    modules = "(columnar|table_values)"
     ours = re.compile(
-        rf"(import|from) pyarrow|from medusa_exp\.data(\.{modules} | import .*{modules})"
+        r"(import|from) pyarrow|from medusa_exp\.data(\.columnar | import .*columnar)"
     )
     found = {
         _name(path)
         for path in SOURCE.rglob("*.py")
         if any(ours.match(ast.unparse(node)) for node in ast.parse(path.read_text()).body)
     }
-    assert found == {"data.columnar", "data.table_values"}
+    assert found == {"data.columnar"}
 
 
 def test_no_test_tools_in_the_product():

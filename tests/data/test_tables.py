@@ -13,7 +13,7 @@ import pytest
 from chat_files import RECORDS, arrow_stream, gzipped, parquet, write
 
 from medusa_exp.data import DataError, columnar, contents, read_conversations
-from medusa_exp.data.table_values import rows_of_batch
+from medusa_exp.data.columnar import rows_of_batch
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 

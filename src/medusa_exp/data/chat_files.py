@@ -247,10 +247,8 @@ class Part:
         head = self.content.head()
         if error := faults.foreign(self.name, head):
             raise error
-        if head.startswith(_PARQUET):
-            yield from self._rows()
-        elif head.startswith(_ARROW):
-            yield from self._rows_of_arrow(is_stream=head.startswith(_ARROW_STREAM))
+        if head.startswith((_PARQUET, *_ARROW)):
+            yield from self._rows(head)
         elif faults.is_text_table(self.name):
             yield from self._rows_of_text()
         elif head.startswith(b"[") and not _is_whole_line(head):
@@ -284,23 +282,19 @@ class Part:
         for self.line, line in chain((first, second), lines):
             yield TooLong(line) if isinstance(line, int) else line
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        faults.check_pyarrow(self.name, "Parquet")
+    def _rows(self, head: bytes) -> Iterator[dict[str, Any]]:
+        is_parquet = head.startswith(_PARQUET)
+        faults.check_pyarrow(self.name, "Parquet" if is_parquet else "Arrow")
         from medusa_exp.data import columnar
 
-        with columnar.opened_parquet(self.content) as table:
-            self.keys = tuple(table.schema_arrow.names)
-            columns = chosen_columns(self.name, self.keys, self.columns, self.paths)
-            yield from columnar.rows_of_parquet(table, columns, self.content.budget)
+        if is_parquet:
+            return columnar.rows_of_parquet(self.content, self._chosen)
+        is_stream = head.startswith(_ARROW_STREAM)
+        return columnar.rows_of_arrow(self.content, is_stream, self._chosen)
 
-    def _rows_of_arrow(self, is_stream: bool) -> Iterator[dict[str, Any]]:
-        faults.check_pyarrow(self.name, "Arrow")
-        from medusa_exp.data import columnar
-
-        with columnar.opened_arrow(self.content, is_stream) as table:
-            self.keys = tuple(table.schema.names)
-            columns = chosen_columns(self.name, self.keys, self.columns, self.paths)
-            yield from columnar.rows_of_arrow(table, columns, self.content.budget)
+    def _chosen(self, present: Sequence[str]) -> list[str]:
+        self.keys = tuple(present)
+        return chosen_columns(self.name, self.keys, self.columns, self.paths)
 
     def _rows_of_text(self) -> Iterator[dict[str, Any]]:
         with self.content.open() as file:
@@ -341,7 +335,7 @@ class HubData:
         table = self._load()
         self.keys = tuple(table.column_names)
         table = table.select_columns(chosen_columns(self.name, self.keys, self.columns, self.paths))
-        from medusa_exp.data.table_values import rows_of_batch
+        from medusa_exp.data.columnar import rows_of_batch
 
         for rows in table.with_format("arrow").iter(ROWS_TOGETHER):
             for batch in rows.to_batches():
