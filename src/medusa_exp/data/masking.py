@@ -18,6 +18,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from medusa_exp.data.conversations import Conversation, DataError, Message
 from medusa_exp.data.template import Chat, ChatTemplate, Span, to_chat
@@ -97,9 +98,33 @@ class _Rendered:
         """Does what begins there lie beyond the limit?"""
         return start >= (self.end if before is None else self.reach(before))
 
-    def newest(self, i: int, turn: dict[str, object] | None = None) -> str:
-        """Return the text up to a turn, which another may take the place of."""
-        return self.template.render([[*self.chat[:i], turn or self.chat[i]]])[0]
+    def upto(self, i: int, *newest: dict[str, Any]) -> str:
+        """Return the text of what stands before a turn, and of one that may take its place."""
+        return self.template.render([[*self.chat[:i], *newest]])[0]
+
+    def prompt(self, turn: _Turn) -> str:
+        """Return what a turn is served after; nothing for a turn that comes first."""
+        if not turn.index:
+            return ""
+        return self.template.render([self.chat[: turn.index]], add_generation_prompt=True)[0]
+
+    def span(self, turn: _Turn, reply_end: int) -> Span:
+        """Return from a reply's start to the end of the mark, for a reply that ends there."""
+        mark = self.template.mark.search(turn.after)
+        return turn.start, reply_end + (mark.end() if mark else len(turn.after.rstrip()))
+
+    def stands(self, turn: _Turn) -> bool:
+        """Does the reply stand word for word in its frame in the whole text?
+
+        Not asked of replies with blanks around them, where kept and stripped ones may look alike.
+        """
+        return (
+            turn.before is None
+            and not turn.has_more
+            and turn.reply == turn.reply.strip()
+            and self.whole.startswith(turn.reply, turn.start)
+            and self.whole.startswith(turn.after, turn.start + len(turn.reply))
+        )
 
 
 def mask_text(conversation: Conversation, template: ChatTemplate, reach: Reach) -> list[MaskedText]:
@@ -116,39 +141,36 @@ def mask_text(conversation: Conversation, template: ChatTemplate, reach: Reach) 
     Raises:
         DataError: the template refuses the conversation, or hides where a reply begins.
     """
-    template = template.with_tools(conversation.tools)
+    plain, template = template, template.with_tools(conversation.tools)
     chat = to_chat(conversation.messages)
     [(whole, tags)] = template.render_tagged([chat])
     it = _Rendered(conversation.messages, chat, template, reach, whole, tags, reach(whole))
-    if conversation.tools and _is_without_tools(it):
+    if conversation.tools and _is_alike(it, plain):
         it.left_out.add(NO_TOOLS)
         template.note("the chat template leaves out which tools there are")
     turns, num_unseen = _turns(it)
     with suppress(DataError):  # of a rendering that the conversation itself does not need
-        _look_for_differences(chat, whole, turns, template)
+        _look_for_differences(it, turns[0])
     deciding = [turn for turn in turns if not turn.is_beyond]
     if not any(turn.is_said for turn in deciding):
         deciding = turns
-    if all(_stands_in(whole, turn) for turn in deciding):
-        spans = [_span(turn, turn.start + len(turn.reply), template) for turn in deciding]
-        return [_one_text(it, spans, deciding)]
+    if all(map(it.stands, deciding)):
+        spans = [it.span(turn, turn.start + len(turn.reply)) for turn in deciding]
+        return [_masked(it, whole, spans, tags, deciding)]
     return _turn_by_turn(it, deciding, turns[len(deciding) :], num_unseen)
 
 
-def _is_without_tools(it: _Rendered) -> bool:
+def _is_alike(it: _Rendered, plain: ChatTemplate) -> bool:
+    """Is the text the same by the template without tools?"""
     with suppress(DataError):  # calls may be refused where there is nothing to call
-        return it.template.without_tools([it.chat]) == [it.whole]
+        return plain.render([it.chat]) == [it.whole]
     return False
-
-
-def _one_text(it: _Rendered, spans: list[Span], turns: list[_Turn]) -> MaskedText:
-    return _masked(it, it.whole, spans, it.tags, turns)
 
 
 def _masked(
     it: _Rendered, text: str, spans: list[Span], tags: list[Span], turns: list[_Turn]
 ) -> MaskedText:
-    wider = _widened(spans, text, tags, it.chat, turns, it.template)
+    wider = _widened(it, text, spans, tags, turns)
     trained = [span for span, turn in zip(wider, turns, strict=True) if turn.is_trained]
     return MaskedText(text, trained, frozenset(it.left_out))
 
@@ -184,7 +206,7 @@ def _turns(it: _Rendered) -> tuple[list[_Turn], int]:
 def _probed(it: _Rendered, i: int) -> _Turn | None:
     """Find where a reply stands while it is the newest; None where the template hides it."""
     # One at a time: of a long conversation, all together would be the square of its length.
-    text = it.newest(i, {"role": "assistant", "content": _PROBE})
+    text = it.upto(i, {"role": "assistant", "content": _PROBE})
     before, found, after = text.rpartition(_PROBE)
     if not found:
         return None
@@ -215,7 +237,7 @@ def _has_more(it: _Rendered, i: int) -> bool:
 def _is_written(it: _Rendered, i: int, keys: Sequence[str]) -> bool:
     without = {key: value for key, value in it.chat[i].items() if key not in keys}
     with suppress(DataError):  # a turn may have to say something
-        return it.newest(i) != it.newest(i, without)
+        return it.upto(i, it.chat[i]) != it.upto(i, without)
     return True
 
 
@@ -252,21 +274,7 @@ def _like(it: _Rendered, i: int, starts: dict[int, int], earlier: _Turn) -> _Tur
     beyond = it.is_beyond(None, start)
     reply = it.chat[i]["content"]
     turn = _Turn(i, reply, None, start, earlier.after, False, is_trained, beyond)
-    return turn if not earlier.has_more and _stands_in(it.whole, turn) else None
-
-
-def _stands_in(whole: str, turn: _Turn) -> bool:
-    """Does the reply stand word for word in its frame in the whole text?
-
-    Not asked of replies with blanks around them, where kept and stripped ones may look the same.
-    """
-    return (
-        turn.before is None
-        and not turn.has_more
-        and turn.reply == turn.reply.strip()
-        and whole.startswith(turn.reply, turn.start)
-        and whole.startswith(turn.after, turn.start + len(turn.reply))
-    )
+    return turn if not earlier.has_more and it.stands(turn) else None
 
 
 def _turn_by_turn(
@@ -281,7 +289,8 @@ def _turn_by_turn(
     if not served:
         raise DataError("the chat template shows no assistant turn.")
     if all(it.whole.startswith(text) for _, text, _, _ in served):
-        return [_one_text(it, [span for _, _, _, span in served], [turn for turn, *_ in served])]
+        spans, turns = [span for *_, span in served], [turn for turn, *_ in served]
+        return [_masked(it, it.whole, spans, it.tags, turns)]
     it.template.note(
         "the chat template renders a turn differently once others follow it: every assistant turn "
         "becomes a row of its own, as it is served"
@@ -299,26 +308,23 @@ def _turn_by_turn(
 def _served(it: _Rendered, turn: _Turn) -> tuple[_Turn, str, list[Span], Span] | None:
     """Return the text that ends with a turn, and what is the reply's in it; None without any."""
     template = it.template
-    if turn.index > 2 * _ONE_BY_ONE and not template.is_tagged and _stands_in(it.whole, turn):
+    if turn.index > 2 * _ONE_BY_ONE and not template.is_tagged and it.stands(turn):
         end = turn.start + len(turn.reply)
-        return turn, it.whole[: end + len(turn.after)], [], _span(turn, end, template)
+        return turn, it.whole[: end + len(turn.after)], [], it.span(turn, end)
     [(text, tags)] = template.render_tagged([it.chat[: turn.index + 1]])
-    if turn.index and not turn.reply.strip() and text == _upto(it.chat, turn, template):
-        template.note("the chat template leaves out empty assistant turns")
-        return None
-    return turn, text, tags, _reply_at_the_end(text, turn, it.chat, template)
+    if turn.index and not turn.reply.strip():
+        with suppress(DataError):  # such a conversation cannot end there: the turn is not left out
+            if text == it.upto(turn.index):
+                template.note("the chat template leaves out empty assistant turns")
+                return None
+    return turn, text, tags, _reply_at_the_end(it, text, turn)
 
 
-def _upto(chat: Chat, turn: _Turn, template: ChatTemplate) -> str | None:
-    with suppress(DataError):  # such a conversation cannot end there: the turn is not left out
-        return template.render([chat[: turn.index]])[0]
-    return None
-
-
-def _reply_at_the_end(text: str, turn: _Turn, chat: Chat, template: ChatTemplate) -> Span:
+def _reply_at_the_end(it: _Rendered, text: str, turn: _Turn) -> Span:
     """Locate the newest reply in a text that nothing follows."""
+    template = it.template
     if text.endswith(turn.after):
-        start, end = _span(turn, len(text) - len(turn.after), template)
+        start, end = it.span(turn, len(text) - len(turn.after))
     else:  # whatever ends it now is the mark: the first of its last special tokens
         marks = [
             m for m in template.mark.finditer(text) if not template.has_words(text[m.start() :])
@@ -326,14 +332,14 @@ def _reply_at_the_end(text: str, turn: _Turn, chat: Chat, template: ChatTemplate
         start, end = turn.start, marks[0].end() if marks else len(text.rstrip())
     if turn.has_more:  # reasoning and calls may stand on either side of the reply
         with suppress(DataError):
-            prompt = _prompt(chat, turn, template)
+            prompt = it.prompt(turn)
             if text.startswith(prompt) and len(prompt) <= end:
                 return len(prompt), end
     is_after = turn.before is None or text.startswith(turn.before)
     if is_after and start <= end:
         return start, end
     # The template took the reply apart (reasoning): all that follows the prompt is the reply.
-    prompt = _prompt(chat, turn, template)
+    prompt = it.prompt(turn)
     if text.startswith(prompt) and len(prompt) <= end:
         return len(prompt), end
     raise DataError(
@@ -342,69 +348,43 @@ def _reply_at_the_end(text: str, turn: _Turn, chat: Chat, template: ChatTemplate
     )
 
 
-def _prompt(chat: Chat, turn: _Turn, template: ChatTemplate) -> str:
-    """Return what the turn is served after; nothing for a turn that comes first."""
-    if not turn.index:
-        return ""
-    return template.render([chat[: turn.index]], add_generation_prompt=True)[0]
-
-
-def _span(turn: _Turn, reply_end: int, template: ChatTemplate) -> Span:
-    """Return from the reply's start to the end of the mark, for a reply that ends there."""
-    mark = template.mark.search(turn.after)
-    return turn.start, reply_end + (mark.end() if mark else len(turn.after.rstrip()))
-
-
 def _widened(
-    spans: list[Span],
-    text: str,
-    tags: list[Span],
-    chat: Chat,
-    turns: list[_Turn],
-    template: ChatTemplate,
+    it: _Rendered, text: str, spans: list[Span], tags: list[Span], turns: list[_Turn]
 ) -> list[Span]:
     """Widen spans to what generation tags mark, if there is a tag for each reply.
 
     A reply's tag begins between the turn's prompt and the reply, and ends among its end marks.
     """
-    if not template.is_tagged:
+    if not it.template.is_tagged:
         return spans
     wider: list[Span] = []
     for number, (turn, (start, end)) in enumerate(zip(turns, spans, strict=True)):
-        if number < _ONE_BY_ONE:
-            least = min(len(_prompt(chat, turn, template)), start)
-        else:  # as much as to say, and without a rendering
-            least = spans[number - 1][1]
+        # The end of the reply before is as much as to say, and needs no rendering.
+        is_rendered = number < _ONE_BY_ONE
+        least = min(len(it.prompt(turn)), start) if is_rendered else spans[number - 1][1]
+        around = tags[bisect_left(tags, (least, 0)) : bisect_left(tags, (start + 1, 0))]
         own = [
             (first, max(end, last))
-            for first, last in _around(tags, least, start)
-            if not template.has_words(text[min(end, last) : max(end, last)])
+            for first, last in around
+            if not it.template.has_words(text[min(end, last) : max(end, last)])
         ]
         wider += own if len(own) == 1 else []
     if len(wider) == len(spans):
         return wider
-    template.note(
+    it.template.note(
         "the chat template's generation tags do not mark each reply: they are ignored, and replies "
         "are trained where they were found"
     )
     return spans
 
 
-def _around(tags: list[Span], least: int, most: int) -> list[Span]:
-    """Return those of some ordered spans that begin between two places, both included."""
-    first = bisect_left(tags, (least, 0))
-    return tags[first : bisect_left(tags, (most + 1, 0))]
-
-
-def _look_for_differences(
-    chat: Chat, whole: str, turns: list[_Turn], template: ChatTemplate
-) -> None:
+def _look_for_differences(it: _Rendered, turn: _Turn) -> None:
     """Note where training differs from serving: in what stands before a reply, in what is said."""
-    turn = turns[0]
+    chat, template = it.chat, it.template
     if turn.index and template.looked_at["prompt"] < _LOOKED_AT:
-        prompt = _prompt(chat, turn, template)
+        prompt = it.prompt(turn)
         template.looked_at["prompt"] += 1
-        if not (whole if turn.before is None else turn.before).startswith(prompt):
+        if not (it.whole if turn.before is None else turn.before).startswith(prompt):
             template.note(
                 "replies do not follow the generation prompt that the chat template is served with"
                 + _ending(prompt, chat[turn.index - 1]["content"])
@@ -412,8 +392,8 @@ def _look_for_differences(
     for role in ("system", "tool"):
         place = next((i for i, message in enumerate(chat) if message["role"] == role), None)
         if place is not None and not template.looked_at[role]:
-            probed = [*chat[:place], {**chat[place], "content": _PROBE}, *chat[place + 1 :]]
-            [text] = template.render([probed])
+            probe = {**chat[place], "content": _PROBE}
+            [text] = template.render([[*chat[:place], probe, *chat[place + 1 :]]])
             template.looked_at[role] += 1
             if _PROBE not in text:
                 template.note(f"the chat template leaves out what the {role} says")

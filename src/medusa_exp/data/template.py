@@ -85,16 +85,6 @@ class ChatTemplate:
         other._variables = {**self._variables, "tools": json.loads(_clean(tools))}
         return other
 
-    def without_tools(self, chats: Sequence[Chat]) -> list[str]:
-        """Return the texts of chats as they are where nothing can be called.
-
-        Raises:
-            DataError: as `render`.
-        """
-        other = copy.copy(self)
-        other._variables = {**self._variables, "tools": None}
-        return other.render(chats)
-
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text after which the assistant is to speak.
 
