@@ -39,19 +39,10 @@ def padded_length(length: int) -> int:
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
-def padded_epoch(
-    lengths: np.ndarray, *, batch_tokens: int, seed: int, epoch: int, weights: np.ndarray
+def _padded(
+    lengths: np.ndarray, weights: np.ndarray, rng: np.random.Generator, batch_tokens: int
 ) -> Epoch:
-    """Batch examples of similar length, at most `batch_tokens` with padding; one a row.
-
-    Args:
-        lengths: tokens of each example.
-        batch_tokens: a longer example makes a batch alone.
-        seed: decides the order, together with the epoch.
-        epoch: number of the pass.
-        weights: how often each example stands in a pass; 1.5 is once or twice, by chance.
-    """
-    rng = np.random.default_rng([seed, epoch])
+    """Batch examples of similar length, one a row; one longer than a batch makes a batch alone."""
     batches: Epoch = []
     for group in _groups(lengths, weights, _GROUP_BATCHES * batch_tokens, rng):
         by_length = group[np.argsort(lengths[group], kind="stable")]
@@ -59,22 +50,18 @@ def padded_epoch(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def packed_epoch(
+def _packed(
     lengths: np.ndarray,
-    *,
+    weights: np.ndarray,
+    rng: np.random.Generator,
     batch_tokens: int,
     row_tokens: int,
-    seed: int,
-    epoch: int,
-    weights: np.ndarray,
 ) -> Epoch:
     """Batch rows of several examples: the longest first, each into the fullest row that takes it.
 
-    No example is longer than `row_tokens`, and a batch has one row at least. The other arguments
-    are those of `padded_epoch`.
+    No example is longer than `row_tokens`, and a batch has one row at least.
     """
     assert not len(lengths) or int(lengths.max()) <= row_tokens
-    rng = np.random.default_rng([seed, epoch])
     group_tokens = max(_GROUP_BATCHES * batch_tokens, _GROUP_ROWS * row_tokens)
     rows: list[Row] = []
     for group in _groups(lengths, weights, group_tokens, rng):
@@ -122,13 +109,20 @@ def epoch_planner(
     weights: np.ndarray | None = None,
     boundary: int | None = None,
 ) -> Callable[[int], Epoch]:
-    """Return the function from the number of a pass to its batches, for padded or packed.
+    """Return the function from the number of a pass to its batches.
 
-    No batch has examples of both sides of `boundary`: see `Backbone.rotary_boundary`.
+    Args:
+        batching: padded or packed.
+        lengths: tokens of each example.
+        batch_tokens: of a batch, padding included.
+        row_tokens: of a packed row.
+        seed: decides the order, together with the number of the pass.
+        weights: how often each example stands in a pass; 1.5 is once or twice, by chance.
+        boundary: no batch has examples of both sides of this length: `Backbone.rotary_boundary`.
     """
     sizes = np.asarray(lengths)
     ones = np.ones(len(sizes)) if weights is None else weights
-    plan = padded_epoch if batching == "padded" else partial(packed_epoch, row_tokens=row_tokens)
+    plan = _padded if batching == "padded" else partial(_packed, row_tokens=row_tokens)
     is_long = sizes > (boundary or np.inf)
     sides = [np.flatnonzero(is_long == side) for side in (False, True)]
     sides = [numbers for numbers in sides if len(numbers)] or sides[:1]
@@ -137,13 +131,8 @@ def epoch_planner(
     def epoch_of(epoch: int) -> Epoch:
         planned: Epoch = []
         for numbers in sides:
-            batches = plan(
-                sizes[numbers],
-                batch_tokens=batch_tokens,
-                seed=seed,
-                epoch=epoch,
-                weights=ones[numbers],
-            )
+            rng = np.random.default_rng([seed, epoch])
+            batches = plan(sizes[numbers], ones[numbers], rng, batch_tokens=batch_tokens)
             planned += [[numbers[row].tolist() for row in batch] for batch in batches]
         if len(sides) == 1:
             return planned

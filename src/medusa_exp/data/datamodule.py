@@ -5,6 +5,7 @@ B rows of a batch, T positions.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import islice
 from types import MappingProxyType
 
@@ -174,28 +175,14 @@ class Batches(L.LightningDataModule):
         self.accumulate = accumulate
         self.num_heads = num_heads
         self.features = features
+        self.row_tokens, self.boundary = row_tokens, boundary
         # A row need not be longer than a batch, unless an example is.
         row = max(min(row_tokens, batch_tokens), int(train.lengths.max(initial=1)))
-        self.row_tokens, self.boundary = row_tokens, boundary
-        self._train_epoch = epoch_planner(
-            batching,
-            train.lengths,
-            batch_tokens=batch_tokens,
-            row_tokens=row,
-            seed=seed,
-            weights=train.weights,
-            boundary=boundary,
+        planner = partial(
+            epoch_planner, batch_tokens=batch_tokens, row_tokens=row, seed=seed, boundary=boundary
         )
-        self._val_epoch = None
-        if val is not None and len(val):
-            self._val_epoch = epoch_planner(
-                "padded",
-                val.lengths,
-                batch_tokens=batch_tokens,
-                row_tokens=row,
-                seed=seed,
-                boundary=boundary,
-            )
+        self._train_epoch = planner(batching, train.lengths, weights=train.weights)
+        self._val_epoch = planner("padded", val.lengths) if val is not None and len(val) else None
 
     def batches_per_epoch(self) -> int:
         """Count the batches of the first pass over the training examples; later ones are alike."""
