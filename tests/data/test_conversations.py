@@ -123,26 +123,6 @@ def test_strict(tmp_path, write, place):
     assert ids(path, strict=True, min_chars=3, deduplicate=True) == ["a"]  # no faults, but choices
 
 
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"role_map": {"x": "robot"}}, r"role_map: x=robot: .*system, user, assistant, tool"),
-        ({"min_turns": -1}, "min_turns=-1"),
-        ({"max_turns": 0}, "max_turns=0 must be .* from min_turns=1"),
-        ({"min_chars": -5}, "min_chars=-5"),
-        ({"min_chars": "5"}, "min_chars=5"),
-        ({"max_chars": 10.5}, r"max_chars=10\.5"),
-        ({"min_chars": 9, "max_chars": 8}, "max_chars=8 must be .* from min_chars=9"),
-        ({"sample_fraction": 1.5}, r"sample_fraction=1\.5"),
-        ({"sample_fraction": None}, "sample_fraction=None"),
-        ({"sample_fraction": float("nan")}, "sample_fraction=nan"),
-    ],
-)
-def test_bad_options(sharegpt_file, options, key):
-    with pytest.raises(DataError, match=rf"dataset\.{key}"):
-        read_conversations(sharegpt_file, **options)
-
-
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from medusa_exp.data import faults, record_faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
 from medusa_exp.data.faults import DataError, NoChats
-from medusa_exp.data.forms import FORMS
 from medusa_exp.data.messages import NO_REPLY, Conversation, Message
 from medusa_exp.data.pairs import REPLIES
 from medusa_exp.data.parsing import (
@@ -95,26 +94,10 @@ class ReadOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # What a single value may be, the config has checked.
         for name, role in self.role_map.items():
             if role not in ROLES:
                 raise DataError(f"dataset.role_map: {name}={role}: use one of {', '.join(ROLES)}.")
-        if self.form != "auto" and self.form not in FORMS:
-            raise DataError(f"dataset.form={self.form}: use auto or one of {', '.join(FORMS)}.")
-        self._check_columns()
-        for what in ("turns", "chars"):
-            least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
-            if not (isinstance(least, int) and least >= 0):
-                raise DataError(f"dataset.min_{what}={least} must be a whole number from 0.")
-            if most is not None and not (isinstance(most, int) and most >= least):
-                raise DataError(
-                    f"dataset.max_{what}={most} must be null or a whole number from min_{what}="
-                    f"{least}."
-                )
-        share = self.sample_fraction
-        if not (isinstance(share, int | float) and 0 <= share <= 1):
-            raise DataError(f"dataset.sample_fraction={share} must be a number from 0 to 1.")
-
-    def _check_columns(self) -> None:
         known = ("user", "assistant", "system", "messages", "reasoning")
         for name in self.columns:
             if name not in known:

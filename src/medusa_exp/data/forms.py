@@ -7,6 +7,7 @@ have its form. Turns are as `parsing` reads them: objects of a role (`from`) and
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from medusa_exp.data.pairs import (
@@ -44,7 +45,6 @@ from medusa_exp.data.turn_lists import (
     ROLE_NAMES,
     TALKS,
     WRAPPERS,
-    as_parts,
     get,
     is_alternation,
     listed,
@@ -60,6 +60,7 @@ from medusa_exp.data.turns import (
     TOOLS,
     Record,
     Unusable,
+    as_parts,
     from_json_text,
     is_held,
 )
@@ -131,31 +132,17 @@ def _is_of_pairs(value: Any) -> bool:
     return isinstance(value, list) and all(is_alternation(v) and len(v) == 2 for v in value)
 
 
-def _prompt(record: Any) -> Chat | None:
-    """Read `prompt` and `completion`, texts or lists of messages."""
-    return pair(record, ("prompt",), REPLIES)
-
-
-def _instruction(record: Any) -> Chat | None:
-    """Read `instruction`, `input` or `context`, and `output` or `response`."""
-    return pair(record, ("instruction",), REPLIES, CONTEXTS)
-
-
-def _question(record: Any) -> Chat | None:
-    """Read `question` (`query`), perhaps a `context`, and `answer` or `response`."""
-    return pair(record, ("question", "query"), REPLIES, ("context",))
+def _pairs(
+    asked: tuple[str, ...], replied: tuple[str, ...], contexts: tuple[str, ...] = ()
+) -> Form:
+    """Return a form of a question, under one of some keys, and its answer."""
+    keys = (*asked, *contexts, *replied, "history")
+    return Form(keys, partial(pair, asked=asked, replied=replied, contexts=contexts), CHOICES)
 
 
 def _input(record: Any) -> Chat | None:
     """Read `input` and `output`: the former belongs to an `instruction` where there is one."""
-    if get(record, "instruction") is not None:
-        return None
-    return pair(record, ("input",), REPLIES)
-
-
-def _user(record: Any) -> Chat | None:
-    """Read `user` (`human`) and `assistant`."""
-    return pair(record, ROLE_NAMES["user"], ROLE_NAMES["assistant"])
+    return None if get(record, "instruction") is not None else pair(record, ("input",), REPLIES)
 
 
 def _chosen(record: Any) -> Chat | None:
@@ -334,11 +321,11 @@ _BESIDE = (*REPLIES, "choices", *_LEAVES, "conv")
 FORMS = {
     "messages": Form(_TALKS, _messages, _BESIDE),
     "conversation": Form(TALKS, _conversation),
-    "prompt": Form(("prompt", *REPLIES, "history"), _prompt, CHOICES),
-    "instruction": Form(("instruction", *CONTEXTS, *REPLIES, "history"), _instruction, CHOICES),
-    "question": Form(("question", "query", "context", *REPLIES, "history"), _question, CHOICES),
+    "prompt": _pairs(("prompt",), REPLIES),
+    "instruction": _pairs(("instruction",), REPLIES, CONTEXTS),
+    "question": _pairs(("question", "query"), REPLIES, ("context",)),
     "input": Form(("input", *REPLIES, "history"), _input, CHOICES),
-    "user": Form((*ROLE_NAMES["user"], *ROLE_NAMES["assistant"], "history"), _user, CHOICES),
+    "user": _pairs(ROLE_NAMES["user"], ROLE_NAMES["assistant"]),
     "chosen": Form(("chosen", *ASKED, *CONTEXTS, *_TALKS), _chosen, ("history",)),
     "contents": Form(("contents",), _contents),
     "body": Form(WRAPPERS, _body),

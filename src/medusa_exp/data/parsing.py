@@ -7,7 +7,6 @@ halves of surrogate pairs, control characters) and names what is wrong with the 
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +19,14 @@ from medusa_exp.data.faults import printable
 from medusa_exp.data.forms import ANSWERED, FORMS, LABELLED, MAY_LACK, Form, by_columns, columns_of
 from medusa_exp.data.messages import Conversation, Message, checked
 from medusa_exp.data.pairs import CHOICES, REPLIES, SEVERAL_ANSWERS
-from medusa_exp.data.raw_chats import RawChat, TooLong, decode_leniently, num_bytes, raw_bytes
+from medusa_exp.data.raw_chats import (
+    RawChat,
+    TooLong,
+    decode_leniently,
+    num_bytes,
+    raw_bytes,
+    whole_letters,
+)
 from medusa_exp.data.records import NOT_ALIKE, SYSTEMS, Ambiguous, Chat, has, id_in
 from medusa_exp.data.turn_lists import is_alternation, known_names, renamed
 from medusa_exp.data.turns import (
@@ -439,12 +445,7 @@ def _usable_id(value: Any) -> str:
     """Return an id as text that any file can hold, empty where there is none."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         return ""
-    return _whole_letters(str(value))
-
-
-def _whole_letters(text: str) -> str:
-    """Return a text that any file can hold: halves of surrogate pairs are in no encoding."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return whole_letters(str(value))
 
 
 def _content_id(raw: RawChat) -> str:

@@ -1,9 +1,12 @@
 """A raw chat as a file holds it, not yet understood: its text or a table's row, and their size."""
 
 import json
+import re
 from typing import Any
 
 import msgspec
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TooLong(msgspec.Struct, frozen=True):
@@ -36,6 +39,11 @@ def _size(value: Any) -> int:
     if isinstance(value, dict):
         return sum(len(key) + 4 + _size(inner) for key, inner in value.items())
     return sum(map(_size, value)) + 2 if isinstance(value, list) else 4
+
+
+def whole_letters(text: str) -> str:
+    """Return a text with U+FFFD for halves of surrogate pairs, which are in no encoding."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def decode_leniently(text: bytes) -> Any:

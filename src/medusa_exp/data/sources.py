@@ -22,7 +22,7 @@ from medusa_exp.data.conversations import (
     content_digest,
     read_conversations,
 )
-from medusa_exp.data.faults import unreadable
+from medusa_exp.data.faults import of_reading
 from medusa_exp.data.record_faults import absent_columns
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import content_key, settings_in_key, sha256_file
@@ -56,16 +56,12 @@ class Source:
 
     def identity(self) -> list[Any]:
         """Return what names its content, for the key of a cache."""
-        files = [_sha256(path) for path in self.reading.paths]
+        files = []
+        for path in self.reading.paths:
+            with of_reading(path):
+                files.append(sha256_file(path))
         options = settings_in_key(self.reading.options, _IN_KEY)
         return [self.name, files, self.reading.fingerprints(), options]
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256_file(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
 
 
 def open_sources(dataset: DatasetConfig, cache_dir: str | Path) -> list[Source]:

@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from medusa_exp.data.conversations import DataError, Message
+from medusa_exp.data.raw_chats import whole_letters
 from medusa_exp.data.turns import REASONING
 
 log = logging.getLogger(__name__)
 
 REFUSED = "refused by the chat template"
 """Why a conversation, or a prompt, is left out of which the template raises an error."""
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Span = tuple[int, int]
@@ -35,16 +35,14 @@ def to_chat(messages: Sequence[Message]) -> Chat:
 
 
 def _to_turn(message: Message) -> dict[str, Any]:
-    turn: dict[str, Any] = {"role": message.role, "content": _clean(message.content)}
+    turn: dict[str, Any] = {"role": message.role, "content": whole_letters(message.content)}
     if message.reasoning:
-        turn |= dict.fromkeys(REASONING, _clean(message.reasoning))  # each template has its word
+        turn |= dict.fromkeys(
+            REASONING, whole_letters(message.reasoning)
+        )  # each template has its word
     if message.fields:
-        turn |= json.loads(_clean(message.fields))
+        turn |= json.loads(whole_letters(message.fields))
     return turn
-
-
-def _clean(text: str) -> str:
-    return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 class ChatTemplate:
@@ -82,7 +80,7 @@ class ChatTemplate:
         if not tools:
             return self
         other = copy.copy(self)
-        other._variables = {**self._variables, "tools": json.loads(_clean(tools))}
+        other._variables = {**self._variables, "tools": json.loads(whole_letters(tools))}
         return other
 
     def prompt(self, messages: Sequence[Message]) -> str:

@@ -14,6 +14,7 @@ from medusa_exp.data.turns import (
     WHO,
     Record,
     Unusable,
+    as_parts,
     first_filled,
     from_json_text,
     is_held,
@@ -243,13 +244,6 @@ def _without_objects(turn: Record) -> Record:
     if not objects or role_called(first_filled(turn, WHO)) == "tool":
         return turn
     return {**turn, **{key: said_in(value) for key, value in objects.items()}}
-
-
-def as_parts(said: Any) -> Any:
-    """Return texts in a list as parts of one text: as a list, they could be several answers."""
-    if not isinstance(said, list):
-        return said
-    return [{"text": part} if isinstance(part, str) else part for part in said]
 
 
 def with_thoughts(turns: list[Any]) -> list[Any]:

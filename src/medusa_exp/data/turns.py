@@ -126,10 +126,13 @@ def said_in(content: Any) -> Any:
     keys = held or there & {*_IN_OBJECTS}
     if kind not in (None, "text") or len(keys) != 1 or not keys <= {*_IN_OBJECTS}:
         return content
-    said = content[keys.pop()]
+    return as_parts(content[keys.pop()])
+
+
+def as_parts(said: Any) -> Any:
+    """Return texts in a list as parts of one text: as a list, they could be several answers."""
     if not isinstance(said, list):
         return said
-    # As a list, texts could be several answers.
     return [{"text": part} if isinstance(part, str) else part for part in said]
 
 
