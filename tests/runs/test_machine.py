@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -86,10 +87,10 @@ def test_threads_are_not_more_than_the_cores_unless_they_were_chosen(monkeypatch
 
 def test_arithmetic_is_timed_where_torch_knows_nothing(monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", _NoOperators())
-    for seconds, is_fast in ((1e-3, True), (9e-3, False)):
+    for rate, is_fast in ((9e9, True), (1e9, False)):
         machine.has_arithmetic.cache_clear()
-        times = {torch.bfloat16: seconds, torch.float32: 2e-3}
-        monkeypatch.setattr(machine, "_seconds", lambda a, times=times: times[a.dtype])
+        rates = {torch.bfloat16: rate, torch.float32: 2e9}
+        monkeypatch.setattr(machine, "matrix_rate", lambda _, dtype, *a, r=rates, **k: r[dtype])
         assert machine.has_arithmetic(CPU, torch.bfloat16) is is_fast
     assert machine.has_arithmetic(CPU, torch.float32)
 
@@ -143,6 +144,6 @@ def test_a_user_without_a_home_gets_one(monkeypatch, tmp_path):
 
 
 def test_the_memory_of_a_process(monkeypatch):
-    peak = machine.peak_memory_bytes()
+    peak, now = machine.peak_memory_bytes(), psutil.Process().memory_info().rss
     monkeypatch.setitem(machine.sys.modules, "resource", None)
-    assert 0.1 * peak < machine.peak_memory_bytes() <= 1.1 * peak
+    assert 0.5 * now < machine.peak_memory_bytes() <= 1.1 * peak

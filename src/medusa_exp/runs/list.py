@@ -105,18 +105,16 @@ def read_run(path: Path) -> Run:
 
 
 def _read_files(run: Run, path: Path, newest: datetime) -> None:
-    record, metrics = (_object(path / name) for name in ("run.json", "metrics.json"))
+    record, metrics = (read_json(path / name, {}) for name in ("run.json", "metrics.json"))
     config = saved_config(path)
-    stages = _objects(record.get("stages", {}), "stages of run.json")
+    stages = record.get("stages", {})
     run.when = _time(record["created"]) if "created" in record else run.when
     run.experiment = str(record.get("name") or config.get("name") or path.parent.name)
     run.model = _model(config.get("model", {}))
-    run.heads = _heads(_object(path / "heads" / "config.json"))
-    run.tokens_per_step, run.speedup, run.identical = (
-        _number(metrics, f"eval/{name}")
-        for name in ("tokens_per_step", "speedup", "identical_fraction")
-    )
-    run.cache_keys = _cache_keys(record, stages, _object(path / "regenerated.json"))
+    run.heads = _heads(path / "heads" / "config.json")
+    names = ("tokens_per_step", "speedup", "identical_fraction")
+    run.tokens_per_step, run.speedup, run.identical = (metrics.get(f"eval/{n}") for n in names)
+    run.cache_keys = _cache_keys(record, read_json(path / "regenerated.json", {}))
     wanted = config.get("stages", [])
     run.status, run.reason = _status(stages, wanted, datetime.now(UTC) - newest)
     if not stages and (error := _failure(path)):
@@ -128,8 +126,8 @@ def _failure(path: Path) -> str | None:
 
     None if neither says.
     """
-    job = _object(path / JOB)
-    found = job if job.get("status") == "failed" else _object(path / FAILURE)
+    job = read_json(path / JOB, {})
+    found = job if job.get("status") == "failed" else read_json(path / FAILURE, {})
     # Where a job of a sweep is tried again, what its last try met is over.
     return None if job.get("status") == "running" else found.get("error")
 
@@ -180,20 +178,6 @@ def _span(time: timedelta) -> str:
     return f"{days} days" if days > 1 else f"{24 * days + hours} h" if hours else "minutes"
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one where there is no such file."""
-    found = read_json(path, {})
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object.")
-    return found
-
-
-def _objects(found: Any, what: str) -> dict[str, Any]:
-    if not (isinstance(found, dict) and all(isinstance(one, dict) for one in found.values())):
-        raise UserError(f"{what} are no JSON objects.")
-    return found
-
-
 def saved_config(run: Path) -> dict[str, Any]:
     """Return the config of a run's first call as it is written; its references are not followed."""
     path = run / ".hydra" / "config.yaml"
@@ -218,17 +202,9 @@ def _model(section: Any) -> str:
     return str(path) if is_on_hub else place.name
 
 
-def _heads(config: dict[str, Any]) -> str:
+def _heads(path: Path) -> str:
+    config = read_json(path, {}, kind=dict[str, Any])
     return f"{config.get('kind', '?')} x{config.get('num_heads', '?')}" if config else ""
-
-
-def _number(metrics: dict[str, Any], name: str) -> float | None:
-    value = metrics.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"metrics.json: {name}={value} is no number.")
-    return float(value)
 
 
 def _time(text: Any) -> str:
@@ -237,21 +213,15 @@ def _time(text: Any) -> str:
     return when.replace(tzinfo=when.tzinfo or UTC).astimezone(UTC).isoformat(timespec="seconds")
 
 
-def _cache_keys(
-    record: dict[str, Any], stages: dict[str, Any], regenerated: dict[str, Any]
-) -> dict[str, list[str]]:
+def _cache_keys(record: dict[str, Any], regenerated: dict[str, Any]) -> dict[str, list[str]]:
     """Return the names of cache entries that a run has noted, by kind."""
-    keys = dict(_objects({"keys": record.get("cache_keys", {})}, "cache_keys of run.json")["keys"])
+    keys, stages = record.get("cache_keys", {}), record.get("stages", {})
     found: dict[str, list[Any]] = {
         "synthetic": [f"{keys['dataset']}.json"] if "dataset" in keys else [],
         "tokenised": [keys.get("tokenised")],
         "regenerated": [keys.get("regenerated"), regenerated.get("key")],
         "pretrained": [keys.get("model")],
-        "features": [
-            name
-            for entry in stages.values()
-            for name in _objects({"": entry.get("features", {})}, "features")[""].values()
-        ],
+        "features": [n for one in stages.values() for n in one.get("features", {}).values()],
     }
     return {kind: [str(name) for name in names if name] for kind, names in found.items()}
 

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 _SIZE = {"cuda": 8192, "cpu": 1024}
 """Rows and columns of the matrices that are multiplied for `matrix_rate`."""
-_SMALL, _TRIES = 256, 5
-"""Rows and columns, and products, where nothing but time tells whether there is arithmetic."""
+_SMALL = 256
+"""Rows and columns where nothing but time tells whether there is arithmetic."""
 _HAS_BF16 = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "avx10_1", "avx10_2")
 _HAS_FP16 = ("avx512_fp16", "amx_fp16", "avx10_1", "avx10_2")
 """What torch calls the instructions for the half types of x86 processors."""
@@ -165,30 +165,15 @@ def has_arithmetic(device: "torch.device", dtype: "torch.dtype") -> bool:
     try:
         is_known = bool(getattr(torch.ops.mkldnn, name)())  # private: torch 2.13
     except (AttributeError, RuntimeError):  # torch was built without oneDNN
-        return _is_faster(dtype)
+        kinds = (dtype, torch.float32)
+        rate, usual = (matrix_rate(device, kind, 0.05, size=_SMALL) or 0.0 for kind in kinds)
+        return rate > usual  # by far or not at all
     # oneDNN also means processors on which it takes bfloat16 apart, at a third of float32's rate.
     words = _HAS_BF16 if dtype == torch.bfloat16 else _HAS_FP16
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities.get("architecture") == "x86_64":
         return is_known and any(capabilities.get(word) for word in words)
     return is_known
-
-
-def _is_faster(dtype: "torch.dtype") -> bool:
-    """Say whether a product of this type takes less time than float32's: by far or not at all."""
-    import torch
-
-    best = {}
-    for kind in (dtype, torch.float32):
-        a = torch.ones(_SMALL, _SMALL, dtype=kind)
-        best[kind] = min(_seconds(a) for _ in range(_TRIES))
-    return best[dtype] < best[torch.float32]
-
-
-def _seconds(a: "torch.Tensor") -> float:
-    start = time.perf_counter()
-    a @ a
-    return time.perf_counter() - start
 
 
 def matrix_rate(
@@ -282,18 +267,12 @@ def peak_memory_bytes(device: "torch.device | None" = None) -> int:
     try:
         import resource
     except ImportError:  # Windows, whose word for it psutil knows
-        return _peak_by_psutil()
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
-
-
-def _peak_by_psutil() -> int:
-    try:
-        import psutil
-    except ImportError:  # on Linux it wants the module resource itself
-        return 0
-    memory = psutil.Process().memory_info()
-    return int(getattr(memory, "peak_wset", memory.rss))
 
 
 def gpu_memory(device: "torch.device") -> int | None:
@@ -305,10 +284,8 @@ def gpu_memory(device: "torch.device") -> int | None:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def available_memory() -> int | None:
-    """Return the bytes of memory that processes may still take; None where it cannot be known."""
-    try:
-        import psutil
-    except ImportError:
-        return None
+def available_memory() -> int:
+    """Return the bytes of memory that processes may still take."""
+    import psutil
+
     return int(psutil.virtual_memory().available)

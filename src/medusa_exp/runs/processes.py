@@ -21,8 +21,11 @@ def is_process_alive(name: str) -> bool | None:
     Of processes on other machines it is never known.
     """
     machine, _, number = name.partition("-")
-    is_here = machine == _machine() and number.isdecimal() and len(number) < 10
-    return _is_alive(int(number)) if is_here else None
+    if machine != _machine() or not number.isdecimal() or len(number) >= 10:
+        return None
+    import psutil  # os.kill ends the process that it asks for, on Windows
+
+    return bool(psutil.pid_exists(int(number)))
 
 
 @cache
@@ -37,9 +40,3 @@ def _machine() -> str:
     hardware = [] if len(known) == len(_NAMES_OF_MACHINE) else [f"{uuid.getnode()}"]
     text = " ".join([platform.node(), space, *known, *hardware])
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _is_alive(process: int) -> bool:
-    import psutil  # os.kill ends the process that it asks for, on Windows
-
-    return bool(psutil.pid_exists(process))
