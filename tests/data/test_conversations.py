@@ -56,12 +56,6 @@ def test_several_places(tmp_path):
         read_conversations([first, tmp_path / "no.json"])
 
 
-def test_role_map(tmp_path):
-    path = write_list(tmp_path / "a.json", [chat("a", "x", "y")])
-    (found,) = read_conversations(path, role_map={"human": "tool"})
-    assert [message.role for message in found.messages] == ["tool", "assistant"]
-
-
 SIZES = [
     chat("two", "12", "34"),
     chat("three", "123", "4", "5", system="12345"),

@@ -29,12 +29,6 @@ def test_load_split(sharegpt_file):
     assert len(set.union(*ids)) == sum(map(len, ids)) == 40
 
 
-def test_an_empty_split_says_what_to_raise(sharegpt_file):
-    dataset = DatasetConfig(path=str(sharegpt_file), val_fraction=0.0)
-    with pytest.raises(DataError, match=r"no conversation for split val: .* dataset.val_fraction"):
-        load_split(open_sources(dataset, "no cache"), dataset, "val")
-
-
 @pytest.mark.parametrize(
     ("number", "ids", "split", "words"),
     [

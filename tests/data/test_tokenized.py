@@ -1,7 +1,5 @@
 import json
-import multiprocessing
 import re
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -175,35 +173,11 @@ def test_turns_beyond_the_limit_are_counted_where_each_is_a_row(config, tokenize
     assert lost > 40 and outcomes["documents"] + lost == 160
 
 
-@pytest.mark.parametrize(
-    "damage", ["documents/input_ids.npy", "documents/source.starts.npy", "summary.json"]
-)
-def test_a_damaged_entry_is_built_again(config, tokenizer, damage):
-    data = session_of(config).tokenized(tokenizer, 100)
-    (file,) = Path(config.cache_dir).glob(f"tokenised/*/{damage}")
-    expected = documents(data)
-    del data
-    if damage == "summary.json":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:-40])
-    again = session_of(config).tokenized(tokenizer, 100)
-    assert again.is_new and documents(again) == expected
-
-
 def test_a_cache_that_cannot_be_written(config, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     config.cache_dir = str(tmp_path / "file" / "cache")
     with pytest.raises(UserError, match=r"could not be written under cache_dir="):
         session_of(config).tokenized(tokenizer, 100)
-
-
-def test_an_interrupted_build_leaves_nothing_that_looks_finished(config, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenized.Table, "of", lambda rows: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        session_of(config).tokenized(tokenizer, 100)
-    monkeypatch.undo()
-    assert session_of(config).tokenized(tokenizer, 100).is_new
 
 
 def test_documents_whose_writing_failed_are_not_opened(tmp_path):
@@ -241,32 +215,6 @@ def test_notes_of_workers_are_logged(config, tokenizer, monkeypatch, caplog, sha
     caplog.clear()
     session_of(config).tokenized(tokenizer, 200).log()
     assert caplog.text.count("row of its own") == 1
-
-
-def _build_slowly(config, tokenizer, results):
-    real = tokenized._build
-
-    def slow(*arguments):
-        time.sleep(1)
-        return real(*arguments)
-
-    tokenized._build = slow
-    data = session_of(config).tokenized(tokenizer, 100)
-    results.put((data.is_new, len(data.table)))
-
-
-def test_two_processes_that_want_the_same_entry_build_it_once(config, tokenizer):
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    both = [
-        context.Process(target=_build_slowly, args=(config, tokenizer, results)) for _ in range(2)
-    ]
-    for process in both:
-        process.start()
-    found = sorted(results.get(timeout=60) for _ in both)
-    for process in both:
-        process.join()
-    assert found == [(False, 40), (True, 40)]
 
 
 def test_an_empty_split_says_what_to_raise(config, tokenizer):
