@@ -6,7 +6,7 @@ file that cannot be read is a `DataError`.
 
 import hashlib
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -257,7 +257,7 @@ class Reading:
             options.max_record_bytes,
         )
         parse = parser.parse
-        faulty = _FaultyChats(source, options.role_map, options.columns, options.form)
+        faulty = _FaultyChats(source, options)
         number = 0
         try:
             for number, raw in enumerate(self._watched(source, source), 1):
@@ -280,7 +280,7 @@ class Reading:
         except NoChats as error:
             raise _without_form(options.form, error) from error
         finally:
-            self._count_forms(parser, number - faulty.num_chats)
+            self._count_forms(parser, number - faulty.reasons.total())
             self.absent &= parser.absent
             self.keys = source.keys or parser.keys
             for column in sorted({*source.keys} - {*self._columns, *parser.unused}):
@@ -329,19 +329,12 @@ class _FaultyChats:
     """Decides from a source's unusable chats whether the source as a whole is to blame."""
 
     source: Part | HubData
-    role_map: Mapping[str, str]
-    columns: Mapping[str, str] = field(default_factory=dict)
-    form: str = "auto"
+    options: ReadOptions
     reasons: Counter[str] = field(default_factory=Counter)
-    firsts: dict[str, tuple[RawChat, int, str]] = field(default_factory=dict)
-    """Of each reason, the first chat, its line and what shows it."""
-    samples: dict[str, list[RawChat]] = field(default_factory=dict)
+    shown: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Of each reason, the line of the first chat, and what shows it there."""
+    samples: defaultdict[str, list[RawChat]] = field(default_factory=lambda: defaultdict(list))
     """Of each reason, the first chats, by which a remedy is looked for."""
-
-    @property
-    def num_chats(self) -> int:
-        """Return how many there are."""
-        return self.reasons.total()
 
     def add(self, raw: RawChat, reason: str, detail: str) -> None:
         """Take note of an unusable chat.
@@ -349,12 +342,11 @@ class _FaultyChats:
         Raises:
             DataError: it shows that the file is not in UTF-8.
         """
-        self.firsts.setdefault(reason, (raw, self.source.line, detail))
-        if len(samples := self.samples.setdefault(reason, [])) < _SAMPLES:
-            samples.append(raw)
         self.reasons[reason] += 1
-        is_first = self.reasons[reason] == 1
-        if reason == NOT_UTF8 and is_first and isinstance(self.source, Part):
+        self.shown.setdefault(reason, (self.source.line, detail))
+        if len(samples := self.samples[reason]) < _SAMPLES:
+            samples.append(raw)
+        if reason == NOT_UTF8 and self.reasons[reason] == 1 and isinstance(self.source, Part):
             again = replace(self.source)
             if error := faults.wrong_encoding(again.name, map(raw_bytes, again)):
                 raise error
@@ -369,10 +361,11 @@ class _FaultyChats:
         name = self.source.name
         if not num_records:
             raise record_faults.no_records(name)
-        if self.num_chats < num_records:
+        if self.reasons.total() < num_records:
             return
-        reason = max(self.reasons, key=lambda reason: self.reasons[reason])
-        first, line, detail = self.firsts[reason]
+        [(reason, _)] = self.reasons.most_common(1)
+        (line, detail), samples = self.shown[reason], self.samples[reason]
+        first = samples[0]
         if line and self.reasons[NOT_JSON] == num_records:
             raise faults.no_json_line(name, line, raw_bytes(first))
         if self.reasons[NOT_JSON] or self.reasons[NOT_UTF8]:
@@ -388,8 +381,8 @@ class _FaultyChats:
         if reason == NOT_OBJECT:
             raise faults.single_value(name, value_of(first))
         if reason in (UNKNOWN_ROLE, NOT_A_TURN, A_ROW):
-            samples = self.samples[reason]
-            roles = roles_for(samples, self.role_map, self.form, self.columns)
+            options = self.options
+            roles = roles_for(samples, options.role_map, options.form, options.columns)
             raise record_faults.no_usable_turn(name, reason, detail, roles)
 
     def _no_form(self, first: RawChat, num_records: int) -> DataError:
@@ -404,16 +397,17 @@ class _FaultyChats:
             settings = self._remedy_of_whole()
         if not settings and num_records == 1 and not is_table:
             for inner in records_within(name, first)[:1]:
-                if settings := settings_for(inner, self.role_map):
+                if settings := settings_for(inner, self.options.role_map):
                     record = value_of(inner)
                     keys = tuple(record)
         seen = record_faults.seen_in(record, settings)
         what = "columns" if is_table else "keys"
-        return record_faults.no_form(name, keys, what, settings, self.columns.values(), seen)
+        named = self.options.columns.values()
+        return record_faults.no_form(name, keys, what, settings, named, seen)
 
     def _remedy(self, reason: str, remedy_for: Callable[..., str]) -> str:
         """Return what would read the first chat that was refused so, or one near."""
-        found = (remedy_for(raw, self.role_map) for raw in self.samples[reason])
+        found = (remedy_for(raw, self.options.role_map) for raw in self.samples[reason])
         return next(filter(None, found), "")
 
     def _remedy_of_whole(self) -> str:
@@ -424,7 +418,7 @@ class _FaultyChats:
         if len(whole) > self.source.max_bytes:  # it would be dropped
             return ""
         try:
-            return settings_for(whole, self.role_map)
+            return settings_for(whole, self.options.role_map)
         except Unusable:  # it is several values
             return ""
 

@@ -50,8 +50,6 @@ class Source:
     """A named part of the data set."""
 
     name: str
-    options: dict[str, Any]
-    """Options of `read_conversations`."""
     reading: Reading
 
     def identity(self) -> list[Any]:
@@ -75,7 +73,7 @@ def open_sources(dataset: DatasetConfig, cache_dir: str | Path) -> list[Source]:
         with entry(cache_dir, "synthetic", name) as (generated, unwritten):
             if unwritten:
                 synthetic.write_dataset(unwritten, dataset.num_conversations, dataset.seed)
-        return [Source("synthetic", {}, read_conversations(generated))]
+        return [Source("synthetic", read_conversations(generated))]
     if dataset.sources and dataset.path:
         raise DataError("dataset.path and dataset.sources are both set: use one of them.")
     paths = {name: source.path for name, source in dataset.sources.items()}
@@ -89,9 +87,7 @@ def open_sources(dataset: DatasetConfig, cache_dir: str | Path) -> list[Source]:
     if dataset.kind == "hub":
         paths = {name: f"hub:{path}" for name, path in paths.items()}
     options = {option.name: getattr(dataset, option.name) for option in fields(ReadOptions)}
-    return [
-        Source(name, options, read_conversations(path, **options)) for name, path in paths.items()
-    ]
+    return [Source(name, read_conversations(path, **options)) for name, path in paths.items()]
 
 
 def check_files(dataset: DatasetConfig) -> None:
@@ -149,7 +145,7 @@ def walk(sources: list[Source]) -> Iterator[tuple[str, Conversation]]:
     """
     seen: set[bytes] = set()
     for source in sources:
-        is_checked = len(sources) > 1 and source.options.get("deduplicate", False)
+        is_checked = len(sources) > 1 and source.reading.options.deduplicate
         for conversation in source.reading:
             if is_checked:
                 digest = content_digest(conversation)

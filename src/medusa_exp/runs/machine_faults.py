@@ -75,9 +75,7 @@ def of_full_disk(error: BaseException, path: Path) -> str | None:
     number = _number(error)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return message(OSError(number, ""), (path,))
-    place = _existing(path.parent)
-    is_full = place is not None and shutil.disk_usage(place).free < _SMALLEST_ROOM
-    return message(OSError(errno.ENOSPC, ""), (path,)) if is_full else None
+    return message(OSError(errno.ENOSPC, ""), (path,)) if _is_full(path.parent) else None
 
 
 @contextmanager
@@ -157,12 +155,14 @@ def _is_below(path: str, place: str | Path) -> bool:
 def _full_one(places: tuple[str | Path, ...], number: int) -> str:
     """Return the place whose disk is full, the first if none is (it may have room again)."""
     known = [Path(place) for place in (*places, tempfile.gettempdir()) if str(place)]
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        for place in known:
-            with_disk = _existing(place)
-            if with_disk is not None and shutil.disk_usage(with_disk).free < _SMALLEST_ROOM:
-                return str(place)
+    if number in (errno.ENOSPC, errno.EDQUOT) and (full := [*filter(_is_full, known)]):
+        return str(full[0])
     return str(known[0]) if places else ""
+
+
+def _is_full(path: Path) -> bool:
+    place = _existing(path)
+    return place is not None and shutil.disk_usage(place).free < _SMALLEST_ROOM
 
 
 def _has_room(path: Path) -> bool | None:

@@ -122,9 +122,7 @@ class RunRecord:
                 entry["history"] = lines
             entry["status"] = "done"
         except BaseException as error:
-            is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
-            entry["status"] = "interrupted" if is_stopped else "failed"
-            entry["error"] = named_variables(f"{type(error).__name__}: {error}", self.out)
+            entry |= how_it_ended(error, self.out)
             raise
         finally:
             del entry["process"]
@@ -207,9 +205,15 @@ def noted_failure(out: Path) -> Iterator[None]:
         # Whatever else is wrong, such as a disk that is full, is not to hide it.
         with suppress(Exception):
             if not (isinstance(error, Stopped) or (out / "run.json").exists()):
-                said = named_variables(f"{type(error).__name__}: {error}", out)
-                write_json(out / FAILURE, {"error": said})
+                write_json(out / FAILURE, {"error": how_it_ended(error, out)["error"]})
         raise
+
+
+def how_it_ended(error: BaseException, out: Path) -> dict[str, str]:
+    """Return the status of what an error has ended in a run, and that error in words."""
+    is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
+    said = named_variables(f"{type(error).__name__}: {error}", out)
+    return {"status": "interrupted" if is_stopped else "failed", "error": said}
 
 
 def drop_refused(out: Path) -> None:

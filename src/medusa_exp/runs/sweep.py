@@ -17,14 +17,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from medusa_exp.config import continuation, named_variables
+from medusa_exp.config import continuation
 from medusa_exp.config.command_line import swept_keys
-from medusa_exp.errors import Stopped, UserError
+from medusa_exp.errors import UserError
 from medusa_exp.runs.files import content_key, read_json, write_json
 from medusa_exp.runs.jobs import JOB, held, is_done, is_held, read_jobs
 from medusa_exp.runs.machine_faults import is_ours
 from medusa_exp.runs.metric_table import METRICS, as_objective
-from medusa_exp.runs.record import check_record
+from medusa_exp.runs.record import check_record, how_it_ended
 
 log = logging.getLogger(__name__)
 _DECIDE = {"stages", "objective", "experiment", "rerun", "rerun.source"}
@@ -164,9 +164,7 @@ def run_once(
             job["value"] = run()
             job["status"] = "done"
         except BaseException as error:
-            is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
-            job["status"] = "interrupted" if is_stopped else "failed"
-            job["error"] = named_variables(f"{type(error).__name__}: {error}", out)
+            job |= how_it_ended(error, out)
             raise
         finally:
             write_json(out / JOB, job)
