@@ -16,7 +16,7 @@ tokens that are: `rendering.py`.
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,10 +63,10 @@ class _Turn:
     """Characters before the reply."""
     after: str
     """What ends the turn."""
-    has_more: bool = False
+    has_more: bool
     """Does the template write reasoning or tool calls with the reply?"""
-    is_trained: bool = True
-    is_beyond: bool = False
+    is_trained: bool
+    is_beyond: bool
     """Does it begin where the limit is?"""
 
     @property
@@ -94,9 +94,11 @@ class _Rendered:
         """Return the places of the assistant's turns."""
         return [i for i, message in enumerate(self.chat) if message["role"] == "assistant"]
 
-    def is_beyond(self, before: str | None, start: int) -> bool:
-        """Does what begins there lie beyond the limit?"""
-        return start >= (self.end if before is None else self.reach(before))
+    def turn(self, i: int, before: str | None, start: int, after: str, has_more: bool) -> _Turn:
+        """Return an assistant turn that was found there."""
+        reply, is_trained = self.chat[i]["content"], self.messages[i].is_trained
+        is_beyond = start >= (self.end if before is None else self.reach(before))
+        return _Turn(i, reply, before, start, after, has_more, is_trained, is_beyond)
 
     def upto(self, i: int, *newest: dict[str, Any]) -> str:
         """Return the text of what stands before a turn, and of one that may take its place."""
@@ -211,10 +213,7 @@ def _probed(it: _Rendered, i: int) -> _Turn | None:
     if not found:
         return None
     kept = None if it.whole.startswith(before) else before
-    more, is_trained = _has_more(it, i), it.messages[i].is_trained
-    beyond = it.is_beyond(kept, len(before))
-    reply = it.chat[i]["content"]
-    return _Turn(i, reply, kept, len(before), after, more, is_trained, beyond)
+    return it.turn(i, kept, len(before), after, _has_more(it, i))
 
 
 def _has_more(it: _Rendered, i: int) -> bool:
@@ -270,10 +269,7 @@ def _like(it: _Rendered, i: int, starts: dict[int, int], earlier: _Turn) -> _Tur
     """Return a turn that stands in the whole text as an earlier one does, or None."""
     if i not in starts or it.chat[i].keys() != {"role", "content"}:
         return None
-    start, is_trained = starts[i], it.messages[i].is_trained
-    beyond = it.is_beyond(None, start)
-    reply = it.chat[i]["content"]
-    turn = _Turn(i, reply, None, start, earlier.after, False, is_trained, beyond)
+    turn = it.turn(i, None, starts[i], earlier.after, False)
     return turn if not earlier.has_more and it.stands(turn) else None
 
 
@@ -330,18 +326,16 @@ def _reply_at_the_end(it: _Rendered, text: str, turn: _Turn) -> Span:
             m for m in template.mark.finditer(text) if not template.has_words(text[m.start() :])
         ]
         start, end = turn.start, marks[0].end() if marks else len(text.rstrip())
-    if turn.has_more:  # reasoning and calls may stand on either side of the reply
-        with suppress(DataError):
+    is_after = start <= end and (turn.before is None or text.startswith(turn.before))
+    # Reasoning and calls may stand on either side of the reply, and where the template takes a
+    # reply apart, it is not found: all that follows the prompt is the reply then.
+    if turn.has_more or not is_after:
+        with suppress(DataError) if is_after else nullcontext():
             prompt = it.prompt(turn)
             if text.startswith(prompt) and len(prompt) <= end:
                 return len(prompt), end
-    is_after = turn.before is None or text.startswith(turn.before)
-    if is_after and start <= end:
+    if is_after:
         return start, end
-    # The template took the reply apart (reasoning): all that follows the prompt is the reply.
-    prompt = it.prompt(turn)
-    if text.startswith(prompt) and len(prompt) <= end:
-        return len(prompt), end
     raise DataError(
         f"the chat template renders turn {turn.index} so that it does not begin with its prompt; "
         "where the reply starts cannot be told."

@@ -19,10 +19,11 @@ import msgspec
 
 from medusa_exp.data import faults, record_faults
 from medusa_exp.data.faults import DataError
-from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser
+from medusa_exp.data.parsing import NO_FORM, NOT_A_TURN, ChatParser, value_of
 from medusa_exp.data.raw_chats import RawChat, decode_leniently
 from medusa_exp.data.records import Ambiguous
 from medusa_exp.data.turn_lists import WRAPPERS, is_turn
+from medusa_exp.data.turns import Unusable
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def records_of_object(
         if len(objects) > 1 and all(other.keys() == first.keys() for other in others):
             rows = _rows({key: list(values.values()) for key, values in objects.items()})
             return rows if rows and is_chat(rows[0]) else None
-    except (msgspec.DecodeError, RecursionError, ValueError):
+    except (msgspec.DecodeError, RecursionError, ValueError, Unusable):
         pass  # what is wrong with it is found where it is read as a chat
     return None
 
@@ -244,8 +245,5 @@ def _is_chat(value: Any, columns: Mapping[str, str] | None) -> bool:
 
 
 def _is_record(item: msgspec.Raw) -> bool:
-    try:
-        value = msgspec.json.decode(item)
-    except msgspec.DecodeError:  # numbers and texts that JSON has no room for
-        value = decode_leniently(bytes(item))
+    value = value_of(item)
     return isinstance(value, list) or (isinstance(value, dict) and not is_turn(value))
