@@ -1,7 +1,6 @@
 """Cache entries: made once, whole or not at all."""
 
 import multiprocessing
-import os
 import time
 from pathlib import Path
 
@@ -32,25 +31,6 @@ def test_what_fails_leaves_nothing(tmp_path):
         _interrupted(tmp_path)
 
     assert [path.name for path in (tmp_path / "kind").iterdir()] in ([], [".key.lock"])
-
-
-def test_what_killed_processes_left_is_removed(tmp_path):
-    leftover = tmp_path / "kind" / ".key.partial-0" / "content"
-    leftover.parent.mkdir(parents=True)
-    leftover.write_text("half")
-    (young := tmp_path / "kind" / ".key.partial-1").write_text("of another machine, perhaps")
-    for path in (leftover, leftover.parent):
-        os.utime(path, (1e9, 1e9))
-
-    with entry(tmp_path, "kind", "key") as (path, unwritten):
-        unwritten.write_text("whole")
-
-    assert sorted(found.name for found in path.parent.iterdir()) == [
-        ".key.lock",
-        young.name,
-        ".key.sha256.json",
-        "key",
-    ]
 
 
 def test_a_damaged_entry_is_made_anew(tmp_path):

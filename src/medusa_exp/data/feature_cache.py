@@ -70,7 +70,7 @@ class Features:
         """
         place = slice(self._starts[number], self._starts[number + 1])
         hidden_PD, teacher_P = np.array(self._hidden_PD[place]), np.array(self._teacher_P[place])
-        if check(hidden_PD, teacher_P) != self._checks[number]:
+        if checksum(hidden_PD, teacher_P) != self._checks[number]:
             raise self._damaged(f"hidden.npy, document {number}")
         hidden = torch.from_numpy(hidden_PD)
         if hidden.dtype == torch.int16:
@@ -121,6 +121,6 @@ class Features:
         )
 
 
-def check(hidden_PD: np.ndarray, teacher_P: np.ndarray) -> int:
+def checksum(hidden_PD: np.ndarray, teacher_P: np.ndarray) -> int:
     """Return the crc32 of an example's stored bytes."""
     return zlib.crc32(teacher_P.tobytes(), zlib.crc32(hidden_PD.tobytes()))

@@ -28,7 +28,7 @@ from medusa_exp.config import DatasetConfig, TokenizerConfig
 from medusa_exp.data.batching import epoch_planner
 from medusa_exp.data.datamodule import collate
 from medusa_exp.data.examples import Example, Examples
-from medusa_exp.data.feature_cache import FORMAT, Features, check, stored_positions
+from medusa_exp.data.feature_cache import FORMAT, Features, checksum, stored_positions
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loss import teacher_argmax
@@ -260,7 +260,7 @@ class FeatureWriter:
             place = slice(self.starts[number], self.starts[number + 1])
             self.hidden_PD[place] = _as_stored(states_LD, self.hidden_PD.dtype)
             self.teacher_P[place] = choices_L.cpu().numpy()
-            found.append((number, check(self.hidden_PD[place], self.teacher_P[place])))
+            found.append((number, checksum(self.hidden_PD[place], self.teacher_P[place])))
         if self.settings.num_workers:  # they may be read on another machine
             self.flush()
         return found
