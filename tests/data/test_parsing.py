@@ -4,7 +4,7 @@ import pytest
 
 from medusa_exp.data import read_conversations
 from medusa_exp.data.messages import Message
-from medusa_exp.data.parsing import ChatParser, content_digest
+from medusa_exp.data.parsing import ChatParser
 
 HI = {"from": "human", "value": "Hi"}
 ASK = {"role": "client", "content": "Hi"}
@@ -364,10 +364,10 @@ def test_what_is_no_id_is_replaced_by_the_record_s_hash(given):
     assert ChatParser().parse(row).id.startswith("sha256-")
 
 
-def test_content_digest_is_of_roles_and_contents_alone():
+def test_a_digest_is_of_roles_and_contents_alone():
     def digest(*pairs, record_id="a"):
         record = {"id": record_id, "messages": [{"role": r, "content": c} for r, c in pairs]}
-        return content_digest(parse(record))
+        return parse(record).digest()
 
     one = digest(("user", "ab"), ("assistant", "c"))
     assert len(one) == 16 and one == digest(("human", "ab"), ("gpt", "c"), record_id="b")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from medusa_exp.data import faults, record_faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
 from medusa_exp.data.faults import DataError, NoChats
+from medusa_exp.data.forms import columns_of, forms_of
 from medusa_exp.data.messages import NO_REPLY, Conversation, Message
 from medusa_exp.data.pairs import REPLIES
 from medusa_exp.data.parsing import (
@@ -25,8 +26,6 @@ from medusa_exp.data.parsing import (
     NOT_UTF8,
     UNKNOWN_ROLE,
     ChatParser,
-    columns_to_read,
-    content_digest,
     value_of,
 )
 from medusa_exp.data.raw_chats import RawChat, raw_bytes
@@ -55,7 +54,6 @@ __all__ = [
     "Message",
     "ReadOptions",
     "Reading",
-    "content_digest",
     "read_conversations",
 ]
 
@@ -163,7 +161,7 @@ class Reading:
         self.keys: tuple[str, ...] = ()
         """Of a record, where there are such paths."""
         self._sources = sources
-        self._columns = columns_to_read(options.form, options.columns)
+        self._columns = columns_of(forms_of(options.form, options.columns))
         self._said: set[str] = set()
 
     def fingerprints(self) -> list[str]:
@@ -181,7 +179,7 @@ class Reading:
         for conversation in self._all():
             reason = self.options.reason_against(conversation)
             if reason is None and self.options.deduplicate:
-                digest = content_digest(conversation)
+                digest = conversation.digest()
                 reason = "duplicate" if digest in seen else None
                 seen.add(digest)
             if reason is None:

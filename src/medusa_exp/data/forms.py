@@ -372,8 +372,18 @@ def by_columns(columns: Mapping[str, str]) -> Form:
     return Form((*paths, *(path.partition(".")[0] for path in paths)), read)
 
 
+def forms_of(form: str, columns: Mapping[str, str] | None) -> dict[str, Form]:
+    """Return the forms that are looked for: as dataset.form and dataset.columns say."""
+    if columns:
+        return {"columns": by_columns(columns)}
+    return FORMS if form == "auto" else {form: FORMS[form]}
+
+
 def columns_of(forms: Mapping[str, Form]) -> tuple[str, ...]:
-    """Return the keys that are read of a record in one of these forms."""
+    """Return the keys that are read of a record, or columns of a table, in one of these forms.
+
+    In the order that they are asked for.
+    """
     keys = [key for form in forms.values() for key in form.keys]
     more = [key for form in forms.values() for key in form.more]
     beside = (*IDS, *SYSTEMS, *TOOLS, *PICTURES, *LABELS, *REASONING)

@@ -1,5 +1,7 @@
 """What a chat is once it has been read: messages with roles, of which some can be trained."""
 
+import hashlib
+
 import msgspec
 
 from medusa_exp.data.turns import NOT_TO_TRAIN, TWO_SYSTEMS, Unusable
@@ -38,6 +40,18 @@ class Conversation(msgspec.Struct, frozen=True):
         """Return what messages call it."""
         place = f" ({self.source}, record {self.number})" if self.number else ""
         return f"conversation {self.id}{place}"
+
+    def digest(self) -> bytes:
+        """Return 16 bytes that are the same for the same roles and contents, whatever the id."""
+        digest = hashlib.sha256()
+        for message in self.messages:
+            digest.update(f"{message.role} {len(message.content)} ".encode())
+            digest.update(message.content.encode("utf-8", "surrogatepass"))
+            if message.reasoning or message.fields or not message.is_trained:
+                more = [message.reasoning, message.fields, message.is_trained]
+                digest.update(repr(more).encode("utf-8", "surrogatepass"))
+        digest.update(self.tools.encode("utf-8", "surrogatepass"))
+        return digest.digest()[:16]
 
 
 def checked(messages: list[Message], system: str | None) -> list[Message]:

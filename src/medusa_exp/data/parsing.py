@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import astuple
 
 from medusa_exp.data.faults import printable
-from medusa_exp.data.forms import ANSWERED, FORMS, LABELLED, MAY_LACK, Form, by_columns, columns_of
+from medusa_exp.data.forms import ANSWERED, FORMS, LABELLED, MAY_LACK, forms_of
 from medusa_exp.data.messages import Conversation, Message, checked
 from medusa_exp.data.pairs import CHOICES, REPLIES, SEVERAL_ANSWERS
 from medusa_exp.data.raw_chats import (
@@ -395,31 +395,6 @@ def _check_is_text(content: Any, role: str) -> None:
         raise Unusable(NOT_TEXT, f"it is {what} in a turn of role {role}: write it as text")
     if role == "assistant" and is_alternation(content):
         raise Unusable(SEVERAL_ANSWERS, f"they are {len(content)}, the first {content[0]!r:.60}")
-
-
-def forms_of(form: str, columns: Mapping[str, str] | None) -> dict[str, Form]:
-    """Return the forms that are looked for."""
-    if columns:
-        return {"columns": by_columns(columns)}
-    return FORMS if form == "auto" else {form: FORMS[form]}
-
-
-def columns_to_read(form: str, columns: Mapping[str, str] | None) -> tuple[str, ...]:
-    """Return what is read of a table: names of columns, in the order that they are asked for."""
-    return columns_of(forms_of(form, columns))
-
-
-def content_digest(conversation: Conversation) -> bytes:
-    """Return 16 bytes that are the same for the same roles and contents, whatever the id."""
-    digest = hashlib.sha256()
-    for message in conversation.messages:
-        digest.update(f"{message.role} {len(message.content)} ".encode())
-        digest.update(message.content.encode("utf-8", "surrogatepass"))
-        if message.reasoning or message.fields or not message.is_trained:
-            more = [message.reasoning, message.fields, message.is_trained]
-            digest.update(repr(more).encode("utf-8", "surrogatepass"))
-    digest.update(conversation.tools.encode("utf-8", "surrogatepass"))
-    return digest.digest()[:16]
 
 
 def value_of(raw: RawChat) -> Any:

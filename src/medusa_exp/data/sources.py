@@ -19,7 +19,6 @@ from medusa_exp.data.conversations import (
     DataError,
     Reading,
     ReadOptions,
-    content_digest,
     read_conversations,
 )
 from medusa_exp.data.faults import of_reading
@@ -148,7 +147,7 @@ def walk(sources: list[Source]) -> Iterator[tuple[str, Conversation]]:
         is_checked = len(sources) > 1 and source.reading.options.deduplicate
         for conversation in source.reading:
             if is_checked:
-                digest = content_digest(conversation)
+                digest = conversation.digest()
                 if digest in seen:
                     source.reading.dropped["duplicate"] += 1
                     continue
