@@ -16,7 +16,7 @@ from medusa_exp.data import faults, record_faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
 from medusa_exp.data.faults import DataError, NoChats
 from medusa_exp.data.forms import columns_of, forms_of
-from medusa_exp.data.messages import NO_REPLY, Conversation, Message
+from medusa_exp.data.messages import NO_REPLY, Conversation
 from medusa_exp.data.pairs import REPLIES
 from medusa_exp.data.parsing import (
     NO_FORM,
@@ -47,15 +47,6 @@ from medusa_exp.data.turns import (
     is_held,
 )
 from medusa_exp.runs.progress import Patience
-
-__all__ = [
-    "Conversation",
-    "DataError",
-    "Message",
-    "ReadOptions",
-    "Reading",
-    "read_conversations",
-]
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from medusa_exp.data.conversations import Conversation, DataError, Message
+from medusa_exp.data.faults import DataError
+from medusa_exp.data.messages import Conversation, Message
 from medusa_exp.data.template import Chat, ChatTemplate, Span, to_chat
 from medusa_exp.data.turns import REASONING
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import msgspec
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.data.conversations import Conversation, DataError, Message
+from medusa_exp.data.faults import DataError
+from medusa_exp.data.messages import Conversation, Message
 from medusa_exp.data.template import REFUSED, ChatTemplate
 from medusa_exp.errors import UserError
 

@@ -20,8 +20,9 @@ import numpy as np
 from tokenizers import AddedToken, Encoding
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from medusa_exp.data.conversations import Conversation, DataError
+from medusa_exp.data.faults import DataError
 from medusa_exp.data.masking import EVERYTHING, MaskedText, mask_text
+from medusa_exp.data.messages import Conversation
 from medusa_exp.data.template import ChatTemplate
 
 _BETWEEN_WORDS = "(?<=[A-Za-z0-9])(?= [A-Za-z])"

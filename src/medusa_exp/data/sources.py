@@ -13,15 +13,9 @@ import numpy as np
 from medusa_exp.config import DatasetConfig
 from medusa_exp.data import synthetic
 from medusa_exp.data.chat_files import find_files
-from medusa_exp.data.conversations import (
-    HUB,
-    Conversation,
-    DataError,
-    Reading,
-    ReadOptions,
-    read_conversations,
-)
-from medusa_exp.data.faults import of_reading
+from medusa_exp.data.conversations import HUB, Reading, ReadOptions, read_conversations
+from medusa_exp.data.faults import DataError, of_reading
+from medusa_exp.data.messages import Conversation
 from medusa_exp.data.record_faults import absent_columns
 from medusa_exp.runs.cache import entry
 from medusa_exp.runs.files import content_key, settings_in_key, sha256_file

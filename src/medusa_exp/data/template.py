@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from medusa_exp.data.conversations import DataError, Message
+from medusa_exp.data.faults import DataError
+from medusa_exp.data.messages import Message
 from medusa_exp.data.raw_chats import whole_letters
 from medusa_exp.data.turns import REASONING
 

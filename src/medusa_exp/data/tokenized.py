@@ -26,9 +26,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.config import DatasetConfig
-from medusa_exp.data.conversations import Conversation, DataError
 from medusa_exp.data.examples import Examples, Row, Table, Writer, open_examples
+from medusa_exp.data.faults import DataError
 from medusa_exp.data.masking import NO_REASONING, NO_TOOLS
+from medusa_exp.data.messages import Conversation
 from medusa_exp.data.rendering import Renderer
 from medusa_exp.data.sources import Source, counts, empty_split, files_of, split_of, walk
 from medusa_exp.data.template import REFUSED, describe

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from medusa_exp.config import Config
-from medusa_exp.data.conversations import Message
+from medusa_exp.data import Message
 from medusa_exp.data.template import ChatTemplate
 from medusa_exp.decode.decoder import Decoder, StreamedStep
 from medusa_exp.errors import UserError

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from medusa_exp.data.conversations import Conversation, DataError
+from medusa_exp.data import Conversation, DataError
 from medusa_exp.data.examples import Example
 from medusa_exp.data.rendering import MaskedTokens, Renderer
 from medusa_exp.data.template import ChatTemplate, to_chat

@@ -10,7 +10,7 @@ head.kind=auto leaves to stage train. A stage that runs by itself asks for what 
 from pathlib import Path
 
 from medusa_exp.config import Config
-from medusa_exp.data.conversations import read_conversations
+from medusa_exp.data import read_conversations
 from medusa_exp.data.prompts import is_question_file, read_questions
 from medusa_exp.data.sources import reading_options
 from medusa_exp.decode.compatibility import check_tree_attention

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medusa_exp.config import Config
-from medusa_exp.data.conversations import Conversation
+from medusa_exp.data import Conversation
 from medusa_exp.data.faults import printable
 from medusa_exp.data.sources import Source, evenly_spread, walk
 from medusa_exp.data.template import REFUSED

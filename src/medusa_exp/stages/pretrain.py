@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from medusa_exp.config import Config, PretrainConfig
-from medusa_exp.data.conversations import Conversation
+from medusa_exp.data import Conversation
 from medusa_exp.data.datamodule import Batch, Batches
 from medusa_exp.errors import UserError
 from medusa_exp.runs.cache import entry
