@@ -1,7 +1,7 @@
 import pytest
 
-from medusa_exp.data import Conversation, Message
-from medusa_exp.data.prompts import category_of, prompts_of
+from medusa_exp.data import Conversation, DataError, Message
+from medusa_exp.data.prompts import category_of, is_question_file, prompts_of, read_questions
 from medusa_exp.errors import UserError
 
 
@@ -85,3 +85,15 @@ def test_a_prompt_without_the_reasoning_of_earlier_turns_may_be_shorter(tokenize
     prompts = prompts_of([Conversation("sums-1", said)], tokenizer, **LIMITS)
     assert [prompt.text for prompt in prompts] == ["a", "abcde"]
     assert "left out: 1 (more than 40 tokens)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "odd", [b'"caf\xe9"', b"[" * 100_000, b"["], ids=["latin-1", "deep", "cut"]
+)
+def test_a_line_that_cannot_be_decoded_is_no_question(tmp_path, odd):
+    """So a file of chats in another encoding is read as chats, which says of which."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"question_id": 1, "turns": ["a"], "category": ' + odd + b"}\n")
+    assert not is_question_file(path)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1 is no question: "):
+        read_questions(path)

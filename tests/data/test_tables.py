@@ -13,6 +13,7 @@ import pytest
 from chat_files import RECORDS, arrow_stream, gzipped, parquet, write
 
 from medusa_exp.data import DataError, columnar, contents, read_conversations
+from medusa_exp.data.chat_files import find_files
 from medusa_exp.data.columnar import rows_of_batch
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -159,6 +160,13 @@ def test_a_folder_that_datasets_has_saved(tmp_path, caplog):
         DataError, match=r"state\.json lists data-00001-of-00002\.arrow, which is not"
     ):
         read_conversations(folder)
+
+
+@pytest.mark.parametrize("state", [b'{"x": "\xe9"}', b"[" * 100_000, b"{}"])
+def test_a_state_that_no_library_wrote_says_nothing_of_the_files_beside_it(tmp_path, state):
+    folder = saved(tmp_path / "set", RECORDS)
+    write(folder / "state.json", state)
+    assert len(find_files(folder)) == 1
 
 
 def test_the_splits_that_datasets_has_saved(tmp_path, caplog):

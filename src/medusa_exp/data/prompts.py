@@ -171,6 +171,10 @@ class Question:
     turns: tuple[str, ...]
 
 
+_NOT_READ = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises of a text that is no JSON, not UTF-8, or nested too deeply."""
+
+
 class _QuestionLine(msgspec.Struct):
     question_id: int | str
     turns: list[str]
@@ -188,7 +192,7 @@ def is_question_file(path: Path) -> bool:
         first = next((line for line in lines if line.strip()), b"")
     try:
         return "turns" in msgspec.json.decode(first, type=dict)
-    except msgspec.MsgspecError:
+    except _NOT_READ:
         return False
 
 
@@ -226,7 +230,7 @@ def _text(path: Path) -> str:
 def _question(decoder: msgspec.json.Decoder[_QuestionLine], line: bytes, place: str) -> Question:
     try:
         record = decoder.decode(line)
-    except msgspec.MsgspecError as error:
+    except _NOT_READ as error:
         raise DataError(f"{place} is no question: {error}.") from error
     if not record.turns:
         raise DataError(f"{place} is no question: turns is empty.")

@@ -65,5 +65,6 @@ def _listed(state: Path) -> list[str]:
     try:
         found: Any = msgspec.json.decode(state.read_bytes())
         return [str(file["filename"]) for file in found["_data_files"]]
-    except (OSError, msgspec.DecodeError, KeyError, TypeError):  # not the library's, or of no use
+    # It is not the library's, or of no use.
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
         return []
