@@ -5,7 +5,6 @@ was resumed, a step may stand twice, and the later line counts.
 """
 
 import json
-import logging
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,10 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from medusa_exp.runs.files import drop_torn_line
 
-log = logging.getLogger(__name__)
-
 StepLogger = Callable[[str, int | None, dict[str, float]], None]
-"""Takes a stage's name, its step and the metrics of that step."""
+"""Takes a stage's name, its step and the metrics of that step; raises nothing."""
 
 
 class HistoryLogger(Logger):
@@ -50,11 +47,7 @@ class HistoryLogger(Logger):
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(json.dumps(line) + "\n")
         if self._mirror is not None:
-            try:
-                self._mirror(self.stage, step, finite)
-            except Exception as error:  # no training may end for its mirror's sake
-                self._mirror = None
-                log.warning("W&B takes no more steps (%s); %s has them all", error, self.path)
+            self._mirror(self.stage, step, finite)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any) -> None:

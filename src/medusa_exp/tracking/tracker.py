@@ -65,7 +65,7 @@ class Tracker:
                 log.warning("W&B lacks this run's code: %s", error, exc_info=is_ours(error))
 
     def log_step(self, stage: str, step: int | None, metrics: dict[str, float]) -> None:
-        """Mirror a step of a training."""
+        """Mirror a step of a training, which no fault of W&B's may end."""
         if self.run is None:
             return
         try:
