@@ -12,6 +12,7 @@ import http.client
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from medusa_exp.errors import UserError
 
@@ -160,28 +161,24 @@ def _is_reachable() -> bool:
 
 
 def main(folder: str) -> None:
-    """Run W&B's program until it has uploaded all, or until whoever started this is gone."""
-    command = [sys.executable, "-m", "medusa_exp.tracking.upload", "--sync", folder]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    """Be W&B's program until it has uploaded all, or until whoever started this is gone.
 
-    def end_with_stdin() -> None:
-        sys.stdin.read()
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_TO_END)
-        process.kill()
-
-    threading.Thread(target=end_with_stdin, daemon=True).start()
-    sys.exit(process.wait())
-
-
-def sync(folder: str) -> None:
-    """Be W&B's program, whose lines say how far it is and what the server answers, too."""
+    Its lines say how far it is and what the server answers, too.
+    """
+    threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
     from wandb.cli.cli import cli
     from wandb.sdk.lib import progress
 
     progress.ProgressPrinter._to_static_text = _state  # private: wandb 0.31
     cli(["beta", "sync", "--live", "--yes", folder])
+
+
+def _end_with(pipe: TextIO) -> None:
+    """End this process when a pipe is closed: W&B's program has a moment to end by itself."""
+    pipe.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_TO_END)
+    os._exit(1)
 
 
 def _state(printer: Any, groups: Any) -> str:
@@ -201,7 +198,4 @@ def _state(printer: Any, groups: Any) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--sync":
-        sync(sys.argv[2])
-    else:
-        main(sys.argv[1])
+    main(sys.argv[1])
