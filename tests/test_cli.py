@@ -16,7 +16,7 @@ from wandb_files import state as written_state
 
 from medusa_exp import cli, run
 from medusa_exp.config import Config, command_line, continuation
-from medusa_exp.config.required import check_model
+from medusa_exp.config.schema import check_model
 from medusa_exp.errors import UserError, end_without_reader
 from medusa_exp.runs.files import read_json
 from medusa_exp.runs.list import read_run

@@ -88,8 +88,8 @@ def parsed(override: str) -> Override:
 def split_override(override: str) -> tuple[str, str]:
     """Return key and value of an override, without signs: `+a.b=1` gives `("a.b", "1")`."""
     try:
-        found = OverridesParser.create().parse_override(override)
-    except HydraException:  # Hydra took it once: shown as it is
+        found = parsed(override)
+    except UserError:  # Hydra took it once: shown as it is
         key, _, value = override.partition("=")
         return key.lstrip("+"), value
     return str(found.key_or_group), str(found.value())

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +25,7 @@ _WITH_KEYS_OF_USERS = (
 
 _LONGEST_SAID = 300
 _MISFITS = (OmegaConfBaseException, OverflowError)
+Section = TypeVar("Section")
 
 
 def register() -> None:
@@ -58,11 +59,10 @@ def from_hydra(config: DictConfig) -> Config:
         UserError: naming the key and what it may be.
     """
     # Hydra lets `+key=value` add what no schema knows; merging into a fresh one does not.
-    checked: Config = checked_section(Config, OmegaConf.to_container(config, resolve=False))
-    return checked
+    return checked_section(Config, OmegaConf.to_container(config, resolve=False))
 
 
-def checked_section(section: type, values: Any) -> Any:
+def checked_section(section: type[Section], values: Any) -> Section:
     """Make a section of the config, or all of it, of plain values; references are resolved.
 
     Raises:
@@ -71,7 +71,8 @@ def checked_section(section: type, values: Any) -> Any:
     check_size(values)
     _register_demo()
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))
+        merged = OmegaConf.merge(OmegaConf.structured(section), values)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except _MISFITS as error:
         if unknown := unknown_key(error, of=section):
             raise UserError(unknown) from error
@@ -110,7 +111,7 @@ def unknown_key(error: BaseException | None, of: type = Config) -> str | None:
 
 def said_of(error: BaseException) -> str | None:
     """Return what to tell of an error of Hydra's that a user can mend; None of others."""
-    return unknown_key(error) or no_list(error) or _wrong_type(error)
+    return unknown_key(error) or _misfit_override(error)
 
 
 def no_reference(error: OmegaConfBaseException) -> str:
@@ -129,23 +130,7 @@ def _first_line(words: object) -> str:
     return [*str(words).splitlines(), ""][0]
 
 
-def no_list(error: BaseException) -> str | None:
-    """Return what to tell of an error of Hydra's that is a single value where a list belongs.
-
-    Args:
-        error: of merging an override, which its text gives last.
-    """
-    cause = error.__cause__
-    if not (isinstance(cause, OmegaConfBaseException) and "is not a ListConfig" in str(cause)):
-        return None
-    override = str(error).splitlines()[0].rpartition(" override ")[2]
-    key, _, value = override.partition("=")
-    if key.lstrip("+") != cause.full_key:
-        return f"{override}: a list, in brackets, is wanted at {cause.full_key}."
-    return f"{override}: {cause.full_key} is a list: write '{key}=[{value}]'."
-
-
-def _wrong_type(error: BaseException) -> str | None:
+def _misfit_override(error: BaseException) -> str | None:
     """Return what to tell of an error of Hydra's that is a value which its key cannot take.
 
     Args:
@@ -154,8 +139,13 @@ def _wrong_type(error: BaseException) -> str | None:
     cause, (_, found, override) = error.__cause__, _first_line(error).partition(" override ")
     if not (isinstance(cause, OmegaConfBaseException) and found):
         return None
-    key = override.partition("=")[0].lstrip("+")
-    place = f" {cause.full_key}:" if cause.full_key not in (None, key) else ""
+    key, _, value = override.partition("=")
+    is_of_it = cause.full_key in (None, key.lstrip("+"))
+    if "is not a ListConfig" in str(cause):
+        if is_of_it:
+            return f"{override}: {cause.full_key} is a list: write '{key}=[{value}]'."
+        return f"{override}: a list, in brackets, is wanted at {cause.full_key}."
+    place = "" if is_of_it else f" {cause.full_key}:"
     return f"{override}:{place} {_first_line(cause.msg or cause)}."
 
 
@@ -182,8 +172,7 @@ def _misfit(section: type, values: dict[str, Any]) -> str:
 
 def from_dict(values: dict[str, Any]) -> Config:
     """Turn what `to_dict` gave, perhaps in another process, into the checked config again."""
-    checked: Config = checked_section(Config, values)
-    return checked
+    return checked_section(Config, values)
 
 
 def checked_again(config: Config) -> Config:

@@ -29,7 +29,7 @@ from medusa_exp.config.command_line import (
 )
 from medusa_exp.config.privacy import without_secrets
 from medusa_exp.config.reading import check_regular
-from medusa_exp.config.required import check_model
+from medusa_exp.config.schema import check_model
 from medusa_exp.config.trust import check_override, check_saved, load_yaml
 from medusa_exp.errors import UserError
 

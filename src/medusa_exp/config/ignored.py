@@ -9,9 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
+from medusa_exp.config.command_line import parsed
 from medusa_exp.config.schema import Config
 
 log = logging.getLogger(__name__)
@@ -137,12 +135,9 @@ def _names(row: Use, key: str) -> bool:
 def _keys_of(overrides: Iterable[str]) -> Iterator[str]:
     """Yield the keys that overrides name; of a section that is given whole, those in it."""
     for override in overrides:
-        try:
-            parsed = OverridesParser.create().parse_override(override)
-        except HydraException:  # it has said so
-            continue
-        if not (parsed.is_delete() or parsed.is_sweep_override()):
-            yield from _leaves(str(parsed.key_or_group), parsed.value())
+        one = parsed(override)
+        if not (one.is_delete() or one.is_sweep_override()):
+            yield from _leaves(str(one.key_or_group), one.value())
 
 
 def _leaves(key: str, value: Any) -> Iterator[str]:

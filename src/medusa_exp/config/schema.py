@@ -9,6 +9,7 @@ generated from this file by scripts/config_reference.py.
 import logging
 from dataclasses import MISSING, dataclass, field
 from functools import cache
+from typing import Any
 
 from medusa_exp.config.limits import (
     Between,
@@ -30,6 +31,9 @@ _MOST_SEED = (1 << 32) - 1
 _MOST_WEIGHTS = 2 * 10**9
 """Of the layers of a model that stage pretrain makes; those of a small one are a few million."""
 _MOST_HEADS = 16
+NO_MODEL = "model.path is not set: name a Hugging Face model directory or hub name."
+_OF_MODEL = {"regenerate", "train", "calibrate", "evaluate", "export", "chat"}
+"""Stages that take a model, and make none."""
 
 
 @cache  # so that it is said once
@@ -922,3 +926,21 @@ class Config:
                 f"head.num_heads={num_heads} is too small for tree.kind={tree.kind}, which is "
                 f"{depth} deep: train {depth} heads at least, or choose another tree."
             )
+
+
+def check_model(config: Any) -> None:
+    """Refuse a config whose stages take a model, and that names none.
+
+    Not where others are among them: pretrain and demo have their own, and what is no stage is told
+    elsewhere. Data can be looked at by a tokenizer alone, for which that stage asks.
+
+    Args:
+        config: as it was composed, or as it was checked.
+
+    Raises:
+        UserError: model.path is not set.
+    """
+    stages = {*config.stages} - {"report", "inspect"}
+    takes_one = bool(stages) and stages <= _OF_MODEL and config.model.kind == "pretrained"
+    if takes_one and config.model.path is None:
+        raise UserError(NO_MODEL)

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from medusa_exp.config import DatasetConfig, ModelConfig, PretrainConfig, TokenizerConfig
-from medusa_exp.config.required import NO_MODEL
+from medusa_exp.config.schema import NO_MODEL
 from medusa_exp.errors import UserError
 from medusa_exp.model.limits import check_directory
 from medusa_exp.runs.files import content_key, settings_in_key, sha256_file

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from medusa_exp import demo
 from medusa_exp.config import Config, from_hydra, load_saved
 from medusa_exp.config.continuation import told_of_places
-from medusa_exp.config.required import check_model
+from medusa_exp.config.schema import check_model
 from medusa_exp.config.trust import check_saved
 from medusa_exp.data import Conversation
 from medusa_exp.data.prompts import HasRoom, Prompt, prompts_of
