@@ -27,7 +27,6 @@ from medusa_exp.data.tokenized import Tokenized
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
-from medusa_exp.decode.on_cpu import pack_decoder, ready_to_draft
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slot_steps import bucket
 from medusa_exp.decode.slots import OneByOne, Request, Slots
@@ -51,7 +50,7 @@ from medusa_exp.stages.engines import open_engines
 from medusa_exp.stages.how_long import say_of_quickstart
 from medusa_exp.stages.session import (
     Session,
-    compiles,
+    decoder_of,
     limits_of,
     rule_of,
 )
@@ -418,22 +417,13 @@ def _decoder(config: Config, out: Path, backbone: Backbone, num_documents: int) 
     """Return a decoder, with the heads and the tree of the run where they are to help."""
     settings = config.regenerate
     steps = num_documents * settings.max_new_tokens // settings.batch_size
-    options: Any = {
-        "cuda_graph": None if config.decode.cuda_graph else False,
-        "compiles": compiles(config, backbone, steps),
-    }
-    heads = tree = None
-    if settings.use_heads:
-        heads = load_heads(out / "heads", backbone)
-        saved = out / "tree.json"
-        # A chain needs no calibration: there is one before any stage has saved a tree.
-        is_new = config.tree.kind == "chain" and not saved.is_file()
-        tree = chain(heads.config.num_heads) if is_new else Tree.load(saved)
-        heads = ready_to_draft(heads, backbone, in_int8=config.decode.int8_heads)
-    decoder = Decoder(backbone, heads, tree, **options)
-    if config.decode.pack_weights:
-        pack_decoder(decoder, config.cache_dir)
-    return decoder
+    if not settings.use_heads:
+        return decoder_of(config, backbone, None, steps)
+    heads, saved = load_heads(out / "heads", backbone), out / "tree.json"
+    # A chain needs no calibration: there is one before any stage has saved a tree.
+    is_new = config.tree.kind == "chain" and not saved.is_file()
+    tree = chain(heads.config.num_heads) if is_new else Tree.load(saved)
+    return decoder_of(config, backbone, heads, steps, tree=tree)
 
 
 def _write(directory: Path, lines: list[dict[str, Any]], examples: Examples) -> None:

@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -267,17 +268,15 @@ class Session:
             backbone, tokenizer = self._loaded(), self.tokenizer()
         heads = load_heads(self.out / "heads", backbone)
         self._check_origin(heads, backbone, tokenizer)
-        decoder = Decoder(
+        decoder = decoder_of(
+            self.config,
             backbone,
-            ready_to_draft(heads, backbone, in_int8=self.config.decode.int8_heads),
+            heads,
+            measured_steps(self.config) * is_measured,
             rule=rule_of(self.config),
             limits=limits_of(self.config, backbone, tokenizer),
             tokenizer=tokenizer,
-            cuda_graph=None if self.config.decode.cuda_graph else False,
-            compiles=compiles(self.config, backbone, measured_steps(self.config) * is_measured),
         )
-        if self.config.decode.pack_weights:
-            pack_decoder(decoder, self.config.cache_dir)
         if is_tree_known:
             decoder.tree, decoder.rule = self.tree(decoder), self.rule()
         elif self.config.tree.kind == "custom":  # it is refused before anything long
@@ -386,6 +385,23 @@ def has_other_weights(config: MedusaHeadsConfig, backbone: Backbone) -> bool:
     if not is_comparable or backbone.is_adapted:  # adapted together with the heads
         return False
     return not backbone.names.has_fingerprint(config.backbone_weights)
+
+
+def decoder_of(
+    config: Config, backbone: Backbone, heads: MedusaHeads | None, steps: int, **options: Any
+) -> Decoder:
+    """Return a decoder as `decode` says, for about so many steps; `options` are `Decoder`'s."""
+    in_int8 = config.decode.int8_heads
+    decoder = Decoder(
+        backbone,
+        None if heads is None else ready_to_draft(heads, backbone, in_int8=in_int8),
+        cuda_graph=None if config.decode.cuda_graph else False,
+        compiles=compiles(config, backbone, steps),
+        **options,
+    )
+    if config.decode.pack_weights:
+        pack_decoder(decoder, config.cache_dir)
+    return decoder
 
 
 def measured_steps(config: Config) -> int:
