@@ -76,9 +76,7 @@ def _blocks(faults: list[Fault]) -> bool:
     return is_crooked or any(fault.is_error and fault.name in names for fault in faults)
 
 
-def _against_target(
-    reading: Reading, target: str, device: str, *, is_whole: bool
-) -> Iterator[Fault] | list[Fault]:
+def _against_target(reading: Reading, target: str, device: str, *, is_whole: bool) -> list[Fault]:
     backbone = load_backbone(ModelSpec(ModelConfig(path=target), device=device))
     faults = list(_identity(reading, backbone, target))
     if is_whole and not any(fault.is_error for fault in faults):

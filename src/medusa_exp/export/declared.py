@@ -42,11 +42,12 @@ def well_typed(config: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     kept, faults = {}, []
     for key, value in config.items():
         wanted = next((what for what, name in _TYPES.items() if re.fullmatch(name, key)), None)
-        if value is None or (wanted and not _IS[wanted](value)):
-            if value is not None:
-                faults.append(Fault("wrong config", f"{key} is {value!r:.40}, and no {wanted}"))
+        if value is None:
             continue
-        kept[key] = value
+        if wanted and not _IS[wanted](value):
+            faults.append(Fault("wrong config", f"{key} is {value!r:.40}, and no {wanted}"))
+        else:
+            kept[key] = value
     return kept, faults
 
 
@@ -74,35 +75,26 @@ _IS = {"whole number": _is_number, "text": is_text, "list of texts": _is_list_of
 
 def declared_by(format_: str, config: dict[str, Any]) -> Declared:
     """Return what a config says, in the words of its format."""
-    get = config.get
+    get, prefix = config.get, "" if format_ == "medusa_exp" else "medusa_"
     common: dict[str, Any] = {
         "hidden_size": get("hidden_size"),
         "vocab_size": get("vocab_size"),
-        "backbone": get("medusa_backbone") or get("base_model_name_or_path") or "",
-        "backbone_identity": get("medusa_backbone_identity") or "",
-        "backbone_weights": get("medusa_backbone_weights") or "",
+        "backbone": get(f"{prefix}backbone") or get("base_model_name_or_path") or "",
+        "backbone_identity": get(f"{prefix}backbone_identity") or "",
+        "backbone_weights": get(f"{prefix}backbone_weights") or "",
         "heads_sha256": tuple(get("medusa_heads_sha256") or ()),
     }
-    if format_ == "medusa_exp":
-        common |= {
-            "backbone": get("backbone", ""),
-            "backbone_identity": get("backbone_identity", ""),
-            "backbone_weights": get("backbone_weights", ""),
-        }
     if format_ in ("medusa_exp", "vllm"):
-        prefix = "medusa_" if format_ == "vllm" else ""
-        defaults = {"num_layers": 1, "bias": True, "kind": "medusa", "num_tokens": None}
-        own = {key: get(f"{prefix}{key}", default) for key, default in defaults.items()}
-        heads = get("num_nextn_predict_layers") if prefix else get("num_heads", 4)
+        kind = get(f"{prefix}kind", "medusa")
         return Declared(
             **common,
-            num_heads=heads,
-            num_layers=own["num_layers"],
-            has_bias=own["bias"],
-            is_tied=own["kind"] == "medusa_tied",
-            num_tokens=own["num_tokens"],
+            num_heads=get("num_nextn_predict_layers") if prefix else get("num_heads", 4),
+            num_layers=get(f"{prefix}num_layers", 1),
+            has_bias=get(f"{prefix}bias", True),
+            is_tied=kind == "medusa_tied",
+            num_tokens=get(f"{prefix}num_tokens"),
             own_projections=bool(get(f"{prefix}own_projections", False)),
-            kind=own["kind"],
+            kind=kind,
             attention_heads=get("num_attention_heads", 1),
         )
     if format_ == "vllm_medusa":

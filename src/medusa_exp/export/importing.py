@@ -194,8 +194,3 @@ def measure_first_choices(
             hits[k] += (known_P == 0).sum()
             count[k] += len(known_P)
     return (hits / count.clamp(min=1)).tolist()
-
-
-def as_text(shares: Sequence[float]) -> str:
-    """Return shares as per cents."""
-    return ", ".join(f"{share:.0%}" for share in shares)

@@ -115,13 +115,13 @@ class Reading:
     format: str
     config: dict[str, Any]
     declared: Declared
-    heads: list[Head]
-    shared: Tensor | None
-    token_map: Tensor | None
-    prefix: dict[str, Tensor]
-    root_block: Block | None
-    """What makes of hidden state and next token the state that all heads read."""
     faults: list[Fault]
+    heads: list[Head] = field(default_factory=list)
+    shared: Tensor | None = None
+    token_map: Tensor | None = None
+    prefix: dict[str, Tensor] = field(default_factory=dict)
+    root_block: Block | None = None
+    """What makes of hidden state and next token the state that all heads read."""
 
     @property
     def num_layers(self) -> int:
@@ -307,9 +307,7 @@ def read_heads(named: str | Path) -> Reading:
         raise NoHeadsError(text, "no heads")
     config, of_config = well_typed(config)
     declared = declared_by(format_, config)
-    reading = Reading(
-        place, format_, config, declared, [], None, None, {}, None, [*faults, *of_config]
-    )
+    reading = Reading(place, format_, config, declared, [*faults, *of_config])
     _fill(reading, names)
     return reading
 

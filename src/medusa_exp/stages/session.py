@@ -354,7 +354,7 @@ class Session:
             what,
             heads.config.backbone or "a model not named",
             len(ids),
-            importing.as_text(shares),
+            ", ".join(f"{share:.0%}" for share in shares),
         )
         write_json(record, {"first_choices": shares, "num_prompts": len(ids)})
 
