@@ -16,10 +16,10 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import islice
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 import msgspec
@@ -97,6 +97,11 @@ class Answer:
     tokens: list[int]
     withheld: int | None = None
 
+    @property
+    def whole(self) -> list[int]:
+        """All tokens, with that one."""
+        return self.tokens if self.withheld is None else [*self.tokens, self.withheld]
+
 
 @dataclass
 class Engine:
@@ -153,7 +158,10 @@ class Engine:
                 await self._check_end(self.work.probes[0].prompt)
             for probe in self.work.probes:
                 limits = Limits(len(probe.expected), self.work.limits.stop_ids)
-                found = await self._greedy(probe.prompt, limits)
+                answer = await self._complete(
+                    probe.prompt, limits.max_new_tokens, GREEDY, limits, 0
+                )
+                found = answer.whole
                 if found and probe.expected[: len(found)] == found:  # it may have ended by itself
                     continue
                 if not self.work.is_same(probe, found):
@@ -193,11 +201,6 @@ class Engine:
                 self.url,
             )
         self._withholds_end = not at_once.tokens
-
-    async def _greedy(self, prompt: list[int], limits: Limits) -> list[int]:
-        answer = await self._complete(prompt, limits.max_new_tokens, GREEDY, limits, 0)
-        end = [] if answer.withheld is None else [answer.withheld]
-        return answer.tokens + end
 
     async def _complete(
         self, ids: list[int], room: int, rule: AcceptanceRule, limits: Limits, seed: int
@@ -312,7 +315,7 @@ class Engine:
 
 
 class Engines:
-    """Engines that serve one model, used side by side: `async with Engines(...) as engines`.
+    """Engines that serve one model, used side by side, and closed in the end (`aclosing`).
 
     Args:
         urls: of the engines, with or without /v1.
@@ -332,15 +335,8 @@ class Engines:
         )
         self.engines = [Engine(*endpoint(url), work, self._http, key) for url in urls]
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def aclose(self) -> None:
+        """Close the connections to them."""
         await self._http.aclose()
 
     async def respond(self, prompt: list[int], seed: int = 0) -> list[int]:
@@ -356,8 +352,7 @@ class Engines:
         while not is_done:
             room = limits.max_new_tokens - len(tokens)
             answer = await self._ask(prompt + tokens, room, seed + len(tokens))
-            end = [] if answer.withheld is None else [answer.withheld]
-            added, is_done = limits.until_end(tokens, answer.tokens + end)
+            added, is_done = limits.until_end(tokens, answer.whole)
             if not added:
                 raise UserError(
                     f"an engine ends a response to {_ids(prompt)} before its end, after "
@@ -418,7 +413,7 @@ def answers(
         UserError: what `answer` raises, after what has been answered by then.
     """
     todo = iter(items)
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(engines):
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(aclosing(engines)):
         flying: set[Future[Result]] = set()
         try:
             while True:

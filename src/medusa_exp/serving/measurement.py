@@ -10,6 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -100,7 +101,7 @@ def measure(
     """
 
     async def run() -> list[Level]:
-        async with engines:
+        async with aclosing(engines):
             for prompt in prompts[:warmup]:
                 await engines.respond(prompt)
             return [await _measure(engines, prompts, level, seed) for level in levels]
