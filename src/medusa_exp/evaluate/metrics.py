@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,12 @@ def summarize(records: list[Record]) -> dict[str, float]:
     A ratio is of sums over the same prompts, so that long responses count for what they are. The
     names without a method are of the tree at the smallest batch size.
     """
-    sizes = sorted({record["batch_size"] for record in records})
-    metrics: dict[str, float] = {}
-    for size in sizes:
-        of_size = [record for record in records if record["batch_size"] == size]
+    by_size, metrics = by_batch_size(records), dict[str, float]()
+    for size, of_size in by_size.items():
         for method in sorted({record["method"] for record in of_size}):
             for name, value in _figures(of_method(of_size, method)).items():
                 metrics[f"eval/{method}/b{size}/{name}"] = value
-    first = [record for record in records if record["batch_size"] == sizes[0]]
+    first = by_size[min(by_size)]
     tree, plain = of_method(first, "tree"), of_method(first, "plain")
     metrics |= {f"eval/{name}": value for name, value in _figures(tree).items()}
     if interval := speedup_interval(tree):
@@ -119,6 +118,12 @@ def accepted_by_depth(records: list[Record]) -> dict[str, float]:
 def tokens_per_second(records: list[Record]) -> float:
     """Return tokens over wall time."""
     return total(records, "new_tokens") / total(records, "seconds")
+
+
+def by_batch_size(records: Iterable[Record]) -> dict[int, list[Record]]:
+    """Return the records of each batch size, the smallest first."""
+    ordered = sorted(records, key=lambda record: record["batch_size"])
+    return {size: list(some) for size, some in groupby(ordered, lambda r: r["batch_size"])}
 
 
 def of_method(records: Iterable[Record], method: str) -> list[Record]:

@@ -20,6 +20,7 @@ from medusa_exp.evaluate.advice import Facts, Tried, advice
 from medusa_exp.evaluate.break_even import BreakEven, break_even, prompts
 from medusa_exp.evaluate.metrics import (
     Record,
+    by_batch_size,
     most_tokens_per_step,
     of_method,
     speedup,
@@ -68,7 +69,7 @@ def explain(
     measured: Measured,
 ) -> dict[str, float]:
     """Write why.json; return the `why/...` metrics."""
-    by_size = _by_batch_size(measured.records)
+    by_size = by_batch_size(measured.records)
     smallest = of_method(by_size[min(by_size)], "tree")
     expected = expected_tokens_per_step(session, measured.tree)
     tree, plain = _ways(by_size, measured)
@@ -111,11 +112,6 @@ def _break_even(method: str, by_size: dict[int, list[Record]]) -> BreakEven:
     }
     speedups = {size: speedup(some) for size, some in records.items()}
     return break_even(method, speedups, intervals)
-
-
-def _by_batch_size(records: list[Record]) -> dict[int, list[Record]]:
-    sizes = sorted({record["batch_size"] for record in records})
-    return {size: [record for record in records if record["batch_size"] == size] for size in sizes}
 
 
 def _ways(by_size: dict[int, list[Record]], measured: Measured) -> tuple[Way, Way]:
