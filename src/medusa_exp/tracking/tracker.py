@@ -3,6 +3,7 @@
 import csv
 import logging
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -108,13 +109,16 @@ class Tracker:
 def _write_csv(out: Path) -> None:
     """Write metrics.csv (name, value) and history.csv (a row a step) from the files of record."""
     metrics = read_json(out / "metrics.json", {})
-    with publish(out / "metrics.csv") as partial, partial.open("w", newline="") as file:
-        csv.writer(file).writerows([("name", "value"), *metrics.items()])
+    _write_rows(out / "metrics.csv", ["name", "value"], metrics.items())
     rows: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
     for row in read_jsonl(out / "history.jsonl"):  # of a step that was made again, the last counts
         rows[row["stage"], row["step"]].update(row)
-    names = sorted({name for row in rows.values() for name in row} - {"stage", "step"})
-    with publish(out / "history.csv") as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["stage", "step", *names])
-        writer.writeheader()
-        writer.writerows(rows.values())
+    names = ["stage", "step"]
+    names += sorted({name for row in rows.values() for name in row} - {*names})
+    cells = ([row.get(name, "") for name in names] for row in rows.values())
+    _write_rows(out / "history.csv", names, cells)
+
+
+def _write_rows(path: Path, names: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    with publish(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
