@@ -74,10 +74,6 @@ def _engine(reading: Reading) -> Iterator[Fault]:
         yield Fault("file misnamed", f"there is no {_TGI_FILE}, which TGI loads", is_error=False)
 
 
-def _is_sequential(kind: str | None) -> bool:
-    return kind in FAMILIES and FAMILIES[kind].is_sequential
-
-
 def _family(reading: Reading) -> Iterator[Fault]:
     """Compare the tensors with the family and the options that a config of ours names."""
     if reading.format not in _OWN:
@@ -87,7 +83,7 @@ def _family(reading: Reading) -> Iterator[Fault]:
         yield Fault("wrong family", f"the config says {kind}, which is no family of heads")
         return
     starts = [head.blocks.get(0, Block()) for head in reading.heads]
-    if any((start.skip is not None) != _is_sequential(kind) for start in starts):
+    if any((start.skip is not None) != FAMILIES[kind].is_sequential for start in starts):
         text = f"the config says {kind}, and heads have, or lack, what sees drafted tokens"
         yield Fault("wrong family", text)
     if any((start.outer is not None) != reading.is_recurrent for start in starts):
@@ -200,28 +196,24 @@ def _shapes_of_block(what: str, k: int, block: Block, size: int | None) -> Itera
     if block.weight is None:
         return
     if block.outer is not None:
-        for part, tensor, sizes in (
-            (what, block.weight, 2),
-            (f"the way out of {what}", block.outer, 1),
-            (f"the skip of {what}", block.skip, 1),
-        ):
-            wanted = (sizes * (size or 0),) * 2
-            if tensor is not None and tuple(tensor.shape) != wanted:
-                yield _wrong_shape(part, tensor, wanted)
-        if block.bias is not None and len(block.bias) != 2 * (size or 0):
-            text = f"the bias of {what} has {len(block.bias)} values for {2 * (size or 0)}"
-            yield Fault("wrong shape", text)
-        return
-    inputs = (k + 2) if block.skip is not None else 1
-    rows = len(block.weight)
-    if tuple(block.weight.shape) != (rows, inputs * rows):
-        yield _wrong_shape(what, block.weight, (rows, inputs * rows))
-    elif rows != size:
+        width = size or 0
+        rows = inputs = 2 * width
+        of_skip = width, width
+    else:
+        rows = width = len(block.weight)
+        inputs = (k + 2) * rows if block.skip is not None else rows
+        of_skip = rows, (k + 1) * rows
+    for part, tensor, wanted in (
+        (what, block.weight, (rows, inputs)),
+        (f"the way out of {what}", block.outer, (width, width)),
+        (f"the skip of {what}", block.skip, of_skip),
+    ):
+        if tensor is not None and tuple(tensor.shape) != wanted:
+            yield _wrong_shape(part, tensor, wanted)
+    if block.outer is None and tuple(block.weight.shape) == (rows, inputs) and rows != size:
         yield Fault("wrong shape", f"{what} has {rows} rows, and the first block {size}")
     if block.bias is not None and len(block.bias) != rows:
         yield Fault("wrong shape", f"the bias of {what} has {len(block.bias)} values for {rows}")
-    if block.skip is not None and tuple(block.skip.shape) != (rows, (k + 1) * rows):
-        yield _wrong_shape(f"the skip of {what}", block.skip, (rows, (k + 1) * rows))
 
 
 def _shape_of_projection(k: int, head: Head, size: int | None) -> Iterator[Fault]:
@@ -360,16 +352,14 @@ def _fingerprints(reading: Reading) -> Iterator[Fault]:
         if digests.index(digest) < k and not reading.is_one_projection:
             text = f"head {k + 1} is the same as head {digests.index(digest) + 1}"
             yield Fault("heads alike", f"{text}: a copy, or both are untrained")
-    for k in range(min(len(known), len(reading.heads))):
-        found = digests[k]
-        if found == known[k]:
+    for k, (found, exported) in enumerate(zip(digests, known, strict=False)):
+        is_square = _is_square(reading.heads[k])
+        if found == exported:
             continue
         if found in known:
             text = f"head {k + 1} is what was exported as head {known.index(found) + 1}"
             yield Fault("heads swapped", text)
-        elif (
-            _is_square(reading.heads[k]) and reading.head_sha256(k, is_transposed=True) == known[k]
-        ):
+        elif is_square and reading.head_sha256(k, is_transposed=True) == exported:
             yield Fault("transposed", f"the blocks of head {k + 1} are transposed")
         else:
             text = f"head {k + 1} is not what was exported under this name"
