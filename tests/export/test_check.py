@@ -5,6 +5,7 @@ import os
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from exported import FAMILIES, exported
@@ -22,6 +23,8 @@ from medusa_exp.export.reading import read_heads
 from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
 from medusa_exp.model.convert import convert_file
 from medusa_exp.model.convert import main as convert_main
+from medusa_exp.model.heads import heads_input
+from medusa_exp.model.scoring import answer_ranks
 
 
 @pytest.fixture
@@ -235,13 +238,24 @@ def test_order_is_seen_on_the_targets_own_text(targets, tmp_path):
     assert "head 3's first choice" in errors[-1].text and "that head 2 should" in errors[-1].text
 
 
-@pytest.mark.parametrize("family", ["medusa", "tied", "both", "hydra", "hydra, prefix"])
+@pytest.mark.parametrize(
+    "family", ["medusa", "tied", "both", "hydra", "hydra, prefix", "recurrent"]
+)
 def test_first_choices_are_those_of_our_heads(backbone, tmp_path, family):
     reading = exported(backbone, family, "vllm", tmp_path)
-    heads = load_heads(tmp_path / "heads", backbone)
-    shares = first_choices(reading, backbone)
-    assert shares.shape == (3, 4) and (shares >= 0).all() and (shares <= 1).all()
-    assert heads.num_heads == 3
+    heads = load_heads(tmp_path / "heads", backbone).float()
+    ids_BT = linter.greedy_text(backbone)
+    right_BPK = []
+    for ids_T, hidden_TD in zip(ids_BT, backbone.hidden_states(ids_BT), strict=True):
+        read_1TD = heads_input(heads.prefix, hidden_TD[None])
+        right_BPK.append(answer_ranks(heads, ids_T[1:], read_1TD[0, :-1], 1) == 0)
+    length = ids_BT.shape[1] - heads.num_heads - 1
+    shares_KJ = first_choices(reading, backbone)
+    for k in range(heads.num_heads):  # of tokens that do not repeat the one before
+        is_new_BP = (ids_BT[:, k + 2 :] != ids_BT[:, k + 1 : -1])[:, :length].numpy()
+        right_BP = np.stack(right_BPK)[:, :length, k]
+        assert shares_KJ[k, k + 1] == pytest.approx(right_BP[is_new_BP].mean())
+    assert shares_KJ.any()
 
 
 def test_fresh_heads_predict_the_next_token_and_not_their_own(backbone, tmp_path):
