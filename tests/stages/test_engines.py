@@ -16,6 +16,7 @@ from medusa_exp.model.checkpoint import save_heads
 from medusa_exp.runs.files import read_json, read_jsonl
 from medusa_exp.runs.metric_table import metric_of
 from medusa_exp.runs.record import _LEFT_BY
+from medusa_exp.serving import measurement
 from medusa_exp.serving.client import Probe
 from medusa_exp.serving.measurement import Drafts, _between, of_answers, positions_of, read_counters
 from medusa_exp.stages import evaluate
@@ -86,7 +87,8 @@ def test_an_engine_that_tells_nothing_is_measured_for_its_speed(run, caplog):
     assert "eval/server/c4/speedup" not in metrics
 
 
-def test_an_engine_that_others_use_has_no_counters_of_its_own(run, caplog):
+def test_an_engine_that_others_use_has_no_counters_of_its_own(run, caplog, monkeypatch):
+    monkeypatch.setattr(measurement, "_SETTLED", 0.01)  # they never settle, which takes 25 readings
     decoder = run.decoder()
     with Engine(decoder.backbone) as engine:
         engine.decoder = decoder
