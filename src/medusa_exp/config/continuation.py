@@ -70,7 +70,7 @@ def arguments(argv: list[str]) -> list[str]:
     _THERE.clear()
     if run_dir is not None and (run_dir.exists() or run_dir.is_symlink()):
         _THERE.add(run_dir)
-    if run_dir is not None and _is_sweep(argv, new):
+    if run_dir is not None and is_sweep(argv):
         raise UserError(
             f"run_dir={run_dir} is one run, and a sweep makes many, in sweep_dir: "
             "leave out run_dir, or leave out -m and +sweep."
@@ -151,7 +151,7 @@ def check_begun(argv: list[str], later: Collection[str]) -> None:
     stages: Any = parsed(named["stages"]).value() if "stages" in named else None
     can_begin = not isinstance(stages, list) or not stages or set(map(str, stages)) - set(later)
     # These may bring heads with them; and flags ask for something else than a run.
-    if can_begin or _BRING_HEADS & set(named) or _is_sweep(argv, new) or len(new) < len(argv):
+    if can_begin or _BRING_HEADS & set(named) or is_sweep(argv) or len(new) < len(argv):
         return
     words = f"stages=[{','.join(map(str, stages))}] goes on with a run"
     yours = "`python -m medusa_exp.runs.list` shows yours"
@@ -164,11 +164,7 @@ def check_begun(argv: list[str], later: Collection[str]) -> None:
 
 def is_sweep(argv: list[str]) -> bool:
     """Say whether a command line asks for a sweep."""
-    return _is_sweep(argv, overrides_in(argv))
-
-
-def _is_sweep(argv: list[str], overrides: list[str]) -> bool:
-    names_one = any(key_of(override) == "sweep" for override in overrides)
+    names_one = any(key_of(override) == "sweep" for override in overrides_in(argv))
     return names_one or bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(argv))
 
 

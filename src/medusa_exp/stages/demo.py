@@ -120,7 +120,8 @@ def racers(decoder: Decoder, ids: list[int]) -> tuple[Racer, Racer]:
 def race(plain: Racer, heads: Racer, console: Console) -> None:
     """Let both answer to the end, and show it."""
     if not console.is_terminal:
-        _run_out(plain, heads)
+        for _ in _steps_of(plain, heads):
+            pass
         console.print(heads.shown, soft_wrap=True, markup=False, highlight=False)
         return
     with Live(console=console, auto_refresh=False) as live:
@@ -132,11 +133,6 @@ def _steps_of(*all_of_them: Racer) -> Iterator[None]:
     while waiting := [racer for racer in all_of_them if not racer.is_done]:
         min(waiting, key=lambda racer: racer.seconds).advance()
         yield
-
-
-def _run_out(*all_of_them: Racer) -> None:
-    for _ in _steps_of(*all_of_them):
-        pass
 
 
 def _beside(*all_of_them: Racer) -> RenderableType:
