@@ -15,8 +15,9 @@ from tiny_models import build_model
 from transformers import AutoModelForCausalLM
 
 from medusa_exp.errors import UserError
-from medusa_exp.export.card import chain_rates, command, schedule, settings
+from medusa_exp.export.card import command
 from medusa_exp.export.check import check
+from medusa_exp.export.settings import chain_rates, schedule, settings
 from medusa_exp.model import Backbone, build_heads, save_heads, save_tokenizer
 from medusa_exp.runs.files import write_json, write_jsonl
 from medusa_exp.stages.export import run

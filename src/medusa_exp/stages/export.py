@@ -15,6 +15,7 @@ from medusa_exp.errors import UserError
 from medusa_exp.export import card, hf_generate
 from medusa_exp.export.formats import WHOLE_MODEL, check_holds
 from medusa_exp.export.publishing import export, open_source, place_of, read_back
+from medusa_exp.export.settings import SETTINGS, settings
 from medusa_exp.identity import identity_of
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import check_fit, load_heads
@@ -73,9 +74,9 @@ def _add_settings(partial: Path, out: Path, format_: str, number: int) -> dict[s
     """Put an engine's settings beside so many heads, and what they come from; return them."""
     records, measured = read_jsonl(out / "records.jsonl"), read_json(out / WHY, {})
     schedule = measured.get("schedule")
-    found = card.settings(format_, number, records, _calibration(out), schedule)
+    found = settings(format_, number, records, _calibration(out), schedule)
     if found is not None:
-        write_json(partial / card.SETTINGS, found)
+        write_json(partial / SETTINGS, found)
     for name in _BESIDE:
         if (out / name).is_file():
             shutil.copy2(out / name, partial / name)

@@ -35,7 +35,7 @@ from medusa_exp.evaluate.waterfall import (
     way_of_profile,
     way_of_records,
 )
-from medusa_exp.export.card import chain_rates, schedule
+from medusa_exp.export.settings import chain_rates, schedule
 from medusa_exp.model.heads import MedusaHeads, StackedHeads, reads_whole_vocabulary
 from medusa_exp.model.tokenizer import differences
 from medusa_exp.runs.files import read_json, write_json
