@@ -211,25 +211,7 @@ def test_a_default_that_changed_since_does_not_slip_into_an_old_run(run_dir, wor
         (["+experiment=medusa1", "model.path=/no/such/dir"], "model.path=/no/such/dir"),
         (["+experiment=smoke", "stages=[calibrate]"], "run stage train first"),
         (["run_dir=run", "-m", "head.num_heads=1,2"], "leave out run_dir, or leave out -m"),
-        pytest.param(
-            ["run_dir=run", "+sweep=heads"],
-            "leave out run_dir, or leave out -m and +sweep",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ["run_dir=new", "-m", "seed=1,2"],
-            "a sweep makes many, in sweep_dir",
-            marks=pytest.mark.slow,
-        ),
         (["run_dir=run", "+experiment=quickstart"], "an experiment belongs to a new run"),
-        pytest.param(
-            ["hydra.run.dir=run", "stages=[report]"],
-            "there are runs in that directory",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ["run_dir=${oc.env:PWD}/run"], "give run_dir as a plain path", marks=pytest.mark.slow
-        ),
         (["run_dir=run", "stages=[evaluate]", "decode.stop_ids=[9999]"], "stop_ids=9999"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -11,11 +11,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from medusa_exp.data import Conversation, DataError
-from medusa_exp.data.examples import Example
 from medusa_exp.data.rendering import MaskedTokens, Renderer
 from medusa_exp.data.template import ChatTemplate, to_chat
 from medusa_exp.model.backbone import Backbone
-from medusa_exp.model.scoring import Agreement, measure_agreement
+from medusa_exp.model.scoring import Agreement
 
 TEMPLATE = "template"
 """The role of what no message says: headers, marks, blanks."""
@@ -145,29 +144,6 @@ class Finding:
     sentence: str
 
 
-def examine(
-    backbone: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: frozenset[int],
-    conversations: Sequence[Conversation],
-    rows: Sequence[Row],
-    examples: Sequence[Example],
-    notes: Sequence[str],
-) -> tuple[list[Finding], Agreement]:
-    """Look at all that makes heads good in training and bad in serving.
-
-    `stop_ids` end a response, `rows` are conversations of the data set rendered, `examples` what
-    the model is to read, and `notes` what rendering found out about the template.
-    """
-    agreement = measure_agreement(backbone, examples, "reading replies")
-    findings = [
-        *examine_text(backbone, tokenizer, stop_ids, conversations, rows),
-        *(Finding("chat template", False, f"{note}.") for note in notes),
-        _own_words(agreement),
-    ]
-    return findings, agreement
-
-
 def examine_text(
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
@@ -175,7 +151,10 @@ def examine_text(
     conversations: Sequence[Conversation],
     rows: Sequence[Row],
 ) -> list[Finding]:
-    """Look at tokens alone: no model reads them. See `examine`."""
+    """Look for what makes heads good in training and bad in serving; no model reads anything.
+
+    `stop_ids` end a response, and `rows` are the conversations rendered.
+    """
     return [
         _vocabulary(backbone, tokenizer),
         _prompt(conversations, rows, tokenizer),
@@ -248,7 +227,8 @@ def _eos(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, stops: frozens
     return Finding("EOS", False, sentence + advice)
 
 
-def _own_words(agreement: Agreement) -> Finding:
+def own_words(agreement: Agreement) -> Finding:
+    """Say how near the replies are to what the model would say, who has read them."""
     share = agreement.top1
     sentence = (
         f"on {agreement.num_tokens} trained tokens the model has {agreement.nats_per_token:.2f} "

@@ -21,8 +21,17 @@ from medusa_exp.data.faults import printable
 from medusa_exp.data.sources import Source, evenly_spread, walk
 from medusa_exp.data.template import REFUSED
 from medusa_exp.data.tokenized import CUT, KEPT, LEFT_OUT, LOST_ROWS, UNTRAINED, Tokenized
+from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.runs.files import write_json, write_jsonl
-from medusa_exp.stages.doctor import Row, count_roles, count_runs, examine, sample_rows
+from medusa_exp.stages.doctor import (
+    Finding,
+    Row,
+    count_roles,
+    count_runs,
+    examine_text,
+    own_words,
+    sample_rows,
+)
 from medusa_exp.stages.session import Session, stop_ids_of
 
 _SHOWN_CHARS = 1200
@@ -61,15 +70,16 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         "checks": count_runs(rows),
     }
     if backbone:
-        findings, agreement = examine(
-            backbone,
-            tokenizer,
-            stop_ids_of(config, backbone, tokenizer),
-            [conversation for _, conversation in sampled],
-            rows,
-            evenly_spread(tokenized.split("train"), config.inspect.num_documents),
-            tokenized.summary["notes"],
-        )
+        examples = evenly_spread(tokenized.split("train"), config.inspect.num_documents)
+        agreement = measure_agreement(backbone, examples, "reading replies")
+        chats = [conversation for _, conversation in sampled]
+        findings = [
+            *examine_text(
+                backbone, tokenizer, stop_ids_of(config, backbone, tokenizer), chats, rows
+            ),
+            *(Finding("chat template", False, f"{note}.") for note in tokenized.summary["notes"]),
+            own_words(agreement),
+        ]
         found["doctor"] = [asdict(finding) for finding in findings]
         found["agreement"] = asdict(agreement)
     samples = [_sample(row) for row in rows[: config.inspect.num_samples]]
