@@ -88,6 +88,14 @@ def test_a_card_names_no_place_of_this_machine(tmp_path):
     assert "License of the target, by its own card: apache-2.0." in body
 
 
+@pytest.mark.parametrize("model", ["../llama", "my models/llama", "~/llama"])
+def test_a_directory_that_is_not_here_is_no_name_on_the_hub(tmp_path, model):
+    """The path is relative to another folder than that of this call."""
+    metadata, body = written(run_of(tmp_path, model), tmp_path)
+    assert "base_model" not in metadata and "`llama` (a local directory)" in body
+    assert "License of the target: unknown" in body
+
+
 def test_heads_that_are_linked_from_another_run_keep_their_card_there(tmp_path):
     config = run_of(tmp_path / "new", "meta/llama", heads_from="runs/old")
     (tmp_path / "old").write_text("the old card")

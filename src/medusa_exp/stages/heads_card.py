@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import metadata_load, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from medusa_exp.config import Config, TrainConfig
 from medusa_exp.config.privacy import shareable_text
@@ -50,7 +52,7 @@ def facts_of(config: Config, out: Path, target: str) -> Facts:
         target: directory or hub name by which the model is loaded.
     """
     record, metrics = read_json(out / "run.json", {}), read_json(out / "metrics.json", {})
-    is_on_hub = target.count("/") == 1 and not Path(target).expanduser().exists()
+    is_on_hub = _is_on_hub(target)
     return Facts(
         title=f"Medusa heads of {config.name}",
         target=target if is_on_hub else shareable_text(target),
@@ -95,6 +97,17 @@ def _loss_of(train: TrainConfig, record: dict[str, Any]) -> str:
     return settled.get("loss", _UNKNOWN if train.loss == "auto" else train.loss)
 
 
+def _is_on_hub(model: str) -> bool:
+    """Is this the name of a model on the hub, and no directory, of this folder or another?"""
+    if model.count("/") != 1 or Path(model).expanduser().exists():
+        return False
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
+
+
 def license_of(model: str | None, revision: str | None = None) -> str:
     """Return the license that a model's own card names, or unknown; nothing is asked of a network.
 
@@ -105,7 +118,7 @@ def license_of(model: str | None, revision: str | None = None) -> str:
     found: Any = None
     if model is not None and (place := Path(model).expanduser()).is_dir():
         found = place / CARD
-    elif model is not None and model.count("/") == 1:
+    elif model is not None and _is_on_hub(model):
         found = try_to_load_from_cache(model, CARD, revision=revision)
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return _UNKNOWN
