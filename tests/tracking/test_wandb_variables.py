@@ -37,6 +37,13 @@ def test_what_is_said_wins():
     assert (found.project, found.entity, found.notes) == ("medusa_exp", "mine", "why")
 
 
+def test_what_is_said_of_a_section_wins(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    found = with_variables(LoggerConfig(), ["logger={mode: offline}"])
+    assert (found.mode, found.project) == ("offline", "speed")
+    assert with_variables(LoggerConfig(), ["~logger.tags"]).tags == []
+
+
 @pytest.mark.parametrize(("word", "mode"), [("online", "online"), ("disabled", "disabled")])
 def test_modes(monkeypatch, word, mode):
     monkeypatch.setenv("WANDB_MODE", word)

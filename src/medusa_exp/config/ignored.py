@@ -110,7 +110,7 @@ def say_ignored(config: Config, overrides: Iterable[str]) -> None:
     """
     stages = ",".join(map(str, config.stages))
     has_heads = bool(stages) and not _BEFORE_HEADS & {*config.stages}
-    for key in sorted(set(_keys_of(overrides))):
+    for key in sorted(set(keys_of(overrides))):
         rows = (row for row in USES if _names(row, key))
         is_default = _value(config, key) == _value(Config(), key)
         for row in rows:
@@ -126,18 +126,18 @@ def say_ignored(config: Config, overrides: Iterable[str]) -> None:
             )
 
 
-def _names(row: Use, key: str) -> bool:
-    return any(
-        key.startswith(name[:-1]) if name.endswith(".*") else key == name for name in row.keys
-    )
-
-
-def _keys_of(overrides: Iterable[str]) -> Iterator[str]:
+def keys_of(overrides: Iterable[str]) -> Iterator[str]:
     """Yield the keys that overrides name; of a section that is given whole, those in it."""
     for override in overrides:
         one = parsed(override)
         if not (one.is_delete() or one.is_sweep_override()):
             yield from _leaves(str(one.key_or_group), one.value())
+
+
+def _names(row: Use, key: str) -> bool:
+    return any(
+        key.startswith(name[:-1]) if name.endswith(".*") else key == name for name in row.keys
+    )
 
 
 def _leaves(key: str, value: Any) -> Iterator[str]:

@@ -10,11 +10,13 @@ A word of the command line, or of an experiment's YAML, wins.
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from medusa_exp.config import LoggerConfig
+from medusa_exp.config.command_line import key_of
+from medusa_exp.config.ignored import keys_of
 from medusa_exp.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ _MODES = {"dryrun": "offline", "run": "online"}
 """W&B's older words."""
 
 
-def with_variables(logger: LoggerConfig, said: Iterable[str] = ()) -> LoggerConfig:
+def with_variables(logger: LoggerConfig, said: Sequence[str] = ()) -> LoggerConfig:
     """Return the section `logger` with W&B's variables in place of defaults.
 
     Args:
@@ -46,7 +48,7 @@ def with_variables(logger: LoggerConfig, said: Iterable[str] = ()) -> LoggerConf
     """
     if logger.kind != "wandb":
         return logger
-    defaults, kept = LoggerConfig(), {word.lstrip("+~").partition("=")[0] for word in said}
+    defaults, kept = LoggerConfig(), {*keys_of(said), *map(key_of, said)}
     for name, key in _KEYS.items():
         value = _value(name, os.environ.get(name, "").strip())
         if not value or f"logger.{key}" in kept or getattr(logger, key) != getattr(defaults, key):
