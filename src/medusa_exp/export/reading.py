@@ -381,8 +381,7 @@ def _format_of(config: dict[str, Any], names: dict[str, Path]) -> str | None:
         if name != "vllm"
     }
     # Names of heads without blocks are alike in two formats: then it is vLLM's, as ours has `kind`.
-    counts["vllm_medusa"] += 0.5 if counts["vllm_medusa"] else 0  # type: ignore[assignment]
-    best = max(counts, key=lambda name: counts[name])
+    best = max(counts, key=lambda name: (counts[name], name == "vllm_medusa"))
     return best if counts[best] else None
 
 

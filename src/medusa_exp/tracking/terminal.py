@@ -55,7 +55,8 @@ def _print_why(console: Console, why: dict[str, Any]) -> None:
         for one in found:
             size = one["batch_size"]
             table.add_column("1 prompt" if size == 1 else f"{size} prompts", justify="right")
-        table.add_row("tokens per step, if all steps cost the same", *_ideals(found))
+        ideals = (f"{one['ideal']:.2f}x  100 %" for one in found)
+        table.add_row("tokens per step, if all steps cost the same", *ideals)
         for name, title in PARTS_OF_LOSS.items():
             shares = [_times_of(one, name) for one in found]
             if any(shares):
@@ -65,10 +66,6 @@ def _print_why(console: Console, why: dict[str, Any]) -> None:
     for sentence in (*why["advice"], why["when"]):
         # A command is one line, to be copied; where it is cut is for the terminal to say.
         console.print(Text(sentence), soft_wrap="`" in sentence)
-
-
-def _ideals(found: list[dict[str, Any]]) -> list[str]:
-    return [f"{one['ideal']:.2f}x  100 %" for one in found]
 
 
 def _times_of(waterfall: dict[str, Any], name: str) -> str:
