@@ -51,7 +51,7 @@ def wandb_run(record: RunRecord) -> Iterator[Any]:
         require_login()
     known = record.run.setdefault("wandb", {})
     known.setdefault("id", uuid4().hex[:8])
-    shown = _shared_config(config, out)
+    shown = shareable(to_shareable(config, newest_saved(out)))
     known.setdefault("job_type", shown["logger"]["job_type"] or "+".join(config.stages))
     if shown["logger"]["group"]:  # a sweep's; a later call of its job would not know it
         known["group"] = shown["logger"]["group"]
@@ -89,10 +89,6 @@ def _identity(
         "notes": shown["logger"]["notes"],
         "dir": out,
     }
-
-
-def _shared_config(config: Config, out: Path) -> dict[str, Any]:
-    return shareable(to_shareable(config, newest_saved(out)))
 
 
 def provenance(record: dict[str, Any]) -> dict[str, Any]:
