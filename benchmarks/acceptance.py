@@ -43,7 +43,7 @@ from torch import Tensor
 from medusa_exp.cli import compose
 from medusa_exp.cli import run as run_experiment
 from medusa_exp.config import Config
-from medusa_exp.decode.loop import decode_plain
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model import Backbone, MedusaHeads, load_heads
 from medusa_exp.model.heads import heads_input

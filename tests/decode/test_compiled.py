@@ -10,7 +10,8 @@ from tiny_models import VOCAB_SIZE, build_model
 from medusa_exp.decode import compiled
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.slots import Request
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads

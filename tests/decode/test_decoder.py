@@ -6,7 +6,8 @@ import torch
 from tiny_models import build_model
 
 from medusa_exp import Decoder, build_heads, generate
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone
 from medusa_exp.tree import Tree, chain

@@ -13,7 +13,8 @@ from medusa_exp.decode import compiled
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.fused import fuse, groups_of, join
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.model import Backbone
 
 

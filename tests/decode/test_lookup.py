@@ -9,7 +9,8 @@ from tiny_models import VOCAB_SIZE, build_model
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import build_drafter
 from medusa_exp.decode.lookup import LookupDrafter, Text
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.recurrent import check_chain
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slots import Request

@@ -8,7 +8,8 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import DynamicTreeDrafter, FixedTreeDrafter
-from medusa_exp.decode.loop import Limits, Responses, decode_plain
+from medusa_exp.decode.loop import Limits, Responses
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.step import CapturedStep
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads

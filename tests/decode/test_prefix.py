@@ -9,7 +9,8 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
 from medusa_exp.decode import loop
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits, Responses, decode_plain
+from medusa_exp.decode.loop import Limits, Responses
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.heads import heads_input
 from medusa_exp.tree import Tree

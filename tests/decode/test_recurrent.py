@@ -12,7 +12,8 @@ from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.cuda.launch import LaunchConfig
 from medusa_exp.decode.cuda.verify import KernelVerify
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.decode.slots import Request
 from medusa_exp.errors import UserError

@@ -3,7 +3,8 @@ import torch
 from tiny_models import build_model
 
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree

@@ -10,7 +10,8 @@ from medusa_exp.data.batching import label_positions
 from medusa_exp.decode import generate
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import SequentialDrafter
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.model import Backbone, build_heads, int8, load_heads, save_heads
 from medusa_exp.model.heads import FAMILIES as KINDS
 from medusa_exp.model.heads import (

@@ -13,7 +13,8 @@ from tiny_models import build_model
 
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import build_drafter
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads, load_heads, save_heads
 from medusa_exp.model.heads import FAMILIES as KINDS

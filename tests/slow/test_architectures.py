@@ -29,8 +29,9 @@ from architectures import (
 from medusa_exp import build_heads, generate
 from medusa_exp.decode.cache import GrowingCache
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.masks import StepMask
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.recurrent import StateCache
 from medusa_exp.errors import UserError
 from medusa_exp.evaluate.near_ties import find_difference

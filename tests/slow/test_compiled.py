@@ -12,7 +12,8 @@ from architectures import DECODED, GROUPED, NEW_TOKENS, WIDE, WINDOW, Oracle, V,
 
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.model import Backbone
 from medusa_exp.tree import Tree, chain
 

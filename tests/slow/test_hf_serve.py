@@ -10,7 +10,8 @@ import pytest
 from served_models import NUM_HEADS, PROMPTS, build_target, byte_tokenizer, overfit_heads
 from vllm_server import free_port, running
 
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.export import hf_generate
 from medusa_exp.tree import Tree
 

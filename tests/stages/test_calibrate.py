@@ -11,7 +11,8 @@ import torch
 from medusa_exp.config import DecodeConfig, TreeConfig
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.lookup import count_found
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads
 from medusa_exp.stages import calibrate

@@ -21,7 +21,8 @@ from medusa_exp.cli import run_stages
 from medusa_exp.config import RegenerateConfig
 from medusa_exp.decode import memory
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.slots import Slots
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from medusa_exp.decode.loop import Limits, Responses, decode_plain
+from medusa_exp.decode.loop import Limits, Responses
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.tree import chain
 

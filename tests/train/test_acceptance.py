@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from tiny_models import build_longrope
 
 from medusa_exp.config import Config
+from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.errors import UserError
-from medusa_exp.model import build_heads, load_heads
+from medusa_exp.model import Backbone, build_heads, load_heads
 from medusa_exp.stages import train
 from medusa_exp.stages.calibrate import head_ranks as calibrated_ranks
 from medusa_exp.stages.session import Session
 from medusa_exp.stages.training_inputs import open_inputs
-from medusa_exp.train.acceptance import accept_lengths, response_ranks
+from medusa_exp.train.acceptance import accept_lengths, respond_to_prompts, response_ranks
 from medusa_exp.train.module import MedusaModule
 from medusa_exp.tree import chain
 
@@ -48,6 +50,16 @@ def test_the_chains_steps_are_those_that_decoding_takes(config, tmp_path):
     tree, over_chain = accept_lengths(heads, made.responses, 8, 10)
     assert over_chain == pytest.approx(sum(map(len, tokens)) / steps)
     assert over_chain <= tree or tree == pytest.approx(over_chain)
+
+
+def test_prompts_of_both_sides_of_a_longrope_boundary_are_answered():
+    backbone = Backbone(build_longrope())
+    prompts = [Prompt(str(n), "", "", [*range(1, n + 1)]) for n in (50, 9, 28)]
+    alone = [respond_to_prompts([prompt], Limits(12), backbone)[0] for prompt in prompts]
+    together = respond_to_prompts(prompts, Limits(12), backbone)
+    for one, other in zip(alone, together, strict=True):
+        assert one.tokens_P.tolist() == other.tokens_P.tolist()
+        torch.testing.assert_close(one.hidden_TD, other.hidden_TD)
 
 
 @pytest.mark.parametrize("prefix_attention", [False, True])

@@ -283,18 +283,12 @@ class Decoder:
         Prompts are a list of what `stream` takes, or one such.
         """
         drafter = self.drafter(tree, rule)
-        rows = ids_of_each(prompts, self.tokenizer, self.backbone.num_ids)
-
-        def decode(places: list[int]) -> list[Response]:
-            responses = Responses(len(places), limits or self.limits)
-            some = [rows[place] for place in places]
-            for added in self.steps(some, responses, drafter, rule, seed):
-                if on_step is not None:
-                    by_place = dict(zip(places, added, strict=True))
-                    on_step([by_place.get(place, []) for place in range(len(rows))])
-            return responses.rows
-
-        return self._by_rotary(rows, decode)
+        return self._decode(
+            prompts,
+            limits,
+            lambda some, responses: self.steps(some, responses, drafter, rule, seed),
+            on_step,
+        )
 
     def decode_plain(
         self,
@@ -309,32 +303,43 @@ class Decoder:
         With fixed shapes a step is that of a tree which is only a root, captured like any other.
         Prompts are as for `decode`, and `seed` is as for `steps`.
         """
-        rows = ids_of_each(prompts, self.tokenizer, self.backbone.num_ids)
+        return self._decode(
+            prompts,
+            limits,
+            lambda some, responses: self.plain_steps(some, responses, rule, seed),
+        )
 
-        def decode(places: list[int]) -> list[Response]:
-            responses = Responses(len(places), limits or self.limits)
-            for _ in self.plain_steps([rows[place] for place in places], responses, rule, seed):
-                pass
-            return responses.rows
-
-        return self._by_rotary(rows, decode)
-
-    def _by_rotary(
-        self, prompts: list[list[int]], decode: Callable[[list[int]], list[Response]]
+    def _decode(
+        self,
+        prompts: Prompts,
+        limits: Limits | None,
+        steps: Callable[[list[list[int]], Responses], Iterator[list[list[int]]]],
+        on_step: OnStep | None = None,
     ) -> list[Response]:
-        """Decode prompts of the two sides of `Backbone.rotary_boundary` apart; most models have
-        one side. And one by one where the model has recurrent layers."""
+        rows = ids_of_each(prompts, self.tokenizer, self.backbone.num_ids)
+        found: dict[int, Response] = {}
+        for places in self._batches(rows):
+            responses = Responses(len(places), limits or self.limits)
+            for added in steps([rows[place] for place in places], responses):
+                if on_step is not None:
+                    by_place = dict(zip(places, added, strict=True))
+                    on_step([by_place.get(place, []) for place in range(len(rows))])
+            found |= zip(places, responses.rows, strict=True)
+        return [found[place] for place in range(len(rows))]
+
+    def _batches(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return which prompts are decoded together, by their places.
+
+        One by one where the model has recurrent layers, else those of the two sides of
+        `Backbone.rotary_boundary` apart; most models have one side.
+        """
+        places = range(len(prompts))
         if self.is_recurrent:
-            return [response for place in range(len(prompts)) for response in decode([place])]
+            return [[place] for place in places]
         boundary = self.backbone.rotary_boundary
         is_long = [boundary is not None and len(prompt) > boundary for prompt in prompts]
-        if len(set(is_long)) < 2:
-            return decode(list(range(len(prompts))))
-        found: dict[int, Response] = {}
-        for side in (False, True):
-            places = [place for place, one in enumerate(is_long) if one == side]
-            found |= zip(places, decode(places), strict=True)
-        return [found[place] for place in range(len(prompts))]
+        sides = [[place for place in places if is_long[place] == side] for side in (False, True)]
+        return [side for side in sides if side]
 
     def steps(
         self,

@@ -128,19 +128,6 @@ class Responses:
         return added
 
 
-def decode_plain(
-    backbone: Backbone, prompts: list[list[int]], limits: Limits, rule: AcceptanceRule = GREEDY
-) -> list[Response]:
-    """Decode one token per step for each row; see `plain_steps`."""
-    rows: list[Response] = []
-    for batch in [[prompt] for prompt in prompts] if is_recurrent(backbone) else [prompts]:
-        responses = Responses(len(batch), limits)
-        for _ in plain_steps(backbone, batch, responses, rule):
-            pass
-        rows += responses.rows
-    return rows
-
-
 @torch.inference_mode()
 def plain_steps(
     backbone: Backbone,

@@ -1,4 +1,4 @@
-"""Tree decoding in one call, for those who want no `Decoder` to keep.
+"""Decoding in one call, over a tree or plainly, for those who want no `Decoder` to keep.
 
 B rows, T prompt tokens, D hidden, K heads, V vocabulary.
 """
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_exp.decode.decoder import Decoder, Generation, OnStep
-from medusa_exp.decode.loop import GREEDY
+from medusa_exp.decode.loop import GREEDY, Limits, Response
 from medusa_exp.decode.prompt_ids import Prompts
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model.backbone import Backbone
@@ -71,3 +71,13 @@ def generate(
         eos_token_id=eos_token_id,
         on_step=on_step,
     )
+
+
+def decode_plain(
+    backbone: Backbone, prompts: Prompts, limits: Limits, rule: AcceptanceRule = GREEDY
+) -> list[Response]:
+    """Decode a batch of prompts once without heads; see `Decoder.decode_plain`.
+
+    As for `generate`, steps are not captured.
+    """
+    return Decoder(backbone, rule=rule, limits=limits, cuda_graph=False).decode_plain(prompts)

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from medusa_exp.config import ServingConfig
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.evaluate.near_ties import find_difference

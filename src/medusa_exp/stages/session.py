@@ -30,8 +30,9 @@ from medusa_exp.data.sources import (
 from medusa_exp.data.tokenized import Tokenized, load_tokenized
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import check_picks
-from medusa_exp.decode.loop import Limits, decode_plain
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.on_cpu import pack_decoder, ready_to_draft
+from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.export import importing
