@@ -66,7 +66,15 @@ class CapturedSteps:
         shape = num_rows, self.backbone.model.dtype
         cache = self._fitting(shape, columns, key) or self._made(shape, columns)
         if key not in cache.steps:
-            cache.steps[key] = self._step(cache, drafter, rule)
+            cache.steps[key] = CapturedStep(
+                self.backbone,
+                drafter,
+                rule,
+                cache.cache,
+                pool=self._pool,
+                layers=self.layers,
+                observer=self.observer,
+            )
         step = cache.steps[key]
         # Whatever moves weights meanwhile, what this step reads is there until it has ended.
         read = [weight.data for weight in self.backbone.model.parameters()]  # noqa: F841
@@ -105,14 +113,3 @@ class CapturedSteps:
         """Drop so many of the oldest caches, with their steps; none that is lent."""
         for cache in [cache for cache in self._caches if not cache.is_lent][: max(0, count)]:
             self._caches.remove(cache)
-
-    def _step(self, cache: _Cache, drafter: Drafter, rule: AcceptanceRule) -> CapturedStep:
-        return CapturedStep(
-            self.backbone,
-            drafter,
-            rule,
-            cache.cache,
-            pool=self._pool,
-            layers=self.layers,
-            observer=self.observer,
-        )

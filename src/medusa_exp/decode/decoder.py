@@ -128,15 +128,14 @@ class Decoder:
         self.compiles = compiles and not self.backbone.is_spread and not self.is_recurrent
         wanted = can_capture or self.compiles if cuda_graph is None else cuda_graph
         self.uses_fixed_shapes = wanted and not self.is_recurrent
-        layers = CompiledLayers(self.backbone) if self.compiles else None
-        self.layers: CompiledLayers | None = layers
+        self.layers = layers = CompiledLayers(self.backbone) if self.compiles else None
         prefix = getattr(heads, "prefix", None)
         if self.is_recurrent:
             check_prefix(self.backbone.name, prefix is not None)
         self._prefixed = PrefixedBackbone(self.backbone, prefix, observer) if prefix else None
-        self._captured: dict[bool, CapturedSteps] = {}
-        """Captured steps by whether the backbone includes the heads' prefix attention."""
-        self._captured_slots: dict[bool, CapturedSlots] = {}
+        backbones = [self.backbone, *([self._prefixed] if self._prefixed else [])]
+        self._captured = {b: CapturedSteps(b, observer, layers) for b in backbones}
+        self._captured_slots = {b: CapturedSlots(b, observer, layers) for b in backbones}
         self._drafters: dict[Hashable, Drafter] = {}
 
     @classmethod
@@ -403,13 +402,11 @@ class Decoder:
         drafter, rule = drafter or self.drafter(rule=rule), rule or self.rule
         if self.is_recurrent:
             return OneByOne(self.backbone, drafter, rule, self.observer)
-        backbone, is_prefixed = self._backbone_of(drafter), drafter.prefix is not None
+        backbone = self._backbone_of(drafter)
         if not self.uses_fixed_shapes:
             return Slots(EagerSlots(backbone, drafter, rule, num_columns, self.observer), num_slots)
-        if is_prefixed not in self._captured_slots:
-            self._captured_slots[is_prefixed] = CapturedSlots(backbone, self.observer, self.layers)
-        source = self._captured_slots[is_prefixed]
-        return Slots(source.open(drafter, rule, num_slots, num_columns), num_slots)
+        source = self._captured_slots[backbone].open(drafter, rule, num_slots, num_columns)
+        return Slots(source, num_slots)
 
     def slots_with_room(
         self, wanted: int, num_columns: int, drafter: Drafter, rule: AcceptanceRule
@@ -457,10 +454,7 @@ class Decoder:
         if not self.uses_fixed_shapes:
             yield EagerStep(backbone, drafter, rule, num_rows, length, self.observer)
             return
-        is_prefixed = drafter.prefix is not None
-        if is_prefixed not in self._captured:
-            self._captured[is_prefixed] = CapturedSteps(backbone, self.observer, self.layers)
-        with self._captured[is_prefixed].lent(drafter, rule, num_rows, length) as step:
+        with self._captured[backbone].lent(drafter, rule, num_rows, length) as step:
             yield step
 
     def _backbone_of(self, drafter: Drafter) -> Backbone:

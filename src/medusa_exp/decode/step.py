@@ -44,39 +44,23 @@ from medusa_exp.model.backbone import Backbone
 log = logging.getLogger(__name__)
 
 
-class Observer(Protocol):
-    """Is told of the parts of a step as they run; `evaluate.step_profile` times them."""
+class Observer:
+    """Is told of the parts of a step as they run. This one, of all decoding that is not being
+    profiled, does nothing; `evaluate.step_profile` has one that times them."""
 
     def part(self, name: str) -> AbstractContextManager[None]:
         """Enclose a part: one of `runs.metric_table.PARTS_OF_TIME`. Parts may be nested."""
-        ...
+        return _NOTHING
 
     def captured(self, graph: torch.cuda.CUDAGraph) -> None:
         """Hear that the parts since the last capture are in this graph, and have not run yet."""
-        ...
 
     def replayed(self, graph: torch.cuda.CUDAGraph) -> None:
         """Hear that this graph has run to its end on the device."""
-        ...
 
 
-class NoObserver:
-    """The observer of all decoding that is not being profiled: does nothing."""
-
-    _nothing = nullcontext()
-
-    def part(self, name: str) -> AbstractContextManager[None]:
-        """Enclose a part."""
-        return self._nothing
-
-    def captured(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Hear of a capture."""
-
-    def replayed(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Hear of a replay."""
-
-
-UNOBSERVED = NoObserver()
+_NOTHING = nullcontext()
+UNOBSERVED = Observer()
 
 
 class Step(Protocol):

@@ -20,6 +20,7 @@ import torch
 
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import GREEDY, Responses
+from medusa_exp.decode.step import Observer
 from medusa_exp.runs.machine import synchronize
 from medusa_exp.runs.metric_table import PARTS_OF_TIME
 
@@ -115,11 +116,8 @@ def _decode(
     found.tokens += len(response.tokens)
 
 
-class Stopwatch:
-    """Adds up the seconds of parts; while one runs inside another, the outer one's clock stands.
-
-    An observer: see `decode.step.Observer`.
-    """
+class Stopwatch(Observer):
+    """Adds up the seconds of parts; while one runs inside another, the outer one's clock stands."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
