@@ -11,6 +11,7 @@ of it on a CPU.
 import argparse
 import time
 from contextlib import AbstractContextManager
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from medusa_exp.model.row_loss import (
     RowLoss,
     compiled_loss,
 )
-from medusa_exp.model.targets import Targets, Teacher, TeacherTargets, TokenTargets
+from medusa_exp.model.targets import Targets, TeacherTargets, TokenTargets
 
 _SIZES = {"cpu": (32_000, 256, 1024, 256), "cuda": (128_256, 4096, 4915, 4915)}
 """Tokens, size of a hidden state, rows, and rows of a chunk."""
@@ -53,13 +54,15 @@ class Head:
         def probabilities(hidden_RD: Tensor) -> Tensor:
             return teacher(hidden_RD).softmax(-1, torch.float32)
 
-        self.teacher = Teacher(self.hidden_1TD, probabilities, everywhere)
+        self.teacher = TeacherTargets(self.hidden_1TD, probabilities, CrossEntropy(), everywhere)
 
     def targets(self, loss: RowLoss) -> Targets:
         """Return what is to be learned, by this loss."""
         if isinstance(loss, CrossEntropy):
             return TokenTargets(self.labels_1T)
-        return TeacherTargets(self.teacher, loss)
+        targets = copy(self.teacher)  # whose probabilities all losses share
+        targets.loss = loss
+        return targets
 
     def learn(self, targets: Targets) -> Tensor:
         """Compute loss and gradients; return the loss."""

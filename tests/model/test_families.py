@@ -31,7 +31,6 @@ from medusa_exp.model.loss import (
 from medusa_exp.model.row_loss import AcceptanceLoss, Divergence
 from medusa_exp.model.scoring import answer_ranks
 from medusa_exp.model.targets import (
-    Teacher,
     TeacherTargets,
     TokenTargets,
     TopTargets,
@@ -250,9 +249,9 @@ def test_training_moves_all_parameters_and_nothing_else(backbone, family, loss, 
 
     targets = {
         "ce": lambda: TokenTargets(heads.to_head_vocab(ids_BT)),
-        "kl": lambda: TeacherTargets(Teacher(hidden_BTD, of_head_vocab), Divergence()),
+        "kl": lambda: TeacherTargets(hidden_BTD, of_head_vocab, Divergence()),
         "topk_kl": lambda: TopTargets(hidden_BTD, torch.arange(ids_BT.numel()), next_logits, 5),
-        "lk": lambda: TeacherTargets(Teacher(hidden_BTD, of_all, labeled[0]), AcceptanceLoss("lk")),
+        "lk": lambda: TeacherTargets(hidden_BTD, of_all, AcceptanceLoss("lk"), labeled[0]),
     }[loss]()
     read_BTD = heads_input(heads.prefix, hidden_BTD)
     losses = medusa_losses(heads, read_BTD, targets, labeled, ids_BT, chunk_rows=8, form=form)

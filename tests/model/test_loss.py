@@ -18,7 +18,7 @@ from medusa_exp.model.loss import (
     medusa_losses,
 )
 from medusa_exp.model.row_loss import AcceptanceLoss, Divergence, TopAcceptance
-from medusa_exp.model.targets import Teacher, TeacherTargets, TokenTargets, TopTargets
+from medusa_exp.model.targets import TeacherTargets, TokenTargets, TopTargets
 from medusa_exp.train.defaults import LOGIT_BYTES
 
 #         u1  u2  a1  a2  end pad     two tokens of the user's, three of the assistant's
@@ -130,8 +130,8 @@ def test_divergence_from_the_backbone(example, backbone, chunk_rows):
     def probabilities(hidden_RD):
         return backbone.next_logits(hidden_RD).softmax(-1)
 
-    full = TeacherTargets(Teacher(hidden_BTD, probabilities), Divergence())
-    kept = TeacherTargets(Teacher(hidden_BTD, probabilities, everywhere), Divergence())
+    full = TeacherTargets(hidden_BTD, probabilities, Divergence())
+    kept = TeacherTargets(hidden_BTD, probabilities, Divergence(), everywhere)
     top = TopTargets(hidden_BTD, everywhere, backbone.next_logits, backbone.vocab_size)
     for targets in (full, kept, top):  # all tokens are the likeliest ones
         losses = medusa_losses(heads, hidden_BTD, targets, *rest, chunk_rows=chunk_rows)
@@ -174,8 +174,8 @@ def test_acceptance_in_chunks_equals_the_plain_form(backbone, kind, num_tokens, 
 
     everywhere = torch.arange(ids_BT.numel())
     for targets in (
-        TeacherTargets(Teacher(hidden_BTD, probabilities), loss),
-        TeacherTargets(Teacher(hidden_BTD, probabilities, index[0]), loss),
+        TeacherTargets(hidden_BTD, probabilities, loss),
+        TeacherTargets(hidden_BTD, probabilities, loss, index[0]),
         TopTargets(hidden_BTD, everywhere, log_probs, size, TopAcceptance(loss)),
     ):
         losses = medusa_losses(heads, hidden_BTD, targets, index, ids_BT, chunk_rows=5, form=form)
@@ -259,11 +259,11 @@ def test_bytes_of_a_logit(loss, form):
 
     targets = {
         "ce": lambda: TokenTargets(torch.zeros(1, rows + 1, dtype=torch.long)),
-        "kl": lambda: TeacherTargets(Teacher(hidden_1TD, probabilities), Divergence()),
+        "kl": lambda: TeacherTargets(hidden_1TD, probabilities, Divergence()),
         "topk_kl": lambda: TopTargets(hidden_1TD, torch.arange(rows + 1), frozen, 4),
-        "tv": lambda: TeacherTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("tv")),
-        "nla": lambda: TeacherTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("nla")),
-        "lk": lambda: TeacherTargets(Teacher(hidden_1TD, probabilities), AcceptanceLoss("lk")),
+        "tv": lambda: TeacherTargets(hidden_1TD, probabilities, AcceptanceLoss("tv")),
+        "nla": lambda: TeacherTargets(hidden_1TD, probabilities, AcceptanceLoss("nla")),
+        "lk": lambda: TeacherTargets(hidden_1TD, probabilities, AcceptanceLoss("lk")),
     }[loss]()
     parameters = list(projection.parameters()) if form == "at_once" else []
     with Held() as held, torch.autocast("cpu", torch.bfloat16):

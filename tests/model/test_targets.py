@@ -17,7 +17,8 @@ from medusa_exp.model.loss import (
     medusa_loss,
     medusa_losses,
 )
-from medusa_exp.model.targets import Teacher, kept_rows
+from medusa_exp.model.row_loss import Divergence
+from medusa_exp.model.targets import TeacherTargets, kept_rows
 
 LOSSES = [
     ("ce", "full"),
@@ -150,7 +151,7 @@ def test_a_teacher_computes_part_by_part(monkeypatch):
     monkeypatch.setattr(targets, "ROWS", 5)
     hidden_BTD = torch.randn(2, 9, 8)
     index_R = torch.tensor([1, 2, 3, 5, 8, 9, 10, 12, 13, 15, 16])
-    kept = Teacher(hidden_BTD, torch.nn.Softmax(-1), index_R)
+    kept = TeacherTargets(hidden_BTD, torch.nn.Softmax(-1), Divergence(), index_R)
     expected = hidden_BTD.flatten(0, 1).softmax(-1)
     for some in (index_R, torch.tensor([16, 3, 9])):
-        torch.testing.assert_close(kept.of(kept.at(some)), expected[some])
+        torch.testing.assert_close(kept.wanted(*kept.at(some))[0], expected[some])

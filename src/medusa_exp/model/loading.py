@@ -159,7 +159,8 @@ def _from_pretrained(
     A model for pictures and text is taken whole where its text model has no class of its own:
     given nothing but text, it is a causal language model.
     """
-    kind = type(options.get("config") or spec.model_config())
+    config = options.get("config") or spec.model_config()
+    kind = type(config)
     reads_pictures = kind not in MODEL_FOR_CAUSAL_LM_MAPPING
     reads_pictures &= kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     load = partial(
@@ -169,7 +170,6 @@ def _from_pretrained(
         use_safetensors=True,
         **options,
     )
-    config = options.get("config") or spec.model_config()
     dtype, attention = _dtype_to_ask_for(spec, config.dtype), spec.attention
     try:
         found = load(dtype=dtype, attn_implementation=attention)

@@ -36,6 +36,7 @@ from medusa_exp.model.heads import MedusaHeads
 from medusa_exp.model.row_loss import (
     AcceptanceLoss,
     Divergence,
+    RowLoss,
     TopAcceptance,
     compiled_loss,
 )
@@ -43,7 +44,6 @@ from medusa_exp.model.targets import (
     ROWS,
     FromHidden,
     Targets,
-    Teacher,
     TeacherTargets,
     TokenTargets,
     TopTargets,
@@ -138,18 +138,18 @@ class Objective:
 
         index_R = batch.labeled[0]
 
-        def teacher_of(probabilities: FromHidden) -> Teacher:
+        def teacher(probabilities: FromHidden, loss: RowLoss) -> Targets:
             most = kept_rows(hidden_BTD.device, heads.config.head_vocab_size)
-            return Teacher(hidden_BTD, probabilities, index_R if len(index_R) <= most else None)
+            kept_R = index_R if len(index_R) <= most else None
+            return TeacherTargets(hidden_BTD, probabilities, loss, kept_R)
 
         if self.loss == "kl":
-            divergence = Divergence(self.measures_acceptance)
-            return TeacherTargets(teacher_of(head_vocab_probs), divergence)
+            return teacher(head_vocab_probs, Divergence(self.measures_acceptance))
         if self.loss == "topk_kl":
             return TopTargets(hidden_BTD, index_R, next_logits, self.top_k)
         loss = AcceptanceLoss(self.loss, self.lk_decay)
         if self.teacher == "full":
-            return TeacherTargets(teacher_of(next_probs), loss)
+            return teacher(next_probs, loss)
         return TopTargets(hidden_BTD, index_R, next_log_probs, self.top_k, TopAcceptance(loss))
 
     def factor(self, step: int, max_steps: int) -> float:

@@ -60,45 +60,8 @@ class TokenTargets:
         return rows
 
 
-class Teacher:
-    """The backbone's probabilities at positions of a batch, of the tokens of the head vocabulary.
-
-    Each head asks for nearly all of them, and twice where logits are computed again: kept, they
-    cost one product with the backbone's lm_head in place of one or two for each head.
-    """
-
-    def __init__(
-        self, hidden_BTD: Tensor, probabilities: FromHidden, index_R: Tensor | None = None
-    ) -> None:
-        """Take hidden states of the backbone, and what makes probabilities p_RW of them.
-
-        index_R: flat positions b * T + t: the only ones that are asked for then. Of these p is
-            computed now and kept, [R, W] in float32; without them, wherever it is asked for.
-        """
-        self._hidden, self._probabilities = hidden_BTD.flatten(0, 1), probabilities
-        self._kept, self._row = None, None
-        if index_R is None or not len(index_R):
-            return
-        self._row = _rows_of(index_R, len(self._hidden))
-        with torch.no_grad():
-            for start in range(0, len(index_R), ROWS):
-                part_CW = probabilities(self._hidden[index_R[start : start + ROWS]])
-                if self._kept is None:  # filled in place: to join parts would take twice the room
-                    self._kept = part_CW.new_empty(len(index_R), part_CW.shape[1])
-                self._kept[start : start + ROWS] = part_CW
-
-    def at(self, index_R: Tensor) -> Tensor:
-        """Return, with a row each, what `of` reads for these positions."""
-        return self._hidden[index_R] if self._row is None else self._row[index_R]
-
-    @torch.no_grad()
-    def of(self, rows: Tensor) -> Tensor:
-        """Return p_CW of some rows of `at`."""
-        return self._probabilities(rows) if self._kept is None else self._kept.index_select(0, rows)
-
-
 def kept_rows(device: torch.device, num_tokens: int) -> int:
-    """Return at how many positions a `Teacher` may keep the probabilities of so many tokens."""
+    """Return of how many positions `TeacherTargets` may keep so many tokens' probabilities."""
     memory = gpu_memory(device)
     room = _CPU_ROOM if memory is None else memory // _SHARE
     return room // (4 * num_tokens)
@@ -112,23 +75,50 @@ def _rows_of(index_R: Tensor, number: int) -> Tensor:
 
 
 class TeacherTargets:
-    """The backbone's distribution over the tokens of the head vocabulary."""
+    """The backbone's distribution over the tokens of the head vocabulary.
 
-    def __init__(self, teacher: Teacher, loss: RowLoss) -> None:
-        """Take a teacher, whose probabilities sum to less than 1 where heads cannot reach all.
+    Each head asks for nearly all positions, and twice where logits are computed again: kept, the
+    probabilities cost one product with the backbone's lm_head in place of one or two for each head.
+    """
 
-        For a `Divergence` they are to sum to 1.
+    def __init__(
+        self,
+        hidden_BTD: Tensor,
+        probabilities: FromHidden,
+        loss: RowLoss,
+        index_R: Tensor | None = None,
+    ) -> None:
+        """Take hidden states of the backbone, and what makes probabilities p_RW of them.
+
+        p sums to less than 1 where heads cannot reach all tokens; for a `Divergence` it is to sum
+        to 1.
+
+        index_R: flat positions b * T + t: the only ones that are asked for then. Of these p is
+            computed now and kept, [R, W] in float32; without them, wherever it is asked for.
         """
-        self.teacher = teacher
-        self.loss: RowLoss = loss
+        self.loss = loss
+        self._hidden, self._probabilities = hidden_BTD.flatten(0, 1), probabilities
+        self._kept, self._row = None, None
+        if index_R is None or not len(index_R):
+            return
+        self._row = _rows_of(index_R, len(self._hidden))
+        with torch.no_grad():
+            for start in range(0, len(index_R), ROWS):
+                part_CW = probabilities(self._hidden[index_R[start : start + ROWS]])
+                if self._kept is None:  # filled in place: to join parts would take twice the room
+                    self._kept = part_CW.new_empty(len(index_R), part_CW.shape[1])
+                self._kept[start : start + ROWS] = part_CW
 
     def at(self, index_R: Tensor) -> tuple[Tensor, ...]:
-        """Return what the teacher reads."""
-        return (self.teacher.at(index_R),)
+        """Return what `wanted` reads: a row of what is kept each, else a hidden state."""
+        return (self._hidden[index_R] if self._row is None else self._row[index_R],)
 
+    @torch.no_grad()
     def wanted(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Return (p_CW,)."""
-        return (self.teacher.of(*rows),)
+        [some] = rows
+        kept = self._kept
+        return (self._probabilities(some) if kept is None else kept.index_select(0, some),)
 
 
 class TopTargets:

@@ -46,7 +46,7 @@ from medusa_exp.model.loss import (
     medusa_losses,
 )
 from medusa_exp.model.row_loss import Divergence
-from medusa_exp.model.targets import Targets, Teacher, TeacherTargets, TokenTargets
+from medusa_exp.model.targets import Targets, TeacherTargets, TokenTargets
 from medusa_exp.train.acceptance import HeldOutResponse, accept_lengths
 from medusa_exp.train.defaults import compiled_backbone, settled_of
 from medusa_exp.train.failures import check_losses
@@ -96,7 +96,7 @@ class JointLoss:
         def probabilities(hidden_RD: Tensor) -> Tensor:
             return backbone.next_logits(hidden_RD).softmax(-1, torch.float32)
 
-        return TeacherTargets(Teacher(teacher_BTD, probabilities), Divergence())
+        return TeacherTargets(teacher_BTD, probabilities, Divergence())
 
 
 class MedusaModule(L.LightningModule):

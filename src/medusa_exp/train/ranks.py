@@ -9,7 +9,6 @@ leave all writing to a first process that does not exist.
 import logging
 import os
 
-from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from medusa_exp.errors import UserError
@@ -46,11 +45,6 @@ def be_alone() -> None:
     if said:
         log.info("one device is one process: %s of the environment is ignored", ", ".join(said))
     rank_zero_only.rank = 0
-
-
-def alone() -> ClusterEnvironment:
-    """Return Lightning's environment of a lone process: no launcher is looked for or told."""
-    return LightningEnvironment()
 
 
 def refuse_other_launchers(devices: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.environments import ClusterEnvironment
+from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from rich.filesize import decimal
@@ -23,7 +23,6 @@ from medusa_exp.runs.files import publish
 from medusa_exp.runs.machine import has_arithmetic
 from medusa_exp.tracking.history import HistoryLogger, StepLogger
 from medusa_exp.train.callbacks import StepProgress
-from medusa_exp.train.ranks import alone
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ def build_trainer(
         logger=HistoryLogger(out, stage, log_step),
         callbacks=[StepProgress(f"{stage}ing"), *callbacks],
         enable_progress_bar=False,  # Lightning's has no room for its numbers in 80 columns
-        plugins=[AtomicCheckpointIO(), *(plugins or [alone()])],
+        plugins=[AtomicCheckpointIO(), *(plugins or [LightningEnvironment()])],
         enable_model_summary=False,
         enable_checkpointing=False,
         deterministic=deterministic,

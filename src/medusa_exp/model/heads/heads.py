@@ -167,9 +167,9 @@ class MedusaHeads(PreTrainedModel):
         """
         used = range(self.num_heads if num_heads is None else num_heads)
         if self.is_sequential:
-            self._seen(None)
+            raise ValueError(_LACKS_TOKENS)
         if self.root_block is not None:
-            hidden_BD = self.with_root(hidden_BD, self._seen(root_B))
+            hidden_BD = self.with_root(hidden_BD, root_B)
         logits_BKW = torch.stack([self.logits_of_states(k, hidden_BD) for k in used], dim=-2)
         return logits_BKW if in_head_vocab else self.over_vocabulary(logits_BKW)
 
@@ -183,16 +183,19 @@ class MedusaHeads(PreTrainedModel):
                 which is certain, and a draft token of each head before this one. Of heads that see
                 the root alone, only that is read.
         """
-        if not self.is_sequential:
-            if self.root_block is not None:
-                hidden_RD = self.with_root(hidden_RD, self._seen(drafted_RJ)[:, 0])
+        if not self.sees_tokens:
             return self.logits_of_states(k, hidden_RD)
+        if drafted_RJ is None:
+            raise ValueError(_LACKS_TOKENS)
+        if self.root_block is not None:
+            return self.logits_of_states(k, self.with_root(hidden_RD, drafted_RJ[:, 0]))
+        seen_RJ = drafted_RJ[:, : k + 1]
         if self.is_recurrent:
-            for token_R in self._seen(drafted_RJ)[:, : k + 1].unbind(1):
+            for token_R in seen_RJ.unbind(1):
                 hidden_RD = self.advance(hidden_RD, token_R)
             return self.lm_heads(k, hidden_RD)
         first, *others = self.blocks[k]
-        x_RD = first(hidden_RD, self._embedded(drafted_RJ, k + 1).to(hidden_RD.dtype))
+        x_RD = first(hidden_RD, _embedded(self._embedding, seen_RJ, hidden_RD.dtype).flatten(1))
         for block in others:
             x_RD = block(x_RD)
         return self.lm_heads(k, x_RD)
@@ -204,10 +207,10 @@ class MedusaHeads(PreTrainedModel):
         """
         return self.lm_heads(k, self.blocks[k](states_RD))
 
-    def with_root(self, hidden_RD: Tensor, root_R: Tensor) -> Tensor:
+    def with_root(self, hidden_RD: Tensor, root_R: Tensor | None) -> Tensor:
         """Return the states [R, D] that heads which see the root read."""
         assert self.root_block is not None
-        return self.root_block(hidden_RD, self._embedded(root_R[:, None], 1).to(hidden_RD.dtype))
+        return self.root_block(hidden_RD, _embedded(self._embedding, root_R, hidden_RD.dtype))
 
     def advance(self, state: Tensor, tokens: Tensor) -> Tensor:
         """Return the states [..., D] after one token more [...], where `is_recurrent`.
@@ -215,9 +218,8 @@ class MedusaHeads(PreTrainedModel):
         The first state is the hidden state, the first token the root. `lm_heads` makes of the state
         after k tokens the logits of head k.
         """
-        [embedding] = self._embedding
         first, *others = self.blocks[0]
-        state = first(state, embedding(tokens).detach().to(state.dtype))
+        state = first(state, _embedded(self._embedding, tokens, state.dtype))
         for block in others:
             state = block(state)
         return state
@@ -256,16 +258,6 @@ class MedusaHeads(PreTrainedModel):
     def from_head_vocab(self, logits_RV: Tensor) -> Tensor:
         """Pick from the backbone's logits those of the head vocabulary: [R, W]."""
         return logits_RV if self.token_map is None else logits_RV[:, self.token_map]
-
-    def _seen(self, drafted_RJ: Tensor | None) -> Tensor:
-        if not self._embedding or drafted_RJ is None:
-            raise ValueError(_LACKS_TOKENS)
-        return drafted_RJ
-
-    def _embedded(self, drafted_RJ: Tensor | None, number: int) -> Tensor:
-        seen_RJ = self._seen(drafted_RJ)[:, :number]
-        [embedding] = self._embedding
-        return embedding(seen_RJ).detach().flatten(1)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave what the constructors made: transformers would draw every Linear anew."""
@@ -310,15 +302,22 @@ class StackedHeads(nn.Module):
         count = self.num_heads if num_heads is None else num_heads
         x_BD = hidden_BD.to(self.dtype)
         if self.root_block is not None:
-            [embedding] = self._embedding or (None,)
-            if embedding is None or root_B is None:
-                raise ValueError(_LACKS_TOKENS)
-            x_BD = self.root_block(x_BD, embedding(root_B).to(self.dtype))
+            x_BD = self.root_block(x_BD, _embedded(self._embedding, root_B, self.dtype))
         x_KBD = x_BD.expand(count, -1, -1)
         for layer in self.layers:
             x_KBD = layer(x_KBD, count)
         logits_BKW = self.project(x_KBD, count).transpose(0, 1)
         return logits_BKW if in_head_vocab else self.over_vocabulary(logits_BKW)
+
+
+def _embedded(
+    embedding: tuple[nn.Module, ...], tokens: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the backbone's embeddings [..., D] of tokens [...], which get no gradient."""
+    if not embedding or tokens is None:
+        raise ValueError(_LACKS_TOKENS)
+    vectors: Tensor = embedding[0](tokens)
+    return vectors.detach().to(dtype)
 
 
 def stack_heads(heads: MedusaHeads, backbone: Backbone) -> StackedHeads | MedusaHeads:
