@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 @pytest.fixture
 def model(tmp_path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(2048))
+    save_file({"a": torch.zeros(512)}, tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -48,7 +48,7 @@ def test_a_file_that_was_cut_off_is_named(model):
     tensors = {name: torch.ones(64) for name in "ab"}
     save_file(tensors, path, {"format": "pt"})
     path.write_bytes(path.read_bytes()[:-100])
-    refused(model, r"model.safetensors was cut off: it has 5\d\d of 6\d\d bytes\. Copy it again")
+    refused(model, r"model.safetensors .* was cut off \(.*not fully covered\)\. Copy it again")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_pipes_devices_and_directories_are_refused(model, name):
         ({"vocab_size": 10**15}, "vocab_size is beyond"),
         (
             {"vocab_size": 10**9},
-            r"asks for 8,000,000,000 weights and more, and .* have 2,058 bytes",
+            r"asks for 8,000,000,000 weights and more, and .* have 2,\d\d\d bytes",
         ),
         ({"hidden_size": 10**6}, "asks for"),
         ({"text_config": {"hidden_size": 10**6}}, "asks for"),
@@ -106,7 +106,7 @@ def test_experts_may_be_many(model):
         ("config.json", b"[1]", "config.json is no object of keys"),
         ("config.json", b"\xff\xfe", "config.json is not valid JSON"),
         ("model.safetensors", b"\xff" * 64, "model.safetensors is no safetensors file, or was cut"),
-        ("model.safetensors", b"", None),
+        ("model.safetensors", b"", "cut off"),
         ("a.safetensors", struct.pack("<Q", 1 << 40), "a.safetensors is no safetensors file"),
         (INDEX, b'{"weight_map": {"a": "../b.safetensors"}}', "names '../b.safetensors'"),
         (INDEX, b'{"weight_map": {"a": "b.pkl"}}', "names 'b.pkl'"),
@@ -116,8 +116,6 @@ def test_experts_may_be_many(model):
 )
 def test_files_that_are_none_are_refused(model, name, content, said):
     (model / name).write_bytes(content)
-    if said is None:  # an empty header: the format's own library says so
-        said = "cut off"
     refused(model, said)
 
 

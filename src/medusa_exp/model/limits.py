@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from medusa_exp.config.reading import check_regular, read_bytes
 from medusa_exp.errors import UserError
 
@@ -20,10 +22,6 @@ _MOST_JSON = {"config.json": 1 << 20, "tokenizer.json": 1 << 28, "vocab.json": 1
 _MOST_OF_OTHERS = 1 << 26
 _NEVER_OPENED = ("trainer_state.json",)
 """What a training leaves beside a model, and grows with it."""
-_MOST_HEADER = 100 << 20
-"""Bytes of the header of a safetensors file, as its format has it."""
-_MOST_PARSED = 1 << 24
-"""Bytes of a header that is looked into: that of ten thousand tensors has a tenth of it."""
 _MOST_LAYERS, _MOST_EXPERTS, _MOST_ENTRIES, _MOST_NUMBER = 2_000, 1 << 20, 100_000, 1 << 40
 """Of layers, blocks or heads; of experts, which may be single rows of a matrix (Doge has 16,384);
 of numbers in a file, and the largest of them."""
@@ -75,33 +73,14 @@ def _read(path: Path) -> Any:
 
 
 def _check_header(key: str, path: Path) -> None:
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > min(_MOST_HEADER, path.stat().st_size - 8):
+    try:
+        with safe_open(path, framework="np"):  # looks at the header, and at the file's length
+            pass
+    except SafetensorError as error:
         raise UserError(
-            f"{key}={path.parent}: {path.name} is no safetensors file, or was cut off: its header "
-            f"would have {header:,} bytes. Copy it again."
-        )
-    size, whole = path.stat().st_size, _whole_size(path, header)
-    if size < whole:
-        raise UserError(
-            f"{key}={path.parent}: {path.name} was cut off: it has {size:,} of {whole:,} bytes. "
+            f"{key}={path.parent}: {path.name} is no safetensors file, or was cut off ({error}). "
             "Copy it again."
-        )
-
-
-def _whole_size(path: Path, header: int) -> int:
-    """Return the bytes of a safetensors file by its header, 0 where that does not say."""
-    if header > _MOST_PARSED:
-        return 0
-    with path.open("rb") as file:
-        file.seek(8)
-        try:
-            tensors = json.loads(file.read(header))
-            ends = [tensors[name]["data_offsets"][1] for name in {*tensors} - {"__metadata__"}]
-            return 8 + header + max(map(int, ends), default=0)
-        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
-            return 0  # the library says what it is
+        ) from error
 
 
 def _check_index(key: str, path: Path) -> None:
