@@ -19,8 +19,9 @@ from torch import nn
 
 from medusa_exp.data.batching import label_positions
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import GREEDY, Limits
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.one_call import decode_plain
+from medusa_exp.decode.rule import GREEDY
 from medusa_exp.evaluate.methods import Method, build_methods, timed
 from medusa_exp.evaluate.near_ties import find_difference
 from medusa_exp.evaluate.step_profile import BACKBONES, profile

@@ -12,9 +12,9 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, build_model
 
 from medusa_exp.decode.capture import GraphPool, capture
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import GREEDY, Limits, Responses
+from medusa_exp.decode.loop import Limits, Responses
 from medusa_exp.decode.one_call import decode_plain
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.decode.slots import Request
 from medusa_exp.decode.step import CapturedStep
 from medusa_exp.errors import UserError

@@ -10,9 +10,9 @@ from tiny_models import VOCAB_SIZE
 from medusa_exp.decode import generate
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import DynamicTreeDrafter, build_drafter
-from medusa_exp.decode.loop import GREEDY, Limits
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.one_call import decode_plain
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model import build_heads
 from medusa_exp.model.heads import stack_heads

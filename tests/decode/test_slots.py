@@ -14,9 +14,9 @@ from medusa_exp.decode import loop, memory
 from medusa_exp.decode import slots as slots_module
 from medusa_exp.decode.cache import GrowingCache, copy_of
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import GREEDY, Limits
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.one_call import decode_plain
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.decode.slot_steps import CapturedSlots, bucket, halves
 from medusa_exp.decode.slots import Request
 from medusa_exp.errors import UserError

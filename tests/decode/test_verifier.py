@@ -91,9 +91,9 @@ def drawn(**changed):
     [
         ({"q_BQW": torch.zeros(2, 2, 5).double()}, "q_BQW is torch.float64"),
         ({"q_BQW": torch.zeros(1, 2, 5)}, r"must be \[2, Q, 5\]"),
-        ({"q_BQW": torch.zeros(2, 5)}, r"must be \[2, Q, 5\]"),
+        ({"q_BQW": torch.zeros(2, 5)}, "q_BQW has shape .* three dimensions"),
         ({"token_map": torch.tensor([4, 1])}, r"must be \[2, Q, 2\]"),
-        ({"q_BQW": torch.zeros(2, 5, 2).transpose(1, 2)}, "contiguous along W"),
+        ({"q_BQW": torch.zeros(2, 5, 2).transpose(1, 2)}, "q_BQW must be contiguous along"),
         ({"q_BQW": torch.zeros(2, 2, 5, device="meta")}, "on meta"),
         ({"q_index": (2, 0, 0)}, "one of 2 distributions for each of 3 nodes"),
         ({"q_index": (0, 0)}, "one of 2 distributions for each of 3 nodes"),

@@ -10,7 +10,7 @@ from medusa_exp.decode import rule
 from medusa_exp.decode.cuda.launch import LaunchConfig
 from medusa_exp.decode.cuda.topk import KernelTopK
 from medusa_exp.decode.drafting import build_drafter
-from medusa_exp.decode.loop import GREEDY
+from medusa_exp.decode.rule import GREEDY
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.heads import stack_heads
 from medusa_exp.tree import Tree, chain

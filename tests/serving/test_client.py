@@ -8,9 +8,9 @@ import pytest
 from engine_stub import Engine
 from tiny_models import VOCAB_SIZE, build_model
 
-from medusa_exp.decode.loop import GREEDY, Limits
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.one_call import decode_plain
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone
 from medusa_exp.serving import client

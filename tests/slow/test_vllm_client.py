@@ -13,8 +13,9 @@ from sessions import documents_of
 
 from medusa_exp.config import Config, DatasetConfig, ModelConfig, RegenerateConfig
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import GREEDY, Limits
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.one_call import decode_plain
+from medusa_exp.decode.rule import GREEDY
 from medusa_exp.model import load_heads
 from medusa_exp.serving.client import Engines, Probe, Work, answers
 from medusa_exp.serving.measurement import measure, predicted_drafts

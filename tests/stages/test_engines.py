@@ -9,7 +9,8 @@ from engine_stub import Engine
 from tiny_models import build_model
 
 from medusa_exp.config import Config, ServingConfig
-from medusa_exp.decode.loop import GREEDY, Limits
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.rule import GREEDY
 from medusa_exp.errors import UserError
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.checkpoint import save_heads

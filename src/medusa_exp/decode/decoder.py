@@ -23,7 +23,6 @@ from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter, build_drafter, key_of_rule, root_only
 from medusa_exp.decode.lookup import LookupDrafter, check_draft
 from medusa_exp.decode.loop import (
-    GREEDY,
     Limits,
     Response,
     Responses,
@@ -35,7 +34,7 @@ from medusa_exp.decode.memory import slots_with_room
 from medusa_exp.decode.prefixed import PrefixedBackbone
 from medusa_exp.decode.prompt_ids import Prompt, Prompts, ids_of_each, ids_of_one
 from medusa_exp.decode.recurrent import ChainStep, check_chain, check_prefix, is_recurrent
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.decode.slot_steps import CapturedSlots, EagerSlots
 from medusa_exp.decode.slots import OneByOne, Slots
 from medusa_exp.decode.step import UNOBSERVED, EagerStep, Observer, Step

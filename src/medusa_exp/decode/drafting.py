@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa_exp.decode.cuda.topk import can_pick
-from medusa_exp.decode.rule import AcceptanceRule, pick_draw, pick_probabilities, pick_topk
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule, pick_draw, pick_probabilities, pick_topk
 from medusa_exp.decode.sampled import LEAST_DRAWN, Drawn, children_of, in_draw_order
 from medusa_exp.decode.verify import TreeRelations
 from medusa_exp.errors import UserError
@@ -157,20 +157,16 @@ class _Draws:
         return Drawn(torch.cat(q_by_depth, 1), tuple(q_index), self._children, token_map)
 
 
-def _draws_of(
-    rule: AcceptanceRule | None, tree: Tree, device: torch.device
-) -> tuple[Tree, _Draws | None]:
+def _draws_of(rule: AcceptanceRule, tree: Tree, device: torch.device) -> tuple[Tree, _Draws | None]:
     """Return the tree as it is to be filled, and what draws its tokens, if anything does."""
-    if rule is None or rule.draft == "top" or not tree.depth:
+    if rule.draft == "top" or not tree.depth:
         return tree, None
     tree = in_draw_order(tree)
     return tree, _Draws(rule, tree, device)
 
 
-def key_of_rule(rule: AcceptanceRule | None) -> Hashable:
+def key_of_rule(rule: AcceptanceRule) -> Hashable:
     """Return what of a rule decides how a drafter drafts, and by which kernels."""
-    if rule is None:
-        return None
     if rule.draft == "top":
         return rule.verifier
     return rule.verifier, rule.temperature, rule.top_k, rule.top_p
@@ -180,7 +176,7 @@ class _SameTreeDrafter:
     """What drafters have in common that fill the same tree at every step."""
 
     def __init__(
-        self, heads: nn.Module, tree: Tree, device: torch.device, rule: AcceptanceRule | None
+        self, heads: nn.Module, tree: Tree, device: torch.device, rule: AcceptanceRule
     ) -> None:
         self._tree, self._draws = _draws_of(rule, tree, device)
         self.num_nodes, self.depth = len(tree), tree.depth
@@ -189,9 +185,8 @@ class _SameTreeDrafter:
         self.prefix = getattr(heads, "prefix", None) if self.depth else None
         key_of_heads = id(heads) if self.depth else None
         self.key: Hashable = (key_of_heads, self._tree, key_of_rule(rule))
-        verifier = "auto" if rule is None else rule.verifier
         needs_topk = self.depth and self._draws is None
-        self._topk = pick_topk(verifier, device) if needs_topk else None
+        self._topk = pick_topk(rule.verifier, device) if needs_topk else None
         self._parents_1N = torch.tensor([self._tree.parents], device=device)
         ancestors_1NN = torch.from_numpy(self._tree.mask).to(device)[None]
         self._nodes = TreeRelations(self._parents_1N, self.depth, ancestors_1NN)
@@ -214,7 +209,7 @@ class FixedTreeDrafter(_SameTreeDrafter):
         heads: nn.Module,
         tree: Tree,
         device: torch.device,
-        rule: AcceptanceRule | None = None,
+        rule: AcceptanceRule = GREEDY,
     ) -> None:
         super().__init__(heads, tree, device, rule)
         tree, draws = self._tree, self._draws
@@ -320,7 +315,7 @@ class DynamicTreeDrafter:
 
 
 def build_drafter(
-    heads: nn.Module, tree: Tree, device: torch.device, rule: AcceptanceRule | None = None
+    heads: nn.Module, tree: Tree, device: torch.device, rule: AcceptanceRule = GREEDY
 ) -> Drafter:
     """Return what makes drafts of a tree: the same at every step, or some picked nodes of it.
 
@@ -328,7 +323,7 @@ def build_drafter(
         heads: that draft.
         tree: the shape.
         device: where to.
-        rule: says whether tokens are drawn, and how; None takes the likeliest.
+        rule: says whether tokens are drawn, and how.
 
     Raises:
         UserError: nodes are to be picked, and each head waits for the one before, or their tokens
@@ -337,7 +332,7 @@ def build_drafter(
     is_sequential = bool(getattr(heads, "is_sequential", False))
     if tree.num_picked is not None:
         kind = heads.config.kind if is_sequential else None
-        check_picks(kind, "top" if rule is None else rule.draft)
+        check_picks(kind, rule.draft)
     if is_sequential:
         return SequentialDrafter(heads, tree, device, rule)
     if tree.num_picked is None or tree.num_picked == 1:
@@ -418,7 +413,7 @@ class SequentialDrafter(_SameTreeDrafter):
         heads: MedusaHeads,
         tree: Tree,
         device: torch.device,
-        rule: AcceptanceRule | None = None,
+        rule: AcceptanceRule = GREEDY,
     ) -> None:
         """Plan the tree's depths; `rule` as for `build_drafter`.
 

@@ -24,12 +24,11 @@ from medusa_exp.decode.drafting import root_only
 from medusa_exp.decode.lookup import Text
 from medusa_exp.decode.masks import StepMask
 from medusa_exp.decode.recurrent import ChainStep, StateCache, is_recurrent
-from medusa_exp.decode.rule import AcceptanceRule, Verifier
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule, Verifier
 from medusa_exp.decode.step import UNOBSERVED, Observer, Step, positions
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 
-GREEDY = AcceptanceRule()
 PREFILL_TOKENS = 4096
 """Prompt tokens of a batch that are run at a time: bounds the memory of activations."""
 

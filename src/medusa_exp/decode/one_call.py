@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_exp.decode.decoder import Decoder, Generation, OnStep
-from medusa_exp.decode.loop import GREEDY, Limits, Response
+from medusa_exp.decode.loop import Limits, Response
 from medusa_exp.decode.prompt_ids import Prompts
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.tree import Tree
 

@@ -247,8 +247,7 @@ class ChainStep:
             )
         # 3. Verify
         with part("verification"):
-            depth, drafted_1NV = self.drafter.depth, logits_1NV[:, kept:]
-            verdict = verdict_on(draft, drafted_1NV, self.verifier, depth, uniforms_BU)
+            verdict = verdict_on(draft, logits_1NV[:, kept:], self.verifier, uniforms_BU)
         # 4. Commit
         rows = outcome_of(draft, verdict).tolist()
         [tokens], [root] = tokens_of(rows), roots_of(rows)

@@ -155,6 +155,9 @@ class AcceptanceRule:
             raise ValueError(f"temperature={self.temperature} must be above 0, or use greedy.")
 
 
+GREEDY = AcceptanceRule()
+
+
 class Verifier:
     """Applies a rule, step after step."""
 
@@ -207,6 +210,8 @@ class Verifier:
         """Choose the token after a single one: what `verify` says of a tree that is only a root."""
         if self.rule.name != "sampling":  # by a shorter way: this is the step of the baseline
             return argmax(logits_B1V[:, 0])
+        if uniforms_B1 is None:
+            uniforms_B1 = self.draw(len(logits_B1V), 1)
         nothing_B1 = torch.zeros(len(logits_B1V), 1, dtype=torch.long, device=logits_B1V.device)
         verdict = self(logits_B1V, nothing_B1, nothing_B1 - 1, max_depth=0, uniforms_BN=uniforms_B1)
         return verdict.next_token_B
@@ -221,12 +226,6 @@ class Verifier:
         uniforms_BN: Tensor | None = None,
         drawn: Drawn | None = None,
     ) -> Verdict:
-        """Return the verdict on a step's trees; see `verify`."""
-        if uniforms_BN is None:
-            uniforms_BN = self.uniforms_BN
-        if self.rule.name == "sampling" and uniforms_BN is None:
-            uniforms_BN = torch.rand(
-                tokens_BN.shape, generator=self._generator, device=tokens_BN.device
-            )
+        """Return the verdict on a step's trees; see `verify`. Numbers are those of `draw`."""
         options = dict(self._options, uniforms_BN=uniforms_BN, max_depth=max_depth, nodes=nodes)
         return self._verify(logits_BNV, tokens_BN, parents_BN, drawn=drawn, **options)

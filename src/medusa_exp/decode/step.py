@@ -162,7 +162,7 @@ class EagerStep:
             )
         # 3. Verify
         with part("verification"):
-            verdict = verdict_on(draft, logits_BNV, self.verifier, self.drafter.depth, uniforms_BU)
+            verdict = verdict_on(draft, logits_BNV, self.verifier, uniforms_BU)
         # 4. Commit
         self.root_B, self.hidden_BD = verdict.next_token_B, at_end(hidden_BND, verdict)
         rows = outcome_of(draft, verdict).tolist()  # here the host waits for the device
@@ -297,7 +297,7 @@ class CapturedStep:
             )
         # 3. Verify
         with part("verification"):
-            verdict = verdict_on(draft, logits_BNV, self.verifier, self.drafter.depth, uniforms_BU)
+            verdict = verdict_on(draft, logits_BNV, self.verifier, uniforms_BU)
         # 4. Commit
         self.outcome.copy_(outcome_of(draft, verdict))
         with part("cache"):
@@ -371,18 +371,14 @@ def at_end(hidden_BND: Tensor, verdict: Verdict) -> Tensor:
 
 
 def verdict_on(
-    draft: Draft,
-    logits_BNV: Tensor,
-    verifier: Verifier,
-    max_depth: int,
-    uniforms_BU: Tensor | None,
+    draft: Draft, logits_BNV: Tensor, verifier: Verifier, uniforms_BU: Tensor | None
 ) -> Verdict:
     """Return what a verifier says of a draft, by what the backbone says of its nodes."""
     return verifier(
         logits_BNV,
         draft.tokens_BN,
         draft.parents_BN,
-        max_depth,
+        draft.nodes.depth,
         draft.nodes,
         uniforms_BU,
         draft.drawn,

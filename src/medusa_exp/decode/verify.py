@@ -91,17 +91,18 @@ def verify(
         ValueError: the rule is not known, or lacks what it needs.
     """
     check_rule(rule, temperature, uniforms_BN)
-    trees = TreeBatch(logits_BNV, tokens_BN, nodes or TreeRelations(parents_BN, max_depth))
+    nodes = nodes or TreeRelations(parents_BN, max_depth)
     if rule == "greedy":
-        return _greedy(trees)
+        return _greedy(logits_BNV, tokens_BN, nodes)
     if rule == "typical":
-        return _typical(trees, probabilities(logits_BNV, temperature), epsilon, alpha)
+        return _typical(logits_BNV, tokens_BN, nodes, temperature, epsilon, alpha)
     assert uniforms_BN is not None
     if drawn is not None:
         filters = temperature, top_k, top_p
         end_B1, next_token_B = traverse(logits_BNV, tokens_BN, drawn, uniforms_BN, filters)
-        return trees.nodes.verdict(trees.nodes.path_to(end_B1), next_token_B)
-    return _sampling(trees, probabilities(logits_BNV, temperature, top_k, top_p), uniforms_BN)
+        return nodes.verdict(nodes.path_to(end_B1), next_token_B)
+    p_BNV = probabilities(logits_BNV, temperature, top_k, top_p)
+    return _sampling(p_BNV, tokens_BN, nodes, uniforms_BN)
 
 
 def check_rule(rule: str, temperature: float, uniforms_BN: Tensor | None) -> None:
@@ -187,30 +188,18 @@ class TreeRelations:
         return way_BNN
 
 
-@dataclass
-class TreeBatch:
-    """A batch of trees with their tokens, and the backbone's logits on them."""
-
-    logits_BNV: Tensor
-    tokens_BN: Tensor
-    nodes: TreeRelations
-
-    def argmax(self) -> Tensor:
-        """Return the likeliest token after each node [B, N]."""
-        return argmax(self.logits_BNV)
-
-
-def _greedy(trees: TreeBatch) -> Verdict:
-    nodes, target_BN = trees.nodes, trees.argmax()
-    is_right_BN = (trees.tokens_BN == nodes.at_parent(target_BN)) & nodes.is_child_BN
+def _greedy(logits_BNV: Tensor, tokens_BN: Tensor, nodes: TreeRelations) -> Verdict:
+    target_BN = argmax(logits_BNV)
+    is_right_BN = (tokens_BN == nodes.at_parent(target_BN)) & nodes.is_child_BN
     is_on_path_BN = nodes.reached(nodes.without_elder(is_right_BN))
     next_token_B1 = target_BN.gather(1, nodes.last(is_on_path_BN))
     return nodes.verdict(is_on_path_BN, next_token_B1[:, 0])
 
 
-def _sampling(trees: TreeBatch, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
-    nodes = trees.nodes
-    p_BN = _child_probability(trees, p_BNV)
+def _sampling(
+    p_BNV: Tensor, tokens_BN: Tensor, nodes: TreeRelations, uniforms_BN: Tensor
+) -> Verdict:
+    p_BN = _child_probability(p_BNV, tokens_BN, nodes)
     # A parent's interval [0, 1) holds its children first: n ends where the sum up to it does.
     is_elder_BNN = nodes.is_elder_BNN.to(p_BN.dtype).expand(len(p_BN), -1, -1)
     end_BN = torch.einsum("bnm,bm->bn", is_elder_BNN, p_BN) + p_BN
@@ -221,9 +210,7 @@ def _sampling(trees: TreeBatch, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
     rest_BV = p_BNV.gather(1, last_B1[..., None].expand(-1, 1, p_BNV.shape[2]))[:, 0]
     likeliest_B = argmax(rest_BV)
     # Padding rewrites a token that is nobody's: it adds nothing to `taken`.
-    taken_BV = torch.zeros_like(rest_BV).scatter_add_(
-        1, trees.tokens_BN, is_child_BN.to(rest_BV.dtype)
-    )
+    taken_BV = torch.zeros_like(rest_BV).scatter_add_(1, tokens_BN, is_child_BN.to(rest_BV.dtype))
     rest_BV = rest_BV.masked_fill(taken_BV > 0, 0.0)
     place_B1 = uniforms_BN.gather(1, last_B1) - (end_BN * is_child_BN).amax(1, keepdim=True)
     drawn_B = (rest_BV.cumsum(-1) <= place_B1).sum(-1)
@@ -234,11 +221,18 @@ def _sampling(trees: TreeBatch, p_BNV: Tensor, uniforms_BN: Tensor) -> Verdict:
     return nodes.verdict(is_on_path_BN, next_token_B)
 
 
-def _typical(trees: TreeBatch, p_BNV: Tensor, epsilon: float, alpha: float) -> Verdict:
-    nodes = trees.nodes
+def _typical(
+    logits_BNV: Tensor,
+    tokens_BN: Tensor,
+    nodes: TreeRelations,
+    temperature: float,
+    epsilon: float,
+    alpha: float,
+) -> Verdict:
+    p_BNV = probabilities(logits_BNV, temperature)
     entropy_BN = torch.special.entr(p_BNV).sum(-1)
     threshold_BN = (alpha * (-entropy_BN).exp()).clamp(max=epsilon)
-    p_BN = _child_probability(trees, p_BNV)
+    p_BN = _child_probability(p_BNV, tokens_BN, nodes)
     is_reached_BN = nodes.reached(p_BN > nodes.at_parent(threshold_BN))
     way_BNN = nodes.ancestors_BNN.expand(len(p_BN), -1, -1)
     length_BN = way_BNN.sum(-1).masked_fill(~is_reached_BN, 0)
@@ -246,15 +240,14 @@ def _typical(trees: TreeBatch, p_BNV: Tensor, epsilon: float, alpha: float) -> V
     step_BN = torch.where(is_reached_BN & nodes.is_child_BN, p_BN, 1.0).log()
     score_BN = torch.einsum("bnm,bm->bn", way_BNN.to(step_BN.dtype), step_BN)
     end_B1 = score_BN.masked_fill(~is_longest_BN, -torch.inf).argmax(1, keepdim=True)
-    return nodes.verdict(nodes.path_to(end_B1), trees.argmax().gather(1, end_B1)[:, 0])
+    return nodes.verdict(nodes.path_to(end_B1), argmax(logits_BNV).gather(1, end_B1)[:, 0])
 
 
-def _child_probability(trees: TreeBatch, p_BNV: Tensor) -> Tensor:
+def _child_probability(p_BNV: Tensor, tokens_BN: Tensor, nodes: TreeRelations) -> Tensor:
     """Return [B, N], each node's probability after its parent: 0 for the root, padding and copies.
 
     A copy is a node whose token an elder sibling holds.
     """
-    nodes, tokens_BN = trees.nodes, trees.tokens_BN
     is_same_BNN = tokens_BN[:, :, None] == tokens_BN[:, None, :]
     is_copy_BN = (nodes.is_elder_BNN & is_same_BNN).any(-1)
     place_BN = nodes.parent_BN * p_BNV.shape[2] + tokens_BN

@@ -18,9 +18,9 @@ from transformers import GenerationConfig
 
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.drafting import Drafter
-from medusa_exp.decode.loop import GREEDY, Response
+from medusa_exp.decode.loop import Response
 from medusa_exp.decode.recurrent import is_recurrent
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.decode.slots import Request
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone

@@ -19,7 +19,8 @@ from itertools import pairwise
 import torch
 
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import GREEDY, Responses
+from medusa_exp.decode.loop import Responses
+from medusa_exp.decode.rule import GREEDY
 from medusa_exp.decode.step import Observer
 from medusa_exp.runs.machine import synchronize
 from medusa_exp.runs.metric_table import PARTS_OF_TIME

@@ -26,8 +26,8 @@ import msgspec
 from anyio.from_thread import start_blocking_portal
 
 from medusa_exp.config.privacy import shareable_text
-from medusa_exp.decode.loop import GREEDY, Limits
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.serving.completions import (
     HINTS,

@@ -19,8 +19,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import GREEDY, Limits
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import WEIGHTS, load_heads

@@ -18,7 +18,7 @@ import httpx2
 from anyio.from_thread import start_blocking_portal
 
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import GREEDY
+from medusa_exp.decode.rule import GREEDY
 from medusa_exp.errors import UserError
 from medusa_exp.serving.client import Engine, Engines
 from medusa_exp.tree import chain

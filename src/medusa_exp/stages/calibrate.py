@@ -31,8 +31,9 @@ import torch
 from medusa_exp.config import Config, TreeConfig
 from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.lookup import count_found
-from medusa_exp.decode.loop import GREEDY, Limits
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.replay import drawn_ranks
+from medusa_exp.decode.rule import GREEDY
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import load_heads
 from medusa_exp.model.heads import MedusaHeads, StackedHeads, from_head_places, heads_input

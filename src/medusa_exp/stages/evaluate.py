@@ -32,7 +32,7 @@ from medusa_exp.data.prompts import (
 from medusa_exp.data.sources import evenly_spread, reading_options
 from medusa_exp.data.template import REFUSED, ChatTemplate
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.loop import GREEDY
+from medusa_exp.decode.rule import GREEDY
 from medusa_exp.errors import UserError
 from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Method, MethodResponse, build_methods, timed
 from medusa_exp.evaluate.metrics import Record, summarize

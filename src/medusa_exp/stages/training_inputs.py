@@ -21,8 +21,7 @@ from medusa_exp.data.examples import Examples
 from medusa_exp.data.feature_cache import Features
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.compatibility import check_tree_attention
-from medusa_exp.decode.loop import GREEDY
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loading import load_backbone, load_ends

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from medusa_exp.data.prompts import Prompt
-from medusa_exp.decode.loop import GREEDY, Limits
+from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.replay import drawn_ranks
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.checkpoint import save_tensors
 from medusa_exp.model.heads import MedusaHeads, heads_input

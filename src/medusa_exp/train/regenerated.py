@@ -12,8 +12,8 @@ from medusa_exp.config import DatasetConfig, RegenerateConfig
 from medusa_exp.data.examples import Examples, Table, open_examples
 from medusa_exp.data.faults import check_pyarrow
 from medusa_exp.data.tokenized import rows_of_split, select
-from medusa_exp.decode.loop import GREEDY, Limits
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.errors import UserError
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.runs.files import content_key, read_json, settings_in_key

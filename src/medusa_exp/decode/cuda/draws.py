@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_exp.decode.cuda.runtime import Kernels, struct_of
+from medusa_exp.decode.cuda.runtime import Kernels, check_rows, struct_of
 
 ARGUMENTS = struct_of(
     "q q_stride_b q_stride_m uniforms uniforms_stride_b uniforms_stride_m "
@@ -52,8 +52,8 @@ class KernelDraw:
             ValueError: a tensor has the wrong device, type, shape or strides. Nothing is launched
                 then.
         """
-        self._check("q_BMW", q_BMW)
-        self._check("uniforms_BMR", uniforms_BMR)
+        check_rows(self._kernels, "q_BMW", q_BMW)
+        check_rows(self._kernels, "uniforms_BMR", uniforms_BMR)
         batch, count, number = uniforms_BMR.shape
         if q_BMW.shape[:2] != uniforms_BMR.shape[:2] or number > MAX_DRAWS:
             raise ValueError(
@@ -76,15 +76,3 @@ class KernelDraw:
         threads = 128 if q_BMW.shape[2] <= _FEW_TOKENS else 1024
         self._kernels.launch("draws.cu", _DEFINES, "draws", (1, count, batch), threads, arguments)
         return tokens_BMR
-
-    def _check(self, name: str, value: Tensor) -> None:
-        if value.dtype != torch.float32:
-            raise ValueError(f"{name} is {value.dtype}: it must be torch.float32.")
-        if value.ndim != 3 or 0 in value.shape:
-            raise ValueError(
-                f"{name} has shape {list(value.shape)}: it must have three dimensions, none empty."
-            )
-        if value.shape[2] > 1 and value.stride(2) != 1:
-            raise ValueError(f"{name} must be contiguous along its last dimension.")
-        if value.device != self._kernels.device:
-            raise ValueError(f"{name} is on {value.device}, the kernels on {self._kernels.device}.")

@@ -80,6 +80,20 @@ def check_tensor(
         raise ValueError(f"{name} is on {value.device}, the kernels on {kernels.device}.")
 
 
+def check_rows(kernels: Kernels, name: str, value: Tensor) -> None:
+    """Raise ValueError if a tensor is no float32 of three dimensions, contiguous along the last."""
+    if value.dtype != torch.float32:
+        raise ValueError(f"{name} is {value.dtype}: it must be torch.float32.")
+    if value.ndim != 3 or 0 in value.shape:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}: it must have three dimensions, none empty."
+        )
+    if value.shape[2] > 1 and value.stride(2) != 1:
+        raise ValueError(f"{name} must be contiguous along its last dimension.")
+    if value.device != kernels.device:
+        raise ValueError(f"{name} is on {value.device}, the kernels on {kernels.device}.")
+
+
 class CupyKernels:
     """Kernels on a CUDA device, launched through CuPy.
 

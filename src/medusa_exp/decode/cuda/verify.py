@@ -29,7 +29,7 @@ from medusa_exp.decode.cuda.launch import (
     fault_of,
     launch_config,
 )
-from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, check_tensor, struct_of
+from medusa_exp.decode.cuda.runtime import MAX_NODES, Kernels, check_rows, check_tensor, struct_of
 from medusa_exp.decode.sampled import Drawn
 from medusa_exp.decode.verify import TreeRelations, Verdict, check_rule
 
@@ -185,17 +185,10 @@ class KernelVerify:
         batch, num_nodes, vocab_size = logits_BNV.shape
         q_BQW, token_map = drawn.q_BQW, drawn.token_map
         width = vocab_size if token_map is None else len(token_map)
-        if q_BQW.dtype != torch.float32:
-            raise ValueError(f"drawn.q_BQW is {q_BQW.dtype}: it must be torch.float32.")
-        if q_BQW.ndim != 3 or (len(q_BQW), q_BQW.shape[2]) != (batch, width):
+        check_rows(self.kernels, "drawn.q_BQW", q_BQW)
+        if (len(q_BQW), q_BQW.shape[2]) != (batch, width):
             raise ValueError(
                 f"drawn.q_BQW has shape {list(q_BQW.shape)}: it must be [{batch}, Q, {width}]."
-            )
-        if width > 1 and q_BQW.stride(2) != 1:
-            raise ValueError("drawn.q_BQW must be contiguous along W: call .contiguous().")
-        if q_BQW.device != self.kernels.device:
-            raise ValueError(
-                f"drawn.q_BQW is on {q_BQW.device}, the kernels on {self.kernels.device}."
             )
         key = drawn.q_index, q_BQW.shape[1], vocab_size, id(token_map)
         if key not in self._tables:
