@@ -217,7 +217,7 @@ def teacher_rows(work: Path) -> list[Row]:
     hidden_BTD = backbone.hidden_states(batch.input_ids_BT).detach()
 
     def step(name: str, most: int) -> Callable[[], None]:
-        objective = Objective(loss=name, form="at_once")
+        objective = Objective(loss=name, loss_form="at_once")
 
         def run() -> None:
             with mock.patch.object(loss, "kept_rows", return_value=most):

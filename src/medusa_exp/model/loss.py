@@ -18,7 +18,7 @@ heads, R labelled rows of one head, C rows of a chunk, J draft tokens, or likeli
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -70,8 +70,8 @@ class Objective:
     decay: float = 0.8
     coefficient: float = 1.0
     coefficient_schedule: str = "constant"
-    chunk_rows: int = 256
-    form: str = "recompute"
+    loss_chunk_rows: int = 256
+    loss_form: str = "recompute"
     is_compiled: bool = False
     """Does torch compile the loss of a row?"""
 
@@ -80,19 +80,8 @@ class Objective:
         """Return what the section `train` asks for, in which nothing is automatic any more."""
         assert settings.loss_chunk_rows is not None
         assert "auto" not in (settings.loss, settings.head_weights, settings.loss_form)
-        return cls(
-            loss=settings.loss,
-            labels=settings.labels,
-            top_k=settings.top_k,
-            teacher=settings.teacher,
-            lk_decay=settings.lk_decay,
-            head_weights=settings.head_weights,
-            decay=settings.decay,
-            coefficient=settings.coefficient,
-            coefficient_schedule=settings.coefficient_schedule,
-            chunk_rows=settings.loss_chunk_rows,
-            form=settings.loss_form,
-        )
+        keys = [field.name for field in fields(cls) if field.name != "is_compiled"]
+        return cls(**{key: getattr(settings, key) for key in keys})
 
     @property
     def measures_acceptance(self) -> bool:

@@ -17,10 +17,6 @@ from medusa_exp.runs.machine import gpu_memory
 
 ROWS = 1024
 """Rows whose logits of the backbone exist at one time."""
-_CPU_ROOM = 2**30
-"""Bytes of probabilities that may be kept on a CPU, whatever its memory: it has other work, too."""
-_SHARE = 16
-"""Of a GPU's memory, one part in so many is for them."""
 _TOP_DIVERGENCE = TopDivergence()
 FromHidden = Callable[[Tensor], Tensor]
 """From hidden_RD to the backbone's logits_RW, or (log-)probabilities, of the head vocabulary."""
@@ -62,9 +58,15 @@ class TokenTargets:
 
 def kept_rows(device: torch.device, num_tokens: int) -> int:
     """Return of how many positions `TeacherTargets` may keep so many tokens' probabilities."""
-    memory = gpu_memory(device)
-    room = _CPU_ROOM if memory is None else memory // _SHARE
-    return room // (4 * num_tokens)
+    return room_in(gpu_memory(device)) // (4 * num_tokens)
+
+
+def room_in(memory: int | None) -> int:
+    """Return bytes that one kind of tensors may take, of so many of a GPU; None on a CPU.
+
+    A sixteenth, and on a CPU, whatever its memory, 1 GiB: it has other work, too.
+    """
+    return 2**30 if memory is None else memory // 16
 
 
 def _rows_of(index_R: Tensor, number: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from medusa_exp.config import DecodeConfig, TrainConfig, TreeConfig
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loss import ROW_STEP
+from medusa_exp.model.targets import room_in
 from medusa_exp.tree.calibration import may_sample_drafts
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,6 @@ SETTLED = ("loss", "head_weights", "learning_rate", "loss_chunk_rows", "loss_for
 _CPU_ROWS = 256
 _MOST_ROWS = 8192
 """Of a chunk: more bring nothing. (Fewer than ROW_STEP keep a GPU adding gradients up.)"""
-_SHARE = 16
-"""Of a GPU's memory, one part in so many is for the logits of a chunk, or for another gradient."""
-_CPU_GRADIENTS = 2**30
-"""Bytes of gradients that may wait on a CPU, whatever its memory: it has other work, too."""
 _CLASS = 8 * 2**30
 """Two devices of one kind differ a little in what memory they say they have."""
 LOGIT_BYTES = {"ce": 12, "topk_kl": 16, "kl": 22, "tv": 14, "nla": 14, "lk": 18}
@@ -146,7 +143,7 @@ def chunk_rows(memory: int | None, vocabulary: int, loss: str) -> int:
     """Return the most rows whose logits exist at one time: a multiple of `ROW_STEP`."""
     if memory is None:
         return _CPU_ROWS
-    room = max(1, round(memory / _CLASS)) * _CLASS // _SHARE
+    room = room_in(max(1, round(memory / _CLASS)) * _CLASS)
     rows = room // (vocabulary * LOGIT_BYTES[loss])
     return min(_MOST_ROWS, max(1, rows // ROW_STEP) * ROW_STEP)
 
@@ -156,8 +153,7 @@ def _form(settings: TrainConfig, memory: int | None, trained: int, held: int) ->
     # Heads' gradients wait for the backward pass, beside those of the micro-batches before; of the
     # first one they become those of the parameters, of what heads share once they are added up.
     waiting = held if settings.accumulate > 1 else held - trained
-    room = _CPU_GRADIENTS if memory is None else memory // _SHARE
-    return "at_once" if 4 * waiting <= room else "recompute"
+    return "at_once" if 4 * waiting <= room_in(memory) else "recompute"
 
 
 def _compiles(settings: TrainConfig, memory: int | None, operations: float) -> bool:

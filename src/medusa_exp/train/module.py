@@ -30,8 +30,7 @@ from transformers import PreTrainedModel
 
 from medusa_exp.config import LoraSettings, TrainConfig
 from medusa_exp.data.datamodule import Batch, send
-from medusa_exp.decode.loop import GREEDY
-from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.rule import GREEDY, AcceptanceRule
 from medusa_exp.model.attention import few_shapes
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.heads import MedusaHeads, heads_input
@@ -230,9 +229,9 @@ class MedusaModule(L.LightningModule):
             self.objective.targets(self.backbone, self.heads, hidden_BTD.detach(), batch),
             batch.labeled,
             batch.input_ids_BT,
-            chunk_rows=self.objective.chunk_rows,
+            chunk_rows=self.objective.loss_chunk_rows,
             any_labeled=batch.any_labeled,
-            form=self.objective.form,
+            form=self.objective.loss_form,
             sees_own_drafts=self.sees_own_drafts(),
             measures_acceptance=self.objective.measures_acceptance,
         )
@@ -241,7 +240,7 @@ class MedusaModule(L.LightningModule):
         backbone_sum = loss.new_zeros(())
         if is_joint:
             assert self.joint is not None
-            rows = self.objective.chunk_rows
+            rows = self.objective.loss_chunk_rows
             backbone_sum = self.joint.backbone_loss(self.backbone, batch, hidden_BTD, rows)
             loss = loss + backbone_sum / at_least_one(totals[0])
         sums = [backbone_sum.detach(), *(head.loss_sum.detach() for head in losses)]
@@ -333,7 +332,7 @@ class MedusaModule(L.LightningModule):
             self.objective.labels_of(self.backbone, hidden_BTD, batch),
             batch.labeled,
             batch.input_ids_BT,
-            chunk_rows=self.objective.chunk_rows,
+            chunk_rows=self.objective.loss_chunk_rows,
             any_labeled=batch.any_labeled,
         )
         self._val_counts = counts_K4 if self._val_counts is None else self._val_counts + counts_K4
