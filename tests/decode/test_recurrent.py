@@ -170,15 +170,17 @@ def test_what_recurrent_layers_cannot_do_is_refused():
 def test_sampled_responses_depend_on_their_seed_alone():
     backbone = build("lfm2")
     heads = build_heads(backbone, num_heads=2)
-    rule = AcceptanceRule("sampling", temperature=1.0)
+    rule = AcceptanceRule("sampling", temperature=1.0, seed=3)
     decoder = Decoder(backbone, heads, chain(2), rule)
 
-    def respond(numbers):
-        requests = [Request(PROMPTS[n], Limits(8), seed=(7, n), tag=n) for n in numbers]
+    def respond(numbers, seed=7):
+        seeds = {n: None if seed is None else (seed, n) for n in numbers}
+        requests = [Request(PROMPTS[n], Limits(8), seed=seeds[n], tag=n) for n in numbers]
         found = decoder.slots(3, 64).decode(requests)
         return {one.request.tag: one.response.tokens for one in found}
 
     assert respond([0, 1, 2]) == {**respond([2, 0]), **respond([1])}
+    assert respond([0], None) != respond([0], None)  # drawn anew, whatever the rule's seed
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,7 +13,7 @@ B rows, R rows among them, N nodes of a draft tree, D hidden, V vocabulary.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -398,11 +398,9 @@ class OneByOne:
                 asked = finished.next
 
     def _respond(self, request: Request) -> Response:
-        rule = self.rule
-        if request.seed is not None:
-            seed = int(np.random.SeedSequence(request.seed).generate_state(1)[0])
-            rule = replace(rule, seed=seed)
-        step = ChainStep(self.backbone, self.drafter, rule, self.observer)
+        seed = int(np.random.SeedSequence(request.seed).generate_state(1)[0])
+        step = ChainStep(self.backbone, self.drafter, self.rule, self.observer)
+        step.verifier.restart(seed)
         _, last = find_room(self.backbone, [request.prompt], request.limits)
         responses = Responses(1, request.limits)
         for _ in tree_steps(step, [request.prompt], responses, last):
