@@ -14,7 +14,7 @@ from cli_runs import SMOKE, medusa_exp
 from lightning.pytorch.utilities import rank_zero_only
 
 from medusa_exp.errors import UserError
-from medusa_exp.train.ranks import be_alone, refuse_other_launchers
+from medusa_exp.train.launch import be_alone, refuse_other_launchers
 
 ENVIRONMENTS = {
     "torchrun": {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"},

@@ -227,7 +227,9 @@ class Decoder:
                 )
             ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
             limits = replace(limits, stop_ids=ids)
-        _check_limit(limits.max_new_tokens)
+        most = limits.max_new_tokens
+        if most != int(most) or most < 0:
+            raise ValueError(f"max_new_tokens={most} must be 0 or more, and whole.")
         return limits
 
     def stream(
@@ -479,8 +481,3 @@ def _without_padding(
     if kept.is_floating_point() or (kept.numel() and not 0 <= kept.min() <= kept.max() < num_ids):
         raise ValueError(f"input_ids must be integers from 0 to {num_ids - 1}.")
     return [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-
-
-def _check_limit(max_new_tokens: int) -> None:
-    if max_new_tokens != int(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more, and whole.")

@@ -157,14 +157,6 @@ class _Draws:
         return Drawn(torch.cat(q_by_depth, 1), tuple(q_index), self._children, token_map)
 
 
-def _draws_of(rule: AcceptanceRule, tree: Tree, device: torch.device) -> tuple[Tree, _Draws | None]:
-    """Return the tree as it is to be filled, and what draws its tokens, if anything does."""
-    if rule.draft == "top" or not tree.depth:
-        return tree, None
-    tree = in_draw_order(tree)
-    return tree, _Draws(rule, tree, device)
-
-
 def key_of_rule(rule: AcceptanceRule) -> Hashable:
     """Return what of a rule decides how a drafter drafts, and by which kernels."""
     if rule.draft == "top":
@@ -178,7 +170,11 @@ class _SameTreeDrafter:
     def __init__(
         self, heads: nn.Module, tree: Tree, device: torch.device, rule: AcceptanceRule
     ) -> None:
-        self._tree, self._draws = _draws_of(rule, tree, device)
+        self._draws: _Draws | None = None
+        if rule.draft == "sampled" and tree.depth:
+            tree = in_draw_order(tree)
+            self._draws = _Draws(rule, tree, device)
+        self._tree = tree
         self.num_nodes, self.depth = len(tree), tree.depth
         self.num_uniforms = len(tree) + (self._draws.number if self._draws else 0)
         self._heads = heads
@@ -221,7 +217,6 @@ class FixedTreeDrafter(_SameTreeDrafter):
     def __call__(
         self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
     ) -> Draft:
-        """Return trees below the roots; see `Drafter`."""
         tokens_B1 = root_B[:, None]
         if not self.depth:
             return self._filled(tokens_B1, ())
@@ -286,7 +281,6 @@ class DynamicTreeDrafter:
     def __call__(
         self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
     ) -> Draft:
-        """Return trees below the roots; see `Drafter`."""
         logits_BKW = _head_logits(self._heads, hidden_BD, root_B, self.depth, self._num_ranks)
         top = logits_BKW.topk(self._num_ranks, dim=-1)
         log_sum_BK1 = logits_BKW.float().logsumexp(-1, keepdim=True)
@@ -401,10 +395,7 @@ class _Depth:
 
 
 class SequentialDrafter(_SameTreeDrafter):
-    """Fills the same tree at every step, each draft token with those before it in view.
-
-    See `Drafter`.
-    """
+    """Fills the same tree at every step, each draft token with those before it in view."""
 
     _heads: MedusaHeads
 
@@ -429,7 +420,6 @@ class SequentialDrafter(_SameTreeDrafter):
     def __call__(
         self, root_B: Tensor, hidden_BD: Tensor, uniforms_BU: Tensor | None = None
     ) -> Draft:
-        """Return trees below the roots; see `Drafter`."""
         tokens_BN = root_B[:, None].repeat(1, self.num_nodes)
         hidden_BD = hidden_BD.to(self._heads.dtype)
         state_BMD = hidden_BD[:, None]

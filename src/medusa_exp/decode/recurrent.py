@@ -222,16 +222,14 @@ class ChainStep:
         """Tokens that were accepted, and that the state does not hold yet."""
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
-        """Begin after the prompt; see `Step`."""
         self.root_B, self.hidden_BD, self.last = root_B, hidden_BD, last
         self.active = list(range(len(root_B)))
         self._pending = []
 
     def start(self) -> None:
-        """Do nothing: a step needs the host within; see `Step`."""
+        """Do nothing: a step needs the host within."""
 
     def finish(self) -> list[list[int]]:
-        """Return the tokens that the row commits; see `Step`."""
         part, cache, pending = self.observer.part, self.cache, self._pending
         # 1. Draft
         with part("heads"):
@@ -263,9 +261,7 @@ class ChainStep:
         return [tokens]
 
     def keep_rows(self, places: list[int]) -> None:
-        """Go on, or not, with the one row; see `Step`."""
         self.activate([self.active[place] for place in places])
 
     def activate(self, rows: list[int]) -> None:
-        """Go on with the one row, or with none; see `Step`."""
         self.active = rows

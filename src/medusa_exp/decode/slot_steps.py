@@ -62,7 +62,7 @@ class StepSource(Protocol):
 
 
 class EagerSlots:
-    """Eager steps: the batch is as large as there are requests."""
+    """A `StepSource` of eager steps: the batch is as large as there are requests."""
 
     def __init__(
         self,
@@ -76,13 +76,11 @@ class EagerSlots:
         self.num_columns, self.observer = num_columns, observer
 
     def num_rows(self, count: int) -> int:
-        """Return the rows of a step for so many requests; see `StepSource`."""
         return count
 
     def fit(
         self, step: Step | None, num_rows: int, num_columns: int, rows: list[int], to: list[int]
     ) -> Step:
-        """Return a step of that size; see `StepSource`."""
         if step is None:
             return EagerStep(
                 self.backbone, self.drafter, self.rule, num_rows, self.num_columns, self.observer
@@ -94,15 +92,14 @@ class EagerSlots:
         return step
 
     def free(self, step: Step, row: int) -> None:
-        """Forget what is in a row; see `StepSource`."""
         step.cache.forget(row)
 
     def prepare(self) -> None:
-        """Make steps now; see `StepSource`. Nothing is to be made."""
+        """Nothing is to be made."""
 
 
 class CapturedSlots:
-    """Captured steps of few sizes, over parts of the memory of one cache.
+    """A `StepSource` of captured steps of few sizes, over parts of the memory of one cache.
 
     Kept from stream to stream, because a capture takes the time of many steps.
     """
@@ -139,12 +136,11 @@ class CapturedSlots:
         return self
 
     def num_rows(self, count: int) -> int:
-        """Return the rows of a step for so many requests; see `StepSource`."""
         return min(rows for rows in self._sizes() if rows >= count)
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Capture the steps of all numbers of rows; see `StepSource`."""
+        """Capture the steps of all numbers of rows."""
         for num_rows in self._sizes():
             step = self._get(num_rows, self.num_columns)
             step.activate([])
@@ -158,7 +154,6 @@ class CapturedSlots:
     def fit(
         self, step: Step | None, num_rows: int, num_columns: int, rows: list[int], to: list[int]
     ) -> Step:
-        """Return a step of that size; see `StepSource`."""
         other = self._get(num_rows, num_columns)
         other.is_at_work = False  # what a closed generator left comes first in the device's stream
         if step is not None and other is not step:
@@ -172,7 +167,7 @@ class CapturedSlots:
         return other
 
     def free(self, step: Step, row: int) -> None:
-        """Forget what is in a row; see `StepSource`. No other row looks there."""
+        """Leave what is in a row: no other row looks there."""
 
     def _get(self, num_rows: int, num_columns: int) -> CapturedStep:
         backbone, drafter, rule, base = self.backbone, self.drafter, self.rule, self._base

@@ -112,7 +112,7 @@ class Step(Protocol):
 
 
 class EagerStep:
-    """A step whose tensors grow with the longest row, and shrink with the number of rows."""
+    """A `Step` whose tensors grow with the longest row, and shrink with the number of rows."""
 
     is_at_work = False
 
@@ -125,7 +125,7 @@ class EagerStep:
         length: int,
         observer: Observer,
     ) -> None:
-        """Prepare for prompts and responses of this length together; see `Step`."""
+        """Prepare for prompts and responses of this length together."""
         self.backbone, self.drafter, self.observer = backbone, drafter, observer
         capacity = length + drafter.num_nodes
         self.cache = GrowingCache(backbone.num_layers, capacity, num_rows)
@@ -134,19 +134,16 @@ class EagerStep:
         self.mask = StepMask(backbone.model, capacity, keeps_full=drafter.prefix is not None)
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
-        """Begin after the prompts; see `Step`."""
         self.root_B, self.hidden_BD, self.last = root_B, hidden_BD, last
         self.active = list(range(len(root_B)))
 
     def activate(self, rows: list[int]) -> None:
-        """Decode these rows from now on; see `Step`."""
         self.active = rows
 
     def start(self) -> None:
-        """Do nothing: a step needs the host within; see `Step`."""
+        """Do nothing: a step needs the host within."""
 
     def finish(self) -> list[list[int]]:
-        """Return the tokens that each row commits; see `Step`."""
         part, lengths = self.observer.part, self.cache.lengths
         # 1. Draft
         with part("heads"):
@@ -175,7 +172,7 @@ class EagerStep:
         return [tokens[row] for row in self.active]
 
     def keep_rows(self, places: list[int]) -> None:
-        """Drop the other rows from the cache and from the step's tensors; see `Step`."""
+        """Drop the other rows from the cache and from the step's tensors."""
         if len(places) == len(self.root_B) or not places:
             return
         with self.observer.part("cache"):
@@ -186,7 +183,7 @@ class EagerStep:
 
 
 class CapturedStep:
-    """A step of fixed shapes; rows that have ended run along, and nothing of them is kept."""
+    """A `Step` of fixed shapes; rows that have ended run along, and nothing of them is kept."""
 
     def __init__(
         self,
@@ -237,7 +234,6 @@ class CapturedStep:
         self.active: list[int] = []
 
     def begin(self, root_B: Tensor, hidden_BD: Tensor, last: int) -> None:
-        """Begin after prompts that are in the cache; see `Step`."""
         self.root_B.copy_(root_B)
         self.hidden_BD.copy_(hidden_BD)
         self.last.fill_(last)
@@ -246,7 +242,6 @@ class CapturedStep:
         self.is_at_work = False  # what a closed generator left comes before this in the stream
 
     def activate(self, rows: list[int]) -> None:
-        """Decode these rows from now on; see `Step`."""
         self.active = rows
         self._mark_active()
 
@@ -265,14 +260,13 @@ class CapturedStep:
         return [weight.data_ptr() for weight in self.backbone.model.parameters()]
 
     def start(self) -> None:
-        """Replay the graph, if there is one; see `Step`."""
+        """Replay the graph, if there is one."""
         self.prepare()
         self.is_at_work = self._graph is not None
         if self._graph is not None:
             self._graph.replay()
 
     def finish(self) -> list[list[int]]:
-        """Return the tokens that each active row commits; see `Step`."""
         if not self.is_at_work:
             self._run()
         rows = self.outcome.tolist()  # the step's one wait for the device
@@ -306,7 +300,6 @@ class CapturedStep:
         self.root_B.copy_(verdict.next_token_B)
 
     def keep_rows(self, places: list[int]) -> None:
-        """Go on with some of the active rows alone; see `Step`."""
         if len(places) < len(self.active):
             self.activate([self.active[place] for place in places])
 

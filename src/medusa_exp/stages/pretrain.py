@@ -27,8 +27,8 @@ from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.machine import pick_device
 from medusa_exp.stages.how_long import FROM_SCRATCH, WORTH_SAYING, say_how_long
 from medusa_exp.stages.session import Session
+from medusa_exp.train.launch import be_alone
 from medusa_exp.train.optimizer import scheduled
-from medusa_exp.train.ranks import be_alone
 from medusa_exp.train.trainer import build_trainer, pick_precision
 
 log = logging.getLogger(__name__)

@@ -64,9 +64,16 @@ from medusa_exp.train.defaults import (
     with_objective,
 )
 from medusa_exp.train.failures import BadLoss, explain_memory, memory_of_training
-from medusa_exp.train.launch import Job, main, ray_parts, train_in_processes, train_on_ray
+from medusa_exp.train.launch import (
+    Job,
+    be_alone,
+    main,
+    ray_parts,
+    refuse_other_launchers,
+    train_in_processes,
+    train_on_ray,
+)
 from medusa_exp.train.module import JointLoss, MedusaModule
-from medusa_exp.train.ranks import be_alone, refuse_other_launchers
 from medusa_exp.train.throughput import Operations, Throughput
 from medusa_exp.train.trainer import AUTOCAST, build_trainer, pick_precision
 

@@ -1,12 +1,13 @@
-"""Launch a training with torchrun or on Ray, and map work over Ray workers.
+"""Launch a training alone, with torchrun or on Ray, and map work over Ray workers.
 
     train.strategy=ddp, fsdp                          `train_in_processes`, on this machine
     train.strategy=ray                                `train_on_ray`, on the machines of a cluster
     regenerate.workers, train.feature_workers         `map_on_ray`
 
 A training's processes are equal: each loads what it needs by the config, as a training of one
-process does, and the first alone writes. Ray looks for a cluster where RAY_ADDRESS says, or makes
-one of this machine.
+process does, and the first alone writes. The command starts them itself, so that the process that a
+user starts is alone, whatever its environment says: `be_alone`. Ray looks for a cluster where
+RAY_ADDRESS says, or makes one of this machine.
 """
 
 import json
@@ -32,11 +33,58 @@ from medusa_exp.runs.files import read_json, write_json
 from medusa_exp.runs.locks import locked
 from medusa_exp.runs.record import Notes
 
+log = logging.getLogger(__name__)
+
 Worker = Callable[[dict[str, Any], Path, Notes], dict[str, float]]
 """Trains in this process, alone or as one of several: takes the config as a dict, the run directory
 and what to note in, and returns the metrics."""
 _ALIVE = "alive.lock"
 """Beside the job of torchrun's processes; the stage holds it for as long as it waits."""
+_RANKS = (
+    "RANK LOCAL_RANK NODE_RANK GROUP_RANK SLURM_PROCID SLURM_LOCALID OMPI_COMM_WORLD_RANK PMI_RANK "
+    "JSM_NAMESPACE_RANK"
+).split()
+_SIZES = "WORLD_SIZE OMPI_COMM_WORLD_SIZE PMI_SIZE JSM_NAMESPACE_SIZE SLURM_STEP_NUM_TASKS".split()
+"""Variables of a launcher's processes alone: SLURM_NTASKS stands in an allocation's shell too."""
+
+
+def be_alone() -> None:
+    """Make this process the only one; say so where its environment says otherwise.
+
+    Pods of a training operator, shells inside torchrun, interactive allocations of SLURM and
+    leftovers of other jobs all set ranks; libraries believe them, and would leave all writing to a
+    first process that does not exist.
+    """
+    from lightning.pytorch.utilities import rank_zero_only
+
+    said = [f"{name}={os.environ[name]}" for name in _RANKS if _number(name) > 0]
+    said += [
+        f"{name}={os.environ[name]}" for name in [*_SIZES, "SLURM_NTASKS"] if _number(name) > 1
+    ]
+    if said:
+        log.info("one device is one process: %s of the environment is ignored", ", ".join(said))
+    rank_zero_only.rank = 0
+
+
+def refuse_other_launchers(devices: int) -> None:
+    """Let no launcher's processes each start `devices` more.
+
+    Raises:
+        UserError: this is one of several; naming the launcher's variable.
+    """
+    for name in _SIZES:
+        if _number(name) > 1:
+            raise UserError(
+                f"train.devices={devices}: the command starts its processes itself, and a launcher "
+                f"says that this is one of several already ({name}={os.environ[name]}). Start it "
+                f"once, without torchrun, srun or mpirun; where {name} is left over from another "
+                f"job, unset it: env -u {name} python -m medusa_exp ..."
+            )
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
 
 
 @dataclass(frozen=True)
