@@ -129,7 +129,7 @@ def test_shapes_take_turns_and_stand_for_all_their_weights(monkeypatch):
     monkeypatch.setattr(packed, "_SECONDS", 1000.0)
     small = [nn.Linear(16, 64).requires_grad_(False) for _ in range(6)]  # four of six
     large = [nn.Linear(64, 256).requires_grad_(False) for _ in range(3)]  # a quarter of the first
-    shapes = [packed._Shape.of(group) for group in (small, large)]
+    shapes = [packed._Sample.of(group) for group in (small, large)]
     assert [one.factor for one in shapes] == [1.5, 12.0]
     asked = []
     took = {linear: 1.0, packed._product: 0.5}

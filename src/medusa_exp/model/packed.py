@@ -246,7 +246,7 @@ def _measured(found: dict[tuple[Any, ...], list[nn.Linear]]) -> dict[str, list[b
 
     Where they are faster, and the whole gains by it.
     """
-    shapes = [_Shape.of(layers) for layers in found.values()]
+    shapes = [_Sample.of(layers) for layers in found.values()]
     uses: list[list[bool]] = [[] for _ in shapes]
     for rows, worth in zip(_ROWS, _WORTH, strict=True):
         plain_S, ours_S = _times(shapes, rows)
@@ -261,7 +261,7 @@ def _measured(found: dict[tuple[Any, ...], list[nn.Linear]]) -> dict[str, list[b
 
 
 @dataclass
-class _Shape:
+class _Sample:
     """Weights of one shape that are measured."""
 
     weights: list[Tensor]
@@ -272,7 +272,7 @@ class _Shape:
     """All weights of the shape over those that are measured."""
 
     @classmethod
-    def of(cls, layers: list[nn.Linear]) -> "_Shape":
+    def of(cls, layers: list[nn.Linear]) -> "_Sample":
         first = layers[0].weight
         parts = [_part(layer.weight) for layer in layers]
         share = parts[0].numel() / first.numel()
@@ -281,7 +281,7 @@ class _Shape:
         return cls(parts, [_reordered(part) for part in parts], share, factor)
 
 
-def _times(shapes: list[_Shape], rows: int) -> tuple[Tensor, Tensor]:
+def _times(shapes: list[_Sample], rows: int) -> tuple[Tensor, Tensor]:
     """Return what all layers of each shape take as they are, and packed: seconds_S.
 
     Shapes take turns, as in a model, so that a layer's weights come from memory: others have been

@@ -117,6 +117,7 @@ def responses_key(
     rule: AcceptanceRule = GREEDY,
 ) -> str:
     """Name all that decides the responses and their hidden states."""
+    draws = [rule.temperature, rule.top_k, rule.top_p, rule.seed]
     return content_key(
         "prompts too",  # since their states are kept with the responses'
         [prompt.input_ids for prompt in prompts],
@@ -124,7 +125,7 @@ def responses_key(
         [limits.max_new_tokens, sorted(limits.stop_ids), list(limits.stop_strings)],
         [str(backbone.model.dtype), attn_implementation],
         [metadata.version(name) for name in ("torch", "transformers")],
-        *([_draws_of(rule)] if rule.name == "sampling" else []),
+        *([draws] if rule.name == "sampling" else []),
     )
 
 
@@ -142,10 +143,6 @@ def respond_to_prompts(
         hidden_TD = backbone.hidden_states(whole_1T)[0, :-1]
         responses.append(HeldOutResponse(whole_1T[0, len(ids) :], hidden_TD))
     return responses
-
-
-def _draws_of(rule: AcceptanceRule) -> list[float | int | None]:
-    return [rule.temperature, rule.top_k, rule.top_p, rule.seed]
 
 
 def _is_whole(path: Path) -> bool:
