@@ -127,14 +127,13 @@ class Decoder:
         self.compiles = compiles and not self.backbone.is_spread and not self.is_recurrent
         wanted = can_capture or self.compiles if cuda_graph is None else cuda_graph
         self.uses_fixed_shapes = wanted and not self.is_recurrent
-        self.layers = layers = CompiledLayers(self.backbone) if self.compiles else None
+        self.layers = CompiledLayers(self.backbone) if self.compiles else None
         prefix = getattr(heads, "prefix", None)
         if self.is_recurrent:
             check_prefix(self.backbone.name, prefix is not None)
         self._prefixed = PrefixedBackbone(self.backbone, prefix, observer) if prefix else None
-        backbones = [self.backbone, *([self._prefixed] if self._prefixed else [])]
-        self._captured = {b: CapturedSteps(b, observer, layers) for b in backbones}
-        self._captured_slots = {b: CapturedSlots(b, observer, layers) for b in backbones}
+        self._captured: dict[Backbone, CapturedSteps] = {}
+        self._captured_slots: dict[Backbone, CapturedSlots] = {}
         self._drafters: dict[Hashable, Drafter] = {}
 
     @classmethod
@@ -406,8 +405,10 @@ class Decoder:
         backbone = self._backbone_of(drafter)
         if not self.uses_fixed_shapes:
             return Slots(EagerSlots(backbone, drafter, rule, num_columns, self.observer), num_slots)
-        source = self._captured_slots[backbone].open(drafter, rule, num_slots, num_columns)
-        return Slots(source, num_slots)
+        if backbone not in self._captured_slots:
+            self._captured_slots[backbone] = CapturedSlots(backbone, self.observer, self.layers)
+        source = self._captured_slots[backbone]
+        return Slots(source.open(drafter, rule, num_slots, num_columns), num_slots)
 
     def slots_with_room(
         self, wanted: int, num_columns: int, drafter: Drafter, rule: AcceptanceRule
@@ -455,6 +456,8 @@ class Decoder:
         if not self.uses_fixed_shapes:
             yield EagerStep(backbone, drafter, rule, num_rows, length, self.observer)
             return
+        if backbone not in self._captured:
+            self._captured[backbone] = CapturedSteps(backbone, self.observer, self.layers)
         with self._captured[backbone].lent(drafter, rule, num_rows, length) as step:
             yield step
 
