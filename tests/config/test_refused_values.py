@@ -7,7 +7,8 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -68,11 +69,11 @@ def _values(section: type) -> list[tuple[str, list[Any]]]:
 
 
 def _of_type(hint: Any) -> list[Any]:
-    origin, found = getattr(hint, "__origin__", None), VALUES.get(hint, [])
+    origin, found = get_origin(hint), VALUES.get(hint, [])
     if origin is list:
         return [[], *([value] for value in VALUES.get(get_args(hint)[0], []))]
-    if origin is None:  # of int | None, those of int
-        found = found or [value for inner in get_args(hint) for value in VALUES.get(inner, [])]
+    if origin in (Union, UnionType):  # of int | None, those of int
+        found = [value for inner in get_args(hint) for value in VALUES.get(inner, [])]
     return found
 
 

@@ -347,15 +347,17 @@ def _tar_members(content: Content, say_passed_over: _Say) -> Iterator[Content]:
         """A header; tarfile takes a damaged one, or none, for the end, unless it is the first."""
 
         @classmethod
-        def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
-            if not buf:
-                raise tarfile.ReadError("nothing marks its end: was it cut? If not, unpack it")
+        def fromtarfile(cls, archive: Any) -> Any:
             try:
-                return super().frombuf(buf, encoding, errors)
-            except tarfile.HeaderError as error:
-                if bytes(buf).strip(b"\0"):
-                    raise tarfile.ReadError(str(error)) from error
+                return super().fromtarfile(archive)
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros
                 raise
+            except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
+                raise tarfile.ReadError(
+                    "nothing marks its end: was it cut? If not, unpack it"
+                ) from error
+            except tarfile.HeaderError as error:
+                raise tarfile.ReadError(str(error)) from error
 
     others: list[str] = []
     is_empty = True

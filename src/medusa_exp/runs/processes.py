@@ -37,6 +37,7 @@ def _machine() -> str:
     known = [path.read_text() for path in map(Path, _NAMES_OF_MACHINE) if path.is_file()]
     spaces = Path("/proc/self/ns/pid")
     space = str(spaces.readlink()) if spaces.exists() else ""
-    hardware = [] if len(known) == len(_NAMES_OF_MACHINE) else [f"{uuid.getnode()}"]
+    # Where there is no file: in a container without tools it is another number in each process.
+    hardware = [] if known else [f"{uuid.getnode()}"]
     text = " ".join([platform.node(), space, *known, *hardware])
     return hashlib.sha256(text.encode()).hexdigest()[:8]
