@@ -31,6 +31,8 @@ GO_WITH_MORE = {
     "heads_from is for runs that train no heads": "goes with other stages",
     "(with ": "goes with another key's word",
     "tree=custom needs either": "goes with one of its keys",
+    "leaves stage evaluate no prompt": "goes with evaluate.path",
+    "decode.draft=sampled goes with decode=sampling": "stands beside it on the page",
 }
 """Part of a message -> why it is no fault of the page."""
 SECONDS = 900
