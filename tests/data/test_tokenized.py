@@ -173,6 +173,18 @@ def test_turns_beyond_the_limit_are_counted_where_each_is_a_row(config, tokenize
     assert lost > 40 and outcomes["documents"] + lost == 160
 
 
+@pytest.mark.parametrize("lost", ["documents/input_ids.npy", "summary.json", "*"])
+def test_an_entry_that_lost_files_and_its_seal_is_built_again(config, tokenizer, lost):
+    """As what clears old files away leaves it."""
+    expected = documents(session_of(config).tokenized(tokenizer, 100))
+    (entry,) = (path for path in Path(config.cache_dir).glob("tokenised/*") if path.is_dir())
+    for file in [entry / "sha256.json", *entry.rglob(lost)]:
+        if file.is_file():
+            file.unlink()
+    again = session_of(config).tokenized(tokenizer, 100)
+    assert again.is_new and documents(again) == expected
+
+
 def test_a_cache_that_cannot_be_written(config, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     config.cache_dir = str(tmp_path / "file" / "cache")

@@ -202,7 +202,7 @@ def load_tokenized(
     """
     key = _key(sources, tokenizer, max_length)
     try:
-        with entry(cache_dir, "tokenised", key) as (path, unwritten):
+        with entry(cache_dir, "tokenised", key, _is_whole) as (path, unwritten):
             if unwritten:
                 unwritten.mkdir()
                 summary = _build(unwritten, sources, dataset, tokenizer, max_length)
@@ -247,6 +247,15 @@ def _comparable(outcomes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
         name: {what: number for what, number in found.items() if what != LOST_TOKENS}
         for name, found in outcomes.items()
     }
+
+
+def _is_whole(path: Path) -> bool:
+    """Is all there that is read, where a seal may be gone with it: folders outlive their files."""
+    try:
+        open_examples(path / _EXAMPLES)
+        return read_json(path / _SUMMARY, kind=DataSummary) is not None
+    except UserError:
+        return False
 
 
 def _key(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
