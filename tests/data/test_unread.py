@@ -317,3 +317,10 @@ def test_what_is_passed_over_in_a_turn_is_counted():
     assert {*parser.unused} == {
         f"messages[].{k}" for k in ("input", "channel", "output", "children")
     }
+
+
+def test_columns_that_are_numbers_get_no_remedy(tmp_path):
+    """As pandas writes a table without names."""
+    path = write(tmp_path / "a.jsonl", lines([{"0": Q, "1": A}] * 2))
+    with pytest.raises(DataError, match=r"has no known form of chat: its keys are 0, 1\."):
+        list(read_conversations(path))

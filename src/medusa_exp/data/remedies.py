@@ -213,7 +213,7 @@ def _is_of(path: str, value: Any, names: set[str]) -> bool:
     """
     keys = [key for key in path.lower().split(".") if not key.isdigit()]
     parts = {part for key in keys for part in (key, key.removesuffix("s"))}
-    if not _GUESSED.isdisjoint(keys):
+    if not keys or not _GUESSED.isdisjoint(keys):
         return False
     is_text = isinstance(value, str) and is_held(value) and {keys[-1]} <= {*names, *WHAT, keys[0]}
     return is_text and not parts.isdisjoint(names)
