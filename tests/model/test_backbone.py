@@ -1,9 +1,16 @@
+from inspect import signature
+
 import architectures
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_model
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoConfig, AutoModelForImageTextToText, GPTJPreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GPTJPreTrainedModel,
+    LlamaForCausalLM,
+)
 
 from medusa_exp.config import ModelConfig
 from medusa_exp.decode import generate
@@ -155,6 +162,21 @@ def test_compiled_it_gives_the_same_hidden_states(architecture):
             assert torch.equal(backbone.hidden_states(*given), hidden_BTD)
     assert backbone.num_layers > compiled.frame_count == 1  # for all layers and lengths
     assert all(layer._compiled_call_impl is None for layer in backbone.layers())
+
+
+class TwoCaches(LlamaForCausalLM):
+    """Has code of its own: keeps keys and values as before transformers 5.24, and beside them
+    something else that it calls a cache."""
+
+    def forward(self, input_ids=None, past_key_values=None, cache=None, **options):
+        assert cache is None
+        own = "cache" if "cache" in signature(super().forward).parameters else "past_key_values"
+        return super().forward(input_ids, **{own: past_key_values}, **options)
+
+
+def test_a_model_that_takes_something_else_called_cache_is_decoded():
+    backbone = Backbone(TwoCaches(build_model("llama").config).eval())
+    check_tree_attention(backbone)
 
 
 TEXT_MODEL = {

@@ -28,9 +28,9 @@ _LENGTHS = (3, 8)
 """Of the texts on which a model is compared with our reading of it."""
 _SPECIAL = ("bos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
 
-_CACHE_ARGUMENTS = ("cache_params", "cache", "past_key_values")
-"""Names by which models take their cache: those of nothing but states, those of transformers since
-5.24, and all before it and models with code of their own."""
+_CACHE_ARGUMENTS = ("cache_params", "past_key_values", "cache")
+"""Names by which models take their cache: those of nothing but states, those of transformers before
+5.24 and models with code of their own, and those of transformers since."""
 
 
 class Backbone:
