@@ -48,7 +48,25 @@ def test_a_file_that_was_cut_off_is_named(model):
     tensors = {name: torch.ones(64) for name in "ab"}
     save_file(tensors, path, {"format": "pt"})
     path.write_bytes(path.read_bytes()[:-100])
-    refused(model, r"model.safetensors .* was cut off \(.*not fully covered\)\. Copy it again")
+    refused(model, r"model.safetensors .* was cut off \(.*not fully covered'\)\. Copy it again")
+
+    damaged = tensor_file("a\n\x1b[2J" * 1_000, data_offsets=[4, 8])
+    path.write_bytes(damaged)
+    refused(
+        model, r"was cut off \('.*invalid offset for tensor `a\\n\\x1b\[2J.*'\)\. Copy it again"
+    )
+
+
+def test_tensors_of_a_type_that_is_not_known_ask_for_an_update(model):
+    (model / "model.safetensors").write_bytes(tensor_file("a", dtype="F5\x1b[2J" * 1_000))
+    refused(model, r"does not know \('.*unknown variant `F5\\x1b.*'\)\. Update safetensors\.$")
+
+
+def tensor_file(name, **changes):
+    """Bytes of a safetensors file of one tensor, whose header says something else."""
+    whole = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({name: {**whole, **changes}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(4)
 
 
 @pytest.mark.parametrize(

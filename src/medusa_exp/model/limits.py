@@ -77,10 +77,11 @@ def _check_header(key: str, path: Path) -> None:
         with safe_open(path, framework="np"):  # looks at the header, and at the file's length
             pass
     except SafetensorError as error:
-        raise UserError(
-            f"{key}={path.parent}: {path.name} is no safetensors file, or was cut off ({error}). "
-            "Copy it again."
-        ) from error
+        said = repr(str(error)[:160])  # holds names out of the file
+        fault, remedy = "is no safetensors file, or was cut off", "Copy it again"
+        if "unknown variant" in said:  # of a tensor's type
+            fault, remedy = "has tensors that this safetensors does not know", "Update safetensors"
+        raise UserError(f"{key}={path.parent}: {path.name} {fault} ({said}). {remedy}.") from error
 
 
 def _check_index(key: str, path: Path) -> None:
