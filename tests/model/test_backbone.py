@@ -179,6 +179,17 @@ def test_a_model_that_takes_something_else_called_cache_is_decoded():
     check_tree_attention(backbone)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_a_wrapped_model_is_given_its_cache_by_the_name_of_what_it_wraps():
+    from peft import LoraConfig, get_peft_model
+
+    model = build_model("llama")
+    own = Backbone(model)._cache_argument
+    wrapped = Backbone(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
+    assert wrapped._cache_argument == own
+    check_tree_attention(wrapped)
+
+
 TEXT_MODEL = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -57,8 +57,7 @@ class Backbone:
         self._grouped = GroupedAttention(model) if uses_grouped_attention else None
         self.has_body = True
         self.names = Names(model)
-        taken = inspect.signature(model.forward).parameters
-        self._cache_argument = next((n for n in _CACHE_ARGUMENTS if n in taken), "past_key_values")
+        self._cache_argument = _cache_argument(model) or _cache_argument(self.body)
 
     @property
     def name(self) -> str:
@@ -294,7 +293,7 @@ class Backbone:
         with grouped, kernels_for(self.device):
             return self._with_lm_head_input(
                 input_ids=input_ids_BN,
-                **{self._cache_argument: cache},
+                **{self._cache_argument or "past_key_values": cache},
                 attention_mask=mask,
                 position_ids=position_ids_BN,
                 use_cache=True,
@@ -475,3 +474,9 @@ def _told_what_is_packed(is_packed: bool) -> Iterator[None]:
         yield
     finally:
         _is_packed.reset(token)
+
+
+def _cache_argument(module: nn.Module) -> str | None:
+    """Return the name by which it takes a cache; None where it takes anything, as PEFT's models."""
+    taken = inspect.signature(module.forward).parameters
+    return next((name for name in _CACHE_ARGUMENTS if name in taken), None)
