@@ -38,9 +38,8 @@ def to_chat(messages: Sequence[Message]) -> Chat:
 def _to_turn(message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": whole_letters(message.content)}
     if message.reasoning:
-        turn |= dict.fromkeys(
-            REASONING, whole_letters(message.reasoning)
-        )  # each template has its word
+        # Each template has its word for it.
+        turn |= dict.fromkeys(REASONING, whole_letters(message.reasoning))
     if message.fields:
         turn |= json.loads(whole_letters(message.fields))
     return turn
