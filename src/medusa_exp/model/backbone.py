@@ -57,7 +57,8 @@ class Backbone:
         self._grouped = GroupedAttention(model) if uses_grouped_attention else None
         self.has_body = True
         self.names = Names(model)
-        self._cache_argument = _cache_argument(model) or _cache_argument(self.body)
+        named = _cache_argument(model) or _cache_argument(self.body)
+        self._cache_argument = named or "past_key_values"
 
     @property
     def name(self) -> str:
@@ -293,7 +294,7 @@ class Backbone:
         with grouped, kernels_for(self.device):
             return self._with_lm_head_input(
                 input_ids=input_ids_BN,
-                **{self._cache_argument or "past_key_values": cache},
+                **{self._cache_argument: cache},
                 attention_mask=mask,
                 position_ids=position_ids_BN,
                 use_cache=True,
