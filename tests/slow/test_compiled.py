@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from architectures import DECODED, GROUPED, NEW_TOKENS, WIDE, WINDOW, Oracle, V, build
+from architectures import DECODED, NEW_TOKENS, WHOLE, Oracle, V, build
 
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
@@ -17,18 +17,6 @@ from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.model import Backbone
 from medusa_exp.tree import Tree, chain
 
-WHOLE = {
-    "llama": GROUPED,
-    "mistral": {**GROUPED, **WINDOW},
-    "qwen2": DECODED["qwen2"],
-    "qwen3": WIDE,
-    "gemma3_text": DECODED["gemma3_text"],
-    "phi3": {**GROUPED, **WINDOW},
-    "olmo": DECODED["olmo"],
-    "olmo2": GROUPED,
-    "gpt_neox": {},
-}
-"""Most in use: compiled without a graph break, one graph for trees and one for single tokens."""
 OTHERS = {
     name: changed
     for name, changed in {**DECODED, "gpt2": DECODED["gpt_bigcode"], "phi": {}}.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import emulated
 import pytest
+from architectures import WHOLE
 from gpu.forms import FORMS
 
 if reason := emulated.why_not():
@@ -214,6 +215,8 @@ from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.rule import AcceptanceRule
 from medusa_exp.model import Backbone, build_heads
+from medusa_exp.model.attention import few_shapes
+from medusa_exp.train.defaults import compiled_backbone
 from medusa_exp.tree import chain
 
 backbone = Backbone(build_model("llama").cuda().bfloat16())
@@ -232,6 +235,8 @@ assert kernels(lambda: decoder.decode([[3, 4, 5]], Limits(2))) == flash | {"cudn
 assert kernels(lambda: decoder.decode([[3, 4, 5, 6]], Limits(2))) == flash  # and what was captured
 ids = torch.ones(1, 7, dtype=torch.long).cuda()
 assert kernels(lambda: backbone.hidden_states(ids)) == flash
+with compiled_backbone(backbone, None), few_shapes():  # as a training step does
+    assert kernels(lambda: backbone.hidden_states(ids)) == {"cudnn attention"}
 assert torch.backends.cuda.cudnn_sdp_enabled()
 """
 
@@ -269,6 +274,18 @@ from medusa_exp.data.datamodule import Batch
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.train.module import MedusaModule
 
+
+
+def loss_and_gradients(module, batch):
+    module.batch_loss(batch, [1, 1, 1])[0].backward()  # what is asked for, and compiled, once
+    module.zero_grad()
+    torch.cuda.set_sync_debug_mode("error")
+    loss = module.batch_loss(batch, [1, 1, 1])[0]
+    loss.backward()
+    torch.cuda.set_sync_debug_mode("default")
+    return [value.cpu() for value in (loss, *(p.grad for p in module.heads.parameters()))]
+
+
 ids_BT = torch.randint(1, 60, (2, 24)).cuda()
 is_trained_BT = torch.arange(24).cuda().expand(2, -1) % 3 > 0
 restarted_BT = (torch.arange(24) % 10).cuda().expand(2, -1)
@@ -290,14 +307,16 @@ for name in ("llama", "gemma2"):
             batch = Batch(
                 ids_BT, is_trained_BT, example_BT, positions_BT, labeled=labeled, any_labeled=some
             )
-            module.batch_loss(batch, [1, 1, 1])[0].backward()  # what is asked for once
-            torch.cuda.set_sync_debug_mode("error")
-            module.batch_loss(batch, [1, 1, 1])[0].backward()
-            torch.cuda.set_sync_debug_mode("default")
+            plain = loss_and_gradients(module, batch)
+            if name == "llama" and positions_BT is None:
+                with module.compiled(None) as is_compiled:
+                    compiled = loss_and_gradients(module, batch)
+                assert is_compiled
+                torch.testing.assert_close(compiled, plain)
 """
 
 
-def test_a_micro_batch_does_not_wait_for_the_device(gpu):
+def test_a_micro_batch_does_not_wait_for_the_device_compiled_or_not(gpu):
     run(gpu, "-c", TRAINING)
 
 
@@ -341,6 +360,82 @@ for count in (1, 2, 3, 2):  # as does what slots have captured, where more are w
 
 def test_captured_steps_outlive_moved_weights_and_dropped_caches(gpu):
     run(gpu, "-c", CAPTURED)
+
+
+COMPILED = """
+import sys
+from architectures import WHOLE, V, build
+from emulated_device import ran
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.one_call import decode_plain
+from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.tree import Tree, chain
+
+name, is_by_kernels = sys.argv[1], sys.argv[1] == "llama"
+backbone, limits = Backbone(build(name, WHOLE[name]).cuda()), Limits(6)
+prompts = [[5, 9, 3, 7], [4], [*range(3, 20)]]
+expected = [found.tokens for found in decode_plain(backbone, prompts, limits)]
+tree = Tree.from_paths([[0], [1], [0, 0], [0, 1], [0, 0, 0]])
+rule = AcceptanceRule(verifier="cuda" if is_by_kernels else "torch")
+heads = build_heads(backbone, num_heads=3).cuda()
+decoder = Decoder(backbone, heads, tree, rule, cuda_graph=True, compiles=True)
+for count, graphs in (3, 2), (2, 2), (1, 4):
+    of_trees = [decoder.decode(prompts[:count], limits, tree=t) for t in (tree, chain(2))]
+    for found in (decoder.decode_plain(prompts[:count], limits), *of_trees):
+        assert [answer.tokens for answer in found] == expected[:count]
+    assert decoder.layers.num_graphs == graphs and not decoder.layers.is_refused
+assert sum(told.startswith("triton: ") for told in ran) >= 10
+"""
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_compiled_layers_say_what_eager_ones_say(gpu, name):
+    run(gpu, "-c", COMPILED, name)
+
+
+LOSSES = """
+import sys
+import torch
+from medusa_exp.model.row_loss import (
+    AcceptanceLoss, CrossEntropy, Divergence, TopAcceptance, TopDivergence, compiled_loss,
+)
+
+
+def outcome(loss, device, logits_CW, wanted):
+    logits_CW = logits_CW.to(device).requires_grad_()
+    losses_C, accepted_C = loss(logits_CW, *(one.to(device) for one in wanted))
+    weights_C = torch.arange(1.0, 1 + len(losses_C), device=device)
+    [gradient_CW] = torch.autograd.grad((losses_C * weights_C).sum(), logits_CW)
+    return [None if x is None else x.cpu() for x in (losses_C, accepted_C, gradient_CW)]
+
+
+def check(loss, wanted_of):
+    for rows, vocabulary in (4, 50), (9, 50), (6, 50), (5, 5003):
+        logits_CW = torch.randn(rows, vocabulary).mul(3).to(getattr(torch, sys.argv[1]))
+        wanted = wanted_of(torch.randn(rows, vocabulary).mul(2).softmax(-1))
+        found = outcome(compiled_loss(loss), "cuda", logits_CW, wanted)
+        torch.testing.assert_close(found, outcome(loss, "cpu", logits_CW, wanted))
+
+
+def top(p_CW):
+    return p_CW.topk(32).indices, p_CW.topk(32).values.log()
+
+
+torch.manual_seed(0)
+check(CrossEntropy(), lambda p_CW: (p_CW.argmax(-1).index_fill(0, torch.tensor([1]), -100),))
+check(Divergence(measures_acceptance=True), lambda p_CW: (p_CW,))
+check(TopDivergence(), top)
+for kind in ("tv", "nla", "lk"):
+    check(AcceptanceLoss(kind), lambda p_CW: (p_CW,))
+    check(TopAcceptance(AcceptanceLoss(kind)), top)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_losses_and_their_gradients_are_those_of_a_cpu(gpu, dtype):
+    run(gpu, "-c", LOSSES, dtype)
 
 
 def test_what_comes_in_many_shapes_has_no_kernel_planned_for_each(gpu):

@@ -144,6 +144,20 @@ def build(name: str, changed: dict):
     return model.eval()
 
 
+WHOLE = {
+    "llama": GROUPED,
+    "mistral": {**GROUPED, **WINDOW},
+    "qwen2": DECODED["qwen2"],
+    "qwen3": WIDE,
+    "gemma3_text": DECODED["gemma3_text"],
+    "phi3": {**GROUPED, **WINDOW},
+    "olmo": DECODED["olmo"],
+    "olmo2": GROUPED,
+    "gpt_neox": {},
+}
+"""Most in use: a layer is compiled without a graph break, once for trees, once for single tokens."""
+
+
 class Oracle(torch.nn.Module):
     """Guesses what will be said, more often than not, and much else."""
 

@@ -66,7 +66,9 @@ def environment(folder: Path) -> dict[str, str]:
         name: os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get(name)])])
         for name, paths in added.items()
     }
-    return {**os.environ, **joined}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    ours = {name: str(folder / place) for name, place in caches.items()}
+    return {**os.environ, **joined, **ours}
 
 
 if __name__ == "__main__":  # python tests/support/emulated.py FOLDER ARGUMENTS...

@@ -171,8 +171,10 @@ def grouped_attention(
 def _is_step(query: Tensor, groups: int, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     """Are these the queries of a step, under a mask that all heads share?"""
     num_queries = query.shape[2]
-    if any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")):
-        return False
+    # No generator: torch 2.11 would compile a layer for each value of all else in `kwargs`.
+    for name in ("position_bias", "softcap", "s_aux", "cache"):
+        if name in kwargs and kwargs[name] is not None:
+            return False
     if mask is None:  # torch's CPU kernel groups as well, and is slow at it in the half types alone
         return num_queries == 1 and (query.is_cuda or query.dtype != torch.float32)
     is_shared = mask.ndim == 4 and mask.shape[1] == 1 and num_queries <= _MOST_QUERIES

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from medusa_exp.config import DecodeConfig, TrainConfig, TreeConfig
+from medusa_exp.model.attention import few_shapes
 from medusa_exp.model.backbone import Backbone
 from medusa_exp.model.loss import ROW_STEP
 from medusa_exp.model.targets import room_in
@@ -224,5 +225,7 @@ def compiled_backbone(backbone: Backbone, autocast: torch.dtype | None) -> Itera
 @torch.no_grad()
 def _try(backbone: Backbone, autocast: torch.dtype | None) -> None:
     ids_BT = torch.zeros(2, 64, dtype=torch.long, device=backbone.device)
-    with torch.autocast(backbone.device.type, autocast, enabled=autocast is not None):
+    is_cast = autocast is not None
+    # What is compiled keeps the kernel of attention of its first call: as a step will take it.
+    with torch.autocast(backbone.device.type, autocast, enabled=is_cast), few_shapes():
         backbone.hidden_states(ids_BT)

@@ -20,7 +20,15 @@ def _after_runtime(module: ModuleType) -> None:
     module.CupyKernels = EmulatedKernels  # type: ignore[attr-defined]
 
 
-_AFTER = {"torch": _after_torch, "medusa_exp.decode.cuda.runtime": _after_runtime}
+def _after_inductor(module: ModuleType) -> None:
+    import emulated_triton  # noqa: F401
+
+
+_AFTER = {
+    "torch": _after_torch,
+    "torch._inductor.runtime.triton_heuristics": _after_inductor,
+    "medusa_exp.decode.cuda.runtime": _after_runtime,
+}
 
 
 class _Loader(importlib.abc.Loader):

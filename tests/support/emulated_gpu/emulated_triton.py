@@ -1,0 +1,140 @@
+"""Triton's kernels on an emulated GPU: what torch.compile writes for it.
+
+Each is compiled for an H200, down to machine code, and not loaded. Its source then runs in Triton's
+own interpreter, on the device's memory, in the form and the grid that inductor would launch.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch._inductor.config
+import triton.backends.nvidia.driver
+from emulated_device import check_waiting, on_host, ran, run_or_record
+from torch._inductor.runtime import triton_helpers
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from triton import language as tl
+from triton.language.extra import libdevice
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+_SAME = ("exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "tanh", "sin", "cos")
+_SAME += ("floor", "ceil", "trunc", "rint", "isnan", "isinf")
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "erf": lambda x: torch.erf(torch.from_numpy(x)).numpy(),
+    "nearbyint": np.rint,
+    "pow": np.power,
+    **{name: getattr(np, name) for name in _SAME},
+}
+"""Of CUDA's libdevice, which the interpreter has not."""
+
+
+class _Utils:
+    """What Triton asks of a driver that has nothing to load."""
+
+    @staticmethod
+    def get_device_properties(device: int) -> dict[str, int]:
+        """Return what a kernel may take."""
+        return {"max_shared_mem": 227 << 10, "multiprocessor_count": 132, "warpSize": 32}
+
+
+def run(tuner: CachingAutotuner, *args: Any, stream: int, **kwargs: Any) -> None:
+    """Run a kernel that inductor has written, or record that."""
+    if not tuner.compile_results:
+        tuner.precompile()
+    if len(tuner.compile_results) > 1:  # on a GPU they are timed against each other
+        check_waiting("a choice between forms of a kernel")
+        tuner.compile_results = tuner.compile_results[:1]
+    config = tuner.compile_results[0].config
+    given, grid = tuner._interpret_args_grid(args, config)
+    ran[f"triton: {tuner.inductor_meta['kernel_name']}"] += 1
+    function, held = tuner.fn.fn, [on_host(value) for value in given]
+    run_or_record(lambda: _interpret(function, held, config.kwargs, grid))
+
+
+def _interpret(
+    function: Callable[..., Any],
+    args: list[Any],
+    sizes: dict[str, int],
+    grid: tuple[int, int, int],
+) -> None:
+    ours = {name: _by_numpy(function) for name, function in _FUNCTIONS.items()}
+    with mock.patch.multiple(libdevice, **ours), np.errstate(all="ignore"):
+        _interpreted(function).run(*args, grid=grid, warmup=False, **sizes)
+
+
+@cache
+def _interpreted(function: Callable[..., Any]) -> interpreter.InterpretedFunction:
+    return interpreter.InterpretedFunction(function)
+
+
+def _called(helper: JITFunction, *args: Any, **kwargs: Any) -> Any:
+    """Call what a kernel calls; Triton's own way leaves the language patched."""
+    return _interpreted(helper.fn).rewrite()(*args, **kwargs)
+
+
+def _by_numpy(function: Callable[..., Any]) -> Callable[..., tl.tensor]:
+    def call(*args: Any) -> tl.tensor:
+        tensors = [interpreter.interpreter_semantic.to_tensor(value) for value in args]
+        found = function(*(tensor.handle.data for tensor in tensors))
+        scalar = tl.int32 if found.dtype == bool else tensors[0].dtype
+        found = found.astype(interpreter._get_np_dtype(scalar))
+        is_block = tensors[0].type.is_block()
+        type_ = tl.block_type(scalar, [*found.shape]) if is_block else scalar
+        return tl.tensor(interpreter.TensorHandle(found, scalar), type_)
+
+    return call
+
+
+def _atomic(
+    builder: Any, operation: Any, address: Any, value: Any, mask: Any, sem: Any, scope: Any
+) -> Any:
+    """Work on whole arrays; the interpreter reads views with strides of 0 as if they were such."""
+    whole = [
+        interpreter.TensorHandle(np.ascontiguousarray(one.data), one.dtype)
+        for one in (address, value, mask)
+    ]
+    return _atomic_rmw(builder, operation, *whole, sem, scope)
+
+
+def _reduced(reduction: interpreter.ReduceOps, given: tuple[tl.tensor, ...]) -> Any:
+    """Reduce by numpy what inductor has functions of its own for; others element by element."""
+    for function, ours in (triton_helpers.maximum, np.max), (triton_helpers.minimum, np.min):
+        if reduction.combine_fn is function:
+            return reduction.min_max(given[0], ours)
+    return _reduce(reduction, given)
+
+
+def _patch_tensor(tensor: type, scope: Any) -> None:
+    _patch_lang_tensor(tensor, scope)
+    # numpy 2.4 no longer makes a number of an array of one
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+def install() -> None:
+    """Have Triton's kernels compiled and interpreted."""
+    torch._inductor.config.use_static_cuda_launcher = False  # it drops the source
+    torch._inductor.config.compile_threads = 1  # in this process, where there is a GPU
+    triton.backends.nvidia.driver.CudaUtils = _Utils
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)  # half of the time
+    interpreter._patch_lang_tensor = _patch_tensor
+    interpreter._patch_lang = lambda function: _patch_lang(_ALL)
+    interpreter.InterpreterBuilder.create_atomic_rmw = _atomic
+    interpreter.ReduceOps.apply_impl = _reduced
+    JITFunction.__call__ = _called
+    CachingAutotuner.run = run
+    CachingAutotuner._make_launchers = lambda tuner: None
+    CachingAutotuner._dynamic_scale_rblock = lambda tuner: None
+
+
+_patch_lang, _patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+_atomic_rmw = interpreter.InterpreterBuilder.create_atomic_rmw
+_reduce = interpreter.ReduceOps.apply_impl
+_ALL = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # what helpers see, too
+install()
