@@ -235,7 +235,7 @@ assert kernels(lambda: decoder.decode([[3, 4, 5]], Limits(2))) == flash | {"cudn
 assert kernels(lambda: decoder.decode([[3, 4, 5, 6]], Limits(2))) == flash  # and what was captured
 ids = torch.ones(1, 7, dtype=torch.long).cuda()
 assert kernels(lambda: backbone.hidden_states(ids)) == flash
-with compiled_backbone(backbone, None), few_shapes():  # as a training step does
+with torch.no_grad(), compiled_backbone(backbone, None), few_shapes():  # as a training step does
     assert kernels(lambda: backbone.hidden_states(ids)) == {"cudnn attention"}
 assert torch.backends.cuda.cudnn_sdp_enabled()
 """
@@ -378,7 +378,7 @@ backbone, limits = Backbone(build(name, WHOLE[name]).cuda()), Limits(6)
 prompts = [[5, 9, 3, 7], [4], [*range(3, 20)]]
 expected = [found.tokens for found in decode_plain(backbone, prompts, limits)]
 tree = Tree.from_paths([[0], [1], [0, 0], [0, 1], [0, 0, 0]])
-rule = AcceptanceRule(verifier="cuda" if is_by_kernels else "torch")
+rule = AcceptanceRule(verifier="cupy" if is_by_kernels else "torch")
 heads = build_heads(backbone, num_heads=3).cuda()
 decoder = Decoder(backbone, heads, tree, rule, cuda_graph=True, compiles=True)
 for count, graphs in (3, 2), (2, 2), (1, 4):
@@ -414,9 +414,14 @@ def outcome(loss, device, logits_CW, wanted):
 def check(loss, wanted_of):
     for rows, vocabulary in (4, 50), (9, 50), (6, 50), (5, 5003):
         logits_CW = torch.randn(rows, vocabulary).mul(3).to(getattr(torch, sys.argv[1]))
-        wanted = wanted_of(torch.randn(rows, vocabulary).mul(2).softmax(-1))
-        found = outcome(compiled_loss(loss), "cuda", logits_CW, wanted)
-        torch.testing.assert_close(found, outcome(loss, "cpu", logits_CW, wanted))
+        p_CW = torch.randn(rows, vocabulary).mul(2).softmax(-1)
+        found = outcome(compiled_loss(loss), "cuda", logits_CW, wanted_of(p_CW))
+        plain = outcome(loss, "cpu", logits_CW, wanted_of(p_CW))
+        tied = (logits_CW.float().softmax(-1) / p_CW - 1).abs() < 1e-6  # where min(p, q) has a kink
+        for _, _, gradient_CW in found, plain:
+            gradient_CW[tied] = 0
+        assert tied.sum() < 3
+        torch.testing.assert_close(found, plain)
 
 
 def top(p_CW):

@@ -155,7 +155,7 @@ WHOLE = {
     "olmo2": GROUPED,
     "gpt_neox": {},
 }
-"""Most in use: a layer is compiled without a graph break, once for trees, once for single tokens."""
+"""Most in use: a layer is compiled without a graph break, once for trees and for single tokens."""
 
 
 class Oracle(torch.nn.Module):

@@ -113,6 +113,8 @@ class Attention:
         if self.kind == "efficient":
             return *found, *seeds
         lengths = given.query.shape[2], given.key.shape[2]
+        if self.kind == "cudnn":
+            found = found[0], found[1].unsqueeze(-1)
         return *found, None, None, *lengths, *seeds, given.query.new_empty(0)
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
