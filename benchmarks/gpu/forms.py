@@ -41,9 +41,10 @@ FORMS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         combo_kernels=True, combo_kernel_foreach_dynamic_shapes=True
     ),
     "products of one row by Triton": lambda: inductor.patch(coordinate_descent_tuning=True),
+    "dependent launches": lambda: inductor.patch({"triton.enable_pdl": True}),
 }
-"""What each changes, from what the product does. A rehearsal's backend knows of no kernels, so that
-the last two change nothing there."""
+"""What each changes, from what the product does. A rehearsal's backend knows of no kernels on a
+CPU, so that the last three change nothing there."""
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -157,7 +158,7 @@ def _by_each(case: Attention, scale: Scale) -> Iterator[tuple[str, float | str]]
         with sdpa_kernel([backend]):
             found = _microseconds(_masked, given)
         yield told, found
-    if not scale.is_rehearsal:  # which would want Triton
+    if not scale.is_rehearsal:  # it wants Triton, and takes minutes on an emulated GPU
         yield "flex", _microseconds(torch.compile(_by_flex, dynamic=False), given)
 
 

@@ -65,16 +65,17 @@ def full() -> Scale:
 
 def rehearsal() -> Scale:
     """Return the same, tiny: on a CPU, or on a GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = {"7B": Shape(64, 96, 2, 4, 4, 256), "8B": Shape(64, 96, 2, 4, 2, 512)}
     return Scale(
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device,
         torch.float32,
         shapes,
         batches=(1, 2),
         nodes=(1, 5),
         past=16,
         steps=6,
-        backend="aot_eager",
+        backend="inductor" if device.type == "cuda" else "aot_eager",  # without a C++ compiler
         slots=4,
         documents=8,
         new_tokens=16,

@@ -443,6 +443,50 @@ def test_compiled_losses_and_their_gradients_are_those_of_a_cpu(gpu, dtype):
     run(gpu, "-c", LOSSES, dtype)
 
 
+SPILLS = """
+import sys
+import emulated_triton
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.loop import Limits
+from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.model import Backbone, build_heads
+from medusa_exp.model.row_loss import AcceptanceLoss, CrossEntropy, Divergence, compiled_loss
+from medusa_exp.tree import chain
+
+emulated_triton.is_interpreting = False
+shapes = {"num_attention_heads": 32, "num_hidden_layers": 1, "vocab_size": 512, "hidden_size": 4096}
+for width, groups in (11008, 1), (14336, 4):  # of 7B and 8B
+    model = LlamaForCausalLM._from_config(
+        LlamaConfig(intermediate_size=width, num_key_value_heads=32 // groups, **shapes),
+        dtype=torch.bfloat16,
+    )
+    backbone, rule = Backbone(model.eval().cuda()), AcceptanceRule(verifier="torch")
+    heads = build_heads(backbone, num_heads=4).cuda().bfloat16()
+    decoder = Decoder(backbone, heads, chain(4), rule, cuda_graph=True, compiles=True)
+    decoder.decode([[3, 4, 5]], Limits(2))
+    decoder.decode_plain([[3, 4, 5]], Limits(2))
+    assert decoder.layers.num_graphs == 2
+    print(decoder.layers.seconds)
+rows, vocabulary = 1024, 128_256
+labels_C = torch.zeros(rows, dtype=torch.long, device="cuda")
+p_CW = torch.empty(rows, vocabulary, dtype=torch.bfloat16, device="cuda")
+losses = {Divergence(True): p_CW, CrossEntropy(): labels_C, AcceptanceLoss("lk"): p_CW}
+for loss, wanted in losses.items():
+    logits_CW = torch.empty_like(p_CW).requires_grad_()
+    compiled_loss(loss)(logits_CW, wanted)[0].sum().backward()
+found = emulated_triton.machine_code
+print(*(f"{name}: {taken}" for name, taken in found.items()), sep="\\n")
+assert len(found) >= 30
+assert not [name for name, (registers, spilled) in found.items() if spilled or registers > 64]
+"""
+
+
+def test_what_is_compiled_for_large_models_spills_no_registers(gpu):
+    print(run(gpu, "-c", SPILLS).stdout)
+
+
 def test_what_comes_in_many_shapes_has_no_kernel_planned_for_each(gpu):
     run(gpu, "-c", KERNELS)
 

@@ -2,17 +2,23 @@
 
 Each is compiled for an H200, down to machine code, and not loaded. Its source then runs in Triton's
 own interpreter, on the device's memory, in the form and the grid that inductor would launch.
+`is_interpreting = False` leaves that out, for kernels of sizes that would take hours.
 """
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch._inductor.config
+import triton
 import triton.backends.nvidia.driver
 from emulated_device import check_waiting, on_host, ran, run_or_record
 from torch._inductor.runtime import triton_helpers
@@ -34,6 +40,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 """Of CUDA's libdevice, which the interpreter has not."""
 
 
+is_interpreting = True
+machine_code: dict[str, tuple[int, int]] = {}
+"""Registers of a thread, and bytes that it spills, by a kernel's name and the sizes of its blocks."""
+
+
 class _Utils:
     """What Triton asks of a driver that has nothing to load."""
 
@@ -53,8 +64,25 @@ def run(tuner: CachingAutotuner, *args: Any, stream: int, **kwargs: Any) -> None
     config = tuner.compile_results[0].config
     given, grid = tuner._interpret_args_grid(args, config)
     ran[f"triton: {tuner.inductor_meta['kernel_name']}"] += 1
+    if not is_interpreting:
+        return
     function, held = tuner.fn.fn, [on_host(value) for value in given]
     run_or_record(lambda: _interpret(function, held, config.kwargs, grid))
+
+
+def _compiled(tuner: CachingAutotuner, config: Any) -> Any:
+    """Compile a form of a kernel, and note what it takes."""
+    result = _precompile(tuner, config)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.kernel.asm["cubin"])
+        file.flush()
+        command = [str(_DUMP), "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
+    assert found, told
+    name = f"{tuner.inductor_meta['kernel_name']} {config.kwargs}"
+    machine_code[name] = int(found[1]), int(found[2]) + int(found[3])
+    return result
 
 
 def _interpret(
@@ -64,7 +92,12 @@ def _interpret(
     grid: tuple[int, int, int],
 ) -> None:
     ours = {name: _by_numpy(function) for name, function in _FUNCTIONS.items()}
-    with mock.patch.multiple(libdevice, **ours), np.errstate(all="ignore"):
+    waits = dict.fromkeys(("gdc_wait", "gdc_launch_dependents"), lambda: None)
+    with (
+        mock.patch.multiple(libdevice, **ours),
+        mock.patch.multiple(tl.extra.cuda, **waits),  # for a kernel that has ended
+        np.errstate(all="ignore"),
+    ):
         _interpreted(function).run(*args, grid=grid, warmup=False, **sizes)
 
 
@@ -129,10 +162,13 @@ def install() -> None:
     interpreter.ReduceOps.apply_impl = _reduced
     JITFunction.__call__ = _called
     CachingAutotuner.run = run
+    CachingAutotuner._precompile_config = _compiled
     CachingAutotuner._make_launchers = lambda tuner: None
     CachingAutotuner._dynamic_scale_rblock = lambda tuner: None
 
 
+_DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_precompile = CachingAutotuner._precompile_config
 _patch_lang, _patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
 _atomic_rmw = interpreter.InterpreterBuilder.create_atomic_rmw
 _reduce = interpreter.ReduceOps.apply_impl
