@@ -42,7 +42,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 is_interpreting = True
 machine_code: dict[str, tuple[int, int]] = {}
-"""Registers of a thread, and bytes that it spills, by a kernel's name and the sizes of its blocks."""
+"""Registers of a thread, and bytes that it spills, by a kernel and the sizes of its blocks."""
 
 
 class _Utils:
