@@ -44,7 +44,8 @@ FORMS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "dependent launches": lambda: inductor.patch({"triton.enable_pdl": True}),
 }
 """What each changes, from what the product does. A rehearsal's backend knows of no kernels on a
-CPU, so that the last three change nothing there."""
+CPU, so that the last three change nothing there; on an emulated GPU it compiles them, and neither
+tunes nor overlaps any."""
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,

@@ -75,7 +75,8 @@ def rehearsal() -> Scale:
         nodes=(1, 5),
         past=16,
         steps=6,
-        backend="inductor" if device.type == "cuda" else "aot_eager",  # without a C++ compiler
+        # inductor wants a C++ compiler on a CPU
+        backend="inductor" if device.type == "cuda" else "aot_eager",
         slots=4,
         documents=8,
         new_tokens=16,

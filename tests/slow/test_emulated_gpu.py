@@ -208,6 +208,34 @@ for there, here in zip((q, k, v), host):
 """
 
 
+CACHED = """
+import sys
+import torch, emulated_device
+from tiny_models import build_model
+from medusa_exp.model import Backbone
+from medusa_exp.model.attention import few_shapes
+from medusa_exp.train.defaults import compiled_backbone
+
+backbone, ids = Backbone(build_model("llama").cuda().bfloat16()), torch.ones(3, 40).long().cuda()
+with torch.no_grad():
+    if sys.argv[1] == "prompts":  # compiled with the kernels that prompts are given
+        for layer in backbone.layers():
+            layer.compile(dynamic=True)
+        backbone.hidden_states(ids)
+        assert emulated_device.ran["flash attention"]
+    else:
+        with compiled_backbone(backbone, None), few_shapes():
+            backbone.hidden_states(ids)
+        assert emulated_device.ran["cudnn attention"]
+        assert not emulated_device.ran["flash attention"]
+"""
+
+
+def test_what_torch_has_cached_for_other_kernels_is_not_taken_by_training(gpu):
+    for what in ("prompts", "training"):
+        run(gpu, "-c", CACHED, what)
+
+
 KERNELS = """
 import torch, emulated_device
 from tiny_models import build_model
@@ -233,7 +261,7 @@ def kernels(work):
 flash = {"flash attention"}
 assert kernels(lambda: decoder.decode([[3, 4, 5]], Limits(2))) == flash | {"cudnn attention"}
 assert kernels(lambda: decoder.decode([[3, 4, 5, 6]], Limits(2))) == flash  # and what was captured
-ids = torch.ones(1, 7, dtype=torch.long).cuda()
+ids = torch.ones(3, 40, dtype=torch.long).cuda()
 assert kernels(lambda: backbone.hidden_states(ids)) == flash
 with torch.no_grad(), compiled_backbone(backbone, None), few_shapes():  # as a training step does
     assert kernels(lambda: backbone.hidden_states(ids)) == {"cudnn attention"}
@@ -267,13 +295,13 @@ for batch, nodes, groups, columns in (1, 1, 1, 257), (1, 4, 1, 260), (2, 1, 4, 2
 
 TRAINING = """
 import torch
+from emulated_device import ran
 from tiny_models import build_model
 from medusa_exp.config import TrainConfig
 from medusa_exp.data.batching import label_positions
 from medusa_exp.data.datamodule import Batch
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.train.module import MedusaModule
-
 
 
 def loss_and_gradients(module, batch):
@@ -309,9 +337,12 @@ for name in ("llama", "gemma2"):
             )
             plain = loss_and_gradients(module, batch)
             if name == "llama" and positions_BT is None:
+                ran.clear()
                 with module.compiled(None) as is_compiled:
                     compiled = loss_and_gradients(module, batch)
-                assert is_compiled
+                kernels = [told for told in ran if told.startswith("triton: ")]
+                assert is_compiled and any("rsqrt" in told for told in kernels)
+                assert any("softmax" in told or "logsumexp" in told for told in kernels)
                 torch.testing.assert_close(compiled, plain)
 """
 
@@ -398,6 +429,7 @@ def test_compiled_layers_say_what_eager_ones_say(gpu, name):
 LOSSES = """
 import sys
 import torch
+from emulated_device import ran
 from medusa_exp.model.row_loss import (
     AcceptanceLoss, CrossEntropy, Divergence, TopAcceptance, TopDivergence, compiled_loss,
 )
@@ -415,7 +447,9 @@ def check(loss, wanted_of):
     for rows, vocabulary in (4, 50), (9, 50), (6, 50), (5, 5003):
         logits_CW = torch.randn(rows, vocabulary).mul(3).to(getattr(torch, sys.argv[1]))
         p_CW = torch.randn(rows, vocabulary).mul(2).softmax(-1)
+        ran.clear()
         found = outcome(compiled_loss(loss), "cuda", logits_CW, wanted_of(p_CW))
+        assert sum(told.startswith("triton: ") for told in ran) >= 2  # forward and backward
         plain = outcome(loss, "cpu", logits_CW, wanted_of(p_CW))
         tied = (logits_CW.float().softmax(-1) / p_CW - 1).abs() < 1e-6  # where min(p, q) has a kink
         for _, _, gradient_CW in found, plain:
@@ -455,7 +489,7 @@ from medusa_exp.model import Backbone, build_heads
 from medusa_exp.model.row_loss import AcceptanceLoss, CrossEntropy, Divergence, compiled_loss
 from medusa_exp.tree import chain
 
-emulated_triton.is_interpreting = False
+emulated_triton.is_interpreting = False  # so that all that is computed means nothing
 shapes = {"num_attention_heads": 32, "num_hidden_layers": 1, "vocab_size": 512, "hidden_size": 4096}
 for width, groups in (11008, 1), (14336, 4):  # of 7B and 8B
     model = LlamaForCausalLM._from_config(
@@ -468,7 +502,6 @@ for width, groups in (11008, 1), (14336, 4):  # of 7B and 8B
     decoder.decode([[3, 4, 5]], Limits(2))
     decoder.decode_plain([[3, 4, 5]], Limits(2))
     assert decoder.layers.num_graphs == 2
-    print(decoder.layers.seconds)
 rows, vocabulary = 1024, 128_256
 labels_C = torch.zeros(rows, dtype=torch.long, device="cuda")
 p_CW = torch.empty(rows, vocabulary, dtype=torch.bfloat16, device="cuda")
@@ -479,11 +512,12 @@ for loss, wanted in losses.items():
 found = emulated_triton.machine_code
 print(*(f"{name}: {taken}" for name, taken in found.items()), sep="\\n")
 assert len(found) >= 30
-assert not [name for name, (registers, spilled) in found.items() if spilled or registers > 64]
+# 64 registers: a multiprocessor has room for 1,024 threads
+assert not [name for name, (registers, stack) in found.items() if stack or registers > 64]
 """
 
 
-def test_what_is_compiled_for_large_models_spills_no_registers(gpu):
+def test_what_is_compiled_for_large_models_spills_nothing_and_takes_few_registers(gpu):
     print(run(gpu, "-c", SPILLS).stdout)
 
 

@@ -3,7 +3,8 @@
 Two things of the CUDA build of torch are replaced: the CUDA runtime (`emulated_gpu/cudart.cpp`), by
 one whose memory is the host's, and the kernels of torch's operations, by torch's CPU kernels
 (`emulated_operations.py`). The caching allocator, autograd, autocast, views and the choice of
-kernels are torch's own; the project's kernels are compiled for the CPU.
+kernels are torch's own; the project's kernels are compiled for the CPU, and what torch.compile
+writes is interpreted (`emulated_triton.py`), with caches of its own in FOLDER.
 
 It is slow, and says nothing about speed. Streams do at once what they are given, so that no order
 of streams, and no copy that has not ended, is wrong here. Values are the CPU's, ties and sums in 16

@@ -212,7 +212,9 @@ class Backbone:
         for layer in layers:
             layer.compile(dynamic=True, backend=backend)
         try:
-            yield
+            # torch's cache on disk does not ask by which kernel of attention a layer was compiled.
+            with torch.compiler.config.patch(cache_key_tag="medusa_exp: few shapes"):
+                yield
         finally:
             for layer in layers:
                 layer._compiled_call_impl = None  # private: torch 2.13

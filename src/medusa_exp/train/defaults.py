@@ -226,6 +226,6 @@ def compiled_backbone(backbone: Backbone, autocast: torch.dtype | None) -> Itera
 def _try(backbone: Backbone, autocast: torch.dtype | None) -> None:
     ids_BT = torch.zeros(2, 64, dtype=torch.long, device=backbone.device)
     is_cast = autocast is not None
-    # What is compiled keeps the kernel of attention of its first call: as a step will take it.
+    # What is compiled keeps the kernel of attention of its first call, in `few_shapes` or not.
     with torch.autocast(backbone.device.type, autocast, enabled=is_cast), few_shapes():
         backbone.hidden_states(ids_BT)

@@ -1,8 +1,12 @@
 """Triton's kernels on an emulated GPU: what torch.compile writes for it.
 
 Each is compiled for an H200, down to machine code, and not loaded. Its source then runs in Triton's
-own interpreter, on the device's memory, in the form and the grid that inductor would launch.
-`is_interpreting = False` leaves that out, for kernels of sizes that would take hours.
+own interpreter, on the device's memory. Of several forms of a kernel, which a GPU would time at the
+first call, the first runs; none is added or tuned after its registers are known. Programs run one
+after another: no race between them shows, nor a wait that is missing.
+`is_interpreting = False` leaves them out, for kernels of sizes that would take hours.
+
+Private: torch 2.11, Triton 3.6.
 """
 
 import re
@@ -42,7 +46,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 is_interpreting = True
 machine_code: dict[str, tuple[int, int]] = {}
-"""Registers of a thread, and bytes that it spills, by a kernel and the sizes of its blocks."""
+"""Registers of a thread, and bytes of its stack, by a kernel and its form: the most of such."""
 
 
 class _Utils:
@@ -58,12 +62,16 @@ def run(tuner: CachingAutotuner, *args: Any, stream: int, **kwargs: Any) -> None
     """Run a kernel that inductor has written, or record that."""
     if not tuner.compile_results:
         tuner.precompile()
-    if len(tuner.compile_results) > 1:  # on a GPU they are timed against each other
+    is_tuned = tuner.inductor_meta.get("coordinate_descent_tuning") and tuner.launchers == []
+    if len(tuner.compile_results) > 1 or is_tuned:  # on a GPU they are timed against each other
         check_waiting("a choice between forms of a kernel")
-        tuner.compile_results = tuner.compile_results[:1]
+        tuner.compile_results, tuner.launchers = tuner.compile_results[:1], [None]
     config = tuner.compile_results[0].config
     given, grid = tuner._interpret_args_grid(args, config)
     ran[f"triton: {tuner.inductor_meta['kernel_name']}"] += 1
+    for place, said in tuner.triton_meta["configs"][0].items():
+        if ["tt.divisibility", 16] in said and isinstance(args[place[0]], torch.Tensor):
+            assert args[place[0]].data_ptr() % 16 == 0, (tuner.inductor_meta, place)
     if not is_interpreting:
         return
     function, held = tuner.fn.fn, [on_host(value) for value in given]
@@ -80,8 +88,12 @@ def _compiled(tuner: CachingAutotuner, config: Any) -> Any:
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
     assert found, told
-    name = f"{tuner.inductor_meta['kernel_name']} {config.kwargs}"
-    machine_code[name] = int(found[1]), int(found[2]) + int(found[3])
+    name = f"{tuner.inductor_meta['kernel_name']} ({config})"
+    before = machine_code.get(name, (0, 0))  # others have the same name
+    machine_code[name] = (
+        max(before[0], int(found[1])),
+        max(before[1], *map(int, found.groups()[1:])),
+    )
     return result
 
 
