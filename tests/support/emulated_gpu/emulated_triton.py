@@ -42,7 +42,12 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: getattr(np, name) for name in _SAME},
 }
 """Of CUDA's libdevice, which the interpreter has not."""
-
+_DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_precompile = CachingAutotuner._precompile_config
+_patch_lang, _patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+_atomic_rmw = interpreter.InterpreterBuilder.create_atomic_rmw
+_reduce = interpreter.ReduceOps.apply_impl
+_ALL = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # what helpers see, too
 
 is_interpreting = True
 machine_code: dict[str, tuple[int, int]] = {}
@@ -179,10 +184,4 @@ def install() -> None:
     CachingAutotuner._dynamic_scale_rblock = lambda tuner: None
 
 
-_DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-_precompile = CachingAutotuner._precompile_config
-_patch_lang, _patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
-_atomic_rmw = interpreter.InterpreterBuilder.create_atomic_rmw
-_reduce = interpreter.ReduceOps.apply_impl
-_ALL = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # what helpers see, too
 install()
