@@ -330,8 +330,8 @@ def emulated_gpu(session: nox.Session) -> None:
     others = [line for line in lines if not line.startswith(("torch==", "setuptools=="))]
     constraints.write_text("\n".join([*others, "torch==2.11.0"]), encoding="utf-8")
     session.install("-c", str(constraints), "-e", ".", *group("test"))
-    tests = "tests/slow/test_emulated_gpu.py"
-    session.run("pytest", *PARALLEL, "--dist=load", "-m", "slow", tests, *session.posargs)
+    tests = ("tests/slow/test_emulated_gpu.py", "tests/slow/test_emulated_compiled.py")
+    session.run("pytest", *PARALLEL, "--dist=load", "-m", "slow", *tests, *session.posargs)
 
 
 @nox.session(default=False)

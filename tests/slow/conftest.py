@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import emulated
 import pytest
 from served_models import build_served_models
 from vllm_server import vllm_server
@@ -14,6 +15,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where an emulated GPU has been compiled, for `emulated.run`."""
+    if reason := emulated.why_not():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("gpu")
+    emulated.build(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

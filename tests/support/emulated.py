@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,6 +71,24 @@ def environment(folder: Path) -> dict[str, str]:
     caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     ours = {name: str(folder / place) for name, place in caches.items()}
     return {**os.environ, **joined, **ours}
+
+
+def run(
+    folder: Path, *arguments: str, complains: bool = False, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments where there is the GPU; it has to end well."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment(folder) | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert ("emulated GPU:" in done.stderr) == complains, done.stderr[-3000:]
+    return done
 
 
 if __name__ == "__main__":  # python tests/support/emulated.py FOLDER ARGUMENTS...
