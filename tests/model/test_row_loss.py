@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from loss_formulas import plain_acceptance
+from torch._dynamo.backends.common import aot_autograd  # private: torch 2.13
 from torch._dynamo.testing import CompileCounterWithBackend  # private: torch 2.13
 
 from medusa_exp.model.row_loss import (
@@ -156,3 +158,22 @@ def test_where_torch_cannot_compile_it_runs_as_it_is_and_a_line_says_so(caplog):
         torch.testing.assert_close(found, outcome(CrossEntropy(), logits_CW, (labels_C,)))
     assert len(calls) == 1 and caplog.text.count("torch cannot compile the loss") == 1
     assert "there is no compiler" in caplog.text
+
+
+def test_where_torch_cannot_compile_the_gradient_alone_it_runs_as_it_is_too(caplog):
+    """Its graph is asked for with the loss: in the backward pass a failure would end a training."""
+    calls = []
+
+    def broken_backward(graph, inputs):
+        calls.append(graph)
+        if len(calls) > 1:
+            raise RuntimeError("no gradient")
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=broken_backward)
+    logits_CW, labels_C = torch.randn(4, 9), torch.arange(4)
+    compiled = compiled_loss(CrossEntropy(), backend)
+    found = outcome(compiled, logits_CW, (labels_C,))
+    torch.testing.assert_close(found, outcome(CrossEntropy(), logits_CW, (labels_C,)))
+    assert len(calls) == 2 and "no gradient" in caplog.text

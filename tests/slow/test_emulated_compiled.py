@@ -92,6 +92,27 @@ def test_compiled_losses_and_their_gradients_are_those_of_a_cpu(gpu, dtype):
     run(gpu, "-c", LOSSES, dtype)
 
 
+FEW_ROWS = """
+import torch
+from emulated_device import ran
+from medusa_exp.model.row_loss import AcceptanceLoss, CrossEntropy, Divergence, compiled_loss
+
+for loss in (CrossEntropy(), Divergence(True), *map(AcceptanceLoss, ("tv", "nla", "lk"))):
+    for rows in (2, 5):  # of the first it is compiled, and inductor is tempted to split them
+        logits_CW = torch.randn(rows, 20_011, device="cuda", requires_grad=True)
+        p_CW = torch.randn(rows, 20_011, device="cuda").softmax(-1)
+        ran.clear()
+        wanted = p_CW.argmax(-1) if loss == CrossEntropy() else p_CW
+        compiled_loss(loss)(logits_CW, wanted)[0].sum().backward()
+        kernels = [told for told in ran if told.startswith("triton: ")]
+        assert len(kernels) == 2, (loss, kernels)
+"""
+
+
+def test_losses_that_meet_few_rows_first_are_a_kernel_forward_and_one_backward(gpu):
+    run(gpu, "-c", FEW_ROWS)
+
+
 SPILLS = """
 import sys
 import emulated_triton
