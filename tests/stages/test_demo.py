@@ -13,6 +13,7 @@ from tiny_models import build_model
 from medusa_exp import compose, demo, run
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.growing_text import GrowingText
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.errors import UserError
@@ -37,10 +38,10 @@ def steps_of(*added: list[int]):
 
 def test_accepted_drafts_are_colored_and_what_the_backbone_said_is_not(tokenizer):
     ids = tokenizer("abcdef", add_special_tokens=False).input_ids
-    racer = Racer("x", steps_of(ids[:1], ids[1:4], ids[4:5], ids[5:6]), tokenizer, CPU)
+    racer = Racer("x", steps_of(ids[:1], ids[1:4], ids[4:5], ids[5:6]), GrowingText(tokenizer), CPU)
     while not racer.is_done:
         racer.advance()
-    assert racer.text.plain == racer.shown == "abcdef" and racer.num_steps == 4
+    assert racer.text.plain == "abcdef" and racer.num_steps == 4
     colored = [(span.start, span.end) for span in racer.text.spans if span.style]
     assert colored == [(1, 3)]  # of three tokens, the third is the backbone's own
 
@@ -62,7 +63,10 @@ def test_the_one_whose_clock_is_behind_goes_next(tokenizer, monkeypatch):
     clock = accumulate([0, 3] + [0, 1] * 20)  # the first step of the first takes 3, all others 1
     monkeypatch.setattr("medusa_exp.stages.demo.time.perf_counter", lambda: next(clock))
     order = []
-    slow, quick = (Racer(name, steps_of(*[[65]] * 4), tokenizer, CPU) for name in ("slow", "quick"))
+    slow, quick = (
+        Racer(name, steps_of(*[[65]] * 4), GrowingText(tokenizer), CPU)
+        for name in ("slow", "quick")
+    )
     for racer in (slow, quick):
         advance = racer.advance
         racer.advance = lambda racer=racer, advance=advance: (order.append(racer.name), advance())

@@ -21,6 +21,7 @@ from medusa_exp.decode.captured_steps import CapturedSteps
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter, build_drafter, key_of_rule, root_only
+from medusa_exp.decode.growing_text import GrowingText
 from medusa_exp.decode.lookup import LookupDrafter, check_draft
 from medusa_exp.decode.loop import (
     Limits,
@@ -255,17 +256,9 @@ class Decoder:
         """
         limits = self._limits(max_new_tokens, eos_token_id)
         ids = ids_of_one(prompt, self.tokenizer, self.backbone.num_ids)
-        tokens: list[int] = []
-        shown = ""
+        text = GrowingText(self.tokenizer) if self.tokenizer is not None else None
         for [added] in self.steps([ids], Responses(1, limits)):
-            tokens += added
-            whole = ""
-            if self.tokenizer is not None:
-                # Text depends on its neighbors: a step's is what the whole gains by it.
-                whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                whole = whole.rstrip("\ufffd")  # half of a character comes with the next step
-            yield StreamedStep(whole[len(shown) :], added)
-            shown = whole
+            yield StreamedStep(text.add(added) if text else "", added)
 
     def decode(
         self,

@@ -22,6 +22,7 @@ from medusa_exp import demo
 from medusa_exp.config import Config
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.growing_text import GrowingText
 from medusa_exp.decode.loop import Responses
 from medusa_exp.runs.machine import synchronize
 from medusa_exp.stages.chat import STYLES
@@ -41,11 +42,10 @@ class Racer:
 
     name: str
     steps: Steps
-    tokenizer: PreTrainedTokenizerBase
+    growing: GrowingText
     device: torch.device
     tokens: list[int] = field(default_factory=list)
     text: Text = field(default_factory=Text)
-    shown: str = ""
     num_steps: int = 0
     seconds: float = 0.0
     """Of its own steps alone: what is shown meanwhile is not counted."""
@@ -67,11 +67,8 @@ class Racer:
         self.num_steps += 1
 
     def _show(self, tokens: list[int], style: str) -> None:
-        # A text depends on its neighbors: that of some tokens is what the whole gains by them.
         self.tokens += tokens
-        whole = self.tokenizer.decode(self.tokens, skip_special_tokens=True).rstrip("\ufffd")
-        self.text.append(whole[len(self.shown) :], style)
-        self.shown = whole
+        self.text.append(self.growing.add(tokens), style)
 
     @property
     def figures(self) -> str:
@@ -112,8 +109,8 @@ def racers(decoder: Decoder, ids: list[int]) -> tuple[Racer, Racer]:
     assert tokenizer is not None
     plain, heads = (Responses(1, decoder.limits) for _ in range(2))
     return (
-        Racer(_PLAIN, decoder.plain_steps([ids], plain), tokenizer, device),
-        Racer(_HEADS, decoder.steps([ids], heads), tokenizer, device),
+        Racer(_PLAIN, decoder.plain_steps([ids], plain), GrowingText(tokenizer), device),
+        Racer(_HEADS, decoder.steps([ids], heads), GrowingText(tokenizer), device),
     )
 
 
@@ -122,7 +119,7 @@ def race(plain: Racer, heads: Racer, console: Console) -> None:
     if not console.is_terminal:
         for _ in _steps_of(plain, heads):
             pass
-        console.print(heads.shown, soft_wrap=True, markup=False, highlight=False)
+        console.print(heads.text.plain, soft_wrap=True, markup=False, highlight=False)
         return
     with Live(console=console, auto_refresh=False) as live:
         for _ in _steps_of(plain, heads):
