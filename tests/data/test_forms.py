@@ -125,6 +125,7 @@ def test_columns(tmp_path, record, columns, expected):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"form": "nope"}, "dataset.form=nope: use auto, messages, conversation"),
         ({"role_map": {"x": "robot"}}, "role_map: x=robot: .*system, user, assistant, tool"),
         ({"columns": {"bot": "x"}}, "dataset.columns: bot: use user, assistant"),
         ({"columns": {"user": "x"}}, "dataset.columns needs the key of the assistant's"),

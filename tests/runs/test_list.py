@@ -23,6 +23,16 @@ def test_a_row_has_what_the_files_say(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("path", "name"),
+    [("owner/llama", "owner/llama"), ("../llama", "llama"), ("./llama", "llama"), ("a/b/c", "c")],
+)
+def test_a_model_of_the_hub_has_its_owner(tmp_path, path, name):
+    run = write_run(tmp_path / "a")
+    write(run / ".hydra" / "config.yaml", f"model: {{path: {path}}}\n")
+    assert read_run(run).model == name
+
+
+@pytest.mark.parametrize(
     ("run", "is_old", "status", "reason"),
     [
         (stages(train="done"), True, "done", ""),

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from medusa_exp.data import faults, record_faults
 from medusa_exp.data.chat_files import ChatFile, HubData, Part, find_files
 from medusa_exp.data.faults import DataError, NoChats
-from medusa_exp.data.forms import columns_of, forms_of
+from medusa_exp.data.forms import FORMS, columns_of, forms_of
 from medusa_exp.data.messages import NO_REPLY, Conversation
 from medusa_exp.data.pairs import REPLIES
 from medusa_exp.data.parsing import (
@@ -83,7 +83,9 @@ class ReadOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # What a single value may be, the config has checked.
+        # What a single value may be, the config has checked; a form may come from Python too.
+        if self.form not in ("auto", *FORMS):
+            raise DataError(f"dataset.form={self.form}: use auto, {', '.join(FORMS)}.")
         for name, role in self.role_map.items():
             if role not in ROLES:
                 raise DataError(f"dataset.role_map: {name}={role}: use one of {', '.join(ROLES)}.")

@@ -198,7 +198,8 @@ def _model(section: Any) -> str:
     if "${" in str(path):
         return "demo" if "medusa_exp.demo" in str(path) else str(path)
     place = Path(str(path))
-    is_on_hub = not place.is_absolute() and len(place.parts) == 2 and not place.exists()
+    is_name = not place.is_absolute() and len(place.parts) == 2 and place.parts[0] != ".."
+    is_on_hub = is_name and not place.exists()
     return str(path) if is_on_hub else place.name
 
 
