@@ -10,33 +10,50 @@ from medusa_exp import cli
 from medusa_exp.runs.files import write_json
 
 
+@pytest.fixture
+def main(monkeypatch):
+    """`main`, and what it runs in place of all that Hydra does."""
+    changed = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in changed}
+    monkeypatch.setattr(sys, "argv", ["medusa_exp"])
+    monkeypatch.setattr(cli.atexit, "register", lambda *given: None)
+    monkeypatch.setattr(cli, "_report_in_our_words", lambda: None)
+
+    def status_of(work) -> object:
+        monkeypatch.setattr(cli, "_hydra_main", work)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code
+
+    yield status_of
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(("is_interrupted", "status"), [(True, 130), (False, 1)])
-def test_the_end_that_lightning_makes_of_ctrl_c_is_told_by_the_status(
-    is_interrupted, status, monkeypatch
-):
+def test_the_end_that_lightning_makes_of_ctrl_c_is_told_by_the_status(main, is_interrupted, status):
     """Lightning turns Ctrl-C into exit(1), which says that something has failed."""
 
     def end():
         try:
             if is_interrupted:
-                raise KeyboardInterrupt
+                interrupt()
         except KeyboardInterrupt:
             sys.exit(1)
         sys.exit(1)
 
-    changed = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    handlers = {number: signal.getsignal(number) for number in changed}
-    monkeypatch.setattr(cli, "_hydra_main", end)
-    monkeypatch.setattr(sys, "argv", ["medusa_exp"])
-    monkeypatch.setattr(cli.atexit, "register", lambda *given: None)
-    monkeypatch.setattr(cli, "_report_in_our_words", lambda: None)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert ended.value.code == status
+    assert main(end) == status
+
+
+def test_ctrl_c_once_more_while_the_jobs_of_a_sweep_are_printed_is_told_as_the_first(
+    main, monkeypatch
+):
+    monkeypatch.setattr(cli, "_print_sweeps", interrupt)
+    assert main(interrupt) == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -113,6 +113,17 @@ def main() -> None:
         sys.exit(str(error))
     _listen_to_signals(is_sweep=continuation.is_sweep(given))
     try:
+        _run_to_the_end()
+    except KeyboardInterrupt:  # the second: the first ends a sweep, of which the jobs are printed
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        # Registered last, done first: late signals stop nothing any more, and show no traceback.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            atexit.register(signal.signal, number, signal.SIG_IGN)
+
+
+def _run_to_the_end() -> None:
+    try:
         _hydra_main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -128,9 +139,6 @@ def main() -> None:
             sys.stdout.flush()
         except BrokenPipeError:  # Python would tell of it as it ends
             drop_output(sys.stdout)
-        # Registered last, done first: late signals stop nothing any more, and show no traceback.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def _report_in_our_words() -> None:
