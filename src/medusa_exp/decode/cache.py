@@ -124,9 +124,13 @@ class GrowingCache(Cache):
                     states[rows_M, :, to_M] = states[rows_M, :, from_M]
         self.set_lengths([n + len(path) for n, path in zip(self.lengths, paths, strict=True)])
 
+    def allocate(self, like: Cache) -> None:
+        """Make room at once for such keys and values as another cache holds."""
+        _allocate(self, like, len(self.lengths))
+
     def put(self, rows: list[int], prompts: "GrowingCache") -> None:
         """Replace what is in some rows by the rows of another cache."""
-        _allocate(self, prompts, len(self.lengths))
+        self.allocate(prompts)
         _put(self, rows, prompts)
         lengths = list(self.lengths)
         for row, length in zip(rows, prompts.lengths, strict=True):

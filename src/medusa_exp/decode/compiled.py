@@ -27,8 +27,9 @@ from torch._dynamo.exc import (  # private: torch 2.13
     FailOnRecompileLimitHit,
     TorchDynamoException,
 )
+from transformers.cache_utils import Cache
 
-from medusa_exp.decode.cache import FixedCache
+from medusa_exp.decode.cache import FixedCache, GrowingCache
 from medusa_exp.decode.fused import fuse, groups_of, join
 from medusa_exp.errors import UserError
 from medusa_exp.model.attention import fold_for_layer
@@ -77,8 +78,8 @@ class CompiledLayers:
             self._refuse("its decoder layers are not found, or are run by hooks")
 
     @contextmanager
-    def in_place(self, cache: FixedCache) -> Iterator[None]:
-        """Let the model run its layers compiled, on a tree that goes into this cache."""
+    def in_place(self, cache: FixedCache | GrowingCache) -> Iterator[None]:
+        """Let the model run its layers compiled, on a tree or on prompts that fill this cache."""
         if self.is_refused:
             yield
             return
@@ -99,7 +100,7 @@ class CompiledLayers:
             )
 
     def _run(
-        self, layer: nn.Module, view: "_LayerView", whole: FixedCache, /, *args: Any, **kwargs: Any
+        self, layer: nn.Module, view: "_LayerView", whole: Cache, /, *args: Any, **kwargs: Any
     ) -> Any:
         viewed = tuple(view if value is whole else value for value in args)
         named = {key: view if value is whole else value for key, value in kwargs.items()}

@@ -13,6 +13,7 @@ B rows, T prompt tokens, E ends of prompts among some of them, D hidden, V vocab
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cache import FixedCache, GrowingCache
+from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import root_only
 from medusa_exp.decode.lookup import Text
 from medusa_exp.decode.masks import StepMask
@@ -242,10 +244,19 @@ def prefill(
     prompts: list[list[int]],
     cache: GrowingCache | FixedCache | StateCache,
     observer: Observer = UNOBSERVED,
+    layers: CompiledLayers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the prompts, some columns at a time; return logits_B1V and hidden_BD of their ends.
 
     Shorter prompts are padded on the right, where no token of theirs looks.
+
+    Args:
+        backbone: that reads them.
+        prompts: at least one token each.
+        cache: empty, and large enough.
+        observer: is told of this part.
+        layers: the backbone's, compiled, for prompts that run at once; then the cache has been
+            allocated.
     """
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
@@ -255,12 +266,15 @@ def prefill(
     if isinstance(cache, StateCache):  # to go on from a state takes another way through a layer
         columns = longest
     at_end: dict[int, tuple[Tensor, Tensor]] = {}
+    if columns < longest:  # with a mask from the second time on: another graph
+        layers = None
     for start in range(0, longest, columns):
         stop = min(start + columns, longest)
         # Logits are for the ends of prompts alone; where none ends, of one column.
         ends = sorted({n - 1 - start for n in lengths if start < n <= stop}) or [0]
         keep = torch.tensor(ends, device=backbone.device)
-        with observer.part("prompt"):
+        compiled = layers.in_place(cache) if layers else nullcontext()
+        with observer.part("prompt"), compiled:
             logits_BEV, hidden_BED = backbone.forward(ids_BT[:, start:stop], cache, keep=keep)
         for row, length in enumerate(lengths):
             if start < length <= stop:

@@ -41,6 +41,8 @@ class StepSource(Protocol):
     observer: Observer
     num_columns: int
     """Most that a request may have."""
+    layers: CompiledLayers | None
+    """The backbone's, where prompts may be run with them compiled."""
 
     def num_rows(self, count: int) -> int:
         """Return the rows of the smallest step for so many requests."""
@@ -63,6 +65,8 @@ class StepSource(Protocol):
 
 class EagerSlots:
     """A `StepSource` of eager steps: the batch is as large as there are requests."""
+
+    layers: CompiledLayers | None = None
 
     def __init__(
         self,

@@ -273,7 +273,11 @@ class Slots:
             )
         else:
             cache = GrowingCache(backbone.num_layers, longest, len(group))
-            logits_R1V, hidden_RD = prefill(backbone, prompts, cache, step.observer)
+            # For a single prompt, or token, torch would compile anew.
+            layers = self.source.layers if min(longest, len(group)) > 1 else None
+            if layers is not None:
+                cache.allocate(step.cache)
+            logits_R1V, hidden_RD = prefill(backbone, prompts, cache, step.observer, layers)
         with step.observer.part("verification"):
             root_R = step.verifier.next_token(logits_R1V, self._first_draws(group))
         index = torch.tensor(rows, device=root_R.device)
