@@ -16,6 +16,7 @@ from medusa_exp.decode.decoder import Decoder
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.decode.rule import AcceptanceRule
+from medusa_exp.decode.slots import Request
 from medusa_exp.model import Backbone, build_heads
 from medusa_exp.tree import Tree, chain
 
@@ -32,6 +33,12 @@ for count, graphs in (3, 2), (2, 2), (1, 4):
     for found in (decoder.decode_plain(prompts[:count], limits), *of_trees):
         assert [answer.tokens for answer in found] == expected[:count]
     assert decoder.layers.num_graphs == graphs and not decoder.layers.is_refused
+requests = [Request(prompt, limits, tag=tuple(prompt)) for prompt in prompts]
+slots = decoder.slots(3, 40, decoder.drafter(tree))
+found = {one.request.tag: one.response.tokens for one in slots.decode(requests)}
+assert [found[tuple(prompt)] for prompt in prompts] == expected
+kinds = {*(getattr(backbone.model.config, "layer_types", None) or ["all alike"])}
+assert decoder.layers.num_graphs == 4 + len(kinds) and not decoder.layers.is_refused
 assert sum(told.startswith("triton: ") for told in ran) >= 10
 """
 
