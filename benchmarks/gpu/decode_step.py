@@ -18,6 +18,7 @@ from torch import nn
 
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.loop import Limits, Response
 from medusa_exp.decode.slots import Request
 from medusa_exp.model import Backbone, build_heads
@@ -25,6 +26,8 @@ from medusa_exp.runs.machine import synchronize
 from medusa_exp.tree import chain
 
 WARM_UP = 4
+_SHORT = 4
+"""Tokens of a prompt that warms up."""
 KINDS = {"7B": "medusa", "8B": "medusa_tied"}
 """Family of the heads: tied ones where the vocabulary is large."""
 HIT_RATES = (0.60, 0.40, 0.28, 0.20)
@@ -167,21 +170,25 @@ def measure_regeneration(name: str, scale: Scale, is_over: IsOver) -> Found:
     """Yield tokens a second of `regenerate`'s slots: plainly, and with heads.
 
     Responses end where one token in two hundred does, or at the limit; the longest prompt comes
-    first. What is compiled and captured is so before the clock runs.
+    first, and each has room for itself, as the stage gives it. What is compiled and captured is so
+    before the clock runs.
     """
     backbone = random_llama(scale.shapes[name], scale)
     heads = heads_with_hit_rates(backbone, HIT_RATES)
     decoder = decoder_of(backbone, heads, 64, scale, True)
     torch.manual_seed(1)
     stop_ids = frozenset(torch.randperm(backbone.vocab_size)[: backbone.vocab_size // 200].tolist())
+    limits = Limits(scale.new_tokens, stop_ids)
     lengths = torch.randint(scale.past // 8, scale.past, (scale.documents,)).tolist()
     lengths.sort(reverse=True)
-    room = scale.past + scale.new_tokens
+    prompts = [torch.randint(backbone.vocab_size, (length,)).tolist() for length in lengths]
 
-    def requests(number: int, new_tokens: int) -> Iterator[Request]:
-        limits = Limits(new_tokens, stop_ids)
-        for length in lengths[:number]:
-            yield Request(torch.randint(backbone.vocab_size, (length,)).tolist(), limits, room)
+    def answered(drafter: Drafter, most: int) -> tuple[int, float]:
+        """Answer the ends of all prompts; return the tokens, and the share of idle rows."""
+        slots = decoder.slots(scale.slots, scale.past + scale.new_tokens, drafter)
+        requests = (Request(p[-most:], limits, len(p) + scale.new_tokens) for p in prompts)
+        tokens = sum(len(finished.response.tokens) for finished in slots.decode(requests))
+        return tokens, slots.idle_share
 
     for told, drafter in (
         ("plain", decoder.root_only()),
@@ -191,20 +198,19 @@ def measure_regeneration(name: str, scale: Scale, is_over: IsOver) -> Found:
         if is_over():
             yield "left_out", told
             return
-        for number in (scale.slots, 1):  # a batch of one has a graph of its own
-            for _ in decoder.slots(scale.slots, room, drafter).decode(requests(number, 8)):
-                pass
-        start, tokens = time.perf_counter(), 0
-        slots = decoder.slots(scale.slots, room, drafter)
-        for finished in slots.decode(requests(scale.documents, scale.new_tokens)):
-            tokens += len(finished.response.tokens)
+        # The same answers and steps of the same sizes follow short prompts.
+        answered(drafter, _SHORT)
+        start = time.perf_counter()
+        tokens, idle_share = answered(drafter, scale.past)
         seconds = time.perf_counter() - start
         yield (
             told,
             {
                 "tokens_per_second": tokens / seconds,
                 "seconds": seconds,
-                "idle_share": slots.idle_share,
+                "tokens": tokens,
+                "prompt_tokens": sum(lengths),
+                "idle_share": idle_share,
                 "batch": scale.slots,
             },
         )

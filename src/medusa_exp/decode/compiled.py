@@ -10,6 +10,7 @@ values in the cache. So each is given a view of its own keys and values in the c
 torch compiles anew, so that plain decoding (trees of one node) has a compilation of its own.
 
 Products of one input are one product (fused.py), and a step's mask is folded before the layers.
+Prompts that run together for slots go the same way, into a cache of their own.
 """
 
 import logging
