@@ -19,6 +19,7 @@ from kernel_shim import GXX, ShimKernels
 from rivals.verification import options_of
 from tiny_models import build_model
 
+from medusa_exp.cli import STAGES
 from medusa_exp.decode import step
 from medusa_exp.decode.cuda.launch import LaunchConfig, launch_config
 from medusa_exp.decode.verify import verify
@@ -372,3 +373,11 @@ def test_without_a_gpu_it_says_so(tmp_path):
     )
     assert done.returncode == 1 and "needs a CUDA device" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "a.json").exists()
+
+
+def test_no_stage_wants_the_client_of_engines_before_it_asks_one():
+    """On a machine without a network that has a GPU, httpx2 may be missing."""
+    stages = [f"import {name}" for name in STAGES.values()]
+    code = "\n".join(["import sys", *stages, "print('medusa_exp.serving.client' in sys.modules)"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -44,7 +44,6 @@ from medusa_exp.model.scoring import measure_agreement
 from medusa_exp.runs.files import write_jsonl
 from medusa_exp.runs.progress import track
 from medusa_exp.stages.early_checks import prompt_file
-from medusa_exp.stages.engines import check_servers, measure_servers
 from medusa_exp.stages.session import Session
 from medusa_exp.stages.why import Measured, explain
 from medusa_exp.tree import Tree
@@ -75,6 +74,8 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
         session.has_room(backbone, LOOKUP_TOKENS),
     )
     if config.evaluate.server is not None:
+        from medusa_exp.stages.engines import check_servers  # an HTTP client, which few need
+
         check_servers(session, decoder, prompts)
     records: list[Record] = []
     samples: list[dict[str, Any]] = []
@@ -102,6 +103,8 @@ def run(config: Config, out: Path, session: Session | None = None) -> dict[str, 
     _advise(decoder, shares)
     served: dict[str, float] = {}
     if config.evaluate.server is not None:
+        from medusa_exp.stages.engines import measure_servers
+
         served = measure_servers(session, decoder, prompts, plain)
     return {
         **summarize(records),

@@ -44,9 +44,7 @@ from medusa_exp.runs.files import (
 )
 from medusa_exp.runs.progress import ProgressBar
 from medusa_exp.runs.schemas import RegeneratedSummary
-from medusa_exp.serving.client import answers
 from medusa_exp.stages.early_checks import check_training
-from medusa_exp.stages.engines import open_engines
 from medusa_exp.stages.how_long import say_of_quickstart
 from medusa_exp.stages.session import (
     Session,
@@ -321,6 +319,9 @@ def _answered_by_engines(
     session: Session, documents: Tokenized, rows: list[int], urls: str
 ) -> Iterator[Document]:
     """Yield documents as running engines answer them; each turn follows the answer before."""
+    from medusa_exp.serving.client import answers  # HTTP, which few need
+    from medusa_exp.stages.engines import open_engines
+
     config, examples, max_length = session.config, documents.all(), documents.max_length
     backbone = _in_training_dtype(config, session.backbone(is_adapted=False))
     limits, rule = _limits_and_rule(session, backbone)
