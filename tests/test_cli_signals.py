@@ -11,21 +11,21 @@ from medusa_exp.runs.files import write_json
 
 
 @pytest.fixture
-def main(monkeypatch):
-    """`main`, and what it runs in place of all that Hydra does."""
+def exit_status_of(monkeypatch):
+    """Runs `main` with some work in the place of Hydra's; returns its exit status."""
     changed = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     handlers = {number: signal.getsignal(number) for number in changed}
     monkeypatch.setattr(sys, "argv", ["medusa_exp"])
     monkeypatch.setattr(cli.atexit, "register", lambda *given: None)
     monkeypatch.setattr(cli, "_report_in_our_words", lambda: None)
 
-    def status_of(work) -> object:
+    def status(work) -> object:
         monkeypatch.setattr(cli, "_hydra_main", work)
         with pytest.raises(SystemExit) as ended:
             cli.main()
         return ended.value.code
 
-    yield status_of
+    yield status
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -35,7 +35,9 @@ def interrupt() -> None:
 
 
 @pytest.mark.parametrize(("is_interrupted", "status"), [(True, 130), (False, 1)])
-def test_the_end_that_lightning_makes_of_ctrl_c_is_told_by_the_status(main, is_interrupted, status):
+def test_the_end_that_lightning_makes_of_ctrl_c_is_told_by_the_status(
+    exit_status_of, is_interrupted, status
+):
     """Lightning turns Ctrl-C into exit(1), which says that something has failed."""
 
     def end():
@@ -46,14 +48,14 @@ def test_the_end_that_lightning_makes_of_ctrl_c_is_told_by_the_status(main, is_i
             sys.exit(1)
         sys.exit(1)
 
-    assert main(end) == status
+    assert exit_status_of(end) == status
 
 
 def test_ctrl_c_once_more_while_the_jobs_of_a_sweep_are_printed_is_told_as_the_first(
-    main, monkeypatch
+    exit_status_of, monkeypatch
 ):
-    monkeypatch.setattr(cli, "_print_sweeps", interrupt)
-    assert main(interrupt) == 130
+    monkeypatch.setattr(cli.sweep, "started", interrupt)
+    assert exit_status_of(interrupt) == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

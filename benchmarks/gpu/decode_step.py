@@ -26,8 +26,8 @@ from medusa_exp.runs.machine import synchronize
 from medusa_exp.tree import chain
 
 WARM_UP = 4
-_SHORT = 4
-"""Tokens of a prompt that warms up."""
+WARM_UP_TOKENS = 4
+"""Last tokens of each prompt that the warm-up of regeneration answers."""
 KINDS = {"7B": "medusa", "8B": "medusa_tied"}
 """Family of the heads: tied ones where the vocabulary is large."""
 HIT_RATES = (0.60, 0.40, 0.28, 0.20)
@@ -170,8 +170,8 @@ def measure_regeneration(name: str, scale: Scale, is_over: IsOver) -> Found:
     """Yield tokens a second of `regenerate`'s slots: plainly, and with heads.
 
     Responses end where one token in two hundred does, or at the limit; the longest prompt comes
-    first, and each has room for itself, as the stage gives it. What is compiled and captured is so
-    before the clock runs.
+    first, and each request has room for its own prompt and response, as in the stage. What is
+    compiled and captured is so before the clock runs: all are answered twice.
     """
     backbone = random_llama(scale.shapes[name], scale)
     heads = heads_with_hit_rates(backbone, HIT_RATES)
@@ -183,10 +183,10 @@ def measure_regeneration(name: str, scale: Scale, is_over: IsOver) -> Found:
     lengths.sort(reverse=True)
     prompts = [torch.randint(backbone.vocab_size, (length,)).tolist() for length in lengths]
 
-    def answered(drafter: Drafter, most: int) -> tuple[int, float]:
-        """Answer the ends of all prompts; return the tokens, and the share of idle rows."""
+    def answered(drafter: Drafter, num_last: int) -> tuple[int, float]:
+        """Answer the last so many tokens of each prompt; return the tokens, and the idle share."""
         slots = decoder.slots(scale.slots, scale.past + scale.new_tokens, drafter)
-        requests = (Request(p[-most:], limits, len(p) + scale.new_tokens) for p in prompts)
+        requests = (Request(p[-num_last:], limits, len(p) + scale.new_tokens) for p in prompts)
         tokens = sum(len(finished.response.tokens) for finished in slots.decode(requests))
         return tokens, slots.idle_share
 
@@ -198,8 +198,9 @@ def measure_regeneration(name: str, scale: Scale, is_over: IsOver) -> Found:
         if is_over():
             yield "left_out", told
             return
-        # The same answers and steps of the same sizes follow short prompts.
-        answered(drafter, _SHORT)
+        # Such a model continues from the last token alone: short prompts give the same answers, and
+        # steps of the same sizes are captured.
+        answered(drafter, WARM_UP_TOKENS)
         start = time.perf_counter()
         tokens, idle_share = answered(drafter, scale.past)
         seconds = time.perf_counter() - start

@@ -113,8 +113,8 @@ def main() -> None:
         sys.exit(str(error))
     _listen_to_signals(is_sweep=continuation.is_sweep(given))
     try:
-        _run_to_the_end()
-    except KeyboardInterrupt:  # the second: the first ends a sweep, of which the jobs are printed
+        _run_and_print_sweeps()
+    except KeyboardInterrupt:  # while the jobs of a sweep are printed
         sys.exit(128 + signal.SIGINT)
     finally:
         # Registered last, done first: late signals stop nothing any more, and show no traceback.
@@ -122,7 +122,7 @@ def main() -> None:
             atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
-def _run_to_the_end() -> None:
+def _run_and_print_sweeps() -> None:
     try:
         _hydra_main()
     except KeyboardInterrupt:

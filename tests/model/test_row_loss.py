@@ -161,17 +161,17 @@ def test_where_torch_cannot_compile_it_runs_as_it_is_and_a_line_says_so(caplog):
 
 
 def test_where_torch_cannot_compile_the_gradient_alone_it_runs_as_it_is_too(caplog):
-    """Its graph is asked for with the loss: in the backward pass a failure would end a training."""
+    """It is compiled in the forward pass: a failure in the backward pass would end the training."""
     calls = []
 
-    def broken_backward(graph, inputs):
+    def compile_forward_only(graph, inputs):
         calls.append(graph)
         if len(calls) > 1:
             raise RuntimeError("no gradient")
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=broken_backward)
+    backend = aot_autograd(fw_compiler=compile_forward_only)
     logits_CW, labels_C = torch.randn(4, 9), torch.arange(4)
     compiled = compiled_loss(CrossEntropy(), backend)
     found = outcome(compiled, logits_CW, (labels_C,))

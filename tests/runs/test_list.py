@@ -24,9 +24,12 @@ def test_a_row_has_what_the_files_say(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("owner/llama", "owner/llama"), ("../llama", "llama"), ("./llama", "llama"), ("a/b/c", "c")],
+    [
+        *(("owner/llama", "owner/llama"), ("a/b/c", "c"), ("~/llama", "llama")),
+        *(("../llama", "llama"), ("./llama", "llama"), ("./models/llama", "llama")),
+    ],
 )
-def test_a_model_of_the_hub_has_its_owner(tmp_path, path, name):
+def test_a_model_of_the_hub_keeps_its_owner_and_a_path_gives_its_last_folder(tmp_path, path, name):
     run = write_run(tmp_path / "a")
     write(run / ".hydra" / "config.yaml", f"model: {{path: {path}}}\n")
     assert read_run(run).model == name

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from architectures import DECODED, NEW_TOKENS, WHOLE, Oracle, V, build
+from architectures import DECODED, NEW_TOKENS, WHOLE, Oracle, V, build, kinds_of_layers
 
 from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.decoder import Decoder
@@ -47,11 +47,12 @@ def check(name: str, changed: dict, backend: str) -> Decoder:
         trees = [decoder.decode(prompts[:count], limits, tree=tree) for tree in (TREE, chain(2))]
         for found in (plain, *trees):
             assert [a.tokens for a in found] == expected[:count]
+    many = prompts * 6  # as in few slots prompts run one by one
     longest = max(map(len, prompts)) + NEW_TOKENS
-    requests = [Request(prompt, limits, longest, tag=row) for row, prompt in enumerate(prompts)]
-    slots = decoder.slots(len(prompts), longest, decoder.root_only())
+    requests = [Request(prompt, limits, longest, tag=row) for row, prompt in enumerate(many)]
+    slots = decoder.slots(len(many), longest, decoder.root_only())
     found = {one.request.tag: one.response.tokens for one in slots.decode(requests)}
-    assert [found[row] for row in range(len(prompts))] == expected
+    assert [found[row] for row in range(len(many))] == expected * 6
     return decoder
 
 
@@ -60,10 +61,8 @@ def check(name: str, changed: dict, backend: str) -> Decoder:
 def test_most_are_compiled_whole_and_once(name):
     decoder = check(name, WHOLE[name], "inductor")
     assert not decoder.layers.is_refused
-    # Of single tokens, of trees, and of prompts that run together: where some layers see a window
-    # alone these have a mask, and none in the others.
-    kinds = {*(getattr(decoder.backbone.model.config, "layer_types", None) or ["all alike"])}
-    assert decoder.layers.num_graphs == 2 + len(kinds)
+    # For single tokens, for trees, and for prompts that run together.
+    assert decoder.layers.num_graphs == 2 + kinds_of_layers(decoder.backbone.model)
 
 
 @pytest.mark.filterwarnings("ignore")

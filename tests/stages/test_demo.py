@@ -13,7 +13,7 @@ from tiny_models import build_model
 from medusa_exp import compose, demo, run
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.growing_text import GrowingText
+from medusa_exp.decode.detokenizer import IncrementalDetokenizer
 from medusa_exp.decode.loop import Limits
 from medusa_exp.decode.one_call import decode_plain
 from medusa_exp.errors import UserError
@@ -38,7 +38,9 @@ def steps_of(*added: list[int]):
 
 def test_accepted_drafts_are_colored_and_what_the_backbone_said_is_not(tokenizer):
     ids = tokenizer("abcdef", add_special_tokens=False).input_ids
-    racer = Racer("x", steps_of(ids[:1], ids[1:4], ids[4:5], ids[5:6]), GrowingText(tokenizer), CPU)
+    racer = Racer(
+        "x", steps_of(ids[:1], ids[1:4], ids[4:5], ids[5:6]), IncrementalDetokenizer(tokenizer), CPU
+    )
     while not racer.is_done:
         racer.advance()
     assert racer.text.plain == "abcdef" and racer.num_steps == 4
@@ -64,7 +66,7 @@ def test_the_one_whose_clock_is_behind_goes_next(tokenizer, monkeypatch):
     monkeypatch.setattr("medusa_exp.stages.demo.time.perf_counter", lambda: next(clock))
     order = []
     slow, quick = (
-        Racer(name, steps_of(*[[65]] * 4), GrowingText(tokenizer), CPU)
+        Racer(name, steps_of(*[[65]] * 4), IncrementalDetokenizer(tokenizer), CPU)
         for name in ("slow", "quick")
     )
     for racer in (slow, quick):

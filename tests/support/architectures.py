@@ -155,7 +155,16 @@ WHOLE = {
     "olmo2": GROUPED,
     "gpt_neox": {},
 }
-"""Most in use: a layer is compiled without a graph break, once for trees and for single tokens."""
+"""Most in use: a layer is compiled without a graph break, once for trees, for single tokens and, of
+each of `kinds_of_layers`, for prompts that run together."""
+
+
+def kinds_of_layers(model) -> int:
+    """Return how many kinds of attention its layers have.
+
+    Prompts longer than the window have a mask in its layers, and none in the others.
+    """
+    return len({*(getattr(model.config, "layer_types", None) or ["all alike"])})
 
 
 class Oracle(torch.nn.Module):

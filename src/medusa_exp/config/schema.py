@@ -663,9 +663,10 @@ class DecodeConfig:
     which a step reads in less time. Greedy answers stay the same; sampling keeps its distribution,
     though a seed gives other draws; typical acceptance may accept other tokens."""
     compile: str = choice("auto", "true", "false")
-    """Compile a decoder layer (torch.compile) for all layers of captured steps, plain ones too:
-    true, false, or auto (on a GPU, where the steps of calibrate and evaluate, or of regenerate, are
-    many enough to pay for it). true on a CPU needs a C++ compiler."""
+    """Compile a decoder layer (torch.compile) for all layers of captured steps, plain ones too, and
+    of prompts that run together in more than 16 slots: true, false, or auto (on a GPU, where the
+    steps of calibrate and evaluate, or of regenerate, are many enough to pay for it). true on a CPU
+    needs a C++ compiler."""
     verifier: str = choice("auto", "torch", "cupy")
     """torch, cupy (the CUDA kernels), or auto (the kernels wherever they can be used; on a CPU, the
     nodes of a path alone)."""

@@ -83,7 +83,8 @@ class ReadOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # What a single value may be, the config has checked; a form may come from Python too.
+        # The config has checked single values; an unknown form given from Python would be a
+        # KeyError.
         if self.form not in ("auto", *FORMS):
             raise DataError(f"dataset.form={self.form}: use auto, {', '.join(FORMS)}.")
         for name, role in self.role_map.items():

@@ -10,7 +10,9 @@ values in the cache. So each is given a view of its own keys and values in the c
 torch compiles anew, so that plain decoding (trees of one node) has a compilation of its own.
 
 Products of one input are one product (fused.py), and a step's mask is folded before the layers.
-Prompts that run together for slots go the same way, into a cache of their own.
+
+Prompts that run together for many slots go through the same layers, into a cache of their own. With
+positions that all rows share, and mostly without a mask, they have graphs of their own.
 """
 
 import logging
@@ -39,8 +41,7 @@ from medusa_exp.model.backbone import Backbone
 log = logging.getLogger(__name__)
 
 _KINDS = 64
-"""Graphs of a process: kinds of layers, by whether batch and tree are 1, and by which products are
-one. torch allows 8."""
+"""Graphs of a process: see `CompiledLayers.num_graphs`. torch allows 8."""
 
 _PLACES = 4
 """Places of a layer's weights that are remembered."""
@@ -65,8 +66,9 @@ class CompiledLayers:
         self.seconds = 0.0
         """What compiling took."""
         self.num_graphs = 0
-        """What it made: at most one for each kind of layer, by whether batch and tree are 1, and by
-        which products are one."""
+        """What it made: at most one for each kind of layer, by whether batch and tree are 1, by
+        whether trees or prompts are run, these with a mask or without, and by which products are
+        one."""
         self.is_refused = False
         """Has it failed? Then all runs as without it."""
         self._backend = backend
@@ -80,7 +82,10 @@ class CompiledLayers:
 
     @contextmanager
     def in_place(self, cache: FixedCache | GrowingCache) -> Iterator[None]:
-        """Let the model run its layers compiled, on a tree or on prompts that fill this cache."""
+        """Run the model's layers compiled within the block: one forward call, on trees or prompts.
+
+        The cache must be allocated. It is written, and where its next call begins is not moved.
+        """
         if self.is_refused:
             yield
             return
@@ -145,9 +150,7 @@ class CompiledLayers:
 
     def _refuse(self, reason: str) -> None:
         self.is_refused = True
-        log.warning(
-            "%s: its layers are not compiled (%s): steps run as they are", self.name, reason
-        )
+        log.warning("%s: its layers are not compiled (%s): they run as they are", self.name, reason)
 
 
 def layers_of(backbone: Backbone) -> list[nn.Module]:
@@ -165,7 +168,7 @@ class _LayerView:
     def update(
         self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write a tree's keys and values into the last `room` columns; return all up to them."""
+        """Write new keys and values into the last `room` columns; return all up to them."""
         start = self.keys.shape[2] - self.room
         stop = start + keys.shape[2]
         self.keys[:, :, start:stop] = keys

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from medusa_exp.decode.captured_steps import CapturedSteps
 from medusa_exp.decode.compatibility import check_tree_attention
 from medusa_exp.decode.compiled import CompiledLayers
+from medusa_exp.decode.detokenizer import IncrementalDetokenizer
 from medusa_exp.decode.drafting import Drafter, build_drafter, key_of_rule, root_only
-from medusa_exp.decode.growing_text import GrowingText
 from medusa_exp.decode.lookup import LookupDrafter, check_draft
 from medusa_exp.decode.loop import (
     Limits,
@@ -92,8 +92,9 @@ class Decoder:
         tokenizer: turns prompts of text into tokens, and for `stream` tokens into text.
         cuda_graph: take steps of fixed shapes, which on a GPU are captured as CUDA graphs. None
             does so where the whole model lies on one CUDA device.
-        compiles: run the model's layers compiled within steps of fixed shapes, which are then taken
-            on a CPU too, plain ones included. Not where the model is spread over devices.
+        compiles: run the model's layers compiled: in steps of fixed shapes, which are then taken on
+            a CPU too, plain ones included, and on prompts that run together in many slots. Not
+            where the model is spread over devices.
         observer: is told of the parts of steps over trees.
 
     Raises:
@@ -256,9 +257,9 @@ class Decoder:
         """
         limits = self._limits(max_new_tokens, eos_token_id)
         ids = ids_of_one(prompt, self.tokenizer, self.backbone.num_ids)
-        text = GrowingText(self.tokenizer) if self.tokenizer is not None else None
+        detokenizer = IncrementalDetokenizer(self.tokenizer) if self.tokenizer else None
         for [added] in self.steps([ids], Responses(1, limits)):
-            yield StreamedStep(text.add(added) if text else "", added)
+            yield StreamedStep("" if detokenizer is None else detokenizer.add(added), added)
 
     def decode(
         self,

@@ -255,8 +255,8 @@ def prefill(
         prompts: at least one token each.
         cache: empty, and large enough.
         observer: is told of this part.
-        layers: the backbone's, compiled, for prompts that run at once; then the cache has been
-            allocated.
+        layers: of the backbone, compiled; None runs them as they are. They need an allocated cache,
+            and prompts of no more than PREFILL_TOKENS together.
     """
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
@@ -266,14 +266,13 @@ def prefill(
     if isinstance(cache, StateCache):  # to go on from a state takes another way through a layer
         columns = longest
     at_end: dict[int, tuple[Tensor, Tensor]] = {}
-    if columns < longest:  # with a mask from the second time on: another graph
-        layers = None
+    assert layers is None or longest <= columns, "compiled layers fill a cache in one call"
+    compiled = nullcontext() if layers is None else layers.in_place(cache)
     for start in range(0, longest, columns):
         stop = min(start + columns, longest)
         # Logits are for the ends of prompts alone; where none ends, of one column.
         ends = sorted({n - 1 - start for n in lengths if start < n <= stop}) or [0]
         keep = torch.tensor(ends, device=backbone.device)
-        compiled = layers.in_place(cache) if layers else nullcontext()
         with observer.part("prompt"), compiled:
             logits_BEV, hidden_BED = backbone.forward(ids_BT[:, start:stop], cache, keep=keep)
         for row, length in enumerate(lengths):

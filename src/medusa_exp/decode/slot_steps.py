@@ -42,7 +42,7 @@ class StepSource(Protocol):
     num_columns: int
     """Most that a request may have."""
     layers: CompiledLayers | None
-    """The backbone's, where prompts may be run with them compiled."""
+    """Of the backbone, compiled; None runs them as they are."""
 
     def num_rows(self, count: int) -> int:
         """Return the rows of the smallest step for so many requests."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from medusa_exp.decode.cache import GrowingCache, copy_of
+from medusa_exp.decode.compiled import CompiledLayers
 from medusa_exp.decode.drafting import Drafter
 from medusa_exp.decode.lookup import Text
 from medusa_exp.decode.loop import (
@@ -273,8 +274,7 @@ class Slots:
             )
         else:
             cache = GrowingCache(backbone.num_layers, longest, len(group))
-            # For a single prompt, or token, torch would compile anew.
-            layers = self.source.layers if min(longest, len(group)) > 1 else None
+            layers = self._layers_for(len(group), longest)
             if layers is not None:
                 cache.allocate(step.cache)
             logits_R1V, hidden_RD = prefill(backbone, prompts, cache, step.observer, layers)
@@ -287,6 +287,15 @@ class Slots:
         for slot in group:
             slot.is_running = True
         return [[token] for token in root_R.tolist()]
+
+    def _layers_for(self, number: int, longest: int) -> CompiledLayers | None:
+        """Return the layers that run so many prompts compiled; None runs them as they are.
+
+        In few slots prompts run one by one as slots become free: a graph for several does not pay.
+        """
+        are_gathered = self.num_slots > _GATHERED
+        # A batch or a length of 1 would be compiled anew.
+        return self.source.layers if are_gathered and min(number, longest) > 1 else None
 
     def _first_draws(self, group: list[_Slot]) -> Tensor | None:
         if self.source.rule.name != "sampling":

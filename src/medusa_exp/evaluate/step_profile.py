@@ -170,7 +170,7 @@ class Stopwatch(Observer):
             event.record()
             self._marks.append((self._part_in_capture(), event))
             return
-        self._marks = []  # of a capture that failed
+        self._marks = []  # what a failed capture left
         synchronize(self._device)
         now = time.perf_counter()
         if self._open:

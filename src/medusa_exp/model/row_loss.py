@@ -222,18 +222,19 @@ class _Compiled:
             return plain(*tensors)
 
         self._plain, self._is_refused = plain, False
-        # It is compiled for the number of rows that comes first, and serves all: of few, inductor
-        # would share each row out among blocks, and read it twice.
+        # Compiled for the number of rows that comes first, and used for all. For few rows inductor
+        # would split a row's reduction over blocks, and read the row twice.
         options = {"split_reductions": False} if backend == "inductor" else None
         self._run = torch.compile(
             run, backend=backend, fullgraph=True, dynamic=False, options=options
         )
 
     def __call__(self, logits_CW: Tensor, *wanted: Tensor) -> RowLosses:
-        """Return loss and alpha of each row; compiled once for all numbers of rows."""
+        """Return loss and alpha of each row; compiled, with its gradient, once for all numbers of
+        rows."""
         if not self._is_refused:
             from torch import _dynamo as dynamo  # private: torch 2.13; takes a second
-            from torch._functorch import config as autograd  # private: torch 2.13
+            from torch._functorch import config as functorch_config  # private: torch 2.13
 
             for tensor in (logits_CW, *wanted):
                 dynamo.maybe_mark_dynamic(tensor, 0)
@@ -241,8 +242,8 @@ class _Compiled:
             try:
                 with (
                     dynamo.config.patch(recompile_limit=_KINDS),
-                    # Gradients are compiled with the loss: if torch cannot, it says so here.
-                    autograd.patch(force_non_lazy_backward_lowering=True),
+                    # The gradient is compiled with the loss: if torch cannot, it says so here.
+                    functorch_config.patch(force_non_lazy_backward_lowering=True),
                 ):
                     return self._run(logits_CW, *wanted)
             except refusals as error:  # before any of it has run

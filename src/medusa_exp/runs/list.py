@@ -198,7 +198,7 @@ def _model(section: Any) -> str:
     if "${" in str(path):
         return "demo" if "medusa_exp.demo" in str(path) else str(path)
     place = Path(str(path))
-    is_name = not place.is_absolute() and len(place.parts) == 2 and place.parts[0] != ".."
+    is_name = len(place.parts) == 2 and not str(path).startswith((".", "~", "/"))
     is_on_hub = is_name and not place.exists()
     return str(path) if is_on_hub else place.name
 

@@ -22,7 +22,7 @@ from medusa_exp import demo
 from medusa_exp.config import Config
 from medusa_exp.data.prompts import Prompt
 from medusa_exp.decode.decoder import Decoder
-from medusa_exp.decode.growing_text import GrowingText
+from medusa_exp.decode.detokenizer import IncrementalDetokenizer
 from medusa_exp.decode.loop import Responses
 from medusa_exp.runs.machine import synchronize
 from medusa_exp.stages.chat import STYLES
@@ -42,7 +42,7 @@ class Racer:
 
     name: str
     steps: Steps
-    growing: GrowingText
+    detokenizer: IncrementalDetokenizer
     device: torch.device
     tokens: list[int] = field(default_factory=list)
     text: Text = field(default_factory=Text)
@@ -68,7 +68,7 @@ class Racer:
 
     def _show(self, tokens: list[int], style: str) -> None:
         self.tokens += tokens
-        self.text.append(self.growing.add(tokens), style)
+        self.text.append(self.detokenizer.add(tokens), style)
 
     @property
     def figures(self) -> str:
@@ -109,8 +109,8 @@ def racers(decoder: Decoder, ids: list[int]) -> tuple[Racer, Racer]:
     assert tokenizer is not None
     plain, heads = (Responses(1, decoder.limits) for _ in range(2))
     return (
-        Racer(_PLAIN, decoder.plain_steps([ids], plain), GrowingText(tokenizer), device),
-        Racer(_HEADS, decoder.steps([ids], heads), GrowingText(tokenizer), device),
+        Racer(_PLAIN, decoder.plain_steps([ids], plain), IncrementalDetokenizer(tokenizer), device),
+        Racer(_HEADS, decoder.steps([ids], heads), IncrementalDetokenizer(tokenizer), device),
     )
 
 

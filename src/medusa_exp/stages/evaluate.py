@@ -32,6 +32,7 @@ from medusa_exp.data.prompts import (
 from medusa_exp.data.sources import evenly_spread, reading_options
 from medusa_exp.data.template import REFUSED, ChatTemplate
 from medusa_exp.decode.decoder import Decoder
+from medusa_exp.decode.detokenizer import IncrementalDetokenizer
 from medusa_exp.decode.rule import GREEDY
 from medusa_exp.errors import UserError
 from medusa_exp.evaluate.methods import LOOKUP_TOKENS, Method, MethodResponse, build_methods, timed
@@ -366,16 +367,8 @@ def sample_of(
     prompt: Prompt, response: MethodResponse, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Return the response's text cut into steps and these into tokens."""
-    pieces = []
-    text = ""
-    for end in range(1, len(response.tokens) + 1):
-        # A token's text depends on its neighbours: it is what the whole gains by it.
-        longer = tokenizer.decode(response.tokens[:end], skip_special_tokens=False)
-        if longer.endswith("\ufffd"):  # half of a character: it comes with the next token
-            pieces.append("")
-            continue
-        pieces.append(longer[len(text) :])
-        text = longer
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
+    pieces = [detokenizer.add([token]) for token in response.tokens]
     steps, start = [], 0
     for length in response.accept_lengths or ():
         steps.append(pieces[start : start + length])

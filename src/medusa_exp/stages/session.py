@@ -57,7 +57,8 @@ log = logging.getLogger(__name__)
 _IMPORTED, _TRIED_PROMPTS = "imported_heads.json", 10
 """Where it is noted what imported heads are worth, and prompts on which that is measured."""
 _SAVED_OF_A_LAYER, _COMPILING = 50e-6, 10.0
-"""Seconds that a compiled layer saves at each step, and that its compilation takes."""
+"""Seconds that a compiled layer saves at each step, and that compiling two graphs of it takes. That
+of prompts in many slots takes half as much more, and what it saves is not counted."""
 
 
 class Session:
