@@ -163,7 +163,7 @@ WAITS = {
     "number": lambda t: t * NUMBER,
     "index": lambda t: t[TWO],
     "index of numbers": lambda t: t[:, [0, 1]],
-    "number put": lambda t: t.__setitem__(torch.arange(2, device=t.device), 5),
+    "number put": lambda t: t.__setitem__(2 * (torch.arange(2, device=t.device),), 5),
     "put by a mask": lambda t: t.__setitem__(t > 0, t.flatten()),
     "made on the host": lambda t: torch.zeros(3),
 }
