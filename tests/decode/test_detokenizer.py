@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from tiny_tokenizers import llama_tokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medusa_exp.decode.detokenizer import IncrementalDetokenizer
 
@@ -68,6 +69,15 @@ def test_a_line_break_before_a_character_of_several_tokens_is_shown_once():
     tokenizer = llama_tokenizer()
     ids = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "\n你".encode()]
     assert added_bit_by_bit(tokenizer, ids) == ["\n", "", "", "你"]
+
+
+def test_nothing_is_lost_where_a_tokenizer_tidies_up_spaces():
+    """As XGLM's do, say: "it ' s" becomes "it's"."""
+    made = Tokenizer(models.WordLevel({"▁it": 0, "▁'": 1, "s": 2, "▁not": 3}, unk_token="s"))
+    made.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=True)
+    assert tokenizer.decode([0, 1, 2, 3]) == "it's not"
+    assert added_bit_by_bit(tokenizer, [0, 1, 2, 3]) == ["it", " '", "s", " not"]
 
 
 def test_what_has_no_text_for_long_is_kept_until_it_has():

@@ -44,5 +44,10 @@ class IncrementalDetokenizer:
         return added
 
     def _decoded(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skips_special)
+        text: str = self._tokenizer.decode(
+            tokens,
+            skip_special_tokens=self._skips_special,
+            # It takes back a space before what follows: before "'", once "s" has come too.
+            clean_up_tokenization_spaces=False,
+        )
         return text
