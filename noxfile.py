@@ -10,6 +10,7 @@ Everything is installed with `-c constraints.txt`. Arguments after `--` go to th
 session is about: `nox -s tests -- -k tree`. For daily work, an own environment and `pytest`.
 """
 
+import os
 import re
 import shutil
 import zipfile
@@ -323,12 +324,16 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def emulated_gpu(session: nox.Session) -> None:
-    """Run the product on a GPU that is emulated. Twenty minutes, and 5 GB to install."""
+    """Run the product on a GPU that is emulated. Twenty minutes, and 5 GB to install.
+
+    TORCH=2.15.0 takes that version of torch.
+    """
     # Not as constrained: the version that the GPU's figures are of. On PyPI it is built with CUDA.
+    torch = os.environ.get("TORCH", "2.11.0")
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     constraints = session.cache_dir / "emulated_gpu.txt"
     others = [line for line in lines if not line.startswith(("torch==", "setuptools=="))]
-    constraints.write_text("\n".join([*others, "torch==2.11.0"]), encoding="utf-8")
+    constraints.write_text("\n".join([*others, f"torch=={torch}"]), encoding="utf-8")
     session.install("-c", str(constraints), "-e", ".", *group("test"))
     tests = ("tests/slow/test_emulated_gpu.py", "tests/slow/test_emulated_compiled.py")
     session.run("pytest", *PARALLEL, "--dist=load", "-m", "slow", *tests, *session.posargs)
@@ -362,11 +367,14 @@ def minimums(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """Run the tests with the newest versions that pyproject.toml allows, torch excepted.
 
-    `nox -s newest -P 3.14` with another Python. Who installs without constraints gets these.
+    `nox -s newest -P 3.14` with another Python. Who installs without constraints gets these, and
+    the newest torch, a build with CUDA of several gigabytes: TORCH=2.15.0 takes that version.
     """
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    [constrained] = (line for line in lines if line.startswith("torch=="))
+    torch = os.environ.get("TORCH")
     constraints = session.cache_dir / "newest.txt"
-    constraints.write_text("\n".join(line for line in lines if line.startswith("torch==")))
+    constraints.write_text(f"torch=={torch}" if torch else constrained, encoding="utf-8")
     session.install("--upgrade", "-c", str(constraints), "-e", ".", *group("test"))
     session.run("pytest", *(session.posargs or PARALLEL), env=ONE_THREAD)
 
