@@ -71,6 +71,24 @@ def test_a_line_break_before_a_character_of_several_tokens_is_shown_once():
     assert added_bit_by_bit(tokenizer, ids) == ["\n", "", "", "你"]
 
 
+@pytest.mark.parametrize("character", ["é", "你", "😀"])
+def test_of_characters_of_several_tokens_each_only_the_end_is_decoded(character):
+    counting = Counting(llama_tokenizer())
+    data = (character * 200).encode()
+    ids = [counting.tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in data]
+    assert "".join(added_bit_by_bit(counting, ids)) == character * 200
+    assert counting.most < 150
+
+
+def test_words_between_halves_of_characters_are_shown_at_once():
+    tokenizer = llama_tokenizer()
+    broken, begun, word = tokenizer.convert_tokens_to_ids(["<0xF0>", "<0xE4>", "a"])
+    line_break = tokenizer.convert_tokens_to_ids("<0x0A>")
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    steps = [line_break], [broken], [word, begun], [word, begun], [word]
+    assert [detokenizer.add(step) for step in steps] == ["\n", "", "\ufffda", "\ufffda", "\ufffda"]
+
+
 def test_nothing_is_lost_where_a_tokenizer_tidies_up_spaces():
     """As XGLM's do, say: "it ' s" becomes "it's"."""
     made = Tokenizer(models.WordLevel({"▁it": 0, "▁'": 1, "s": 2, "▁not": 3}, unk_token="s"))

@@ -2,8 +2,11 @@
 
 from transformers import PreTrainedTokenizerBase
 
-_MOST, _KEPT = 128, 32
-"""Beyond so many tokens all but the last so many are forgotten, once their text is certain."""
+_MOST, _KEPT = 128, 36
+"""Beyond so many tokens all but the last so many are forgotten, once their text is certain.
+
+What is kept must begin with a character, and end with one: of two, three or four tokens each, say.
+"""
 _REPLACEMENT = "\ufffd"
 """Stands for bytes that are not yet a whole character."""
 
@@ -29,7 +32,7 @@ class IncrementalDetokenizer:
         self._recent += tokens
         text = self._decoded(self._recent)
         complete = text.rstrip(_REPLACEMENT)
-        if complete != text and not complete.startswith(self._shown):
+        if len(complete) < len(self._shown):
             # Beside half of a character, tokenizers with byte fallback decode the bytes before it,
             # a line break, as replacements too. What has been shown is not taken back.
             return ""
