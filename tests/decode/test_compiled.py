@@ -59,6 +59,20 @@ def test_one_compilation_serves_all_layers_trees_and_batches(backbone, caplog):
     assert len(said) == 2 and "2 graphs" in said[-1]
 
 
+def test_slots_of_all_sizes_share_a_graph_with_those_before_them(backbone):
+    """The first lie in a memory of their own size, later ones in a larger cache's."""
+    decoder, requests = compiling(backbone), [Request([4, 5, 6], Limits(4)) for _ in range(4)]
+    for drafter, columns in (
+        (decoder.root_only(), 64),
+        (decoder.drafter(LARGE), 64),
+        (decoder.root_only(), 64),
+        (decoder.root_only(), 356),
+        (decoder.drafter(LARGE), 64),
+    ):
+        list(decoder.slots(4, columns, drafter).decode(requests))
+    assert decoder.layers.num_graphs == 2
+
+
 @pytest.mark.parametrize("num_slots", [16, 17])
 def test_prompts_that_run_together_for_many_slots_have_a_graph_of_their_own(backbone, num_slots):
     """In few slots most prompts run one by one, as slots become free: these run uncompiled."""

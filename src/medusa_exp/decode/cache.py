@@ -29,25 +29,27 @@ class _Layer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, num_columns: int, capacity: int) -> None:
+    def __init__(self, num_columns: int, capacity: int, num_spare: int = 0) -> None:
         super().__init__()
-        self.num_columns, self.capacity = num_columns, capacity
+        self.num_columns, self.capacity, self._num_spare = num_columns, capacity, num_spare
         self.start = 0
         """Where the next call writes; it sees all columns up to there and its own."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros: a column of no row is masked, but 0 x NaN would not be.
-        self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self.num_columns, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
+        self._make(key_states, value_states, len(key_states))
 
     def allocate(self, like: "_Layer", num_rows: int) -> None:
         """Make room for so many rows of such keys and values as another layer holds."""
+        self._make(like.keys, like.values, num_rows)
+
+    def _make(self, keys: Tensor, values: Tensor, num_rows: int) -> None:
+        # Zeros: a column of no row is masked, but 0 x NaN would not be.
+        columns = self.num_columns + self._num_spare
         self.keys, self.values = (
-            states.new_zeros(num_rows, states.shape[1], self.num_columns, states.shape[3])
-            for states in (like.keys, like.values)
+            states.new_zeros(num_rows, states.shape[1], columns, states.shape[3])[
+                :, :, : self.num_columns
+            ]
+            for states in (keys, values)
         )
         self.is_initialized = True
 
@@ -169,8 +171,10 @@ class FixedCache(Cache):
         """Make room for prompts and answers, and for trees of at most so many nodes."""
         super().__init__(layers=[])
         self.capacity, self.tree_end = capacity, capacity + num_nodes
-        # One column more, behind the tree's: what nobody keeps is moved there.
-        self.layers = [_Layer(self.tree_end + 1, capacity) for _ in range(num_layers)]
+        # One column more, behind the tree's: what nobody keeps is moved there. And one that is in
+        # no cache: all have gaps between their rows then, as those have that lie in another's
+        # memory. Else torch would compile a layer once for each of the two.
+        self.layers = [_Layer(self.tree_end + 1, capacity, 1) for _ in range(num_layers)]
         self.lengths_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._row_B1 = torch.arange(num_rows, device=device)[:, None]
         self._tree_start_B = torch.full_like(self.lengths_B, capacity)

@@ -46,7 +46,7 @@ def slots_with_room(
     if free is None:
         return wanted
     column = bytes_of_column(backbone)
-    of_slot = column * (num_columns + num_columns // _COPIED + drafter.num_nodes + 1)
+    of_slot = column * (num_columns + num_columns // _COPIED + drafter.num_nodes + 2)
     of_slot += _bytes_of_step(backbone, drafter, rule, num_columns)
     of_prompts = column * max(PREFILL_TOKENS, num_columns) + _bytes_of_prompts(backbone)
     number = int((_USABLE * free - of_prompts) // of_slot)
