@@ -474,11 +474,10 @@ def run_stages(config: Config, out: Path, command: list[str]) -> float | None:
     if not log.isEnabledFor(logging.DEBUG):  # hydra.verbose=true
         quiet_libraries(config.stages)
     with noted_failure(out):
+        log_machine(config.device)
         with continuation.told_of_places(out, config):
             Session(config, out).check_places()
-        log_machine(config.device)
-        if config.heads_from is not None:
-            with continuation.told_of_places(out, config):
+            if config.heads_from is not None:
                 Session(config, out).adopt_heads(config.heads_from)
         if config.rerun.source is not None:
             check_config(Path(config.rerun.source).expanduser())
